@@ -1,0 +1,99 @@
+# `make train` and `make test` work first thing on a fresh machine: each creates .venv and installs what is missing.
+# Needs python >= 3.11; missing system packages are installed when run as root on Debian or Ubuntu, named otherwise.
+
+PYTHON ?= $(or $(shell command -v python3 2>/dev/null),$(shell command -v python3.11 2>/dev/null),python3)
+TORCH ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+RANKS ?= 2
+CONFIG ?= configs/quickstart.yaml
+# Debian packages that tests need beyond a C++ compiler and Python's headers.
+APT_PACKAGES ?=
+ARGS ?=
+
+PYTHON := $(PYTHON)
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+PIP := .venv/bin/python -m pip -qq
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+# DeepSpeed compiles a small C++ operator on first use; the result belongs to this environment and to no other.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+ifeq ($(GPU),)
+export DS_ACCELERATOR ?= cpu
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install train test test-soak check format docs bench clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: RANKS=2 CONFIG=configs/quickstart.yaml ARGS='federation.rounds=5' TORCH=torch==2.13.0"
+
+install: .venv/.installed  ## create .venv with everything in it
+
+train: .venv/.installed  ## fine-tune the quickstart federation
+	deepspeed --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) $(ARGS)
+
+test: .venv/.installed  ## run the tests
+	python -m pytest -m "not soak" $(ARGS)
+
+test-soak: .venv/.installed  ## kill and resume a run twenty times
+	python -m pytest -m soak $(ARGS)
+
+check: .venv/.installed  ## lint, formatting, types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: .venv/.installed  ## format the code, fix what the linter can fix
+	ruff check --fix-only .
+	ruff format .
+
+docs: .venv/.installed  ## write the reference of all configuration keys
+	python -m fedmoe_ds.config > docs/configuration.md
+
+bench: .venv/.installed  ## speed of a wave against one client at a time
+	python launch/bench.py wave $(ARGS)
+
+clean:  ## remove caches; runs/ and .venv stay
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf .venv fedmoe_ds.egg-info
+
+.venv/.installed: pyproject.toml | .venv/.system
+	@echo "installing into .venv with $(PYTHON) (a minute or two the first time)"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@$(if $(GPU),$(PIP) install '$(TORCH)',$(install-torch-cpu))
+	@$(PIP) install -e '.[dev,report]'
+	@touch $@
+
+# The CPU build is ten times smaller: from the configured index if it has one, else from PyTorch's; else the default build.
+define install-torch-cpu
+$(PIP) install --no-deps '$(TORCH)+cpu' 2> /dev/null \
+	|| $(PIP) install --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) '$(TORCH)' \
+	|| $(PIP) install '$(TORCH)'
+endef
+
+.venv/.system: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is no python >= 3.11; run make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@missing=""; \
+	command -v g++ > /dev/null || missing="$$missing g++"; \
+	$(PYTHON) -c 'import ensurepip' 2> /dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null \
+		|| missing="$$missing python3-dev"; \
+	for package in $(APT_PACKAGES); do dpkg -s $$package > /dev/null 2>&1 || missing="$$missing $$package"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "installing system packages:$$missing"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends $$missing > /dev/null; \
+	else \
+		echo "please install these system packages first (Debian names):$$missing" >&2; exit 1; \
+	fi
+	@mkdir -p .venv && touch $@

@@ -1,0 +1,1 @@
+"""Adapters: what clients train, as stacked per-client parameters."""

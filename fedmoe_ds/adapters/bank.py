@@ -1,0 +1,123 @@
+"""Bank: every trainable of every client in flight, stacked.
+
+Legend: L layers, E experts held by this rank, C clients in flight, R adapter rank.
+
+A block is one kind of trainable over all layers. Expert blocks have the shape [L, E, C, *item], because an expert's rows from
+all clients of the wave meet on the rank that holds it; dense blocks have the shape [L, C, *item], because a client's dense part
+lives on its home rank alone. Values and gradients are plain fp32 tensors: the kernels write gradients in place, and the
+client optimizer runs over whole blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One kind of trainable.
+
+    Attributes:
+        name: canonical name, for instance `experts.gate_up.lora_A`.
+        layers: model layers that carry it; `(-1,)` when one copy serves the whole model.
+        item: shape of one client's parameter in one layer (for expert blocks: of one expert).
+        expert: whether there is one per expert.
+        personal: stays with the client; never aggregated, never in the global model.
+        decay: whether weight decay applies.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    item: tuple[int, ...]
+    expert: bool = False
+    personal: bool = False
+    decay: bool = True
+
+    def key(self, layer: int, expert: int | None = None) -> str:
+        """Canonical tensor name: layer and *global* expert id, so that checkpoints do not know the topology."""
+        head, _, tail = self.name.partition(".")
+        place = "model" if layer < 0 else f"layers.{layer}"
+        if expert is None:
+            return f"{place}.{self.name}"
+        return f"{place}.{head}.{expert}.{tail}"
+
+
+class Bank:
+    """Values and (optionally) gradients of a set of blocks.
+
+    Args:
+        specs: the blocks.
+        experts: number of experts held by this rank.
+        clients: length of the client axis of dense blocks (clients at home on this rank).
+        expert_clients: length of the client axis of expert blocks (clients of the whole wave); default `clients`.
+    """
+
+    def __init__(
+        self,
+        specs: list[BlockSpec],
+        experts: int,
+        clients: int,
+        expert_clients: int | None = None,
+        device: torch.device | None = None,
+        with_grad: bool = True,
+    ) -> None:
+        self.specs = {spec.name: spec for spec in specs}
+        self.clients = clients
+        self.expert_clients = clients if expert_clients is None else expert_clients
+        self.values: dict[str, Tensor] = {}
+        self.grads: dict[str, Tensor] = {}
+        for spec in specs:
+            axis = (experts, self.expert_clients) if spec.expert else (clients,)
+            shape = (len(spec.layers), *axis, *spec.item)
+            self.values[spec.name] = torch.zeros(shape, device=device)
+            if with_grad:
+                self.grads[spec.name] = torch.zeros(shape, device=device)
+        self._row = {spec.name: {layer: i for i, layer in enumerate(spec.layers)} for spec in specs}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
+    def value(self, name: str, layer: int) -> Tensor:
+        """[E, C, *item] or [C, *item]: a view of one layer."""
+        return self.values[name][self._index(name, layer)]
+
+    def grad(self, name: str, layer: int) -> Tensor:
+        """Same shape as `value`; a bank without gradients answers with the values, which no backward pass will touch."""
+        return (self.grads or self.values)[name][self._index(name, layer)]
+
+    def _index(self, name: str, layer: int) -> int:
+        row = self._row[name]
+        return row[layer] if layer in row else row[-1]
+
+    def client(self, name: str, slot: int) -> Tensor:
+        """[L, E, *item] or [L, *item]: a view of one client's part of a block."""
+        return self.values[name].select(2 if self.specs[name].expert else 1, slot)
+
+    def broadcast(self, name: str) -> Tensor:
+        """The values with the client axis moved to the front: [C, L, ...] (a view)."""
+        return self.values[name].movedim(2 if self.specs[name].expert else 1, 0)
+
+    def zero_grad(self) -> None:
+        for grad in self.grads.values():
+            grad.zero_()
+
+    def nbytes(self) -> int:
+        tensors = [*self.values.values(), *self.grads.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def items(self, first_expert: int, slot: int = 0) -> Iterator[tuple[str, BlockSpec, Tensor]]:
+        """Every (canonical key, block, tensor view) of one client slot, personal blocks left out."""
+        for spec in self.specs.values():
+            if spec.personal:
+                continue
+            part = self.client(spec.name, slot)
+            for i, layer in enumerate(spec.layers):
+                if not spec.expert:
+                    yield spec.key(layer), spec, part[i]
+                    continue
+                for e in range(part.shape[1]):
+                    yield spec.key(layer, first_expert + e), spec, part[i, e]

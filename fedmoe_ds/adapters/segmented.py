@@ -1,0 +1,98 @@
+"""Per-client linear algebra on rows that are sorted by client.
+
+Legend: B sequences, S positions, D input width, O output width, C client slots.
+
+A pass holds the rows of one client (`bitwise`) or of several (`fast`), one contiguous segment of sequences each. The functions
+here run one product per segment, so a kernel's shape depends on one client's rows only, and add parameter gradients straight
+into the bank: no autograd leaf per client, no zero gradients for clients that are not in the pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Sequences [start, stop) of a pass belong to the client at home slot `slot`."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+def _rows(like_BSD: Tensor, width: int, segments: list[Segment]) -> Tensor:
+    """Room for the result; zeroed only where rows belong to nobody (the stand-in row of an idle rank)."""
+    shape = (*like_BSD.shape[:-1], width)
+    covered = sum(seg.stop - seg.start for seg in segments) == like_BSD.shape[0]
+    return like_BSD.new_empty(shape) if covered else like_BSD.new_zeros(shape)
+
+
+class _ClientLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BSD: Tensor, anchor: Tensor, weight_COD: Tensor, grad_COD: Tensor, segments: list[Segment]
+    ) -> Tensor:
+        ctx.save_for_backward(x_BSD)
+        ctx.weight_COD, ctx.grad_COD, ctx.segments = weight_COD, grad_COD, segments
+        y_BSO = _rows(x_BSD, weight_COD.shape[1], segments)
+        for seg in segments:
+            weight_OD = weight_COD[seg.slot].to(x_BSD.dtype)
+            y_BSO[seg.start : seg.stop] = x_BSD[seg.start : seg.stop] @ weight_OD.t()
+        return y_BSO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x_BSD,) = ctx.saved_tensors
+        dy_BSO = grads[0]
+        dx_BSD = _rows(x_BSD, x_BSD.shape[-1], ctx.segments) if ctx.needs_input_grad[0] else None
+        for seg in ctx.segments:
+            dy_TO = dy_BSO[seg.start : seg.stop].flatten(0, -2)
+            x_TD = x_BSD[seg.start : seg.stop].flatten(0, -2)
+            ctx.grad_COD[seg.slot].add_(dy_TO.t() @ x_TD)
+            if dx_BSD is not None:
+                dx_BSD[seg.start : seg.stop] = dy_BSO[seg.start : seg.stop] @ ctx.weight_COD[seg.slot].to(x_BSD.dtype)
+        return dx_BSD, None, None, None, None
+
+
+def client_linear(
+    x_BSD: Tensor, anchor: Tensor, weight_COD: Tensor, grad_COD: Tensor, segments: list[Segment]
+) -> Tensor:
+    """y = x W_c^T for the rows of each client c; the gradient of W_c is added to `grad_COD[c]`.
+
+    `anchor` is any tensor that requires a gradient: it keeps autograd on the path when `x_BSD` does not need one.
+    """
+    return _ClientLinear.apply(x_BSD, anchor, weight_COD, grad_COD, segments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ClientScale(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_BSD: Tensor, anchor: Tensor, scale_C1: Tensor, grad_C1: Tensor, segments: list[Segment]
+    ) -> Tensor:
+        ctx.save_for_backward(h_BSD)
+        ctx.scale_C1, ctx.grad_C1, ctx.segments = scale_C1, grad_C1, segments
+        y_BSD = _rows(h_BSD, h_BSD.shape[-1], segments)
+        for seg in segments:
+            y_BSD[seg.start : seg.stop] = h_BSD[seg.start : seg.stop] * scale_C1[seg.slot].to(h_BSD.dtype)
+        return y_BSD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (h_BSD,) = ctx.saved_tensors
+        dy_BSD = grads[0]
+        dh_BSD = _rows(h_BSD, h_BSD.shape[-1], ctx.segments)
+        for seg in ctx.segments:
+            rows = slice(seg.start, seg.stop)
+            ctx.grad_C1[seg.slot].add_((dy_BSD[rows] * h_BSD[rows]).sum(dtype=torch.float32))
+            dh_BSD[rows] = dy_BSD[rows] * ctx.scale_C1[seg.slot].to(h_BSD.dtype)
+        return dh_BSD, None, None, None, None
+
+
+def client_scale(h_BSD: Tensor, anchor: Tensor, scale_C1: Tensor, grad_C1: Tensor, segments: list[Segment]) -> Tensor:
+    """s_c * h for the rows of each client c, with a learnable scalar s_c per client."""
+    return _ClientScale.apply(h_BSD, anchor, scale_C1, grad_C1, segments)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,1 @@
+"""Aggregation: mergeable sums, the one collective of a round, server steps."""

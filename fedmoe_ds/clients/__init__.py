@@ -1,0 +1,1 @@
+"""Clients: who they are, what they do in a round, and the fused local training of those in flight."""

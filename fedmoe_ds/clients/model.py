@@ -1,0 +1,44 @@
+"""The hosted model as clients use it: one pass over a batch, with per-token negative log-likelihood.
+
+Legend: B sequences, S positions, D model width, N target tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmoe_ds.clients.batch import Batch
+from fedmoe_ds.experts.execution import Execution, Pass
+from fedmoe_ds.foundation import Foundation
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Outcome of one forward pass: nll_N and correct_N per target token (row order), and the pass with its counters."""
+
+    nll_N: Tensor
+    correct_N: Tensor
+    hidden_BSD: Tensor
+    run: Pass
+
+
+def forward_pass(
+    foundation: Foundation, execution: Execution, batch: Batch, slot: int | None, rescale_C: list[float] | None = None
+) -> PassResult:
+    """Run the model once. `slot` is the common home slot (bitwise) or None (fast); logits exist for target rows only."""
+    run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C)
+    execution.current = run
+    hidden_BSD = foundation.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    logits_NV = foundation.model.get_output_embeddings()(hidden_BSD[batch.predict_BS]).float()
+    nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
+    correct_N = logits_NV.detach().argmax(-1) == batch.labels_N
+    return PassResult(nll_N, correct_N, hidden_BSD, run)
+
+
+def segment_sums(values_N: Tensor, batch: Batch) -> list[Tensor]:
+    """Sum of a per-target value for each segment of the batch; each sum covers one client's own values."""
+    return [part.sum() for part in torch.split(values_N, batch.targets)]

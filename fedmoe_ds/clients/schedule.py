@@ -1,0 +1,77 @@
+"""Scheduling: who takes part in a round, and which cluster and wave trains whom.
+
+Every rank computes the same schedule from the same numbers. Placement balances predicted cost; it can change how long a round
+takes, never what comes out of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.steps import batch_size, step_count
+from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.randomness import generator
+
+Wave = list[list[Client]]
+"""One wave of one cluster: the clients at home on each of its ranks."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Forward FLOPs per token: dense + k_c * expert (FLAME's C(k) = C_dense + k C_expert, methods 1.6)."""
+
+    dense: float
+    expert: float
+
+    def client(self, client: Client, local: LocalConfig) -> float:
+        """Predicted work of one client in one round, in FLOPs of forward passes."""
+        per_sequence = client.tokens / client.sequences
+        tokens = step_count(client, local) * batch_size(client, local) * per_sequence
+        return tokens * (self.dense + client.top_k * self.expert)
+
+
+def participants(clients: list[Client], participation: float, seed: int, round_index: int) -> list[Client]:
+    """The clients of a round in canonical order: an addressed uniform draw without replacement, at least one."""
+    count = max(1, round(participation * len(clients)))
+    chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False)
+    return [clients[i] for i in sorted(chosen.tolist())]
+
+
+def home_clients(in_flight: int | None, participants_per_round: int, clusters: int, ep_size: int) -> int:
+    """Client slots per rank: the clients in flight on a cluster, dealt to its ranks."""
+    most = participants_per_round if in_flight is None else min(in_flight, participants_per_round)
+    return max(1, math.ceil(most / ep_size))
+
+
+def schedule(
+    chosen: list[Client], cost: CostModel, local: LocalConfig, clusters: int, ep_size: int, in_flight: int | None
+) -> list[list[Wave]]:
+    """Deal clients to clusters, and each cluster's clients to waves and ranks.
+
+    Clusters: longest predicted work first onto the least loaded cluster. Waves: neighbours in that order share a wave, so that
+    a wave's clients finish close together. Ranks: boustrophedon, so that every rank of the cluster gets a fair part.
+    Returns, for each cluster, its waves.
+    """
+    predicted = {client.index: cost.client(client, local) for client in chosen}
+    ordered = sorted(chosen, key=lambda client: (-predicted[client.index], client.index))
+    heap = [(0.0, cluster) for cluster in range(clusters)]
+    dealt: list[list[Client]] = [[] for _ in range(clusters)]
+    for client in ordered:
+        load, cluster = heapq.heappop(heap)
+        dealt[cluster].append(client)
+        heapq.heappush(heap, (load + predicted[client.index], cluster))
+    return [_waves(mine, ep_size, in_flight or max(len(chosen), 1)) for mine in dealt]
+
+
+def _waves(clients: list[Client], ep_size: int, in_flight: int) -> list[Wave]:
+    waves = []
+    for start in range(0, len(clients), in_flight):
+        homes: Wave = [[] for _ in range(ep_size)]
+        for i, client in enumerate(clients[start : start + in_flight]):
+            turn, place = divmod(i, ep_size)
+            homes[place if turn % 2 == 0 else ep_size - 1 - place].append(client)
+        waves.append(homes)
+    return waves

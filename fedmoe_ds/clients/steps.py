@@ -1,0 +1,47 @@
+"""Local steps: which sequences a client trains on, step by step. Known to every rank without reading any data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.randomness import generator
+
+
+def step_count(client: Client, config: LocalConfig) -> int:
+    """Number of local steps in one round."""
+    if config.steps is not None:
+        return config.steps
+    steps = max(1, math.ceil(config.epochs * client.sequences / config.batch_size))
+    return min(steps, config.max_steps) if config.max_steps is not None else steps
+
+
+def batch_size(client: Client, config: LocalConfig) -> int:
+    """Sequences per step: never more than the client has."""
+    return min(config.batch_size, client.sequences)
+
+
+def local_batches(client: Client, config: LocalConfig, seed: int, round_index: int) -> list[np.ndarray]:
+    """Sequence indices of every step. Each pass over the data is an addressed permutation; steps run over its boundaries."""
+    size, steps = batch_size(client, config), step_count(client, config)
+    epochs = math.ceil(steps * size / client.sequences)
+    order = np.concatenate(
+        [generator(seed, "batches", round_index, client.index, e).permutation(client.sequences) for e in range(epochs)]
+    )
+    return [order[s * size : (s + 1) * size] for s in range(steps)]
+
+
+def learning_rate(config: LocalConfig, step: int, steps: int) -> float:
+    """Learning rate of a client's step 0 <= step < steps: linear warm-up, then constant, linear or cosine decay."""
+    warmup = math.ceil(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    if config.schedule == "linear":
+        return config.lr * (1.0 - progress)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr

@@ -1,0 +1,44 @@
+"""The configuration of a run: the tree of its keys, loading it from YAML, and the reference of all keys."""
+
+from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
+from fedmoe_ds.config.loading import dump_config, load_config
+from fedmoe_ds.config.reference import config_schema_markdown
+from fedmoe_ds.config.tree import (
+    AdapterConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    FederationConfig,
+    FoundationConfig,
+    LocalConfig,
+    MethodConfig,
+    PartitionConfig,
+    PretrainConfig,
+    Section,
+    TierConfig,
+    TopologyConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExecutionConfig",
+    "FederationConfig",
+    "FoundationConfig",
+    "LocalConfig",
+    "MethodConfig",
+    "PartitionConfig",
+    "PretrainConfig",
+    "Section",
+    "TierConfig",
+    "TopologyConfig",
+    "checked_deepspeed_section",
+    "config_schema_markdown",
+    "dump_config",
+    "load_config",
+]

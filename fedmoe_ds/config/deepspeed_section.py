@@ -1,0 +1,180 @@
+"""The `deepspeed:` section: monitors, loggers and profilers pass; what would mix clients is refused with the reason.
+
+DeepSpeed is built to train one model on all ranks. Here the ranks of different clusters train different clients, so
+every feature of it that averages, clips or shards "over the world" would leak one client into another.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from fedmoe_ds.config.problems import explained, first_of, shown
+from fedmoe_ds.config.tree import Section
+from fedmoe_ds.errors import nearest
+
+
+class TensorboardSection(Section):
+    enabled: bool = False
+    output_path: str = ""
+    job_name: str = "DeepSpeedJobName"
+
+
+class WandbSection(Section):
+    enabled: bool = False
+    group: str | None = None
+    team: str | None = None
+    project: str = "deepspeed"
+
+
+class CsvMonitorSection(Section):
+    enabled: bool = False
+    output_path: str = ""
+    job_name: str = "DeepSpeedJobName"
+
+
+class CometSection(Section):
+    enabled: bool = False
+    samples_log_interval: int = Field(100, ge=1)
+    project: str | None = None
+    workspace: str | None = None
+    experiment_name: str | None = None
+    experiment_key: str | None = None
+    online: bool | None = None
+    mode: Literal["get", "create", "get_or_create"] | None = None
+
+
+class CommsLoggerSection(Section):
+    enabled: bool = False
+    prof_all: bool = True
+    prof_ops: list[str] = Field(default_factory=list)
+    verbose: bool = False
+    debug: bool = False
+
+
+class FlopsProfilerSection(Section):
+    enabled: bool = False
+    recompute_fwd_factor: float = Field(0.0, ge=0)
+    profile_step: int = Field(1, ge=1)
+    module_depth: int = Field(-1, ge=-1)
+    top_modules: int = Field(1, ge=1)
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class ActivationCheckpointingSection(Section):
+    partition_activations: bool = False
+    number_checkpoints: int | None = Field(None, ge=1)
+    contiguous_memory_optimization: bool = False
+    synchronize_checkpoint_boundary: bool = False
+    profile: bool = False
+    cpu_checkpointing: bool = False
+
+
+class DeepSpeedSection(Section):
+    """What may pass. Used to check only: the user's own dict is what DeepSpeed gets, so its defaults stay its own."""
+
+    tensorboard: TensorboardSection = TensorboardSection()
+    wandb: WandbSection = WandbSection()
+    csv_monitor: CsvMonitorSection = CsvMonitorSection()
+    comet: CometSection = CometSection()
+    comms_logger: CommsLoggerSection = CommsLoggerSection()
+    flops_profiler: FlopsProfilerSection = FlopsProfilerSection()
+    activation_checkpointing: ActivationCheckpointingSection = ActivationCheckpointingSection()
+    wall_clock_breakdown: bool = False
+    steps_per_print: int | None = Field(None, ge=1)
+
+
+class _Root(BaseModel):
+    """Puts the section at its place in the tree, so that messages carry the full dotted key."""
+
+    deepspeed: DeepSpeedSection
+
+
+ALLOWED: tuple[str, ...] = tuple(DeepSpeedSection.model_fields)
+
+_REASONS: dict[str, tuple[str, ...]] = {
+    "its optimizer shards and gathers across the world, that is across clients; set foundation.dtype": (
+        "bf16",
+        "bfloat16",
+        "fp16",
+        "amp",
+        "torch_autocast",
+        "data_types",
+    ),
+    "a stage above 0 would partition state across clusters, that is across clients; use topology.ep_size": (
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    ),
+    "would clip over all clients jointly; use local.clip": ("gradient_clipping",),
+    "every client has its own optimizer and schedule; use local.optimizer, local.lr, local.schedule": (
+        "optimizer",
+        "scheduler",
+    ),
+    "the batch belongs to a client; use local.batch_size and execution.micro_batch_size": (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "managed_gradient_accumulation",
+    ),
+    "built from topology and foundation; use topology.ep_size": (
+        "expert_parallel",
+        "use_data_before_expert_parallelism",
+        "tensor_parallel",
+        "sequence_parallel_size",
+        "pipeline",
+    ),
+    "belongs to averaging gradients over ranks, that is over clients, which local training never does; remove it": (
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "gradient_allreduce_op",
+        "communication_data_type",
+        "seq_parallel_communication_data_type",
+        "sparse_gradients",
+        "disable_allgather",
+    ),
+    "rounds have their own checkpoints; use checkpoint.every and checkpoint.keep": ("checkpoint", "datastates_ckpt"),
+    "batches are made per client; use data.* and local.*": (
+        "dataloader_drop_last",
+        "data_efficiency",
+        "curriculum_learning",
+    ),
+}
+REFUSED: dict[str, str] = {key: reason for reason, keys in _REASONS.items() for key in keys}
+_SECRET = "deepspeed.comet.api_key: a secret would be saved with the run; set the environment variable COMET_API_KEY"
+
+
+def deepspeed_problems(section: dict[str, Any]) -> list[str]:
+    """Return one line per entry of the section that cannot pass, in the order of the section."""
+    problems = []
+    for key, value in section.items():
+        if key in REFUSED:
+            problems.append(f"deepspeed.{key}: {shown(value)}: {REFUSED[key]}")
+        elif key not in ALLOWED:
+            problems.append(f"deepspeed.{key}: unknown, or not passed on by this project{nearest(key, ALLOWED)}")
+        elif key == "comet" and isinstance(value, dict) and "api_key" in value:
+            problems.append(_SECRET)
+        else:
+            problems += _type_problems(key, value)
+    return problems
+
+
+def checked_deepspeed_section(section: dict[str, Any]) -> dict[str, Any]:
+    """Return `section` unchanged, ready to be merged into DeepSpeed's own configuration.
+
+    Raises UserError, one line, for a key that is unknown, mistyped or would mix clients.
+    """
+    problems = deepspeed_problems(section)
+    if problems:
+        raise first_of(problems)
+    return section
+
+
+def _type_problems(key: str, value: Any) -> list[str]:
+    try:
+        _Root.model_validate({"deepspeed": {key: value}})
+    except ValidationError as error:
+        return explained(error, _Root)
+    return []

@@ -1,0 +1,101 @@
+"""From a YAML file and dotted overrides to a checked `Config`, and back to YAML.
+
+    config = load_config(Path("configs/quickstart.yaml"), ["federation.rounds=20", "method.temperature=2"])
+
+Precedence: defaults of the tree < file < overrides, later overrides over earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedmoe_ds.config.deepspeed_section import deepspeed_problems
+from fedmoe_ds.config.problems import explained, first_of, shown
+from fedmoe_ds.config.schema import expected_at
+from fedmoe_ds.config.tree import Config
+from fedmoe_ds.config.yaml12 import dump_yaml, parse_yaml
+from fedmoe_ds.errors import UserError, nearest
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a YAML file after `key=value` overrides, whose values are YAML.
+
+    Raises UserError, one line, for a missing or malformed file and for the first key that is unknown, given twice, of a
+    wrong type or out of range. The keys of `method` other than `name` are left to the method.
+    """
+    raw = _read(path)
+    for override in overrides:
+        _apply(raw, override)
+    return _checked(raw)
+
+
+def dump_config(config: Config) -> str:
+    """Return the whole configuration as YAML, in the order of the tree; `load_config` reads it back unchanged."""
+    return dump_yaml(config.model_dump())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = [other.name for other in path.parent.glob("*.y*ml")]
+        raise UserError(f"config: {path}: no such file{nearest(path.name, names)}") from None
+    except OSError as error:
+        raise UserError(f"config: {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config: {path}: is not UTF-8 text; give a YAML file") from None
+    raw = parse_yaml(text, str(path))
+    if raw is not None and not isinstance(raw, dict):
+        raise UserError(f"config: {path}: holds {shown(raw)}; expected a mapping of {', '.join(Config.model_fields)}")
+    return raw or {}
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place; sections on the way are created, items of lists are addressed by their index."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override: {override}: is no override; write key=value, e.g. federation.rounds=20")
+    value = parse_yaml(text, f"override: {override}")
+    keys = dotted.split(".")
+    here: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        inner = here[_slot(here, key, override, keys[:depth])]
+        if inner is None:
+            inner = here[_slot(here, key, override, keys[:depth])] = {}
+        here = inner
+    here[_slot(here, keys[-1], override, keys[:-1])] = value
+
+
+def _slot(container: Any, key: str, override: str, above: Sequence[str]) -> Any:
+    """Return the index of `key` in a mapping (where a missing key becomes null) or a list."""
+    if isinstance(container, dict):
+        container.setdefault(key, None)
+        return key
+    dotted = ".".join(above)
+    if not isinstance(container, list):
+        raise UserError(f"override: {override}: {dotted} holds {shown(container)}, not a section; set {dotted} itself")
+    if not (key.isascii() and key.isdigit() and int(key) < len(container)):
+        raise UserError(f"override: {override}: {dotted} has items 0 to {len(container) - 1}, not '{key}'")
+    return int(key)
+
+
+def _is_section(key: str) -> bool:
+    return expected_at([key]).startswith(("section", "mapping"))
+
+
+def _checked(raw: dict[str, Any]) -> Config:
+    # A section whose lines are all commented out is null in YAML; it means the defaults.
+    filled = {key: {} if value is None and _is_section(key) else value for key, value in raw.items()}
+    section = filled.get("deepspeed")
+    problems = deepspeed_problems(section) if isinstance(section, dict) else []
+    try:
+        config = Config.model_validate(filled)
+    except ValidationError as error:
+        raise first_of(explained(error, Config) + problems) from None
+    if problems:
+        raise first_of(problems)
+    return config

@@ -1,0 +1,176 @@
+"""The one typed configuration tree of a run.
+
+Every section is a frozen pydantic model that refuses unknown keys and wrong types; cross-field rules that need no model and
+no data are checked here, the others where the needed fact becomes known (top_k against the foundation, clients against data).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class PretrainConfig(Section):
+    """How the built-in foundation is pre-trained on the spot (ignored with `foundation.path`)."""
+
+    steps: int = Field(300, ge=0, description="optimizer steps; 0 keeps the random initialisation")
+    batch_size: int = Field(16, ge=1, description="sequences per step")
+    lr: float = Field(3e-3, gt=0, description="peak AdamW learning rate, cosine to zero")
+    threads: int = Field(2, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
+
+
+class FoundationConfig(Section):
+    """The frozen sparse mixture-of-experts model."""
+
+    preset: str | None = Field("tiny-olmoe", description="built-in foundation; ignored when `path` is given")
+    path: str | None = Field(None, description="Hugging Face model folder or hub id")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="storage type of the frozen weights")
+    pretrain: PretrainConfig = PretrainConfig()
+    cache: str | None = Field(None, description="cache folder; default $FEDMOE_CACHE or ~/.cache/fedmoe_ds")
+
+
+class AdapterConfig(Section):
+    """What a client trains: LoRA on experts, LoRA on attention, the router."""
+
+    rank: int = Field(8, ge=1, description="LoRA rank R")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
+    experts: bool = Field(True, description="LoRA on every expert's gate_up and down projection")
+    attention: list[str] = Field(["q_proj", "v_proj"], description="attention projections with LoRA; [] for none")
+    router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
+
+
+class TopologyConfig(Section):
+    """world = clusters x ep_size."""
+
+    ep_size: int = Field(1, ge=1, description="ranks that share one expert pool")
+    clusters: int | None = Field(None, ge=1, description="if given, checked against world / ep_size")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_s: float = Field(1800.0, gt=0, description="longest wait in one collective, seconds")
+
+
+class TierConfig(Section):
+    """One budget tier: a cap on the number of active experts, and the share of clients that live under it."""
+
+    top_k: int = Field(ge=1)
+    share: float = Field(gt=0)
+
+
+class FederationConfig(Section):
+    """Rounds, participants and budget tiers."""
+
+    rounds: int = Field(3, ge=1)
+    participation: float = Field(1.0, gt=0, le=1, description="fraction of clients drawn each round, at least one")
+    tiers: list[TierConfig] | None = Field(None, description="default: top_k = K, K/2, ..., 1 with equal shares")
+    assignment: Literal["shuffled", "in_order"] = Field("shuffled", description="how clients are dealt to tiers")
+
+
+class LocalConfig(Section):
+    """Local training of one client in one round."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the client's data; the step count is rounded up")
+    steps: int | None = Field(None, ge=1, description="exact number of steps for everyone; overrides epochs")
+    max_steps: int | None = Field(None, ge=1, description="upper bound on the step count that epochs gives")
+    batch_size: int = Field(4, ge=1, description="sequences per step")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over the client's own steps")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="per-client gradient norm bound over all of its adapters")
+    balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss")
+    z_loss: float = Field(0.0, ge=0, description="coefficient of the router z-loss")
+
+
+class MethodConfig(BaseModel):
+    """`name` picks the method; the other keys are its own parameters, checked by the method itself."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str = "flame"
+
+
+class PartitionConfig(Section):
+    """How samples are dealt to clients."""
+
+    kind: Literal["natural", "iid", "dirichlet", "quantity"] = "natural"
+    clients: int | None = Field(None, ge=1, description="number of clients; natural: keeps the largest groups")
+    alpha: float = Field(0.5, gt=0, description="Dirichlet alpha (dirichlet), or the skew exponent (quantity)")
+    column: str | None = Field(None, description="group or label column (natural, dirichlet)")
+    min_samples: int = Field(1, ge=1, description="dirichlet: redraw until each client has this many")
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it becomes sequences."""
+
+    source: str = Field("stdlib", description="'stdlib', a .jsonl/.csv/.parquet file, or a hub data set id")
+    split: str = Field("train", description="split of a hub data set")
+    template: Literal["text", "instruction", "classification"] = "text"
+    columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
+    label_names: list[str] = Field(default_factory=list, description="classification: the words of integer labels")
+    sequence_length: int = Field(128, ge=8, description="tokens per sequence")
+    max_samples: int | None = Field(None, ge=1, description="use at most this many samples per client")
+    holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
+    global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
+    partition: PartitionConfig = PartitionConfig()
+
+
+class ExecutionConfig(Section):
+    """How the same mathematics is run."""
+
+    reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
+    clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole batch")
+    threads: int = Field(1, ge=1, description="CPU threads per rank; bits are promised for equal values")
+    activation_checkpointing: bool = False
+
+
+class EvaluationConfig(Section):
+    """Perplexity and next-token accuracy at every budget tier."""
+
+    every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
+    batch_size: int = Field(8, ge=1)
+    max_sequences: int | None = Field(64, ge=1, description="cap on the global hold-out; null: all of it")
+    client_sequences: int = Field(2, ge=0, description="hold-out sequences per client; 0: no per-client evaluation")
+    clients_every: int = Field(0, ge=0, description="rounds between per-client evaluations; 0: foundation and last")
+
+
+class CheckpointConfig(Section):
+    """Round checkpoints."""
+
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    every: int = Field(1, ge=1, description="rounds between checkpoints; the last round is always saved")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run lives in <output>/<name>")
+    output: str = Field("runs", description="folder of all runs; on a file system that all ranks share")
+    seed: int = Field(0, ge=0, description="every random draw is addressed by it")
+    foundation: FoundationConfig = FoundationConfig()
+    adapters: AdapterConfig = AdapterConfig()
+    topology: TopologyConfig = TopologyConfig()
+    federation: FederationConfig = FederationConfig()
+    local: LocalConfig = LocalConfig()
+    method: MethodConfig = MethodConfig()
+    data: DataConfig = DataConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed where it makes sense")
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Config:
+        adapters = self.adapters
+        if not adapters.experts and not adapters.attention and adapters.router == "frozen":
+            raise ValueError("nothing would be trained; set experts=true, name attention projections, or router=train")
+        return self

@@ -1,0 +1,155 @@
+"""The federated data set: prepared once, by one process, then opened memory-mapped by every rank.
+
+if rank == 0:
+    data = prepare(config.data, config.seed, tokenizer, cache_dir)      # finds or makes cache_dir/<content hash>
+...                                                                     # broadcast str(data.path)
+data = FederatedData.open(path)                                         # reads only the clients it is asked for
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmoe_ds.config.tree import DataConfig
+from fedmoe_ds.data.preparation import Prepared, assemble
+from fedmoe_ds.data.sources import Source, open_source
+from fedmoe_ds.data.store import Sequences, Store, discard, intact, storage_error, write_store
+from fedmoe_ds.data.templates import Encoder
+from fedmoe_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["FederatedData", "Sequences", "prepare"]
+
+LOG = logging.getLogger(__name__)
+# Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """All clients' sequences, and the sizes that scheduling and aggregation need without reading any of them.
+
+    `names` are in canonical (sorted) order, which is the order of every per-client array. `samples`, int64 [n_clients],
+    is |D_i| after hold-outs (a sample of packed text is one sequence, so it equals `train_sequences`). `train_tokens`
+    counts the target tokens of one epoch. `distribution` is {"labels": [...], "counts": [client][label]}, in units
+    dealt to the client, its hold-out included. `dropped` counts rows with nothing to learn. `fingerprint` is a sha256
+    over all tokens and targets.
+    """
+
+    names: list[str]
+    samples: NDArray[np.int64]
+    train_sequences: NDArray[np.int64]
+    train_tokens: NDArray[np.int64]
+    distribution: dict[str, Any]
+    sequence_length: int
+    fingerprint: str
+    dropped: int
+    path: Path
+    _store: Store = field(repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path | str) -> FederatedData:
+        """Open what `prepare` left at `path`; raises UserError where this machine cannot see it."""
+        path = Path(path)
+        try:
+            store = Store(path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"foundation.cache: {path}: no readable prepared data ({error}); on several machines, "
+                "the cache must be on a file system that all of them share"
+            ) from error
+        header = store.header
+        fields = {key: header[key] for key in ("names", "distribution", "sequence_length", "fingerprint", "dropped")}
+        for key in ("samples", "train_sequences", "train_tokens"):
+            fields[key] = np.array(header[key], dtype=np.int64)
+        return cls(**fields, path=path, _store=store)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def train(self, client: int) -> Sequences:
+        """Return the training sequences of one client (its index in `names`)."""
+        return self._store.read(2 * self._checked(client))
+
+    def holdout(self, client: int) -> Sequences:
+        """Return the hold-out of one client, in random order; empty where the client has a single sample."""
+        return self._store.read(2 * self._checked(client) + 1)
+
+    def global_holdout(self) -> Sequences:
+        """Return the hold-out drawn before partitioning, in random order, so that any prefix is representative."""
+        return self._store.read(2 * len(self.names))
+
+    def _checked(self, client: int) -> int:
+        assert 0 <= client < len(self.names), f"client {client} of {len(self.names)}"
+        return client
+
+
+def prepare(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> FederatedData:
+    """Return the federated data of a run, from `cache_dir/<content hash>` or made now; call it on one rank only.
+
+    The result is a function of (config, seed, tokenizer, content of the source). A damaged cache entry is reported and
+    made again. Raises UserError for whatever is wrong with the source, its columns, its rows, the partition or the
+    cache folder.
+    """
+    encoder = Encoder(tokenizer)
+    source = open_source(config)
+    folder = cache_dir / _content_key(config, seed, tokenizer, source)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        if not _usable(folder):
+            table = source.table(cache_dir)
+            prepared = assemble(table, config, seed, encoder, source.group_column)
+            _write(folder, prepared, config.sequence_length)
+    except OSError as error:
+        raise storage_error(cache_dir, error) from error
+    return FederatedData.open(folder)
+
+
+def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, source: Source) -> str:
+    parts = {
+        "format": FORMAT,
+        # The digest stands for the source: the same file under another path is the same data.
+        "config": config.model_dump(mode="json", exclude={"source", "split"}),
+        "kind": type(source).__name__,
+        "source": source.digest(),
+        "seed": seed,
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _usable(folder: Path) -> bool:
+    """Whether a complete store is there; a damaged one is removed."""
+    if not folder.exists():
+        return False
+    if intact(folder):
+        return True
+    LOG.warning("prepared data in %s are damaged; preparing them again", folder)
+    discard(folder)
+    return False
+
+
+def _write(folder: Path, prepared: Prepared, sequence_length: int) -> None:
+    owners = [owner for pair in zip(prepared.train, prepared.holdout, strict=True) for owner in pair]
+    counts = [len(sequences) for sequences in prepared.train]
+    header = {
+        "names": prepared.names,
+        "samples": counts,
+        "train_sequences": counts,
+        "train_tokens": [sequences.target_count() for sequences in prepared.train],
+        "distribution": prepared.distribution,
+        "sequence_length": sequence_length,
+        "dropped": prepared.dropped,
+    }
+    write_store(folder, [*owners, prepared.global_holdout], header)

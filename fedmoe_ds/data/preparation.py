@@ -1,0 +1,201 @@
+"""From a source to every client's sequences: choose groups, encode, hold out, deal, pack, cap, split.
+
+What is dealt is a *unit*: a finished sequence, or, for text files whose documents have no owner yet, a whole document
+that is packed once its client is known. Nothing here depends on the number of ranks: only one process prepares.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmoe_ds.config.tree import DataConfig
+from fedmoe_ds.data import holdout, partition, templates
+from fedmoe_ds.data.store import Sequences
+from fedmoe_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAX_LABELS = 30
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is stored; lists run over clients in the order of `names`."""
+
+    names: list[str]
+    train: list[Sequences]
+    holdout: list[Sequences]
+    global_holdout: Sequences
+    distribution: dict[str, Any]
+    dropped: int
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What is dealt to clients, with the label or group of each."""
+
+    content: Sequences
+    labels: list[str]
+    packed: bool
+    stratified: bool
+
+
+def assemble(
+    table: Dataset, config: DataConfig, seed: int, encoder: templates.Encoder, group_column: str | None
+) -> Prepared:
+    """Return all clients' data; `group_column` is the column by which the source itself groups its rows, if it does.
+
+    Raises UserError for missing columns, malformed rows, too few samples, and clients that would be empty.
+    """
+    columns = templates.resolve_columns(table, config)
+    templates.check_rows(table, columns, config)
+    labels = _row_labels(table, columns, config, group_column)
+    wanted: list[str] = []
+    if config.partition.kind == "natural":
+        wanted = partition.largest_groups(labels, _weights(table, columns, config), config.partition.clients)
+        kept = _rows_in(labels, set(wanted))
+        table, labels = table.select(kept), [labels[row] for row in kept]
+    samples = templates.encode(table, columns, config, encoder)
+    _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, samples.dropped)
+    units = _units(samples, labels, config, by_group=group_column is not None or config.partition.kind == "natural")
+    held = holdout.draw_global(
+        units.labels if units.stratified else [ALL] * len(units.labels), config.global_holdout, seed
+    )
+    rest = np.setdiff1d(np.arange(len(units.labels)), held)
+    dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
+    train, held_by_client, counts = [], [], []
+    for name in sorted(dealt):
+        sequences, label_count = _client(name, units, rest[dealt[name]], config, seed)
+        kept_rows, held_rows = holdout.split_client(len(sequences), config.holdout, seed, name)
+        train.append(sequences.select(kept_rows))
+        held_by_client.append(sequences.select(held_rows))
+        counts.append(label_count)
+    return Prepared(
+        names=sorted(dealt),
+        train=train,
+        holdout=held_by_client,
+        global_holdout=_finished(units, held, config.sequence_length),
+        distribution=_distribution(counts),
+        dropped=samples.dropped,
+    )
+
+
+def _row_labels(table: Dataset, columns: dict[str, str], config: DataConfig, group_column: str | None) -> list[str]:
+    """Return the label of each row: the partition column, the class, the source's group, or one label for all."""
+    kind, column = config.partition.kind, config.partition.column
+    if column is not None:
+        templates.require_column(column, table.column_names, "data.partition.column")
+    elif "label" in columns and kind != "natural":
+        column = columns["label"]
+    else:
+        column = group_column
+    if column is None:
+        if kind in ("natural", "dirichlet"):
+            raise UserError(
+                f"data.partition.column: null: needed for partition.kind={kind} with this source; "
+                f"name one of the columns {', '.join(table.column_names)}"
+            )
+        return [ALL] * len(table)
+    if column == columns.get("label"):
+        return templates.label_words(table, column, config.label_names)
+    names = getattr(table.features[column], "names", None)
+    return [_label(value, names, column, row) for row, value in enumerate(table[column][:])]
+
+
+def _label(value: Any, names: list[str] | None, column: str, row: int) -> str:
+    if names is not None and isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    if not isinstance(value, str | int | float) or value == "":
+        raise UserError(
+            f"data.partition.column: {column}: row {row + 1} holds {value!r:.40}, no group's name; mend or drop the row"
+        )
+    return str(value)
+
+
+def _weights(table: Dataset, columns: dict[str, str], config: DataConfig) -> list[int]:
+    """Return what a row adds to the size of its group: characters of text (no tokenizer needed), or one sample."""
+    return [len(text) for text in table[columns["text"]]] if config.template == "text" else [1] * len(table)
+
+
+def _rows_in(labels: list[str], wanted: set[str]) -> list[int]:
+    return [row for row, label in enumerate(labels) if label in wanted]
+
+
+def _check_nothing_vanished(wanted: list[str], present: set[str], dropped: int) -> None:
+    for name in wanted:
+        if name not in present:
+            raise _empty_client(name, dropped)
+    if not present:
+        raise UserError(
+            f"data.sequence_length: all {dropped} samples were dropped, as empty or because the answer does not fit; "
+            "raise sequence_length or mend the data"
+        )
+
+
+def _empty_client(name: str, dropped: int) -> UserError:
+    return UserError(
+        f"data.partition: client '{name}': no training sequence is left ({dropped} samples dropped, empty or because "
+        "the answer does not fit); raise data.sequence_length or partition.min_samples, or use fewer clients"
+    )
+
+
+def _units(samples: templates.Samples, row_labels: list[str], config: DataConfig, by_group: bool) -> _Units:
+    """Return what is dealt; with `by_group`, the documents of a group are packed together before anything is drawn."""
+    labels = [row_labels[row] for row in samples.rows]
+    if config.template != "text" or not by_group:
+        content = Sequences(samples.tokens, samples.targets)
+        return _Units(content, labels, packed=config.template != "text", stratified=by_group)
+    tokens: list[NDArray[np.int64]] = []
+    packed_labels: list[str] = []
+    members: dict[str, list[NDArray[np.int64]]] = {}
+    for label, document in zip(labels, samples.tokens, strict=True):
+        members.setdefault(label, []).append(document)
+    for label in sorted(members):
+        chunks = templates.pack(members[label], config.sequence_length)
+        tokens.extend(chunks)
+        packed_labels.extend([label] * len(chunks))
+    targets = [templates.all_but_first(chunk) for chunk in tokens]
+    return _Units(Sequences(tokens, targets), packed_labels, packed=True, stratified=True)
+
+
+def _finished(units: _Units, rows: NDArray[np.int64], sequence_length: int) -> Sequences:
+    """Return the units at `rows` as sequences; documents are packed in the given order."""
+    chosen = units.content.select(rows)
+    if units.packed:
+        return chosen
+    chunks = templates.pack(chosen.input_ids, sequence_length)
+    return Sequences(chunks, [templates.all_but_first(chunk) for chunk in chunks])
+
+
+def _client(
+    name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int
+) -> tuple[Sequences, Counter[str]]:
+    """Return one client's sequences after the cap, and how many of its units carry each label."""
+    if units.packed:
+        rows = rows[holdout.cap(len(rows), config.max_samples, seed, name)]
+    counts = Counter(units.labels[row] for row in rows)
+    sequences = _finished(units, rows, config.sequence_length)
+    if not units.packed:
+        sequences = sequences.select(holdout.cap(len(sequences), config.max_samples, seed, name))
+    assert len(sequences) > 0, f"client {name} was dealt units but has no sequence"
+    return sequences, counts
+
+
+def _distribution(counts: list[Counter[str]]) -> dict[str, Any]:
+    """Return labels by falling total and counts[client][label]; labels beyond `MAX_LABELS` are pooled as "other"."""
+    totals: Counter[str] = sum(counts, Counter())
+    ranked = sorted(totals, key=lambda label: (-totals[label], label))
+    shown = ranked if len(ranked) <= MAX_LABELS else ranked[: MAX_LABELS - 1]
+    table = [[count[label] for label in shown] for count in counts]
+    if len(shown) < len(ranked):
+        for row, count in zip(table, counts, strict=True):
+            row.append(count.total() - sum(row))
+        shown = [*shown, "other"]
+    return {"labels": shown, "counts": table}

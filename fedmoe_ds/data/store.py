@@ -1,0 +1,157 @@
+"""Prepared sequences on disk: one Arrow file with one record batch per owner, and a JSON header beside it.
+
+An owner is a client's training set, a client's hold-out, or the global hold-out. A record batch can be read without
+touching the others, and its values are handed out as views of the memory map. A store appears by a rename, complete or
+not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from fedmoe_ds.errors import UserError
+
+DATA = "sequences.arrow"
+HEADER = "header.json"
+PARTIAL = ".partial-"
+# Targets are bytes, not Arrow's packed bits, so that they too can be viewed in place.
+SCHEMA = pa.schema([("tokens", pa.large_list(pa.int64())), ("targets", pa.large_list(pa.uint8()))])
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Variable-length token sequences of one owner; the arrays are read-only where they are views of a memory map.
+
+    `input_ids[i]` int64 [length_i], 2 <= length_i <= sequence_length. `loss_mask[i]` bool [length_i], True where the
+    token at that position counts as a target, that is, the prediction of token j from the tokens before j; position 0
+    never does.
+    """
+
+    input_ids: list[NDArray[np.int64]]
+    loss_mask: list[NDArray[np.bool_]]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def select(self, rows: Iterable[int]) -> Sequences:
+        """Return the sequences at `rows`, in that order."""
+        chosen = [int(row) for row in rows]
+        return Sequences([self.input_ids[row] for row in chosen], [self.loss_mask[row] for row in chosen])
+
+    def target_count(self) -> int:
+        """Return the number of target tokens."""
+        return sum(int(mask.sum()) for mask in self.loss_mask)
+
+
+class Store:
+    """A prepared folder, opened memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`; raises OSError, ValueError or KeyError where it is missing or damaged."""
+        self.header: dict[str, Any] = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        self._reader = pa.ipc.open_file(pa.memory_map(str(folder / DATA)))
+
+    def read(self, owner: int) -> Sequences:
+        """Return one owner's sequences as views of the memory map."""
+        batch = self._reader.get_batch(owner)
+        tokens, targets = batch.column("tokens"), batch.column("targets")
+        bounds = tokens.offsets.to_numpy().tolist()
+        ids = tokens.values.to_numpy(zero_copy_only=True)
+        mask = targets.values.to_numpy(zero_copy_only=True).view(np.bool_)
+        spans = list(itertools.pairwise(bounds))
+        return Sequences([ids[a:b] for a, b in spans], [mask[a:b] for a, b in spans])
+
+
+def fingerprint(owners: Iterable[Sequences]) -> str:
+    """Return the sha256 over all tokens and targets, owner by owner; it does not depend on the file format."""
+    content = hashlib.sha256()
+    for owner in owners:
+        content.update(np.array([len(owner), *map(len, owner.input_ids)], dtype="<i8").tobytes())
+        for ids, mask in zip(owner.input_ids, owner.loss_mask, strict=True):
+            content.update(ids.astype("<i8", copy=False).tobytes())
+            content.update(mask.tobytes())
+    return content.hexdigest()
+
+
+def intact(folder: Path) -> bool:
+    """Whether the files in `folder` are complete and still have the checksum that the header promises."""
+    try:
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        return bool(header["checksum"] == _checksum(folder / DATA))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def discard(folder: Path) -> None:
+    """Remove a store; it disappears in one step, so nobody finds half of it."""
+    grave = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+    folder.rename(grave / folder.name)
+    shutil.rmtree(grave)
+
+
+def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any]) -> None:
+    """Write a store and let it appear at `folder` in one step.
+
+    The fingerprint and the file's checksum are added to the header. Raises OSError where the disk is full, and leaves
+    nothing behind then. Where another process was faster, its store stays: equal names mean equal content.
+    """
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+    try:
+        with pa.OSFile(str(partial / DATA), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for owner in owners:
+                writer.write_batch(_batch(owner))
+        sums = {"fingerprint": fingerprint(owners), "checksum": _checksum(partial / DATA)}
+        (partial / HEADER).write_text(json.dumps(header | sums, indent=1, ensure_ascii=False), encoding="utf-8")
+        for path in (partial / DATA, partial / HEADER):
+            _flush(path)
+        partial.chmod(0o755)  # mkdtemp keeps it to this user, and other ranks may run as another
+        _publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def storage_error(folder: Path, error: OSError) -> UserError:
+    """Return the one line for a folder that cannot be written."""
+    return UserError(
+        f"foundation.cache: {folder}: prepared data cannot be written: {error.strerror or error}; "
+        "free some space or choose another folder"
+    )
+
+
+def _batch(owner: Sequences) -> pa.RecordBatch:
+    bounds = pa.array(np.cumsum([0, *map(len, owner.input_ids)]), type=pa.int64())
+    ids = np.concatenate([np.empty(0, np.int64), *owner.input_ids])
+    mask = np.concatenate([np.empty(0, np.bool_), *owner.loss_mask]).view(np.uint8)
+    lists = [pa.LargeListArray.from_arrays(bounds, pa.array(values)) for values in (ids, mask)]
+    return pa.record_batch(lists, schema=SCHEMA)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / HEADER).is_file():
+            raise
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

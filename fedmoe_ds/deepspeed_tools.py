@@ -1,0 +1,93 @@
+"""DeepSpeed's own tools, where they make sense for many clients: monitors, communication log, FLOPs profile, checkpointing.
+
+The section has been checked when the configuration was loaded (`config.deepspeed_section`); here it is put to work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as ds_comm
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.profiling.flops_profiler import FlopsProfiler
+
+from fedmoe_ds.build import Parts
+from fedmoe_ds.journal import Journal
+
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
+
+class DeepSpeedTools:
+    """The tools of one start. `section` is the run's `deepspeed:` section."""
+
+    def __init__(self, section: dict[str, Any], parts: Parts, journal: Journal) -> None:
+        self.section, self.parts = section, parts
+        if any(section.get(name, {}).get("enabled") for name in _MONITORS):
+            journal.monitor = MonitorMaster(get_monitor_config(section))
+        comms = section.get("comms_logger", {})
+        if comms.get("enabled"):
+            options = {key: comms[key] for key in ("prof_all", "prof_ops", "verbose", "debug") if key in comms}
+            ds_comm.configure(enabled=True, **options)
+        if section.get("flops_profiler", {}).get("enabled") and parts.runtime.is_main:
+            _profile_one_pass(section["flops_profiler"], parts, journal.folder)
+        if "activation_checkpointing" in section:
+            _use_deepspeed_checkpointing(section, parts)
+
+    def close(self, folder: Path) -> None:
+        """Write the communication log next to the metrics: one file per rank, bytes and milliseconds by operation and size."""
+        if not self.section.get("comms_logger", {}).get("enabled"):
+            return
+        rows = ["operation,bytes,count,total_ms,mean_ms"]
+        for operation, sizes in sorted(ds_comm.comm.comms_logger.comms_dict.items()):
+            for size, (count, latencies, *_) in sorted(sizes.items()):
+                total = sum(latencies)
+                rows.append(f"{operation},{size},{count},{total:.3f},{total / max(count, 1):.4f}")
+        (folder / f"comms-rank{self.parts.runtime.rank}.csv").write_text("\n".join(rows) + "\n")
+
+
+def _profile_one_pass(options: dict[str, Any], parts: Parts, folder: Path) -> None:
+    """Profile the forward pass number `profile_step` into flops.txt. Expert products run inside one custom autograd function,
+    which the profiler's patches do not see: it reports the dense part."""
+    body: Any = parts.foundation.model.base_model
+    profiler = FlopsProfiler(parts.foundation.model)
+    calls = {"count": 0}
+    target = folder / (options.get("output_file") or "flops.txt")
+
+    def before(module: Any, args: Any) -> None:
+        calls["count"] += 1
+        if calls["count"] == options.get("profile_step", 1):
+            profiler.start_profile()
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        if calls["count"] == options.get("profile_step", 1):
+            profiler.print_model_profile(
+                profile_step=calls["count"],
+                module_depth=options.get("module_depth", -1),
+                top_modules=options.get("top_modules", 1),
+                detailed=options.get("detailed", True),
+                output_file=str(target),
+            )
+            profiler.end_profile()
+
+    body.register_forward_pre_hook(before)
+    body.register_forward_hook(after)
+
+
+def _use_deepspeed_checkpointing(section: dict[str, Any], parts: Parts) -> None:
+    """Recompute decoder layers through DeepSpeed's checkpointing (for instance with `cpu_checkpointing`)."""
+    options = section["activation_checkpointing"]
+    deepspeed.checkpointing.configure(
+        None,
+        partition_activations=options.get("partition_activations", False),
+        contiguous_checkpointing=options.get("contiguous_memory_optimization", False),
+        num_checkpoints=options.get("number_checkpoints"),
+        checkpoint_in_cpu=options.get("cpu_checkpointing", False),
+        synchronize=options.get("synchronize_checkpoint_boundary", False),
+        profile=options.get("profile", False),
+    )
+    for module in parts.foundation.model.modules():
+        if getattr(module, "gradient_checkpointing", None) is True:
+            module._gradient_checkpointing_func = deepspeed.checkpointing.non_reentrant_checkpoint  # type: ignore[assignment]

@@ -1,0 +1,28 @@
+"""The two kinds of trouble: a user's mistake, and everything else.
+
+A `UserError` carries one line that names the field, the value and the fix. Entry scripts turn it into that line on standard
+error and exit code 2 (`fedmoe_ds.runtime.run_entry`); any other exception is a bug or a machine failure and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake in the configuration, the data or the environment that the user can fix."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the closest choice, or the list of choices when none is close."""
+    options = sorted(choices)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; choose one of {', '.join(options)}" if options else ""

@@ -1,0 +1,69 @@
+"""Execution: what the layers of a model read while a pass runs.
+
+A model has one `Execution`; the hosted layers and the attention adapters hold a reference to it. Nothing here is global, and
+nothing about a client is an attribute of a layer: caps, masks, slots and adapters change from pass to pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import Bank
+from fedmoe_ds.adapters.segmented import Segment
+from fedmoe_ds.experts.dispatch import Pool
+
+
+@dataclass
+class Pass:
+    """The rows of one forward pass on one rank.
+
+    Attributes:
+        segments: contiguous sequences per client, by home slot.
+        slot: the home slot all ranks run in this pass (bitwise mode), None in fast mode.
+        slot_T: int64 home slot of each token row.
+        cap_T: int64 top-k cap of each token row.
+        valid_T: bool, False for padding.
+        allowed_TE: expert mask per row, or None.
+        rescale_C: fixed factor on the expert output per home slot, or None (FLAME's static rescaler; evaluation of a tier).
+        counts: routed rows per (home slot, expert), by layer; written by the layers.
+        losses: auxiliary loss per home slot, by layer; written by the layers when a coefficient is set.
+    """
+
+    segments: list[Segment]
+    slot: int | None
+    slot_T: Tensor
+    cap_T: Tensor
+    valid_T: Tensor
+    allowed_TE: Tensor | None = None
+    rescale_C: list[float] | None = None
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Execution:
+    """Shared by all layers of one model on one rank.
+
+    Attributes:
+        bank: adapters of the clients in flight.
+        pool: expert-parallel pool and slot counts.
+        scale: LoRA scale alpha / rank.
+        rescaler: whether the bank's learnable rescaler multiplies the expert output.
+        balance, z: coefficients of the auxiliary losses.
+    """
+
+    bank: Bank
+    pool: Pool
+    scale: float
+    rescaler: bool = False
+    balance: float = 0.0
+    z: float = 0.0
+    current: Pass | None = None
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+
+    def running(self) -> Pass:
+        assert self.current is not None, "a layer ran outside a pass"
+        return self.current

@@ -1,0 +1,54 @@
+"""Grouped matrix products: one product per contiguous group of rows.
+
+Legend: N rows, G groups, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# torch._grouped_mm reads every matrix through 16-byte aligned strides.
+_ALIGNMENT_BYTES = 16
+
+
+def aligned(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of this width can go through torch's grouped kernel."""
+    return width * dtype.itemsize % _ALIGNMENT_BYTES == 0
+
+
+def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+    """y = x W_g^T for the rows of each group; `ends_G` (int32) are the groups' end rows. Returns [N, O]."""
+    weight_GOI = weight_GOI.to(x_NI.dtype)
+    if aligned(x_NI.shape[1], x_NI.dtype) and aligned(weight_GOI.shape[1], x_NI.dtype):
+        return torch._grouped_mm(x_NI, weight_GOI.transpose(-2, -1), offs=ends_G)
+    y_NO = x_NI.new_empty(x_NI.shape[0], weight_GOI.shape[1])
+    for group, (start, stop) in enumerate(_spans(ends_G)):
+        torch.mm(x_NI[start:stop], weight_GOI[group].t(), out=y_NO[start:stop])
+    return y_NO
+
+
+def grouped_mm_t(x_NO: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+    """y = x W_g for the rows of each group (the gradient of `grouped_mm` for its rows). Returns [N, I]."""
+    weight_GOI = weight_GOI.to(x_NO.dtype)
+    if aligned(x_NO.shape[1], x_NO.dtype) and aligned(weight_GOI.shape[2], x_NO.dtype):
+        return torch._grouped_mm(x_NO, weight_GOI, offs=ends_G)
+    y_NI = x_NO.new_empty(x_NO.shape[0], weight_GOI.shape[2])
+    for group, (start, stop) in enumerate(_spans(ends_G)):
+        torch.mm(x_NO[start:stop], weight_GOI[group], out=y_NI[start:stop])
+    return y_NI
+
+
+def grouped_outer(y_NO: Tensor, x_NI: Tensor, ends_G: Tensor) -> Tensor:
+    """Y_g^T X_g for each group (the gradient of `grouped_mm` for its weights). Returns [G, O, I]; zero for empty groups."""
+    if aligned(y_NO.shape[1], y_NO.dtype) and aligned(x_NI.shape[1], x_NI.dtype):
+        return torch._grouped_mm(y_NO.t(), x_NI, offs=ends_G)
+    out_GOI = y_NO.new_zeros(ends_G.shape[0], y_NO.shape[1], x_NI.shape[1])
+    for group, (start, stop) in enumerate(_spans(ends_G)):
+        torch.mm(y_NO[start:stop].t(), x_NI[start:stop], out=out_GOI[group])
+    return out_GOI
+
+
+def _spans(ends_G: Tensor) -> list[tuple[int, int]]:
+    ends = ends_G.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,35 @@
+"""Auxiliary router losses, from raw logits, with padding left out.
+
+Legend: T token rows, E experts, K top-k.
+
+Hugging Face computes these only on request and, in this family, applies softmax twice; ours are the textbook forms and are
+tested against hand-computed values. Both are means over the valid rows of one client.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.experts.router import Routing
+
+
+def balance_loss(routing: Routing, valid_T: Tensor) -> Tensor:
+    """Switch / GShard load balance: E * sum_m f_m P_m; 1 when routing is uniform (methods 2.4 (a)).
+
+    f_m is the share of routed slots that went to expert m (no gradient), P_m the mean normalised score of m.
+    """
+    num_experts = routing.probs_TE.shape[1]
+    with torch.no_grad():
+        counts_E = torch.bincount(routing.experts_TK[routing.kept_TK], minlength=num_experts)
+        share_E = counts_E / counts_E.sum().clamp(min=1)
+    probs_TE = routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20)
+    mean_E = probs_TE[valid_T].mean(0) if bool(valid_T.any()) else probs_TE.sum(0) * 0.0
+    return num_experts * (share_E * mean_E).sum()
+
+
+def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """ST-MoE router z-loss: mean over rows of logsumexp(logits)^2."""
+    if not bool(valid_T.any()):
+        return logits_TE.sum() * 0.0
+    return logits_TE[valid_T].float().logsumexp(-1).square().mean()

@@ -1,0 +1,92 @@
+"""Routing with a per-client cap on the number of active experts.
+
+Legend: T token rows, E experts of the model, K the model's own top-k.
+
+FLAME section on client-specific activation: R_i(x, k_i)^j = p_j if j is among the k_i largest, else 0 (the notation is the
+paper's, the explicit form our completion). The cap, the validity of a row and the expert mask are data, one entry per row, so
+clients with different budgets share one call. Score functions, normalisation, expert groups and correction biases follow the
+hosted DeepSpeed router, so that an uncapped row routes exactly like the original model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class RouterSpec(Protocol):
+    """The fields of DeepSpeed's TokenChoiceTopKRouter that routing reads."""
+
+    num_experts: int
+    num_expert_groups: int | None
+    num_limited_groups: int | None
+    top_k: int
+    score_func: str
+    route_norm: bool
+    route_scale: float
+    group_score_func: str
+    e_score_correction_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision for every row.
+
+    Attributes:
+        probs_TE: scores of all experts (fp32, differentiable), for the auxiliary losses.
+        weights_TK: routing weights of the selected experts, best first (differentiable); zero where not kept.
+        experts_TK: their global ids.
+        kept_TK: False for slots beyond the row's cap, masked experts and padding rows. Such slots cost nothing downstream.
+    """
+
+    probs_TE: Tensor
+    weights_TK: Tensor
+    experts_TK: Tensor
+    kept_TK: Tensor
+
+
+def route(
+    logits_TE: Tensor, spec: RouterSpec, cap_T: Tensor, valid_T: Tensor, allowed_TE: Tensor | None = None
+) -> Routing:
+    """Route rows under their caps.
+
+    Args:
+        logits_TE: raw router logits.
+        spec: the model's routing rule.
+        cap_T: int64, most experts a row may use (1 <= cap <= K).
+        valid_T: bool, False for padding.
+        allowed_TE: bool expert mask per row; None allows all.
+    """
+    scores_TE = logits_TE.float().softmax(-1) if spec.score_func == "softmax" else logits_TE.float().sigmoid()
+    with torch.no_grad():
+        choice_TE = scores_TE.detach()
+        if spec.e_score_correction_bias is not None:
+            choice_TE = choice_TE + spec.e_score_correction_bias
+        if spec.num_expert_groups is not None:
+            choice_TE = _limit_groups(choice_TE, spec)
+        if allowed_TE is not None:
+            choice_TE = choice_TE.masked_fill(~allowed_TE, float("-inf"))
+        best_TK, experts_TK = choice_TE.topk(spec.top_k, dim=-1)
+        slots_K = torch.arange(spec.top_k, device=logits_TE.device)
+        kept_TK = (slots_K < cap_T.unsqueeze(-1)) & valid_T.unsqueeze(-1) & best_TK.isfinite()
+    weights_TK = scores_TE.gather(1, experts_TK) * kept_TK
+    if spec.route_norm:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return Routing(scores_TE, weights_TK * spec.route_scale, experts_TK, kept_TK)
+
+
+def _limit_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Node-limited routing: only the best `num_limited_groups` expert groups of a row stay eligible."""
+    assert spec.num_expert_groups is not None and spec.num_limited_groups is not None
+    grouped = choice_TE.unflatten(-1, (spec.num_expert_groups, -1))
+    if spec.group_score_func == "max":
+        score = grouped.amax(-1)
+    else:
+        score = grouped.topk(2, dim=-1).values.sum(-1)
+    chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(
+        1, score.topk(spec.num_limited_groups, -1).indices, True
+    )
+    return grouped.masked_fill(~chosen.unsqueeze(-1), float("-inf")).flatten(-2)

@@ -1,0 +1,201 @@
+"""Federation: the round loop.
+
+    sample -> schedule clients to clusters and waves -> local training -> aggregate -> evaluate per budget tier -> checkpoint
+
+Everything here runs on every rank in the same order; rank 0 also talks to the user. A stop request ends the round after the wave
+that is running: what the finished clients added up to is saved, and the next start continues with the others.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedmoe_ds import state as states
+from fedmoe_ds.aggregation.statistics import Statistics
+from fedmoe_ds.build import Parts
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.schedule import participants, schedule
+from fedmoe_ds.clients.wave import Report
+from fedmoe_ds.collectives import all_reduce_sum
+from fedmoe_ds.digest import global_digest
+from fedmoe_ds.journal import Journal
+from fedmoe_ds.state import Progressed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `interrupted` names the signal, or is None after the last round."""
+
+    digest: str
+    interrupted: str | None
+
+
+class Federation:
+    """One run, built by `fedmoe_ds.build.build_parts`."""
+
+    def __init__(self, parts: Parts, journal: Journal) -> None:
+        self.parts, self.journal = parts, journal
+        self.state = parts.state
+
+    def run(self) -> Outcome:
+        """Train the remaining rounds. Raises UserError when a checkpoint cannot be written."""
+        config = self.parts.config
+        if self.state.round == 0 and self.state.progressed is None:
+            self._evaluate(0)
+        for round_index in range(self.state.round + 1, config.federation.rounds + 1):
+            if self._round(round_index):
+                return Outcome(self._digest(), self.parts.stop.name or "a signal on another rank")
+            if self._stop_agreed() and round_index < config.federation.rounds:
+                return Outcome(self._digest(), self.parts.stop.name or "a signal on another rank")
+        return Outcome(self._digest(), None)
+
+    def _round(self, round_index: int) -> bool:
+        """One round; True when it was interrupted (and saved unfinished)."""
+        config, parts = self.parts.config, self.parts
+        clock = Clock()
+        chosen = participants(parts.clients, config.federation.participation, config.seed, round_index)
+        progressed = self.state.progressed or Progressed()
+        statistics = self.state.statistics or parts.new_statistics()
+        self.state.progressed, self.state.statistics = None, None
+        waiting = [client for client in chosen if client.index not in progressed.done]
+        plan = schedule(waiting, parts.cost, config.local, parts.topology.layout.clusters, config.topology.ep_size,
+                        config.execution.clients_in_flight)  # fmt: skip
+        mine = plan[parts.topology.cluster]
+        self.journal.start_round(round_index, config.federation.rounds, len(mine))
+        clock.lap("schedule")
+        self._train(round_index, mine, progressed, statistics)
+        clock.lap("train")
+        statistics.reduce(
+            parts.topology.ep_group, config.topology.ep_size, parts.topology.edp_group, parts.topology.layout.clusters
+        )
+        self._share(progressed)
+        if any(client.index not in progressed.done for client in chosen) or self._stop_agreed():
+            progressed.seconds += clock.total()
+            self.state.progressed, self.state.statistics = progressed, statistics
+            self._save()
+            return True
+        for name, value in statistics.average(self.state.adapters).items():
+            self.state.adapters.client(name, 0).copy_(value)
+        self.state.round = round_index
+        clock.lap("aggregate")
+        last = round_index == config.federation.rounds
+        if last or round_index % config.evaluation.every == 0:
+            self._evaluate(round_index)
+        clock.lap("evaluate")
+        busiest = max(len(waves) for waves in plan)
+        self.journal.round(round_index, [progressed.done[c.index] for c in chosen], progressed, clock, busiest)
+        if last or round_index % config.checkpoint.every == 0:
+            self._save()
+        return False
+
+    def _train(
+        self, round_index: int, waves: list[list[list[Client]]], progressed: Progressed, statistics: Statistics
+    ) -> None:
+        """Train this cluster's waves and fold every finite client into the sums."""
+        parts = self.parts
+        for number, wave in enumerate(waves, start=1):
+            reports = parts.trainer.train(wave, round_index, self.state.adapters, self.state.personal, parts.data.train)
+            for report in reports:
+                self._fold(report, progressed, statistics)
+            tokens = sum(report.tokens for report in reports)
+            self.journal.wave_done(number, len(waves), tokens * parts.topology.layout.clusters, reports[0].seconds)
+            if self._stop_requested_here():
+                return
+
+    @torch.no_grad()
+    def _fold(self, report: Report, progressed: Progressed, statistics: Statistics) -> None:
+        parts, bank, shard = self.parts, self.parts.execution.bank, self.parts.topology.shard
+        home_slot, at_home = report.wave_slot % parts.execution.pool.home_clients, report.home == shard
+        status = "ok" if report.finite else "non-finite"
+        if report.finite:
+            share = report.client.samples / parts.total_samples
+            weights_LE = parts.method.expert_weights(report, share)
+            held = slice(parts.first_expert, parts.first_expert + parts.local_experts)
+            statistics.add(bank, report.wave_slot, True, weights_LE[:, held], 0.0)
+            if at_home:
+                statistics.add(bank, home_slot, False, None, parts.method.dense_weight(report, share))
+                for name, values in self.state.personal.items():
+                    values[report.client.index].copy_(bank.client(name, home_slot))
+        if shard == 0:
+            tier = progressed.activation.setdefault(report.client.top_k, np.zeros_like(report.counts_LE))
+            tier += report.counts_LE
+        if at_home:
+            progressed.done[report.client.index] = self.journal.client(report, status, self.state.personal)
+
+    def _share(self, progressed: Progressed) -> None:
+        """Make what each cluster knows about the round known everywhere: reports, personal state, activation counts."""
+        parts = self.parts
+        done = {
+            index: report for part in parts.runtime.gather(_texts(progressed.done)) for index, report in part.items()
+        }
+        fresh = [index for index in progressed.done if not progressed.done[index].get("shared")]
+        for name, values in self.state.personal.items():
+            mask = torch.zeros(values.shape[0], dtype=torch.bool)
+            mask[fresh] = True
+            updates = torch.where(mask.view(-1, *([1] * (values.dim() - 1))), values, 0.0)
+            counts = all_reduce_sum(mask.float(), parts.runtime.control, parts.runtime.world_size)
+            all_reduce_sum(updates, parts.runtime.control, parts.runtime.world_size)
+            changed = counts.view(-1, *([1] * (values.dim() - 1))) > 0
+            values.copy_(torch.where(changed, updates, values))
+        progressed.done = {int(index): {**report, "shared": True} for index, report in done.items()}
+        layers, experts = len(parts.foundation.layers), parts.foundation.num_experts
+        tiers = sorted({client.top_k for client in parts.clients})
+        total = torch.zeros(len(tiers), layers, experts, dtype=torch.int64)
+        for i, tier in enumerate(tiers):
+            if tier in progressed.activation:
+                total[i] += torch.from_numpy(progressed.activation[tier])
+        all_reduce_sum(total, parts.runtime.control, parts.runtime.world_size)
+        progressed.activation = {tier: total[i].numpy() for i, tier in enumerate(tiers)}
+
+    def _evaluate(self, round_index: int) -> None:
+        config = self.parts.config.evaluation
+        last = round_index in (0, self.parts.config.federation.rounds)
+        per_client = config.client_sequences > 0 and (
+            last or (config.clients_every and round_index % config.clients_every == 0)
+        )
+        self.journal.evaluation(
+            round_index, self.parts.evaluator.scores(self.state.personal, bool(per_client), round_index == 0)
+        )
+
+    def _save(self) -> None:
+        parts = self.parts
+        position = parts.runtime.on_main(self.journal.position)
+        states.save(parts.checkpoints, parts.runtime, parts.topology, self.state, parts.identity, parts.config_text,
+                    position, parts.config.checkpoint.keep)  # fmt: skip
+
+    def _stop_requested_here(self) -> bool:
+        """Whether any rank of this cluster was asked to stop; all of its ranks agree."""
+        flag = torch.tensor([int(self.parts.stop.requested)], device=self.parts.runtime.device)
+        return bool(all_reduce_sum(flag, self.parts.topology.ep_group, self.parts.config.topology.ep_size) > 0)
+
+    def _stop_agreed(self) -> bool:
+        return any(self.parts.runtime.gather(self.parts.stop.requested))
+
+    def _digest(self) -> str:
+        parts = self.parts
+        return global_digest(self.state.adapters, parts.runtime, parts.first_expert, parts.config.topology.ep_size)
+
+
+class Clock:
+    """Seconds per phase of a round."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap on `phase`."""
+        now = time.monotonic()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return sum(self.phases.values())
+
+
+def _texts(done: dict[int, dict[str, object]]) -> dict[str, dict[str, object]]:
+    return {str(index): report for index, report in done.items()}

@@ -1,0 +1,237 @@
+"""Experts hosted by DeepSpeed AutoEP. Every private DeepSpeed call of the package is in this module.
+
+AutoEP (`deepspeed.module_inject.auto_ep`) replaces the mixture-of-experts blocks of a Hugging Face model by layers
+that own 1/ep_size of the experts. Its classes are no public interface, hence the narrow DeepSpeed range in
+`pyproject.toml`.
+
+Shape suffixes: B batch, S sequence, T = B * S tokens, L local experts (all / ep_size), D hidden size, F expert FFN
+size, G = 2F (gate rows, then up rows).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed.comm
+import torch
+from deepspeed.module_inject.auto_ep import AutoEP
+from deepspeed.module_inject.auto_ep_config import parse_autoep_config, validate_autoep_post_detection
+from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS, preset_name_for_hf_model_type
+from deepspeed.utils import groups
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from fedmoe_ds.errors import UserError
+
+# AutoEP has no preset for OLMoE. Its block has Mixtral's shape; whether top-k weights are normalised is in its config.
+_OLMOE_SETTINGS: dict[str, Any] = {
+    "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+    "router_pattern": "gate",
+    "expert_pattern": "experts",
+    "expert_w1": "gate_up_proj",
+    "expert_w2": "down_proj",
+    "expert_w3": None,
+    "num_experts_attr": "num_experts",
+    "top_k_attr": "num_experts_per_tok",
+    "score_func": "softmax",
+    "score_apply": "post",
+}
+
+
+@dataclass
+class HostedLayer:
+    """One mixture-of-experts layer whose local experts live on this rank.
+
+    `module` is DeepSpeed's AutoEPMoELayer: `module.router` (its `gate.weight` is [experts, D]), `module.experts`
+    (weights, `activation` and its scalars), shared experts if the family has them, and `module.ep_group` once
+    `deepspeed.comm` is initialised.
+    """
+
+    name: str
+    index: int
+    module: Any
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    ffn_hidden_size: int
+    ep_size: int
+    ep_rank: int
+    w13: Tensor = field(repr=False)  # [L, 2F, D], gate rows first
+    w2: Tensor = field(repr=False)  # [L, D, F]
+    source_names: dict[str, str] = field(repr=False)  # prefix of a tensor's name -> prefix in Hugging Face's model
+
+    @property
+    def experts(self) -> range:
+        """Global ids of the experts on this rank."""
+        local = self.num_experts // self.ep_size
+        return range(self.ep_rank * local, (self.ep_rank + 1) * local)
+
+    def bind(self, w13_LGD: Tensor, w2_LDF: Tensor) -> None:
+        """Make these buffers the layer's expert weights; `experts.w1`, `w3` and `w2` become frozen views of them."""
+        shape_LGD = (len(self.experts), 2 * self.ffn_hidden_size, self.hidden_size)
+        shape_LDF = (len(self.experts), self.hidden_size, self.ffn_hidden_size)
+        assert w13_LGD.shape == shape_LGD and w13_LGD.is_contiguous(), (self.name, w13_LGD.shape, shape_LGD)
+        assert w2_LDF.shape == shape_LDF and w2_LDF.is_contiguous(), (self.name, w2_LDF.shape, shape_LDF)
+        self.w13, self.w2 = w13_LGD, w2_LDF
+        w1_LFD, w3_LFD = w13_LGD.chunk(2, dim=1)
+        for name, view in (("w1", w1_LFD), ("w3", w3_LFD), ("w2", w2_LDF)):
+            old = getattr(self.module.experts, name)
+            new = nn.Parameter(view, requires_grad=False)
+            new.__dict__.update(old.__dict__)  # DeepSpeed's marks: an expert parameter is never replicated data
+            setattr(self.module.experts, name, new)
+
+    def bind_counter(self, device: torch.device) -> None:
+        """Give AutoEP's own token counter real memory; a model that was built on the meta device has none."""
+        self.module.tokens_per_expert = torch.zeros(self.num_experts, device=device)
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed's log lines below ERROR off the terminal, unless FEDMOE_DEBUG is set."""
+    if not os.environ.get("FEDMOE_DEBUG"):
+        deepspeed_logger.setLevel(logging.ERROR)
+
+
+def create_groups(ep_size: int) -> tuple[Any, Any]:
+    """Create (once) DeepSpeed's groups and return this rank's (expert-parallel, expert-data-parallel) process group.
+
+    The first holds the ep_size consecutive ranks with the same rank // ep_size, the second all ranks with the same
+    rank % ep_size. `deepspeed.comm` must be initialised, and every rank must call this.
+    """
+    quiet_deepspeed()
+    assert deepspeed.comm.is_initialized(), "initialise deepspeed.comm before building groups"
+    assert deepspeed.comm.get_world_size() % ep_size == 0, (deepspeed.comm.get_world_size(), ep_size)
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
+    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+
+
+def host_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[HostedLayer]:
+    """Replace, in place, every mixture-of-experts block of a causal LM by one with 1/ep_size of the experts.
+
+    The parameters may be on the meta device; they are all frozen afterwards. Every rank must call this.
+
+    Raises:
+        UserError: the model has no experts, AutoEP cannot host it, or ep_size does not divide the number of experts.
+    """
+    quiet_deepspeed()
+    assert 0 <= ep_rank < ep_size, (ep_rank, ep_size)
+    settings = {"enabled": True, "autoep_size": ep_size, **_family_settings(model)}
+    device = next(model.parameters()).device
+    try:
+        auto = AutoEP(model, parse_autoep_config(settings))
+        _forget_unused_groups(auto, model)
+        specs = auto.ep_parser()
+        _check_divisible(specs, ep_size)
+        validate_autoep_post_detection(auto.config, specs)
+        with torch.device(device):  # AutoEP allocates its layers before it copies into them
+            for spec in specs:
+                # The public variant also redirects transformers' router-logit recorders, which nothing here reads and
+                # which fails on the read-only registry of recent transformers versions.
+                auto._replace_moe_layer_without_retarget(spec, ep_size, ep_rank)
+    except ValueError as error:
+        raise UserError(f"{_describe(model)} cannot be hosted by DeepSpeed AutoEP: {error}") from error
+    model.requires_grad_(False)
+    hosted = [_hosted_layer(model, spec, ep_size, ep_rank) for spec in specs]
+    if deepspeed.comm.is_initialized():
+        for layer in hosted:
+            layer.module.set_deepspeed_parallelism()
+    else:
+        assert ep_size == 1, "expert parallelism needs deepspeed.comm"
+    return hosted
+
+
+def finalize_output(
+    layer: nn.Module, output_BSD: Tensor, x_TD: Tensor, hidden_states_BSD: Tensor
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    """Add the shared experts to the routed output and return what this model family's decoder layer expects.
+
+    Args:
+        layer: the AutoEPMoELayer.
+        output_BSD: weighted sum of the routed experts.
+        x_TD: the layer's input, tokens flattened.
+        hidden_states_BSD: the same input as the decoder layer gave it.
+    """
+    result: Tensor | tuple[Tensor, Tensor | None] = layer._finalize_output(  # type: ignore[operator]
+        output_BSD, x_TD, hidden_states_BSD, hidden_states_BSD.shape[-1]
+    )
+    return result
+
+
+def _describe(model: nn.Module) -> str:
+    config: Any = model.config
+    return f"foundation.path: {config._name_or_path or 'model'}: model_type '{config.model_type}'"
+
+
+def _family_settings(model: nn.Module) -> dict[str, Any]:
+    """AutoEP settings of the model's family, or the reason why there are none.
+
+    AutoEP would try all its presets on an unknown model type; that guesses the routing rule, so it is refused here.
+    """
+    config: Any = model.config
+    if config.model_type == "olmoe":
+        return {**_OLMOE_SETTINGS, "route_norm": bool(config.norm_topk_prob)}
+    if not any(re.search(r"(^|\.)experts$", name) for name, _ in model.named_modules()):
+        families = ", ".join(_hosted_model_types())
+        raise UserError(f"{_describe(model)} is no mixture-of-experts model; give one of the families {families}")
+    if preset_name_for_hf_model_type(config.model_type) is None:
+        families = ", ".join(_hosted_model_types())
+        raise UserError(f"{_describe(model)} has no DeepSpeed AutoEP preset; give one of the families {families}")
+    return {}
+
+
+def _hosted_model_types() -> list[str]:
+    return sorted({"olmoe", *(model_type for preset in PRESET_MODELS.values() for model_type in preset.hf_model_types)})
+
+
+def _forget_unused_groups(auto: Any, model: nn.Module) -> None:
+    """AutoEP would always limit DeepSeek-V2 routing to expert groups; only one value of `topk_method` asks for that."""
+    config: Any = model.config
+    if config.model_type == "deepseek_v2" and config.topk_method != "group_limited_greedy":
+        auto.config.num_expert_groups = auto.config.num_limited_groups = None
+
+
+def _check_divisible(specs: list[Any], ep_size: int) -> None:
+    for num_experts in sorted({spec.num_experts for spec in specs}):
+        if num_experts % ep_size:
+            valid = ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
+            raise UserError(
+                f"topology.ep_size: {ep_size}: {num_experts} experts cannot be split evenly; choose one of {valid}"
+            )
+
+
+def _hosted_layer(model: nn.Module, spec: Any, ep_size: int, ep_rank: int) -> HostedLayer:
+    name: str = spec.moe_module_name
+    module: Any = model.get_submodule(name)
+    if module._modules.get(spec.router_name) is module.router:
+        del module._modules[spec.router_name]  # AutoEP's second name for the router would double it in every state dict
+    found = re.search(r"\.(\d+)\.", name)
+    assert found is not None, name
+    bias_owner = spec.e_score_correction_bias_path
+    source_names = {
+        f"{name}.experts.": f"{name}.{spec.experts_name}.",
+        f"{name}.router.gate.": f"{name}.{spec.router_name}.",
+        f"{name}.router.e_score_correction_bias": ".".join(filter(None, (name, bias_owner, "e_score_correction_bias"))),
+        f"{name}.shared_experts.": f"{name}.{spec.shared_experts_name}.",
+        f"{name}.shared_experts_gate.": f"{name}.{spec.shared_experts_gate_name}.",
+    }
+    layer = HostedLayer(
+        name=name,
+        index=int(found.group(1)),
+        module=module,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        ep_size=ep_size,
+        ep_rank=ep_rank,
+        w13=torch.cat([module.experts.w1, module.experts.w3], dim=1),
+        w2=module.experts.w2.detach(),
+        source_names=source_names,
+    )
+    layer.bind(layer.w13, layer.w2)
+    return layer

@@ -1,0 +1,158 @@
+"""Journal: what a run tells its user, on rank 0: progress lines, metrics.jsonl, report.html.
+
+Every method is called on all ranks. Rank 0 writes; a write that fails (a full disk) ends the run on every rank with one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fedmoe_ds.clients.wave import Report
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.evaluation import Score
+from fedmoe_ds.experts.layer import RESCALER
+from fedmoe_ds.report import MetricsLog, Progress, write_report
+from fedmoe_ds.runtime import Runtime
+
+if TYPE_CHECKING:
+    from fedmoe_ds.federation import Clock
+    from fedmoe_ds.state import Progressed
+
+
+class Journal:
+    """Writes for one run folder."""
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self.folder, self.runtime = folder, runtime
+        self.progress = Progress(enabled=runtime.is_main)
+        self.monitor: Any = None  # a DeepSpeed MonitorMaster, if the configuration asks for one
+        self._log: MetricsLog | None = None
+        self._write(self._open)
+
+    def _open(self) -> None:
+        self._log = MetricsLog(self.folder / "metrics.jsonl")
+
+    @property
+    def log(self) -> MetricsLog:
+        assert self._log is not None, "only rank 0 writes metrics"
+        return self._log
+
+    def _write(self, action: Callable[[], Any]) -> Any:
+        def guarded() -> Any:
+            try:
+                return action()
+            except OSError as error:
+                raise UserError(
+                    f"output: {self.folder}: cannot write: {error.strerror or error}; make room, then start again with "
+                    "--resume auto"
+                ) from None
+
+        return self.runtime.on_main(guarded)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """One line of metrics.jsonl."""
+        self._write(lambda: self.log.write(event, **fields))
+
+    def position(self) -> int:
+        """Bytes of metrics.jsonl so far (rank 0 only)."""
+        return self.log.position()
+
+    def truncate(self, position: int) -> None:
+        """Forget what was written after the checkpoint that is resumed."""
+        self._write(lambda: self.log.truncate(position))
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def start_round(self, round_index: int, rounds: int, waves: int) -> None:
+        self.progress.start_round(round_index, rounds, waves)
+
+    def wave_done(self, wave: int, waves: int, tokens: int, seconds: float) -> None:
+        self.progress.wave_done(wave, waves, tokens, seconds)
+
+    def client(self, report: Report, status: str, personal: dict[str, Tensor]) -> dict[str, Any]:
+        """What metrics say about one client in one round."""
+        first, last = report.losses or (None, None)
+        rescaler = float(personal[RESCALER][report.client.index].mean()) if RESCALER in personal else None
+        return {
+            "client": report.client.name,
+            "top_k": report.client.top_k,
+            "steps": report.steps,
+            "tokens": report.tokens,
+            "loss_first": first,
+            "loss_last": last,
+            "seconds": report.seconds,
+            "status": status,
+            "rescaler": rescaler,
+        }
+
+    def evaluation(self, round_index: int, rows: list[Score]) -> None:
+        """Evaluation rows, and one progress line."""
+
+        def write() -> None:
+            for row in rows:
+                fields: dict[str, Any] = {"round": round_index, "tier": row.tier, "split": row.split}
+                fields |= {"perplexity": row.perplexity, "accuracy": row.accuracy, "loss": row.loss}
+                fields["tokens"] = row.tokens
+                if row.client is not None:
+                    fields["client"] = row.client
+                self.log.write("eval", **fields)
+
+        self._write(write)
+        if self.monitor is not None:
+            shown = [row for row in rows if row.split != "client"]
+            self.monitor.write_events(
+                [(f"perplexity/{row.split}/k{row.tier}", row.perplexity, round_index) for row in shown]
+            )
+        head = "foundation" if round_index == 0 else f"round {round_index}"
+        tiers = "  ".join(f"k={row.tier}: {row.perplexity:.2f}" for row in rows if row.split == "global")
+        self.note(f"{head}: perplexity {tiers}")
+
+    def round(
+        self, round_index: int, clients: list[dict[str, Any]], progressed: Progressed, clock: Clock, waves: int
+    ) -> None:
+        """Client, expert and round rows of a finished round."""
+        dropped = [client["client"] for client in clients if client["status"] != "ok"]
+        tokens = sum(client["tokens"] for client in clients)
+        seconds = clock.total() + progressed.seconds
+
+        def write() -> None:
+            for client in clients:
+                self.log.write("client", round=round_index, **{k: v for k, v in client.items() if k != "shared"})
+            for tier, counts_LE in sorted(progressed.activation.items(), reverse=True):
+                if counts_LE.sum():
+                    share = counts_LE / counts_LE.sum(1, keepdims=True).clip(1)
+                    self.log.write("experts", round=round_index, tier=tier, activation=share.round(6))
+            self.log.write(
+                "round",
+                round=round_index,
+                participants=len(clients),
+                dropped=len(dropped),
+                dropped_clients=dropped,
+                tokens=tokens,
+                seconds=seconds,
+                tokens_per_s=tokens / max(clock.phases.get("train", 0.0) + progressed.seconds, 1e-9),
+                phases=clock.phases,
+                waves=waves,
+            )
+
+        self._write(write)
+        if self.monitor is not None:
+            self.monitor.write_events([("round/tokens", tokens, round_index), ("round/seconds", seconds, round_index)])
+        text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
+        if dropped:
+            text += f"; left out because their update is not finite: {', '.join(dropped)}"
+        self.progress.end_round(text)
+
+    def report(self) -> None:
+        """Build report.html."""
+        self._write(lambda: str(write_report(self.folder)))
+
+    def close(self) -> None:
+        self.progress.close()
+        if self._log is not None:
+            self._log.close()

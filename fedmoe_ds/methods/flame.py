@@ -1,0 +1,66 @@
+"""FLAME: federated fine-tuning through adaptive SMoE (Le, Tran, Hua, Chawla; arXiv 2506.16600 v2).
+
+Legend: L layers, E experts of the model.
+
+Stated by the paper (as far as it is publicly readable): every client keeps the full-rank global LoRA and changes only k_i, the
+number of active experts; the combined expert output is multiplied by a rescaler s_i, which is absent, static (k / k_i) or
+learnt with the LoRA; experts are averaged with weights gamma_i^j = (f_i^j)^t |D_i|, f_i^j = a_i^j / S_i, t = 0 giving FedAvg.
+
+Our completions, each kept in the configuration where it is a choice:
+- S_i counts tokens, so that f is in [0, 1] and does not depend on batch shapes (the paper says "local training steps").
+- The weighted mean is normalised by the sum of weights; an expert that nobody activated keeps its value.
+- Adapters that are not per expert (attention, router) use the plain weight |D_i|.
+- The learnable rescaler starts at 1 (`rescaler_init: one`) or at k / k_i (`ratio`), is one scalar per client
+  (`rescaler_scope: client`, the literal reading of the single index) or one per client and layer, and stays personal: it is
+  stored with the client and never averaged. Evaluation of a tier uses the mean over that tier's clients.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.wave import Report
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods.base import Method, MethodParams
+
+
+class FlameParams(MethodParams):
+    """FLAME's switches, with the values of its ablations."""
+
+    temperature: float = Field(2.0, ge=0, description="t; the paper recommends 2 to 4, 0 is FedAvg")
+    rescaler: Literal["none", "static", "learnable"] = "learnable"
+    rescaler_init: Literal["one", "ratio"] = "one"
+    rescaler_scope: Literal["client", "layer"] = "client"
+
+
+class Flame(Method):
+    """Activation-aware aggregation and the output rescaler."""
+
+    Params: ClassVar[type[MethodParams]] = FlameParams
+
+    def __init__(self, params: FlameParams) -> None:
+        super().__init__(params)
+        self.rescaler = params.rescaler_scope if params.rescaler == "learnable" else None
+
+    def check(self, top_k: int, renormalised: bool) -> None:
+        static = self.params.rescaler == "static" or self.params.rescaler_init == "ratio"
+        if renormalised and static and self.params.rescaler != "none":
+            raise UserError(
+                "method.rescaler: static: this model renormalises its top-k weights, so fewer experts do not shrink the output; "
+                "use rescaler=none, or learnable with rescaler_init=one"
+            )
+
+    def initial_rescaler(self, client: Client, top_k: int) -> float:
+        return top_k / client.top_k if self.params.rescaler_init == "ratio" else 1.0
+
+    def fixed_rescale(self, cap: int, top_k: int) -> float | None:
+        return top_k / cap if self.params.rescaler == "static" else None
+
+    def expert_weights(self, report: Report, data_share: float) -> np.ndarray:
+        """gamma = f^t |D_i| (FLAME's activation-aware aggregation; |D_i| as a share, which cancels in the mean)."""
+        frequency_LE = report.counts_LE / max(report.tokens, 1)
+        return np.power(frequency_LE, self.params.temperature) * data_share

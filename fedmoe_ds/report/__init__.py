@@ -1,0 +1,7 @@
+"""What a run leaves behind for people and programs: metrics, progress and the report page."""
+
+from fedmoe_ds.report.html import write_report
+from fedmoe_ds.report.metrics import MetricsLog, read_metrics
+from fedmoe_ds.report.progress import Progress, final_table
+
+__all__ = ["MetricsLog", "Progress", "final_table", "read_metrics", "write_report"]

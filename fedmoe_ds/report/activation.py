@@ -1,0 +1,131 @@
+"""The expert-activation heat maps: layers x experts, one panel per tier, one frame per round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from fedmoe_ds.report import formats
+from fedmoe_ds.report.history import History
+from fedmoe_ds.report.markup import Markup, tag
+from fedmoe_ds.report.svg import tier_colours, tier_mark, whole_ticks
+
+MOST_ROUNDS = 24
+WIDTH, LEFT, BOTTOM = 480.0, 34.0, 38.0
+
+Cells = list[list[int]]
+
+
+def expert_section(history: History) -> Markup:
+    """All panels for the last recorded round, and the data of the other rounds for the slider."""
+    recorded = sorted({round_ for (round_, _), event in history.experts.items() if any(event["activation"])})
+    if not recorded:
+        return tag("p", "No expert activations have been recorded yet.", cls="empty")
+    rounds = _thinned(recorded)
+    kept = {key: event for key, event in history.experts.items() if key[0] in rounds and any(event["activation"])}
+    frames = {key: _hundredths(event["activation"]) for key, event in kept.items()}
+    tiers = sorted({tier for _, tier in frames}, reverse=True)
+    peak = max((cell for frame in frames.values() for layer in frame for cell in layer), default=100) or 100
+    colours = tier_colours(history.tiers)
+    panels = [_panel(tier, rounds, frames, peak, colours[tier]) for tier in tiers]
+    data = {
+        "rounds": rounds,
+        "peak": peak,
+        "frames": {str(tier): [_flat(frames.get((r, tier))) for r in rounds] for tier in tiers},
+    }
+    script = tag("script", _embedded(data), type="application/json", id="activation-data")
+    parts = [_slider(rounds, len(recorded)), _scale(peak), tag("div", *panels, cls="pair")]
+    return tag("div", *parts, script if len(rounds) > 1 else None, cls="heat")
+
+
+def _thinned(rounds: Sequence[int]) -> list[int]:
+    """At most MOST_ROUNDS of them, evenly spaced, the first and the last included: the page stays small."""
+    if len(rounds) <= MOST_ROUNDS:
+        return list(rounds)
+    step = (len(rounds) - 1) / (MOST_ROUNDS - 1)
+    return [rounds[round(index * step)] for index in range(MOST_ROUNDS)]
+
+
+def _hundredths(activation: Sequence[Sequence[float | None]]) -> Cells:
+    """Shares of routed slots [L][E] as hundredths of the even share 1/E."""
+    return [[round(100 * len(layer) * (share or 0.0)) for share in layer] for layer in activation]
+
+
+def _flat(frame: Cells | None) -> list[int] | None:
+    return None if frame is None else [cell for layer in frame for cell in layer]
+
+
+def _embedded(data: object) -> Markup:
+    """JSON that no HTML parser can end early."""
+    return Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _slider(rounds: Sequence[int], recorded: int) -> Markup | None:
+    if len(rounds) == 1:
+        return tag("p", f"Round {rounds[0]}.", cls="note")
+    last = len(rounds) - 1
+    bar = tag("input", type="range", id="activation-round", min=0, max=last, step=1, value=last)
+    shown = tag("output", f"round {rounds[-1]}", for_="activation-round", id="activation-shown")
+    thinned = f" ({len(rounds)} of {recorded} rounds kept)" if recorded > len(rounds) else ""
+    return tag("p", tag("label", f"Round{thinned}", for_="activation-round"), bar, shown, cls="slider")
+
+
+def _scale(peak: int) -> Markup:
+    """The colour scale; its square root makes room for the many experts around the even share."""
+    even = 100 * (100 / peak) ** 0.5 if peak >= 100 else 100.0
+    marks = [tag("span", "0", style="left:0%"), tag("span", "1 × even share", style=f"left:{even:.1f}%")]
+    if even < 68:
+        marks.append(tag("span", f"{formats.number(peak / 100)} ×", style="left:100%"))
+    return tag("div", tag("div", cls="ramp"), tag("div", *marks, cls="ramp-marks"), cls="ramp-frame")
+
+
+def _level(cell: int, peak: int) -> str:
+    return f"--v:{200 * (cell / peak) ** 0.5:.0f}%"
+
+
+def _panel(tier: int, rounds: Sequence[int], frames: dict[tuple[int, int], Cells], peak: int, css: str) -> Markup:
+    newest = max(r for r in rounds if (r, tier) in frames)
+    frame = frames[newest, tier]
+    layers, experts = len(frame), max(len(layer) for layer in frame)
+    tall = min(26.0 if layers > 2 else 40.0, max(9.0, 170.0 / layers))
+    wide = (WIDTH - LEFT) / experts
+    cells = [
+        tag(
+            "rect",
+            x=f"{LEFT + expert * wide:.2f}",
+            y=f"{layer * tall:.1f}",
+            width=f"{wide - (0.8 if wide > 5 else 0.2):.2f}",
+            height=f"{tall - 0.8:.1f}",
+            style=_level(cell, peak),
+            data_c=f"{layer},{expert},{cell}",
+        )
+        for layer, row in enumerate(frame)
+        for expert, cell in enumerate(row)
+    ]
+    floor = layers * tall
+    names = [
+        tag("text", str(n), x=LEFT - 8, y=f"{(n + 0.5) * tall + 4:.1f}", cls="tick left")
+        for n in whole_ticks(0, layers - 1)
+    ]
+    ticks = whole_ticks(0, experts - 1, 9)
+    numbers = [
+        tag("text", str(n), x=f"{LEFT + (n + 0.5) * wide:.1f}", y=f"{floor + 14:.1f}", cls="tick middle") for n in ticks
+    ]
+    middle = f"translate(10 {floor / 2:.1f}) rotate(-90)"
+    axes = [
+        tag("text", "expert", x=f"{LEFT + (WIDTH - LEFT) / 2:.1f}", y=f"{floor + 33:.1f}", cls="axis middle"),
+        tag("text", "layer", transform=middle, cls="axis middle"),
+    ]
+    size, title = f"0 0 {WIDTH:.0f} {floor + BOTTOM:.0f}", f"expert activation, top-k {tier}"
+    chart = tag(
+        "svg", *cells, *names, *numbers, *axes, viewBox=size, role="img", aria_label=title, cls="chart", data_tier=tier
+    )
+    caption = tag("figcaption", tier_mark(css, tier), tag("span", _load(frame), cls="note", data_load=tier))
+    return tag("figure", caption, chart)
+
+
+def _load(frame: Cells) -> str:
+    """What the panel shows in one line; report.js words the other rounds the same way."""
+    cells = [cell for layer in frame for cell in layer]
+    idle = sum(1 for cell in cells if cell == 0)
+    return f"busiest {max(cells) / 100:.1f} × even share; {idle} of {len(cells)} never used"

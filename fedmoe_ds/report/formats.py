@@ -1,0 +1,84 @@
+"""How numbers are written for people; `None` (missing or not finite) is always an en dash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+MISSING = "–"
+NARROW_SPACE = "\u202f"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits, never an exponent between 1e-3 and 1e6: 0.0412, 34.5, 1 234."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude < -3 or magnitude > 5:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - magnitude)}f}".replace(",", NARROW_SPACE).replace("-", "−")
+
+
+def count(value: float | None) -> str:
+    """Whole numbers: exact below ten thousand, then 12.3 k, 4.56 M, 7.89 G."""
+    if value is None:
+        return MISSING
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= (1e4 if unit == "k" else scale):
+            return f"{number(value / scale)}{NARROW_SPACE}{unit}"
+    return f"{value:,.0f}".replace(",", NARROW_SPACE)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share of one as percent: 33.1 %."""
+    if share is None:
+        return MISSING
+    least = 10.0**-digits
+    if 0 < 100 * share < least / 2:
+        return f"<{NARROW_SPACE}{least:.{digits}f}{NARROW_SPACE}%"
+    return f"{100 * share:.{digits}f}{NARROW_SPACE}%".replace("-", "−")
+
+
+def many(size: int, noun: str) -> str:
+    """A count with its noun: 1 client, 12 clients."""
+    return f"{count(size)} {noun}{'' if size == 1 else 's'}"
+
+
+def signed_percent(share: float | None, digits: int = 1) -> str:
+    """A relative change: +12.0 %, −59.3 %."""
+    return MISSING if share is None else ("+" if share >= 0 else "−") + percent(abs(share), digits)
+
+
+def points(difference: float | None) -> str:
+    """A difference of two shares in percentage points: +11.8 pp."""
+    return MISSING if difference is None else f"{100 * difference:+.1f}{NARROW_SPACE}pp".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as 120 ms, 4.2 s, 3 min 12 s, 1 h 02 min."""
+    if seconds is None:
+        return MISSING
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def score(event: Mapping[str, Any], field: str, form: Callable[[float | None], str]) -> str:
+    """A recorded figure; one that was recorded as null was not finite, which is not the same as missing."""
+    return "not finite" if field in event and event[field] is None else form(event.get(field))
+
+
+def clock(unix_seconds: float | None) -> str:
+    """A point in time, UTC."""
+    if unix_seconds is None:
+        return MISSING
+    return datetime.fromtimestamp(unix_seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

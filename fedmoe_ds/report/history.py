@@ -1,0 +1,126 @@
+"""A run as its metrics tell it: events sorted by kind, and the before/after of every tier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Event = Mapping[str, Any]
+SPLITS = ("global", "clients")
+
+
+@dataclass(frozen=True)
+class TierResult:
+    """Foundation (`before`) and last evaluated round (`after`) of one tier on one hold-out.
+
+    An event without fields stands for an evaluation that has not happened; a value that was not finite is None.
+    """
+
+    split: str
+    tier: int
+    before: Event
+    after: Event
+
+    @property
+    def ratio(self) -> float | None:
+        """Perplexity after over before; below one is better."""
+        before, after = self.before.get("perplexity"), self.after.get("perplexity")
+        return after / before if before and after is not None else None
+
+    @property
+    def gain(self) -> float | None:
+        """Accuracy after minus before, a difference of shares."""
+        before, after = self.before.get("accuracy"), self.after.get("accuracy")
+        return after - before if before is not None and after is not None else None
+
+
+def tier_results(evaluations: Iterable[Event]) -> list[TierResult]:
+    """Pair round 0 with the last later evaluation of every (split, tier): global hold-out first, high tiers first.
+
+    Events of other kinds and the evaluations of single clients are passed over.
+    """
+    cells: dict[tuple[str, int], dict[int, Event]] = {}
+    for row in evaluations:
+        if row.get("event", "eval") == "eval" and row.get("split") in SPLITS:
+            cells.setdefault((row["split"], row["tier"]), {})[row["round"]] = row
+    order = sorted(cells, key=lambda cell: (SPLITS.index(cell[0]), -cell[1]))
+    return [_result(split, tier, cells[split, tier]) for split, tier in order]
+
+
+def _result(split: str, tier: int, by_round: Mapping[int, Event]) -> TierResult:
+    last = max(by_round)
+    return TierResult(split, tier, before=by_round.get(0, {}), after=by_round[last] if last > 0 else {})
+
+
+@dataclass
+class History:
+    """Events by kind. A round that was recorded twice counts once, with its later record."""
+
+    run: Event = field(default_factory=dict)
+    data: Event = field(default_factory=dict)
+    end: Event | None = None
+    resumes: list[Event] = field(default_factory=list)
+    evaluations: dict[tuple[int, str, int, str], Event] = field(default_factory=dict)
+    clients: dict[tuple[int, str], Event] = field(default_factory=dict)
+    rounds: dict[int, Event] = field(default_factory=dict)
+    experts: dict[tuple[int, int], Event] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> History:
+        """Sort events; kinds this version does not know are passed over, so that newer files stay readable."""
+        history = cls()
+        for event in events:
+            history._add(event)
+        return history
+
+    def _add(self, event: Event) -> None:
+        match event["event"]:
+            case "run":
+                self.run = event
+            case "data":
+                self.data = event
+            case "end":
+                self.end = event
+            case "resume":
+                self.resumes.append(event)
+                self.end = None
+            case "eval":
+                key = (event["round"], event["split"], event["tier"], event.get("client") or "")
+                self.evaluations[key] = event
+            case "client":
+                self.clients[event["round"], event["client"]] = event
+            case "round":
+                self.rounds[event["round"]] = event
+            case "experts":
+                self.experts[event["round"], event["tier"]] = event
+
+    @property
+    def tiers(self) -> list[int]:
+        """Every tier that the run names or that an event mentions, highest first."""
+        seen = set(self.run.get("tiers") or [])
+        seen |= {client["top_k"] for client in self.data.get("clients") or []}
+        seen |= {tier for _, split, tier, _ in self.evaluations if split in SPLITS}
+        seen |= {tier for _, tier in self.experts}
+        return sorted(seen, reverse=True)
+
+    @property
+    def topology(self) -> list[Event]:
+        """The rank table of the last start of the run."""
+        tables = [event["topology"] for event in [self.run, *self.resumes] if event.get("topology")]
+        return list(tables[-1]) if tables else []
+
+    @property
+    def last_round(self) -> int:
+        """The last completed round; 0 before the first."""
+        return max(self.rounds, default=0)
+
+    def curve(self, split: str, tier: int, metric: str) -> list[tuple[int, float | None]]:
+        """(round, value) in order of rounds for one tier on one pooled hold-out."""
+        rows = [(key[0], row) for key, row in self.evaluations.items() if key[1:3] == (split, tier)]
+        return sorted((round_, row.get(metric)) for round_, row in rows)
+
+    def client_names(self) -> list[str]:
+        """All clients, those with data first in their order, then any that only trained."""
+        names = [client["name"] for client in self.data.get("clients") or []]
+        return list(dict.fromkeys([*names, *(name for _, name in self.clients)]))

@@ -1,0 +1,84 @@
+"""`report.html`: one self-contained page about a run, built from metrics.jsonl and config.yaml alone."""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+from string import Template
+
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.report.activation import expert_section
+from fedmoe_ds.report.headline import header
+from fedmoe_ds.report.history import History
+from fedmoe_ds.report.markup import Markup, join, tag
+from fedmoe_ds.report.metrics import read_metrics
+from fedmoe_ds.report.population import client_section, data_section
+from fedmoe_ds.report.sections import (
+    config_section,
+    convergence_section,
+    results_section,
+    time_section,
+    topology_section,
+)
+
+PARTS = Path(__file__).parent
+
+
+def write_report(run_folder: Path) -> Path:
+    """Build `<run_folder>/report.html` and return its path; an older report is replaced in one step.
+
+    Works for a run that is still going or was cut off: what is not recorded yet is said to be missing.
+
+    Raises:
+        UserError: the folder holds no readable metrics.jsonl.
+    """
+    if not run_folder.is_dir():
+        raise UserError(f"run folder: {run_folder}: does not exist; name a folder like runs/<name>")
+    history = History.of(read_metrics(run_folder / "metrics.jsonl"))
+    config_file = run_folder / "config.yaml"
+    config = config_file.read_text(encoding="utf-8") if config_file.exists() else None
+    target = run_folder / "report.html"
+    draft = run_folder / f".report.{os.getpid()}.tmp"
+    try:
+        draft.write_text(page(history, config), encoding="utf-8")
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
+
+
+def page(history: History, config: str | None) -> str:
+    """The whole document as text."""
+    sections = [
+        ("results", "Results", results_section(history)),
+        ("convergence", "Convergence per tier", convergence_section(history)),
+        ("data", "How the data lie on clients", data_section(history)),
+        ("experts", "Expert activation", _with_lead(EXPERT_LEAD, expert_section(history))),
+        ("time", "Where the time went", time_section(history)),
+        ("clients", "Clients", client_section(history)),
+        ("topology", "Topology", topology_section(history)),
+        ("config", "Configuration", config_section(history, config)),
+    ]
+    links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
+    bodies = [tag("section", tag("h2", title), body, id=anchor) for anchor, title, body in sections]
+    return Template(_part("report.html")).substitute(
+        title=html.escape(str(history.run.get("name") or "run")),
+        style=_part("report.css"),
+        script=_part("report.js"),
+        body=join([header(history), tag("nav", *links, aria_label="sections"), tag("main", *bodies)]),
+    )
+
+
+EXPERT_LEAD = (
+    "The share of routed slots that each expert received from the clients of a tier, relative to an even spread "
+    "over all experts of the layer (1 ×)."
+)
+
+
+def _with_lead(text: str, body: Markup) -> Markup:
+    return tag("div", tag("p", text, cls="lead"), body)
+
+
+def _part(name: str) -> str:
+    return (PARTS / name).read_text(encoding="utf-8")

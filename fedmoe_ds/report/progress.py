@@ -1,0 +1,164 @@
+"""What rank 0 tells the person who waits: a live bar on a terminal, plain lines elsewhere, and the final table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from fedmoe_ds.report.history import Event, tier_results
+
+MISSING = "-"
+
+
+class Progress:
+    """Progress of a run on standard error; with `enabled=False` (every rank but 0) all methods do nothing.
+
+    `interval` is the shortest time between two wave lines, in seconds, where standard error is no terminal.
+    """
+
+    def __init__(self, enabled: bool = True, stream: TextIO | None = None, interval: float = 5.0) -> None:
+        self._enabled = enabled
+        self._interval = interval
+        self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False)
+        self._bar: Bar | None = None
+        self._round = self._rounds = 0
+        self._first_round = 0
+        self._began = self._last_line = time.monotonic()
+        self._tokens = self._seconds = 0.0
+        if enabled and self._console.is_terminal:
+            self._bar = _new_bar(self._console)
+            self._task = self._bar.add_task("starting", total=1.0, start=False, visible=False, state="")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def note(self, text: str) -> None:
+        """One line of text, above the bar where there is one."""
+        if not self._enabled:
+            return
+        if self._bar is None:
+            self._console.print(f"[{time.strftime('%H:%M:%S')}] {text}", soft_wrap=True)
+        else:
+            self._console.print(text, soft_wrap=True)
+
+    def start_round(self, round: int, rounds: int, waves: int) -> None:
+        """Rounds count from 1; a resumed run starts later, and its ETA counts from there."""
+        if not self._enabled:
+            return
+        if not self._first_round:
+            self._first_round, self._began = round, time.monotonic()
+        self._round, self._rounds = round, rounds
+        self._tokens = self._seconds = 0.0
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.start_task(self._task)
+            self._show(round - 1, f"wave 0/{waves}")
+
+    def wave_done(self, wave: int, waves: int, tokens: int, seconds: float) -> None:
+        """Wave `wave` (from 1) of `waves` is done; `tokens` and `seconds` are those of this wave alone."""
+        if not self._enabled:
+            return
+        self._tokens += tokens
+        self._seconds += seconds
+        # Aggregation and evaluation still follow: counted as one more wave, so that the bar does not wait at the end.
+        done = self._round - 1 + wave / (waves + 1)
+        speed = f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds > 0 else ""
+        state = f"wave {wave}/{waves}  {speed}  ETA {_clock(self._remaining(done))}"
+        if self._bar is not None:
+            self._show(done, state)
+        elif time.monotonic() - self._last_line >= self._interval:
+            self._last_line = time.monotonic()
+            self.note(f"round {self._round}/{self._rounds}  {state}")
+
+    def end_round(self, summary: str) -> None:
+        """The round is complete: one line that stays."""
+        if not self._enabled:
+            return
+        remaining = self._remaining(self._round)
+        self._last_line = time.monotonic()
+        self.note(
+            f"round {self._round}/{self._rounds}  {summary}" + (f"  ETA {_clock(remaining)}" if remaining else "")
+        )
+        if self._bar is not None:
+            self._show(self._round, f"ETA {_clock(remaining)}")
+
+    def close(self) -> None:
+        """Take the bar down; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, done: float, state: str) -> None:
+        assert self._bar is not None
+        title, total = f"round {self._round}/{self._rounds}", float(self._rounds)
+        # Waves take far longer than one redraw, so every change is shown at once.
+        self._bar.update(
+            self._task, description=title, total=total, completed=done, state=state, visible=True, refresh=True
+        )
+
+    def _remaining(self, done: float) -> float:
+        """Seconds left at the pace of this process, `done` rounds (with a fraction) being complete."""
+        paced = done - (self._first_round - 1)
+        return (time.monotonic() - self._began) / paced * (self._rounds - done) if paced > 0 else 0.0
+
+
+def _new_bar(console: Console) -> Bar:
+    # Standard output stays untouched: its last lines are an interface, and the bar lives on standard error.
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
+    return Bar(*columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=4)
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def final_table(rows: Iterable[Event]) -> str:
+    """Tiers x before/after as plain text, one line per (hold-out, tier).
+
+    Args:
+        rows: `eval` events (fields as in docs/outputs.md); other events are passed over, so `read_metrics(...)` fits.
+    """
+    head = ("hold-out", "top-k", "perplexity before", "after", "ratio", "accuracy before", "after", "change")
+    lines = [head]
+    for result in tier_results(rows):
+        lines.append(
+            (
+                result.split,
+                str(result.tier),
+                _text(result.before.get("perplexity", MISSING), "{:.2f}"),
+                _text(result.after.get("perplexity", MISSING), "{:.2f}"),
+                _text(MISSING if result.ratio is None else result.ratio, "{:.3f}"),
+                _text(result.before.get("accuracy", MISSING), "{:.2%}"),
+                _text(result.after.get("accuracy", MISSING), "{:.2%}"),
+                _text(MISSING if result.gain is None else 100 * result.gain, "{:+.2f}"),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    ruled = [lines[0], tuple("-" * width for width in widths), *lines[1:]]
+    return "\n".join("  ".join(_aligned(line, widths)) for line in ruled)
+
+
+def _aligned(line: tuple[str, ...], widths: list[int]) -> list[str]:
+    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+
+
+def _text(value: float | str | None, form: str) -> str:
+    if value == MISSING:
+        return MISSING
+    return "not finite" if value is None else form.format(value)

@@ -1,0 +1,220 @@
+"""The sections of the report page about the run as a whole: results, convergence, time, topology, configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fedmoe_ds.report import formats
+from fedmoe_ds.report.history import Event, History, TierResult, tier_results
+from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag
+from fedmoe_ds.report.population import rounds_table
+from fedmoe_ds.report.svg import Column, Series, line_chart, stacked_columns, tier_colours, tier_mark
+
+TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+PHASES = ("schedule", "train", "aggregate", "evaluate", "checkpoint")
+HOLD_OUT = {"global": "Global hold-out", "clients": "Clients' hold-outs"}
+
+
+def results_section(history: History) -> Markup:
+    """Foundation against the last evaluated round, per tier and hold-out."""
+    results = tier_results(history.evaluations.values())
+    if not results:
+        return tag("p", "Nothing has been evaluated yet.", cls="empty")
+    colours = tier_colours(history.tiers)
+    head = [
+        "hold-out",
+        "tier",
+        "perplexity before",
+        "after",
+        "ratio",
+        "",
+        "accuracy before",
+        "after",
+        "change",
+        "tokens",
+    ]
+    rows = [_result_row(result, colours[result.tier]) for result in results]
+    last = max(result.after.get("round", 0) for result in results)
+    after = (
+        f"after is the global model of round {last}. A ratio below 1 is better."
+        if last
+        else "no round is evaluated yet."
+    )
+    lead = f"Before is the foundation, {after}"
+    return tag("div", tag("p", lead, cls="lead"), tag("div", table(head, rows, text_columns=2), cls="scroll"))
+
+
+def _result_row(result: TierResult, css: str) -> list[str]:
+    ratio = result.ratio
+    bar = (
+        tag("span", tag("i", cls=f"bar {css}", style=f"width:{100 * min(1.0, ratio):.1f}%"), cls="ratio")
+        if ratio is not None
+        else ""
+    )
+    return [
+        HOLD_OUT[result.split],
+        tag("td", tier_mark(css, result.tier)),
+        formats.score(result.before, "perplexity", formats.number),
+        formats.score(result.after, "perplexity", formats.number),
+        formats.number(ratio),
+        tag("td", bar),
+        formats.score(result.before, "accuracy", formats.percent),
+        formats.score(result.after, "accuracy", formats.percent),
+        formats.points(result.gain),
+        formats.count(result.after.get("tokens")),
+    ]
+
+
+def convergence_section(history: History) -> Markup:
+    """Perplexity (logarithmic) and accuracy over rounds, one line per tier, a panel per hold-out."""
+    splits = [split for split in HOLD_OUT if any(key[1] == split for key in history.evaluations)]
+    if not splits:
+        return tag("p", "Nothing has been evaluated yet.", cls="empty")
+    lead = tag(
+        "p",
+        "Round 0 is the foundation before any client has trained. Each line is the global model at one budget tier.",
+        cls="lead",
+    )
+    return tag("div", lead, choices("hold-out", [(HOLD_OUT[split], _curves(history, split)) for split in splits]))
+
+
+def _curves(history: History, split: str) -> Markup:
+    colours = tier_colours(history.tiers)
+
+    def chart(
+        metric: str, title: str, form: Callable[[float | None], str], axis: Callable[[float], str], log: bool
+    ) -> Markup:
+        lines = []
+        for tier in history.tiers:
+            points = history.curve(split, tier, metric)
+            tips = [f"round {x}\ntop-k {tier}\n{metric} {form(y)}" for x, y in points]
+            if points:
+                lines.append(Series(colours[tier], f"k = {tier}", points, tips))
+        return line_chart(lines, title=title, x_label="round", form=axis, log=log)
+
+    perplexity = chart("perplexity", "Perplexity (log scale, lower is better)", formats.number, _tick, True)
+    accuracy = chart(
+        "accuracy", "Next-token accuracy, % (higher is better)", formats.percent, lambda y: _tick(100 * y), False
+    )
+    return tag("div", tag("figure", perplexity), tag("figure", accuracy), cls="pair")
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.6g}".replace(",", formats.NARROW_SPACE)
+
+
+def time_section(history: History) -> Markup:
+    """Seconds per round by phase, tokens per second, and the total of each phase."""
+    rounds = sorted(history.rounds.items())
+    if not rounds:
+        return tag("p", "No round has finished yet.", cls="empty")
+    named = {phase for _, event in rounds for phase in event.get("phases") or {}}
+    phases = [*(phase for phase in PHASES if phase in named), *sorted(named - set(PHASES))]
+    colours = {phase: f"p{min(index, 7)}" for index, phase in enumerate([*PHASES, *sorted(named - set(PHASES))])}
+    longest = max(sum(spent or 0.0 for spent in (event.get("phases") or {}).values()) for _, event in rounds)
+    unit, scale = next(((unit, scale) for unit, scale in TIME_UNITS if longest > 3 * scale), TIME_UNITS[-1])
+    columns = [
+        (number, Column(str(number), _phase_parts(number, event, phases, colours, scale))) for number, event in rounds
+    ]
+    totals = {phase: sum((event.get("phases") or {}).get(phase) or 0.0 for _, event in rounds) for phase in phases}
+    whole = sum(totals.values()) or 1.0
+    keys = legend(
+        (colours[phase], f"{phase} {formats.percent(totals[phase] / whole)} ({formats.duration(totals[phase])})")
+        for phase in phases
+    )
+    stacked = stacked_columns(columns, title=f"Time per round, {unit}", x_label="round", form=_tick)
+    return tag(
+        "div",
+        keys,
+        tag("div", tag("figure", stacked), tag("figure", _speed(rounds)), cls="pair"),
+        rounds_table(history),
+    )
+
+
+def _phase_parts(
+    number: int, event: Event, phases: Sequence[str], colours: dict[str, str], scale: float
+) -> list[tuple[str, float, str]]:
+    spent = event.get("phases") or {}
+    whole = sum(value or 0.0 for value in spent.values()) or 1.0
+    parts = [(phase, spent.get(phase) or 0.0) for phase in phases]
+    return [
+        (
+            colours[phase],
+            value / scale,
+            f"round {number}\n{phase}: {formats.duration(value)}, {formats.percent(value / whole)}",
+        )
+        for phase, value in parts
+    ]
+
+
+def _speed(rounds: Sequence[tuple[int, Event]]) -> Markup:
+    tips = [
+        f"round {number}\n{formats.count(event.get('tokens_per_s'))} tokens/s\n"
+        f"{formats.count(event.get('tokens'))} tokens\n"
+        f"{formats.count(event.get('participants'))} clients in {formats.count(event.get('waves'))} waves"
+        for number, event in rounds
+    ]
+    series = Series("speed", "", [(number, event.get("tokens_per_s")) for number, event in rounds], tips)
+    return line_chart([series], title="Training speed, tokens/s", x_label="round", form=_tick, zero=True)
+
+
+def topology_section(history: History) -> Markup:
+    """Ranks as a grid: a row is a cluster (expert-parallel group), a column an expert shard (aggregation group)."""
+    ranks = history.topology
+    if not ranks:
+        return tag("p", "The run has not recorded its topology.", cls="empty")
+    clusters = sorted({rank["cluster"] for rank in ranks})
+    shards = sorted({rank["shard"] for rank in ranks})
+    experts = {rank["shard"]: rank.get("experts") for rank in ranks}
+    place = {(rank["cluster"], rank["shard"]): rank for rank in ranks}
+    head = [
+        "",
+        *(join([f"shard {shard}", tag("small", f"experts {experts[shard] or formats.MISSING}")]) for shard in shards),
+    ]
+    rows = [
+        [f"cluster {cluster}", *(_rank_cell(place.get((cluster, shard))) for shard in shards)] for cluster in clusters
+    ]
+    lead = (
+        "A row is one expert-parallel group: tokens travel inside it. "
+        "A column is one aggregation group: it sums adapters once per round."
+    )
+    grid = tag("div", table(head, rows, text_columns=1 + len(shards), cls="grid-table"), cls="scroll")
+    return tag("div", tag("p", lead, cls="lead"), grid, _resumes(history))
+
+
+def _rank_cell(rank: Event | None) -> str:
+    if rank is None:
+        return formats.MISSING
+    return tag("td", f"rank {rank['rank']}", tag("small", str(rank.get("host") or "")))
+
+
+def _resumes(history: History) -> Markup | None:
+    if not history.resumes:
+        return None
+    rows = [
+        [
+            formats.clock(event.get("time")),
+            str(event.get("round", formats.MISSING)),
+            str(event.get("world_size", formats.MISSING)),
+            str(event.get("checkpoint")),
+        ]
+        for event in history.resumes
+    ]
+    return tag(
+        "div",
+        tag("h3", "Resumed"),
+        tag("div", table(["when", "after round", "ranks", "checkpoint"], rows, text_columns=4), cls="scroll"),
+    )
+
+
+def config_section(history: History, config: str | None) -> Markup:
+    """The resolved configuration and the versions of the software."""
+    versions = history.run.get("versions") or {}
+    shown = table(
+        ["software", "version"], [[str(name), str(version)] for name, version in versions.items()], text_columns=2
+    )
+    text = tag("pre", config) if config is not None else tag("p", "The run folder holds no config.yaml.", cls="empty")
+    parts = [tag("details", tag("summary", "Full configuration (config.yaml)"), text)]
+    if versions:
+        parts.append(tag("details", tag("summary", "Software versions"), tag("div", shown, cls="scroll")))
+    return tag("div", *parts)

@@ -1,0 +1,272 @@
+"""Charts as inline SVG: lines, stacked columns, dense columns. Colours come from CSS, so both colour schemes work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fedmoe_ds.report import formats
+from fedmoe_ds.report.markup import Markup, join, tag
+
+WIDTH, HEIGHT = 480.0, 290.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 52.0, 28.0, 42.0
+LABEL_GAP = 15.0
+MARKERS = ("circle", "square", "diamond", "triangle")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A closed range of values on a linear or logarithmic axis."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @classmethod
+    def around(cls, values: Sequence[float], *, log: bool = False, zero: bool = False) -> Axis:
+        """The range of `values` with a little air; `zero` starts the axis at 0."""
+        low, high = (min(values), max(values)) if values else (1.0, 2.0)
+        if log:
+            air = max((high / low) ** 0.06, 1.02)
+            return cls(low / air, high * air, True)
+        air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        return cls(0.0 if zero else low - air, high + air)
+
+    def place(self, value: float, start: float, end: float) -> float:
+        """The coordinate of `value` when the axis runs from `start` to `end`."""
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return start + share * (end - start)
+
+    def ticks(self) -> list[float]:
+        """Round values inside the range, about five; 1-2-5 per decade on a wide logarithmic axis."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+                inside = [m * 10.0**e for e in decades for m in steps if self.low <= m * 10.0**e <= self.high]
+                if len(inside) >= 4:
+                    return inside
+        step = _nice_step((self.high - self.low) / 5)
+        first = math.ceil(self.low / step - 1e-9)
+        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _nice_step(raw: float) -> float:
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+
+
+def whole_ticks(first: int, last: int, most: int = 8) -> list[int]:
+    """At most about `most` evenly spaced whole numbers from `first` to `last`, on multiples of 1, 2, 5, 10, ..."""
+    steps = (m * 10**e for e in range(9) for m in (1, 2, 5))
+    step = next(s for s in steps if (last - first) / s <= most)
+    return [value for value in range(first, last + 1) if value % step == 0]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: its colour class, its label at the right end, points (x, y or None) and a tooltip per point."""
+
+    css: str
+    label: str
+    points: Sequence[tuple[int, float | None]]
+    tips: Sequence[str]
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    form: Callable[[float], str],
+    log: bool = False,
+    zero: bool = False,
+) -> Markup:
+    """Lines over whole-numbered x with labels at their right ends; missing values leave a gap; `zero` starts y at 0."""
+    usable = [point for line in series for point in _usable(line, log)]
+    if not usable:
+        return tag("p", f"{title}: nothing to draw.", cls="empty")
+    first, last = min(x for x, _ in usable), max(x for x, _ in usable)
+    x_axis = Axis(float(first), float(last)) if last > first else Axis(first - 0.5, last + 0.5)
+    y_axis = Axis.around([y for _, y in usable], log=log, zero=zero)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return x_axis.place(x, LEFT + 8, WIDTH - RIGHT - 8), y_axis.place(y, HEIGHT - BOTTOM, TOP)
+
+    lines = [_line(line, MARKERS[number % len(MARKERS)], at, log) for number, line in enumerate(series)]
+    ends = [(line, at(*_usable(line, log)[-1])) for line in series if _usable(line, log)]
+    x_ticks = [(at(x, y_axis.low)[0], str(x)) for x in whole_ticks(first, last)]
+    y_ticks = [(at(x_axis.low, y)[1], form(y)) for y in y_axis.ticks()]
+    return _frame(title, x_label, x_ticks, y_ticks, [*lines, *_end_labels(ends)])
+
+
+def _usable(line: Series, log: bool) -> list[tuple[int, float]]:
+    return [(x, y) for x, y in line.points if y is not None and (y > 0 or not log)]
+
+
+def _line(line: Series, marker: str, at: Callable[[float, float], tuple[float, float]], log: bool) -> Markup:
+    path, pen_down, dots = "", False, []
+    sparse = len(line.points) <= 40
+    for (x, y), tip in zip(line.points, line.tips, strict=True):
+        if y is None or (log and y <= 0):
+            pen_down = False
+            continue
+        across, down = at(x, y)
+        path += f"{'L' if pen_down else 'M'}{across:.1f} {down:.1f}"
+        pen_down = True
+        dots.append(_marker(marker, across, down) if sparse else None)
+        dots.append(tag("circle", cx=f"{across:.1f}", cy=f"{down:.1f}", r=9, cls="hit", data_t=tip))
+    return tag("g", tag("path", d=path, cls="line"), *dots, cls=line.css)
+
+
+def _marker(kind: str, x: float, y: float) -> Markup:
+    corners = {
+        "square": [(-3.4, -3.4), (3.4, -3.4), (3.4, 3.4), (-3.4, 3.4)],
+        "diamond": [(0, -4.8), (4.8, 0), (0, 4.8), (-4.8, 0)],
+        "triangle": [(0, -4.6), (4.4, 3.4), (-4.4, 3.4)],
+    }
+    if kind == "circle":
+        return tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.8, cls="dot")
+    return tag("path", d="M" + "L".join(f"{x + dx:.1f} {y + dy:.1f}" for dx, dy in corners[kind]) + "Z", cls="dot")
+
+
+def _end_labels(ends: list[tuple[Series, tuple[float, float]]]) -> list[Markup]:
+    """Labels beside the last points, pushed apart where lines end close together."""
+    ends = sorted(ends, key=lambda end: end[1][1])
+    heights: list[float] = []
+    for _, (_, y) in ends:
+        heights.append(max(y, heights[-1] + LABEL_GAP) if heights else y)
+    overflow = heights[-1] - (HEIGHT - BOTTOM) if heights else 0.0
+    for index in reversed(range(len(heights))):
+        below = heights[index + 1] - LABEL_GAP if index + 1 < len(heights) else heights[index] - max(0.0, overflow)
+        heights[index] = min(heights[index], below)
+    x = WIDTH - RIGHT + 6
+    return [
+        tag("text", line.label, x=x, y=f"{y + 4:.1f}", cls=f"end {line.css}")
+        for (line, _), y in zip(ends, heights, strict=True)
+    ]
+
+
+def _frame(
+    title: str,
+    x_label: str,
+    x_ticks: list[tuple[float, str]],
+    y_ticks: list[tuple[float, str]],
+    content: Iterable[Markup],
+) -> Markup:
+    """Title, axes, grid and labels around a plot."""
+    floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    grid = [tag("line", x1=LEFT, x2=right, y1=f"{y:.1f}", y2=f"{y:.1f}", cls="grid") for y, _ in y_ticks]
+    rows = [tag("text", text, x=LEFT - 8, y=f"{y + 4:.1f}", cls="tick left") for y, text in y_ticks]
+    columns = [tag("text", text, x=f"{x:.1f}", y=floor + 18, cls="tick middle") for x, text in x_ticks]
+    labels = [
+        tag("text", title, x=0, y=13, cls="title"),
+        tag("text", x_label, x=f"{(LEFT + right) / 2:.1f}", y=HEIGHT - 4, cls="axis middle"),
+        tag("line", x1=LEFT, x2=right, y1=floor, y2=floor, cls="base"),
+    ]
+    size = f"0 0 {WIDTH:.0f} {HEIGHT:.0f}"
+    return tag(
+        "svg", *grid, *labels, *rows, *columns, *content, viewBox=size, role="img", aria_label=title, cls="chart"
+    )
+
+
+@dataclass(frozen=True)
+class Column:
+    """One stacked column or bar: its parts as (colour class, value, tooltip) from the axis outward."""
+
+    label: str
+    parts: Sequence[tuple[str, float, str]]
+
+    @property
+    def total(self) -> float:
+        """The length of the whole column."""
+        return sum(value for _, value, _ in self.parts)
+
+
+def stacked_columns(
+    columns: Sequence[tuple[int, Column]], *, title: str, x_label: str, form: Callable[[float], str]
+) -> Markup:
+    """Columns at whole-numbered x, value axis from zero."""
+    axis = Axis.around([column.total for _, column in columns], zero=True)
+    first, last = columns[0][0], columns[-1][0]
+    slot = (WIDTH - LEFT - RIGHT) / (last - first + 1)
+    width = min(0.78 * slot, 56.0)
+
+    def middle(x: int) -> float:
+        return LEFT + (x - first + 0.5) * slot
+
+    bars = []
+    for x, column in columns:
+        base = 0.0
+        for css, value, tip in column.parts:
+            top, bottom = (axis.place(base + part, HEIGHT - BOTTOM, TOP) for part in (value, 0.0))
+            bars.append(_rect(middle(x) - width / 2, top, width, bottom - top, css, tip))
+            base += value
+    x_ticks = [(middle(x), str(x)) for x in whole_ticks(first, last)]
+    y_ticks = [(axis.place(y, HEIGHT - BOTTOM, TOP), form(y)) for y in axis.ticks()]
+    return _frame(title, x_label, x_ticks, y_ticks, bars)
+
+
+def dense_columns(columns: Sequence[Column], strip: Sequence[str]) -> Markup:
+    """Many thin columns that fill any width, no text inside; `strip` colours a line below, one class per column."""
+    high = max((column.total for column in columns), default=0.0) or 1.0
+    rects = []
+    for x, (column, css) in enumerate(zip(columns, strip, strict=True)):
+        base = 100.0
+        for part, value, tip in column.parts:
+            tall = 100 * value / high
+            rects.append(_rect(x + 0.06, base - tall, 0.88, tall, part, tip))
+            base -= tall
+        rects.append(_rect(x, 103, 1, 5, css, column.label))
+    box = f"0 0 {len(columns)} 108"
+    return tag(
+        "svg",
+        *rects,
+        viewBox=box,
+        preserveAspectRatio="none",
+        role="img",
+        cls="dense",
+        style=f"min-width:{2 * len(columns)}px",
+    )
+
+
+def _rect(x: float, y: float, width: float, height: float, css: str, tip: str) -> Markup:
+    return tag(
+        "rect", x=f"{x:.2f}", y=f"{y:.2f}", width=f"{width:.2f}", height=f"{height:.2f}", cls=f"bar {css}", data_t=tip
+    )
+
+
+def bar_rows(rows: Sequence[tuple[str, Markup, Column, str]]) -> Markup:
+    """Horizontal bars of named things: (name, mark beside it, bar, figure at its end)."""
+    high = max((column.total for _, _, column, _ in rows), default=0.0) or 1.0
+    lines = []
+    for name, mark, column, figure in rows:
+        parts = [
+            tag("i", cls=f"bar {css}", style=f"width:{100 * value / high:.3f}%", data_t=tip)
+            for css, value, tip in column.parts
+            if value > 0
+        ]
+        lines.append(
+            tag(
+                "div",
+                tag("span", name, cls="name", data_t=name),
+                mark,
+                tag("span", *parts, cls="track"),
+                tag("span", figure, cls="figure"),
+            )
+        )
+    return tag("div", join(lines), cls="rows")
+
+
+def tier_colours(tiers: Sequence[int]) -> dict[int, str]:
+    """A colour class per tier, spread over the eight steps of the ordinal palette; high tiers get the strong end."""
+    last = max(1, len(tiers) - 1)
+    return {tier: f"t{round(index * 7 / last)}" for index, tier in enumerate(sorted(tiers, reverse=True))}
+
+
+def tier_mark(css: str, tier: int | None) -> Markup:
+    """The small coloured badge of a budget tier."""
+    return tag("span", f"k {formats.MISSING if tier is None else tier}", cls=f"chip {css}")

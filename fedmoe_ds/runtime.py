@@ -1,0 +1,213 @@
+"""Runtime: one process of the world, whoever started it.
+
+The same script runs under plain `python`, `deepspeed`, `torchrun`, `mpirun` and `srun`. `init_runtime` reads what the launcher
+promised, joins the world through DeepSpeed, and refuses a world that is smaller than the promise. Small control messages travel
+as JSON over a gloo group, so nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+
+from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says about this process."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process in its world. `control` is a gloo group for host-side messages (None in a world of one)."""
+
+    launch: Launch
+    device: torch.device
+    control: torch_dist.ProcessGroup | None
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        payload = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy()
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(payload)
+        torch_dist.all_reduce(sizes, group=self.control)
+        mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        mine[: len(payload)] = torch.from_numpy(payload)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch_dist.all_gather(parts, mine, group=self.control)
+        return [
+            json.loads(bytes(part[:size].numpy()).decode()) for part, size in zip(parts, sizes.tolist(), strict=True)
+        ]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch_dist.barrier(group=self.control)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; a UserError on any rank becomes the same UserError on all of them."""
+        result, failure = _attempt(action)
+        failures = [text for text in self.gather(failure) if text is not None]
+        if failures:
+            raise UserError(failures[0])
+        return result  # type: ignore[return-value]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 only; its JSON result, or its UserError, reaches every rank."""
+        outcome = _attempt(action) if self.is_main else (None, None)
+        result, failure = self.gather(list(outcome))[0]
+        if failure is not None:
+            raise UserError(failure)
+        return result
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return action(), None
+    except UserError as error:
+        return None, str(error)
+
+
+def detect_launch() -> Launch:
+    """Read rank and world from the environment. Raises UserError for a silent one-rank world under SLURM or MPI."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
+        return Launch(launcher, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    if "OMPI_COMM_WORLD_SIZE" in env or "PMI_SIZE" in env:
+        return _detect_mpi(int(env.get("OMPI_COMM_WORLD_SIZE", env.get("PMI_SIZE", "1"))))
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        return _detect_slurm()
+    promised = int(env.get("SLURM_NTASKS", "1"))
+    if promised > 1 and "SLURM_JOB_ID" in env:
+        raise UserError(
+            f"SLURM_NTASKS: {promised}: SLURM promised {promised} tasks but this process was started alone; start it with srun"
+        )
+    return Launch("python", 0, 1, 0)
+
+
+def _detect_mpi(promised: int) -> Launch:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    if world.size != promised:
+        raise UserError(
+            f"mpirun: {promised}: it promised {promised} ranks but mpi4py sees {world.size}; mpirun and mpi4py use different "
+            "MPI libraries: put the matching mpirun first in PATH"
+        )
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address, port = world.bcast((_own_address(local.size == world.size), free_port()), root=0)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    return Launch("mpirun", world.rank, world.size, local.rank)
+
+
+def _detect_slurm() -> Launch:
+    env = os.environ
+    world = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
+    single = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")) == "1"
+    env.setdefault("MASTER_ADDR", "127.0.0.1" if single else env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    return Launch("srun", int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)))
+
+
+def _own_address(single_host: bool) -> str:
+    if single_host:
+        return "127.0.0.1"
+    return socket.gethostbyname(socket.gethostname())
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init_runtime(device: str = "auto", threads: int = 1, timeout_s: float = 1800.0) -> Runtime:
+    """Join the world. `device` is auto, cpu or cuda; `threads` are CPU threads of this rank.
+
+    Raises:
+        UserError: cuda is asked for but absent, or the launcher's promise does not hold.
+    """
+    launch = detect_launch()
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if use_cuda and not torch.cuda.is_available():
+        raise UserError("topology.device: cuda: no CUDA device is visible; use cpu or auto")
+    if not use_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(threads)
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+    os.environ.setdefault("LOCAL_SIZE", str(launch.world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()) if launch.world_size == 1 else "29500")
+    import deepspeed  # after the accelerator choice above, which it reads at import
+
+    timeout = datetime.timedelta(seconds=timeout_s)
+    place = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(place)
+    deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    control = torch_dist.new_group(backend="gloo", timeout=timeout) if launch.world_size > 1 else None
+    return Runtime(launch, place, control)
+
+
+def run_entry(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry point: UserError becomes one line on rank 0 and exit code 2 everywhere; other errors keep their traceback.
+
+    The exit is immediate after a failure, so that no atexit handler can wait for peers that are gone.
+    """
+    code = 1
+    try:
+        code = main() or 0
+    except UserError as error:
+        code = EXIT_USER_ERROR
+        if _known_rank() == 0:
+            sys.stderr.write(f"error: {error}\n")
+    except SystemExit as request:
+        code = request.code if isinstance(request.code, int) else 1
+    except BaseException:
+        sys.stderr.write(f"[rank {_known_rank()}] {traceback.format_exc()}")
+    if code == 0 and torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _known_rank() -> int:
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0

@@ -1,0 +1,184 @@
+"""Session: one start of a run: claim the run folder, resume or begin, train, report."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmoe_ds import checkpoint
+from fedmoe_ds import state as states
+from fedmoe_ds.build import Parts, is_bitwise, load_parts
+from fedmoe_ds.config import Config, dump_config
+from fedmoe_ds.deepspeed_tools import DeepSpeedTools
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation import Federation, Outcome
+from fedmoe_ds.journal import Journal
+from fedmoe_ds.report import final_table, read_metrics
+from fedmoe_ds.runtime import Runtime
+from fedmoe_ds.topology import Topology, build_topology
+
+RESUME_MODES = ("never", "auto")
+
+
+def train(config: Config, runtime: Runtime, resume: str) -> list[str]:
+    """Run a configuration to its end or to a stop request.
+
+    Args:
+        config: the whole tree.
+        resume: `never` (a folder that holds a run is refused), `auto` (continue from the newest intact checkpoint, or begin).
+    Returns:
+        The lines for standard output (rank 0 prints them): table, how to resume if interrupted, digest, run folder.
+    """
+    began = time.monotonic()
+    folder = Path(config.output) / config.name
+    source = runtime.on_main(lambda: claim_folder(folder, resume))
+    journal = Journal(folder, runtime)
+    for note in source["notes"]:
+        journal.note(note)
+    topology = build_topology(config.topology, runtime)
+    parts = load_parts(config, runtime, topology, journal.progress)
+    parts.stop.install()
+    begin(parts, journal, source["checkpoint"])
+    tools = DeepSpeedTools(config.deepspeed, parts, journal)
+    outcome = Federation(parts, journal).run()
+    tools.close(folder)
+    journal.event("end", rounds=parts.state.round, digest=outcome.digest, seconds=time.monotonic() - began)
+    journal.report()
+    journal.close()
+    return summary(folder, outcome, runtime)
+
+
+def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
+    """Decide what this start continues: a checkpoint path or None, and notes about damaged checkpoints. Rank 0 only."""
+    root = folder / "checkpoints"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {folder}: cannot create the run folder: {error.strerror or error}") from None
+    found, notes = checkpoint.newest_intact(root)
+    used = (folder / "metrics.jsonl").exists() or found is not None or bool(notes)
+    if resume == "never":
+        if used:
+            raise UserError(
+                f"name: {folder.name}: {folder} already holds a run; add --resume auto to continue it, or set another name"
+            )
+        return {"checkpoint": None, "notes": []}
+    if notes and found is None:
+        notes.append("no intact checkpoint is left; beginning again")
+    return {"checkpoint": None if found is None else str(found), "notes": notes}
+
+
+def begin(parts: Parts, journal: Journal, source: str | None) -> None:
+    """Start from the foundation, or restore a checkpoint; either way say so in metrics.jsonl."""
+    if source is None:
+        journal.truncate(0)
+        parts.runtime.on_main(lambda: (journal.folder / "config.yaml").write_text(parts.config_text))
+        journal.event("run", **run_facts(parts))
+        journal.event("data", **data_facts(parts))
+        return
+    path = Path(source)
+    snapshot = checkpoint.read_snapshot(path)
+    check_identity(snapshot, parts)
+    states.restore(path, snapshot, parts.state, parts.topology, parts.new_statistics())
+    journal.truncate(snapshot.metrics_position)
+    parts.runtime.on_main(lambda: (journal.folder / "config.yaml").write_text(parts.config_text))
+    journal.event(
+        "resume",
+        round=snapshot.round,
+        checkpoint=path.name,
+        world_size=parts.runtime.world_size,
+        topology=rank_table(parts),
+    )
+    journal.note(f"resumed from {path.name}")
+
+
+def check_identity(snapshot: checkpoint.Snapshot, parts: Parts) -> None:
+    """Refuse a checkpoint of another model, other data or other settings, naming the first difference."""
+    for name, ours in parts.identity.items():
+        theirs = snapshot.identity.get(name)
+        if theirs == ours:
+            continue
+        if name == "foundation":
+            raise UserError(
+                f"--resume: foundation {str(ours)[:12]}: the checkpoint belongs to another model ({str(theirs)[:12]}); "
+                "use the foundation of that run, or another name"
+            )
+        if name == "data":
+            raise UserError(
+                "--resume: data: the checkpoint was trained on other data; restore them, or use another name"
+            )
+        where = _first_difference(name, ours, theirs)
+        raise UserError(f"--resume: {where}; set it back, or use another name")
+
+
+def _first_difference(path: str, ours: Any, theirs: Any) -> str:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in [*ours, *theirs]:
+            if ours.get(key) != theirs.get(key):
+                return _first_difference(f"{path}.{key}", ours.get(key), theirs.get(key))
+    return f"{path}: {ours}: the checkpoint was written with {theirs}"
+
+
+def rank_table(parts: Parts) -> list[dict[str, int | str]]:
+    topology: Topology = parts.topology
+    return topology.layout.table(parts.foundation.num_experts, topology.hosts)
+
+
+def run_facts(parts: Parts) -> dict[str, Any]:
+    """The `run` event."""
+    config, foundation = parts.config, parts.foundation
+    packages = ("torch", "deepspeed", "transformers", "fedmoe-ds")
+    return {
+        "name": config.name,
+        "method": config.method.name,
+        "world_size": parts.runtime.world_size,
+        "launcher": parts.runtime.launch.launcher,
+        "clusters": parts.topology.layout.clusters,
+        "ep_size": config.topology.ep_size,
+        "clients": len(parts.clients),
+        "num_experts": foundation.num_experts,
+        "top_k": foundation.top_k,
+        "layers": len(foundation.layers),
+        "tiers": parts.tiers,
+        "foundation": foundation.fingerprint,
+        "seed": config.seed,
+        "reproducible": "bitwise" if is_bitwise(config, parts.runtime) else "fast",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "device": str(parts.runtime.device) if parts.runtime.device.type == "cpu" else torch.cuda.get_device_name(),
+        "topology": rank_table(parts),
+    }
+
+
+def data_facts(parts: Parts) -> dict[str, Any]:
+    """The `data` event."""
+    clients = [
+        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.tokens, "top_k": c.top_k}
+        for c in parts.clients
+    ]
+    return {"clients": clients, "distribution": parts.data.distribution}
+
+
+def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:
+    """What the user reads last; the final two lines are a stable interface."""
+    if not runtime.is_main:
+        return []
+    lines = [final_table(read_metrics(folder / "metrics.jsonl"))]
+    if outcome.interrupted is not None:
+        lines.append(
+            f"stopped by {outcome.interrupted} with a checkpoint; start the same command with --resume auto to continue"
+        )
+    return [*lines, f"digest: {outcome.digest}", f"run: {folder}"]
+
+
+def resolved(config: Config) -> str:
+    """The configuration with the method's own defaults filled in, as YAML."""
+    from fedmoe_ds.methods import load_method
+
+    method = load_method(config.method)
+    filled = config.method.model_copy(update=method.params.model_dump())
+    return dump_config(config.model_copy(update={"method": filled}))

@@ -1,0 +1,117 @@
+"""Topology: world = clusters x ep_size.
+
+Rank r plays in cluster r // ep_size and holds expert shard r % ep_size. A cluster is one DeepSpeed expert-parallel group (token
+all-to-all during local training); the ranks that hold the same shard in all clusters are one expert-data-parallel group (the one
+all-reduce per round). `Layout` is arithmetic and needs no process group; `Topology` adds the groups.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+import torch.distributed as torch_dist
+
+from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import hosting
+from fedmoe_ds.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who is where, for any world size."""
+
+    world_size: int
+    ep_size: int
+
+    def __post_init__(self) -> None:
+        if self.world_size % self.ep_size:
+            fits = [d for d in range(1, self.world_size + 1) if self.world_size % d == 0]
+            raise UserError(
+                f"topology.ep_size: {self.ep_size}: the world of {self.world_size} ranks is not divisible by it; "
+                f"use ep_size in {fits} or start a multiple of {self.ep_size} ranks"
+            )
+
+    @property
+    def clusters(self) -> int:
+        return self.world_size // self.ep_size
+
+    def cluster(self, rank: int) -> int:
+        return rank // self.ep_size
+
+    def shard(self, rank: int) -> int:
+        return rank % self.ep_size
+
+    def experts(self, rank: int, num_experts: int) -> range:
+        """Global ids of the experts that a rank holds."""
+        if num_experts % self.ep_size:
+            fits = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
+            raise UserError(
+                f"topology.ep_size: {self.ep_size}: the model's {num_experts} experts are not divisible by it; use one of {fits}"
+            )
+        local = num_experts // self.ep_size
+        return range(self.shard(rank) * local, (self.shard(rank) + 1) * local)
+
+    def table(self, num_experts: int, hosts: list[str]) -> list[dict[str, int | str]]:
+        """One row per rank: rank, host, cluster, shard, experts."""
+        rows: list[dict[str, int | str]] = []
+        for rank in range(self.world_size):
+            held = self.experts(rank, num_experts)
+            span = f"{held.start}-{held.stop - 1}"
+            rows.append(
+                {
+                    "rank": rank,
+                    "host": hosts[rank],
+                    "cluster": self.cluster(rank),
+                    "shard": self.shard(rank),
+                    "experts": span,
+                }
+            )
+        return rows
+
+
+def format_table(rows: list[dict[str, int | str]]) -> str:
+    """The rank table as aligned text."""
+    header = list(rows[0])
+    cells = [header] + [[str(row[key]) for key in header] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The layout of this world with this rank's place in it and its process groups (None in a world of one)."""
+
+    layout: Layout
+    rank: int
+    hosts: list[str]
+    ep_group: torch_dist.ProcessGroup | None
+    edp_group: torch_dist.ProcessGroup | None
+
+    @property
+    def cluster(self) -> int:
+        return self.layout.cluster(self.rank)
+
+    @property
+    def shard(self) -> int:
+        return self.layout.shard(self.rank)
+
+
+def check_layout(config: TopologyConfig, world_size: int) -> Layout:
+    """The layout that a configuration asks for in a world of this size; raises UserError when it does not fit."""
+    layout = Layout(world_size, config.ep_size)
+    if config.clusters is not None and config.clusters != layout.clusters:
+        raise UserError(
+            f"topology.clusters: {config.clusters}: {world_size} ranks with ep_size {config.ep_size} make "
+            f"{layout.clusters} clusters; start {config.clusters * config.ep_size} ranks or drop the key"
+        )
+    return layout
+
+
+def build_topology(config: TopologyConfig, runtime: Runtime) -> Topology:
+    """Check the layout, then create all process groups once (through DeepSpeed, which owns the expert-parallel groups)."""
+    layout = check_layout(config, runtime.world_size)
+    ep_group, edp_group = hosting.create_groups(config.ep_size)
+    hosts = [str(host) for host in runtime.gather(socket.gethostname())]
+    return Topology(layout, runtime.rank, hosts, ep_group, edp_group)

@@ -1,0 +1,133 @@
+"""Partitioners and hold-outs: every sample to exactly one owner, and the same one every time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmoe_ds.config.tree import PartitionConfig
+from fedmoe_ds.data import holdout
+from fedmoe_ds.data.partition import deal, largest_groups, power_law_sizes
+from fedmoe_ds.errors import UserError
+
+LABELS = st.lists(st.sampled_from(["a", "b", "c d", "é"]), min_size=2, max_size=60)
+SEEDS = st.integers(0, 5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(labels=LABELS, seed=SEEDS, kind=st.sampled_from(["natural", "iid", "dirichlet", "quantity"]), data=st.data())
+def test_every_sample_goes_to_exactly_one_client(labels: list[str], seed: int, kind: str, data: st.DataObject) -> None:
+    clients = data.draw(st.integers(1, min(6, len(labels))))
+    config = PartitionConfig(kind=kind, clients=None if kind == "natural" else clients, alpha=5.0)
+    try:
+        dealt = deal(labels, config, seed)
+    except UserError as error:
+        assert kind == "dirichlet" and "larger alpha" in str(error)
+        return
+    assert np.array_equal(np.sort(np.concatenate(list(dealt.values()))), np.arange(len(labels)))
+    assert all(len(rows) > 0 and np.all(np.diff(rows) > 0) for rows in dealt.values())
+    assert list(dealt) == sorted(dealt)
+    again = deal(labels, config, seed)
+    assert list(again) == list(dealt) and all(np.array_equal(again[name], dealt[name]) for name in dealt)
+    if kind == "natural":
+        assert all({labels[row] for row in rows} == {name} for name, rows in dealt.items())
+    else:
+        assert len(dealt) == clients
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples=st.integers(1, 500), data=st.data(), alpha=st.floats(0.01, 4))
+def test_power_law_sizes_sum_up_and_fall(samples: int, data: st.DataObject, alpha: float) -> None:
+    clients = data.draw(st.integers(1, min(samples, 40)))
+    sizes = power_law_sizes(samples, clients, alpha)
+    assert sum(sizes) == samples and len(sizes) == clients
+    assert min(sizes) >= 1 and sizes == sorted(sizes, reverse=True)
+
+
+def test_power_law_has_the_exponent() -> None:
+    sizes = power_law_sizes(100_000, 8, 1.5)
+    assert sizes[0] / sizes[3] == pytest.approx(4**1.5, rel=1e-2)
+
+
+def test_dirichlet_skews_labels_and_alpha_controls_it() -> None:
+    labels = ["a", "b", "c", "d"] * 250
+
+    def largest_share(alpha: float) -> float:
+        dealt = deal(labels, PartitionConfig(kind="dirichlet", clients=4, alpha=alpha), 3)
+        shares = [
+            np.unique([labels[r] for r in rows], return_counts=True)[1].max() / len(rows) for rows in dealt.values()
+        ]
+        return float(np.mean(shares))
+
+    assert largest_share(0.1) > 0.6 > 0.3 > largest_share(100.0)
+
+
+def test_seeds_differ() -> None:
+    labels = ["a", "b"] * 50
+    for kind in ("iid", "dirichlet", "quantity"):
+        first, second = (deal(labels, PartitionConfig(kind=kind, clients=3, alpha=2.0), seed) for seed in (0, 1))
+        assert any(not np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_min_samples_is_kept_or_refused() -> None:
+    labels = ["a", "b"] * 50
+    dealt = deal(labels, PartitionConfig(kind="dirichlet", clients=4, alpha=1.0, min_samples=10), 0)
+    assert min(map(len, dealt.values())) >= 10
+    with pytest.raises(UserError, match=r"min_samples: 30: 4 clients would need 120 samples and there are 100"):
+        deal(labels, PartitionConfig(kind="dirichlet", clients=4, min_samples=30), 0)
+    with pytest.raises(UserError, match=r"larger alpha, fewer clients or a smaller min_samples"):
+        deal(labels, PartitionConfig(kind="dirichlet", clients=10, alpha=0.01, min_samples=10), 0)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity"])
+def test_more_clients_than_samples(kind: str) -> None:
+    with pytest.raises(UserError, match=r"partition\.clients: 9: more clients than the 4 samples"):
+        deal(["a"] * 4, PartitionConfig(kind=kind, clients=9), 0)
+    with pytest.raises(UserError, match=r"partition\.clients: null: needed"):
+        deal(["a"] * 4, PartitionConfig(kind=kind), 0)
+
+
+def test_largest_groups_ties_by_name() -> None:
+    assert largest_groups(["b", "a", "c", "c"], [2, 2, 1, 2], 2) == ["a", "c"]
+    assert largest_groups(["b", "a", "c"], [1, 1, 1], None) == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"clients: 4: more than the 3 groups"):
+        largest_groups(["b", "a", "c"], [1, 1, 1], 4)
+
+
+def test_partitioning_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    deal(["a", "b"] * 20, PartitionConfig(), 0)
+    deal(["a", "b"] * 20, PartitionConfig(kind="dirichlet", clients=8, alpha=0.3, min_samples=2), 0)
+    assert capfd.readouterr() == ("", "")
+
+
+@settings(max_examples=100, deadline=None)
+@given(strata=LABELS, share=st.floats(0.01, 0.99), seed=SEEDS)
+def test_global_holdout_leaves_every_stratum_something(strata: list[str], share: float, seed: int) -> None:
+    if len(set(strata)) == len(strata):
+        with pytest.raises(UserError, match=r"would empty a group"):
+            holdout.draw_global(strata, share, seed)
+        return
+    held = holdout.draw_global(strata, share, seed)
+    assert 1 <= len(held) == len(set(held.tolist())) <= len(strata) - len(set(strata))
+    assert np.array_equal(held, holdout.draw_global(strata, share, seed))
+    rest = np.setdiff1d(np.arange(len(strata)), held)
+    assert {strata[row] for row in rest} == set(strata)
+
+
+def test_global_holdout_is_stratified() -> None:
+    strata = ["a"] * 100 + ["b"] * 300
+    held = holdout.draw_global(strata, 0.1, 0)
+    assert np.bincount(held >= 100).tolist() == [10, 30]
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples=st.integers(1, 200), share=st.floats(0.001, 0.999), seed=SEEDS, limit=st.integers(1, 100))
+def test_client_split_and_cap(samples: int, share: float, seed: int, limit: int) -> None:
+    train, held = holdout.split_client(samples, share, seed, "x")
+    assert np.array_equal(np.sort(np.concatenate([train, held])), np.arange(samples))
+    assert len(train) >= 1 and (len(held) >= 1) == (samples > 1)
+    rows = holdout.cap(samples, limit, seed, "x")
+    assert len(rows) == min(samples, limit) == len(set(rows.tolist()))
+    assert len(holdout.cap(samples, None, seed, "x")) == samples

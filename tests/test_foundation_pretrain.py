@@ -1,0 +1,123 @@
+"""Pre-training on the spot: learns, is deterministic, is cached by content, and leaves nothing half-written behind."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedmoe_ds.config.tree import FoundationConfig, PretrainConfig
+from fedmoe_ds.data import stdlib
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import load_foundation, pretrain, resolve_foundation
+from fedmoe_ds.foundation.presets import PRESETS, preset_config
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def some_documents() -> list[stdlib.Document]:
+    return stdlib.documents()[:60]
+
+
+@pytest.fixture(autouse=True)
+def few_documents(monkeypatch: pytest.MonkeyPatch, some_documents: list[stdlib.Document]) -> None:
+    """A part of the library is text enough for the nano preset."""
+    monkeypatch.setattr(stdlib, "documents", lambda: some_documents)
+
+
+def nano(cache: Path, steps: int = STEPS) -> FoundationConfig:
+    training = PretrainConfig(steps=steps, batch_size=8, lr=1e-2, threads=1)
+    return FoundationConfig(preset="nano-olmoe", cache=str(cache), pretrain=training)
+
+
+def resolve(config: FoundationConfig, seed: int = 0) -> tuple[Path, list[str]]:
+    lines: list[str] = []
+    return resolve_foundation(config, seed, lines.append), lines
+
+
+def test_learns_and_is_found_again(tmp_path: Path) -> None:
+    config = nano(tmp_path)
+    state = torch.get_rng_state()
+    folder, lines = resolve(config)
+    assert torch.equal(state, torch.get_rng_state()), "pre-training moved the global generator"
+    assert any(f"step {STEPS}/{STEPS} loss" in line for line in lines)
+    record = json.loads((folder / pretrain.RECORD_FILE).read_text())
+    assert len(record["losses"]) == STEPS
+    assert sum(record["losses"][-10:]) / 10 < record["unigram_entropy"] - 0.3
+
+    again, lines = resolve(config)
+    assert again == folder and len(lines) == 1 and "found" in lines[0]
+    assert [path.name for path in (tmp_path / "foundations").iterdir()] == [folder.name]
+
+    foundation = load_foundation(folder, config, 1, 0, "cpu")
+    assert (foundation.top_k, foundation.num_experts, foundation.vocab_size) == (4, 8, 512)
+    ids = foundation.tokenizer("import os\n\ndef main():\n", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        assert (foundation.model(ids).logits - expected).abs().max() <= 1e-5
+
+
+def test_same_seed_same_bits(tmp_path: Path) -> None:
+    first, _ = resolve(nano(tmp_path / "a", steps=5))
+    second, _ = resolve(nano(tmp_path / "b", steps=5))
+    other, _ = resolve(nano(tmp_path / "b", steps=5), seed=1)
+    assert first.name == second.name != other.name
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (first, second, other)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_every_ingredient_is_in_the_key() -> None:
+    documents = stdlib.documents()[:2]
+    shorter = [stdlib.Document(document.group, document.name, document.text[:-1]) for document in documents]
+    config = PretrainConfig()
+    tiny, small = PRESETS["tiny-olmoe"], PRESETS["nano-olmoe"]
+    keys = [
+        pretrain.content_key(tiny, config, 0, documents),
+        pretrain.content_key(small, config, 0, documents),
+        pretrain.content_key(tiny, PretrainConfig(lr=1e-4), 0, documents),
+        pretrain.content_key(tiny, PretrainConfig(threads=1), 0, documents),
+        pretrain.content_key(tiny, config, 1, documents),
+        pretrain.content_key(tiny, config, 0, shorter),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == pretrain.content_key(tiny, config, 0, documents)
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the kernel refuses to write any longer file
+    try:
+        with pytest.raises(UserError, match=r"^foundation\.cache: .* cannot be written"):
+            resolve(nano(tmp_path, steps=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "foundations").iterdir()) == []
+    folder, _ = resolve(nano(tmp_path, steps=1))
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_cache_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match=r"^foundation\.cache: .* cannot be written"):
+        resolve(nano(tmp_path / "cache", steps=1))
+
+
+def test_another_process_was_faster(tmp_path: Path) -> None:
+    folder = tmp_path / "content"
+    with pretrain._staging(folder) as staging:
+        (staging / "late").write_text("")
+        folder.mkdir()
+        (folder / "early").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["early"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_preset_shapes() -> None:
+    tiny = preset_config("tiny-olmoe")
+    assert (tiny.vocab_size, tiny.hidden_size, tiny.num_experts, tiny.num_experts_per_tok) == (2048, 128, 16, 8)
+    assert not tiny.tie_word_embeddings and not tiny.norm_topk_prob
