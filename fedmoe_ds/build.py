@@ -1,6 +1,6 @@
 """Build: from a configuration to the parts of a run, in the order in which mistakes can be told.
 
-First what needs nothing (method, layout), then the foundation, then the data, then the tiers, and only then memory for adapters.
+First what needs nothing (method, layout), then the foundation, the data, the tiers, and only then memory for adapters.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import cache_folder
+from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.methods import Method, load_method
 from fedmoe_ds.report import Progress
 from fedmoe_ds.runtime import Runtime
@@ -115,7 +116,7 @@ def _assemble(
     data: FederatedData,
     clients: list[Client],
 ) -> Parts:
-    blocks = adapter_blocks(foundation, config.adapters, method.rescaler)
+    blocks = adapter_blocks(foundation.model, foundation.layers, config.adapters, method.rescaler)
     execution = _execution(config, runtime, topology, method, foundation, blocks, len(clients))
     install(foundation, config.adapters, execution)
     if config.execution.activation_checkpointing:
@@ -148,7 +149,7 @@ def _assemble(
         trainer=trainer,
         evaluator=evaluator,
         state=states.State(0, adapters, personal),
-        cost=cost_model(foundation),
+        cost=CostModel.of(model_size(foundation.model, foundation.layers)),
         identity=identity(config, foundation, data),
         config_text=dump_config(config),
         checkpoints=Path(config.output) / config.name / "checkpoints",
@@ -171,7 +172,7 @@ def _execution(
             f"{foundation.layers[0].ffn_hidden_size} must be multiples of 4 (rows must start on 16 bytes); use fast"
         )
     drawn = max(1, round(config.federation.participation * clients))
-    home = home_clients(config.execution.clients_in_flight, drawn, layout.clusters, layout.ep_size)
+    home = home_clients(config.execution.clients_in_flight, drawn, layout.ep_size)
     pool = Pool(topology.ep_group, layout.ep_size, foundation.num_experts, home, merge=not bitwise)
     bank = Bank(blocks, foundation.num_experts // layout.ep_size, home, pool.wave_clients, runtime.device)
     scale = config.adapters.alpha / config.adapters.rank
@@ -185,16 +186,6 @@ def enable_checkpointing(foundation: Foundation) -> None:
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", None) is True:
             module.training = True
-
-
-def cost_model(foundation: Foundation) -> CostModel:
-    """Forward FLOPs per token of the dense part and of one active expert (2 per multiply-add; attention scores left out)."""
-    layers = foundation.layers
-    expert = sum(2.0 * 3 * hosted.hidden_size * hosted.ffn_hidden_size for hosted in layers)
-    pool = sum(hosted.w13.numel() + hosted.w2.numel() for hosted in layers)
-    total = sum(parameter.numel() for parameter in foundation.model.parameters())
-    embedding = foundation.vocab_size * foundation.hidden_size
-    return CostModel(dense=2.0 * max(total - pool - embedding, 1), expert=expert)
 
 
 def identity(config: Config, foundation: Foundation, data: FederatedData) -> dict[str, Any]:

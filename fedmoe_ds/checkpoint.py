@@ -167,7 +167,7 @@ def candidates(root: Path) -> list[Path]:
 
 def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums hold, and one line for each damaged one that was passed over."""
-    notes = []
+    notes: list[str] = []
     for path in candidates(root):
         damage = find_damage(path)
         if damage is None:

@@ -90,4 +90,4 @@ def _use_deepspeed_checkpointing(section: dict[str, Any], parts: Parts) -> None:
     )
     for module in parts.foundation.model.modules():
         if getattr(module, "gradient_checkpointing", None) is True:
-            module._gradient_checkpointing_func = deepspeed.checkpointing.non_reentrant_checkpoint  # type: ignore[assignment]
+            module._gradient_checkpointing_func = deepspeed.checkpointing.non_reentrant_checkpoint

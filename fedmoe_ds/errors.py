@@ -1,7 +1,7 @@
 """The two kinds of trouble: a user's mistake, and everything else.
 
 A `UserError` carries one line that names the field, the value and the fix. Entry scripts turn it into that line on standard
-error and exit code 2 (`fedmoe_ds.runtime.run_entry`); any other exception is a bug or a machine failure and keeps its traceback.
+error and exit code 2 (`runtime.run_entry`); any other exception is a bug or a machine failure and keeps its traceback.
 """
 
 from __future__ import annotations

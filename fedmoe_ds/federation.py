@@ -2,8 +2,8 @@
 
     sample -> schedule clients to clusters and waves -> local training -> aggregate -> evaluate per budget tier -> checkpoint
 
-Everything here runs on every rank in the same order; rank 0 also talks to the user. A stop request ends the round after the wave
-that is running: what the finished clients added up to is saved, and the next start continues with the others.
+Everything here runs on every rank in the same order; rank 0 also talks to the user. A stop request ends the round after the
+wave that is running: what the finished clients added up to is saved, and the next start continues with the others.
 """
 
 from __future__ import annotations
@@ -92,9 +92,7 @@ class Federation:
             self._save()
         return False
 
-    def _train(
-        self, round_index: int, waves: list[list[list[Client]]], progressed: Progressed, statistics: Statistics
-    ) -> None:
+    def _train(self, round_index: int, waves: list[list[list[Client]]], progressed: Progressed, statistics: Statistics) -> None:
         """Train this cluster's waves and fold every finite client into the sums."""
         parts = self.parts
         for number, wave in enumerate(waves, start=1):
@@ -129,11 +127,9 @@ class Federation:
     def _share(self, progressed: Progressed) -> None:
         """Make what each cluster knows about the round known everywhere: reports, personal state, activation counts."""
         parts = self.parts
-        done = {
-            index: report for part in parts.runtime.gather(_texts(progressed.done)) for index, report in part.items()
-        }
+        done = {index: report for part in parts.runtime.gather(_texts(progressed.done)) for index, report in part.items()}
         fresh = [index for index in progressed.done if not progressed.done[index].get("shared")]
-        for name, values in self.state.personal.items():
+        for values in self.state.personal.values():
             mask = torch.zeros(values.shape[0], dtype=torch.bool)
             mask[fresh] = True
             updates = torch.where(mask.view(-1, *([1] * (values.dim() - 1))), values, 0.0)

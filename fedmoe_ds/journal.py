@@ -105,16 +105,12 @@ class Journal:
         self._write(write)
         if self.monitor is not None:
             shown = [row for row in rows if row.split != "client"]
-            self.monitor.write_events(
-                [(f"perplexity/{row.split}/k{row.tier}", row.perplexity, round_index) for row in shown]
-            )
+            self.monitor.write_events([(f"perplexity/{row.split}/k{row.tier}", row.perplexity, round_index) for row in shown])
         head = "foundation" if round_index == 0 else f"round {round_index}"
         tiers = "  ".join(f"k={row.tier}: {row.perplexity:.2f}" for row in rows if row.split == "global")
         self.note(f"{head}: perplexity {tiers}")
 
-    def round(
-        self, round_index: int, clients: list[dict[str, Any]], progressed: Progressed, clock: Clock, waves: int
-    ) -> None:
+    def round(self, round_index: int, clients: list[dict[str, Any]], progressed: Progressed, clock: Clock, waves: int) -> None:
         """Client, expert and round rows of a finished round."""
         dropped = [client["client"] for client in clients if client["status"] != "ok"]
         tokens = sum(client["tokens"] for client in clients)

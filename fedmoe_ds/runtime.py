@@ -68,9 +68,7 @@ class Runtime:
         mine[: len(payload)] = torch.from_numpy(payload)
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
         torch_dist.all_gather(parts, mine, group=self.control)
-        return [
-            json.loads(bytes(part[:size].numpy()).decode()) for part, size in zip(parts, sizes.tolist(), strict=True)
-        ]
+        return [json.loads(bytes(part[:size].numpy()).decode()) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -155,13 +153,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def init_runtime(device: str = "auto", threads: int = 1, timeout_s: float = 1800.0) -> Runtime:
+def init_runtime(launch: Launch, device: str = "auto", threads: int = 1, timeout_s: float = 1800.0) -> Runtime:
     """Join the world. `device` is auto, cpu or cuda; `threads` are CPU threads of this rank.
 
     Raises:
         UserError: cuda is asked for but absent, or the launcher's promise does not hold.
     """
-    launch = detect_launch()
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise UserError("topology.device: cuda: no CUDA device is visible; use cpu or auto")

@@ -13,7 +13,7 @@ import torch
 from fedmoe_ds import checkpoint
 from fedmoe_ds import state as states
 from fedmoe_ds.build import Parts, is_bitwise, load_parts
-from fedmoe_ds.config import Config, dump_config
+from fedmoe_ds.config import Config
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import Federation, Outcome
@@ -109,9 +109,7 @@ def check_identity(snapshot: checkpoint.Snapshot, parts: Parts) -> None:
                 "use the foundation of that run, or another name"
             )
         if name == "data":
-            raise UserError(
-                "--resume: data: the checkpoint was trained on other data; restore them, or use another name"
-            )
+            raise UserError("--resume: data: the checkpoint was trained on other data; restore them, or use another name")
         where = _first_difference(name, ours, theirs)
         raise UserError(f"--resume: {where}; set it back, or use another name")
 
@@ -173,12 +171,3 @@ def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:
             f"stopped by {outcome.interrupted} with a checkpoint; start the same command with --resume auto to continue"
         )
     return [*lines, f"digest: {outcome.digest}", f"run: {folder}"]
-
-
-def resolved(config: Config) -> str:
-    """The configuration with the method's own defaults filled in, as YAML."""
-    from fedmoe_ds.methods import load_method
-
-    method = load_method(config.method)
-    filled = config.method.model_copy(update=method.params.model_dump())
-    return dump_config(config.model_copy(update={"method": filled}))

@@ -85,9 +85,7 @@ def save(
     return checkpoint.save(root, runtime, snapshot, tensors, {"config.yaml": config}, keep)
 
 
-def restore(
-    path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, statistics: Statistics
-) -> None:
+def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, statistics: Statistics) -> None:
     """Read a checkpoint into `state`, whatever topology wrote it; `statistics` receives the sums of an unfinished round."""
     first = _first_expert(state.adapters, topology)
     with checkpoint.TensorReader(path, "adapters") as reader:

@@ -1,8 +1,8 @@
 """Topology: world = clusters x ep_size.
 
-Rank r plays in cluster r // ep_size and holds expert shard r % ep_size. A cluster is one DeepSpeed expert-parallel group (token
-all-to-all during local training); the ranks that hold the same shard in all clusters are one expert-data-parallel group (the one
-all-reduce per round). `Layout` is arithmetic and needs no process group; `Topology` adds the groups.
+Rank r plays in cluster r // ep_size and holds expert shard r % ep_size. A cluster is one DeepSpeed expert-parallel group
+(token all-to-all during local training); the ranks that hold the same shard in all clusters are one expert-data-parallel
+group (the one all-reduce per round). `Layout` is arithmetic and needs no process group; `Topology` adds the groups.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Layout:
         if num_experts % self.ep_size:
             fits = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
             raise UserError(
-                f"topology.ep_size: {self.ep_size}: the model's {num_experts} experts are not divisible by it; use one of {fits}"
+                f"topology.ep_size: {self.ep_size}: the model's {num_experts} experts do not divide by it; use one of {fits}"
             )
         local = num_experts // self.ep_size
         return range(self.shard(rank) * local, (self.shard(rank) + 1) * local)

@@ -9,41 +9,37 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.config import load_config
+from fedmoe_ds.runtime import detect_launch, init_runtime, run_entry
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted overrides, for instance federation.rounds=20"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance federation.rounds=20")
     parser.add_argument("--config", type=Path, required=True, help="YAML file")
-    parser.add_argument(
-        "--resume", choices=("never", "auto"), default="never", help="auto: continue from the newest intact checkpoint"
-    )
+    parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue where the run stopped")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print topology, schedule and memory estimate; train nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print topology, schedule and memory; train nothing")
+    parser.add_argument("--ranks", type=int, help="with --dry-run: plan for this many ranks; default: those of the launcher")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
-    from fedmoe_ds.config import load_config
-
+    launch = detect_launch()
     config = load_config(args.config, args.overrides)
-    from fedmoe_ds import session
-    from fedmoe_ds.runtime import init_runtime
+    if args.print_config or args.dry_run:
+        if launch.rank == 0:
+            from fedmoe_ds.plan import describe, resolved
 
-    if args.print_config:
-        text = session.resolved(config)
-        sys.stdout.write(text)
+            lines = [resolved(config)] if args.print_config else describe(config, args.ranks or launch.world_size)
+            sys.stdout.write("\n".join(lines) + "\n")
         return 0
-    runtime = init_runtime(config.topology.device, config.execution.threads, config.topology.timeout_s)
-    run = session.dry_run if args.dry_run else session.train
-    lines = run(config, runtime, args.resume)
+    runtime = init_runtime(launch, config.topology.device, config.execution.threads, config.topology.timeout_s)
+    from fedmoe_ds.session import train  # imports DeepSpeed, which reads the choice of accelerator that was made above
+
+    lines = train(config, runtime, args.resume)
     if runtime.is_main:
         sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -21,10 +21,7 @@ from fedmoe_ds.data.federated import FederatedData, Sequences, prepare
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 
-ROWS = [
-    {"text": f"document {i} about {'cats' if i % 3 else 'dogs'} " * (1 + i % 4), "who": f"user{i % 5}"}
-    for i in range(60)
-]
+ROWS = [{"text": f"document {i} about {'cats' if i % 3 else 'dogs'} " * (1 + i % 4), "who": f"user{i % 5}"} for i in range(60)]
 IID = PartitionConfig(kind="iid", clients=4)
 
 
@@ -237,9 +234,7 @@ def test_malformed_jsonl_names_file_and_line(
         ("a.txt", b"text", r"a\.txt: unknown kind of file '\.txt'; use .*\.jsonl, \.csv, \.parquet"),
     ],
 )
-def test_unreadable_files(
-    name: str, content: bytes, message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_unreadable_files(name: str, content: bytes, message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         prepare(DataConfig(source=str(tmp_path / name), partition=IID), 0, tokenizer, tmp_path / "cache")
@@ -252,9 +247,7 @@ def test_missing_file(source: str, tokenizer: PreTrainedTokenizerFast, tmp_path:
         prepare(DataConfig(source=source), 0, tokenizer, tmp_path)
 
 
-def test_hub_failure_is_one_line(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_failure_is_one_line(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no retries
     with pytest.raises(UserError, match=r"data\.source: nobody/nothing \(split train\): cannot be loaded") as caught:
         prepare(DataConfig(source="nobody/nothing"), 0, tokenizer, tmp_path)
@@ -272,9 +265,7 @@ def test_hub_failure_is_one_line(
         ({"kind": "iid"}, r"partition\.clients: null"),
     ],
 )
-def test_bad_partitions(
-    partition: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_bad_partitions(partition: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     config = DataConfig(source=str(write_jsonl(tmp_path / "a.jsonl")), partition=PartitionConfig(**partition))
     with pytest.raises(UserError, match=message):
         prepare(config, 0, tokenizer, tmp_path)

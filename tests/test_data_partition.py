@@ -56,9 +56,7 @@ def test_dirichlet_skews_labels_and_alpha_controls_it() -> None:
 
     def largest_share(alpha: float) -> float:
         dealt = deal(labels, PartitionConfig(kind="dirichlet", clients=4, alpha=alpha), 3)
-        shares = [
-            np.unique([labels[r] for r in rows], return_counts=True)[1].max() / len(rows) for rows in dealt.values()
-        ]
+        shares = [np.unique([labels[r] for r in rows], return_counts=True)[1].max() / len(rows) for rows in dealt.values()]
         return float(np.mean(shares))
 
     assert largest_share(0.1) > 0.6 > 0.3 > largest_share(100.0)

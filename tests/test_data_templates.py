@@ -23,9 +23,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(["hello world, this is a text. Sports Business label\n"] * 3, 280)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]] | Dataset, **config: Any
-) -> templates.Samples:
+def encode(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]] | Dataset, **config: Any) -> templates.Samples:
     table = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     data = DataConfig(**config)
     columns = templates.resolve_columns(table, data)
@@ -112,9 +110,7 @@ FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["Sports
     ],
     ids=["label_names", "class_label", "strings"],
 )
-def test_classification_learns_the_label_words(
-    tokenizer: PreTrainedTokenizerFast, rows: Any, config: dict[str, Any]
-) -> None:
+def test_classification_learns_the_label_words(tokenizer: PreTrainedTokenizerFast, rows: Any, config: dict[str, Any]) -> None:
     samples = encode(tokenizer, rows, template="classification", **config)
     assert [targets(samples, tokenizer, i).strip() for i in range(2)] == [
         "Business<|endoftext|>",
@@ -123,9 +119,7 @@ def test_classification_learns_the_label_words(
 
 
 def test_classification_cuts_the_text_and_never_the_label(tokenizer: PreTrainedTokenizerFast) -> None:
-    samples = encode(
-        tokenizer, [{"text": "x y " * 500, "label": "Sports"}], template="classification", sequence_length=48
-    )
+    samples = encode(tokenizer, [{"text": "x y " * 500, "label": "Sports"}], template="classification", sequence_length=48)
     assert len(samples.tokens[0]) == 48
     assert targets(samples, tokenizer).strip() == "Sports<|endoftext|>"
 

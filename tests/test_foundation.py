@@ -269,9 +269,7 @@ def test_dense_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_indivisible_ep_size_is_refused(models: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"topology.ep_size: 3: 8 experts cannot be split evenly; choose one of 1, 2, 4, 8"
-    ):
+    with pytest.raises(UserError, match=r"topology.ep_size: 3: 8 experts cannot be split evenly; choose one of 1, 2, 4, 8"):
         load(models / "olmoe", ep_size=3)
 
 

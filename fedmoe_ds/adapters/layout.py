@@ -1,7 +1,7 @@
 """Layout: which blocks a run trains, their initial values, and the layers that read them.
 
-Initial values follow PEFT: A is uniform in +-1/sqrt(fan_in), B is zero, so that the first forward pass is the foundation's. Every
-tensor is drawn from its own address (seed, canonical key): neither the expert-parallel size nor the order of layers matters.
+Initial values follow PEFT: A is uniform in +-1/sqrt(fan_in), B is zero, so that the first forward pass is the foundation's.
+Every tensor is drawn from its own address (seed, canonical key), so neither expert-parallel size nor layer order matters.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.layer import DOWN_A, DOWN_B, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
-from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation import Foundation, HostedLayer
 from fedmoe_ds.randomness import torch_generator
 
 
-def adapter_blocks(foundation: Foundation, config: AdapterConfig, rescaler: str | None) -> list[BlockSpec]:
+def adapter_blocks(model: nn.Module, hosted: list[HostedLayer], config: AdapterConfig, rescaler: str | None) -> list[BlockSpec]:
     """The blocks of a run. `rescaler` is None, `client` (one scalar per client) or `layer` (one per client and layer)."""
-    layers = tuple(hosted.index for hosted in foundation.layers)
-    rank, width = config.rank, foundation.hidden_size
+    layers, first = tuple(layer.index for layer in hosted), hosted[0]
+    rank, width, ffn = config.rank, first.hidden_size, first.ffn_hidden_size
     blocks: list[BlockSpec] = []
     if config.experts:
-        ffn = foundation.layers[0].ffn_hidden_size
         shapes = {GATE_UP_A: (rank, width), GATE_UP_B: (2 * ffn, rank), DOWN_A: (rank, ffn), DOWN_B: (width, rank)}
         blocks += [BlockSpec(name, layers, item, expert=True) for name, item in shapes.items()]
-    blocks += _attention_blocks(find_projections(foundation.model, config.attention), rank)
+    blocks += _attention_blocks(find_projections(model, config.attention), rank)
     if config.router == "train":
-        blocks.append(BlockSpec(ROUTER, layers, (foundation.num_experts, width)))
+        blocks.append(BlockSpec(ROUTER, layers, (first.num_experts, width)))
     if rescaler is not None:
         places = layers if rescaler == "layer" else (-1,)
         blocks.append(BlockSpec(RESCALER, places, (1,), personal=True, decay=False))

@@ -59,9 +59,7 @@ class _ClientLinear(torch.autograd.Function):
         return dx_BSD, None, None, None, None
 
 
-def client_linear(
-    x_BSD: Tensor, anchor: Tensor, weight_COD: Tensor, grad_COD: Tensor, segments: list[Segment]
-) -> Tensor:
+def client_linear(x_BSD: Tensor, anchor: Tensor, weight_COD: Tensor, grad_COD: Tensor, segments: list[Segment]) -> Tensor:
     """y = x W_c^T for the rows of each client c; the gradient of W_c is added to `grad_COD[c]`.
 
     `anchor` is any tensor that requires a gradient: it keeps autograd on the path when `x_BSD` does not need one.
@@ -71,9 +69,7 @@ def client_linear(
 
 class _ClientScale(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, h_BSD: Tensor, anchor: Tensor, scale_C1: Tensor, grad_C1: Tensor, segments: list[Segment]
-    ) -> Tensor:
+    def forward(ctx: Any, h_BSD: Tensor, anchor: Tensor, scale_C1: Tensor, grad_C1: Tensor, segments: list[Segment]) -> Tensor:
         ctx.save_for_backward(h_BSD)
         ctx.scale_C1, ctx.grad_C1, ctx.segments = scale_C1, grad_C1, segments
         y_BSD = _rows(h_BSD, h_BSD.shape[-1], segments)

@@ -1,7 +1,7 @@
 """Sums whose result does not depend on the order of their terms.
 
-Every term is cut into two integers, x = hi * 2^-30 + lo * 2^-79 + (error below 2^-80), and integers add exactly. So any grouping
-of clients into waves, clusters and ranks, and any order of the all-reduce, gives the same bits (invariant 4 of the design).
+Every term is cut into two integers, x = hi * 2^-30 + lo * 2^-79 + (error below 2^-80), and integers add exactly. So any
+grouping of clients into waves, clusters and ranks, and any order of the all-reduce, gives the same bits.
 """
 
 from __future__ import annotations

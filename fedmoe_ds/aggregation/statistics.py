@@ -61,7 +61,7 @@ class Statistics:
         return [sums[name].limbs for name in chosen for sums in (self.values, self.weights)]
 
     def reduce(self, ep_group: Group, ep_size: int, edp_group: Group, clusters: int) -> None:
-        """Combine all clusters: dense sums first meet inside the cluster, then ONE all-reduce over the expert-data-parallel group."""
+        """Combine all clusters: dense sums meet inside the cluster, then ONE all-reduce over the expert-data-parallel group."""
         _all_reduce_flat(self._tensors(expert=False), ep_group, ep_size)
         _all_reduce_flat(self._tensors(), edp_group, clusters)
 
@@ -88,5 +88,5 @@ def _all_reduce_flat(tensors: list[Tensor], group: Group, size: int) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     all_reduce_sum(flat, group, size)
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

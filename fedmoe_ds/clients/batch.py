@@ -58,9 +58,7 @@ def make_batch(rows: list[Rows], num_experts: int, device: torch.device) -> Batc
     for b, (seq, mask) in enumerate(zip(ids, masks, strict=True)):
         input_ids[b, : len(seq)], valid[b, : len(seq)] = seq, True
         predict[b, : len(seq) - 1] = mask[1:]
-    labels = np.concatenate(
-        [seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)] or [np.zeros(0, np.int64)]
-    )
+    labels = np.concatenate([seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)] or [np.zeros(0, np.int64)])
     segments, slot, cap = _segments(rows, shape)
     allowed = None
     if any(part.allowed_E is not None for part in rows):

@@ -6,6 +6,7 @@ Legend: B sequences, S positions, D model width, N target tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,9 @@ def forward_pass(
     """Run the model once. `slot` is the common home slot (bitwise) or None (fast); logits exist for target rows only."""
     run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C)
     execution.current = run
-    hidden_BSD = foundation.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    logits_NV = foundation.model.get_output_embeddings()(hidden_BSD[batch.predict_BS]).float()
+    model: Any = foundation.model
+    hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    logits_NV = model.get_output_embeddings()(hidden_BSD[batch.predict_BS]).float()
     nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
     correct_N = logits_NV.detach().argmax(-1) == batch.labels_N
     return PassResult(nll_N, correct_N, hidden_BSD, run)

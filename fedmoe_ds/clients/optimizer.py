@@ -66,9 +66,7 @@ class ClientOptimizer:
                 self._sgd(value, grad, buffer, lr, decay)
             grad.zero_()
 
-    def _adamw(
-        self, value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, lr: float, decay: float
-    ) -> None:
+    def _adamw(self, value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, lr: float, decay: float) -> None:
         beta1, beta2 = self.config.betas
         if decay:
             value.mul_(1.0 - lr * decay)

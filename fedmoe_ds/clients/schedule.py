@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.steps import batch_size, step_count
 from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.foundation.size import ModelSize
 from fedmoe_ds.randomness import generator
 
 Wave = list[list[Client]]
@@ -25,6 +26,12 @@ class CostModel:
 
     dense: float
     expert: float
+
+    @classmethod
+    def of(cls, model: ModelSize) -> CostModel:
+        """2 FLOPs per multiply-add; attention scores are left out, the input embedding is a look-up."""
+        expert = 2.0 * 3 * model.hidden * model.ffn * model.layers
+        return cls(2.0 * max(model.dense_parameters - model.vocabulary * model.hidden, 1), expert)
 
     def client(self, client: Client, local: LocalConfig) -> float:
         """Predicted work of one client in one round, in FLOPs of forward passes."""
@@ -40,7 +47,7 @@ def participants(clients: list[Client], participation: float, seed: int, round_i
     return [clients[i] for i in sorted(chosen.tolist())]
 
 
-def home_clients(in_flight: int | None, participants_per_round: int, clusters: int, ep_size: int) -> int:
+def home_clients(in_flight: int | None, participants_per_round: int, ep_size: int) -> int:
     """Client slots per rank: the clients in flight on a cluster, dealt to its ranks."""
     most = participants_per_round if in_flight is None else min(in_flight, participants_per_round)
     return max(1, math.ceil(most / ep_size))

@@ -110,9 +110,7 @@ class WaveTrainer:
         self.expert_blocks = [name for name, spec in self.bank.specs.items() if spec.expert]
         self.dense_blocks = [name for name, spec in self.bank.specs.items() if not spec.expert]
 
-    def train(
-        self, wave: Wave, round_index: int, start: Bank, personal: dict[str, Tensor], read: ReadClient
-    ) -> list[Report]:
+    def train(self, wave: Wave, round_index: int, start: Bank, personal: dict[str, Tensor], read: ReadClient) -> list[Report]:
         """Train one wave from the global adapters `start` and each client's personal state.
 
         Args:
@@ -154,9 +152,7 @@ class WaveTrainer:
         if self.pool.merge:
             passes = max((w.micro_batches(step, self.micro) for home in works for w in home), default=0)
             for micro in range(passes):
-                self._pass(
-                    [w for w in mine if micro < w.micro_batches(step, self.micro)], step, micro, None, counts_HLE
-                )
+                self._pass([w for w in mine if micro < w.micro_batches(step, self.micro)], step, micro, None, counts_HLE)
             return
         for slot in range(self.pool.home_clients):
             here = [home[slot] for home in works if slot < len(home)]
@@ -247,9 +243,7 @@ class WaveTrainer:
                 losses = (work.losses[0], work.losses[-1]) if work.losses else None
                 counts, tokens = counts_PHLE[shard, work.slot], int(tokens_PH[shard, work.slot])
                 steps = step_count(work.client, self.local)
-                reports.append(
-                    Report(work.client, place, shard, steps, tokens, counts, finite_C[place], losses, seconds)
-                )
+                reports.append(Report(work.client, place, shard, steps, tokens, counts, finite_C[place], losses, seconds))
         return reports
 
     def _finite(self, mine: list[_Work]) -> list[bool]:

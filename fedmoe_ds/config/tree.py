@@ -20,8 +20,8 @@ class Section(BaseModel):
 class PretrainConfig(Section):
     """How the built-in foundation is pre-trained on the spot (ignored with `foundation.path`)."""
 
-    steps: int = Field(300, ge=0, description="optimizer steps; 0 keeps the random initialisation")
-    batch_size: int = Field(16, ge=1, description="sequences per step")
+    steps: int = Field(600, ge=0, description="optimizer steps; 0 keeps the random initialisation")
+    batch_size: int = Field(8, ge=1, description="sequences per step")
     lr: float = Field(3e-3, gt=0, description="peak AdamW learning rate, cosine to zero")
     threads: int = Field(2, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
 

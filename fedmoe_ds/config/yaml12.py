@@ -82,9 +82,7 @@ def dump_yaml(value: Any) -> str:
 
 def inline_yaml(value: Any) -> str:
     """Return `value` as YAML on one line: what one would write after `key=`."""
-    text: str = yaml.dump(
-        [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30, default_flow_style=True
-    )
+    text: str = yaml.dump([value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30, default_flow_style=True)
     return text.strip()[1:-1]
 
 

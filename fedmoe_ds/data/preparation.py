@@ -47,9 +47,7 @@ class _Units:
     stratified: bool
 
 
-def assemble(
-    table: Dataset, config: DataConfig, seed: int, encoder: templates.Encoder, group_column: str | None
-) -> Prepared:
+def assemble(table: Dataset, config: DataConfig, seed: int, encoder: templates.Encoder, group_column: str | None) -> Prepared:
     """Return all clients' data; `group_column` is the column by which the source itself groups its rows, if it does.
 
     Raises UserError for missing columns, malformed rows, too few samples, and clients that would be empty.
@@ -65,9 +63,7 @@ def assemble(
     samples = templates.encode(table, columns, config, encoder)
     _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, samples.dropped)
     units = _units(samples, labels, config, by_group=group_column is not None or config.partition.kind == "natural")
-    held = holdout.draw_global(
-        units.labels if units.stratified else [ALL] * len(units.labels), config.global_holdout, seed
-    )
+    held = holdout.draw_global(units.labels if units.stratified else [ALL] * len(units.labels), config.global_holdout, seed)
     rest = np.setdiff1d(np.arange(len(units.labels)), held)
     dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
     train, held_by_client, counts = [], [], []
@@ -174,9 +170,7 @@ def _finished(units: _Units, rows: NDArray[np.int64], sequence_length: int) -> S
     return Sequences(chunks, [templates.all_but_first(chunk) for chunk in chunks])
 
 
-def _client(
-    name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int
-) -> tuple[Sequences, Counter[str]]:
+def _client(name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int) -> tuple[Sequences, Counter[str]]:
     """Return one client's sequences after the cap, and how many of its units carry each label."""
     if units.packed:
         rows = rows[holdout.cap(len(rows), config.max_samples, seed, name)]

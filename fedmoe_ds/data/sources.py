@@ -99,9 +99,7 @@ class FileSource:
             with self.path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(
-                f"data.source: {self.path}: cannot be read: {error.strerror}; mend its permissions"
-            ) from error
+            raise UserError(f"data.source: {self.path}: cannot be read: {error.strerror}; mend its permissions") from error
 
     def table(self, scratch: Path) -> Dataset:
         from datasets import Dataset
@@ -124,8 +122,7 @@ class FileSource:
                 if isinstance(cause, OSError) and cause.errno is not None:
                     raise cause from error  # `digest` could read the file, so this is the scratch folder
                 raise UserError(
-                    f"data.source: {self.path}: not readable as {self.path.suffix[1:]}: {in_one_line(cause)}; "
-                    "mend the file"
+                    f"data.source: {self.path}: not readable as {self.path.suffix[1:]}: {in_one_line(cause)}; mend the file"
                 ) from error
         return _with_rows(table, str(self.path))
 
@@ -145,9 +142,7 @@ class HubSource:
         with quiet_datasets():
             try:
                 return datasets.load_dataset(self.name, split=self.split)
-            except (
-                Exception
-            ) as error:  # network, permission, spelling, script: one line serves the user for all of them
+            except Exception as error:  # network, permission, spelling, script: one line serves the user for all of them
                 raise UserError(
                     f"data.source: {self.name} (split {self.split}): cannot be loaded from the hub: "
                     f"{in_one_line(root_cause(error))}; "
@@ -176,9 +171,7 @@ def check_jsonl(path: Path) -> None:
                 raise UserError(f"data.source: {path}:{number}: not UTF-8 text; save the file as UTF-8") from error
             except (ValueError, RecursionError) as error:
                 what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise UserError(
-                    f"data.source: {path}:{number}: not valid JSON ({what}); mend or drop the line"
-                ) from error
+                raise UserError(f"data.source: {path}:{number}: not valid JSON ({what}); mend or drop the line") from error
             if not isinstance(value, dict):
                 raise UserError(
                     f"data.source: {path}:{number}: a {type(value).__name__}, not a JSON object; "

@@ -40,9 +40,7 @@ def documents() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     found = sorted(_read(root), key=lambda document: (document.group, document.name))
     if not found:
-        raise UserError(
-            f"data.source: stdlib: no Python source under {root}; use an interpreter that ships its .py files"
-        )
+        raise UserError(f"data.source: stdlib: no Python source under {root}; use an interpreter that ships its .py files")
     return found
 
 

@@ -34,6 +34,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)

@@ -89,9 +89,7 @@ def make_plan(routing: Routing, segment_T: Tensor, slot: int | None, pool: Pool)
     by_token_N = tokens_N.argsort(stable=True)
     per_token_T = torch.bincount(tokens_N, minlength=segment_T.shape[0])
     merge_N, unmerge_N, blocks = _blocks(received_PES, receive, slot, pool)
-    return Plan(
-        tokens_N, slots_N, by_token_N, per_token_T.cumsum(0) - per_token_T, send, receive, merge_N, unmerge_N, blocks
-    )
+    return Plan(tokens_N, slots_N, by_token_N, per_token_T.cumsum(0) - per_token_T, send, receive, merge_N, unmerge_N, blocks)
 
 
 def _exchange_counts(counts_PES: Tensor, pool: Pool) -> Tensor:
@@ -157,10 +155,14 @@ class _ExpertPass(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, pool, need_dx = ctx.plan, ctx.pool, ctx.needs_input_grad[0]
         dy_ND = _to_experts(_gather(grads[0], plan.tokens_N), plan, pool)
-        dx_parts, dp_parts = [], []
+        w13, w2 = ctx.weights
+        dx_parts: list[Tensor] = []
+        dp_parts: list[Tensor] = []
         for block, saved in zip(plan.blocks, ctx.saved, strict=True):
-            dx, dp = ffn.backward(block, saved, dy_ND[block.start : block.stop], *ctx.weights, ctx.lora, need_dx)
-            dx_parts.append(dx)
+            rows = slice(block.start, block.stop)
+            dx, dp = ffn.backward(block, saved, dy_ND[rows], w13, w2, ctx.lora, need_dx)
+            if dx is not None:
+                dx_parts.append(dx)
             dp_parts.append(dp)
         ctx.saved = None
         dp_N = _to_home(_join(dp_parts).unsqueeze(-1), plan, pool).squeeze(-1)

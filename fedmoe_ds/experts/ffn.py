@@ -31,7 +31,7 @@ class Lora:
     b13: Tensor  # [E, C, 2F, R]
     a2: Tensor  # [E, C, R, F]
     b2: Tensor  # [E, C, D, R]
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    grads: list[Tensor]  # of a13, b13, a2, b2
     scale: float
 
 
@@ -64,9 +64,7 @@ class Saved:
     m2_NR: Tensor | None
 
 
-def forward(
-    block: Block, x_ND: Tensor, p_N: Tensor, w13: Tensor, w2: Tensor, lora: Lora | None
-) -> tuple[Tensor, Saved]:
+def forward(block: Block, x_ND: Tensor, p_N: Tensor, w13: Tensor, w2: Tensor, lora: Lora | None) -> tuple[Tensor, Saved]:
     """One block. Returns y [N, D] and what `backward` needs."""
     h_N2F = grouped_mm(x_ND, w13, block.expert_ends_E)
     m13_NR = m2_NR = None
@@ -111,7 +109,6 @@ def _lora_backward(
 ) -> Tensor:
     """Add the gradients of one (A, B) pair to the bank; return the gradient of its input. `m` is the scaled middle."""
     a, b = (lora.a13, lora.b13) if which == 0 else (lora.a2, lora.b2)
-    assert lora.grads is not None
     da, db = lora.grads[2 * which], lora.grads[2 * which + 1]
     ends = block.lora_ends_G
     _accumulate(block, db, grouped_outer(dy_NO, m_NR, ends))

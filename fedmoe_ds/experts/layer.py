@@ -58,9 +58,9 @@ class FederatedMoELayer(nn.Module):
         if GATE_UP_A not in bank:
             return None
         names = (GATE_UP_A, GATE_UP_B, DOWN_A, DOWN_B)
-        values = [bank.value(name, self.layer) for name in names]
-        grads = tuple(bank.grad(name, self.layer) for name in names) if bank.grads else None
-        return ffn.Lora(*values, grads, self.execution.scale)  # type: ignore[arg-type]
+        a13, b13, a2, b2 = (bank.value(name, self.layer) for name in names)
+        grads = [bank.grad(name, self.layer) for name in names]
+        return ffn.Lora(a13, b13, a2, b2, grads, self.execution.scale)
 
     def _rescale(self, y_BSD: Tensor, run: Pass) -> Tensor:
         """FLAME 1.4: h_i = s_i * sum_j R_i(x, k_i)^j (...): the factor covers the base output as well as the adapters."""

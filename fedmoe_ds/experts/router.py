@@ -48,9 +48,7 @@ class Routing:
     kept_TK: Tensor
 
 
-def route(
-    logits_TE: Tensor, spec: RouterSpec, cap_T: Tensor, valid_T: Tensor, allowed_TE: Tensor | None = None
-) -> Routing:
+def route(logits_TE: Tensor, spec: RouterSpec, cap_T: Tensor, valid_T: Tensor, allowed_TE: Tensor | None = None) -> Routing:
     """Route rows under their caps.
 
     Args:
@@ -81,12 +79,9 @@ def route(
 def _limit_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
     """Node-limited routing: only the best `num_limited_groups` expert groups of a row stay eligible."""
     assert spec.num_expert_groups is not None and spec.num_limited_groups is not None
-    grouped = choice_TE.unflatten(-1, (spec.num_expert_groups, -1))
-    if spec.group_score_func == "max":
-        score = grouped.amax(-1)
-    else:
-        score = grouped.topk(2, dim=-1).values.sum(-1)
-    chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(
-        1, score.topk(spec.num_limited_groups, -1).indices, True
-    )
+    grouped = choice_TE.view(choice_TE.shape[0], spec.num_expert_groups, -1)
+    by_max = spec.group_score_func == "max"
+    score = grouped.amax(-1) if by_max else grouped.topk(2, dim=-1).values.sum(-1)
+    best = score.topk(spec.num_limited_groups, dim=-1).indices
+    chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True)
     return grouped.masked_fill(~chosen.unsqueeze(-1), float("-inf")).flatten(-2)

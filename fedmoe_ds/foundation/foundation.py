@@ -77,7 +77,7 @@ def load_foundation(
     model_config: Any = model.config
     return Foundation(
         model=model,
-        tokenizer=_load_tokenizer(folder, model_config.vocab_size),
+        tokenizer=load_tokenizer(folder, model_config.vocab_size),
         layers=layers,
         top_k=first.top_k,
         num_experts=first.num_experts,
@@ -135,7 +135,7 @@ def _check_folder(folder: Path) -> Path:
     return folder
 
 
-def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

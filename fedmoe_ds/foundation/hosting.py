@@ -199,9 +199,7 @@ def _check_divisible(specs: list[Any], ep_size: int) -> None:
     for num_experts in sorted({spec.num_experts for spec in specs}):
         if num_experts % ep_size:
             valid = ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
-            raise UserError(
-                f"topology.ep_size: {ep_size}: {num_experts} experts cannot be split evenly; choose one of {valid}"
-            )
+            raise UserError(f"topology.ep_size: {ep_size}: {num_experts} experts cannot be split evenly; choose one of {valid}")
 
 
 def _hosted_layer(model: nn.Module, spec: Any, ep_size: int, ep_rank: int) -> HostedLayer:

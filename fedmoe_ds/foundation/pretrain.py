@@ -41,9 +41,7 @@ _WARMUP_SHARE = 0.05
 _REPORTS = 10
 
 
-def pretrain_preset(
-    preset: str, config: PretrainConfig, seed: int, cache: Path, progress: Callable[[str], None]
-) -> Path:
+def pretrain_preset(preset: str, config: PretrainConfig, seed: int, cache: Path, progress: Callable[[str], None]) -> Path:
     """Return the folder of a pre-trained preset (model, tokenizer, training record), training it if the cache lacks it.
 
     Deterministic: equal arguments, text and library versions give equal weights. The folder appears whole or not
@@ -111,9 +109,7 @@ def _train_and_save(
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=1))
 
 
-def _train(
-    model: Any, sequences_NS: Tensor, config: PretrainConfig, seed: int, progress: Callable[[str], None]
-) -> list[float]:
+def _train(model: Any, sequences_NS: Tensor, config: PretrainConfig, seed: int, progress: Callable[[str], None]) -> list[float]:
     """AdamW with warm-up and cosine decay to zero; returns the loss of every step."""
     model.set_experts_implementation("grouped_mm")
     model.train()

@@ -71,9 +71,7 @@ def load_method(config: MethodConfig) -> Method:
     given = config.model_dump(exclude={"name"})
     for key in given:
         if key not in method.Params.model_fields:
-            raise UserError(
-                f"method.{key}: unknown key for method '{config.name}'{nearest(key, method.Params.model_fields)}"
-            )
+            raise UserError(f"method.{key}: unknown key for method '{config.name}'{nearest(key, method.Params.model_fields)}")
     try:
         return method(method.Params(**given))
     except ValidationError as error:

@@ -50,8 +50,8 @@ class Flame(Method):
         static = self.params.rescaler == "static" or self.params.rescaler_init == "ratio"
         if renormalised and static and self.params.rescaler != "none":
             raise UserError(
-                "method.rescaler: static: this model renormalises its top-k weights, so fewer experts do not shrink the output; "
-                "use rescaler=none, or learnable with rescaler_init=one"
+                "method.rescaler: static: this model renormalises its top-k weights, so fewer experts do not shrink "
+                "the output; use rescaler=none, or learnable with rescaler_init=one"
             )
 
     def initial_rescaler(self, client: Client, top_k: int) -> float:
@@ -63,4 +63,5 @@ class Flame(Method):
     def expert_weights(self, report: Report, data_share: float) -> np.ndarray:
         """gamma = f^t |D_i| (FLAME's activation-aware aggregation; |D_i| as a share, which cancels in the mean)."""
         frequency_LE = report.counts_LE / max(report.tokens, 1)
-        return np.power(frequency_LE, self.params.temperature) * data_share
+        weights_LE: np.ndarray = np.power(frequency_LE, self.params.temperature) * data_share
+        return weights_LE

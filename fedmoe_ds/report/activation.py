@@ -104,22 +104,17 @@ def _panel(tier: int, rounds: Sequence[int], frames: dict[tuple[int, int], Cells
     ]
     floor = layers * tall
     names = [
-        tag("text", str(n), x=LEFT - 8, y=f"{(n + 0.5) * tall + 4:.1f}", cls="tick left")
-        for n in whole_ticks(0, layers - 1)
+        tag("text", str(n), x=LEFT - 8, y=f"{(n + 0.5) * tall + 4:.1f}", cls="tick left") for n in whole_ticks(0, layers - 1)
     ]
     ticks = whole_ticks(0, experts - 1, 9)
-    numbers = [
-        tag("text", str(n), x=f"{LEFT + (n + 0.5) * wide:.1f}", y=f"{floor + 14:.1f}", cls="tick middle") for n in ticks
-    ]
+    numbers = [tag("text", str(n), x=f"{LEFT + (n + 0.5) * wide:.1f}", y=f"{floor + 14:.1f}", cls="tick middle") for n in ticks]
     middle = f"translate(10 {floor / 2:.1f}) rotate(-90)"
     axes = [
         tag("text", "expert", x=f"{LEFT + (WIDTH - LEFT) / 2:.1f}", y=f"{floor + 33:.1f}", cls="axis middle"),
         tag("text", "layer", transform=middle, cls="axis middle"),
     ]
     size, title = f"0 0 {WIDTH:.0f} {floor + BOTTOM:.0f}", f"expert activation, top-k {tier}"
-    chart = tag(
-        "svg", *cells, *names, *numbers, *axes, viewBox=size, role="img", aria_label=title, cls="chart", data_tier=tier
-    )
+    chart = tag("svg", *cells, *names, *numbers, *axes, viewBox=size, role="img", aria_label=title, cls="chart", data_tier=tier)
     caption = tag("figcaption", tier_mark(css, tier), tag("span", _load(frame), cls="note", data_load=tier))
     return tag("figure", caption, chart)
 

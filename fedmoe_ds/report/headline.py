@@ -40,17 +40,13 @@ def _sentence(history: History) -> str:
     where = f" on {formats.many(ranks, 'rank')}" if ranks else ""
     if run.get("clusters") and run.get("ep_size"):
         where += f" ({formats.many(run['clusters'], 'cluster')} × {run['ep_size']} expert-parallel)"
-    return (
-        f"Method {run.get('method') or formats.MISSING}: {formats.many(clients, 'client')} in {tiers}, {rounds}{where}"
-    )
+    return f"Method {run.get('method') or formats.MISSING}: {formats.many(clients, 'client')} in {tiers}, {rounds}{where}"
 
 
 def _tiles(history: History) -> Markup | None:
     colours = tier_colours(history.tiers)
     tiles = [
-        _tile(result, colours[result.tier])
-        for result in tier_results(history.evaluations.values())
-        if result.split == "global"
+        _tile(result, colours[result.tier]) for result in tier_results(history.evaluations.values()) if result.split == "global"
     ]
     return tag("div", *tiles, cls="tiles") if tiles else None
 
@@ -81,18 +77,14 @@ def _facts(history: History) -> Markup:
         ("Training speed", f"{formats.count(tokens / busy)} tokens/s" if busy else formats.MISSING),
         (
             "Run time",
-            formats.duration(
-                (history.end or {}).get("seconds") or sum(event.get("seconds") or 0 for event in rounds) or None
-            ),
+            formats.duration((history.end or {}).get("seconds") or sum(event.get("seconds") or 0 for event in rounds) or None),
         ),
         ("Started", formats.clock(run.get("time"))),
         ("Seed", str(run.get("seed", formats.MISSING))),
         ("Reproducible", str(run.get("reproducible", formats.MISSING))),
         ("Foundation", str(run.get("foundation") or formats.MISSING)),
     ]
-    return tag(
-        "dl", *(tag("div", tag("dt", term), tag("dd", value, data_t=value)) for term, value in facts), cls="facts"
-    )
+    return tag("dl", *(tag("div", tag("dt", term), tag("dd", value, data_t=value)) for term, value in facts), cls="facts")
 
 
 def _digest(end: Event | None) -> Markup | None:

@@ -63,8 +63,7 @@ def choices(title: str, panels: list[tuple[str, Markup]]) -> Markup:
     if len(panels) == 1:
         return panels[0][1]
     buttons = [
-        tag("button", name, type="button", aria_pressed="true" if i == 0 else "false")
-        for i, (name, _) in enumerate(panels)
+        tag("button", name, type="button", aria_pressed="true" if i == 0 else "false") for i, (name, _) in enumerate(panels)
     ]
     bodies = [tag("div", body, cls="panel") for _, body in panels]
     return tag("div", tag("div", *buttons, cls="tabs", role="group", aria_label=title), *bodies, cls="choices")

@@ -99,9 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); name the folder of a run that has started"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name the folder of a run that has started") from None
     complete = content[: content.rfind(b"\n") + 1]
     return [_event(path, number, line) for number, line in enumerate(complete.splitlines(), start=1) if line.strip()]
 

@@ -114,10 +114,7 @@ def _bars(
         head = f"{client['name']}\ntop-k {client['top_k']}"
         return Column(
             head,
-            [
-                (css, size, tip if tip.startswith(client["name"]) else f"{head}\n{tip}")
-                for css, size, tip in parts(index)
-            ],
+            [(css, size, tip if tip.startswith(client["name"]) else f"{head}\n{tip}") for css, size, tip in parts(index)],
         )
 
     columns = [column(index) for index in order]
@@ -136,9 +133,7 @@ def _bars(
     high = "100 %" if shares else formats.count(max((bar.total for bar in columns), default=0.0))
     chart = dense_columns(columns, [colours[clients[index]["top_k"]] for index in order])
     axis = tag("div", tag("span", high), tag("span", "0"), cls="dense-axis", aria_hidden="true")
-    note = tag(
-        "p", f"{unit} per client, one column each; the line below shows the tier. Names: point at a column.", cls="note"
-    )
+    note = tag("p", f"{unit} per client, one column each; the line below shows the tier. Names: point at a column.", cls="note")
     return tag("div", tag("div", axis, tag("div", chart, cls="scroll-x"), cls="dense-frame"), note)
 
 
@@ -171,18 +166,14 @@ def client_section(history: History) -> Markup:
         own = _own_evaluations(history)
         rows = [[*row, *_before_after(own.get(name, []))] for row, name in zip(rows, names, strict=True)]
     body = table(head, rows, cls="sortable")
-    filter_ = tag(
-        "input", type="search", placeholder=f"Filter {len(names)} clients", aria_label="Filter clients", cls="filter"
-    )
+    filter_ = tag("input", type="search", placeholder=f"Filter {len(names)} clients", aria_label="Filter clients", cls="filter")
     lead = tag("p", CLIENT_LEAD, cls="lead")
     return tag("div", lead, _lost(history), filter_ if len(names) > 15 else None, tag("div", body, cls="scroll"))
 
 
 def _lost(history: History) -> Markup | None:
     """Names the updates that were left out because they were not finite."""
-    lost = [
-        (round_, name) for (round_, name), report in sorted(history.clients.items()) if report.get("status", OK) != OK
-    ]
+    lost = [(round_, name) for (round_, name), report in sorted(history.clients.items()) if report.get("status", OK) != OK]
     if not lost:
         return None
     shown = ", ".join(f"{name} (round {round_})" for round_, name in lost[:20])

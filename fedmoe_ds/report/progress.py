@@ -86,9 +86,7 @@ class Progress:
             return
         remaining = self._remaining(self._round)
         self._last_line = time.monotonic()
-        self.note(
-            f"round {self._round}/{self._rounds}  {summary}" + (f"  ETA {_clock(remaining)}" if remaining else "")
-        )
+        self.note(f"round {self._round}/{self._rounds}  {summary}" + (f"  ETA {_clock(remaining)}" if remaining else ""))
         if self._bar is not None:
             self._show(self._round, f"ETA {_clock(remaining)}")
 
@@ -102,9 +100,7 @@ class Progress:
         assert self._bar is not None
         title, total = f"round {self._round}/{self._rounds}", float(self._rounds)
         # Waves take far longer than one redraw, so every change is shown at once.
-        self._bar.update(
-            self._task, description=title, total=total, completed=done, state=state, visible=True, refresh=True
-        )
+        self._bar.update(self._task, description=title, total=total, completed=done, state=state, visible=True, refresh=True)
 
     def _remaining(self, done: float) -> float:
         """Seconds left at the pace of this process, `done` rounds (with a fraction) being complete."""

@@ -35,11 +35,7 @@ def results_section(history: History) -> Markup:
     ]
     rows = [_result_row(result, colours[result.tier]) for result in results]
     last = max(result.after.get("round", 0) for result in results)
-    after = (
-        f"after is the global model of round {last}. A ratio below 1 is better."
-        if last
-        else "no round is evaluated yet."
-    )
+    after = f"after is the global model of round {last}. A ratio below 1 is better." if last else "no round is evaluated yet."
     lead = f"Before is the foundation, {after}"
     return tag("div", tag("p", lead, cls="lead"), tag("div", table(head, rows, text_columns=2), cls="scroll"))
 
@@ -81,9 +77,7 @@ def convergence_section(history: History) -> Markup:
 def _curves(history: History, split: str) -> Markup:
     colours = tier_colours(history.tiers)
 
-    def chart(
-        metric: str, title: str, form: Callable[[float | None], str], axis: Callable[[float], str], log: bool
-    ) -> Markup:
+    def chart(metric: str, title: str, form: Callable[[float | None], str], axis: Callable[[float], str], log: bool) -> Markup:
         lines = []
         for tier in history.tiers:
             points = history.curve(split, tier, metric)
@@ -93,9 +87,7 @@ def _curves(history: History, split: str) -> Markup:
         return line_chart(lines, title=title, x_label="round", form=axis, log=log)
 
     perplexity = chart("perplexity", "Perplexity (log scale, lower is better)", formats.number, _tick, True)
-    accuracy = chart(
-        "accuracy", "Next-token accuracy, % (higher is better)", formats.percent, lambda y: _tick(100 * y), False
-    )
+    accuracy = chart("accuracy", "Next-token accuracy, % (higher is better)", formats.percent, lambda y: _tick(100 * y), False)
     return tag("div", tag("figure", perplexity), tag("figure", accuracy), cls="pair")
 
 
@@ -113,9 +105,7 @@ def time_section(history: History) -> Markup:
     colours = {phase: f"p{min(index, 7)}" for index, phase in enumerate([*PHASES, *sorted(named - set(PHASES))])}
     longest = max(sum(spent or 0.0 for spent in (event.get("phases") or {}).values()) for _, event in rounds)
     unit, scale = next(((unit, scale) for unit, scale in TIME_UNITS if longest > 3 * scale), TIME_UNITS[-1])
-    columns = [
-        (number, Column(str(number), _phase_parts(number, event, phases, colours, scale))) for number, event in rounds
-    ]
+    columns = [(number, Column(str(number), _phase_parts(number, event, phases, colours, scale))) for number, event in rounds]
     totals = {phase: sum((event.get("phases") or {}).get(phase) or 0.0 for _, event in rounds) for phase in phases}
     whole = sum(totals.values()) or 1.0
     keys = legend(
@@ -171,9 +161,7 @@ def topology_section(history: History) -> Markup:
         "",
         *(join([f"shard {shard}", tag("small", f"experts {experts[shard] or formats.MISSING}")]) for shard in shards),
     ]
-    rows = [
-        [f"cluster {cluster}", *(_rank_cell(place.get((cluster, shard))) for shard in shards)] for cluster in clusters
-    ]
+    rows = [[f"cluster {cluster}", *(_rank_cell(place.get((cluster, shard))) for shard in shards)] for cluster in clusters]
     lead = (
         "A row is one expert-parallel group: tokens travel inside it. "
         "A column is one aggregation group: it sums adapters once per round."
@@ -210,9 +198,7 @@ def _resumes(history: History) -> Markup | None:
 def config_section(history: History, config: str | None) -> Markup:
     """The resolved configuration and the versions of the software."""
     versions = history.run.get("versions") or {}
-    shown = table(
-        ["software", "version"], [[str(name), str(version)] for name, version in versions.items()], text_columns=2
-    )
+    shown = table(["software", "version"], [[str(name), str(version)] for name, version in versions.items()], text_columns=2)
     text = tag("pre", config) if config is not None else tag("p", "The run folder holds no config.yaml.", cls="empty")
     parts = [tag("details", tag("summary", "Full configuration (config.yaml)"), text)]
     if versions:

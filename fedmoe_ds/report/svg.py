@@ -168,9 +168,7 @@ def _frame(
         tag("line", x1=LEFT, x2=right, y1=floor, y2=floor, cls="base"),
     ]
     size = f"0 0 {WIDTH:.0f} {HEIGHT:.0f}"
-    return tag(
-        "svg", *grid, *labels, *rows, *columns, *content, viewBox=size, role="img", aria_label=title, cls="chart"
-    )
+    return tag("svg", *grid, *labels, *rows, *columns, *content, viewBox=size, role="img", aria_label=title, cls="chart")
 
 
 @dataclass(frozen=True)
@@ -186,9 +184,7 @@ class Column:
         return sum(value for _, value, _ in self.parts)
 
 
-def stacked_columns(
-    columns: Sequence[tuple[int, Column]], *, title: str, x_label: str, form: Callable[[float], str]
-) -> Markup:
+def stacked_columns(columns: Sequence[tuple[int, Column]], *, title: str, x_label: str, form: Callable[[float], str]) -> Markup:
     """Columns at whole-numbered x, value axis from zero."""
     axis = Axis.around([column.total for _, column in columns], zero=True)
     first, last = columns[0][0], columns[-1][0]
@@ -234,9 +230,7 @@ def dense_columns(columns: Sequence[Column], strip: Sequence[str]) -> Markup:
 
 
 def _rect(x: float, y: float, width: float, height: float, css: str, tip: str) -> Markup:
-    return tag(
-        "rect", x=f"{x:.2f}", y=f"{y:.2f}", width=f"{width:.2f}", height=f"{height:.2f}", cls=f"bar {css}", data_t=tip
-    )
+    return tag("rect", x=f"{x:.2f}", y=f"{y:.2f}", width=f"{width:.2f}", height=f"{height:.2f}", cls=f"bar {css}", data_t=tip)
 
 
 def bar_rows(rows: Sequence[tuple[str, Markup, Column, str]]) -> Markup:

@@ -1,0 +1,90 @@
+"""Plan: topology, schedule and memory of a configuration, without weights, training or a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmoe_ds.adapters.layout import adapter_blocks
+from fedmoe_ds.clients.client import Client, make_clients, resolve_tiers
+from fedmoe_ds.clients.schedule import CostModel, Wave, home_clients, participants, schedule
+from fedmoe_ds.clients.steps import step_count
+from fedmoe_ds.config import Config, dump_config
+from fedmoe_ds.data import prepare
+from fedmoe_ds.foundation import resolve_foundation
+from fedmoe_ds.foundation.foundation import cache_folder, load_tokenizer
+from fedmoe_ds.foundation.hosting import host_experts
+from fedmoe_ds.foundation.loading import build_on_meta
+from fedmoe_ds.foundation.size import model_size
+from fedmoe_ds.memory import estimate, format_bytes
+from fedmoe_ds.methods import load_method
+from fedmoe_ds.report import Progress
+from fedmoe_ds.topology import check_layout, format_table
+
+
+def resolved(config: Config) -> str:
+    """The configuration with the method's own defaults filled in, as YAML."""
+    method = load_method(config.method)
+    filled = config.method.model_copy(update=method.params.model_dump())
+    return dump_config(config.model_copy(update={"method": filled})).rstrip()
+
+
+def describe(config: Config, world_size: int) -> list[str]:
+    """Describe the run on `world_size` ranks. Raises UserError for everything that a real start would refuse."""
+    method = load_method(config.method)
+    layout = check_layout(config.topology, world_size)
+    folder = _untrained_foundation(config)
+    model = build_on_meta(folder, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.foundation.dtype])
+    layers = host_experts(model, 1, 0)
+    size = model_size(model, layers)
+    table = layout.table(size.experts, ["?"] * world_size)
+    method.check(size.top_k, bool(layers[0].module.router.route_norm))
+    data = prepare(config.data, config.seed, load_tokenizer(folder, size.vocabulary), cache_folder(config.foundation) / "data")
+    tiers = resolve_tiers(config.federation, size.top_k)
+    clients = make_clients(data, config.federation, tiers, config.seed)
+    chosen = participants(clients, config.federation.participation, config.seed, 1)
+    cost = CostModel.of(size)
+    plan = schedule(chosen, cost, config.local, layout.clusters, layout.ep_size, config.execution.clients_in_flight)
+    bitwise = config.execution.reproducible != "fast"
+    home = home_clients(config.execution.clients_in_flight, len(chosen), layout.ep_size)
+    blocks = adapter_blocks(model, layers, config.adapters, method.rescaler)
+    memory = estimate(config, size, blocks, home, bitwise)
+    return [
+        f"topology: {layout.clusters} clusters x ep_size {layout.ep_size} = {world_size} ranks",
+        format_table([{key: value for key, value in row.items() if key != "host"} for row in table]),
+        "",
+        _federation_line(config, clients, tiers),
+        *_schedule_lines(plan, cost, config),
+        "",
+        "memory per rank (estimate):",
+        *[f"  {name:<22} {format_bytes(count):>11}" for name, count in memory.items()],
+        f"  {'total':<22} {format_bytes(sum(memory.values())):>11}",
+    ]
+
+
+def _untrained_foundation(config: Config) -> Path:
+    """The model folder; a built-in foundation is taken without its pre-training, which shapes and tokenizer do not need."""
+    untrained = config.foundation.model_copy(update={"pretrain": config.foundation.pretrain.model_copy(update={"steps": 0})})
+    with Progress() as progress:
+        return resolve_foundation(untrained, config.seed, progress.note)
+
+
+def _federation_line(config: Config, clients: list[Client], tiers: list[Any]) -> str:
+    counts = {tier.top_k: sum(client.top_k == tier.top_k for client in clients) for tier in tiers}
+    dealt = ", ".join(f"k={cap}: {count}" for cap, count in counts.items())
+    return f"federation: {len(clients)} clients ({dealt}), {config.federation.rounds} rounds"
+
+
+def _schedule_lines(plan: list[list[Wave]], cost: CostModel, config: Config) -> list[str]:
+    lines = ["schedule of round 1:"]
+    for cluster, waves in enumerate(plan):
+        everyone = [client for wave in waves for home in wave for client in home]
+        work = sum(cost.client(client, config.local) for client in everyone)
+        steps = [max((step_count(c, config.local) for home in wave for c in home), default=0) for wave in waves]
+        lines.append(
+            f"  cluster {cluster}: {len(everyone)} clients in {len(waves)} waves, steps per wave {steps}, "
+            f"{3 * work / 1e12:.3g} TFLOP forward and backward"
+        )
+    return lines
