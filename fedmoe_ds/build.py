@@ -15,8 +15,8 @@ from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
 from fedmoe_ds.aggregation.statistics import Statistics
 from fedmoe_ds.clients.client import Client, make_clients, resolve_tiers
-from fedmoe_ds.clients.schedule import CostModel, home_clients
-from fedmoe_ds.clients.wave import WaveTrainer
+from fedmoe_ds.clients.schedule import CostModel, home_clients, participant_count
+from fedmoe_ds.clients.wave import ClientRules, WaveTrainer
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.data import prepare as prepare_data
@@ -27,7 +27,7 @@ from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.size import model_size
-from fedmoe_ds.methods import Method, load_method
+from fedmoe_ds.methods import Method, load_method, with_defaults
 from fedmoe_ds.report import Progress
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.stop import StopRequest
@@ -83,6 +83,7 @@ def is_bitwise(config: Config, runtime: Runtime) -> bool:
 def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Parts:
     """Load everything. Raises UserError, the same one on every rank, for whatever the user can fix."""
     method = load_method(config.method)
+    config = with_defaults(config, method)
     foundation = load_shared_foundation(config, runtime, topology, progress)
     method.check(foundation.top_k, bool(foundation.layers[0].module.router.route_norm))
     data = load_shared_data(config, runtime, foundation)
@@ -121,7 +122,7 @@ def _assemble(
     install(foundation, config.adapters, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
-    adapters = initial_bank(foundation, blocks, config.seed, foundation.layers[0].experts.start)
+    adapters = initial_bank(foundation, blocks, config.seed, foundation.layers[0].experts.start, runtime.device)
     personal = states.initial_personal(blocks, [method.initial_rescaler(c, foundation.top_k) for c in clients])
     trainer = WaveTrainer(
         foundation,
@@ -131,7 +132,10 @@ def _assemble(
         topology.shard,
         config.seed,
         runtime.device,
-        lambda client: method.fixed_rescale(client.top_k, foundation.top_k),
+        ClientRules(
+            rescale=lambda client: method.fixed_rescale(client.top_k, foundation.top_k),
+            allowed=lambda client: method.allowed_experts(client, foundation.num_experts),
+        ),
     )
     tiers = sorted({client.top_k for client in clients}, reverse=True)
     evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, tiers, method, config.evaluation)
@@ -166,12 +170,17 @@ def _execution(
     clients: int,
 ) -> Execution:
     layout, bitwise = topology.layout, is_bitwise(config, runtime)
+    if bitwise and config.execution.threads > 1:
+        raise UserError(
+            f"execution.threads: {config.execution.threads}: bitwise mode needs 1: threads cut a kernel's work in the middle "
+            "of a row; use threads=1, or reproducible=fast"
+        )
     if bitwise and (foundation.hidden_size % 4 or foundation.layers[0].ffn_hidden_size % 4):
         raise UserError(
             f"execution.reproducible: bitwise: the model's widths {foundation.hidden_size} and "
             f"{foundation.layers[0].ffn_hidden_size} must be multiples of 4 (rows must start on 16 bytes); use fast"
         )
-    drawn = max(1, round(config.federation.participation * clients))
+    drawn = participant_count(clients, config.federation.participation)
     home = home_clients(config.execution.clients_in_flight, drawn, layout.ep_size)
     pool = Pool(topology.ep_group, layout.ep_size, foundation.num_experts, home, merge=not bitwise)
     bank = Bank(blocks, foundation.num_experts // layout.ep_size, home, pool.wave_clients, runtime.device)

@@ -28,6 +28,8 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.runtime import Runtime
 
 FORMAT = 1
+MANIFEST = "manifest.json"
+_UNFINISHED = ".writing-"
 _FOLDER = re.compile(r"round-(\d{5})(-partial)?")
 
 
@@ -77,12 +79,17 @@ def save(
         UserError: the disk is full or not writable; what was there before is untouched.
     """
     target = root / folder_name(snapshot.round, snapshot.partial is not None)
-    working = root / f".writing-{target.name}"
-    runtime.on_main(lambda: _guard(root, lambda: _fresh_folder(working)))
-    mine = runtime.together(lambda: _guard(root, lambda: _write_tensors(working, tensors)))
-    sums = {name: value for part in runtime.gather(mine) for name, value in part.items()}
-    runtime.on_main(lambda: _guard(root, lambda: _publish(working, target, snapshot, sums, texts)))
-    runtime.on_main(lambda: _prune(root, keep))
+    working = root / f"{_UNFINISHED}{target.name}"
+    try:
+        runtime.on_main(lambda: _guard(root, lambda: _fresh_folder(working)))
+        mine = runtime.together(lambda: _guard(root, lambda: _write_tensors(working, tensors)))
+        sums = {name: value for part in runtime.gather(mine) for name, value in part.items()}
+        runtime.on_main(lambda: _guard(root, lambda: _publish(working, target, snapshot, sums, texts)))
+    except UserError:  # the same one on all ranks, so nobody is writing any more
+        if runtime.is_main:
+            remove_unfinished(root)
+        raise
+    runtime.on_main(lambda: _prune(root, keep, target))
     return target
 
 
@@ -90,7 +97,6 @@ def _guard(root: Path, action: Any) -> Any:
     try:
         return action()
     except OSError as error:
-        _remove_unfinished(root)
         raise UserError(
             f"checkpoint: {root}: cannot write: {error.strerror or error}; the checkpoints already there are intact: "
             "make room, then start again with --resume auto"
@@ -128,11 +134,20 @@ def _publish(working: Path, target: Path, snapshot: Snapshot, sums: dict[str, st
         "partial": snapshot.partial,
         "files": sums,
     }
-    (working / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    _sync(working / "manifest.json")
-    shutil.rmtree(target, ignore_errors=True)
+    (working / MANIFEST).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1, sort_keys=True))
+    _sync(working / MANIFEST)
+    _sync(working)
+    if target.exists():  # a damaged one, or the same interrupted round saved again
+        replaced = target.with_name(f"{_UNFINISHED}replaced-{target.name}")
+        _fresh_folder(replaced)
+        target.rename(replaced)
     working.rename(target)
     _sync(target.parent)
+    remove_unfinished(target.parent)
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -143,18 +158,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove_unfinished(root: Path) -> None:
-    for leftover in root.glob(".writing-*"):
+def remove_unfinished(root: Path) -> None:
+    """Remove what a killed or failed `save` left behind."""
+    for leftover in root.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _prune(root: Path, keep: int) -> None:
-    """Keep the newest `keep` complete rounds; an interrupted round goes as soon as a later checkpoint exists."""
-    found = candidates(root)
-    newest = found[0]
-    complete = [path for path in found if not path.name.endswith("-partial")]
-    kept = {newest, *complete[:keep]}
-    for path in found:
+def _prune(root: Path, keep: int, written: Path) -> None:
+    """Keep the newest `keep` complete rounds; an interrupted round goes as soon as a later checkpoint exists.
+
+    Whatever claims to be newer than the one just written was damaged, or this start would have continued from it.
+    """
+    complete = [path for path in candidates(root) if path.name <= written.name and not path.name.endswith("-partial")]
+    kept = {written, *complete[:keep]}
+    for path in candidates(root):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -179,23 +196,29 @@ def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
 def find_damage(path: Path) -> str | None:
     """None if every file of a checkpoint is what its manifest says, else what is wrong."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError):
-        return "manifest.json is missing or unreadable"
+        manifest = json.loads((path / MANIFEST).read_text())
+        promised = manifest.pop("checksum")
+        files = dict(manifest["files"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"{MANIFEST} is missing or unreadable"
+    if _checksum(manifest) != promised:
+        return f"{MANIFEST} does not match its checksum"
     for name, expected in files.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if sha256_of(path / name) != expected:
-            return f"{name} does not match its checksum"
+        try:
+            if sha256_of(path / name) != expected:
+                return f"{name} does not match its checksum"
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
     return None
 
 
 def read_snapshot(path: Path) -> Snapshot:
     """The manifest of an intact checkpoint."""
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = json.loads((path / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
-        raise UserError(f"checkpoint: {path}: format {manifest['format']}: this version reads format {FORMAT}")
+        raise UserError(
+            f"checkpoint: {path}: format {manifest['format']}: this version reads format {FORMAT}; use another run name"
+        )
     fields = ("round", "identity", "metrics_position", "partial", "files")
     return Snapshot(**{name: manifest[name] for name in fields})
 

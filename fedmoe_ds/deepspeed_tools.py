@@ -15,6 +15,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.profiling.flops_profiler import FlopsProfiler
 
 from fedmoe_ds.build import Parts
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.journal import Journal
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -25,6 +26,7 @@ class DeepSpeedTools:
 
     def __init__(self, section: dict[str, Any], parts: Parts, journal: Journal) -> None:
         self.section, self.parts = section, parts
+        self.profile: _PassProfile | None = None
         if any(section.get(name, {}).get("enabled") for name in _MONITORS):
             journal.monitor = MonitorMaster(get_monitor_config(section))
         comms = section.get("comms_logger", {})
@@ -32,12 +34,14 @@ class DeepSpeedTools:
             options = {key: comms[key] for key in ("prof_all", "prof_ops", "verbose", "debug") if key in comms}
             ds_comm.configure(enabled=True, **options)
         if section.get("flops_profiler", {}).get("enabled") and parts.runtime.is_main:
-            _profile_one_pass(section["flops_profiler"], parts, journal.folder)
+            self.profile = _PassProfile(section["flops_profiler"], parts.foundation.model, journal.folder)
         if "activation_checkpointing" in section:
             _use_deepspeed_checkpointing(section, parts)
 
     def close(self, folder: Path) -> None:
-        """Write the communication log next to the metrics: one file per rank, bytes and milliseconds by operation and size."""
+        """Finish the profile; write the communication log: one file per rank, bytes and milliseconds by operation and size."""
+        if self.profile is not None:
+            self.profile.finish()
         if not self.section.get("comms_logger", {}).get("enabled"):
             return
         rows = ["operation,bytes,count,total_ms,mean_ms"]
@@ -45,35 +49,44 @@ class DeepSpeedTools:
             for size, (count, latencies, *_) in sorted(sizes.items()):
                 total = sum(latencies)
                 rows.append(f"{operation},{size},{count},{total:.3f},{total / max(count, 1):.4f}")
-        (folder / f"comms-rank{self.parts.runtime.rank}.csv").write_text("\n".join(rows) + "\n")
+        target = folder / f"comms-rank{self.parts.runtime.rank}.csv"
+        self.parts.runtime.together(lambda: _write(target, "\n".join(rows) + "\n"))
 
 
-def _profile_one_pass(options: dict[str, Any], parts: Parts, folder: Path) -> None:
-    """Profile the forward pass number `profile_step` into flops.txt. Expert products run inside one custom autograd function,
-    which the profiler's patches do not see: it reports the dense part."""
-    body: Any = parts.foundation.model.base_model
-    profiler = FlopsProfiler(parts.foundation.model)
-    calls = {"count": 0}
-    target = folder / (options.get("output_file") or "flops.txt")
+def _write(target: Path, text: str) -> None:
+    try:
+        target.write_text(text)
+    except OSError as error:
+        raise UserError(f"output: {target}: cannot write: {error.strerror or error}; make room") from None
 
-    def before(module: Any, args: Any) -> None:
-        calls["count"] += 1
-        if calls["count"] == options.get("profile_step", 1):
-            profiler.start_profile()
 
-    def after(module: Any, args: Any, output: Any) -> None:
-        if calls["count"] == options.get("profile_step", 1):
-            profiler.print_model_profile(
-                profile_step=calls["count"],
-                module_depth=options.get("module_depth", -1),
-                top_modules=options.get("top_modules", 1),
-                detailed=options.get("detailed", True),
-                output_file=str(target),
-            )
-            profiler.end_profile()
+class _PassProfile:
+    """Profiles forward pass number `profile_step` into flops.txt.
 
-    body.register_forward_pre_hook(before)
-    body.register_forward_hook(after)
+    Expert products run inside one custom autograd function, which the profiler's patches do not see: it reports the dense part.
+    """
+
+    def __init__(self, options: dict[str, Any], model: Any, folder: Path) -> None:
+        self.options, self.passes = options, 0
+        self.target = folder / (options.get("output_file") or "flops.txt")
+        self.profiler = FlopsProfiler(model)
+        model.base_model.register_forward_pre_hook(self._before)
+
+    def _before(self, module: Any, args: Any) -> None:
+        self.passes += 1
+        if self.passes == self.options.get("profile_step", 1):
+            self.profiler.start_profile()
+        else:
+            self.finish()  # not from a hook after the pass: the profiler's own hooks would still have to run
+
+    def finish(self) -> None:
+        """Write the profile of the pass that ran last, if that was the one."""
+        if not self.profiler.started:
+            return
+        options = {key: self.options[key] for key in ("module_depth", "top_modules", "detailed") if key in self.options}
+        step = self.options.get("profile_step", 1)
+        self.profiler.print_model_profile(profile_step=step, output_file=str(self.target), **options)
+        self.profiler.end_profile()
 
 
 def _use_deepspeed_checkpointing(section: dict[str, Any], parts: Parts) -> None:

@@ -136,4 +136,5 @@ class Evaluator:
         result = forward_pass(self.foundation, self.execution, batch, 0, None if rescale is None else [rescale])
         if read is not None:
             sums_3N[0, place] = float(result.nll_N.double().sum())
-            sums_3N[1, place], sums_3N[2, place] = int(result.correct_N.sum()), len(result.nll_N)
+            correct_N = result.logits_NV.argmax(-1) == batch.labels_N
+            sums_3N[1, place], sums_3N[2, place] = int(correct_N.sum()), len(correct_N)

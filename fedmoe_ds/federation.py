@@ -45,13 +45,21 @@ class Federation:
         """Train the remaining rounds. Raises UserError when a checkpoint cannot be written."""
         config = self.parts.config
         if self.state.round == 0 and self.state.progressed is None:
+            if self._stop_agreed():  # asked while the model and the data were loaded
+                self._save()
+                return self._stopped()
             self._evaluate(0)
         for round_index in range(self.state.round + 1, config.federation.rounds + 1):
             if self._round(round_index):
-                return Outcome(self._digest(), self.parts.stop.name or "a signal on another rank")
-            if self._stop_agreed() and round_index < config.federation.rounds:
-                return Outcome(self._digest(), self.parts.stop.name or "a signal on another rank")
+                return self._stopped()
+            if round_index < config.federation.rounds and self._stop_agreed():
+                if round_index % config.checkpoint.every:
+                    self._save()
+                return self._stopped()
         return Outcome(self._digest(), None)
+
+    def _stopped(self) -> Outcome:
+        return Outcome(self._digest(), self.parts.stop.name or "a signal on another rank")
 
     def _round(self, round_index: int) -> bool:
         """One round; True when it was interrupted (and saved unfinished)."""

@@ -57,6 +57,10 @@ class Journal:
         """One line of metrics.jsonl."""
         self._write(lambda: self.log.write(event, **fields))
 
+    def config(self, text: str) -> None:
+        """The resolved configuration, beside the metrics."""
+        self._write(lambda: (self.folder / "config.yaml").write_text(text, encoding="utf-8"))
+
     def position(self) -> int:
         """Bytes of metrics.jsonl so far (rank 0 only)."""
         return self.log.position()

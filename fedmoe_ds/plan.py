@@ -19,16 +19,14 @@ from fedmoe_ds.foundation.hosting import host_experts
 from fedmoe_ds.foundation.loading import build_on_meta
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.memory import estimate, format_bytes
-from fedmoe_ds.methods import load_method
+from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.report import Progress
 from fedmoe_ds.topology import check_layout, format_table
 
 
 def resolved(config: Config) -> str:
     """The configuration with the method's own defaults filled in, as YAML."""
-    method = load_method(config.method)
-    filled = config.method.model_copy(update=method.params.model_dump())
-    return dump_config(config.model_copy(update={"method": filled})).rstrip()
+    return dump_config(with_defaults(config, load_method(config.method))).rstrip()
 
 
 def describe(config: Config, world_size: int) -> list[str]:

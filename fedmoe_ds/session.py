@@ -16,10 +16,12 @@ from fedmoe_ds.build import Parts, is_bitwise, load_parts
 from fedmoe_ds.config import Config
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts.grouped import kernel_name
 from fedmoe_ds.federation import Federation, Outcome
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.runtime import Runtime
+from fedmoe_ds.stop import StopRequest
 from fedmoe_ds.topology import Topology, build_topology
 
 RESUME_MODES = ("never", "auto")
@@ -35,6 +37,7 @@ def train(config: Config, runtime: Runtime, resume: str) -> list[str]:
         The lines for standard output (rank 0 prints them): table, how to resume if interrupted, digest, run folder.
     """
     began = time.monotonic()
+    stop = StopRequest().install()  # from here on a signal is remembered, and served as soon as there is something to save
     folder = Path(config.output) / config.name
     source = runtime.on_main(lambda: claim_folder(folder, resume))
     journal = Journal(folder, runtime)
@@ -42,7 +45,8 @@ def train(config: Config, runtime: Runtime, resume: str) -> list[str]:
         journal.note(note)
     topology = build_topology(config.topology, runtime)
     parts = load_parts(config, runtime, topology, journal.progress)
-    parts.stop.install()
+    parts.stop = stop
+    journal.note(start_line(parts))
     begin(parts, journal, source["checkpoint"])
     tools = DeepSpeedTools(config.deepspeed, parts, journal)
     outcome = Federation(parts, journal).run()
@@ -61,13 +65,15 @@ def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"output: {folder}: cannot create the run folder: {error.strerror or error}") from None
     found, notes = checkpoint.newest_intact(root)
-    used = (folder / "metrics.jsonl").exists() or found is not None or bool(notes)
+    metrics = folder / "metrics.jsonl"  # empty where a start was refused before it trained anything
+    used = (metrics.exists() and metrics.stat().st_size > 0) or found is not None or bool(notes)
     if resume == "never":
         if used:
             raise UserError(
                 f"name: {folder.name}: {folder} already holds a run; add --resume auto to continue it, or set another name"
             )
         return {"checkpoint": None, "notes": []}
+    checkpoint.remove_unfinished(root)
     if notes and found is None:
         notes.append("no intact checkpoint is left; beginning again")
     return {"checkpoint": None if found is None else str(found), "notes": notes}
@@ -77,16 +83,14 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
     """Start from the foundation, or restore a checkpoint; either way say so in metrics.jsonl."""
     if source is None:
         journal.truncate(0)
-        parts.runtime.on_main(lambda: (journal.folder / "config.yaml").write_text(parts.config_text))
+        journal.config(parts.config_text)
         journal.event("run", **run_facts(parts))
         journal.event("data", **data_facts(parts))
         return
     path = Path(source)
-    snapshot = checkpoint.read_snapshot(path)
-    check_identity(snapshot, parts)
-    states.restore(path, snapshot, parts.state, parts.topology, parts.new_statistics())
+    snapshot = parts.runtime.together(lambda: restore(path, parts))
     journal.truncate(snapshot.metrics_position)
-    parts.runtime.on_main(lambda: (journal.folder / "config.yaml").write_text(parts.config_text))
+    journal.config(parts.config_text)
     journal.event(
         "resume",
         round=snapshot.round,
@@ -95,6 +99,20 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         topology=rank_table(parts),
     )
     journal.note(f"resumed from {path.name}")
+
+
+def restore(path: Path, parts: Parts) -> checkpoint.Snapshot:
+    """Read a checkpoint into the state of the run, on every rank."""
+    try:
+        snapshot = checkpoint.read_snapshot(path)
+        check_identity(snapshot, parts)
+        states.restore(path, snapshot, parts.state, parts.topology, parts.new_statistics())
+    except OSError as error:
+        raise UserError(
+            f"output: {path}: rank {parts.runtime.rank} cannot read it: {error.strerror or error}; "
+            "put the runs on a file system that all ranks share"
+        ) from None
+    return snapshot
 
 
 def check_identity(snapshot: checkpoint.Snapshot, parts: Parts) -> None:
@@ -120,6 +138,17 @@ def _first_difference(path: str, ours: Any, theirs: Any) -> str:
             if ours.get(key) != theirs.get(key):
                 return _first_difference(f"{path}.{key}", ours.get(key), theirs.get(key))
     return f"{path}: {ours}: the checkpoint was written with {theirs}"
+
+
+def start_line(parts: Parts) -> str:
+    """Who runs what, in one line, the grouped kernel included."""
+    layout, launch = parts.topology.layout, parts.runtime.launch
+    kernel = kernel_name(parts.config.adapters.rank, parts.foundation.layers[0].w13.dtype)
+    mode = "bitwise" if is_bitwise(parts.config, parts.runtime) else "fast"
+    return (
+        f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
+        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}; grouped products by {kernel}"
+    )
 
 
 def rank_table(parts: Parts) -> list[dict[str, int | str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
 from fedmoe_ds.adapters.attention import ClientLoRALinear, Projection, find_projections
@@ -49,19 +50,22 @@ def _attention_blocks(projections: list[Projection], rank: int) -> list[BlockSpe
     return blocks
 
 
-def initial_bank(foundation: Foundation, blocks: list[BlockSpec], seed: int, first_expert: int) -> Bank:
+def initial_bank(
+    foundation: Foundation, blocks: list[BlockSpec], seed: int, first_expert: int, device: torch.device | None = None
+) -> Bank:
     """The global adapters before the first round: a bank with one client slot and no gradients.
 
     Personal blocks are present but mean nothing here; evaluation of a tier fills them with the tier's mean.
     """
-    bank = Bank(blocks, len(foundation.layers[0].experts), clients=1, with_grad=False)
+    bank = Bank(blocks, len(foundation.layers[0].experts), clients=1, device=device, with_grad=False)
     routers = {hosted.index: hosted.module.router.gate.weight for hosted in foundation.layers}
     for key, spec, value in bank.items(first_expert):
         if spec.name == ROUTER:
             value.copy_(routers[int(key.split(".")[1])])
         elif spec.name.endswith("lora_A"):
             bound = 1.0 / math.sqrt(value.shape[-1])
-            value.uniform_(-bound, bound, generator=torch_generator(seed, "adapter-init", key))
+            drawn = torch.empty(value.shape).uniform_(-bound, bound, generator=torch_generator(seed, "adapter-init", key))
+            value.copy_(drawn)  # drawn on the CPU, so that every device starts from the same bits
     return bank
 
 

@@ -19,10 +19,10 @@ from fedmoe_ds.foundation import Foundation
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outcome of one forward pass: nll_N and correct_N per target token (row order), and the pass with its counters."""
+    """Outcome of one forward pass: per target token (row order) its negative log-likelihood and the logits behind it."""
 
     nll_N: Tensor
-    correct_N: Tensor
+    logits_NV: Tensor
     hidden_BSD: Tensor
     run: Pass
 
@@ -37,8 +37,7 @@ def forward_pass(
     hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     logits_NV = model.get_output_embeddings()(hidden_BSD[batch.predict_BS]).float()
     nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
-    correct_N = logits_NV.detach().argmax(-1) == batch.labels_N
-    return PassResult(nll_N, correct_N, hidden_BSD, run)
+    return PassResult(nll_N, logits_NV.detach(), hidden_BSD, run)
 
 
 def segment_sums(values_N: Tensor, batch: Batch) -> list[Tensor]:

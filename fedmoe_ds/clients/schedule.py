@@ -40,9 +40,14 @@ class CostModel:
         return tokens * (self.dense + client.top_k * self.expert)
 
 
+def participant_count(clients: int, participation: float) -> int:
+    """Clients drawn per round."""
+    return max(1, round(participation * clients))
+
+
 def participants(clients: list[Client], participation: float, seed: int, round_index: int) -> list[Client]:
     """The clients of a round in canonical order: an addressed uniform draw without replacement, at least one."""
-    count = max(1, round(participation * len(clients)))
+    count = participant_count(len(clients), participation)
     chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False)
     return [clients[i] for i in sorted(chosen.tolist())]
 

@@ -35,7 +35,19 @@ LARGEST_VALUE = 2.0**19
 """An adapter value beyond this has blown up; it would also leave the range of the exact aggregation sums."""
 
 ReadClient = Callable[[int], Sequences]
-Rescale = Callable[[Client], float | None]
+
+
+@dataclass(frozen=True)
+class ClientRules:
+    """What a method prescribes for a client, as pure functions of the client.
+
+    Attributes:
+        rescale: fixed factor on the expert output, or None.
+        allowed: [E] bool expert mask, or None.
+    """
+
+    rescale: Callable[[Client], float | None] = lambda client: None
+    allowed: Callable[[Client], np.ndarray | None] = lambda client: None
 
 
 @dataclass
@@ -87,7 +99,7 @@ class WaveTrainer:
         run: execution settings (mode, micro-batch size).
         shard: this rank's place in its cluster.
         seed: run seed.
-        rescale: a method's fixed factor on a client's expert output, or None.
+        rules: what the method prescribes per client.
     """
 
     def __init__(
@@ -99,9 +111,9 @@ class WaveTrainer:
         shard: int,
         seed: int,
         device: torch.device,
-        rescale: Rescale = lambda client: None,
+        rules: ClientRules | None = None,
     ) -> None:
-        self.foundation, self.execution, self.rescale = foundation, execution, rescale
+        self.foundation, self.execution, self.rules = foundation, execution, rules or ClientRules()
         self.local, self.micro = local, run.micro_batch_size
         self.shard, self.seed, self.device = shard, seed, device
         self.bank, self.pool = execution.bank, execution.pool
@@ -176,7 +188,7 @@ class WaveTrainer:
         self._count(result.run.counts, batch, counts_HLE)
 
     def _factors(self, works: list[_Work]) -> list[float] | None:
-        factors = {work.slot: factor for work in works if (factor := self.rescale(work.client)) is not None}
+        factors = {work.slot: factor for work in works if (factor := self.rules.rescale(work.client)) is not None}
         return [factors.get(slot, 1.0) for slot in range(self.pool.home_clients)] if factors else None
 
     def _rows(self, work: _Work, step: int, micro: int) -> Rows:
@@ -186,7 +198,9 @@ class WaveTrainer:
         size = self.micro or len(work.batches[step])
         chosen = work.batches[step][micro * size : (micro + 1) * size]
         ids, masks = work.data.input_ids, work.data.loss_mask
-        return Rows(work.slot, work.client.top_k, [ids[i] for i in chosen], [masks[i] for i in chosen])
+        allowed = self.rules.allowed(work.client)
+        allowed_E = None if allowed is None else torch.from_numpy(allowed)
+        return Rows(work.slot, work.client.top_k, [ids[i] for i in chosen], [masks[i] for i in chosen], allowed_E)
 
     def _step_sums(self, work: _Work, step: int) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""

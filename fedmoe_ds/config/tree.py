@@ -20,10 +20,10 @@ class Section(BaseModel):
 class PretrainConfig(Section):
     """How the built-in foundation is pre-trained on the spot (ignored with `foundation.path`)."""
 
-    steps: int = Field(600, ge=0, description="optimizer steps; 0 keeps the random initialisation")
+    steps: int = Field(450, ge=0, description="optimizer steps; 0 keeps the random initialisation")
     batch_size: int = Field(8, ge=1, description="sequences per step")
     lr: float = Field(3e-3, gt=0, description="peak AdamW learning rate, cosine to zero")
-    threads: int = Field(2, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
+    threads: int = Field(1, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
 
 
 class FoundationConfig(Section):
@@ -129,7 +129,7 @@ class ExecutionConfig(Section):
     reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
     clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole batch")
-    threads: int = Field(1, ge=1, description="CPU threads per rank; bits are promised for equal values")
+    threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
 
 

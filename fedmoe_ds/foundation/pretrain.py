@@ -34,7 +34,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.presets import preset_arguments, preset_config
 from fedmoe_ds.randomness import address_key, generator
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD_FILE = "pretrain.json"
 SEQUENCE_LENGTH = 128
 _WARMUP_SHARE = 0.05
@@ -111,7 +111,8 @@ def _train_and_save(
 
 def _train(model: Any, sequences_NS: Tensor, config: PretrainConfig, seed: int, progress: Callable[[str], None]) -> list[float]:
     """AdamW with warm-up and cosine decay to zero; returns the loss of every step."""
-    model.set_experts_implementation("grouped_mm")
+    # The grouped implementation is no faster here, and the backward pass of its gather adds in the order of the threads.
+    model.set_experts_implementation("eager")
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config.steps))
@@ -154,8 +155,8 @@ def _batches(sequences: int, config: PretrainConfig, seed: int) -> Iterator[np.n
 def _pack(tokenizer: Any, texts: list[str], eos_token_id: int) -> Tensor:
     """Tokenize, join the documents with the end token between them, and cut into full sequences."""
     stream: list[int] = []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        stream += [*ids, eos_token_id]
+    for text in texts:  # one at a time: a batch would hold every document's offsets and masks at once
+        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], eos_token_id]
     count = len(stream) // SEQUENCE_LENGTH
     assert count > 0, "the pre-training text is shorter than one sequence"
     return torch.tensor(stream[: count * SEQUENCE_LENGTH]).view(count, SEQUENCE_LENGTH)
@@ -170,13 +171,18 @@ def _unigram_entropy(sequences_NS: Tensor) -> float:
 
 @contextmanager
 def _isolated(threads: int) -> Iterator[None]:
-    """Run with this number of CPU threads, then restore the process's own."""
-    before = torch.get_num_threads()
+    """Run with this number of CPU threads and reproducible kernels only, then restore what the process had."""
+    guard: Any = torch.utils.deterministic
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), guard.fill_uninitialized_memory
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    guard.fill_uninitialized_memory = False  # the guard against unwritten memory costs much time
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        guard.fill_uninitialized_memory = before[2]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.wave import Report
-from fedmoe_ds.config import MethodConfig
+from fedmoe_ds.config import Config, MethodConfig
 from fedmoe_ds.errors import UserError, nearest
 
 GROUP = "fedmoe_ds.methods"
@@ -53,6 +53,10 @@ class Method:
         """A fixed factor on the expert output of a client with this cap, or None."""
         return None
 
+    def allowed_experts(self, client: Client, num_experts: int) -> np.ndarray | None:
+        """[E] bool: the experts this client may route to, or None for all. Masked experts get no row and no gradient."""
+        return None
+
     def expert_weights(self, report: Report, data_share: float) -> np.ndarray:
         """[L, E] float64: the client's aggregation weight for every expert. `data_share` = |D_i| / sum_j |D_j|."""
         return np.full(report.counts_LE.shape, data_share)
@@ -60,6 +64,11 @@ class Method:
     def dense_weight(self, report: Report, data_share: float) -> float:
         """The client's aggregation weight for adapters that are not per expert."""
         return data_share
+
+
+def with_defaults(config: Config, method: Method) -> Config:
+    """The configuration with the method's own defaults filled in: what is saved with a run."""
+    return config.model_copy(update={"method": config.method.model_copy(update=method.params.model_dump())})
 
 
 def load_method(config: MethodConfig) -> Method:

@@ -1,0 +1,81 @@
+"""Fused: the workload through this package's own wave trainer, in a world of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedmoe_ds.adapters.bank import Bank
+from fedmoe_ds.adapters.layout import adapter_blocks, install
+from fedmoe_ds.bench.system import Clock, Outcome
+from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.steps import local_batches
+from fedmoe_ds.clients.wave import WaveTrainer
+from fedmoe_ds.config import AdapterConfig, ExecutionConfig, LocalConfig
+from fedmoe_ds.data import Sequences
+from fedmoe_ds.experts.dispatch import Pool
+from fedmoe_ds.experts.execution import Execution
+from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation.loading import load_model
+
+
+class Fused:
+    """All clients in one wave, in `fast` or in `bitwise` mode."""
+
+    def __init__(self, folder: Path, workload: Workload, bitwise: bool) -> None:
+        device = torch.device("cpu")
+        self.workload = workload
+        foundation = _foundation(folder, workload)
+        adapters = AdapterConfig(rank=workload.rank, alpha=workload.alpha, attention=list(workload.attention))
+        blocks = adapter_blocks(foundation.model, foundation.layers, adapters, rescaler=None)
+        experts, clients = workload.shape.experts, len(workload.caps)
+        pool = Pool(None, 1, experts, clients, merge=not bitwise)
+        execution = Execution(Bank(blocks, experts, clients, clients, device), pool, workload.alpha / workload.rank)
+        install(foundation, adapters, execution)
+        self.start = Bank(blocks, experts, clients=1, with_grad=False)
+        for key, _, value in self.start.items(first_expert=0):
+            value.copy_(workload.initial_value(key, value.shape))
+        self.local = LocalConfig(batch_size=workload.sequences, lr=workload.lr, clip=None)
+        seed = workload.seed
+        self.trainer = WaveTrainer(foundation, execution, self.local, ExecutionConfig(), 0, seed, device)
+
+    def train(self, stage: str) -> Outcome:
+        load = self.workload
+        count = load.stage_steps(stage) * load.sequences
+        clients = [Client(i, f"c{i}", cap, count, count, count * load.length) for i, cap in enumerate(load.caps)]
+        data = {client.index: self._sequences(stage, client) for client in clients}
+        clock = Clock()
+        reports = self.trainer.train([clients], 0, self.start, {}, data.__getitem__)
+        span = clock.stop()
+        losses = [report.losses for report in reports]
+        assert all(loss is not None for loss in losses) and [r.client.index for r in reports] == sorted(data)
+        return Outcome(span, losses, [report.counts_LE.tolist() for report in reports])  # type: ignore[arg-type]
+
+    def _sequences(self, stage: str, client: Client) -> Sequences:
+        """The client's data laid out so that its addressed shuffling brings them up in the workload's order."""
+        order = np.concatenate(local_batches(client, self.local, self.workload.seed, 0))
+        ids = self.workload.token_ids(stage, client.index).reshape(len(order), -1)
+        stored = np.empty_like(ids)
+        stored[order] = ids
+        mask = np.ones(ids.shape, dtype=bool)
+        mask[:, 0] = False
+        return Sequences(list(stored), list(mask))
+
+
+def _foundation(folder: Path, workload: Workload) -> Foundation:
+    shape = workload.shape
+    model, layers = load_model(folder, torch.float32, 1, 0, torch.device("cpu"))
+    return Foundation(
+        model=model,
+        tokenizer=None,
+        layers=layers,
+        top_k=shape.top_k,
+        num_experts=shape.experts,
+        hidden_size=shape.hidden,
+        vocab_size=shape.vocab,
+        fingerprint="",
+        path=folder,
+    )

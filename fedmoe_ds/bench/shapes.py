@@ -1,0 +1,79 @@
+"""Shapes: the random-weight OLMoE models that are measured (https://arxiv.org/abs/2409.02060)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmoe_ds.errors import UserError, nearest
+
+# Wide enough that loss and routing depend on every expert and adapter: a wrong one is plainly seen in the loss.
+_INITIALIZER_RANGE = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one model; `top_k` is the model's own K."""
+
+    name: str
+    experts: int
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    vocab: int
+    top_k: int = 8
+
+    def facts(self) -> dict[str, Any]:
+        """The sizes under the names that the rows of a result use."""
+        return {key: value for key, value in asdict(self).items() if key != "name"}
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("e32", experts=32, hidden=256, ffn=128, layers=4, heads=4, vocab=2048),
+        Shape("e64", experts=64, hidden=512, ffn=256, layers=4, heads=8, vocab=2048),
+        Shape("tiny", experts=16, hidden=32, ffn=16, layers=2, heads=2, vocab=128),
+        # About 600 MiB in float32, most of it experts.
+        Shape("load", experts=64, hidden=512, ffn=512, layers=3, heads=8, vocab=4096),
+        Shape("load-tiny", experts=16, hidden=64, ffn=64, layers=2, heads=2, vocab=128),
+    )
+}
+
+
+def find_shape(name: str) -> Shape:
+    """The shape with this name. Raises UserError when there is none."""
+    if name not in SHAPES:
+        raise UserError(f"--shape: {name}: unknown shape{nearest(name, SHAPES)}")
+    return SHAPES[name]
+
+
+def write_model(shape: Shape, seed: int, folder: Path, shard_size: str = "100MB") -> None:
+    """Save a random model of this shape as a Hugging Face folder of sharded safetensors."""
+    import torch
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    config = OlmoeConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        max_position_embeddings=512,
+        norm_topk_prob=False,
+        tie_word_embeddings=False,
+        initializer_range=_INITIALIZER_RANGE,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        OlmoeForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)

@@ -1,0 +1,133 @@
+"""Wave: the same clients, model, data and steps through every system, in alternating rounds."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedmoe_ds.bench.machine import machine_facts
+from fedmoe_ds.bench.peers import IMPLEMENTATIONS
+from fedmoe_ds.bench.process import Worker, workers
+from fedmoe_ds.bench.shapes import find_shape, write_model
+from fedmoe_ds.bench.system import BITWISE, FLOOR, OURS, PEER_PREFIX, Timing
+from fedmoe_ds.bench.table import Row
+from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.errors import UserError, nearest
+
+AGREEMENT = 1e-4
+SLOW_S = 60.0
+"""A system whose wave takes longer is measured in the first round only: it is no candidate for the best peer."""
+MODES = {"fast": [OURS], "bitwise": [BITWISE], "both": [OURS, BITWISE]}
+
+Note = Callable[[str], None]
+
+
+class DisagreementError(Exception):
+    """Two systems do not compute the same thing, so their speeds must not be compared."""
+
+
+def system_names(mode: str, peers: list[str]) -> list[str]:
+    """The systems of a run, ours first. Raises UserError for an unknown mode or peer."""
+    if mode not in MODES:
+        raise UserError(f"--mode: {mode}: unknown mode{nearest(mode, MODES)}")
+    for peer in peers:
+        if peer not in IMPLEMENTATIONS:
+            raise UserError(f"--peers: {peer}: unknown experts implementation{nearest(peer, IMPLEMENTATIONS)}")
+    return [*MODES[mode], *(PEER_PREFIX + peer for peer in dict.fromkeys(peers))]
+
+
+def run_wave(workloads: list[Workload], systems: list[str], rounds: int, note: Note) -> list[Row]:
+    """Measure all workloads. Raises UserError, or DisagreementError when losses differ."""
+    if rounds < 1:
+        raise UserError(f"--rounds: {rounds}: too small; use 1 or more")
+    rows = []
+    for workload in workloads:
+        with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
+            write_model(workload.shape, workload.seed, Path(folder))
+            rows += _measure(Path(folder), workload, systems, rounds, note)
+    return rows
+
+
+def make_workloads(shapes: list[str], **settings: Any) -> list[Workload]:
+    """One workload per shape name."""
+    return [Workload(find_shape(name), **settings) for name in dict.fromkeys(shapes)]
+
+
+def _measure(folder: Path, workload: Workload, systems: list[str], rounds: int, note: Note) -> list[Row]:
+    shape = workload.shape
+    with workers([*systems, FLOOR]) as running:
+        losses: dict[str, list[tuple[float, float]]] = {}
+        rows_CLE: list[list[list[int]]] = []
+        for name in systems:
+            note(f"{shape.name}: {name}: loading and warm-up")
+            worker = running[name]
+            worker.ask(do="open", system=name, folder=str(folder), workload=workload.to_json())
+            losses[name] = worker.ask(do="train", stage="warm-up")["losses"]
+        check_agreement(losses)
+        spans: dict[str, list[Timing]] = {name: [] for name in (*systems, FLOOR)}
+        for turn in range(rounds):
+            note(f"{shape.name}: round {turn + 1} of {rounds}")
+            for name in systems:
+                if turn and spans[name][0].wall > SLOW_S:
+                    continue
+                outcome = running[name].ask(do="train", stage="timed")
+                spans[name].append(Timing(**outcome["time"]))
+                rows_CLE = outcome["rows"] or rows_CLE
+            if turn == 0:
+                running[FLOOR].ask(do="open", workload=workload.to_json(), rows=rows_CLE)
+                running[FLOOR].ask(do="measure")
+            spans[FLOOR].append(Timing(**running[FLOOR].ask(do="measure")))
+        return _rows(workload, spans, {name: running[name] for name in systems})
+
+
+def check_agreement(losses: dict[str, list[tuple[float, float]]]) -> None:
+    """Every system's losses per client, at the first and at the last warm-up step, equal those of the first system.
+
+    The first loss compares the forward pass, the last one gradients and optimizer as well.
+    """
+    reference = next(iter(losses))
+    for name, found in losses.items():
+        assert len(found) == len(losses[reference])
+        for client, (ours, theirs) in enumerate(zip(losses[reference], found, strict=True)):
+            gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+            if not all(gap <= AGREEMENT for gap in gaps):  # nan fails as well
+                raise DisagreementError(
+                    f"client {client}: {reference} has the losses {ours}, {name} has {theirs} (first and last warm-up step); "
+                    f"they differ by more than {AGREEMENT:.0e}: not the same computation"
+                )
+
+
+def _rows(workload: Workload, spans: dict[str, list[Timing]], running: dict[str, Worker]) -> list[Row]:
+    wall = {name: statistics.median(span.wall for span in found) for name, found in spans.items()}
+    cpu = {name: statistics.median(span.cpu for span in found) for name, found in spans.items()}
+    ours = next(iter(running))
+    facts = {**workload.shape.facts(), **machine_facts()}
+    wave = {
+        "clients": len(workload.caps),
+        "caps": list(workload.caps),
+        "sequences": workload.sequences,
+        "length": workload.length,
+        "steps": workload.steps,
+        "seed": workload.seed,
+        "tokens": workload.tokens,
+    }
+    return [
+        {
+            "shape": workload.shape.name,
+            "system": name,
+            "tokens_per_s": workload.tokens / wall[name],
+            "peak_mib": worker.ask(do="peak"),
+            "floor_share": cpu[FLOOR] / cpu[name],
+            "ratio": wall[name] / wall[ours],
+            "cpu_ratio": cpu[name] / cpu[ours],
+            "wall_seconds": [span.wall for span in spans[name]],
+            "cpu_seconds": [span.cpu for span in spans[name]],
+            "floor_cpu_seconds": [span.cpu for span in spans[FLOOR]],
+            **wave,
+            **facts,
+        }
+        for name, worker in running.items()
+    ]

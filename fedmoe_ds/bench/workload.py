@@ -1,0 +1,78 @@
+"""Workload: what every system trains in a measured wave, drawn from addresses, so that all systems draw the same.
+
+Legend: C clients, N steps, B sequences per step, S positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_ds.bench.shapes import Shape
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.randomness import generator, torch_generator
+
+WARM_UP_STEPS = 2
+"""Enough for the second loss to depend on every gradient and on the optimizer."""
+
+_LORA_B_BOUND = 0.1  # not zero as at a start from scratch: the very first loss shall depend on A, B and their scale
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Clients with their caps, local steps and adapters; the optimizer is AdamW without decay or clipping."""
+
+    shape: Shape
+    steps: int
+    sequences: int
+    length: int
+    seed: int
+    caps: tuple[int, ...] = (8, 8, 4, 4, 2, 2, 1, 1)
+    rank: int = 8
+    alpha: float = 16.0
+    lr: float = 1e-3
+    attention: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("--steps", self.steps, 1),
+            ("--sequences", self.sequences, 1),
+            ("--length", self.length, 2),
+            ("--seed", self.seed, 0),
+        ):
+            if value < least:
+                raise UserError(f"{name}: {value}: too small; use {least} or more")
+        if self.length > 512:
+            raise UserError(f"--length: {self.length}: the measured models have 512 positions; use 512 or less")
+
+    @property
+    def tokens(self) -> int:
+        """Token rows of the timed wave."""
+        return len(self.caps) * self.steps * self.sequences * self.length
+
+    def stage_steps(self, stage: str) -> int:
+        """Local steps of a stage, `warm-up` or `timed`."""
+        return WARM_UP_STEPS if stage == "warm-up" else self.steps
+
+    def token_ids(self, stage: str, client: int) -> np.ndarray:
+        """int64 [N, B, S]: one client's sequences in the order in which it trains on them."""
+        shape = (self.stage_steps(stage), self.sequences, self.length)
+        return generator(self.seed, "bench-tokens", stage, client).integers(2, self.shape.vocab, shape)
+
+    def initial_value(self, key: str, shape: torch.Size) -> Tensor:
+        """The value of one adapter tensor (A: [R, in], B: [out, R]) from which every client starts."""
+        bound = 1.0 / math.sqrt(shape[-1]) if key.endswith("lora_A") else _LORA_B_BOUND
+        return torch.empty(shape).uniform_(-bound, bound, generator=torch_generator(self.seed, "bench-adapters", key))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Workload:
+        lists = {name: tuple(tree[name]) for name in ("caps", "attention")}
+        return cls(**{**tree, **lists, "shape": Shape(**tree["shape"])})

@@ -1,0 +1,59 @@
+"""Measure: `python launch/bench.py wave` (speed against transformers + PEFT) and `python launch/bench.py load` (memory).
+
+Everything runs on one CPU thread per process. Absolute numbers depend on the machine; ratios inside one run are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fedmoe_ds.runtime import run_entry
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    wave = commands.add_parser("wave", help="the same clients, model, data and steps through every system")
+    wave.add_argument("--shape", nargs="+", default=["e32", "e64"], help="e32, e64 or tiny (default: e32 e64)")
+    wave.add_argument("--steps", type=int, default=2, help="local steps per client in a timed wave")
+    wave.add_argument("--rounds", type=int, default=3, help="alternating repeats; medians are reported")
+    wave.add_argument("--mode", default="both", help="ours: fast, bitwise or both")
+    wave.add_argument("--peers", nargs="*", default=["eager", "grouped_mm"], help="experts implementations of transformers")
+    wave.add_argument("--sequences", type=int, default=4, help="sequences per client and step")
+    wave.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    load = commands.add_parser("load", help="peak host memory per rank while a model is loaded")
+    load.add_argument("--ep-size", type=int, nargs="+", default=[1, 2, 4], help="expert-parallel sizes")
+    load.add_argument("--shape", default="load", help="load (about 600 MiB) or load-tiny")
+    for command in (wave, load):
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--json", type=Path, help="also write the rows to this file")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    from fedmoe_ds.bench import load, table, wave
+
+    table.check_writable(args.json)
+    if args.command == "wave":
+        settings = {name: getattr(args, name) for name in ("steps", "sequences", "length", "seed")}
+        workloads = wave.make_workloads(args.shape, **settings)
+        rows = wave.run_wave(workloads, wave.system_names(args.mode, args.peers), args.rounds, note)
+        text = table.wave_table(rows)
+    else:
+        rows = load.run_load(args.ep_size, args.shape, args.seed, note)
+        text = table.load_table(rows)
+    sys.stdout.write(text + "\n")
+    if args.json is not None:
+        table.write_json(rows, args.json)
+    return 0
+
+
+def note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,63 @@
+"""Fixtures shared by the tests that run the real command."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Real text in four groups of unequal size, on every machine, and small enough that a start costs imports and little else.
+GROUPS = {
+    "json": ("json.decoder", "json.encoder", "json.scanner"),
+    "csv": ("csv",),
+    "text": ("textwrap", "shlex", "string"),
+    "files": ("fnmatch", "glob", "filecmp", "stat"),
+    "numbers": ("fractions", "statistics"),
+    "queues": ("heapq", "bisect", "queue", "sched"),
+}
+
+
+@pytest.fixture(scope="session")
+def foundation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which the built-in nano foundation (seed 0) has been pre-trained once."""
+    from fedmoe_ds.config import PretrainConfig
+    from fedmoe_ds.foundation.pretrain import pretrain_preset
+
+    cache = tmp_path_factory.mktemp("cache")
+    pretrain_preset("nano-olmoe", PretrainConfig(steps=20), 0, cache, lambda text: None)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file with columns `text` and `group`: sources of the standard library, cut into paragraphs of 30 lines."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with path.open("w") as file:
+        for group, modules in GROUPS.items():
+            for module in modules:
+                lines = inspect.getsource(__import__(module, fromlist=["x"])).splitlines()
+                for start in range(0, len(lines), 30):
+                    row = {"text": "\n".join(lines[start : start + 30]) + "\n", "group": group}
+                    file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def nano(foundation_cache: Path, corpus: Path) -> dict[str, Any]:
+    """A small federation: six clients of unequal size, four of them in a round, three tiers; `output` is still to be set."""
+    return {
+        "name": "nano",
+        "foundation": {"preset": "nano-olmoe", "cache": str(foundation_cache), "pretrain": {"steps": 20}},
+        "adapters": {"rank": 4},
+        "federation": {"rounds": 2, "participation": 0.75},
+        "local": {"max_steps": 3, "batch_size": 4, "lr": 5.0e-3},
+        "data": {
+            "source": str(corpus),
+            "sequence_length": 64,
+            "partition": {"kind": "natural", "column": "group"},
+        },
+        "evaluation": {"max_sequences": 8},
+    }

@@ -1,0 +1,253 @@
+"""FLAME's round the slow way: float64, one client after the other, one sequence at a time, one expert at a time.
+
+The model is Hugging Face's OLMoE with its mixture blocks replaced by loops; LoRA is written out; torch does the gradients, the
+optimizer and the clipping. It shares no code with the package: data, batches and initial values are given to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+Adapters = dict[str, Tensor]
+GATE_UP, DOWN = "gate_up", "down"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is told; names as in the configuration."""
+
+    scale: float
+    rescaler: str = "none"  # none, static, client, layer
+    temperature: float | None = 2.0  # None: plain data-size weights
+    optimizer: str = "adamw"
+    lr: float = 5e-3
+    schedule: str = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    balance: float = 0.0
+    z: float = 0.0
+    micro: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's work in one round: its cap, size, and for every step the (tokens, targets) of each sequence."""
+
+    index: int
+    cap: int
+    samples: int
+    steps: list[list[tuple[np.ndarray, np.ndarray]]]
+
+
+@dataclass
+class Running:
+    """What the loops read and write while a client's sequences pass."""
+
+    adapters: Adapters
+    rescalers: list[Tensor]
+    cap: int
+    factor: float
+    counts: np.ndarray
+    logits: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+class Reference:
+    """The model in float64.
+
+    Args:
+        folder: a saved Hugging Face OLMoE.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).double().eval().requires_grad_(False)
+        self.settings = settings
+        self.top_k = self.model.config.num_experts_per_tok
+        self.experts, self.layers = self.model.config.num_experts, self.model.config.num_hidden_layers
+        self.running: Running | None = None
+        self.margin = math.inf  # smallest distance between a chosen and the next score: how near routing was to a tie
+        for index, layer in enumerate(self.model.model.layers):
+            layer.mlp = _Block(layer.mlp, index, self)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(layer.self_attn, name).register_forward_hook(self._lora_hook(f"layers.{index}.attention.{name}"))
+        _exact_norms(self.model)
+
+    def _lora_hook(self, key: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+            assert self.running is not None
+            adapters = self.running.adapters
+            if f"{key}.lora_A" not in adapters:
+                return None
+            return output + self.settings.scale * (inputs[0] @ adapters[f"{key}.lora_A"].T) @ adapters[f"{key}.lora_B"].T
+
+        return hook
+
+    def mixture(self, layer: int, gate_ED: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, x_TD: Tensor) -> Tensor:
+        """s * sum_j p_j E_j(x) over the `cap` experts with the largest p = softmax(W x)."""
+        run, scale = self.running, self.settings.scale
+        assert run is not None
+        logits_TE = x_TD @ run.adapters.get(f"layers.{layer}.router.weight", gate_ED).T
+        run.logits.setdefault(layer, []).append(logits_TE)
+        probs_TE = logits_TE.softmax(-1)
+        ranked_TE = probs_TE.detach().sort(descending=True).values
+        if run.cap < self.experts:
+            self.margin = min(self.margin, float((ranked_TE[:, run.cap - 1] - ranked_TE[:, run.cap]).min()))
+        chosen_TK = probs_TE.topk(run.cap).indices
+        y_TD = torch.zeros_like(x_TD)
+        for expert in range(self.experts):
+            rows = (chosen_TK == expert).any(1).nonzero().squeeze(1)
+            if len(rows) == 0:
+                continue
+            run.counts[layer, expert] += len(rows)
+            key = f"layers.{layer}.experts.{expert}"
+            middle = self._adapted(x_TD[rows], w13_EFD[expert], f"{key}.{GATE_UP}", scale)
+            gate, up = middle.chunk(2, dim=-1)
+            out = self._adapted(F.silu(gate) * up, w2_EDF[expert], f"{key}.{DOWN}", scale)
+            y_TD = y_TD.index_add(0, rows, probs_TE[rows, expert, None] * out)
+        return y_TD * run.rescalers[layer] * run.factor
+
+    def _adapted(self, x: Tensor, weight: Tensor, key: str, scale: float) -> Tensor:
+        assert self.running is not None
+        adapters = self.running.adapters
+        y = x @ weight.T
+        if f"{key}.lora_A" in adapters:
+            y = y + scale * (x @ adapters[f"{key}.lora_A"].T) @ adapters[f"{key}.lora_B"].T
+        return y
+
+    def loss_sum(self, tokens: np.ndarray, targets: np.ndarray) -> Tensor:
+        """Negative log-likelihood of one sequence, summed over its targets."""
+        logits = self.model(input_ids=torch.from_numpy(np.array(tokens))[None], use_cache=False).logits[0]
+        places = torch.from_numpy(np.flatnonzero(targets))
+        return F.cross_entropy(logits[places - 1], torch.from_numpy(np.array(tokens))[places], reduction="sum")
+
+    def auxiliary(self) -> Tensor:
+        """Switch's load balance and ST-MoE's z-loss over the sequences since `logits` was cleared, mean over layers."""
+        assert self.running is not None
+        total = []
+        for logits in self.running.logits.values():
+            logits_TE = torch.cat(logits)
+            probs_TE = logits_TE.softmax(-1)
+            routed = torch.zeros(self.experts, dtype=torch.float64)
+            for row in probs_TE.detach().topk(self.running.cap).indices:
+                routed[row] += 1
+            balance = self.experts * (routed / routed.sum() * probs_TE.mean(0)).sum()
+            z = logits_TE.logsumexp(-1).square().mean()
+            total.append(self.settings.balance * balance + self.settings.z * z)
+        return torch.stack(total).mean()
+
+    def start(self, adapters: Adapters, rescaler: Tensor, cap: int) -> Running:
+        """Begin a client: `rescaler` has one entry, or one per layer."""
+        factor = self.top_k / cap if self.settings.rescaler == "static" else 1.0
+        rescalers = [rescaler[layer if len(rescaler) > 1 else 0] for layer in range(self.layers)]
+        self.running = Running(adapters, rescalers, cap, factor, np.zeros((self.layers, self.experts)))
+        return self.running
+
+    def train(self, task: Task, start: Adapters, rescaler: Tensor) -> tuple[Adapters, Tensor, np.ndarray, int]:
+        """One client's local training: trained adapters, its rescaler, activation counts, tokens."""
+        adapters = {key: value.clone().requires_grad_() for key, value in start.items()}
+        own = rescaler.clone().requires_grad_()
+        learns = self.settings.rescaler in ("client", "layer")
+        parameters = [*adapters.values(), *([own] if learns else [])]
+        optimizer = self._optimizer(list(adapters.values()), [own] if learns else [])
+        run = self.start(adapters, own, task.cap)
+        tokens = 0
+        for step, sequences in enumerate(task.steps):
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            tokens += self._backward(run, sequences)
+            if self.settings.clip is not None:
+                nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate(step, len(task.steps))
+            optimizer.step()
+        trained = {key: value.detach() for key, value in adapters.items()}
+        return trained, own.detach(), run.counts, tokens
+
+    def _backward(self, run: Running, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
+        targets = sum(int(mask.sum()) for _, mask in sequences)
+        tokens = sum(len(ids) for ids, _ in sequences)
+        size = self.settings.micro or len(sequences)
+        for first in range(0, len(sequences), size):
+            part = sequences[first : first + size]
+            run.logits.clear()
+            loss = torch.stack([self.loss_sum(ids, mask) for ids, mask in part]).sum() / targets
+            loss = loss + self.auxiliary() * sum(len(ids) for ids, _ in part) / tokens
+            loss.backward()
+        return tokens
+
+    def _optimizer(self, decayed: list[Tensor], others: list[Tensor]) -> torch.optim.Optimizer:
+        groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}]
+        if others:
+            groups.append({"params": others, "weight_decay": 0.0})
+        if self.settings.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=0.0, momentum=self.settings.momentum)
+        return torch.optim.AdamW(groups, lr=0.0, eps=self.settings.eps)
+
+    def _rate(self, step: int, steps: int) -> float:
+        ramp = math.ceil(self.settings.warmup * steps)
+        if step < ramp:
+            return self.settings.lr * (step + 1) / ramp
+        if self.settings.schedule == "cosine":
+            return self.settings.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
+        return self.settings.lr
+
+    def round(self, start: Adapters, rescalers: dict[int, Tensor], tasks: list[Task]) -> tuple[Adapters, dict[int, Tensor]]:
+        """Local training of every client, then FLAME's weighted means."""
+        total: Adapters = {key: torch.zeros_like(value) for key, value in start.items()}
+        weights = dict.fromkeys(start, 0.0)
+        own = {}
+        for task in tasks:
+            trained, own[task.index], counts, tokens = self.train(task, start, rescalers[task.index])
+            for key, value in trained.items():
+                weight = float(task.samples)
+                parts = key.split(".")
+                if parts[2] == "experts" and self.settings.temperature is not None:
+                    weight *= (counts[int(parts[1]), int(parts[3])] / tokens) ** self.settings.temperature
+                total[key] += weight * value
+                weights[key] += weight
+        merged = {key: total[key] / weights[key] if weights[key] > 0 else start[key] for key in start}
+        return merged, {**rescalers, **own}
+
+    @torch.no_grad()
+    def evaluate(self, adapters: Adapters, rescaler: Tensor, cap: int, sequences: Any) -> float:
+        """Mean loss per target at one tier."""
+        self.start(adapters, rescaler, cap)
+        pairs = list(zip(sequences.input_ids, sequences.loss_mask, strict=True))
+        total = sum(float(self.loss_sum(ids, mask)) for ids, mask in pairs)
+        return total / sum(int(mask.sum()) for _, mask in pairs)
+
+
+class _Block(nn.Module):
+    """The loop in the place of a mixture block."""
+
+    def __init__(self, original: Any, index: int, reference: Reference) -> None:
+        super().__init__()
+        self.weights = (original.gate.weight, original.experts.gate_up_proj, original.experts.down_proj)
+        self.index = index
+        self._reference = [reference]  # in a list: no submodule
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        y_TD = self._reference[0].mixture(self.index, *self.weights, hidden_BSD.flatten(0, 1))
+        return y_TD.view_as(hidden_BSD)
+
+
+def _exact_norms(model: nn.Module) -> None:
+    """Hugging Face's RMSNorm computes in float32 whatever it is given; torch's does not."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "OlmoeRMSNorm":
+            norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, norm)

@@ -1,0 +1,124 @@
+"""The benchmark command: its JSON interface, its agreement check, its memory bound, bad input. No timing is asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmoe_ds.bench import load, table, wave
+from fedmoe_ds.bench.fused import Fused
+from fedmoe_ds.bench.peers import Peft
+from fedmoe_ds.bench.shapes import SHAPES, write_model
+from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.errors import UserError
+
+BENCH = Path(__file__).parents[1] / "launch" / "bench.py"
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True, timeout=280)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Workload]:
+    workload = Workload(SHAPES["tiny"], steps=1, sequences=2, length=24, seed=3)
+    folder = tmp_path_factory.mktemp("tiny")
+    write_model(workload.shape, workload.seed, folder)
+    return folder, workload
+
+
+def test_wave_writes_its_rows(tmp_path: Path) -> None:
+    target = tmp_path / "wave.json"
+    small = ["--steps", "1", "--rounds", "1", "--sequences", "2", "--length", "24"]
+    done = run_bench("wave", "--shape", "tiny", *small, "--mode", "fast", "--peers", "grouped_mm", "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    assert "tiny: fedmoe_ds runs" in done.stdout.splitlines()[-1]
+    rows = read_rows(target)
+    assert [row["system"] for row in rows] == ["fedmoe_ds", "peft grouped_mm"]
+    for row in rows:
+        assert row["shape"] == "tiny" and row["tokens"] == 8 * 1 * 2 * 24 and row["caps"] == [8, 8, 4, 4, 2, 2, 1, 1]
+        assert row["tokens_per_s"] > 0 and row["peak_mib"] > 50 and row["floor_share"] > 0
+        assert row["threads"] == 1 and row["cpu"] and row["versions"]["torch"]
+    assert rows[0]["ratio"] == 1.0 and rows[0]["cpu_ratio"] == 1.0
+
+
+def test_load_writes_its_rows(tmp_path: Path) -> None:
+    target = tmp_path / "load.json"
+    done = run_bench("load", "--shape", "load-tiny", "--ep-size", "2", "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(target)
+    assert [(row["ep_size"], row["rank"]) for row in rows] == [(2, 0), (2, 1)]
+    assert all(row["system"] == "fedmoe_ds" and row["shape"] == "load-tiny" and row["peak_mib"] > 50 for row in rows)
+    for row in rows:
+        assert row["own_experts_mib"] == pytest.approx(2 * 8 * 3 * 64 * 64 * 4 / 2**20)
+        assert row["model_mib"] == pytest.approx(row["dense_mib"] + 2 * row["own_experts_mib"])
+
+
+@pytest.mark.parametrize(("bitwise", "implementation"), [(False, "grouped_mm"), (True, "eager"), (True, "batched_mm")])
+def test_fused_waves_and_peft_compute_the_same(tiny: tuple[Path, Workload], bitwise: bool, implementation: str) -> None:
+    folder, workload = tiny
+    ours = Fused(folder, workload, bitwise)
+    peer = Peft(folder, workload, implementation)
+    for stage in ("warm-up", "timed", "warm-up"):  # every wave starts afresh
+        mine, theirs = ours.train(stage), peer.train(stage)
+        for a, b in zip(mine.losses, theirs.losses, strict=True):
+            assert a == pytest.approx(b, abs=1e-5)
+    rows_per_client = [sum(map(sum, layers)) for layers in mine.rows]
+    per_cap = workload.shape.layers * workload.stage_steps("warm-up") * workload.sequences * workload.length
+    assert rows_per_client == [cap * per_cap for cap in workload.caps]
+
+
+@pytest.mark.parametrize("change", [{"alpha": 8.0}, {"caps": (8, 8, 4, 4, 2, 2, 1, 2)}, {"lr": 2e-3}])
+def test_agreement_sees_a_different_computation(tiny: tuple[Path, Workload], change: dict[str, Any]) -> None:
+    folder, workload = tiny
+    other = Workload.from_json({**workload.to_json(), **change})
+    losses = {name: Peft(folder, load, "grouped_mm").train("warm-up").losses for name, load in (("a", workload), ("b", other))}
+    wave.check_agreement({"a": losses["a"], "again": losses["a"]})
+    with pytest.raises(wave.DisagreementError, match="not the same computation"):
+        wave.check_agreement(losses)
+
+
+def test_agreement_refuses_nan() -> None:
+    with pytest.raises(wave.DisagreementError):
+        wave.check_agreement({"a": [(1.0, 1.0)], "b": [(1.0, float("nan"))]})
+
+
+def test_memory_bound() -> None:
+    row = {"ep_size": 2, "rank": 1, "dense_mib": 30.0, "own_experts_mib": 300.0, "growth_mib": 400.0}
+    load.check_bound(row)
+    with pytest.raises(load.TooMuchMemoryError, match="ep_size 2, rank 1"):
+        load.check_bound({**row, "growth_mib": 600.0})
+
+
+def test_unknown_shape_is_one_line() -> None:
+    done = run_bench("wave", "--shape", "e33")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --shape: e33: unknown shape; did you mean 'e32'?"
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    settings = {"steps": 1, "sequences": 1, "length": 16, "seed": 0}
+    with pytest.raises(UserError, match="--steps: 0"):
+        wave.make_workloads(["e32"], **{**settings, "steps": 0})
+    with pytest.raises(UserError, match="--length: 513"):
+        wave.make_workloads(["e32"], **{**settings, "length": 513})
+    with pytest.raises(UserError, match=r"--peers: groped_mm: .*did you mean 'grouped_mm'"):
+        wave.system_names("both", ["groped_mm"])
+    with pytest.raises(UserError, match="--mode: slow"):
+        wave.system_names("slow", [])
+    with pytest.raises(UserError, match="--rounds: 0"):
+        wave.run_wave([], [], 0, lambda text: None)
+    with pytest.raises(UserError, match="--ep-size: 3: it does not divide the 16 experts"):
+        load.run_load([1, 3], "load-tiny", 0, lambda text: None)
+    with pytest.raises(UserError, match=r"--json: .*missing"):
+        table.check_writable(tmp_path / "missing" / "rows.json")

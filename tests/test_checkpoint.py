@@ -1,0 +1,138 @@
+"""Checkpoints as files: what is written is read back, damage is seen, old ones go, nothing half-written counts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federations import alone
+from torch import Tensor
+
+from fedmoe_ds import checkpoint
+from fedmoe_ds.checkpoint import MANIFEST, Snapshot, TensorReader
+from fedmoe_ds.errors import UserError
+
+PARTIAL: dict[str, Any] = {"done": {"3": {"status": "ok", "loss_last": 0.1}}, "activation": {}, "seconds": 1.5}
+
+
+def tensors(seed: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {"layers.0.a": torch.randn(3, 4, generator=draw), "layers.1.a": torch.randn(3, 4, generator=draw).t()}
+
+
+def save(root: Path, round_index: int, partial: dict[str, Any] | None = None, keep: int = 2) -> Path:
+    snapshot = Snapshot(round_index, {"seed": 1, "local": {"lr": 1e-3}}, 100 * round_index, partial)
+    files = {"adapters-00000-of-00001.safetensors": tensors(round_index)}
+    return checkpoint.save(root, alone()[0], snapshot, files, {"config.yaml": "name: x\n"}, keep)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = save(tmp_path, 4, PARTIAL)
+    assert path.name == "round-00004-partial" and checkpoint.find_damage(path) is None
+    found = checkpoint.read_snapshot(path)
+    assert (found.round, found.identity, found.metrics_position, found.partial) == (
+        4,
+        {"seed": 1, "local": {"lr": 1e-3}},
+        400,
+        PARTIAL,
+    )
+    with TensorReader(path, "adapters") as reader:
+        assert sorted(reader) == ["layers.0.a", "layers.1.a"] and "layers.2.a" not in reader
+        for name, value in tensors(4).items():
+            place = torch.zeros_like(value)
+            reader.read_into(name, place)
+            assert torch.equal(place, value)
+        with pytest.raises(UserError, match=r"^checkpoint: layers.2.a: the checkpoint has no such tensor"):
+            reader.read_into("layers.2.a", torch.zeros(1))
+        with pytest.raises(UserError, match=r"^checkpoint: layers.0.a: shape \(3, 4\), but this run needs \(4, 3\)"):
+            reader.read_into("layers.0.a", torch.zeros(4, 3))
+    assert (path / "config.yaml").read_text() == "name: x\n"
+    assert not list(path.rglob("*.pt")) and not list(path.rglob("*.pkl"))
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for round_index in range(1, 5):
+        save(tmp_path, round_index)
+    assert names(tmp_path) == ["round-00003", "round-00004"]
+    save(tmp_path, 4, PARTIAL)  # round 5, interrupted
+    assert names(tmp_path) == ["round-00003", "round-00004", "round-00004-partial"]
+    assert checkpoint.newest_intact(tmp_path) == (tmp_path / "round-00004-partial", [])
+    save(tmp_path, 4, PARTIAL)  # interrupted again
+    assert names(tmp_path) == ["round-00003", "round-00004", "round-00004-partial"]
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["round-00004", "round-00005"], "the interrupted round is finished: its sums go"
+    save(tmp_path, 6, keep=1)
+    assert names(tmp_path) == ["round-00006"]
+
+
+def test_order_of_candidates(tmp_path: Path) -> None:
+    for name in ("round-00009", "round-00010", "round-00009-partial", "round-00010x", ".writing-round-00011", "notes"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["round-00010", "round-00009-partial", "round-00009"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit of the tensors": lambda path: flip(path / "adapters-00000-of-00001.safetensors"),
+    "a bit of the manifest": lambda path: flip(path / MANIFEST),
+    "another round number": lambda path: (path / MANIFEST).write_text(
+        (path / MANIFEST).read_text().replace('"round": 2', '"round": 7')
+    ),
+    "no manifest": lambda path: (path / MANIFEST).unlink(),
+    "an empty manifest": lambda path: (path / MANIFEST).write_text(""),
+    "a list for a manifest": lambda path: (path / MANIFEST).write_text("[]"),
+    "half of the tensors": lambda path: (path / "adapters-00000-of-00001.safetensors").write_bytes(b"x" * 8),
+    "a missing file": lambda path: (path / "config.yaml").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_reported_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
+    before, newest = save(tmp_path, 1), save(tmp_path, 2)
+    DAMAGES[damage](newest)
+    found, notes = checkpoint.newest_intact(tmp_path)
+    assert found == before
+    assert len(notes) == 1 and notes[0].startswith("checkpoint round-00002 is damaged (")
+    assert save(tmp_path, 2) == newest and checkpoint.newest_intact(tmp_path) == (newest, []), "it is written anew"
+
+
+def test_what_claims_to_be_newer_than_a_new_save_goes(tmp_path: Path) -> None:
+    """After a fall-back the damaged one must not survive and be found first by a later start."""
+    save(tmp_path, 1)
+    damaged = save(tmp_path, 3, keep=5)
+    flip(damaged / MANIFEST)
+    save(tmp_path, 2, keep=5)
+    assert names(tmp_path) == ["round-00001", "round-00002"]
+
+
+def test_half_written_ones_do_not_count(tmp_path: Path) -> None:
+    good = save(tmp_path, 1)
+    shutil.copytree(good, tmp_path / ".writing-round-00002")
+    assert checkpoint.newest_intact(tmp_path) == (good, [])
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["round-00001", "round-00002"], "the remains of a killed save are cleared"
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(UserError, match="format 99: this version reads format 1"):
+        checkpoint.read_snapshot(path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert checkpoint.newest_intact(tmp_path) == (None, [])

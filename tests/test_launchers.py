@@ -1,0 +1,151 @@
+"""One command, any launcher: plain python, torchrun, mpirun and srun's variables end with the same digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federations import make_config, read_events, write_inputs
+from launching import SCRIPT, changed
+
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.runtime import Launch, detect_launch
+
+pytestmark = pytest.mark.timeout(600)
+
+BIN = Path(sys.executable).parent
+SHORT: dict[str, Any] = {"federation": {"rounds": 1}, "local": {"max_steps": 2}, "evaluation": {"client_sequences": 0}}
+PREFIXES = ("SLURM_", "OMPI_", "PMI", "PRTE_", "TORCHELASTIC_")
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without any launcher's variables."""
+    for name in list(os.environ):
+        if name in NAMES or name.startswith(PREFIXES):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A short run, as a configuration file would say it."""
+    root = tmp_path_factory.mktemp("launchers")
+    write_inputs(root)
+    (root / "runs").mkdir()
+    return make_config(root, "launchers", SHORT).model_dump(mode="json")
+
+
+def environment(**variables: Any) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in NAMES and not name.startswith(PREFIXES)}
+    path = f"{BIN}{os.pathsep}{kept.get('PATH', os.defpath)}"
+    fixed = {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return kept | fixed | {name: str(value) for name, value in variables.items()}
+
+
+def command(tree: dict[str, Any], name: str, ep_size: int) -> list[str]:
+    """The script with a configuration of its own; it is YAML, since JSON is."""
+    path = Path(tree["output"]) / f"{name}.yaml"
+    path.write_text(json.dumps(changed(tree, name=name, topology={"ep_size": ep_size})))
+    return [str(SCRIPT), "--config", str(path)]
+
+
+def digest_of(tree: dict[str, Any], name: str, launcher: str, world_size: int, *processes: subprocess.Popen[str]) -> str:
+    """Wait for all ranks; the digest that the first one printed, if the run says it was what was asked for."""
+    outputs = []
+    try:
+        outputs = [process.communicate(timeout=540) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    (event,) = [event for event in read_events(Path(tree["output"]) / name) if event["event"] == "run"]
+    assert (event["launcher"], event["world_size"]) == (launcher, world_size)
+    (line,) = [line for out, _ in outputs for line in out.splitlines() if line.startswith("digest: ")]
+    return line
+
+
+def start(arguments: list[str], **variables: Any) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, env=environment(**variables))
+
+
+@pytest.fixture(scope="module")
+def plain(tree: dict[str, Any]) -> str:
+    """The digest under plain python."""
+    return digest_of(tree, "plain", "python", 1, start([sys.executable, *command(tree, "plain", 1)]))
+
+
+def free_port(first: int = 1024, last: int = 65535) -> int:
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if first <= port <= last:
+            return port
+
+
+def test_torchrun(tree: dict[str, Any], plain: str) -> None:
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
+    assert digest_of(tree, "torchrun", "torchrun", 2, start([*launcher, *command(tree, "torchrun", 1)])) == plain
+
+
+@pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun beside this python")
+def test_mpirun(tree: dict[str, Any], plain: str) -> None:
+    launcher = [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
+    assert digest_of(tree, "mpirun", "mpirun", 2, start([*launcher, *command(tree, "mpirun", 2)])) == plain
+
+
+def test_srun(tree: dict[str, Any], plain: str) -> None:
+    """srun starts one process per task and says who is who; the rendezvous port follows from the job number."""
+    job = free_port(20000, 39999) - 20000
+    step = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": 0, "SLURM_NTASKS": 2, "SLURM_STEP_NUM_TASKS": 2, "SLURM_NNODES": 1}
+    arguments = [sys.executable, *command(tree, "srun", 1)]
+    tasks = [start(arguments, **step, SLURM_PROCID=task, SLURM_LOCALID=task) for task in range(2)]
+    assert digest_of(tree, "srun", "srun", 2, *tasks) == plain
+
+
+def test_a_broken_promise_of_slurm_is_refused(bare: pytest.MonkeyPatch) -> None:
+    bare.setenv("SLURM_JOB_ID", "7")
+    bare.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(UserError, match=r"^SLURM_NTASKS: 4: SLURM promised 4 tasks but .* started alone; start it with srun"):
+        detect_launch()
+    bare.setenv("SLURM_NTASKS", "1")
+    assert detect_launch() == Launch("python", 0, 1, 0)
+
+
+def test_a_broken_promise_of_mpirun_is_refused(tree: dict[str, Any]) -> None:
+    """mpirun of one MPI and mpi4py on another: every process believes to be alone."""
+    arguments = [sys.executable, *command(tree, "alone", 1), "--print-config"]
+    process = start(arguments, OMPI_COMM_WORLD_SIZE=3, OMPI_COMM_WORLD_RANK=0)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert "error: mpirun: 3: it promised 3 ranks but mpi4py sees 1; " in error and "Traceback" not in error + out
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Launch("python", 0, 1, 0)),
+        ({"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "CROSS_RANK": 1}, Launch("deepspeed", 3, 4, 1)),
+        ({"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 3, "TORCHELASTIC_RUN_ID": "x"}, Launch("torchrun", 3, 4, 3)),
+        ({"RANK": 0, "WORLD_SIZE": 2}, Launch("environment", 0, 2, 0)),
+        (
+            {"SLURM_JOB_ID": 5, "SLURM_STEP_ID": 0, "SLURM_PROCID": 6, "SLURM_NTASKS": 8, "SLURM_LOCALID": 2},
+            Launch("srun", 6, 8, 2),
+        ),
+    ],
+)
+def test_who_is_who(bare: pytest.MonkeyPatch, variables: dict[str, Any], expected: Launch) -> None:
+    for name, value in variables.items():
+        bare.setenv(name, str(value))
+    bare.setenv("MASTER_ADDR", "127.0.0.1")  # set, so that nothing is left behind when the patch is undone
+    bare.setenv("MASTER_PORT", "29500")
+    assert detect_launch() == expected

@@ -1,0 +1,139 @@
+"""Resume: a run that was killed, stopped or damaged ends with the bits of the run that was left alone, on any topology."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from killing import PHASES, Topology, Watch, assert_same, kill_a_rank, several_waves, start
+from launching import Result, changed, read_events
+
+from fedmoe_ds import checkpoint
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nano: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The run that nobody touched."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with start(changed(several_waves(nano), output=str(folder)), folder, (1, 1), ()) as job:
+        result = job.finish()
+    assert result.digest
+    return result
+
+
+@pytest.fixture
+def config(nano: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return changed(several_waves(nano), output=str(tmp_path))
+
+
+def pace(undisturbed: Result) -> dict[str, float]:
+    phases: dict[str, float] = read_events(undisturbed.folder, "round")[-1]["phases"]
+    return phases
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint, which is intact."""
+    found = checkpoint.candidates(folder / "checkpoints")[0]
+    assert checkpoint.find_damage(found) is None
+    return found
+
+
+def test_three_kills(undisturbed: Result, config: dict[str, Any], tmp_path: Path) -> None:
+    draw = np.random.default_rng(17)  # aims at every phase once
+    topologies: list[Topology] = [(1, 1), (2, 1), (1, 2)]
+    phases = []
+    for topology in topologies:
+        with start(config, tmp_path, topology) as job:
+            phases.append(kill_a_rank(job, draw, pace(undisturbed), rounds=1))
+            result = job.finish()
+        assert result.code != 0, result.stdout
+        assert not read_events(result.folder, "end")
+    assert set(phases) == set(PHASES)
+    with start(config, tmp_path, (1, 1)) as job:
+        result = job.finish()
+    assert_same(result, undisturbed)
+    assert newest(result.folder).name == "round-00003"
+
+
+def assert_stopped(result: Result, name: str) -> None:
+    assert result.code == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "--resume auto" in line]
+    assert line.startswith(f"stopped by {name} with a checkpoint")
+    assert result.stdout.splitlines()[-2] == f"digest: {result.digest}"
+
+
+def test_sigterm_in_the_middle_of_a_round(undisturbed: Result, config: dict[str, Any], tmp_path: Path) -> None:
+    with start(config, tmp_path, (2, 1)) as job:
+        watch = Watch(job)
+        assert job.wait_until(lambda: (job.folder / "checkpoints" / "round-00001").exists())
+        assert watch.work(0.3 * pace(undisturbed)["train"] / 2)
+        job.signal_ranks(signal.SIGTERM)
+        stopped = job.finish()
+    assert_stopped(stopped, "SIGTERM")
+    assert newest(stopped.folder).name == "round-00001-partial"
+    with start(config, tmp_path, (1, 2)) as job:
+        result = job.finish()
+    assert_same(result, undisturbed)
+    assert "resumed from round-00001-partial" in result.stderr
+
+
+def test_sigusr1_before_the_first_round_and_during_evaluation(
+    undisturbed: Result, config: dict[str, Any], tmp_path: Path
+) -> None:
+    with start(config, tmp_path, (1, 1)) as job:
+        assert job.wait_until((job.folder / "metrics.jsonl").exists)
+        job.signal_ranks(signal.SIGUSR1)
+        stopped = job.finish()
+    assert_stopped(stopped, "SIGUSR1")
+    assert newest(stopped.folder).name == "round-00000"
+    rare = changed(config, checkpoint={"every": 9})  # nothing but the stop itself asks for this checkpoint
+    with start(rare, tmp_path, (1, 1)) as job:
+        watch, seconds = Watch(job), pace(undisturbed)
+        assert job.wait_until(lambda: watch.begun() and job.events("eval"))
+        assert watch.work(seconds["train"] + 0.3 * seconds["evaluate"])
+        job.signal_ranks(signal.SIGUSR1)
+        stopped = job.finish()
+    assert_stopped(stopped, "SIGUSR1")
+    assert newest(stopped.folder).name in ("round-00000-partial", "round-00001")
+    with start(config, tmp_path, (2, 1)) as job:
+        assert_same(job.finish(), undisturbed)
+
+
+def flip_bytes(path: Path) -> str:
+    (file,) = path.glob("adapters-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-200:-196] = bytes(255 - value for value in content[-200:-196])
+    file.write_bytes(content)
+    return f"{file.name} does not match its checksum"
+
+
+def truncate_manifest(path: Path) -> str:
+    file = path / "manifest.json"
+    file.write_bytes(file.read_bytes()[:100])
+    return "manifest.json is missing or unreadable"
+
+
+@pytest.mark.parametrize("damage", [flip_bytes, truncate_manifest])
+def test_a_damaged_checkpoint(
+    damage: Callable[[Path], str], undisturbed: Result, config: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed.folder, tmp_path / "nano")
+    what = damage(tmp_path / "nano" / "checkpoints" / "round-00003")
+    with start(config, tmp_path, (1, 1)) as job:
+        result = job.finish()
+    assert f"checkpoint round-00003 is damaged ({what})" in result.stderr
+    assert "resumed from round-00002" in result.stderr
+    assert_same(result, undisturbed)
+    assert newest(result.folder).name == "round-00003"
+
+
+def test_the_newest_checkpoints_are_kept(undisturbed: Result) -> None:
+    kept = sorted(path.name for path in (undisturbed.folder / "checkpoints").iterdir())
+    assert kept == ["round-00002", "round-00003"]

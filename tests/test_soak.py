@@ -1,0 +1,54 @@
+"""Soak: twenty kills of a random rank at a random moment, every resume on a random topology, always the same digest."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from killing import PHASES, START, Topology, assert_same, kill_a_rank, several_waves, start
+from launching import changed, read_events
+
+KILLS = 20
+TOPOLOGIES: list[Topology] = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
+
+
+def test_twenty_kills(nano: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = changed(several_waves(nano), federation={"rounds": 5})
+    alone = changed(config, output=str(tmp_path / "undisturbed"))
+    with start(alone, tmp_path, (1, 1), ()) as job:
+        undisturbed = job.finish()
+    pace = read_events(undisturbed.folder, "round")[-1]["phases"]
+    draw = np.random.default_rng(0)
+    kills: Counter[tuple[str, str]] = Counter()
+    resumed: Counter[str] = Counter()
+    runs = starts = 0
+    while kills.total() < KILLS:
+        # A run that ends before the moment of its kill came is compared too, and the next one begins.
+        disturbed = changed(config, output=str(tmp_path / f"disturbed-{runs}"))
+        ended = False
+        while not ended:
+            topology = TOPOLOGIES[int(draw.integers(len(TOPOLOGIES)))]
+            with start(disturbed, tmp_path, topology) as job:
+                phase = kill_a_rank(job, draw, pace, 3, (START, *PHASES)) if kills.total() < KILLS else None
+                result = job.finish()
+            starts += 1
+            resumed.update(re.findall(r"resumed from (\S+)", result.stderr))
+            ended = result.code == 0
+            if phase is not None and not ended:
+                kills[f"{topology[0]}x{topology[1]}", phase] += 1
+            assert ended or phase is not None, f"{topology} failed by itself\n{result.stdout}\n{result.stderr}"
+        assert_same(result, undisturbed)
+        runs += 1
+    with capsys.disabled():
+        by_phase, by_topology = Counter[str](), Counter[str]()
+        for (topology_name, phase_name), count in kills.items():
+            by_phase[phase_name] += count
+            by_topology[topology_name] += count
+        print(f"\n{kills.total()} kills in {runs} runs ({starts} starts): {dict(by_phase)}, {dict(by_topology)}")
+        print(f"resumed from {dict(resumed)}; digest {undisturbed.digest} every time")

@@ -1,0 +1,98 @@
+"""Mergeable statistics: weighted means, untouched experts, no dependence on the order of clients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmoe_ds.adapters.bank import Bank, BlockSpec
+from fedmoe_ds.aggregation.statistics import Statistics
+
+EXPERT = BlockSpec("experts.down.lora_A", (0, 1), (2, 3), expert=True)
+DENSE = BlockSpec("attention.q_proj.lora_B", (0, 1), (4,))
+PERSONAL = BlockSpec("rescaler", (-1,), (1,), personal=True)
+SPECS = [EXPERT, DENSE, PERSONAL]
+EXPERTS, CLIENTS = 3, 4
+
+
+def make_bank(clients: int, seed: int) -> Bank:
+    bank = Bank(SPECS, EXPERTS, clients)
+    for value in bank.values.values():
+        value.normal_(generator=torch.Generator().manual_seed(seed))
+    return bank
+
+
+def weights(seed: int) -> np.ndarray:
+    """[C, L, E], some of them zero; nobody trained expert 1 of layer 0."""
+    drawn = np.random.default_rng(seed).random((CLIENTS, 2, EXPERTS))
+    drawn[drawn < 0.3] = 0.0
+    drawn[:, 0, 1] = 0.0
+    return drawn
+
+
+def collect(bank: Bank, weights_CLE: np.ndarray, order: list[int], exact: bool = True) -> Statistics:
+    statistics = Statistics(SPECS, EXPERTS, exact)
+    for client in order:
+        statistics.add(bank, client, True, weights_CLE[client], 0.0)
+        statistics.add(bank, client, False, None, 0.1 * (client + 1))
+    return statistics
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_weighted_mean(exact: bool) -> None:
+    bank, current, weights_CLE = make_bank(CLIENTS, 0), make_bank(1, 1), weights(0)
+    average = collect(bank, weights_CLE, list(range(CLIENTS)), exact).average(current)
+    assert set(average) == {EXPERT.name, DENSE.name}, "personal state is nobody else's business"
+    for layer in range(2):
+        for expert in range(EXPERTS):
+            values = torch.stack([bank.client(EXPERT.name, c)[layer, expert] for c in range(CLIENTS)]).double()
+            share = torch.from_numpy(weights_CLE[:, layer, expert])
+            old = current.client(EXPERT.name, 0)[layer, expert]
+            expected = (values * share[:, None, None]).sum(0) / share.sum() if share.sum() > 0 else old.double()
+            assert torch.allclose(average[EXPERT.name][layer, expert].double(), expected, atol=1e-6)
+    shares = torch.arange(1, CLIENTS + 1, dtype=torch.float64) * 0.1
+    dense = torch.stack([bank.client(DENSE.name, c) for c in range(CLIENTS)]).double()
+    assert torch.allclose(average[DENSE.name].double(), (dense * shares[:, None, None]).sum(0) / shares.sum(), atol=1e-6)
+
+
+def test_what_nobody_trained_keeps_its_value() -> None:
+    current = make_bank(1, 1)
+    average = collect(make_bank(CLIENTS, 0), weights(0), [0, 1, 2, 3]).average(current)
+    assert torch.equal(average[EXPERT.name][0, 1], current.client(EXPERT.name, 0)[0, 1])
+    nobody = Statistics(SPECS, EXPERTS, exact=True).average(current)
+    assert all(torch.equal(nobody[name], current.client(name, 0)) for name in nobody)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.permutations(range(CLIENTS)), st.integers(0, 1000))
+def test_the_order_of_clients_does_not_matter(order: list[int], seed: int) -> None:
+    bank, current, weights_CLE = make_bank(CLIENTS, seed), make_bank(1, seed + 1), weights(seed)
+    one = collect(bank, weights_CLE, list(range(CLIENTS)))
+    other = collect(bank, weights_CLE, order)
+    assert all(torch.equal(one.average(current)[name], other.average(current)[name]) for name in one.values)
+    assert all(torch.equal(one.state()[name], other.state()[name]) for name in one.state())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e-8, 1.0), st.integers(0, 1000))
+def test_one_client_is_returned_exactly(weight: float, seed: int) -> None:
+    """w v / w is v to the last bit, whatever the weight."""
+    bank = make_bank(1, seed)
+    statistics = Statistics(SPECS, EXPERTS, exact=True)
+    statistics.add(bank, 0, True, np.full((2, EXPERTS), weight), 0.0)
+    statistics.add(bank, 0, False, None, weight)
+    average = statistics.average(make_bank(1, seed + 1))
+    assert all(torch.equal(average[name], bank.client(name, 0)) for name in average)
+
+
+def test_state_is_everything() -> None:
+    """Sums that are copied name by name into empty statistics give the same means: what a checkpoint relies on."""
+    current = make_bank(1, 1)
+    full = collect(make_bank(CLIENTS, 0), weights(0), [0, 1, 2, 3])
+    copy = Statistics(SPECS, EXPERTS, exact=True)
+    for name, limbs in copy.state().items():
+        limbs.copy_(full.state()[name])
+    assert all(torch.equal(full.average(current)[name], copy.average(current)[name]) for name in full.values)

@@ -1,0 +1,86 @@
+"""Local steps: batch contents and learning rates, as pure functions of the client's own facts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.steps import batch_size, learning_rate, local_batches, step_count
+from fedmoe_ds.config import LocalConfig
+
+
+def make_client(sequences: int, index: int = 0) -> Client:
+    return Client(index, f"client-{index}", 1, sequences, sequences, sequences * 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sequences", "steps"),
+    [
+        ({"batch_size": 4}, 10, 3),
+        ({"batch_size": 4, "epochs": 2.0}, 10, 5),
+        ({"batch_size": 4, "epochs": 0.1}, 10, 1),
+        ({"batch_size": 4, "epochs": 9.0, "max_steps": 7}, 10, 7),
+        ({"batch_size": 4, "steps": 20, "max_steps": 7}, 10, 20),
+        ({"batch_size": 64}, 10, 1),
+    ],
+)
+def test_step_count(settings: dict[str, Any], sequences: int, steps: int) -> None:
+    client, config = make_client(sequences), LocalConfig(**settings)
+    assert step_count(client, config) == steps
+    batches = local_batches(client, config, 0, 1)
+    assert [len(batch) for batch in batches] == [min(config.batch_size, sequences)] * steps
+    assert batch_size(client, config) == min(config.batch_size, sequences)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 30), st.integers(0, 10**6))
+def test_every_pass_sees_everything_once(sequences: int, size: int, steps: int, seed: int) -> None:
+    client, config = make_client(sequences), LocalConfig(batch_size=size, steps=steps)
+    flat = np.concatenate(local_batches(client, config, seed, 3))
+    for start in range(0, len(flat), sequences):
+        part = flat[start : start + sequences]
+        assert len(set(part.tolist())) == len(part) and set(part.tolist()) <= set(range(sequences))
+    again = local_batches(client, config, seed, 3)
+    assert np.array_equal(flat, np.concatenate(again)), "addressed: asking twice changes nothing"
+
+
+def test_order_differs_by_round_client_and_seed_only() -> None:
+    config = LocalConfig(batch_size=5)
+    orders = {
+        (seed, r, index): np.concatenate(local_batches(make_client(20, index), config, seed, r)).tobytes()
+        for seed in range(2)
+        for r in (1, 2)
+        for index in (0, 1)
+    }
+    assert len(set(orders.values())) == 8
+    longer = LocalConfig(batch_size=5, epochs=3.0)
+    first = np.concatenate(local_batches(make_client(20, 1), longer, 1, 2))[:20].tobytes()
+    assert first == orders[1, 2, 1], "later passes do not change the first one"
+
+
+def test_learning_rates() -> None:
+    constant = LocalConfig(lr=0.1)
+    assert [learning_rate(constant, s, 4) for s in range(4)] == [0.1] * 4
+    linear = LocalConfig(lr=0.1, schedule="linear", warmup=0.5)
+    assert [learning_rate(linear, s, 4) for s in range(4)] == pytest.approx([0.05, 0.1, 0.1, 0.05])
+    cosine = LocalConfig(lr=0.1, schedule="cosine")
+    assert [learning_rate(cosine, s, 4) for s in range(4)] == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * s / 4)) for s in range(4)]
+    )
+    assert learning_rate(LocalConfig(lr=0.1, schedule="cosine", warmup=0.9), 0, 1) == pytest.approx(0.1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["constant", "linear", "cosine"]), st.floats(0, 0.99), st.integers(1, 50))
+def test_learning_rates_stay_in_range(schedule: Any, warmup: float, steps: int) -> None:
+    config = LocalConfig(lr=0.1, schedule=schedule, warmup=warmup)
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    assert all(0 < rate <= 0.1 + 1e-12 for rate in rates), "every step moves something"
+    peak = int(np.argmax(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)

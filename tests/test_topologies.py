@@ -1,0 +1,129 @@
+"""One federation, many topologies: four tiers, unequal clients, partial participation, clipping, micro-batches; equal bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from distributed import run_distributed
+from federations import Result, joined, make_config, run_alone, run_joined, write_inputs
+
+pytestmark = pytest.mark.timeout(600)
+
+PARTIAL: dict[str, Any] = {"federation": {"participation": 0.8}}
+FAST: dict[str, Any] = {"execution": {"reproducible": "fast"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "router": {"adapters": {"router": "train"}, "local": {"balance_loss": 0.01, "z_loss": 0.001}},
+    "rank 2": {"adapters": {"rank": 2}},
+    "no attention": {"adapters": {"attention": []}, "execution": {"micro_batch_size": None}},
+    "checkpointing": {"execution": {"activation_checkpointing": True}},
+    "fast": FAST,
+}
+
+
+class Job(NamedTuple):
+    """One run: expert-parallel size, variant, clients in flight."""
+
+    ep_size: int
+    variant: str
+    in_flight: int | None = 8
+
+
+ON_FOUR = [
+    Job(1, "base"),
+    Job(2, "base"),
+    Job(4, "base"),
+    Job(2, "base", None),
+    Job(2, "base", 2),
+    Job(4, "base", 1),
+    Job(2, "router"),
+    Job(2, "rank 2"),
+    Job(2, "no attention"),
+    Job(2, "fast"),
+    Job(4, "fast", 2),
+]
+ON_TWO = [Job(1, "base"), Job(2, "base"), Job(1, "base", 1), Job(2, "base", 2)]
+ON_ONE = [Job(1, "base", 1), Job(1, "base", 2), Job(1, "base", None), Job(1, "checkpointing"), Job(1, "fast")]
+
+
+class Outcome(NamedTuple):
+    """What a job ended with; adapters only where bits are not promised."""
+
+    digest: str
+    scores: list[tuple[Any, ...]]
+    adapters: dict[str, np.ndarray]
+
+
+def config_of(root: Path, job: Job, world_size: int) -> Any:
+    name = f"{world_size}-{job.ep_size}-{job.variant.replace(' ', '-')}-{job.in_flight}"
+    place = {"topology": {"ep_size": job.ep_size}, "execution": {"clients_in_flight": job.in_flight}}
+    return make_config(root, name, PARTIAL, place, VARIANTS[job.variant])
+
+
+def outcome_of(result: Result, job: Job) -> Outcome:
+    return Outcome(result.digest, result.scores(), result.adapters if job.variant == "fast" else {})
+
+
+def work(rank: int, root: Path, jobs: list[Job]) -> list[Outcome]:
+    runtime = joined(rank)
+    return [outcome_of(run_joined(config_of(root, job, runtime.world_size), runtime), job) for job in jobs]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("topologies")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(root: Path) -> dict[str, Result]:
+    """Every variant on one rank with all clients in one wave."""
+    return {variant: run_alone(config_of(root, Job(1, variant), 1)) for variant in VARIANTS}
+
+
+def check(root: Path, single: dict[str, Result], jobs: list[Job], ranks: list[list[Outcome]]) -> None:
+    for i, job in enumerate(jobs):
+        if job.variant == "fast":
+            pool = {key: value for outcomes in ranks for key, value in outcomes[i].adapters.items()}
+            assert distance(pool, single["base"].adapters) <= 1e-5, job
+            continue
+        for outcomes in ranks:
+            assert outcomes[i].digest == single[job.variant].digest, job
+            assert outcomes[i].scores == single[job.variant].scores(), job
+
+
+def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """Relative difference of two sets of adapters, as vectors."""
+    assert ours.keys() == theirs.keys()
+    difference = sum(float(np.square(ours[key].astype(np.float64) - theirs[key]).sum()) for key in ours)
+    return float(np.sqrt(difference / sum(float(np.square(value.astype(np.float64)).sum()) for value in theirs.values())))
+
+
+def test_the_federation_is_uneven(single: dict[str, Result]) -> None:
+    base = single["base"]
+    assert {client.top_k for client in base.parts.clients} == {8, 4, 2, 1}
+    assert len({client.sequences for client in base.parts.clients}) == 6
+    assert [event["participants"] for event in base.events if event["event"] == "round"] == [5, 5]
+    assert len({event["steps"] for event in base.events if event["event"] == "client"}) > 1
+    assert len({result.digest for result in single.values()}) == len(VARIANTS) - 1, "checkpointing alone changes nothing"
+
+
+def test_one_rank(root: Path, single: dict[str, Result]) -> None:
+    check(root, single, ON_ONE, [[outcome_of(run_alone(config_of(root, job, 11)), job) for job in ON_ONE]])
+
+
+def test_two_ranks(root: Path, single: dict[str, Result]) -> None:
+    check(root, single, ON_TWO, run_distributed(work, 2, root, ON_TWO, timeout_s=540.0))
+
+
+def test_four_ranks(root: Path, single: dict[str, Result]) -> None:
+    check(root, single, ON_FOUR, run_distributed(work, 4, root, ON_FOUR, timeout_s=540.0))
+
+
+def test_another_seed_is_another_run(root: Path, single: dict[str, Result]) -> None:
+    config = make_config(root, "seed", PARTIAL, {"seed": 1, "federation": {"rounds": 1}})
+    assert run_alone(config).digest != single["base"].digest
