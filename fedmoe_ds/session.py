@@ -16,7 +16,7 @@ from fedmoe_ds.build import Parts, is_bitwise, load_parts
 from fedmoe_ds.config import Config
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.grouped import kernel_name
+from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.report import final_table, read_metrics
@@ -143,11 +143,12 @@ def _first_difference(path: str, ours: Any, theirs: Any) -> str:
 def start_line(parts: Parts) -> str:
     """Who runs what, in one line, the grouped kernel included."""
     layout, launch = parts.topology.layout, parts.runtime.launch
-    kernel = kernel_name(parts.config.adapters.rank, parts.foundation.layers[0].w13.dtype)
+    base = parts.foundation.layers[0].w13
+    kernel = products_for(parts.config.adapters.rank, base.dtype, base.device).name
     mode = "bitwise" if is_bitwise(parts.config, parts.runtime) else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
-        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}; grouped products by {kernel}"
+        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}; adapter products by {kernel}"
     )
 
 

@@ -93,7 +93,8 @@ class Job:
             path.write_text(json.dumps(config))  # YAML is a superset
         self.folder = Path(tree.get("output", "runs")) / tree.get("name", "run")
         self._streams = (here / "stdout", here / "stderr")
-        command = [*_launcher(ranks), str(SCRIPT), "--config", str(path), *options]
+        self._port = _free_port()
+        command = [*_launcher(ranks, self._port), str(SCRIPT), "--config", str(path), *options]
         with self._streams[0].open("wb") as out, self._streams[1].open("wb") as err:
             self._process = subprocess.Popen(
                 command,
@@ -151,7 +152,7 @@ class Job:
         return True
 
     def finish(self, timeout_s: float = TIMEOUT_S) -> Result:
-        """Wait for the command and check that none of its processes outlives it."""
+        """Wait for the command and check that nothing of it outlives it: no process, no shared memory."""
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -160,6 +161,8 @@ class Job:
         result = Result(code, self._text(0), self._text(1), self.folder)
         leftovers = self._end_all(grace_s=5.0)
         assert not leftovers, f"outlived the command: {leftovers}\n{result.stdout}\n{result.stderr}"
+        shared = [path.name for path in Path("/dev/shm").glob(f"*_{self._port}_*")] if self._launched else []
+        assert not shared, f"left in shared memory: {shared}"
         return result
 
     def _text(self, stream: int) -> str:
@@ -210,12 +213,16 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return result
 
 
-def _launcher(ranks: int) -> list[str]:
-    if ranks == 0:
-        return [sys.executable]
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _launcher(ranks: int, port: int) -> list[str]:
+    if ranks == 0:
+        return [sys.executable]
     script = Path(sys.executable).parent / "deepspeed"
     return [str(script), "--num_accelerators", str(ranks), "--master_port", str(port), "--log_level", "error"]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.dispatch import Pool, expert_pass, make_plan
+from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.experts.router import Routing
 
 EXPERTS, WIDTH, FFN, RANK, CLIENTS, TOKENS, TOP_K = 6, 8, 4, 4, 2, 10, 3
@@ -42,7 +43,13 @@ def weights(seed: int = 1) -> tuple[Tensor, Tensor, ffn.Lora]:
     w2 = torch.randn(EXPERTS, WIDTH, FFN, generator=draw) * 0.5
     shapes = [(RANK, WIDTH), (2 * FFN, RANK), (RANK, FFN), (WIDTH, RANK)]
     values = [torch.randn(EXPERTS, CLIENTS, *shape, generator=draw) * 0.5 for shape in shapes]
-    return w13, w2, ffn.Lora(*values, [torch.zeros_like(value) for value in values], 2.0)
+    return (
+        w13,
+        w2,
+        ffn.Lora(
+            *values, [torch.zeros_like(value) for value in values], 2.0, products_for(RANK, torch.float32, torch.device("cpu"))
+        ),
+    )
 
 
 def plain(

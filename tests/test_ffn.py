@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.experts.lowrank import products_for
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,8 @@ def make_case(rows_EC: list[list[int]], width: int, ffn_width: int, rank: int, d
     experts, rows = len(rows_EC), sum(map(sum, rows_EC))
     shapes = [(rank, width), (2 * ffn_width, rank), (rank, ffn_width), (width, rank)]
     values = [random(experts, slots, *shape) for shape in shapes]
-    lora = ffn.Lora(*values, [torch.zeros_like(value) for value in values], 1.5)
+    products = products_for(rank, dtype, torch.device("cpu"))
+    lora = ffn.Lora(*values, [torch.zeros_like(value) for value in values], 1.5, products)
     weights = random(experts, 2 * ffn_width, width), random(experts, width, ffn_width)
     return Case(rows_EC, random(rows, width), random(rows).abs(), random(rows, width), *weights, lora)
 
@@ -173,7 +175,12 @@ def test_a_group_does_not_see_the_others(rows_E: list[int], rank: int, threads: 
             whole.dy_ND[start:stop].clone(),
             whole.w13[held].clone(),
             whole.w2[held].clone(),
-            ffn.Lora(*(value[held].clone() for value in lora_values(whole)), [g[held] * 0 for g in whole.lora.grads], 1.5),
+            ffn.Lora(
+                *(value[held].clone() for value in lora_values(whole)),
+                [g[held] * 0 for g in whole.lora.grads],
+                1.5,
+                whole.lora.products,
+            ),
         )
         for full, own in zip((y_ND, dx_ND, dp_N), both_ways(part, part.block(0)), strict=True):
             assert torch.equal(full[start:stop], own)

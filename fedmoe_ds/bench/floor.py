@@ -54,8 +54,7 @@ class Floor:
             torch.mm(left, right, out=out)
         for left, right, out in self.batched:
             torch.bmm(left, right, out=out)
-        span = clock.stop()
-        return Timing(span.wall * self.workload.steps, span.cpu * self.workload.steps)
+        return clock.stop().times(self.workload.steps)
 
     def _experts(self, memory: Memory, rows_EC: np.ndarray) -> Iterator[Product]:
         shape, rank = self.workload.shape, self.workload.rank

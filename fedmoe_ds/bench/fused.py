@@ -20,12 +20,14 @@ from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.loading import load_model
+from fedmoe_ds.runtime import keep_freed_memory
 
 
 class Fused:
     """All clients in one wave, in `fast` or in `bitwise` mode."""
 
     def __init__(self, folder: Path, workload: Workload, bitwise: bool) -> None:
+        keep_freed_memory()  # as every training run does
         device = torch.device("cpu")
         self.workload = workload
         foundation = _foundation(folder, workload)

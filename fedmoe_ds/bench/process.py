@@ -13,7 +13,7 @@ from typing import Any
 
 from fedmoe_ds.errors import UserError
 
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+_VARIABLES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _TAIL = 3000
 
@@ -31,7 +31,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**inherited, **_ONE_THREAD, **(variables or {})},
+            env={**inherited, **_VARIABLES, **(variables or {})},
         )
 
     def send(self, **request: Any) -> None:

@@ -19,6 +19,9 @@ class Timing:
     wall: float
     cpu: float
 
+    def times(self, factor: float) -> Timing:
+        return Timing(self.wall * factor, self.cpu * factor)
+
 
 class Clock:
     """Started when made; `stop` returns the span."""

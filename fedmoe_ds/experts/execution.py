@@ -14,6 +14,7 @@ from torch import Tensor
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.adapters.segmented import Segment
 from fedmoe_ds.experts.dispatch import Pool
+from fedmoe_ds.experts.lowrank import LowRankProducts, products_for
 
 
 @dataclass
@@ -62,7 +63,14 @@ class Execution:
     balance: float = 0.0
     z: float = 0.0
     current: Pass | None = None
+    products: LowRankProducts | None = None
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+
+    def products_for(self, rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
+        """The implementation of the adapters' products, chosen once."""
+        if self.products is None:
+            self.products = products_for(rank, dtype, device)
+        return self.products
 
     def running(self) -> Pass:
         assert self.current is not None, "a layer ran outside a pass"

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t
+from fedmoe_ds.experts.lowrank import LowRankProducts
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Lora:
     b2: Tensor  # [E, C, D, R]
     grads: list[Tensor]  # of a13, b13, a2, b2
     scale: float
+    products: LowRankProducts
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,13 @@ def forward(block: Block, x_ND: Tensor, p_N: Tensor, w13: Tensor, w2: Tensor, lo
     h_N2F = grouped_mm(x_ND, w13, block.expert_ends_E)
     m13_NR = m2_NR = None
     if lora is not None:
-        m13_NR = grouped_mm(x_ND, block.pick(lora.a13), block.lora_ends_G).mul_(lora.scale)
-        h_N2F.add_(grouped_mm(m13_NR, block.pick(lora.b13), block.lora_ends_G))
+        m13_NR = lora.products.project(x_ND, block.pick(lora.a13), block.lora_ends_G, lora.scale)
+        lora.products.expand_(h_N2F, m13_NR, block.pick(lora.b13), block.lora_ends_G)
     pa_NF = _activation(h_N2F).mul_(p_N.unsqueeze(-1))
     y_ND = grouped_mm(pa_NF, w2, block.expert_ends_E)
     if lora is not None:
-        m2_NR = grouped_mm(pa_NF, block.pick(lora.a2), block.lora_ends_G).mul_(lora.scale)
-        y_ND.add_(grouped_mm(m2_NR, block.pick(lora.b2), block.lora_ends_G))
+        m2_NR = lora.products.project(pa_NF, block.pick(lora.a2), block.lora_ends_G, lora.scale)
+        lora.products.expand_(y_ND, m2_NR, block.pick(lora.b2), block.lora_ends_G)
     return y_ND, Saved(x_ND, p_N, h_N2F, m13_NR, m2_NR)
 
 
@@ -84,44 +86,35 @@ def backward(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of one block: dx [N, D] (None unless needed) and dp [N]; adapter gradients are added to `lora.grads`."""
     gate_NF, up_NF = saved.h_N2F.chunk(2, dim=-1)
-    a_NF = _activation(saved.h_N2F)
+    width = gate_NF.shape[1]
+    silu_NF = F.silu(gate_NF)
+    a_NF = silu_NF * up_NF
     dpa_NF = grouped_mm_t(dy_ND, w2, block.expert_ends_E)
-    if lora is not None:
-        assert saved.m2_NR is not None
+    if lora is not None and saved.m2_NR is not None:
         pa_NF = a_NF * saved.p_N.unsqueeze(-1)
-        dpa_NF.add_(_lora_backward(block, lora, 1, pa_NF, saved.m2_NR, dy_ND))
+        _lora_backward(block, lora, 1, pa_NF, saved.m2_NR, dy_ND, dpa_NF)
     dp_N = (dpa_NF * a_NF).sum(-1)
     da_NF = dpa_NF.mul_(saved.p_N.unsqueeze(-1))
     dh_N2F = torch.empty_like(saved.h_N2F)
-    torch.mul(da_NF, F.silu(gate_NF), out=dh_N2F[:, up_NF.shape[1] :])
-    dh_N2F[:, : gate_NF.shape[1]] = torch.ops.aten.silu_backward(da_NF * up_NF, gate_NF)
-    if lora is None:
-        return (grouped_mm_t(dh_N2F, w13, block.expert_ends_E) if need_dx else None), dp_N
-    assert saved.m13_NR is not None
-    dx_lora_ND = _lora_backward(block, lora, 0, saved.x_ND, saved.m13_NR, dh_N2F, need_dx)
-    if not need_dx:
-        return None, dp_N
-    return grouped_mm_t(dh_N2F, w13, block.expert_ends_E).add_(dx_lora_ND), dp_N
+    torch.mul(da_NF, silu_NF, out=dh_N2F[:, width:])
+    torch.ops.aten.silu_backward.grad_input(da_NF.mul_(up_NF), gate_NF, grad_input=dh_N2F[:, :width])
+    dx_ND = grouped_mm_t(dh_N2F, w13, block.expert_ends_E) if need_dx else None
+    if lora is not None and saved.m13_NR is not None:
+        _lora_backward(block, lora, 0, saved.x_ND, saved.m13_NR, dh_N2F, dx_ND)
+    return dx_ND, dp_N
 
 
 def _lora_backward(
-    block: Block, lora: Lora, which: int, x_NI: Tensor, m_NR: Tensor, dy_NO: Tensor, need_dx: bool = True
-) -> Tensor:
-    """Add the gradients of one (A, B) pair to the bank; return the gradient of its input. `m` is the scaled middle."""
+    block: Block, lora: Lora, which: int, x_NI: Tensor, m_NR: Tensor, dy_NO: Tensor, dx_NI: Tensor | None
+) -> None:
+    """Add the gradients of one (A, B) pair to the bank, and that of its input to `dx`. `m` is the scaled middle."""
     a, b = (lora.a13, lora.b13) if which == 0 else (lora.a2, lora.b2)
-    da, db = lora.grads[2 * which], lora.grads[2 * which + 1]
     ends = block.lora_ends_G
-    _accumulate(block, db, grouped_outer(dy_NO, m_NR, ends))
-    dm_NR = grouped_mm_t(dy_NO, block.pick(b), ends).mul_(lora.scale)
-    _accumulate(block, da, grouped_outer(dm_NR, x_NI, ends))
-    return grouped_mm_t(dm_NR, block.pick(a), ends) if need_dx else x_NI
-
-
-def _accumulate(block: Block, grad: Tensor, update_G: Tensor) -> None:
-    if block.slot is not None:
-        grad[:, block.slot].add_(update_G)
-    else:
-        grad.flatten(0, 1).add_(update_G)
+    lora.products.grad_b_(block.pick(lora.grads[2 * which + 1]), m_NR, dy_NO, ends)
+    dm_NR = lora.products.back_project(dy_NO, block.pick(b), ends, lora.scale)
+    lora.products.grad_a_(block.pick(lora.grads[2 * which]), dm_NR, x_NI, ends)
+    if dx_NI is not None:
+        lora.products.back_expand_(dx_NI, dm_NR, block.pick(a), ends)
 
 
 def _activation(h_N2F: Tensor) -> Tensor:

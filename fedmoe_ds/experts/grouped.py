@@ -17,11 +17,6 @@ def aligned(width: int, dtype: torch.dtype) -> bool:
     return width * dtype.itemsize % _ALIGNMENT_BYTES == 0
 
 
-def kernel_name(rank: int, dtype: torch.dtype) -> str:
-    """Which kernel the adapters' products go through, for the log."""
-    return "torch._grouped_mm" if aligned(rank, dtype) else f"a loop (rank {rank} is not 16-byte aligned)"
-
-
 def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """y = x W_g^T for the rows of each group; `ends_G` (int32) are the groups' end rows. Returns [N, O]."""
     weight_GOI = weight_GOI.to(x_NI.dtype)

@@ -60,7 +60,8 @@ class FederatedMoELayer(nn.Module):
         names = (GATE_UP_A, GATE_UP_B, DOWN_A, DOWN_B)
         a13, b13, a2, b2 = (bank.value(name, self.layer) for name in names)
         grads = [bank.grad(name, self.layer) for name in names]
-        return ffn.Lora(a13, b13, a2, b2, grads, self.execution.scale)
+        products = self.execution.products_for(a13.shape[2], self.w13_EFD.dtype, self.w13_EFD.device)
+        return ffn.Lora(a13, b13, a2, b2, grads, self.execution.scale, products)
 
     def _rescale(self, y_BSD: Tensor, run: Pass) -> Tensor:
         """FLAME 1.4: h_i = s_i * sum_j R_i(x, k_i)^j (...): the factor covers the base output as well as the adapters."""

@@ -1,0 +1,110 @@
+"""Low-rank products of row groups: what LoRA adds to the expert products, forward and backward.
+
+Legend: N rows, G groups, I input width, O output width, R adapter rank.
+
+With A [G, R, I], B [G, O, R] and a scale s, rows of group g see  y += (s x A_g^T) B_g^T. Two implementations of one interface:
+`NativeProducts` (float32 on CPU, lowrank.cpp) and `GroupedProducts` (torch's grouped kernel; any device and dtype).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.experts import native
+from fedmoe_ds.experts.grouped import aligned, grouped_mm, grouped_mm_t, grouped_outer
+
+
+class LowRankProducts(Protocol):
+    """Gradients and results named with a trailing underscore are added in place."""
+
+    name: str
+
+    def project(self, x_NI: Tensor, a_GRI: Tensor, ends_G: Tensor, scale: float) -> Tensor: ...
+
+    def expand_(self, y_NO: Tensor, m_NR: Tensor, b_GOR: Tensor, ends_G: Tensor) -> None: ...
+
+    def back_project(self, dy_NO: Tensor, b_GOR: Tensor, ends_G: Tensor, scale: float) -> Tensor: ...
+
+    def back_expand_(self, dx_NI: Tensor, dm_NR: Tensor, a_GRI: Tensor, ends_G: Tensor) -> None: ...
+
+    def grad_a_(self, da_GRI: Tensor, dm_NR: Tensor, x_NI: Tensor, ends_G: Tensor) -> None: ...
+
+    def grad_b_(self, db_GOR: Tensor, m_NR: Tensor, dy_NO: Tensor, ends_G: Tensor) -> None: ...
+
+
+def products_for(rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
+    """The fastest implementation that serves this rank, type and device."""
+    suits = device.type == "cpu" and dtype == torch.float32 and rank in native.RANKS
+    library = native.library() if suits else None
+    return GroupedProducts(rank, dtype) if library is None else NativeProducts(library)
+
+
+class GroupedProducts:
+    """Through torch's grouped matrix products."""
+
+    def __init__(self, rank: int, dtype: torch.dtype) -> None:
+        self.name = "torch._grouped_mm" if aligned(rank, dtype) else f"a loop (rank {rank} is not 16-byte aligned)"
+
+    def project(self, x_NI: Tensor, a_GRI: Tensor, ends_G: Tensor, scale: float) -> Tensor:
+        return grouped_mm(x_NI, a_GRI, ends_G).mul_(scale)
+
+    def expand_(self, y_NO: Tensor, m_NR: Tensor, b_GOR: Tensor, ends_G: Tensor) -> None:
+        y_NO.add_(grouped_mm(m_NR, b_GOR, ends_G))
+
+    def back_project(self, dy_NO: Tensor, b_GOR: Tensor, ends_G: Tensor, scale: float) -> Tensor:
+        return grouped_mm_t(dy_NO, b_GOR, ends_G).mul_(scale)
+
+    def back_expand_(self, dx_NI: Tensor, dm_NR: Tensor, a_GRI: Tensor, ends_G: Tensor) -> None:
+        dx_NI.add_(grouped_mm_t(dm_NR, a_GRI, ends_G))
+
+    def grad_a_(self, da_GRI: Tensor, dm_NR: Tensor, x_NI: Tensor, ends_G: Tensor) -> None:
+        da_GRI.add_(grouped_outer(dm_NR, x_NI, ends_G))
+
+    def grad_b_(self, db_GOR: Tensor, m_NR: Tensor, dy_NO: Tensor, ends_G: Tensor) -> None:
+        db_GOR.add_(grouped_outer(dy_NO, m_NR, ends_G))
+
+
+class NativeProducts:
+    """Through the compiled loops of lowrank.cpp."""
+
+    name = "lowrank.cpp"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def project(self, x_NI: Tensor, a_GRI: Tensor, ends_G: Tensor, scale: float) -> Tensor:
+        m_NR = x_NI.new_empty(x_NI.shape[0], a_GRI.shape[1])
+        self._run("project", (x_NI, a_GRI, m_NR), a_GRI, ends_G, x_NI.shape[1], a_GRI.shape[1], scale)
+        return m_NR
+
+    def expand_(self, y_NO: Tensor, m_NR: Tensor, b_GOR: Tensor, ends_G: Tensor) -> None:
+        self._run("expand", (y_NO, m_NR, b_GOR), b_GOR, ends_G, y_NO.shape[1], m_NR.shape[1])
+
+    def back_project(self, dy_NO: Tensor, b_GOR: Tensor, ends_G: Tensor, scale: float) -> Tensor:
+        dm_NR = dy_NO.new_empty(dy_NO.shape[0], b_GOR.shape[2])
+        self._run("back_project", (dy_NO, b_GOR, dm_NR), b_GOR, ends_G, dy_NO.shape[1], b_GOR.shape[2], scale)
+        return dm_NR
+
+    def back_expand_(self, dx_NI: Tensor, dm_NR: Tensor, a_GRI: Tensor, ends_G: Tensor) -> None:
+        self._run("back_expand", (dx_NI, dm_NR, a_GRI), a_GRI, ends_G, dx_NI.shape[1], dm_NR.shape[1])
+
+    def grad_a_(self, da_GRI: Tensor, dm_NR: Tensor, x_NI: Tensor, ends_G: Tensor) -> None:
+        self._run("grad_a", (da_GRI, dm_NR, x_NI), da_GRI, ends_G, x_NI.shape[1], dm_NR.shape[1])
+
+    def grad_b_(self, db_GOR: Tensor, m_NR: Tensor, dy_NO: Tensor, ends_G: Tensor) -> None:
+        self._run("grad_b", (db_GOR, m_NR, dy_NO), db_GOR, ends_G, dy_NO.shape[1], m_NR.shape[1])
+
+    def _run(
+        self, name: str, tensors: tuple[Tensor, ...], grouped: Tensor, ends_G: Tensor, width: int, rank: int, *scale: float
+    ) -> None:
+        for tensor in tensors:
+            assert tensor.dtype == torch.float32 and (tensor is grouped or tensor.is_contiguous()), (name, tensor.shape)
+        assert grouped.shape[0] == 0 or grouped[0].is_contiguous(), (name, grouped.stride())
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        function = getattr(self.library, name)
+        status = function(*pointers, ends_G.data_ptr(), ends_G.shape[0], grouped.stride(0), width, rank, *scale)
+        assert status == 0, (name, rank)
