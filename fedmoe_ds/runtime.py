@@ -7,7 +7,6 @@ as JSON over a gloo group, so nothing is ever pickled.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
 import json
@@ -177,18 +176,13 @@ def init_runtime(launch: Launch, device: str = "auto", threads: int = 1, timeout
     os.environ.setdefault("LOCAL_SIZE", str(launch.world_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()) if launch.world_size == 1 else "29500")
-    import deepspeed  # after the accelerator choice above, which it reads at import
+    from fedmoe_ds.foundation import hosting  # imports DeepSpeed, which reads the choice of accelerator that was made above
 
     timeout = datetime.timedelta(seconds=timeout_s)
     place = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(place)
-    # Where all ranks are local, DeepSpeed maps 66 MiB of shared memory per rank for an all-reduce that only its inference uses,
-    # and leaves the files in /dev/shm when the run ends, until the machine is out of memory. So none are local meanwhile.
-    local_size, os.environ["LOCAL_SIZE"] = os.environ["LOCAL_SIZE"], "0"
-    with contextlib.redirect_stdout(sys.stderr):  # it prints what it compiles; standard output belongs to the results
-        deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
-    os.environ["LOCAL_SIZE"] = local_size
+    hosting.join_world("nccl" if use_cuda else "gloo", timeout)
     control = torch_dist.new_group(backend="gloo", timeout=timeout) if launch.world_size > 1 else None
     return Runtime(launch, place, control)
 

@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
     wave.add_argument("--rounds", type=int, default=3, help="alternating repeats; medians are reported")
     wave.add_argument("--mode", default="both", help="ours: fast, bitwise or both")
     wave.add_argument("--peers", nargs="*", default=["eager", "grouped_mm"], help="experts implementations of transformers")
-    wave.add_argument("--sequences", type=int, default=4, help="sequences per client and step")
+    wave.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
     wave.add_argument("--length", type=int, default=128, help="tokens per sequence")
     load = commands.add_parser("load", help="peak host memory per rank while a model is loaded")
     load.add_argument("--ep-size", type=int, nargs="+", default=[1, 2, 4], help="expert-parallel sizes")

@@ -108,13 +108,14 @@ def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
 
 
 def _worker(fn: Callable[..., Any], rank: int, args: tuple[Any, ...], timeout_s: float, pipe: Connection) -> None:
-    import deepspeed
     import torch
+
+    from fedmoe_ds.foundation import hosting
 
     try:
         torch.set_num_threads(1)
         timeout = datetime.timedelta(seconds=timeout_s)
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        hosting.join_world("gloo", timeout)
         # Plain pickle, not the connection's: that one would share tensor memory which ends with this process.
         message = pickle.dumps((True, fn(rank, *args)))
     except BaseException:

@@ -89,7 +89,7 @@ def test_every_ingredient_is_in_the_key() -> None:
         pretrain.content_key(tiny, config, 0, documents),
         pretrain.content_key(small, config, 0, documents),
         pretrain.content_key(tiny, PretrainConfig(lr=1e-4), 0, documents),
-        pretrain.content_key(tiny, PretrainConfig(threads=1), 0, documents),
+        pretrain.content_key(tiny, PretrainConfig(threads=2), 0, documents),
         pretrain.content_key(tiny, config, 1, documents),
         pretrain.content_key(tiny, config, 0, shorter),
     ]

@@ -10,12 +10,14 @@ size, G = 2F (gate rows, then up rows).
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import deepspeed
 import deepspeed.comm
 import torch
 from deepspeed.module_inject.auto_ep import AutoEP
@@ -93,6 +95,16 @@ def quiet_deepspeed() -> None:
     """Keep DeepSpeed's log lines below ERROR off the terminal, unless FEDMOE_DEBUG is set."""
     if not os.environ.get("FEDMOE_DEBUG"):
         deepspeed_logger.setLevel(logging.ERROR)
+
+
+def join_world(backend: str, timeout: datetime.timedelta) -> None:
+    """Initialise `deepspeed.comm` from the environment variables of this rank.
+
+    On CPU, DeepSpeed would first compile an operator (half a minute) that maps 66 MiB of shared memory per rank and leaves the
+    files in /dev/shm when the run ends. Only an all-reduce of its inference engine uses it, so it is declared absent.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
 def create_groups(ep_size: int) -> tuple[Any, Any]:
