@@ -11,6 +11,7 @@ import ctypes
 import datetime
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -211,6 +212,7 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
         if _known_rank() == 0:
             sys.stderr.write(f"error: {error}\n")
         else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: no longer a request to stop after the wave
             time.sleep(_SAY_S)
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1

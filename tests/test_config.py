@@ -125,6 +125,7 @@ def test_keys_are_text_and_aliases_are_copied() -> None:
         ("data.columns.text=3", ["data.columns.text: 3: expected string; put it in quotes"]),
         ("name=2024", ["name: 2024: expected string of length 1 or more; put it in quotes"]),
         ("name=''", ["name: '': expected string of length 1 or more"]),
+        ("name=../x", ["name: ../x:", "letters, digits"]),
         ("method.name=3", ["method.name: 3: expected string"]),
         ("deepspeed=3", ["deepspeed: 3: expected mapping"]),
         ("seed", ["override: seed: is no override; write key=value"]),
@@ -277,7 +278,7 @@ free = st.recursive(
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 values: dict[str, st.SearchStrategy[Any]] = {
-    "name": names,
+    "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,11}", fullmatch=True),
     "seed": st.integers(min_value=0),
     "foundation.path": st.none() | names,
     "foundation.dtype": st.sampled_from(["float32", "bfloat16"]),

@@ -6,9 +6,10 @@ no data are checked here, the others where the needed fact becomes known (top_k 
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -153,7 +154,7 @@ class CheckpointConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run lives in <output>/<name>")
+    name: str = Field("run", min_length=1, description="the run lives in <output>/<name>")
     output: str = Field("runs", description="folder of all runs; on a file system that all ranks share")
     seed: int = Field(0, ge=0, description="every random draw is addressed by it")
     foundation: FoundationConfig = FoundationConfig()
@@ -168,9 +169,18 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed where it makes sense")
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("a run's name is a folder: use letters, digits, '.', '_' and '-'")
+        return name
+
     @model_validator(mode="after")
     def _something_trains(self) -> Config:
         adapters = self.adapters
         if not adapters.experts and not adapters.attention and adapters.router == "frozen":
-            raise ValueError("nothing would be trained; set experts=true, name attention projections, or router=train")
+            raise ValueError(
+                "adapters: nothing would be trained; set experts=true, name attention projections, or router=train"
+            )
         return self
