@@ -173,7 +173,7 @@ class Config(Section):
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("a run's name is a folder: use letters, digits, '.', '_' and '-'")
+            raise ValueError(f"{name}: a run's name is a folder; use letters, digits, '.', '_' and '-'")
         return name
 
     @model_validator(mode="after")
