@@ -35,7 +35,7 @@ help:  ## list the targets
 install: .venv/.installed  ## create .venv with everything in it
 
 train: .venv/.installed  ## fine-tune the quickstart federation
-	deepspeed --log_level error --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) $(ARGS)
+	deepspeed --log_level error --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) --resume auto $(ARGS)
 
 test: .venv/.installed  ## run the tests
 	python -m pytest -m "not soak" $(ARGS)
