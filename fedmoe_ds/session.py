@@ -24,8 +24,6 @@ from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.stop import StopRequest
 from fedmoe_ds.topology import Topology, build_topology
 
-RESUME_MODES = ("never", "auto")
-
 
 def train(config: Config, runtime: Runtime, resume: str) -> list[str]:
     """Run a configuration to its end or to a stop request.

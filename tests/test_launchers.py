@@ -97,7 +97,6 @@ def test_torchrun(tree: dict[str, Any], plain: str) -> None:
     assert digest_of(tree, "torchrun", "torchrun", 2, start([*launcher, *command(tree, "torchrun", 1)])) == plain
 
 
-@pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="no mpirun beside this python")
 def test_mpirun(tree: dict[str, Any], plain: str) -> None:
     launcher = [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
     assert digest_of(tree, "mpirun", "mpirun", 2, start([*launcher, *command(tree, "mpirun", 2)])) == plain
