@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
-    LlamaConfig,
+    GPT2Config,
     MixtralConfig,
     OlmoeConfig,
     Qwen2MoeConfig,
@@ -147,6 +147,7 @@ def check_against_reference(root: Path, family: str, ep_size: int, ep_rank: int)
     assert held == expected_bytes(reference, ep_size, foundation.model.config.tie_word_embeddings), (family, ep_size)
     assert not any(parameter.requires_grad for parameter in foundation.model.parameters())
     assert not foundation.model.training
+    assert foundation.sparse and foundation.sites == [] and foundation.task == "causal_lm"
 
 
 def persistent_buffers(foundation: Foundation) -> list[torch.Tensor]:
@@ -262,9 +263,12 @@ def damaged(models: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(models / "olmoe", tmp_path / "model"))
 
 
-def test_dense_model_is_refused(tmp_path: Path) -> None:
-    save_model(LlamaConfig(**COMMON, intermediate_size=48), tmp_path)
-    with pytest.raises(UserError, match=rf"^foundation.path: {tmp_path}: model_type 'llama' is no mixture-of-experts"):
+def test_other_family_is_refused(tmp_path: Path) -> None:
+    save_model(GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=2), tmp_path)
+    known = (
+        r"model_type 'gpt2' is neither a known mixture.*one of the families .*mixtral.*, or one of the dense families llama, "
+    )
+    with pytest.raises(UserError, match=rf"^foundation.path: {tmp_path}: {known}"):
         load(tmp_path)
 
 

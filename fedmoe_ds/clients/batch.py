@@ -1,10 +1,12 @@
-"""Batch: token rows of one pass, padded, with their targets.
+"""Batch: what a pass runs on, stacked and padded, with its targets: token sequences, or images with their classes.
 
-Legend: B sequences, S positions, T = B * S token rows, N target tokens.
+Legend: B sequences or images, S positions (of an image: the class token and its patches), T = B * S rows as the blocks see
+them, C channels, H height, W width, N targets, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,44 +14,87 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.segmented import Segment
+from fedmoe_ds.data import ImageInput, Sequences
+
+CLASS_TOKEN = 0
+"""Position of an image whose hidden state is read out."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences of one client in a pass."""
+    """Sequences, or images, of one client in a pass.
+
+    Of `input_ids`/`loss_mask` and `pixels`/`labels`, one pair is in use. `positions` is what the blocks see per image.
+    """
 
     slot: int
     cap: int
     input_ids: list[np.ndarray]
     loss_mask: list[np.ndarray]
     allowed_E: Tensor | None = None
+    pixels: np.ndarray | None = None  # float32 [B, C, H, W]
+    labels: np.ndarray | None = None  # int64 [B]
+    positions: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        slot: int,
+        cap: int,
+        data: Sequences,
+        chosen: Iterable[int],
+        allowed_E: Tensor | None = None,
+        images: ImageInput | None = None,
+    ) -> Rows:
+        """The samples `chosen` of an owner, whatever they are; `images` is the foundation's, None for text."""
+        part = data.select(chosen)
+        assert (part.labels is None) == (images is None), "data and foundation are checked to be of one task"
+        positions = 1 if images is None else images.positions
+        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_E, part.pixels, part.labels, positions)
+
+    def __len__(self) -> int:
+        return len(self.input_ids) if self.labels is None else len(self.labels)
 
     @property
     def targets(self) -> int:
-        return int(sum(int(mask.sum()) for mask in self.loss_mask))
+        """Target tokens; an image has one target."""
+        return int(sum(int(mask.sum()) for mask in self.loss_mask)) if self.labels is None else len(self.labels)
 
     @property
     def tokens(self) -> int:
-        return sum(len(ids) for ids in self.input_ids)
+        """Rows without padding that the blocks see: tokens, or images times positions."""
+        return sum(len(ids) for ids in self.input_ids) if self.labels is None else len(self.labels) * self.positions
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One padded batch. Padding is on the right: causal attention never looks at it, and it is neither routed nor a target."""
+    """One batch. Padding is on the right: causal attention never looks at it, and it is neither routed nor a target.
 
-    input_ids: Tensor  # [B, S]
+    Images need no padding; only the stand-in of an idle rank is not valid then.
+    """
+
+    input_ids: Tensor  # [B, S]; images: [B, 0]
     segments: list[Segment]
     slot_T: Tensor
     cap_T: Tensor
     valid_T: Tensor
     allowed_TE: Tensor | None
-    predict_BS: Tensor  # bool: the hidden state at this position predicts a target (the next token)
+    predict_BS: Tensor  # bool: the hidden state at this position predicts a target (the next token, or the image's class)
     labels_N: Tensor  # those targets, in row order
     targets: list[int]  # per segment
+    pixels_BCHW: Tensor | None = None
 
 
-def make_batch(rows: list[Rows], num_experts: int, device: torch.device) -> Batch:
-    """Stack the rows of several clients; with none, a single padding token stands in, so that an idle rank still takes part."""
+def make_batch(rows: list[Rows], num_experts: int, device: torch.device, images: ImageInput | None = None) -> Batch:
+    """Stack the rows of several clients; with none, a single padding token stands in, so that an idle rank still takes part.
+
+    Args:
+        images: the foundation's, None for text; the stand-in is then an empty image.
+    """
+    return _stack_text(rows, num_experts, device) if images is None else _stack_images(rows, num_experts, device, images)
+
+
+def _stack_text(rows: list[Rows], num_experts: int, device: torch.device) -> Batch:
     ids = [seq for part in rows for seq in part.input_ids]
     masks = [mask for part in rows for mask in part.loss_mask]
     shape = (max(len(ids), 1), max((len(seq) for seq in ids), default=1))
@@ -59,12 +104,39 @@ def make_batch(rows: list[Rows], num_experts: int, device: torch.device) -> Batc
         input_ids[b, : len(seq)], valid[b, : len(seq)] = seq, True
         predict[b, : len(seq) - 1] = mask[1:]
     labels = np.concatenate([seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)] or [np.zeros(0, np.int64)])
-    segments, slot, cap = _segments(rows, shape)
+    return _batch(rows, num_experts, device, input_ids, valid, predict, labels, None)
+
+
+def _stack_images(rows: list[Rows], num_experts: int, device: torch.device, images: ImageInput) -> Batch:
+    pixels = [part.pixels for part in rows if part.pixels is not None]
+    labels = [part.labels for part in rows if part.labels is not None]
+    assert len(pixels) == len(labels) == len(rows), "text in a pass of an image classifier"
+    pixels_BCHW = np.concatenate(pixels or [np.zeros((1, *images.shape), dtype=np.float32)])
+    assert pixels_BCHW.shape[1:] == images.shape, (pixels_BCHW.shape, images.shape)
+    valid = np.full((len(pixels_BCHW), images.positions), bool(rows))
+    predict = np.zeros_like(valid)
+    predict[:, CLASS_TOKEN] = bool(rows)
+    no_ids = np.zeros((len(pixels_BCHW), 0), dtype=np.int64)
+    labels_N = np.concatenate(labels or [np.zeros(0, np.int64)])
+    return _batch(rows, num_experts, device, no_ids, valid, predict, labels_N, torch.from_numpy(pixels_BCHW).to(device))
+
+
+def _batch(
+    rows: list[Rows],
+    num_experts: int,
+    device: torch.device,
+    input_ids: np.ndarray,
+    valid: np.ndarray,
+    predict: np.ndarray,
+    labels: np.ndarray,
+    pixels_BCHW: Tensor | None,
+) -> Batch:
+    segments, slot, cap = _segments(rows, valid.shape)
     allowed = None
     if any(part.allowed_E is not None for part in rows):
         everyone = torch.ones(num_experts, dtype=torch.bool)
         per_part = [part.allowed_E if part.allowed_E is not None else everyone for part in rows]
-        repeats = torch.tensor([len(part.input_ids) * shape[1] for part in rows])
+        repeats = torch.tensor([len(part) * valid.shape[1] for part in rows])
         allowed = torch.stack(per_part).repeat_interleave(repeats, 0).to(device)
     return Batch(
         torch.from_numpy(input_ids).to(device),
@@ -76,14 +148,15 @@ def make_batch(rows: list[Rows], num_experts: int, device: torch.device) -> Batc
         torch.from_numpy(predict).to(device),
         torch.from_numpy(labels).to(device),
         [part.targets for part in rows],
+        pixels_BCHW,
     )
 
 
-def _segments(rows: list[Rows], shape: tuple[int, int]) -> tuple[list[Segment], np.ndarray, np.ndarray]:
+def _segments(rows: list[Rows], shape: tuple[int, ...]) -> tuple[list[Segment], np.ndarray, np.ndarray]:
     slot, cap = np.zeros(shape[0], dtype=np.int64), np.ones(shape[0], dtype=np.int64)
     segments, start = [], 0
     for part in rows:
-        stop = start + len(part.input_ids)
+        stop = start + len(part)
         segments.append(Segment(part.slot, start, stop))
         slot[start:stop], cap[start:stop] = part.slot, part.cap
         start = stop

@@ -1,6 +1,6 @@
-"""The hosted model as clients use it: one pass over a batch, with per-token negative log-likelihood.
+"""The hosted model as clients use it: one pass over a batch, with the negative log-likelihood of every target.
 
-Legend: B sequences, S positions, D model width, N target tokens, V vocabulary.
+Legend: B sequences or images, S positions, D model width, N targets (tokens, or classes of images), V vocabulary or classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedmoe_ds.foundation import Foundation
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outcome of one forward pass: per target token (row order) its negative log-likelihood and the logits behind it."""
+    """Outcome of one forward pass: per target (row order) its negative log-likelihood and the logits behind it."""
 
     nll_N: Tensor
     logits_NV: Tensor
@@ -30,12 +30,21 @@ class PassResult:
 def forward_pass(
     foundation: Foundation, execution: Execution, batch: Batch, slot: int | None, rescale_C: list[float] | None = None
 ) -> PassResult:
-    """Run the model once. `slot` is the common home slot (bitwise) or None (fast); logits exist for target rows only."""
+    """Run the model once. `slot` is the common home slot (bitwise) or None (fast); logits exist for target rows only.
+
+    The loss is the same for both tasks: cross-entropy of the next token, or of the class that the class token's hidden state
+    is read out to.
+    """
     run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C)
     execution.current = run
     model: Any = foundation.model
-    hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    logits_NV = model.get_output_embeddings()(hidden_BSD[batch.predict_BS]).float()
+    if foundation.task == "image_classification":
+        hidden_BSD = model.base_model(pixel_values=batch.pixels_BCHW).last_hidden_state
+        head = model.classifier
+    else:
+        hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+    logits_NV = head(hidden_BSD[batch.predict_BS]).float()
     nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
     return PassResult(nll_N, logits_NV.detach(), hidden_BSD, run)
 

@@ -1,6 +1,7 @@
-"""Where text comes from, how it becomes token sequences, and how the sequences are dealt to clients."""
+"""Where text and images come from, how text becomes token sequences, and how samples are dealt to clients."""
 
 from fedmoe_ds.data.federated import FederatedData, prepare
 from fedmoe_ds.data.store import Sequences
+from fedmoe_ds.data.task import ImageInput, Task, check_task
 
-__all__ = ["FederatedData", "Sequences", "prepare"]
+__all__ = ["FederatedData", "ImageInput", "Sequences", "Task", "check_task", "prepare"]

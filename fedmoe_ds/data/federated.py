@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.config.tree import DataConfig
-from fedmoe_ds.data.preparation import Prepared, assemble
+from fedmoe_ds.data import digits
+from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.sources import Source, open_source
-from fedmoe_ds.data.store import Sequences, Store, discard, intact, storage_error, write_store
+from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, discard, intact, storage_error, write_store
+from fedmoe_ds.data.task import check_task
 from fedmoe_ds.data.templates import Encoder
 from fedmoe_ds.errors import UserError
 
@@ -41,9 +44,10 @@ class FederatedData:
 
     `names` are in canonical (sorted) order, which is the order of every per-client array. `samples`, int64 [n_clients],
     is |D_i| after hold-outs (a sample of packed text is one sequence, so it equals `train_sequences`). `train_tokens`
-    counts the target tokens of one epoch. `distribution` is {"labels": [...], "counts": [client][label]}, in units
-    dealt to the client, its hold-out included. `dropped` counts rows with nothing to learn. `fingerprint` is a sha256
-    over all tokens and targets.
+    counts the targets of one epoch: target tokens, or images. `distribution` is {"labels": [...], "counts":
+    [client][label]}, in units dealt to the client, its hold-out included. `sequence_length` is 1 for images, because how
+    many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text. `dropped` counts rows
+    with nothing to learn. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels.
     """
 
     names: list[str]
@@ -56,6 +60,7 @@ class FederatedData:
     dropped: int
     path: Path
     _store: Store = field(repr=False, compare=False)
+    image_shape: tuple[int, int, int] | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> FederatedData:
@@ -72,13 +77,15 @@ class FederatedData:
         fields = {key: header[key] for key in ("names", "distribution", "sequence_length", "fingerprint", "dropped")}
         for key in ("samples", "train_sequences", "train_tokens"):
             fields[key] = np.array(header[key], dtype=np.int64)
+        if (shape := header.get(IMAGE_SHAPE)) is not None:
+            fields["image_shape"] = tuple(shape)
         return cls(**fields, path=path, _store=store)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def train(self, client: int) -> Sequences:
-        """Return the training sequences of one client (its index in `names`)."""
+        """Return the training sequences (or images) of one client (its index in `names`)."""
         return self._store.read(2 * self._checked(client))
 
     def holdout(self, client: int) -> Sequences:
@@ -94,24 +101,41 @@ class FederatedData:
         return client
 
 
-def prepare(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> FederatedData:
+def prepare(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast | None, cache_dir: Path) -> FederatedData:
     """Return the federated data of a run, from `cache_dir/<content hash>` or made now; call it on one rank only.
 
-    The result is a function of (config, seed, tokenizer, content of the source). A damaged cache entry is reported and
-    made again. Raises UserError for whatever is wrong with the source, its columns, its rows, the partition or the
-    cache folder.
+    The result is a function of (config, seed, tokenizer, content of the source); `tokenizer` is None for an image
+    foundation. A damaged cache entry is reported and made again. Raises UserError for whatever is wrong with the source,
+    its columns, its rows, the partition or the cache folder, and for data of another task than the foundation's.
     """
+    if tokenizer is None:
+        check_task("image_classification", config)
+        return _prepare_images(config, seed, cache_dir)
+    check_task("causal_lm", config)
     encoder = Encoder(tokenizer)
     source = open_source(config)
     folder = cache_dir / _content_key(config, seed, tokenizer, source)
+
+    def prepared() -> Prepared:
+        return assemble(source.table(cache_dir), config, seed, encoder, source.group_column)
+
+    return _found_or_made(folder, prepared, {"sequence_length": config.sequence_length})
+
+
+def _prepare_images(config: DataConfig, seed: int, cache_dir: Path) -> FederatedData:
+    images = digits.split()[1]
+    folder = cache_dir / _image_key(config, seed, images)
+    header = {"sequence_length": 1, IMAGE_SHAPE: list(digits.SHAPE)}
+    return _found_or_made(folder, lambda: assemble_images(images, config, seed), header)
+
+
+def _found_or_made(folder: Path, prepared: Callable[[], Prepared], header: dict[str, Any]) -> FederatedData:
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         if not _usable(folder):
-            table = source.table(cache_dir)
-            prepared = assemble(table, config, seed, encoder, source.group_column)
-            _write(folder, prepared, config.sequence_length)
+            _write(folder, prepared(), header)
     except OSError as error:
-        raise storage_error(cache_dir, error) from error
+        raise storage_error(folder.parent, error) from error
     return FederatedData.open(folder)
 
 
@@ -126,6 +150,23 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
     }
+    return _hash(parts)
+
+
+def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
+    """What decides the images of every client; settings of text are no part of it."""
+    sections = {"max_samples", "holdout", "global_holdout", "partition"}
+    parts = {
+        "format": FORMAT,
+        "config": config.model_dump(mode="json", include=sections),
+        "kind": digits.NAME,
+        "source": images.digest(),
+        "seed": seed,
+    }
+    return _hash(parts)
+
+
+def _hash(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -140,7 +181,7 @@ def _usable(folder: Path) -> bool:
     return False
 
 
-def _write(folder: Path, prepared: Prepared, sequence_length: int) -> None:
+def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:
     owners = [owner for pair in zip(prepared.train, prepared.holdout, strict=True) for owner in pair]
     counts = [len(sequences) for sequences in prepared.train]
     header = {
@@ -149,7 +190,7 @@ def _write(folder: Path, prepared: Prepared, sequence_length: int) -> None:
         "train_sequences": counts,
         "train_tokens": [sequences.target_count() for sequences in prepared.train],
         "distribution": prepared.distribution,
-        "sequence_length": sequence_length,
+        **extra,
         "dropped": prepared.dropped,
     }
     write_store(folder, [*owners, prepared.global_holdout], header)

@@ -1,7 +1,8 @@
 """From a source to every client's sequences: choose groups, encode, hold out, deal, pack, cap, split.
 
-What is dealt is a *unit*: a finished sequence, or, for text files whose documents have no owner yet, a whole document
-that is packed once its client is known. Nothing here depends on the number of ranks: only one process prepares.
+What is dealt is a *unit*: a finished sequence, a labelled image, or, for text files whose documents have no owner yet, a
+whole document that is packed once its client is known. Nothing here depends on the number of ranks: only one process
+prepares.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.config.tree import DataConfig
-from fedmoe_ds.data import holdout, partition, templates
+from fedmoe_ds.data import digits, holdout, partition, templates
 from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.errors import UserError
 
@@ -63,6 +64,27 @@ def assemble(table: Dataset, config: DataConfig, seed: int, encoder: templates.E
     samples = templates.encode(table, columns, config, encoder)
     _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, samples.dropped)
     units = _units(samples, labels, config, by_group=group_column is not None or config.partition.kind == "natural")
+    return _deal(units, config, seed, samples.dropped)
+
+
+def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Prepared:
+    """Return all clients' images. The label of an image is its class: a natural partition gives one client per class.
+
+    Raises UserError for too few images and clients that would be empty.
+    """
+    labels = [str(label) for label in images.labels_N]
+    rows = np.arange(len(images))
+    natural = config.partition.kind == "natural"
+    if natural:
+        wanted = set(partition.largest_groups(labels, [1] * len(labels), config.partition.clients))
+        rows = np.array(_rows_in(labels, wanted))
+    content = Sequences.of_images(images.pixels_NCHW[rows], images.labels_N[rows])
+    units = _Units(content, [labels[row] for row in rows], packed=True, stratified=natural)
+    return _deal(units, config, seed, dropped=0)
+
+
+def _deal(units: _Units, config: DataConfig, seed: int, dropped: int) -> Prepared:
+    """Hold out, deal to clients, cap and split."""
     held = holdout.draw_global(units.labels if units.stratified else [ALL] * len(units.labels), config.global_holdout, seed)
     rest = np.setdiff1d(np.arange(len(units.labels)), held)
     dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
@@ -79,7 +101,7 @@ def assemble(table: Dataset, config: DataConfig, seed: int, encoder: templates.E
         holdout=held_by_client,
         global_holdout=_finished(units, held, config.sequence_length),
         distribution=_distribution(counts),
-        dropped=samples.dropped,
+        dropped=dropped,
     )
 
 

@@ -1,8 +1,10 @@
-"""Prepared sequences on disk: one Arrow file with one record batch per owner, and a JSON header beside it.
+"""Prepared sequences or images on disk: one Arrow file with one record batch per owner, and a JSON header beside it.
 
 An owner is a client's training set, a client's hold-out, or the global hold-out. A record batch can be read without
 touching the others, and its values are handed out as views of the memory map. A store appears by a rename, complete or
 not at all.
+
+Legend: N images, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -29,31 +31,46 @@ HEADER = "header.json"
 PARTIAL = ".partial-"
 # Targets are bytes, not Arrow's packed bits, so that they too can be viewed in place.
 SCHEMA = pa.schema([("tokens", pa.large_list(pa.int64())), ("targets", pa.large_list(pa.uint8()))])
+IMAGE_SCHEMA = pa.schema([("pixels", pa.large_list(pa.float32())), ("labels", pa.int64())])
+IMAGE_SHAPE = "image_shape"  # in the header of a store of images: [C, H, W]
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Variable-length token sequences of one owner; the arrays are read-only where they are views of a memory map.
+    """What one owner has: variable-length token sequences, or labelled images. Views of a memory map are read-only.
 
-    `input_ids[i]` int64 [length_i], 2 <= length_i <= sequence_length. `loss_mask[i]` bool [length_i], True where the
+    Text: `input_ids[i]` int64 [length_i], 2 <= length_i <= sequence_length. `loss_mask[i]` bool [length_i], True where the
     token at that position counts as a target, that is, the prediction of token j from the tokens before j; position 0
     never does.
+
+    Images: `pixels` float32 [N, C, H, W] and `labels` int64 [N], both None for text; `input_ids` and `loss_mask` are empty
+    then. An image is one sample with one target, its class.
     """
 
     input_ids: list[NDArray[np.int64]]
     loss_mask: list[NDArray[np.bool_]]
+    pixels: NDArray[np.float32] | None = None
+    labels: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of_images(cls, pixels_NCHW: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Sequences:
+        """Labelled images as an owner's samples."""
+        assert pixels_NCHW.ndim == 4 and len(pixels_NCHW) == len(labels_N), (pixels_NCHW.shape, labels_N.shape)
+        return cls([], [], pixels_NCHW, labels_N)
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.input_ids) if self.labels is None else len(self.labels)
 
     def select(self, rows: Iterable[int]) -> Sequences:
-        """Return the sequences at `rows`, in that order."""
+        """Return the sequences or images at `rows`, in that order."""
         chosen = [int(row) for row in rows]
+        if self.pixels is not None and self.labels is not None:
+            return Sequences.of_images(self.pixels[chosen], self.labels[chosen])
         return Sequences([self.input_ids[row] for row in chosen], [self.loss_mask[row] for row in chosen])
 
     def target_count(self) -> int:
-        """Return the number of target tokens."""
-        return sum(int(mask.sum()) for mask in self.loss_mask)
+        """Return the number of targets: of target tokens, or of images."""
+        return sum(int(mask.sum()) for mask in self.loss_mask) if self.labels is None else len(self.labels)
 
 
 class Store:
@@ -65,8 +82,11 @@ class Store:
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / DATA)))
 
     def read(self, owner: int) -> Sequences:
-        """Return one owner's sequences as views of the memory map."""
+        """Return one owner's sequences or images as views of the memory map."""
         batch = self._reader.get_batch(owner)
+        if (shape := self.header.get(IMAGE_SHAPE)) is not None:
+            pixels_NCHW = batch.column("pixels").values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
+            return Sequences.of_images(pixels_NCHW, batch.column("labels").to_numpy(zero_copy_only=True))
         tokens, targets = batch.column("tokens"), batch.column("targets")
         bounds = tokens.offsets.to_numpy().tolist()
         ids = tokens.values.to_numpy(zero_copy_only=True)
@@ -76,9 +96,14 @@ class Store:
 
 
 def fingerprint(owners: Iterable[Sequences]) -> str:
-    """Return the sha256 over all tokens and targets, owner by owner; it does not depend on the file format."""
+    """Return the sha256 over all tokens and targets, or pixels and labels, owner by owner, whatever the file format."""
     content = hashlib.sha256()
     for owner in owners:
+        if owner.pixels is not None and owner.labels is not None:
+            content.update(np.array(owner.pixels.shape, dtype="<i8").tobytes())
+            content.update(owner.pixels.astype("<f4", copy=False).tobytes())
+            content.update(owner.labels.astype("<i8", copy=False).tobytes())
+            continue
         content.update(np.array([len(owner), *map(len, owner.input_ids)], dtype="<i8").tobytes())
         for ids, mask in zip(owner.input_ids, owner.loss_mask, strict=True):
             content.update(ids.astype("<i8", copy=False).tobytes())
@@ -110,7 +135,8 @@ def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any
     """
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     try:
-        with pa.OSFile(str(partial / DATA), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        schema = SCHEMA if header.get(IMAGE_SHAPE) is None else IMAGE_SCHEMA
+        with pa.OSFile(str(partial / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for owner in owners:
                 writer.write_batch(_batch(owner))
         sums = {"fingerprint": fingerprint(owners), "checksum": _checksum(partial / DATA)}
@@ -132,6 +158,11 @@ def storage_error(folder: Path, error: OSError) -> UserError:
 
 
 def _batch(owner: Sequences) -> pa.RecordBatch:
+    if owner.pixels is not None:
+        size = int(np.prod(owner.pixels.shape[1:]))
+        bounds = pa.array(np.arange(len(owner) + 1) * size, type=pa.int64())
+        pixels = pa.LargeListArray.from_arrays(bounds, pa.array(owner.pixels.reshape(-1)))
+        return pa.record_batch([pixels, pa.array(owner.labels)], schema=IMAGE_SCHEMA)
     bounds = pa.array(np.cumsum([0, *map(len, owner.input_ids)]), type=pa.int64())
     ids = np.concatenate([np.empty(0, np.int64), *owner.input_ids])
     mask = np.concatenate([np.empty(0, np.bool_), *owner.loss_mask]).view(np.uint8)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from fedmoe_ds.config.tree import FoundationConfig
+from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, feed_forward_sites, image_input, type_task
 from fedmoe_ds.foundation.hosting import HostedLayer
-from fedmoe_ds.foundation.loading import CONFIG_FILE, WeightFiles, first_line, load_model
+from fedmoe_ds.foundation.loading import CONFIG_FILE, WeightFiles, first_line, load_model, read_config
+from fedmoe_ds.foundation.presets import find_preset
 from fedmoe_ds.foundation.pretrain import pretrain_preset
+from fedmoe_ds.foundation.size import model_size
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json"]
@@ -30,10 +34,14 @@ _HUB_FILES = ["*.safetensors", "*.json"]
 
 @dataclass(frozen=True)
 class Foundation:
-    """A loaded foundation. `model` is in eval mode and every parameter is frozen; `layers` are in depth order."""
+    """A loaded foundation. `model` is in eval mode and every parameter is frozen.
+
+    A sparse model has hosted `layers`, a dense one feed-forward `sites` and no experts; both are in depth order. An image
+    classifier has `images` instead of a tokenizer and a vocabulary.
+    """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Any  # None for an image classifier
     layers: list[HostedLayer]
     top_k: int
     num_experts: int
@@ -41,6 +49,34 @@ class Foundation:
     vocab_size: int
     fingerprint: str  # 64 hex digits; the same on every rank and for every ep_size
     path: Path
+    task: Task = "causal_lm"
+    sites: list[FeedForwardSite] = field(default_factory=list)
+    images: ImageInput | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the model has experts of its own."""
+        return bool(self.layers)
+
+
+def planned_task(config: FoundationConfig) -> Task | None:
+    """What the foundation of a run will predict, before anything is trained, downloaded or loaded; None for a hub id.
+
+    Raises:
+        UserError: an unknown preset, or a model folder without a usable configuration.
+    """
+    if config.path is None:
+        return None if config.preset is None else find_preset(config.preset).task
+    folder = Path(config.path).expanduser()
+    return type_task(read_config(folder).model_type) if (folder / CONFIG_FILE).is_file() else None
+
+
+def planned_sparse(config: FoundationConfig) -> bool | None:
+    """Whether the foundation of a run has experts of its own, before anything is loaded; None where nobody can know yet."""
+    if config.path is None:
+        return None if config.preset is None else find_preset(config.preset).family not in DENSE
+    folder = Path(config.path).expanduser()
+    return read_config(folder).model_type not in DENSE if (folder / CONFIG_FILE).is_file() else None
 
 
 def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
@@ -67,24 +103,27 @@ def load_foundation(
     """Load the dense part and this rank's experts of the model in folder `path`; every rank calls it.
 
     Raises:
-        UserError: the folder is missing or damaged, is no mixture-of-experts causal LM, has no tokenizer, or its number
-            of experts is not divisible by ep_size.
+        UserError: the folder is missing or damaged, is of no known family, is a language model without a tokenizer, or its
+            number of experts is not divisible by ep_size.
     """
     folder = _check_folder(Path(path).expanduser())
     model, layers = load_model(folder, _DTYPES[config.dtype], ep_size, ep_rank, torch.device(device))
-    first = layers[0]
-    assert all((layer.top_k, layer.num_experts) == (first.top_k, first.num_experts) for layer in layers)
+    assert len({(layer.top_k, layer.num_experts) for layer in layers}) <= 1
     model_config: Any = model.config
+    task, size = type_task(model_config.model_type), model_size(model, layers)
     return Foundation(
         model=model,
-        tokenizer=load_tokenizer(folder, model_config.vocab_size),
+        tokenizer=load_tokenizer(folder, model_config.vocab_size) if task == "causal_lm" else None,
         layers=layers,
-        top_k=first.top_k,
-        num_experts=first.num_experts,
-        hidden_size=first.hidden_size,
-        vocab_size=model_config.vocab_size,
+        top_k=size.top_k,
+        num_experts=size.experts,
+        hidden_size=size.hidden,
+        vocab_size=size.vocabulary,
         fingerprint=fingerprint(folder),
         path=folder,
+        task=task,
+        sites=[] if layers else feed_forward_sites(model),
+        images=image_input(model_config) if task == "image_classification" else None,
     )
 
 

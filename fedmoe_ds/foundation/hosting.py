@@ -28,6 +28,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.dense import DENSE
 
 # AutoEP has no preset for OLMoE. Its block has Mixtral's shape; whether top-k weights are normalised is in its config.
 _OLMOE_SETTINGS: dict[str, Any] = {
@@ -189,7 +190,10 @@ def _family_settings(model: nn.Module) -> dict[str, Any]:
         return {**_OLMOE_SETTINGS, "route_norm": bool(config.norm_topk_prob)}
     if not any(re.search(r"(^|\.)experts$", name) for name, _ in model.named_modules()):
         families = ", ".join(_hosted_model_types())
-        raise UserError(f"{_describe(model)} is no mixture-of-experts model; give one of the families {families}")
+        raise UserError(
+            f"{_describe(model)} is neither a known mixture-of-experts model nor a known dense one; give one of the families "
+            f"{families}, or one of the dense families {', '.join(DENSE)}"
+        )
     if preset_name_for_hf_model_type(config.model_type) is None:
         families = ", ".join(_hosted_model_types())
         raise UserError(f"{_describe(model)} has no DeepSpeed AutoEP preset; give one of the families {families}")

@@ -19,9 +19,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.dense import is_dense, type_task
 from fedmoe_ds.foundation.hosting import HostedLayer, host_experts
 
 CONFIG_FILE = "config.json"
@@ -34,8 +35,17 @@ _OLD_NAMES = (
     (re.compile(r"\.experts\.(\d+)\.w1\.weight$"), r".experts.\1.gate_proj.weight"),
     (re.compile(r"\.experts\.(\d+)\.w3\.weight$"), r".experts.\1.up_proj.weight"),
     (re.compile(r"\.experts\.(\d+)\.w2\.weight$"), r".experts.\1.down_proj.weight"),
+    # ViT files still have the names from before transformers 5, and transformers goes on writing them.
+    (re.compile(r"^vit\.encoder\.layer\."), "vit.layers."),
+    (re.compile(r"^(vit\.layers\.\d+\.attention)\.attention\.query\."), r"\1.q_proj."),
+    (re.compile(r"^(vit\.layers\.\d+\.attention)\.attention\.key\."), r"\1.k_proj."),
+    (re.compile(r"^(vit\.layers\.\d+\.attention)\.attention\.value\."), r"\1.v_proj."),
+    (re.compile(r"^(vit\.layers\.\d+\.attention)\.output\.dense\."), r"\1.o_proj."),
+    (re.compile(r"^(vit\.layers\.\d+)\.intermediate\.dense\."), r"\1.mlp.fc1."),
+    (re.compile(r"^(vit\.layers\.\d+)\.output\.dense\."), r"\1.mlp.fc2."),
 )
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints carry it; models compute it
+# Some checkpoints carry what models compute, or a pooler that a ViT classifier reads nothing from.
+_UNUSED = re.compile(r"rotary_emb\.inv_freq$|^vit\.pooler\.")
 
 # Every page read from a mapped file counts as resident memory until the file is closed: reopen after this many bytes.
 _BYTES_PER_OPEN = 64 * 2**20
@@ -125,13 +135,15 @@ class WeightFiles:
 def load_model(
     folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int, device: torch.device
 ) -> tuple[nn.Module, list[HostedLayer]]:
-    """Load a causal LM whose experts are split over ep_size ranks; frozen, in eval mode, on `device`.
+    """Load a model whose experts are split over ep_size ranks; frozen, in eval mode, on `device`.
+
+    A dense model is whole on every rank and has no hosted layers.
 
     Raises:
-        UserError: the folder holds no loadable mixture-of-experts causal LM, or ep_size does not divide its experts.
+        UserError: the folder holds no loadable model of a known family, or ep_size does not divide its experts.
     """
     model = build_on_meta(folder, dtype)
-    layers = host_experts(model, ep_size, ep_rank)
+    layers = host_model(model, ep_size, ep_rank)
     files = WeightFiles(folder)
     reads = _allocate_dense(model, layers, device)
     for layer in layers:
@@ -146,21 +158,40 @@ def load_model(
     return model.requires_grad_(False).eval(), layers
 
 
-def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
-    """Build the model of `folder/config.json` with its parameters on the meta device and its buffers on the CPU."""
+def host_model(model: Any, ep_size: int, ep_rank: int) -> list[HostedLayer]:
+    """Host the experts of a sparse model; of a dense one there are none. Freezes the model; see `host_experts`."""
+    if not is_dense(model):
+        return host_experts(model, ep_size, ep_rank)
+    model.requires_grad_(False)
+    return []
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration of a model folder."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"foundation.path: {folder}: {CONFIG_FILE} cannot be used: {first_line(error)}") from error
+
+
+def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
+    """Build the model of `folder/config.json` with its parameters on the meta device and its buffers on the CPU."""
+    config = read_config(folder)
     if getattr(config, "quantization_config", None):
         raise UserError(f"foundation.path: {folder}: the weights are quantised; give a model that is not")
-    config.use_cache = False
-    config.output_router_logits = False  # the hosted router reports its logits itself, not through transformers
+    factory: Any = AutoModelForImageClassification
+    if type_task(config.model_type) == "causal_lm":
+        factory = AutoModelForCausalLM
+        config.use_cache = False
+        config.output_router_logits = False  # the hosted router reports its logits itself, not through transformers
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except ValueError as error:
-        raise UserError(f"foundation.path: {folder}: is no causal language model: {first_line(error)}") from error
+        raise UserError(
+            f"foundation.path: {folder}: model_type '{config.model_type}' is no causal language model and no ViT: "
+            f"{first_line(error)}"
+        ) from error
     model.config._name_or_path = str(folder)
     return model
 
@@ -217,7 +248,7 @@ def _refuse_unknown(files: WeightFiles, model: Any, layers: list[HostedLayer], r
         for expert in range(layer.num_experts):
             known |= {f"{source}{expert}.{leaf}.weight" for leaf in ("gate_proj", "up_proj", "down_proj")}
     for name, (path, stored) in files.where.items():
-        if name not in known and not any(pattern.search(name) for pattern in (_COMPUTED, *ignored)):
+        if name not in known and not any(pattern.search(name) for pattern in (_UNUSED, *ignored)):
             raise UserError(
                 f"foundation.path: {path}: tensor '{stored}' has no place in a '{model.config.model_type}' model; "
                 "config and weights belong to different models"

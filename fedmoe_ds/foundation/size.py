@@ -1,16 +1,23 @@
-"""Size: parameter counts and shapes of a hosted model, whether or not its weights are loaded."""
+"""Size: parameter counts and shapes of a hosted or dense model, whether or not its weights are loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from fedmoe_ds.foundation.dense import feed_forward_sites, vocabulary
 from fedmoe_ds.foundation.hosting import HostedLayer
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """`pool_parameters` are all experts of all layers, whoever holds them; `dense_parameters` is everything else."""
+    """`pool_parameters` are all experts of all layers, whoever holds them; `dense_parameters` is everything else.
+
+    Of a dense model, `layers` counts feed-forward blocks, `ffn` is their width, and there are no experts. `vocabulary` is the
+    number of rows of the input embedding, 0 for an image classifier, which has none.
+    """
 
     dense_parameters: int
     pool_parameters: int
@@ -24,9 +31,11 @@ class ModelSize:
 
 
 def model_size(model: Any, layers: list[HostedLayer]) -> ModelSize:
-    """Measure a hosted model on any device, meta included, at any ep_size."""
+    """Measure a model on any device, meta included, at any ep_size; `layers` is empty for a dense model."""
+    if not layers:
+        return _dense_size(model)
     held = sum(layer.w13.numel() + layer.w2.numel() for layer in layers)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in _parameters(model))
     first = layers[0]
     return ModelSize(
         dense_parameters=total - held,
@@ -39,3 +48,25 @@ def model_size(model: Any, layers: list[HostedLayer]) -> ModelSize:
         ffn=first.ffn_hidden_size,
         vocabulary=model.config.vocab_size,
     )
+
+
+def _dense_size(model: Any) -> ModelSize:
+    sites = feed_forward_sites(model)
+    parameters = _parameters(model)
+    return ModelSize(
+        dense_parameters=sum(parameter.numel() for parameter in parameters),
+        pool_parameters=0,
+        bytes_per_parameter=parameters[0].element_size(),
+        layers=len(sites),
+        experts=0,
+        top_k=0,
+        hidden=sites[0].hidden_size,
+        ffn=sites[0].ffn_hidden_size,
+        vocabulary=vocabulary(model.config),
+    )
+
+
+def _parameters(model: Any) -> list[nn.Parameter]:
+    """Every parameter once: on the meta device, tied ones are still two."""
+    tied = model.all_tied_weights_keys
+    return [parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name not in tied]

@@ -1,0 +1,82 @@
+"""Task: what a foundation predicts, and which data sources serve it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedmoe_ds.config.tree import DataConfig
+from fedmoe_ds.data import digits
+from fedmoe_ds.errors import UserError
+
+Task = Literal["causal_lm", "image_classification"]
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """What an image classifier takes and gives.
+
+    `positions` is the number of rows its blocks see per image: one per patch, and one for the class token.
+    """
+
+    channels: int
+    height: int
+    width: int
+    classes: int
+    positions: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of one image."""
+        return (self.channels, self.height, self.width)
+
+
+def source_task(config: DataConfig) -> Task:
+    """The task that `data.source` serves; every source but the image sets is text."""
+    return "image_classification" if config.source == digits.NAME else "causal_lm"
+
+
+def check_task(task: Task, config: DataConfig, images: ImageInput | None = None) -> None:
+    """Refuse data that the foundation cannot read; nothing is opened for it.
+
+    Args:
+        task: what the foundation is.
+        images: where known, what it takes; compared with the source's images.
+
+    Raises:
+        UserError: text for an image classifier, images for a language model, images of another size or with other
+            classes, or settings that only text has.
+    """
+    source = f"data.source: {config.source}"
+    if task == "causal_lm" and source_task(config) != task:
+        raise UserError(
+            f"{source}: labelled images, and the foundation is a causal language model; "
+            "use foundation.preset=tiny-vit or a text source"
+        )
+    if task == "causal_lm":
+        return
+    if source_task(config) != task:
+        raise UserError(
+            f"{source}: plain text, and the foundation is an image classifier, which needs labelled images; "
+            f"use data.source={digits.NAME} or a language model"
+        )
+    _refuse_text_settings(config)
+    if images is not None and (images.shape, images.classes) != (digits.SHAPE, digits.CLASSES):
+        raise UserError(
+            f"{source}: images [channels, height, width] {list(digits.SHAPE)} in {digits.CLASSES} classes, and the "
+            f"foundation takes {list(images.shape)} in {images.classes}; use foundation.preset=tiny-vit or a model of this size"
+        )
+
+
+def _refuse_text_settings(config: DataConfig) -> None:
+    """An image set has its labels, and nothing to tokenise: whoever sets these expects something that will not happen."""
+    plain = DataConfig()
+    for name in ("template", "columns", "label_names"):
+        if (value := getattr(config, name)) != getattr(plain, name):
+            raise UserError(f"data.{name}: {value}: for text only, and data.source is '{config.source}'; drop the key")
+    column = config.partition.column
+    if column not in (None, digits.LABEL):
+        raise UserError(
+            f"data.partition.column: {column}: no such column; data.source={config.source} has '{digits.LABEL}' only; "
+            "drop the key"
+        )
