@@ -1,0 +1,116 @@
+"""Aggregate: figures over seeds: means with their spread, and comparisons of two methods that are paired by seed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmoe_ds.compare.record import FIGURES, Figures, Record
+
+FOUNDATION = "foundation"
+# Whether more of it is better; floating-point operations are a cost that the budget sets, so no method is best at them.
+HIGHER_IS_BETTER = {"perplexity": False, "clients_perplexity": False, "accuracy": True, "clients_accuracy": True}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values by seed. `std` is the sample standard deviation, None for a single seed."""
+
+    values: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values.values()) / len(self.values)
+
+    @property
+    def std(self) -> float | None:
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values.values()) if math.isfinite(self.mean) else math.nan
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method (or the foundation) at one tier; a figure that no run recorded is absent."""
+
+    label: str
+    figures: Mapping[str, Spread]
+    seeds: int
+
+
+class Comparison:
+    """All finished runs of a study.
+
+    Args:
+        labels: the methods in the order of --methods; one without a finished run has no lines.
+        seeds: how many seeds the study asks for.
+    """
+
+    def __init__(self, labels: Sequence[str], seeds: int, records: Sequence[Record]) -> None:
+        self.labels, self.seeds, self.records = list(labels), seeds, list(records)
+        self.tiers = sorted({tier for record in records for tier in record.after}, reverse=True)
+
+    def lines(self, tier: int) -> list[Line]:
+        """The foundation first, then the methods; the foundation of a seed is the same in all of its runs."""
+        first = {record.seed: record for record in reversed(self.records)}
+        base = {seed: record.before.get(tier, {}) for seed, record in first.items()}
+        lines = [Line(FOUNDATION, _spreads(base), len(base))]
+        for label in self.labels:
+            after = {record.seed: record.after.get(tier, {}) for record in self.records if record.label == label}
+            if after:
+                lines.append(Line(label, _spreads(after), len(after)))
+        return lines
+
+    def best(self, tier: int, figure: str) -> set[str]:
+        """The methods with the best mean; empty for a cost, or when fewer than two methods have all seeds."""
+        if figure not in HIGHER_IS_BETTER:
+            return set()
+        complete = [line for line in self.lines(tier)[1:] if line.seeds == self.seeds]
+        means = {line.label: line.figures[figure].mean for line in complete if figure in line.figures}
+        means = {label: mean for label, mean in means.items() if math.isfinite(mean)}
+        if len(means) < 2:
+            return set()
+        top = max(means.values()) if HIGHER_IS_BETTER[figure] else min(means.values())
+        return {label for label, mean in means.items() if mean == top}
+
+    def log_ratio(self, left: str, right: str, tier: int, figure: str) -> Spread | None:
+        """log(left / right) by seed, over the seeds that both have; None without one, or where a value is not positive.
+
+        Foundation and data differ between seeds and are shared within one, so only pairs of one seed tell methods apart.
+        """
+        sides = [
+            {record.seed: record.after[tier][figure] for record in self.records if _holds(record, label, tier, figure)}
+            for label in (left, right)
+        ]
+        seeds = sorted(set(sides[0]) & set(sides[1]))
+        if not seeds or any(not 0 < side[seed] < math.inf for side in sides for seed in seeds):
+            return None
+        return Spread({seed: math.log(sides[0][seed] / sides[1][seed]) for seed in seeds})
+
+    def order(self, tier: int, figure: str = "perplexity") -> list[tuple[str, str]]:
+        """Methods with finite means, lowest first, each with the sign to its predecessor: `<`, or `≈` within the spread."""
+        lines = [line for line in self.lines(tier)[1:] if figure in line.figures and math.isfinite(line.figures[figure].mean)]
+        lines.sort(key=lambda line: line.figures[figure].mean)
+        signs = [""]
+        for before, after in itertools.pairwise(lines):
+            difference = self.log_ratio(before.label, after.label, tier, figure)
+            signs.append("<" if difference is not None and is_clear(difference) else "≈")
+        return [(sign, line.label) for sign, line in zip(signs[: len(lines)], lines, strict=True)]
+
+
+def is_clear(difference: Spread) -> bool:
+    """Whether a difference exceeds its own spread over seeds; a single seed has none and counts as it is."""
+    return abs(difference.mean) > (difference.std or 0.0)
+
+
+def _holds(record: Record, label: str, tier: int, figure: str) -> bool:
+    return record.label == label and figure in record.after.get(tier, {})
+
+
+def _spreads(by_seed: Mapping[int, Figures]) -> dict[str, Spread]:
+    """Turn figures by seed into spreads by figure."""
+    found = {figure: {seed: values[figure] for seed, values in by_seed.items() if figure in values} for figure in FIGURES}
+    return {figure: Spread(dict(sorted(values.items()))) for figure, values in found.items() if values}

@@ -1,0 +1,90 @@
+"""Table: the results of a comparison as Markdown whose columns line up, so that it reads as plain text too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from fedmoe_ds.compare.aggregate import FOUNDATION, Comparison, Line, Spread
+from fedmoe_ds.compare.verdict import Verdict
+from fedmoe_ds.report import formats
+
+MISSING = "-"
+_NAMES = {"perplexity": "perplexity", "clients_perplexity": "clients' perplexity", "accuracy": "accuracy", "flops": "TFLOP"}
+_HEAD = ("method", "perplexity", "clients' hold-outs", "accuracy", "TFLOP", "of {first}")
+
+
+def tier_table(comparison: Comparison, tier: int) -> str:
+    """Foundation and methods at one tier: mean ± sample standard deviation over seeds, the best mean in bold.
+
+    Perplexity and accuracy are those of the global hold-out, TFLOP those of one client in one round, forward and backward
+    (without a spread: it is a count, and what it varies with is the clients' data).
+    """
+    lines = comparison.lines(tier)
+    costs = {line.label: line.figures["flops"].mean for line in lines if "flops" in line.figures}
+    reference = costs.get(comparison.labels[0])
+
+    def row(line: Line) -> list[str]:
+        complete = line.seeds == comparison.seeds
+        name = line.label if complete else f"{line.label} ({line.seeds} of {comparison.seeds} seeds)"
+        cost = costs.get(line.label)
+        share = f"{100 * cost / reference:.0f} %" if cost is not None and reference else MISSING
+        cells = [
+            _cell(comparison, line, tier, "perplexity", number),
+            _cell(comparison, line, tier, "clients_perplexity", number),
+            _cell(comparison, line, tier, "accuracy", lambda value: f"{100 * value:.2f} %"),
+            MISSING if cost is None else formats.number(cost / 1e12),
+        ]
+        return [name, *cells, share]
+
+    head = [text.format(first=comparison.labels[0]) for text in _HEAD]
+    return markdown(head, [row(line) for line in lines])
+
+
+def _cell(comparison: Comparison, line: Line, tier: int, figure: str, form: Callable[[float], str]) -> str:
+    spread = line.figures.get(figure)
+    if spread is None:
+        return MISSING
+    text = with_spread(spread, form)
+    return f"**{text}**" if line.label != FOUNDATION and line.label in comparison.best(tier, figure) else text
+
+
+def with_spread(spread: Spread, form: Callable[[float], str]) -> str:
+    """mean ± sample standard deviation; a single seed has no spread."""
+    if not math.isfinite(spread.mean):
+        return "not finite"
+    return form(spread.mean) if spread.std is None else f"{form(spread.mean)} ± {form(spread.std)}"
+
+
+def number(value: float) -> str:
+    """Two decimals, two digits where those would show little."""
+    return "0" if value == 0 else f"{value:.2f}" if abs(value) >= 0.095 else f"{value:.2g}"
+
+
+def verdict_table(verdicts: Sequence[Verdict], sources: bool = True) -> str:
+    """Published orderings and what became of them; the difference is log(left / right) in percent."""
+    rows = []
+    for verdict in verdicts:
+        expected = verdict.expectation
+        claim = f"{expected.claim}, {_NAMES[expected.metric]}"
+        if expected.more_than_at is not None:
+            claim += f", more clearly than at k={expected.more_than_at}"
+        single = verdict.difference is not None and len(verdict.difference.values) == 1
+        row = [claim, verdict.answer + (" (one seed)" if single else ""), expected.source, str(verdict.tier)]
+        row.append(MISSING if verdict.difference is None else with_spread(verdict.difference, lambda v: f"{number(100 * v)} %"))
+        rows.append(row if sources else [*row[:2], *row[3:]])
+    head = ["expected", "verdict", *(["source"] if sources else []), "top-k", "left against right"]
+    return markdown(head, rows, text_columns=len(head) - 2)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table, padded; the first columns are text on the left, the others numbers on the right."""
+    cells = [[text.replace("|", "\\|") for text in row] for row in (head, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(head))]
+    rule = ["-" * width if column < text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+
+    def padded(row: Sequence[str]) -> str:
+        sized = enumerate(zip(row, widths, strict=True))
+        return " | ".join(text.ljust(width) if column < text_columns else text.rjust(width) for column, (text, width) in sized)
+
+    return "\n".join(f"| {padded(row)} |" for row in (cells[0], rule, *cells[1:]))

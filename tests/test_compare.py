@@ -1,0 +1,444 @@
+"""Studies: what is run and what is left alone, the figures over seeds, verdicts, the report, and mistakes as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from launching import REPOSITORY, SCRIPT, changed, read_events
+
+from fedmoe_ds.compare import Request, compare
+from fedmoe_ds.compare.aggregate import Comparison, Spread
+from fedmoe_ds.compare.protocol import Expectation, read_protocol
+from fedmoe_ds.compare.record import Record, check_same_ground, read_record
+from fedmoe_ds.compare.runner import Runner, locked
+from fedmoe_ds.compare.study import Run, check_saved, plan_runs
+from fedmoe_ds.compare.table import markdown, number, tier_table, with_spread
+from fedmoe_ds.compare.variant import parse_variants
+from fedmoe_ds.compare.verdict import judge
+from fedmoe_ds.config import dump_config, load_config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.report import MetricsLog
+
+NOWHERE = Path("no-such-script.py")
+STUDY = """
+methods:
+  flame-t0: {name: flame, set: {method.temperature: 0.0}}
+  flame-wide: {name: flame, take: [adapters.rank]}
+expectations:
+  - {claim: flame < flame-t0, tiers: [2, 1], source: a paper}
+"""
+
+
+@pytest.fixture
+def request_(nano: dict[str, Any], tmp_path: Path) -> Request:
+    """Two labels, two seeds, on the nano federation, everything in tmp_path."""
+    (tmp_path / "base.yaml").write_text(json.dumps({key: value for key, value in nano.items() if key != "name"}))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return Request("flame,flame-t0", 2, tmp_path / "base.yaml", tmp_path / "study.yaml", tmp_path / "runs", jobs=2)
+
+
+def plan(request: Request) -> list[Run]:
+    protocol = read_protocol(request.study)
+    variants = parse_variants(request.methods, protocol, request.study.parent / "methods")
+    return plan_runs(request.config, variants, request.seeds, request.output, request.overrides)
+
+
+def record_run(run: Run, perplexity: float | None, *, flops: float | None = None, end: int = 2, **facts: Any) -> None:
+    """Write what a run leaves behind: `perplexity` at tier 2, twice that at tier 1, foundation 50 everywhere."""
+    with MetricsLog(run.folder / "metrics.jsonl") as log:
+        log.write("run", foundation="f0", versions={"torch": "2.13"}, **facts)
+        log.write("data", clients=[{"name": "a", "samples": 3, "sequences": 2, "tokens": 9, "top_k": 2}], distribution={})
+        for round_ in (0, 2):
+            for tier in (2, 1):
+                value = 50.0 if round_ == 0 else None if perplexity is None else perplexity * (3 - tier)
+                for split in ("global", "clients"):
+                    scores = {"perplexity": value, "accuracy": 0.25 if round_ else 0.125}
+                    log.write("eval", round=round_, tier=tier, split=split, tokens=64, **scores)
+        for client, tier in (("a", 2), ("b", 2), ("c", 1)):
+            spent = {} if flops is None else {"flops": flops * tier * (2 if client == "b" else 1)}
+            log.write("client", round=1, client=client, top_k=tier, **spent)
+        log.write("end", rounds=end, digest="ab" * 32)
+    (run.folder / "config.yaml").write_text(dump_config(run.config))
+
+
+def no_note(text: str) -> None:
+    """Takes lines that a test does not look at."""
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def start(request: Request, script: Path = NOWHERE, note: Callable[[str], None] = no_note) -> tuple[int, str]:
+    return compare(request, script, environment(), note)
+
+
+def comparison_of(by_label: dict[str, Sequence[float | None]], seeds: int | None = None, **facts: Any) -> Comparison:
+    """Records with these perplexities by seed at tiers 2 (as given) and 1 (twice)."""
+    records = [
+        Record(label, seed, f"{label}-seed{seed}", "", {2: {"perplexity": 50.0}}, after(value), {"foundation": seed}, {})
+        for label, values in by_label.items()
+        for seed, value in enumerate(values)
+        if value is not None
+    ]
+    return Comparison(list(by_label), seeds or max(map(len, by_label.values())), records)
+
+
+def after(value: float) -> dict[int, dict[str, float]]:
+    return {2: {"perplexity": value}, 1: {"perplexity": 2 * value}}
+
+
+def test_a_run_takes_base_own_keys_overrides_and_entry_in_this_order(request_: Request) -> None:
+    own = request_.study.parent / "methods"
+    own.mkdir()
+    (own / "flame.yaml").write_text("adapters: {rank: 2}\nlocal: {lr: 9.0}\nmethod: {name: flame, temperature: 3.0}\n")
+    methods = "flame,flame-t0,flame-wide,flame:local.lr=0.5+method.rescaler=none"
+    runs = {run.name: run.config for run in plan(replace(request_, methods=methods, seeds=1, overrides=["local.lr=0.25"]))}
+    inline = "flame-lr-0.5-rescaler-none-seed0"
+    assert list(runs) == ["flame-seed0", "flame-t0-seed0", "flame-wide-seed0", inline]
+    assert [config.local.lr for config in runs.values()] == [0.25, 0.25, 0.25, 0.5], "the file's own lr is not a method key"
+    assert [config.adapters.rank for config in runs.values()] == [4, 4, 2, 4], "only `take` brings the file's rank in"
+    own_keys = [config.method.model_dump() for config in runs.values()]
+    assert [keys["temperature"] for keys in own_keys] == [3.0, 0.0, 3.0, 3.0]
+    assert [keys["rescaler"] for keys in own_keys] == ["learnable"] * 3 + ["none"]
+    assert all(config.output == str(request_.output) for config in runs.values())
+
+
+def test_the_runs_of_a_seed_differ_in_their_method_only(request_: Request) -> None:
+    first, second = (run.config.model_dump(exclude={"name", "method"}) for run in plan(request_) if run.seed == 1)
+    assert first == second and first["seed"] == 1
+
+
+def test_finished_runs_are_not_started_again(request_: Request) -> None:
+    for place, run in enumerate(plan(request_)):
+        record_run(run, 30.0 + place)
+    notes: list[str] = []
+    code, text = start(request_, note=notes.append)
+    assert code == 0 and notes == ["4 of 4 runs are finished already"]
+    assert text.splitlines()[-1] == f"report: {request_.output / 'comparison.md'}"
+    assert not list(request_.output.glob("*.log")), "no command was started"
+
+
+def test_only_what_is_missing_is_started_and_its_failure_leaves_the_rest(request_: Request) -> None:
+    runs = plan(request_)
+    for run in runs[:2]:
+        record_run(run, 30.0)
+    record_run(runs[2], 30.0, end=1)  # asked to stop after its first round
+    script = request_.output.parent / "command.py"
+    script.write_text("import sys\nsys.exit('error: a: b: c' if 'seed0' in sys.argv[2] else sys.argv[1:])\n")
+    notes: list[str] = []
+    code, _ = start(request_, script, notes.append)
+    assert code == 1 and sorted(path.name for path in request_.output.glob("*.log")) == [
+        "flame-t0-seed0.log",
+        "flame-t0-seed1.log",
+    ]
+    assert any(note.startswith("flame-t0-seed0: failed: a: b: c") for note in notes), notes
+    report = (request_.output / "comparison.md").read_text()
+    assert "2 of 4 runs are finished." in report and "| flame-t0-seed0 | a: b: c" in report
+    command = f"['--config', '{runs[3].folder}.yaml', '--resume', 'auto']"
+    assert (request_.output / "flame-t0-seed1.log").read_text().strip() == command
+    assert load_config(Path(f"{runs[3].folder}.yaml")) == runs[3].config
+
+
+def test_exit_code_tells_the_users_mistakes_from_other_failures(request_: Request) -> None:
+    script = request_.output.parent / "command.py"
+    script.write_text("import sys\nsys.stderr.write('error: data.source: x: no such file\\n')\nsys.exit(2)\n")
+    assert start(request_, script)[0] == 2
+    script.write_text("import os\nos.abort()\n")
+    assert start(request_, script)[0] == 1
+    assert "killed by SIGABRT" in (request_.output / "comparison.md").read_text()
+
+
+@contextlib.contextmanager
+def soon(number: signal.Signals, when: Callable[[], bool]) -> Any:
+    """Send this process a signal once a condition holds."""
+
+    def send() -> None:
+        deadline = time.monotonic() + 30
+        while not when() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    thread.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_runs_and_starts_no_other(request_: Request, number: signal.Signals) -> None:
+    """The command deafens itself at first, as a rank that still imports does, and must be asked again."""
+    script = request_.output.parent / "command.py"
+    script.write_text(
+        "import signal, sys, time, pathlib\n"
+        "mark = pathlib.Path(sys.argv[2] + '.mark')\n"
+        "mark.write_text('up')\n"
+        "time.sleep(0.5)\n"
+        "def stop(number, frame):\n    mark.write_text('saved')\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGUSR1, stop)\n"
+        "time.sleep(60)\n"
+    )
+    before = signal.getsignal(number)
+    marks = [Path(f"{run.folder}.yaml.mark") for run in plan(request_)]
+    with locked(request_.output) as lock, soon(number, lambda: marks[0].exists() and marks[1].exists()):
+        outcome = Runner(script, 2, 1, environment(), no_note).run(plan(request_), lock)
+    assert outcome.stopped == number.name and not outcome.failed
+    assert [mark.read_text() if mark.exists() else None for mark in marks] == ["saved", "saved", None, None]
+    assert signal.getsignal(number) is before
+
+
+def test_the_first_run_of_a_seed_goes_ahead_alone(request_: Request) -> None:
+    """It makes the foundation that the others find in the cache: with four jobs, two seeds start two runs."""
+    script = request_.output.parent / "command.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    started: list[str] = []
+
+    def two() -> bool:
+        time.sleep(0.5)  # long enough for a third to start
+        started[:] = sorted(path.name for path in request_.output.glob("*.log"))
+        return len(started) >= 2
+
+    def kill_soon() -> None:
+        while not two():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with locked(request_.output) as lock:
+        thread = threading.Thread(target=kill_soon)
+        thread.start()
+        outcome = Runner(script, 4, 1, environment(), no_note).run(plan(request_), lock)
+        thread.join()
+    assert outcome.stopped == "SIGTERM" and started == ["flame-seed0.log", "flame-seed1.log"]
+
+
+def test_a_folder_with_another_configuration_is_refused(request_: Request) -> None:
+    run = plan(request_)[0]
+    record_run(run, 30.0)
+    with pytest.raises(UserError, match=r"^local\.max_steps: 7: .*flame-seed0 was run with 3; set it back"):
+        start(replace(request_, overrides=["local.max_steps=7"]))
+    moved = request_.output.with_name("moved")
+    request_.output.rename(moved)
+    check_saved(plan(replace(request_, output=moved)))
+
+
+def test_runs_of_a_seed_with_another_foundation_or_data_are_refused(request_: Request) -> None:
+    runs = [run for run in plan(request_) if run.seed == 0]
+    for run in runs:
+        record_run(run, 30.0)
+    first, second = (read_record(run) for run in runs)
+    check_same_ground([first, second])
+    check_same_ground([first, replace(second, seed=1, ground={**second.ground, "foundation": "f1"})])
+    with pytest.raises(UserError, match=r'^foundation: "f1": flame-t0-seed0 differs from flame-seed0 \("f0"\)'):
+        check_same_ground([first, replace(second, ground={**second.ground, "foundation": "f1"})])
+    for key, other in (("clients", []), ("distribution", {"labels": ["x"]}), ("hold-outs", {"global k=2": 63})):
+        assert first.ground[key] != other
+        with pytest.raises(UserError, match=f"^{key}: "):
+            check_same_ground([first, replace(second, ground={**second.ground, key: other})])
+
+
+def test_mean_and_sample_deviation_over_seeds() -> None:
+    lines = {line.label: line for line in comparison_of({"a": [10.0, 12.0, 17.0], "b": [11.0]}, seeds=3).lines(2)}
+    spread = lines["a"].figures["perplexity"]
+    assert spread.mean == 13.0 and spread.std == pytest.approx(math.sqrt(13.0))
+    assert lines["b"].figures["perplexity"].std is None and lines["b"].seeds == 1
+    assert lines["foundation"].figures["perplexity"].values == {0: 50.0, 1: 50.0, 2: 50.0}
+
+
+def test_flops_are_means_over_a_tiers_clients_and_absent_in_older_runs(request_: Request) -> None:
+    new, old = plan(request_)[:2]
+    record_run(new, 30.0, flops=2.0e12)
+    record_run(old, 30.0)
+    assert read_record(new).after[2]["flops"] == 6.0e12 and read_record(new).after[1]["flops"] == 2.0e12
+    assert "flops" not in read_record(old).after[2]
+
+
+def test_a_figure_that_was_not_finite_is_said_to_be(request_: Request) -> None:
+    run = plan(request_)[0]
+    record_run(run, None)
+    comparison = Comparison(["flame"], 1, [read_record(run)])
+    assert "| not finite |" in tier_table(comparison, 2).splitlines()[-1]
+    assert comparison.order(2) == []
+
+
+def test_methods_are_told_apart_by_pairs_of_one_seed() -> None:
+    """The tasks of the seeds differ by far more than the methods do, and yet a is better in every one of them."""
+    comparison = comparison_of({"b": [10.2, 20.4, 41.0], "a": [10.0, 20.0, 40.0], "c": [10.1, 19.9, 40.3]})
+    assert comparison.order(2) == [("", "a"), ("≈", "c"), ("<", "b")]
+    ratio = comparison.log_ratio("a", "b", 2, "perplexity")
+    assert ratio is not None and ratio.mean == pytest.approx(-(2 * math.log(1.02) + math.log(1.025)) / 3)
+    assert comparison.best(2, "perplexity") == {"a"} and comparison.best(2, "flops") == set()
+
+
+def test_only_methods_with_all_seeds_can_be_best() -> None:
+    comparison = comparison_of({"a": [10.0, None], "b": [11.0, 12.0], "c": [12.0, 13.0]})
+    assert comparison.best(2, "perplexity") == {"b"}
+    assert "| a (1 of 2 seeds) |" in tier_table(comparison, 2)
+    ratio = comparison.log_ratio("a", "b", 2, "perplexity")
+    assert ratio is not None and list(ratio.values) == [0], "only the seed that both have"
+
+
+def expectation(claim: str, tiers: list[int], **more: Any) -> Expectation:
+    return Expectation(claim=claim, tiers=tiers, source="a paper", **more)
+
+
+def test_verdicts() -> None:
+    comparison = comparison_of({"a": [10.0, 20.0], "b": [11.0, 22.5], "c": [10.5, 19.5]})
+    asked = [expectation(claim, [2]) for claim in ("a < b", "b < a", "a < c", "a < missing")]
+    verdicts = judge(asked, comparison)
+    assert [verdict.answer for verdict in verdicts] == ["held", "did not hold", "within spread", "not tested"]
+    assert judge([expectation("a < b", [8])], comparison)[0].answer == "not tested"
+    single = judge([expectation("a < b", [2, 1])], comparison_of({"a": [10.0], "b": [11.0]}))
+    assert [verdict.answer for verdict in single] == ["held", "held"]
+
+
+def test_an_expectation_may_compare_how_clear_an_order_is_at_two_tiers() -> None:
+    records = [
+        Record(label, seed, f"{label}{seed}", "", {}, {2: {"perplexity": high}, 1: {"perplexity": low}}, {}, {})
+        for label, high, low in (("a", 10.0, 20.0), ("b", 11.0, 30.0))
+        for seed in range(2)
+    ]
+    comparison = Comparison(["a", "b"], 2, records)
+    up, down = judge([expectation("a < b", [1], more_than_at=2), expectation("a < b", [2], more_than_at=1)], comparison)
+    assert (up.answer, down.answer) == ("held", "did not hold")
+    assert up.difference is not None and up.difference.mean == pytest.approx(math.log(20 / 30) - math.log(10 / 11))
+
+
+def test_tables_mark_the_best_and_line_up(request_: Request) -> None:
+    for place, run in enumerate(plan(request_)):
+        record_run(run, 30.0 + place, flops=(1 + place // 2) * 1e12)
+    records = [read_record(run) for run in plan(request_)]
+    head, _, *rows = tier_table(Comparison(["flame", "flame-t0"], 2, records), 2).splitlines()
+    assert len({len(line) for line in (head, *rows)}) == 1
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["foundation", "flame", "flame-t0"]
+    assert cells[0][1:] == ["50.00 ± 0", "50.00 ± 0", "12.50 % ± 0.00 %", "-", "-"]
+    assert cells[1][1] == "**30.50 ± 0.71**" and cells[2][1] == "32.50 ± 0.71"
+    assert [row[4:] for row in cells[1:]] == [["3.00", "100 %"], ["6.00", "200 %"]]
+
+
+def test_numbers_and_cells() -> None:
+    assert [number(value) for value in (0.0, 1234.5, 0.1, 0.0123, -0.004)] == ["0", "1234.50", "0.10", "0.012", "-0.004"]
+    assert with_spread(Spread({0: 2.0}), number) == "2.00"
+    assert markdown(["a", "b"], [["x|y", "1"]]).splitlines()[-1] == "| x\\|y |   1 |"
+
+
+def test_the_report_holds_text_picture_and_numbers(request_: Request) -> None:
+    for place, run in enumerate(plan(request_)):
+        record_run(run, [30.0, 31.0, 33.0, 34.5][place], flops=1e12)
+    copy = request_.output.parent / "docs.md"
+    code, _ = start(replace(request_, report=copy))
+    report = (request_.output / "comparison.md").read_text()
+    assert code == 0 and copy.read_text() == report.replace("(comparison.svg)", "(docs.svg)")
+    assert str(Path.home()) not in report.replace(str(request_.config.parent), "") and "| held    | a paper |" in report
+    assert "Lowest perplexity first: flame < flame-t0" in report and "Versions: torch 2.13." in report
+    picture = ElementTree.fromstring((request_.output / "comparison.svg").read_text())
+    words = [element.text or "" for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert words.count("flame-t0") == 2 and "33.75 ± 1.06" in words and "foundation 50.00 ± 0" in words
+    assert copy.with_suffix(".svg").read_text() == (request_.output / "comparison.svg").read_text()
+    numbers = json.loads((request_.output / "comparison.json").read_text())
+    assert [run["after"]["2"]["perplexity"] for run in numbers["runs"]] == [30.0, 31.0, 33.0, 34.5]
+    line = numbers["tiers"][0]["lines"][1]
+    assert line["label"] == "flame" and line["perplexity"]["by_seed"] == {"0": 30.0, "1": 31.0}
+    assert [verdict["verdict"] for verdict in numbers["expectations"]] == ["held", "held"]
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown method": ({"methods": "flame,flam"}, r"^method\.name: flam: .*did you mean 'flame'"),
+    "no method": ({"methods": ""}, "^--methods: empty: lists no method"),
+    "no seeds": ({"seeds": 0}, "^--seeds: 0: there is nothing to run"),
+    "no jobs": ({"jobs": 0}, "^--jobs: 0: must be"),
+    "no ranks": ({"ranks": 0}, "^--ranks: 0: must be"),
+    "label twice": ({"methods": "flame,flame-t0,flame"}, "^--methods: flame: listed twice"),
+    "entry without value": ({"methods": "flame:method.temperature"}, "^--methods: .*'method.temperature' is no key=value"),
+    "key of another method": ({"methods": "fedit", "overrides": ["method.temperature=1"]}, r"^method\.temperature: unknown"),
+    "the study's own key": ({"overrides": ["seed=4"]}, "^override: seed: is decided by --seeds"),
+    "unknown key": ({"overrides": ["local.lrr=4"]}, r"^local\.lrr: unknown key"),
+    "nothing to take from": ({"methods": "flame-wide"}, r"^--study: adapters\.rank: is to be taken from .*flame\.yaml"),
+    "no base": ({"config": Path("nowhere.yaml")}, "^config: nowhere.yaml: no such file"),
+    "no study": ({"study": Path("nowhere.yaml")}, "^--study: nowhere.yaml: cannot be read"),
+    "output is a file": ({"output": Path(__file__)}, "^--output: .*cannot be written"),
+    "report elsewhere": ({"report": Path("nowhere/x.md")}, "^--report: nowhere/x.md: cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(request_: Request, name: str) -> None:
+    changes, message = MISTAKES[name]
+    with pytest.raises(UserError, match=message) as caught:
+        start(replace(request_, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methodz: {}", r"study\.yaml: methodz: unknown key; did you mean 'methods'"),
+        ("expectations: [{claim: a > b, tiers: [1], source: x}]", r"expectations\.0\.claim: a > b: is no ordering"),
+        ("expectations: [{claim: a < b, tiers: [1]}]", r"expectations\.0\.source: missing"),
+        ("- 1", "study"),
+    ],
+)
+def test_mistakes_in_a_study_file_name_the_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_protocol(tmp_path / "study.yaml")
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UserError, match=r"^--output: .*a study, or a run it left behind"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_the_shipped_study_is_sound() -> None:
+    configs = REPOSITORY / "configs"
+    protocol = read_protocol(configs / "compare-study.yaml")
+    base = load_config(configs / "compare.yaml")
+    tiers = {tier.top_k for tier in base.federation.tiers or []}
+    assert tiers == {8, 4, 2, 1} and all(set(entry.tiers) <= tiers for entry in protocol.expectations)
+    labels = [label for label, entry in protocol.methods.items() if entry.name == "flame"]
+    variants = parse_variants(",".join(["flame", *labels]), protocol, configs / "methods")
+    runs = plan_runs(configs / "compare.yaml", variants, 1, Path("runs"), [])
+    methods = {run.label: run.config.method.model_dump() for run in runs}
+    assert methods["flame-t0"]["temperature"] == 0.0 and methods["flame-static"]["rescaler"] == "static"
+
+
+@pytest.mark.timeout(300)
+def test_the_real_command(nano: dict[str, Any], request_: Request) -> None:
+    """Two methods, one seed: trained by launch/train.py, on one foundation and the same data; a second start trains nothing."""
+    tree = changed(nano, federation={"rounds": 1}, local={"max_steps": 1})
+    request_.config.write_text(json.dumps({key: value for key, value in tree.items() if key != "name"}))
+    request = replace(request_, seeds=1)
+    notes: list[str] = []
+    code, _ = start(request, SCRIPT, notes.append)
+    logs = "".join(path.read_text() for path in request.output.glob("*.log"))
+    assert code == 0, logs
+    assert [note.split(":")[0] for note in notes] == ["[1/2] flame-seed0", "[2/2] flame-t0-seed0"]
+    runs = plan(request)
+    facts = [read_events(run.folder, "run")[0] for run in runs]
+    assert facts[0]["foundation"] == facts[1]["foundation"] and [fact["method"] for fact in facts] == ["flame", "flame"]
+    numbers = json.loads((request.output / "comparison.json").read_text())
+    assert len({run["digest"] for run in numbers["runs"]}) == 2, "temperature 0 gives other adapters"
+    for run, found in zip(runs, numbers["runs"], strict=True):
+        scores = {
+            e["tier"]: e["perplexity"] for e in read_events(run.folder, "eval") if (e["round"], e["split"]) == (1, "global")
+        }
+        assert {int(tier): figures["perplexity"] for tier, figures in found["after"].items()} == scores
+        spent = [e["flops"] for e in read_events(run.folder, "client") if e["top_k"] == 4]
+        assert found["after"]["4"]["flops"] == pytest.approx(sum(spent) / len(spent))
+    assert start(request)[0] == 0, "everything is finished, so the missing script is not missed"
