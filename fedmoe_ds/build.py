@@ -6,50 +6,74 @@ First what needs nothing (method, layout), then the foundation, the data, the ti
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedmoe_ds import state as states
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
-from fedmoe_ds.aggregation.statistics import Statistics
-from fedmoe_ds.clients.client import Client, make_clients, resolve_tiers
-from fedmoe_ds.clients.schedule import CostModel, home_clients, participant_count
-from fedmoe_ds.clients.wave import ClientRules, WaveTrainer
+from fedmoe_ds.aggregation.sums import RoundSums
+from fedmoe_ds.clients.client import Capacity, Client, make_clients, resolve_tiers
+from fedmoe_ds.clients.drift import FedProx, Scaffold, control_block, shared_blocks
+from fedmoe_ds.clients.pooled import PooledData, pooled_client
+from fedmoe_ds.clients.schedule import CostModel, home_clients, participant_count, participants
+from fedmoe_ds.clients.wave import ClientRules, TrainingData, WaveTrainer
 from fedmoe_ds.config import Config, dump_config
-from fedmoe_ds.data import FederatedData
+from fedmoe_ds.data import FederatedData, ImageInput, check_task
 from fedmoe_ds.data import prepare as prepare_data
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Evaluator
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.foundation import Foundation, load_foundation, resolve_foundation
+from fedmoe_ds.experts.places import Places, adapter_places, hosted_places
+from fedmoe_ds.foundation import (
+    FeedForwardSite,
+    Foundation,
+    HostedLayer,
+    load_foundation,
+    planned_sparse,
+    planned_task,
+    resolve_foundation,
+)
 from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.size import model_size
-from fedmoe_ds.methods import Method, load_method, with_defaults
+from fedmoe_ds.methods import Facts, Method, Situation, method_for, with_defaults
+from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import Progress
 from fedmoe_ds.runtime import Runtime
+from fedmoe_ds.server import BASE, CONTROL, Server
 from fedmoe_ds.stop import StopRequest
 from fedmoe_ds.topology import Topology
 
 
 @dataclass
 class Parts:
-    """Everything a `Federation` works with, on one rank."""
+    """Everything a `Federation` works with, on one rank.
+
+    `training_clients` and `training_data` are those that rounds train: the federation's own, or one client with all data where
+    the method pools them.
+    """
 
     config: Config
     runtime: Runtime
     topology: Topology
     method: Method
     foundation: Foundation
+    places: Places
     data: FederatedData
+    training_data: TrainingData
     clients: list[Client]
+    training_clients: list[Client]
     tiers: list[int]
     blocks: list[BlockSpec]
     execution: Execution
     trainer: WaveTrainer
     evaluator: Evaluator
+    server: Server
     state: states.State
     cost: CostModel
     identity: dict[str, Any]
@@ -58,20 +82,38 @@ class Parts:
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
-    def total_samples(self) -> int:
-        return sum(client.samples for client in self.clients)
-
-    @property
     def local_experts(self) -> int:
-        return len(self.foundation.layers[0].experts)
+        return len(self.places.held)
 
     @property
     def first_expert(self) -> int:
-        return self.foundation.layers[0].experts.start
+        return self.places.held.start
 
-    def new_statistics(self) -> Statistics:
+    @property
+    def counts_shape(self) -> tuple[int, int]:
+        """(layers, experts) of everything that is counted per expert."""
+        return len(self.places.layers), self.places.num_experts
+
+    def participants(self, round_index: int) -> list[Client]:
+        """The clients of a round, in canonical order."""
+        federation = self.config.federation
+        if self.method.pooled:
+            return self.training_clients
+        return participants(self.clients, federation.participation, self.config.seed, round_index, federation.sampling)
+
+    def new_sums(self, round_index: int = 1) -> RoundSums:
         """Empty sums for one round."""
-        return Statistics(self.blocks, self.local_experts, not self.execution.pool.merge, self.runtime.device)
+        return self.server.new_sums(len(self.participants(round_index)), self.runtime.device)
+
+    def result_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What the run has learnt, by canonical name (this rank's part): global adapters, merged weights, personal models."""
+        for bank in (self.state.adapters, self.state.server.get(BASE)):
+            if bank is not None:
+                yield from ((key, value) for key, _, value in bank.items(self.first_expert))
+        if self.method.personal_models:
+            for key, spec, value in self.state.personal.items(self.first_expert):
+                if spec.trained:
+                    yield f"personal.{key}", value
 
 
 def is_bitwise(config: Config, runtime: Runtime) -> bool:
@@ -82,14 +124,61 @@ def is_bitwise(config: Config, runtime: Runtime) -> bool:
 
 def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Parts:
     """Load everything. Raises UserError, the same one on every rank, for whatever the user can fix."""
-    method = load_method(config.method)
+    method = method_for(config)
     config = with_defaults(config, method)
+    check_plan(config)
     foundation = load_shared_foundation(config, runtime, topology, progress)
-    method.check(foundation.top_k, bool(foundation.layers[0].module.router.route_norm))
+    check_task(foundation.task, config.data, foundation.images)
+    places = find_places(config, foundation.layers, foundation.sites, topology.shard)
+    full = Capacity(places.top_k, config.adapters.rank, places.num_experts)
+    method.facts = facts_of(config, places)
+    method.check(method.facts)
     data = load_shared_data(config, runtime, foundation)
-    tiers = resolve_tiers(config.federation, foundation.top_k)
+    tiers = resolve_tiers(config.federation, full, method.spends)
     clients = make_clients(data, config.federation, tiers, config.seed)
-    return _assemble(config, runtime, topology, method, foundation, data, clients)
+    return _assemble(config, runtime, topology, method, foundation, places, data, clients)
+
+
+def facts_of(config: Config, places: Places) -> Facts:
+    """What methods may ask about the model."""
+    return Facts(places.top_k, places.num_experts, config.adapters.rank, config.seed, places.renormalised, tuple(places.layers))
+
+
+def check_plan(config: Config) -> None:
+    """Whether foundation, data and adapters go together, as far as that is known before anything is loaded."""
+    task = planned_task(config.foundation)
+    if task is not None:
+        check_task(task, config.data)
+    sparse = planned_sparse(config.foundation)
+    if sparse is not None:
+        check_adapters(config, sparse)
+
+
+def check_adapters(config: Config, sparse: bool) -> None:
+    """Adapter experts stand beside dense models and nowhere else. Raises UserError."""
+    named = config.foundation.path or config.foundation.preset
+    if sparse and config.adapters.moe is not None:
+        raise UserError(
+            f"adapters.moe: {named} has experts of its own; drop the section, or use a dense foundation (tiny-llama)"
+        )
+    if not sparse and config.adapters.moe is None:
+        raise UserError(
+            f"foundation: {named}: method {config.method.name} needs a mixture of experts and this model is dense; use "
+            "a sparse one (tiny-olmoe), or put adapter experts beside it with an adapters.moe section (method fft-moe)"
+        )
+
+
+def find_places(config: Config, layers: list[HostedLayer], sites: list[FeedForwardSite], shard: int) -> Places:
+    """Where the experts of a run are. Raises UserError when the model and `adapters.moe` do not go together."""
+    check_adapters(config, bool(layers))
+    if config.adapters.moe is None:
+        return hosted_places(layers)
+    return adapter_places(sites, config.adapters.moe, config.topology.ep_size, shard)
+
+
+def positions(images: ImageInput | None) -> int:
+    """Token rows that the blocks see per target of one epoch, which is how data count: 1 for text."""
+    return 1 if images is None else images.positions
 
 
 def load_shared_foundation(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Foundation:
@@ -114,28 +203,31 @@ def _assemble(
     topology: Topology,
     method: Method,
     foundation: Foundation,
+    places: Places,
     data: FederatedData,
     clients: list[Client],
 ) -> Parts:
-    blocks = adapter_blocks(foundation.model, foundation.layers, config.adapters, method.rescaler)
-    execution = _execution(config, runtime, topology, method, foundation, blocks, len(clients))
+    blocks = method.blocks(adapter_blocks(foundation.model, places, config.adapters, method.rescaler))
+    training_data: TrainingData = PooledData(data) if method.pooled else data
+    training_clients = [pooled_client(clients, config.local)] if method.pooled else clients
+    execution = _execution(config, runtime, topology, method, places, blocks, len(training_clients))
     install(foundation, config.adapters, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
-    adapters = initial_bank(foundation, blocks, config.seed, foundation.layers[0].experts.start, runtime.device)
-    personal = states.initial_personal(blocks, [method.initial_rescaler(c, foundation.top_k) for c in clients])
+    adapters = initial_bank(foundation, blocks, config.seed, places.held, runtime.device)
+    personal = _personal(method, blocks, adapters, clients, config)
+    server = Server(config, method, blocks, foundation, places, clients, exact=is_bitwise(config, runtime))
+    state = states.State(0, adapters, personal, server.initial_state(runtime.device))
     trainer = WaveTrainer(
         foundation,
+        places.layers,
         execution,
         config.local,
         config.execution,
         topology.shard,
         config.seed,
         runtime.device,
-        ClientRules(
-            rescale=lambda client: method.fixed_rescale(client.top_k, foundation.top_k),
-            allowed=lambda client: method.allowed_experts(client, foundation.num_experts),
-        ),
+        client_rules(config, method, state),
     )
     tiers = sorted({client.top_k for client in clients}, reverse=True)
     evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, tiers, method, config.evaluation)
@@ -145,18 +237,60 @@ def _assemble(
         topology=topology,
         method=method,
         foundation=foundation,
+        places=places,
         data=data,
+        training_data=training_data,
         clients=clients,
+        training_clients=training_clients,
         tiers=tiers,
         blocks=blocks,
         execution=execution,
         trainer=trainer,
         evaluator=evaluator,
-        state=states.State(0, adapters, personal),
-        cost=CostModel.of(model_size(foundation.model, foundation.layers)),
+        server=server,
+        state=state,
+        cost=CostModel.of(model_size(foundation.model, foundation.layers), places, blocks, positions(foundation.images)),
         identity=identity(config, foundation, data),
         config_text=dump_config(config),
         checkpoints=Path(config.output) / config.name / "checkpoints",
+    )
+
+
+def _personal(method: Method, blocks: list[BlockSpec], adapters: Bank, clients: list[Client], config: Config) -> Personal:
+    """Personal blocks of the bank, the method's memory, and control variates."""
+    specs = [spec for spec in blocks if spec.personal] + method.memory(blocks)
+    if config.local.drift == "scaffold":
+        specs += [control_block(spec) for spec in shared_blocks(blocks)]
+
+    def initial(spec: BlockSpec, index: int) -> Tensor | float:
+        if spec.name not in adapters:
+            return method.initial(spec, clients[index]) or 0.0
+        value = method.initial(spec, clients[index])
+        return adapters.client(spec.name, 0).cpu() if value is None else value
+
+    return Personal(specs, adapters.experts, len(clients), initial)
+
+
+def client_rules(config: Config, method: Method, state: states.State) -> ClientRules:
+    """What the method and the correction of drift prescribe, bound to the state of the run."""
+
+    def situation(client: Client, round_index: int) -> Situation:
+        return Situation(round_index, state.personal.dense(client.index), state.utilisation_LE)
+
+    drift = {
+        "none": None,
+        "fedprox": FedProx(config.local.proximal),
+        "scaffold": Scaffold(state.server[CONTROL]) if config.local.drift == "scaffold" else None,
+    }[config.local.drift]
+    adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
+    return ClientRules(
+        assign=lambda client, round_index: method.assign(client, situation(client, round_index)),
+        watch=lambda client, assignment: method.watch(client, assignment, situation(client, state.round + 1)),
+        observes=method.observes,
+        adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
+        measure=method.measure,
+        remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
+        selective=method.selective,
     )
 
 
@@ -165,7 +299,7 @@ def _execution(
     runtime: Runtime,
     topology: Topology,
     method: Method,
-    foundation: Foundation,
+    places: Places,
     blocks: list[BlockSpec],
     clients: int,
 ) -> Execution:
@@ -175,15 +309,15 @@ def _execution(
             f"execution.threads: {config.execution.threads}: bitwise mode needs 1: threads cut a kernel's work in the middle "
             "of a row; use threads=1, or reproducible=fast"
         )
-    if bitwise and (foundation.hidden_size % 4 or foundation.layers[0].ffn_hidden_size % 4):
+    if bitwise and (places.width % 4 or places.ffn % 4):
         raise UserError(
-            f"execution.reproducible: bitwise: the model's widths {foundation.hidden_size} and "
-            f"{foundation.layers[0].ffn_hidden_size} must be multiples of 4 (rows must start on 16 bytes); use fast"
+            f"execution.reproducible: bitwise: the model's widths {places.width} and {places.ffn} must be multiples of 4 "
+            "(rows must start on 16 bytes); use fast"
         )
     drawn = participant_count(clients, config.federation.participation)
     home = home_clients(config.execution.clients_in_flight, drawn, layout.ep_size)
-    pool = Pool(topology.ep_group, layout.ep_size, foundation.num_experts, home, merge=not bitwise)
-    bank = Bank(blocks, foundation.num_experts // layout.ep_size, home, pool.wave_clients, runtime.device)
+    pool = Pool(topology.ep_group, layout.ep_size, places.num_experts, home, merge=not bitwise)
+    bank = Bank(blocks, places.num_experts // layout.ep_size, home, pool.wave_clients, runtime.device)
     scale = config.adapters.alpha / config.adapters.rank
     return Execution(bank, pool, scale, method.rescaler is not None, config.local.balance_loss, config.local.z_loss)
 
@@ -200,6 +334,6 @@ def enable_checkpointing(foundation: Foundation) -> None:
 def identity(config: Config, foundation: Foundation, data: FederatedData) -> dict[str, Any]:
     """What must agree for one run to continue another: everything that decides the result, and nothing that does not."""
     tree = json.loads(config.model_dump_json())
-    sections = {name: tree[name] for name in ("seed", "adapters", "local", "method")}
+    sections = {name: tree[name] for name in ("seed", "adapters", "local", "method", "server")}
     sections["federation"] = {key: value for key, value in tree["federation"].items() if key != "rounds"}
     return {"foundation": foundation.fingerprint, "data": data.fingerprint, **sections}

@@ -27,7 +27,7 @@ from torch import Tensor
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.runtime import Runtime
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _UNFINISHED = ".writing-"
 _FOLDER = re.compile(r"round-(\d{5})(-partial)?")
@@ -42,12 +42,14 @@ class Snapshot:
         identity: facts that must agree between the run that wrote it and the run that reads it.
         metrics_position: bytes of metrics.jsonl that belong to the saved state.
         partial: present when a round was interrupted: done clients and their reports.
+        utilisation: routed rows per (layer, expert) of the last finished round.
     """
 
     round: int
     identity: dict[str, Any]
     metrics_position: int
     partial: dict[str, Any] | None = None
+    utilisation: list[list[int]] | None = None
     files: dict[str, str] = field(default_factory=dict)
 
 
@@ -132,6 +134,7 @@ def _publish(working: Path, target: Path, snapshot: Snapshot, sums: dict[str, st
         "identity": snapshot.identity,
         "metrics_position": snapshot.metrics_position,
         "partial": snapshot.partial,
+        "utilisation": snapshot.utilisation,
         "files": sums,
     }
     (working / MANIFEST).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1, sort_keys=True))
@@ -219,7 +222,7 @@ def read_snapshot(path: Path) -> Snapshot:
         raise UserError(
             f"checkpoint: {path}: format {manifest['format']}: this version reads format {FORMAT}; use another run name"
         )
-    fields = ("round", "identity", "metrics_position", "partial", "files")
+    fields = ("round", "identity", "metrics_position", "partial", "utilisation", "files")
     return Snapshot(**{name: manifest[name] for name in fields})
 
 

@@ -1,18 +1,20 @@
-"""Digest: one sha256 over the global adapters, in canonical order of their names, whatever the topology."""
+"""Digest: one sha256 over what a run has learnt, in canonical order of the tensors' names, whatever the topology."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
-from fedmoe_ds.adapters.bank import Bank
+from torch import Tensor
+
 from fedmoe_ds.runtime import Runtime
 
 
-def global_digest(bank: Bank, runtime: Runtime, first_expert: int, ep_size: int) -> str:
-    """Hash every tensor where it lives, then hash the sorted (name, hash) list. Identical on every rank."""
+def global_digest(tensors: Iterable[tuple[str, Tensor]], runtime: Runtime, ep_size: int) -> str:
+    """Hash every (name, tensor) where it lives, then hash the sorted (name, hash) list. Identical on every rank."""
     mine = {}
     if runtime.rank < ep_size:  # cluster 0 holds one full copy
-        for key, _, tensor in bank.items(first_expert):
+        for key, tensor in tensors:
             data = tensor.detach().cpu().contiguous().numpy().tobytes()
             mine[key] = hashlib.sha256(f"{tuple(tensor.shape)}".encode() + data).hexdigest()
     merged: dict[str, str] = {}

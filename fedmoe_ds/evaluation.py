@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank
+from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.batch import Rows, make_batch
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.model import forward_pass
@@ -23,7 +24,8 @@ from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.layer import RESCALER
 from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.methods import Method
+from fedmoe_ds.methods import Method, Situation
+from fedmoe_ds.personal import Personal
 from fedmoe_ds.runtime import Runtime
 
 ReadBatch = Callable[[], Sequences]
@@ -75,21 +77,58 @@ class Evaluator:
         self.foundation, self.execution, self.runtime, self.bank = foundation, execution, runtime, bank
         self.data, self.clients, self.tiers, self.method, self.config = data, clients, tiers, method, config
 
-    def scores(self, personal: dict[str, Tensor], per_client: bool, plain: bool) -> list[Score]:
+    def scores(self, personal: Personal, per_client: bool, plain: bool) -> list[Score]:
         """Rows for every tier: split `global`, and with `per_client` also `client` (one per client) and `clients` (pooled).
 
-        `plain` evaluates the foundation itself: no rescaler.
+        `plain` evaluates the foundation itself: no rescaler. Where clients keep models of their own, every client's model is
+        scored, at its own tier: `global` pools those of a tier on the global hold-out, `clients` each on its own.
         """
         rows = []
-        shared = self._global_batches()
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
         for tier in self.tiers:
-            fixed = self._prepare_tier(tier, personal, plain)
-            rows.append(pooled(tier, "global", self._run(shared, tier, fixed)))
-            if owners:
-                sums_3N = self._run([self._client_batch(client) for client in owners], tier, fixed)
-                rows.append(pooled(tier, "clients", sums_3N))
-                rows += [pooled(tier, "client", sums_3N[:, i : i + 1], c.name) for i, c in enumerate(owners)]
+            members = [client for client in self.clients if client.top_k == tier]
+            how = self.method.assign(members[0], Situation(0, personal.dense(members[0].index)))
+            how = how if not plain else replace(how, rows_R=None, rescale=None)
+            if not self.method.personal_models:
+                rows += self._tier_rows(tier, members, how, personal, owners, plain)
+                continue
+            # A client's own model exists at its own tier only; the foundation is scored there for the same clients.
+            own = [client for client in owners if client in members]
+            if plain:
+                rows += self._tier_rows(tier, members, how, personal, own, plain)
+            else:
+                rows += self._personal_rows(tier, members, how, personal, own)
+        return rows
+
+    def _tier_rows(
+        self, tier: int, members: list[Client], how: Assignment, personal: Personal, owners: list[Client], plain: bool
+    ) -> list[Score]:
+        """One model for the tier: global adapters, personal blocks at the mean over its clients."""
+        for name in (name for name, spec in personal.specs.items() if name in self.bank):
+            mean = personal.values[name][[client.index for client in members]].double().mean(0)
+            self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
+        rows = [pooled(tier, "global", self._run(self._global_batches(), how))]
+        if owners:
+            sums_3N = self._run([self._client_batch(client) for client in owners], how)
+            rows.append(pooled(tier, "clients", sums_3N))
+            rows += [pooled(tier, "client", sums_3N[:, i : i + 1], c.name) for i, c in enumerate(owners)]
+        return rows
+
+    def _personal_rows(
+        self, tier: int, members: list[Client], how: Assignment, personal: Personal, owners: list[Client]
+    ) -> list[Score]:
+        """One model per client; each is scored on the global hold-out, and on its own client's."""
+        shared, own = [], {}
+        for client in members:
+            for name in (name for name in personal.specs if name in self.bank):
+                self.bank.client(name, 0).copy_(personal.values[name][client.index])
+            shared.append(self._run(self._global_batches(), how))
+            if client in owners:
+                own[client.name] = self._run([self._client_batch(client)], how)
+        rows = [pooled(tier, "global", torch.cat(shared, 1))]
+        if own:
+            rows.append(pooled(tier, "clients", torch.cat(list(own.values()), 1)))
+            rows += [pooled(tier, "client", sums_3N, name) for name, sums_3N in own.items()]
         return rows
 
     def _global_batches(self) -> list[ReadBatch]:
@@ -102,38 +141,40 @@ class Evaluator:
         most = self.config.client_sequences
         return lambda: (held := self.data.holdout(client.index)).select(range(min(most, len(held))))
 
-    def _prepare_tier(self, tier: int, personal: dict[str, Tensor], plain: bool) -> float | None:
-        members = [client.index for client in self.clients if client.top_k == tier]
-        for name, values in personal.items():
-            place = self.bank.client(name, 0)
-            place.fill_(1.0) if plain and name == RESCALER else place.copy_(
-                values[members].double().mean(0) if members else values.double().mean(0)
-            )
-        return None if plain else self.method.fixed_rescale(tier, self.foundation.top_k)
-
     @torch.no_grad()
-    def _run(self, batches: list[ReadBatch], cap: int, rescale: float | None) -> Tensor:
-        """[3, N batches]: (nll, correct, tokens) at top-k `cap`, identical on every rank."""
+    def _run(self, batches: list[ReadBatch], how: Assignment) -> Tensor:
+        """[3, N batches]: (nll, correct, tokens) under one assignment, identical on every rank."""
         sums_3N = torch.zeros(3, len(batches), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
         trained_bank, trained_pool = self.execution.bank, self.execution.pool
-        self.execution.bank = self.bank
+        self.execution.bank = self._received(how)
         self.execution.pool = replace(trained_pool, home_clients=1, merge=False, shared=True)
         try:
             for turn in range(math.ceil(len(batches) / world)):
                 place = turn * world + rank
-                self._pass(batches[place] if place < len(batches) else None, place, cap, rescale, sums_3N)
+                self._pass(batches[place] if place < len(batches) else None, place, how, sums_3N)
         finally:
             self.execution.bank, self.execution.pool = trained_bank, trained_pool
         return all_reduce_sum(sums_3N, self.runtime.control, world)  # disjoint entries: adding zeros is exact
 
-    def _pass(self, read: ReadBatch | None, place: int, cap: int, rescale: float | None, sums_3N: Tensor) -> None:
+    def _received(self, how: Assignment) -> Bank:
+        """The global adapters as a client with this assignment receives them."""
+        if how.rows_R is None:
+            return self.bank
+        specs = list(self.bank.specs.values())
+        bank = Bank(specs, self.bank.experts, clients=1, device=self.runtime.device, with_grad=False)
+        for spec in specs:
+            value, mask = self.bank.client(spec.name, 0), how.mask(spec, self.runtime.device)
+            bank.client(spec.name, 0).copy_(value if mask is None else torch.where(mask, value, 0.0))
+        return bank
+
+    def _pass(self, read: ReadBatch | None, place: int, how: Assignment, sums_3N: Tensor) -> None:
         rows = []
         if read is not None:
             sequences = read()
-            rows.append(Rows(0, cap, sequences.input_ids, sequences.loss_mask))
-        batch = make_batch(rows, self.execution.pool.num_experts, self.runtime.device)
-        result = forward_pass(self.foundation, self.execution, batch, 0, None if rescale is None else [rescale])
+            rows.append(Rows.of(0, how.cap, sequences, range(len(sequences)), images=self.foundation.images))
+        batch = make_batch(rows, self.execution.pool.num_experts, self.runtime.device, self.foundation.images)
+        result = forward_pass(self.foundation, self.execution, batch, 0, None if how.rescale is None else [how.rescale])
         if read is not None:
             sums_3N[0, place] = float(result.nll_N.double().sum())
             correct_N = result.logits_NV.argmax(-1) == batch.labels_N

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from fedmoe_ds import state as states
-from fedmoe_ds.aggregation.statistics import Statistics
+from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.schedule import participants, schedule
-from fedmoe_ds.clients.wave import Report
+from fedmoe_ds.clients.local import Local
+from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.schedule import schedule
 from fedmoe_ds.collectives import all_reduce_sum
 from fedmoe_ds.digest import global_digest
 from fedmoe_ds.journal import Journal
@@ -65,9 +66,9 @@ class Federation:
         """One round; True when it was interrupted (and saved unfinished)."""
         config, parts = self.parts.config, self.parts
         clock = Clock()
-        chosen = participants(parts.clients, config.federation.participation, config.seed, round_index)
+        chosen = parts.participants(round_index)
         progressed = self.state.progressed or Progressed()
-        statistics = self.state.statistics or parts.new_statistics()
+        sums = self.state.statistics or parts.new_sums(round_index)
         self.state.progressed, self.state.statistics = None, None
         waiting = [client for client in chosen if client.index not in progressed.done]
         plan = schedule(waiting, parts.cost, config.local, parts.topology.layout.clusters, config.topology.ep_size,
@@ -75,19 +76,18 @@ class Federation:
         mine = plan[parts.topology.cluster]
         self.journal.start_round(round_index, config.federation.rounds, len(mine))
         clock.lap("schedule")
-        self._train(round_index, mine, progressed, statistics)
+        places = {client.index: place for place, client in enumerate(chosen)}
+        self._train(round_index, mine, places, progressed, sums)
         clock.lap("train")
-        statistics.reduce(
-            parts.topology.ep_group, config.topology.ep_size, parts.topology.edp_group, parts.topology.layout.clusters
-        )
+        sums.reduce(parts.topology)
         self._share(progressed)
         if any(client.index not in progressed.done for client in chosen) or self._stop_agreed():
             progressed.seconds += clock.total()
-            self.state.progressed, self.state.statistics = progressed, statistics
+            self.state.progressed, self.state.statistics = progressed, sums
             self._save()
             return True
-        for name, value in statistics.average(self.state.adapters).items():
-            self.state.adapters.client(name, 0).copy_(value)
+        parts.server.step(sums, self.state.adapters, self.state.server, round_index)
+        self.state.utilisation_LE = sum(progressed.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
         self.state.round = round_index
         clock.lap("aggregate")
         last = round_index == config.federation.rounds
@@ -100,55 +100,63 @@ class Federation:
             self._save()
         return False
 
-    def _train(self, round_index: int, waves: list[list[list[Client]]], progressed: Progressed, statistics: Statistics) -> None:
+    def _train(
+        self,
+        round_index: int,
+        waves: list[list[list[Client]]],
+        places: dict[int, int],
+        progressed: Progressed,
+        sums: RoundSums,
+    ) -> None:
         """Train this cluster's waves and fold every finite client into the sums."""
         parts = self.parts
         for number, wave in enumerate(waves, start=1):
-            reports = parts.trainer.train(wave, round_index, self.state.adapters, self.state.personal, parts.data.train)
-            for report in reports:
-                self._fold(report, progressed, statistics)
+            trained = parts.trainer.train(
+                wave, round_index, self.state.adapters, self.state.personal.values, parts.training_data.train
+            )
+            for local, report in trained:
+                self._fold(local, report, places[report.client.index], progressed, sums)
+            reports = [report for _, report in trained]
             tokens = sum(report.tokens for report in reports)
             self.journal.wave_done(number, len(waves), tokens * parts.topology.layout.clusters, reports[0].seconds)
             if self._stop_requested_here():
                 return
 
     @torch.no_grad()
-    def _fold(self, report: Report, progressed: Progressed, statistics: Statistics) -> None:
-        parts, bank, shard = self.parts, self.parts.execution.bank, self.parts.topology.shard
-        home_slot, at_home = report.wave_slot % parts.execution.pool.home_clients, report.home == shard
-        status = "ok" if report.finite else "non-finite"
+    def _fold(self, local: Local, report: Report, place: int, progressed: Progressed, sums: RoundSums) -> None:
+        parts, shard = self.parts, self.parts.topology.shard
+        at_home = report.home == shard
         if report.finite:
-            share = report.client.samples / parts.total_samples
-            weights_LE = parts.method.expert_weights(report, share)
-            held = slice(parts.first_expert, parts.first_expert + parts.local_experts)
-            statistics.add(bank, report.wave_slot, True, weights_LE[:, held], 0.0)
+            parts.server.fold(sums, place, local, report)
+            for spec in local.blocks():
+                if spec.personal:
+                    self.state.personal.store(report.client.index, spec.name, local.value(spec))
+            for name, value in report.remembered.items():
+                self.state.personal.store(report.client.index, name, value)
             if at_home:
-                statistics.add(bank, home_slot, False, None, parts.method.dense_weight(report, share))
-                for name, values in self.state.personal.items():
-                    values[report.client.index].copy_(bank.client(name, home_slot))
+                for name, value in parts.method.remember(report).items():
+                    self.state.personal.store(report.client.index, name, value)
         if shard == 0:
             tier = progressed.activation.setdefault(report.client.top_k, np.zeros_like(report.counts_LE))
             tier += report.counts_LE
         if at_home:
-            progressed.done[report.client.index] = self.journal.client(report, status, self.state.personal)
+            spent = parts.cost.spent(
+                report.tokens,
+                int(report.counts_LE.sum()),
+                int(report.trained_LE.sum()),
+                report.assignment.rank(parts.config.adapters.rank),
+            )
+            status = "ok" if report.finite else "non-finite"
+            progressed.done[report.client.index] = self.journal.client(report, status, spent, self.state.personal)
 
     def _share(self, progressed: Progressed) -> None:
         """Make what each cluster knows about the round known everywhere: reports, personal state, activation counts."""
         parts = self.parts
+        self.state.personal.share(parts.runtime, parts.topology)
         done = {index: report for part in parts.runtime.gather(_texts(progressed.done)) for index, report in part.items()}
-        fresh = [index for index in progressed.done if not progressed.done[index].get("shared")]
-        for values in self.state.personal.values():
-            mask = torch.zeros(values.shape[0], dtype=torch.bool)
-            mask[fresh] = True
-            updates = torch.where(mask.view(-1, *([1] * (values.dim() - 1))), values, 0.0)
-            counts = all_reduce_sum(mask.float(), parts.runtime.control, parts.runtime.world_size)
-            all_reduce_sum(updates, parts.runtime.control, parts.runtime.world_size)
-            changed = counts.view(-1, *([1] * (values.dim() - 1))) > 0
-            values.copy_(torch.where(changed, updates, values))
-        progressed.done = {int(index): {**report, "shared": True} for index, report in done.items()}
-        layers, experts = len(parts.foundation.layers), parts.foundation.num_experts
+        progressed.done = {int(index): report for index, report in done.items()}
         tiers = sorted({client.top_k for client in parts.clients})
-        total = torch.zeros(len(tiers), layers, experts, dtype=torch.int64)
+        total = torch.zeros(len(tiers), *parts.counts_shape, dtype=torch.int64)
         for i, tier in enumerate(tiers):
             if tier in progressed.activation:
                 total[i] += torch.from_numpy(progressed.activation[tier])
@@ -181,7 +189,7 @@ class Federation:
 
     def _digest(self) -> str:
         parts = self.parts
-        return global_digest(self.state.adapters, parts.runtime, parts.first_expert, parts.config.topology.ep_size)
+        return global_digest(parts.result_tensors(), parts.runtime, parts.config.topology.ep_size)
 
 
 class Clock:

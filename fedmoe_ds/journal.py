@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from fedmoe_ds.clients.wave import Report
+from fedmoe_ds.clients.report import Report
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
 from fedmoe_ds.experts.layer import RESCALER
+from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.runtime import Runtime
 
@@ -78,10 +77,10 @@ class Journal:
     def wave_done(self, wave: int, waves: int, tokens: int, seconds: float) -> None:
         self.progress.wave_done(wave, waves, tokens, seconds)
 
-    def client(self, report: Report, status: str, personal: dict[str, Tensor]) -> dict[str, Any]:
+    def client(self, report: Report, status: str, flops: float, personal: Personal) -> dict[str, Any]:
         """What metrics say about one client in one round."""
         first, last = report.losses or (None, None)
-        rescaler = float(personal[RESCALER][report.client.index].mean()) if RESCALER in personal else None
+        rescaler = float(personal.values[RESCALER][report.client.index].mean()) if RESCALER in personal.values else None
         return {
             "client": report.client.name,
             "top_k": report.client.top_k,
@@ -89,6 +88,9 @@ class Journal:
             "tokens": report.tokens,
             "loss_first": first,
             "loss_last": last,
+            "active_experts": report.assignment.cap,
+            "rank": None if report.assignment.rows_R is None else int(report.assignment.rows_R.sum()),
+            "flops": flops,
             "seconds": report.seconds,
             "status": status,
             "rescaler": rescaler,
@@ -122,7 +124,7 @@ class Journal:
 
         def write() -> None:
             for client in clients:
-                self.log.write("client", round=round_index, **{k: v for k, v in client.items() if k != "shared"})
+                self.log.write("client", round=round_index, **client)
             for tier, counts_LE in sorted(progressed.activation.items(), reverse=True):
                 if counts_LE.sum():
                     share = counts_LE / counts_LE.sum(1, keepdims=True).clip(1)

@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import math
 
-from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
+from fedmoe_ds.aggregation.server_optimizer import server_moments
+from fedmoe_ds.clients.drift import shared_blocks
 from fedmoe_ds.config import Config
+from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation.size import ModelSize
+from fedmoe_ds.methods import Method
+from fedmoe_ds.server import base_block
 
 FP32 = 4
 
@@ -25,10 +30,16 @@ def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, i
     return expert, dense
 
 
-def estimate(config: Config, model: ModelSize, blocks: list[BlockSpec], home_clients: int, bitwise: bool) -> dict[str, int]:
-    """Bytes per rank by purpose. `home_clients` are the client slots of one rank; the wave has ep_size times as many."""
+def estimate(
+    config: Config, model: ModelSize, places: Places, blocks: list[BlockSpec], home_clients: int, length: int, bitwise: bool
+) -> dict[str, int]:
+    """Bytes per rank by purpose.
+
+    `length` is the number of rows of a sequence or an image. `home_clients` are the client slots of one rank; the wave has
+    ep_size times as many.
+    """
     ep_size = config.topology.ep_size
-    expert, dense = parameters_per_client(blocks, model.experts // ep_size)
+    expert, dense = parameters_per_client(blocks, places.num_experts // ep_size)
     moments = 2 if config.local.optimizer == "adamw" else int(config.local.momentum > 0)
     in_flight = home_clients * ep_size * expert + home_clients * dense
     sum_bytes = 16 if bitwise else 4
@@ -39,17 +50,38 @@ def estimate(config: Config, model: ModelSize, blocks: list[BlockSpec], home_cli
         "adapters in flight": in_flight * FP32 * 2,
         "client optimizer": in_flight * FP32 * moments,
         "round sums": (expert + dense) * sum_bytes,
-        "activations of a pass": activations(config, model, home_clients, bitwise),
+        "activations of a pass": activations(config, model, places, home_clients, length, bitwise),
     }
 
 
-def activations(config: Config, model: ModelSize, home_clients: int, bitwise: bool) -> int:
+def outlasting(
+    config: Config, method: Method, places: Places, blocks: list[BlockSpec], clients: int, drawn: int
+) -> dict[str, int]:
+    """Bytes per rank of what a method keeps for all `clients`, for the `drawn` ones of a round, and for the server."""
+    held = places.num_experts // config.topology.ep_size
+    personal = [spec for spec in blocks if spec.personal] + method.memory(blocks)
+    if config.local.drift == "scaffold":
+        personal += shared_blocks(blocks)
+    server = len(server_moments(config.server)) + (config.local.drift == "scaffold")
+    halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
+    merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
+    found = {
+        "personal state": clients * sum(parameters_per_client(personal, held)),
+        "collected factors": drawn * sum(parameters_per_client(halves, held)),
+        "server state": server * sum(parameters_per_client(shared_blocks(blocks), held))
+        + sum(parameters_per_client(merged, held)),
+    }
+    return {name: count * FP32 for name, count in found.items() if count}
+
+
+def activations(config: Config, model: ModelSize, places: Places, home_clients: int, length: int, bitwise: bool) -> int:
     """Bytes kept for the backward pass at the largest cap, full sequences."""
     clients = 1 if bitwise else home_clients
     sequences = config.execution.micro_batch_size or config.local.batch_size
-    tokens = clients * sequences * config.data.sequence_length
+    tokens = clients * sequences * length
     dense = 12 * model.hidden + 4 * config.adapters.rank
-    routed = model.top_k * (model.hidden + 2 * model.ffn + 2 * config.adapters.rank + 4) + 4 * model.experts
+    inner = (places.matrices - 1) * places.ffn  # gate and up rows, or one bottleneck
+    routed = places.top_k * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * places.num_experts
     per_layer = tokens * (dense + routed)
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0

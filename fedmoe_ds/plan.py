@@ -8,18 +8,20 @@ from typing import Any
 import torch
 
 from fedmoe_ds.adapters.layout import adapter_blocks
-from fedmoe_ds.clients.client import Client, make_clients, resolve_tiers
+from fedmoe_ds.build import check_plan, facts_of, find_places, positions
+from fedmoe_ds.clients.client import Capacity, Client, make_clients, resolve_tiers
+from fedmoe_ds.clients.pooled import pooled_client
 from fedmoe_ds.clients.schedule import CostModel, Wave, home_clients, participants, schedule
 from fedmoe_ds.clients.steps import step_count
-from fedmoe_ds.config import Config, dump_config
+from fedmoe_ds.config import Config, TopologyConfig, dump_config
 from fedmoe_ds.data import prepare
 from fedmoe_ds.foundation import resolve_foundation
+from fedmoe_ds.foundation.dense import feed_forward_sites, image_input
 from fedmoe_ds.foundation.foundation import cache_folder, load_tokenizer
-from fedmoe_ds.foundation.hosting import host_experts
-from fedmoe_ds.foundation.loading import build_on_meta
+from fedmoe_ds.foundation.loading import build_on_meta, host_model
 from fedmoe_ds.foundation.size import model_size
-from fedmoe_ds.memory import estimate, format_bytes
-from fedmoe_ds.methods import load_method, with_defaults
+from fedmoe_ds.memory import estimate, format_bytes, outlasting
+from fedmoe_ds.methods import load_method, method_for, with_defaults
 from fedmoe_ds.report import Progress
 from fedmoe_ds.topology import check_layout, format_table
 
@@ -31,24 +33,36 @@ def resolved(config: Config) -> str:
 
 def describe(config: Config, world_size: int) -> list[str]:
     """Describe the run on `world_size` ranks. Raises UserError for everything that a real start would refuse."""
-    method = load_method(config.method)
+    method = method_for(config)
     layout = check_layout(config.topology, world_size)
+    check_plan(config)
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.foundation.dtype])
-    layers = host_experts(model, 1, 0)
+    layers = host_model(model, 1, 0)
     size = model_size(model, layers)
-    table = layout.table(size.experts, ["?"] * world_size)
-    method.check(size.top_k, bool(layers[0].module.router.route_norm))
-    data = prepare(config.data, config.seed, load_tokenizer(folder, size.vocabulary), cache_folder(config.foundation) / "data")
-    tiers = resolve_tiers(config.federation, size.top_k)
+    sites = [] if layers else feed_forward_sites(model)
+    find_places(config, layers, sites, 0)  # refuses what a start on these ranks would refuse
+    places = find_places(config.model_copy(update={"topology": TopologyConfig()}), layers, sites, 0)
+    table = layout.table(places.num_experts, ["?"] * world_size)
+    full = Capacity(places.top_k, config.adapters.rank, places.num_experts)
+    method.facts = facts_of(config, places)
+    method.check(method.facts)
+    images = None if size.vocabulary else image_input(model.config)
+    tokenizer = load_tokenizer(folder, size.vocabulary) if size.vocabulary else None
+    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation) / "data")
+    tiers = resolve_tiers(config.federation, full, method.spends)
     clients = make_clients(data, config.federation, tiers, config.seed)
-    chosen = participants(clients, config.federation.participation, config.seed, 1)
-    cost = CostModel.of(size)
+    chosen = participants(clients, config.federation.participation, config.seed, 1, config.federation.sampling)
+    if method.pooled:
+        chosen = [pooled_client(clients, config.local)]
+    blocks = method.blocks(adapter_blocks(model, places, config.adapters, method.rescaler))
+    cost = CostModel.of(size, places, blocks, positions(images))
     plan = schedule(chosen, cost, config.local, layout.clusters, layout.ep_size, config.execution.clients_in_flight)
     bitwise = config.execution.reproducible != "fast"
     home = home_clients(config.execution.clients_in_flight, len(chosen), layout.ep_size)
-    blocks = adapter_blocks(model, layers, config.adapters, method.rescaler)
-    memory = estimate(config, size, blocks, home, bitwise)
+    length = config.data.sequence_length if images is None else images.positions
+    memory = estimate(config, size, places, blocks, home, length, bitwise)
+    memory |= outlasting(config, method, places, blocks, len(clients), len(chosen))
     return [
         f"topology: {layout.clusters} clusters x ep_size {layout.ep_size} = {world_size} ranks",
         format_table([{key: value for key, value in row.items() if key != "host"} for row in table]),

@@ -49,7 +49,8 @@ def train(config: Config, runtime: Runtime, resume: str) -> list[str]:
     tools = DeepSpeedTools(config.deepspeed, parts, journal)
     outcome = Federation(parts, journal).run()
     tools.close(folder)
-    journal.event("end", rounds=parts.state.round, digest=outcome.digest, seconds=time.monotonic() - began)
+    if outcome.interrupted is None:
+        journal.event("end", rounds=parts.state.round, digest=outcome.digest, seconds=time.monotonic() - began)
     journal.report()
     journal.close()
     return summary(folder, outcome, runtime)
@@ -104,7 +105,8 @@ def restore(path: Path, parts: Parts) -> checkpoint.Snapshot:
     try:
         snapshot = checkpoint.read_snapshot(path)
         check_identity(snapshot, parts)
-        states.restore(path, snapshot, parts.state, parts.topology, parts.new_statistics())
+        states.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
+        parts.server.load_base(parts.state.server)
     except OSError as error:
         raise UserError(
             f"output: {path}: rank {parts.runtime.rank} cannot read it: {error.strerror or error}; "
@@ -141,18 +143,20 @@ def _first_difference(path: str, ours: Any, theirs: Any) -> str:
 def start_line(parts: Parts) -> str:
     """Who runs what, in one line, the grouped kernel included."""
     layout, launch = parts.topology.layout, parts.runtime.launch
-    base = parts.foundation.layers[0].w13
-    kernel = products_for(parts.config.adapters.rank, base.dtype, base.device).name
+    dtype, device = next(parts.foundation.model.parameters()).dtype, parts.runtime.device
+    kernel = products_for(parts.config.adapters.rank, dtype, device).name
+    paired = any(spec.expert and spec.pair for spec in parts.blocks)
+    products = f"; adapter products by {kernel}" if paired else ""
     mode = "bitwise" if is_bitwise(parts.config, parts.runtime) else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
-        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}; adapter products by {kernel}"
+        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}"
     )
 
 
 def rank_table(parts: Parts) -> list[dict[str, int | str]]:
     topology: Topology = parts.topology
-    return topology.layout.table(parts.foundation.num_experts, topology.hosts)
+    return topology.layout.table(parts.places.num_experts, topology.hosts)
 
 
 def run_facts(parts: Parts) -> dict[str, Any]:
@@ -167,9 +171,9 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "clusters": parts.topology.layout.clusters,
         "ep_size": config.topology.ep_size,
         "clients": len(parts.clients),
-        "num_experts": foundation.num_experts,
-        "top_k": foundation.top_k,
-        "layers": len(foundation.layers),
+        "num_experts": parts.places.num_experts,
+        "top_k": parts.places.top_k,
+        "layers": len(parts.places.layers),
         "tiers": parts.tiers,
         "foundation": foundation.fingerprint,
         "seed": config.seed,
@@ -186,7 +190,7 @@ def data_facts(parts: Parts) -> dict[str, Any]:
         {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.tokens, "top_k": c.top_k}
         for c in parts.clients
     ]
-    return {"clients": clients, "distribution": parts.data.distribution}
+    return {"clients": clients, "distribution": parts.data.distribution, "fingerprint": parts.data.fingerprint}
 
 
 def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:

@@ -5,17 +5,18 @@ Legend: L layers, E experts, N clients.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedmoe_ds import checkpoint
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.aggregation.statistics import Statistics
+from fedmoe_ds.aggregation.sums import RoundSums
+from fedmoe_ds.personal import Personal
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.topology import Topology
 
@@ -42,15 +43,19 @@ class State:
     Attributes:
         round: rounds completed.
         adapters: the global adapters, one client slot; expert blocks hold this rank's experts.
-        personal: by block name, [N, L, *item]: every client's own state, replicated on all ranks.
+        personal: every client's own state.
+        server: the server's own state by name, shaped like the adapters: moments, control variates, merged base weights.
+        utilisation_LE: routed rows per (layer, expert) over all clients of the last finished round, or None.
         progressed, statistics: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
     """
 
     round: int
     adapters: Bank
-    personal: dict[str, Tensor]
+    personal: Personal
+    server: dict[str, Bank] = field(default_factory=dict)
+    utilisation_LE: np.ndarray | None = None
     progressed: Progressed | None = None
-    statistics: Statistics | None = None
+    statistics: RoundSums | None = None
 
 
 def save(
@@ -67,13 +72,14 @@ def save(
     tensors: dict[str, dict[str, Tensor]] = {}
     if topology.cluster == 0:
         shard, count = topology.shard, topology.layout.ep_size
-        mine = _adapter_tensors(state.adapters, topology, shard == 0)
-        tensors[f"adapters-{shard:05d}-of-{count:05d}.safetensors"] = mine
+        tail = f"{shard:05d}-of-{count:05d}.safetensors"
+        tensors[f"adapters-{tail}"] = _mine(state.adapters.items(_first_expert(state.adapters, topology)), topology)
+        if state.personal:
+            tensors[f"personal-{tail}"] = _mine(state.personal.items(_first_expert(state.adapters, topology)), topology)
+        for name, bank in state.server.items():
+            tensors[f"server.{name}-{tail}"] = _mine(bank.items(_first_expert(bank, topology)), topology)
         if state.statistics is not None:
-            sums = dict(_sum_places(state.statistics, topology, shard == 0))
-            tensors[f"sums-{shard:05d}-of-{count:05d}.safetensors"] = sums
-    if runtime.is_main and state.personal:
-        tensors["personal.safetensors"] = dict(state.personal)
+            tensors[f"sums-{tail}"] = dict(_sum_places(state.statistics, topology, shard == 0))
     partial = None
     if state.progressed is not None:
         partial = {
@@ -81,11 +87,12 @@ def save(
             "activation": {str(tier): counts.tolist() for tier, counts in state.progressed.activation.items()},
             "seconds": state.progressed.seconds,
         }
-    snapshot = checkpoint.Snapshot(state.round, identity, position, partial)
+    used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
+    snapshot = checkpoint.Snapshot(state.round, identity, position, partial, used)
     return checkpoint.save(root, runtime, snapshot, tensors, {"config.yaml": config}, keep)
 
 
-def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, statistics: Statistics) -> None:
+def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, statistics: RoundSums) -> None:
     """Read a checkpoint into `state`, whatever topology wrote it; `statistics` receives the sums of an unfinished round."""
     first = _first_expert(state.adapters, topology)
     with checkpoint.TensorReader(path, "adapters") as reader:
@@ -93,9 +100,14 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
             reader.read_into(key, value)
     if state.personal:
         with checkpoint.TensorReader(path, "personal") as reader:
-            for name, value in state.personal.items():
-                reader.read_into(name, value)
+            for key, _, value in state.personal.items(first):
+                reader.read_into(key, value)
+    for name, bank in state.server.items():
+        with checkpoint.TensorReader(path, f"server.{name}-") as reader:
+            for key, _, value in bank.items(_first_expert(bank, topology)):
+                reader.read_into(key, value)
     state.round = snapshot.round
+    state.utilisation_LE = None if snapshot.utilisation is None else np.array(snapshot.utilisation, dtype=np.int64)
     if snapshot.partial is None:
         return
     activation = {int(k): np.array(counts, dtype=np.int64) for k, counts in snapshot.partial["activation"].items()}
@@ -112,43 +124,32 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
 
 
 def _first_expert(bank: Bank, topology: Topology) -> int:
-    held = [value.shape[1] for name, value in bank.values.items() if bank.specs[name].expert]
-    return topology.shard * held[0] if held else 0
+    return topology.shard * bank.experts
 
 
-def _adapter_tensors(bank: Bank, topology: Topology, include_dense: bool) -> dict[str, Tensor]:
-    first = _first_expert(bank, topology)
-    return {key: value for key, spec, value in bank.items(first) if spec.expert or include_dense}
+def _mine(items: Iterator[tuple[str, BlockSpec, Tensor]], topology: Topology) -> dict[str, Tensor]:
+    """What this rank of cluster 0 writes: its experts, and on shard 0 the dense blocks."""
+    return {key: value for key, spec, value in items if spec.expert or topology.shard == 0}
 
 
-def _sum_places(statistics: Statistics, topology: Topology, include_dense: bool) -> list[tuple[str, Tensor]]:
+def _sum_places(sums: RoundSums, topology: Topology, include_dense: bool) -> list[tuple[str, Tensor]]:
     """(name, view) of every sum held here, by layer and global expert id."""
-    places = []
-    for spec in statistics.specs:
-        if not spec.expert and not include_dense:
-            continue
-        for side, sums in (("values", statistics.values), ("weights", statistics.weights)):
-            places += [(f"{key}/{side}", view) for key, view in _views(spec, sums[spec.name].limbs, topology)]
-    return places
+    return [
+        (f"{key}/{side}", view)
+        for spec, side, lead, tensor in sums.tensors()
+        if spec.expert or include_dense
+        for key, view in _views(spec, tensor, lead, topology)
+    ]
 
 
-def _views(spec: BlockSpec, limbs: Tensor, topology: Topology) -> list[tuple[str, Tensor]]:
+def _views(spec: BlockSpec, tensor: Tensor, lead: int, topology: Topology) -> list[tuple[str, Tensor]]:
+    """Per layer (and expert): the slice of a tensor whose axes before the layer axis number `lead`."""
     views = []
     for i, layer in enumerate(spec.layers):
+        of_layer = tensor.select(lead, i)
         if not spec.expert:
-            views.append((spec.key(layer), limbs[:, i]))
+            views.append((spec.key(layer), of_layer))
             continue
-        first = topology.shard * limbs.shape[2]
-        views += [(spec.key(layer, first + e), limbs[:, i, e]) for e in range(limbs.shape[2])]
+        first = topology.shard * of_layer.shape[lead]
+        views += [(spec.key(layer, first + e), of_layer.select(lead, e)) for e in range(of_layer.shape[lead])]
     return views
-
-
-def initial_personal(blocks: list[BlockSpec], values: list[float]) -> dict[str, Tensor]:
-    """Personal state before the first round: client n's blocks are filled with `values[n]`."""
-    column = torch.tensor(values, dtype=torch.float32)
-    personal = {}
-    for spec in blocks:
-        if spec.personal:
-            shape = (len(values), len(spec.layers), *spec.item)
-            personal[spec.name] = column.view(-1, *([1] * (len(shape) - 1))).expand(shape).clone()
-    return personal

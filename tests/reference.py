@@ -1,7 +1,7 @@
-"""FLAME's round the slow way: float64, one client after the other, one sequence at a time, one expert at a time.
+"""Local training the slow way: float64, one client after the other, one sequence at a time, one expert at a time.
 
-The model is Hugging Face's OLMoE with its mixture blocks replaced by loops; LoRA is written out; torch does the gradients, the
-optimizer and the clipping. It shares no code with the package: data, batches and initial values are given to it.
+The model is Hugging Face's OLMoE with its mixture blocks replaced by loops; LoRA is written out; torch does the gradients and
+the optimizer. It shares no code with the package: data, batches and initial values are given to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ class Settings:
 
     scale: float
     rescaler: str = "none"  # none, static, client, layer
-    temperature: float | None = 2.0  # None: plain data-size weights
     optimizer: str = "adamw"
     lr: float = 5e-3
     schedule: str = "constant"
@@ -44,24 +43,49 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """One client's work in one round: its cap, size, and for every step the (tokens, targets) of each sequence."""
+    """One client's work in one round: its cap, size, and for every step the (tokens, targets) of each sequence.
+
+    Further budgets: `rank` LoRA rows, or those in `sketch`, and `experts` per layer that a batch may train.
+    """
 
     index: int
     cap: int
     samples: int
     steps: list[list[tuple[np.ndarray, np.ndarray]]]
+    rank: int | None = None
+    sketch: list[int] | None = None
+    experts: int | None = None
+
+
+Extra = Callable[[Adapters], Tensor]
+"""A term that is added to the loss of every step."""
+Select = Callable[[int, np.ndarray], set[int]]
+"""(layer, router scores of all tokens of a batch [T, E]) -> the experts that the batch trains."""
 
 
 @dataclass
 class Running:
-    """What the loops read and write while a client's sequences pass."""
+    """What the loops read and write while a client's sequences pass; `active` names the trained experts of each layer."""
 
     adapters: Adapters
     rescalers: list[Tensor]
     cap: int
     factor: float
     counts: np.ndarray
+    scale: float
     logits: dict[int, list[Tensor]] = field(default_factory=dict)
+    active: dict[int, set[int]] | None = None
+
+
+@dataclass
+class Trained:
+    """What a client ends a round with; `rates` is the sum of its learning rates."""
+
+    adapters: Adapters
+    rescaler: Tensor
+    counts: np.ndarray
+    tokens: int
+    rates: float
 
 
 class Reference:
@@ -90,13 +114,16 @@ class Reference:
             adapters = self.running.adapters
             if f"{key}.lora_A" not in adapters:
                 return None
-            return output + self.settings.scale * (inputs[0] @ adapters[f"{key}.lora_A"].T) @ adapters[f"{key}.lora_B"].T
+            return output + self.running.scale * (inputs[0] @ adapters[f"{key}.lora_A"].T) @ adapters[f"{key}.lora_B"].T
 
         return hook
 
     def mixture(self, layer: int, gate_ED: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, x_TD: Tensor) -> Tensor:
-        """s * sum_j p_j E_j(x) over the `cap` experts with the largest p = softmax(W x)."""
-        run, scale = self.running, self.settings.scale
+        """s * sum_j p_j E_j(x) over the `cap` experts with the largest p = softmax(W x).
+
+        No gradient passes through an expert that is not active: not to its adapters, its input or the router.
+        """
+        run = self.running
         assert run is not None
         logits_TE = x_TD @ run.adapters.get(f"layers.{layer}.router.weight", gate_ED).T
         run.logits.setdefault(layer, []).append(logits_TE)
@@ -112,18 +139,20 @@ class Reference:
                 continue
             run.counts[layer, expert] += len(rows)
             key = f"layers.{layer}.experts.{expert}"
-            middle = self._adapted(x_TD[rows], w13_EFD[expert], f"{key}.{GATE_UP}", scale)
+            middle = self._adapted(x_TD[rows], w13_EFD[expert], f"{key}.{GATE_UP}")
             gate, up = middle.chunk(2, dim=-1)
-            out = self._adapted(F.silu(gate) * up, w2_EDF[expert], f"{key}.{DOWN}", scale)
-            y_TD = y_TD.index_add(0, rows, probs_TE[rows, expert, None] * out)
+            out = probs_TE[rows, expert, None] * self._adapted(F.silu(gate) * up, w2_EDF[expert], f"{key}.{DOWN}")
+            if run.active is not None and expert not in run.active[layer]:
+                out = out.detach()
+            y_TD = y_TD.index_add(0, rows, out)
         return y_TD * run.rescalers[layer] * run.factor
 
-    def _adapted(self, x: Tensor, weight: Tensor, key: str, scale: float) -> Tensor:
+    def _adapted(self, x: Tensor, weight: Tensor, key: str) -> Tensor:
         assert self.running is not None
         adapters = self.running.adapters
-        y = x @ weight.T
+        y = x @ adapters.get(f"{key}.weight", weight).T
         if f"{key}.lora_A" in adapters:
-            y = y + scale * (x @ adapters[f"{key}.lora_A"].T) @ adapters[f"{key}.lora_B"].T
+            y = y + self.running.scale * (x @ adapters[f"{key}.lora_A"].T) @ adapters[f"{key}.lora_B"].T
         return y
 
     def loss_sum(self, tokens: np.ndarray, targets: np.ndarray) -> Tensor:
@@ -147,33 +176,66 @@ class Reference:
             total.append(self.settings.balance * balance + self.settings.z * z)
         return torch.stack(total).mean()
 
-    def start(self, adapters: Adapters, rescaler: Tensor, cap: int) -> Running:
-        """Begin a client: `rescaler` has one entry, or one per layer."""
+    def start(self, adapters: Adapters, rescaler: Tensor, cap: int, scale: float = 1.0) -> Running:
+        """Begin a client: `rescaler` has one entry, or one per layer; `scale` is a factor on the LoRA scale."""
         factor = self.top_k / cap if self.settings.rescaler == "static" else 1.0
         rescalers = [rescaler[layer if len(rescaler) > 1 else 0] for layer in range(self.layers)]
-        self.running = Running(adapters, rescalers, cap, factor, np.zeros((self.layers, self.experts)))
+        counts = np.zeros((self.layers, self.experts))
+        self.running = Running(adapters, rescalers, cap, factor, counts, self.settings.scale * scale)
         return self.running
 
-    def train(self, task: Task, start: Adapters, rescaler: Tensor) -> tuple[Adapters, Tensor, np.ndarray, int]:
-        """One client's local training: trained adapters, its rescaler, activation counts, tokens."""
-        adapters = {key: value.clone().requires_grad_() for key, value in start.items()}
+    def train(
+        self,
+        task: Task,
+        start: Adapters,
+        rescaler: Tensor,
+        frozen: Sequence[str] = (),
+        scale: float = 1.0,
+        extra: Extra | None = None,
+        select: Select | None = None,
+    ) -> Trained:
+        """One client's local training from the values that it received; keys that end like one in `frozen` stay."""
+        adapters = {key: value.clone().requires_grad_(not key.endswith(tuple(frozen))) for key, value in start.items()}
         own = rescaler.clone().requires_grad_()
         learns = self.settings.rescaler in ("client", "layer")
-        parameters = [*adapters.values(), *([own] if learns else [])]
-        optimizer = self._optimizer(list(adapters.values()), [own] if learns else [])
-        run = self.start(adapters, own, task.cap)
-        tokens = 0
+        decayed = [value for value in adapters.values() if value.requires_grad]
+        others = [own] if learns else []
+        optimizer = self._optimizer(decayed, others)
+        run = self.start(adapters, own, task.cap, scale)
+        tokens, rates = 0, 0.0
         for step, sequences in enumerate(task.steps):
-            for parameter in parameters:
+            for parameter in (*decayed, *others):
                 parameter.grad = torch.zeros_like(parameter)
+            if select is not None:
+                run.active = self._survey(run, sequences, select)
             tokens += self._backward(run, sequences)
-            if self.settings.clip is not None:
-                nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+            if extra is not None:
+                extra(adapters).backward()
+            self._clip([*decayed, *others])
+            rate = self._rate(step, len(task.steps))
+            rates += rate
             for group in optimizer.param_groups:
-                group["lr"] = self._rate(step, len(task.steps))
+                group["lr"] = rate
             optimizer.step()
         trained = {key: value.detach() for key, value in adapters.items()}
-        return trained, own.detach(), run.counts, tokens
+        return Trained(trained, own.detach(), run.counts, tokens, rates)
+
+    @torch.no_grad()
+    def _survey(self, run: Running, sequences: Sequence[tuple[np.ndarray, np.ndarray]], select: Select) -> dict[int, set[int]]:
+        """Look at the whole batch before any of it is trained on."""
+        counts = run.counts.copy()
+        run.logits.clear()
+        for ids, mask in sequences:
+            self.loss_sum(ids, mask)
+        run.counts = counts
+        return {layer: select(layer, torch.cat(logits).softmax(-1).numpy()) for layer, logits in run.logits.items()}
+
+    def _clip(self, parameters: list[Tensor]) -> None:
+        norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in parameters if parameter.grad is not None))
+        if self.settings.clip is not None and norm > self.settings.clip:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad *= self.settings.clip / norm
 
     def _backward(self, run: Running, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
         targets = sum(int(mask.sum()) for _, mask in sequences)
@@ -202,23 +264,6 @@ class Reference:
         if self.settings.schedule == "cosine":
             return self.settings.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
         return self.settings.lr
-
-    def round(self, start: Adapters, rescalers: dict[int, Tensor], tasks: list[Task]) -> tuple[Adapters, dict[int, Tensor]]:
-        """Local training of every client, then FLAME's weighted means."""
-        total: Adapters = {key: torch.zeros_like(value) for key, value in start.items()}
-        weights = dict.fromkeys(start, 0.0)
-        own = {}
-        for task in tasks:
-            trained, own[task.index], counts, tokens = self.train(task, start, rescalers[task.index])
-            for key, value in trained.items():
-                weight = float(task.samples)
-                parts = key.split(".")
-                if parts[2] == "experts" and self.settings.temperature is not None:
-                    weight *= (counts[int(parts[1]), int(parts[3])] / tokens) ** self.settings.temperature
-                total[key] += weight * value
-                weights[key] += weight
-        merged = {key: total[key] / weights[key] if weights[key] > 0 else start[key] for key in start}
-        return merged, {**rescalers, **own}
 
     @torch.no_grad()
     def evaluate(self, adapters: Adapters, rescaler: Tensor, cap: int, sequences: Any) -> float:

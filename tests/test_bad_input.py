@@ -157,9 +157,9 @@ def test_a_model_without_experts(nano: dict[str, Any], foundation: Path, tmp_pat
     config = changed(nano, output=str(tmp_path), foundation={"path": str(model)})
     assert_names(
         run(config, tmp_path).mistake(),
-        f"foundation.path: {model}: model_type 'llama' is no mixture-of-experts model",
-        "give one of the families",
-        "olmoe",
+        f"foundation: {model}: method flame needs a mixture of experts and this model is dense",
+        "use a sparse one",
+        "adapters.moe",
     )
 
 

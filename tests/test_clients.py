@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.clients.client import Client, default_tiers, make_clients, resolve_tiers
+from fedmoe_ds.clients.client import Capacity, Client, Spends, Tier, default_tiers, make_clients, resolve_tiers
 from fedmoe_ds.config import FederationConfig, TierConfig
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
+
+FULL = Capacity(top_k=8, rank=16, experts=64)
 
 
 def make_data(count: int) -> FederatedData:
@@ -25,7 +27,8 @@ def make_data(count: int) -> FederatedData:
 
 
 def deal(count: int, tiers: list[TierConfig], seed: int = 0, **federation: Any) -> list[Client]:
-    return make_clients(make_data(count), FederationConfig(**federation), tiers, seed)
+    config = FederationConfig(tiers=tiers, **federation)
+    return make_clients(make_data(count), config, resolve_tiers(config, FULL, "top_k"), seed)
 
 
 def tiers_of(*pairs: tuple[int, float]) -> list[TierConfig]:
@@ -63,11 +66,67 @@ def test_assignment() -> None:
     assert shuffled[0] == [c.top_k for c in deal(8, tiers, 0)]
 
 
+def bought(config: FederationConfig, spends: Spends) -> list[tuple[int, int, int]]:
+    return [(tier.cap, tier.rank, tier.experts) for tier in resolve_tiers(config, FULL, spends)]
+
+
+def test_what_a_budget_buys() -> None:
+    """Each method spends the tier's fraction of the largest budget on its own resource; everything else stays whole."""
+    config = FederationConfig(tiers=tiers_of((8, 1.0), (4, 2.0), (1, 1.0)))
+    assert bought(config, "top_k") == [(8, 16, 64), (4, 16, 64), (1, 16, 64)]
+    assert bought(config, "rank") == [(8, 16, 64), (8, 8, 64), (8, 2, 64)]
+    assert bought(config, "experts") == [(8, 16, 64), (8, 16, 32), (8, 16, 8)]
+    named = [(tier.top_k, tier.share) for tier in resolve_tiers(config, FULL, "rank")]
+    assert named == [(8, 1.0), (4, 2.0), (1, 1.0)], "a tier is named by its FLOPs, whatever they buy"
+
+
+def test_the_configuration_overrules_the_method() -> None:
+    tiers = tiers_of((8, 1.0), (4, 1.0))
+    assert bought(FederationConfig(tiers=tiers, budget="top_k"), "rank") == [(8, 16, 64), (4, 16, 64)]
+    assert bought(FederationConfig(tiers=tiers, budget="rank"), "experts") == [(8, 16, 64), (8, 8, 64)]
+    assert bought(FederationConfig(tiers=tiers, budget="both"), "top_k") == [(8, 16, 64), (4, 8, 64)]
+
+
+def test_a_tier_may_say_its_own_numbers() -> None:
+    tiers = [TierConfig(top_k=4, share=1.0, rank=3, experts=5)]
+    assert bought(FederationConfig(tiers=tiers), "rank") == [(8, 3, 64)]
+    assert bought(FederationConfig(tiers=tiers), "experts") == [(8, 16, 5)]
+    assert bought(FederationConfig(tiers=tiers), "top_k") == [(4, 16, 64)], "not spent on it: not bought"
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
+def test_everyone_can_buy_at_least_one(top_k: int, rank: int, experts: int) -> None:
+    full = Capacity(top_k, rank, experts)
+    for spends in ("top_k", "rank", "experts"):
+        tiers = resolve_tiers(FederationConfig(), full, spends)
+        assert (tiers[0].cap, tiers[0].rank, tiers[0].experts) == (top_k, rank, experts)
+        assert all(min(tier.cap, tier.rank, tier.experts) >= 1 for tier in tiers)
+
+
+def test_clients_carry_what_their_tier_buys() -> None:
+    config = FederationConfig(tiers=tiers_of((8, 1.0), (2, 1.0)), assignment="in_order")
+    clients = make_clients(make_data(4), config, resolve_tiers(config, FULL, "rank"), 0)
+    assert [(c.top_k, c.cap, c.rank, c.experts) for c in clients] == [(8, 8, 16, 64)] * 2 + [(2, 8, 4, 64)] * 2
+
+
 def test_tiers_are_checked_against_the_model() -> None:
-    assert resolve_tiers(FederationConfig(), 8) == default_tiers(8)
+    defaults = resolve_tiers(FederationConfig(), FULL, "top_k")
+    assert defaults == [Tier(cap, 1.0, cap, 16, 64) for cap in (8, 4, 2, 1)]
     given_tiers = FederationConfig(tiers=tiers_of((8, 1.0), (2, 1.0)))
-    assert resolve_tiers(given_tiers, 8) == given_tiers.tiers
     with pytest.raises(UserError, match=r"^federation.tiers.0.top_k: 8: the model activates 4 experts per token; use 1 to 4"):
-        resolve_tiers(given_tiers, 4)
+        resolve_tiers(given_tiers, Capacity(4, 16, 64), "top_k")
     with pytest.raises(UserError, match=r"^federation.tiers: \[\]: at least one tier is needed"):
-        resolve_tiers(FederationConfig(tiers=[]), 4)
+        resolve_tiers(FederationConfig(tiers=[]), FULL, "top_k")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rank", 17, "the model has 16 LoRA rows; use 1 to 16"),
+        ("experts", 65, "the model has 64 experts per layer; use 1 to 64"),
+    ],
+)
+def test_explicit_numbers_are_checked_too(key: str, value: int, message: str) -> None:
+    tier = TierConfig.model_validate({"top_k": 4, "share": 1.0, key: value})
+    with pytest.raises(UserError, match=f"^federation.tiers.0.{key}: {value}: {message}$"):
+        resolve_tiers(FederationConfig(tiers=[tier]), FULL, "top_k")

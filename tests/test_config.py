@@ -121,7 +121,7 @@ def test_keys_are_text_and_aliases_are_copied() -> None:
         ("local.optimizer=adam", ["local.optimizer: adam: expected one of adamw, sgd"]),
         ("adapters.experts=yes", ["adapters.experts: 'yes': expected true or false"]),
         ("adapters.attention=q_proj", ["adapters.attention: q_proj: expected list of string"]),
-        ("federation=3", ["federation: 3: expected section (rounds, participation, tiers, assignment)"]),
+        ("federation=3", ["federation: 3: expected section (rounds, participation, sampling, tiers, budget, assignment)"]),
         ("data.columns.text=3", ["data.columns.text: 3: expected string; put it in quotes"]),
         ("name=2024", ["name: 2024: expected string of length 1 or more; put it in quotes"]),
         ("name=''", ["name: '': expected string of length 1 or more"]),
@@ -277,6 +277,8 @@ free = st.recursive(
 )
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+counts = st.integers(min_value=1)
+tiers = st.fixed_dictionaries({"top_k": counts, "share": positive, "rank": st.none() | counts, "experts": st.none() | counts})
 values: dict[str, st.SearchStrategy[Any]] = {
     "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,11}", fullmatch=True),
     "seed": st.integers(min_value=0),
@@ -284,8 +286,7 @@ values: dict[str, st.SearchStrategy[Any]] = {
     "foundation.dtype": st.sampled_from(["float32", "bfloat16"]),
     "adapters.attention": st.lists(names, max_size=3),
     "federation.participation": st.floats(min_value=0, max_value=1, exclude_min=True),
-    "federation.tiers": st.none()
-    | st.lists(st.fixed_dictionaries({"top_k": st.integers(min_value=1), "share": positive}), max_size=3),
+    "federation.tiers": st.none() | st.lists(tiers, max_size=3),
     "local.lr": positive,
     "local.clip": st.none() | positive,
     "data.columns": st.dictionaries(names, names, max_size=3),

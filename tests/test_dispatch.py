@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.dispatch import Pool, expert_pass, make_plan
+from fedmoe_ds.experts.ffn import FrozenExperts
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.experts.router import Routing
 
@@ -84,7 +85,9 @@ def test_the_pass_is_the_weighted_sum(slot: int | None) -> None:
     x, p = x_TD.clone().requires_grad_(), routing.weights_TK.clone().requires_grad_()
     own = Routing(routing.probs_TE, p, routing.experts_TK, routing.kept_TK)
     plan = make_plan(own, slot_T, slot, pool(merge=slot is None))
-    y_TD = expert_pass(x, own, torch.zeros((), requires_grad=True), plan, pool(merge=slot is None), w13, w2, lora)
+    y_TD = expert_pass(
+        x, own, torch.zeros((), requires_grad=True), plan, pool(merge=slot is None), FrozenExperts(w13, w2, lora)
+    )
     y_TD.backward(dy_TD)
     assert x.grad is not None and p.grad is not None
     for ours, theirs in zip([y_TD, x.grad, p.grad, *lora.grads], [expected, *gradients], strict=True):
@@ -112,7 +115,9 @@ def test_no_row_at_all() -> None:
     w13, w2, lora = weights()
     x_TD = torch.ones(1, WIDTH, requires_grad=True)
     plan = make_plan(nothing, torch.zeros(1, dtype=torch.int64), 0, pool(merge=False))
-    y_TD = expert_pass(x_TD, nothing, torch.zeros((), requires_grad=True), plan, pool(merge=False), w13, w2, lora)
+    y_TD = expert_pass(
+        x_TD, nothing, torch.zeros((), requires_grad=True), plan, pool(merge=False), FrozenExperts(w13, w2, lora)
+    )
     y_TD.sum().backward()
     assert x_TD.grad is not None and not bool(y_TD.any()) and not bool(x_TD.grad.any())
     assert not any(bool(grad.any()) for grad in lora.grads)
@@ -128,7 +133,7 @@ def test_rows_keep_their_bits_in_other_company() -> None:
     for own, rows in ((routing, x_TD), (shorter, x_TD[kept])):
         slot_T = torch.zeros(len(rows), dtype=torch.int64)
         plan = make_plan(own, slot_T, 0, pool(merge=False))
-        results.append(expert_pass(rows, own, torch.zeros(()), plan, pool(merge=False), w13, w2, lora))
+        results.append(expert_pass(rows, own, torch.zeros(()), plan, pool(merge=False), FrozenExperts(w13, w2, lora)))
     assert torch.equal(results[0][kept], results[1])
 
 

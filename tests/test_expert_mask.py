@@ -9,6 +9,7 @@ import pytest
 import torch
 from federations import alone, build, make_config, write_inputs
 
+from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.schedule import schedule
 from fedmoe_ds.clients.wave import ClientRules
@@ -21,19 +22,19 @@ def test_masked_experts_are_not_used(tmp_path: Path, mode: str) -> None:
     journal.close()
     experts = parts.foundation.num_experts
 
-    def allowed(client: Client) -> np.ndarray | None:
-        return np.arange(experts) % 2 == 0 if client.index % 2 else None
+    def assign(client: Client, round_index: int) -> Assignment:
+        return Assignment(client.cap, allowed_E=np.arange(experts) % 2 == 0 if client.index % 2 else None)
 
-    parts.trainer.rules = ClientRules(allowed=allowed)
+    parts.trainer.rules = ClientRules(assign=assign)
     ((wave,),) = schedule(parts.clients, parts.cost, parts.config.local, 1, 1, None)
-    reports = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal, parts.data.train)
+    trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.values, parts.data.train)
     bank = parts.execution.bank
-    for report in reports:
+    for local, report in trained:
         used_E = report.counts_LE.sum(0) > 0
         for name, spec in bank.specs.items():
             if not spec.expert:
                 continue
-            moved = bank.client(name, report.wave_slot) != parts.state.adapters.client(name, 0)
+            moved = local.value(spec) != parts.state.adapters.client(name, 0)
             moved_E = moved.transpose(0, 1).flatten(1).any(1).numpy()
             assert not (moved_E & ~used_E).any(), (report.client.name, name)
         if report.client.index % 2:

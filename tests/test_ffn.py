@@ -48,6 +48,9 @@ class Case:
         ends_G = ends_E if slot is not None else per_group.flatten().cumsum(0).to(torch.int32)
         return ffn.Block(0, self.rows, slot, ends_E, ends_G)
 
+    def experts(self) -> ffn.FrozenExperts:
+        return ffn.FrozenExperts(self.w13, self.w2, self.lora)
+
     def groups(self) -> list[tuple[int, int, slice]]:
         found, start = [], 0
         for expert, clients in enumerate(self.rows_EC):
@@ -114,8 +117,8 @@ def test_forward_and_backward_are_autograds(
     gradients = torch.autograd.grad((expected * case.dy_ND.double()).sum(), leaves, allow_unused=True)
 
     block = case.block(slot)
-    y_ND, saved = ffn.forward(block, case.x_ND, case.p_N, case.w13, case.w2, case.lora)
-    dx_ND, dp_N = ffn.backward(block, saved, case.dy_ND, case.w13, case.w2, case.lora, True)
+    y_ND, saved = case.experts().forward(block, case.x_ND, case.p_N)
+    dx_ND, dp_N = case.experts().backward(block, saved, case.dy_ND, True)
     assert dx_ND is not None
     found = [y_ND, dx_ND, dp_N, *case.lora.grads]
     for ours, theirs in zip(found, [expected.detach(), *gradients], strict=True):
@@ -127,13 +130,13 @@ def test_gradients_add_up_over_passes() -> None:
     case = make_case([[3], [2]], 8, 8, 4, torch.float32, slots=2)
     block = case.block(0)
     for _ in range(2):
-        _, saved = ffn.forward(block, case.x_ND, case.p_N, case.w13, case.w2, case.lora)
-        ffn.backward(block, saved, case.dy_ND, case.w13, case.w2, case.lora, False)
+        _, saved = case.experts().forward(block, case.x_ND, case.p_N)
+        case.experts().backward(block, saved, case.dy_ND, False)
     once = [grad.clone() / 2 for grad in case.lora.grads]
     for grad in case.lora.grads:
         grad.zero_()
-    _, saved = ffn.forward(block, case.x_ND, case.p_N, case.w13, case.w2, case.lora)
-    dx_ND, _ = ffn.backward(block, saved, case.dy_ND, case.w13, case.w2, case.lora, False)
+    _, saved = case.experts().forward(block, case.x_ND, case.p_N)
+    dx_ND, _ = case.experts().backward(block, saved, case.dy_ND, False)
     assert dx_ND is None, "the first layer of a model needs no gradient of its input"
     for twice, grad in zip(once, case.lora.grads, strict=True):
         assert torch.equal(twice, grad) and not bool(grad[:, 1].any()), "the other client's gradients are untouched"
@@ -145,8 +148,9 @@ def test_without_adapters() -> None:
     leaves = [case.x_ND.clone().requires_grad_(), case.p_N.clone().requires_grad_()]
     expected = plain(case, 0, *leaves, empty)
     gradients = torch.autograd.grad((expected * case.dy_ND).sum(), leaves)
-    y_ND, saved = ffn.forward(case.block(0), case.x_ND, case.p_N, case.w13, case.w2, None)
-    dx_ND, dp_N = ffn.backward(case.block(0), saved, case.dy_ND, case.w13, case.w2, None, True)
+    bare = ffn.FrozenExperts(case.w13, case.w2, None)
+    y_ND, saved = bare.forward(case.block(0), case.x_ND, case.p_N)
+    dx_ND, dp_N = bare.backward(case.block(0), saved, case.dy_ND, True)
     for ours, theirs in zip([y_ND, dx_ND, dp_N], [expected, *gradients], strict=True):
         assert ours is not None and torch.allclose(ours, theirs, atol=1e-5)
 
@@ -193,8 +197,8 @@ def lora_values(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def both_ways(case: Case, block: ffn.Block) -> tuple[Tensor, Tensor, Tensor]:
-    y_ND, saved = ffn.forward(block, case.x_ND, case.p_N, case.w13, case.w2, case.lora)
-    dx_ND, dp_N = ffn.backward(block, saved, case.dy_ND, case.w13, case.w2, case.lora, True)
+    y_ND, saved = case.experts().forward(block, case.x_ND, case.p_N)
+    dx_ND, dp_N = case.experts().backward(block, saved, case.dy_ND, True)
     assert dx_ND is not None
     return y_ND, dx_ND, dp_N
 

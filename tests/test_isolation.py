@@ -13,7 +13,7 @@ import torch
 from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
 from torch import Tensor
 
-from fedmoe_ds import federation
+from fedmoe_ds import build as build_module
 from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.schedule import schedule
@@ -33,10 +33,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_together(parts: Parts, read: Callable[[int], Sequences]) -> dict[int, dict[str, Tensor]]:
     """One wave with every client; what each of them ends with, personal state included."""
     ((wave,),) = schedule(parts.clients, parts.cost, parts.config.local, 1, 1, None)
-    reports = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal, read)
-    bank = parts.execution.bank
+    trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.values, read)
     return {
-        report.client.index: {name: bank.client(name, report.wave_slot).clone() for name in bank.specs} for report in reports
+        local.client.index: {spec.name: local.value(spec).clone() for spec in local.blocks(trained=False)}
+        for local, _ in trained
     }
 
 
@@ -85,13 +85,13 @@ class Poisoned:
 
 def run_without(root: Path, monkeypatch: pytest.MonkeyPatch, absent: int) -> Result:
     """The same run, in which one client was never drawn."""
-    original = federation.participants
+    original = build_module.participants
 
     def others(clients: list[Client], *rest: Any) -> list[Client]:
         return [client for client in original(clients, *rest) if client.index != absent]
 
     with monkeypatch.context() as patch:
-        patch.setattr(federation, "participants", others)
+        patch.setattr(build_module, "participants", others)
         return run_alone(make_config(root, f"without-{absent}", ROUND))
 
 
@@ -99,16 +99,16 @@ def run_without(root: Path, monkeypatch: pytest.MonkeyPatch, absent: int) -> Res
 def test_a_client_that_is_not_finite_is_left_out(root: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     victim = 4
     parts, journal = build(make_config(root, f"poisoned-{mode}", ROUND, {"execution": {"reproducible": mode}}), *alone())
-    setattr(parts, "data", Poisoned(parts, victim))  # noqa: B010  (it stands in for another type)
+    parts.training_data = Poisoned(parts, victim)
     name = parts.clients[victim].name
-    kept = {block: values[victim].clone() for block, values in parts.state.personal.items()}
+    kept = {block: values[victim].clone() for block, values in parts.state.personal.values.items()}
     result = finish(parts, journal)
     (event,) = [event for event in result.events if event["event"] == "round"]
     assert (event["participants"], event["dropped"], event["dropped_clients"]) == (6, 1, [name])
     statuses = {event["client"]: event["status"] for event in result.events if event["event"] == "client"}
     assert statuses.pop(name) == "non-finite" and set(statuses.values()) == {"ok"}
     assert all(np.isfinite(value).all() for value in result.adapters.values())
-    assert all(torch.equal(parts.state.personal[block][victim], value) for block, value in kept.items())
+    assert all(torch.equal(parts.state.personal.values[block][victim], value) for block, value in kept.items())
     if mode == "bitwise":
         assert result.digest == run_without(root, monkeypatch, victim).digest, "as if it had not been there"
 

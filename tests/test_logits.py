@@ -25,6 +25,7 @@ from fedmoe_ds.config import AdapterConfig, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution, Pass
+from fedmoe_ds.experts.places import hosted_places
 from fedmoe_ds.foundation import Foundation, hosting, load_foundation
 
 pytestmark = pytest.mark.timeout(600)
@@ -70,11 +71,11 @@ class Hosted:
         self.foundation: Foundation = load_foundation(folder, FoundationConfig(), ep_size, rank % ep_size, "cpu")
         names = ["q_proj", "v_proj"] if "deepseek" not in folder.name else ["q_a_proj", "kv_b_proj"]
         adapters = AdapterConfig(rank=4, attention=names, router="train")
-        blocks = adapter_blocks(self.foundation.model, self.foundation.layers, adapters, "client")
+        blocks = adapter_blocks(self.foundation.model, hosted_places(self.foundation.layers), adapters, "client")
         group = hosting.create_groups(ep_size)[0] if ep_size > 1 else None
         pool = Pool(group, ep_size, EXPERTS, CLIENTS, merge)
         self.execution = Execution(Bank(blocks, EXPERTS // ep_size, CLIENTS, pool.wave_clients), pool, 2.0, rescaler=True)
-        start = initial_bank(self.foundation, blocks, 0, self.foundation.layers[0].experts.start)
+        start = initial_bank(self.foundation, blocks, 0, self.foundation.layers[0].experts)
         for name, spec in self.execution.bank.specs.items():
             place = self.execution.bank.broadcast(name)
             place.fill_(1.0) if spec.personal else place.copy_(start.broadcast(name).expand_as(place))

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from federations import alone, build, finish, make_config, write_inputs
-from reference import Reference, Settings, Task
+from reference import Reference, Settings
+from reference_inputs import TOLERANCE, check_equal, initial, tasks
+from reference_methods import FedIT, Flame
 
 from fedmoe_ds.build import Parts
-from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.experts.layer import RESCALER
 
 SAMPLES = (13, 9, 7, 5)
-TOLERANCE = 1e-5
 # Where a gradient is nearly zero, Adam divides rounding noise by eps: with 1e-4 no element is made of float32's noise alone.
 # (The default eps is compared in test_optimizer.py.) With seed 1 no token is near a tie between two experts.
 EPS = 1e-4
@@ -65,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "lr": 0.1, "z": 0.01},
     ),
-    "fedavg": ({"method": {"name": "fedavg"}, "adapters": {"experts": False}}, {"temperature": None}),
+    "fedit": ({"method": {"name": "fedit"}, "adapters": {"experts": False}}, {}),
 }
 
 
@@ -89,54 +89,31 @@ def test_same_rounds(root: Path, case: str) -> None:
     parts, journal = build(config, *alone())
     assert sorted({client.top_k for client in parts.clients}) == [1, 2, 4, 8]
     given = {"scale": 2.0, "eps": EPS, "clip": 0.5, "micro": 3, **told}
+    temperature = given.pop("temperature", 2.0)
     reference = Reference(root / "model", Settings(**given))
-    adapters = {key: value.clone().double() for key, _, value in parts.state.adapters.items(0)}
-    rescalers = initial_rescalers(parts)
+    kind = FedIT if case == "fedit" else Flame
+    expected = kind(reference, initial(parts), list(range(len(SAMPLES))), temperature=temperature)
+    expected.rescalers = initial_rescalers(parts)
     for round_index in range(1, config.federation.rounds + 1):
-        adapters, rescalers = reference.round(adapters, rescalers, tasks(parts, round_index))
+        expected.round(tasks(parts, round_index), {})
     assert reference.margin > 1e-6, "routing is too near to a tie for a comparison"
     result = finish(parts, journal)
-    check_equal(adapters, {key: torch.from_numpy(value) for key, value in result.adapters.items()})
-    for index, value in rescalers.items():
-        if RESCALER in parts.state.personal:
-            assert torch.allclose(parts.state.personal[RESCALER][index].double().flatten(), value, rtol=0, atol=TOLERANCE)
+    check_equal(expected.adapters, {key: torch.from_numpy(value) for key, value in result.adapters.items()})
+    for index, value in expected.rescalers.items():
+        if RESCALER in parts.state.personal.values:
+            assert torch.allclose(
+                parts.state.personal.values[RESCALER][index].double().flatten(), value, rtol=0, atol=TOLERANCE
+            )
     held = parts.data.global_holdout()
     for event in result.events:
         if event["event"] == "eval" and event["round"] == config.federation.rounds:
-            mean = torch.stack([rescalers[c.index] for c in parts.clients if c.top_k == event["tier"]]).mean(0)
-            assert event["loss"] == pytest.approx(reference.evaluate(adapters, mean, event["tier"], held), rel=TOLERANCE)
+            mean = torch.stack([expected.rescalers[c.index] for c in parts.clients if c.top_k == event["tier"]]).mean(0)
+            loss = reference.evaluate(expected.adapters, mean, event["tier"], held)
+            assert event["loss"] == pytest.approx(loss, rel=TOLERANCE)
 
 
 def initial_rescalers(parts: Parts) -> dict[int, torch.Tensor]:
-    if RESCALER not in parts.state.personal:
+    if RESCALER not in parts.state.personal.values:
         return {client.index: torch.ones(1, dtype=torch.float64) for client in parts.clients}
-    values = parts.state.personal[RESCALER]
+    values = parts.state.personal.values[RESCALER]
     return {client.index: values[client.index].clone().double().flatten() for client in parts.clients}
-
-
-def tasks(parts: Parts, round_index: int) -> list[Task]:
-    """Every client's batches, in client order."""
-    found = []
-    for client in parts.clients:
-        data = parts.data.train(client.index)
-        batches = local_batches(client, parts.config.local, parts.config.seed, round_index)
-        steps = [[(data.input_ids[i], data.loss_mask[i]) for i in batch] for batch in batches]
-        found.append(Task(client.index, client.top_k, client.samples, steps))
-    return found
-
-
-def check_equal(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> None:
-    """Every value, relative to the largest; and every kind of adapter as a vector, relative to its length."""
-    assert theirs.keys() == ours.keys()
-    largest = max(float(value.abs().max()) for value in theirs.values())
-    worst = max(float((value - ours[key].double()).abs().max()) for key, value in theirs.items())
-    assert worst <= TOLERANCE * largest
-    for kind in {kind_of(key) for key in theirs}:
-        keys = [key for key in theirs if kind_of(key) == kind]
-        expected = torch.cat([theirs[key].flatten() for key in keys])
-        found = torch.cat([ours[key].double().flatten() for key in keys])
-        assert float(expected.norm()) > 0 and float((found - expected).norm() / expected.norm()) <= TOLERANCE, kind
-
-
-def kind_of(key: str) -> str:
-    return ".".join(part for part in key.split(".") if not part.isdigit())

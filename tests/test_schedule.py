@@ -17,7 +17,7 @@ LOCAL = LocalConfig(batch_size=4, max_steps=20)
 
 
 def make_client(index: int, sequences: int, top_k: int) -> Client:
-    return Client(index, f"client-{index}", top_k, sequences, sequences, sequences * 50)
+    return Client(index, f"client-{index}", top_k, sequences, sequences, sequences * 50, cap=top_k)
 
 
 CLIENTS = st.lists(st.tuples(st.integers(1, 300), st.sampled_from([8, 4, 2, 1])), min_size=1, max_size=60).map(

@@ -14,7 +14,8 @@ from fedmoe_ds.aggregation.statistics import Statistics
 EXPERT = BlockSpec("experts.down.lora_A", (0, 1), (2, 3), expert=True)
 DENSE = BlockSpec("attention.q_proj.lora_B", (0, 1), (4,))
 PERSONAL = BlockSpec("rescaler", (-1,), (1,), personal=True)
-SPECS = [EXPERT, DENSE, PERSONAL]
+FROZEN = BlockSpec("experts.up.lora_A", (0, 1), (2, 3), expert=True, trained=False)
+SPECS = [EXPERT, DENSE, PERSONAL, FROZEN]
 EXPERTS, CLIENTS = 3, 4
 
 
@@ -36,8 +37,8 @@ def weights(seed: int) -> np.ndarray:
 def collect(bank: Bank, weights_CLE: np.ndarray, order: list[int], exact: bool = True) -> Statistics:
     statistics = Statistics(SPECS, EXPERTS, exact)
     for client in order:
-        statistics.add(bank, client, True, weights_CLE[client], 0.0)
-        statistics.add(bank, client, False, None, 0.1 * (client + 1))
+        statistics.add(EXPERT.name, bank.client(EXPERT.name, client), weights_CLE[client])
+        statistics.add(DENSE.name, bank.client(DENSE.name, client), np.full(2, 0.1 * (client + 1)))
     return statistics
 
 
@@ -45,7 +46,9 @@ def collect(bank: Bank, weights_CLE: np.ndarray, order: list[int], exact: bool =
 def test_weighted_mean(exact: bool) -> None:
     bank, current, weights_CLE = make_bank(CLIENTS, 0), make_bank(1, 1), weights(0)
     average = collect(bank, weights_CLE, list(range(CLIENTS)), exact).average(current)
-    assert set(average) == {EXPERT.name, DENSE.name}, "personal state is nobody else's business"
+    assert set(average) == {EXPERT.name, DENSE.name}, (
+        "personal state is nobody else's business, and what nobody trains has no mean"
+    )
     for layer in range(2):
         for expert in range(EXPERTS):
             values = torch.stack([bank.client(EXPERT.name, c)[layer, expert] for c in range(CLIENTS)]).double()
@@ -73,7 +76,8 @@ def test_the_order_of_clients_does_not_matter(order: list[int], seed: int) -> No
     one = collect(bank, weights_CLE, list(range(CLIENTS)))
     other = collect(bank, weights_CLE, order)
     assert all(torch.equal(one.average(current)[name], other.average(current)[name]) for name in one.values)
-    assert all(torch.equal(one.state()[name], other.state()[name]) for name in one.state())
+    sums = zip(one.tensors(), other.tensors(), strict=True)
+    assert all(torch.equal(ours[3], theirs[3]) for ours, theirs in sums)
 
 
 @settings(max_examples=50, deadline=None)
@@ -82,17 +86,31 @@ def test_one_client_is_returned_exactly(weight: float, seed: int) -> None:
     """w v / w is v to the last bit, whatever the weight."""
     bank = make_bank(1, seed)
     statistics = Statistics(SPECS, EXPERTS, exact=True)
-    statistics.add(bank, 0, True, np.full((2, EXPERTS), weight), 0.0)
-    statistics.add(bank, 0, False, None, weight)
+    statistics.add(EXPERT.name, bank.client(EXPERT.name, 0), np.full((2, EXPERTS), weight))
+    statistics.add(DENSE.name, bank.client(DENSE.name, 0), np.full(2, weight))
     average = statistics.average(make_bank(1, seed + 1))
     assert all(torch.equal(average[name], bank.client(name, 0)) for name in average)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_what_all_clients_agree_on_is_the_mean(seed: int, weight_seed: int) -> None:
+    """Weights are shares of a whole: clients that return the same value give that value, bit by bit, however they weigh."""
+    one = make_bank(1, seed)
+    weights_CLE = np.maximum(weights(weight_seed), 1e-6)
+    statistics = Statistics(SPECS, EXPERTS, exact=True)
+    for client in range(CLIENTS):
+        statistics.add(EXPERT.name, one.client(EXPERT.name, 0), weights_CLE[client])
+        statistics.add(DENSE.name, one.client(DENSE.name, 0), weights_CLE[client, :, 0])
+    average = statistics.average(make_bank(1, seed + 1))
+    assert all(torch.equal(average[name], one.client(name, 0)) for name in average)
+
+
 def test_state_is_everything() -> None:
-    """Sums that are copied name by name into empty statistics give the same means: what a checkpoint relies on."""
+    """Sums that are copied one by one into empty statistics give the same means: what a checkpoint relies on."""
     current = make_bank(1, 1)
     full = collect(make_bank(CLIENTS, 0), weights(0), [0, 1, 2, 3])
     copy = Statistics(SPECS, EXPERTS, exact=True)
-    for name, limbs in copy.state().items():
-        limbs.copy_(full.state()[name])
+    for (*_, ours), (*_, theirs) in zip(copy.tensors(), full.tensors(), strict=True):
+        ours.copy_(theirs)
     assert all(torch.equal(full.average(current)[name], copy.average(current)[name]) for name in full.values)

@@ -62,10 +62,19 @@ class ClientLoRALinear(nn.Module):
         self.execution = execution
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        middle_BSR = self._client_product(x_BSD, self.projection.block_a) * self.execution.scale
+        middle_BSR = self._scaled(self._client_product(x_BSD, self.projection.block_a))
         update_BSO = self._client_product(middle_BSR, self.projection.block_b)
         y_BSO: Tensor = self.base(x_BSD)
         return y_BSO + update_BSO
+
+    def _scaled(self, middle_BSR: Tensor) -> Tensor:
+        factors = self.execution.wave.home_factors
+        if factors is None:
+            return middle_BSR * self.execution.scale
+        scales_B = middle_BSR.new_zeros(middle_BSR.shape[0])
+        for seg in self.execution.running().segments:
+            scales_B[seg.start : seg.stop] = factors[seg.slot] * self.execution.scale
+        return middle_BSR * scales_B.view(-1, 1, 1)
 
     def _client_product(self, x_BSD: Tensor, name: str) -> Tensor:
         bank, layer = self.execution.bank, self.projection.layer

@@ -10,7 +10,7 @@ client optimizer runs over whole blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ class BlockSpec:
         expert: whether there is one per expert.
         personal: stays with the client; never aggregated, never in the global model.
         decay: whether weight decay applies.
+        trained: False for what clients only read (a frozen half of a LoRA pair): no optimizer, no aggregation.
     """
 
     name: str
@@ -36,6 +37,18 @@ class BlockSpec:
     expert: bool = False
     personal: bool = False
     decay: bool = True
+    trained: bool = True
+
+    @property
+    def pair(self) -> str | None:
+        """The LoRA pair that this block is one half of, or None."""
+        stem, _, tail = self.name.rpartition(".")
+        return stem if tail in ("lora_A", "lora_B") else None
+
+    @property
+    def rank_axis(self) -> int | None:
+        """The axis of `item` that counts LoRA rows: A is [R, in], B is [out, R]; None for other blocks."""
+        return None if self.pair is None else (0 if self.name.endswith("_A") else 1)
 
     def key(self, layer: int, expert: int | None = None) -> str:
         """Canonical tensor name: layer and *global* expert id, so that checkpoints do not know the topology."""
@@ -44,6 +57,12 @@ class BlockSpec:
         if expert is None:
             return f"{place}.{self.name}"
         return f"{place}.{head}.{expert}.{tail}"
+
+
+def lora_pairs(specs: Iterable[BlockSpec]) -> list[tuple[BlockSpec, BlockSpec]]:
+    """The (A, B) blocks of every LoRA pair among `specs`."""
+    by_name = {spec.name: spec for spec in specs}
+    return [(spec, by_name[f"{spec.pair}.lora_B"]) for spec in by_name.values() if spec.pair and spec.name.endswith("_A")]
 
 
 class Bank:
@@ -66,7 +85,7 @@ class Bank:
         with_grad: bool = True,
     ) -> None:
         self.specs = {spec.name: spec for spec in specs}
-        self.clients = clients
+        self.experts, self.clients = experts, clients
         self.expert_clients = clients if expert_clients is None else expert_clients
         self.values: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
@@ -109,10 +128,10 @@ class Bank:
         tensors = [*self.values.values(), *self.grads.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def items(self, first_expert: int, slot: int = 0) -> Iterator[tuple[str, BlockSpec, Tensor]]:
-        """Every (canonical key, block, tensor view) of one client slot, personal blocks left out."""
+    def items(self, first_expert: int, slot: int = 0, with_personal: bool = False) -> Iterator[tuple[str, BlockSpec, Tensor]]:
+        """Every (canonical key, block, tensor view) of one client slot; personal blocks only if asked for."""
         for spec in self.specs.values():
-            if spec.personal:
+            if spec.personal and not with_personal:
                 continue
             part = self.client(spec.name, slot)
             for i, layer in enumerate(spec.layers):

@@ -14,26 +14,32 @@ from torch import nn
 from fedmoe_ds.adapters.attention import ClientLoRALinear, Projection, find_projections
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.config import AdapterConfig
+from fedmoe_ds.experts.beside import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.layer import DOWN_A, DOWN_B, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
-from fedmoe_ds.foundation import Foundation, HostedLayer
+from fedmoe_ds.experts.layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
+from fedmoe_ds.experts.places import Places
+from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.randomness import torch_generator
 
 
-def adapter_blocks(model: nn.Module, hosted: list[HostedLayer], config: AdapterConfig, rescaler: str | None) -> list[BlockSpec]:
+def adapter_blocks(model: nn.Module, places: Places, config: AdapterConfig, rescaler: str | None) -> list[BlockSpec]:
     """The blocks of a run. `rescaler` is None, `client` (one scalar per client) or `layer` (one per client and layer)."""
-    layers, first = tuple(layer.index for layer in hosted), hosted[0]
-    rank, width, ffn = config.rank, first.hidden_size, first.ffn_hidden_size
+    layers, rank, width, ffn = tuple(places.layers), config.rank, places.width, places.ffn
     blocks: list[BlockSpec] = []
-    if config.experts:
-        shapes = {GATE_UP_A: (rank, width), GATE_UP_B: (2 * ffn, rank), DOWN_A: (rank, ffn), DOWN_B: (width, rank)}
+    if config.moe is not None:
+        blocks += [BlockSpec(INNER, layers, (ffn, width), expert=True), BlockSpec(OUTER, layers, (width, ffn), expert=True)]
+    elif config.experts:
+        if config.expert_training == "full":
+            shapes = {GATE_UP: (2 * ffn, width), DOWN: (width, ffn)}
+        else:
+            shapes = {GATE_UP_A: (rank, width), GATE_UP_B: (2 * ffn, rank), DOWN_A: (rank, ffn), DOWN_B: (width, rank)}
         blocks += [BlockSpec(name, layers, item, expert=True) for name, item in shapes.items()]
     blocks += _attention_blocks(find_projections(model, config.attention), rank)
-    if config.router == "train":
-        blocks.append(BlockSpec(ROUTER, layers, (first.num_experts, width)))
+    if config.router == "train" or config.moe is not None:
+        blocks.append(BlockSpec(ROUTER, layers, (places.num_experts, width)))
     if rescaler is not None:
-        places = layers if rescaler == "layer" else (-1,)
-        blocks.append(BlockSpec(RESCALER, places, (1,), personal=True, decay=False))
+        where = layers if rescaler == "layer" else (-1,)
+        blocks.append(BlockSpec(RESCALER, where, (1,), personal=True, decay=False))
     return blocks
 
 
@@ -51,22 +57,50 @@ def _attention_blocks(projections: list[Projection], rank: int) -> list[BlockSpe
 
 
 def initial_bank(
-    foundation: Foundation, blocks: list[BlockSpec], seed: int, first_expert: int, device: torch.device | None = None
+    foundation: Foundation, blocks: list[BlockSpec], seed: int, held: range, device: torch.device | None = None
 ) -> Bank:
     """The global adapters before the first round: a bank with one client slot and no gradients.
 
-    Personal blocks are present but mean nothing here; evaluation of a tier fills them with the tier's mean.
+    Personal blocks hold what every client starts from; later, evaluation fills them with a client's or with a tier's mean.
     """
-    bank = Bank(blocks, len(foundation.layers[0].experts), clients=1, device=device, with_grad=False)
-    routers = {hosted.index: hosted.module.router.gate.weight for hosted in foundation.layers}
-    for key, spec, value in bank.items(first_expert):
-        if spec.name == ROUTER:
-            value.copy_(routers[int(key.split(".")[1])])
-        elif spec.name.endswith("lora_A"):
-            bound = 1.0 / math.sqrt(value.shape[-1])
-            drawn = torch.empty(value.shape).uniform_(-bound, bound, generator=torch_generator(seed, "adapter-init", key))
-            value.copy_(drawn)  # drawn on the CPU, so that every device starts from the same bits
+    bank = Bank(blocks, len(held), clients=1, device=device, with_grad=False)
+    copied = _copied_values(foundation, held.start)
+    for key, spec, value in bank.items(held.start, with_personal=True):
+        if key in copied:
+            value.copy_(copied[key])
+        elif spec.name.endswith("lora_A") or spec.name in (INNER, ROUTER):
+            value.copy_(drawn_a(seed, key, value.shape))
     return bank
+
+
+def drawn_a(seed: int, key: str, shape: torch.Size, *address: int) -> torch.Tensor:
+    """A fresh matrix, uniform in +-1 / sqrt(input width); drawn on the CPU, so that every device starts from the same bits."""
+    bound = 1.0 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=torch_generator(seed, "adapter-init", key, *address))
+
+
+def _copied_values(foundation: Foundation, first_expert: int) -> dict[str, torch.Tensor]:
+    """What starts as a copy of the foundation's own weights, by canonical key."""
+    found = {}
+    for hosted in foundation.layers:
+        found[f"layers.{hosted.index}.{ROUTER}"] = hosted.module.router.gate.weight
+        for e in range(len(hosted.experts)):
+            place = f"layers.{hosted.index}.experts.{first_expert + e}"
+            found[f"{place}.gate_up.weight"], found[f"{place}.down.weight"] = hosted.w13[e], hosted.w2[e]
+    return found
+
+
+def base_weights(foundation: Foundation, first_expert: int) -> dict[str, torch.Tensor]:
+    """The frozen weights that LoRA pairs stand on, by `<key of the pair>.base`: views of what the model computes with."""
+    found = {}
+    for hosted in foundation.layers:
+        for e in range(len(hosted.experts)):
+            place = f"layers.{hosted.index}.experts.{first_expert + e}"
+            found[f"{place}.gate_up.base"], found[f"{place}.down.base"] = hosted.w13[e], hosted.w2[e]
+    for module in foundation.model.modules():
+        if isinstance(module, ClientLoRALinear):
+            found[f"layers.{module.projection.layer}.attention.{module.projection.name}.base"] = module.base.weight
+    return found
 
 
 def install(foundation: Foundation, config: AdapterConfig, execution: Execution) -> None:
@@ -74,6 +108,10 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     model = foundation.model
     for hosted in foundation.layers:
         _replace(model, hosted.name, FederatedMoELayer(hosted, execution))
+    for site in foundation.sites:
+        assert config.moe is not None, "checked when the places were found"
+        rule = SelectedSoftmax(config.moe.experts, config.moe.top_k)
+        site.replace(model, AdapterMoELayer(site.module(model), site.index, rule, execution))
     for projection in find_projections(model, config.attention):
         base = model.get_submodule(projection.path)
         assert isinstance(base, nn.Linear)

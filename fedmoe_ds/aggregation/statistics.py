@@ -9,6 +9,8 @@ value wherever the weights sum to zero: experts that nobody trained do not move.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ class Statistics:
     """Sums of one round on one rank.
 
     Args:
-        specs: blocks; personal ones are ignored.
+        specs: blocks; those that nobody trains, and personal ones, are ignored.
         experts: number of experts of this rank.
         exact: order-free integer sums (bitwise) or float32 sums (fast).
     """
@@ -32,7 +34,7 @@ class Statistics:
     def __init__(self, specs: list[BlockSpec], experts: int, exact: bool, device: torch.device | None = None) -> None:
         kind: type[ExactSum] | type[FloatSum] = ExactSum if exact else FloatSum
         self.exact = exact
-        self.specs = [spec for spec in specs if not spec.personal]
+        self.specs = [spec for spec in specs if spec.trained and not spec.personal]
         self.values: dict[str, Sum] = {}
         self.weights: dict[str, Sum] = {}
         for spec in self.specs:
@@ -41,20 +43,16 @@ class Statistics:
             self.weights[spec.name] = kind(head, device)
 
     @torch.no_grad()
-    def add(self, bank: Bank, slot: int, expert: bool, weights_LE: np.ndarray | None, weight: float) -> None:
-        """Add one client's expert blocks (weights per layer and local expert) or dense blocks (one weight)."""
-        for spec in self.specs:
-            if spec.expert != expert:
-                continue
-            value = bank.client(spec.name, slot).double()
-            head = value.shape[:2] if spec.expert else value.shape[:1]
-            if spec.expert:
-                assert weights_LE is not None
-                factor = torch.from_numpy(np.ascontiguousarray(weights_LE)).to(value.device)
-            else:
-                factor = torch.full(head, weight, dtype=torch.float64, device=value.device)
-            self.weights[spec.name].add(factor)
-            self.values[spec.name].add(value * factor.view(*head, *([1] * len(spec.item))))
+    def add(self, name: str, value: Tensor, weight: np.ndarray) -> None:
+        """Add one client's block.
+
+        Args:
+            value: [L, E, *item] or [L, *item], this rank's part.
+            weight: float64 [L, E] or [L], the client's weight.
+        """
+        factor = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float64)).to(value.device)
+        self.weights[name].add(factor)
+        self.values[name].add(value.double() * factor.view(*factor.shape, *([1] * (value.dim() - factor.dim()))))
 
     def _tensors(self, expert: bool | None = None) -> list[Tensor]:
         chosen = [spec.name for spec in self.specs if expert is None or spec.expert == expert]
@@ -70,17 +68,26 @@ class Statistics:
         """The weighted mean per block, [L, E, *item] or [L, *item]; the current value where the weights sum to zero."""
         result = {}
         for spec in self.specs:
-            total, weight = self.values[spec.name].value(), self.weights[spec.name].value()
+            total, weight = self.total(spec.name), self.weight(spec.name)
             weight = weight.view(*weight.shape, *([1] * len(spec.item)))
             old = current.client(spec.name, 0).to(total.device)
             mean = (total / torch.where(weight > 0, weight, 1.0)).float()
             result[spec.name] = torch.where(weight > 0, mean, old)
         return result
 
-    def state(self) -> dict[str, Tensor]:
-        """All sums by name, for a checkpoint in the middle of a round."""
-        sides = (("values", self.values), ("weights", self.weights))
-        return {f"{name}/{side}": sums[name].limbs for name in self.values for side, sums in sides}
+    def total(self, name: str) -> Tensor:
+        """The weighted sum of a block, float64."""
+        return self.values[name].value()
+
+    def weight(self, name: str) -> Tensor:
+        """The sum of its weights, float64 [L, E] or [L]."""
+        return self.weights[name].value()
+
+    def tensors(self) -> Iterator[tuple[BlockSpec, str, int, Tensor]]:
+        """(block, side, axes before the layer axis, tensor) of every sum, for a checkpoint in the middle of a round."""
+        for spec in self.specs:
+            for side, sums in (("values", self.values), ("weights", self.weights)):
+                yield spec, side, 1, sums[spec.name].limbs
 
 
 def _all_reduce_flat(tensors: list[Tensor], group: Group, size: int) -> None:

@@ -18,6 +18,7 @@ from fedmoe_ds.config import AdapterConfig, ExecutionConfig, LocalConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
+from fedmoe_ds.experts.places import hosted_places
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.runtime import keep_freed_memory
@@ -32,7 +33,8 @@ class Fused:
         self.workload = workload
         foundation = _foundation(folder, workload)
         adapters = AdapterConfig(rank=workload.rank, alpha=workload.alpha, attention=list(workload.attention))
-        blocks = adapter_blocks(foundation.model, foundation.layers, adapters, rescaler=None)
+        places = hosted_places(foundation.layers)
+        blocks = adapter_blocks(foundation.model, places, adapters, rescaler=None)
         experts, clients = workload.shape.experts, len(workload.caps)
         pool = Pool(None, 1, experts, clients, merge=not bitwise)
         execution = Execution(Bank(blocks, experts, clients, clients, device), pool, workload.alpha / workload.rank)
@@ -42,15 +44,15 @@ class Fused:
             value.copy_(workload.initial_value(key, value.shape))
         self.local = LocalConfig(batch_size=workload.sequences, lr=workload.lr, clip=None)
         seed = workload.seed
-        self.trainer = WaveTrainer(foundation, execution, self.local, ExecutionConfig(), 0, seed, device)
+        self.trainer = WaveTrainer(foundation, places.layers, execution, self.local, ExecutionConfig(), 0, seed, device)
 
     def train(self, stage: str) -> Outcome:
         load = self.workload
         count = load.stage_steps(stage) * load.sequences
-        clients = [Client(i, f"c{i}", cap, count, count, count * load.length) for i, cap in enumerate(load.caps)]
+        clients = [Client(i, f"c{i}", cap, count, count, count * load.length, cap) for i, cap in enumerate(load.caps)]
         data = {client.index: self._sequences(stage, client) for client in clients}
         clock = Clock()
-        reports = self.trainer.train([clients], 0, self.start, {}, data.__getitem__)
+        reports = [report for _, report in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
         span = clock.stop()
         losses = [report.losses for report in reports]
         assert all(loss is not None for loss in losses) and [r.client.index for r in reports] == sorted(data)

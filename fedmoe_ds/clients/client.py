@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -11,10 +12,21 @@ from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.randomness import generator
 
+Spends = Literal["top_k", "rank", "experts"]
+"""What a method spends a budget on: active experts per token, LoRA rank, or experts trained per batch."""
+
 
 @dataclass(frozen=True)
 class Client:
-    """One federated client: its data sizes and the cap on its active experts."""
+    """One federated client: its data sizes, its budget tier and what the budget buys.
+
+    Attributes:
+        top_k: the tier: a FLOPs budget named by the number of active experts that it pays for.
+        cap: active experts per token that the client really uses.
+        rank: LoRA rank that it trains.
+        experts: experts per layer that one of its batches may train.
+        steps: exact local steps, where they are not derived from the sequences (the pooled client of centralised training).
+    """
 
     index: int
     name: str
@@ -22,6 +34,30 @@ class Client:
     samples: int
     sequences: int
     tokens: int
+    cap: int = 1
+    rank: int = 1
+    experts: int = 1
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The largest of what a budget can buy: the model's top-k, the adapters' rank, the experts of a layer."""
+
+    top_k: int
+    rank: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A budget tier with everything decided; `top_k` is its name, see `Client`."""
+
+    top_k: int
+    share: float
+    cap: int
+    rank: int
+    experts: int
 
 
 def default_tiers(top_k: int) -> list[TierConfig]:
@@ -33,21 +69,42 @@ def default_tiers(top_k: int) -> list[TierConfig]:
     return [TierConfig(top_k=cap, share=1.0) for cap in caps]
 
 
-def resolve_tiers(config: FederationConfig, model_top_k: int) -> list[TierConfig]:
-    """The run's tiers, checked against the model. Raises UserError for a cap above the model's top-k."""
-    tiers = config.tiers if config.tiers is not None else default_tiers(model_top_k)
-    if not tiers:
+def resolve_tiers(config: FederationConfig, full: Capacity, spends: Spends) -> list[Tier]:
+    """The run's tiers, checked against the model.
+
+    Args:
+        spends: what the method spends a budget on; `federation.budget` overrides it.
+    Raises:
+        UserError: no tier, or a number beyond the model's.
+    """
+    given = config.tiers if config.tiers is not None else default_tiers(full.top_k)
+    if not given:
         raise UserError("federation.tiers: []: at least one tier is needed; drop the key for the default tiers")
-    for i, tier in enumerate(tiers):
-        if tier.top_k > model_top_k:
-            raise UserError(
-                f"federation.tiers.{i}.top_k: {tier.top_k}: the model activates {model_top_k} experts per token; "
-                f"use 1 to {model_top_k}"
-            )
-    return tiers
+    for i, tier in enumerate(given):
+        limits = (("top_k", full.top_k, "activates", "experts per token"), ("rank", full.rank, "has", "LoRA rows"),
+                  ("experts", full.experts, "has", "experts per layer"))  # fmt: skip
+        for key, most, verb, unit in limits:
+            value = getattr(tier, key)
+            if value is not None and value > most:
+                raise UserError(f"federation.tiers.{i}.{key}: {value}: the model {verb} {most} {unit}; use 1 to {most}")
+    bought = spends if config.budget == "method" else config.budget
+    return [_decide(tier, full, bought) for tier in given]
 
 
-def make_clients(data: FederatedData, config: FederationConfig, tiers: list[TierConfig], seed: int) -> list[Client]:
+def _decide(tier: TierConfig, full: Capacity, spends: str) -> Tier:
+    share = tier.top_k / full.top_k
+    rank = tier.rank or max(1, int(full.rank * share))
+    experts = tier.experts or max(1, int(full.experts * share))
+    return Tier(
+        tier.top_k,
+        tier.share,
+        cap=tier.top_k if spends in ("top_k", "both") else full.top_k,
+        rank=rank if spends in ("rank", "both") else full.rank,
+        experts=experts if spends == "experts" else full.experts,
+    )
+
+
+def make_clients(data: FederatedData, config: FederationConfig, tiers: list[Tier], seed: int) -> list[Client]:
     """All clients of the federation, each with its tier: shares are exact up to one client, the deal is an addressed draw."""
     count = len(data.names)
     bounds = np.cumsum([tier.share for tier in tiers]) / sum(tier.share for tier in tiers)
@@ -55,9 +112,18 @@ def make_clients(data: FederatedData, config: FederationConfig, tiers: list[Tier
     if config.assignment == "shuffled":
         order = generator(seed, "tiers").permutation(count)
     tier_of = np.minimum(np.searchsorted(bounds, (np.arange(count) + 0.5) / count), len(tiers) - 1)
-    caps = np.empty(count, dtype=int)
-    caps[order] = [tiers[t].top_k for t in tier_of]
+    dealt = dict(zip(order.tolist(), (tiers[t] for t in tier_of), strict=True))
     return [
-        Client(i, name, int(caps[i]), int(data.samples[i]), int(data.train_sequences[i]), int(data.train_tokens[i]))
+        Client(
+            i,
+            name,
+            dealt[i].top_k,
+            int(data.samples[i]),
+            int(data.train_sequences[i]),
+            int(data.train_tokens[i]),
+            dealt[i].cap,
+            dealt[i].rank,
+            dealt[i].experts,
+        )
         for i, name in enumerate(data.names)
     ]

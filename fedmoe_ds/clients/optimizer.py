@@ -112,7 +112,7 @@ def squared_norms(bank: Bank, expert: bool) -> Tensor:
     clients = bank.expert_clients if expert else bank.clients
     rows = []
     for name, spec in bank.specs.items():
-        if spec.expert == expert:
+        if spec.expert == expert and spec.trained:
             grad = bank.grads[name]
             square = torch.linalg.vector_norm(grad.view(-1, math.prod(spec.item)), dim=-1, dtype=torch.float64).square()
             rows.append(square.view(len(spec.layers), -1, clients))

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
+from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.steps import batch_size, step_count
 from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation.size import ModelSize
 from fedmoe_ds.randomness import generator
 
@@ -22,22 +27,58 @@ Wave = list[list[Client]]
 
 @dataclass(frozen=True)
 class CostModel:
-    """Forward FLOPs per token: dense + k_c * expert (FLAME's C(k) = C_dense + k C_expert, methods 1.6)."""
+    """FLOPs of one token: forward = dense + active experts * expert (FLAME's C(k) = C_dense + k C_expert), adapters apart.
+
+    Attributes:
+        dense, expert: frozen weights outside the experts, and of one active expert in every layer.
+        dense_row, expert_row: one LoRA row (rank 1) on all dense adapters, and on one active expert in every layer.
+        layers: mixture layers, over which routed rows are counted.
+        positions: token rows per token of the data (images: rows per image).
+    """
 
     dense: float
     expert: float
+    dense_row: float = 0.0
+    expert_row: float = 0.0
+    layers: int = 1
+    positions: int = 1
 
     @classmethod
-    def of(cls, model: ModelSize) -> CostModel:
+    def of(cls, model: ModelSize, places: Places, blocks: Iterable[BlockSpec] = (), positions: int = 1) -> CostModel:
         """2 FLOPs per multiply-add; attention scores are left out, the input embedding is a look-up."""
-        expert = 2.0 * 3 * model.hidden * model.ffn * model.layers
-        return cls(2.0 * max(model.dense_parameters - model.vocabulary * model.hidden, 1), expert)
+        expert = 2.0 * places.matrices * places.width * places.ffn * len(places.layers)
+        rows = {True: 0.0, False: 0.0}
+        for spec in blocks:
+            if spec.rank_axis is not None:
+                rows[spec.expert] += 2.0 * len(spec.layers) * spec.item[1 - spec.rank_axis]
+        dense = 2.0 * max(model.dense_parameters - model.vocabulary * model.hidden, 1)
+        return cls(dense, expert, rows[False], rows[True], len(places.layers), positions)
+
+    def forward(self, cap: float, rank: int) -> float:
+        """FLOPs of one token's forward pass with `cap` active experts and adapters of this rank."""
+        return self.dense + rank * self.dense_row + cap * (self.expert + rank * self.expert_row)
+
+    def spent(self, tokens: int, routed: int, trained: int, rank: int) -> float:
+        """FLOPs of a client's training: forward, the gradient of every activation, and that of every adapter.
+
+        Args:
+            tokens: token rows it trained on.
+            routed, trained: (row, expert) slots over all layers that were computed, and that took part in the backward pass.
+        """
+        forward, backward = routed / self.layers, trained / self.layers
+        adapters = rank * (self.dense_row * tokens + self.expert_row * backward)
+        return (
+            2 * self.dense * tokens
+            + self.expert * (forward + backward)
+            + rank * (self.dense_row * tokens + self.expert_row * forward)
+            + 2 * adapters
+        )
 
     def client(self, client: Client, local: LocalConfig) -> float:
         """Predicted work of one client in one round, in FLOPs of forward passes."""
         per_sequence = client.tokens / client.sequences
         tokens = step_count(client, local) * batch_size(client, local) * per_sequence
-        return tokens * (self.dense + client.top_k * self.expert)
+        return tokens * self.positions * (self.dense + client.cap * self.expert)
 
 
 def participant_count(clients: int, participation: float) -> int:
@@ -45,10 +86,20 @@ def participant_count(clients: int, participation: float) -> int:
     return max(1, round(participation * clients))
 
 
-def participants(clients: list[Client], participation: float, seed: int, round_index: int) -> list[Client]:
-    """The clients of a round in canonical order: an addressed uniform draw without replacement, at least one."""
+def participants(
+    clients: list[Client], participation: float, seed: int, round_index: int, sampling: str = "uniform"
+) -> list[Client]:
+    """The clients of a round in canonical order: an addressed draw without replacement, at least one.
+
+    Args:
+        sampling: `uniform`, or in proportion to `size` (samples) or `budget` (top_k). Aggregation weights stay what they are.
+    """
     count = participant_count(len(clients), participation)
-    chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False)
+    chances = None
+    if sampling != "uniform":
+        mass = np.array([client.samples if sampling == "size" else client.top_k for client in clients], dtype=np.float64)
+        chances = mass / mass.sum()
+    chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False, p=chances)
     return [clients[i] for i in sorted(chosen.tolist())]
 
 

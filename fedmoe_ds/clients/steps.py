@@ -13,6 +13,8 @@ from fedmoe_ds.randomness import generator
 
 def step_count(client: Client, config: LocalConfig) -> int:
     """Number of local steps in one round."""
+    if client.steps is not None:
+        return client.steps
     if config.steps is not None:
         return config.steps
     steps = max(1, math.ceil(config.epochs * client.sequences / config.batch_size))

@@ -13,63 +13,58 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.clients.batch import Batch, Rows, make_batch
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.batch import Rows, make_batch
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.model import forward_pass, segment_sums
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
+from fedmoe_ds.clients.report import Counts, Gatherer, Report
 from fedmoe_ds.clients.schedule import Wave
-from fedmoe_ds.clients.steps import learning_rate, local_batches, step_count
+from fedmoe_ds.clients.steps import learning_rate, local_batches
 from fedmoe_ds.collectives import all_gather
 from fedmoe_ds.config import ExecutionConfig, LocalConfig
 from fedmoe_ds.data import Sequences
-from fedmoe_ds.experts.execution import Execution
+from fedmoe_ds.experts.execution import Execution, InTraining, Watch
 from fedmoe_ds.foundation import Foundation
-
-LARGEST_VALUE = 2.0**19
-"""An adapter value beyond this has blown up; it would also leave the range of the exact aggregation sums."""
 
 ReadClient = Callable[[int], Sequences]
 
 
+class TrainingData(Protocol):
+    """Where clients' sequences come from."""
+
+    def train(self, client: int) -> Sequences: ...
+
+
 @dataclass(frozen=True)
 class ClientRules:
-    """What a method prescribes for a client, as pure functions of the client.
+    """What the method, and a correction of client drift, prescribe; see `fedmoe_ds.methods.base` for the meaning.
 
     Attributes:
-        rescale: fixed factor on the expert output, or None.
-        allowed: [E] bool expert mask, or None.
+        assign: (client, round) -> what it is told to do; the same on every rank.
+        watch: what is looked at and decided in its layers, or None; called on the home rank.
+        observes: names of the sums that watches return.
+        adjust: change the gradients of a step in place, before clipping.
+        measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
+        remember: new values of its memory blocks, on the ranks that hold them.
+        selective: whether some batches train only some of the experts.
     """
 
-    rescale: Callable[[Client], float | None] = lambda client: None
-    allowed: Callable[[Client], np.ndarray | None] = lambda client: None
-
-
-@dataclass
-class Report:
-    """What a client reports after local training; the same on every rank of its cluster.
-
-    Attributes:
-        counts_LE: routed rows per (layer, expert): FLAME's a_i^j.
-        tokens: token rows it trained on: FLAME's S_i, in tokens, so that a/S is in [0, 1].
-        finite: False when its loss or any adapter value is not finite.
-        losses: mean loss of the first and the last local step (known on the home rank only).
-    """
-
-    client: Client
-    wave_slot: int
-    home: int
-    steps: int
-    tokens: int
-    counts_LE: np.ndarray
-    finite: bool
-    losses: tuple[float, float] | None = None
-    seconds: float = 0.0
+    assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
+    watch: Callable[[Client, Assignment], Watch | None] = lambda client, assignment: None
+    observes: tuple[str, ...] = ()
+    adjust: tuple[Callable[[Local], None], ...] = ()
+    measure: Callable[[Local], dict[str, Tensor]] = lambda local: {}
+    remember: tuple[Callable[[Local, float], dict[str, Tensor]], ...] = ()
+    selective: bool = False
 
 
 @dataclass
@@ -78,10 +73,12 @@ class _Work:
 
     client: Client
     slot: int
+    assignment: Assignment
     batches: list[np.ndarray]
     data: Sequences | None = None
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
+    observed: dict[str, Tensor] = field(default_factory=dict)  # [L, E] sums over the round's batches
 
     def micro_batches(self, step: int, size: int | None) -> int:
         if step >= len(self.batches):
@@ -94,6 +91,7 @@ class WaveTrainer:
 
     Args:
         foundation: the frozen model with the federated layers installed.
+        layers: indices of the layers with experts.
         execution: what those layers read; its bank is trained here.
         local: local training settings.
         run: execution settings (mode, micro-batch size).
@@ -105,6 +103,7 @@ class WaveTrainer:
     def __init__(
         self,
         foundation: Foundation,
+        layers: list[int],
         execution: Execution,
         local: LocalConfig,
         run: ExecutionConfig,
@@ -118,11 +117,14 @@ class WaveTrainer:
         self.shard, self.seed, self.device = shard, seed, device
         self.bank, self.pool = execution.bank, execution.pool
         self.optimizer = ClientOptimizer(self.bank, local)
-        self.layers = [hosted.index for hosted in foundation.layers]
-        self.expert_blocks = [name for name, spec in self.bank.specs.items() if spec.expert]
-        self.dense_blocks = [name for name, spec in self.bank.specs.items() if not spec.expert]
+        self.layers = layers
+        trained = [spec for spec in self.bank.specs.values() if spec.trained]
+        self.expert_blocks = [spec.name for spec in trained if spec.expert]
+        self.dense_blocks = [spec.name for spec in trained if not spec.expert]
 
-    def train(self, wave: Wave, round_index: int, start: Bank, personal: dict[str, Tensor], read: ReadClient) -> list[Report]:
+    def train(
+        self, wave: Wave, round_index: int, start: Bank, personal: dict[str, Tensor], read: ReadClient
+    ) -> list[tuple[Local, Report]]:
         """Train one wave from the global adapters `start` and each client's personal state.
 
         Args:
@@ -130,52 +132,81 @@ class WaveTrainer:
             personal: by block name, [n_clients, L, ...]; read for the clients at home here.
             read: training sequences of a client; called for clients at home here only.
         Returns:
-            One report per client; the trained adapters are in the bank, at `report.wave_slot` (expert blocks) and
-            `report.wave_slot % H` on the home rank (dense blocks).
+            For every client a view of what it trained (valid until the next wave), and its report.
         """
         began = time.monotonic()
         works = [[self._work(client, slot, round_index) for slot, client in enumerate(home)] for home in wave]
         for work in works[self.shard]:
             work.data = read(work.client.index)
-        self._load(works, start, personal)
-        counts_HLE = torch.zeros(self.pool.home_clients, len(self.layers), self.pool.num_experts, dtype=torch.int64)
+        locals_ = [[self._local(work, shard, start, personal) for work in home] for shard, home in enumerate(works)]
+        self._load(works, locals_, start, personal)
+        counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts)
         for step in range(max((len(w.batches) for home in works for w in home), default=0)):
-            self._forward_backward(step, works, counts_HLE)
-            self._optimize(step, works)
-        return self._reports(works, counts_HLE, time.monotonic() - began)
+            self._forward_backward(step, works, counts)
+            self._optimize(step, works, locals_)
+        self.execution.wave = InTraining()
+        reports = self._reports(works, locals_, counts, time.monotonic() - began)
+        return [(local, report) for (_, local), report in zip(_flat(works, locals_), reports, strict=True)]
 
     def _work(self, client: Client, slot: int, round_index: int) -> _Work:
-        return _Work(client, slot, local_batches(client, self.local, self.seed, round_index))
+        batches = local_batches(client, self.local, self.seed, round_index)
+        return _Work(client, slot, self.rules.assign(client, round_index), batches)
+
+    def _local(self, work: _Work, shard: int, start: Bank, personal: dict[str, Tensor]) -> Local:
+        slots = {True: shard * self.pool.home_clients + work.slot}
+        if shard == self.shard:
+            slots[False] = work.slot
+        memory = {name: values[work.client.index] for name, values in personal.items()}
+        return Local(work.client, work.assignment, self.bank, start, slots, memory)
 
     @torch.no_grad()
-    def _load(self, works: list[list[_Work]], start: Bank, personal: dict[str, Tensor]) -> None:
+    def _load(self, works: list[list[_Work]], locals_: list[list[Local]], start: Bank, personal: dict[str, Tensor]) -> None:
         self.bank.zero_grad()
         self.optimizer.reset()
         for name, spec in self.bank.specs.items():
             if not spec.personal:
                 self.bank.broadcast(name).copy_(start.broadcast(name).expand_as(self.bank.broadcast(name)))
-                continue
-            for work in works[self.shard]:
-                self.bank.client(name, work.slot).copy_(personal[name][work.client.index])
+        for local in (local for home in locals_ for local in home):
+            for spec in local.blocks(trained=False):
+                if spec.personal:
+                    local.value(spec).copy_(local.memory[spec.name])
+                elif local.assignment.rows_R is not None and spec.pair is not None:
+                    local.value(spec).copy_(local.received(spec))
+        self.execution.wave = self._in_training(works)
 
-    def _forward_backward(self, step: int, works: list[list[_Work]], counts_HLE: Tensor) -> None:
+    def _in_training(self, works: list[list[_Work]]) -> InTraining:
+        home = self.pool.home_clients
+        factors = [1.0] * self.pool.wave_clients
+        for shard, mine in enumerate(works):
+            for work in mine:
+                factors[shard * home + work.slot] = work.assignment.scale
+        plain = all(factor == 1.0 for factor in factors)
+        found = {work.slot: self.rules.watch(work.client, work.assignment) for work in works[self.shard]}
+        return InTraining(
+            {slot: watch for slot, watch in found.items() if watch is not None},
+            self.rules.selective,
+            None if plain else factors,
+            None if plain else factors[self.shard * home : (self.shard + 1) * home],
+        )
+
+    def _forward_backward(self, step: int, works: list[list[_Work]], counts: Counts) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""
         mine = works[self.shard]
         if self.pool.merge:
             passes = max((w.micro_batches(step, self.micro) for home in works for w in home), default=0)
             for micro in range(passes):
-                self._pass([w for w in mine if micro < w.micro_batches(step, self.micro)], step, micro, None, counts_HLE)
+                self._pass([w for w in mine if micro < w.micro_batches(step, self.micro)], step, micro, None, counts)
             return
         for slot in range(self.pool.home_clients):
             here = [home[slot] for home in works if slot < len(home)]
             passes = max((w.micro_batches(step, self.micro) for w in here), default=0)
             for micro in range(passes):
                 own = [w for w in mine if w.slot == slot and micro < w.micro_batches(step, self.micro)]
-                self._pass(own, step, micro, slot, counts_HLE)
+                self._pass(own, step, micro, slot, counts)
 
-    def _pass(self, works: list[_Work], step: int, micro: int, slot: int | None, counts_HLE: Tensor) -> None:
+    def _pass(self, works: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         rows = [self._rows(work, step, micro) for work in works]
-        batch = make_batch(rows, self.pool.num_experts, self.device)
+        batch = make_batch(rows, self.pool.num_experts, self.device, self.foundation.images)
         result = forward_pass(self.foundation, self.execution, batch, slot, self._factors(works))
         loss = result.hidden_BSD.sum() * 0.0 if not works else result.nll_N.new_zeros(())
         for work, part, own in zip(works, rows, segment_sums(result.nll_N, batch), strict=True):
@@ -185,10 +216,12 @@ class WaveTrainer:
             work.tokens += part.tokens
             loss = loss + task + self._auxiliary(result.run.losses, work.slot) * (part.tokens / whole[1])
         loss.backward()  # type: ignore[no-untyped-call]
-        self._count(result.run.counts, batch, counts_HLE)
+        counts.add(result.run, self.layers)
+        for work in works:
+            self._observed(work, result.run.observed)
 
     def _factors(self, works: list[_Work]) -> list[float] | None:
-        factors = {work.slot: factor for work in works if (factor := self.rules.rescale(work.client)) is not None}
+        factors = {work.slot: work.assignment.rescale for work in works if work.assignment.rescale is not None}
         return [factors.get(slot, 1.0) for slot in range(self.pool.home_clients)] if factors else None
 
     def _rows(self, work: _Work, step: int, micro: int) -> Rows:
@@ -197,41 +230,42 @@ class WaveTrainer:
             work.losses.append(0.0)
         size = self.micro or len(work.batches[step])
         chosen = work.batches[step][micro * size : (micro + 1) * size]
-        ids, masks = work.data.input_ids, work.data.loss_mask
-        allowed = self.rules.allowed(work.client)
-        allowed_E = None if allowed is None else torch.from_numpy(allowed)
-        return Rows(work.slot, work.client.top_k, [ids[i] for i in chosen], [masks[i] for i in chosen], allowed_E)
+        allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
+        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, self.foundation.images)
 
     def _step_sums(self, work: _Work, step: int) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
         assert work.data is not None
-        chosen = work.batches[step]
-        targets = sum(int(work.data.loss_mask[i].sum()) for i in chosen)
-        return max(targets, 1), sum(len(work.data.input_ids[i]) for i in chosen)
+        whole = Rows.of(work.slot, work.assignment.cap, work.data, work.batches[step], images=self.foundation.images)
+        return max(whole.targets, 1), whole.tokens
 
     def _auxiliary(self, losses: dict[int, dict[int, Tensor]], slot: int) -> Tensor | float:
         found = [by_slot[slot] for by_slot in losses.values()]
         return torch.stack(found).mean() if found else 0.0
 
-    def _count(self, counts: dict[int, Tensor], batch: Batch, counts_HLE: Tensor) -> None:
+    def _observed(self, work: _Work, observed: dict[int, dict[int, dict[str, Tensor]]]) -> None:
         for row, layer in enumerate(self.layers):
-            counts_HLE[:, row] += counts[layer].cpu()
+            for name in self.rules.observes:
+                empty = torch.zeros(len(self.layers), self.pool.num_experts, dtype=torch.float64)
+                work.observed.setdefault(name, empty)[row] += observed[layer][work.slot][name].double().cpu()
 
-    def _optimize(self, step: int, works: list[list[_Work]]) -> None:
+    def _optimize(self, step: int, works: list[list[_Work]], locals_: list[list[Local]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
+        for work, local in _flat(works, locals_):
+            if step < len(work.batches):
+                for adjust in self.rules.adjust:
+                    adjust(local)
         norms = self._global_norms() if self.local.clip is not None else None
-        for shard, home in enumerate(works):
-            for work in home:
-                if step >= len(work.batches):
-                    continue
-                wave_slot = shard * self.pool.home_clients + work.slot
-                factor = 1.0
-                if norms is not None and norms[wave_slot] > (self.local.clip or 0.0):
-                    factor = (self.local.clip or 0.0) / norms[wave_slot]
-                lr = learning_rate(self.local, step, len(work.batches))
-                self.optimizer.step(self.expert_blocks, wave_slot, step + 1, lr, factor)
-                if shard == self.shard:
-                    self.optimizer.step(self.dense_blocks, work.slot, step + 1, lr, factor)
+        for work, local in _flat(works, locals_):
+            if step >= len(work.batches):
+                continue
+            factor = 1.0
+            if norms is not None and norms[local.slots[True]] > (self.local.clip or 0.0):
+                factor = (self.local.clip or 0.0) / norms[local.slots[True]]
+            lr = learning_rate(self.local, step, len(work.batches))
+            self.optimizer.step(self.expert_blocks, local.slots[True], step + 1, lr, factor)
+            if False in local.slots:
+                self.optimizer.step(self.dense_blocks, local.slots[False], step + 1, lr, factor)
 
     def _global_norms(self) -> list[float]:
         """Gradient norm of every wave slot over all of its adapters on all ranks, summed in one fixed order."""
@@ -242,33 +276,41 @@ class WaveTrainer:
         dense_CN = dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
         return [float(row.sum().sqrt()) for row in torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)]
 
-    def _reports(self, works: list[list[_Work]], counts_HLE: Tensor, seconds: float) -> list[Report]:
-        size, group = self.pool.ep_size, self.pool.group
-        counts_PHLE = all_gather(counts_HLE.to(self.device), group, size).cpu().numpy()
-        tokens_H = torch.zeros(self.pool.home_clients, dtype=torch.int64)
-        for work in works[self.shard]:
-            tokens_H[work.slot] = work.tokens
-        tokens_PH = all_gather(tokens_H.to(self.device), group, size).cpu().numpy()
-        finite_C = self._finite(works[self.shard])
+    def _reports(self, works: list[list[_Work]], locals_: list[list[Local]], counts: Counts, seconds: float) -> list[Report]:
+        gatherer = Gatherer(self.pool, self.shard, self.device)
+        mine = works[self.shard]
+        tokens_C = gatherer.numbers({work.slot: work.tokens for work in mine})
+        counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
+        observed = gatherer.observations({w.slot: w.observed for w in mine}, self.rules.observes, len(self.layers))
+        measured = gatherer.measures([local for home in locals_ for local in home], self.rules.measure)
+        finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
         reports = []
-        for shard, home in enumerate(works):
-            for work in home:
-                place = shard * self.pool.home_clients + work.slot
-                losses = (work.losses[0], work.losses[-1]) if work.losses else None
-                counts, tokens = counts_PHLE[shard, work.slot], int(tokens_PH[shard, work.slot])
-                steps = step_count(work.client, self.local)
-                reports.append(Report(work.client, place, shard, steps, tokens, counts, finite_C[place], losses, seconds))
+        for i, (work, local) in enumerate(_flat(works, locals_)):
+            place = local.slots[True]
+            reports.append(
+                Report(
+                    work.client,
+                    place,
+                    place // self.pool.home_clients,
+                    len(work.batches),
+                    tokens_C[place],
+                    counts_CLE[place].numpy(),
+                    finite_C[place],
+                    (work.losses[0], work.losses[-1]) if work.losses else None,
+                    seconds,
+                    work.assignment,
+                    trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
+                    {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
+                    measured[i],
+                    self._remembered(work, local),
+                )
+            )
         return reports
 
-    def _finite(self, mine: list[_Work]) -> list[bool]:
-        """For every wave slot: loss and all adapter values are finite (and sane), on all ranks of the cluster."""
-        bad_C = torch.zeros(self.pool.wave_clients, dtype=torch.int64, device=self.device)
-        for name, spec in self.bank.specs.items():
-            flags = ~(self.bank.broadcast(name).abs() < LARGEST_VALUE).flatten(1).all(1)
-            offset = 0 if spec.expert else self.shard * self.pool.home_clients
-            bad_C[offset : offset + len(flags)] += flags
-        for work in mine:
-            if not all(math.isfinite(loss) for loss in work.losses):
-                bad_C[self.shard * self.pool.home_clients + work.slot] += 1
-        total_C = all_gather(bad_C, self.pool.group, self.pool.ep_size).sum(0)
-        return [bool(bad == 0) for bad in total_C.tolist()]
+    def _remembered(self, work: _Work, local: Local) -> dict[str, Tensor]:
+        rates = sum(learning_rate(self.local, step, len(work.batches)) for step in range(len(work.batches)))
+        return {name: value for remember in self.rules.remember for name, value in remember(local, rates).items()}
+
+
+def _flat(works: list[list[_Work]], locals_: list[list[Local]]) -> list[tuple[_Work, Local]]:
+    return [pair for home in zip(works, locals_, strict=True) for pair in zip(*home, strict=True)]

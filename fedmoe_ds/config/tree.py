@@ -28,7 +28,7 @@ class PretrainConfig(Section):
 
 
 class FoundationConfig(Section):
-    """The frozen sparse mixture-of-experts model."""
+    """The frozen model: a sparse mixture of experts, or a dense one with adapter experts beside it."""
 
     preset: str | None = Field("tiny-olmoe", description="built-in foundation; ignored when `path` is given")
     path: str | None = Field(None, description="Hugging Face model folder or hub id")
@@ -37,14 +37,24 @@ class FoundationConfig(Section):
     cache: str | None = Field(None, description="cache folder; default $FEDMOE_CACHE or ~/.cache/fedmoe_ds")
 
 
+class MoEAdapterConfig(Section):
+    """Adapter experts beside every feed-forward block of a dense foundation (FFT-MoE)."""
+
+    experts: int = Field(8, ge=1, description="M, experts per block; divisible by ep_size")
+    width: int = Field(16, ge=1, description="bottleneck width of an expert")
+    top_k: int = Field(4, ge=1, description="most active experts per token: the largest budget")
+
+
 class AdapterConfig(Section):
-    """What a client trains: LoRA on experts, LoRA on attention, the router."""
+    """What a client trains: LoRA on experts and attention and the router; beside a dense foundation, whole adapter experts."""
 
     rank: int = Field(8, ge=1, description="LoRA rank R")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
-    experts: bool = Field(True, description="LoRA on every expert's gate_up and down projection")
+    experts: bool = Field(True, description="train every expert's gate_up and down projection")
+    expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
     attention: list[str] = Field(["q_proj", "v_proj"], description="attention projections with LoRA; [] for none")
     router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
+    moe: MoEAdapterConfig | None = Field(None, description="adapter experts; needs a dense foundation, which needs them")
 
 
 class TopologyConfig(Section):
@@ -57,10 +67,16 @@ class TopologyConfig(Section):
 
 
 class TierConfig(Section):
-    """One budget tier: a cap on the number of active experts, and the share of clients that live under it."""
+    """One budget tier: the FLOPs of `top_k` active experts per token, and the share of clients that live under it.
+
+    FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
+    may train, take the fraction top_k / K of theirs, unless the tier says another number.
+    """
 
     top_k: int = Field(ge=1)
     share: float = Field(gt=0)
+    rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
+    experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
 
 
 class FederationConfig(Section):
@@ -68,7 +84,13 @@ class FederationConfig(Section):
 
     rounds: int = Field(3, ge=1)
     participation: float = Field(1.0, gt=0, le=1, description="fraction of clients drawn each round, at least one")
+    sampling: Literal["uniform", "size", "budget"] = Field(
+        "uniform", description="draw clients with equal chances, in proportion to their samples, or to their top_k"
+    )
     tiers: list[TierConfig] | None = Field(None, description="default: top_k = K, K/2, ..., 1 with equal shares")
+    budget: Literal["method", "top_k", "rank", "both"] = Field(
+        "method", description="what a tier's budget buys; method: what its paper says"
+    )
     assignment: Literal["shuffled", "in_order"] = Field("shuffled", description="how clients are dealt to tiers")
 
 
@@ -88,8 +110,20 @@ class LocalConfig(Section):
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     clip: float | None = Field(1.0, gt=0, description="per-client gradient norm bound over all of its adapters")
+    drift: Literal["none", "fedprox", "scaffold"] = Field("none", description="correction of client drift")
+    proximal: float = Field(0.01, ge=0, description="FedProx mu")
     balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss")
     z_loss: float = Field(0.0, ge=0, description="coefficient of the router z-loss")
+
+
+class ServerConfig(Section):
+    """What the server does with the mean of a round (Reddi et al., arXiv 2003.00295); fedavg takes it as it is."""
+
+    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    lr: float = Field(1.0, gt=0, description="server learning rate on mean - global; about 0.01 for fedadam and fedyogi")
+    beta1: float = Field(0.9, ge=0, lt=1, description="momentum")
+    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi)")
+    tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root of the second moment")
 
 
 class MethodConfig(BaseModel):
@@ -112,7 +146,7 @@ class PartitionConfig(Section):
 class DataConfig(Section):
     """Where the text comes from and how it becomes sequences."""
 
-    source: str = Field("stdlib", description="'stdlib', a .jsonl/.csv/.parquet file, or a hub data set id")
+    source: str = Field("stdlib", description="'stdlib', 'digits' (images), a .jsonl/.csv/.parquet file, or a hub data set id")
     split: str = Field("train", description="split of a hub data set")
     template: Literal["text", "instruction", "classification"] = "text"
     columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
@@ -163,6 +197,7 @@ class Config(Section):
     federation: FederationConfig = FederationConfig()
     local: LocalConfig = LocalConfig()
     method: MethodConfig = MethodConfig()
+    server: ServerConfig = ServerConfig()
     data: DataConfig = DataConfig()
     execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -182,5 +217,18 @@ class Config(Section):
         if not adapters.experts and not adapters.attention and adapters.router == "frozen":
             raise ValueError(
                 "adapters: nothing would be trained; set experts=true, name attention projections, or router=train"
+            )
+        if adapters.moe is not None and adapters.moe.top_k > adapters.moe.experts:
+            raise ValueError(
+                f"adapters.moe.top_k: {adapters.moe.top_k}: more than the {adapters.moe.experts} experts; use at most these"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scaffold_takes_gradient_steps(self) -> Config:
+        if self.local.drift == "scaffold" and (self.local.optimizer != "sgd" or self.local.momentum > 0):
+            raise ValueError(
+                "local.drift: scaffold: its control variates are mean gradients, so clients must take plain gradient steps; "
+                "use local.optimizer=sgd and local.momentum=0"
             )
         return self

@@ -136,38 +136,35 @@ class _ExpertPass(torch.autograd.Function):
         anchor: Tensor,
         plan: Plan,
         pool: Pool,
-        w13: Tensor,
-        w2: Tensor,
-        lora: ffn.Lora | None,
+        experts: ffn.Experts,
     ) -> Tensor:
         rows_ND = _to_experts(_gather(x_TD, plan.tokens_N), plan, pool)
         p_N = _to_experts(weight_N.to(x_TD.dtype).unsqueeze(-1), plan, pool).squeeze(-1)
         saved, parts = [], []
         for block in plan.blocks:
             rows = slice(block.start, block.stop)
-            part, kept = ffn.forward(block, rows_ND[rows], p_N[rows], w13, w2, lora)
+            part, kept = experts.forward(block, rows_ND[rows], p_N[rows])
             parts.append(part)
             saved.append(kept)
-        ctx.plan, ctx.pool, ctx.weights, ctx.lora, ctx.saved = plan, pool, (w13, w2), lora, saved
+        ctx.plan, ctx.pool, ctx.experts, ctx.saved = plan, pool, experts, saved
         return _sum_by_token(_to_home(_join(parts), plan, pool), plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, pool, need_dx = ctx.plan, ctx.pool, ctx.needs_input_grad[0]
         dy_ND = _to_experts(_gather(grads[0], plan.tokens_N), plan, pool)
-        w13, w2 = ctx.weights
         dx_parts: list[Tensor] = []
         dp_parts: list[Tensor] = []
         for block, saved in zip(plan.blocks, ctx.saved, strict=True):
             rows = slice(block.start, block.stop)
-            dx, dp = ffn.backward(block, saved, dy_ND[rows], w13, w2, ctx.lora, need_dx)
+            dx, dp = ctx.experts.backward(block, saved, dy_ND[rows], need_dx)
             if dx is not None:
                 dx_parts.append(dx)
             dp_parts.append(dp)
         ctx.saved = None
         dp_N = _to_home(_join(dp_parts).unsqueeze(-1), plan, pool).squeeze(-1)
         dx_TD = _sum_by_token(_to_home(_join(dx_parts), plan, pool), plan) if need_dx else None
-        return dx_TD, dp_N, None, None, None, None, None, None
+        return dx_TD, dp_N, None, None, None, None
 
 
 def expert_pass(
@@ -176,16 +173,14 @@ def expert_pass(
     anchor: Tensor,
     plan: Plan,
     pool: Pool,
-    w13: Tensor,
-    w2: Tensor,
-    lora: ffn.Lora | None,
+    experts: ffn.Experts,
 ) -> Tensor:
     """y_t = sum over the kept experts j of t of  p_tj E_j(x_t).  Returns [T, D].
 
-    `anchor` requires a gradient, so that adapters are reached even where x needs none. Adapter gradients go to `lora.grads`.
+    `anchor` requires a gradient, so that adapters are reached even where x needs none. Their gradients go to the bank.
     """
     weight_N = routing.weights_TK.flatten()[plan.slots_N]
-    return _ExpertPass.apply(x_TD, weight_N, anchor, plan, pool, w13, w2, lora)  # type: ignore[no-any-return, no-untyped-call]
+    return _ExpertPass.apply(x_TD, weight_N, anchor, plan, pool, experts)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ nothing about a client is an attribute of a layer: caps, masks, slots and adapte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.adapters.segmented import Segment
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.lowrank import LowRankProducts, products_for
+from fedmoe_ds.experts.router import Routing
 
 
 @dataclass
@@ -30,7 +32,9 @@ class Pass:
         allowed_TE: expert mask per row, or None.
         rescale_C: fixed factor on the expert output per home slot, or None (FLAME's static rescaler; evaluation of a tier).
         counts: routed rows per (home slot, expert), by layer; written by the layers.
-        losses: auxiliary loss per home slot, by layer; written by the layers when a coefficient is set.
+        losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
+        observed: what the method's `Watch` summed up per home slot, by layer.
+        trained: routed rows that take part in the backward pass, like `counts`; only layers that hold some back write it.
     """
 
     segments: list[Segment]
@@ -42,6 +46,40 @@ class Pass:
     rescale_C: list[float] | None = None
     counts: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    trained: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a method looks at, and decides, in every layer of every training batch of one client.
+
+    Both functions see the client's own rows of one batch and are called on its home rank only.
+
+    Attributes:
+        observe: (routing, valid_T) -> (active_E, sums): the experts that this batch may train (bool, None for all), and
+            named float [E] tensors that are added up over the round's batches.
+        loss: (layer, routing, logits_TE, valid_T) -> auxiliary loss of the layer, or None; the mean over layers is minimised.
+    """
+
+    observe: Callable[[Routing, Tensor], tuple[Tensor | None, dict[str, Tensor]]] | None = None
+    loss: Callable[[int, Routing, Tensor, Tensor], Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """What holds for the clients of the wave in training, and for no evaluation.
+
+    Attributes:
+        watches: by home slot.
+        selective: whether a batch may train only some of the experts (the same on all ranks).
+        wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
+    """
+
+    watches: dict[int, Watch] = field(default_factory=dict)
+    selective: bool = False
+    wave_factors: list[float] | None = None
+    home_factors: list[float] | None = None
 
 
 @dataclass
@@ -54,6 +92,7 @@ class Execution:
         scale: LoRA scale alpha / rank.
         rescaler: whether the bank's learnable rescaler multiplies the expert output.
         balance, z: coefficients of the auxiliary losses.
+        wave: what holds for the clients in training; evaluation puts an empty one in its place.
     """
 
     bank: Bank
@@ -62,6 +101,7 @@ class Execution:
     rescaler: bool = False
     balance: float = 0.0
     z: float = 0.0
+    wave: InTraining = field(default_factory=InTraining)
     current: Pass | None = None
     products: LowRankProducts | None = None
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))

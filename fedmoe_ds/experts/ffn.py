@@ -1,4 +1,4 @@
-"""The expert feed-forward: frozen base plus per-(client, expert) LoRA, forward and backward.
+"""The expert feed-forward: frozen base plus per-(client, expert) LoRA, or whole weights per client; forward and backward.
 
 Legend: N rows (token, expert slots) sorted by group, E experts of this rank, C clients of the wave, D model width,
 F expert width, R adapter rank.
@@ -15,18 +15,22 @@ Shared A13: LoRA on the fused gate_up matrix that Hugging Face stores, so adapte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t
+from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.experts.lowrank import LowRankProducts
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of one layer: values and gradients [E, C, ...], see the legend; `scale` is alpha / rank."""
+    """Adapters of one layer: values and gradients [E, C, ...], see the legend; `scale` is alpha / rank.
+
+    `factors` multiply the scale, one per wave slot; None where all are 1.
+    """
 
     a13: Tensor  # [E, C, R, D]
     b13: Tensor  # [E, C, 2F, R]
@@ -35,6 +39,18 @@ class Lora:
     grads: list[Tensor]  # of a13, b13, a2, b2
     scale: float
     products: LowRankProducts
+    factors: list[float] | None = None
+
+    def scale_of(self, block: Block) -> float | Tensor:
+        """One number for the rows of a block, or [N, 1] where its clients differ."""
+        if self.factors is None:
+            return self.scale
+        if block.slot is not None:
+            return self.scale * self.factors[block.slot]
+        ends_G = block.lora_ends_G.long()
+        rows_G = torch.diff(ends_G, prepend=ends_G.new_zeros(1))
+        per_group_G = torch.tensor(self.factors, device=ends_G.device).repeat(len(ends_G) // len(self.factors))
+        return (per_group_G.repeat_interleave(rows_G) * self.scale).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -66,42 +82,78 @@ class Saved:
     m2_NR: Tensor | None
 
 
-def forward(block: Block, x_ND: Tensor, p_N: Tensor, w13: Tensor, w2: Tensor, lora: Lora | None) -> tuple[Tensor, Saved]:
-    """One block. Returns y [N, D] and what `backward` needs."""
-    h_N2F = grouped_mm(x_ND, w13, block.expert_ends_E)
-    m13_NR = m2_NR = None
-    if lora is not None:
-        m13_NR = lora.products.project(x_ND, block.pick(lora.a13), block.lora_ends_G, lora.scale)
-        lora.products.expand_(h_N2F, m13_NR, block.pick(lora.b13), block.lora_ends_G)
-    pa_NF = _activation(h_N2F).mul_(p_N.unsqueeze(-1))
-    y_ND = grouped_mm(pa_NF, w2, block.expert_ends_E)
-    if lora is not None:
-        m2_NR = lora.products.project(pa_NF, block.pick(lora.a2), block.lora_ends_G, lora.scale)
-        lora.products.expand_(y_ND, m2_NR, block.pick(lora.b2), block.lora_ends_G)
-    return y_ND, Saved(x_ND, p_N, h_N2F, m13_NR, m2_NR)
+class FrozenExperts:
+    """The pool's own weights [E, 2F, D] and [E, D, F], the same for all clients, with or without adapters."""
+
+    def __init__(self, w13: Tensor, w2: Tensor, lora: Lora | None) -> None:
+        self.w13, self.w2, self.lora = w13, w2, lora
+
+    def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
+        """One block. Returns y [N, D] and what `backward` needs."""
+        lora = self.lora
+        h_N2F = grouped_mm(x_ND, self.w13, block.expert_ends_E)
+        m13_NR = m2_NR = None
+        if lora is not None:
+            m13_NR = _project(lora, x_ND, block.pick(lora.a13), block)
+            lora.products.expand_(h_N2F, m13_NR, block.pick(lora.b13), block.lora_ends_G)
+        pa_NF = _activation(h_N2F).mul_(p_N.unsqueeze(-1))
+        y_ND = grouped_mm(pa_NF, self.w2, block.expert_ends_E)
+        if lora is not None:
+            m2_NR = _project(lora, pa_NF, block.pick(lora.a2), block)
+            lora.products.expand_(y_ND, m2_NR, block.pick(lora.b2), block.lora_ends_G)
+        return y_ND, Saved(x_ND, p_N, h_N2F, m13_NR, m2_NR)
+
+    def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
+        """Gradients of one block: dx [N, D] (None unless needed) and dp [N]; adapter gradients are added to `lora.grads`."""
+        lora = self.lora
+        silu_NF, a_NF = _activation_parts(saved.h_N2F)
+        dpa_NF = grouped_mm_t(dy_ND, self.w2, block.expert_ends_E)
+        if lora is not None and saved.m2_NR is not None:
+            pa_NF = a_NF * saved.p_N.unsqueeze(-1)
+            _lora_backward(block, lora, 1, pa_NF, saved.m2_NR, dy_ND, dpa_NF)
+        dh_N2F, dp_N = _activation_backward(saved, silu_NF, a_NF, dpa_NF)
+        dx_ND = grouped_mm_t(dh_N2F, self.w13, block.expert_ends_E) if need_dx else None
+        if lora is not None and saved.m13_NR is not None:
+            _lora_backward(block, lora, 0, saved.x_ND, saved.m13_NR, dh_N2F, dx_ND)
+        return dx_ND, dp_N
 
 
-def backward(
-    block: Block, saved: Saved, dy_ND: Tensor, w13: Tensor, w2: Tensor, lora: Lora | None, need_dx: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of one block: dx [N, D] (None unless needed) and dp [N]; adapter gradients are added to `lora.grads`."""
-    gate_NF, up_NF = saved.h_N2F.chunk(2, dim=-1)
-    width = gate_NF.shape[1]
-    silu_NF = F.silu(gate_NF)
-    a_NF = silu_NF * up_NF
-    dpa_NF = grouped_mm_t(dy_ND, w2, block.expert_ends_E)
-    if lora is not None and saved.m2_NR is not None:
-        pa_NF = a_NF * saved.p_N.unsqueeze(-1)
-        _lora_backward(block, lora, 1, pa_NF, saved.m2_NR, dy_ND, dpa_NF)
-    dp_N = (dpa_NF * a_NF).sum(-1)
-    da_NF = dpa_NF.mul_(saved.p_N.unsqueeze(-1))
-    dh_N2F = torch.empty_like(saved.h_N2F)
-    torch.mul(da_NF, silu_NF, out=dh_N2F[:, width:])
-    torch.ops.aten.silu_backward.grad_input(da_NF.mul_(up_NF), gate_NF, grad_input=dh_N2F[:, :width])
-    dx_ND = grouped_mm_t(dh_N2F, w13, block.expert_ends_E) if need_dx else None
-    if lora is not None and saved.m13_NR is not None:
-        _lora_backward(block, lora, 0, saved.x_ND, saved.m13_NR, dh_N2F, dx_ND)
-    return dx_ND, dp_N
+class OwnExperts:
+    """Whole weights per client, [E, C, 2F, D] and [E, C, D, F], all of them trained (full fine-tuning of the experts)."""
+
+    def __init__(self, w13: Tensor, w2: Tensor, grads: list[Tensor]) -> None:
+        self.w13, self.w2, self.grads = w13, w2, grads
+
+    def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
+        """As `FrozenExperts.forward`."""
+        h_N2F = grouped_mm(x_ND, block.pick(self.w13), block.lora_ends_G)
+        pa_NF = _activation(h_N2F).mul_(p_N.unsqueeze(-1))
+        return grouped_mm(pa_NF, block.pick(self.w2), block.lora_ends_G), Saved(x_ND, p_N, h_N2F, None, None)
+
+    def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
+        """As `FrozenExperts.backward`."""
+        ends_G = block.lora_ends_G
+        silu_NF, a_NF = _activation_parts(saved.h_N2F)
+        dpa_NF = grouped_mm_t(dy_ND, block.pick(self.w2), ends_G)
+        block.pick(self.grads[1]).add_(grouped_outer(dy_ND, a_NF * saved.p_N.unsqueeze(-1), ends_G))
+        dh_N2F, dp_N = _activation_backward(saved, silu_NF, a_NF, dpa_NF)
+        block.pick(self.grads[0]).add_(grouped_outer(dh_N2F, saved.x_ND, ends_G))
+        return (grouped_mm_t(dh_N2F, block.pick(self.w13), ends_G) if need_dx else None), dp_N
+
+
+class Experts(Protocol):
+    """What the dispatch sends rows through."""
+
+    def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]: ...
+
+    def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]: ...
+
+
+def _project(lora: Lora, x_NI: Tensor, a_GRI: Tensor, block: Block) -> Tensor:
+    scale = lora.scale_of(block)
+    if isinstance(scale, float):
+        return lora.products.project(x_NI, a_GRI, block.lora_ends_G, scale)
+    return lora.products.project(x_NI, a_GRI, block.lora_ends_G, 1.0).mul_(scale)
 
 
 def _lora_backward(
@@ -109,9 +161,12 @@ def _lora_backward(
 ) -> None:
     """Add the gradients of one (A, B) pair to the bank, and that of its input to `dx`. `m` is the scaled middle."""
     a, b = (lora.a13, lora.b13) if which == 0 else (lora.a2, lora.b2)
-    ends = block.lora_ends_G
+    ends, scale = block.lora_ends_G, lora.scale_of(block)
     lora.products.grad_b_(block.pick(lora.grads[2 * which + 1]), m_NR, dy_NO, ends)
-    dm_NR = lora.products.back_project(dy_NO, block.pick(b), ends, lora.scale)
+    if isinstance(scale, float):
+        dm_NR = lora.products.back_project(dy_NO, block.pick(b), ends, scale)
+    else:
+        dm_NR = lora.products.back_project(dy_NO, block.pick(b), ends, 1.0).mul_(scale)
     lora.products.grad_a_(block.pick(lora.grads[2 * which]), dm_NR, x_NI, ends)
     if dx_NI is not None:
         lora.products.back_expand_(dx_NI, dm_NR, block.pick(a), ends)
@@ -121,3 +176,22 @@ def _activation(h_N2F: Tensor) -> Tensor:
     """SwiGLU. The halves are strided views, so each row is an inner loop of its own and rows cannot influence each other."""
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
     return F.silu(gate_NF).mul_(up_NF)
+
+
+def _activation_parts(h_N2F: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(gate) and the activation a."""
+    gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
+    silu_NF = F.silu(gate_NF)
+    return silu_NF, silu_NF * up_NF
+
+
+def _activation_backward(saved: Saved, silu_NF: Tensor, a_NF: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """(dh [N, 2F], dp [N]) from the gradient of p a, which is overwritten."""
+    gate_NF, up_NF = saved.h_N2F.chunk(2, dim=-1)
+    width = gate_NF.shape[1]
+    dp_N = (dpa_NF * a_NF).sum(-1)
+    da_NF = dpa_NF.mul_(saved.p_N.unsqueeze(-1))
+    dh_N2F = torch.empty_like(saved.h_N2F)
+    torch.mul(da_NF, silu_NF, out=dh_N2F[:, width:])
+    torch.ops.aten.silu_backward.grad_input(da_NF.mul_(up_NF), gate_NF, grad_input=dh_N2F[:, :width])
+    return dh_N2F, dp_N

@@ -20,15 +20,32 @@ from torch import Tensor
 class RouterSpec(Protocol):
     """The fields of DeepSpeed's TokenChoiceTopKRouter that routing reads."""
 
-    num_experts: int
-    num_expert_groups: int | None
-    num_limited_groups: int | None
-    top_k: int
-    score_func: str
-    route_norm: bool
-    route_scale: float
-    group_score_func: str
-    e_score_correction_bias: Tensor | None
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def num_expert_groups(self) -> int | None: ...
+
+    @property
+    def num_limited_groups(self) -> int | None: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def score_func(self) -> str: ...
+
+    @property
+    def route_norm(self) -> bool: ...
+
+    @property
+    def route_scale(self) -> float: ...
+
+    @property
+    def group_score_func(self) -> str: ...
+
+    @property
+    def e_score_correction_bias(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Methods: one published system, one readable file. `load_method` finds them by entry point."""
+"""Methods: one published system, one readable file. `method_for` finds them by entry point."""
 
-from fedmoe_ds.methods.base import Method, MethodParams, load_method, with_defaults
+from fedmoe_ds.methods.base import Card, Facts, Method, MethodParams, Situation
+from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 
-__all__ = ["Method", "MethodParams", "load_method", "with_defaults"]
+__all__ = ["Card", "Facts", "Method", "MethodParams", "Situation", "load_method", "method_for", "method_names", "with_defaults"]

@@ -1,25 +1,37 @@
-"""What a method is: a handful of pure functions.
+"""What a method is: a handful of pure functions, and a few words on what it needs.
 
-Legend: L layers, E experts of the model.
+Legend: L layers, E experts of the model, R adapter rank.
 
-A method never touches a process group and the expert pool never knows its name. Third parties add one through the entry-point
-group `fedmoe_ds.methods`, without touching a file of this package.
+    assign(client)          what a client does: active experts, LoRA rows, expert mask       before local training
+    watch(client)           what is looked at, decided and minimised inside its layers       during local training
+    adjust(local)           a change of its gradients, before clipping
+    measure(local)          numbers about its tensors                                        after local training
+    weights(report)         its weight in the mean, per block and (layer, expert)            aggregation
+    combine(pair)           the new adapter from everybody's factors, where no mean gives it
+
+The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
+its name. Third parties add one through the entry-point group `fedmoe_ds.methods`, without touching a file of this package.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
-from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.wave import Report
-from fedmoe_ds.config import Config, MethodConfig
-from fedmoe_ds.errors import UserError, nearest
-
-GROUP = "fedmoe_ds.methods"
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.aggregation.collection import Pair
+from fedmoe_ds.clients.assignment import Assignment, leading
+from fedmoe_ds.clients.client import Client, Spends
+from fedmoe_ds.clients.local import Local
+from fedmoe_ds.clients.report import Report
+from fedmoe_ds.config import Config, ServerConfig
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts.execution import Watch
 
 
 class MethodParams(BaseModel):
@@ -28,62 +40,203 @@ class MethodParams(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+@dataclass(frozen=True)
+class Card:
+    """What the table of methods says about one of them."""
+
+    title: str
+    paper: str
+    adapts: str
+    trains: str
+    sends: str
+    weighs: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may ask about the model and the run."""
+
+    top_k: int
+    num_experts: int
+    rank: int
+    seed: int
+    renormalised: bool = False
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is known when a client is told what to do.
+
+    Attributes:
+        round: from 1; 0 stands for the evaluation of the client's tier.
+        memory: the client's dense personal state, [L, *item] by block.
+        utilisation_LE: routed rows over all clients of the last round, or None.
+    """
+
+    round: int
+    memory: dict[str, Tensor]
+    utilisation_LE: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A new global adapter: A [R, I], B [O, R], and a product (B [O, Q], A [Q, I]) that moves into the frozen weight."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    absorbed: tuple[Tensor, Tensor] | None = None
+
+
 class Method:
-    """FedAvg on adapters; methods override what they change.
+    """FedAvg on whatever is trained; methods override what they change.
 
     Attributes:
         Params: the method's parameters, a `MethodParams` subclass.
+        card: its row in the table of methods.
+        spends: what a client's budget buys.
+        needs: what the configuration must have: `lora` (adapters in pairs), `router` (trained), `experts` (trained).
+        unequal_ranks: whether clients may train different LoRA rows.
+        missing_rows: what a row counts as in the mean for a client that does not hold it: `zero`, or its `global` value.
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
+        observes: names of the sums that `watch` returns.
+        selective: whether some batches train only some of the experts.
+        collects: whether `combine` replaces the mean of LoRA pairs.
+        absorbs: whether `combine` moves products into the frozen weights.
+        averages: whether anything is averaged at all.
+        personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
+        pooled: whether all data are one client's (the centralised bound).
     """
 
     Params: ClassVar[type[MethodParams]] = MethodParams
+    card: ClassVar[Card]
+    spends: ClassVar[Spends] = "top_k"
+    needs: frozenset[str] = frozenset()
+    unequal_ranks: ClassVar[bool] = False
+    missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
     rescaler: Literal["client", "layer"] | None = None
+    observes: tuple[str, ...] = ()
+    selective: bool = False
+    collects: ClassVar[bool] = False
+    absorbs: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
+    personal_models: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
 
     def __init__(self, params: Any) -> None:
         self.params = params
+        self.facts = Facts(1, 1, 1, 0)
 
-    def check(self, top_k: int, renormalised: bool) -> None:
-        """Raise UserError when the model lacks what the method needs; called before any weight is loaded."""
+    # Before anything is trained
 
-    def initial_rescaler(self, client: Client, top_k: int) -> float:
-        """Starting value of the personal factor s_i (only with `rescaler`)."""
-        return 1.0
+    def check_config(self, config: Config) -> None:
+        """Raise UserError where the configuration lacks what the method needs; called before anything is loaded."""
 
-    def fixed_rescale(self, cap: int, top_k: int) -> float | None:
-        """A fixed factor on the expert output of a client with this cap, or None."""
+    def check(self, facts: Facts) -> None:
+        """Raise UserError where the model lacks what the method needs; called before any weight is loaded for it."""
+
+    def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+        """The blocks of the run: some may be marked `personal`, or not `trained`."""
+        return specs
+
+    def memory(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+        """Further personal blocks that clients remember from round to round and do not train."""
+        return []
+
+    def initial(self, spec: BlockSpec, client: Client) -> float | None:
+        """What a personal block is filled with before the first round; None: the global initial value."""
+        return 1.0 if spec.name == "rescaler" else None
+
+    # Before and during local training
+
+    def assign(self, client: Client, situation: Situation) -> Assignment:
+        """What the client does in this round."""
+        return Assignment(client.cap, leading(client.rank, self.facts.rank))
+
+    def watch(self, client: Client, assignment: Assignment, situation: Situation) -> Watch | None:
+        """What is looked at, decided and minimised in the client's layers."""
         return None
 
-    def allowed_experts(self, client: Client, num_experts: int) -> np.ndarray | None:
-        """[E] bool: the experts this client may route to, or None for all. Masked experts get no row and no gradient."""
-        return None
+    def adjust(self, local: Local) -> None:
+        """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""
 
-    def expert_weights(self, report: Report, data_share: float) -> np.ndarray:
-        """[L, E] float64: the client's aggregation weight for every expert. `data_share` = |D_i| / sum_j |D_j|."""
-        return np.full(report.counts_LE.shape, data_share)
+    # After local training
 
-    def dense_weight(self, report: Report, data_share: float) -> float:
-        """The client's aggregation weight for adapters that are not per expert."""
-        return data_share
+    def measure(self, local: Local) -> dict[str, Tensor]:
+        """Named float64 [L, E] numbers about expert blocks, and [L] about dense ones, from the tensors in `local`."""
+        return {}
+
+    def remember(self, report: Report) -> dict[str, Tensor]:
+        """New values of dense memory blocks, from the client's report."""
+        return {}
+
+    # Aggregation
+
+    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+        """The client's weight in the mean of a block: float64 [L, E] or [L]. `data_share` = |D_i| / sum_j |D_j|."""
+        shape = report.counts_LE.shape if spec.expert else (len(spec.layers),)
+        return np.full(shape, data_share)
+
+    def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
+        """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
+        raise NotImplementedError
 
 
-def with_defaults(config: Config, method: Method) -> Config:
-    """The configuration with the method's own defaults filled in: what is saved with a run."""
-    return config.model_copy(update={"method": config.method.model_copy(update=method.params.model_dump())})
+def check_needs(method: Method, name: str, config: Config) -> None:
+    """The refusals that follow from a method's attributes. Raises UserError, one line each."""
+    adapters, server = config.adapters, config.server
+    if "lora" in method.needs and adapters.experts and adapters.expert_training != "lora":
+        raise UserError(
+            f"adapters.expert_training: {adapters.expert_training}: method {name} works on LoRA pairs; use expert_training=lora"
+        )
+    if "lora" in method.needs and not adapters.attention and (not adapters.experts or adapters.moe is not None):
+        raise UserError(
+            f"adapters.attention: []: method {name} works on LoRA pairs and there would be none; name attention projections"
+        )
+    if "experts" in method.needs and not adapters.experts:
+        raise UserError(f"adapters.experts: false: method {name} works on expert adapters; set experts=true")
+    if "router" in method.needs and adapters.router != "train" and adapters.moe is None:
+        raise UserError(f"adapters.router: {adapters.router}: method {name} aggregates trained routers; set router=train")
+    _check_ranks(method, name, config)
+    if method.collects or method.pooled or not method.averages:
+        refuse_server_step(name, server)
+    if config.local.drift == "scaffold" and (method.collects or method.pooled):
+        raise UserError(
+            f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "
+            "variates of the last round do not apply; use none or fedprox"
+        )
 
 
-def load_method(config: MethodConfig) -> Method:
-    """Find the method by name and check its parameters. Raises UserError with the nearest name or key."""
-    found = {point.name: point for point in entry_points(group=GROUP)}
-    if config.name not in found:
-        raise UserError(f"method.name: {config.name}: there is no such method{nearest(config.name, found)}")
-    method: type[Method] = found[config.name].load()
-    given = config.model_dump(exclude={"name"})
-    for key in given:
-        if key not in method.Params.model_fields:
-            raise UserError(f"method.{key}: unknown key for method '{config.name}'{nearest(key, method.Params.model_fields)}")
-    try:
-        return method(method.Params(**given))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"method.{key}: {first['input']!r}: {first['msg']}; see docs/configuration.md") from None
+def refuse_server_step(name: str, server: ServerConfig) -> None:
+    """Raise UserError unless the server takes what the method gives it."""
+    if server.optimizer != "fedavg":
+        raise UserError(
+            f"server.optimizer: {server.optimizer}: method {name} has no mean of adapters whose change could be a gradient; "
+            "use fedavg"
+        )
+    if server.lr != 1.0:
+        raise UserError(f"server.lr: {server.lr}: method {name} replaces the adapters, there is no step; use 1.0")
+
+
+def _check_ranks(method: Method, name: str, config: Config) -> None:
+    if method.unequal_ranks:
+        return
+    if config.federation.budget in ("rank", "both"):
+        raise UserError(
+            f"federation.budget: {config.federation.budget}: method {name} needs equal ranks on all clients; use top_k, or a "
+            "method for unequal ranks (hetlora, flexlora, flora, fslora)"
+        )
+    for i, tier in enumerate(config.federation.tiers or []):
+        if tier.rank is not None:
+            raise UserError(
+                f"federation.tiers.{i}.rank: {tier.rank}: method {name} needs equal ranks on all clients; drop the key, or use "
+                "a method for unequal ranks (hetlora, flexlora, flora, fslora)"
+            )
+
+
+def product_norms(a_GRI: Tensor, b_GOR: Tensor) -> Tensor:
+    """||B A||_F of every pair of a batch, float64 [...], from the R x R Gram matrices: B A is never formed."""
+    a, b = a_GRI.double(), b_GOR.double()
+    gram_a, gram_b = a @ a.mT, b.mT @ b
+    return torch.sqrt(torch.clamp((gram_a * gram_b).sum((-2, -1)), min=0.0))

@@ -17,15 +17,18 @@ Our completions, each kept in the configuration where it is a choice:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.wave import Report
+from fedmoe_ds.clients.report import Report
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.methods.base import Method, MethodParams
+from fedmoe_ds.methods.base import Card, Facts, Method, MethodParams, Situation
 
 
 class FlameParams(MethodParams):
@@ -42,27 +45,41 @@ class Flame(Method):
     """Activation-aware aggregation and the output rescaler."""
 
     Params: ClassVar[type[MethodParams]] = FlameParams
+    card = Card(
+        title="FLAME",
+        paper="arXiv 2506.16600",
+        adapts="active experts k",
+        trains="LoRA A and B at full rank, output rescaler s",
+        sends="A, B, activation frequencies f",
+        weighs="experts: f^t x data size; others: data size",
+        completion="f per token; s personal, one per client; initial s; unused experts keep their value",
+    )
 
     def __init__(self, params: FlameParams) -> None:
         super().__init__(params)
         self.rescaler = params.rescaler_scope if params.rescaler == "learnable" else None
 
-    def check(self, top_k: int, renormalised: bool) -> None:
+    def check(self, facts: Facts) -> None:
         static = self.params.rescaler == "static" or self.params.rescaler_init == "ratio"
-        if renormalised and static and self.params.rescaler != "none":
+        if facts.renormalised and static and self.params.rescaler != "none":
             raise UserError(
                 "method.rescaler: static: this model renormalises its top-k weights, so fewer experts do not shrink "
                 "the output; use rescaler=none, or learnable with rescaler_init=one"
             )
 
-    def initial_rescaler(self, client: Client, top_k: int) -> float:
-        return top_k / client.top_k if self.params.rescaler_init == "ratio" else 1.0
+    def initial(self, spec: BlockSpec, client: Client) -> float | None:
+        return self.facts.top_k / client.cap if self.params.rescaler_init == "ratio" else 1.0
 
-    def fixed_rescale(self, cap: int, top_k: int) -> float | None:
-        return top_k / cap if self.params.rescaler == "static" else None
+    def assign(self, client: Client, situation: Situation) -> Assignment:
+        assignment = super().assign(client, situation)
+        if self.params.rescaler != "static":
+            return assignment
+        return replace(assignment, rescale=self.facts.top_k / client.cap)
 
-    def expert_weights(self, report: Report, data_share: float) -> np.ndarray:
+    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
         """gamma = f^t |D_i| (FLAME's activation-aware aggregation; |D_i| as a share, which cancels in the mean)."""
+        if not spec.expert:
+            return super().weights(spec, report, data_share)
         frequency_LE = report.counts_LE / max(report.tokens, 1)
         weights_LE: np.ndarray = np.power(frequency_LE, self.params.temperature) * data_share
         return weights_LE

@@ -1,0 +1,108 @@
+"""Collection: every participant's own LoRA factors, for server steps that need more than their mean.
+
+Legend: P participants of the round in canonical order, L layers, E experts of this rank, R adapter rank, I and O widths.
+
+Stacking and re-factoring methods need sum_k p_k B_k A_k, which no mean of A and B gives. A rank keeps the factors of clients
+that its cluster trained, at their place among all participants, and zeros elsewhere; adding zeros is exact, so the factors
+merge over clusters, waves and an interrupted round like any other sum. Memory grows with the participants of a round, not with
+a dense weight: P (I + O) R numbers per adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
+from fedmoe_ds.collectives import Group, all_reduce_sum
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One adapter (of one layer, and expert if there are experts) as all participants returned it; float64.
+
+    Attributes:
+        key: canonical name without the lora_A / lora_B ending.
+        a_PRI, b_POR: the factors; rows that a participant did not hold are zero.
+        weight_P: aggregation weights, not normalised; at least one is positive.
+        a_RI, b_OR: the global factors of the last round.
+    """
+
+    key: str
+    a_PRI: Tensor
+    b_POR: Tensor
+    weight_P: Tensor
+    a_RI: Tensor
+    b_OR: Tensor
+
+    @property
+    def share_P(self) -> Tensor:
+        """Weights that sum to one."""
+        return self.weight_P / self.weight_P.sum()
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """(B [O, PR], A [PR, I]) with the shares on A: their product is sum_k p_k B_k A_k, and is never formed."""
+        a_QI = (self.a_PRI * self.share_P.view(-1, 1, 1)).flatten(0, 1)
+        return self.b_POR.transpose(0, 1).flatten(1), a_QI
+
+
+class Collection:
+    """Factors and weights of one round on one rank.
+
+    Args:
+        specs: blocks; only LoRA pairs are collected.
+        experts: number of experts of this rank.
+        participants: clients of the round.
+    """
+
+    def __init__(self, specs: list[BlockSpec], experts: int, participants: int, device: torch.device | None = None) -> None:
+        self.pairs = lora_pairs(specs)
+        self.factors: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        for spec in (half for pair in self.pairs for half in pair):
+            head = (len(spec.layers), experts) if spec.expert else (len(spec.layers),)
+            self.factors[spec.name] = torch.zeros((participants, *head, *spec.item), device=device)
+            self.weights[spec.name] = torch.zeros((participants, *head), dtype=torch.float64, device=device)
+
+    def add(self, place: int, name: str, value: Tensor, weight: np.ndarray) -> None:
+        """Keep one participant's block (this rank's part) and its weight."""
+        # Adding zero turns -0.0 into 0.0, which is what the sum over ranks makes of it.
+        self.factors[name][place] = value + 0.0
+        self.weights[name][place] = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float64))
+
+    def reduce(self, ep_group: Group, ep_size: int, edp_group: Group, clusters: int) -> None:
+        """Bring all participants' factors to every rank that holds the adapter, one block at a time."""
+        for spec in (half for pair in self.pairs for half in pair):
+            for tensor in (self.factors[spec.name], self.weights[spec.name]):
+                if not spec.expert:
+                    all_reduce_sum(tensor, ep_group, ep_size)
+                all_reduce_sum(tensor, edp_group, clusters)
+
+    def adapters(
+        self, current: dict[str, Tensor], first_expert: int
+    ) -> Iterator[tuple[BlockSpec, BlockSpec, tuple[int, ...], Pair]]:
+        """Every adapter that somebody trained: (A block, B block, place in the block, its factors).
+
+        Args:
+            current: the global value of each block, [L, E, *item] or [L, *item].
+        """
+        for a, b in self.pairs:
+            for place in np.ndindex(*self.weights[a.name].shape[1:]):
+                weight_P = self.weights[a.name][(slice(None), *place)]
+                if not bool((weight_P > 0).any()):
+                    continue
+                expert = first_expert + place[1] if a.expert else None
+                key = a.key(a.layers[place[0]], expert).removesuffix(".lora_A")
+                a_PRI, b_POR = (self.factors[half.name][(slice(None), *place)].double() for half in (a, b))
+                old_a_RI, old_b_OR = (current[half.name][place].double() for half in (a, b))
+                yield a, b, place, Pair(key, a_PRI, b_POR, weight_P, old_a_RI, old_b_OR)
+
+    def tensors(self) -> Iterator[tuple[BlockSpec, str, int, Tensor]]:
+        """As `Statistics.tensors`."""
+        for spec in (half for pair in self.pairs for half in pair):
+            yield spec, "factors", 1, self.factors[spec.name]
+            yield spec, "factor-weights", 1, self.weights[spec.name]

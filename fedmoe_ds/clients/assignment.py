@@ -1,0 +1,52 @@
+"""Assignment: what a client is told to do in one round, decided by the method from the client's budget.
+
+Legend: E experts of the model, R adapter rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import BlockSpec
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A pure function of client and round, so every rank of a cluster computes the same.
+
+    Attributes:
+        cap: most active experts per token.
+        rows_R: bool, the LoRA rows (rows of A, columns of B) that the client receives and trains; None for all of them. The
+            others are zero for this client: they change neither its output nor, since A and B vanish together, its gradient.
+        scale: factor on the LoRA scale alpha / rank (FSLoRA's R / r).
+        rescale: fixed factor on the expert output, or None (FLAME's static rescaler).
+        allowed_E: bool mask of the experts it may route to, or None for all.
+        trainable: most experts per layer that one batch may train, or None for all (HFedMoE).
+    """
+
+    cap: int
+    rows_R: np.ndarray | None = None
+    scale: float = 1.0
+    rescale: float | None = None
+    allowed_E: np.ndarray | None = None
+    trainable: int | None = None
+
+    def rank(self, full: int) -> int:
+        """Number of LoRA rows trained."""
+        return full if self.rows_R is None else int(self.rows_R.sum())
+
+    def mask(self, spec: BlockSpec, device: torch.device) -> Tensor | None:
+        """Bool, shaped to broadcast over one `item` of this block: True where the client holds it. None: everywhere."""
+        if self.rows_R is None or spec.rank_axis is None:
+            return None
+        rows_R = torch.from_numpy(self.rows_R).to(device)
+        return rows_R.unsqueeze(1) if spec.rank_axis == 0 else rows_R.unsqueeze(0)
+
+
+def leading(rank: int, full: int) -> np.ndarray | None:
+    """The first `rank` of `full` LoRA rows as a mask; None when these are all."""
+    return None if rank >= full else np.arange(full) < rank

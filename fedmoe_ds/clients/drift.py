@@ -1,0 +1,74 @@
+"""Drift: corrections of client drift on the client side, for any method whose server averages what the clients train.
+
+FedProx (Li et al., arXiv 1812.06127): every step adds mu (w - w_global) to the gradient.
+SCAFFOLD (Karimireddy et al., arXiv 1910.06378, option II): every step adds c - c_i, with
+    c_i <- c_i - c + (w_global - w_i) / (sum of the learning rates of the K steps)        c <- c + (1 / N) sum_i (c_i' - c_i)
+over the participants of a round and all N clients. The denominator is K eta for a constant rate; the sum over a schedule is our
+completion. Clipping, where it is on, acts on the corrected gradient. Personal blocks are left alone: they have no global value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import Bank, BlockSpec
+from fedmoe_ds.clients.local import Local
+
+
+def control_block(spec: BlockSpec) -> BlockSpec:
+    """Where a client remembers its control variate of a block."""
+    head, _, tail = spec.name.partition(".")
+    return replace(spec, name=f"{head}.control.{tail}" if tail else f"{head}.control", personal=True, trained=False)
+
+
+def shared_blocks(specs: Iterable[BlockSpec]) -> list[BlockSpec]:
+    """The blocks that are trained and averaged."""
+    return [spec for spec in specs if spec.trained and not spec.personal]
+
+
+class FedProx:
+    """The proximal term. `mu` as in the paper."""
+
+    def __init__(self, mu: float) -> None:
+        self.mu = mu
+
+    @torch.no_grad()
+    def adjust(self, local: Local) -> None:
+        """grad += mu (w - w_global)."""
+        for spec in shared_blocks(local.blocks()):
+            local.grad(spec).add_((local.value(spec) - local.received(spec)).mul_(self.mu))
+
+
+class Scaffold:
+    """Control variates. `control` is the server's c: a bank with one slot per adapter block."""
+
+    def __init__(self, control: Bank) -> None:
+        self.control = control
+
+    @torch.no_grad()
+    def adjust(self, local: Local) -> None:
+        """grad += c - c_i."""
+        for spec in shared_blocks(local.blocks()):
+            correction = self.control.client(spec.name, 0) - local.memory[control_block(spec).name]
+            local.grad(spec).add_(_held(local, spec, correction))
+
+    @torch.no_grad()
+    def remember(self, local: Local, rates: float) -> dict[str, Tensor]:
+        """The client's new control variates; `rates` is the sum of its learning rates."""
+        result = {}
+        for spec in shared_blocks(local.blocks()):
+            name = control_block(spec).name
+            slope = (local.received(spec) - local.value(spec)).div_(rates)
+            change = slope - self.control.client(spec.name, 0)
+            result[name] = local.memory[name] + _held(local, spec, change)
+        return result
+
+
+def _held(local: Local, spec: BlockSpec, value: Tensor) -> Tensor:
+    """Zero in the LoRA rows that the client does not hold."""
+    mask = local.assignment.mask(spec, value.device)
+    return value if mask is None else torch.where(mask, value, 0.0)

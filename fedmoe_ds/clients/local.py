@@ -1,0 +1,63 @@
+"""Local: one client's adapters on one rank, while it trains and when it has finished.
+
+Legend: L layers, E experts held by this rank, item the shape of one adapter tensor.
+
+Expert blocks of a client are spread over the ranks of its cluster; its dense blocks are on its home rank alone. What is
+computed from a `Local` per (layer, expert) or per layer is therefore computed where the tensors are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import Bank, BlockSpec, lora_pairs
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
+
+
+@dataclass(frozen=True)
+class Local:
+    """A view; nothing is copied.
+
+    Attributes:
+        bank: clients in flight.
+        start: the global adapters at the beginning of the round (slot 0).
+        slots: block kind (is it an expert block?) -> the client's slot on that kind's client axis; a kind without tensors of
+            this client on this rank is absent.
+        memory: the client's personal state on this rank, by block: [L, E, *item] or [L, *item].
+    """
+
+    client: Client
+    assignment: Assignment
+    bank: Bank
+    start: Bank
+    slots: dict[bool, int]
+    memory: dict[str, Tensor]
+
+    def blocks(self, trained: bool = True) -> Iterator[BlockSpec]:
+        """The blocks that this rank holds for the client; by default those that it trains."""
+        for spec in self.bank.specs.values():
+            if spec.expert in self.slots and (spec.trained or not trained):
+                yield spec
+
+    def pairs(self) -> list[tuple[BlockSpec, BlockSpec]]:
+        """The LoRA pairs that this rank holds for the client."""
+        return lora_pairs(self.blocks(trained=False))
+
+    def value(self, spec: BlockSpec) -> Tensor:
+        """[L, E, *item] or [L, *item]: the client's own values."""
+        return self.bank.client(spec.name, self.slots[spec.expert])
+
+    def grad(self, spec: BlockSpec) -> Tensor:
+        """Same shape: the gradient of the running step; may be changed in place before the optimizer reads it."""
+        return self.bank.grads[spec.name].select(2 if spec.expert else 1, self.slots[spec.expert])
+
+    def received(self, spec: BlockSpec) -> Tensor:
+        """Same shape: what the client started the round from (rows that it does not hold are zero)."""
+        value = self.start.client(spec.name, 0)
+        mask = self.assignment.mask(spec, value.device)
+        return value if mask is None else torch.where(mask, value, 0.0)

@@ -1,0 +1,133 @@
+"""Report: what a client tells after local training, the same on every rank of its cluster.
+
+Legend: C client slots of the wave, H home slots per rank, L layers, E experts of the model, P ranks of the cluster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import Bank
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.local import Local
+from fedmoe_ds.collectives import all_gather
+from fedmoe_ds.experts.dispatch import Pool
+from fedmoe_ds.experts.execution import Pass
+
+LARGEST_VALUE = 2.0**19
+"""An adapter value beyond this has blown up; it would also leave the range of the exact aggregation sums."""
+
+
+@dataclass
+class Report:
+    """What a client reports after local training; the same on every rank of its cluster, but for the marked fields.
+
+    Attributes:
+        counts_LE: routed rows per (layer, expert): FLAME's a_i^j.
+        tokens: token rows it trained on: FLAME's S_i, in tokens, so that a/S is in [0, 1].
+        finite: False when its loss or any adapter value is not finite.
+        losses: mean loss of the first and the last local step (known on the home rank only).
+        trained_LE: routed rows that took part in the backward pass; equal to `counts_LE` unless the method holds some back.
+        observed: [L, E] float64 sums over the round's batches of what the method observed.
+        measured: float64 [L, E] for expert blocks and [L] for dense ones, by name: what the method measured at the end.
+        remembered: new values of personal memory blocks (this rank's part).
+    """
+
+    client: Client
+    wave_slot: int
+    home: int
+    steps: int
+    tokens: int
+    counts_LE: np.ndarray
+    finite: bool
+    losses: tuple[float, float] | None = None
+    seconds: float = 0.0
+    assignment: Assignment = field(default_factory=lambda: Assignment(1))
+    trained_LE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    observed: dict[str, np.ndarray] = field(default_factory=dict)
+    measured: dict[str, np.ndarray] = field(default_factory=dict)
+    remembered: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Counts:
+    """Routed and trained rows per home slot, [H, L, E] int64."""
+
+    def __init__(self, home: int, layers: int, experts: int) -> None:
+        self.routed = torch.zeros(home, layers, experts, dtype=torch.int64)
+        self.trained = torch.zeros_like(self.routed)
+        self.selective = False
+
+    def add(self, run: Pass, layers: list[int]) -> None:
+        """Add what the layers of one pass counted."""
+        for row, layer in enumerate(layers):
+            self.routed[:, row] += run.counts[layer].cpu()
+            if layer in run.trained:
+                self.selective = True
+                self.trained[:, row] += run.trained[layer].cpu()
+
+
+class Gatherer:
+    """Makes what single ranks of a cluster know known to all of them; every method is one collective."""
+
+    def __init__(self, pool: Pool, shard: int, device: torch.device) -> None:
+        self.pool, self.shard, self.device = pool, shard, device
+
+    def home(self, values_H: Tensor) -> Tensor:
+        """[H, ...] of every rank -> [C, ...], on the CPU."""
+        gathered = all_gather(values_H.to(self.device), self.pool.group, self.pool.ep_size)
+        return gathered.flatten(0, 1).cpu()
+
+    def numbers(self, by_slot: dict[int, int]) -> list[int]:
+        """One integer per home slot -> one per wave slot."""
+        values_H = torch.zeros(self.pool.home_clients, dtype=torch.int64)
+        for slot, number in by_slot.items():
+            values_H[slot] = number
+        return [int(number) for number in self.home(values_H)]
+
+    def observations(self, by_slot: dict[int, dict[str, Tensor]], names: tuple[str, ...], layers: int) -> dict[str, Tensor]:
+        """Named [L, E] sums per home slot -> [C, L, E] by name."""
+        if not names:
+            return {}
+        values_HNLE = torch.zeros(self.pool.home_clients, len(names), layers, self.pool.num_experts, dtype=torch.float64)
+        for slot, sums in by_slot.items():
+            values_HNLE[slot] = torch.stack([sums[name] for name in names])
+        return dict(zip(names, self.home(values_HNLE).unbind(1), strict=True))
+
+    def measures(self, locals_: list[Local], measure: Callable[[Local], dict[str, Tensor]]) -> list[dict[str, np.ndarray]]:
+        """Per client: measures of expert blocks joined over the ranks, [L, E]; those of dense blocks from its home, [L]."""
+        found: list[dict[str, np.ndarray]] = []
+        for local in locals_:
+            expert = measure(Local(local.client, local.assignment, local.bank, local.start, {True: local.slots[True]}, {}))
+            result = {name: self._join(value).numpy() for name, value in sorted(expert.items())}
+            home = local.slots[True] // self.pool.home_clients
+            # A rank that is not the client's home takes part with another client's numbers, which are not used.
+            stand_in = Local(local.client, local.assignment, local.bank, local.start, {False: local.slots.get(False, 0)}, {})
+            for name, value in sorted(measure(stand_in).items()):
+                parts = all_gather(value.to(self.device), self.pool.group, self.pool.ep_size)
+                result[name] = parts[home].cpu().numpy()
+            found.append(result)
+        return found
+
+    def _join(self, value_LE: Tensor) -> Tensor:
+        parts_PLE = all_gather(value_LE.to(self.device), self.pool.group, self.pool.ep_size)
+        return torch.cat(parts_PLE.unbind(0), dim=1).cpu()
+
+    def finite(self, bank: Bank, losses: dict[int, list[float]]) -> list[bool]:
+        """For every wave slot: loss and all adapter values are finite (and sane), on all ranks of the cluster."""
+        bad_C = torch.zeros(self.pool.wave_clients, dtype=torch.int64, device=self.device)
+        for name, spec in bank.specs.items():
+            flags = ~(bank.broadcast(name).abs() < LARGEST_VALUE).flatten(1).all(1)
+            offset = 0 if spec.expert else self.shard * self.pool.home_clients
+            bad_C[offset : offset + len(flags)] += flags
+        for slot, values in losses.items():
+            if not all(math.isfinite(loss) for loss in values):
+                bad_C[self.shard * self.pool.home_clients + slot] += 1
+        total_C = all_gather(bad_C, self.pool.group, self.pool.ep_size).sum(0)
+        return [bool(bad == 0) for bad in total_C.tolist()]

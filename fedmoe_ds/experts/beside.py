@@ -1,0 +1,62 @@
+"""The layer in the place of a dense model's feed-forward block: the frozen block, and a pool of adapter experts beside it.
+
+Legend: B sequences, S positions, T = B * S token rows, D model width, E experts.
+
+    z = W_R x,   T(x) = the k largest of z,   g_m = softmax of z over T(x),   y = FFN(x) + sum_{m in T(x)} g_m E_m(x)
+
+FFT-MoE (arXiv 2508.18663) states the router W_R in R^{M x d}, the experts in the FFN of every block and a personalised number
+of active experts; the gating and the parallel placement are our completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fedmoe_ds.adapters.segmented import client_linear
+from fedmoe_ds.experts.bottleneck import BottleneckExperts
+from fedmoe_ds.experts.execution import Execution
+from fedmoe_ds.experts.layer import ROUTER
+from fedmoe_ds.experts.router import route
+from fedmoe_ds.experts.serving import observe, serve
+
+INNER, OUTER = "experts.inner.weight", "experts.outer.weight"
+
+
+@dataclass(frozen=True)
+class SelectedSoftmax:
+    """The routing rule of adapter experts: softmax over the selected ones (a `RouterSpec`)."""
+
+    num_experts: int
+    top_k: int
+    num_expert_groups: int | None = None
+    num_limited_groups: int | None = None
+    score_func: str = "softmax"
+    route_norm: bool = True
+    route_scale: float = 1.0
+    group_score_func: str = "max"
+    e_score_correction_bias: Tensor | None = None
+
+
+class AdapterMoELayer(nn.Module):
+    """A frozen feed-forward block with every client's adapter experts beside it."""
+
+    def __init__(self, frozen: nn.Module, layer: int, rule: SelectedSoftmax, execution: Execution) -> None:
+        super().__init__()
+        self.frozen, self.layer, self.rule, self.execution = frozen, layer, rule, execution
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        run, bank = self.execution.running(), self.execution.bank
+        weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
+        logits_TE = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments).flatten(0, -2)
+        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, run.allowed_TE)
+        observe(self.execution, self.layer, routing, logits_TE)
+        y_TD = serve(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts())
+        frozen_BSD: Tensor = self.frozen(hidden_BSD)
+        return frozen_BSD + y_TD.view_as(hidden_BSD)
+
+    def _experts(self) -> BottleneckExperts:
+        bank = self.execution.bank
+        inner, outer = (bank.value(name, self.layer) for name in (INNER, OUTER))
+        return BottleneckExperts(inner, outer, [bank.grad(name, self.layer) for name in (INNER, OUTER)])

@@ -1,0 +1,45 @@
+"""Bottleneck experts: two-layer feed-forward adapters, all of them trained, one copy per client in flight.
+
+Legend: N rows (token, expert slots) sorted by group, E experts of this rank, C clients of the wave, D model width,
+H bottleneck width.
+
+    h = x U^T,   a = gelu(h),   y = (p a) V^T        p: the row's routing weight; U [H, D], V [D, H]
+
+FFT-MoE (arXiv 2508.18663) states experts E_m: R^d -> R^d as two-layer feed-forward networks; width, activation and the absence
+of biases are our completion. V starts at zero, so that the first forward pass is the foundation's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmoe_ds.experts.ffn import Block, Saved
+from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
+
+
+class BottleneckExperts:
+    """Values U [E, C, H, D] and V [E, C, D, H], and where their gradients are added."""
+
+    def __init__(self, inner: Tensor, outer: Tensor, grads: list[Tensor]) -> None:
+        self.inner, self.outer, self.grads = inner, outer, grads
+
+    def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
+        """One block. Returns y [N, D] and what `backward` needs."""
+        ends_G = block.lora_ends_G
+        h_NH = grouped_mm(x_ND, block.pick(self.inner).to(x_ND.dtype), ends_G)
+        pa_NH = F.gelu(h_NH).mul_(p_N.unsqueeze(-1))
+        y_ND = grouped_mm(pa_NH, block.pick(self.outer).to(x_ND.dtype), ends_G)
+        return y_ND, Saved(x_ND, p_N, h_NH, None, None)
+
+    def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
+        """Gradients of one block: dx [N, D] (None unless needed) and dp [N]; those of U and V are added to the bank."""
+        ends_G, h_NH = block.lora_ends_G, saved.h_N2F
+        a_NH = F.gelu(h_NH)
+        dpa_NH = grouped_mm_t(dy_ND, block.pick(self.outer).to(dy_ND.dtype), ends_G)
+        block.pick(self.grads[1]).add_(grouped_outer(dy_ND, a_NH * saved.p_N.unsqueeze(-1), ends_G))
+        dp_N = (dpa_NH * a_NH).sum(-1)
+        dh_NH = torch.ops.aten.gelu_backward(dpa_NH.mul_(saved.p_N.unsqueeze(-1)), h_NH)
+        block.pick(self.grads[0]).add_(grouped_outer(dh_NH, saved.x_ND, ends_G))
+        return (grouped_mm_t(dh_NH, block.pick(self.inner).to(dh_NH.dtype), ends_G) if need_dx else None), dp_N

@@ -1,0 +1,59 @@
+"""Places: where a run's experts are: in the model's own mixture layers, or in adapters beside dense feed-forward blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmoe_ds.config import MoEAdapterConfig
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import FeedForwardSite, HostedLayer
+
+
+@dataclass(frozen=True)
+class Places:
+    """The expert pool of a run, the same in every layer.
+
+    Attributes:
+        layers: indices of the model's layers with experts, in depth order.
+        num_experts: experts per layer, over all ranks.
+        top_k: most experts that a token may use.
+        held: global ids of the experts on this rank.
+        renormalised: whether routing weights of the chosen experts are scaled to sum to one.
+        width, ffn: model width and width of one expert.
+        matrices: of width x ffn numbers in one expert: three with a gate, two without.
+    """
+
+    layers: list[int]
+    num_experts: int
+    top_k: int
+    held: range
+    renormalised: bool
+    width: int
+    ffn: int
+    matrices: int = 3
+
+
+def hosted_places(layers: list[HostedLayer]) -> Places:
+    """The mixture layers of a sparse model."""
+    first = layers[0]
+    return Places(
+        [layer.index for layer in layers],
+        first.num_experts,
+        first.top_k,
+        first.experts,
+        bool(first.module.router.route_norm),
+        first.hidden_size,
+        first.ffn_hidden_size,
+    )
+
+
+def adapter_places(sites: list[FeedForwardSite], moe: MoEAdapterConfig, ep_size: int, shard: int) -> Places:
+    """Adapter experts beside the feed-forward blocks of a dense model. Raises UserError when they cannot be sharded."""
+    if moe.experts % ep_size:
+        raise UserError(
+            f"adapters.moe.experts: {moe.experts}: not divisible by topology.ep_size {ep_size}; every rank holds as many"
+        )
+    local = moe.experts // ep_size
+    held = range(shard * local, (shard + 1) * local)
+    indices = [site.index for site in sites]
+    return Places(indices, moe.experts, moe.top_k, held, True, sites[0].hidden_size, moe.width, matrices=2)

@@ -1,0 +1,105 @@
+"""FFT-MoE: sparse mixture-of-experts adapters in place of LoRA (Hu, Teng, Wu, Wang; arXiv 2508.18663).
+
+Legend: T token rows of one batch, L layers, E = M experts.
+
+Stated by the paper: a frozen dense foundation; in the feed-forward block of every layer M experts, each a two-layer network,
+and a router W_R in R^{M x d}; every client activates as many experts as its budget allows; experts and router are averaged with
+weights |D_n| / |D|; an auxiliary loss that dynamically regularises routing, for diversity and balanced use under device and
+data heterogeneity. Its formula is not public. What stands here is ours, selectable by `auxiliary`:
+
+    switch      L = lambda_0 L_bal,   L_bal = M sum_m f_m P_m        f_m share of routed slots, P_m mean router probability
+    adaptive    L = lambda_n L_bal,   lambda_n = lambda_0 (1 + CV(f)) (k_max / k_n)^gamma
+                stronger where a client's data use the experts unevenly, and where its device affords few of them
+    global      L = lambda_0 KL(P || q),   q_m proportional to max(0, 1 / M - u_m) + epsilon
+                u is the share of slots that expert m served over all clients in the last round, sent with the model: pulls
+                routing towards globally under-used experts; in the first round q is uniform
+    none        no auxiliary loss
+
+Further completions: gating is a softmax over the selected experts, the adapters' sum is added to the block's output
+(`fedmoe_ds.experts.beside`), the largest budget activates `adapters.moe.top_k` experts. The loss is the mean over layers.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts.execution import Watch
+from fedmoe_ds.experts.losses import balance_loss
+from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation
+
+
+class FFTMoEParams(MethodParams):
+    """The auxiliary loss."""
+
+    auxiliary: Literal["none", "switch", "adaptive", "global"] = "adaptive"
+    coefficient: float = Field(1e-2, ge=0, description="lambda_0")
+    gamma: float = Field(0.5, ge=0, description="adaptive: exponent of k_max / k_n")
+    epsilon: float = Field(0.05, gt=0, description="global: floor of the target, as a share of 1 / M")
+
+
+class FFTMoE(Method):
+    """Adapter experts on a dense model."""
+
+    Params: ClassVar[type[MethodParams]] = FFTMoEParams
+    card = Card(
+        title="FFT-MoE",
+        paper="arXiv 2508.18663",
+        adapts="active adapter experts k",
+        trains="adapter experts, router (dense foundation)",
+        sends="experts, router",
+        weighs="data size",
+        completion="gating, placement, auxiliary loss",
+    )
+
+    def check_config(self, config: Config) -> None:
+        if config.adapters.moe is None:
+            raise UserError(
+                "adapters.moe: null: FFT-MoE trains adapter experts beside a dense foundation; add the section, for instance "
+                "adapters.moe={experts: 8, top_k: 4}"
+            )
+
+    def watch(self, client: Client, assignment: Assignment, situation: Situation) -> Watch | None:
+        weight, place = self.params.coefficient, {layer: row for row, layer in enumerate(self.facts.layers)}
+        if self.params.auxiliary == "none" or weight == 0:
+            return None
+        if self.params.auxiliary == "global":
+            targets_LE = self.targets(situation.utilisation_LE)
+            return Watch(loss=lambda layer, own, _, valid_T: weight * divergence(own, valid_T, targets_LE[place[layer]]))
+        if self.params.auxiliary == "switch":
+            return Watch(loss=lambda layer, own, _, valid_T: weight * balance_loss(own, valid_T))
+        device = (self.facts.top_k / assignment.cap) ** self.params.gamma
+        return Watch(loss=lambda layer, own, _, valid_T: weight * device * (1.0 + unevenness(own)) * balance_loss(own, valid_T))
+
+    def targets(self, utilisation_LE: np.ndarray | None) -> Tensor:
+        """q [L, E] float32, rows sum to one: the global target of every layer."""
+        shape = (len(self.facts.layers), self.facts.num_experts)
+        even = 1.0 / shape[1]
+        if utilisation_LE is None:
+            return torch.full(shape, even)
+        share_LE = utilisation_LE / np.maximum(utilisation_LE.sum(1, keepdims=True), 1)
+        target_LE = np.maximum(even - share_LE, 0.0) + self.params.epsilon * even
+        return torch.from_numpy(target_LE / target_LE.sum(1, keepdims=True)).float()
+
+
+def unevenness(own: Routing) -> float:
+    """CV(f): standard deviation over mean of the shares of routed slots; 0 where use is even."""
+    counts_E = torch.bincount(own.experts_TK[own.kept_TK], minlength=own.probs_TE.shape[1]).double()
+    return float(counts_E.std(correction=0) / counts_E.mean()) if bool(counts_E.any()) else 0.0
+
+
+def divergence(own: Routing, valid_T: Tensor, target_E: Tensor) -> Tensor:
+    """KL(P || q) of the mean router probability P from the target q; 0 for a batch without rows."""
+    if not bool(valid_T.any()):
+        return own.probs_TE.sum() * 0.0
+    mean_E = own.probs_TE[valid_T].mean(0)
+    return torch.xlogy(mean_E, mean_E / target_E.to(mean_E.device)).sum()

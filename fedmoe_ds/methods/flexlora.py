@@ -1,0 +1,62 @@
+"""FlexLoRA: average the products, re-factor by SVD (Bai et al., NeurIPS 2024, arXiv 2402.11505).
+
+Legend: O and I output and input width, R adapter rank, Q stacked rows of all participants.
+
+    W = sum_k p_k s_k B_k A_k,    U S V^T = SVD(W),    client k:  B_k <- U[:, :r_k] S[:r_k] / s_k,  A_k <- V^T[:r_k, :]
+
+W is never formed: with the stacked factors B [O, Q] and A [Q, I], QR gives B = Q_B R_B and A^T = Q_A R_A^T, and the SVD of the
+small R_B R_A^T, rotated by Q_B and Q_A, is that of W. The server keeps the R leading directions; the leading r_k of these are
+exactly what client k receives. With one client of full rank the product is unchanged.
+
+Our completions: s_k = alpha / R for every rank, so it cancels; p_k is the data share among the participants of the round;
+of each singular pair, the sign that makes the largest entry of u positive; where W has fewer than R directions, A keeps its
+rows and B is zero there, so an expert that nobody has trained yet stays as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.aggregation.collection import Pair
+from fedmoe_ds.methods.base import Card, Combined, Method
+
+NEGLIGIBLE = 1e-7
+"""Singular values below this share of the largest are rounding noise of float32 adapters; their directions mean nothing."""
+
+
+class FlexLoRA(Method):
+    """Exact product, truncated SVD."""
+
+    card = Card(
+        title="FlexLoRA",
+        paper="arXiv 2402.11505",
+        adapts="LoRA rank r",
+        trains="r leading singular directions",
+        sends="A, B",
+        weighs="data size, on the product BA",
+        completion="SVD through QR of the stacked factors; scale alpha / R; sign of singular pairs",
+    )
+    spends = "rank"
+    needs = frozenset({"lora"})
+    unequal_ranks = True
+    collects = True
+
+    def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
+        u_OK, s_K, vh_KI = stacked_svd(*pair.stacked())
+        rank = min(pair.a_RI.shape[0], int((s_K > NEGLIGIBLE * s_K[0]).sum()))
+        a_RI, b_OR = pair.a_RI.clone(), torch.zeros_like(pair.b_OR)
+        a_RI[:rank] = vh_KI[:rank]
+        b_OR[:, :rank] = u_OK[:, :rank] * s_K[:rank]
+        return Combined(a_RI, b_OR)
+
+
+def stacked_svd(b_OQ: Tensor, a_QI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of B A from its factors: U [O, K], S [K], V^T [K, I], K = min(O, I, Q)."""
+    q_b, r_b = torch.linalg.qr(b_OQ)
+    q_a, r_a = torch.linalg.qr(a_QI.T)
+    u, s_K, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    u_OK, vh_KI = q_b @ u, vh @ q_a.T
+    sign_K = u_OK.gather(0, u_OK.abs().argmax(0, keepdim=True)).sign().squeeze(0)
+    sign_K = torch.where(sign_K == 0, 1.0, sign_K)
+    return u_OK * sign_K, s_K, vh_KI * sign_K.unsqueeze(1)

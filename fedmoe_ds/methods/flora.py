@@ -1,0 +1,52 @@
+"""FLoRA: stacking (Wang et al., arXiv 2409.05976).
+
+Legend: O and I output and input width, Q stacked rows of all participants.
+
+    A = [p_1 A_1; p_2 A_2; ...],   B = [B_1, B_2, ...],   B A = sum_k p_k B_k A_k exactly, for any ranks
+
+The product moves into the frozen weight, W <- W + (alpha / R) B A, and every round starts from a fresh A and B = 0. The clients
+of the paper merge what the server broadcasts; here the server's merged weight is the model that all of them train on, which is
+the same numbers without the broadcast. The paper's traffic grows with the sum of the ranks.
+
+Our completion: an expert that nobody used in a round has B = 0 on all clients, so nothing moves into its weight; its A is drawn
+anew like all others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.aggregation.collection import Pair
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods.base import Card, Combined, Method
+
+
+class FLoRA(Method):
+    """Stack, merge, start afresh."""
+
+    card = Card(
+        title="FLoRA",
+        paper="arXiv 2409.05976",
+        adapts="LoRA rank r",
+        trains="fresh A and B in every round",
+        sends="A, B (server: stacks of all)",
+        weighs="data size, on the product BA",
+        completion="fresh A from an addressed draw; unused experts' weights do not change",
+    )
+    spends = "rank"
+    needs = frozenset({"lora"})
+    unequal_ranks = True
+    collects = True
+    absorbs = True
+
+    def check_config(self, config: Config) -> None:
+        if config.foundation.dtype != "float32":
+            raise UserError(
+                f"foundation.dtype: {config.foundation.dtype}: FLoRA adds small products to the frozen weights in every round, "
+                "and bfloat16 would round them away; use float32"
+            )
+
+    def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
+        return Combined(fresh_a_RI, torch.zeros_like(pair.b_OR), absorbed=pair.stacked())

@@ -1,0 +1,50 @@
+"""FSLoRA: random sketches of a global LoRA (Fang et al., arXiv 2501.19389).
+
+    client i minimises E_S f_i(W + B S A),   S = diag: R / r_i on a random subset of r_i of the R coordinates, 0 elsewhere
+
+so E[S] = I. A fresh subset is drawn for every client and round; the client trains only those columns of B and rows of A, and
+the server adds the plain mean of the participants' changes. The paper feeds that mean to an optimizer: `server.optimizer`.
+
+Our completions: one subset for all adapters of a client; evaluation uses all coordinates with S = I at every tier.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.report import Report
+from fedmoe_ds.methods.base import Card, Method, Situation
+from fedmoe_ds.randomness import generator
+
+
+class FSLoRA(Method):
+    """Random rows instead of leading ones."""
+
+    card = Card(
+        title="FSLoRA",
+        paper="arXiv 2501.19389",
+        adapts="LoRA rank r",
+        trains="r random rows of A, columns of B",
+        sends="changes of those",
+        weighs="equal",
+        completion="one subset for all adapters of a client; evaluation with S = I",
+    )
+    spends = "rank"
+    needs = frozenset({"lora"})
+    unequal_ranks = True
+    missing_rows = "global"
+
+    def assign(self, client: Client, situation: Situation) -> Assignment:
+        full = self.facts.rank
+        if situation.round == 0 or client.rank >= full:
+            return Assignment(client.cap)
+        draw = generator(self.facts.seed, "sketch", situation.round, client.index)
+        rows_R = np.zeros(full, dtype=bool)
+        rows_R[draw.choice(full, size=client.rank, replace=False)] = True
+        return Assignment(client.cap, rows_R, scale=full / client.rank)
+
+    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+        return np.ones_like(super().weights(spec, report, data_share))

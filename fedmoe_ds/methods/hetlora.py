@@ -1,0 +1,127 @@
+"""HetLoRA: heterogeneous ranks, self-pruning, sparsity-weighted aggregation (Cho et al., EMNLP 2024, arXiv 2401.06432).
+
+Legend: L layers, E experts, O and I output and input width, R adapter rank.
+
+1. A client of rank r_k receives the first r_k rows of A and columns of B (truncation).
+2. It adds  lambda ||B[:, floor(gamma r_k):]||_F ||A[floor(gamma r_k):, :]||_F  to its loss. When that product, summed over its
+   adapters, is smaller after the round than before, it gives the tail up: r_k <- max(r_min, floor(gamma r_k)).
+3. The server pads with zeros and averages with weights ||B_k A_k||_F / sum_j ||B_j A_j||_F.
+
+Our completions: one rank per client for all of its adapters; the weights are computed for every adapter (layer, expert) by
+itself, so an expert that a client did not train (B = 0) has no weight there; everything that is no LoRA pair has data-size
+weights; the LoRA scale is alpha / R for every rank, so that truncation only drops terms of a sum. `aggregation: data` and
+`pruning: false` give the naive variant (zero padding with data-size weights).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.clients.assignment import Assignment, leading
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.local import Local
+from fedmoe_ds.clients.report import Report
+from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation, product_norms
+
+RANK = BlockSpec("hetlora.rank", (-1,), (1,), personal=True, trained=False)
+
+
+class HetLoRAParams(MethodParams):
+    """HetLoRA's switches."""
+
+    gamma: float = Field(0.99, gt=0, lt=1, description="share of the ranks that the penalty leaves alone")
+    penalty: float = Field(0.01, ge=0, description="lambda of the tail penalty")
+    pruning: bool = Field(True, description="whether clients lower their rank")
+    min_rank: int = Field(1, ge=1, description="r_min")
+    aggregation: Literal["sparsity", "data"] = Field("sparsity", description="weights ||BA||_F, or data size")
+
+
+class HetLoRA(Method):
+    """Truncate, prune, pad."""
+
+    Params: ClassVar[type[MethodParams]] = HetLoRAParams
+    card = Card(
+        title="HetLoRA",
+        paper="arXiv 2401.06432",
+        adapts="LoRA rank r",
+        trains="first r rows of A, columns of B",
+        sends="A, B, norms of BA",
+        weighs="norm of BA",
+        completion="norms per adapter, one rank per client, scale alpha / R for every rank",
+    )
+    spends = "rank"
+    needs = frozenset({"lora"})
+    unequal_ranks = True
+
+    def memory(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+        return [RANK]
+
+    def initial(self, spec: BlockSpec, client: Client) -> float | None:
+        return float(client.rank) if spec == RANK else super().initial(spec, client)
+
+    def assign(self, client: Client, situation: Situation) -> Assignment:
+        own = situation.memory.get(RANK.name) if situation.round > 0 else None
+        rank = client.rank if own is None else int(own.item())
+        return Assignment(client.cap, leading(rank, self.facts.rank))
+
+    @torch.no_grad()
+    def adjust(self, local: Local) -> None:
+        """The gradient of the tail penalty; zero where a tail vanishes."""
+        if not self.params.penalty:
+            return
+        for a, b in local.pairs():
+            tail_a, tail_b, rows = *self._tail(local, local.value(a), local.value(b)), self._rows(local)
+            norm_a, norm_b = _norm(tail_a), _norm(tail_b)
+            both = (norm_a > 0) & (norm_b > 0)
+            pull_a = torch.where(both, norm_b / norm_a, 0.0).float() * self.params.penalty
+            pull_b = torch.where(both, norm_a / norm_b, 0.0).float() * self.params.penalty
+            local.grad(a)[..., rows, :].add_(tail_a * pull_a[..., None, None])
+            local.grad(b)[..., :, rows].add_(tail_b * pull_b[..., None, None])
+
+    @torch.no_grad()
+    def measure(self, local: Local) -> dict[str, Tensor]:
+        """Per adapter ||BA||_F, and the tail product before and after the round."""
+        found = {}
+        for a, b in local.pairs():
+            found[f"{a.pair}.norm"] = product_norms(local.value(a), local.value(b))
+            found[f"{a.pair}.before"] = self._tail_product(local, local.received(a), local.received(b))
+            found[f"{a.pair}.after"] = self._tail_product(local, local.value(a), local.value(b))
+        return found
+
+    def remember(self, report: Report) -> dict[str, Tensor]:
+        """Self-pruning. A tail that was zero before cannot get smaller."""
+        rank = report.assignment.rank(self.facts.rank)
+        before, after = (sum(v.sum() for k, v in report.measured.items() if k.endswith(end)) for end in (".before", ".after"))
+        if self.params.pruning and after < before:
+            rank = max(min(self.params.min_rank, rank), math.floor(self.params.gamma * rank))
+        return {RANK.name: torch.tensor([[float(rank)]])}
+
+    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+        if spec.pair is None or self.params.aggregation == "data":
+            return super().weights(spec, report, data_share)
+        return report.measured[f"{spec.pair}.norm"]
+
+    def _rows(self, local: Local) -> slice:
+        rank = local.assignment.rank(self.facts.rank)
+        return slice(math.floor(self.params.gamma * rank), rank)
+
+    def _tail(self, local: Local, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._rows(local)
+        return a_RI[..., rows, :].contiguous(), b_OR[..., :, rows].contiguous()
+
+    def _tail_product(self, local: Local, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        tail_a, tail_b = self._tail(local, a_RI, b_OR)
+        return _norm(tail_a) * _norm(tail_b)
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms of a batch of matrices, float64."""
+    norms: Tensor = torch.linalg.vector_norm(matrices.flatten(-2), dim=-1, dtype=torch.float64)
+    return norms

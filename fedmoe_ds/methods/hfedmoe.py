@@ -1,0 +1,116 @@
+"""HFedMoE: expert importance, resource-aware selection, sparsity-aware aggregation (Fang et al., arXiv 2601.00583).
+
+Legend: T token rows of one batch, L layers, E experts.
+
+In every layer, for every batch b of client c, with the router's softmax score G_e(x) of each token x (equation numbers are the
+paper's):
+    (3, 4)  cumulative  = mean_x G_e(x),   specific = max_x G_e(x)
+    (5)     s(e)  = lambda cumulative + (1 - lambda) specific
+    (14)    I(e)  = s(e) - beta mean_x G_e(x) log(G_e(x) / p_e),   p_e = mean_x G_e(x)
+    (15)    the C_budget experts with the largest I, among those that the batch is routed to, are trained
+The forward pass keeps the model's own routing; gradients exist only through the selected experts, for their adapters, for their
+inputs and for the router. The others' rows are computed without autograd, so their backward cost and memory are saved.
+    (16)    u_c(e) = mean over the client's tokens of G_e(x)
+    (17)    experts: weights |D_c| 1(u_c(e) >= tau)
+    (20)    router:  alpha(c) = sum_{e in S_c} u_c(e) s_c(e) / |S_global|,   S_c = {e: u_c(e) >= tau}
+    (21)    router <- sum_c alpha(c) router_c
+
+Our completions: a sample x is a token; the tier's budget is a share of the experts; s_c is the mean over the round's batches;
+alpha is normalised to sum to one (as printed it is not, and |S_global| then cancels); an expert that no client may average
+keeps its value; `participation: trained` (the default) also asks that the expert was trained in some batch, because usage alone
+does not say so; everything else that is trained (attention) has data-size weights. `rank_by: importance` selects by s, not I.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.clients.assignment import Assignment, leading
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.report import Report
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts.execution import Watch
+from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation
+
+ROUTER = "router.weight"
+
+
+class HFedMoEParams(MethodParams):
+    """HFedMoE's coefficients; the paper's values are not known."""
+
+    cumulative: float = Field(0.5, ge=0, le=1, description="lambda: share of the mean score in the importance")
+    beta: float = Field(0.1, ge=0, description="weight of the compression term in I")
+    tau: float = Field(0.02, ge=0, le=1, description="least mean score at which a client's expert is averaged")
+    rank_by: Literal["information", "importance"] = Field("information", description="select by I, or by s")
+    participation: Literal["usage", "trained"] = Field("trained", description="average used experts, or used and trained ones")
+    gate: Literal["importance", "data"] = Field("importance", description="router weights alpha(c), or data size")
+
+
+class HFedMoE(Method):
+    """A budget on the experts that a batch trains."""
+
+    Params: ClassVar[type[MethodParams]] = HFedMoEParams
+    card = Card(
+        title="HFedMoE",
+        paper="arXiv 2601.00583",
+        adapts="experts trained per batch",
+        trains="selected experts (LoRA or whole), router",
+        sends="experts, router, usage u, importance s",
+        weighs="experts: data size where u >= tau; router: sum of u s",
+        completion="samples are tokens; normalised alpha; trained experts only",
+    )
+    spends = "experts"
+    needs = frozenset({"experts", "router"})
+    observes = ("usage", "importance")
+    selective = True
+
+    def check_config(self, config: Config) -> None:
+        if config.execution.micro_batch_size is not None:
+            raise UserError(
+                f"execution.micro_batch_size: {config.execution.micro_batch_size}: HFedMoE selects the experts of a whole "
+                "batch; use null"
+            )
+
+    def assign(self, client: Client, situation: Situation) -> Assignment:
+        return Assignment(client.cap, leading(client.rank, self.facts.rank), trainable=client.experts)
+
+    def watch(self, client: Client, assignment: Assignment, situation: Situation) -> Watch | None:
+        budget = assignment.trainable or self.facts.num_experts
+        return Watch(observe=lambda routing, valid_T: self.select(routing, valid_T, budget))
+
+    def select(self, routing: Routing, valid_T: Tensor, budget: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(bool [E] of at most `budget` experts, sums): equations 3 to 5, 14 and 15 for one batch."""
+        score_TE = (routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20))[valid_T].double()
+        mean_E = score_TE.mean(0)
+        mix = self.params.cumulative
+        importance_E = mix * mean_E + (1.0 - mix) * score_TE.amax(0)
+        information_E = importance_E
+        if self.params.rank_by == "information":
+            information_E = importance_E - self.params.beta * torch.xlogy(score_TE, score_TE / mean_E).mean(0)
+        used_E = torch.bincount(routing.experts_TK[routing.kept_TK], minlength=len(mean_E)) > 0
+        ranked_E = information_E.masked_fill(~used_E, float("-inf")).sort(descending=True, stable=True).indices
+        active_E = torch.zeros_like(used_E)
+        active_E[ranked_E[:budget]] = True
+        return active_E & used_E, {"usage": score_TE.sum(0), "importance": importance_E}
+
+    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+        if not spec.expert and (spec.name != ROUTER or self.params.gate == "data"):
+            return super().weights(spec, report, data_share)
+        usage_LE = report.observed["usage"] / max(report.tokens, 1)
+        used_LE = usage_LE >= self.params.tau
+        if spec.name == ROUTER:
+            importance_LE = report.observed["importance"] / max(report.steps, 1)
+            alpha_L: np.ndarray = (usage_LE * importance_LE * used_LE).sum(1)
+            return alpha_L
+        if self.params.participation == "trained":
+            used_LE &= report.trained_LE > 0
+        weights_LE: np.ndarray = used_LE * data_share
+        return weights_LE

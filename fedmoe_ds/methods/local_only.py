@@ -1,0 +1,33 @@
+"""Local only: every client trains for itself, nothing is shared. The lower bound of what federation is good for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods.base import Card, Method
+
+
+class LocalOnly(Method):
+    """All blocks are personal."""
+
+    card = Card(
+        title="local only",
+        paper="bound",
+        adapts="active experts k",
+        trains="everything, alone",
+        sends="nothing",
+        weighs="nothing is averaged",
+        completion="personal models are scored one by one",
+    )
+    averages = False
+    personal_models = True
+
+    def check_config(self, config: Config) -> None:
+        if config.local.drift != "none":
+            raise UserError(f"local.drift: {config.local.drift}: method local-only has no global model to drift from; use none")
+
+    def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+        return [replace(spec, personal=True) for spec in specs]

@@ -1,0 +1,60 @@
+"""Every method once or more, as changes of the small federation: what the tests of topologies and of resuming run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from federations import make_config
+
+from fedmoe_ds.config import Config
+
+SMALL: dict[str, Any] = {
+    "federation": {
+        "participation": 0.8,
+        "tiers": [{"top_k": 8, "share": 1.0}, {"top_k": 4, "share": 1.0}, {"top_k": 1, "share": 1.0}],
+    },
+    "local": {"max_steps": 2},
+    "execution": {"micro_batch_size": None},
+    "evaluation": {"max_sequences": 2, "client_sequences": 0, "every": 9},
+}
+EACH_CLIENT: dict[str, Any] = {"client_sequences": 1}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "flame": {"method": {"name": "flame"}},
+    "flame-layers": {"method": {"name": "flame", "rescaler_scope": "layer", "rescaler_init": "ratio"}},
+    "fedit": {"method": {"name": "fedit"}},
+    "hfedmoe": {"method": {"name": "hfedmoe"}, "adapters": {"router": "train"}},
+    "hfedmoe-full": {
+        "method": {"name": "hfedmoe"},
+        "adapters": {"router": "train", "expert_training": "full"},
+    },
+    "hetlora": {"method": {"name": "hetlora"}},
+    "flexlora": {"method": {"name": "flexlora"}},
+    "flora": {"method": {"name": "flora"}},
+    "fslora": {"method": {"name": "fslora"}},
+    "lora-fair": {"method": {"name": "lora-fair"}},
+    "ffa-lora": {"method": {"name": "ffa-lora"}},
+    "fedsa-lora": {"method": {"name": "fedsa-lora"}, "evaluation": EACH_CLIENT},
+    "local-only": {"method": {"name": "local-only"}, "evaluation": EACH_CLIENT},
+    "centralised": {"method": {"name": "centralised"}},
+    "fedprox": {"method": {"name": "fedit"}, "local": {"drift": "fedprox"}},
+    "scaffold": {"method": {"name": "fedit"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
+    "scaffold-rows": {"method": {"name": "fslora"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
+    "fedavgm": {
+        "method": {"name": "flame"},
+        "server": {"optimizer": "fedavgm", "lr": 0.5},
+        "federation": {"sampling": "budget"},
+    },
+    "fedadam": {"method": {"name": "hetlora", "gamma": 0.5}, "server": {"optimizer": "fedadam", "lr": 0.01}},
+    "fedyogi": {
+        "method": {"name": "fslora"},
+        "server": {"optimizer": "fedyogi", "lr": 0.01},
+        "federation": {"budget": "both", "sampling": "size"},
+    },
+}
+
+
+def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
+    """The small federation under one variant; `tag` tells its runs apart."""
+    return make_config(root, f"{variant}-{tag}", SMALL, VARIANTS[variant], *changes)

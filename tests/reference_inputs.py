@@ -1,0 +1,99 @@
+"""What a run of the package gives to the reference (data, batches, draws, budgets), and how the outcomes are compared."""
+
+from __future__ import annotations
+
+import torch
+from reference import Adapters, Task
+
+from fedmoe_ds.adapters.layout import drawn_a
+from fedmoe_ds.build import Parts
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.steps import local_batches
+from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.randomness import generator
+
+TOLERANCE = 1e-5
+
+
+def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
+    """Every participant's batches, in client order; `buys` is what a tier's budget buys: top_k, rank, both, experts."""
+    config = parts.config
+    most = parts.places.top_k
+    found = []
+    for client in parts.participants(round_index):
+        data = parts.training_data.train(client.index)
+        batches = local_batches(client, config.local, config.seed, round_index)
+        steps = [[(data.input_ids[i], data.loss_mask[i]) for i in batch] for batch in batches]
+        members = parts.clients if parts.method.pooled else [client]  # pooled: everybody's steps, the largest budget
+        assert len(steps) == sum(one_pass(member, config.local) for member in members)
+        rank = client_rank(parts, client)
+        found.append(
+            Task(
+                client.index,
+                max(member.top_k for member in members) if buys in ("top_k", "both") else most,
+                client.samples,
+                steps,
+                rank=rank if buys in ("rank", "both") else None,
+                sketch=sketch(parts, client.index, round_index, rank) if config.method.name == "fslora" else None,
+                experts=parts.places.num_experts * client.top_k // most if buys == "experts" else None,
+            )
+        )
+    return found
+
+
+def one_pass(client: Client, local: LocalConfig) -> int:
+    """Steps of one epoch, at most `max_steps`."""
+    steps = -(-client.sequences // local.batch_size)
+    return min(steps, local.max_steps or steps)
+
+
+def client_rank(parts: Parts, client: Client) -> int:
+    """The LoRA rank of a client's tier, if ranks are what a budget buys."""
+    given = {tier.top_k: tier.rank for tier in parts.config.federation.tiers or []}
+    return given.get(client.top_k) or max(1, parts.config.adapters.rank * client.top_k // parts.places.top_k)
+
+
+def sketch(parts: Parts, index: int, round_index: int, rank: int) -> list[int]:
+    """FSLoRA's random rows."""
+    full = parts.config.adapters.rank
+    if rank == full:
+        return list(range(full))
+    drawn = generator(parts.config.seed, "sketch", round_index, index).choice(full, size=rank, replace=False)
+    return sorted(int(row) for row in drawn)
+
+
+def initial(parts: Parts) -> Adapters:
+    """Everything that clients start from before the first round, personal or not, but for rescalers."""
+    items = parts.state.adapters.items(0, with_personal=True)
+    return {key: value.clone().double() for key, spec, value in items if spec.name != "rescaler"}
+
+
+def fresh(parts: Parts, round_index: int) -> Adapters:
+    """A newly drawn A for every adapter."""
+    keys = {key: value.shape for key, value in initial(parts).items() if key.endswith("lora_A")}
+    return {key: drawn_a(parts.config.seed, key, shape, round_index) for key, shape in keys.items()}
+
+
+def check_equal(theirs: Adapters, ours: Adapters, relative: float = TOLERANCE, vanish: str = "none") -> tuple[float, float]:
+    """Every value within 1e-5, and every kind of adapter, as a vector, within `relative` of its length; returns the largest.
+
+    Kinds that end with `vanish` must be zero on both sides; no other kind may be.
+    """
+    assert theirs.keys() == ours.keys()
+    worst, apart = 0.0, 0.0
+    for kind in sorted({kind_of(key) for key in theirs}):
+        keys = [key for key in theirs if kind_of(key) == kind]
+        expected = torch.cat([theirs[key].flatten() for key in keys])
+        found = torch.cat([ours[key].double().flatten() for key in keys])
+        if kind.endswith(vanish):
+            assert not expected.any() and not found.any(), kind
+            continue
+        length, difference = float(expected.norm()), found - expected
+        assert length > 0, f"{kind} is zero: nothing is compared"
+        worst, apart = max(worst, float(difference.abs().max())), max(apart, float(difference.norm()) / length)
+        assert worst <= TOLERANCE and apart <= relative, (kind, worst, apart)
+    return worst, apart
+
+
+def kind_of(key: str) -> str:
+    return ".".join(part for part in key.split(".") if not part.isdigit())

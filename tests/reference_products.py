@@ -1,0 +1,88 @@
+"""Methods whose server works on products B A, with every product written out as a dense float64 matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from reference import Adapters
+from reference_methods import FedIT, Returned, pairs
+from torch import Tensor, nn
+
+
+class Products(FedIT):
+    """Everything that is no LoRA pair is averaged as usual; pairs are made by `renew`."""
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        old = dict(self.adapters)
+        total = sum(one.task.samples for one in returned)
+        shares = [one.task.samples / total for one in returned]
+        super().step(returned, fresh)  # of pairs: the means of A and of B
+        for stem, a, b in pairs(self.adapters):
+            products = [one.trained.adapters[f"{stem}.lora_B"] @ one.trained.adapters[f"{stem}.lora_A"] for one in returned]
+            w = sum((p * product for p, product in zip(shares, products, strict=True)), torch.zeros_like(products[0]))
+            new = self.renew(stem, w, a, b, fresh)
+            assert new[0].shape == old[f"{stem}.lora_A"].shape and new[1].shape == old[f"{stem}.lora_B"].shape
+            self.adapters[f"{stem}.lora_A"], self.adapters[f"{stem}.lora_B"] = new
+
+    def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
+        """(A, B) of the next round from W = sum_k p_k B_k A_k and the means of A and B."""
+        raise NotImplementedError
+
+
+class FlexLoRA(Products):
+    """The leading singular triples of W; u's largest entry is positive."""
+
+    def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
+        u, s, vt = np.linalg.svd(w.numpy())
+        for i in range(self.full):
+            if u[np.argmax(np.abs(u[:, i])), i] < 0:
+                u[:, i], vt[i] = -u[:, i], -vt[i]
+        return torch.from_numpy(vt[: self.full].copy()), torch.from_numpy(u[:, : self.full] * s[: self.full])
+
+
+class FLoRA(Products):
+    """W moves into the frozen weight; A is drawn anew and B is zero."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.base: Adapters = {f"{stem}.base": self._weight(stem).clone() for stem, _, _ in pairs(self.adapters)}
+
+    def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
+        weight = self._weight(stem)
+        weight += self.reference.settings.scale * w
+        self.base[f"{stem}.base"] = weight.clone()
+        return fresh[f"{stem}.lora_A"].double(), torch.zeros_like(b)
+
+    def _weight(self, stem: str) -> Tensor:
+        """The frozen matrix under an adapter: the one that the reference computes with."""
+        parts = stem.split(".")
+        layer = self.reference.model.model.layers[int(parts[1])]
+        if parts[2] == "attention":
+            projection: nn.Linear = getattr(layer.self_attn, parts[3])
+            return projection.weight.data
+        _, gate_up, down = layer.mlp.weights
+        weight: Tensor = (gate_up if parts[4] == "gate_up" else down).data[int(parts[3])]
+        return weight
+
+    def extras(self) -> dict[str, Adapters]:
+        return {"base": self.base}
+
+
+class LoRAFair(Products):
+    """The best dB on a gradient descent on 1 - cos(W, (B + dB) A) + lambda ||dB||; options: regularisation, steps, lr."""
+
+    def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
+        if not b.any():
+            return a, b
+        residual, path = torch.zeros_like(b), []
+        for _ in range(self.options["steps"] + 1):
+            residual.requires_grad_()
+            product = (b + residual) @ a
+            loss = 1 - (w * product).sum() / (w.norm() * product.norm()) + self.options["regularisation"] * residual.norm()
+            (slope,) = torch.autograd.grad(loss, residual)
+            residual = residual.detach()
+            path.append((loss.item(), residual))
+            residual = residual - self.options["lr"] * b.norm() ** 2 * slope
+        return a, b + min(path, key=lambda step: step[0])[1]

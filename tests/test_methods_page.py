@@ -1,0 +1,35 @@
+"""docs/methods.md: generated, complete, and its example is the method that the tests install and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedmoe_ds.config import load_config
+from fedmoe_ds.methods import method_for, method_names
+from fedmoe_ds.methods.reference import methods_markdown
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "methods.md"
+CONFIGS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+
+
+def test_the_page_is_what_the_package_prints() -> None:
+    assert PAGE.read_text() == methods_markdown(), "run python -m fedmoe_ds.methods > docs/methods.md"
+
+
+def test_the_example_is_the_one_that_is_tested() -> None:
+    assert (ROOT / "tests" / "third_party" / "tempered.py").read_text() in PAGE.read_text()
+
+
+def test_every_method_has_a_row_and_a_configuration() -> None:
+    assert all(f"| `{name}` |" in PAGE.read_text() for name in method_names())
+    assert {load_config(path, []).method.name for path in CONFIGS} == set(method_names())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configurations_are_accepted(path: Path) -> None:
+    config = load_config(path, [])
+    assert config.name == path.stem
+    method_for(config)

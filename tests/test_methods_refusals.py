@@ -1,0 +1,171 @@
+"""Combinations without a meaning: refused in one line that names field, value and fix, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federations import alone, build, make_config, write_inputs
+from launching import changed, run
+from pydantic import ValidationError
+
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods import method_for, method_names
+
+UNEQUAL = {"hetlora", "flexlora", "flora", "fslora"}
+PAIRS = UNEQUAL | {"lora-fair", "ffa-lora", "fedsa-lora"}
+COLLECTING = {"flexlora", "flora", "lora-fair"}
+NO_MEAN = COLLECTING | {"local-only", "centralised"}
+NO_CONTROL = COLLECTING | {"centralised"}
+MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
+
+NEEDED: dict[str, list[dict[str, Any]]] = {
+    "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
+    "fft-moe": [MOE],
+}
+"""What a method cannot do without: everything else is the small federation."""
+
+EVERYBODY_ELSE = {name for name in method_names() if name not in UNEQUAL}
+RANK = "needs equal ranks on all clients; "
+REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
+    "budget rank": (
+        EVERYBODY_ELSE,
+        {"federation": {"budget": "rank"}},
+        "federation.budget: rank: method {} " + RANK + "use top_k",
+    ),
+    "budget both": (
+        EVERYBODY_ELSE,
+        {"federation": {"budget": "both"}},
+        "federation.budget: both: method {} " + RANK + "use top_k",
+    ),
+    "rank of a tier": (
+        EVERYBODY_ELSE,
+        {"federation": {"tiers": [{"top_k": 8, "share": 1.0}, {"top_k": 4, "share": 1.0, "rank": 2}]}},
+        "federation.tiers.1.rank: 2: method {} " + RANK + "drop the key",
+    ),
+    "no pairs": (
+        PAIRS,
+        {"adapters": {"expert_training": "full"}},
+        "adapters.expert_training: full: method {} works on LoRA pairs; use expert_training=lora",
+    ),
+    "no attention beside adapter experts": (
+        PAIRS,
+        {"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 4}}},
+        "adapters.attention: []: method {} works on LoRA pairs and there would be none; name attention projections",
+    ),
+    "no experts": (
+        {"hfedmoe"},
+        {"adapters": {"experts": False}},
+        "adapters.experts: false: method {} works on expert adapters; set experts=true",
+    ),
+    "no router": (
+        {"hfedmoe"},
+        {"adapters": {"router": "frozen"}},
+        "adapters.router: frozen: method {} aggregates trained routers; set router=train",
+    ),
+    "micro-batches": (
+        {"hfedmoe"},
+        {"execution": {"micro_batch_size": 3}},
+        "execution.micro_batch_size: 3: HFedMoE selects the experts of a whole batch; use null",
+    ),
+    "server optimizer": (
+        NO_MEAN,
+        {"server": {"optimizer": "fedadam"}},
+        "server.optimizer: fedadam: method {} has no mean of adapters whose change could be a gradient; use fedavg",
+    ),
+    "server rate": (
+        NO_MEAN,
+        {"server": {"lr": 0.5}},
+        "server.lr: 0.5: method {} replaces the adapters, there is no step; use 1.0",
+    ),
+    "control variates": (
+        NO_CONTROL,
+        {"local": {"drift": "scaffold", "optimizer": "sgd"}},
+        "local.drift: scaffold: method {} changes what the adapters' coordinates mean in every round",
+    ),
+    "nothing to drift from": (
+        {"local-only"},
+        {"local": {"drift": "fedprox"}},
+        "local.drift: fedprox: method local-only has no global model to drift from; use none",
+    ),
+    "small products": (
+        {"flora"},
+        {"foundation": {"dtype": "bfloat16"}},
+        "foundation.dtype: bfloat16: FLoRA adds small products to the frozen weights in every round",
+    ),
+    "no adapter experts": ({"fft-moe"}, {"adapters": {"moe": None}}, "adapters.moe: null: FFT-MoE trains adapter experts"),
+}
+
+
+def config_of(tmp_path: Path, name: str, *changes: dict[str, Any]) -> Any:
+    return make_config(tmp_path, "refused", {"method": {"name": name}}, *NEEDED.get(name, []), *changes)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_without_the_combination_nothing_is_refused(tmp_path: Path, name: str) -> None:
+    method_for(config_of(tmp_path, name))
+    if name not in NO_MEAN:
+        method_for(config_of(tmp_path, name, {"server": {"optimizer": "fedyogi", "lr": 0.1}}))
+    if name not in NO_CONTROL | {"local-only"}:
+        method_for(config_of(tmp_path, name, {"local": {"drift": "scaffold", "optimizer": "sgd"}}))
+    if name in UNEQUAL:
+        method_for(config_of(tmp_path, name, {"federation": {"budget": "both"}}))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(tmp_path: Path, case: str) -> None:
+    methods, change, message = REFUSED[case]
+    assert methods and methods <= set(method_names())
+    for name in sorted(methods):
+        with pytest.raises(UserError, match="^" + re.escape(message.format(name))) as caught:
+            method_for(config_of(tmp_path, name, change))
+        text = str(caught.value)
+        assert "\n" not in text and "; " in text, text
+
+
+def test_control_variates_need_plain_steps(tmp_path: Path) -> None:
+    for local in ({"optimizer": "adamw"}, {"optimizer": "sgd", "momentum": 0.9}):
+        with pytest.raises(ValidationError, match=r"local.drift: scaffold: .*use local.optimizer=sgd and local.momentum=0"):
+            make_config(tmp_path, "refused", {"local": {"drift": "scaffold", **local}})
+
+
+def test_budgets_are_checked_against_the_adapters(tmp_path: Path) -> None:
+    """This one needs the model: its experts."""
+    write_inputs(tmp_path)
+    tier: dict[str, Any] = {"top_k": 4, "share": 1.0}
+    for name, key, most, unit in (("flora", "rank", 4, "LoRA rows"), ("hfedmoe", "experts", 16, "experts per layer")):
+        config = config_of(tmp_path, name, {"federation": {"tiers": [tier | {key: most + 1}]}})
+        message = f"^federation.tiers.0.{key}: {most + 1}: the model has {most} {unit}; use 1 to {most}$"
+        with pytest.raises(UserError, match=message):
+            build(config, *alone())
+
+
+COMMAND: dict[str, tuple[dict[str, Any], str]] = {
+    "budget": (
+        {"method": {"name": "fedit"}, "federation": {"budget": "rank"}},
+        "error: federation.budget: rank: method fedit needs equal ranks on all clients; use top_k",
+    ),
+    "scaffold": (
+        {"local": {"drift": "scaffold", "optimizer": "adamw"}},
+        "error: local.drift: scaffold: its control variates are mean gradients, so clients must take plain gradient steps; "
+        "use local.optimizer=sgd",
+    ),
+    "frozen router": (
+        {"method": {"name": "hfedmoe"}},
+        "error: adapters.router: frozen: method hfedmoe aggregates trained routers; set router=train",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMMAND)
+def test_the_command_says_so_before_it_loads_anything(nano: dict[str, Any], tmp_path: Path, case: str) -> None:
+    """There is no such model and there are no such data, but that is not what it complains about."""
+    change, message = COMMAND[case]
+    nowhere: dict[str, Any] = {
+        "foundation": {"path": str(tmp_path / "no-model")},
+        "data": {"source": str(tmp_path / "no.jsonl")},
+    }
+    result = run(changed(changed(nano, output=str(tmp_path), **nowhere), **change), tmp_path)
+    assert result.mistake().startswith(message)

@@ -1,0 +1,136 @@
+"""A stop between the waves of round 2 and a new start: the bits of the run that nobody stopped, whatever a method keeps.
+
+What is kept: control variates, moments, merged weights, personal adapters, ranks, collected factors of an unfinished round.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import run_distributed
+from federations import Result, alone, finish, joined, run_alone, write_inputs
+from method_variants import variant_config
+
+from fedmoe_ds import session
+from fedmoe_ds.build import Parts, load_parts
+from fedmoe_ds.config import Config
+from fedmoe_ds.data import Sequences
+from fedmoe_ds.federation import Federation
+from fedmoe_ds.journal import Journal
+from fedmoe_ds.methods.hetlora import RANK
+from fedmoe_ds.runtime import Runtime
+from fedmoe_ds.topology import Topology, build_topology
+
+pytestmark = pytest.mark.timeout(600)
+
+LONGER: dict[str, Any] = {"federation": {"rounds": 3}, "execution": {"clients_in_flight": 2}, "evaluation": {"every": 1}}
+PRUNING: dict[str, Any] = {"method": {"gamma": 0.5, "penalty": 20.0}}
+STATEFUL = ["flame", "hfedmoe", "hetlora", "flexlora", "flora", "fedsa-lora", "local-only", "scaffold", "fedadam"]
+TWO_RANKS = {variant: 1 + place % 2 for place, variant in enumerate(STATEFUL)}
+"""Expert-parallel size in a world of two ranks: two clusters, or one that shares the experts."""
+
+
+def config_of(root: Path, variant: str, tag: str, ep_size: int = 1) -> Config:
+    pruning = PRUNING if variant == "hetlora" else {}
+    return variant_config(root, variant, tag, LONGER, pruning, {"topology": {"ep_size": ep_size}})
+
+
+class StopsAfter:
+    """The run's data; whoever reads for the n-th time asks the run to stop, in the middle of a wave."""
+
+    def __init__(self, parts: Parts, reads: int) -> None:
+        self.parts, self.data, self.left = parts, parts.training_data, reads
+
+    def train(self, client: int) -> Sequences:
+        self.left -= 1
+        if self.left == 0:
+            self.parts.stop.name = "SIGTERM"
+        return self.data.train(client)
+
+
+def start(config: Config, runtime: Runtime, topology: Topology, resume: str) -> tuple[Parts, Journal]:
+    """As `session.train` does it."""
+    folder = Path(config.output) / config.name
+    source = runtime.on_main(lambda: session.claim_folder(folder, resume))
+    journal = Journal(folder, runtime)
+    parts = load_parts(config, runtime, topology, journal.progress)
+    session.begin(parts, journal, source["checkpoint"])
+    return parts, journal
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(root: Path) -> dict[str, Result]:
+    return {variant: run_alone(config_of(root, variant, "straight")) for variant in STATEFUL}
+
+
+@pytest.fixture(scope="module")
+def stopped(root: Path) -> Path:
+    """Folder of runs, each stopped after the second of three waves of round 2."""
+    for variant in STATEFUL:
+        parts, journal = start(config_of(root, variant, "stopped"), *alone(), "never")
+        first_round = len(parts.participants(1))
+        assert first_round == len(parts.participants(2)) == 5
+        parts.training_data = StopsAfter(parts, first_round + 3)
+        outcome = Federation(parts, journal).run()
+        journal.close()
+        assert outcome.interrupted == "SIGTERM" and parts.state.progressed is not None
+        assert len(parts.state.progressed.done) == 4, "two waves of two clients are in the sums, one client is not"
+        assert (parts.checkpoints / "round-00001-partial" / "manifest.json").exists()
+    return root
+
+
+def check(result: Result, other: Result, variant: str) -> None:
+    assert result.digest == other.digest, variant
+    assert result.scores() == other.scores(), variant
+
+
+def resumed(config: Config, runtime: Runtime, topology: Topology) -> Result:
+    """The end of a stopped run, from a copy of its folder."""
+    if runtime.is_main:
+        stopped_name = config.name.rsplit("-", 1)[0] + "-stopped"
+        shutil.copytree(Path(config.output) / stopped_name, Path(config.output) / config.name)
+    runtime.gather(None)
+    return finish(*start(config, runtime, topology, "auto"))
+
+
+@pytest.mark.parametrize("variant", STATEFUL)
+def test_resume_in_a_fresh_start(straight: dict[str, Result], stopped: Path, variant: str) -> None:
+    result = resumed(config_of(stopped, variant, "again"), *alone())
+    check(result, straight[variant], variant)
+    assert [event["round"] for event in result.events if event["event"] == "resume"] == [1]
+    for name, value in result.parts.state.personal.values.items():
+        assert value.equal(straight[variant].parts.state.personal.values[name]), name
+
+
+def work(rank: int, root: Path) -> list[tuple[str, list[tuple[Any, ...]]]]:
+    runtime = joined(rank)
+    found = []
+    for variant, ep_size in TWO_RANKS.items():
+        config = config_of(root, variant, "two", ep_size)
+        result = resumed(config, runtime, build_topology(config.topology, runtime))
+        found.append((result.digest, result.scores()))
+    return found
+
+
+def test_resume_on_two_ranks(straight: dict[str, Result], stopped: Path) -> None:
+    for found in run_distributed(work, 2, stopped, timeout_s=540.0):
+        for variant, (digest, scores) in zip(TWO_RANKS, found, strict=True):
+            assert digest == straight[variant].digest, variant
+            assert scores == straight[variant].scores(), variant
+
+
+def test_there_is_something_to_keep(straight: dict[str, Result]) -> None:
+    """Ranks were given up in these runs, so a forgotten rank would show."""
+    parts = straight["hetlora"].parts
+    ranks = parts.state.personal.values[RANK.name].flatten().tolist()
+    assert any(rank < client.rank for rank, client in zip(ranks, parts.clients, strict=True)), ranks

@@ -1,0 +1,233 @@
+"""Two rounds of every method against its equations in plain float64 (`reference_methods.py`, `reference_products.py`).
+
+After each round the checkpoint is read back: global adapters, personal state, and the server's own state must agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federations import alone, build, finish, make_config, write_inputs
+from reference import Adapters, Reference, Settings
+from reference_inputs import TOLERANCE, check_equal, client_rank, fresh, initial, tasks
+from reference_methods import (
+    FedIT,
+    FedProx,
+    FedSALoRA,
+    FFALoRA,
+    Flame,
+    FSLoRA,
+    HetLoRA,
+    HFedMoE,
+    LocalOnly,
+    Scaffold,
+    pairs,
+)
+from reference_products import FlexLoRA, FLoRA, LoRAFair
+from reference_server import ServerRule
+from safetensors.torch import load_file
+
+from fedmoe_ds.build import Parts
+
+SAMPLES = (13, 9, 7, 5)
+# Where a gradient is nearly zero, Adam divides rounding noise by eps: with 1e-4 no element is made of float32's noise alone.
+# Seeds are such that no token is near a tie between two experts; every test checks that.
+EPS = 1e-4
+# A control variate is a small difference of adapters over a rate: float32 keeps four or five of its digits.
+CONTROL = 1e-4
+RANKS = [{"top_k": k, "rank": rank, "share": 1.0} for k, rank in ((8, 4), (4, 3), (2, 2), (1, 1))]
+SGD = {"optimizer": "sgd", "lr": 0.5}
+ROUTER = {"router": "train"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration, and the same in the reference's words; kinds named in `vanish` are zero after every round."""
+
+    kind: type[FedIT]
+    change: dict[str, Any]
+    told: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    server: dict[str, Any] = field(default_factory=dict)
+    buys: str = "top_k"
+    vanish: str = "none"
+    rounds: int = 2
+    seed: int = 1
+
+
+def method(name: str, **params: Any) -> dict[str, Any]:
+    return {"method": {"name": name, **params}}
+
+
+def hfedmoe(params: dict[str, Any], **change: Any) -> dict[str, Any]:
+    whole_batches = {"execution": {"micro_batch_size": None}}
+    return {**method("hfedmoe", tau=0.05, **params), **whole_batches, **change}
+
+
+GATED = {"mix": 0.5, "beta": 0.1, "tau": 0.05, "rank_by": "information", "participation": "trained"}
+HET = {"gamma": 0.5, "penalty": 0.01, "pruning": True, "sparsity": True}
+
+CASES = {
+    "fedit": Case(FedIT, {**method("fedit"), "adapters": ROUTER}),
+    "hfedmoe-information": Case(HFedMoE, hfedmoe({}, adapters=ROUTER), {"micro": None}, GATED, buys="experts", seed=2),
+    "hfedmoe-importance": Case(
+        HFedMoE,
+        hfedmoe(
+            {"rank_by": "importance", "participation": "usage", "cumulative": 0.8},
+            adapters=ROUTER,
+            federation={"participation": 0.75},
+        ),
+        {"micro": None},
+        {**GATED, "mix": 0.8, "rank_by": "importance", "participation": "usage"},
+        buys="experts",
+    ),
+    "hfedmoe-full": Case(
+        HFedMoE,
+        hfedmoe({"beta": 0.5}, adapters={**ROUTER, "expert_training": "full"}),
+        {"micro": None},
+        {**GATED, "beta": 0.5},
+        buys="experts",
+        seed=6,
+    ),
+    "hetlora-pruning": Case(
+        HetLoRA,
+        # The tails shrink by weight decay: a penalty that does it alone crosses its kink at zero, where rounding decides.
+        {
+            **method("hetlora", gamma=0.5, penalty=0.02),
+            "federation": {"tiers": RANKS, "rounds": 3},
+            "local": {"weight_decay": 60.0},
+        },
+        {"weight_decay": 60.0},
+        {**HET, "penalty": 0.02},
+        buys="rank",
+        rounds=3,
+        seed=3,
+    ),
+    "hetlora-naive": Case(
+        HetLoRA,
+        {
+            **method("hetlora", aggregation="data", pruning=False, penalty=0.0),
+            "federation": {"tiers": RANKS, "participation": 0.75},
+        },
+        {},
+        {**HET, "penalty": 0.0, "pruning": False, "sparsity": False},
+        buys="rank",
+    ),
+    "flexlora": Case(FlexLoRA, {**method("flexlora"), "federation": {"tiers": RANKS}}, buys="rank"),
+    "flora": Case(
+        FLoRA, {**method("flora"), "federation": {"tiers": RANKS, "participation": 0.75}}, buys="rank", vanish="lora_B"
+    ),
+    "fslora": Case(FSLoRA, {**method("fslora"), "federation": {"tiers": RANKS, "participation": 0.75}}, buys="rank"),
+    "fslora-both": Case(FSLoRA, {**method("fslora"), "federation": {"budget": "both"}, "adapters": ROUTER}, buys="both"),
+    "lora-fair": Case(
+        LoRAFair, {**method("lora-fair", server_steps=20)}, {}, {"regularisation": 0.01, "steps": 20, "lr": 0.05}
+    ),
+    "ffa-lora": Case(FFALoRA, method("ffa-lora")),
+    "fedsa-lora": Case(FedSALoRA, {**method("fedsa-lora"), "federation": {"participation": 0.75}, "adapters": ROUTER}),
+    "local-only": Case(LocalOnly, {**method("local-only"), "federation": {"participation": 0.75}}),
+    "centralised": Case(FedIT, method("centralised"), seed=4),
+    "fedprox": Case(FedProx, {**method("fedit"), "local": {"drift": "fedprox", "proximal": 0.5}}, {}, {"mu": 0.5}),
+    "scaffold": Case(
+        Scaffold, {**method("fedit"), "local": {**SGD, "drift": "scaffold"}, "federation": {"participation": 0.75}}, SGD
+    ),
+    "fedadam-fedit": Case(
+        FedIT,
+        {**method("fedit"), "server": {"optimizer": "fedadam", "lr": 0.02}},
+        server={"kind": "fedadam", "lr": 0.02},
+        seed=2,
+    ),
+    "fedyogi-flame": Case(
+        Flame,
+        {**method("flame", rescaler="none", temperature=2.0), "server": {"optimizer": "fedyogi", "lr": 0.02, "beta2": 0.9}},
+        {},
+        {"temperature": 2.0},
+        server={"kind": "fedyogi", "lr": 0.02, "beta2": 0.9},
+    ),
+    "fedavgm-hetlora": Case(
+        HetLoRA,
+        {**method("hetlora"), "federation": {"tiers": RANKS}, "server": {"optimizer": "fedavgm", "lr": 0.7}},
+        {},
+        {**HET, "gamma": 0.99},
+        server={"kind": "fedavgm", "lr": 0.7},
+        buys="rank",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    write_inputs(folder, SAMPLES)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_rounds(root: Path, name: str) -> None:
+    case = CASES[name]
+    base = {
+        "seed": case.seed,
+        "local": {"eps": EPS, "max_steps": 2},
+        "evaluation": {"client_sequences": 0, "max_sequences": 1, "every": case.rounds},
+        "checkpoint": {"keep": case.rounds},
+    }
+    parts, journal = build(make_config(root, name, base, case.change), *alone())
+    reference = Reference(root / "model", Settings(**{"scale": 2.0, "eps": EPS, "clip": 0.5, "micro": 3, **case.told}))
+    clients = [client.index for client in parts.training_clients]
+    options = {**case.options, "ranks": {client.index: client_rank(parts, client) for client in parts.clients}}
+    expected = case.kind(reference, initial(parts), clients, ServerRule(**case.server), **options)
+    rounds, outcomes = range(1, case.rounds + 1), []
+    for round_index in rounds:
+        expected.round(tasks(parts, round_index, case.buys), fresh(parts, round_index))
+        outcomes.append(outcome(expected))
+    assert reference.margin > 1e-6 and expected.margin > 1e-6, "too near to a tie for a comparison"
+    finish(parts, journal)
+    for round_index, theirs in zip(rounds, outcomes, strict=True):
+        ours = written(parts, round_index)
+        assert theirs.keys() == ours.keys()
+        for part, values in theirs.items():
+            ordered = factors if case.kind is FlexLoRA else both
+            relative = CONTROL if case.kind is Scaffold and part != "adapters" else TOLERANCE
+            check_equal(*ordered(values, ours[part]), relative, case.vanish)
+    if name == "hetlora-pruning":
+        ranks = [values["personal"]["model.hetlora.rank"] for values in outcomes]
+        assert (ranks[1] < ranks[0]).any(), "the last round trains fewer rows than the second"
+
+
+def outcome(expected: FedIT) -> dict[str, Adapters]:
+    """Everything that the reference knows after a round, as the package writes it."""
+    personal: Adapters = {}
+    for values in [expected.memory(index) for index in expected.clients]:
+        for key, value in values.items():
+            personal[key] = torch.cat([personal.get(key, value[None][:0]), value[None]])
+    parts = {"adapters": dict(expected.adapters), "personal": personal, **expected.extras()}
+    return {name: dict(values) for name, values in parts.items() if values}
+
+
+def written(parts: Parts, round_index: int) -> dict[str, Adapters]:
+    """The tensors in the checkpoint of a round, by kind."""
+    folder = parts.checkpoints / f"round-{round_index:05d}"
+    found = {path.name.split("-")[0].removeprefix("server."): load_file(path) for path in folder.glob("*.safetensors")}
+    return {name: values for name, values in found.items() if values}
+
+
+def both(theirs: Adapters, ours: Adapters) -> tuple[Adapters, Adapters]:
+    return theirs, ours
+
+
+def factors(theirs: Adapters, ours: Adapters) -> tuple[Adapters, Adapters]:
+    """Products and factors; without the rows of A that belong to singular values which float32 cannot tell from zero.
+
+    The length of a column of B is the singular value.
+    """
+    ours = {key: value.double() for key, value in ours.items()}
+    for stem, _, b in pairs(theirs):
+        length = b.norm(dim=0)
+        known = (length > 1e-3 * length.max()).unsqueeze(1)
+        for values in (theirs, ours):
+            values[f"{stem}.product"] = values[f"{stem}.lora_B"] @ values[f"{stem}.lora_A"]
+            values[f"{stem}.lora_A"] = values[f"{stem}.lora_A"] * known
+    return theirs, ours
