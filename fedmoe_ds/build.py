@@ -20,28 +20,25 @@ from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.clients.client import Capacity, Client, make_clients, resolve_tiers
 from fedmoe_ds.clients.drift import FedProx, Scaffold, control_block, shared_blocks
 from fedmoe_ds.clients.pooled import PooledData, pooled_client
+from fedmoe_ds.clients.rules import ClientRules, TrainingData
 from fedmoe_ds.clients.schedule import CostModel, home_clients, participant_count, participants
-from fedmoe_ds.clients.wave import ClientRules, TrainingData, WaveTrainer
+from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import Config, dump_config
-from fedmoe_ds.data import FederatedData, ImageInput, check_task
+from fedmoe_ds.data import FederatedData, check_task
 from fedmoe_ds.data import prepare as prepare_data
-from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Evaluator
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.places import Places, adapter_places, hosted_places
+from fedmoe_ds.experts.places import Places
+from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, is_bitwise, positions
 from fedmoe_ds.foundation import (
-    FeedForwardSite,
     Foundation,
-    HostedLayer,
     load_foundation,
-    planned_sparse,
-    planned_task,
     resolve_foundation,
 )
 from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.size import model_size
-from fedmoe_ds.methods import Facts, Method, Situation, method_for, with_defaults
+from fedmoe_ds.methods import Method, Situation, method_for, with_defaults
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import Progress
 from fedmoe_ds.runtime import Runtime
@@ -116,20 +113,16 @@ class Parts:
                     yield f"personal.{key}", value
 
 
-def is_bitwise(config: Config, runtime: Runtime) -> bool:
-    """Whether this run promises equal bits on any topology."""
-    mode = config.execution.reproducible
-    return mode == "bitwise" or (mode == "auto" and runtime.device.type == "cpu")
-
-
 def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Parts:
     """Load everything. Raises UserError, the same one on every rank, for whatever the user can fix."""
     method = method_for(config)
     config = with_defaults(config, method)
-    check_plan(config)
+    check_plan(config, is_bitwise(config, runtime))
     foundation = load_shared_foundation(config, runtime, topology, progress)
     check_task(foundation.task, config.data, foundation.images)
     places = find_places(config, foundation.layers, foundation.sites, topology.shard)
+    if is_bitwise(config, runtime):
+        check_widths(places)
     full = Capacity(places.top_k, config.adapters.rank, places.num_experts)
     method.facts = facts_of(config, places)
     method.check(method.facts)
@@ -137,48 +130,6 @@ def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: P
     tiers = resolve_tiers(config.federation, full, method.spends)
     clients = make_clients(data, config.federation, tiers, config.seed)
     return _assemble(config, runtime, topology, method, foundation, places, data, clients)
-
-
-def facts_of(config: Config, places: Places) -> Facts:
-    """What methods may ask about the model."""
-    return Facts(places.top_k, places.num_experts, config.adapters.rank, config.seed, places.renormalised, tuple(places.layers))
-
-
-def check_plan(config: Config) -> None:
-    """Whether foundation, data and adapters go together, as far as that is known before anything is loaded."""
-    task = planned_task(config.foundation)
-    if task is not None:
-        check_task(task, config.data)
-    sparse = planned_sparse(config.foundation)
-    if sparse is not None:
-        check_adapters(config, sparse)
-
-
-def check_adapters(config: Config, sparse: bool) -> None:
-    """Adapter experts stand beside dense models and nowhere else. Raises UserError."""
-    named = config.foundation.path or config.foundation.preset
-    if sparse and config.adapters.moe is not None:
-        raise UserError(
-            f"adapters.moe: {named} has experts of its own; drop the section, or use a dense foundation (tiny-llama)"
-        )
-    if not sparse and config.adapters.moe is None:
-        raise UserError(
-            f"foundation: {named}: method {config.method.name} needs a mixture of experts and this model is dense; use "
-            "a sparse one (tiny-olmoe), or put adapter experts beside it with an adapters.moe section (method fft-moe)"
-        )
-
-
-def find_places(config: Config, layers: list[HostedLayer], sites: list[FeedForwardSite], shard: int) -> Places:
-    """Where the experts of a run are. Raises UserError when the model and `adapters.moe` do not go together."""
-    check_adapters(config, bool(layers))
-    if config.adapters.moe is None:
-        return hosted_places(layers)
-    return adapter_places(sites, config.adapters.moe, config.topology.ep_size, shard)
-
-
-def positions(images: ImageInput | None) -> int:
-    """Token rows that the blocks see per target of one epoch, which is how data count: 1 for text."""
-    return 1 if images is None else images.positions
 
 
 def load_shared_foundation(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Foundation:
@@ -304,16 +255,6 @@ def _execution(
     clients: int,
 ) -> Execution:
     layout, bitwise = topology.layout, is_bitwise(config, runtime)
-    if bitwise and config.execution.threads > 1:
-        raise UserError(
-            f"execution.threads: {config.execution.threads}: bitwise mode needs 1: threads cut a kernel's work in the middle "
-            "of a row; use threads=1, or reproducible=fast"
-        )
-    if bitwise and (places.width % 4 or places.ffn % 4):
-        raise UserError(
-            f"execution.reproducible: bitwise: the model's widths {places.width} and {places.ffn} must be multiples of 4 "
-            "(rows must start on 16 bytes); use fast"
-        )
     drawn = participant_count(clients, config.federation.participation)
     home = home_clients(config.execution.clients_in_flight, drawn, layout.ep_size)
     pool = Pool(topology.ep_group, layout.ep_size, places.num_experts, home, merge=not bitwise)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from fedmoe_ds.adapters.layout import adapter_blocks
-from fedmoe_ds.build import check_plan, facts_of, find_places, positions
 from fedmoe_ds.clients.client import Capacity, Client, make_clients, resolve_tiers
 from fedmoe_ds.clients.pooled import pooled_client
 from fedmoe_ds.clients.schedule import CostModel, Wave, home_clients, participants, schedule
 from fedmoe_ds.clients.steps import step_count
 from fedmoe_ds.config import Config, TopologyConfig, dump_config
 from fedmoe_ds.data import prepare
+from fedmoe_ds.fit import check_plan, facts_of, find_places, positions
 from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites, image_input
 from fedmoe_ds.foundation.foundation import cache_folder, load_tokenizer
@@ -35,7 +35,7 @@ def describe(config: Config, world_size: int) -> list[str]:
     """Describe the run on `world_size` ranks. Raises UserError for everything that a real start would refuse."""
     method = method_for(config)
     layout = check_layout(config.topology, world_size)
-    check_plan(config)
+    check_plan(config, config.execution.reproducible != "fast")
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.foundation.dtype])
     layers = host_model(model, 1, 0)

@@ -1,4 +1,4 @@
-"""Measure: `python launch/bench.py wave` (speed against transformers + PEFT) and `python launch/bench.py load` (memory).
+"""Measure: `python launch/bench.py wave` (speed against transformers + PEFT), `load` (memory per rank), `experts` (pool size).
 
 Everything runs on one CPU thread per process. Absolute numbers depend on the machine; ratios inside one run are what counts.
 """
@@ -26,7 +26,15 @@ def parse() -> argparse.Namespace:
     load = commands.add_parser("load", help="peak host memory per rank while a model is loaded")
     load.add_argument("--ep-size", type=int, nargs="+", default=[1, 2, 4], help="expert-parallel sizes")
     load.add_argument("--shape", default="load", help="load (about 600 MiB) or load-tiny")
-    for command in (wave, load):
+    experts = commands.add_parser("experts", help="a client step with few and with many adapter experts (FFT-MoE)")
+    experts.add_argument("--experts", type=int, nargs="+", default=[8, 64, 256], help="pool sizes per layer")
+    experts.add_argument("--steps", type=int, default=4, help="local steps per client in a timed wave")
+    experts.add_argument("--rounds", type=int, default=3, help="alternating repeats; medians are reported")
+    experts.add_argument("--clients", type=int, default=8, help="clients in flight")
+    experts.add_argument("--sequences", type=int, default=4, help="sequences per client and step")
+    experts.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    experts.add_argument("--bitwise", action="store_true", help="one client per pass, as reproducible=bitwise runs them")
+    for command in (wave, load, experts):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--json", type=Path, help="also write the rows to this file")
     return parser.parse_args()
@@ -34,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    from fedmoe_ds.bench import load, table, wave
+    from fedmoe_ds.bench import load, pool, pool_workload, table, wave
 
     table.check_writable(args.json)
     if args.command == "wave":
@@ -42,6 +50,11 @@ def main() -> int:
         workloads = wave.make_workloads(args.shape, **settings)
         rows = wave.run_wave(workloads, wave.system_names(args.mode, args.peers), args.rounds, note)
         text = table.wave_table(rows)
+    elif args.command == "experts":
+        names = ("steps", "clients", "sequences", "length", "seed", "bitwise")
+        workload = pool_workload.PoolWorkload(**{name: getattr(args, name) for name in names})
+        rows = pool.run_pool(args.experts, workload, args.rounds, note)
+        text = table.pool_table(rows)
     else:
         rows = load.run_load(args.ep_size, args.shape, args.seed, note)
         text = table.load_table(rows)

@@ -106,7 +106,7 @@ def _merge(tree: dict[str, Any], change: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             _merge(tree[key], value)
         else:
-            tree[key] = value
+            tree[key] = copy.deepcopy(value)
 
 
 def alone() -> tuple[Runtime, Topology]:

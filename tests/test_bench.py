@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from fedmoe_ds.bench import load, table, wave
+from fedmoe_ds.bench import load, pool, table, wave
 from fedmoe_ds.bench.fused import Fused
 from fedmoe_ds.bench.peers import Peft
+from fedmoe_ds.bench.pool_systems import Dense, ExpertPool
+from fedmoe_ds.bench.pool_workload import DENSE, PoolWorkload, write_dense_model
 from fedmoe_ds.bench.shapes import SHAPES, write_model
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError
@@ -62,6 +64,39 @@ def test_load_writes_its_rows(tmp_path: Path) -> None:
     for row in rows:
         assert row["own_experts_mib"] == pytest.approx(2 * 8 * 3 * 64 * 64 * 4 / 2**20)
         assert row["model_mib"] == pytest.approx(row["dense_mib"] + 2 * row["own_experts_mib"])
+
+
+def test_experts_writes_its_rows(tmp_path: Path) -> None:
+    target = tmp_path / "pool.json"
+    small = ["--steps", "1", "--rounds", "1", "--clients", "2", "--sequences", "1", "--length", "16"]
+    done = run_bench("experts", "--experts", "4", "8", *small, "--json", str(target))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split()[:3] == ["system", "ms", "/"] and len(done.stdout.splitlines()) == 4
+    rows = read_rows(target)
+    assert [(row["system"], row["experts"]) for row in rows] == [(DENSE, None), ("experts 4", 4), ("experts 8", 8)]
+    assert rows[0]["to_dense"] == rows[1]["to_first"] == 1.0
+    for row in rows:
+        assert row["shape"] == "pool" and row["tokens_per_s"] > 0 and row["peak_mib"] > 50 and row["cpu"]
+        assert (row["clients"], row["sequences"], row["length"], row["top_k"]) == (2, 1, 16, 4)
+    for row in rows[1:]:
+        assert row["passes_share"] + row["optimizer_share"] + row["setup_share"] == pytest.approx(1.0)
+        # value, gradient and two moments of U, V and W_R, for two clients and four layers
+        numbers = 2 * 4 * row["experts"] * (2 * 16 * 128 + 128)
+        assert row["adapter_mib"] == row["optimizer_mib"] == pytest.approx(2 * numbers * 4 / 2**20)
+        assert 4 * 4 <= row["used_experts"] <= 4 * row["experts"]
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_pools_start_as_the_dense_foundation(tmp_path: Path, bitwise: bool) -> None:
+    workload = PoolWorkload(steps=2, clients=3, sequences=2, length=24, seed=3, bitwise=bitwise)
+    write_dense_model(workload.seed, tmp_path)
+    systems = {DENSE: Dense(tmp_path, workload), "experts 16": ExpertPool(tmp_path, workload, 16)}
+    for _ in range(2):  # every wave starts afresh
+        losses = {name: system.measure()["losses"] for name, system in systems.items()}
+        assert all(len(set(found)) == 3 for found in losses.values())
+        pool.check_first_losses(losses)
+    with pytest.raises(wave.DisagreementError, match="not the same computation"):
+        pool.check_first_losses({**losses, "experts 16": [loss + 1e-2 for loss in losses[DENSE]]})
 
 
 @pytest.mark.parametrize(("bitwise", "implementation"), [(False, "grouped_mm"), (True, "eager"), (True, "batched_mm")])
@@ -114,6 +149,10 @@ def test_bad_input(tmp_path: Path) -> None:
         wave.make_workloads(["e32"], **{**settings, "length": 513})
     with pytest.raises(UserError, match=r"--peers: groped_mm: .*did you mean 'grouped_mm'"):
         wave.system_names("both", ["groped_mm"])
+    with pytest.raises(UserError, match="--experts: 3: fewer than the 4 active ones"):
+        pool.run_pool([3], PoolWorkload(**settings, clients=1), 1, lambda text: None)
+    with pytest.raises(UserError, match="--clients: 0"):
+        PoolWorkload(**settings, clients=0)
     with pytest.raises(UserError, match="--mode: slow"):
         wave.system_names("slow", [])
     with pytest.raises(UserError, match="--rounds: 0"):

@@ -11,8 +11,8 @@ from federations import alone, build, make_config, write_inputs
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.rules import ClientRules
 from fedmoe_ds.clients.schedule import schedule
-from fedmoe_ds.clients.wave import ClientRules
 
 
 @pytest.mark.parametrize("mode", ["bitwise", "fast"])

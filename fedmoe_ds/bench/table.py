@@ -35,6 +35,19 @@ _LOAD: list[Column] = [
     ("whole model", lambda row: f"{row['model_mib']:.0f}"),
 ]
 
+_POOL: list[Column] = [
+    ("system", lambda row: row["system"]),
+    ("ms / step", lambda row: f"{1000 * row['step_seconds']:.0f}"),
+    ("/ fewest", lambda row: f"{row['to_first']:.2f}"),
+    ("/ dense", lambda row: f"{row['to_dense']:.2f}"),
+    ("passes", lambda row: _percent(row["passes_share"])),
+    ("optimizer", lambda row: _percent(row["optimizer_share"])),
+    ("set-up", lambda row: _percent(row["setup_share"])),
+    ("adapters MiB", lambda row: _whole(row["adapter_mib"])),
+    ("optimizer MiB", lambda row: _whole(row["optimizer_mib"])),
+    ("peak MiB", lambda row: _whole(row["peak_mib"])),
+]
+
 
 def wave_table(rows: list[Row]) -> str:
     """Systems by shape, and for every shape how many times the best peer we are."""
@@ -51,6 +64,19 @@ def wave_table(rows: list[Row]) -> str:
 def load_table(rows: list[Row]) -> str:
     """Memory by rank, in MiB; growth is what loading added to the imported program."""
     return _aligned(rows, _LOAD)
+
+
+def pool_table(rows: list[Row]) -> str:
+    """Pool sizes: a step of all clients against the smallest pool and the foundation alone, its parts, and memory."""
+    return _aligned(rows, _POOL)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _whole(number: float | None) -> str:
+    return "" if number is None else f"{number:.0f}"
 
 
 def _aligned(rows: list[Row], columns: list[Column]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.bench.machine import peak_mib
+from fedmoe_ds.bench.pool_workload import DENSE, POOL_PREFIX, PoolWorkload
 from fedmoe_ds.bench.system import BITWISE, FLOOR, OURS, PEER_PREFIX, System
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError
@@ -56,6 +57,27 @@ class FloorWorker:
         return asdict(self.floor.measure())
 
 
+class PoolWorker:
+    """Answers `open`, `measure` and `peak` for the dense foundation or for one pool size."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.system: Any = None
+
+    def answer(self, request: Request) -> Any:
+        if request["do"] == "open":
+            from fedmoe_ds.bench.pool_systems import Dense, ExpertPool
+
+            folder, workload = Path(request["folder"]), PoolWorkload(**request["workload"])
+            pool = self.name.removeprefix(POOL_PREFIX)
+            self.system = Dense(folder, workload) if self.name == DENSE else ExpertPool(folder, workload, int(pool))
+            return None
+        if request["do"] == "peak":
+            return peak_mib()
+        assert request["do"] == "measure", request
+        return self.system.measure()
+
+
 def open_system(name: str, folder: Path, workload: Workload) -> System:
     """Import and load one system, and nothing of the others."""
     if name in (OURS, BITWISE):
@@ -77,6 +99,8 @@ def answer_load(request: Request) -> Any:
 def role(name: str) -> Callable[[Request], Any]:
     if name == "load":
         return answer_load
+    if name == DENSE or name.startswith(POOL_PREFIX):
+        return PoolWorker(name).answer
     return FloorWorker().answer if name == FLOOR else WaveWorker().answer
 
 

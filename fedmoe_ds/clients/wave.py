@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,44 +25,14 @@ from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.model import forward_pass, segment_sums
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.clients.report import Counts, Gatherer, Report
+from fedmoe_ds.clients.rules import ClientRules, ReadClient
 from fedmoe_ds.clients.schedule import Wave
 from fedmoe_ds.clients.steps import learning_rate, local_batches
 from fedmoe_ds.collectives import all_gather
 from fedmoe_ds.config import ExecutionConfig, LocalConfig
 from fedmoe_ds.data import Sequences
-from fedmoe_ds.experts.execution import Execution, InTraining, Watch
+from fedmoe_ds.experts.execution import Execution, InTraining
 from fedmoe_ds.foundation import Foundation
-
-ReadClient = Callable[[int], Sequences]
-
-
-class TrainingData(Protocol):
-    """Where clients' sequences come from."""
-
-    def train(self, client: int) -> Sequences: ...
-
-
-@dataclass(frozen=True)
-class ClientRules:
-    """What the method, and a correction of client drift, prescribe; see `fedmoe_ds.methods.base` for the meaning.
-
-    Attributes:
-        assign: (client, round) -> what it is told to do; the same on every rank.
-        watch: what is looked at and decided in its layers, or None; called on the home rank.
-        observes: names of the sums that watches return.
-        adjust: change the gradients of a step in place, before clipping.
-        measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
-        remember: new values of its memory blocks, on the ranks that hold them.
-        selective: whether some batches train only some of the experts.
-    """
-
-    assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
-    watch: Callable[[Client, Assignment], Watch | None] = lambda client, assignment: None
-    observes: tuple[str, ...] = ()
-    adjust: tuple[Callable[[Local], None], ...] = ()
-    measure: Callable[[Local], dict[str, Tensor]] = lambda local: {}
-    remember: tuple[Callable[[Local, float], dict[str, Tensor]], ...] = ()
-    selective: bool = False
 
 
 @dataclass

@@ -47,12 +47,17 @@ def hosted_places(layers: list[HostedLayer]) -> Places:
     )
 
 
-def adapter_places(sites: list[FeedForwardSite], moe: MoEAdapterConfig, ep_size: int, shard: int) -> Places:
-    """Adapter experts beside the feed-forward blocks of a dense model. Raises UserError when they cannot be sharded."""
+def check_shards(moe: MoEAdapterConfig, ep_size: int) -> None:
+    """Raise UserError unless every rank can hold as many adapter experts as the others."""
     if moe.experts % ep_size:
         raise UserError(
             f"adapters.moe.experts: {moe.experts}: not divisible by topology.ep_size {ep_size}; every rank holds as many"
         )
+
+
+def adapter_places(sites: list[FeedForwardSite], moe: MoEAdapterConfig, ep_size: int, shard: int) -> Places:
+    """Adapter experts beside the feed-forward blocks of a dense model; `check_shards` has passed."""
+    assert moe.experts % ep_size == 0, (moe.experts, ep_size)
     local = moe.experts // ep_size
     held = range(shard * local, (shard + 1) * local)
     indices = [site.index for site in sites]

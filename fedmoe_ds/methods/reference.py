@@ -87,7 +87,7 @@ class Tempered(Method):
 tempered = "tempered:Tempered"
 ```
 
-`method: {name: tempered, exponent: 0.25}` then runs it: same waves, topologies, checkpoints and reports. The other functions that
+`method: {name: tempered, exponent: 0.25}` then runs it: same waves, topologies, checkpoints, reports. The other functions that
 a method may override, and what they may assume, are listed at the top of `fedmoe_ds/methods/base.py`.
 '''
 

@@ -1,0 +1,46 @@
+"""Rules: what the method, and a correction of client drift, prescribe for local training; and where clients' data come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.local import Local
+from fedmoe_ds.data import Sequences
+from fedmoe_ds.experts.execution import Watch
+
+ReadClient = Callable[[int], Sequences]
+
+
+class TrainingData(Protocol):
+    """Where clients' sequences come from."""
+
+    def train(self, client: int) -> Sequences: ...
+
+
+@dataclass(frozen=True)
+class ClientRules:
+    """What the method, and a correction of client drift, prescribe; see `fedmoe_ds.methods.base` for the meaning.
+
+    Attributes:
+        assign: (client, round) -> what it is told to do; the same on every rank.
+        watch: what is looked at and decided in its layers, or None; called on the home rank.
+        observes: names of the sums that watches return.
+        adjust: change the gradients of a step in place, before clipping.
+        measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
+        remember: new values of its memory blocks, on the ranks that hold them.
+        selective: whether some batches train only some of the experts.
+    """
+
+    assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
+    watch: Callable[[Client, Assignment], Watch | None] = lambda client, assignment: None
+    observes: tuple[str, ...] = ()
+    adjust: tuple[Callable[[Local], None], ...] = ()
+    measure: Callable[[Local], dict[str, Tensor]] = lambda local: {}
+    remember: tuple[Callable[[Local, float], dict[str, Tensor]], ...] = ()
+    selective: bool = False

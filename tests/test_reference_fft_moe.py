@@ -1,0 +1,84 @@
+"""The package's FFT-MoE rounds against the slow float64 reference in `reference_dense.py`, on a Llama and on a ViT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_inputs import EXPERTS, TOP_K, dense_config, write_dense
+from federations import alone, build, finish
+from reference_dense import DenseReference, Image, Sample, Settings, Task, Text
+from reference_inputs import TOLERANCE, check_equal, initial
+
+from fedmoe_ds.build import Parts
+from fedmoe_ds.clients.steps import local_batches
+from fedmoe_ds.data import Sequences
+
+pytestmark = pytest.mark.timeout(600)
+
+SAMPLES = (13, 9, 7)
+# Where a gradient is nearly zero, Adam divides rounding noise by eps: with 1e-4 no element is made of float32's noise alone.
+EPS = 1e-4
+SGD: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "lr": 0.1}
+# A large lambda_0, so that a mistake in a routing loss is as large as one in the task's.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama-none-sgd": ("llama", {"auxiliary": "none"}, {**SGD, "clip": None}),
+    "llama-switch": ("llama", {"auxiliary": "switch", "coefficient": 0.3}, {}),
+    "llama-adaptive": ("llama", {"auxiliary": "adaptive", "coefficient": 0.3, "gamma": 0.7}, {"weight_decay": 0.1}),
+    "llama-global": ("llama", {"auxiliary": "global", "coefficient": 0.3, "epsilon": 0.2}, {}),
+    "vit-none": ("vit", {"auxiliary": "none"}, {}),
+    "vit-switch-sgd": ("vit", {"auxiliary": "switch", "coefficient": 0.3}, SGD),
+    "vit-adaptive": ("vit", {"auxiliary": "adaptive", "coefficient": 0.3}, {"clip": None}),
+    "vit-global-sgd": ("vit", {"auxiliary": "global", "coefficient": 0.3}, SGD),
+}
+MICRO = {"llama": 3, "vit": 2}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    write_dense(folder, samples=SAMPLES)
+    return folder
+
+
+def samples_of(data: Sequences) -> list[Sample]:
+    if data.pixels is None or data.labels is None:
+        return [Text(ids, mask) for ids, mask in zip(data.input_ids, data.loss_mask, strict=True)]
+    return [Image(pixels, int(label)) for pixels, label in zip(data.pixels, data.labels, strict=True)]
+
+
+def tasks(parts: Parts, round_index: int) -> list[Task]:
+    found = []
+    for client in parts.participants(round_index):
+        samples = samples_of(parts.training_data.train(client.index))
+        batches = local_batches(client, parts.config.local, parts.config.seed, round_index)
+        steps = [[samples[i] for i in batch] for batch in batches]
+        found.append(Task(client.index, client.top_k, client.samples, steps))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_rounds(root: Path, case: str) -> None:
+    family, method, local = CASES[case]
+    local = {"clip": 0.5, "eps": EPS, "lr": 5e-3, **local}
+    few = {"data": {"partition": {"clients": 3}}} if family == "vit" else {}
+    run = {"execution": {"micro_batch_size": MICRO[family]}, "evaluation": {"client_sequences": 0}}
+    config = dense_config(root, family, case, {"seed": 1, "local": local, "method": method}, few, run)
+    parts, journal = build(config, *alone())
+    assert sorted(client.top_k for client in parts.clients) == [1, 2, 4]
+    told = Settings(experts=EXPERTS, top_k=TOP_K, micro=MICRO[family], **method, **local)
+    start = initial(parts)
+    assert not any(bool(value.any()) for key, value in start.items() if ".outer." in key)
+    expected = DenseReference(root / family, told, start)
+    for round_index in (1, 2):
+        expected.round(tasks(parts, round_index))
+    assert expected.margin > 1e-6, "routing is too near to a tie for a comparison"
+    result = finish(parts, journal)
+    check_equal(expected.adapters, {key: torch.from_numpy(value) for key, value in result.adapters.items()})
+    assert parts.state.utilisation_LE is not None and (parts.state.utilisation_LE == expected.used).all()
+    held = samples_of(parts.data.global_holdout())[: parts.config.evaluation.max_sequences]
+    for event in result.events:
+        if event["event"] == "eval" and event["round"] == 2:
+            assert event["loss"] == pytest.approx(expected.evaluate(held, event["tier"]), rel=TOLERANCE)
