@@ -26,7 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-soak check format docs bench clean distclean
+.PHONY: help install train test test-soak check format docs bench compare clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,11 +52,15 @@ format: .venv/.installed  ## format the code, fix what the linter can fix
 	ruff check --fix-only .
 	ruff format .
 
-docs: .venv/.installed  ## write the reference of all configuration keys
+docs: .venv/.installed  ## write the references of configuration keys and methods
 	python -m fedmoe_ds.config > docs/configuration.md
+	python -m fedmoe_ds.methods > docs/methods.md
 
 bench: .venv/.installed  ## speed of a wave against one client at a time
 	python launch/bench.py wave $(ARGS)
+
+compare: .venv/.installed  ## the study of docs/comparison.md, half an hour on two cores; continues where it stopped
+	python launch/compare.py --methods flame,hetlora,flexlora,fedit,hfedmoe --seeds 3 --jobs $(RANKS) $(ARGS)
 
 clean:  ## remove caches; runs/ and .venv stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build
