@@ -73,7 +73,7 @@ def test_one_client_at_a_time(root: Path, single: dict[str, Result]) -> None:
 
 
 def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
-    """Batched across clients: factors of the LoRA scale, unequal rows, held-back experts, whole experts. Predictions stay the same."""
+    """Batched across clients: factors of the LoRA scale, unequal rows, held-back and whole experts; equal predictions."""
     for variant in ("fslora", "hetlora", "hfedmoe", "hfedmoe-full", "scaffold"):
         result = single[variant]
         fast = run_alone(variant_config(root, variant, "fast", ALL_AT_ONCE, {"execution": {"reproducible": "fast"}}))
