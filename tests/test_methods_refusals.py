@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
     "no pairs": (
         PAIRS,
         {"adapters": {"expert_training": "full"}},
-        "adapters.expert_training: full: method {} works on LoRA pairs; use expert_training=lora",
+        "adapters.expert_training: full: method {} works on LoRA pairs; use adapters.expert_training=lora",
     ),
     "no attention beside adapter experts": (
         PAIRS,
@@ -58,12 +58,12 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
     "no experts": (
         {"hfedmoe"},
         {"adapters": {"experts": False}},
-        "adapters.experts: false: method {} works on expert adapters; set experts=true",
+        "adapters.experts: false: method {} works on expert adapters; use adapters.experts=true",
     ),
     "no router": (
         {"hfedmoe"},
         {"adapters": {"router": "frozen"}},
-        "adapters.router: frozen: method {} aggregates trained routers; set router=train",
+        "adapters.router: frozen: method {} aggregates trained routers; use adapters.router=train",
     ),
     "micro-batches": (
         {"hfedmoe"},
@@ -154,7 +154,7 @@ COMMAND: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "frozen router": (
         {"method": {"name": "hfedmoe"}},
-        "error: adapters.router: frozen: method hfedmoe aggregates trained routers; set router=train",
+        "error: adapters.router: frozen: method hfedmoe aggregates trained routers; use adapters.router=train",
     ),
 }
 

@@ -188,16 +188,19 @@ def check_needs(method: Method, name: str, config: Config) -> None:
     adapters, server = config.adapters, config.server
     if "lora" in method.needs and adapters.experts and adapters.expert_training != "lora":
         raise UserError(
-            f"adapters.expert_training: {adapters.expert_training}: method {name} works on LoRA pairs; use expert_training=lora"
+            f"adapters.expert_training: {adapters.expert_training}: method {name} works on LoRA pairs; "
+            "use adapters.expert_training=lora"
         )
     if "lora" in method.needs and not adapters.attention and (not adapters.experts or adapters.moe is not None):
         raise UserError(
             f"adapters.attention: []: method {name} works on LoRA pairs and there would be none; name attention projections"
         )
     if "experts" in method.needs and not adapters.experts:
-        raise UserError(f"adapters.experts: false: method {name} works on expert adapters; set experts=true")
+        raise UserError(f"adapters.experts: false: method {name} works on expert adapters; use adapters.experts=true")
     if "router" in method.needs and adapters.router != "train" and adapters.moe is None:
-        raise UserError(f"adapters.router: {adapters.router}: method {name} aggregates trained routers; set router=train")
+        raise UserError(
+            f"adapters.router: {adapters.router}: method {name} aggregates trained routers; use adapters.router=train"
+        )
     _check_ranks(method, name, config)
     if method.collects or method.pooled or not method.averages:
         refuse_server_step(name, server)

@@ -27,7 +27,11 @@ def load_method(config: MethodConfig) -> Method:
     given = config.model_dump(exclude={"name"})
     for key in given:
         if key not in method.Params.model_fields:
-            raise UserError(f"method.{key}: unknown key for method '{config.name}'{nearest(key, method.Params.model_fields)}")
+            known = nearest(key, method.Params.model_fields)
+            raise UserError(
+                f"method.{key}: unknown key for method '{config.name}'{known}; "
+                f"'method={{name: {config.name}}}' drops the keys of another method"
+            )
     try:
         return method(method.Params(**given))
     except ValidationError as error:
