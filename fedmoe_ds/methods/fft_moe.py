@@ -10,7 +10,7 @@ data heterogeneity. Its formula is not public. What stands here is ours, selecta
     switch      L = lambda_0 L_bal,   L_bal = M sum_m f_m P_m        f_m share of routed slots, P_m mean router probability
     adaptive    L = lambda_n L_bal,   lambda_n = lambda_0 (1 + CV(f)) (k_max / k_n)^gamma
                 stronger where a client's data use the experts unevenly, and where its device affords few of them
-    global      L = lambda_0 KL(P || q),   q_m proportional to max(0, 1 / M - u_m) + epsilon
+    global      L = lambda_0 KL(P || q),   q_m proportional to max(0, 1 / M - u_m) + epsilon / M
                 u is the share of slots that expert m served over all clients in the last round, sent with the model: pulls
                 routing towards globally under-used experts; in the first round q is uniform
     none        no auxiliary loss

@@ -116,7 +116,11 @@ def _paper(paper: str) -> str:
 
 
 def _parameters(name: str, method: type[Method]) -> str:
-    lines = [f"### {name}\n", f"{inspect.cleandoc(method.Params.__doc__ or '')}\n", "| key | type | default | description |"]
+    lines = [
+        f"### {method.card.title} (`{name}`)\n",
+        f"{inspect.cleandoc(method.Params.__doc__ or '')}\n",
+        "| key | type | default | description |",
+    ]
     lines.append("|---|---|---|---|")
     lines += [_row(key, field) for key, field in walk(method.Params, "method.")]
     return "\n".join(lines) + "\n"
