@@ -68,8 +68,8 @@ class Federation:
         clock = Clock()
         chosen = parts.participants(round_index)
         progressed = self.state.progressed or Progressed()
-        sums = self.state.statistics or parts.new_sums(round_index)
-        self.state.progressed, self.state.statistics = None, None
+        sums = self.state.sums or parts.new_sums(round_index)
+        self.state.progressed, self.state.sums = None, None
         waiting = [client for client in chosen if client.index not in progressed.done]
         plan = schedule(waiting, parts.cost, config.local, parts.topology.layout.clusters, config.topology.ep_size,
                         config.execution.clients_in_flight)  # fmt: skip
@@ -83,7 +83,7 @@ class Federation:
         self._share(progressed)
         if any(client.index not in progressed.done for client in chosen) or self._stop_agreed():
             progressed.seconds += clock.total()
-            self.state.progressed, self.state.statistics = progressed, sums
+            self.state.progressed, self.state.sums = progressed, sums
             self._save()
             return True
         parts.server.step(sums, self.state.adapters, self.state.server, round_index)

@@ -46,7 +46,7 @@ class State:
         personal: every client's own state.
         server: the server's own state by name, shaped like the adapters: moments, control variates, merged base weights.
         utilisation_LE: routed rows per (layer, expert) over all clients of the last finished round, or None.
-        progressed, statistics: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
+        progressed, sums: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
     """
 
     round: int
@@ -55,7 +55,7 @@ class State:
     server: dict[str, Bank] = field(default_factory=dict)
     utilisation_LE: np.ndarray | None = None
     progressed: Progressed | None = None
-    statistics: RoundSums | None = None
+    sums: RoundSums | None = None
 
 
 def save(
@@ -78,8 +78,8 @@ def save(
             tensors[f"personal-{tail}"] = _mine(state.personal.items(_first_expert(state.adapters, topology)), topology)
         for name, bank in state.server.items():
             tensors[f"server.{name}-{tail}"] = _mine(bank.items(_first_expert(bank, topology)), topology)
-        if state.statistics is not None:
-            tensors[f"sums-{tail}"] = dict(_sum_places(state.statistics, topology, shard == 0))
+        if state.sums is not None:
+            tensors[f"sums-{tail}"] = dict(_sum_places(state.sums, topology, shard == 0))
     partial = None
     if state.progressed is not None:
         partial = {
@@ -92,8 +92,8 @@ def save(
     return checkpoint.save(root, runtime, snapshot, tensors, {"config.yaml": config}, keep)
 
 
-def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, statistics: RoundSums) -> None:
-    """Read a checkpoint into `state`, whatever topology wrote it; `statistics` receives the sums of an unfinished round."""
+def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, sums: RoundSums) -> None:
+    """Read a checkpoint into `state`, whatever topology wrote it; `sums` receives those of an unfinished round."""
     first = _first_expert(state.adapters, topology)
     with checkpoint.TensorReader(path, "adapters") as reader:
         for key, _, value in state.adapters.items(first):
@@ -118,9 +118,9 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
     )
     if topology.cluster == 0:
         with checkpoint.TensorReader(path, "sums") as reader:
-            for key, value in _sum_places(statistics, topology, include_dense=topology.shard == 0):
+            for key, value in _sum_places(sums, topology, include_dense=topology.shard == 0):
                 reader.read_into(key, value)
-    state.statistics = statistics
+    state.sums = sums
 
 
 def _first_expert(bank: Bank, topology: Topology) -> int:
