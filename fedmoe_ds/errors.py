@@ -10,6 +10,10 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""Asked to stop; a checkpoint was written. The same command with `--resume auto` continues (75: BSD's temporary failure)."""
+EXIT_LOST = 76
+"""A rank died, hung or lost its network; the last checkpoint is intact. The same command with `--resume auto` continues."""
 
 
 class UserError(Exception):

@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -25,21 +24,12 @@ import torch
 import torch.distributed as torch_dist
 
 from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
+from fedmoe_ds.launcher import Launch, free_port, known_rank
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 # How much later than the others rank 0 may get to a user's mistake, on a machine that is starved of CPU.
 _SAY_S = 10.0
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says about this process."""
-
-    launcher: str
-    rank: int
-    world_size: int
-    local_rank: int
 
 
 @dataclass(frozen=True)
@@ -104,62 +94,6 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
 
 
-def detect_launch() -> Launch:
-    """Read rank and world from the environment. Raises UserError for a silent one-rank world under SLURM or MPI."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
-        return Launch(launcher, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    under_slurm = "SLURM_STEP_ID" in env and env.get("PMI_SIZE") == env.get("SLURM_STEP_NUM_TASKS")  # srun --mpi=pmi2
-    if "OMPI_COMM_WORLD_SIZE" in env or ("PMI_SIZE" in env and not under_slurm):
-        return _detect_mpi(int(env.get("OMPI_COMM_WORLD_SIZE", env.get("PMI_SIZE", "1"))))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        return _detect_slurm()
-    promised = int(env.get("SLURM_NTASKS", "1"))
-    if promised > 1 and "SLURM_JOB_ID" in env:
-        raise UserError(
-            f"SLURM_NTASKS: {promised}: SLURM promised {promised} tasks but this process was started alone; start it with srun"
-        )
-    return Launch("python", 0, 1, 0)
-
-
-def _detect_mpi(promised: int) -> Launch:
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    if world.size != promised:
-        raise UserError(
-            f"mpirun: {promised}: it promised {promised} ranks but mpi4py sees {world.size}; mpirun and mpi4py use different "
-            "MPI libraries: put the matching mpirun first in PATH"
-        )
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address, port = world.bcast((_own_address(local.size == world.size), free_port()), root=0)
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    return Launch("mpirun", world.rank, world.size, local.rank)
-
-
-def _detect_slurm() -> Launch:
-    env = os.environ
-    world = int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"]))
-    single = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")) == "1"
-    env.setdefault("MASTER_ADDR", "127.0.0.1" if single else env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-    return Launch("srun", int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)))
-
-
-def _own_address(single_host: bool) -> str:
-    if single_host:
-        return "127.0.0.1"
-    return socket.gethostbyname(socket.gethostname())
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def init_runtime(launch: Launch, device: str = "auto", threads: int = 1, timeout_s: float = 1800.0) -> Runtime:
     """Join the world. `device` is auto, cpu or cuda; `threads` are CPU threads of this rank.
 
@@ -209,7 +143,7 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except UserError as error:
         code = EXIT_USER_ERROR
-        if _known_rank() == 0:
+        if known_rank() == 0:
             sys.stderr.write(f"error: {error}\n")
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: no longer a request to stop after the wave
@@ -217,7 +151,7 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except BaseException:
-        sys.stderr.write(f"[rank {_known_rank()}] {traceback.format_exc()}")
+        sys.stderr.write(f"[rank {known_rank()}] {traceback.format_exc()}")
     if code == 0 and torch_dist.is_initialized():
         torch_dist.destroy_process_group()
     if code == 0 and "mpi4py.MPI" in sys.modules:
@@ -225,10 +159,3 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _known_rank() -> int:
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from fedmoe_ds.config import load_config
-from fedmoe_ds.runtime import detect_launch, init_runtime, run_entry
+from fedmoe_ds.launcher import detect_launch
+from fedmoe_ds.runtime import init_runtime, run_entry
 
 
 def parse() -> argparse.Namespace:

@@ -22,8 +22,9 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.journal import Journal
+from fedmoe_ds.launcher import Launch
 from fedmoe_ds.randomness import generator
-from fedmoe_ds.runtime import Launch, Runtime
+from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.topology import Layout, Topology, build_topology
 
 SAMPLES = (29, 19, 13, 9, 7, 5)

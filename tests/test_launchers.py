@@ -15,7 +15,7 @@ from federations import make_config, read_events, write_inputs
 from launching import SCRIPT, changed
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.runtime import Launch, detect_launch
+from fedmoe_ds.launcher import Launch, detect_launch
 
 pytestmark = pytest.mark.timeout(600)
 

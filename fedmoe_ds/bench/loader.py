@@ -9,7 +9,8 @@ import torch
 from fedmoe_ds.bench.machine import peak_mib, resident_mib
 from fedmoe_ds.foundation import hosting
 from fedmoe_ds.foundation.loading import load_model
-from fedmoe_ds.runtime import detect_launch, init_runtime
+from fedmoe_ds.launcher import detect_launch
+from fedmoe_ds.runtime import init_runtime
 
 
 def measure(folder: Path, ep_size: int) -> dict[str, float]:

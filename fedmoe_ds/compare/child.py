@@ -20,7 +20,7 @@ from pathlib import Path
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.config import dump_config
 from fedmoe_ds.errors import EXIT_USER_ERROR
-from fedmoe_ds.runtime import free_port
+from fedmoe_ds.launcher import free_port
 
 # A study started under a launcher would otherwise pass its own rank on to every run.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
