@@ -1,7 +1,8 @@
-"""The two kinds of trouble: a user's mistake, and everything else.
+"""The kinds of trouble and their exit codes: a user's mistake, a lost rank, and everything else.
 
 A `UserError` carries one line that names the field, the value and the fix. Entry scripts turn it into that line on standard
-error and exit code 2 (`runtime.run_entry`); any other exception is a bug or a machine failure and keeps its traceback.
+error and exit code 2 (`runtime.run_entry`); a rank that is gone is one line, too (`watchdog`); any other exception is a bug or
+a machine failure and keeps its traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ EXIT_LOST = 76
 class UserError(Exception):
     """A mistake in the configuration, the data or the environment that the user can fix."""
 
+    exit_code = EXIT_USER_ERROR
+
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class LostError(Exception):
+    """The other ranks are not there, or not any more."""
+
+    exit_code = EXIT_LOST
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

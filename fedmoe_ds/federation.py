@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from fedmoe_ds import state as states
+from fedmoe_ds.activity import activity
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.report import Report
 from fedmoe_ds.clients.schedule import schedule
-from fedmoe_ds.collectives import all_reduce_sum
 from fedmoe_ds.digest import global_digest
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.state import Progressed
@@ -66,6 +66,7 @@ class Federation:
         """One round; True when it was interrupted (and saved unfinished)."""
         config, parts = self.parts.config, self.parts
         clock = Clock()
+        activity.take()
         chosen = parts.participants(round_index)
         progressed = self.state.progressed or Progressed()
         sums = self.state.sums or parts.new_sums(round_index)
@@ -76,9 +77,11 @@ class Federation:
         mine = plan[parts.topology.cluster]
         self.journal.start_round(round_index, config.federation.rounds, len(mine))
         clock.lap("schedule")
+        activity.enter("train", round_index)
         places = {client.index: place for place, client in enumerate(chosen)}
         self._train(round_index, mine, places, progressed, sums)
         clock.lap("train")
+        activity.enter("aggregate")
         sums.reduce(parts.topology)
         self._share(progressed)
         if any(client.index not in progressed.done for client in chosen) or self._stop_agreed():
@@ -160,10 +163,11 @@ class Federation:
         for i, tier in enumerate(tiers):
             if tier in progressed.activation:
                 total[i] += torch.from_numpy(progressed.activation[tier])
-        all_reduce_sum(total, parts.runtime.control, parts.runtime.world_size)
+        parts.runtime.control.sum(total)
         progressed.activation = {tier: total[i].numpy() for i, tier in enumerate(tiers)}
 
     def _evaluate(self, round_index: int) -> None:
+        activity.enter("evaluate", round_index)
         config = self.parts.config.evaluation
         last = round_index in (0, self.parts.config.federation.rounds)
         per_client = config.client_sequences > 0 and (
@@ -174,15 +178,17 @@ class Federation:
         )
 
     def _save(self) -> None:
-        parts = self.parts
+        activity.enter("checkpoint")
+        began, parts = time.monotonic(), self.parts
         position = parts.runtime.on_main(self.journal.position)
         states.save(parts.checkpoints, parts.runtime, parts.topology, self.state, parts.identity, parts.config_text,
                     position, parts.config.checkpoint.keep)  # fmt: skip
+        partial = self.state.progressed is not None
+        self.journal.event("checkpoint", round=self.state.round, partial=partial, seconds=time.monotonic() - began)
 
     def _stop_requested_here(self) -> bool:
         """Whether any rank of this cluster was asked to stop; all of its ranks agree."""
-        flag = torch.tensor([int(self.parts.stop.requested)], device=self.parts.runtime.device)
-        return bool(all_reduce_sum(flag, self.parts.topology.ep_group, self.parts.config.topology.ep_size) > 0)
+        return any(self.parts.topology.control.gather(b"!" if self.parts.stop.requested else b""))
 
     def _stop_agreed(self) -> bool:
         return any(self.parts.runtime.gather(self.parts.stop.requested))

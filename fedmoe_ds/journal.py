@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmoe_ds.activity import activity
 from fedmoe_ds.clients.report import Report
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
@@ -139,6 +140,7 @@ class Journal:
                 seconds=seconds,
                 tokens_per_s=tokens / max(clock.phases.get("train", 0.0) + progressed.seconds, 1e-9),
                 phases=clock.phases,
+                collectives=activity.take(),
                 waves=waves,
             )
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.collectives import all_reduce_sum
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.topology import Topology
 
@@ -79,10 +78,10 @@ class Personal:
 
     def _sum(self, tensor: Tensor, spec: BlockSpec, runtime: Runtime, topology: Topology) -> None:
         if not spec.expert:
-            all_reduce_sum(tensor, runtime.control, runtime.world_size)
+            runtime.control.sum(tensor)
             return
         there = tensor.to(runtime.device)
-        tensor.copy_(all_reduce_sum(there, topology.edp_group, topology.layout.clusters))
+        tensor.copy_(topology.sum_shard.sum(there))
 
     def items(self, first_expert: int) -> Iterator[tuple[str, BlockSpec, Tensor]]:
         """Every (canonical key, block, [N, *item] view), by layer and global expert id."""

@@ -1,8 +1,7 @@
 """Runtime: one process of the world, whoever started it.
 
 The same script runs under plain `python`, `deepspeed`, `torchrun`, `mpirun` and `srun`. `init_runtime` reads what the launcher
-promised, joins the world through DeepSpeed, and refuses a world that is smaller than the promise. Small control messages travel
-as JSON over a gloo group, so nothing is ever pickled.
+promised (`launcher.py`) and joins the world through DeepSpeed. Small control messages travel as JSON: nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import datetime
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -19,12 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as torch_dist
 
-from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
+from fedmoe_ds import watchdog
+from fedmoe_ds.activity import activity
+from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.control import Control, make_control
+from fedmoe_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
 from fedmoe_ds.launcher import Launch, free_port, known_rank
+from fedmoe_ds.peers import Limits
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
@@ -34,11 +38,11 @@ _SAY_S = 10.0
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process in its world. `control` is a gloo group for host-side messages (None in a world of one)."""
+    """This process in its world. `control` carries host-side messages among all ranks."""
 
     launch: Launch
     device: torch.device
-    control: torch_dist.ProcessGroup | None
+    control: Control
 
     @property
     def rank(self) -> int:
@@ -54,21 +58,11 @@ class Runtime:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [json.loads(json.dumps(value))]
-        payload = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy()
-        sizes = torch.zeros(self.world_size, dtype=torch.int64)
-        sizes[self.rank] = len(payload)
-        torch_dist.all_reduce(sizes, group=self.control)
-        mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-        mine[: len(payload)] = torch.from_numpy(payload)
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        torch_dist.all_gather(parts, mine, group=self.control)
-        return [json.loads(bytes(part[:size].numpy()).decode()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+        return [json.loads(payload) for payload in self.control.gather(json.dumps(value).encode())]
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            torch_dist.barrier(group=self.control)
+        """Wait for all ranks."""
+        self.control.gather(b"")
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; a UserError on any rank becomes the same UserError on all of them."""
@@ -94,12 +88,14 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
 
 
-def init_runtime(launch: Launch, device: str = "auto", threads: int = 1, timeout_s: float = 1800.0) -> Runtime:
-    """Join the world. `device` is auto, cpu or cuda; `threads` are CPU threads of this rank.
+def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> Runtime:
+    """Join the world and start to watch it. `threads` are CPU threads of this rank.
 
     Raises:
         UserError: cuda is asked for but absent, or the launcher's promise does not hold.
+        LostError: the other ranks did not come.
     """
+    device, limits = topology.device, Limits(topology.silence_s, topology.timeout_s, launch.world_size)
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise UserError("topology.device: cuda: no CUDA device is visible; use cpu or auto")
@@ -113,12 +109,21 @@ def init_runtime(launch: Launch, device: str = "auto", threads: int = 1, timeout
     os.environ.setdefault("MASTER_PORT", str(free_port()) if launch.world_size == 1 else "29500")
     from fedmoe_ds.foundation import hosting  # imports DeepSpeed, which reads the choice of accelerator that was made above
 
-    timeout = datetime.timedelta(seconds=timeout_s)
     place = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(place)
-    hosting.join_world("nccl" if use_cuda else "gloo", timeout)
-    control = torch_dist.new_group(backend="gloo", timeout=timeout) if launch.world_size > 1 else None
+    # The watchdog speaks first, because it knows who is missing; torch's own limit is the second net.
+    timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
+    try:
+        hosting.join_world("nccl" if use_cuda else "gloo", timeout)
+    except torch_dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LostError(
+            f"rank {launch.rank} on {socket.gethostname()} could not join {launch.world_size} ranks at {where}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    control = make_control(topology.control, launch.launcher, launch.rank, launch.world_size, timeout)
+    watchdog.start(control, limits, launch.local_rank)
     return Runtime(launch, place, control)
 
 
@@ -138,24 +143,44 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
     The exit is immediate after a failure, so that no atexit handler can wait for peers that are gone. A launcher ends all ranks
     as soon as one has failed; the others therefore hold back until rank 0 has had its say.
     """
-    code = 1
+    code, words = 1, ""
     try:
         code = main() or 0
-    except UserError as error:
-        code = EXIT_USER_ERROR
-        if known_rank() == 0:
+    except (UserError, LostError) as error:
+        code, words = error.exit_code, str(error)
+        if known_rank() == 0 or isinstance(error, LostError):
             sys.stderr.write(f"error: {error}\n")
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: no longer a request to stop after the wave
-            time.sleep(_SAY_S)
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
-    except BaseException:
+    except BaseException as error:
+        _hear_why()
+        words = f"rank {known_rank()} on {socket.gethostname()} failed: {type(error).__name__}: {error}; its traceback is above"
         sys.stderr.write(f"[rank {known_rank()}] {traceback.format_exc()}")
-    if code == 0 and torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
-    if code == 0 and "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].Finalize()  # mpirun takes a rank that ends without it for one that has failed
+    _leave(code, " ".join(words.split()))
+
+
+def _hear_why() -> None:
+    """A collective failed: usually a peer is gone, and the watchdog will say which and end this process."""
+    watch = watchdog.current()
+    if watch is not None and activity.failed is not None:
+        watch.over.wait(watch.limits.silence + 5.0)
+        if watch.over.is_set():
+            time.sleep(60.0)
+
+
+def _leave(code: int, words: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
+    watch = watchdog.current()
+    if watch is not None:
+        watch.farewell(code, words)
+    if code == EXIT_USER_ERROR and known_rank() != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: no longer a request to stop after the wave
+        time.sleep(_SAY_S)  # the watchdog ends this process as soon as rank 0 has spoken
+    if watch is not None:
+        watch.stop()
+    if code in (0, EXIT_STOPPED) and torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+    if code in (0, EXIT_STOPPED) and "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].Finalize()  # mpirun takes a rank that ends without it for one that has failed
     os._exit(code)

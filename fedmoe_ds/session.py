@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 
 from fedmoe_ds import checkpoint
 from fedmoe_ds import state as states
+from fedmoe_ds.activity import activity
+from fedmoe_ds.bench.machine import peak_mib
 from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.config import Config
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
 from fedmoe_ds.fit import is_bitwise
@@ -26,16 +29,23 @@ from fedmoe_ds.stop import StopRequest
 from fedmoe_ds.topology import Topology, build_topology
 
 
-def train(config: Config, runtime: Runtime, resume: str) -> list[str]:
+@dataclass(frozen=True)
+class Ending:
+    """How a start ended: the lines for standard output (rank 0's; empty elsewhere), and the exit code."""
+
+    lines: list[str]
+    exit_code: int
+
+
+def train(config: Config, runtime: Runtime, resume: str) -> Ending:
     """Run a configuration to its end or to a stop request.
 
     Args:
         config: the whole tree.
         resume: `never` (a folder that holds a run is refused), `auto` (continue from the newest intact checkpoint, or begin).
-    Returns:
-        The lines for standard output (rank 0 prints them): table, how to resume if interrupted, digest, run folder.
     """
     began = time.monotonic()
+    activity.enter("load")
     stop = StopRequest().install()  # from here on a signal is remembered, and served as soon as there is something to save
     folder = Path(config.output) / config.name
     source = runtime.on_main(lambda: claim_folder(folder, resume))
@@ -51,10 +61,11 @@ def train(config: Config, runtime: Runtime, resume: str) -> list[str]:
     outcome = Federation(parts, journal).run()
     tools.close(folder)
     if outcome.interrupted is None:
-        journal.event("end", rounds=parts.state.round, digest=outcome.digest, seconds=time.monotonic() - began)
+        spent = {"seconds": time.monotonic() - began, "peak_bytes": runtime.gather(int(peak_mib() * 2**20))}
+        journal.event("end", rounds=parts.state.round, digest=outcome.digest, **spent)
     journal.report()
     journal.close()
-    return summary(folder, outcome, runtime)
+    return Ending(summary(folder, outcome, runtime), 0 if outcome.interrupted is None else EXIT_STOPPED)
 
 
 def claim_folder(folder: Path, resume: str) -> dict[str, Any]:

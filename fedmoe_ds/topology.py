@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch.distributed as torch_dist
 
+from fedmoe_ds.collectives import ControlSumming, Summing, TorchSumming, name_group
 from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.control import Control, MpiControl, mpi_world
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import hosting
 from fedmoe_ds.runtime import Runtime
@@ -81,13 +83,23 @@ def format_table(rows: list[dict[str, int | str]]) -> str:
 
 @dataclass(frozen=True)
 class Topology:
-    """The layout of this world with this rank's place in it and its process groups (None in a world of one)."""
+    """The layout of this world with this rank's place in it and its process groups (None in a world of one).
+
+    Attributes:
+        ep_group: the ranks of this cluster (token all-to-all).
+        edp_group: the ranks that hold the same expert shard, in all clusters.
+        sum_cluster, sum_shard: the sums of aggregation over these two.
+        control: the host-side communicator of this cluster.
+    """
 
     layout: Layout
     rank: int
     hosts: list[str]
     ep_group: torch_dist.ProcessGroup | None
     edp_group: torch_dist.ProcessGroup | None
+    sum_cluster: Summing
+    sum_shard: Summing
+    control: Control
 
     @property
     def cluster(self) -> int:
@@ -110,8 +122,21 @@ def check_layout(config: TopologyConfig, world_size: int) -> Layout:
 
 
 def build_topology(config: TopologyConfig, runtime: Runtime) -> Topology:
-    """Check the layout, then create all process groups once (through DeepSpeed, which owns the expert-parallel groups)."""
+    """Check the layout, then create all process groups once (through DeepSpeed, which owns the expert-parallel groups).
+
+    Raises:
+        UserError: the world does not fit the layout, or aggregation over MPI is asked for where there is no MPI.
+    """
     layout = check_layout(config, runtime.world_size)
     ep_group, edp_group = hosting.create_groups(config.ep_size)
+    cluster, shard = layout.cluster(runtime.rank), layout.shard(runtime.rank)
+    name_group(ep_group, f"cluster {cluster}")
+    name_group(edp_group, f"shard {shard}")
     hosts = [str(host) for host in runtime.gather(socket.gethostname())]
-    return Topology(layout, runtime.rank, hosts, ep_group, edp_group)
+    sums: tuple[Summing, Summing] = TorchSumming(ep_group, layout.ep_size), TorchSumming(edp_group, layout.clusters)
+    if config.aggregation == "mpi":
+        world = MpiControl(mpi_world(runtime.rank, runtime.world_size, "topology.aggregation"), "the world")
+        inside, across = world.split(cluster, f"cluster {cluster}"), world.split(shard, f"shard {shard}")
+        sums = ControlSumming(inside), ControlSumming(across)
+    control = runtime.control.split(cluster, f"cluster {cluster}")
+    return Topology(layout, runtime.rank, hosts, ep_group, edp_group, *sums, control)

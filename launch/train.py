@@ -37,13 +37,15 @@ def main() -> int:
             lines = [resolved(config)] if args.print_config else describe(config, args.ranks or launch.world_size)
             sys.stdout.write("\n".join(lines) + "\n")
         return 0
-    runtime = init_runtime(launch, config.topology.device, config.execution.threads, config.topology.timeout_s)
+    runtime = init_runtime(launch, config.topology, config.execution.threads)
     from fedmoe_ds.session import train  # imports DeepSpeed, which reads the choice of accelerator that was made above
 
-    lines = train(config, runtime, args.resume)
+    ending = train(config, runtime, args.resume)
     if runtime.is_main:
-        sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+        sys.stdout.write("\n".join(ending.lines) + "\n")
+        sys.stdout.flush()
+    runtime.barrier()  # a launcher may end everybody as soon as one rank has left
+    return ending.exit_code
 
 
 if __name__ == "__main__":

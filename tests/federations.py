@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from fedmoe_ds import session
 from fedmoe_ds.build import Parts, load_parts
+from fedmoe_ds.collectives import TorchSumming
 from fedmoe_ds.config import Config
+from fedmoe_ds.control import Alone, make_control
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.journal import Journal
@@ -113,15 +116,15 @@ def _merge(tree: dict[str, Any], change: dict[str, Any]) -> None:
 def alone() -> tuple[Runtime, Topology]:
     """A world of this process only; it needs no process group."""
     torch.set_num_threads(1)
-    launch = Launch("test", 0, 1, 0)
-    return Runtime(launch, torch.device("cpu"), None), Topology(Layout(1, 1), 0, ["here"], None, None)
+    launch, none = Launch("test", 0, 1, 0), TorchSumming(None, 1)
+    return Runtime(launch, torch.device("cpu"), Alone()), Topology(Layout(1, 1), 0, ["here"], None, None, none, none, Alone())
 
 
 def joined(rank: int) -> Runtime:
     """The world of `run_distributed`."""
     world_size = torch.distributed.get_world_size()
     launch = Launch("test", rank, world_size, rank)
-    return Runtime(launch, torch.device("cpu"), torch.distributed.new_group(backend="gloo"))
+    return Runtime(launch, torch.device("cpu"), make_control("torch", "test", rank, world_size, timedelta(minutes=5)))
 
 
 def build(config: Config, runtime: Runtime, topology: Topology) -> tuple[Parts, Journal]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
-from fedmoe_ds.collectives import Group, all_reduce_sum
+from fedmoe_ds.collectives import Summing
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Collection:
         self.factors[name][place] = value + 0.0
         self.weights[name][place] = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float64))
 
-    def reduce(self, ep_group: Group, ep_size: int, edp_group: Group, clusters: int) -> None:
+    def reduce(self, cluster: Summing, shard: Summing) -> None:
         """Bring all participants' factors to every rank that holds the adapter, one block at a time."""
         for spec in (half for pair in self.pairs for half in pair):
             for tensor in (self.factors[spec.name], self.weights[spec.name]):
                 if not spec.expert:
-                    all_reduce_sum(tensor, ep_group, ep_size)
-                all_reduce_sum(tensor, edp_group, clusters)
+                    cluster.sum(tensor)
+                shard.sum(tensor)
 
     def adapters(
         self, current: dict[str, Tensor], first_expert: int

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.aggregation.exact import ExactSum, FloatSum
-from fedmoe_ds.collectives import Group, all_reduce_sum
+from fedmoe_ds.collectives import Summing
 
 Sum = ExactSum | FloatSum
 
@@ -58,10 +58,10 @@ class Statistics:
         chosen = [spec.name for spec in self.specs if expert is None or spec.expert == expert]
         return [sums[name].limbs for name in chosen for sums in (self.values, self.weights)]
 
-    def reduce(self, ep_group: Group, ep_size: int, edp_group: Group, clusters: int) -> None:
-        """Combine all clusters: dense sums meet inside the cluster, then ONE all-reduce over the expert-data-parallel group."""
-        _all_reduce_flat(self._tensors(expert=False), ep_group, ep_size)
-        _all_reduce_flat(self._tensors(), edp_group, clusters)
+    def reduce(self, cluster: Summing, shard: Summing) -> None:
+        """Combine all clusters: dense sums meet inside the cluster, then ONE sum over the ranks with the same expert shard."""
+        _sum_flat(self._tensors(expert=False), cluster)
+        _sum_flat(self._tensors(), shard)
 
     @torch.no_grad()
     def average(self, current: Bank) -> dict[str, Tensor]:
@@ -90,10 +90,9 @@ class Statistics:
                 yield spec, side, 1, sums[spec.name].limbs
 
 
-def _all_reduce_flat(tensors: list[Tensor], group: Group, size: int) -> None:
-    if size == 1 or not tensors:
+def _sum_flat(tensors: list[Tensor], group: Summing) -> None:
+    if group.size == 1 or not tensors:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    all_reduce_sum(flat, group, size)
+    flat = group.sum(torch.cat([tensor.flatten() for tensor in tensors]))
     for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -53,10 +53,9 @@ class RoundSums:
 
     def reduce(self, topology: Topology) -> None:
         """Combine all clusters."""
-        layout = topology.layout
         for part in (self.statistics, self.collection, self.controls):
             if part is not None:
-                part.reduce(topology.ep_group, layout.ep_size, topology.edp_group, layout.clusters)
+                part.reduce(topology.sum_cluster, topology.sum_shard)
 
     def tensors(self) -> Iterator[tuple[BlockSpec, str, int, Tensor]]:
         """(block, side, axes before the layer axis, tensor) of everything held, for checkpoints."""

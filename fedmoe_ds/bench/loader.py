@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fedmoe_ds.bench.machine import peak_mib, resident_mib
+from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.foundation import hosting
 from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.launcher import detect_launch
@@ -15,7 +16,7 @@ from fedmoe_ds.runtime import init_runtime
 
 def measure(folder: Path, ep_size: int) -> dict[str, float]:
     """Join the world, load, and return MiB: resident before, peak, dense part, own experts and whole model."""
-    runtime = init_runtime(detect_launch(), "cpu", 1, timeout_s=300.0)
+    runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu", timeout_s=300.0))
     hosting.create_groups(ep_size)
     runtime.barrier()
     before = resident_mib()

@@ -27,6 +27,7 @@ from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.clients.report import Counts, Gatherer, Report
 from fedmoe_ds.clients.rules import ClientRules, ReadClient
 from fedmoe_ds.clients.schedule import Wave
+from fedmoe_ds.clients.shortage import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.steps import learning_rate, local_batches
 from fedmoe_ds.collectives import all_gather
 from fedmoe_ds.config import ExecutionConfig, LocalConfig
@@ -101,6 +102,8 @@ class WaveTrainer:
             read: training sequences of a client; called for clients at home here only.
         Returns:
             For every client a view of what it trained (valid until the next wave), and its report.
+        Raises:
+            OutOfMemory: a pass did not fit. Nothing of this wave counts; it may be trained again without that client.
         """
         began = time.monotonic()
         works = [[self._work(client, slot, round_index) for slot, client in enumerate(home)] for home in wave]
@@ -174,6 +177,15 @@ class WaveTrainer:
 
     def _pass(self, works: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         rows = [self._rows(work, step, micro) for work in works]
+        try:
+            self._run(works, rows, step, slot, counts)
+        except (RuntimeError, MemoryError) as error:
+            if not works or not is_out_of_memory(error):
+                raise
+            most, work = max(((part.tokens, work) for work, part in zip(works, rows, strict=True)), key=lambda pair: pair[0])
+            raise OutOfMemory(work.client, most) from None
+
+    def _run(self, works: list[_Work], rows: list[Rows], step: int, slot: int | None, counts: Counts) -> None:
         batch = make_batch(rows, self.pool.num_experts, self.device, self.foundation.images)
         result = forward_pass(self.foundation, self.execution, batch, slot, self._factors(works))
         loss = result.hidden_BSD.sum() * 0.0 if not works else result.nll_N.new_zeros(())

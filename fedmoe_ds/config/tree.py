@@ -63,7 +63,12 @@ class TopologyConfig(Section):
     ep_size: int = Field(1, ge=1, description="ranks that share one expert pool")
     clusters: int | None = Field(None, ge=1, description="if given, checked against world / ep_size")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_s: float = Field(1800.0, gt=0, description="longest wait in one collective, seconds")
+    control: Literal["auto", "torch", "mpi"] = Field(
+        "auto", description="what carries host-side messages; auto: MPI where mpirun started the ranks, else torch (gloo)"
+    )
+    aggregation: Literal["torch", "mpi"] = Field("torch", description="what carries the sums of a round")
+    timeout_s: float = Field(1800.0, gt=0, description="longest wait in one collective, seconds; then the job ends")
+    silence_s: float = Field(60.0, ge=2, description="a rank that gives no sign of life for so long ends the job")
 
 
 class TierConfig(Section):

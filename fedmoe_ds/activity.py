@@ -1,0 +1,85 @@
+"""Activity: what this process is doing, in words for its peers: round, phase, and the collective that it waits in.
+
+Collectives are timed by name, too, so that a round can say where its seconds went. On CUDA a collective returns as soon as it
+is queued: the waiting then shows as computing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Tally:
+    """Calls of one collective: how many, seconds spent inside, bytes handed over by this rank."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+@dataclass
+class Activity:
+    """Written by the main thread, read by the watchdog's thread.
+
+    Attributes:
+        round: the round that runs; 0 before the first.
+        phase: start, load, train, aggregate, evaluate, checkpoint ...
+        waiting: the collective that the process is in, or None.
+        since: when `waiting` last changed (monotonic seconds).
+        failed: the collective that an exception came out of, or None.
+        tallies: by name of the collective, since the last `take`.
+    """
+
+    round: int = 0
+    phase: str = "start"
+    waiting: str | None = None
+    since: float = field(default_factory=time.monotonic)
+    failed: str | None = None
+    tallies: dict[str, Tally] = field(default_factory=dict)
+
+    def enter(self, phase: str, round_index: int | None = None) -> None:
+        """A new phase of the run begins."""
+        self.phase, self.since = phase, time.monotonic()
+        self.round = self.round if round_index is None else round_index
+
+    @contextmanager
+    def collective(self, name: str, where: str, size: int = 0) -> Iterator[None]:
+        """The body is one collective over `where`; of nested ones the outermost is named. `size` is in bytes."""
+        if self.waiting is not None:
+            yield
+            return
+        began = self.since = time.monotonic()
+        self.waiting = f"{name} over {where}"
+        try:
+            yield
+        except BaseException:
+            self.failed = self.waiting
+            raise
+        finally:
+            self.since = time.monotonic()
+            self.waiting = None
+        tally = self.tallies.setdefault(name, Tally())
+        tally.calls, tally.seconds, tally.bytes = tally.calls + 1, tally.seconds + self.since - began, tally.bytes + size
+
+    def take(self) -> dict[str, dict[str, Any]]:
+        """The tallies so far, as JSON; counting starts again."""
+        taken, self.tallies = self.tallies, {}
+        return {name: {"calls": t.calls, "seconds": t.seconds, "bytes": t.bytes} for name, t in sorted(taken.items())}
+
+    def state(self) -> dict[str, Any]:
+        """What a heartbeat says. Durations, not times of day: hosts' clocks may disagree."""
+        return {
+            "round": self.round,
+            "phase": self.phase,
+            "waiting": self.waiting,
+            "for_s": time.monotonic() - self.since,
+        }
+
+
+activity = Activity()
+"""Of this process."""

@@ -1,0 +1,131 @@
+"""Address: by which of its addresses a host is reached by the others.
+
+On Debian and its kin a host's own name means 127.0.1.1 to itself. Whoever asks the resolver "who am I" and passes the answer on
+to another host gets a world that never meets; gloo asks exactly that.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import psutil  # type: ignore[import-untyped]
+
+from fedmoe_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_KNOCK_S = 5.0
+_ELSEWHERE = "203.0.113.1"
+"""Of nobody (RFC 5737). Nothing is ever sent there: the route says which interface leads out."""
+
+
+def meeting_point(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
+    """Where all ranks of an MPI world meet: an address of rank 0's host, and a TCP port.
+
+    Rank 0's MASTER_ADDR and MASTER_PORT are taken as they are. Otherwise every host knocks at all addresses that rank 0's
+    host has, and the first is taken that all of them reach.
+
+    Args:
+        world: all ranks.
+        local: those on this host.
+    Raises:
+        UserError: hosts do not reach rank 0's; on all ranks.
+    """
+    env = os.environ
+    with socket.socket() as door:
+        door.bind(("", 0))
+        door.listen(4096)  # the kernel opens; nobody needs to stand at the door
+        single = world.allreduce(int(local.size == world.size)) == world.size
+        given = env.get("MASTER_ADDR") or ("127.0.0.1" if single else None)
+        offer = {"given": given, "own": own_addresses(), "port": door.getsockname()[1], "host": socket.gethostname()}
+        offer = world.bcast(offer, root=0)
+        address = offer["given"] or _reached_by_all(world, local, offer["own"], offer["port"], offer["host"])
+    port = world.bcast(int(env.get("MASTER_PORT") or offer["port"]), root=0)
+    return address, port
+
+
+def _reached_by_all(world: MPI.Comm, local: MPI.Comm, addresses: list[str], port: int, host: str) -> str:
+    beside_rank_0 = local.allreduce(int(world.rank == 0)) > 0
+    knocks = local.rank == 0 and not beside_rank_0
+    reached = [not knocks or _answers(address, port) for address in addresses]
+    common = [all(answers) for answers in zip(*world.allgather(reached), strict=True)]
+    if not any(common):
+        tried = ", ".join(addresses) or "none but loopback"
+        raise UserError(
+            f"mpirun: {host}: no address of rank 0's host is reached by all other hosts (tried {tried}); check the firewall "
+            "between them, or name one: mpirun -x MASTER_ADDR=..."
+        )
+    return addresses[common.index(True)]
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=_KNOCK_S):
+            return True
+    except OSError:
+        return False
+
+
+def own_addresses() -> list[str]:
+    """IPv4 addresses of this host but loopback; the one that its name stands for comes first."""
+    found = list(_interfaces())
+    named = _resolve(socket.gethostname())
+    return sorted(found, key=lambda address: address != named)  # stable: else in the order of interfaces
+
+
+def lead_gloo_out() -> None:
+    """Tell gloo its interface (GLOO_SOCKET_IFNAME) where the host's name would send it to loopback and ranks are elsewhere.
+
+    The interface is the one that leads to MASTER_ADDR; on MASTER_ADDR's own host the one of the default route, or the first.
+    """
+    master = os.environ.get("MASTER_ADDR", "localhost")
+    if "GLOO_SOCKET_IFNAME" in os.environ or master == "localhost" or is_loopback(master):
+        return
+    named = _resolve(socket.gethostname())
+    if named is not None and not is_loopback(named):
+        return
+    interfaces = _interfaces()
+    ways = [_source(master), _source(_ELSEWHERE), *interfaces]
+    chosen = next((interfaces[way] for way in ways if way in interfaces), None)
+    if chosen is not None:  # a host without any other interface than loopback is the only one of its job
+        os.environ["GLOO_SOCKET_IFNAME"] = chosen
+
+
+def is_loopback(address: str) -> bool:
+    """Whether this is the text of a loopback address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _interfaces() -> dict[str, str]:
+    """Names of interfaces that are up, by IPv4 address; loopback left out."""
+    up = {name for name, facts in psutil.net_if_stats().items() if facts.isup}
+    return {
+        entry.address: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if name in up and entry.family == socket.AF_INET and not is_loopback(entry.address)
+    }
+
+
+def _resolve(name: str) -> str | None:
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return None
+
+
+def _source(target: str) -> str | None:
+    """The own address from which packets to `target` leave. Connecting a datagram socket sends nothing."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None

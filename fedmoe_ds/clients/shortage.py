@@ -1,0 +1,29 @@
+"""Shortage: a client whose pass did not fit into memory."""
+
+from __future__ import annotations
+
+import torch
+
+from fedmoe_ds.clients.client import Client
+
+_WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory", "could not create a memory")
+
+
+class OutOfMemory(Exception):
+    """A pass did not fit.
+
+    Attributes:
+        client: of those in the pass, the one with the most rows.
+        rows: its rows in that pass.
+    """
+
+    def __init__(self, client: Client, rows: int) -> None:
+        super().__init__(f"client {client.name}: {rows} rows in one pass do not fit into memory")
+        self.client, self.rows = client, rows
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. PyTorch's CPU allocator and oneDNN say so in a RuntimeError's text only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)

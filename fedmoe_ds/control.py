@@ -1,0 +1,168 @@
+"""Control: messages between the hosts' processes about the run itself, never about tensors of the model.
+
+Reports, checkpoint manifests, agreement on a stop and personal state travel this way. One interface, two carriers with the same
+results: torch.distributed (gloo) everywhere, and an MPI communicator where MPI started the ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from fedmoe_ds.activity import activity
+from fedmoe_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_CHUNK = 1 << 26  # numbers of one MPI call, well below the 2^31 of older MPI libraries
+_NAP_S = (2e-5, 2e-3)  # first and longest pause between two looks at a pending MPI call
+
+
+class Control(Protocol):
+    """The ranks of one communicator. All methods are collective: every rank of it calls them in the same order."""
+
+    @property
+    def name(self) -> str:
+        """How messages call the communicator: `the world`, `cluster 3`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order, on every rank."""
+
+    def sum(self, total: Tensor) -> Tensor:
+        """Sum of a contiguous CPU tensor over the ranks, in place."""
+
+    def split(self, color: int, name: str) -> Control:
+        """One communicator for each color, ranks in the same order as here."""
+
+
+class Alone:
+    """A world of one."""
+
+    name, rank, size = "the world", 0, 1
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        return [payload]
+
+    def sum(self, total: Tensor) -> Tensor:
+        return total
+
+    def split(self, color: int, name: str) -> Control:
+        return self
+
+
+class TorchControl:
+    """Over a gloo group.
+
+    Args:
+        ranks: global ranks of the group, ascending.
+        timeout: of one collective.
+    """
+
+    def __init__(self, group: torch_dist.ProcessGroup, ranks: list[int], name: str, timeout: timedelta) -> None:
+        self.group, self.ranks, self.name, self.timeout = group, ranks, name, timeout
+        self.rank, self.size = ranks.index(torch_dist.get_rank()), len(ranks)
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        with activity.collective("gather", self.name, len(payload)):
+            sizes = torch.zeros(self.size, dtype=torch.int64)
+            sizes[self.rank] = len(payload)
+            torch_dist.all_reduce(sizes, group=self.group)
+            mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+            mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else 0
+            parts = [torch.empty_like(mine) for _ in range(self.size)]
+            torch_dist.all_gather(parts, mine, group=self.group)
+        return [bytes(part[:size].numpy()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+    def sum(self, total: Tensor) -> Tensor:
+        with activity.collective("sum", self.name, total.nbytes):
+            torch_dist.all_reduce(total, group=self.group)
+        return total
+
+    def split(self, color: int, name: str) -> Control:
+        colors = [int(text) for text in self.gather(str(color).encode())]
+        ranks = [rank for rank, theirs in zip(self.ranks, colors, strict=True) if theirs == color]
+        if len(ranks) == 1:
+            return Alone()
+        # Only members take part: a rank of a large world makes its own group and no other.
+        group = torch_dist.new_group(ranks, timeout=self.timeout, backend="gloo", use_local_synchronization=True)
+        return TorchControl(group, ranks, name, self.timeout)
+
+
+class MpiControl:
+    """Over an MPI communicator. Waiting ranks nap between looks: most MPI libraries would spin and take a core each."""
+
+    def __init__(self, comm: MPI.Comm, name: str) -> None:
+        self.comm, self.name = comm, name
+        self.rank, self.size = comm.rank, comm.size
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        with activity.collective("gather", self.name, len(payload)):
+            sizes = np.zeros(self.size, dtype=np.int64)
+            _wait(self.comm.Iallgather(np.array([len(payload)], dtype=np.int64), sizes))
+            everything = np.empty(int(sizes.sum()), dtype=np.uint8)
+            starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+            mine = np.array(bytearray(payload), dtype=np.uint8)
+            _wait(self.comm.Iallgatherv(mine, (everything, (sizes.tolist(), starts[:-1]))))
+        return [everything[start:stop].tobytes() for start, stop in itertools.pairwise(starts)]
+
+    def sum(self, total: Tensor) -> Tensor:
+        from mpi4py import MPI
+
+        assert total.is_contiguous() and total.device.type == "cpu"
+        flat = total.view(-1).numpy()
+        with activity.collective("sum", self.name, total.nbytes):
+            for start in range(0, len(flat), _CHUNK):
+                _wait(self.comm.Iallreduce(MPI.IN_PLACE, flat[start : start + _CHUNK]))
+        return total
+
+    def split(self, color: int, name: str) -> Control:
+        return MpiControl(self.comm.Split(color, self.rank), name)
+
+
+def _wait(request: Any) -> None:
+    nap, longest = _NAP_S
+    while not request.Test():
+        time.sleep(nap)
+        nap = min(1.5 * nap, longest)
+
+
+def make_control(kind: str, launcher: str, rank: int, world_size: int, timeout: timedelta) -> Control:
+    """The control plane of a world.
+
+    Args:
+        kind: `torch`, `mpi`, or `auto`: MPI where mpirun started the ranks.
+    Raises:
+        UserError: MPI is asked for, but MPI knows another world.
+    """
+    if kind == "mpi" or (kind == "auto" and launcher == "mpirun" and world_size > 1):
+        return MpiControl(mpi_world(rank, world_size, "topology.control"), "the world")
+    if world_size == 1:
+        return Alone()
+    group = torch_dist.new_group(backend="gloo", timeout=timeout)
+    return TorchControl(group, list(range(world_size)), "the world", timeout)
+
+
+def mpi_world(rank: int, world_size: int, key: str) -> MPI.Comm:
+    """MPI's communicator of all ranks, in this world's order. Raises UserError, naming `key`, where MPI has another world."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size != world_size:
+        raise UserError(
+            f"{key}: mpi: MPI sees {MPI.COMM_WORLD.size} ranks in a world of {world_size}; start the ranks with mpirun (or "
+            f"srun --mpi=pmix), or use {key}=torch"
+        )
+    return MPI.COMM_WORLD.Split(0, rank)

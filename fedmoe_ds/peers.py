@@ -1,0 +1,117 @@
+"""Peers: what a rank knows about another one, and what can be said when something is wrong with it.
+
+Everything is judged by this process's own monotonic clock: hosts' times of day may disagree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_AGAIN = "start again with --resume auto"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds. `silence` without a sign of life, `waiting` in one collective."""
+
+    silence: float
+    waiting: float
+    ranks: int = 2
+
+    @property
+    def beat(self) -> float:
+        """Pause between two signs of life; in a large world longer, so that rank 0 reads no more than 400 a second."""
+        return min(max(0.25, self.ranks / 400), self.silence / 5)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as seen on its own host. `space` names the host's boot and the process's PID namespace."""
+
+    pid: int
+    space: str
+
+    @classmethod
+    def own(cls) -> Process:
+        return cls(
+            os.getpid(), f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        )
+
+    def kill_here(self) -> None:
+        """Kill it if it is on this host: a stopped process would keep its launcher waiting for it."""
+        if self.space == Process.own().space:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+@dataclass
+class Peer:
+    """What is known about another rank."""
+
+    rank: int
+    host: str
+    process: Process | None = None
+    heard: float = field(default_factory=time.monotonic)
+    state: dict[str, Any] = field(default_factory=lambda: {"round": 0, "phase": "start", "waiting": None, "for_s": 0.0})
+    left: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+    @property
+    def where(self) -> str:
+        return f"round {self.state['round']}, {self.state['phase']}"
+
+    @property
+    def doing(self) -> str:
+        """Where it was in the run, and what it waited for, when it was heard last."""
+        waiting = self.state["waiting"]
+        return f"{self.where}, {f'waiting in {waiting}' if waiting else 'computing'}"
+
+    def hear(self, state: dict[str, Any]) -> None:
+        self.heard, self.state = time.monotonic(), state
+
+
+def died(peer: Peer) -> str:
+    """The verdict on a connection that ended without a farewell."""
+    return f"{peer.name} died (last heard in {peer.doing}); {_AGAIN}"
+
+
+def silent(peers: list[Peer], limits: Limits) -> list[Peer]:
+    """Ranks that have said nothing for too long."""
+    now = time.monotonic()
+    return [peer for peer in peers if not peer.left and now - peer.heard > limits.silence]
+
+
+def quiet_words(found: list[Peer], limits: Limits) -> str:
+    """The verdict on them."""
+    now = time.monotonic()
+    others = f" (and {len(found) - 1} more: {', '.join(peer.name for peer in found[1:4])})" if len(found) > 1 else ""
+    return (
+        f"{found[0].name} has been silent for {now - found[0].heard:.0f} s (last heard in {found[0].doing}){others}: "
+        f"it was stopped, hangs, or lost its network (topology.silence_s is {limits.silence:g}); {_AGAIN}"
+    )
+
+
+def stuck(peers: list[Peer], limits: Limits) -> str | None:
+    """The verdict on ranks that wait in one collective for too long, naming those that are not in it."""
+    here = [peer for peer in peers if not peer.left]
+    late = [p for p in here if p.state["waiting"] and p.state["for_s"] + time.monotonic() - p.heard > limits.waiting]
+    if not late:
+        return None
+    waiting = late[0].state["waiting"]
+    absent = [peer for peer in here if peer.state["waiting"] != waiting]
+    missing = ", ".join(f"{p.name} ({p.doing} for {p.state['for_s']:.0f} s)" for p in absent[:4])
+    more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
+    blame = f"not in it: {missing}{more}" if absent else "all ranks are in it: the network between them does not carry it"
+    return (
+        f"{late[0].name} has waited for {late[0].state['for_s']:.0f} s in {waiting} ({late[0].where}; topology.timeout_s is "
+        f"{limits.waiting:g}); {blame}; {_AGAIN}"
+    )
