@@ -8,6 +8,8 @@ RANKS ?= 2
 CONFIG ?= configs/quickstart.yaml
 # Debian packages that tests need beyond a C++ compiler and Python's headers.
 APT_PACKAGES ?=
+# And those of `make test-cluster`: a real SLURM, and hosts of their own with ssh.
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins openssh-server pdsh iproute2
 ARGS ?=
 
 PYTHON := $(PYTHON)
@@ -26,10 +28,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-soak check format docs bench compare clean distclean
+.PHONY: help install train test test-cluster test-soak check format docs bench compare clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: RANKS=2 CONFIG=configs/quickstart.yaml ARGS='federation.rounds=5' TORCH=torch==2.13.0"
 
 install: .venv/.installed  ## create .venv with everything in it
@@ -38,7 +40,10 @@ train: .venv/.installed  ## fine-tune the quickstart federation
 	deepspeed --log_level error --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) --resume auto $(ARGS)
 
 test: .venv/.installed  ## run the tests
-	python -m pytest -m "not soak" $(ARGS)
+	python -m pytest -m "not soak and not cluster" $(ARGS)
+
+test-cluster: .venv/.installed .venv/.cluster  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
+	python -m pytest -m cluster tests/cluster $(ARGS)
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times
 	python -m pytest -m soak $(ARGS)
@@ -83,6 +88,23 @@ $(PIP) install --no-deps '$(TORCH)+cpu' 2> /dev/null \
 	|| $(PIP) install '$(TORCH)'
 endef
 
+# Ends a recipe that has collected the names of Debian packages in $missing.
+define install-missing
+if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "installing system packages:$$missing"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends $$missing > /dev/null; \
+	else \
+		echo "please install these system packages first (Debian names):$$missing" >&2; exit 1; \
+	fi
+endef
+
+.venv/.cluster: Makefile
+	@missing=""; for package in $(CLUSTER_PACKAGES); do dpkg -s $$package > /dev/null 2>&1 || missing="$$missing $$package"; done; \
+	$(install-missing)
+	@mkdir -p .venv && touch $@
+
 .venv/.system: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is no python >= 3.11; run make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
@@ -92,12 +114,5 @@ endef
 	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null \
 		|| missing="$$missing python3-dev"; \
 	for package in $(APT_PACKAGES); do dpkg -s $$package > /dev/null 2>&1 || missing="$$missing $$package"; done; \
-	if [ -z "$$missing" ]; then exit 0; fi; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-		echo "installing system packages:$$missing"; \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-			apt-get install -y -qq --no-install-recommends $$missing > /dev/null; \
-	else \
-		echo "please install these system packages first (Debian names):$$missing" >&2; exit 1; \
-	fi
+	$(install-missing)
 	@mkdir -p .venv && touch $@

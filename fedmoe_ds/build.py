@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from fedmoe_ds import state as states
+from fedmoe_ds.absences import Absences
+from fedmoe_ds.absences import read as read_absences
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
 from fedmoe_ds.aggregation.sums import RoundSums
@@ -76,6 +78,7 @@ class Parts:
     identity: dict[str, Any]
     config_text: str
     checkpoints: Path
+    absences: Absences
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -180,7 +183,7 @@ def _assemble(
         runtime.device,
         client_rules(config, method, state),
     )
-    tiers = sorted({client.top_k for client in clients}, reverse=True)
+    tiers, folder = sorted({client.top_k for client in clients}, reverse=True), Path(config.output) / config.name
     evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, tiers, method, config.evaluation)
     return Parts(
         config=config,
@@ -203,7 +206,8 @@ def _assemble(
         cost=CostModel.of(model_size(foundation.model, foundation.layers), places, blocks, positions(foundation.images)),
         identity=identity(config, foundation, data),
         config_text=dump_config(config),
-        checkpoints=Path(config.output) / config.name / "checkpoints",
+        checkpoints=folder / "checkpoints",
+        absences=Absences(folder, runtime.on_main(lambda: read_absences(folder))),
     )
 
 

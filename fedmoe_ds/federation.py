@@ -21,8 +21,10 @@ from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.report import Report
-from fedmoe_ds.clients.schedule import schedule
+from fedmoe_ds.clients.schedule import Wave, schedule
+from fedmoe_ds.clients.shortage import OutOfMemory, release_memory
 from fedmoe_ds.digest import global_digest
+from fedmoe_ds.errors import LostError
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.state import Progressed
 
@@ -71,6 +73,8 @@ class Federation:
         progressed = self.state.progressed or Progressed()
         sums = self.state.sums or parts.new_sums(round_index)
         self.state.progressed, self.state.sums = None, None
+        absent = parts.absences.of(round_index)
+        progressed.done |= {c.index: self.journal.absent(c) for c in chosen if c.index in absent}
         waiting = [client for client in chosen if client.index not in progressed.done]
         plan = schedule(waiting, parts.cost, config.local, parts.topology.layout.clusters, config.topology.ep_size,
                         config.execution.clients_in_flight)  # fmt: skip
@@ -114,16 +118,39 @@ class Federation:
         """Train this cluster's waves and fold every finite client into the sums."""
         parts = self.parts
         for number, wave in enumerate(waves, start=1):
-            trained = parts.trainer.train(
-                wave, round_index, self.state.adapters, self.state.personal.values, parts.training_data.train
-            )
+            trained = self._train_wave(round_index, wave, progressed)
             for local, report in trained:
                 self._fold(local, report, places[report.client.index], progressed, sums)
             reports = [report for _, report in trained]
             tokens = sum(report.tokens for report in reports)
-            self.journal.wave_done(number, len(waves), tokens * parts.topology.layout.clusters, reports[0].seconds)
+            seconds = max((report.seconds for report in reports), default=0.0)
+            self.journal.wave_done(number, len(waves), tokens * parts.topology.layout.clusters, seconds)
             if self._stop_requested_here():
                 return
+
+    def _train_wave(self, round_index: int, wave: Wave, progressed: Progressed) -> list[tuple[Local, Report]]:
+        """Train one wave. A client that does not fit into memory leaves it, and the others begin again.
+
+        Raises:
+            LostError: that happened in the middle of the cluster's all-to-all, where the peers cannot be called back. It is
+                written down, and the next start leaves the client out of this round.
+        """
+        parts = self.parts
+        while any(wave):
+            try:
+                return parts.trainer.train(
+                    wave, round_index, self.state.adapters, self.state.personal.values, parts.training_data.train
+                )
+            except OutOfMemory as shortage:
+                lost, words = shortage.client, str(shortage)
+            if parts.topology.layout.ep_size > 1:
+                parts.absences.add(round_index, lost.index)
+                where = f"rank {parts.runtime.rank} on {parts.topology.hosts[parts.runtime.rank]}, round {round_index}"
+                raise LostError(f"{where}: {words}; start again with --resume auto: the round goes on without it")
+            progressed.done[lost.index] = self.journal.absent(lost)
+            wave = [[client for client in home if client.index != lost.index] for home in wave]
+            release_memory()
+        return []
 
     @torch.no_grad()
     def _fold(self, local: Local, report: Report, place: int, progressed: Progressed, sums: RoundSums) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmoe_ds.activity import activity
+from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.report import Report
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
@@ -21,6 +22,9 @@ from fedmoe_ds.runtime import Runtime
 if TYPE_CHECKING:
     from fedmoe_ds.federation import Clock
     from fedmoe_ds.state import Progressed
+
+
+OUT_OF_MEMORY = "out-of-memory"
 
 
 class Journal:
@@ -97,6 +101,12 @@ class Journal:
             "rescaler": rescaler,
         }
 
+    def absent(self, client: Client) -> dict[str, Any]:
+        """The same of a client that did not fit into memory."""
+        nothing = {"steps": 0, "tokens": 0, "loss_first": None, "loss_last": None, "active_experts": client.top_k, "rank": None}
+        rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
+        return {"client": client.name, "top_k": client.top_k, **nothing, **rest}
+
     def evaluation(self, round_index: int, rows: list[Score]) -> None:
         """Evaluation rows, and one progress line."""
 
@@ -120,6 +130,7 @@ class Journal:
     def round(self, round_index: int, clients: list[dict[str, Any]], progressed: Progressed, clock: Clock, waves: int) -> None:
         """Client, expert and round rows of a finished round."""
         dropped = [client["client"] for client in clients if client["status"] != "ok"]
+        reasons = sorted({client["status"] for client in clients} - {"ok"})
         tokens = sum(client["tokens"] for client in clients)
         seconds = clock.total() + progressed.seconds
 
@@ -149,7 +160,7 @@ class Journal:
             self.monitor.write_events([("round/tokens", tokens, round_index), ("round/seconds", seconds, round_index)])
         text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
         if dropped:
-            text += f"; left out because their update is not finite: {', '.join(dropped)}"
+            text += f"; left out ({', '.join(reasons)}): {', '.join(dropped)}"
         self.progress.end_round(text)
 
     def report(self) -> None:

@@ -11,6 +11,7 @@ The threads below only read sockets and `activity`, so they keep working while t
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import secrets
@@ -218,11 +219,15 @@ def current() -> Watch | None:
 
 
 def _listen(address: str) -> socket.socket:
-    """Rank 0's socket, on the address by which the other ranks know it if it is one of this host's, else on all."""
+    """Rank 0's socket, on the address by which the other ranks know it, or on all.
+
+    A name may mean loopback here and another address elsewhere; and an address may belong to something in front of this host.
+    """
     listener = socket.socket()
     try:
+        ipaddress.ip_address(address)
         listener.bind((address, 0))
-    except OSError:  # a name or an address in front of this host
+    except (ValueError, OSError):
         listener.close()
         listener = socket.socket()
         listener.bind(("", 0))

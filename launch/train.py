@@ -1,6 +1,9 @@
 """Train: `deepspeed launch/train.py --config configs/quickstart.yaml [key=value ...]`.
 
-Runs under plain python, deepspeed, torchrun, mpirun and srun; ranks and groups come from the launcher's environment.
+Runs under plain python, deepspeed, torchrun, mpirun and srun; ranks and groups come from the launcher's environment. Or start
+the ranks of one machine from here, and start them again when one is lost: `--ranks 8 --max-restarts 3`.
+Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint, 76 a rank was lost (the last checkpoint is
+intact); after 75 and 76 the same command with --resume auto continues.
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedmoe_ds.config import load_config
-from fedmoe_ds.launcher import detect_launch
+from fedmoe_ds.config import Config, load_config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.launcher import Launch, detect_launch
 from fedmoe_ds.runtime import init_runtime, run_entry
 
 
@@ -21,7 +25,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue where the run stopped")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="print topology, schedule and memory; train nothing")
-    parser.add_argument("--ranks", type=int, help="with --dry-run: plan for this many ranks; default: those of the launcher")
+    parser.add_argument("--ranks", type=int, help="with --dry-run: plan for so many; else: start so many on this machine")
+    parser.add_argument("--max-restarts", type=int, help="with --ranks: start again so often when a rank is lost (default: 0)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
@@ -37,6 +42,8 @@ def main() -> int:
             lines = [resolved(config)] if args.print_config else describe(config, args.ranks or launch.world_size)
             sys.stdout.write("\n".join(lines) + "\n")
         return 0
+    if args.ranks is not None or args.max_restarts is not None:
+        return supervise(args, config, launch)
     runtime = init_runtime(launch, config.topology, config.execution.threads)
     from fedmoe_ds.session import train  # imports DeepSpeed, which reads the choice of accelerator that was made above
 
@@ -46,6 +53,25 @@ def main() -> int:
         sys.stdout.flush()
     runtime.barrier()  # a launcher may end everybody as soon as one rank has left
     return ending.exit_code
+
+
+def supervise(args: argparse.Namespace, config: Config, launch: Launch) -> int:
+    """Start the ranks from here."""
+    from fedmoe_ds.supervisor import Supervisor, restartable_command
+
+    ranks, restarts = 1 if args.ranks is None else args.ranks, args.max_restarts or 0
+    if launch.launcher != "python":
+        raise UserError(f"--ranks: {ranks}: {launch.launcher} has started the ranks already; drop --ranks and --max-restarts")
+    if ranks < 1:
+        raise UserError(f"--ranks: {ranks}: must be at least 1")
+    if restarts < 0:
+        raise UserError(f"--max-restarts: {restarts}: must be at least 0")
+    command = restartable_command(sys.argv[0], sys.argv[1:])
+    return Supervisor(command, ranks, restarts, config.topology.silence_s, note).run()
+
+
+def note(text: str) -> None:
+    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

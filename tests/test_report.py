@@ -198,7 +198,7 @@ def test_report_escapes_everything_that_comes_from_the_run(tmp_path: Path) -> No
 def test_report_names_updates_that_were_left_out(tmp_path: Path) -> None:
     record_run(tmp_path)
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "1 client update not finite and left out: " in text and "client 1 (round 2)" in text
+    assert "1 client update left out (not finite, or out of memory): " in text and "client 1 (round 2)" in text
 
 
 def test_report_of_a_run_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> None:

@@ -48,6 +48,17 @@ _POOL: list[Column] = [
     ("peak MiB", lambda row: _whole(row["peak_mib"])),
 ]
 
+_AGGREGATE: list[Column] = [
+    ("sums", lambda row: row["shape"]),
+    ("ranks", lambda row: str(row["ranks"])),
+    ("backend", lambda row: row["system"]),
+    ("sum ms", lambda row: f"{1000 * row['sum_s']:.1f}"),
+    ("with packing ms", lambda row: f"{1000 * row['reduce_s']:.1f}"),
+    ("GB/s moved", lambda row: f"{row['moved_bytes_per_s'] / 1e9:.2f}"),
+    ("copying alone ms", lambda row: f"{1000 * row['floor_s']:.1f}"),
+    ("floor share", lambda row: _percent(row["floor_share"])),
+]
+
 
 def wave_table(rows: list[Row]) -> str:
     """Systems by shape, and for every shape how many times the best peer we are."""
@@ -69,6 +80,11 @@ def load_table(rows: list[Row]) -> str:
 def pool_table(rows: list[Row]) -> str:
     """Pool sizes: a step of all clients against the smallest pool and the foundation alone, its parts, and memory."""
     return _aligned(rows, _POOL)
+
+
+def aggregate_table(rows: list[Row]) -> str:
+    """Backends by size: the sum alone, the whole reduction of a round's statistics, and the floor of copying."""
+    return _aligned(rows, _AGGREGATE)
 
 
 def _percent(share: float | None) -> str:

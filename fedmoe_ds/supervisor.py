@@ -1,0 +1,120 @@
+"""Supervisor: the ranks of one machine, started again when one of them is lost.
+
+`torchrun --max-restarts` restarts after every failure, a mistake in the configuration included, and gives ranks no time for a
+checkpoint on SIGUSR1. This one restarts only what that can mend: a rank that was killed, or a job that ended with EXIT_LOST.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+from fedmoe_ds.launcher import free_port
+
+_POLL_S = 0.1
+_GRACE_S = 15.0
+"""How long the other ranks have to end by themselves once a rank has ended in failure and the limit on silence is over."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Supervisor:
+    """Starts `command` once per rank, and again after a loss.
+
+    Args:
+        command: the program and its arguments, without resuming.
+        ranks: processes to start.
+        max_restarts: starts after the first one, at most.
+        silence_s: the job's own limit on silence.
+        note: takes a line for the user.
+    """
+
+    def __init__(
+        self, command: list[str], ranks: int, max_restarts: int, silence_s: float, note: Callable[[str], None]
+    ) -> None:
+        self.command, self.ranks, self.max_restarts, self.note = command, ranks, max_restarts, note
+        self.patience_s = silence_s + _GRACE_S
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._asked: signal.Signals | None = None
+
+    def run(self) -> int:
+        """Run to the end, to a stop request, or to the last restart; returns the exit code."""
+        with self._listening():
+            for restart in range(self.max_restarts + 1):
+                code = self._start([] if restart == 0 else ["--resume", "auto"])
+                if code != EXIT_LOST or self._asked is not None:
+                    return code
+                if restart < self.max_restarts:
+                    self.note(f"restart {restart + 1} of {self.max_restarts}, from the last checkpoint")
+        self.note(f"--max-restarts: {self.max_restarts}: the job was lost once more; nothing is lost, start it again")
+        return EXIT_LOST
+
+    def _start(self, resume: list[str]) -> int:
+        port = str(free_port())
+        for rank in range(self.ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_SIZE": self.ranks}
+            variables = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            # Sessions of their own: Ctrl-C at the terminal reaches the supervisor alone, which passes it on once.
+            self._processes.append(
+                subprocess.Popen([*self.command, *resume], env=os.environ | variables, start_new_session=True)
+            )
+        try:
+            return self._wait()
+        finally:
+            for process in self._processes:
+                process.kill()
+                process.wait()
+            self._processes = []
+
+    def _wait(self) -> int:
+        deadline = None
+        while any(process.poll() is None for process in self._processes):
+            failed = any(process.poll() not in (None, 0, EXIT_STOPPED) for process in self._processes)
+            if failed and deadline is None:
+                deadline = time.monotonic() + self.patience_s
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        return verdict([process.poll() for process in self._processes])
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._asked = signal.Signals(number)
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGUSR1 if number == signal.SIGINT else number)
+
+
+def verdict(codes: list[int | None]) -> int:
+    """One exit code for all ranks: a mistake, else a bug, else a loss (a rank that was killed, or hangs), else a stop."""
+    known = {EXIT_LOST if code is None or code < 0 else code for code in codes} - {0}
+    ours = (EXIT_USER_ERROR, EXIT_LOST, EXIT_STOPPED)
+    bugs = sorted(known.difference(ours))
+    return next((code for code in (EXIT_USER_ERROR, *bugs, *ours) if code in known), 0)
+
+
+def restartable_command(script: str, arguments: list[str]) -> list[str]:
+    """The rank's own command line: the supervisor's without its own options."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--max-restarts", "--ranks"):
+            skip = True
+        elif not argument.startswith(("--max-restarts=", "--ranks=")):
+            kept.append(argument)
+    return [sys.executable, script, *kept]

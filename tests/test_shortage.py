@@ -1,0 +1,97 @@
+"""A client whose pass does not fit into memory leaves the round, named and counted; the others are as if it had never come."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import RankError, run_distributed
+from federations import alone, build, finish, joined, make_config, run_alone, write_inputs
+
+from fedmoe_ds import absences
+from fedmoe_ds.bench.machine import peak_mib, resident_mib
+from fedmoe_ds.build import Parts
+from fedmoe_ds.topology import build_topology
+
+SAMPLES = (40, 12, 8)
+VOCABULARY = 24000
+"""Logits are most of what a pass needs, in proportion to its tokens."""
+# A step holds all samples of a client, so that no two clients' passes have one shape.
+WHOLE: dict[str, Any] = {
+    "federation": {"rounds": 1},
+    "local": {"batch_size": 64, "max_steps": 1},
+    "execution": {"micro_batch_size": None},
+    "evaluation": {"max_sequences": 1, "client_sequences": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shortage")
+    write_inputs(folder, SAMPLES, vocab_size=VOCABULARY)
+    return folder
+
+
+@contextmanager
+def little_memory(parts: Parts) -> Iterator[None]:
+    """Address space for the second largest client's pass and a bit more, but not for the largest one's."""
+    _, second, *_ = parts.clients
+    before = resident_mib()
+    parts.trainer.train([[second]], 1, parts.state.adapters, parts.state.personal.values, parts.training_data.train)
+    needed = (peak_mib() - before) * 2**20
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(size + 1.5 * needed), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("mode", ["bitwise", "fast"])
+def test_a_client_that_does_not_fit_is_left_out(root: Path, mode: str) -> None:
+    how = {"execution": {"reproducible": mode, "clients_in_flight": 1}}
+    parts, journal = build(make_config(root, f"short-{mode}", WHOLE, how), *alone())
+    largest = parts.clients[0].name
+    with little_memory(parts):
+        short = finish(parts, journal)
+    (event,) = [event for event in short.events if event["event"] == "round"]
+    assert (event["dropped"], event["dropped_clients"]) == (1, [largest])
+    status = {event["client"]: event["status"] for event in short.events if event["event"] == "client"}
+    assert status.pop(largest) == "out-of-memory" and set(status.values()) == {"ok"}
+
+    config = make_config(root, f"absent-{mode}", WHOLE, how)
+    folder = Path(config.output) / config.name
+    folder.mkdir(parents=True)
+    (folder / absences.NAME).write_text("[1, 0]\n[1, ")  # the second line was cut short by a full disk
+    absent = run_alone(config)
+    assert absent.digest == short.digest
+    assert absent.digest != run_alone(make_config(root, f"whole-{mode}", WHOLE, how)).digest
+
+
+def starve(rank: int, root: Path) -> None:
+    config = make_config(root, "starved", WHOLE, {"topology": {"ep_size": 2}, "execution": {"clients_in_flight": 2}})
+    runtime = joined(rank)
+    parts, journal = build(config, runtime, build_topology(config.topology, runtime))
+    if rank == 0:  # the largest client's home
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2**26, resource.RLIM_INFINITY))
+    finish(parts, journal)
+
+
+def test_within_an_expert_parallel_cluster_the_next_start_leaves_it_out(root: Path) -> None:
+    """The peers wait in an all-to-all: nobody can go on, but the reason is on disk."""
+    with pytest.raises(
+        RankError, match=r"LostError: rank 0 on \S+, round 1: client \S+: \d+ rows in one pass do not fit"
+    ) as lost:
+        run_distributed(starve, 2, root)
+    assert lost.value.rank == 0
+    folder = root / "runs" / "starved"
+    (line,) = (folder / absences.NAME).read_text().splitlines()
+    round_index, client = json.loads(line)
+    assert round_index == 1 and absences.read(folder) == [[1, client]]

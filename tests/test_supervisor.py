@@ -1,0 +1,111 @@
+"""What the supervisor does with exit codes and signals. The ranks are small programs; real runs are in tests/cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+from fedmoe_ds.supervisor import Supervisor, restartable_command, verdict
+
+
+def supervise(folder: Path, body: str, ranks: int = 2, restarts: int = 2) -> tuple[int, list[str], list[str]]:
+    """(exit code, notes, starts) of ranks that run `body`; `start` counts from 0, `rank` is the rank."""
+    program = f"""
+        import os, pathlib, signal, sys, time
+        rank, log = int(os.environ["RANK"]), pathlib.Path({str(folder / "starts")!r})
+        start = sum(line.startswith(f"{{rank}} ") for line in log.read_text().splitlines()) if log.exists() else 0
+        with log.open("a") as file:
+            file.write(f"{{rank}} {{' '.join(sys.argv[1:])}}\\n")
+    """
+    script = folder / "rank.py"
+    script.write_text(textwrap.dedent(program) + textwrap.dedent(body))
+    notes: list[str] = []
+    code = Supervisor([sys.executable, str(script)], ranks, restarts, 0.0, notes.append).run()
+    return code, notes, (folder / "starts").read_text().splitlines()
+
+
+def test_a_killed_rank_is_started_again_and_resumes(tmp_path: Path) -> None:
+    body = """
+        if start == 0 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.exit(76 if start == 0 else 0)
+    """
+    code, notes, starts = supervise(tmp_path, body)
+    assert code == 0 and notes == ["restart 1 of 2, from the last checkpoint"]
+    assert sorted(starts) == sorted(["0 ", "1 ", "0 --resume auto", "1 --resume auto"])
+
+
+def test_restarts_end(tmp_path: Path) -> None:
+    code, notes, starts = supervise(tmp_path, "sys.exit(76)", ranks=1, restarts=2)
+    assert code == EXIT_LOST and len(starts) == 3
+    assert notes[-1].startswith("--max-restarts: 2: the job was lost once more")
+
+
+@pytest.mark.parametrize("code", [1, EXIT_USER_ERROR, EXIT_STOPPED])
+def test_what_a_restart_cannot_mend_is_left(tmp_path: Path, code: int) -> None:
+    found, notes, starts = supervise(tmp_path, f"sys.exit({code} if rank == 1 else 0)")
+    assert (found, notes, sorted(starts)) == (code, [], ["0 ", "1 "])
+
+
+def test_a_signal_reaches_every_rank_once(tmp_path: Path) -> None:
+    """The ranks end with a checkpoint; nothing is started again."""
+    body = """
+        def stop(number, frame):
+            log.open("a").write(f"{rank} {signal.Signals(number).name}\\n")
+            sys.exit(75)
+        signal.signal(signal.SIGUSR1, stop)
+        if rank == 0:
+            while log.read_text().count("\\n") < 2:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+    """
+    code, notes, starts = supervise(tmp_path, body)
+    assert code == EXIT_STOPPED and not notes
+    assert sorted(starts) == ["0 ", "0 SIGUSR1", "1 ", "1 SIGUSR1"]
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, 75, 76, -9, None]), min_size=1))
+def test_verdict_prefers_what_the_user_must_act_on(codes: list[int | None]) -> None:
+    found = verdict(codes)
+    lost = any(code is None or code < 0 or code == EXIT_LOST for code in codes)
+    for code, present in ((2, 2 in codes), (1, 1 in codes), (76, lost), (75, 75 in codes)):
+        if present:
+            assert found == code
+            return
+    assert found == 0
+
+
+def test_a_rank_does_not_supervise() -> None:
+    command = restartable_command("train.py", ["--config", "a.yaml", "--ranks", "4", "--max-restarts=2", "name=x"])
+    assert command == [sys.executable, "train.py", "--config", "a.yaml", "name=x"]
+
+
+@pytest.mark.parametrize(
+    ("options", "launcher", "message"),
+    [
+        (["--ranks", "0"], {}, "error: --ranks: 0: must be at least 1"),
+        (["--max-restarts", "-1"], {}, "error: --max-restarts: -1: must be at least 0"),
+        (["--max-restarts", "1"], {"RANK": "0", "WORLD_SIZE": "1"}, "error: --ranks: 1: environment has started the ranks"),
+    ],
+)
+def test_bad_input(options: list[str], launcher: dict[str, str], message: str) -> None:
+    script = Path(__file__).parent.parent / "launch" / "train.py"
+    config = script.parent.parent / "configs" / "quickstart.yaml"
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, str(script), "--config", str(config), *options],
+        capture_output=True,
+        text=True,
+        env=environment | launcher,
+    )
+    assert done.returncode == EXIT_USER_ERROR and done.stderr.startswith(message), done.stderr
