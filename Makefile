@@ -43,7 +43,7 @@ test: .venv/.installed  ## run the tests
 	python -m pytest -m "not soak and not cluster" $(ARGS)
 
 test-cluster: .venv/.installed .venv/.cluster  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
-	python -m pytest -m cluster tests/cluster $(ARGS)
+	python -m pytest -m cluster $(ARGS)
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times
 	python -m pytest -m soak $(ARGS)

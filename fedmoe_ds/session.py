@@ -37,16 +37,16 @@ class Ending:
     exit_code: int
 
 
-def train(config: Config, runtime: Runtime, resume: str) -> Ending:
+def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> Ending:
     """Run a configuration to its end or to a stop request.
 
     Args:
         config: the whole tree.
+        stop: listens already.
         resume: `never` (a folder that holds a run is refused), `auto` (continue from the newest intact checkpoint, or begin).
     """
     began = time.monotonic()
     activity.enter("load")
-    stop = StopRequest().install()  # from here on a signal is remembered, and served as soon as there is something to save
     folder = Path(config.output) / config.name
     source = runtime.on_main(lambda: claim_folder(folder, resume))
     journal = Journal(folder, runtime)

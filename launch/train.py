@@ -16,6 +16,7 @@ from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.launcher import Launch, detect_launch
 from fedmoe_ds.runtime import init_runtime, run_entry
+from fedmoe_ds.stop import StopRequest
 
 
 def parse() -> argparse.Namespace:
@@ -44,10 +45,11 @@ def main() -> int:
         return 0
     if args.ranks is not None or args.max_restarts is not None:
         return supervise(args, config, launch)
+    stop = StopRequest().install()  # a signal is remembered from here on, and served as soon as there is something to save
     runtime = init_runtime(launch, config.topology, config.execution.threads)
     from fedmoe_ds.session import train  # imports DeepSpeed, which reads the choice of accelerator that was made above
 
-    ending = train(config, runtime, args.resume)
+    ending = train(config, runtime, args.resume, stop)
     if runtime.is_main:
         sys.stdout.write("\n".join(ending.lines) + "\n")
         sys.stdout.flush()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from federations import make_config, read_events, write_inputs
 from launching import SCRIPT, changed
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.launcher import Launch, detect_launch
+from fedmoe_ds.launcher import Launch, detect_launch, slurm_port
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -92,11 +94,18 @@ def free_port(first: int = 1024, last: int = 65535) -> int:
             return port
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.cluster
 def test_torchrun(tree: dict[str, Any], plain: str) -> None:
     launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
     assert digest_of(tree, "torchrun", "torchrun", 2, start([*launcher, *command(tree, "torchrun", 1)])) == plain
 
 
+@pytest.mark.cluster
 def test_mpirun(tree: dict[str, Any], plain: str) -> None:
     launcher = [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
     assert digest_of(tree, "mpirun", "mpirun", 2, start([*launcher, *command(tree, "mpirun", 2)])) == plain
@@ -104,7 +113,7 @@ def test_mpirun(tree: dict[str, Any], plain: str) -> None:
 
 def test_srun(tree: dict[str, Any], plain: str) -> None:
     """srun starts one process per task and says who is who; the rendezvous port follows from the job number."""
-    job = free_port(20000, 39999) - 20000
+    job = next(job for job in itertools.count(int(time.time())) if is_free(slurm_port(job, 0)))
     step = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": 0, "SLURM_NTASKS": 2, "SLURM_STEP_NUM_TASKS": 2, "SLURM_NNODES": 1}
     arguments = [sys.executable, *command(tree, "srun", 1)]
     tasks = [start(arguments, **step, SLURM_PROCID=task, SLURM_LOCALID=task) for task in range(2)]
@@ -118,6 +127,51 @@ def test_a_broken_promise_of_slurm_is_refused(bare: pytest.MonkeyPatch) -> None:
         detect_launch()
     bare.setenv("SLURM_NTASKS", "1")
     assert detect_launch() == Launch("python", 0, 1, 0)
+
+
+def test_a_shell_within_an_allocation_is_no_step(bare: pytest.MonkeyPatch) -> None:
+    """The shell that salloc opens on the first node has a task number, too."""
+    interactive = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}
+    for name, value in (interactive | {"SLURM_STEP_NUM_TASKS": "1"}).items():
+        bare.setenv(name, value)
+    with pytest.raises(UserError, match=r"^SLURM_NTASKS: 4: SLURM promised 4 tasks but .* started alone; start it with srun"):
+        detect_launch()
+    bare.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(
+        UserError, match=r"^SLURM_NTASKS: 4: srun promised 4 tasks but this step has 1; start all with one srun"
+    ):
+        detect_launch()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.[1-3,7]", "127.0.0.1"),
+        ("127.0.[0-1].[3,1-2],no-such-node[1-2]", "127.0.0.3"),
+        ("localhost,no-such-node[1-2]", "localhost"),
+    ],
+)
+def test_ranks_of_several_nodes_meet_on_the_first(nodes: str, first: str, bare: pytest.MonkeyPatch) -> None:
+    """Not where srun was typed, which may be a login node, nor on the first node of the allocation."""
+    step = {"SLURM_JOB_ID": 1251, "SLURM_STEP_ID": 3, "SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_STEP_NUM_NODES": 2}
+    elsewhere = {"SLURM_LAUNCH_NODE_IPADDR": "203.0.113.1", "SLURM_JOB_NODELIST": "no-such-node[0-9]"}
+    for name, value in (step | elsewhere | {"SLURM_STEP_NODELIST": nodes}).items():
+        bare.setenv(name, str(value))
+    bare.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # set, so that nothing is left behind when the patch is undone
+        bare.setenv(name, "")
+        os.environ.pop(name)
+    assert detect_launch() == Launch("srun", 1, 2, 0)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "12019")
+
+
+def test_a_first_node_that_nobody_knows_is_refused(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    step = {"SLURM_JOB_ID": 1, "SLURM_STEP_ID": 0, "SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_STEP_NUM_NODES": 2}
+    for name, value in (step | {"SLURM_STEP_NODELIST": "no-such-node[1-2]", "PATH": tmp_path}).items():
+        bare.setenv(name, str(value))
+    with pytest.raises(UserError, match=r"^MASTER_ADDR: scontrol -o show node no-such-node1: .*; export MASTER_ADDR and"):
+        detect_launch()
 
 
 def test_a_broken_promise_of_mpirun_is_refused(tree: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def newest(folder: Path) -> Path:
     return found
 
 
+@pytest.mark.cluster
 def test_three_kills(undisturbed: Result, config: dict[str, Any], tmp_path: Path) -> None:
     draw = np.random.default_rng(17)  # aims at every phase once
     topologies: list[Topology] = [(1, 1), (2, 1), (1, 2)]
@@ -55,6 +57,9 @@ def test_three_kills(undisturbed: Result, config: dict[str, Any], tmp_path: Path
             phases.append(kill_a_rank(job, draw, pace(undisturbed), rounds=1))
             result = job.finish()
         assert result.code != 0, result.stdout
+        if topology != (1, 1):  # the ranks that are left say which one is gone, and nothing else
+            assert any(re.match(r"error: rank \d on \S+ died \(last heard in round \d, ", line) for line in result.errors)
+            assert "Traceback" not in result.stderr
         assert not read_events(result.folder, "end")
     assert set(phases) == set(PHASES)
     with start(config, tmp_path, (1, 1)) as job:

@@ -62,7 +62,7 @@ def slowest(runtime: Runtime, action: Callable[[], object], rounds: int) -> floa
         began = time.perf_counter()
         action()
         times.append(max(runtime.gather(time.perf_counter() - began)))
-    return median(times)
+    return float(median(times))
 
 
 if __name__ == "__main__":
