@@ -14,6 +14,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import resource
 import secrets
 import selectors
 import socket
@@ -83,17 +84,19 @@ class Monitor(Watch):
         self.selector.register(listener, selectors.EVENT_READ, None)
         self.peers = {rank: Peer(rank, host) for rank, host in enumerate(hosts) if rank != me.rank}
         self.lines: dict[int, Line] = {}
-        self._told = 0.0
+        self._judged = 0.0
         self._failure: tuple[float, str, int] | None = None
 
     def turn(self) -> None:
         for key, _ in self.selector.select(self.limits.beat):
             self._accept() if key.data is None else self._hear(key.data)
-        now = time.monotonic()
-        if now - self._told >= self.limits.beat:
-            self._told = now
+        if time.monotonic() - self._judged >= self.limits.beat:
+            self._judged = time.monotonic()
             self._tell({"alive": activity.state()})
-        if self._failure is not None and now - self._failure[0] > _SAY_FIRST_S:
+            self._judge()
+
+    def _judge(self) -> None:
+        if self._failure is not None and time.monotonic() - self._failure[0] > _SAY_FIRST_S:
             self._over(self._failure[1], self._failure[2])
         self.me.hear(activity.state())
         quiet = silent(list(self.peers.values()), self.limits)
@@ -110,20 +113,19 @@ class Monitor(Watch):
 
     def _hear(self, line: Line) -> None:
         messages = line.receive()
-        rank = next((rank for rank, known in self.lines.items() if known is line), None)
         if messages is None:
             self.selector.unregister(line.socket)
             line.socket.close()
-            if rank is not None and not self.peers[rank].left:
-                self._over(died(self.peers[rank]), EXIT_LOST)
+            if line.rank is not None and not self.peers[line.rank].left:
+                self._over(died(self.peers[line.rank]), EXIT_LOST)
             return
         for message in messages:
-            if "hello" in message and secrets.compare_digest(message["token"], self.token):
-                rank = int(message["hello"])
-                self.lines[rank] = line
-                self.peers[rank].process = Process(message["pid"], message["space"])
-            elif rank is not None:
-                self._message(self.peers[rank], message)
+            if line.rank is not None:
+                self._message(self.peers[line.rank], message)
+            elif secrets.compare_digest(str(message.get("token")), self.token):
+                line.rank = int(message["hello"])
+                self.lines[line.rank] = line
+                self.peers[line.rank].process = Process(message["pid"], message["space"])
 
     def _message(self, peer: Peer, message: dict[str, Any]) -> None:
         if "alive" in message:
@@ -197,7 +199,7 @@ def start(control: Control, limits: Limits, local_rank: int) -> Watch | None:
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")  # where rank 0 is, for every launcher
     own = Process.own()
     offer = {"host": socket.gethostname(), "pid": str(own.pid), "space": own.space}
-    listener = _listen(address) if control.rank == 0 else None
+    listener = _listen(address, control.size) if control.rank == 0 else None
     if listener is not None:
         offer |= {"port": str(listener.getsockname()[1]), "token": secrets.token_hex(16)}
     told = [json.loads(payload) for payload in control.gather(json.dumps(offer).encode())]
@@ -218,11 +220,14 @@ def current() -> Watch | None:
     return _watch
 
 
-def _listen(address: str) -> socket.socket:
+def _listen(address: str, world_size: int) -> socket.socket:
     """Rank 0's socket, on the address by which the other ranks know it, or on all.
 
     A name may mean loopback here and another address elsewhere; and an address may belong to something in front of this host.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2 * world_size + 1024:  # a connection per rank, beside torch's own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     listener = socket.socket()
     try:
         ipaddress.ip_address(address)
