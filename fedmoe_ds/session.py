@@ -100,6 +100,7 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         return
     path = Path(source)
     snapshot = parts.runtime.together(lambda: restore(path, parts))
+    activity.enter("load", snapshot.round)
     journal.truncate(snapshot.metrics_position)
     journal.config(parts.config_text)
     journal.event(
