@@ -3,8 +3,8 @@
 Legend: L layers, E experts held by a rank, C clients, D model width, F expert width, R adapter rank, T token rows of a pass,
 K top-k.
 
-Everything but activations is exact arithmetic on shapes. Activations are counted tensor by tensor for one pass (what forward
-keeps for backward) and leave out allocator slack and kernel scratch space.
+Everything but activations is exact arithmetic on shapes. Activations are counted tensor by tensor for one pass and leave out
+what an allocator loses between tensors of unequal sizes; the planner adds that from a calibration.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fedmoe_ds.methods import Method
 from fedmoe_ds.server import base_block
 
 FP32 = 4
+PASS = "activations of a pass"
 
 
 def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, int]:
@@ -50,7 +51,7 @@ def estimate(
         "adapters in flight": in_flight * FP32 * 2,
         "client optimizer": in_flight * FP32 * moments,
         "round sums": (expert + dense) * sum_bytes,
-        "activations of a pass": activations(config, model, places, home_clients, length, bitwise),
+        PASS: activations(config, model, places, home_clients, length, bitwise),
     }
 
 
@@ -75,7 +76,11 @@ def outlasting(
 
 
 def activations(config: Config, model: ModelSize, places: Places, home_clients: int, length: int, bitwise: bool) -> int:
-    """Bytes kept for the backward pass at the largest cap, full sequences."""
+    """Bytes of a pass at the largest cap with full sequences: what forward keeps, and one layer's backward pass on top.
+
+    The rows that arrive at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the
+    gradients of its rows, results and inner values; with expert parallelism also what is on its way.
+    """
     clients = 1 if bitwise else home_clients
     sequences = config.execution.micro_batch_size or config.local.batch_size
     tokens = clients * sequences * length
@@ -83,10 +88,12 @@ def activations(config: Config, model: ModelSize, places: Places, home_clients: 
     inner = (places.matrices - 1) * places.ffn  # gate and up rows, or one bottleneck
     routed = places.top_k * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * places.num_experts
     per_layer = tokens * (dense + routed)
+    travelling = 2 if config.topology.ep_size > 1 else 0
+    backward = tokens * places.top_k * ((3 + travelling) * model.hidden + 3 * inner)
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
-    logits = 3 * tokens * model.vocabulary
-    return (kept_layers * per_layer + checkpoints + logits) * max(model.bytes_per_parameter, 2)
+    logits = 4 * tokens * model.vocabulary
+    return (kept_layers * per_layer + checkpoints + backward + logits) * max(model.bytes_per_parameter, 2)
 
 
 def format_bytes(count: float) -> str:

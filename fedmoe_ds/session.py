@@ -14,7 +14,6 @@ import torch
 from fedmoe_ds import checkpoint
 from fedmoe_ds import state as states
 from fedmoe_ds.activity import activity
-from fedmoe_ds.bench.machine import peak_mib
 from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.config import Config
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
@@ -23,6 +22,7 @@ from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
 from fedmoe_ds.fit import is_bitwise
 from fedmoe_ds.journal import Journal
+from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.stop import StopRequest

@@ -1,4 +1,5 @@
-"""Measure: `python launch/bench.py wave` (speed against transformers + PEFT), `load` (memory per rank), `experts` (pool size).
+"""Measure: `python launch/bench.py wave` (speed against transformers + PEFT), `load` (memory per rank), `experts` (pool size),
+`aggregate` (the sums of a round), `calibrate` (this machine, for launch/plan.py), `plan` (the planner against real runs).
 
 Everything runs on one CPU thread per process. Absolute numbers depend on the machine; ratios inside one run are what counts.
 """
@@ -34,15 +35,31 @@ def parse() -> argparse.Namespace:
     experts.add_argument("--sequences", type=int, default=4, help="sequences per client and step")
     experts.add_argument("--length", type=int, default=128, help="tokens per sequence")
     experts.add_argument("--bitwise", action="store_true", help="one client per pass, as reproducible=bitwise runs them")
-    for command in (wave, load, experts):
+    aggregate = commands.add_parser("aggregate", help="the sums of a round over torch and over MPI, against copying memory")
+    aggregate.add_argument("--ranks", type=int, default=2, help="processes, one cluster each")
+    aggregate.add_argument("--mib", type=int, nargs="+", default=[1, 16, 128], help="sizes of the sums")
+    aggregate.add_argument("--rounds", type=int, default=7, help="repeats; medians are reported")
+    calibrate = commands.add_parser("calibrate", help="measure this machine for launch/plan.py --hardware FILE")
+    plan = commands.add_parser("plan", help="predicted beside measured round time and memory of real runs")
+    plan.add_argument("--hardware", type=Path, help="a file of `calibrate`; default: calibrate first")
+    plan.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default: 1 2 4)")
+    plan.add_argument("--case", nargs="+", default=["short", "narrow", "long"], help="shapes (default: all three)")
+    plan.add_argument("--rounds", type=int, default=3, help="rounds of every run")
+    for command in (aggregate, wave, load, experts):
         command.add_argument("--seed", type=int, default=0)
+    for command in (aggregate, wave, load, experts, calibrate, plan):
         command.add_argument("--json", type=Path, help="also write the rows to this file")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
-    from fedmoe_ds.bench import load, pool, pool_workload, table, wave
+    if args.command in ("calibrate", "plan"):
+        from fedmoe_ds.bench import planned_command
+
+        sys.stdout.write(planned_command.run(args.command, args, note) + "\n")
+        return 0
+    from fedmoe_ds.bench import aggregate, load, pool, pool_workload, table, wave
 
     table.check_writable(args.json)
     if args.command == "wave":
@@ -50,6 +67,9 @@ def main() -> int:
         workloads = wave.make_workloads(args.shape, **settings)
         rows = wave.run_wave(workloads, wave.system_names(args.mode, args.peers), args.rounds, note)
         text = table.wave_table(rows)
+    elif args.command == "aggregate":
+        rows = aggregate.run_aggregate(args.ranks, args.mib, args.rounds)
+        text = table.aggregate_table(rows)
     elif args.command == "experts":
         names = ("steps", "clients", "sequences", "length", "seed", "bitwise")
         workload = pool_workload.PoolWorkload(**{name: getattr(args, name) for name in names})

@@ -14,8 +14,8 @@ from distributed import RankError, run_distributed
 from federations import alone, build, finish, joined, make_config, run_alone, write_inputs
 
 from fedmoe_ds import absences
-from fedmoe_ds.bench.machine import peak_mib, resident_mib
 from fedmoe_ds.build import Parts
+from fedmoe_ds.machine import peak_mib, resident_mib
 from fedmoe_ds.topology import build_topology
 
 SAMPLES = (40, 12, 8)

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fedmoe_ds.bench.machine import machine_facts
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import machine_facts
 
 BACKENDS = ("torch", "mpi")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from fedmoe_ds.bench.machine import peak_mib, resident_mib
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.foundation import hosting
 from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.launcher import detect_launch
+from fedmoe_ds.machine import peak_mib, resident_mib
 from fedmoe_ds.runtime import init_runtime
 
 

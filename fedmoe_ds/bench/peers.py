@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmoe_ds.bench.machine import available_mib
 from fedmoe_ds.bench.system import Clock, Outcome
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import available_mib
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 _MODULES = {"gate_up_proj": "experts.gate_up", "down_proj": "experts.down"}

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.machine import machine_facts
 from fedmoe_ds.bench.pool_workload import DENSE, FFN, HIDDEN, LAYERS, POOL_PREFIX, PoolWorkload, write_dense_model
 from fedmoe_ds.bench.process import Worker, workers
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.bench.wave import AGREEMENT, DisagreementError
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import machine_facts
 
 Note = Callable[[str], None]
 Found = dict[str, list[dict[str, Any]]]

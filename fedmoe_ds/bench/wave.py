@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.machine import machine_facts
 from fedmoe_ds.bench.peers import IMPLEMENTATIONS
 from fedmoe_ds.bench.process import Worker, workers
 from fedmoe_ds.bench.shapes import find_shape, write_model
@@ -16,6 +15,7 @@ from fedmoe_ds.bench.system import BITWISE, FLOOR, OURS, PEER_PREFIX, Timing
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.machine import machine_facts
 
 AGREEMENT = 1e-4
 SLOW_S = 120.0

@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.machine import peak_mib
 from fedmoe_ds.bench.pool_workload import DENSE, POOL_PREFIX, PoolWorkload
 from fedmoe_ds.bench.system import BITWISE, FLOOR, OURS, PEER_PREFIX, System
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import peak_mib
 
 Request = dict[str, Any]
 

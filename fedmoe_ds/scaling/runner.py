@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from fedmoe_ds.bench.machine import machine_facts
 from fedmoe_ds.compare.child import Child
 from fedmoe_ds.compare.runner import locked
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+from fedmoe_ds.machine import machine_facts
 from fedmoe_ds.report import formats
 from fedmoe_ds.scaling.measured import machine_file
 from fedmoe_ds.scaling.point import Point

@@ -1,0 +1,28 @@
+"""FLOPs of the budget tiers: C(k) = C_dense + k C_expert, as in FLAME (arXiv 2506.16600); derivation in docs/planning.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmoe_ds.planner.job import Job
+
+
+@dataclass(frozen=True)
+class TierFlops:
+    """One tier: FLOPs of the forward pass over one sequence, of it the dense part; both with adapters."""
+
+    top_k: int
+    cap: int
+    rank: int
+    dense: float
+    total: float
+
+
+def tier_flops(job: Job, tokens: int | None = None) -> list[TierFlops]:
+    """Every tier of the job, largest first. `tokens` are the rows of a sequence (default: the configured length)."""
+    rows, cost = job.length if tokens is None else tokens, job.cost
+    found = []
+    for tier in sorted(job.tiers, key=lambda tier: -tier.top_k):
+        dense = rows * (cost.dense + tier.rank * cost.dense_row)
+        found.append(TierFlops(tier.top_k, tier.cap, tier.rank, dense, rows * cost.forward(tier.cap, tier.rank)))
+    return found

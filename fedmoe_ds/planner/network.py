@@ -1,0 +1,110 @@
+"""Network: seconds and bytes of the collectives of a round, from alpha and beta of the links that a group of ranks uses.
+
+Bytes are those that a rank hands over, its own part included, as the tallies of `fedmoe_ds.activity` count them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from fedmoe_ds.planner.hardware import Hardware, Link, Links
+from fedmoe_ds.planner.world import World
+
+
+@dataclass
+class Traffic:
+    """All calls of one collective in a round, on one rank."""
+
+    calls: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, calls: float, size: float, seconds: float) -> None:
+        self.calls, self.bytes, self.seconds = self.calls + calls, self.bytes + size, self.seconds + seconds
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks of one collective: how many, and over how many hosts."""
+
+    size: int
+    hosts: int
+
+    @classmethod
+    def cluster(cls, world: World, ep_size: int) -> Group:
+        """The widest spread cluster of the world."""
+        worst = max((world.hosts_of(c * ep_size, ep_size) for c in range(world.ranks // ep_size)), default=1)
+        return cls(ep_size, worst)
+
+    @classmethod
+    def shard(cls, world: World, ep_size: int) -> Group:
+        """The ranks of one expert shard, in all clusters."""
+        return cls(world.ranks // ep_size, world.hosts_of(0, world.ranks // ep_size, ep_size))
+
+    @classmethod
+    def everyone(cls, world: World) -> Group:
+        return cls(world.ranks, world.hosts)
+
+
+@dataclass
+class Network:
+    """Collectives on one kind of machine; adds up what it is asked for."""
+
+    hardware: Hardware
+    world: World
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+
+    @property
+    def _crowding(self) -> float:
+        """On CPU the cores that compute also carry messages: more ranks than cores slow both down."""
+        if self.hardware.kind != "cpu":
+            return 1.0
+        return max(1.0, self.world.ranks_per_host / self.hardware.slots)
+
+    def _book(self, name: str, calls: float, size: float, each: float) -> float:
+        seconds = calls * each * self._crowding
+        self.traffic.setdefault(name, Traffic()).add(calls, calls * size, seconds)
+        return seconds
+
+    def all_to_all(self, group: Group, calls: float, size: float) -> float:
+        """Seconds of `calls` exchanges of `size` bytes per rank, split evenly among the peers."""
+        if group.size == 1:
+            return 0.0
+        links, peers = self.hardware.network.all_to_all, group.size - 1
+        link = _slowest(links, group)
+        near = min(peers, math.ceil(group.size / group.hosts) - 1)
+        each = size / group.size
+        moving = near * each / links.intra.bytes_per_s
+        if group.hosts > 1:
+            moving = max(moving, (peers - near) * each / links.inter.bytes_per_s)
+        return self._book("all_to_all", calls, size, link.alpha_s + link.peer_s * (peers - 1) + moving)
+
+    def all_gather(self, group: Group, calls: float, size: float) -> float:
+        """Every rank's `size` bytes to everybody."""
+        if group.size == 1:
+            return 0.0
+        link = _slowest(self.hardware.network.all_to_all, group)
+        peers = group.size - 1
+        return self._book("all_gather", calls, size, link.alpha_s + link.peer_s * (peers - 1) + peers * size / link.bytes_per_s)
+
+    def all_reduce(self, group: Group, calls: float, size: float) -> float:
+        """Sum of `size` bytes: every rank sends and receives 2 (n - 1) / n of them."""
+        if group.size == 1:
+            return 0.0
+        link = _slowest(self.hardware.network.all_reduce, group)
+        share = 2.0 * (group.size - 1) / group.size
+        turns = math.ceil(math.log2(group.size))
+        each = link.alpha_s + link.peer_s * (turns - 1) + share * size / link.bytes_per_s
+        return self._book("all_reduce", calls, size, each)
+
+    def control(self, group: Group, calls: float, size: float) -> float:
+        """Host-side messages: every rank's `size` bytes to everybody."""
+        if group.size == 1:
+            return 0.0
+        link, peers = _slowest(self.hardware.network.control, group), group.size - 1
+        return self._book("control", calls, size, link.alpha_s + link.peer_s * (peers - 1) + peers * size / link.bytes_per_s)
+
+
+def _slowest(links: Links, group: Group) -> Link:
+    return links.inter if group.hosts > 1 else links.intra

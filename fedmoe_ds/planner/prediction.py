@@ -1,0 +1,241 @@
+"""Prediction: seconds of a round by phase, bytes by collective, memory by purpose, for one world on one kind of machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.drift import shared_blocks
+from fedmoe_ds.clients.schedule import home_clients, schedule
+from fedmoe_ds.config import Config
+from fedmoe_ds.memory import PASS, estimate, outlasting, parameters_per_client
+from fedmoe_ds.planner.hardware import Hardware
+from fedmoe_ds.planner.job import Job, Lengths, resolve
+from fedmoe_ds.planner.legality import check_world
+from fedmoe_ds.planner.network import Group, Network, Traffic
+from fedmoe_ds.planner.training import Spent, WaveModel, exchanged
+from fedmoe_ds.planner.work import PassWork, Rows, stage_seconds
+from fedmoe_ds.planner.world import World
+
+REPORT_BYTES = 400
+"""What a client's report takes as JSON."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One round in one world.
+
+    Attributes:
+        seconds: by phase of the round event. `train` is the slowest cluster's; in a run, faster ones wait in `aggregate`.
+        train_split: seconds of `train` by cause.
+        traffic: by collective, on one rank.
+        memory: bytes per rank by purpose, the process itself included.
+        tokens: trained in the round, over all clusters.
+        work: predicted compute seconds of every cluster: the balance of the schedule.
+        waves: most waves of a cluster.
+    """
+
+    seconds: dict[str, float]
+    train_split: dict[str, float]
+    traffic: dict[str, Traffic]
+    memory: dict[str, int]
+    tokens: int
+    work: list[float] = field(repr=False)
+    waves: int
+
+    @property
+    def round_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def bytes(self) -> dict[str, float]:
+        """Bytes that one rank hands over in the round, by collective."""
+        return {name: traffic.bytes for name, traffic in self.traffic.items()}
+
+    @property
+    def memory_total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def balance(self) -> float:
+        """Most over mean of the clusters' work; idle clusters count."""
+        mean = sum(self.work) / len(self.work)
+        return max(self.work) / mean if mean else 1.0
+
+
+def predict(config: Config, world: World, hardware: Hardware, round_index: int = 1) -> Prediction:
+    """Predict one round; the last round evaluates every client too.
+
+    Raises:
+        UserError: what a real start would refuse.
+    """
+    in_flight = config.execution.clients_in_flight
+    return predict_job(resolve(config), config.topology.ep_size, in_flight, world, hardware, round_index)
+
+
+def predict_job(
+    job: Job, ep_size: int, in_flight: int | None, world: World, hardware: Hardware, round_index: int = 1
+) -> Prediction:
+    """The same for a resolved job, with ep_size and clients in flight as given."""
+    check_world(job, ep_size, world)
+    clusters = world.ranks // ep_size
+    chosen = job.participants(round_index)
+    network = Network(hardware, world)
+    group = Group.cluster(world, ep_size)
+    home = home_clients(in_flight, len(chosen), ep_size)
+    model = WaveModel(job, hardware, network, ep_size, home, group)
+    plan = schedule(chosen, job.cost, job.config.local, clusters, ep_size, in_flight)
+    spent, traffic = _slowest(model, network, plan, round_index)
+    network.traffic = traffic
+    train = _shared_cores(spent, world, hardware, clusters)
+    slowest = max(spent, key=lambda cluster: cluster.total)
+    seconds = {"schedule": _schedule(job, hardware, len(chosen)), "train": train}
+    seconds["aggregate"] = _aggregate(job, network, hardware, ep_size, len(chosen))
+    seconds["evaluate"] = _evaluate(job, network, hardware, ep_size, round_index)
+    split = dict(slowest.parts)
+    if train > slowest.total:
+        split["other clusters on the same cores"] = train - slowest.total
+    return Prediction(
+        seconds,
+        split,
+        network.traffic,
+        predict_memory(job, ep_size, in_flight, hardware, len(chosen)),
+        int(sum(job.steps(client, round_index).rows.sum() for client in chosen)),
+        [cluster.work for cluster in spent],
+        max(map(len, plan)),
+    )
+
+
+def _slowest(
+    model: WaveModel, network: Network, plan: list[list[list[list[Client]]]], round_index: int
+) -> tuple[list[Spent], dict[str, Traffic]]:
+    """Every cluster's training, and the traffic of the slowest one."""
+    found: list[tuple[Spent, dict[str, Traffic]]] = []
+    for waves in plan:
+        network.traffic = {}
+        total = Spent()
+        for wave in waves:
+            spent = model.wave(wave, round_index)
+            total.work += spent.work
+            for cause, seconds in spent.parts.items():
+                total.add(cause, seconds)
+        found.append((total, network.traffic))
+    return [spent for spent, _ in found], max(found, key=lambda pair: pair[0].total)[1]
+
+
+def _shared_cores(spent: list[Spent], world: World, hardware: Hardware, clusters: int) -> float:
+    """Seconds until the last cluster is done, where several may share the cores of a host."""
+    alone = max(cluster.total for cluster in spent)
+    if hardware.kind != "cpu" or world.ranks_per_host <= hardware.slots:
+        return alone
+    per_host = max(1, clusters // world.hosts)
+    hosts = [spent[start : start + per_host] for start in range(0, clusters, per_host)]
+    # Carrying messages takes the cores too; `network` has their time already stretched by the ranks that share a core.
+    return max(alone, *(sum(_on_cores(cluster, hardware.slots, len(host)) for cluster in host) for host in hosts))
+
+
+def _on_cores(cluster: Spent, cores: int, clusters: int) -> float:
+    return cluster.work / cores + cluster.parts.get("all_to_all", 0.0) / clusters
+
+
+def _share(hardware: Hardware, world: World) -> float:
+    """How many ranks share a core while all of them compute."""
+    return max(1.0, world.ranks_per_host / hardware.slots) if hardware.kind == "cpu" else 1.0
+
+
+def _schedule(job: Job, hardware: Hardware, participants: int) -> float:
+    return (50 + 20 * participants) * hardware.compute.call_s
+
+
+def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, participants: int) -> float:
+    """Sums over clusters, reports, server step."""
+    world, compute = network.world, hardware.crowded(network.world.ranks_per_host)
+    cluster, shard, everyone = Group.cluster(world, ep_size), Group.shard(world, ep_size), Group.everyone(world)
+    held = job.places.num_experts // ep_size
+    averaged = [spec for spec in shared_blocks(job.blocks) if not (job.method.collects and spec.pair)]
+    expert, dense = parameters_per_client(averaged, held)
+    weights = sum(len(spec.layers) * (held if spec.expert else 1) for spec in averaged)
+    dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
+    each = 16 if job.bitwise(hardware.kind) else 4
+    times = 2 if job.config.local.drift == "scaffold" else 1
+    seconds = network.all_reduce(cluster, times, (dense + dense_weights) * each)
+    seconds += network.all_reduce(shard, times, (expert + dense + weights) * each)
+    if job.method.collects:
+        pairs = [spec for spec in job.blocks if spec.pair]
+        factors = [4 * participants * sum(parameters_per_client([spec], held)) for spec in pairs]
+        seconds += sum(network.all_reduce(shard, 1, size) for size in factors)
+    places, tiers = job.places, len({client.top_k for client in job.clients})
+    personal = [spec for spec in job.blocks if spec.personal] + job.method.memory(job.blocks)
+    seconds += network.control(everyone, 1 + bool(personal), participants / world.ranks * REPORT_BYTES)
+    seconds += network.control(everyone, 1, tiers * len(places.layers) * places.num_experts * 8 / world.ranks)
+    seconds += network.control(everyone, 1 + 2 * len(personal), 4 * participants / world.ranks)
+    served = stage_seconds(compute, "serve", sum(parameters_per_client(shared_blocks(job.blocks), held)), len(job.blocks))
+    copied = stage_seconds(compute, "move", (expert + dense) * each / 4)
+    return seconds + (served + copied) * _share(hardware, world)
+
+
+def _evaluate(job: Job, network: Network, hardware: Hardware, ep_size: int, round_index: int) -> float:
+    """Every tier on the global hold-out; in the last round (or when asked for) every client on its own."""
+    config, last = job.config.evaluation, round_index == job.config.federation.rounds
+    if not last and round_index % config.every:
+        return 0.0
+    per_client = config.client_sequences > 0 and (last or (config.clients_every and round_index % config.clients_every == 0))
+    shared = _batches(job.data.global_holdout.head(config.max_sequences), config.batch_size)
+    own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if per_client else []
+    owners = [lengths for lengths in own if len(lengths.rows)]
+    seconds = 0.0
+    for tier in sorted({client.top_k for client in job.clients}):
+        members = [client for client in job.clients if client.top_k == tier]
+        runs = len(members) if job.method.personal_models else 1
+        seconds += runs * _scored(job, network, hardware, ep_size, shared, members[0].cap)
+        if owners:
+            mine = owners[: len(members)] if job.method.personal_models else owners
+            seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
+    return seconds + network.control(Group.everyone(network.world), 1, 8)
+
+
+def _batches(lengths: Lengths, size: int) -> list[Lengths]:
+    starts = range(0, len(lengths.rows), size)
+    return [Lengths(lengths.rows[s : s + size], lengths.targets[s : s + size]) for s in starts]
+
+
+def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batches: list[Lengths], cap: int) -> float:
+    """Forward passes over batches that are dealt to all ranks of the world, turn by turn."""
+    world, dtype = network.world, job.config.foundation.dtype
+    compute = hardware.crowded(world.ranks_per_host)
+    work = PassWork(job, training=False)
+    turns = math.ceil(len(batches) / world.ranks)
+    samples = np.array([len(batch.rows) for batch in batches], dtype=np.float64)
+    longest = np.array([batch.rows.max() for batch in batches], dtype=np.float64)
+    targets = np.array([batch.targets.sum() for batch in batches], dtype=np.float64)
+    rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap
+    home = np.asarray(work.home(Rows(samples, longest, targets)).seconds(compute, dtype, work.score_flops))
+    home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))
+    fixed = work.fixed(1.0).seconds(compute, dtype)
+    local = job.places.num_experts // ep_size
+    arriving = rows.reshape(turns, -1, ep_size).mean(2).repeat(ep_size, 1)
+    busy = home + fixed + np.asarray(work.experts(arriving, ep_size, local).seconds(compute, dtype))
+    cores = hardware.slots if hardware.kind == "cpu" else world.ranks_per_host
+    crowded = busy.reshape(turns, world.hosts, -1).sum(2).max(1) / cores
+    seconds = float(np.maximum(busy.max(1), crowded).sum())
+    group, places = Group.cluster(world, ep_size), job.places
+    calls, numbers = exchanged(job, False, float(rows.sum()) / world.ranks / turns)
+    size = numbers * max(job.size.bytes_per_parameter, 2) + len(places.layers) * places.num_experts * 8
+    seconds += network.all_to_all(group, calls * turns, size / calls)
+    return seconds + network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
+
+
+def predict_memory(job: Job, ep_size: int, in_flight: int | None, hardware: Hardware, participants: int) -> dict[str, int]:
+    """Bytes of rank 0 by purpose; the other ranks hold as much or less."""
+    topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
+    execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
+    config = job.config.model_copy(update={"topology": topology, "execution": execution})
+    bitwise = job.bitwise(hardware.kind)
+    home = home_clients(in_flight, participants, ep_size)
+    found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes)}
+    found |= estimate(config, job.size, job.places, job.blocks, home, job.length, bitwise)
+    found[PASS] = int(found[PASS] * hardware.activation_slack)
+    return found | outlasting(config, job.method, job.places, job.blocks, len(job.clients), participants)

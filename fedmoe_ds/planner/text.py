@@ -1,0 +1,151 @@
+"""Text: a plan as lines for the terminal, readable at any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedmoe_ds.memory import format_bytes
+from fedmoe_ds.planner.flops import TierFlops
+from fedmoe_ds.planner.hardware import Hardware
+from fedmoe_ds.planner.job import Job
+from fedmoe_ds.planner.prediction import Prediction
+from fedmoe_ds.planner.search import Choice, Refusal
+from fedmoe_ds.planner.verify import Verified
+from fedmoe_ds.planner.world import World
+
+MOST_ROWS = 12
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows under a header; the first column to the left."""
+    widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for line in [header, *rows]:
+        cells = [str(cell).rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[0] = str(line[0]).ljust(widths[0])
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def summarised(rows: list[list[str]], most: int = MOST_ROWS) -> list[list[str]]:
+    """The first and last rows of a long table, with a row of dots between them."""
+    if len(rows) <= most:
+        return rows
+    return [*rows[: most - 4], ["..."] * len(rows[0]), *rows[-3:]]
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration with three digits."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 1.0:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.2f} s" if seconds < 600 else f"{seconds / 3600:.2f} h"
+
+
+def heading(job: Job, world: World, hardware: Hardware) -> list[str]:
+    """World, machine, federation."""
+    config, places, drawn = job.config, job.places, len(job.participants(1))
+    lines = [
+        f"world: {world.hosts} hosts x {world.ranks_per_host} = {world.ranks} ranks on {hardware.name} ({hardware.origin})",
+        f"foundation: {job.size.dense_parameters / 1e6:.4g} M dense + {job.size.pool_parameters / 1e6:.4g} M expert parameters "
+        f"in {config.foundation.dtype}, {len(places.layers)} layers x {places.num_experts} experts, top-{places.top_k}",
+        f"federation: {len(job.clients)} clients, {drawn} per round, {config.federation.rounds} rounds; method "
+        f"{config.method.name}, {'bitwise' if job.bitwise(hardware.kind) else 'fast'}",
+    ]
+    return [*lines, *([job.data.assumed] if job.data.assumed else [])]
+
+
+def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -> list[str]:
+    """Clusters with their ranks, hosts and work."""
+    clusters = world.ranks // ep_size
+    mean = sum(prediction.work) / clusters or 1.0
+    rows = []
+    for cluster, work in enumerate(prediction.work):
+        first, last = cluster * ep_size, (cluster + 1) * ep_size - 1
+        hosts = sorted({world.host(first), world.host(last)})
+        rows.append([str(cluster), _span(first, last), _span(hosts[0], hosts[-1]), f"{work / mean:.3f}"])
+    local = job.places.num_experts // ep_size
+    return [
+        f"topology: {clusters} clusters x ep_size {ep_size}, {local} experts per rank and layer; work of the busiest cluster / "
+        f"mean: {prediction.balance:.3f}; {prediction.waves} waves",
+        *aligned(["cluster", "ranks", "hosts", "work / mean"], summarised(rows)),
+    ]
+
+
+def memory_lines(prediction: Prediction, available: float) -> list[str]:
+    """Memory of one rank by purpose."""
+    rows = [[name, format_bytes(count)] for name, count in prediction.memory.items()]
+    rows += [["total", format_bytes(prediction.memory_total)], ["available", format_bytes(available)]]
+    return ["memory per rank:", *aligned(["purpose", "bytes"], rows)]
+
+
+def round_lines(prediction: Prediction) -> list[str]:
+    """Seconds by phase and cause, traffic by collective."""
+    total = prediction.round_seconds
+    phases = [[name, format_seconds(s), f"{100 * s / total:.1f} %"] for name, s in prediction.seconds.items()]
+    phases.append(["round", format_seconds(total), f"{prediction.tokens / total:.4g} tokens/s"])
+    trained = prediction.seconds["train"] or 1.0
+    causes = [[n, format_seconds(s), f"{100 * s / trained:.1f} %"] for n, s in prediction.train_split.items() if s]
+    lines = ["round 1 by phase:", *aligned(["phase", "time", ""], phases)]
+    lines += ["of which training:", *aligned(["cause", "time", ""], causes)]
+    if not prediction.traffic:
+        return [*lines, "network: none, one rank"]
+    rows = [[n, f"{t.calls:.0f}", format_bytes(t.bytes), format_seconds(t.seconds)] for n, t in prediction.traffic.items()]
+    return [*lines, "network per rank and round:", *aligned(["collective", "calls", "bytes", "time"], rows)]
+
+
+def search_lines(choices: list[Choice], refusals: list[Refusal], shown: int = 8) -> list[str]:
+    """The best combinations, and why others are refused."""
+    rows = []
+    for choice in choices[:shown]:
+        p = choice.prediction
+        moved = sum(p.bytes.values())
+        rows.append(
+            [f"{choice.clusters} x {choice.ep_size}", str(choice.in_flight), format_seconds(p.round_seconds),
+             format_bytes(p.memory_total), format_bytes(moved), f"{p.balance:.2f}"]
+        )  # fmt: skip
+    best = choices[0]
+    lines = [
+        f"best of {len(choices)} combinations that fit ({len(refusals)} do not): {best.clusters} clusters, "
+        f"topology.ep_size={best.ep_size} execution.clients_in_flight={best.in_flight}",
+        *aligned(["clusters x ep_size", "in flight", "round", "memory", "sent per rank", "balance"], rows),
+    ]
+    return [*lines, *[f"  refused: {refusal.reason}" for refusal in refusals[:3]]]
+
+
+def flops_lines(job: Job, tiers: list[TierFlops]) -> list[str]:
+    """FLOPs of the forward pass by budget tier."""
+    most = tiers[0].total
+    rows = [
+        [f"k={t.top_k}", str(t.cap), str(t.rank), f"{t.total / 1e9:.4g} B", f"{100 * (t.total / most - 1):.1f} %"]
+        for t in tiers
+    ]
+    slope = job.length * job.cost.forward(1, job.config.adapters.rank) - tiers[0].dense
+    return [
+        f"FLOPs per tier, forward pass of one sequence of {job.length} rows: {tiers[0].dense / 1e9:.4g} B dense + "
+        f"{slope / 1e9:.4g} B per active expert:",
+        *aligned(["tier", "active experts", "LoRA rank", "FLOPs", "saved"], rows),
+    ]
+
+
+def study_lines(world: World, seconds: float, rounds: int, seeds: int) -> list[str]:
+    """The whole study."""
+    hours = seconds / 3600
+    return [
+        f"study: {rounds} rounds x {seeds} seeds: {format_seconds(seconds)} per seed, "
+        f"{hours * world.ranks * seeds:.4g} rank-hours in all (start-up and checkpoints not counted)"
+    ]
+
+
+def verify_lines(found: Verified, world: World) -> list[str]:
+    """What the dry run of the groups did."""
+    return [
+        f"verified: as {len(found.ranks)} of {world.ranks} ranks ({', '.join(map(str, found.ranks[:8]))}"
+        f"{', ...' if len(found.ranks) > 8 else ''}) all {found.groups} process groups were built and are what the layout says "
+        f"({found.seconds:.2f} s per world); experts and ranks partition for all {world.ranks} ranks"
+    ]
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

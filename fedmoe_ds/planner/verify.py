@@ -1,0 +1,151 @@
+"""Verify: build the process groups of a world of any size in this one process, and compare them with the layout.
+
+torch's `fake` backend makes a process believe that it is rank r of n; nothing travels. All groups go through the code of a real
+start: `topology.build_topology` and `foundation.hosting.create_groups`, hence DeepSpeed's own group creation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.control import Control
+from fedmoe_ds.launcher import Launch
+from fedmoe_ds.topology import Layout
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked.
+
+    Attributes:
+        ranks: the ranks as which the whole world was built.
+        groups: groups of one world, all of them checked.
+        seconds: of one world.
+    """
+
+    ranks: list[int]
+    groups: int
+    seconds: float
+
+
+class Echo:
+    """A control plane in which everybody says what this rank says."""
+
+    def __init__(self, name: str, rank: int, size: int, ep_size: int) -> None:
+        self.name, self.rank, self.size, self.ep_size = name, rank, size, ep_size
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        return [payload] * self.size
+
+    def sum(self, total: Tensor) -> Tensor:
+        return total.mul_(self.size)
+
+    def split(self, color: int, name: str) -> Control:
+        return Echo(name, self.rank % self.ep_size, self.ep_size, self.ep_size)
+
+
+def check_partition(layout: Layout, num_experts: int) -> None:
+    """Every rank is in one cluster and one shard, and every cluster holds every expert once. Raises AssertionError."""
+    clusters: dict[int, list[int]] = {}
+    for rank in range(layout.world_size):
+        clusters.setdefault(layout.cluster(rank), []).append(rank)
+    assert len(clusters) == layout.clusters, (len(clusters), layout.clusters)
+    for cluster, ranks in clusters.items():
+        assert [layout.shard(rank) for rank in ranks] == list(range(layout.ep_size)), (cluster, ranks)
+        held = Counter(expert for rank in ranks for expert in layout.experts(rank, num_experts))
+        assert set(held) == set(range(num_experts)) and set(held.values()) == {1}, (cluster, held)
+
+
+def sample_ranks(layout: Layout) -> list[int]:
+    """First and last rank of the first, a middle and the last cluster."""
+    clusters = sorted({0, layout.clusters // 2, layout.clusters - 1})
+    return sorted({cluster * layout.ep_size + shard for cluster in clusters for shard in (0, layout.ep_size - 1)})
+
+
+def verify(config: TopologyConfig, layout: Layout, num_experts: int, ranks: list[int] | None = None) -> Verified:
+    """Build the world as each of `ranks` (default: a sample) and check every group.
+
+    Must run in a process without a process group. Raises AssertionError where a group is not what the layout says.
+    """
+    check_partition(layout, num_experts)
+    chosen = sample_ranks(layout) if ranks is None else ranks
+    began = time.monotonic()
+    groups = [_check_world(config, layout, rank) for rank in chosen]
+    assert len(set(groups)) == 1, groups
+    return Verified(chosen, groups[0], (time.monotonic() - began) / len(chosen))
+
+
+def _check_world(config: TopologyConfig, layout: Layout, rank: int) -> int:
+    """Build the world as one rank. Returns the number of groups."""
+    from fedmoe_ds.runtime import Runtime
+    from fedmoe_ds.topology import build_topology
+
+    planned = config.model_copy(update={"ep_size": layout.ep_size, "clusters": layout.clusters, "aggregation": "torch"})
+    with _fake_world(rank, layout.world_size):
+        control = Echo("the world", rank, layout.world_size, layout.ep_size)
+        runtime = Runtime(Launch("fake", rank, layout.world_size, rank), torch.device("cpu"), control)
+        topology = build_topology(planned, runtime)
+        cluster, shard = layout.cluster(rank), layout.shard(rank)
+        assert (topology.cluster, topology.shard) == (cluster, shard), (topology.cluster, topology.shard)
+        mates = list(range(cluster * layout.ep_size, (cluster + 1) * layout.ep_size))
+        peers = list(range(shard, layout.world_size, layout.ep_size))
+        assert topology.ep_group is not None and torch_dist.get_process_group_ranks(topology.ep_group) == mates, rank
+        assert topology.edp_group is not None and torch_dist.get_process_group_ranks(topology.edp_group) == peers, rank
+        return _check_all_groups(layout)
+
+
+def _check_all_groups(layout: Layout) -> int:
+    """All groups that this process knows of (its own and, by name, everybody's) partition the world as the layout does."""
+    found = [tuple(ranks) for ranks in _created]
+    for size, expected in (
+        (layout.ep_size, {tuple(range(c * layout.ep_size, (c + 1) * layout.ep_size)) for c in range(layout.clusters)}),
+        (layout.clusters, {tuple(range(s, layout.world_size, layout.ep_size)) for s in range(layout.ep_size)}),
+    ):
+        missing = expected - set(found)
+        assert not missing, f"{len(missing)} groups of {size} ranks were never created: {sorted(missing)[:2]}"
+    return len(found)
+
+
+_created: list[list[int]] = []
+
+
+@contextmanager
+def _fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """This process as one rank of a world of `world_size`; notes every group that is created."""
+    import deepspeed
+    import deepspeed.comm.comm as ds_comm
+    from deepspeed.utils import groups as ds_groups
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not torch_dist.is_initialized(), "a fake world needs a process without a process group"
+    real = torch_dist.new_group
+
+    def noting(ranks: list[int] | None = None, *rest: Any, **settings: Any) -> Any:
+        _created.append(list(range(world_size)) if ranks is None else list(ranks))
+        return real(ranks, *rest, **settings)
+
+    torch_dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    torch_dist.new_group = noting
+    _created.clear()
+    before = dict(vars(ds_groups))
+    try:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("fake", auto_mpi_discovery=False, verbose=False)
+        yield
+    finally:
+        torch_dist.new_group = real
+        torch_dist.destroy_process_group()
+        ds_comm.cdb = None
+        for name, value in before.items():
+            if name.strip("_").isupper():
+                setattr(ds_groups, name, {} if isinstance(value, dict) else value)

@@ -1,0 +1,165 @@
+"""Work: how much of each kind of work a pass, an optimizer step and a server step are.
+
+Legend: B sequences, S positions, T = B x S token rows, N routed rows, L layers, D model width, F expert width, V vocabulary,
+E experts, A attention projections with LoRA, P ranks of a cluster.
+
+Multiplications are exact arithmetic on shapes. Framework calls and moved numbers are linear in the shapes; their factors were
+counted with a dispatch mode (every aten call that is no view, and the numbers that it reads and writes) on OLMoE models of
+several shapes; tests/test_planner_work.py counts again. Everything works on numpy arrays as well: one entry per local step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from fedmoe_ds.planner.hardware import Compute, Stage
+from fedmoe_ds.planner.job import Job
+
+Amount = Any
+"""A number, or float64 [n]: one per local step."""
+
+# Framework calls: of a pass, of a layer, of one attention projection with LoRA, of one more block of rows in a layer.
+TRAIN_CALLS = (5.0, 200.0, 21.5, 40.0)
+FORWARD_CALLS = (36.0, 88.0, 12.0, 14.0)
+# Numbers read or written by calls that are no matrix products, per token row (in units of D), per routed row (D, F), and
+# per token row and expert; forward and backward.
+TRAIN_NUMBERS = {
+    "row": 174.0,  # x D per token row
+    "projection": 17.0,  # x D per token row and attention projection with LoRA
+    "routed_d": 8.3,  # x D per routed row
+    "routed_f": 34.0,  # x F per routed row
+    "expert": 12.0,  # per token row and expert
+    "slot": 30.0,  # per token row and slot of its top-k
+    "target": 7.0,  # x V per target
+}
+FORWARD_SHARE = 0.28
+"""Of these numbers, how many the forward pass alone moves."""
+PRODUCTS = 4
+"""Grouped products of the frozen weights in a training pass: two forward, two backward."""
+
+# Bytes that one trainable number costs in each stage of a round, where no calibration says its seconds.
+STAGE_BYTES: dict[Stage, float] = {"update": 80.0, "norm": 8.0, "move": 8.0, "fold": 100.0, "serve": 100.0}
+STAGE_CALLS: dict[Stage, float] = {"update": 10.0, "norm": 4.0, "move": 2.0, "fold": 25.0, "serve": 12.0}
+"""The same for the framework calls of a block."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Amounts of every kind of work.
+
+    Attributes:
+        calls: framework calls.
+        flops: of matrix products with frozen weights and adapters; attention scores too.
+        bytes: moved by elementwise work.
+        groups: (expert, client) groups over all grouped products.
+        scores: attention scores (head, query, key), where hardware tells their own time.
+    """
+
+    calls: Amount = 0.0
+    flops: Amount = 0.0
+    bytes: Amount = 0.0
+    groups: Amount = 0.0
+    scores: Amount = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: Amount) -> Work:
+        return Work(*(getattr(self, f.name) * factor for f in fields(self)))
+
+    def seconds(self, compute: Compute, dtype: str, score_flops: float = 0.0) -> Amount:
+        """On one device or core. `score_flops` are the FLOPs of one attention score, for hardware without a time for it."""
+        rate = compute.flops_per_s[dtype]
+        per_score = compute.score_s if compute.score_s is not None else score_flops / rate
+        return (
+            self.calls * compute.call_s
+            + self.flops / rate
+            + self.bytes / compute.bytes_per_s
+            + self.groups * compute.group_s
+            + self.scores * per_score
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a rank brings to a pass: samples, the longest of them, targets."""
+
+    samples: Amount
+    longest: Amount
+    targets: Amount
+
+
+class PassWork:
+    """Work of passes of one job.
+
+    Args:
+        training: forward and backward, or forward alone.
+    """
+
+    def __init__(self, job: Job, training: bool) -> None:
+        self.job, self.training = job, training
+        self.recompute = training and job.config.execution.activation_checkpointing
+        self.number_bytes = max(job.size.bytes_per_parameter, 2)
+
+    @property
+    def score_flops(self) -> float:
+        """FLOPs of one attention score and its share of the values: forward 4 K, backward twice that (K: head width)."""
+        width = self.job.size.hidden / self.job.heads
+        return 4.0 * width * (3.0 + self.recompute if self.training else 1.0)
+
+    def _times(self, training_factor: float) -> float:
+        return training_factor + self.recompute if self.training else 1.0
+
+    def fixed(self, clients: float) -> Work:
+        """What a pass is, rows or not: calls, and the frozen dense weights that it reads; `clients` take part on this rank."""
+        job, layers = self.job, self.job.size.layers
+        per_pass, per_layer, per_projection, _ = TRAIN_CALLS if self.training else FORWARD_CALLS
+        calls = per_pass + layers * (per_layer + per_projection * job.projections * max(clients, 1.0))
+        return Work(calls, 0.0, self._times(2) * (job.body + job.head) * job.size.bytes_per_parameter)
+
+    def home(self, rows: Rows) -> Work:
+        """What a rank computes for its own rows: everything but the experts, and but what is fixed per pass."""
+        job, size, adapters = self.job, self.job.size, self.job.config.adapters
+        layers, padded = size.layers, rows.samples * rows.longest
+        lora = job.cost.dense_row * adapters.rank
+        flops = padded * (2.0 * job.body * self._times(2) + lora * self._times(3))
+        flops += rows.targets * 2.0 * job.head * self._times(2)
+        share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
+        n = TRAIN_NUMBERS
+        per_row = size.hidden * (n["row"] + n["projection"] * job.projections) + n["expert"] * job.places.num_experts
+        per_row += n["slot"] * job.places.top_k
+        numbers = padded * layers * per_row + rows.targets * n["target"] * (job.head / size.hidden)
+        scores = padded * rows.longest * job.heads * layers
+        return Work(0.0, flops, numbers * share * self.number_bytes, 0.0, scores)
+
+    def experts(self, routed: Amount, blocks: float, local_experts: int) -> Work:
+        """What a rank computes for the rows that arrive at its experts.
+
+        Args:
+            routed: arriving rows of a layer.
+            blocks: blocks that they form (bitwise: one per peer).
+        """
+        job, places = self.job, self.job.places
+        layers = len(places.layers)
+        weights = places.matrices * places.width * places.ffn
+        lora = job.cost.expert_row * job.config.adapters.rank / layers
+        flops = routed * (2.0 * weights * self._times(2) + lora * self._times(3))
+        share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
+        numbers = routed * (TRAIN_NUMBERS["routed_d"] * places.width + TRAIN_NUMBERS["routed_f"] * places.ffn) * share
+        calls = (blocks - 1) * (TRAIN_CALLS if self.training else FORWARD_CALLS)[3]
+        possible = local_experts * blocks
+        touched = possible * -np.expm1(-routed / possible)
+        read = touched * weights * self._times(2) * job.size.bytes_per_parameter
+        groups = touched * (PRODUCTS if self.training else PRODUCTS / 2)
+        return Work(calls, flops, numbers * self.number_bytes + read, groups, 0.0) * layers
+
+
+def stage_seconds(compute: Compute, stage: Stage, numbers: float, blocks: float = 0.0) -> float:
+    """Seconds of a stage of a round over trainable numbers, in so many blocks."""
+    number, block = compute.number_s.get(stage), compute.block_s.get(stage)
+    number = STAGE_BYTES[stage] / compute.bytes_per_s if number is None else number
+    block = STAGE_CALLS[stage] * compute.call_s if block is None else block
+    return float(numbers * number + blocks * block)

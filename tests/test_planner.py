@@ -1,0 +1,236 @@
+"""The planner: hardware, legality, FLOPs of FLAME's tiers, predictions that react to what they are asked, the command."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federations import make_config, write_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmoe_ds.config import Config, load_config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
+from fedmoe_ds.planner.flops import tier_flops
+from fedmoe_ds.planner.hardware import TABLE, table_names
+from fedmoe_ds.planner.legality import check_ep_size, check_fits, idle_clusters, legal_sizes
+from fedmoe_ds.planner.prediction import predict_memory
+from fedmoe_ds.planner.search import search
+from fedmoe_ds.planner.study import plan
+from fedmoe_ds.planner.verify import check_partition
+from fedmoe_ds.planner.world import world_of
+from fedmoe_ds.topology import Layout
+
+REPOSITORY = Path(__file__).parents[1]
+OLMOE = REPOSITORY / "configs" / "olmoe-7b.yaml"
+# FLAME prints the first and the last; the two between follow from C(k) = C_dense + k C_expert.
+FLAME = {8: 342.8e9, 4: 237.2e9, 2: 184.4e9, 1: 158.0e9}
+
+
+@pytest.fixture(scope="module")
+def olmoe() -> Job:
+    folder = REPOSITORY / "configs" / "models" / "olmoe-1b-7b"
+    assert [file.name for file in folder.iterdir()] == ["config.json"], "planning needs no weights and no tokenizer"
+    return resolve(load_config(OLMOE, [f"foundation.path={folder}"]))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    root = tmp_path_factory.mktemp("planner")
+    write_inputs(root)
+    return resolve(make_config(root, "planned", {"execution": {"micro_batch_size": None}}))
+
+
+def test_flame_table(olmoe: Job) -> None:
+    """The cost of an active expert is FLAME's; its dense part is larger than what the model's matrices take."""
+    ours = {tier.top_k: tier.total for tier in tier_flops(olmoe, tokens=128)}
+    assert list(ours) == [8, 4, 2, 1]
+    slope = (FLAME[8] - FLAME[1]) / 7
+    for high, low in ((8, 4), (4, 2), (2, 1)):
+        assert (ours[high] - ours[low]) / (FLAME[high] - FLAME[low]) == pytest.approx(1.0, abs=0.015)
+    dense = FLAME[1] - slope
+    remainder = dense - tier_flops(olmoe, tokens=128)[0].dense
+    assert 30e9 < remainder < 40e9, "what FLAME counts beside attention, router, head and their adapters"
+    for k, total in ours.items():
+        assert total + remainder == pytest.approx(FLAME[k], rel=0.006), k
+
+
+def test_expert_cost_is_exact(olmoe: Job) -> None:
+    """One active expert in 16 layers: three 2048 x 1024 matrices, rank-16 adapters on both products, 2 FLOPs a number."""
+    tiers = tier_flops(olmoe, tokens=1)
+    numbers = 16 * (3 * 2048 * 1024 + 16 * (2048 + 2048 + 1024 + 2048))
+    assert tiers[2].total - tiers[3].total == 2.0 * numbers
+
+
+def test_shapes_come_from_the_configuration(olmoe: Job) -> None:
+    assert olmoe.size.pool_parameters == 16 * 64 * 3 * 2048 * 1024
+    assert olmoe.size.bytes_per_parameter == 2 and olmoe.head == 50304 * 2048
+    assert olmoe.data.assumed is not None and "no tokenizer" in olmoe.data.assumed
+    assert olmoe.steps(olmoe.clients[0], 1).rows.tolist() == [16 * 128] * 24
+
+
+def test_assumed_clients_need_a_number(olmoe: Job) -> None:
+    with pytest.raises(UserError, match=r"data\.partition\.clients: not set: .* holds no tokenizer"):
+        resolve(load_config(OLMOE, [f"foundation.path={olmoe.config.foundation.path}", "data.partition.clients=null"]))
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 600))
+@settings(deadline=None, max_examples=300)
+def test_a_layout_is_legal_or_refused_with_its_numbers(world: int, ep_size: int, experts: int) -> None:
+    if ep_size in legal_sizes(world, experts):
+        layout = check_ep_size(world, ep_size, experts)
+        check_partition(layout, experts)
+        assert layout.clusters * ep_size == world
+        return
+    with pytest.raises(UserError, match=rf"topology\.ep_size: {ep_size}: .*({world} ranks|{experts} experts)"):
+        check_ep_size(world, ep_size, experts)
+
+
+@given(st.integers(1, 5000), st.integers(1, 512))
+def test_legal_sizes_divide_both(world: int, experts: int) -> None:
+    sizes = legal_sizes(world, experts)
+    assert sizes[0] == 1 and sizes == sorted(size for size in range(1, 513) if world % size == 0 and experts % size == 0)
+
+
+def test_partition_check_can_fail() -> None:
+    class Crooked(Layout):
+        def shard(self, rank: int) -> int:
+            return 0
+
+    with pytest.raises(AssertionError):
+        check_partition(Crooked(8, 2), 8)
+
+
+def test_every_machine_of_the_table_loads_and_names_its_source() -> None:
+    assert {"h100", "h200", "a100", "mi300x", "cpu"} <= set(table_names())
+    for name in table_names():
+        assert load_hardware(name).compute.flops_per_s["bfloat16"] > 1e9
+    lines = TABLE.read_text().splitlines()
+    figures = [line for line in lines if line.startswith("  ") and ("peak" in line or "memory_gb" in line or "inter:" in line)]
+    assert all("#" in line for line in figures), "every figure says where it is from"
+
+
+def test_unknown_hardware_and_broken_calibration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'h200'"):
+        load_hardware("h20")
+    (tmp_path / "old.json").write_text('{"name": "x"}')
+    with pytest.raises(UserError, match=r"old\.json: not a calibration of this version .*bench\.py calibrate"):
+        load_hardware(tmp_path / "old.json")
+
+
+def test_a_calibration_replaces_the_table(tmp_path: Path, small: Job) -> None:
+    cpu = load_hardware("cpu")
+    slower = cpu.model_copy(update={"name": "slow", "compute": cpu.compute.slower(3.0), "measured": ["compute"]})
+    (tmp_path / "slow.json").write_text(slower.model_dump_json())
+    again = load_hardware(tmp_path / "slow.json")
+    assert again == slower
+    fast, slow = (predict_job(small, 1, 8, World(1, 1), hardware).seconds["train"] for hardware in (cpu, again))
+    assert slow == pytest.approx(3.0 * fast)
+
+
+def test_worlds() -> None:
+    assert world_of(16, 8, None).ranks == 128
+    assert world_of(None, 8, 4096) == World(512, 8) and world_of(None, 8, 3) == World(1, 3)
+    with pytest.raises(UserError, match="--ranks: 20: not a whole number of hosts of 8 ranks"):
+        world_of(None, 8, 20)
+
+
+def test_prediction_counts_what_a_round_sends(small: Job) -> None:
+    """Bytes of aggregation are exact: two 64-bit limbs for every number and weight of what is averaged."""
+    cpu = load_hardware("cpu")
+    alone, apart, shared = (
+        predict_job(small, *place, cpu) for place in ((1, 8, World(1, 1)), (1, 8, World(1, 2)), (2, 8, World(1, 2)))
+    )
+    assert not alone.traffic
+    numbers = sum(len(b.layers) * (16 if b.expert else 1) * (_product(b.item) + 1) for b in small.blocks if not b.personal)
+    assert apart.bytes["all_reduce"] == numbers * 16 and "all_to_all" not in apart.bytes
+    assert shared.bytes["all_to_all"] > 0
+    rows = sum(int(small.steps(client, 1).rows.sum()) * client.cap for client in small.clients)
+    wide = rows * len(small.places.layers) * small.places.width * 4 / 2
+    assert 4.0 < shared.bytes["all_to_all"] / wide < 5.5, "rows and results, forward and backward, and evaluation"
+
+
+def _product(item: tuple[int, ...]) -> int:
+    result = 1
+    for length in item:
+        result *= length
+    return result
+
+
+def test_more_ranks_than_cores_take_turns(small: Job) -> None:
+    cpu = load_hardware("cpu")
+    wide, narrow = (cpu.model_copy(update={"slots": cores}) for cores in (4, 1))
+    fast, slow = (predict_job(small, 1, 8, World(1, 4), hardware).seconds["train"] for hardware in (wide, narrow))
+    assert slow > 1.8 * fast
+
+
+def test_the_last_round_evaluates_every_client(small: Job) -> None:
+    cpu = load_hardware("cpu")
+    first, last = (predict_job(small, 1, 8, World(1, 1), cpu, index).seconds["evaluate"] for index in (1, 2))
+    assert last > first > 0
+
+
+def test_memory_is_refused_with_the_numbers(olmoe: Job) -> None:
+    a100 = load_hardware("a100")
+    needed = sum(predict_memory(olmoe, 8, 8, a100, 256).values())
+    choices, refusals = search(olmoe, World(1, 8), a100.model_copy(update={"memory_bytes": needed + 1e6}))
+    assert {(choice.ep_size, choice.in_flight) for choice in choices} == {(8, 8)}, "only the widest pool with the fewest fits"
+    held = f"a rank has {needed / 2**30:.1f} GiB"
+    assert any("GiB per rank at ep_size 1 with" in refusal.reason and held in refusal.reason for refusal in refusals)
+    with pytest.raises(UserError, match=r"no topology of 8 ranks fits; .* ep_size 8 with 8 clients .* a rank has 0\.9 GiB"):
+        search(olmoe, World(1, 8), a100.model_copy(update={"memory_bytes": 1e9}))
+    with pytest.raises(
+        UserError, match=r"memory: 2\.0 GiB per rank at ep_size 2 with all clients in flight: a rank has 1\.0 GiB"
+    ):
+        check_fits(2 << 30, 1 << 30, 2, None)
+
+
+def test_idle_clusters_are_named() -> None:
+    assert idle_clusters(8, 8) is None
+    assert idle_clusters(8, 5) is not None and "3 of 8 clusters are idle: a round has 5 participants" in str(
+        idle_clusters(8, 5)
+    )
+
+
+def test_search_prefers_the_faster(olmoe: Job) -> None:
+    choices, _ = search(olmoe, World(2, 8), load_hardware("h200"))
+    seconds = [choice.prediction.round_seconds for choice in choices]
+    assert seconds == sorted(seconds) and seconds[-1] > 1.2 * seconds[0]
+    assert {choice.ep_size for choice in choices} == {1, 2, 4, 8, 16}
+
+
+def test_clusters_that_do_not_match(small: Job) -> None:
+    tree = small.config.model_dump() | {"topology": {"clusters": 3}}
+    with pytest.raises(UserError, match=r"topology\.clusters: 3: 4 ranks with ep_size 1 make 4 clusters"):
+        plan(Config.model_validate(tree), World(1, 4), load_hardware("cpu"))
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """`launch/plan.py` in this process."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+    script = runpy.run_path(str(REPOSITORY / "launch" / "plan.py"))
+    assert script["main"]() == 0
+    return capsys.readouterr().out
+
+
+def test_the_command(tmp_path: Path, olmoe: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    world = ["--nodes", "2", "--gpus-per-node", "8", "--gpu", "h200", "--seeds", "3", "--json", str(tmp_path / "plan.json")]
+    path = f"foundation.path={olmoe.config.foundation.path}"
+    shown = run_command(monkeypatch, capsys, "--config", str(OLMOE), *world, "--no-search", path, "federation.rounds=2")
+    for words in (
+        "world: 2 hosts x 8 = 16 ranks on h200 (table, efficiencies assumed)",
+        "topology: 2 clusters x ep_size 8, 8 experts per rank and layer",
+        "memory per rank:",
+        "round 1 by phase:",
+        "all_to_all",
+        "FLOPs per tier, forward pass of one sequence of 128 rows",
+        "study: 2 rounds x 3 seeds",
+    ):
+        assert words in shown, shown
+    data: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
+    assert data["ranks"] == 16 and data["rank_hours"] == pytest.approx(data["seed_s"] / 3600 * 48)

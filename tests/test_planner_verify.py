@@ -1,0 +1,44 @@
+"""The topology dry run: process groups of worlds that this machine does not have, through the code of a real start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as torch_dist
+
+from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.foundation import hosting
+from fedmoe_ds.planner.verify import Echo, sample_ranks, verify
+from fedmoe_ds.topology import Layout
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(("world", "ep_size"), [(2, 1), (2, 2), (12, 3), (64, 8)])
+def test_every_rank_of_a_small_world(world: int, ep_size: int) -> None:
+    layout = Layout(world, ep_size)
+    ranks = list(range(world)) if world < 20 else None
+    found = verify(TopologyConfig(), layout, 24, ranks)
+    assert found.ranks == (ranks or sample_ranks(layout))
+    assert found.groups >= layout.clusters
+    assert not torch_dist.is_initialized()
+
+
+def test_4096_ranks() -> None:
+    found = verify(TopologyConfig(), Layout(4096, 64), 64, [0, 4095])
+    assert found.groups >= 64 and found.seconds < 30
+
+
+def test_a_wrong_group_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = hosting.create_groups
+    monkeypatch.setattr(hosting, "create_groups", lambda ep_size: real(ep_size)[::-1])
+    with pytest.raises(AssertionError):
+        verify(TopologyConfig(), Layout(8, 2), 8, [3])
+    assert not torch_dist.is_initialized()
+
+
+def test_echo_is_a_control_plane() -> None:
+    world = Echo("the world", 5, 8, 2)
+    cluster = world.split(2, "cluster 2")
+    assert (cluster.rank, cluster.size) == (1, 2) and world.gather(b"x") == [b"x"] * 8
