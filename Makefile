@@ -9,7 +9,7 @@ CONFIG ?= configs/quickstart.yaml
 # Debian packages that tests need beyond a C++ compiler and Python's headers.
 APT_PACKAGES ?=
 # And those of `make test-cluster`: a real SLURM, and hosts of their own with ssh.
-CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins openssh-server pdsh iproute2
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins openssh-server openssh-client pdsh iproute2 procps
 ARGS ?=
 
 PYTHON := $(PYTHON)

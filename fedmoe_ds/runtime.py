@@ -107,24 +107,31 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     os.environ.setdefault("LOCAL_SIZE", str(launch.world_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()) if launch.world_size == 1 else "29500")
-    from fedmoe_ds.foundation import hosting  # imports DeepSpeed, which reads the choice of accelerator that was made above
-
     place = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(place)
     # The watchdog speaks first, because it knows who is missing; torch's own limit is the second net.
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
-    try:
-        hosting.join_world("nccl" if use_cuda else "gloo", timeout)
-    except torch_dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LostError(
-            f"rank {launch.rank} on {socket.gethostname()} could not join {launch.world_size} ranks at {where}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    control = make_control(topology.control, launch.launcher, launch.rank, launch.world_size, timeout)
+    control = _join("nccl" if use_cuda else "gloo", launch, topology.control, timeout)
     watchdog.start(control, limits, launch.local_rank)
     return Runtime(launch, place, control)
+
+
+def _join(backend: str, launch: Launch, control: str, timeout: datetime.timedelta) -> Control:
+    from fedmoe_ds.foundation import hosting  # imports DeepSpeed, which reads the choice of accelerator that was made before
+
+    try:
+        hosting.join_world(backend, timeout)
+        return make_control(control, launch.launcher, launch.rank, launch.world_size, timeout)
+    except RuntimeError as error:  # of torch's store, or of gloo
+        if not isinstance(error, torch_dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        way = os.environ.get("GLOO_SOCKET_IFNAME")
+        raise LostError(
+            f"rank {launch.rank} on {socket.gethostname()} could not join {launch.world_size} ranks at {where}"
+            f"{f' (GLOO_SOCKET_IFNAME={way})' if way else ''}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def keep_freed_memory() -> None:
