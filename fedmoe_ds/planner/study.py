@@ -49,7 +49,7 @@ class Plan:
             text.round_lines(self.prediction),
             text.flops_lines(self.job, tier_flops(self.job)),
             text.search_lines(self.choices, self.refusals) if self.choices else [],
-            text.study_lines(self.world, self.seed_seconds, config.federation.rounds, self.seeds),
+            text.study_lines(self.world, self.hardware, self.seed_seconds, config.federation.rounds, self.seeds),
             text.verify_lines(self.verified, self.world) if self.verified else [],
         ]
         return [line for part in parts if part for line in [*part, ""]][:-1]

@@ -118,7 +118,7 @@ def flops_lines(job: Job, tiers: list[TierFlops]) -> list[str]:
     """FLOPs of the forward pass by budget tier."""
     most = tiers[0].total
     rows = [
-        [f"k={t.top_k}", str(t.cap), str(t.rank), f"{t.total / 1e9:.4g} B", f"{100 * (t.total / most - 1):.1f} %"]
+        [f"k={t.top_k}", str(t.cap), str(t.rank), f"{t.total / 1e9:.4g} B", f"{100 * (1 - t.total / most):.1f} %"]
         for t in tiers
     ]
     slope = job.length * job.cost.forward(1, job.config.adapters.rank) - tiers[0].dense
@@ -129,12 +129,12 @@ def flops_lines(job: Job, tiers: list[TierFlops]) -> list[str]:
     ]
 
 
-def study_lines(world: World, seconds: float, rounds: int, seeds: int) -> list[str]:
+def study_lines(world: World, hardware: Hardware, seconds: float, rounds: int, seeds: int) -> list[str]:
     """The whole study."""
-    hours = seconds / 3600
+    hours, unit = seconds / 3600, "rank-hours" if hardware.kind == "cpu" else "GPU-hours"
     return [
         f"study: {rounds} rounds x {seeds} seeds: {format_seconds(seconds)} per seed, "
-        f"{hours * world.ranks * seeds:.4g} rank-hours in all (start-up and checkpoints not counted)"
+        f"{hours * world.ranks * seeds:.4g} {unit} in all (start-up and checkpoints not counted)"
     ]
 
 
