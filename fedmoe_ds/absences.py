@@ -1,45 +1,59 @@
-"""Absences: clients that a round goes on without, because an earlier start ran out of memory on them.
+"""Absences: clients that a round goes on without, because a start ran out of memory on them.
 
 With experts sharded over ranks, a rank that runs out of memory cannot tell its peers, who wait for its rows: the job ends, and
-the next start must not try again. One line of JSON per absence in `absent.jsonl`, beside the checkpoints.
+the next start must not try again. And whoever resumes a round must leave out the same clients, even if it has more memory.
+One line of JSON per absence in `absent.jsonl`, beside the checkpoints.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 NAME = "absent.jsonl"
 
 
 class Absences:
-    """Those of one run folder; read once, at the start."""
+    """Those of one run.
 
-    def __init__(self, folder: Path, known: list[list[int]] | None = None) -> None:
-        self.path, self._known = folder / NAME, {(round_index, client) for round_index, client in known or []}
+    Args:
+        folder: of the run.
+        settings: what decides which clients there are and what a pass of theirs needs; absences under others do not count.
+        lines: of the file, as rank 0 has read them.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], lines: list[str]) -> None:
+        self.path = folder / NAME
+        self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self._known = {(found[1], found[2]) for line in lines if (found := _parse(line)) is not None and found[0] == self.key}
 
     def of(self, round_index: int) -> set[int]:
         """Indices of the clients that this round leaves out."""
         return {client for round_, client in self._known if round_ == round_index}
 
     def add(self, round_index: int, client: int) -> None:
-        """Write one down for the next start; any rank may, at the moment of its failure."""
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        """Write one down; any rank may, at the moment of its failure. Raises OSError."""
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(handle, (json.dumps([round_index, client]) + "\n").encode())
+            # The newline before it ends a line that a full disk has cut short.
+            os.write(handle, ("\n" + json.dumps([self.key, round_index, client]) + "\n").encode())
             os.fsync(handle)
         finally:
             os.close(handle)
 
 
-def read(folder: Path) -> list[list[int]]:
-    """(round, client index) of every absence; a line that a full disk cut short is left out."""
-    path, found = folder / NAME, []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            round_index, client = json.loads(line)
-        except ValueError:
-            continue
-        found.append([int(round_index), int(client)])
-    return found
+def read_lines(folder: Path) -> list[str]:
+    """The file's lines, none where there is no file."""
+    path = folder / NAME
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _parse(line: str) -> tuple[str, int, int] | None:
+    try:
+        key, round_index, client = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    return str(key), int(round_index), int(client)

@@ -32,6 +32,7 @@ class Activity:
         waiting: the collective that the process is in, or None.
         since: when `waiting` last changed (monotonic seconds).
         failed: the collective that an exception came out of, or None.
+        groups: names of the groups of ranks that this one is in, beside the world.
         tallies: by name of the collective, since the last `take`.
     """
 
@@ -40,6 +41,7 @@ class Activity:
     waiting: str | None = None
     since: float = field(default_factory=time.monotonic)
     failed: str | None = None
+    groups: list[str] = field(default_factory=list)
     tallies: dict[str, Tally] = field(default_factory=dict)
 
     def enter(self, phase: str, round_index: int | None = None) -> None:
@@ -54,6 +56,7 @@ class Activity:
             yield
             return
         began = self.since = time.monotonic()
+        self.failed = None
         self.waiting = f"{name} over {where}"
         try:
             yield
@@ -78,6 +81,7 @@ class Activity:
             "phase": self.phase,
             "waiting": self.waiting,
             "for_s": time.monotonic() - self.since,
+            "groups": self.groups,
         }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmoe_ds import state as states
 from fedmoe_ds.absences import Absences
-from fedmoe_ds.absences import read as read_absences
+from fedmoe_ds.absences import read_lines as read_absences
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
 from fedmoe_ds.aggregation.sums import RoundSums
@@ -183,6 +183,7 @@ def _assemble(
         runtime.device,
         client_rules(config, method, state),
     )
+    ours = identity(config, foundation, data)
     tiers, folder = sorted({client.top_k for client in clients}, reverse=True), Path(config.output) / config.name
     evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, tiers, method, config.evaluation)
     return Parts(
@@ -204,10 +205,10 @@ def _assemble(
         server=server,
         state=state,
         cost=CostModel.of(model_size(foundation.model, foundation.layers), places, blocks, positions(foundation.images)),
-        identity=identity(config, foundation, data),
+        identity=ours,
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",
-        absences=Absences(folder, runtime.on_main(lambda: read_absences(folder))),
+        absences=Absences(folder, memory_settings(config, ours), runtime.on_main(lambda: read_absences(folder))),
     )
 
 
@@ -282,3 +283,10 @@ def identity(config: Config, foundation: Foundation, data: FederatedData) -> dic
     sections = {name: tree[name] for name in ("seed", "adapters", "local", "method", "server")}
     sections["federation"] = {key: value for key, value in tree["federation"].items() if key != "rounds"}
     return {"foundation": foundation.fingerprint, "data": data.fingerprint, **sections}
+
+
+def memory_settings(config: Config, identity: dict[str, Any]) -> dict[str, Any]:
+    """What decides which clients there are and how much a pass of theirs needs."""
+    execution = config.execution
+    passes = {"micro_batch_size": execution.micro_batch_size, "activation_checkpointing": execution.activation_checkpointing}
+    return {**identity, **passes}

@@ -98,7 +98,8 @@ class TorchControl:
         if len(ranks) == 1:
             return Alone()
         # Only members take part: a rank of a large world makes its own group and no other.
-        group = torch_dist.new_group(ranks, timeout=self.timeout, backend="gloo", use_local_synchronization=True)
+        with activity.collective("new_group", name):
+            group = torch_dist.new_group(ranks, timeout=self.timeout, backend="gloo", use_local_synchronization=True)
         return TorchControl(group, ranks, name, self.timeout)
 
 

@@ -132,8 +132,8 @@ class Federation:
         """Train one wave. A client that does not fit into memory leaves it, and the others begin again.
 
         Raises:
-            LostError: that happened in the middle of the cluster's all-to-all, where the peers cannot be called back. It is
-                written down, and the next start leaves the client out of this round.
+            LostError: that happened in the middle of the cluster's all-to-all, where the peers cannot be called back. The next
+                start leaves the client out of this round.
         """
         parts = self.parts
         while any(wave):
@@ -143,8 +143,8 @@ class Federation:
                 )
             except OutOfMemory as shortage:
                 lost, words = shortage.client, str(shortage)
+            parts.absences.add(round_index, lost.index)
             if parts.topology.layout.ep_size > 1:
-                parts.absences.add(round_index, lost.index)
                 where = f"rank {parts.runtime.rank} on {parts.topology.hosts[parts.runtime.rank]}, round {round_index}"
                 raise LostError(f"{where}: {words}; start again with --resume auto: the round goes on without it")
             progressed.done[lost.index] = self.journal.absent(lost)

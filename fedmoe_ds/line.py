@@ -38,5 +38,5 @@ class Line:
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
             return [dict(json.loads(line)) for line in lines] if len(self._rest) < _LONGEST else None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None

@@ -75,6 +75,11 @@ class Peer:
         waiting = self.state["waiting"]
         return f"{self.where}, {f'waiting in {waiting}' if waiting else 'computing'}"
 
+    def belongs(self, collective: str) -> bool:
+        """Whether it takes part in a collective, as far as it has said which groups it is in."""
+        group, groups = collective.partition(" over ")[2], self.state.get("groups") or []
+        return not groups or group in groups or group == "the world"
+
     def hear(self, state: dict[str, Any]) -> None:
         self.heard, self.state = time.monotonic(), state
 
@@ -107,7 +112,8 @@ def stuck(peers: list[Peer], limits: Limits) -> str | None:
     if not late:
         return None
     waiting = late[0].state["waiting"]
-    absent = [peer for peer in here if peer.state["waiting"] != waiting]
+    absent = [peer for peer in here if peer.state["waiting"] != waiting and peer.belongs(waiting)]
+    absent.sort(key=lambda peer: (peer.state["waiting"] is not None, -peer.state["for_s"]))
     missing = ", ".join(f"{p.name} ({p.doing} for {p.state['for_s']:.0f} s)" for p in absent[:4])
     more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
     blame = f"not in it: {missing}{more}" if absent else "all ranks are in it: the network between them does not carry it"

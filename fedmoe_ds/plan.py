@@ -8,7 +8,7 @@ from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.fit import check_plan
 from fedmoe_ds.memory import estimate, format_bytes, outlasting
 from fedmoe_ds.methods import load_method, method_for, with_defaults
-from fedmoe_ds.planner.job import Job, resolve
+from fedmoe_ds.planner.job import Job, is_bitwise, resolve
 from fedmoe_ds.planner.text import summarised
 from fedmoe_ds.topology import check_layout, format_table
 
@@ -25,7 +25,7 @@ def describe(config: Config, world_size: int) -> list[str]:
     """Describe the run on `world_size` ranks. Raises UserError for everything that a real start would refuse."""
     method_for(config)
     layout = check_layout(config.topology, world_size)
-    check_plan(config, config.execution.reproducible != "fast")
+    check_plan(config, is_bitwise(config, "cpu"))
     job = resolve(config, assume=False)
     config = job.config
     rows = layout.table(job.places.num_experts, ["?"] * world_size)

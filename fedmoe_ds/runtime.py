@@ -26,7 +26,7 @@ from fedmoe_ds import watchdog
 from fedmoe_ds.activity import activity
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.control import Control, make_control
-from fedmoe_ds.errors import EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
+from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
 from fedmoe_ds.launcher import Launch, free_port, known_rank
 from fedmoe_ds.peers import Limits
 
@@ -113,7 +113,13 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     # The watchdog speaks first, because it knows who is missing; torch's own limit is the second net.
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
     control = _join("nccl" if use_cuda else "gloo", launch, topology.control, timeout)
-    watchdog.start(control, limits, launch.local_rank)
+    try:
+        watchdog.start(control, limits, launch.local_rank)
+    except (OSError, RuntimeError) as error:
+        here, there = f"rank {launch.rank} on {socket.gethostname()}", os.environ["MASTER_ADDR"]
+        raise LostError(
+            f"{here} lost the others at the start, or cannot reach the watchdog of rank 0 at {there}: {error}"
+        ) from None
     return Runtime(launch, place, control)
 
 
@@ -155,7 +161,7 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except (UserError, LostError) as error:
         code, words = error.exit_code, str(error)
-        if known_rank() == 0 or isinstance(error, LostError):
+        if known_rank() == 0 or (watchdog.current() is None and isinstance(error, LostError)):
             sys.stderr.write(f"error: {error}\n")
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
@@ -181,9 +187,10 @@ def _leave(code: int, words: str) -> NoReturn:
     watch = watchdog.current()
     if watch is not None:
         watch.farewell(code, words)
-    if code == EXIT_USER_ERROR and known_rank() != 0:
+    if known_rank() != 0 and (code == EXIT_USER_ERROR or (code == EXIT_LOST and watch is not None)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: no longer a request to stop after the wave
-        time.sleep(_SAY_S)  # the watchdog ends this process as soon as rank 0 has spoken
+        time.sleep(_SAY_S)  # the watchdog ends this process as soon as rank 0 has spoken, or the launcher does
+        sys.stderr.write(f"error: rank {known_rank()} on {socket.gethostname()}: {words}\n")  # rank 0 knows of nothing
     if watch is not None:
         watch.stop()
     if code in (0, EXIT_STOPPED) and torch_dist.is_initialized():

@@ -21,7 +21,7 @@ from fedmoe_ds.launcher import free_port
 _POLL_S = 0.1
 _GRACE_S = 15.0
 """How long the other ranks have to end by themselves once a rank has ended in failure and the limit on silence is over."""
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
@@ -52,25 +52,30 @@ class Supervisor:
                     return code
                 if restart < self.max_restarts:
                     self.note(f"restart {restart + 1} of {self.max_restarts}, from the last checkpoint")
-        self.note(f"--max-restarts: {self.max_restarts}: the job was lost once more; nothing is lost, start it again")
+        self.note(
+            f"--max-restarts: {self.max_restarts}: the job was lost once more; the last checkpoint is intact, start it again"
+        )
         return EXIT_LOST
 
     def _start(self, resume: list[str]) -> int:
         port = str(free_port())
-        for rank in range(self.ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_SIZE": self.ranks}
-            variables = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            # Sessions of their own: Ctrl-C at the terminal reaches the supervisor alone, which passes it on once.
-            self._processes.append(
-                subprocess.Popen([*self.command, *resume], env=os.environ | variables, start_new_session=True)
-            )
         try:
+            for rank in range(self.ranks):
+                self._processes.append(self._rank(rank, port, resume))
+            if self._asked is not None:  # while they were being started: some may not have heard it
+                self._pass_on(self._asked)
             return self._wait()
         finally:
             for process in self._processes:
                 process.kill()
                 process.wait()
             self._processes = []
+
+    def _rank(self, rank: int, port: str, resume: list[str]) -> subprocess.Popen[bytes]:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_SIZE": self.ranks}
+        variables = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # A session of its own: Ctrl-C at the terminal reaches the supervisor alone, which passes it on once.
+        return subprocess.Popen([*self.command, *resume], env=os.environ | variables, start_new_session=True)
 
     def _wait(self) -> int:
         deadline = None
@@ -94,9 +99,12 @@ class Supervisor:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked = signal.Signals(number)
+        self._pass_on(self._asked)
+
+    def _pass_on(self, number: signal.Signals) -> None:
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGUSR1 if number == signal.SIGINT else number)
+                process.send_signal(number if number == signal.SIGTERM else signal.SIGUSR1)
 
 
 def verdict(codes: list[int | None]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch.distributed as torch_dist
 
+from fedmoe_ds.activity import activity
 from fedmoe_ds.collectives import ControlSumming, Summing, TorchSumming, name_group
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.control import Control, MpiControl, mpi_world
@@ -128,8 +129,10 @@ def build_topology(config: TopologyConfig, runtime: Runtime) -> Topology:
         UserError: the world does not fit the layout, or aggregation over MPI is asked for where there is no MPI.
     """
     layout = check_layout(config, runtime.world_size)
-    ep_group, edp_group = hosting.create_groups(config.ep_size)
+    with activity.collective("new_group", "the world"):
+        ep_group, edp_group = hosting.create_groups(config.ep_size)
     cluster, shard = layout.cluster(runtime.rank), layout.shard(runtime.rank)
+    activity.groups = [f"cluster {cluster}", f"shard {shard}"]
     name_group(ep_group, f"cluster {cluster}")
     name_group(edp_group, f"shard {shard}")
     hosts = [str(host) for host in runtime.gather(socket.gethostname())]

@@ -44,6 +44,7 @@ class Watch:
         self.me, self.limits = me, limits
         self.over = threading.Event()  # the job has been declared over
         self._left = threading.Event()
+        self._leaving: dict[str, Any] | None = None  # what this process has said last
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def _watch(self) -> None:
@@ -96,9 +97,11 @@ class Monitor(Watch):
             self._judge()
 
     def _judge(self) -> None:
-        if self._failure is not None and time.monotonic() - self._failure[0] > _SAY_FIRST_S:
+        if self._failure is not None and self._leaving is None and time.monotonic() - self._failure[0] > _SAY_FIRST_S:
             self._over(self._failure[1], self._failure[2])
         self.me.hear(activity.state())
+        if self._leaving is not None:
+            return
         quiet = silent(list(self.peers.values()), self.limits)
         if quiet:
             self._over(quiet_words(quiet, self.limits), EXIT_LOST, quiet)
@@ -116,16 +119,18 @@ class Monitor(Watch):
         if messages is None:
             self.selector.unregister(line.socket)
             line.socket.close()
-            if line.rank is not None and not self.peers[line.rank].left:
+            if line.rank is not None and not self.peers[line.rank].left and self._leaving is None:
                 self._over(died(self.peers[line.rank]), EXIT_LOST)
             return
         for message in messages:
             if line.rank is not None:
                 self._message(self.peers[line.rank], message)
-            elif secrets.compare_digest(str(message.get("token")), self.token):
+            elif secrets.compare_digest(str(message.get("token")).encode(), self.token.encode()):
                 line.rank = int(message["hello"])
                 self.lines[line.rank] = line
                 self.peers[line.rank].process = Process(message["pid"], message["space"])
+                if self._leaving is not None:
+                    line.send(self._leaving)
 
     def _message(self, peer: Peer, message: dict[str, Any]) -> None:
         if "alive" in message:
@@ -141,11 +146,12 @@ class Monitor(Watch):
         self.end(text, code, say=True, kill=known)
 
     def _tell(self, message: dict[str, Any]) -> None:
-        for line in self.lines.values():
+        for line in list(self.lines.values()):
             line.send(message)
 
     def farewell(self, code: int, text: str) -> None:
-        self._tell({"over": code} if code not in (0, None) and text else {"bye": code})
+        self._leaving = {"over": code} if code not in (0, None) and text else {"bye": code}
+        self._tell(self._leaving)
         time.sleep(_SPREAD_S if text else 0.0)
 
 
@@ -163,14 +169,14 @@ class Beacon(Watch):
         if self.selector.select(self.limits.beat):
             messages = self.line.receive()
             if messages is None:
-                if not self.main.left:
+                if not self.main.left and self._leaving is None:
                     self.end(died(self.main), EXIT_LOST, self.speaks)
                 self._left.set()
                 return
             for message in messages:
                 self._message(message)
             time.sleep(self.limits.beat / 2)  # rank 0 is talkative: do not answer each word
-        if silent([self.main], self.limits):
+        if self._leaving is None and silent([self.main], self.limits):
             known = [] if self.main.process is None else [self.main.process]
             self.end(quiet_words([self.main], self.limits), EXIT_LOST, self.speaks, known)
 
@@ -183,7 +189,8 @@ class Beacon(Watch):
             self.end("", int(message["over"]), say=False, kill=[Process(*process) for process in message.get("kill", ())])
 
     def farewell(self, code: int, text: str) -> None:
-        self.line.send({"bye": code, "text": text})
+        self._leaving = {"bye": code, "text": text}
+        self.line.send(self._leaving)
 
 
 def start(control: Control, limits: Limits, local_rank: int) -> Watch | None:

@@ -7,6 +7,7 @@ Everything runs on one CPU thread per process. Absolute numbers depend on the ma
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def main() -> int:
         return 0
     from fedmoe_ds.bench import aggregate, load, pool, pool_workload, table, wave
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an ordinary end: children are ended, too
     table.check_writable(args.json)
     if args.command == "wave":
         settings = {name: getattr(args, name) for name in ("steps", "sequences", "length", "seed")}

@@ -27,17 +27,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpu", "--hardware", dest="hardware", default="h200", metavar="NAME|FILE",
                         help="a machine of the table, or a file of `launch/bench.py calibrate` (default: h200)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="repetitions of the run in the study")
-    parser.add_argument("--verify", nargs="?", const="sample", choices=("sample", "all"),
-                        help="also build all process groups of the world here, as some or as all of its ranks")  # fmt: skip
+    parser.add_argument("--verify", action="store_true",
+                        help="also build all process groups of the world here, as some of its ranks")  # fmt: skip
+    parser.add_argument("--verify-all", action="store_true", help="the same as all of its ranks, one after the other")
     parser.add_argument("--no-search", action="store_true", help="do not try other topologies")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may stand between the options
 
 
 def main() -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported; a plan computes nothing on a device
     args = parse()
     config = load_config(args.config, args.overrides)
+    from fedmoe_ds.bench.table import check_writable
     from fedmoe_ds.planner import load_hardware
     from fedmoe_ds.planner.study import plan
     from fedmoe_ds.planner.world import world_of
@@ -46,9 +48,11 @@ def main() -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: {value}: must be 1 or more")
+    check_writable(args.json)
     hardware = load_hardware(args.hardware)
-    world = world_of(args.nodes, args.gpus_per_node or hardware.slots, args.ranks)
-    found = plan(config, world, hardware, args.seeds, args.verify, not args.no_search)
+    world = world_of(args.nodes, args.gpus_per_node, args.ranks, hardware)
+    verified = "all" if args.verify_all else "sample" if args.verify else None
+    found = plan(config, world, hardware, args.seeds, verified, not args.no_search)
     sys.stdout.write("\n".join(found.lines()) + "\n")
     if args.json is not None:
         args.json.write_text(json.dumps(found.data(), indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,9 @@ from fedmoe_ds.stop import StopRequest
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance federation.rounds=20")
     parser.add_argument("--config", type=Path, required=True, help="YAML file")
     parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue where the run stopped")

@@ -72,11 +72,14 @@ def test_large_worlds_speak_less_often() -> None:
 
 def test_only_a_process_of_this_host_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
-        Process(child.pid, "another boot pid:[1]").kill_here()
-        os.kill(child.pid, signal.SIGSTOP)
-        assert child.poll() is None
-        Process(child.pid, Process.own().space).kill_here()
-        assert child.wait(timeout=10) == -signal.SIGKILL
+        try:
+            Process(child.pid, "another boot pid:[1]").kill_here()
+            os.kill(child.pid, signal.SIGSTOP)
+            assert child.poll() is None
+            Process(child.pid, Process.own().space).kill_here()
+            assert child.wait(timeout=10) == -signal.SIGKILL
+        finally:
+            child.kill()
 
 
 def test_activity_names_the_outermost_collective_and_counts_it() -> None:

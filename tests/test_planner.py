@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from federations import make_config, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmoe_ds.bench.shapes import Shape, write_model
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
@@ -24,6 +26,8 @@ from fedmoe_ds.planner.search import search
 from fedmoe_ds.planner.study import plan
 from fedmoe_ds.planner.verify import check_partition
 from fedmoe_ds.planner.world import world_of
+from fedmoe_ds.scaling.measured import Measured
+from fedmoe_ds.scaling.predicted import Predictor
 from fedmoe_ds.topology import Layout
 
 REPOSITORY = Path(__file__).parents[1]
@@ -92,6 +96,7 @@ def test_a_layout_is_legal_or_refused_with_its_numbers(world: int, ep_size: int,
 
 
 @given(st.integers(1, 5000), st.integers(1, 512))
+@settings(deadline=None)
 def test_legal_sizes_divide_both(world: int, experts: int) -> None:
     sizes = legal_sizes(world, experts)
     assert sizes[0] == 1 and sizes == sorted(size for size in range(1, 513) if world % size == 0 and experts % size == 0)
@@ -134,10 +139,37 @@ def test_a_calibration_replaces_the_table(tmp_path: Path, small: Job) -> None:
 
 
 def test_worlds() -> None:
-    assert world_of(16, 8, None).ranks == 128
-    assert world_of(None, 8, 4096) == World(512, 8) and world_of(None, 8, 3) == World(1, 3)
-    with pytest.raises(UserError, match="--ranks: 20: not a whole number of hosts of 8 ranks"):
-        world_of(None, 8, 20)
+    h100 = load_hardware("h100")
+    assert world_of(16, 8, None, h100).ranks == 128 and world_of(2, None, None, h100) == World(2, 8)
+    assert world_of(None, None, 64, h100) == World(8, 8) and world_of(None, None, 4096, h100) == World(512, 8)
+    assert world_of(None, None, 3, h100) == World(1, 3) and world_of(4, None, 16, h100) == World(4, 4)
+    assert world_of(None, 16, 64, h100) == World(4, 16) == world_of(4, 16, 64, h100), "more than devices, as asked for"
+
+
+def test_ranks_of_a_calibrated_machine_share_it() -> None:
+    here = load_hardware("cpu").model_copy(update={"slots": 2, "measured": ["compute"]})
+    assert world_of(None, None, 6, here) == World(1, 6) and world_of(3, None, 6, here) == World(3, 2)
+    assert here.origin(1) == "measured here" and here.origin(2) == "measured here, links between hosts assumed"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "per_host", "ranks", "reason"),
+    [
+        (None, None, 20, "--ranks: 20: not a whole number of hosts of 8 ranks"),
+        (2, 8, 32, "--ranks: 32: not 2 hosts of 8 ranks"),
+        (None, 8, 12, "--ranks: 12: not a whole number of hosts of 8 ranks"),
+        (3, None, 64, "--ranks: 64: cannot be dealt evenly to 3 hosts"),
+        (
+            1,
+            None,
+            64,
+            "--ranks: 64: 64 ranks on each of 1 hosts, and h100 has 8 devices; use --nodes 8, or say --gpus-per-node 64",
+        ),
+    ],
+)
+def test_worlds_that_contradict_themselves(hosts: int | None, per_host: int | None, ranks: int, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        world_of(hosts, per_host, ranks, load_hardware("h100"))
 
 
 def test_prediction_counts_what_a_round_sends(small: Job) -> None:
@@ -173,6 +205,43 @@ def test_the_last_round_evaluates_every_client(small: Job) -> None:
     cpu = load_hardware("cpu")
     first, last = (predict_job(small, 1, 8, World(1, 1), cpu, index).seconds["evaluate"] for index in (1, 2))
     assert last > first > 0
+
+
+def test_a_study_counts_evaluations_as_often_as_they_happen(tmp_path: Path) -> None:
+    """Rounds 0 to 6: the foundation, 2, 4 and 6; every client with the first and the last, and in round 4."""
+    write_inputs(tmp_path)
+    often = {"every": 2, "clients_every": 4, "client_sequences": 2}
+    config = make_config(tmp_path, "study", {"federation": {"rounds": 6}, "evaluation": often})
+    cpu, world = load_hardware("cpu"), World(1, 1)
+    found = plan(config, world, cpu, searching=False)
+    first, shared, own = (predict_job(found.job, 1, None, world, cpu, index).seconds["evaluate"] for index in (1, 2, 4))
+    assert first == 0 and own > shared > 0
+    assert found.evaluation_s == pytest.approx(shared + 3 * own)
+    assert found.seed_seconds == pytest.approx(6 * found.prediction.round_seconds + shared + 3 * own)
+
+
+def test_unequal_hosts_are_not_predicted(small: Job) -> None:
+    run = Measured(3, 3, 1, 6, 2, (2,), 1e3, None, 1.0, 1.0, {}, None, None, None, "", True, {}, {})
+    predictor = Predictor("cpu")
+    assert predictor.seconds(small.config, run) is None
+    assert (predictor.seconds(small.config, replace(run, hosts=3)) or 0.0) > 0
+
+
+def test_auto_is_fast_on_a_gpu(tmp_path: Path) -> None:
+    """Bitwise mode refuses threads and odd widths; a plan for a GPU must not refuse what would run there."""
+    write_inputs(tmp_path)
+    auto = {"execution": {"reproducible": "auto"}}
+    config = make_config(tmp_path, "auto", auto, {"execution": {"threads": 2}})
+    shown = plan(config, World(1, 1), load_hardware("h100"), searching=False).lines()
+    assert any(line.endswith(", fast") for line in shown)
+    with pytest.raises(UserError, match="bitwise mode needs 1"):
+        plan(config, World(1, 1), load_hardware("cpu"))
+    write_model(Shape("odd", experts=4, hidden=32, ffn=18, layers=1, heads=2, vocab=320, top_k=2), 0, tmp_path / "odd")
+    assumed = {"partition": {"clients": 2}, "max_samples": 4}
+    config = make_config(tmp_path, "odd", {"foundation": {"path": str(tmp_path / "odd")}, "data": assumed}, auto)
+    assert not resolve(config, kind="cuda").bitwise("cuda")
+    with pytest.raises(UserError, match="widths 32 and 18 must be multiples of 4"):
+        resolve(config)
 
 
 def test_memory_is_refused_with_the_numbers(olmoe: Job) -> None:
@@ -234,3 +303,30 @@ def test_the_command(tmp_path: Path, olmoe: Job, monkeypatch: pytest.MonkeyPatch
         assert words in shown, shown
     data: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
     assert data["ranks"] == 16 and data["rank_hours"] == pytest.approx(data["seed_s"] / 3600 * 48)
+
+
+def test_overrides_stand_anywhere(olmoe: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = f"foundation.path={olmoe.config.foundation.path}"
+    words = [
+        path,
+        "--config",
+        str(OLMOE),
+        "--verify",
+        "topology.ep_size=4",
+        "--ranks",
+        "16",
+        "federation.rounds=2",
+        "--no-search",
+    ]
+    shown = run_command(monkeypatch, capsys, *words)
+    assert "world: 2 hosts x 8 = 16 ranks" in shown and "topology: 4 clusters x ep_size 4" in shown
+    assert "verified: as 6 of 16 ranks" in shown and "study: 2 rounds" in shown
+    shown = run_command(monkeypatch, capsys, *words, "--verify-all")
+    assert "verified: as 16 of 16 ranks" in shown
+
+
+def test_a_file_that_cannot_be_written_is_told_before_planning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"--json: .*nowhere/plan\.json: cannot be written"):
+        run_command(monkeypatch, capsys, "--config", str(OLMOE), "--json", str(tmp_path / "nowhere" / "plan.json"))

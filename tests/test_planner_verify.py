@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as torch_dist
@@ -36,6 +37,20 @@ def test_a_wrong_group_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
         verify(TopologyConfig(), Layout(8, 2), 8, [3])
     assert not torch_dist.is_initialized()
+
+
+@pytest.mark.parametrize("extra", [[0, 1], [1, 2]])
+def test_a_group_too_many_is_found(monkeypatch: pytest.MonkeyPatch, extra: list[int]) -> None:
+    """One that exists already, and one that overlaps two clusters."""
+    real = hosting.create_groups
+
+    def create(ep_size: int) -> tuple[Any, Any]:
+        torch_dist.new_group(extra)
+        return real(ep_size)
+
+    monkeypatch.setattr(hosting, "create_groups", create)
+    with pytest.raises(AssertionError, match="1 groups are none of the layout's"):
+        verify(TopologyConfig(), Layout(8, 2), 8, [3])
 
 
 def test_echo_is_a_control_plane() -> None:

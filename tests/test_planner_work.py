@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 from fedmoe_ds.bench.calibrate_fit import KINDS, fit, fit_link, fit_stage, fit_together
 from fedmoe_ds.bench.calibrate_waves import Bench, Sample
 from fedmoe_ds.bench.shapes import Shape
+from fedmoe_ds.build import enable_checkpointing
+from fedmoe_ds.experts import dispatch
+from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import Work
 
 VIEWS = ("view", "select", "slice", "transpose", "t.", "unsqueeze", "squeeze", "expand", "alias", "detach", "split", "unbind",
@@ -52,6 +56,36 @@ def test_calls_and_bytes_of_a_pass(tmp_path: Path, layers: int, width: int, atte
     work = bench.train(4, 48, 3).work
     assert float(work.calls) == pytest.approx(counts[-1].calls, rel=0.12)
     assert float(work.bytes) == pytest.approx(counts[-1].bytes, rel=0.2)
+
+
+@pytest.mark.parametrize("attention", [[], ["q_proj"]])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_exchanges_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: list[str], again: bool) -> None:
+    """What travels where there are peers: counts, rows, weights and results, and their gradients."""
+    shape = Shape("x", experts=8, hidden=64, ffn=32, layers=3, heads=2, vocab=320, top_k=4)
+    bench = Bench(shape, attention, tmp_path)
+    if again:
+        enable_checkpointing(bench.foundation)
+    travels: list[int] = []
+    for name in ("_exchange_counts", "_to_experts", "_to_home"):
+        real = getattr(dispatch, name)
+
+        def noted(rows: Any, *rest: Any, real: Any = real, name: str = name) -> Any:
+            travels.append(0 if name == "_exchange_counts" else rows.numel())
+            return real(rows, *rest)
+
+        monkeypatch.setattr(dispatch, name, noted)
+    inner = bench.trainer._pass
+
+    def counted(*arguments: Any) -> None:
+        travels.clear()
+        inner(*arguments)
+
+    bench.trainer._pass = counted  # type: ignore[method-assign]
+    bench.train(4, 48, 3)
+    execution = bench.job.config.execution.model_copy(update={"activation_checkpointing": again})
+    job = replace(bench.job, config=bench.job.config.model_copy(update={"execution": execution}))
+    assert exchanged(job, True, 4 * 48 * 3.0) == (len(travels), sum(travels))
 
 
 UNITS = {"calls": 1e-5, "flops": 1e-11, "bytes": 1e-10, "groups": 1e-5, "scores": 2e-9}

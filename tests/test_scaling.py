@@ -1,109 +1,34 @@
-"""Scaling studies: points and what grows, refusals before any start, the arithmetic on recorded runs, resuming, outputs."""
+"""Scaling studies: points and what grows, refusals before any start, the runs of a study, resuming and stopping."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
-import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from launching import REPOSITORY
+from scaling_inputs import NOWHERE, environment, make_request, plan, record_all, record_run, start, write_study
 
 from fedmoe_ds.compare.runner import locked
-from fedmoe_ds.config import dump_config
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
-from fedmoe_ds.planner import World, load_hardware, predict
-from fedmoe_ds.scaling import Request, scale
-from fedmoe_ds.scaling.measured import machine_file, measure, timed_rounds
-from fedmoe_ds.scaling.point import Point, plan_points
+from fedmoe_ds.scaling import Request
+from fedmoe_ds.scaling.point import plan_points
 from fedmoe_ds.scaling.room import check_room, cores
 from fedmoe_ds.scaling.runner import Outcome, Runner
 from fedmoe_ds.scaling.study import read_study
 
-NOWHERE = Path("no-such-script.py")
 STUDIES = REPOSITORY / "configs" / "scaling"
 
 
-def write_study(folder: Path, **keys: Any) -> Path:
-    path = folder / "study.yaml"
-    path.write_text(json.dumps({"base": "base.yaml", **keys}))
-    return path
-
-
-@pytest.fixture(scope="session")
-def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A federation that nobody trains here; only its shapes and data are looked at."""
-    return {
-        "foundation": {"preset": "nano-olmoe", "cache": str(tmp_path_factory.mktemp("shapes"))},
-        "federation": {"rounds": 3},
-        "local": {"max_steps": 3},
-        "data": {"source": str(corpus), "sequence_length": 64, "partition": {"kind": "iid", "clients": 4}},
-    }
-
-
 @pytest.fixture
-def request_(base: dict[str, Any], tmp_path: Path) -> Request:
-    """Strong scaling over 1 and 2 ranks, two repeats, everything in tmp_path."""
-    (tmp_path / "base.yaml").write_text(json.dumps(base))
-    study = write_study(tmp_path, axis="ranks", values=[1, 2], scaling="strong", repeats=2)
-    return Request(study, tmp_path / "runs")
-
-
-def plan(request: Request) -> list[Point]:
-    assert request.output is not None
-    return plan_points(read_study(request.config), request.config, request.output, request.overrides)
-
-
-def start(request: Request, script: Path = NOWHERE, notes: list[str] | None = None) -> tuple[int, str]:
-    return scale(request, script, environment(), (notes if notes is not None else []).append)
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
-
-
-def round_event(number: int, at: float, train: float, **more: Any) -> dict[str, Any]:
-    phases = {"schedule": 0.25, "train": train, "aggregate": 0.5, "evaluate": 0.25}
-    return {"event": "round", "time": at, "round": number, "tokens": 1200, "phases": phases, "seconds": train + 1.0} | more
-
-
-def record_run(point: Point, repeat: int, seconds: float, *, digest: str = "ab", ended: int = 3, **more: Any) -> None:
-    """Write what a run of three rounds leaves behind: a slow first one, then two of `seconds` from event to event."""
-    run = point.runs[repeat]
-    topology = [{"rank": rank, "host": "here", "cluster": rank, "shard": 0, "experts": "0-7"} for rank in range(point.ranks)]
-    facts = {"world_size": point.ranks, "clusters": point.ranks, "ep_size": 1, "clients": 4, "reproducible": "bitwise"}
-    facts |= {"topology": topology, "versions": {"torch": "2.13"}}
-    events = [{"event": "run", "time": 90.0, **facts}]
-    for number, at in ((1, 100.0), (2, 100.0 + seconds), (3, 100.0 + 2 * seconds)):
-        events.append({"event": "client", "time": at, "round": number, "client": "a", "flops": 6.0e9})
-        events.append(round_event(number, at, seconds - 2.0, **more))
-    events.append({"event": "end", "time": 200.0, "rounds": ended, "digest": digest})
-    run.folder.mkdir(parents=True)
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (run.folder / "config.yaml").write_text(dump_config(run.config))
-    machine_file(run).write_text(json.dumps({"cores": 1, "cpu": "a CPU", "system_name": "an OS"}))
-
-
-def record_all(request: Request, seconds: Sequence[Sequence[float]], **more: Any) -> None:
-    for point, times in zip(plan(request), seconds, strict=True):
-        for repeat, value in enumerate(times):
-            record_run(point, repeat, value, **more)
-
-
-def rows_of(request: Request) -> list[dict[str, str]]:
-    assert request.output is not None
-    return list(csv.DictReader(io.StringIO((request.output / "scaling.csv").read_text())))
+def request_(corpus: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Request:
+    return make_request(corpus, tmp_path_factory.getbasetemp() / "shapes", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["weak", "strong", "ep_size", "clients", "experts", "top_k"])
@@ -216,104 +141,6 @@ def test_an_allocation_needs_a_task_per_rank() -> None:
     assert cores({}) == len(os.sched_getaffinity(0))
 
 
-def test_only_rounds_that_follow_one_of_the_same_start_are_timed() -> None:
-    events: list[dict[str, Any]] = [
-        {"event": "run", "time": 0.0},
-        round_event(1, 10.0, 3.0),
-        {"event": "eval", "time": 11.0},
-        round_event(2, 14.0, 3.0),
-        {"event": "resume", "time": 500.0},
-        round_event(3, 510.0, 3.0),
-        round_event(4, 513.5, 3.0),
-    ]
-    assert [(seconds, event["round"]) for seconds, event in timed_rounds(events)] == [(4.0, 2), (3.5, 4)]
-
-
-def test_phases_add_up_to_the_wall_clock(request_: Request) -> None:
-    point = plan(request_)[0]
-    tally = {"all_to_all": {"calls": 3, "seconds": 0.5, "bytes": 8}, "all_reduce": {"calls": 1, "seconds": 0.25, "bytes": 8}}
-    record_run(point, 0, 6.0, collectives=tally)
-    found = measure(point.runs[0])
-    assert (found.rounds, found.seconds, found.recorded, found.tokens_per_s) == ((2, 3), 6.0, 5.0, 200.0)
-    assert found.phases == {"train": 4.0, "aggregate": 0.5, "evaluate": 0.25, "other": 1.25}
-    assert found.collectives == {"all_to_all": 0.5, "all_reduce": 0.25} and found.flops_per_s == 1.0e9
-    assert found.peak_mib is None and found.cores == 1
-
-
-def test_efficiency_by_hand(request_: Request) -> None:
-    """1200 tokens a round: 200 and 300 tokens/s on one rank, 400 and 320 on two."""
-    record_all(request_, [(6.0, 4.0), (3.0, 3.75)])
-    code, text = start(request_)
-    rows = rows_of(request_)
-    assert code == 0 and [float(row["tokens_per_s"]) for row in rows] == [200.0, 300.0, 400.0, 320.0]
-    assert [float(row["efficiency"]) for row in rows] == [0.8, 1.2, 0.8, 0.64]
-    assert [(row["value"], row["repeat"], row["cores"], row["timed_rounds"]) for row in rows] == [
-        ("1", "0", "1", "2"),
-        ("1", "1", "1", "2"),
-        ("2", "0", "1", "2"),
-        ("2", "1", "1", "2"),
-    ]
-    assert "1 (shared)" in text and "ranks 2: more ranks than the 1 core of the machine." in text
-    assert "100 % ± 28 %" in text and "72 % ± 11 %" in text
-    assert "All 4 runs ended with one digest: ab." in text
-    assert all(row["predicted_s"] == "" for row in rows), "nothing is predicted without --hardware"
-
-
-def test_predictions_stand_beside_what_was_measured(request_: Request) -> None:
-    """The recorded rounds end a second before the next begins; a prediction is compared with them alone."""
-    write_study(request_.config.parent, axis="clients", values=[4])
-    (point,) = plan(request_)
-    record_run(point, 0, 6.0)
-    _, text = start(replace(request_, hardware="cpu"))
-    rounds = [predict(point.config, World(1, 1), load_hardware("cpu"), number).round_seconds for number in (2, 3)]
-    (row,) = rows_of(request_)
-    assert float(row["predicted_s"]) == pytest.approx(sum(rounds) / 2, rel=1e-5)
-    assert float(row["predicted_over_measured"]) == pytest.approx(sum(rounds) / 2 / 5.0, rel=1e-5)
-    assert "Predictions: the planner with cpu" in text and request_.output is not None
-    assert "predicted and measured" in (request_.output / "scaling.svg").read_text()
-
-
-def test_the_axis_k_compares_flops(request_: Request) -> None:
-    write_study(request_.config.parent, axis="k", values=[1, 2], ranks=2)
-    for point, seconds in zip(plan(request_), (4.0, 8.0), strict=True):
-        record_run(point, 0, seconds)
-    start(request_)
-    assert [float(row["flops_per_s"]) for row in rows_of(request_)] == [1.5e9, 7.5e8]
-    assert [float(row["efficiency"]) for row in rows_of(request_)] == [1.0, 0.5]
-
-
-def test_efficiency_needs_the_first_value(request_: Request) -> None:
-    record_run(plan(request_)[1], 0, 4.0)
-    code, text = start(replace(request_, collect=True))
-    (row,) = rows_of(request_)
-    assert code == 1 and row["efficiency"] == "" and "| ranks-1-r0 | not finished |" in text
-
-
-def test_different_digests_of_one_federation_are_a_failure(request_: Request) -> None:
-    record_all(request_, [(6.0,), (3.0,)])
-    record_run(plan(request_)[0], 1, 6.0)
-    record_run(plan(request_)[1], 1, 6.0, digest="cd")
-    code, text = start(request_)
-    assert code == 1 and "NOT THE SAME RESULT: ranks-1-r0 and ranks-2-r1" in text
-
-
-def test_outputs_hold_tables_and_every_panel(request_: Request) -> None:
-    tally = {"all_to_all": {"calls": 3, "seconds": 0.5, "bytes": 8}, "gather": {"calls": 1, "seconds": 0.125, "bytes": 8}}
-    record_all(request_, [(6.0, 4.0), (3.0, 3.75)], collectives=tally)
-    copy = request_.config.parent / "docs.md"
-    code, _ = start(replace(request_, collect=True, report=copy))
-    assert code == 0 and request_.output is not None
-    report = (request_.output / "scaling.md").read_text()
-    assert copy.read_text() == report.replace("(scaling.svg)", "(docs.svg)")
-    assert "Measured on: a CPU, 1 cores, an OS; torch 2.13." in report
-    assert [row["all_to_all_s"] for row in rows_of(request_)] == ["0.5"] * 4
-    drawing = ElementTree.fromstring((request_.output / "scaling.svg").read_text())
-    assert copy.with_suffix(".svg").read_text() == (request_.output / "scaling.svg").read_text()
-    words = [element.text or "" for element in drawing.iter("{http://www.w3.org/2000/svg}text")]
-    titles = [word for word in words if word.startswith(("Throughput", "Efficiency", "Where", "The same"))]
-    assert len(titles) == 4 and {"ideal", "measured", "in all-to-all"} <= set(words)
-
-
 def test_finished_runs_are_not_started_again(request_: Request) -> None:
     record_all(request_, [(6.0, 4.0), (3.0, 3.75)])
     notes: list[str] = []
@@ -371,20 +198,29 @@ def test_failures_of_several_kinds_are_just_failures() -> None:
 
 @contextlib.contextmanager
 def soon(number: signal.Signals, mark: Path, times: int) -> Iterator[None]:
-    """Send this process a signal once a file is there, and again."""
+    """Send this process a signal once a file is there, and again, while the block runs."""
+
+    done = threading.Event()
 
     def send() -> None:
-        deadline = time.monotonic() + 30
-        while not mark.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        while not mark.exists():
+            if done.wait(0.02):
+                return
         for _ in range(times):
-            os.kill(os.getpid(), number)
-            time.sleep(0.2)
+            if not done.is_set():
+                os.kill(os.getpid(), number)
+            done.wait(0.2)
 
+    # Whoever listens in the block puts this handler back; a signal that comes too late then does nothing to pytest.
+    before = signal.signal(number, lambda *_: None)
     thread = threading.Thread(target=send)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
@@ -403,13 +239,13 @@ def test_a_signal_stops_the_run_and_starts_no_other(request_: Request, number: s
         "signal.signal(signal.SIGUSR1, stop)\n"
         "time.sleep(60)\n"
     )
-    before = signal.getsignal(number)
     marks = [Path(f"{run.folder}.yaml.mark") for point in plan(request_) for run in point.runs]
     with soon(number, marks[0], times):
+        before = signal.getsignal(number)
         outcome = Runner(script, environment(), lambda text: None).run(plan(request_))
+        assert signal.getsignal(number) is before
     assert outcome.exit_code == EXIT_STOPPED and not outcome.codes
     assert [mark.read_text() if mark.exists() else None for mark in marks] == ["saved", None, None, None]
-    assert signal.getsignal(number) is before
 
 
 def test_a_folder_of_another_study_is_refused(request_: Request) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fedmoe_ds.bench.calibrate_fit import Together, errors, fit, fit_link, fit_stage, fit_together, spread
 from fedmoe_ds.bench.calibrate_waves import FEW, SEVERAL, Sample
-from fedmoe_ds.bench.planned_run import run_job
+from fedmoe_ds.bench.planned_run import end_family, run_job
 from fedmoe_ds.config import Config
 from fedmoe_ds.launcher import free_port
 from fedmoe_ds.machine import available_mib, machine_facts
@@ -39,12 +39,16 @@ MEMORY_JOB: dict[str, Any] = {
     "evaluation": {"max_sequences": 4},
     "topology": {"ep_size": 2},
 }
+_TIMEOUT_S = 300.0  # of one child; twenty to forty seconds are usual
 
 
 def calibrate(note: Note) -> Hardware:
-    """Measure this machine; takes about a minute on two cores."""
+    """Measure this machine; takes about two minutes on two cores."""
     units, residual, stages = _waves(note)
-    cores = os.cpu_count() or 1
+    for kind in ("flops", "bytes"):
+        if units[kind] <= 0.0:
+            note(f"warning: the fit gives {kind} no cost, plans take them as free; calibrate again on an idle machine")
+    cores = len(os.sched_getaffinity(0))
     assumed = load_hardware("cpu")
     clusters = {ranks: _cluster(note, ranks) for ranks in (FEW, SEVERAL)}
     together = {
@@ -117,7 +121,7 @@ def _cluster(note: Note, ranks: int) -> Any:
         _child("models", folder)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
         command += ["--master_port", str(free_port()), "-m", "fedmoe_ds.bench.calibrate_rank", folder]
-        done = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=300)
+        done = _ended(command)
     if done.returncode:
         raise RuntimeError(f"calibration with {ranks} ranks ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -142,10 +146,20 @@ def _environment() -> dict[str, str]:
 
 def _child(part: str, *arguments: str) -> Any:
     command = [sys.executable, "-m", "fedmoe_ds.bench.calibrate", part, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=300)
+    done = _ended(command)
     if done.returncode:
         raise RuntimeError(f"calibration ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _ended(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; whatever happens here, nothing of it stays behind."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()) as process:
+        try:
+            out, err = process.communicate(timeout=_TIMEOUT_S)
+        finally:
+            end_family(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def child(part: str, arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fedmoe_ds.bench.calibrate_waves import pass_samples_together
-from fedmoe_ds.collectives import all_reduce_sum, all_to_all
+from fedmoe_ds.collectives import all_reduce_sum
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.foundation import hosting
 from fedmoe_ds.launcher import detect_launch
@@ -46,10 +46,9 @@ def timed(runtime: Runtime, action: Callable[[], object], repeats: int) -> float
 def measure(runtime: Runtime) -> dict[str, list[tuple[int, float]]]:
     size = runtime.world_size
     group, _ = hosting.create_groups(size)
-    found: dict[str, list[tuple[int, float]]] = {"all_to_all": [], "all_reduce": [], "control": []}
+    found: dict[str, list[tuple[int, float]]] = {"all_reduce": [], "control": []}
     for count, repeats in zip(SIZES, REPEATS, strict=True):
-        rows, arrived, total = (torch.zeros(count // 4) for _ in range(3))
-        found["all_to_all"].append((count, timed(runtime, lambda a=arrived, r=rows: all_to_all(a, r, group), repeats)))  # type: ignore[misc]
+        total = torch.zeros(count // 4)
         found["all_reduce"].append((count, timed(runtime, lambda t=total: all_reduce_sum(t, group, size), repeats)))  # type: ignore[misc]
         if count <= 1 << 18:
             payload = b"x" * count

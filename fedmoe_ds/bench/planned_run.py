@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,18 +41,25 @@ def run_job(tree: dict[str, Any], folder: Path, ranks: int, timeout_s: float = 3
         command = [sys.executable, *launcher, *command[1:]]
     log = folder / f"{tree['name']}.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=_environment(), start_new_session=True)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=_environment())
         try:
             peak = _watch(process, time.monotonic() + timeout_s)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
-                process.wait()
+            end_family(process)
     if process.returncode:
         tail = log.read_text(errors="replace")[-_TAIL:]
         raise RuntimeError(f"{tree['name']} on {ranks} ranks ended with exit code {process.returncode}:\n{tail}")
     metrics = Path(tree["output"]) / tree["name"] / "metrics.jsonl"
     return Finished([json.loads(line) for line in metrics.read_text().splitlines()], peak)
+
+
+def end_family(process: subprocess.Popen[Any]) -> None:
+    """End a process that is still there and all below it: torchrun gives its ranks sessions, so no group holds them all."""
+    if process.poll() is None:
+        for pid in _family(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 def _environment() -> dict[str, str]:

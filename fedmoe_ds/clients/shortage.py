@@ -15,13 +15,13 @@ class OutOfMemory(Exception):
     """A pass did not fit.
 
     Attributes:
-        client: of those in the pass, the one with the most rows.
-        rows: its rows in that pass.
+        client: of those in the pass, on all ranks of the cluster, the one with the most sequences.
+        sequences: of its in that pass.
     """
 
-    def __init__(self, client: Client, rows: int) -> None:
-        super().__init__(f"client {client.name}: {rows} rows in one pass do not fit into memory")
-        self.client, self.rows = client, rows
+    def __init__(self, client: Client, sequences: int) -> None:
+        super().__init__(f"client {client.name}: {sequences} sequences in one pass do not fit into memory")
+        self.client, self.sequences = client, sequences
 
 
 def is_out_of_memory(error: BaseException) -> bool:

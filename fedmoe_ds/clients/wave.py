@@ -162,30 +162,30 @@ class WaveTrainer:
 
     def _forward_backward(self, step: int, works: list[list[_Work]], counts: Counts) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""
-        mine = works[self.shard]
         if self.pool.merge:
-            passes = max((w.micro_batches(step, self.micro) for home in works for w in home), default=0)
-            for micro in range(passes):
-                self._pass([w for w in mine if micro < w.micro_batches(step, self.micro)], step, micro, None, counts)
+            everyone = [work for home in works for work in home]
+            for micro in range(max((w.micro_batches(step, self.micro) for w in everyone), default=0)):
+                self._pass([w for w in everyone if micro < w.micro_batches(step, self.micro)], step, micro, None, counts)
             return
         for slot in range(self.pool.home_clients):
             here = [home[slot] for home in works if slot < len(home)]
-            passes = max((w.micro_batches(step, self.micro) for w in here), default=0)
-            for micro in range(passes):
-                own = [w for w in mine if w.slot == slot and micro < w.micro_batches(step, self.micro)]
-                self._pass(own, step, micro, slot, counts)
+            for micro in range(max((w.micro_batches(step, self.micro) for w in here), default=0)):
+                self._pass([w for w in here if micro < w.micro_batches(step, self.micro)], step, micro, slot, counts)
 
-    def _pass(self, works: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
-        rows = [self._rows(work, step, micro) for work in works]
+    def _pass(self, everyone: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+        """One pass; `everyone` are the clients in it on all ranks of the cluster."""
+        works = [work for work in everyone if work.data is not None]
         try:
-            self._run(works, rows, step, slot, counts)
+            self._run(works, step, micro, slot, counts)
         except (RuntimeError, MemoryError) as error:
-            if not works or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            most, work = max(((part.tokens, work) for work, part in zip(works, rows, strict=True)), key=lambda pair: pair[0])
-            raise OutOfMemory(work.client, most) from None
+            largest = max(everyone, key=lambda work: len(work.batches[step]))
+            count = min(len(largest.batches[step]), self.micro or len(largest.batches[step]))
+            raise OutOfMemory(largest.client, count) from None
 
-    def _run(self, works: list[_Work], rows: list[Rows], step: int, slot: int | None, counts: Counts) -> None:
+    def _run(self, works: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+        rows = [self._rows(work, step, micro) for work in works]
         batch = make_batch(rows, self.pool.num_experts, self.device, self.foundation.images)
         result = forward_pass(self.foundation, self.execution, batch, slot, self._factors(works))
         loss = result.hidden_BSD.sum() * 0.0 if not works else result.nll_N.new_zeros(())

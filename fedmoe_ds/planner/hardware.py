@@ -120,10 +120,11 @@ class Hardware(_Part):
             return self.compute
         return self.compute.slower(self.compute.crowding if ranks_per_host <= self.slots else self.compute.oversubscription)
 
-    @property
-    def origin(self) -> str:
-        """`measured`, `assumed`, or both, for a heading."""
-        return "measured here" if self.measured else "table, efficiencies assumed"
+    def origin(self, hosts: int) -> str:
+        """Where the numbers of a plan on so many hosts are from, for a heading."""
+        if not self.measured:
+            return "table, efficiencies assumed"
+        return "measured here" if hosts == 1 else "measured here, links between hosts assumed"
 
 
 def table_names() -> list[str]:

@@ -28,7 +28,7 @@ from fedmoe_ds.config import Config, TopologyConfig
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, check_task, prepare
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.places import Places
-from fedmoe_ds.fit import check_plan, facts_of, find_places, positions
+from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, positions
 from fedmoe_ds.foundation import planned_task, resolve_foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites, image_input, type_task
 from fedmoe_ds.foundation.foundation import cache_folder, load_tokenizer
@@ -102,8 +102,7 @@ class Job:
 
     def bitwise(self, kind: str) -> bool:
         """Whether the run promises equal bits on this kind of device (`cpu` or `cuda`)."""
-        mode = self.config.execution.reproducible
-        return mode == "bitwise" or (mode == "auto" and kind == "cpu")
+        return is_bitwise(self.config, kind)
 
     @property
     def length(self) -> int:
@@ -157,23 +156,32 @@ def _everything(job: Job) -> Lengths:
     return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate([part.targets for part in parts]))
 
 
-def resolve(config: Config, assume: bool = True) -> Job:
+def is_bitwise(config: Config, kind: str) -> bool:
+    """Whether a run of this configuration promises equal bits on this kind of device."""
+    mode = config.execution.reproducible
+    return mode == "bitwise" or (mode == "auto" and kind == "cpu")
+
+
+def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     """Resolve a configuration.
 
     Args:
+        kind: of device that the run is for, `cpu` or `cuda`: what it would refuse depends on it.
         assume: take clients for granted where the model folder holds no tokenizer, instead of refusing it.
     Raises:
         UserError: what a real start would refuse on any number of ranks.
     """
     method = method_for(config)
     config = with_defaults(config, method)
-    check_plan(config, config.execution.reproducible != "fast")
+    check_plan(config, is_bitwise(config, kind))
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, _DTYPES[config.foundation.dtype])
     layers = host_model(model, 1, 0)
     size = model_size(model, layers)
     sites = [] if layers else feed_forward_sites(model)
     places = find_places(config.model_copy(update={"topology": TopologyConfig()}), layers, sites, 0)
+    if is_bitwise(config, kind):
+        check_widths(places)
     full = Capacity(places.top_k, config.adapters.rank, places.num_experts)
     method.facts = facts_of(config, places)
     method.check(method.facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,7 +74,8 @@ def predict(config: Config, world: World, hardware: Hardware, round_index: int =
         UserError: what a real start would refuse.
     """
     in_flight = config.execution.clients_in_flight
-    return predict_job(resolve(config), config.topology.ep_size, in_flight, world, hardware, round_index)
+    job = resolve(config, kind=hardware.kind)
+    return predict_job(job, config.topology.ep_size, in_flight, world, hardware, round_index)
 
 
 def predict_job(
@@ -94,7 +96,7 @@ def predict_job(
     slowest = max(spent, key=lambda cluster: cluster.total)
     seconds = {"schedule": _schedule(job, hardware, len(chosen)), "train": train}
     seconds["aggregate"] = _aggregate(job, network, hardware, ep_size, len(chosen))
-    seconds["evaluate"] = _evaluate(job, network, hardware, ep_size, round_index)
+    seconds["evaluate"] = _evaluate(job, network, hardware, ep_size, Evaluation.of(job, round_index))
     split = dict(slowest.parts)
     if train > slowest.total:
         split["other clusters on the same cores"] = train - slowest.total
@@ -177,19 +179,46 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     return seconds + (served + copied) * _share(hardware, world)
 
 
-def _evaluate(job: Job, network: Network, hardware: Hardware, ep_size: int, round_index: int) -> float:
-    """Every tier on the global hold-out; in the last round (or when asked for) every client on its own."""
-    config, last = job.config.evaluation, round_index == job.config.federation.rounds
-    if not last and round_index % config.every:
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated after a round; `plain`: the foundation, before the first one.
+
+    Attributes:
+        due: whether anything is.
+        per_client: whether every client's own hold-out is scored, too.
+    """
+
+    due: bool
+    per_client: bool
+    plain: bool
+
+    @classmethod
+    def of(cls, job: Job, round_index: int) -> Evaluation:
+        config, ends = job.config.evaluation, round_index in (0, job.config.federation.rounds)
+        due = ends or round_index % config.every == 0
+        asked = ends or (config.clients_every > 0 and round_index % config.clients_every == 0)
+        return cls(due, due and asked and config.client_sequences > 0, round_index == 0)
+
+
+def evaluation_seconds(job: Job, ep_size: int, world: World, hardware: Hardware) -> float:
+    """Seconds of all evaluations of a run, the foundation's included."""
+    network = Network(hardware, world)
+    kinds = Counter(Evaluation.of(job, index) for index in range(job.config.federation.rounds + 1))
+    return sum(count * _evaluate(job, network, hardware, ep_size, kind) for kind, count in kinds.items())
+
+
+def _evaluate(job: Job, network: Network, hardware: Hardware, ep_size: int, asked: Evaluation) -> float:
+    """Every tier on the global hold-out; where asked for, every client on its own."""
+    if not asked.due:
         return 0.0
-    per_client = config.client_sequences > 0 and (last or (config.clients_every and round_index % config.clients_every == 0))
+    config, personal = job.config.evaluation, job.method.personal_models and not asked.plain
     shared = _batches(job.data.global_holdout.head(config.max_sequences), config.batch_size)
-    own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if per_client else []
+    own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
     owners = [lengths for lengths in own if len(lengths.rows)]
     seconds = 0.0
     for tier in sorted({client.top_k for client in job.clients}):
         members = [client for client in job.clients if client.top_k == tier]
-        runs = len(members) if job.method.personal_models else 1
+        runs = len(members) if personal else 1
         seconds += runs * _scored(job, network, hardware, ep_size, shared, members[0].cap)
         if owners:
             mine = owners[: len(members)] if job.method.personal_models else owners

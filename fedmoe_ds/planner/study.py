@@ -11,7 +11,7 @@ from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.job import Job, resolve
 from fedmoe_ds.planner.legality import check_fits, check_world, idle_clusters
-from fedmoe_ds.planner.prediction import Prediction, predict_job
+from fedmoe_ds.planner.prediction import Prediction, evaluation_seconds, predict_job
 from fedmoe_ds.planner.search import Choice, Refusal, search
 from fedmoe_ds.planner.verify import Verified, verify
 from fedmoe_ds.planner.world import World
@@ -20,13 +20,13 @@ from fedmoe_ds.topology import check_layout
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `launch/plan.py` shows."""
+    """Everything that `launch/plan.py` shows; `evaluation_s`: seconds of all evaluations of one seed."""
 
     job: Job
     world: World
     hardware: Hardware
     prediction: Prediction
-    last_round: Prediction
+    evaluation_s: float
     choices: list[Choice]
     refusals: list[Refusal]
     verified: Verified | None
@@ -35,8 +35,9 @@ class Plan:
 
     @property
     def seed_seconds(self) -> float:
-        """All rounds of one seed, each like round 1, and the last with its evaluation of every client."""
-        return (self.job.config.federation.rounds - 1) * self.prediction.round_seconds + self.last_round.round_seconds
+        """All rounds of one seed, each like round 1, and evaluation as often as the configuration asks for it."""
+        trained = self.prediction.round_seconds - self.prediction.seconds["evaluate"]
+        return self.job.config.federation.rounds * trained + self.evaluation_s
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -92,10 +93,11 @@ def plan(
         UserError: what a real start would refuse, and what does not fit into memory.
     """
     layout = check_layout(config.topology, world.ranks)
-    job = resolve(config)
+    job = resolve(config, kind=hardware.kind)
     check_world(job, config.topology.ep_size, world)
     flight = config.execution.clients_in_flight
-    first, last = (predict_job(job, layout.ep_size, flight, world, hardware, index) for index in (1, config.federation.rounds))
+    first = predict_job(job, layout.ep_size, flight, world, hardware)
+    evaluation_s = evaluation_seconds(job, layout.ep_size, world, hardware)
     choices, refusals = search(job, world, hardware) if searching else ([], [])
     check_fits(first.memory_total, hardware.available(world.ranks_per_host), layout.ep_size, flight)
     verified = None
@@ -103,4 +105,4 @@ def plan(
         ranks = list(range(world.ranks)) if verify_ranks == "all" else None
         verified = verify(config.topology, layout, job.places.num_experts, ranks)
     warning = idle_clusters(layout.clusters, len(job.participants(1)))
-    return Plan(job, world, hardware, first, last, choices, refusals, verified, [warning] if warning else [], seeds)
+    return Plan(job, world, hardware, first, evaluation_s, choices, refusals, verified, [warning] if warning else [], seeds)

@@ -47,7 +47,8 @@ def heading(job: Job, world: World, hardware: Hardware) -> list[str]:
     """World, machine, federation."""
     config, places, drawn = job.config, job.places, len(job.participants(1))
     lines = [
-        f"world: {world.hosts} hosts x {world.ranks_per_host} = {world.ranks} ranks on {hardware.name} ({hardware.origin})",
+        f"world: {world.hosts} hosts x {world.ranks_per_host} = {world.ranks} ranks on {hardware.name} "
+        f"({hardware.origin(world.hosts)})",
         f"foundation: {job.size.dense_parameters / 1e6:.4g} M dense + {job.size.pool_parameters / 1e6:.4g} M expert parameters "
         f"in {config.foundation.dtype}, {len(places.layers)} layers x {places.num_experts} experts, top-{places.top_k}",
         f"federation: {len(job.clients)} clients, {drawn} per round, {config.federation.rounds} rounds; method "
@@ -121,7 +122,7 @@ def flops_lines(job: Job, tiers: list[TierFlops]) -> list[str]:
         [f"k={t.top_k}", str(t.cap), str(t.rank), f"{t.total / 1e9:.4g} B", f"{100 * (1 - t.total / most):.1f} %"]
         for t in tiers
     ]
-    slope = job.length * job.cost.forward(1, job.config.adapters.rank) - tiers[0].dense
+    slope = (tiers[0].total - tiers[0].dense) / tiers[0].cap
     return [
         f"FLOPs per tier, forward pass of one sequence of {job.length} rows: {tiers[0].dense / 1e9:.4g} B dense + "
         f"{slope / 1e9:.4g} B per active expert:",
@@ -134,7 +135,7 @@ def study_lines(world: World, hardware: Hardware, seconds: float, rounds: int, s
     hours, unit = seconds / 3600, "rank-hours" if hardware.kind == "cpu" else "GPU-hours"
     return [
         f"study: {rounds} rounds x {seeds} seeds: {format_seconds(seconds)} per seed, "
-        f"{hours * world.ranks * seeds:.4g} {unit} in all (start-up and checkpoints not counted)"
+        f"{hours * world.ranks * seeds:.4g} {unit} in all with every evaluation (start-up and checkpoints not counted)"
     ]
 
 

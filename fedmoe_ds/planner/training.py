@@ -29,13 +29,16 @@ def exchanged(job: Job, training: bool, routed: float) -> tuple[float, float]:
     """(token all-to-alls of a pass, numbers that a rank hands over in them) when `routed` rows of a layer leave it.
 
     Of a layer: row counts (not in the numbers); rows, weights and results forward; the gradients of these three backward, but
-    no gradient of the first layer's rows where no adapter lies below it.
+    no gradient of the first layer's rows where no adapter lies below it. With activation checkpointing the backward pass runs
+    each layer's forward exchanges again, and every layer's input gets a gradient.
     """
     layers, width = len(job.places.layers), job.places.width
+    calls, numbers = 4.0 * layers, layers * routed * (2 * width + 1)
     if not training:
-        return 4.0 * layers, layers * routed * (2 * width + 1)
-    below = layers if job.projections or job.config.adapters.moe else layers - 1
-    return 6.0 * layers + below, routed * (layers * (3 * width + 2) + below * width)
+        return calls, numbers
+    again = job.config.execution.activation_checkpointing
+    below = layers if again or job.projections or job.config.adapters.moe else layers - 1
+    return (1 + again) * calls + 2 * layers + below, (1 + again) * numbers + routed * (layers * (width + 1) + below * width)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class WaveModel:
             return
         places, layers = self.job.places, len(self.job.places.layers)
         calls, numbers = exchanged(self.job, True, rows / passes)
-        counts = places.num_experts * (1 if self.bitwise else self.home_clients) * 8
+        counts = places.num_experts * (1 if self.bitwise else self.home_clients) * 8 * (1 + self.work.recompute)
         size = numbers * max(self.job.size.bytes_per_parameter, 2) + layers * counts
         spent.add("all_to_all", self.network.all_to_all(self.group, calls * passes, size / calls))
 

@@ -105,15 +105,14 @@ def _check_world(config: TopologyConfig, layout: Layout, rank: int) -> int:
 
 
 def _check_all_groups(layout: Layout) -> int:
-    """All groups that this process knows of (its own and, by name, everybody's) partition the world as the layout does."""
-    found = [tuple(ranks) for ranks in _created]
-    for size, expected in (
-        (layout.ep_size, {tuple(range(c * layout.ep_size, (c + 1) * layout.ep_size)) for c in range(layout.clusters)}),
-        (layout.clusters, {tuple(range(s, layout.world_size, layout.ep_size)) for s in range(layout.ep_size)}),
-    ):
-        missing = expected - set(found)
-        assert not missing, f"{len(missing)} groups of {size} ranks were never created: {sorted(missing)[:2]}"
-    return len(found)
+    """The groups that were created are every cluster and every shard of the layout, each once, and nothing else."""
+    found = Counter(tuple(ranks) for ranks in _created)
+    expected = Counter(tuple(range(c * layout.ep_size, (c + 1) * layout.ep_size)) for c in range(layout.clusters))
+    expected.update(tuple(range(s, layout.world_size, layout.ep_size)) for s in range(layout.ep_size))
+    missing, extra = expected - found, found - expected
+    assert not missing, f"{missing.total()} groups were never created: {sorted(missing)[:2]}"
+    assert not extra, f"{extra.total()} groups are none of the layout's: {sorted(extra)[:2]}"
+    return found.total()
 
 
 _created: list[list[int]] = []

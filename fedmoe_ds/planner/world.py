@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.planner.hardware import Hardware
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,34 @@ class World:
         return len({self.host(first + i * stride) for i in range(size)})
 
 
-def world_of(hosts: int | None, ranks_per_host: int, ranks: int | None) -> World:
-    """A world from what a user says: hosts, or ranks in all. Raises UserError where they contradict each other."""
+def world_of(hosts: int | None, per_host: int | None, ranks: int | None, hardware: Hardware) -> World:
+    """A world from what a user says; what is left out follows from the machine.
+
+    `ranks` alone fill hosts of `slots` ranks; a calibration knows one host, so they share it.
+
+    Raises:
+        UserError: the numbers contradict each other, or more ranks than devices on a host that nobody asked for.
+    """
     if ranks is None:
-        return World(hosts or 1, ranks_per_host)
-    per_host = ranks // hosts if hosts and ranks % hosts == 0 else min(ranks, ranks_per_host)
-    if ranks % per_host or (hosts is not None and hosts * per_host != ranks):
+        return World(hosts or 1, per_host or hardware.slots)
+    each = per_host or _each(hosts, ranks, hardware)
+    if ranks % each or (hosts is not None and hosts * each != ranks):
         raise UserError(
-            f"--ranks: {ranks}: not {hosts or 'a whole number of'} hosts of {per_host} ranks; use a multiple of {per_host}, or "
-            "give --nodes and --gpus-per-node"
+            f"--ranks: {ranks}: not {hosts or 'a whole number of'} hosts of {each} ranks; use a multiple of {each}, or change "
+            "--nodes or --gpus-per-node"
         )
-    return World(ranks // per_host, per_host)
+    if per_host is None and hardware.kind == "cuda" and each > hardware.slots:
+        raise UserError(
+            f"--ranks: {ranks}: {each} ranks on each of {ranks // each} hosts, and {hardware.name} has {hardware.slots} "
+            f"devices; use --nodes {-(-ranks // hardware.slots)}, or say --gpus-per-node {each}"
+        )
+    return World(ranks // each, each)
+
+
+def _each(hosts: int | None, ranks: int, hardware: Hardware) -> int:
+    """Ranks of a host where only hosts or ranks are known."""
+    if hosts is None:
+        return ranks if hardware.measured else min(ranks, hardware.slots)
+    if ranks % hosts:
+        raise UserError(f"--ranks: {ranks}: cannot be dealt evenly to {hosts} hosts; use a multiple of {hosts}")
+    return ranks // hosts

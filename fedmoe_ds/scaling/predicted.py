@@ -18,11 +18,16 @@ class Predictor:
         self.hardware = load_hardware(hardware)
         self._jobs: dict[str, Job] = {}
 
-    def seconds(self, config: Config, measured: Measured) -> float:
-        """Seconds of the `round` event, mean over the rounds that were timed, in the world that ran them."""
+    def seconds(self, config: Config, measured: Measured) -> float | None:
+        """Seconds of the `round` event, mean over the rounds that were timed, in the world that ran them.
+
+        None where hosts held different numbers of ranks, which the planner does not know.
+        """
+        if measured.ranks % measured.hosts:
+            return None
         key = config.model_dump_json(exclude={"name"})
         if key not in self._jobs:
-            self._jobs[key] = resolve(config)
+            self._jobs[key] = resolve(config, kind=self.hardware.kind)
         job, world = self._jobs[key], World(measured.hosts, measured.ranks // measured.hosts)
         place = (config.topology.ep_size, config.execution.clients_in_flight, world, self.hardware)
         return sum(predict_job(job, *place, number).round_seconds for number in measured.rounds) / len(measured.rounds)

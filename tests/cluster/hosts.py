@@ -92,6 +92,7 @@ class Hosts:
         missing = [name for name in (*BINARIES, SSHD) if shutil.which(name) is None]
         assert not missing, f"tests on several hosts need {', '.join(missing)}: install {PACKAGES}"
         assert os.geteuid() == 0, "tests on several hosts make network namespaces, which needs root"
+        assert not _root_is_locked(), "sshd refuses root, locked by `!` in /etc/shadow, even with a key: `usermod -p '*' root`"
         try:
             self._write()
             for host in range(self.count + 1):
@@ -225,6 +226,11 @@ class Hosts:
             logs = "\n".join(path.read_text() for path in self.folder.glob("host*.log"))
             assert time.monotonic() < deadline, f"{trouble}\n{logs}"
             time.sleep(0.02)
+
+
+def _root_is_locked() -> bool:
+    """Whether sshd without PAM takes root for locked; a password that nothing matches (`*`) is not locked."""
+    return any(line.startswith("root:!") for line in Path("/etc/shadow").read_text().splitlines())
 
 
 def _space(process: psutil.Process) -> str | None:

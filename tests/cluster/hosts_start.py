@@ -29,8 +29,8 @@ from launching import SCRIPT, changed
 
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
-ENDS_S = 30.0
-"""All ranks are gone so long after a fault: 4 s of silence, and the rest for slow cores."""
+ENDS_S = 40.0
+"""All ranks are gone so long after a fault: 6 s of silence, and the rest for slow cores."""
 BEGINS_S = 120.0
 
 
@@ -60,11 +60,14 @@ class Start:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for rank in self.ranks:
+            if rank.poll() is None:  # nsenter stops itself when its child is stopped, and stays so when the child is killed
+                rank.send_signal(signal.SIGCONT)
+                rank.kill()
+                rank.wait(10)
         for host in range(1, self.hosts.count + 1):
             self.hosts.link_up(host)
             self.hosts.sweep(host)
-        for rank in self.ranks:
-            rank.wait()
 
     @property
     def words(self) -> str:
@@ -97,7 +100,9 @@ class Start:
         if self.fault.after and base < rounds - 4:
             self.until(lambda: newest_round(self.run) >= base + self.fault.after)
         if self.fault.phase == "checkpoint":
-            self.until(lambda: any((self.run / "checkpoints").glob(".writing-*")), poll_s=0.0005)
+            seen, folder = newest_round(self.run), self.run / "checkpoints"
+            # It may have been written between two looks: then the fault comes right after it.
+            self.until(lambda: any(folder.glob(".writing-*")) or newest_round(self.run) > seen, poll_s=0.0005)
             time.sleep(0.01 * self.fault.place)
             return
         train, first = pace["train"] / self.fault.ranks, self.process(0)

@@ -28,7 +28,11 @@ import psutil
 BINARIES = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "munged", "setpriv")
 NODES = "fedmoe-n"
 """Names of virtual nodes begin so; no resolver knows them."""
+UP_S = 60.0
+"""Daemons are there and registered by then."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+_NO_STEP = 0xFFFFFFF0
+"""Numbers of steps that are none (the batch script, the allocation) begin here."""
 _LAUNCHER_PREFIXES = ("SLURM_", "SBATCH_", "OMPI_", "PMI", "TORCHELASTIC_")
 _LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -87,7 +91,7 @@ class Slurm:
 
     def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4, announces_preemption: bool = True) -> None:
         self.folder, self.nodes, self.cpus = folder, nodes, cpus
-        self.address = socket.gethostbyname(socket.gethostname())  # daemons that do not listen everywhere listen there
+        self.address = _own_address()  # daemons that do not listen everywhere listen there
         self.environment = _clean_environment() | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._announces = announces_preemption
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -151,13 +155,12 @@ class Slurm:
         return 128 + signal if signal else code
 
     def tasks(self, number: int) -> dict[int, psutil.Process]:
-        """The living ranks of a job's steps: the processes that slurmd started, by task number."""
-        found = {}
-        for process, variables in self._processes():
-            parent = _parent_name(process)
-            if variables.get("SLURM_JOB_ID") == str(number) and "SLURM_PROCID" in variables and parent == "slurmstepd":
-                found[int(variables["SLURM_PROCID"])] = process
-        return found
+        """The living ranks of a job's steps by task number: the training processes that slurmd started."""
+        return {
+            int(variables["SLURM_PROCID"]): process
+            for process, variables in self._processes()
+            if variables.get("SLURM_JOB_ID") == str(number) and _is_rank(process, variables)
+        }
 
     def _write_conf(self) -> None:
         draw = random.Random()  # from the operating system: another run must not draw the same
@@ -200,7 +203,7 @@ class Slurm:
 
     def _until_up(self, condition: Callable[[], Any], what: str) -> None:
         """Wait for the cluster to come up; a daemon that has ended meanwhile is the reason why it does not."""
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + UP_S
         while not condition():
             ended = [daemon for daemon in self._daemons if daemon.poll() is not None]
             assert not ended, f"{ended[0].args} ended:\n{self._logs()}"
@@ -258,11 +261,22 @@ class Slurm:
                         yield process, variables
 
 
-def _parent_name(process: psutil.Process) -> str:
+def _is_rank(process: psutil.Process, variables: dict[str, str]) -> bool:
+    """Whether slurmd started it, in a step that srun made, and it has become the training script."""
+    step = variables.get("SLURM_STEP_ID", "")
+    if "SLURM_PROCID" not in variables or not step.isdecimal() or int(step) >= _NO_STEP:
+        return False
     with contextlib.suppress(psutil.NoSuchProcess):
-        parent = process.parent()
-        return parent.name() if parent else ""
-    return ""
+        parent, words = process.parent(), process.cmdline()
+        return parent is not None and parent.name() == "slurmstepd" and any(Path(word).name == "train.py" for word in words)
+    return False
+
+
+def _own_address() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:  # no resolver knows this machine's name
+        return "127.0.0.1"
 
 
 def _clean_environment() -> dict[str, str]:

@@ -28,7 +28,7 @@ TREE: dict[str, Any] = {
     "local": {"max_steps": None, "steps": 10},
     "execution": {"clients_in_flight": 1},
     "checkpoint": {"keep": 3},
-    "topology": {"silence_s": 4.0, "timeout_s": 60.0},
+    "topology": {"silence_s": 6.0, "timeout_s": 60.0},
 }
 
 

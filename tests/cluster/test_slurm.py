@@ -129,6 +129,7 @@ def test_several_nodes(nodes: int, slurm: Slurm, root: Path, short: str, tmp_pat
     assert "digest: " in run.log(0) and "digest: " not in run.log(1)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_preempted_job_continues_by_itself(
     announced: bool, root: Path, long: str, tmp_path: Path, request: pytest.FixtureRequest
