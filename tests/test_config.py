@@ -103,7 +103,7 @@ def test_keys_are_text_and_aliases_are_copied() -> None:
         ("data.partition.kinds=iid", ["data.partition.kinds: unknown key; did you mean 'kind'?"]),
         ("federtion.rounds=3", ["federtion: unknown key; did you mean 'federation'?"]),
         ("rounds=3", ["rounds: unknown key; did you mean 'federation.rounds'?"]),
-        ("topology.zzz=3", ["topology.zzz: unknown key; choose one of clusters, device, ep_size, timeout_s"]),
+        ("topology.zzz=3", ["topology.zzz: unknown key; choose one of aggregation, clusters, control, device, ep_size"]),
         ("federation.tiers=[{top_k: 1, shares: 1}]", ["federation.tiers.0.share: missing; give it as number > 0"]),
         ("federation.rounds=many", ["federation.rounds: many: expected integer >= 1"]),
         ("federation.rounds=2.5", ["federation.rounds: 2.5: expected integer >= 1"]),

@@ -111,6 +111,7 @@ def test_mpirun(tree: dict[str, Any], plain: str) -> None:
     assert digest_of(tree, "mpirun", "mpirun", 2, start([*launcher, *command(tree, "mpirun", 2)])) == plain
 
 
+@pytest.mark.cluster
 def test_srun(tree: dict[str, Any], plain: str) -> None:
     """srun starts one process per task and says who is who; the rendezvous port follows from the job number."""
     job = next(job for job in itertools.count(int(time.time())) if is_free(slurm_port(job, 0)))

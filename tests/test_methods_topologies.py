@@ -82,7 +82,7 @@ def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
             assert ours[4] == pytest.approx(theirs[4], rel=1e-4), (variant, ours, theirs)
 
 
-@pytest.mark.parametrize(("world_size", "ep_size"), [(2, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("world_size", "ep_size"), [(2, 2), (2, 1), pytest.param(4, 2, marks=pytest.mark.cluster)])
 def test_topologies(root: Path, single: dict[str, Result], world_size: int, ep_size: int) -> None:
     for found in run_distributed(work, world_size, root, ep_size, timeout_s=540.0):
         for variant, result in single.items():

@@ -75,6 +75,7 @@ def assert_stopped(result: Result, name: str) -> None:
     assert f"digest: {result.digest}" in result.stdout.splitlines()
 
 
+@pytest.mark.cluster
 def test_sigterm_in_the_middle_of_a_round(undisturbed: Result, config: dict[str, Any], tmp_path: Path) -> None:
     with start(config, tmp_path, (2, 1)) as job:
         watch = Watch(job)
@@ -90,6 +91,7 @@ def test_sigterm_in_the_middle_of_a_round(undisturbed: Result, config: dict[str,
     assert "resumed from round-00001-partial" in result.stderr
 
 
+@pytest.mark.cluster
 def test_sigusr1_before_the_first_round_and_during_evaluation(
     undisturbed: Result, config: dict[str, Any], tmp_path: Path
 ) -> None:
