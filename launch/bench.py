@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     plan.add_argument("--hardware", type=Path, help="a file of `calibrate`; default: calibrate first")
     plan.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default: 1 2 4)")
     plan.add_argument("--case", nargs="+", default=["short", "narrow", "long"], help="shapes (default: all three)")
-    plan.add_argument("--rounds", type=int, default=3, help="rounds of every run")
+    plan.add_argument("--rounds", type=int, default=3, help="rounds of every run; the first one warms up and is not compared")
     for command in (aggregate, wave, load, experts):
         command.add_argument("--seed", type=int, default=0)
     for command in (aggregate, wave, load, experts, calibrate, plan):

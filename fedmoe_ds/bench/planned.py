@@ -1,7 +1,7 @@
 """Planned: the planner's prediction beside a measurement of the same job on this machine.
 
-Every case is the real command on 1, 2 or 4 ranks. Round time is the `seconds` of the round events, without start-up; memory is
-the largest peak of a rank. The shapes are none of those that `calibrate` times.
+Every case is the real command on 1, 2 or 4 ranks. Round time is the `seconds` of the round events, without start-up and without
+the first round, which warms up; memory is the largest peak of a rank. The shapes are none of those that `calibrate` times.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ def run_planned(names: list[str], ranks: list[int], rounds: int, hardware: Hardw
     """One row per case and number of ranks: predicted and measured round time and memory, and their ratios.
 
     Raises:
-        UserError: an unknown case or number of ranks.
+        UserError: an unknown case or number of ranks, or a single round.
     """
+    if rounds < 2:
+        raise UserError(f"--rounds: {rounds}: the first round warms up and is not compared; use 2 or more")
     for name in names:
         if name not in CASES:
             raise UserError(f"--case: {name}: unknown case{nearest(name, CASES)}")
@@ -115,7 +117,7 @@ def predictions(job: Job, ranks: int, rounds: int, hardware: Hardware) -> list[P
 
 def compare(case: Case, ranks: int, predicted: list[Prediction], done: Finished) -> Row:
     """A row of the result."""
-    measured = done.rounds()
+    measured, predicted = done.rounds()[1:], predicted[1:]  # the first round warms up: caches, kernels, page faults
     seconds = [event["seconds"] for event in measured]
     phases = {name: _mean(event["phases"].get(name, 0.0) for event in measured) for name in predicted[0].seconds}
     planned = {name: _mean(one.seconds[name] for one in predicted) for name in predicted[0].seconds}

@@ -17,7 +17,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "launch" / "bench.py"
 ROUND_TOLERANCE, MEMORY_TOLERANCE = 0.20, 0.10
 SHAPES, RANKS, ATTEMPTS = ("short", "narrow", "long"), (1, 2, 4), 3
-CALIBRATE_S, PLAN_S, GRACE_S = 400, 600, 10
+CALIBRATE_S, PLAN_S, GRACE_S = 400, 900, 10
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(ATTEMPTS * (CALIBRATE_S + PLAN_S) + 60)]
 
@@ -66,7 +66,7 @@ def test_round_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str
         bench(tmp_path / "cache", CALIBRATE_S, "calibrate", "--json", str(calibration))
         words = ["--case", *sorted({shape for shape, _ in waiting}), "--ranks", *map(str, sorted({n for _, n in waiting}))]
         shown = bench(
-            tmp_path / "cache", PLAN_S, "plan", "--hardware", str(calibration), "--rounds", "2", *words, "--json", str(target)
+            tmp_path / "cache", PLAN_S, "plan", "--hardware", str(calibration), "--rounds", "3", *words, "--json", str(target)
         )
         with capsys.disabled():
             print(f"\n{shown}")
