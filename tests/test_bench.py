@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,10 @@ def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    stored = json.loads(path.read_text())
+    assert stored["command"].startswith(f"python launch/bench.py {stored['benchmark']} ") and stored["machine"]["cpu"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", stored["date"])
+    rows: list[dict[str, Any]] = stored["rows"]
     return rows
 
 
