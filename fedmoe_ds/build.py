@@ -29,10 +29,11 @@ from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.data import FederatedData, check_task
 from fedmoe_ds.data import prepare as prepare_data
 from fedmoe_ds.evaluation import Evaluator
+from fedmoe_ds.experts.attending import attend_apart
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.places import Places
-from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, is_bitwise, positions
+from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, is_bitwise, positions, shares_passes
 from fedmoe_ds.foundation import (
     Foundation,
     load_foundation,
@@ -164,13 +165,18 @@ def _assemble(
     blocks = method.blocks(adapter_blocks(foundation.model, places, config.adapters, method.rescaler))
     training_data: TrainingData = PooledData(data) if method.pooled else data
     training_clients = [pooled_client(clients, config.local)] if method.pooled else clients
-    execution = _execution(config, runtime, topology, method, places, blocks, len(training_clients))
+    model: Any = foundation.model
+    bitwise = is_bitwise(config, runtime)
+    shared = shares_passes(bitwise, model.config.model_type, config, runtime.device.type)
+    execution = _execution(config, runtime, topology, method, places, blocks, len(training_clients), shared)
     install(foundation, config.adapters, execution)
+    if bitwise and shared:
+        attend_apart(model, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
     adapters = initial_bank(foundation, blocks, config.seed, places.held, runtime.device)
     personal = _personal(method, blocks, adapters, clients, config)
-    server = Server(config, method, blocks, foundation, places, clients, exact=is_bitwise(config, runtime))
+    server = Server(config, method, blocks, foundation, places, clients, exact=bitwise)
     state = states.State(0, adapters, personal, server.initial_state(runtime.device))
     trainer = WaveTrainer(
         foundation,
@@ -258,11 +264,12 @@ def _execution(
     places: Places,
     blocks: list[BlockSpec],
     clients: int,
+    shared: bool,
 ) -> Execution:
-    layout, bitwise = topology.layout, is_bitwise(config, runtime)
+    layout = topology.layout
     drawn = participant_count(clients, config.federation.participation)
     home = home_clients(config.execution.clients_in_flight, drawn, layout.ep_size)
-    pool = Pool(topology.ep_group, layout.ep_size, places.num_experts, home, merge=not bitwise)
+    pool = Pool(topology.ep_group, layout.ep_size, places.num_experts, home, merge=shared)
     bank = Bank(blocks, places.num_experts // layout.ep_size, home, pool.wave_clients, runtime.device)
     scale = config.adapters.alpha / config.adapters.rank
     return Execution(bank, pool, scale, method.rescaler is not None, config.local.balance_loss, config.local.z_loss)

@@ -23,6 +23,7 @@ from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.report import Report
 from fedmoe_ds.clients.schedule import Wave, schedule
 from fedmoe_ds.clients.shortage import OutOfMemory, release_memory
+from fedmoe_ds.clock import Clock
 from fedmoe_ds.digest import global_digest
 from fedmoe_ds.errors import LostError
 from fedmoe_ds.journal import Journal
@@ -83,6 +84,7 @@ class Federation:
         clock.lap("schedule")
         activity.enter("train", round_index)
         places = {client.index: place for place, client in enumerate(chosen)}
+        parts.trainer.clock = Clock()
         self._train(round_index, mine, places, progressed, sums)
         clock.lap("train")
         activity.enter("aggregate")
@@ -102,7 +104,9 @@ class Federation:
             self._evaluate(round_index)
         clock.lap("evaluate")
         busiest = max(len(waves) for waves in plan)
-        self.journal.round(round_index, [progressed.done[c.index] for c in chosen], progressed, clock, busiest)
+        self.journal.round(
+            round_index, [progressed.done[c.index] for c in chosen], progressed, clock, parts.trainer.clock, busiest
+        )
         if last or round_index % config.checkpoint.every == 0:
             self._save()
         return False
@@ -223,23 +227,6 @@ class Federation:
     def _digest(self) -> str:
         parts = self.parts
         return global_digest(parts.result_tensors(), parts.runtime, parts.config.topology.ep_size)
-
-
-class Clock:
-    """Seconds per phase of a round."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, phase: str) -> None:
-        """Book the time since the last lap on `phase`."""
-        now = time.monotonic()
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    def total(self) -> float:
-        return sum(self.phases.values())
 
 
 def _texts(done: dict[int, dict[str, object]]) -> dict[str, dict[str, object]]:

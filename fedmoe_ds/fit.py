@@ -7,6 +7,7 @@ from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.places import Places, adapter_places, check_shards, hosted_places
 from fedmoe_ds.foundation import FeedForwardSite, HostedLayer, planned_sparse, planned_task
+from fedmoe_ds.foundation.rowwise import independent_rows
 from fedmoe_ds.methods import Facts
 from fedmoe_ds.runtime import Runtime
 
@@ -18,6 +19,13 @@ def is_bitwise(config: Config, runtime: Runtime) -> bool:
     """Whether this run promises equal bits on any topology."""
     mode = config.execution.reproducible
     return mode == "bitwise" or (mode == "auto" and runtime.device.type == "cpu")
+
+
+def shares_passes(bitwise: bool, model_type: str, config: Config, device: str) -> bool:
+    """Whether all clients in flight go through the model together. In bitwise mode that takes kernels which keep rows apart;
+    adapter experts beside a dense model have none."""
+    apart = config.adapters.moe is None and independent_rows(model_type, config.foundation.dtype, device)
+    return not bitwise or apart
 
 
 def facts_of(config: Config, places: Places) -> Facts:

@@ -20,7 +20,7 @@ from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.runtime import Runtime
 
 if TYPE_CHECKING:
-    from fedmoe_ds.federation import Clock
+    from fedmoe_ds.clock import Clock
     from fedmoe_ds.state import Progressed
 
 
@@ -127,8 +127,16 @@ class Journal:
         tiers = "  ".join(f"k={row.tier}: {row.perplexity:.2f}" for row in rows if row.split == "global")
         self.note(f"{head}: perplexity {tiers}")
 
-    def round(self, round_index: int, clients: list[dict[str, Any]], progressed: Progressed, clock: Clock, waves: int) -> None:
-        """Client, expert and round rows of a finished round."""
+    def round(
+        self,
+        round_index: int,
+        clients: list[dict[str, Any]],
+        progressed: Progressed,
+        clock: Clock,
+        waves_clock: Clock,
+        waves: int,
+    ) -> None:
+        """Client, expert and round rows of a finished round; `waves_clock` tells the phases inside its waves."""
         dropped = [client["client"] for client in clients if client["status"] != "ok"]
         reasons = sorted({client["status"] for client in clients} - {"ok"})
         tokens = sum(client["tokens"] for client in clients)
@@ -151,6 +159,7 @@ class Journal:
                 seconds=seconds,
                 tokens_per_s=tokens / max(clock.phases.get("train", 0.0) + progressed.seconds, 1e-9),
                 phases=clock.phases,
+                wave_seconds=waves_clock.phases,
                 collectives=activity.take(),
                 waves=waves,
             )

@@ -32,18 +32,30 @@ def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, i
 
 
 def estimate(
-    config: Config, model: ModelSize, places: Places, blocks: list[BlockSpec], home_clients: int, length: int, bitwise: bool
+    config: Config,
+    model: ModelSize,
+    places: Places,
+    blocks: list[BlockSpec],
+    home_clients: int,
+    length: int,
+    exact: bool,
+    shared: bool,
+    row_bytes: int,
 ) -> dict[str, int]:
     """Bytes per rank by purpose.
 
-    `length` is the number of rows of a sequence or an image. `home_clients` are the client slots of one rank; the wave has
-    ep_size times as many.
+    Args:
+        home_clients: client slots of one rank; the wave has ep_size times as many.
+        length: rows of a sequence or an image.
+        exact: whether sums are order-free integers (bitwise mode).
+        shared: whether all clients of a rank go through the model together.
+        row_bytes: of a number between the products of a pass.
     """
     ep_size = config.topology.ep_size
     expert, dense = parameters_per_client(blocks, places.num_experts // ep_size)
     moments = 2 if config.local.optimizer == "adamw" else int(config.local.momentum > 0)
     in_flight = home_clients * ep_size * expert + home_clients * dense
-    sum_bytes = 16 if bitwise else 4
+    sum_bytes = 16 if exact else 4
     return {
         "dense part": model.dense_parameters * model.bytes_per_parameter,
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
@@ -51,7 +63,7 @@ def estimate(
         "adapters in flight": in_flight * FP32 * 2,
         "client optimizer": in_flight * FP32 * moments,
         "round sums": (expert + dense) * sum_bytes,
-        PASS: activations(config, model, places, home_clients, length, bitwise),
+        PASS: activations(config, model, places, home_clients if shared else 1, length, row_bytes),
     }
 
 
@@ -75,13 +87,12 @@ def outlasting(
     return {name: count * FP32 for name, count in found.items() if count}
 
 
-def activations(config: Config, model: ModelSize, places: Places, home_clients: int, length: int, bitwise: bool) -> int:
-    """Bytes of a pass at the largest cap with full sequences: what forward keeps, and one layer's backward pass on top.
+def activations(config: Config, model: ModelSize, places: Places, clients: int, length: int, row_bytes: int) -> int:
+    """Bytes of a pass of so many clients at the largest cap with full sequences: what forward keeps, and one layer's backward.
 
     The rows that arrive at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the
     gradients of its rows, results and inner values; with expert parallelism also what is on its way.
     """
-    clients = 1 if bitwise else home_clients
     sequences = config.execution.micro_batch_size or config.local.batch_size
     tokens = clients * sequences * length
     dense = 12 * model.hidden + 4 * config.adapters.rank
@@ -93,7 +104,7 @@ def activations(config: Config, model: ModelSize, places: Places, home_clients: 
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
     logits = 4 * tokens * model.vocabulary
-    return (kept_layers * per_layer + checkpoints + backward + logits) * max(model.bytes_per_parameter, 2)
+    return (kept_layers * per_layer + checkpoints + backward + logits) * row_bytes
 
 
 def format_bytes(count: float) -> str:

@@ -21,6 +21,7 @@ from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
 from fedmoe_ds.fit import is_bitwise
+from fedmoe_ds.foundation.rowwise import row_dtype
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
@@ -156,7 +157,7 @@ def _first_difference(path: str, ours: Any, theirs: Any) -> str:
 def start_line(parts: Parts) -> str:
     """Who runs what, in one line, the grouped kernel included."""
     layout, launch = parts.topology.layout, parts.runtime.launch
-    dtype, device = next(parts.foundation.model.parameters()).dtype, parts.runtime.device
+    dtype, device = row_dtype(parts.foundation.model), parts.runtime.device
     kernel = products_for(parts.config.adapters.rank, dtype, device).name
     paired = any(spec.expert and spec.pair for spec in parts.blocks)
     products = f"; adapter products by {kernel}" if paired else ""

@@ -72,7 +72,7 @@ def test_images_of_two_clients(classifier: Foundation, images: Sequences) -> Non
     batch = make_batch(rows, 2, CPU, classifier.images)
     assert batch.pixels_BCHW is not None and batch.pixels_BCHW.shape == (5, 1, 8, 8) and batch.input_ids.shape == (5, 0)
     assert images.labels is not None and batch.labels_N.tolist() == images.labels[[0, 1, 2, 10, 7]].tolist()
-    assert batch.segments == [Segment(1, 0, 3), Segment(0, 3, 5)] and batch.targets == [3, 2]
+    assert batch.segments == [Segment(1, 0, 3, POSITIONS), Segment(0, 3, 5, POSITIONS)] and batch.targets == [3, 2]
     assert batch.slot_T.tolist() == [1] * 3 * POSITIONS + [0] * 2 * POSITIONS
     assert batch.cap_T.tolist() == [4] * 3 * POSITIONS + [2] * 2 * POSITIONS
     assert batch.valid_T.all() and len(batch.valid_T) == 5 * POSITIONS

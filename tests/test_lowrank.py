@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmoe_ds.experts import native
+from fedmoe_ds.experts import lowrank
 from fedmoe_ds.experts.lowrank import GroupedProducts, LowRankProducts, NativeProducts, products_for
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ ROWS_G = [5, 0, 1, 23, 8, 0, 64]
 
 
 def compiled() -> NativeProducts:
-    library = native.library()
+    library = lowrank.compiled()
     assert library is not None, f"g++ is {shutil.which('g++')}, but lowrank.cpp could not be built"
     return NativeProducts(library)
 
@@ -64,7 +64,7 @@ def plain(width: int, rank: int) -> list[Tensor]:
     return [torch.cat(column) for column in columns[:4]] + [torch.stack(column) for column in columns[4:]]
 
 
-@pytest.mark.parametrize("rank", native.RANKS)
+@pytest.mark.parametrize("rank", lowrank.RANKS)
 @pytest.mark.parametrize("width", [16, 48, 7, 100])
 def test_compiled_products_equal_float64(width: int, rank: int) -> None:
     for found, expected in zip(everything(compiled(), ROWS_G, width, rank), plain(width, rank), strict=True):

@@ -1,18 +1,23 @@
 """LoRA on attention projections, one adapter per client.
 
-Legend: B sequences, S positions, D input width, O output width, R adapter rank.
+Legend: B sequences, S positions, T = B * S rows sorted by client, C client slots, D input width, O output width, R adapter
+rank.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fedmoe_ds.adapters.segmented import client_linear
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.execution import Execution
+from fedmoe_ds.experts.lowrank import LowRankProducts
+from fedmoe_ds.foundation.rowwise import frozen_rows
 
 _PROJECTION = re.compile(r"(?:^|.*\.)layers\.(\d+)\.\w*att\w*\.(\w+)")
 
@@ -52,6 +57,56 @@ def find_projections(model: nn.Module, names: list[str]) -> list[Projection]:
     return [projection for projection in found if projection.name in names]
 
 
+@dataclass(frozen=True)
+class _Adapters:
+    """One projection's adapters of the clients in a pass, [C, ...]; see the legend. Factors multiply the scale, None for 1."""
+
+    a_CRD: Tensor
+    b_COR: Tensor
+    grad_a_CRD: Tensor
+    grad_b_COR: Tensor
+    ends_C: Tensor  # int32 end rows
+    scale: float
+    factors: list[float] | None
+    products: LowRankProducts
+
+    def scaled(self, product: Callable[..., Tensor], rows_TI: Tensor, weight: Tensor) -> Tensor:
+        """A product to rank R, times each client's scale."""
+        if self.factors is None:
+            return product(rows_TI, weight, self.ends_C, self.scale)
+        rows_C = torch.diff(self.ends_C.long(), prepend=self.ends_C.new_zeros(1).long())
+        factors_C = torch.tensor(self.factors, device=self.ends_C.device) * self.scale
+        m_TR = product(rows_TI, weight, self.ends_C, 1.0)
+        return m_TR.mul_(factors_C.repeat_interleave(rows_C).unsqueeze(1))
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """y = x W^T + s (x A_c^T) B_c^T; adapter gradients are added to the bank."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, anchor: Tensor, weight_OD: Tensor, adapters: _Adapters) -> Tensor:
+        x_TD = x_TD.contiguous()
+        m_TR = adapters.scaled(adapters.products.project, x_TD, adapters.a_CRD)
+        y_TO = frozen_rows(x_TD, weight_OD, transposed=True)
+        adapters.products.expand_(y_TO, m_TR, adapters.b_COR, adapters.ends_C)
+        ctx.save_for_backward(x_TD, m_TR)
+        ctx.weight_OD, ctx.adapters = weight_OD, adapters
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        adapters: _Adapters = ctx.adapters
+        (x_TD, m_TR), dy_TO, ends_C = ctx.saved_tensors, grads[0].contiguous(), adapters.ends_C
+        adapters.products.grad_b_(adapters.grad_b_COR, m_TR, dy_TO, ends_C)
+        dm_TR = adapters.scaled(adapters.products.back_project, dy_TO, adapters.b_COR)
+        adapters.products.grad_a_(adapters.grad_a_CRD, dm_TR, x_TD, ends_C)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        dx_TD = frozen_rows(dy_TO, ctx.weight_OD, transposed=False)
+        adapters.products.back_expand_(dx_TD, dm_TR, adapters.a_CRD, ends_C)
+        return dx_TD, None, None, None
+
+
 class ClientLoRALinear(nn.Module):
     """y = x W^T + s (x A_c^T) B_c^T for the rows of each client c of the running pass; W is frozen."""
 
@@ -62,21 +117,26 @@ class ClientLoRALinear(nn.Module):
         self.execution = execution
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        middle_BSR = self._scaled(self._client_product(x_BSD, self.projection.block_a))
-        update_BSO = self._client_product(middle_BSR, self.projection.block_b)
-        y_BSO: Tensor = self.base(x_BSD)
-        return y_BSO + update_BSO
+        run = self.execution.running()
+        if not run.segments:  # the stand-in row of an idle rank belongs to nobody, but needs a gradient where other rows do
+            y_BSO: Tensor = self.base(x_BSD) + 0.0 * self.execution.anchor
+            return y_BSO
+        x_TD = x_BSD.flatten(0, -2)
+        adapters = self._adapters(run.row_ends(len(x_TD), self._clients()), x_TD.dtype)
+        y_TO: Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
+            x_TD, self.execution.anchor, self.base.weight, adapters
+        )
+        y_TO = y_TO if self.base.bias is None else y_TO + self.base.bias
+        return y_TO.view(*x_BSD.shape[:-1], -1)
 
-    def _scaled(self, middle_BSR: Tensor) -> Tensor:
-        factors = self.execution.wave.home_factors
-        if factors is None:
-            return middle_BSR * self.execution.scale
-        scales_B = middle_BSR.new_zeros(middle_BSR.shape[0])
-        for seg in self.execution.running().segments:
-            scales_B[seg.start : seg.stop] = factors[seg.slot] * self.execution.scale
-        return middle_BSR * scales_B.view(-1, 1, 1)
+    def _clients(self) -> int:
+        return self.execution.bank.value(self.projection.block_a, self.projection.layer).shape[0]
 
-    def _client_product(self, x_BSD: Tensor, name: str) -> Tensor:
+    def _adapters(self, ends_C: Tensor, dtype: torch.dtype) -> _Adapters:
         bank, layer = self.execution.bank, self.projection.layer
-        segments = self.execution.running().segments
-        return client_linear(x_BSD, self.execution.anchor, bank.value(name, layer), bank.grad(name, layer), segments)
+        (a, b), (grad_a, grad_b) = (
+            [read(name, layer) for name in (self.projection.block_a, self.projection.block_b)]
+            for read in (bank.value, bank.grad)
+        )
+        products = self.execution.products_for(a.shape[1], dtype, self.base.weight.device)
+        return _Adapters(a, b, grad_a, grad_b, ends_C, self.execution.scale, self.execution.wave.home_factors, products)

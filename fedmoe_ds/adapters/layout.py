@@ -19,6 +19,7 @@ from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
 from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation.rowwise import replace_frozen
 from fedmoe_ds.randomness import torch_generator
 
 
@@ -106,6 +107,7 @@ def base_weights(foundation: Foundation, first_expert: int) -> dict[str, torch.T
 def install(foundation: Foundation, config: AdapterConfig, execution: Execution) -> None:
     """Put the federated layers and the attention adapters into the model. They read `execution` while a pass runs."""
     model = foundation.model
+    replace_frozen(model)
     for hosted in foundation.layers:
         _replace(model, hosted.name, FederatedMoELayer(hosted, execution))
     for site in foundation.sites:

@@ -2,9 +2,10 @@
 
 Legend: B sequences, S positions, D input width, O output width, C client slots.
 
-A pass holds the rows of one client (`bitwise`) or of several (`fast`), one contiguous segment of sequences each. The functions
-here run one product per segment, so a kernel's shape depends on one client's rows only, and add parameter gradients straight
-into the bank: no autograd leaf per client, no zero gradients for clients that are not in the pass.
+A pass holds the rows of one client or of several, one contiguous segment of sequences each. The functions here run one product
+per segment and add parameter gradients straight into the bank: no autograd leaf per client, no zero gradients for clients that
+are not in the pass. Sums over a client's rows run in row order, so that the rows of padding, whose gradients are zero and whose
+number depends on who else is in the pass, leave no trace.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmoe_ds.foundation.rowwise import frozen_rows
+
 
 @dataclass(frozen=True)
 class Segment:
-    """Sequences [start, stop) of a pass belong to the client at home slot `slot`."""
+    """Sequences [start, stop) of a pass belong to the client at home slot `slot`; `longest` is the length of its longest."""
 
     slot: int
     start: int
     stop: int
+    longest: int
 
 
 def _rows(like_BSD: Tensor, width: int, segments: list[Segment]) -> Tensor:
@@ -42,7 +46,7 @@ class _ClientLinear(torch.autograd.Function):
         y_BSO = _rows(x_BSD, weight_COD.shape[1], segments)
         for seg in segments:
             weight_OD = weight_COD[seg.slot].to(x_BSD.dtype)
-            y_BSO[seg.start : seg.stop] = x_BSD[seg.start : seg.stop] @ weight_OD.t()
+            y_BSO[seg.start : seg.stop] = frozen_rows(x_BSD[seg.start : seg.stop], weight_OD, transposed=True)
         return y_BSO
 
     @staticmethod
@@ -53,9 +57,10 @@ class _ClientLinear(torch.autograd.Function):
         for seg in ctx.segments:
             dy_TO = dy_BSO[seg.start : seg.stop].flatten(0, -2)
             x_TD = x_BSD[seg.start : seg.stop].flatten(0, -2)
-            ctx.grad_COD[seg.slot].add_(dy_TO.t() @ x_TD)
+            ctx.grad_COD[seg.slot].add_(frozen_rows(dy_TO.t(), x_TD, transposed=False))
             if dx_BSD is not None:
-                dx_BSD[seg.start : seg.stop] = dy_BSO[seg.start : seg.stop] @ ctx.weight_COD[seg.slot].to(x_BSD.dtype)
+                weight_OD = ctx.weight_COD[seg.slot].to(x_BSD.dtype)
+                dx_BSD[seg.start : seg.stop] = frozen_rows(dy_BSO[seg.start : seg.stop], weight_OD, transposed=False)
         return dx_BSD, None, None, None, None
 
 
@@ -65,6 +70,11 @@ def client_linear(x_BSD: Tensor, anchor: Tensor, weight_COD: Tensor, grad_COD: T
     `anchor` is any tensor that requires a gradient: it keeps autograd on the path when `x_BSD` does not need one.
     """
     return _ClientLinear.apply(x_BSD, anchor, weight_COD, grad_COD, segments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _in_order(values_BS: Tensor) -> Tensor:
+    """Their sum, one after the other: zeros in between change nothing."""
+    return values_BS.flatten().double().cumsum(0)[-1].float()
 
 
 class _ClientScale(torch.autograd.Function):
@@ -84,7 +94,7 @@ class _ClientScale(torch.autograd.Function):
         dh_BSD = _rows(h_BSD, h_BSD.shape[-1], ctx.segments)
         for seg in ctx.segments:
             rows = slice(seg.start, seg.stop)
-            ctx.grad_C1[seg.slot].add_((dy_BSD[rows] * h_BSD[rows]).sum(dtype=torch.float32))
+            ctx.grad_C1[seg.slot].add_(_in_order((dy_BSD[rows] * h_BSD[rows]).sum(-1, dtype=torch.float32)))
             dh_BSD[rows] = dy_BSD[rows] * ctx.scale_C1[seg.slot].to(h_BSD.dtype)
         return dh_BSD, None, None, None, None
 

@@ -123,8 +123,8 @@ class Bench:
         return self._sample(False, sequences, length, cap, seconds[1:])
 
     def _sample(self, training: bool, sequences: int, length: int, cap: int, seconds: list[float]) -> Sample:
-        work = PassWork(self.job, training)
-        amounts = work.fixed(1.0) + work.home(Rows(sequences, length, sequences * (length - 1)))
+        work = PassWork(self.job, training, "cpu")
+        amounts = work.fixed() + work.home(Rows(sequences, length, sequences * (length - 1)))
         routed = float(sequences * length * cap)
         amounts = amounts + work.experts(routed, self.ep_size, self.shape.experts // self.ep_size)
         exchanges, numbers = exchanged(self.job, training, routed)
@@ -207,7 +207,7 @@ def activation_slack() -> float:
         for cap in (8, 2, 4, 1, 8):
             bench.train(sequences, length, cap)
         local = config.local.model_copy(update={"batch_size": sequences})
-        counted = activations(config.model_copy(update={"local": local}), job.size, job.places, 1, length, True)
+        counted = activations(config.model_copy(update={"local": local}), job.size, job.places, 1, length, job.row_bytes("cpu"))
         return max(1.0, (peak_mib() - before) * 2**20 / counted)
 
 

@@ -38,6 +38,7 @@ class Floor:
         self.workload = workload
         self.tokens = len(workload.caps) * workload.sequences * workload.length
         rows_LEC = np.rint(rows_CLE.transpose(1, 2, 0) / workload.steps).astype(int)
+        self.dtype = getattr(torch, workload.dtype)
         memory = Memory(int(max(rows_LEC.sum((1, 2)).max(), self.tokens)))
         self.products: list[Product] = []
         self.batched: list[Product] = []
@@ -45,7 +46,7 @@ class Floor:
             self.products += [*self._attention(memory, first=layer == 0), *self._experts(memory, rows_EC)]
             self.batched += self._scores(memory)
         targets = self.tokens // workload.length * (workload.length - 1)
-        self.products += _frozen(memory, workload.shape.hidden, workload.shape.vocab, [(0, 0, targets)])
+        self.products += _frozen(memory, workload.shape.hidden, workload.shape.vocab, [(0, 0, targets)], dtype=self.dtype)
 
     def measure(self) -> Timing:
         """Measured time of all products of the timed wave: one step, times the number of steps."""
@@ -59,9 +60,9 @@ class Floor:
     def _experts(self, memory: Memory, rows_EC: np.ndarray) -> Iterator[Product]:
         shape, rank = self.workload.shape, self.workload.rank
         by_expert, by_group = _spans(rows_EC.sum(1)), _spans(rows_EC.reshape(-1))
-        yield from _frozen(memory, shape.hidden, shape.experts, [(0, 0, self.tokens)])  # the router
+        yield from _frozen(memory, shape.hidden, shape.experts, [(0, 0, self.tokens)], dtype=self.dtype)  # the router
         for wide_in, wide_out in ((shape.hidden, 2 * shape.ffn), (shape.ffn, shape.hidden)):
-            yield from _frozen(memory, wide_in, wide_out, by_expert)
+            yield from _frozen(memory, wide_in, wide_out, by_expert, dtype=self.dtype)
             yield from _trained(memory, wide_in, rank, by_group)
             yield from _trained(memory, wide_out, rank, by_group)
 
@@ -70,8 +71,8 @@ class Floor:
         everything = [(0, 0, self.tokens)]
         per_client = _spans(np.full(len(load.caps), load.sequences * load.length))
         for _ in "qkv":
-            yield from _frozen(memory, width, width, everything, need_dx=not first)
-        yield from _frozen(memory, width, width, everything)
+            yield from _frozen(memory, width, width, everything, need_dx=not first, dtype=self.dtype)
+        yield from _frozen(memory, width, width, everything, dtype=self.dtype)
         for _ in load.attention:
             yield from _trained(memory, width, load.rank, per_client, need_wide=not first)
             yield from _trained(memory, width, load.rank, per_client)
@@ -91,31 +92,34 @@ class Memory:
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
-        self._kept: dict[tuple[str | int, ...], Tensor] = {}
+        self._kept: dict[tuple[str | int | torch.dtype, ...], Tensor] = {}
 
-    def rows(self, width: int) -> Tensor:
-        return self._keep("rows", torch.rand, 0, self._rows, width)
+    def rows(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._keep("rows", torch.rand, dtype, 0, self._rows, width)
 
-    def room(self, width: int) -> Tensor:
-        return self._keep("room", torch.empty, 0, self._rows, width)
+    def room(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._keep("room", torch.empty, dtype, 0, self._rows, width)
 
-    def weights(self, groups: int, width_out: int, width_in: int) -> Tensor:
-        return self._keep("weights", torch.rand, groups, width_out, width_in)
+    def weights(self, groups: int, width_out: int, width_in: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._keep("weights", torch.rand, dtype, groups, width_out, width_in)
 
     def gradients(self, groups: int, width_out: int, width_in: int) -> Tensor:
-        return self._keep("gradients", torch.empty, groups, width_out, width_in)
+        return self._keep("gradients", torch.empty, torch.float32, groups, width_out, width_in)
 
-    def _keep(self, kind: str, make: Callable[..., Tensor], groups: int, *matrix: int) -> Tensor:
-        key: tuple[str | int, ...] = (kind, groups, *matrix)
+    def _keep(self, kind: str, make: Callable[..., Tensor], dtype: torch.dtype, groups: int, *matrix: int) -> Tensor:
+        key: tuple[str | int | torch.dtype, ...] = (kind, dtype, groups, *matrix)
         if key not in self._kept:
-            self._kept[key] = make(*([groups] if groups else []), *matrix)
+            self._kept[key] = make(*([groups] if groups else []), *matrix, dtype=dtype)
         return self._kept[key]
 
 
-def _frozen(memory: Memory, wide_in: int, wide_out: int, spans: Spans, need_dx: bool = True) -> Iterator[Product]:
-    """x W^T and dy W for every group."""
-    weight_GOI = memory.weights(spans[-1][0] + 1, wide_out, wide_in)
-    x_NI, y_NO, dx_NI, out_NO = memory.rows(wide_in), memory.rows(wide_out), memory.room(wide_in), memory.room(wide_out)
+def _frozen(
+    memory: Memory, wide_in: int, wide_out: int, spans: Spans, need_dx: bool = True, dtype: torch.dtype = torch.float32
+) -> Iterator[Product]:
+    """x W^T and dy W for every group, in the type of the frozen weights."""
+    weight_GOI = memory.weights(spans[-1][0] + 1, wide_out, wide_in, dtype)
+    x_NI, y_NO = memory.rows(wide_in, dtype), memory.rows(wide_out, dtype)
+    dx_NI, out_NO = memory.room(wide_in, dtype), memory.room(wide_out, dtype)
     for group, start, stop in spans:
         yield x_NI[start:stop], weight_GOI[group].t(), out_NO[start:stop]
     for group, start, stop in spans if need_dx else []:

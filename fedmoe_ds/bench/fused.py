@@ -16,11 +16,13 @@ from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, ExecutionConfig, LocalConfig
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.experts.attending import attend_apart
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.places import hosted_places
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.loading import load_model
+from fedmoe_ds.foundation.rowwise import independent_rows
 from fedmoe_ds.runtime import keep_freed_memory
 
 
@@ -36,9 +38,12 @@ class Fused:
         places = hosted_places(foundation.layers)
         blocks = adapter_blocks(foundation.model, places, adapters, rescaler=None)
         experts, clients = workload.shape.experts, len(workload.caps)
-        pool = Pool(None, 1, experts, clients, merge=not bitwise)
+        shared = not bitwise or independent_rows("olmoe", workload.dtype, "cpu")
+        pool = Pool(None, 1, experts, clients, merge=shared)
         execution = Execution(Bank(blocks, experts, clients, clients, device), pool, workload.alpha / workload.rank)
         install(foundation, adapters, execution)
+        if bitwise and shared:  # as fedmoe_ds.build does
+            attend_apart(foundation.model, execution)
         self.start = Bank(blocks, experts, clients=1, with_grad=False)
         for key, _, value in self.start.items(first_expert=0):
             value.copy_(workload.initial_value(key, value.shape))
@@ -71,7 +76,7 @@ class Fused:
 
 def _foundation(folder: Path, workload: Workload) -> Foundation:
     shape = workload.shape
-    model, layers = load_model(folder, torch.float32, 1, 0, torch.device("cpu"))
+    model, layers = load_model(folder, getattr(torch, workload.dtype), 1, 0, torch.device("cpu"))
     return Foundation(
         model=model,
         tokenizer=None,

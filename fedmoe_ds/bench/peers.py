@@ -36,7 +36,7 @@ class Peft:
 
         _check_memory(workload, implementation)
         base = AutoModelForCausalLM.from_pretrained(
-            folder, experts_implementation=implementation, attn_implementation="sdpa", dtype=torch.float32
+            folder, experts_implementation=implementation, attn_implementation="sdpa", dtype=getattr(torch, workload.dtype)
         )
         base.config.use_cache = False
         assert base.config._experts_implementation == implementation

@@ -13,11 +13,10 @@ from fedmoe_ds.bench.process import Worker, workers
 from fedmoe_ds.bench.shapes import find_shape, write_model
 from fedmoe_ds.bench.system import BITWISE, FLOOR, OURS, PEER_PREFIX, Timing
 from fedmoe_ds.bench.table import Row
-from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.bench.workload import AGREEMENT, Workload
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.machine import machine_facts
 
-AGREEMENT = 1e-4
 SLOW_S = 120.0
 """A peer whose warm-up takes longer is not timed again: that much work needs no repetition."""
 MODES = {"fast": [OURS], "bitwise": [BITWISE], "both": [OURS, BITWISE]}
@@ -78,7 +77,7 @@ def _warm_up(folder: Path, workload: Workload, running: dict[str, Worker], spans
         losses[name], span = outcome["losses"], Timing(**outcome["time"])
         if span.wall > SLOW_S and not name.startswith(OURS):
             spans[name].append(span.times(workload.steps / workload.stage_steps("warm-up")))
-    check_agreement(losses)
+    check_agreement(losses, AGREEMENT[workload.dtype])
 
 
 def _round(running: dict[str, Worker], floor: Worker, workload: Workload, spans: Spans) -> None:
@@ -94,7 +93,7 @@ def _round(running: dict[str, Worker], floor: Worker, workload: Workload, spans:
     spans[FLOOR].append(Timing(**floor.ask(do="measure")))
 
 
-def check_agreement(losses: dict[str, list[tuple[float, float]]]) -> None:
+def check_agreement(losses: dict[str, list[tuple[float, float]]], tolerance: float = AGREEMENT["float32"]) -> None:
     """Every system's losses per client, at the first and at the last warm-up step, equal those of the first system.
 
     The first loss compares the forward pass, the last one gradients and optimizer as well. Differences are relative above 1:
@@ -105,10 +104,10 @@ def check_agreement(losses: dict[str, list[tuple[float, float]]]) -> None:
         assert len(found) == len(losses[reference])
         for client, (ours, theirs) in enumerate(zip(losses[reference], found, strict=True)):
             gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(ours, theirs, strict=True)]
-            if not all(gap <= AGREEMENT for gap in gaps):  # nan fails as well
+            if not all(gap <= tolerance for gap in gaps):  # nan fails as well
                 raise DisagreementError(
                     f"client {client}: {reference} has the losses {ours}, {name} has {theirs} (first and last warm-up step); "
-                    f"they differ by more than {AGREEMENT:.0e}: not the same computation"
+                    f"they differ by more than {tolerance:.0e}: not the same computation"
                 )
 
 
@@ -124,6 +123,7 @@ def _rows(workload: Workload, spans: Spans, running: dict[str, Worker]) -> list[
         "length": workload.length,
         "steps": workload.steps,
         "seed": workload.seed,
+        "dtype": workload.dtype,
         "tokens": workload.tokens,
     }
     return [

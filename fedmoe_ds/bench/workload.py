@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.bench.shapes import Shape
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.randomness import generator, torch_generator
 
 WARM_UP_STEPS = 2
 """Enough for the second loss to depend on every gradient and on the optimizer."""
+
+AGREEMENT = {"float32": 1e-4, "bfloat16": 3e-2}
+"""How far losses of two systems may be apart, by the type of the frozen weights: bfloat16 has three digits, and systems round
+in different places."""
 
 _LORA_B_BOUND = 0.1  # not zero as at a start from scratch: the very first loss shall depend on A, B and their scale
 
@@ -37,6 +41,7 @@ class Workload:
     alpha: float = 16.0
     lr: float = 1e-3
     attention: tuple[str, ...] = ("q_proj", "v_proj")
+    dtype: str = "float32"  # of the frozen weights; adapters are float32
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -47,6 +52,8 @@ class Workload:
         ):
             if value < least:
                 raise UserError(f"{name}: {value}: too small; use {least} or more")
+        if self.dtype not in AGREEMENT:
+            raise UserError(f"--dtype: {self.dtype}: unknown type{nearest(self.dtype, AGREEMENT)}")
         if self.length > 512:
             raise UserError(f"--length: {self.length}: the measured models have 512 positions; use 512 or less")
 

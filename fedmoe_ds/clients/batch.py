@@ -56,6 +56,11 @@ class Rows:
         return len(self.input_ids) if self.labels is None else len(self.labels)
 
     @property
+    def longest(self) -> int:
+        """Rows of the longest sequence, or of an image."""
+        return max((len(ids) for ids in self.input_ids), default=0) if self.labels is None else self.positions
+
+    @property
     def targets(self) -> int:
         """Target tokens; an image has one target."""
         return int(sum(int(mask.sum()) for mask in self.loss_mask)) if self.labels is None else len(self.labels)
@@ -157,7 +162,7 @@ def _segments(rows: list[Rows], shape: tuple[int, ...]) -> tuple[list[Segment], 
     segments, start = [], 0
     for part in rows:
         stop = start + len(part)
-        segments.append(Segment(part.slot, start, stop))
+        segments.append(Segment(part.slot, start, stop, part.longest))
         slot[start:stop], cap[start:stop] = part.slot, part.cap
         start = stop
     return segments, slot.repeat(shape[1]), cap.repeat(shape[1])

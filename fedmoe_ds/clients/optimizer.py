@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.native import rows
 
 # Two AVX-512 registers of floats: the longest stride of torch's vectorised loops.
 _VECTOR_ELEMENTS = 32
@@ -59,14 +60,19 @@ class ClientOptimizer:
         for name in blocks:
             axis = 2 if self.bank.specs[name].expert else 1
             value, grad = self.bank.values[name].select(axis, slot), self.bank.grads[name].select(axis, slot)
-            if clip_factor != 1.0:
-                grad.mul_(clip_factor)
             decay = self.config.weight_decay if self.bank.specs[name].decay else 0.0
             if self.config.optimizer == "adamw":
                 first, second = self.first[name].select(axis, slot), self.second[name].select(axis, slot)
+                if rows.serves(value, grad, first, second):
+                    self._adamw_native(name, (value, grad, first, second), step, lr, decay, clip_factor)
+                    continue
+                if clip_factor != 1.0:
+                    grad.mul_(clip_factor)
                 update = self._adamw if self._fills_vectors(name) else self._adamw_by_single_operations
                 update(value, grad, first, second, step, lr, decay)
             else:
+                if clip_factor != 1.0:
+                    grad.mul_(clip_factor)
                 buffer = self.first[name].select(axis, slot) if self.first else None
                 self._sgd(value, grad, buffer, lr, decay)
             grad.zero_()
@@ -76,6 +82,22 @@ class ClientOptimizer:
         on_cpu = self.bank.values[name].device.type == "cpu"
         whole = math.prod(self.bank.specs[name].item) % _VECTOR_ELEMENTS == 0
         return not on_cpu or (whole and torch.get_num_threads() == 1)
+
+    def _adamw_native(
+        self, name: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor], step: int, lr: float, decay: float, clip: float
+    ) -> None:
+        """In one pass over memory; every item goes through the same loop from its first element on."""
+        beta1, beta2 = self.config.betas
+        rows.adamw(
+            *tensors,
+            len(self.bank.specs[name].item),
+            clip=clip,
+            keep=1.0 - lr * decay,
+            betas=(beta1, beta2),
+            root=math.sqrt(1.0 - beta2**step),
+            eps=self.config.eps,
+            rate=lr / (1.0 - beta1**step),
+        )
 
     def _adamw(self, value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, lr: float, decay: float) -> None:
         beta1, beta2 = self.config.betas

@@ -3,8 +3,8 @@
 Legend: C client slots of the wave, H home slots per rank, L layers, E experts of the model, N gradient norms.
 
 Every rank of a cluster runs the same sequence of passes and collectives, because all of them are derived from sizes that every
-rank knows; a rank without rows joins with a stand-in row that is not routed. In `bitwise` mode a pass holds the rows of one
-client per rank, so no kernel ever sees two clients at once; in `fast` mode a pass holds all of them.
+rank knows; a rank without rows joins with a stand-in row that is not routed. A pass holds the rows of all clients in flight,
+unless bits are promised and the kernels do not keep rows apart (`fedmoe_ds.fit.shares_passes`): then those of one per rank.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fedmoe_ds.clients.rules import ClientRules, ReadClient
 from fedmoe_ds.clients.schedule import Wave
 from fedmoe_ds.clients.shortage import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.steps import learning_rate, local_batches
+from fedmoe_ds.clock import Clock
 from fedmoe_ds.collectives import all_gather
 from fedmoe_ds.config import ExecutionConfig, LocalConfig
 from fedmoe_ds.data import Sequences
@@ -87,6 +88,7 @@ class WaveTrainer:
         self.bank, self.pool = execution.bank, execution.pool
         self.optimizer = ClientOptimizer(self.bank, local)
         self.layers = layers
+        self.clock = Clock()  # phases: set_up, passes, optimizer, reports
         trained = [spec for spec in self.bank.specs.values() if spec.trained]
         self.expert_blocks = [spec.name for spec in trained if spec.expert]
         self.dense_blocks = [spec.name for spec in trained if not spec.expert]
@@ -106,17 +108,22 @@ class WaveTrainer:
             OutOfMemory: a pass did not fit. Nothing of this wave counts; it may be trained again without that client.
         """
         began = time.monotonic()
+        self.clock.resume()
         works = [[self._work(client, slot, round_index) for slot, client in enumerate(home)] for home in wave]
         for work in works[self.shard]:
             work.data = read(work.client.index)
         locals_ = [[self._local(work, shard, start, personal) for work in home] for shard, home in enumerate(works)]
         self._load(works, locals_, start, personal)
+        self.clock.lap("set_up")
         counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts)
         for step in range(max((len(w.batches) for home in works for w in home), default=0)):
             self._forward_backward(step, works, counts)
+            self.clock.lap("passes")
             self._optimize(step, works, locals_)
+            self.clock.lap("optimizer")
         self.execution.wave = InTraining()
         reports = self._reports(works, locals_, counts, time.monotonic() - began)
+        self.clock.lap("reports")
         return [(local, report) for (_, local), report in zip(_flat(works, locals_), reports, strict=True)]
 
     def _work(self, client: Client, slot: int, round_index: int) -> _Work:

@@ -6,6 +6,7 @@ nothing about a client is an attribute of a layer: caps, masks, slots and adapte
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -48,6 +49,22 @@ class Pass:
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     trained: dict[int, Tensor] = field(default_factory=dict)
+    _ends: dict[int, Tensor] = field(default_factory=dict)
+
+    def row_ends(self, rows: int, clients: int) -> Tensor:
+        """int32 [C]: the end row of every home slot's rows in a tensor of `rows` rows; empty for slots without a segment."""
+        if rows not in self._ends:
+            width = rows // max(max((seg.stop for seg in self.segments), default=0), 1)
+            assert all(a.slot < b.slot for a, b in itertools.pairwise(self.segments)), (
+                "clients stand in the order of their slots"
+            )
+            stops = {seg.slot: seg.stop * width for seg in self.segments}
+            ends, last = [], 0
+            for slot in range(clients):
+                last = stops.get(slot, last)
+                ends.append(last)
+            self._ends[rows] = torch.tensor(ends, dtype=torch.int32, device=self.slot_T.device)
+        return self._ends[rows]
 
 
 @dataclass(frozen=True)
@@ -107,7 +124,7 @@ class Execution:
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
     def products_for(self, rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
-        """The implementation of the adapters' products, chosen once."""
+        """The implementation of the adapters' products for rows of this type, chosen once."""
         if self.products is None:
             self.products = products_for(rank, dtype, device)
         return self.products

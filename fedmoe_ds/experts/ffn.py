@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.experts.lowrank import LowRankProducts
+from fedmoe_ds.native import rows
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class FrozenExperts:
         if lora is not None:
             m13_NR = _project(lora, x_ND, block.pick(lora.a13), block)
             lora.products.expand_(h_N2F, m13_NR, block.pick(lora.b13), block.lora_ends_G)
-        pa_NF = _activation(h_N2F).mul_(p_N.unsqueeze(-1))
+        pa_NF = _weighted_activation(h_N2F, p_N)
         y_ND = grouped_mm(pa_NF, self.w2, block.expert_ends_E)
         if lora is not None:
             m2_NR = _project(lora, pa_NF, block.pick(lora.a2), block)
@@ -106,12 +107,11 @@ class FrozenExperts:
     def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
         """Gradients of one block: dx [N, D] (None unless needed) and dp [N]; adapter gradients are added to `lora.grads`."""
         lora = self.lora
-        silu_NF, a_NF = _activation_parts(saved.h_N2F)
         dpa_NF = grouped_mm_t(dy_ND, self.w2, block.expert_ends_E)
         if lora is not None and saved.m2_NR is not None:
-            pa_NF = a_NF * saved.p_N.unsqueeze(-1)
+            pa_NF = _weighted_activation(saved.h_N2F, saved.p_N)
             _lora_backward(block, lora, 1, pa_NF, saved.m2_NR, dy_ND, dpa_NF)
-        dh_N2F, dp_N = _activation_backward(saved, silu_NF, a_NF, dpa_NF)
+        dh_N2F, dp_N = _activation_backward(saved.h_N2F, saved.p_N, dpa_NF)
         dx_ND = grouped_mm_t(dh_N2F, self.w13, block.expert_ends_E) if need_dx else None
         if lora is not None and saved.m13_NR is not None:
             _lora_backward(block, lora, 0, saved.x_ND, saved.m13_NR, dh_N2F, dx_ND)
@@ -127,16 +127,16 @@ class OwnExperts:
     def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
         """As `FrozenExperts.forward`."""
         h_N2F = grouped_mm(x_ND, block.pick(self.w13), block.lora_ends_G)
-        pa_NF = _activation(h_N2F).mul_(p_N.unsqueeze(-1))
+        pa_NF = _weighted_activation(h_N2F, p_N)
         return grouped_mm(pa_NF, block.pick(self.w2), block.lora_ends_G), Saved(x_ND, p_N, h_N2F, None, None)
 
     def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
         """As `FrozenExperts.backward`."""
         ends_G = block.lora_ends_G
-        silu_NF, a_NF = _activation_parts(saved.h_N2F)
         dpa_NF = grouped_mm_t(dy_ND, block.pick(self.w2), ends_G)
-        block.pick(self.grads[1]).add_(grouped_outer(dy_ND, a_NF * saved.p_N.unsqueeze(-1), ends_G))
-        dh_N2F, dp_N = _activation_backward(saved, silu_NF, a_NF, dpa_NF)
+        pa_NF = _weighted_activation(saved.h_N2F, saved.p_N)
+        block.pick(self.grads[1]).add_(grouped_outer(dy_ND, pa_NF, ends_G))
+        dh_N2F, dp_N = _activation_backward(saved.h_N2F, saved.p_N, dpa_NF)
         block.pick(self.grads[0]).add_(grouped_outer(dh_N2F, saved.x_ND, ends_G))
         return (grouped_mm_t(dh_N2F, block.pick(self.w13), ends_G) if need_dx else None), dp_N
 
@@ -172,26 +172,24 @@ def _lora_backward(
         lora.products.back_expand_(dx_NI, dm_NR, block.pick(a), ends)
 
 
-def _activation(h_N2F: Tensor) -> Tensor:
-    """SwiGLU. The halves are strided views, so each row is an inner loop of its own and rows cannot influence each other."""
+def _weighted_activation(h_N2F: Tensor, p_N: Tensor) -> Tensor:
+    """p SwiGLU(h), [N, F]. The halves are strided views, so each row is an inner loop of its own and rows cannot influence
+    each other, in PyTorch's operations as in rows.cpp."""
+    if rows.serves(h_N2F, p_N):
+        return rows.swiglu(h_N2F, p_N.contiguous())
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
-    return F.silu(gate_NF).mul_(up_NF)
+    return F.silu(gate_NF).mul_(up_NF).mul_(p_N.unsqueeze(-1))
 
 
-def _activation_parts(h_N2F: Tensor) -> tuple[Tensor, Tensor]:
-    """silu(gate) and the activation a."""
+def _activation_backward(h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """(dh [N, 2F], dp [N]) from the gradient of p a, which may be overwritten."""
+    if rows.serves(h_N2F, p_N, dpa_NF):
+        return rows.swiglu_backward(h_N2F, p_N.contiguous(), dpa_NF)
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
-    silu_NF = F.silu(gate_NF)
-    return silu_NF, silu_NF * up_NF
-
-
-def _activation_backward(saved: Saved, silu_NF: Tensor, a_NF: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """(dh [N, 2F], dp [N]) from the gradient of p a, which is overwritten."""
-    gate_NF, up_NF = saved.h_N2F.chunk(2, dim=-1)
-    width = gate_NF.shape[1]
-    dp_N = (dpa_NF * a_NF).sum(-1)
-    da_NF = dpa_NF.mul_(saved.p_N.unsqueeze(-1))
-    dh_N2F = torch.empty_like(saved.h_N2F)
+    width, silu_NF = gate_NF.shape[1], F.silu(gate_NF)
+    dp_N = (dpa_NF * (silu_NF * up_NF)).sum(-1)
+    da_NF = dpa_NF.mul_(p_N.unsqueeze(-1))
+    dh_N2F = torch.empty_like(h_N2F)
     torch.mul(da_NF, silu_NF, out=dh_N2F[:, width:])
     torch.ops.aten.silu_backward.grad_input(da_NF.mul_(up_NF), gate_NF, grad_input=dh_N2F[:, :width])
     return dh_N2F, dp_N

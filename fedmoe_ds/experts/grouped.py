@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedmoe_ds.native import matrix
+
 # torch._grouped_mm reads every matrix through 16-byte aligned strides.
 _ALIGNMENT_BYTES = 16
 
@@ -19,6 +21,9 @@ def aligned(width: int, dtype: torch.dtype) -> bool:
 
 def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """y = x W_g^T for the rows of each group; `ends_G` (int32) are the groups' end rows. Returns [N, O]."""
+    y_NO = matrix.grouped_product(x_NI, weight_GOI, ends_G, transposed=True)
+    if y_NO is not None:
+        return y_NO
     weight_GOI = weight_GOI.to(x_NI.dtype)
     if aligned(x_NI.shape[1], x_NI.dtype) and aligned(weight_GOI.shape[1], x_NI.dtype):
         return torch._grouped_mm(x_NI, weight_GOI.transpose(-2, -1), offs=ends_G)
@@ -30,6 +35,9 @@ def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
 
 def grouped_mm_t(x_NO: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """y = x W_g for the rows of each group (the gradient of `grouped_mm` for its rows). Returns [N, I]."""
+    y_NI = matrix.grouped_product(x_NO, weight_GOI, ends_G, transposed=False)
+    if y_NI is not None:
+        return y_NI
     weight_GOI = weight_GOI.to(x_NO.dtype)
     if aligned(x_NO.shape[1], x_NO.dtype) and aligned(weight_GOI.shape[2], x_NO.dtype):
         return torch._grouped_mm(x_NO, weight_GOI, offs=ends_G)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedmoe_ds.adapters.segmented import client_linear, client_scale
@@ -17,6 +16,7 @@ from fedmoe_ds.experts.execution import Execution, Pass
 from fedmoe_ds.experts.router import route
 from fedmoe_ds.experts.serving import observe, serve
 from fedmoe_ds.foundation import hosting
+from fedmoe_ds.foundation.rowwise import frozen_product
 
 GATE_UP_A, GATE_UP_B = "experts.gate_up.lora_A", "experts.gate_up.lora_B"
 DOWN_A, DOWN_B = "experts.down.lora_A", "experts.down.lora_B"
@@ -40,33 +40,34 @@ class FederatedMoELayer(nn.Module):
         logits_TE = self._logits(hidden_BSD, run).flatten(0, -2)
         routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, run.allowed_TE)
         observe(self.execution, self.layer, routing, logits_TE)
-        y_TD = serve(self.execution, self.layer, x_TD, routing, self._experts())
+        y_TD = serve(self.execution, self.layer, x_TD, routing, self._experts(x_TD.dtype))
         y_BSD = self._rescale(y_TD.view_as(hidden_BSD), run)
         return hosting.finalize_output(self.host, y_BSD, x_TD, hidden_BSD)
 
     def _logits(self, hidden_BSD: Tensor, run: Pass) -> Tensor:
         bank, gate = self.execution.bank, self.host.router.gate
         if ROUTER not in bank:
-            return F.linear(hidden_BSD, gate.weight, gate.bias)
+            logits = frozen_product(hidden_BSD, gate.weight)
+            return logits if gate.bias is None else logits + gate.bias
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
         logits = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments)
         return logits if gate.bias is None else logits + gate.bias
 
-    def _experts(self) -> ffn.Experts:
+    def _experts(self, dtype: torch.dtype) -> ffn.Experts:
         bank = self.execution.bank
         if GATE_UP in bank:
             w13, w2 = (bank.value(name, self.layer) for name in (GATE_UP, DOWN))
             return ffn.OwnExperts(w13, w2, [bank.grad(name, self.layer) for name in (GATE_UP, DOWN)])
-        return ffn.FrozenExperts(self.w13_EFD, self.w2_EDF, self._lora())
+        return ffn.FrozenExperts(self.w13_EFD, self.w2_EDF, self._lora(dtype))
 
-    def _lora(self) -> ffn.Lora | None:
+    def _lora(self, dtype: torch.dtype) -> ffn.Lora | None:
         bank = self.execution.bank
         if GATE_UP_A not in bank:
             return None
         names = (GATE_UP_A, GATE_UP_B, DOWN_A, DOWN_B)
         a13, b13, a2, b2 = (bank.value(name, self.layer) for name in names)
         grads = [bank.grad(name, self.layer) for name in names]
-        products = self.execution.products_for(a13.shape[2], self.w13_EFD.dtype, self.w13_EFD.device)
+        products = self.execution.products_for(a13.shape[2], dtype, self.w13_EFD.device)
         return ffn.Lora(a13, b13, a2, b2, grads, self.execution.scale, products, self.execution.wave.wave_factors)
 
     def _rescale(self, y_BSD: Tensor, run: Pass) -> Tensor:

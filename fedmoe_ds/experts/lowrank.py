@@ -9,13 +9,17 @@ With A [G, R, I], B [G, O, R] and a scale s, rows of group g see  y += (s x A_g^
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fedmoe_ds.experts import native
 from fedmoe_ds.experts.grouped import aligned, grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.native.compiling import FLOAT, POINTER, SIZE, library
+
+RANKS = (4, 8, 16, 32)
+"""Adapter ranks that lowrank.cpp serves."""
 
 
 class LowRankProducts(Protocol):
@@ -38,9 +42,19 @@ class LowRankProducts(Protocol):
 
 def products_for(rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
     """The fastest implementation that serves this rank, type and device."""
-    suits = device.type == "cpu" and dtype == torch.float32 and rank in native.RANKS
-    library = native.library() if suits else None
-    return GroupedProducts(rank, dtype) if library is None else NativeProducts(library)
+    suits = device.type == "cpu" and dtype == torch.float32 and rank in RANKS
+    found = compiled() if suits else None
+    return GroupedProducts(rank, dtype) if found is None else NativeProducts(found)
+
+
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """lowrank.cpp, or None without a compiler."""
+    found = library("lowrank")
+    for name in ("project", "expand", "back_project", "back_expand", "grad_a", "grad_b") if found is not None else ():
+        scaled = [FLOAT] if name in ("project", "back_project") else []
+        getattr(found, name).argtypes = [*[POINTER] * 4, *[SIZE] * 4, *scaled]
+    return found
 
 
 class GroupedProducts:

@@ -49,15 +49,17 @@ def observe(execution: Execution, layer: int, routing: Routing, logits_TE: Tenso
     found_losses: dict[int, Tensor] = {}
     run.observed[layer] = {}
     for seg, rows in _own_rows(run, logits_TE.shape[0]):
-        own, valid_T = _rows_of(routing, rows), run.valid_T[rows]
         watch = execution.wave.watches.get(seg.slot)
+        if watch is None and not (execution.balance or execution.z):
+            continue
+        own, valid_T, own_TE = _rows_of(routing, rows), run.valid_T[rows], logits_TE[rows]
         if watch is not None and watch.observe is not None:
             with torch.no_grad():
                 active_E, sums = watch.observe(own, valid_T)
             run.observed[layer][seg.slot] = sums if active_E is None else {**sums, ACTIVE: active_E}
-        loss = _auxiliary(execution, own, logits_TE[rows], valid_T)
+        loss = _auxiliary(execution, own, own_TE, valid_T)
         if watch is not None and watch.loss is not None:
-            extra = watch.loss(layer, own, logits_TE[rows], valid_T)
+            extra = watch.loss(layer, own, own_TE, valid_T)
             loss = extra if loss is None else (loss if extra is None else loss + extra)
         if loss is not None:
             found_losses[seg.slot] = loss

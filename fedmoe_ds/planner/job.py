@@ -28,11 +28,12 @@ from fedmoe_ds.config import Config, TopologyConfig
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, check_task, prepare
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.places import Places
-from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, positions
+from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, positions, shares_passes
 from fedmoe_ds.foundation import planned_task, resolve_foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites, image_input, type_task
 from fedmoe_ds.foundation.foundation import cache_folder, load_tokenizer
 from fedmoe_ds.foundation.loading import build_on_meta, host_model
+from fedmoe_ds.foundation.rowwise import independent_rows
 from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.methods import Method, method_for, with_defaults
 from fedmoe_ds.report import Progress
@@ -99,6 +100,15 @@ class Job:
     body: int
     images: ImageInput | None
     data: Data
+    model_type: str
+
+    def shares_passes(self, kind: str) -> bool:
+        """Whether the clients in flight on a rank go through the model together."""
+        return shares_passes(self.bitwise(kind), self.model_type, self.config, kind)
+
+    def row_bytes(self, kind: str) -> int:
+        """Bytes of a number between the products of a pass."""
+        return 4 if independent_rows(self.model_type, self.config.foundation.dtype, kind) else self.size.bytes_per_parameter
 
     def bitwise(self, kind: str) -> bool:
         """Whether the run promises equal bits on this kind of device (`cpu` or `cuda`)."""
@@ -208,6 +218,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
         body=size.dense_parameters - head - embedding,
         images=images,
         data=data,
+        model_type=model.config.model_type,
     )
 
 

@@ -235,7 +235,7 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     """Forward passes over batches that are dealt to all ranks of the world, turn by turn."""
     world, dtype = network.world, job.config.foundation.dtype
     compute = hardware.crowded(world.ranks_per_host)
-    work = PassWork(job, training=False)
+    work = PassWork(job, training=False, kind=hardware.kind)
     turns = math.ceil(len(batches) / world.ranks)
     samples = np.array([len(batch.rows) for batch in batches], dtype=np.float64)
     longest = np.array([batch.rows.max() for batch in batches], dtype=np.float64)
@@ -243,7 +243,7 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap
     home = np.asarray(work.home(Rows(samples, longest, targets)).seconds(compute, dtype, work.score_flops))
     home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))
-    fixed = work.fixed(1.0).seconds(compute, dtype)
+    fixed = work.fixed().seconds(compute, dtype)
     local = job.places.num_experts // ep_size
     arriving = rows.reshape(turns, -1, ep_size).mean(2).repeat(ep_size, 1)
     busy = home + fixed + np.asarray(work.experts(arriving, ep_size, local).seconds(compute, dtype))
@@ -262,9 +262,10 @@ def predict_memory(job: Job, ep_size: int, in_flight: int | None, hardware: Hard
     topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
     execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
     config = job.config.model_copy(update={"topology": topology, "execution": execution})
-    bitwise = job.bitwise(hardware.kind)
+    exact, shared = job.bitwise(hardware.kind), job.shares_passes(hardware.kind)
     home = home_clients(in_flight, participants, ep_size)
     found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes)}
-    found |= estimate(config, job.size, job.places, job.blocks, home, job.length, bitwise)
+    row_bytes = job.row_bytes(hardware.kind)
+    found |= estimate(config, job.size, job.places, job.blocks, home, job.length, exact, shared, row_bytes)
     found[PASS] = int(found[PASS] * hardware.activation_slack)
     return found | outlasting(config, job.method, job.places, job.blocks, len(job.clients), participants)

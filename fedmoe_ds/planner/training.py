@@ -77,8 +77,8 @@ class WaveModel:
         self.job, self.hardware, self.network, self.ep_size, self.home_clients = job, hardware, network, ep_size, home
         self.group = group
         self.compute, self.dtype = hardware.crowded(network.world.ranks_per_host), job.config.foundation.dtype
-        self.bitwise = job.bitwise(hardware.kind)
-        self.work = PassWork(job, training=True)
+        self.shared = job.shares_passes(hardware.kind)
+        self.work = PassWork(job, training=True, kind=hardware.kind)
         self.expert, self.dense = parameters_per_client(job.blocks, job.places.num_experts // ep_size)
         self.in_flight = home * (ep_size * self.expert + self.dense)
         trained = [spec for spec in job.blocks if spec.trained]
@@ -110,7 +110,7 @@ class WaveModel:
         return spent
 
     def _passes(self, spent: Spent, costs: list[list[ClientCost]], steps: int) -> None:
-        if not self.bitwise:
+        if self.shared:
             self._lockstep(spent, costs, steps, blocks=1)
             return
         for slot in range(max(map(len, costs), default=0)):
@@ -122,8 +122,7 @@ class WaveModel:
         home_PN = np.stack([_total([cost.home for cost in home], steps) for home in costs])
         routed_N = sum((_total([cost.routed for cost in home], steps) for home in costs), np.zeros(steps))
         passes_N = np.max([_padded(cost.passes, steps) for home in costs for cost in home], axis=0, initial=0.0)
-        clients = sum(map(len, costs)) / max(len(costs), 1)
-        fixed = self.work.fixed(clients).seconds(self.compute, self.dtype)
+        fixed = self.work.fixed().seconds(self.compute, self.dtype)
         local = self.job.places.num_experts // self.ep_size
         per_pass_N = routed_N / self.ep_size / np.maximum(passes_N, 1)
         experts_N = self.work.experts(per_pass_N, blocks, local).seconds(self.compute, self.dtype) * passes_N
@@ -140,8 +139,8 @@ class WaveModel:
             return
         places, layers = self.job.places, len(self.job.places.layers)
         calls, numbers = exchanged(self.job, True, rows / passes)
-        counts = places.num_experts * (1 if self.bitwise else self.home_clients) * 8 * (1 + self.work.recompute)
-        size = numbers * max(self.job.size.bytes_per_parameter, 2) + layers * counts
+        counts = places.num_experts * (self.home_clients if self.shared else 1) * 8 * (1 + self.work.recompute)
+        size = numbers * self.work.number_bytes + layers * counts
         spent.add("all_to_all", self.network.all_to_all(self.group, calls * passes, size / calls))
 
     def _optimizer(self, spent: Spent, costs: list[list[ClientCost]], steps: int) -> None:

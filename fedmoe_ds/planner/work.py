@@ -4,8 +4,8 @@ Legend: B sequences, S positions, T = B x S token rows, N routed rows, L layers,
 E experts, A attention projections with LoRA, P ranks of a cluster.
 
 Multiplications are exact arithmetic on shapes. Framework calls and moved numbers are linear in the shapes; their factors were
-counted with a dispatch mode (every aten call that is no view, and the numbers that it reads and writes) on OLMoE models of
-several shapes; tests/test_planner_work.py counts again. Everything works on numpy arrays as well: one entry per local step.
+counted (every aten call that is no view, every call of a native kernel, and the numbers that they read and write) on 36 shapes
+of OLMoE models; tests/test_planner_work.py counts again. Everything works on numpy arrays as well: one entry per local step.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Amount = Any
 """A number, or float64 [n]: one per local step."""
 
 # Framework calls: of a pass, of a layer, of one attention projection with LoRA, of one more block of rows in a layer.
-TRAIN_CALLS = (5.0, 200.0, 21.5, 40.0)
-FORWARD_CALLS = (36.0, 88.0, 12.0, 14.0)
+TRAIN_CALLS = (28.0, 139.0, 12.0, 24.0)
+FORWARD_CALLS = (29.0, 80.0, 3.0, 9.0)
 # Numbers read or written by calls that are no matrix products, per token row (in units of D), per routed row (D, F), and
 # per token row and expert; forward and backward.
 TRAIN_NUMBERS = {
-    "row": 174.0,  # x D per token row
-    "projection": 17.0,  # x D per token row and attention projection with LoRA
-    "routed_d": 8.3,  # x D per routed row
-    "routed_f": 34.0,  # x F per routed row
-    "expert": 12.0,  # per token row and expert
-    "slot": 30.0,  # per token row and slot of its top-k
-    "target": 7.0,  # x V per target
+    "row": 84.0,  # x D per token row
+    "projection": 10.0,  # x D per token row and attention projection with LoRA
+    "routed_d": 10.0,  # x D per routed row
+    "routed_f": 25.0,  # x F per routed row
+    "expert": 16.0,  # per token row and expert
+    "slot": 204.0,  # per token row and slot of its top-k
+    "target": 9.7,  # x V per target
 }
-FORWARD_SHARE = 0.28
+FORWARD_SHARE = 0.53
 """Of these numbers, how many the forward pass alone moves."""
 PRODUCTS = 4
 """Grouped products of the frozen weights in a training pass: two forward, two backward."""
@@ -97,12 +97,13 @@ class PassWork:
 
     Args:
         training: forward and backward, or forward alone.
+        kind: of device, `cpu` or `cuda`.
     """
 
-    def __init__(self, job: Job, training: bool) -> None:
+    def __init__(self, job: Job, training: bool, kind: str) -> None:
         self.job, self.training = job, training
         self.recompute = training and job.config.execution.activation_checkpointing
-        self.number_bytes = max(job.size.bytes_per_parameter, 2)
+        self.number_bytes = job.row_bytes(kind)
 
     @property
     def score_flops(self) -> float:
@@ -113,11 +114,11 @@ class PassWork:
     def _times(self, training_factor: float) -> float:
         return training_factor + self.recompute if self.training else 1.0
 
-    def fixed(self, clients: float) -> Work:
-        """What a pass is, rows or not: calls, and the frozen dense weights that it reads; `clients` take part on this rank."""
+    def fixed(self) -> Work:
+        """What a pass is, rows or not: calls, and the frozen dense weights that it reads."""
         job, layers = self.job, self.job.size.layers
         per_pass, per_layer, per_projection, _ = TRAIN_CALLS if self.training else FORWARD_CALLS
-        calls = per_pass + layers * (per_layer + per_projection * job.projections * max(clients, 1.0))
+        calls = per_pass + layers * (per_layer + per_projection * job.projections)
         return Work(calls, 0.0, self._times(2) * (job.body + job.head) * job.size.bytes_per_parameter)
 
     def home(self, rows: Rows) -> Work:
@@ -140,7 +141,7 @@ class PassWork:
 
         Args:
             routed: arriving rows of a layer.
-            blocks: blocks that they form (bitwise: one per peer).
+            blocks: blocks that they form (one per peer where the clients of a rank do not share passes).
         """
         job, places = self.job, self.job.places
         layers = len(places.layers)

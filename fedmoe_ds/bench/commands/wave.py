@@ -28,11 +28,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="*", default=["eager", "grouped_mm"], help="experts implementations of transformers")
     parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--dtype", default="float32", help="of the frozen weights: float32 or bfloat16")
     add_seed(parser)
 
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
-    settings = {name: getattr(args, name) for name in ("steps", "sequences", "length", "seed")}
+    settings = {name: getattr(args, name) for name in ("steps", "sequences", "length", "seed", "dtype")}
     workloads = wave.make_workloads(args.shape, **settings)
     return wave.run_wave(workloads, wave.system_names(args.mode, args.peers), args.rounds, note)
 

@@ -1,0 +1,189 @@
+"""Rowwise: frozen layers of a Hugging Face model, replaced by ones that treat every row by itself and in one pass over memory.
+
+Legend: T rows, I input width, O output width, D model width.
+
+Linear maps, RMS norms and rotary embeddings of a frozen model need the gradient of their input alone, so each is one autograd
+function over one native kernel (`fedmoe_ds.native`). A bfloat16 model of a family that consists of nothing else keeps its
+weights in bfloat16 and computes with float32 rows between its products: half the memory, and the products at their higher rate.
+Where the kernels do not serve (a GPU, other families in bfloat16, no compiler) the model stays as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedmoe_ds.native import matrix, rows
+
+INDEPENDENT = ("mixtral", "olmoe", "qwen3_moe")
+"""Model types in which, with these layers, no row's bits depend on the other rows of a pass: linear maps, RMS norms, rotary
+embeddings, softmax routing, and experts that are all in the pool. Tests train each of them in varying company."""
+
+
+def independent_rows(model_type: str, dtype: str, device: str) -> bool:
+    """Whether clients may share a pass without leaving traces in each other's bits, on this kind of device."""
+    compiled = matrix.available() and rows.available()
+    return model_type in INDEPENDENT and dtype in ("float32", "bfloat16") and device == "cpu" and compiled
+
+
+def frozen_rows(x: Tensor, weight_OI: Tensor, transposed: bool) -> Tensor:
+    """x W^T where `transposed`, else x W; no autograd."""
+    y = matrix.product(x, weight_OI, transposed)
+    return y if y is not None else x @ (weight_OI.t() if transposed else weight_OI)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.weight_OI = weight_OI
+        return frozen_rows(x, weight_OI, transposed=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        return (frozen_rows(grads[0], ctx.weight_OI, transposed=False) if ctx.needs_input_grad[0] else None), None
+
+
+def frozen_product(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T for a weight that is not trained."""
+    return _FrozenProduct.apply(x, weight_OI)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer whose parameters are not trained; they stay the same objects."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = frozen_product(input, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class _RowNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        y, inverse_T = rows.norm(x, weight_D, eps)
+        ctx.save_for_backward(x, inverse_T)
+        ctx.weight_D = weight_D
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, inverse_T = ctx.saved_tensors
+        return rows.norm_backward(grads[0].contiguous(), x, ctx.weight_D, inverse_T), None, None
+
+
+class RowNorm(nn.Module):
+    """w x / sqrt(mean(x^2) + eps) with a frozen w (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = weight, eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight_D = self.weight.float()
+        return _RowNorm.apply(hidden_states, weight_D, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class FloatEmbedding(nn.Module):
+    """A frozen embedding whose rows come out in float32, whatever it stores."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.weight, self.padding_idx = embedding.weight, embedding.padding_idx
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.weight).float()
+
+
+class _Rotation(torch.autograd.Function):
+    """Heads [B, H, S, K] as attention holds them: views of [B, S, H, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHSK: Tensor, cosine_TK: Tensor, sine_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine_TK, sine_TK)
+        return _turned(x_BHSK, cosine_TK, sine_TK, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cosine_TK, sine_TK = ctx.saved_tensors
+        return _turned(grads[0], cosine_TK, sine_TK, back=True), None, None
+
+
+def _turned(x_BHSK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, back: bool) -> Tensor:
+    x_BSHK = x_BHSK.transpose(1, 2).contiguous()
+    return rows.rotate(x_BSHK.flatten(0, 1), cosine_TK, sine_TK, back).view(x_BSHK.shape).transpose(1, 2)
+
+
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+def rowwise_rotary(original: Rotary) -> Rotary:
+    """`apply_rotary_pos_emb` of a transformers model; `original` serves what the kernel does not."""
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        whole = q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        if unsqueeze_dim != 1 or not whole or not rows.serves(q, k, cos, sin):
+            return original(q, k, cos, sin, unsqueeze_dim)
+        shape = (q.shape[0], q.shape[2], cos.shape[-1])
+        cosine_TK, sine_TK = (part.expand(shape).reshape(-1, shape[-1]) for part in (cos, sin))
+        turned: list[Tensor] = [_Rotation.apply(x, cosine_TK, sine_TK) for x in (q, k)]  # type: ignore[no-untyped-call]
+        return turned[0], turned[1]
+
+    apply_rotary_pos_emb.rowwise = True  # type: ignore[attr-defined]
+    return apply_rotary_pos_emb
+
+
+def row_dtype(model: Any) -> torch.dtype:
+    """The type of the rows between a model's products, once `replace_frozen` has seen it."""
+    weight = next(model.parameters())
+    short = str(weight.dtype).removeprefix("torch.")
+    return torch.float32 if independent_rows(model.config.model_type, short, weight.device.type) else weight.dtype
+
+
+def replace_frozen(model: Any) -> None:
+    """Put the rowwise layers into a frozen model, where the kernels serve its weights. Safe to call again."""
+    if row_dtype(model) != torch.float32:
+        return
+    for name, module in list(model.named_modules()):
+        new = _rowwise(module)
+        if new is not None:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, new)
+    for home in {type(module).__module__ for module in model.modules()}:
+        _replace_rotary(sys.modules[home])
+
+
+def _rowwise(module: nn.Module) -> nn.Module | None:
+    if type(module) is nn.Linear and matrix.serves(module.weight) and not module.weight.requires_grad:
+        return FrozenLinear(module)
+    if type(module) is nn.Embedding and module.weight.dtype == torch.bfloat16:
+        return FloatEmbedding(module)
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
+        return None
+    suits = rows.serves(weight.float()) and not weight.requires_grad and _is_plain_norm(module, weight, eps)
+    return RowNorm(weight, eps) if suits else None
+
+
+@torch.no_grad()
+def _is_plain_norm(module: nn.Module, weight_D: Tensor, eps: float) -> bool:
+    """Families differ in what they call an RMS norm (some scale by 1 + w): ask the layer itself."""
+    x_TD = torch.linspace(-2.0, 3.0, 4 * len(weight_D)).view(4, -1).sin()
+    plain_TD = weight_D.float() * x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps)
+    return torch.allclose(module(x_TD).float(), plain_TD, rtol=1e-5, atol=1e-6)
+
+
+def _replace_rotary(home: Any) -> None:
+    """Attention layers call their module's function by name, so that is the place to put another."""
+    original = getattr(home, "apply_rotary_pos_emb", None)
+    if original is not None and home.__name__.startswith("transformers.models.") and not hasattr(original, "rowwise"):
+        home.apply_rotary_pos_emb = rowwise_rotary(original)

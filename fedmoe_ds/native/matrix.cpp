@@ -1,0 +1,235 @@
+// Matrix products of row groups with frozen weights, single-threaded, float32. Compiled by compiling.py.
+//
+// Legend: M rows, K inner width, N output width; `ends` are the end rows of contiguous groups.
+//
+// Every element of a result is one chain of multiply-adds over k = 0 .. K-1, whatever rows surround its row. A row's bits therefore
+// depend on that row and the weights alone, so rows of all clients may share one call and still be reproducible one by one. A tile
+// of 12 rows x 32 columns keeps its sums in vector registers; the 32 columns of the weights are copied into a dense panel first.
+//
+// Weights may be bfloat16. A processor with AVX512-BF16 then rounds the rows to bfloat16 as well and adds up products of pairs in
+// float32, at twice the rate; any other one widens the panel.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kLanes = 16;            // floats per vector
+constexpr int kPanel = 2 * kLanes;    // columns of a tile
+constexpr int kRows = 12;             // rows of a tile
+
+typedef float Wide __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float Loose __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+
+template <int M>
+void tile(const float* x, int64_t ldx, const float* panel, int64_t K, float* y, int64_t ldy, int64_t columns) {
+  Wide left[M] = {}, right[M] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    const Wide first = *reinterpret_cast<const Wide*>(panel + k * kPanel);
+    const Wide second = *reinterpret_cast<const Wide*>(panel + k * kPanel + kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const float value = x[m * ldx + k];
+      left[m] += first * value;
+      right[m] += second * value;
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    if (columns == kPanel) {
+      *reinterpret_cast<Loose*>(y + m * ldy) = left[m];
+      *reinterpret_cast<Loose*>(y + m * ldy + kLanes) = right[m];
+    } else {
+      float both[kPanel];
+      std::memcpy(both, &left[m], sizeof(Wide));
+      std::memcpy(both + kLanes, &right[m], sizeof(Wide));
+      std::memcpy(y + m * ldy, both, columns * sizeof(float));
+    }
+  }
+}
+
+void all_rows(const float* x, const float* panel, int64_t M, int64_t K, float* y, int64_t N, int64_t columns) {
+  for (; M >= kRows; M -= kRows, x += kRows * K, y += kRows * N) tile<kRows>(x, K, panel, K, y, N, columns);
+#define LEFT_OVER(m) case m: tile<m>(x, K, panel, K, y, N, columns); break;
+  switch (M) {
+    LEFT_OVER(1) LEFT_OVER(2) LEFT_OVER(3) LEFT_OVER(4) LEFT_OVER(5) LEFT_OVER(6)
+    LEFT_OVER(7) LEFT_OVER(8) LEFT_OVER(9) LEFT_OVER(10) LEFT_OVER(11)
+    default: break;
+  }
+}
+
+float widened(float value) { return value; }
+
+[[maybe_unused]] float widened(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// to[k][j] = w[j][k] for w with rows of K elements, `columns` rows of it.
+template <typename From, typename To, typename Convert>
+void transpose(const From* w, int64_t K, int64_t columns, To* to, Convert convert) {
+  constexpr int kRun = 16;
+  int64_t k = 0;
+  for (; k + kRun <= K; k += kRun)
+    for (int64_t j = 0; j < columns; ++j) {
+      const From* from = w + j * K + k;
+#pragma GCC unroll 16
+      for (int i = 0; i < kRun; ++i) to[(k + i) * kPanel + j] = convert(from[i]);
+    }
+  for (; k < K; ++k)
+    for (int64_t j = 0; j < columns; ++j) to[k * kPanel + j] = convert(w[j * K + k]);
+}
+
+// Room for a panel and for rows in other clothes, zeroed: columns and factors that are not there count as zeros.
+class Room {
+ public:
+  explicit Room(int64_t bytes) : memory_(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
+    if (memory_ != nullptr) std::memset(memory_, 0, bytes);
+  }
+  ~Room() { std::free(memory_); }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  void* memory_;
+};
+
+// Products with a panel of floats, from weights of either type.
+template <typename Weight>
+struct Widening {
+  Room panel;
+  explicit Widening(int64_t K, int64_t) : panel(K * kPanel * sizeof(float)) {}
+  bool ready() const { return panel.as<float>() != nullptr; }
+
+  void run(const float* x, const Weight* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed) {
+    float* const floats = panel.as<float>();
+    for (int64_t n = 0; n < N; n += kPanel) {
+      const int64_t columns = N - n < kPanel ? N - n : kPanel;
+      if (transposed)
+        transpose(w + n * K, K, columns, floats, [](Weight value) { return widened(value); });
+      else
+        for (int64_t k = 0; k < K; ++k)
+          for (int64_t j = 0; j < columns; ++j) floats[k * kPanel + j] = widened(w[k * N + n + j]);
+      all_rows(x, floats, M, K, y + n, N, columns);
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+// Products of pairs: `pairs` of neighbouring factors lie in one 32-bit word, in rows as in panels.
+template <int M>
+void tile_of_pairs(const uint32_t* x, const uint32_t* panel, int64_t pairs, float* y, int64_t ldy, int64_t columns) {
+  __m512 left[M], right[M];
+  for (int m = 0; m < M; ++m) left[m] = right[m] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k) {
+    const __m512bh first = (__m512bh)_mm512_load_si512(panel + k * kPanel);
+    const __m512bh second = (__m512bh)_mm512_load_si512(panel + k * kPanel + kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(x[m * pairs + k]);
+      left[m] = _mm512_dpbf16_ps(left[m], value, first);
+      right[m] = _mm512_dpbf16_ps(right[m], value, second);
+    }
+  }
+  const __mmask16 low = columns >= kLanes ? 0xffff : (1u << columns) - 1;
+  const __mmask16 high = columns >= kPanel ? 0xffff : (columns > kLanes ? (1u << (columns - kLanes)) - 1 : 0);
+  for (int m = 0; m < M; ++m) {
+    _mm512_mask_storeu_ps(y + m * ldy, low, left[m]);
+    _mm512_mask_storeu_ps(y + m * ldy + kLanes, high, right[m]);
+  }
+}
+
+struct Pairing {
+  Room panel, rows;
+  explicit Pairing(int64_t K, int64_t M) : panel((K + 1) / 2 * kPanel * 4), rows((K + 1) / 2 * 4 * M) {}
+  bool ready() const { return panel.as<char>() != nullptr && rows.as<char>() != nullptr; }
+
+  void run(const float* x, const uint16_t* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed) {
+    const int64_t pairs = (K + 1) / 2;
+    round_rows(x, M, K, pairs);
+    uint16_t* const halves = panel.as<uint16_t>();
+    for (int64_t n = 0; n < N; n += kPanel) {
+      const int64_t columns = N - n < kPanel ? N - n : kPanel;
+      if (transposed && K % 2 == 0) {
+        transpose(reinterpret_cast<const uint32_t*>(w + n * K), pairs, columns, panel.as<uint32_t>(), [](uint32_t v) { return v; });
+      } else if (transposed) {
+        for (int64_t j = 0; j < columns; ++j)
+          for (int64_t k = 0; k < K; ++k) halves[(k / 2 * kPanel + j) * 2 + k % 2] = w[(n + j) * K + k];
+      } else {
+        for (int64_t k = 0; k < K; ++k)
+          for (int64_t j = 0; j < columns; ++j) halves[(k / 2 * kPanel + j) * 2 + k % 2] = w[k * N + n + j];
+      }
+      multiply(y + n, M, N, pairs, columns);
+    }
+  }
+
+ private:
+  void round_rows(const float* x, int64_t M, int64_t K, int64_t pairs) {
+    uint16_t* to = rows.as<uint16_t>();
+    for (int64_t m = 0; m < M; ++m, x += K, to += 2 * pairs) {
+      for (int64_t k = 0; k < K; k += kLanes) {
+        const __mmask16 there = K - k >= kLanes ? 0xffff : (1u << (K - k)) - 1;
+        const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, x + k));
+        uint16_t part[kLanes];
+        std::memcpy(part, &half, sizeof part);
+        std::memcpy(to + k, part, (K - k >= kLanes ? kLanes : K - k) * sizeof(uint16_t));
+      }
+      if (K % 2) to[K] = 0;
+    }
+  }
+
+  void multiply(float* y, int64_t M, int64_t N, int64_t pairs, int64_t columns) {
+    const uint32_t* x = rows.as<uint32_t>();
+    const uint32_t* words = panel.as<uint32_t>();
+    for (; M >= kRows; M -= kRows, x += kRows * pairs, y += kRows * N) tile_of_pairs<kRows>(x, words, pairs, y, N, columns);
+#define LEFT_OVER_PAIRS(m) case m: tile_of_pairs<m>(x, words, pairs, y, N, columns); break;
+    switch (M) {
+      LEFT_OVER_PAIRS(1) LEFT_OVER_PAIRS(2) LEFT_OVER_PAIRS(3) LEFT_OVER_PAIRS(4) LEFT_OVER_PAIRS(5) LEFT_OVER_PAIRS(6)
+      LEFT_OVER_PAIRS(7) LEFT_OVER_PAIRS(8) LEFT_OVER_PAIRS(9) LEFT_OVER_PAIRS(10) LEFT_OVER_PAIRS(11)
+      default: break;
+    }
+  }
+};
+using Halves = Pairing;
+#else
+using Halves = Widening<uint16_t>;
+#endif
+
+template <typename Product, typename Weight>
+int each_group(const float* x, const Weight* w, float* y, const int32_t* ends, int64_t groups, int64_t stride, int64_t N,
+               int64_t K, bool transposed) {
+  int64_t most = 0, start = 0;
+  for (int64_t g = 0; g < groups; start = ends[g++])
+    if (ends[g] - start > most) most = ends[g] - start;
+  Product product(K, most);
+  if (!product.ready()) return 1;
+  start = 0;
+  for (int64_t g = 0; g < groups; start = ends[g++])
+    if (ends[g] > start) product.run(x + start * K, w + g * stride, y + start * N, ends[g] - start, N, K, transposed);
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// y = x W_g for the rows of every group g, its weights at w + g * stride: [N,K] read as the transpose where `transposed`, else
+// [K,N]. Returns 0, or 1 without memory.
+int product_groups(const float* x, const float* w, float* y, const int32_t* ends, int64_t groups, int64_t stride, int64_t N,
+                   int64_t K, int64_t transposed) {
+  return each_group<Widening<float>>(x, w, y, ends, groups, stride, N, K, transposed != 0);
+}
+
+// The same with bfloat16 weights.
+int half_product_groups(const float* x, const uint16_t* w, float* y, const int32_t* ends, int64_t groups, int64_t stride,
+                        int64_t N, int64_t K, int64_t transposed) {
+  return each_group<Halves>(x, w, y, ends, groups, stride, N, K, transposed != 0);
+}
+}

@@ -1,0 +1,63 @@
+"""Matrix products whose rows do not depend on each other's company, by matrix.cpp.
+
+Legend: N rows, G groups, I input width, O output width.
+
+Rows are float32; weights are float32 or bfloat16. With bfloat16 weights a processor with AVX512-BF16 rounds the rows as well
+and adds up in float32. Every function answers None where the kernel does not serve: another device or type, or no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.native.compiling import POINTER, SIZE, library
+
+_WEIGHTS = {torch.float32: "product_groups", torch.bfloat16: "half_product_groups"}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    found = library("matrix")
+    for name in _WEIGHTS.values() if found is not None else ():
+        getattr(found, name).argtypes = [*[POINTER] * 4, *[SIZE] * 5]
+    return found
+
+
+def available() -> bool:
+    """Whether the kernels could be compiled here."""
+    return _library() is not None
+
+
+def serves(weight: Tensor) -> bool:
+    """Whether the kernel takes weights of this kind; rows are always float32."""
+    return weight.device.type == "cpu" and weight.dtype in _WEIGHTS and available()
+
+
+def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
+    """x W^T for a weight [O, I] where `transposed`, else x W for a weight [I, O]; x is [..., I]. Contiguous weights only."""
+    if not weight.is_contiguous():
+        return None
+    rows = x.numel() // max(x.shape[-1], 1)
+    ends_G = torch.tensor([rows], dtype=torch.int32)
+    y_NO = grouped_product(x.reshape(rows, x.shape[-1]), weight.unsqueeze(0), ends_G, transposed)
+    return None if y_NO is None else y_NO.view(*x.shape[:-1], y_NO.shape[1])
+
+
+def grouped_product(x_NI: Tensor, weight_GAB: Tensor, ends_G: Tensor, transposed: bool) -> Tensor | None:
+    """`product` for every group of rows with its own weight; `ends_G` (int32) are the groups' end rows."""
+    dense = weight_GAB.shape[0] == 0 or weight_GAB[0].is_contiguous()
+    if not (dense and x_NI.dtype == torch.float32 and ends_G.dtype == torch.int32 and serves(weight_GAB)):
+        return None
+    x_NI = x_NI.contiguous()
+    wide_in, wide_out = x_NI.shape[1], weight_GAB.shape[1 if transposed else 2]
+    assert weight_GAB.shape[2 if transposed else 1] == wide_in and ends_G.is_contiguous(), (x_NI.shape, weight_GAB.shape)
+    y_NO = x_NI.new_empty(x_NI.shape[0], wide_out)
+    pointers = [tensor.data_ptr() for tensor in (x_NI, weight_GAB, y_NO, ends_G)]
+    run = getattr(_library(), _WEIGHTS[weight_GAB.dtype])
+    status = run(*pointers, ends_G.shape[0], weight_GAB.stride(0), wide_out, wide_in, transposed)
+    assert status == 0, "no memory for a panel of weights"
+    return y_NO

@@ -1,0 +1,168 @@
+// What happens to rows between matrix products, and the client optimizer: single-threaded, float32. Compiled by compiling.py.
+//
+// Legend: T or N rows, D model width, F expert width.
+//
+// One pass over memory where PyTorch makes one per operation. Vectors start at the first element of a row (of a parameter, in the
+// optimizer), so bits depend on the row alone.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kLanes = 16;
+
+typedef float Wide __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+typedef int32_t WideInt __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
+
+Wide spread(float value) { return Wide{} + value; }
+
+// The first `count` floats; zeros behind them, so that a row's end goes through the same instructions.
+Wide load(const float* from, int64_t count) {
+  if (count >= kLanes) return *reinterpret_cast<const Wide*>(from);
+  Wide part = {};
+  std::memcpy(&part, from, count * sizeof(float));
+  return part;
+}
+
+void store(float* to, Wide value, int64_t count) {
+  std::memcpy(to, &value, (count < kLanes ? count : kLanes) * sizeof(float));
+}
+
+float total(Wide value) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) value[i] += value[i + width];
+  return value[0];
+}
+
+// e^x to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cody and Waite's reduction).
+Wide exponential(Wide x) {
+  const Wide low = spread(-87.0f), high = spread(88.0f), shift = spread(12582912.0f);  // 1.5 * 2^23 rounds to whole numbers
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Wide shifted = x * 1.44269504088896341f + shift;
+  const Wide n = shifted - shift;
+  const Wide r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Wide p = spread(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  WideInt bits, origin;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  std::memcpy(&origin, &shift, sizeof origin);
+  bits = (bits - origin + 127) << 23;
+  Wide power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+Wide sigmoid(Wide x) { return 1.0f / (1.0f + exponential(-x)); }
+
+bool all_zero(const float* values, int64_t count) {
+  constexpr int64_t kRun = 256;
+  for (int64_t i = 0; i < count; i += kRun) {
+    const int64_t stop = i + kRun < count ? i + kRun : count;
+    int32_t seen = 0;
+    for (int64_t j = i; j < stop; ++j) seen |= values[j] != 0.0f;
+    if (seen) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+// y = w x / sqrt(mean(x^2) + eps); `inverse` [T] keeps 1 / sqrt(...).
+void norm(const float* x, const float* w, float* y, float* inverse, int64_t T, int64_t D, float eps) {
+  for (int64_t t = 0; t < T; ++t, x += D, y += D) {
+    Wide square = {};
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const Wide value = load(x + d, D - d);
+      square += value * value;
+    }
+    const float scale = 1.0f / std::sqrt(total(square) / static_cast<float>(D) + eps);
+    inverse[t] = scale;
+    for (int64_t d = 0; d < D; d += kLanes) store(y + d, load(w + d, D - d) * (load(x + d, D - d) * scale), D - d);
+  }
+}
+
+// dx = s w dy - x s^3 mean(w dy x), with s = 1 / sqrt(...).
+void norm_backward(const float* dy, const float* x, const float* w, const float* inverse, float* dx, int64_t T, int64_t D) {
+  for (int64_t t = 0; t < T; ++t, dy += D, x += D, dx += D) {
+    Wide dot = {};
+    for (int64_t d = 0; d < D; d += kLanes) dot += load(w + d, D - d) * load(dy + d, D - d) * load(x + d, D - d);
+    const float scale = inverse[t];
+    const float along = total(dot) / static_cast<float>(D) * scale * scale * scale;
+    for (int64_t d = 0; d < D; d += kLanes)
+      store(dx + d, load(w + d, D - d) * load(dy + d, D - d) * scale - load(x + d, D - d) * along, D - d);
+  }
+}
+
+// y = x cos + rotate_half(x) sin for heads of width K; x is [T, H, K], cos and sin are [T, K]. `sign` -1 turns back (the gradient).
+void rotate(const float* x, const float* cosine, const float* sine, float* y, int64_t T, int64_t H, int64_t K, float sign) {
+  const int64_t half = K / 2;
+  for (int64_t t = 0; t < T; ++t, cosine += K, sine += K)
+    for (int64_t h = 0; h < H; ++h, x += K, y += K)
+      for (int64_t k = 0; k < half; k += kLanes) {
+        const int64_t left = half - k;
+        const Wide first = load(x + k, left), second = load(x + half + k, left);
+        const Wide low = load(sine + k, left) * sign, high = load(sine + half + k, left) * sign;
+        // The gradient of y_first = c1 x1 - s1 x2, y_second = c2 x2 + s2 x1 takes the other half's sine.
+        const Wide to_first = sign > 0 ? low : high, to_second = sign > 0 ? high : low;
+        store(y + k, first * load(cosine + k, left) - second * to_first, left);
+        store(y + half + k, second * load(cosine + half + k, left) + first * to_second, left);
+      }
+}
+
+// pa = p silu(gate) up, h = [gate, up].
+void swiglu(const float* h, const float* p, float* pa, int64_t N, int64_t F) {
+  for (int64_t n = 0; n < N; ++n, h += 2 * F, pa += F)
+    for (int64_t f = 0; f < F; f += kLanes) {
+      const Wide gate = load(h + f, F - f), up = load(h + F + f, F - f);
+      store(pa + f, gate * sigmoid(gate) * up * p[n], F - f);
+    }
+}
+
+// From the gradient of pa: dh [N, 2F] and dp [N].
+void swiglu_backward(const float* h, const float* p, const float* dpa, float* dh, float* dp, int64_t N, int64_t F) {
+  for (int64_t n = 0; n < N; ++n, h += 2 * F, dpa += F, dh += 2 * F) {
+    Wide sum = {};
+    for (int64_t f = 0; f < F; f += kLanes) {
+      const Wide gate = load(h + f, F - f), up = load(h + F + f, F - f), grad = load(dpa + f, F - f);
+      const Wide share = sigmoid(gate), silu = gate * share, da = grad * p[n];
+      sum += grad * (silu * up);
+      store(dh + f, da * up * (share + silu * (1.0f - share)), F - f);
+      store(dh + F + f, da * silu, F - f);
+    }
+    dp[n] = total(sum);
+  }
+}
+
+// One AdamW step on `items` parameters of `size` floats each, `stride` apart in all four arrays; gradients are cleared.
+// blend1 and blend2 are 1 - beta1 and 1 - beta2, which float32 cannot subtract. A parameter without gradient, moments or decay
+// would not change: it is left alone.
+void adamw(float* value, float* grad, float* first, float* second, int64_t items, int64_t stride, int64_t size, float clip,
+           float keep, float blend1, float beta2, float blend2, float root, float eps, float rate) {
+  for (int64_t item = 0; item < items; ++item) {
+    float* __restrict__ w = value + item * stride;
+    float* __restrict__ g = grad + item * stride;
+    float* __restrict__ m = first + item * stride;
+    float* __restrict__ v = second + item * stride;
+    if (keep == 1.0f && all_zero(g, size) && all_zero(m, size) && all_zero(v, size)) continue;
+    for (int64_t i = 0; i < size; ++i) {
+      const float slope = g[i] * clip;
+      const float mean = m[i] + (slope - m[i]) * blend1;
+      const float square = v[i] * beta2 + slope * slope * blend2;
+      m[i] = mean;
+      v[i] = square;
+      w[i] = w[i] * keep - rate * (mean / (std::sqrt(square) / root + eps));
+      g[i] = 0.0f;
+    }
+  }
+}
+}

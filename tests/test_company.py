@@ -1,0 +1,69 @@
+"""Clients that share a pass end with the bits of clients that train alone, in every model family that may share passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federations import MODEL, make_config, run_alone, write_inputs
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+
+from fedmoe_ds.adapters.segmented import Segment
+from fedmoe_ds.config import Config
+from fedmoe_ds.experts.attending import own_lengths
+from fedmoe_ds.experts.execution import Pass
+from fedmoe_ds.fit import shares_passes
+from fedmoe_ds.foundation.rowwise import INDEPENDENT
+
+COMMON = {key: MODEL[key] for key in MODEL if key not in ("num_experts", "norm_topk_prob", "intermediate_size")}
+OTHERS: dict[str, Any] = {
+    "mixtral": lambda: MixtralConfig(**COMMON, intermediate_size=16, num_local_experts=16),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **COMMON, intermediate_size=32, moe_intermediate_size=16, num_experts=16, head_dim=16, norm_topk_prob=True
+    ),
+}
+
+
+def test_olmoe_is_tested_elsewhere() -> None:
+    """tests/test_topologies.py and test_isolation.py train it with one, two and all clients in flight."""
+    assert {*OTHERS, "olmoe"} == set(INDEPENDENT)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("mixtral", "float32"), ("qwen3_moe", "float32"), ("olmoe", "bfloat16")])
+def test_company_leaves_no_trace(tmp_path: Path, family: str, dtype: str) -> None:
+    write_inputs(tmp_path, (13, 9, 5))
+    if family in OTHERS:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(OTHERS[family]()).save_pretrained(tmp_path / "model")
+    change: dict[str, Any] = {
+        "federation": {"rounds": 1},
+        "local": {"balance_loss": 0.01},
+        "adapters": {"router": "train"},
+        "foundation": {"dtype": dtype},
+    }
+    results = [
+        run_alone(make_config(tmp_path, f"flight-{flight}", change, {"execution": {"clients_in_flight": flight}}))
+        for flight in (1, 3)
+    ]
+    assert all(result.parts.execution.pool.merge for result in results), "they do share passes"
+    assert results[0].digest == results[1].digest
+    weights = dict(results[0].parts.foundation.model.named_parameters())
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
+
+
+def test_who_may_share_a_pass() -> None:
+    config = Config()
+    assert shares_passes(True, "olmoe", config, "cpu") and shares_passes(False, "deepseek_v3", config, "cuda")
+    assert not shares_passes(True, "deepseek_v3", config, "cpu"), "its shared experts and sigmoid scores are not kept apart"
+    assert not shares_passes(True, "olmoe", config, "cuda")
+    half = config.model_copy(update={"foundation": config.foundation.model_copy(update={"dtype": "bfloat16"})})
+    assert shares_passes(True, "olmoe", half, "cpu") and not shares_passes(True, "qwen2_moe", half, "cpu")
+
+
+def test_neighbours_of_equal_length_share_a_call() -> None:
+    empty = torch.zeros(0)
+    run = Pass([Segment(0, 0, 2, 9), Segment(1, 2, 5, 9), Segment(3, 5, 6, 4)], None, empty, empty, empty)
+    assert own_lengths(run, 6, 9) == [(0, 5, 9), (5, 6, 4)]
+    assert own_lengths(Pass([], None, empty, empty, empty), 1, 1) == [(0, 1, 1)]

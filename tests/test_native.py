@@ -1,0 +1,159 @@
+"""Native kernels: equal to PyTorch in float64, and every row by itself, bit for bit.
+
+Legend: N or T rows, G groups, I input width, O output width, D model width, F expert width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmoe_ds.experts import ffn
+from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t
+from fedmoe_ds.native import matrix, rows
+
+WIDTHS = [(16, 32), (48, 100), (7, 5), (33, 64), (256, 96)]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def near(found: Tensor | None, expected: Tensor, scale: float = 1.0) -> None:
+    assert found is not None
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5 * scale)
+
+
+def test_the_kernels_are_there() -> None:
+    assert matrix.available() and rows.available(), f"g++ is {shutil.which('g++')}, but the sources could not be built"
+
+
+@pytest.mark.parametrize(("wide_in", "wide_out"), WIDTHS)
+def test_products_equal_float64(wide_in: int, wide_out: int) -> None:
+    x, w = draw(2, 17, wide_in), draw(wide_out, wide_in, seed=1)
+    near(matrix.product(x, w, transposed=True), x.double() @ w.double().T, wide_in**0.5)
+    near(matrix.product(x, w.T.contiguous(), transposed=False), x.double() @ w.double().T, wide_in**0.5)
+
+
+@pytest.mark.parametrize(("wide_in", "wide_out"), WIDTHS)
+def test_products_with_half_weights(wide_in: int, wide_out: int) -> None:
+    """Rows are rounded to bfloat16 as well where the processor multiplies such pairs, and kept as they are elsewhere."""
+    x, w = draw(17, wide_in), draw(wide_out, wide_in, seed=1).bfloat16()
+    rounded, kept = x.bfloat16().double() @ w.double().T, x.double() @ w.double().T
+    for weight, transposed in ((w, True), (w.T.contiguous(), False)):
+        found = matrix.product(x, weight, transposed)
+        assert found is not None and found.dtype == torch.float32
+        assert min((found - expected).abs().max() for expected in (rounded, kept)) <= 2e-5 * wide_in**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("wide_in", "wide_out"), WIDTHS)
+def test_a_row_of_a_product_does_not_see_the_others(wide_in: int, wide_out: int, dtype: torch.dtype) -> None:
+    x, w = draw(29, wide_in), draw(wide_out, wide_in, seed=1).to(dtype)
+    for weight, transposed in ((w, True), (w.T.contiguous(), False)):
+        whole = matrix.product(x, weight, transposed)
+        assert whole is not None
+        for start in (0, 3, 11):
+            for stop in range(start + 1, 30):  # every number of rows that a tile can have
+                part = matrix.product(x[start:stop], weight, transposed)
+                assert part is not None and torch.equal(part, whole[start:stop]), (start, stop)
+
+
+def test_groups_of_products() -> None:
+    ends_G = torch.tensor([5, 5, 6, 29], dtype=torch.int32)
+    bank = draw(4, 3, 40, 24, seed=2)
+    weight_GOI, x_NI, dy_NO = bank[:, 1], draw(29, 24), draw(29, 40, seed=3)  # a strided view, as a client's weights are
+    y_NO, dx_NI = grouped_mm(x_NI, weight_GOI, ends_G), grouped_mm_t(dy_NO, weight_GOI, ends_G)
+    for g, (start, stop) in enumerate([(0, 5), (5, 5), (5, 6), (6, 29)]):
+        near(y_NO[start:stop], x_NI[start:stop].double() @ weight_GOI[g].double().T, 5.0)
+        near(dx_NI[start:stop], dy_NO[start:stop].double() @ weight_GOI[g].double(), 6.0)
+        assert torch.equal(y_NO[start:stop], matrix.product(x_NI[start:stop], weight_GOI[g], transposed=True))  # type: ignore[arg-type]
+
+
+def test_other_kinds_are_left_to_torch() -> None:
+    x, w = draw(4, 8), draw(16, 8)
+    assert matrix.product(x.bfloat16(), w.bfloat16(), transposed=True) is None, "rows are float32"
+    assert matrix.product(x, w.half(), transposed=True) is None
+    assert matrix.product(x, draw(8, 16).T, transposed=True) is None, "weights that are not contiguous"
+    assert not rows.serves(x.double()) and rows.serves(x)
+
+
+@pytest.mark.parametrize("width", [16, 40, 7])
+def test_norm(width: int) -> None:
+    x, w, dy = draw(3, 5, width), draw(width, seed=1), draw(3, 5, width, seed=2)
+    leaf = x.double().requires_grad_()
+    expected = w.double() * leaf * torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-5)
+    expected.backward(dy.double())
+    y, inverse = rows.norm(x, w, 1e-5)
+    near(y, expected.detach())
+    assert leaf.grad is not None
+    near(rows.norm_backward(dy, x, w, inverse), leaf.grad)
+    alone, own = rows.norm(x[1:2].contiguous(), w, 1e-5)
+    assert torch.equal(alone[0], y[1]) and torch.equal(own, inverse[5:10])
+
+
+@pytest.mark.parametrize("width", [16, 64, 12])
+def test_rotation(width: int) -> None:
+    x, dy = draw(6, 3, width), draw(6, 3, width, seed=1)
+    angles = draw(6, width // 2, seed=2).repeat(1, 2)  # both halves turn by the same angles in every model, not in this test
+    cosine, sine = (angles + 0.1).cos(), (angles * 1.1).sin()
+    sine[:, width // 2 :] *= 0.9
+    leaf = x.double().requires_grad_()
+    first, second = leaf.chunk(2, -1)
+    expected = leaf * cosine.double().unsqueeze(1) + torch.cat((-second, first), -1) * sine.double().unsqueeze(1)
+    expected.backward(dy.double())
+    near(rows.rotate(x, cosine, sine), expected.detach())
+    assert leaf.grad is not None
+    near(rows.rotate(dy, cosine, sine, back=True), leaf.grad)
+
+
+@pytest.mark.parametrize("width", [16, 48, 7])
+def test_swiglu(width: int) -> None:
+    h, p, dpa = 4.0 * draw(9, 2 * width), draw(9, seed=1).abs(), draw(9, width, seed=2)
+    h[0, :4] = torch.tensor([-200.0, -90.0, 90.0, 200.0])  # beyond what e^x can hold
+    leaf, weight = h.double().requires_grad_(), p.double().requires_grad_()
+    gate, up = leaf.chunk(2, -1)
+    expected = F.silu(gate) * up * weight.unsqueeze(-1)
+    expected.backward(dpa.double())
+    near(rows.swiglu(h, p), expected.detach(), 10.0)
+    dh, dp = rows.swiglu_backward(h, p, dpa)
+    assert leaf.grad is not None and weight.grad is not None
+    near(dh, leaf.grad, 10.0)
+    near(dp, weight.grad, 200.0)
+    assert torch.equal(rows.swiglu(h[3:5].contiguous(), p[3:5].contiguous()), rows.swiglu(h, p)[3:5])
+
+
+def test_both_ways_through_the_feed_forward_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, p, dpa = draw(9, 64), draw(9, seed=1).abs(), draw(9, 32, seed=2)
+    native = [ffn._weighted_activation(h, p), *ffn._activation_backward(h, p, dpa.clone())]
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "serves", lambda *tensors: False)
+        plain = [ffn._weighted_activation(h, p), *ffn._activation_backward(h, p, dpa.clone())]
+    for a, b in zip(native, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "root": 0.7, "eps": 1e-8, "rate": 1e-2}
+
+
+def test_adamw_leaves_alone_what_nothing_moves() -> None:
+    """Without gradient, moments and decay a step changes nothing; with any of them it does."""
+    shape = (2, 3, 4, 40)  # layers, experts, two item axes
+    value = draw(*shape)
+    state = [torch.zeros(shape) for _ in range(3)]
+    state[0][0, 1] = 1.0
+    before = value.clone()
+    rows.adamw(value, *state, 2, clip=1.0, keep=1.0, **SETTINGS)
+    moved = (value != before).any(-1).any(-1)
+    assert moved.nonzero().tolist() == [[0, 1]] and not state[0].any()
+    before = value.clone()
+    rows.adamw(value, *state, 2, clip=1.0, keep=1.0, **SETTINGS)  # moments alone move it
+    assert (value != before).any(-1).any(-1).nonzero().tolist() == [[0, 1]]
+    before = value.clone()
+    rows.adamw(value, *state, 2, clip=1.0, keep=0.9, **SETTINGS)
+    assert ((value != before).any(-1).any(-1)).all(), "decay moves everything"
