@@ -81,6 +81,8 @@ class ControlSumming:
         self.control, self.size = control, control.size
 
     def sum(self, total: Tensor) -> Tensor:
-        if self.size > 1:
-            total.copy_(self.control.sum(total.cpu()))
-        return total
+        if self.size == 1:
+            return total
+        if total.device.type == "cpu":
+            return self.control.sum(total)
+        return total.copy_(self.control.sum(total.cpu()))

@@ -22,8 +22,9 @@ from fedmoe_ds.errors import UserError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_CHUNK = 1 << 26  # numbers of one MPI call, well below the 2^31 of older MPI libraries
-_NAP_S = (2e-5, 2e-3)  # first and longest pause between two looks at a pending MPI call
+_PIECE = 1 << 22  # bytes of one MPI call: they stay in the processor's caches, and network messages are still large
+_SPIN_S = 1e-4  # how long to look at a pending MPI call without a pause: a nap takes about as long
+_NAP_S = (2e-5, 2e-3)  # first and longest pause between two later looks
 
 
 class Control(Protocol):
@@ -126,8 +127,11 @@ class MpiControl:
         assert total.is_contiguous() and total.device.type == "cpu"
         flat = total.view(-1).numpy()
         with activity.collective("sum", self.name, total.nbytes):
-            for start in range(0, len(flat), _CHUNK):
-                _wait(self.comm.Iallreduce(MPI.IN_PLACE, flat[start : start + _CHUNK]))
+            # The wait for the last rank may be long, so it naps; the sum itself is short, and naps would hold it up.
+            _wait(self.comm.Ibarrier())
+            piece = _PIECE // total.element_size()
+            for start in range(0, len(flat), piece):
+                self.comm.Allreduce(MPI.IN_PLACE, flat[start : start + piece])
         return total
 
     def split(self, color: int, name: str) -> Control:
@@ -136,9 +140,11 @@ class MpiControl:
 
 def _wait(request: Any) -> None:
     nap, longest = _NAP_S
+    awake_until = time.monotonic() + _SPIN_S
     while not request.Test():
-        time.sleep(nap)
-        nap = min(1.5 * nap, longest)
+        if time.monotonic() > awake_until:
+            time.sleep(nap)
+            nap = min(1.5 * nap, longest)
 
 
 def make_control(kind: str, launcher: str, rank: int, world_size: int, timeout: timedelta) -> Control:

@@ -1,15 +1,20 @@
-"""Order-free sums: any order and any grouping gives equal bits; the value is math.fsum's to 2^-79."""
+"""Order-free sums: any order and any grouping gives equal bits; the value is math.fsum's to 2^-79.
+
+The compiled loops give the bits of the plain torch formulas.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.aggregation.exact import ExactSum, FloatSum
+from fedmoe_ds.native.sums import loops_for
 
 NUMBERS = st.lists(
     st.floats(-(2.0**19), 2.0**19, allow_nan=False, exclude_min=True, exclude_max=True)
@@ -73,3 +78,44 @@ def test_small_weights_keep_their_precision() -> None:
     bottom = float(total(weights).value())
     true = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)
     assert abs(top / bottom - true) <= 1e-9
+
+
+def draw_block(seed: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(one client's value [3, 2, 5, 7] as a bank holds it: rows lie apart; weights [3, 2], some of them zero)."""
+    source = torch.Generator().manual_seed(seed)
+    bank = torch.randn(3, 2, 4, 5, 7, generator=source)
+    bank *= torch.exp(-spread * torch.rand(bank.shape, generator=source))
+    weight = torch.rand(3, 2, generator=source, dtype=torch.float64) ** spread
+    return bank[:, :, 1], torch.where(torch.rand(3, 2, generator=source) < 0.3, 0.0, weight)
+
+
+@pytest.mark.parametrize("kind", [ExactSum, FloatSum])
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), spread=st.floats(0.1, 12.0))
+def test_compiled_loops_give_the_bits_of_torch(kind: type[ExactSum] | type[FloatSum], seed: int, spread: float) -> None:
+    value, weight = draw_block(seed, spread)
+    assert loops_for(value) is not None, "g++ could not build sums.cpp"
+    loops, plain, old = kind(value.shape), kind(value.shape), torch.randn(value.shape)
+    for factor in (weight, -0.3 * weight, 1e-12 * weight):
+        loops.add_product(value, factor)
+        plain.add(value.double() * factor[..., None, None])
+        assert torch.equal(loops.limbs, plain.limbs)
+    mean = loops.mean(weight, old)
+    expected = torch.where(weight[..., None, None] > 0, (plain.value() / weight[..., None, None]).float(), old)
+    assert mean.dtype == torch.float32 and torch.equal(mean, expected)
+    general = kind(value.shape)
+    general.add_product(value.double(), weight)  # no float32: what other devices run
+    once = kind(value.shape)
+    once.add_product(value, weight)
+    assert loops_for(value.double()) is None and torch.equal(general.limbs, once.limbs)
+    assert torch.equal(general.mean(weight, old.double()).float(), once.mean(weight, old))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [ExactSum, FloatSum])
+def test_a_weight_of_zero_adds_zero(kind: type[ExactSum] | type[FloatSum], dtype: torch.dtype) -> None:
+    """Whatever the numbers are that nobody weighs: an expert that a client did not train may hold anything."""
+    value = torch.tensor([[math.inf, math.nan], [1.0, 2.0]], dtype=dtype)
+    sums = kind((2, 2))
+    sums.add_product(value, torch.tensor([0.0, 0.5], dtype=torch.float64))
+    assert sums.value().tolist() == [[0.0, 0.0], [0.5, 1.0]]

@@ -13,7 +13,9 @@ import pytest
 from federations import make_config, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_variants import variant_config
 
+from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.bench.shapes import Shape, write_model
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
@@ -185,6 +187,19 @@ def test_prediction_counts_what_a_round_sends(small: Job) -> None:
     rows = sum(int(small.steps(client, 1).rows.sum()) * client.cap for client in small.clients)
     wide = rows * len(small.places.layers) * small.places.width * 4 / 2
     assert 4.0 < shared.bytes["all_to_all"] / wide < 5.5, "rows and results, forward and backward, and evaluation"
+
+
+@pytest.mark.parametrize("variant", ["flora", "scaffold", "fedit"])
+def test_prediction_counts_every_sum_of_a_method(tmp_path: Path, variant: str) -> None:
+    """Collected factors and control variates travel, too: the bytes are those of a real round's sums, dense ones twice."""
+    write_inputs(tmp_path)
+    job, cpu = resolve(variant_config(tmp_path, variant, "planned")), load_hardware("cpu")
+    participants, scaffold = len(job.participants(1)), job.config.local.drift == "scaffold"
+    sums = RoundSums(job.blocks, job.places.num_experts // 2, True, participants if job.method.collects else None, scaffold)
+    sizes = [(spec.expert, tensor.nbytes) for spec, _, _, tensor in sums.tensors()]
+    found = predict_job(job, 2, 8, World(1, 4), cpu)
+    assert found.bytes["all_reduce"] == sum(size if expert else 2 * size for expert, size in sizes)
+    assert found.traffic["all_reduce"].calls == {"flora": 4, "scaffold": 4, "fedit": 2}[variant]
 
 
 def _product(item: tuple[int, ...]) -> int:

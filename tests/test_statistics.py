@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
+from fedmoe_ds.aggregation.collection import Collection
 from fedmoe_ds.aggregation.statistics import Statistics
 
 EXPERT = BlockSpec("experts.down.lora_A", (0, 1), (2, 3), expert=True)
@@ -114,3 +117,43 @@ def test_state_is_everything() -> None:
     for (*_, ours), (*_, theirs) in zip(copy.tensors(), full.tensors(), strict=True):
         ours.copy_(theirs)
     assert all(torch.equal(full.average(current)[name], copy.average(current)[name]) for name in full.values)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_sums_travel_where_they_lie(exact: bool) -> None:
+    """One piece of memory holds every sum and nothing else, dense sums first: adding memories adds statistics."""
+    bank, weights_CLE = make_bank(CLIENTS, 0), weights(0)
+    one, other, both = (collect(bank, weights_CLE, clients, exact) for clients in ([0, 2], [3], [0, 2, 3]))
+    tensors = {(spec.name, side): tensor for spec, side, _, tensor in one.tensors()}
+    assert sum(tensor.numel() for tensor in tensors.values()) == one.flat.memory.numel()
+    dense = [tensor for (name, _), tensor in tensors.items() if name == DENSE.name]
+    assert sum(tensor.numel() for tensor in dense) == one.flat.dense.numel()
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    one.flat.dense.zero_()
+    for (name, side), tensor in tensors.items():
+        assert torch.equal(tensor, torch.zeros_like(tensor) if name == DENSE.name else before[name, side])
+    one = collect(bank, weights_CLE, [0, 2], exact)
+    one.flat.memory.add_(other.flat.memory)
+    same = torch.equal if exact else torch.allclose
+    assert same(one.flat.memory, both.flat.memory)
+
+
+def test_nothing_to_sum() -> None:
+    """Methods that collect every factor average nothing else, or nothing dense."""
+    nothing, experts = Statistics([PERSONAL, FROZEN], EXPERTS, exact=True), Statistics([EXPERT], EXPERTS, exact=True)
+    assert nothing.flat.memory.numel() == 0 and not list(nothing.tensors()) and nothing.average(make_bank(1, 0)) == {}
+    assert experts.flat.dense.numel() == 0 and experts.flat.memory.numel() == 2 * 2 * EXPERTS * (2 * 3 + 1)
+
+
+def test_a_collection_keeps_every_factor_at_its_place() -> None:
+    pair = [EXPERT, replace(EXPERT, name="experts.down.lora_B", item=(5, 2))]
+    dense = [replace(DENSE, name="attention.q_proj.lora_A", item=(2, 4)), replace(DENSE, item=(6, 2))]
+    collection = Collection([*pair, *dense], EXPERTS, participants=2)
+    values = {spec.name: torch.randn(2, *((EXPERTS,) if spec.expert else ()), *spec.item) for spec in [*pair, *dense]}
+    for spec in [*pair, *dense]:
+        collection.add(1, spec.name, values[spec.name], np.full(values[spec.name].shape[: 2 if spec.expert else 1], 0.5))
+    for spec in [*pair, *dense]:
+        assert torch.equal(collection.factors[spec.name][1], values[spec.name])
+        assert not collection.factors[spec.name][0].any() and not collection.weights[spec.name][0].any()
+        assert (collection.weights[spec.name][1] == 0.5).all()

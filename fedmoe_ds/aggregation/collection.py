@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
+from fedmoe_ds.aggregation.flat import Flat
 from fedmoe_ds.collectives import Summing
 
 
@@ -51,7 +52,7 @@ class Pair:
 
 
 class Collection:
-    """Factors and weights of one round on one rank.
+    """Factors and weights of one round on one rank, each kind in one piece of memory, which the collectives take as it is.
 
     Args:
         specs: blocks; only LoRA pairs are collected.
@@ -61,12 +62,16 @@ class Collection:
 
     def __init__(self, specs: list[BlockSpec], experts: int, participants: int, device: torch.device | None = None) -> None:
         self.pairs = lora_pairs(specs)
-        self.factors: dict[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {}
-        for spec in (half for pair in self.pairs for half in pair):
-            head = (len(spec.layers), experts) if spec.expert else (len(spec.layers),)
-            self.factors[spec.name] = torch.zeros((participants, *head, *spec.item), device=device)
-            self.weights[spec.name] = torch.zeros((participants, *head), dtype=torch.float64, device=device)
+        halves = [half for pair in self.pairs for half in pair]
+        heads = {
+            spec.name: (participants, len(spec.layers), experts) if spec.expert else (participants, len(spec.layers))
+            for spec in halves
+        }
+        full = [(spec, ((*heads[spec.name], *spec.item),)) for spec in halves]
+        self._flat_factors = Flat.zeros(full, torch.float32, device)
+        self._flat_weights = Flat.zeros([(spec, (heads[spec.name],)) for spec in halves], torch.float64, device)
+        self.factors = {name: part for name, (part,) in self._flat_factors.parts.items()}
+        self.weights = {name: part for name, (part,) in self._flat_weights.parts.items()}
 
     def add(self, place: int, name: str, value: Tensor, weight: np.ndarray) -> None:
         """Keep one participant's block (this rank's part) and its weight."""
@@ -75,12 +80,9 @@ class Collection:
         self.weights[name][place] = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float64))
 
     def reduce(self, cluster: Summing, shard: Summing) -> None:
-        """Bring all participants' factors to every rank that holds the adapter, one block at a time."""
-        for spec in (half for pair in self.pairs for half in pair):
-            for tensor in (self.factors[spec.name], self.weights[spec.name]):
-                if not spec.expert:
-                    cluster.sum(tensor)
-                shard.sum(tensor)
+        """Bring all participants' factors to every rank that holds the adapter, in place."""
+        self._flat_factors.reduce(cluster, shard)
+        self._flat_weights.reduce(cluster, shard)
 
     def adapters(
         self, current: dict[str, Tensor], first_expert: int

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.aggregation.exact import ExactSum, FloatSum
+from fedmoe_ds.aggregation.exact import ExactSum, FloatSum, Sum
+from fedmoe_ds.aggregation.flat import Flat
 from fedmoe_ds.collectives import Summing
-
-Sum = ExactSum | FloatSum
 
 
 class Statistics:
-    """Sums of one round on one rank.
+    """Sums of one round on one rank; all of them lie in one piece of memory, which the collectives take as it is.
 
     Args:
         specs: blocks; those that nobody trains, and personal ones, are ignored.
@@ -32,15 +31,17 @@ class Statistics:
     """
 
     def __init__(self, specs: list[BlockSpec], experts: int, exact: bool, device: torch.device | None = None) -> None:
-        kind: type[ExactSum] | type[FloatSum] = ExactSum if exact else FloatSum
+        kind: type[Sum] = ExactSum if exact else FloatSum
         self.exact = exact
         self.specs = [spec for spec in specs if spec.trained and not spec.personal]
+        heads = {spec.name: (len(spec.layers), experts) if spec.expert else (len(spec.layers),) for spec in self.specs}
+        shapes = [(spec, ((*heads[spec.name], *spec.item), heads[spec.name])) for spec in self.specs]
+        self.flat = Flat.zeros([(spec, tuple((kind.COUNT, *s) for s in both)) for spec, both in shapes], kind.DTYPE, device)
         self.values: dict[str, Sum] = {}
         self.weights: dict[str, Sum] = {}
-        for spec in self.specs:
-            head = (len(spec.layers), experts) if spec.expert else (len(spec.layers),)
-            self.values[spec.name] = kind((*head, *spec.item), device)
-            self.weights[spec.name] = kind(head, device)
+        for spec, (full, head) in shapes:
+            value, weight = self.flat.parts[spec.name]
+            self.values[spec.name], self.weights[spec.name] = kind(full, value), kind(head, weight)
 
     @torch.no_grad()
     def add(self, name: str, value: Tensor, weight: np.ndarray) -> None:
@@ -52,27 +53,19 @@ class Statistics:
         """
         factor = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float64)).to(value.device)
         self.weights[name].add(factor)
-        self.values[name].add(value.double() * factor.view(*factor.shape, *([1] * (value.dim() - factor.dim()))))
-
-    def _tensors(self, expert: bool | None = None) -> list[Tensor]:
-        chosen = [spec.name for spec in self.specs if expert is None or spec.expert == expert]
-        return [sums[name].limbs for name in chosen for sums in (self.values, self.weights)]
+        self.values[name].add_product(value, factor)
 
     def reduce(self, cluster: Summing, shard: Summing) -> None:
-        """Combine all clusters: dense sums meet inside the cluster, then ONE sum over the ranks with the same expert shard."""
-        _sum_flat(self._tensors(expert=False), cluster)
-        _sum_flat(self._tensors(), shard)
+        """Combine all clusters, in place."""
+        self.flat.reduce(cluster, shard)
 
     @torch.no_grad()
     def average(self, current: Bank) -> dict[str, Tensor]:
-        """The weighted mean per block, [L, E, *item] or [L, *item]; the current value where the weights sum to zero."""
+        """The weighted mean per block, float32 [L, E, *item] or [L, *item]; the current value where the weights sum to zero."""
         result = {}
         for spec in self.specs:
-            total, weight = self.total(spec.name), self.weight(spec.name)
-            weight = weight.view(*weight.shape, *([1] * len(spec.item)))
-            old = current.client(spec.name, 0).to(total.device)
-            mean = (total / torch.where(weight > 0, weight, 1.0)).float()
-            result[spec.name] = torch.where(weight > 0, mean, old)
+            weight = self.weight(spec.name)
+            result[spec.name] = self.values[spec.name].mean(weight, current.client(spec.name, 0).to(weight.device))
         return result
 
     def total(self, name: str) -> Tensor:
@@ -88,11 +81,3 @@ class Statistics:
         for spec in self.specs:
             for side, sums in (("values", self.values), ("weights", self.weights)):
                 yield spec, side, 1, sums[spec.name].limbs
-
-
-def _sum_flat(tensors: list[Tensor], group: Summing) -> None:
-    if group.size == 1 or not tensors:
-        return
-    flat = group.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))

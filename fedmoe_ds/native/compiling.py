@@ -21,27 +21,27 @@ POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
+def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
     """The compiled `<name>.cpp`, or None on a machine without a working g++ (a run then says which kernels it uses)."""
     compiler = shutil.which("g++")
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(Path(__file__).with_name(f"{name}.cpp"), compiler)))
+        return ctypes.CDLL(str(_built(Path(__file__).with_name(f"{name}.cpp"), compiler, [*FLAGS, *more_flags])))
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _built(source: Path, compiler: str) -> Path:
+def _built(source: Path, compiler: str, flags: list[str]) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(source.read_bytes() + " ".join(FLAGS).encode() + version + _processor()).hexdigest()[:24]
+    key = hashlib.sha256(source.read_bytes() + " ".join(flags).encode() + version + _processor()).hexdigest()[:24]
     folder = Path(os.environ.get("FEDMOE_CACHE") or "~/.cache/fedmoe_ds").expanduser() / "native"
     target = folder / f"{source.stem}-{key}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as working:
             fresh = Path(working) / f"{source.stem}.so"
-            subprocess.run([compiler, *FLAGS, str(source), "-o", str(fresh)], capture_output=True, check=True)
+            subprocess.run([compiler, *flags, str(source), "-o", str(fresh)], capture_output=True, check=True)
             fresh.rename(target)
     return target
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedmoe_ds.adapters.bank import lora_pairs
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.drift import shared_blocks
 from fedmoe_ds.clients.schedule import home_clients, schedule
@@ -163,20 +164,32 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
     each = 16 if job.bitwise(hardware.kind) else 4
     times = 2 if job.config.local.drift == "scaffold" else 1
-    seconds = network.all_reduce(cluster, times, (dense + dense_weights) * each)
-    seconds += network.all_reduce(shard, times, (expert + dense + weights) * each)
+    seconds = network.all_reduce(cluster, times, (dense + dense_weights) * each) if dense else 0.0
+    seconds += network.all_reduce(shard, times, (expert + dense + weights) * each) if averaged else 0.0
     if job.method.collects:
-        pairs = [spec for spec in job.blocks if spec.pair]
-        factors = [4 * participants * sum(parameters_per_client([spec], held)) for spec in pairs]
-        seconds += sum(network.all_reduce(shard, 1, size) for size in factors)
+        seconds += _collect(job, network, ep_size, participants)
     places, tiers = job.places, len({client.top_k for client in job.clients})
     personal = [spec for spec in job.blocks if spec.personal] + job.method.memory(job.blocks)
     seconds += network.control(everyone, 1 + bool(personal), participants / world.ranks * REPORT_BYTES)
     seconds += network.control(everyone, 1, tiers * len(places.layers) * places.num_experts * 8 / world.ranks)
     seconds += network.control(everyone, 1 + 2 * len(personal), 4 * participants / world.ranks)
     served = stage_seconds(compute, "serve", sum(parameters_per_client(shared_blocks(job.blocks), held)), len(job.blocks))
-    copied = stage_seconds(compute, "move", (expert + dense) * each / 4)
-    return seconds + (served + copied) * _share(hardware, world)
+    return seconds + served * _share(hardware, world)
+
+
+def _collect(job: Job, network: Network, ep_size: int, participants: int) -> float:
+    """Sums of the participants' factors (4 bytes a number) and of their weights (8 bytes each)."""
+    cluster, shard = Group.cluster(network.world, ep_size), Group.shard(network.world, ep_size)
+    held = job.places.num_experts // ep_size
+    halves = [half for pair in lora_pairs(job.blocks) for half in pair]
+    dense = [spec for spec in halves if not spec.expert]
+    seconds = 0.0
+    for group, specs in ((cluster, dense), (shard, halves)):
+        if specs:
+            weights = sum(len(spec.layers) * (held if spec.expert else 1) for spec in specs)
+            seconds += network.all_reduce(group, 1, 4 * participants * sum(parameters_per_client(specs, held)))
+            seconds += network.all_reduce(group, 1, 8 * participants * weights)
+    return seconds
 
 
 @dataclass(frozen=True)

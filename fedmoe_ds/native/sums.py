@@ -1,0 +1,57 @@
+"""Sums of weighted adapters by sums.cpp: float32 on the CPU.
+
+Legend: N rows that have a weight of their own, W numbers of a row; head and item as in aggregation/exact.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.native.compiling import library
+
+_KINDS = {torch.int64: "exact", torch.float32: "float"}
+
+
+def loops_for(value: Tensor) -> Loops | None:
+    """The compiled loops where they serve these values (float32 on a CPU with a working g++), else None."""
+    if value.device.type != "cpu" or value.dtype != torch.float32:
+        return None
+    # Every product and every sum is rounded, as in torch: no contraction into fused operations.
+    found = library("sums", "-ffp-contract=off")
+    return None if found is None else Loops(found)
+
+
+class Loops:
+    """Sums are [2, *head, *item] int64 or [1, *head, *item] float32, contiguous."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def fold(self, sums: Tensor, value: Tensor, weight: Tensor) -> None:
+        """Add weight, float64 [*head], times value, float32 [*head, *item]; rows may lie apart."""
+        weight, rows = weight.contiguous(), _rows(value, weight.dim())
+        assert weight.dtype == torch.float64 and sums.is_contiguous() and sums.shape[1:] == value.shape
+        self._call("fold", sums, [sums, rows, weight], rows)
+
+    def mean(self, sums: Tensor, weight: Tensor, old: Tensor) -> Tensor:
+        """float32 [*head, *item]: sums over weight; `old` where the weight is zero."""
+        weight, rows = weight.contiguous(), _rows(old, weight.dim())
+        assert weight.dtype == torch.float64 and sums.is_contiguous() and sums.shape[1:] == old.shape
+        result = torch.empty(old.shape)
+        self._call("mean", sums, [result, sums, rows, weight], rows)
+        return result
+
+    def _call(self, name: str, sums: Tensor, tensors: list[Tensor], rows: Tensor) -> None:
+        sizes = (rows.shape[0], rows.shape[1], rows.stride(0))
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        getattr(self.library, f"{name}_{_KINDS[sums.dtype]}")(*pointers, *map(ctypes.c_int64, sizes))
+
+
+def _rows(full: Tensor, head: int) -> Tensor:
+    """[N, W] with the numbers of a row next to each other: a view where the strides allow it, as those of a bank do."""
+    rows = full.reshape(math.prod(full.shape[:head]), math.prod(full.shape[head:]))
+    return rows if rows.stride(1) == 1 else rows.contiguous()
