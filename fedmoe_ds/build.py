@@ -38,8 +38,9 @@ from fedmoe_ds.foundation import (
     Foundation,
     load_foundation,
     resolve_foundation,
+    sharing,
 )
-from fedmoe_ds.foundation.foundation import cache_folder
+from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.methods import Method, Situation, method_for, with_defaults
 from fedmoe_ds.personal import Personal
@@ -137,12 +138,17 @@ def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: P
 
 
 def load_shared_foundation(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Foundation:
-    """Rank 0 finds or pre-trains the model; then every rank loads its part."""
+    """Rank 0 finds or pre-trains the model; then every rank loads its part, into memory that ranks of one host share."""
     folder = runtime.on_main(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
-    layout = topology.layout
-    return runtime.together(
-        lambda: load_foundation(Path(folder), config.foundation, layout.ep_size, topology.shard, runtime.device)
-    )
+    ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
+    if device.type != "cpu":
+        return runtime.together(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
+    skeleton = runtime.together(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
+    first = hosts.index(hosts[runtime.rank])  # reads all weights to tell them from others, for its host
+    digest = runtime.gather(runtime.together(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
+    shared = cache_folder(config.foundation) / sharing.FOLDER
+    memory = sharing.load_shared(skeleton, digest, ep_size, hosts, shared, runtime, progress.note)
+    return runtime.together(lambda: assemble(skeleton, memory, digest, device))
 
 
 def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation) -> FederatedData:

@@ -23,7 +23,8 @@ from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, feed_forward_sites, image_input, type_task
 from fedmoe_ds.foundation.hosting import HostedLayer
-from fedmoe_ds.foundation.loading import CONFIG_FILE, WeightFiles, first_line, load_model, read_config
+from fedmoe_ds.foundation.loading import CONFIG_FILE, Skeleton, WeightFiles, first_line, read_config
+from fedmoe_ds.foundation.mapped import Memory
 from fedmoe_ds.foundation.presets import find_preset
 from fedmoe_ds.foundation.pretrain import pretrain_preset
 from fedmoe_ds.foundation.size import model_size
@@ -97,6 +98,15 @@ def cache_folder(config: FoundationConfig) -> Path:
     return Path(config.cache or os.environ.get("FEDMOE_CACHE") or "~/.cache/fedmoe_ds").expanduser()
 
 
+def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int) -> Skeleton:
+    """The model in folder `path` with this rank's experts, still without memory; every rank calls it.
+
+    Raises:
+        UserError: the folder is missing or holds no model of a known family, or ep_size does not divide its experts.
+    """
+    return Skeleton(_check_folder(Path(path).expanduser()), _DTYPES[config.dtype], ep_size, ep_rank)
+
+
 def load_foundation(
     path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int, device: torch.device | str
 ) -> Foundation:
@@ -106,24 +116,33 @@ def load_foundation(
         UserError: the folder is missing or damaged, is of no known family, is a language model without a tokenizer, or its
             number of experts is not divisible by ep_size.
     """
-    folder = _check_folder(Path(path).expanduser())
-    model, layers = load_model(folder, _DTYPES[config.dtype], ep_size, ep_rank, torch.device(device))
+    skeleton = open_skeleton(path, config, ep_size, ep_rank)
+    return assemble(skeleton, skeleton.load(torch.device(device)), fingerprint(skeleton.folder), torch.device(device))
+
+
+def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch.device) -> Foundation:
+    """A foundation of a skeleton and the filled memory of all of its slots.
+
+    Raises:
+        UserError: a language model without a tokenizer.
+    """
+    layers, folder = skeleton.layers, skeleton.folder
     assert len({(layer.top_k, layer.num_experts) for layer in layers}) <= 1
-    model_config: Any = model.config
-    task, size = type_task(model_config.model_type), model_size(model, layers)
+    model: Any = skeleton.bind(memory, device)
+    task, size = type_task(model.config.model_type), model_size(model, layers)
     return Foundation(
         model=model,
-        tokenizer=load_tokenizer(folder, model_config.vocab_size) if task == "causal_lm" else None,
+        tokenizer=load_tokenizer(folder, model.config.vocab_size) if task == "causal_lm" else None,
         layers=layers,
         top_k=size.top_k,
         num_experts=size.experts,
         hidden_size=size.hidden,
         vocab_size=size.vocabulary,
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint,
         path=folder,
         task=task,
         sites=[] if layers else feed_forward_sites(model),
-        images=image_input(model_config) if task == "image_classification" else None,
+        images=image_input(model.config) if task == "image_classification" else None,
     )
 
 

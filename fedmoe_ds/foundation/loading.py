@@ -1,7 +1,8 @@
 """Sharded loading: a rank reads the dense weights and its own experts, nothing else, straight into their final memory.
 
-The model is built on the meta device, its experts are hosted there, and only then memory is allocated: one copy of
-every dense tensor and 1/ep_size of every expert tensor. Each read goes from the safetensors file into that memory.
+The model is built on the meta device, its experts are hosted there, and only then memory is provided: one copy of
+every dense tensor and 1/ep_size of every expert tensor. Each read goes from the safetensors file into that memory. Whoever
+wants other memory than this process's own (`sharing.py`) takes the steps of `load_model` one by one.
 
 Shape suffixes: L local experts, D hidden size, F expert FFN size, G = 2F.
 """
@@ -16,36 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation.dense import is_dense, type_task
-from fedmoe_ds.foundation.hosting import HostedLayer, host_experts
+from fedmoe_ds.foundation.hosting import HostedLayer
+from fedmoe_ds.foundation.mapped import Memory, Slot
+from fedmoe_ds.foundation.meta import CONFIG_FILE, build_on_meta, first_line, host_model, read_config
+from fedmoe_ds.foundation.names import UNUSED, present_name
 
-CONFIG_FILE = "config.json"
+__all__ = [
+    "CONFIG_FILE",
+    "Read",
+    "Skeleton",
+    "WeightFiles",
+    "build_on_meta",
+    "first_line",
+    "host_model",
+    "load_model",
+    "read_config",
+]
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-# Checkpoints from before transformers 5 store one tensor per expert, under family names; in the model they are fused.
-_OLD_NAMES = (
-    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
-    (re.compile(r"\.experts\.(\d+)\.w1\.weight$"), r".experts.\1.gate_proj.weight"),
-    (re.compile(r"\.experts\.(\d+)\.w3\.weight$"), r".experts.\1.up_proj.weight"),
-    (re.compile(r"\.experts\.(\d+)\.w2\.weight$"), r".experts.\1.down_proj.weight"),
-    # ViT files still have the names from before transformers 5, and transformers goes on writing them.
-    (re.compile(r"^vit\.encoder\.layer\."), "vit.layers."),
-    (re.compile(r"^(vit\.layers\.\d+\.attention)\.attention\.query\."), r"\1.q_proj."),
-    (re.compile(r"^(vit\.layers\.\d+\.attention)\.attention\.key\."), r"\1.k_proj."),
-    (re.compile(r"^(vit\.layers\.\d+\.attention)\.attention\.value\."), r"\1.v_proj."),
-    (re.compile(r"^(vit\.layers\.\d+\.attention)\.output\.dense\."), r"\1.o_proj."),
-    (re.compile(r"^(vit\.layers\.\d+)\.intermediate\.dense\."), r"\1.mlp.fc1."),
-    (re.compile(r"^(vit\.layers\.\d+)\.output\.dense\."), r"\1.mlp.fc2."),
-)
-# Some checkpoints carry what models compute, or a pooler that a ViT classifier reads nothing from.
-_UNUSED = re.compile(r"rotary_emb\.inv_freq$|^vit\.pooler\.")
 
 # Every page read from a mapped file counts as resident memory until the file is closed: reopen after this many bytes.
 _BYTES_PER_OPEN = 64 * 2**20
@@ -74,7 +68,7 @@ class WeightFiles:
         else:
             raise UserError(f"foundation.path: {folder}: holds no {WEIGHTS_FILE}; save the model with safetensors")
         self.list = index if index.is_file() else folder / WEIGHTS_FILE
-        self.where = {_new_name(name): (path, name) for name, path in stored.items()}
+        self.where = {present_name(name): (path, name) for name, path in stored.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
@@ -132,6 +126,66 @@ class WeightFiles:
         read.target.copy_(source)
 
 
+class Skeleton:
+    """A frozen model without memory: which tensors it wants, where they come from, and where they belong.
+
+    Attributes:
+        model: on the meta device; experts hosted.
+        layers: its hosted layers; none in a dense model.
+        dense: slots of everything but experts, the same at every ep_size and on every rank.
+        experts: slots of this rank's experts.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int) -> None:
+        """Raises UserError: the folder holds no model of a known family, or ep_size does not divide its experts."""
+        self.folder = folder
+        self.model = build_on_meta(folder, dtype)
+        self.layers = host_model(self.model, ep_size, ep_rank)
+        self.files = WeightFiles(folder)
+        self.dense = _dense_slots(self.model, self.layers)
+        self.experts = [slot for layer in self.layers for slot in _expert_slots(layer, dtype)]
+        _refuse_unknown(self.files, self.model, self.layers, {_source_name(slot.name, self.layers) for slot in self.dense})
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Everything that this rank holds."""
+        return [*self.dense, *self.experts]
+
+    def load(self, device: torch.device) -> Memory:
+        """Every slot in memory of this process's own, filled; see `read`."""
+        memory = {slot.name: slot.empty(device) for slot in self.slots}
+        self.read(memory)
+        return memory
+
+    @torch.no_grad()
+    def read(self, memory: Memory) -> None:
+        """Fill these tensors, all or some of the slots, from the checkpoint.
+
+        Raises:
+            UserError: a tensor or file is missing, damaged, quantised or of another shape.
+        """
+        reads = [Read(_source_name(slot.name, self.layers), memory[slot.name]) for slot in self.dense if slot.name in memory]
+        for layer in self.layers:
+            names = _expert_names(layer)
+            if names[0] in memory:
+                reads += _expert_reads(layer, self.files, memory[names[0]], memory[names[1]])
+        self.files.load(reads)
+
+    def bind(self, memory: Memory, device: torch.device) -> nn.Module:
+        """Make these tensors, one for every slot, the model's; it is complete, frozen and in eval mode then."""
+        for slot in self.dense:
+            _replace_tensor(self.model, slot.name, memory[slot.name])
+        for layer in self.layers:
+            layer.bind(*(memory[name] for name in _expert_names(layer)))
+            layer.bind_counter(device)
+        self.model.tie_weights()
+        _move_buffers(self.model, device)
+        left = [name for name, tensor in _all_tensors(self.model) if tensor.is_meta]
+        assert not left, f"never loaded: {left}"
+        model: nn.Module = self.model.requires_grad_(False).eval()
+        return model
+
+
 def load_model(
     folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int, device: torch.device
 ) -> tuple[nn.Module, list[HostedLayer]]:
@@ -142,87 +196,32 @@ def load_model(
     Raises:
         UserError: the folder holds no loadable model of a known family, or ep_size does not divide its experts.
     """
-    model = build_on_meta(folder, dtype)
-    layers = host_model(model, ep_size, ep_rank)
-    files = WeightFiles(folder)
-    reads = _allocate_dense(model, layers, device)
-    for layer in layers:
-        reads += _allocate_experts(layer, files, dtype, device)
-    _refuse_unknown(files, model, layers, reads)
-    with torch.no_grad():
-        files.load(reads)
-    model.tie_weights()
-    _move_buffers(model, device)
-    left = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
-    assert not left, f"never loaded: {left}"
-    return model.requires_grad_(False).eval(), layers
+    skeleton = Skeleton(folder, dtype, ep_size, ep_rank)
+    return skeleton.bind(skeleton.load(device), device), skeleton.layers
 
 
-def host_model(model: Any, ep_size: int, ep_rank: int) -> list[HostedLayer]:
-    """Host the experts of a sparse model; of a dense one there are none. Freezes the model; see `host_experts`."""
-    if not is_dense(model):
-        return host_experts(model, ep_size, ep_rank)
-    model.requires_grad_(False)
-    return []
-
-
-def read_config(folder: Path) -> Any:
-    """The transformers configuration of a model folder."""
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"foundation.path: {folder}: {CONFIG_FILE} cannot be used: {first_line(error)}") from error
-
-
-def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
-    """Build the model of `folder/config.json` with its parameters on the meta device and its buffers on the CPU."""
-    config = read_config(folder)
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"foundation.path: {folder}: the weights are quantised; give a model that is not")
-    factory: Any = AutoModelForImageClassification
-    if type_task(config.model_type) == "causal_lm":
-        factory = AutoModelForCausalLM
-        config.use_cache = False
-        config.output_router_logits = False  # the hosted router reports its logits itself, not through transformers
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except ValueError as error:
-        raise UserError(
-            f"foundation.path: {folder}: model_type '{config.model_type}' is no causal language model and no ViT: "
-            f"{first_line(error)}"
-        ) from error
-    model.config._name_or_path = str(folder)
-    return model
-
-
-def _allocate_dense(model: Any, layers: list[HostedLayer], device: torch.device) -> list[Read]:
-    """Give every tensor that is not an expert's real memory; return where each comes from."""
+def _dense_slots(model: Any, layers: list[HostedLayer]) -> list[Slot]:
+    """Every tensor that is not an expert's and no second name of another one."""
     experts = {f"{layer.name}.experts.{leaf}" for layer in layers for leaf in ("w1", "w2", "w3")}
     skip = experts | set(model.all_tied_weights_keys)
-    reads = []
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in skip:
-            continue
-        target = torch.empty_like(tensor, device=device, dtype=_storage_dtype(model, name, tensor), requires_grad=False)
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if isinstance(tensor, nn.Parameter):
-            parameter = nn.Parameter(target, requires_grad=False)
-            parameter.__dict__.update(tensor.__dict__)
-            target, module._parameters[leaf] = parameter.data, parameter
-        else:
-            module._buffers[leaf] = target
-        reads.append(Read(_source_name(name, layers), target))
-    return reads
+    return [
+        Slot(name, tuple(tensor.shape), _storage_dtype(model, name, tensor))
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in skip
+    ]
 
 
-def _allocate_experts(layer: HostedLayer, files: WeightFiles, dtype: torch.dtype, device: torch.device) -> list[Read]:
-    """Allocate this rank's experts of one layer; return the reads that fill them, expert by expert."""
-    w13_LGD = torch.empty(layer.w13.shape, dtype=dtype, device=device)
-    w2_LDF = torch.empty(layer.w2.shape, dtype=dtype, device=device)
-    layer.bind(w13_LGD, w2_LDF)
-    layer.bind_counter(device)
+def _expert_names(layer: HostedLayer) -> tuple[str, str]:
+    return f"{layer.name}.experts.w13", f"{layer.name}.experts.w2"
+
+
+def _expert_slots(layer: HostedLayer, dtype: torch.dtype) -> list[Slot]:
+    shapes = (layer.w13.shape, layer.w2.shape)
+    return [Slot(name, tuple(shape), dtype) for name, shape in zip(_expert_names(layer), shapes, strict=True)]
+
+
+def _expert_reads(layer: HostedLayer, files: WeightFiles, w13_LGD: Tensor, w2_LDF: Tensor) -> list[Read]:
+    """What fills this rank's experts of one layer, expert by expert."""
     source = layer.source_names[f"{layer.name}.experts."]
     fused = f"{source}gate_up_proj" in files
     reads = []
@@ -239,16 +238,29 @@ def _allocate_experts(layer: HostedLayer, files: WeightFiles, dtype: torch.dtype
     return reads
 
 
-def _refuse_unknown(files: WeightFiles, model: Any, layers: list[HostedLayer], reads: list[Read]) -> None:
+def _replace_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, with the marks that the old one carries."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+        return
+    parameter = nn.Parameter(value, requires_grad=False)
+    parameter.__dict__.update(module._parameters[leaf].__dict__)
+    module._parameters[leaf] = parameter
+
+
+def _refuse_unknown(files: WeightFiles, model: Any, layers: list[HostedLayer], dense: set[str]) -> None:
     """Refuse a checkpoint with a tensor that no rank would read: its config and weights disagree."""
-    known = {read.name for read in reads} | set(model.all_tied_weights_keys)
+    known = dense | set(model.all_tied_weights_keys)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for layer in layers:
         source = layer.source_names[f"{layer.name}.experts."]
+        known |= {f"{source}gate_up_proj", f"{source}down_proj"}
         for expert in range(layer.num_experts):
             known |= {f"{source}{expert}.{leaf}.weight" for leaf in ("gate_proj", "up_proj", "down_proj")}
     for name, (path, stored) in files.where.items():
-        if name not in known and not any(pattern.search(name) for pattern in (_UNUSED, *ignored)):
+        if name not in known and not any(pattern.search(name) for pattern in (UNUSED, *ignored)):
             raise UserError(
                 f"foundation.path: {path}: tensor '{stored}' has no place in a '{model.config.model_type}' model; "
                 "config and weights belong to different models"
@@ -281,12 +293,6 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _new_name(name: str) -> str:
-    for pattern, replacement in _OLD_NAMES:
-        name = pattern.sub(replacement, name)
-    return name
-
-
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
@@ -301,8 +307,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"foundation.path: {path}: cannot be read: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, for a one-line report."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,158 @@
+"""Mapped: a file of tensors in their final layout, written once per machine, mapped by every process that wants them.
+
+The mapping is copy-on-write. As long as processes only read, their pages are those of the page cache: one copy for all of them.
+A process that writes (FLoRA merges products into frozen weights) gets its own copy of those pages, and nobody else sees it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+ALIGNMENT = 64
+"""Bytes; what torch gives its own CPU tensors. Kernels may be slower, and round differently, below it."""
+DATA, HEADER = "weights.bin", "header.json"
+_LIBRARIES = ("torch", "transformers", "deepspeed")  # they decide the layout
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the loaded model in its final layout, contiguous."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Memory of this process's own."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+Memory = dict[str, Tensor]
+"""Tensors by the names of their slots."""
+
+
+class MappedWeights:
+    """Tensors in `<root>/<key>`; the key is a hash of everything that decides their bytes.
+
+    Args:
+        root: a folder that may be on any file system; nothing in it is ever needed again, so it can be deleted.
+        fingerprint: of the foundation.
+        part: what of it this is, where shape and name do not say so.
+        slots: the tensors.
+    """
+
+    def __init__(self, root: Path, fingerprint: str, part: str, slots: list[Slot]) -> None:
+        assert slots, part
+        self.slots, self._offsets = slots, []
+        end = 0
+        for slot in slots:
+            self._offsets.append(end)
+            end += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
+        self.nbytes = end
+        places = zip(slots, self._offsets, strict=True)
+        self._content: dict[str, Any] = {
+            "format": FORMAT,
+            "foundation": fingerprint,
+            "part": part,
+            "libraries": {name: version(name) for name in _LIBRARIES},
+            "tensors": [[slot.name, str(slot.dtype), list(slot.shape), offset] for slot, offset in places],
+        }
+        key = hashlib.sha256(json.dumps(self._content, sort_keys=True).encode()).hexdigest()[:32]
+        self.folder = root / key
+
+    def ensure(self, fill: Callable[[Memory], None]) -> None:
+        """Have the file there, whole: written by `fill` unless an intact one is found.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full; nothing is left behind then.
+        """
+        if self.intact():
+            return
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = self.folder.with_name(f".staging-{uuid.uuid4().hex}")
+        try:
+            staging.mkdir()
+            self._write(staging / DATA, fill)
+            header = {**self._content, "sha256": _sha256(staging / DATA)}
+            (staging / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+            self._publish(staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def intact(self) -> bool:
+        """Whether the file is there with every byte that was written; all of them are read, so a torn one is found."""
+        try:
+            return bool(self._header()["sha256"] == _sha256(self.folder / DATA))
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def map(self) -> Memory:
+        """The tensors, mapped copy-on-write. Not populated in advance: that would write, and so copy, every page.
+
+        Raises:
+            OSError: there is no such file, or one of another size.
+            ValueError: its header is damaged.
+        """
+        self._header()
+        with (self.folder / DATA).open("rb") as file:
+            if os.fstat(file.fileno()).st_size != self.nbytes:
+                raise OSError(errno.EIO, f"{self.folder / DATA} does not have {self.nbytes} bytes")
+            return self._tensors(mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_COPY))
+
+    def _header(self) -> dict[str, Any]:
+        header: dict[str, Any] = json.loads((self.folder / HEADER).read_text(encoding="utf-8"))
+        if {**self._content, "sha256": header["sha256"]} != header:
+            raise ValueError(f"{self.folder / HEADER} describes other weights")
+        return header
+
+    def _write(self, path: Path, fill: Callable[[Memory], None]) -> None:
+        """Fill a fresh file through a shared mapping: its pages are the page cache's, so that nothing is in memory twice."""
+        if not hasattr(os, "posix_fallocate"):
+            raise OSError(errno.ENOTSUP, "this system cannot reserve room for a file")
+        with path.open("w+b") as file:
+            # Without the blocks of a full disk, writing to a mapping ends the process (SIGBUS) where write would fail.
+            os.posix_fallocate(file.fileno(), 0, self.nbytes)
+            fill(self._tensors(mmap.mmap(file.fileno(), self.nbytes)))
+
+    def _tensors(self, mapping: mmap.mmap) -> Memory:
+        """Views of a mapping, which lives as long as one of them."""
+        return {
+            slot.name: torch.frombuffer(mapping, dtype=slot.dtype, count=math.prod(slot.shape), offset=offset).view(slot.shape)
+            for slot, offset in zip(self.slots, self._offsets, strict=True)
+        }
+
+    def _publish(self, staging: Path) -> None:
+        """Let a written folder appear in one step. Whoever has mapped a damaged one that was there keeps its pages."""
+        try:
+            staging.rename(self.folder)
+        except OSError:
+            if self.intact():  # another job was faster
+                return
+            self.folder.rename(staging / "damaged")
+            staging.rename(self.folder)
+            shutil.rmtree(self.folder / "damaged")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,131 @@
+"""Sharing: what several ranks of a host hold alike is in its memory once.
+
+The dense part is the same on every rank, an expert shard on every rank with the same place in its cluster. Where two or more
+ranks of a host hold such a part, the first of them sees to its file (`mapped.py`) in the cache folder, and all of them map
+it. What only one rank of a host holds is in that rank's own memory; so is everything where the cache folder cannot be written,
+and then the run says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from fedmoe_ds.foundation.loading import Skeleton
+from fedmoe_ds.foundation.mapped import MappedWeights, Memory
+
+FOLDER = "shared"
+"""Below the cache folder."""
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """The world, as far as sharing needs it: see `fedmoe_ds.runtime.Runtime`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+    def together(self, action: Callable[[], T]) -> T: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights that `ranks` of one host hold alike; the first of them leads."""
+
+    weights: MappedWeights
+    ranks: list[int]
+
+    @property
+    def leader(self) -> int:
+        return self.ranks[0]
+
+    @property
+    def shared(self) -> bool:
+        return len(self.ranks) > 1
+
+
+def load_shared(
+    skeleton: Skeleton, fingerprint: str, ep_size: int, hosts: list[str], root: Path, world: Ranks, note: Callable[[str], None]
+) -> Memory:
+    """Memory for every slot of a skeleton, filled. Every rank calls it, for CPU only.
+
+    Args:
+        skeleton: of this rank.
+        fingerprint: of the foundation.
+        ep_size: ranks of a cluster.
+        hosts: the host of every rank.
+        root: the folder of the mapped files.
+        world: its ranks.
+        note: takes one line if anything is shared, or could not be.
+
+    Raises:
+        UserError: the checkpoint is damaged; the same error on every rank.
+    """
+    parts = _parts(skeleton, fingerprint, ep_size, hosts, root, world.rank)
+    mine = [part for part in parts if part.shared and part.leader == world.rank]
+    told = world.gather(world.together(lambda: {_name(part): _written(part, skeleton) for part in mine}))
+    failures: list[str] = []
+    memory = world.together(lambda: _take(skeleton, parts, told, failures))
+    _report(parts, [reason for found in world.gather(failures) for reason in found], root, note)
+    return memory
+
+
+def _parts(skeleton: Skeleton, fingerprint: str, ep_size: int, hosts: list[str], root: Path, rank: int) -> list[Part]:
+    here = [other for other, host in enumerate(hosts) if host == hosts[rank]]
+    shard = rank % ep_size
+    slots = {"dense": skeleton.dense, f"experts of rank {shard} of {ep_size}": skeleton.experts}
+    holders = [here, [other for other in here if other % ep_size == shard]]
+    return [
+        Part(MappedWeights(root, fingerprint, name, found), ranks)
+        for (name, found), ranks in zip(slots.items(), holders, strict=True)
+        if found
+    ]
+
+
+def _name(part: Part) -> str:
+    return part.weights.folder.name
+
+
+def _written(part: Part, skeleton: Skeleton) -> str | None:
+    """Write a part's file where there is no intact one; the reason where that is impossible."""
+    try:
+        part.weights.ensure(skeleton.read)
+    except OSError as error:
+        return f"{part.weights.folder.parent}: {error.strerror or error}"
+    return None
+
+
+def _take(skeleton: Skeleton, parts: list[Part], told: list[dict[str, str | None]], failures: list[str]) -> Memory:
+    """Map what is shared, and load the rest into memory of this rank's own."""
+    memory: Memory = {}
+    for part in parts:
+        if not part.shared:
+            continue
+        reason = told[part.leader][_name(part)]
+        if reason is None:
+            try:
+                memory |= part.weights.map()
+                continue
+            except (OSError, ValueError) as error:
+                reason = str(error)
+        failures.append(reason)
+    own = {slot.name: slot.empty(torch.device("cpu")) for slot in skeleton.slots if slot.name not in memory}
+    skeleton.read(own)
+    return memory | own
+
+
+def _report(parts: list[Part], failures: list[str], root: Path, note: Callable[[str], None]) -> None:
+    if failures:
+        note(f"warning: foundation.cache: {failures[0]}; ranks of one host keep copies of the same foundation weights")
+        return
+    shared = [part for part in parts if part.shared]
+    if shared:
+        size = sum(part.weights.nbytes for part in shared) / 2**20
+        note(f"foundation: {size:.1f} MiB of weights are in memory once per host, mapped from {root}")
