@@ -15,6 +15,7 @@ ARGS ?=
 PYTHON := $(PYTHON)
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PIP := .venv/bin/python -m pip -qq
+PEERS_PIP := .venv-peers/bin/python -m pip -qq
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
@@ -28,7 +29,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-cluster test-soak check format docs bench compare clean distclean
+.PHONY: help install train test test-cluster test-soak check format docs bench bench-peers compare clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,7 +43,7 @@ train: .venv/.installed  ## fine-tune the quickstart federation
 test: .venv/.installed  ## run the tests
 	python -m pytest -m "not soak and not cluster" $(ARGS)
 
-test-cluster: .venv/.installed .venv/.cluster  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
+test-cluster: .venv/.installed .venv/.cluster .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
 	python -m pytest -m cluster $(ARGS)
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times
@@ -57,12 +58,15 @@ format: .venv/.installed  ## format the code, fix what the linter can fix
 	ruff check --fix-only .
 	ruff format .
 
-docs: .venv/.installed  ## write the references of configuration keys and methods
+docs: .venv/.installed  ## write the references of configuration keys and methods, and the page of stored benchmarks
 	python -m fedmoe_ds.config > docs/configuration.md
 	python -m fedmoe_ds.methods > docs/methods.md
+	python launch/bench.py page > docs/performance.md
 
-bench: .venv/.installed  ## speed of a wave against one client at a time
-	python launch/bench.py wave $(ARGS)
+bench: .venv/.installed .venv-peers/.installed  ## measure everything against peers and floors, print the table of targets (half an hour)
+	python launch/bench.py all --output runs/bench $(ARGS)
+
+bench-peers: .venv-peers/.installed  ## create the environment of Flower, with which `make bench` compares
 
 compare: .venv/.installed  ## the study of docs/comparison.md, half an hour on two cores; continues where it stopped
 	python launch/compare.py --methods flame,hetlora,flexlora,fedit,hfedmoe --seeds 3 --jobs $(RANKS) $(ARGS)
@@ -71,14 +75,22 @@ clean:  ## remove caches; runs/ and .venv stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-distclean: clean  ## remove .venv too
-	rm -rf .venv fedmoe_ds.egg-info
+distclean: clean  ## remove the environments too
+	rm -rf .venv .venv-peers fedmoe_ds.egg-info
 
 .venv/.installed: pyproject.toml | .venv/.system
 	@echo "installing into .venv with $(PYTHON) (a minute or two the first time)"
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@$(if $(GPU),$(PIP) install '$(TORCH)',$(install-torch-cpu))
 	@$(PIP) install -e '.[dev,report]'
+	@touch $@
+
+# Flower brings Ray and versions of its own. Nothing of this package is installed there; its programs read it from the sources.
+.venv-peers/.installed: fedmoe_ds/bench/flower/requirements.txt | .venv/.system
+	@echo "installing Flower into .venv-peers with $(PYTHON) (a few minutes the first time)"
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@$(if $(GPU),$(PEERS_PIP) install '$(TORCH)',$(subst $(PIP),$(PEERS_PIP),$(install-torch-cpu)))
+	@$(PEERS_PIP) install -r $<
 	@touch $@
 
 # The CPU build is ten times smaller: from the configured index if it has one, else from PyTorch's; else the default build.

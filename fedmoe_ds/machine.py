@@ -50,9 +50,19 @@ def machine_facts() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": 1,
+        "gpu": _gpu(),
         "system_name": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }
+
+
+def _gpu() -> dict[str, Any] | None:
+    """The GPUs that this process may use; None where there is none, or where DeepSpeed was told to leave them alone."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return None
+    return {"name": torch.cuda.get_device_name(0), "count": torch.cuda.device_count(), "cuda": torch.version.cuda}
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Measure: every number that this project claims comes from a subcommand here.
+"""Measure: every number that this project claims comes from a subcommand here; `all` runs those behind docs/performance.md.
 
 Everything runs on one CPU thread per process. Absolute numbers depend on the machine; ratios inside one run are what counts.
 """
@@ -13,24 +13,38 @@ from fedmoe_ds.runtime import run_entry
 
 
 def main() -> int:
-    from fedmoe_ds.bench import table
-    from fedmoe_ds.bench.command import add_json
+    from fedmoe_ds.bench.command import Command, Report, add_json
     from fedmoe_ds.bench.commands import COMMANDS
+    from fedmoe_ds.bench.reports import REPORTS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="command", required=True)
-    for command in COMMANDS.values():
+    offered: list[Command | Report] = [*COMMANDS.values(), *REPORTS.values()]
+    for command in offered:
         subparser = parsers.add_parser(command.name, help=command.help)
         command.options(subparser)
-        add_json(subparser)
+        if command.name in COMMANDS:
+            add_json(subparser)
     args = parser.parse_args()
-    chosen = COMMANDS[args.command]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an ordinary end: children are ended, too
+    if args.command in COMMANDS:
+        return measure(args)
+    text, code = REPORTS[args.command].run(args, note)
+    sys.stdout.write(text)
+    return code
+
+
+def measure(args: argparse.Namespace) -> int:
+    from fedmoe_ds.bench import table
+    from fedmoe_ds.bench.command import command_line
+    from fedmoe_ds.bench.commands import COMMANDS
+
+    chosen = COMMANDS[args.command]
     table.check_writable(args.json)
     rows = chosen.run(args, note)
     sys.stdout.write(chosen.show(rows).text() + "\n")
     if args.json is not None:
-        asked = " ".join(["python launch/bench.py", *sys.argv[1:]])
+        asked = command_line(sys.argv[1:])
         table.write_json(chosen.stored(rows) if chosen.stored else table.document(chosen.name, asked, rows), args.json)
     return 0
 

@@ -21,11 +21,12 @@ Column = tuple[str, Callable[[Row], str]]
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under a header, and sentences below them."""
+    """Cells under a header, and sentences below them. The columns named in `words` hold text and are flush left."""
 
     header: list[str]
     cells: list[list[str]]
     lines: list[str] = field(default_factory=list)
+    words: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, rows: list[Row], columns: list[Column], lines: list[str] | None = None) -> Table:
@@ -33,10 +34,11 @@ class Table:
         return cls([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], lines or [])
 
     def text(self) -> str:
-        """For a terminal; the columns are flush right."""
+        """For a terminal; columns of figures are flush right."""
         every = [self.header, *self.cells]
         widths = [max(len(line[i]) for line in every) for i in range(len(self.header))]
-        shown = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in every]
+        forms = [f"{'<' if name in self.words else '>'}{width}" for name, width in zip(self.header, widths, strict=True)]
+        shown = ["  ".join(map(format, line, forms)).rstrip() for line in every]
         return "\n".join([*shown, *self.lines])
 
     def markdown(self) -> str:

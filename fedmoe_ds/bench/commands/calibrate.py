@@ -10,6 +10,8 @@ from fedmoe_ds.bench.command import Command, Note
 from fedmoe_ds.bench.table import Row, Table
 from fedmoe_ds.planner import Hardware
 
+ABOUT = "What this machine does per second, for predictions of the planner."
+
 
 def options(parser: argparse.ArgumentParser) -> None:
     """It has none."""
@@ -43,4 +45,6 @@ def stored(rows: list[Row]) -> Any:
     return rows[0]
 
 
-COMMAND = Command("calibrate", "measure this machine for launch/plan.py --hardware FILE", options, run, show, stored)
+COMMAND = Command(
+    "calibrate", "measure this machine for launch/plan.py --hardware FILE", options, run, show, stored, about=ABOUT
+)

@@ -22,6 +22,12 @@ COLUMNS: list[Column] = [
 ]
 
 
+ABOUT = (
+    "A local step of FFT-MoE with pools of adapter experts of several sizes, eight clients in flight. The floor is "
+    "the forward and backward pass of the dense foundation alone."
+)
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64, 256], help="pool sizes per layer")
     parser.add_argument("--steps", type=int, default=4, help="local steps per client in a timed wave")
@@ -44,4 +50,4 @@ def show(rows: list[Row]) -> Table:
     return Table.of(rows, COLUMNS)
 
 
-COMMAND = Command("experts", "a client step with few and with many adapter experts (FFT-MoE)", options, run, show)
+COMMAND = Command("experts", "a client step with few and with many adapter experts (FFT-MoE)", options, run, show, about=ABOUT)

@@ -19,6 +19,12 @@ COLUMNS: list[Column] = [
 ]
 
 
+ABOUT = (
+    "Peak memory of every rank while the experts of a model are spread over ranks, each in a process of its own. The "
+    "floor is what a rank keeps: the dense part and its own experts."
+)
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep-size", type=int, nargs="+", default=[1, 2, 4], help="expert-parallel sizes")
     parser.add_argument("--shape", default="load", help="load (about 600 MiB) or load-tiny")
@@ -34,4 +40,4 @@ def show(rows: list[Row]) -> Table:
     return Table.of(rows, COLUMNS)
 
 
-COMMAND = Command("load", "peak host memory per rank while a model is loaded", options, run, show)
+COMMAND = Command("load", "peak host memory per rank while a model is loaded", options, run, show, about=ABOUT)

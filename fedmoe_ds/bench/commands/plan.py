@@ -24,6 +24,12 @@ COLUMNS: list[Column] = [
 ]
 
 
+ABOUT = (
+    "Round time and memory of real runs beside what the planner predicted for them, after a calibration of this "
+    "machine. There is no floor: a ratio of 1 is a perfect prediction."
+)
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", type=Path, help="a file of `calibrate`; default: calibrate first")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default: 1 2 4)")
@@ -41,4 +47,4 @@ def show(rows: list[Row]) -> Table:
     return Table.of(rows, COLUMNS)
 
 
-COMMAND = Command("plan", "predicted beside measured round time and memory of real runs", options, run, show)
+COMMAND = Command("plan", "predicted beside measured round time and memory of real runs", options, run, show, about=ABOUT)

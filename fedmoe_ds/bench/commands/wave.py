@@ -20,6 +20,13 @@ COLUMNS: list[Column] = [
 ]
 
 
+ABOUT = (
+    "Eight clients train LoRA on experts and attention of a random OLMoE-shaped model: here together in one wave, "
+    "with transformers and PEFT one client after the other. The floor is the wave's own matrix products, one by one "
+    "into memory that is there already."
+)
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs="+", default=["e32", "e64"], help="e32, e64 or tiny (default: e32 e64)")
     parser.add_argument("--steps", type=int, default=2, help="local steps per client in a timed wave")
@@ -50,4 +57,4 @@ def show(rows: list[Row]) -> Table:
     return Table.of(rows, COLUMNS, lines)
 
 
-COMMAND = Command("wave", "the same clients, model, data and steps through every system", options, run, show)
+COMMAND = Command("wave", "the same clients, model, data and steps through every system", options, run, show, about=ABOUT)

@@ -1,0 +1,112 @@
+"""`launch/bench.py round`: where the time of whole rounds goes, and what being federated costs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from fedmoe_ds.bench import round_budget, round_shares, round_weak, rounds
+from fedmoe_ds.bench.command import Command, Note, add_seed
+from fedmoe_ds.bench.round_jobs import PHASES, RoundWorkload
+from fedmoe_ds.bench.shapes import find_shape
+from fedmoe_ds.bench.table import Row, Table
+from fedmoe_ds.bench.workload import Workload
+
+WORDS = ("part", "shape", "system", "figure")
+HEADER = [*WORDS, "value", "with evaluation", "target", "met"]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", nargs="+", default=list(rounds.PARTS), help="what to measure (default: all)")
+    parser.add_argument("--shape", default="e32", help="of the runs: e32, e64 or tiny")
+    parser.add_argument("--clients", type=int, default=8, help="clients of the federation on one rank")
+    parser.add_argument("--steps", type=int, default=20, help="local steps per client and round")
+    parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds of a run, waves in part k; medians are reported")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="part overhead: alternating runs of every system, one timed round each"
+    )
+    # Fewer steps to a round make what is paid once per round weigh more, never less.
+    parser.add_argument("--overhead-steps", type=int, default=10, help="part overhead: local steps per client and round")
+    parser.add_argument("--k-shape", nargs="+", default=["e32", "e64"], help="shapes of part k")
+    parser.add_argument("--k-sequences", type=int, nargs="+", default=[1, 4], help="sequences per client and step in part k")
+    parser.add_argument("--k-steps", type=int, default=2, help="steps of a wave in part k")
+    add_seed(parser)
+
+
+def run(args: argparse.Namespace, note: Note) -> list[Row]:
+    rounds.check_parts(args.parts)
+    settings = {name: getattr(args, name) for name in ("length", "seed")}
+    names = ("clients", "steps", "sequences", "rounds")
+    load = RoundWorkload(find_shape(args.shape), **{name: getattr(args, name) for name in names}, **settings)
+    budgets = [
+        Workload(find_shape(name), args.k_steps, count, **settings)
+        for name in dict.fromkeys(args.k_shape)
+        for count in dict.fromkeys(args.k_sequences)
+    ]
+    short = replace(load, steps=args.overhead_steps, rounds=1)
+    rows = rounds.run_rounds(load, short, args.parts, args.repeats, note)
+    return rows + (rounds.run_budget(budgets, args.rounds, note) if round_budget.PART in args.parts else [])
+
+
+def show(rows: list[Row]) -> Table:
+    """One line per figure; below the shares of a round, those of its phases."""
+    cells = []
+    for row in rows:
+        cells.append(_cells(row))
+        if row["part"] == round_shares.PART:
+            cells += [_phase(row, name) for name in PHASES]
+    return Table(HEADER, cells, [line for row in rows for line in _lines(row)], WORDS)
+
+
+def _cells(row: Row) -> list[str]:
+    shares = row["part"] == round_shares.PART
+    evaluation = _number(row["with_evaluation"], True) if shares else ""
+    met = "" if row["met"] is None else "yes" if row["met"] else "no"
+    return [*[row[name] for name in WORDS], _number(row["value"], shares), evaluation, _target(row), met]
+
+
+def _target(row: Row) -> str:
+    if row["target"] is None:
+        return ""
+    if row["part"] == round_budget.PART:
+        return f"1 +- {round_budget.TOLERANCE:.2f}"
+    return f"{'>=' if row['part'] == round_weak.PART else '<='} {_number(row['target'], row['part'] == round_shares.PART)}"
+
+
+def _phase(row: Row, name: str) -> list[str]:
+    """One phase of a round; without evaluation, evaluation has no share."""
+    without = "" if name == "evaluate" else _number(row["shares_without_evaluation"][name], True)
+    head = [row["part"], row["shape"], row["system"]]
+    return [*head, round_shares.NAMES[name], without, _number(row["shares"][name], True), "", ""]
+
+
+def _number(value: float | None, percent: bool) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} %" if percent else f"{value:.2f}"
+
+
+def _lines(row: Row) -> list[str]:
+    """Sentences about a row: the absolute figures behind its ratio."""
+    head = f"{row['shape']}: {row['system']}"
+    if row["part"] == round_shares.PART:
+        return [f"{head}: a round of {row['clients']} clients x {row['steps']} steps takes {row['round_s']:.2f} s"]
+    if row["part"] == round_budget.PART:
+        where = f"{row['shape']}: {row['sequences']} x {row['length']} tokens"
+        return [
+            f"{where}: k 1 takes {row['time_ratio']:.2f} of the time of k {row['top_k']}, {row['flops_ratio']:.2f} of its FLOPs"
+        ]
+    if "of_machine" in row:
+        return [f"{head}: {row['of_machine']:.2f} of what the machine has for two processes"]
+    return []
+
+
+ABOUT = (
+    "Whole rounds of real runs of launch/train.py, from one round event of metrics.jsonl to the next, without the first. The "
+    "floor of a round is its passes and optimizer steps; that of a federated run is a centralised one of the same tokens."
+)
+COMMAND = Command(
+    "round", "where the time of whole rounds goes, and what being federated costs", options, run, show, about=ABOUT
+)

@@ -1,0 +1,69 @@
+"""One system with its clients, in a process of its own: `python -m fedmoe_ds.bench.memory_client REQUEST FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedmoe_ds.bench.memory_process import answer_file
+from fedmoe_ds.bench.system import BITWISE, OURS
+from fedmoe_ds.bench.worker import open_system
+from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.machine import peak_mib, resident_mib
+
+
+def main() -> None:
+    import torch
+
+    request, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    answer_file(folder, 0).write_text(json.dumps(measure(request)))
+    os._exit(0)  # no atexit handler may wait for peers
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Load, train two waves, and return MiB: once loaded, at the peak of training, and after it."""
+    system, model, workload = request["system"], Path(request["folder"]), Workload.from_json(request["workload"])
+    running = open_system(system, model, workload)
+    loaded = resident_mib()
+    for stage in ("warm-up", "timed"):  # the second wave finds memory as the first one has left it
+        running.train(stage)
+    peak = peak_mib()
+    answer = {"loaded_mib": loaded, "peak_mib": peak, "resident_mib": resident_mib()}
+    ours = system in (OURS, BITWISE)
+    return {**answer, "counted_mib": counted(model, workload, system == BITWISE) if ours else None}
+
+
+def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]:
+    """MiB that one more client of a wave takes, by purpose: exact arithmetic on shapes, activations tensor by tensor."""
+    import torch
+
+    from fedmoe_ds.adapters.layout import adapter_blocks
+    from fedmoe_ds.config import Config
+    from fedmoe_ds.experts.places import hosted_places
+    from fedmoe_ds.fit import shares_passes
+    from fedmoe_ds.foundation.loading import build_on_meta, host_model
+    from fedmoe_ds.foundation.size import model_size
+    from fedmoe_ds.memory import PASS, estimate
+
+    adapters = {"rank": workload.rank, "alpha": workload.alpha, "attention": list(workload.attention)}
+    config = Config.model_validate({"adapters": adapters, "local": {"batch_size": workload.sequences}})
+    model = build_on_meta(folder, torch.float32)
+    layers = host_model(model, 1, 0)
+    places, size = hosted_places(layers), model_size(model, layers)
+    blocks = adapter_blocks(model, places, config.adapters, rescaler=None)
+    shared = shares_passes(bitwise, model.config.model_type, config, "cpu")
+    one, two = (
+        estimate(config, size, places, blocks, clients, workload.length, bitwise, shared, row_bytes=4) for clients in (1, 2)
+    )
+    more = {purpose: (two[purpose] - one[purpose]) / 2**20 for purpose in one}
+    in_flight, moments, activations = more.pop("adapters in flight"), more.pop("client optimizer"), more.pop(PASS)
+    assert not any(more.values()), more
+    return {"adapters": in_flight / 2, "gradients": in_flight / 2, "moments": moments, "activations": activations}
+
+
+if __name__ == "__main__":
+    main()
