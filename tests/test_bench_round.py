@@ -13,7 +13,7 @@ import pytest
 from federations import make_config, run_alone, write_inputs
 
 from fedmoe_ds.bench import round_budget, round_overhead, round_shares, round_weak, rounds
-from fedmoe_ds.bench.commands.round import COMMAND
+from fedmoe_ds.bench.commands.round import COMMAND, check_positive
 from fedmoe_ds.bench.round_jobs import PHASES, TRAINING, RoundJobs, RoundTime, RoundWorkload, Timed, round_times
 from fedmoe_ds.bench.shapes import SHAPES, write_model
 from fedmoe_ds.bench.system import BITWISE, OURS
@@ -141,6 +141,8 @@ def test_bad_input() -> None:
         replace(JOBS.load, length=513)
     with pytest.raises(UserError, match="--sequences: 33"):
         replace(JOBS.load, sequences=33)
+    with pytest.raises(UserError, match="--k-sequences: 0: too small"):
+        check_positive("--k-sequences", [1, 0])
     with pytest.raises(UserError, match="--repeats: 0"):
         rounds.run_rounds(JOBS.load, JOBS.load, ["overhead"], 0, lambda text: None)
 

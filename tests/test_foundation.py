@@ -193,6 +193,7 @@ LARGE = {**OLMOE, "hidden_size": 128, "intermediate_size": 85 * 4, "num_experts"
 LARGE_EXPERT_BYTES = 2 * 64 * 3 * 128 * 340 * 4
 
 
+@pytest.mark.cluster
 def test_four_ranks(models: Path) -> None:
     save_model(OlmoeConfig(**LARGE), models / "large")
     results = run_distributed(every_family_at_every_size, 4, models)

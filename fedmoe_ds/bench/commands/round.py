@@ -11,6 +11,7 @@ from fedmoe_ds.bench.round_jobs import PHASES, RoundWorkload
 from fedmoe_ds.bench.shapes import find_shape
 from fedmoe_ds.bench.table import Row, Table
 from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.errors import UserError
 
 WORDS = ("part", "shape", "system", "figure")
 HEADER = [*WORDS, "value", "with evaluation", "target", "met"]
@@ -37,6 +38,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
     rounds.check_parts(args.parts)
+    for name in ("overhead_steps", "k_steps", "k_sequences"):
+        check_positive(f"--{name.replace('_', '-')}", getattr(args, name))
     settings = {name: getattr(args, name) for name in ("length", "seed")}
     names = ("clients", "steps", "sequences", "rounds")
     load = RoundWorkload(find_shape(args.shape), **{name: getattr(args, name) for name in names}, **settings)
@@ -48,6 +51,13 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
     short = replace(load, steps=args.overhead_steps, rounds=1)
     rows = rounds.run_rounds(load, short, args.parts, args.repeats, note)
     return rows + (rounds.run_budget(budgets, args.rounds, note) if round_budget.PART in args.parts else [])
+
+
+def check_positive(option: str, given: int | list[int]) -> None:
+    """Raises UserError for a number below 1."""
+    for number in given if isinstance(given, list) else [given]:
+        if number < 1:
+            raise UserError(f"{option}: {number}: too small; use 1 or more")
 
 
 def show(rows: list[Row]) -> Table:
