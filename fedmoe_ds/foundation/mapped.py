@@ -150,7 +150,7 @@ class MappedWeights:
                 return
             self.folder.rename(staging / "damaged")
             staging.rename(self.folder)
-            shutil.rmtree(self.folder / "damaged")
+            shutil.rmtree(self.folder / "damaged", ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
