@@ -39,8 +39,9 @@ def estimate(
     home_clients: int,
     length: int,
     exact: bool,
-    shared: bool,
     row_bytes: int,
+    together: int,
+    active: float | None = None,
 ) -> dict[str, int]:
     """Bytes per rank by purpose.
 
@@ -48,8 +49,9 @@ def estimate(
         home_clients: client slots of one rank; the wave has ep_size times as many.
         length: rows of a sequence or an image.
         exact: whether sums are order-free integers (bitwise mode).
-        shared: whether all clients of a rank go through the model together.
         row_bytes: of a number between the products of a pass.
+        together: clients of a rank that go through the model together.
+        active: their mean number of active experts; None for the largest.
     """
     ep_size = config.topology.ep_size
     expert, dense = parameters_per_client(blocks, places.num_experts // ep_size)
@@ -63,7 +65,7 @@ def estimate(
         "adapters in flight": in_flight * FP32 * 2,
         "client optimizer": in_flight * FP32 * moments,
         "round sums": (expert + dense) * sum_bytes,
-        PASS: activations(config, model, places, home_clients if shared else 1, length, row_bytes),
+        PASS: activations(config, model, places, together, length, row_bytes, active),
     }
 
 
@@ -87,8 +89,10 @@ def outlasting(
     return {name: count * FP32 for name, count in found.items() if count}
 
 
-def activations(config: Config, model: ModelSize, places: Places, clients: int, length: int, row_bytes: int) -> int:
-    """Bytes of a pass of so many clients at the largest cap with full sequences: what forward keeps, and one layer's backward.
+def activations(
+    config: Config, model: ModelSize, places: Places, clients: int, length: int, row_bytes: int, active: float | None = None
+) -> int:
+    """Bytes of a pass of so many clients with `active` experts each and full sequences: what is kept, and one layer's backward.
 
     The rows that arrive at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the
     gradients of its rows, results and inner values; with expert parallelism also what is on its way.
@@ -97,14 +101,15 @@ def activations(config: Config, model: ModelSize, places: Places, clients: int, 
     tokens = clients * sequences * length
     dense = 12 * model.hidden + 4 * config.adapters.rank
     inner = (places.matrices - 1) * places.ffn  # gate and up rows, or one bottleneck
-    routed = places.top_k * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * places.num_experts
+    active = places.top_k if active is None else active
+    routed = active * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * places.num_experts
     per_layer = tokens * (dense + routed)
     travelling = 2 if config.topology.ep_size > 1 else 0
-    backward = tokens * places.top_k * ((3 + travelling) * model.hidden + 3 * inner)
+    backward = tokens * active * ((3 + travelling) * model.hidden + 3 * inner)
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
     logits = 4 * tokens * model.vocabulary
-    return (kept_layers * per_layer + checkpoints + backward + logits) * row_bytes
+    return int((kept_layers * per_layer + checkpoints + backward + logits) * row_bytes)
 
 
 def format_bytes(count: float) -> str:

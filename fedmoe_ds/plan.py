@@ -34,9 +34,8 @@ def describe(config: Config, world_size: int) -> list[str]:
     chosen = job.participants(1)
     plan = schedule(chosen, job.cost, config.local, layout.clusters, layout.ep_size, config.execution.clients_in_flight)
     home = home_clients(config.execution.clients_in_flight, len(chosen), layout.ep_size)
-    exact, shared = job.bitwise("cpu"), job.shares_passes("cpu")
     sizes = (job.size, job.places, job.blocks, home, job.length)
-    memory = estimate(config, *sizes, exact, shared, job.row_bytes("cpu"))
+    memory = estimate(config, *sizes, job.bitwise("cpu"), job.row_bytes("cpu"), home if job.shares_passes("cpu") else 1)
     memory |= outlasting(config, job.method, job.places, job.blocks, len(job.clients), len(chosen))
     return [
         f"topology: {layout.clusters} clusters x ep_size {layout.ep_size} = {world_size} ranks",

@@ -105,14 +105,14 @@ def test_exchanges_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at
     assert exchanged(job, True, 4 * 48 * 3.0) == (len(travels), sum(travels))
 
 
-UNITS = {"calls": 1e-5, "flops": 1e-11, "bytes": 1e-10, "groups": 1e-5, "scores": 2e-9}
+UNITS = {"calls": 1e-5, "flops": 1e-11, "bytes": 1e-10, "groups": 1e-5, "scores": 2e-9, "adapters": 3e-11}
 
 
 def made_up(sharing: float = 1.0, crowding: float = 1.0, alpha: float = 0.0, per_byte: float = 0.0) -> list[Sample]:
     """Passes of a machine with known units."""
     samples = []
     for i in range(1, 13):
-        work = Work(100.0 * i, 1e7 * i**2, 1e6 * (13 - i), 10.0 * (i % 4), 1e4 * (i % 5) ** 2)
+        work = Work(100.0 * i, 1e7 * i**2, 1e6 * (13 - i), 10.0 * (i % 4), 1e4 * (i % 5) ** 2, 1e7 * (i % 6))
         seconds = sharing * crowding * sum(getattr(work, kind) * UNITS[kind] for kind in KINDS)
         exchanges, moved = 7.0 * (i % 3 + 1), 1e5 * (i % 7)
         samples.append(Sample(work, seconds + exchanges * alpha + moved / 2 * per_byte, exchanges, moved))
@@ -121,6 +121,11 @@ def made_up(sharing: float = 1.0, crowding: float = 1.0, alpha: float = 0.0, per
 
 def test_the_fit_finds_known_units() -> None:
     assert fit(made_up()) == pytest.approx(UNITS, rel=1e-6)
+
+
+def test_what_is_known_stays() -> None:
+    known = {"flops": UNITS["flops"], "scores": UNITS["scores"]}
+    assert fit(made_up(), known) == pytest.approx(UNITS, rel=1e-6)
 
 
 def test_the_fit_finds_a_known_network() -> None:

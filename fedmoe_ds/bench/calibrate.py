@@ -61,6 +61,7 @@ def calibrate(note: Note) -> Hardware:
         call_s=max(units["calls"], 1e-9),
         group_s=units["groups"],
         score_s=units["scores"],
+        adapter_s=units["adapters"],
         number_s={stage: fit_stage(samples)[1] for stage, samples in stages.items()},
         block_s={stage: fit_stage(samples)[0] for stage, samples in stages.items()},
         crowding=together[FEW].crowding,
@@ -90,7 +91,7 @@ def _waves(note: Note) -> tuple[dict[str, float], float, dict[str, list[tuple[in
     note("passes and stages of a round")
     found = _child("waves")
     samples = _samples(found["samples"])
-    units = fit(samples)
+    units = fit(samples, found["known"])
     return units, spread(errors(samples, units)), found["stages"]
 
 
@@ -165,6 +166,7 @@ def _ended(command: list[str]) -> subprocess.CompletedProcess[str]:
 def child(part: str, arguments: list[str]) -> None:
     """What a process of its own does; the answer is one line of JSON."""
     from fedmoe_ds.bench import calibrate_waves as waves
+    from fedmoe_ds.bench.calibrate_kernels import known_units
 
     answer: dict[str, Any] = {}
     if part == "models":
@@ -173,7 +175,8 @@ def child(part: str, arguments: list[str]) -> None:
         answer = {"slack": waves.activation_slack()}
     else:
         samples = waves.pass_samples(lambda text: None)
-        answer = {"samples": [_plain(sample) for sample in samples], "stages": waves.stage_samples()}
+        known = known_units()
+        answer = {"samples": [_plain(sample) for sample in samples], "stages": waves.stage_samples(), "known": known}
     sys.stdout.write(json.dumps(answer) + "\n")
 
 

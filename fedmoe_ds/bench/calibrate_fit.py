@@ -15,13 +15,16 @@ from fedmoe_ds.planner.work import Work
 KINDS = tuple(part.name for part in fields(Work))
 
 
-def fit(samples: list[Sample]) -> dict[str, float]:
-    """Seconds of one unit of every kind of work, at least zero."""
-    amounts = np.array([[float(getattr(sample.work, kind)) for kind in KINDS] for sample in samples])
+def fit(samples: list[Sample], known: dict[str, float] | None = None) -> dict[str, float]:
+    """Seconds of one unit of every kind of work, at least zero; `known` ones were measured by themselves and stay."""
+    known = known or {}
+    open_kinds = [kind for kind in KINDS if kind not in known]
+    amounts = np.array([[float(getattr(sample.work, kind)) for kind in open_kinds] for sample in samples])
     seconds = np.array([sample.seconds for sample in samples])
+    left = np.array([s.seconds - sum(float(getattr(s.work, kind)) * unit for kind, unit in known.items()) for s in samples])
     scale = np.maximum(amounts.max(0), 1e-30)
-    found, _ = nnls(amounts / scale / seconds[:, None], np.ones(len(seconds)))
-    return dict(zip(KINDS, (found / scale).tolist(), strict=True))
+    found, _ = nnls(amounts / scale / seconds[:, None], left / seconds)
+    return {**known, **dict(zip(open_kinds, (found / scale).tolist(), strict=True))}
 
 
 def errors(samples: list[Sample], units: dict[str, float]) -> list[float]:

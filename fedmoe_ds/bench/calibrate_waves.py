@@ -56,6 +56,8 @@ TOGETHER = (SHAPES[0], SHAPES[2], SHAPES[3])
 BATCHES = ((1, 24), (2, 96), (5, 48), (6, 112), (3, 192))
 """(sequences, length) of a pass."""
 ATTENTION: tuple[list[str], ...] = ([], ["q_proj"], ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"])
+RANKS = {"b": 16, "c": 32, "e": 16, "f": 4}
+"""Adapter rank by shape; 8 for the others."""
 REPEATS = 7
 FEW, SEVERAL = 2, 4
 """Ranks of the timed clusters and collectives."""
@@ -82,7 +84,7 @@ class Bench:
         if not (folder / CONFIG_FILE).exists():
             write_model(shape, 0, folder)
         self.shape, self.ep_size = shape, ep_size
-        self.job = resolve(_config(folder, attention))
+        self.job = resolve(_config(folder, attention, RANKS.get(shape.name, 8)))
         model, layers = load_model(folder, torch.float32, ep_size, rank, CPU)
         places = hosted_places(layers)
         size = self.job.size
@@ -148,11 +150,11 @@ class TimedTrainer(WaveTrainer):
         self.seconds.append(time.perf_counter() - began)
 
 
-def _config(folder: Path, attention: list[str]) -> Config:
+def _config(folder: Path, attention: list[str], rank: int) -> Config:
     return Config.model_validate(
         {
             "foundation": {"path": str(folder), "cache": str(folder)},
-            "adapters": {"attention": attention},
+            "adapters": {"attention": attention, "rank": rank},
             "local": {"steps": REPEATS, "batch_size": 64},
             "data": {"partition": {"clients": 2}},
         }
@@ -208,7 +210,7 @@ def activation_slack() -> float:
             bench.train(sequences, length, cap)
         local = config.local.model_copy(update={"batch_size": sequences})
         counted = activations(config.model_copy(update={"local": local}), job.size, job.places, 1, length, job.row_bytes("cpu"))
-        return max(1.0, (peak_mib() - before) * 2**20 / counted)
+        return (peak_mib() - before) * 2**20 / counted
 
 
 STAGES = ("update", "norm", "move", "fold", "serve")

@@ -57,7 +57,8 @@ def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]
     blocks = adapter_blocks(model, places, config.adapters, rescaler=None)
     shared = shares_passes(bitwise, model.config.model_type, config, "cpu")
     one, two = (
-        estimate(config, size, places, blocks, clients, workload.length, bitwise, shared, row_bytes=4) for clients in (1, 2)
+        estimate(config, size, places, blocks, n, workload.length, bitwise, row_bytes=4, together=n if shared else 1)
+        for n in (1, 2)
     )
     more = {purpose: (two[purpose] - one[purpose]) / 2**20 for purpose in one}
     in_flight, moments, activations = more.pop("adapters in flight"), more.pop("client optimizer"), more.pop(PASS)

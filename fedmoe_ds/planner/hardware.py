@@ -40,6 +40,7 @@ class Compute(_Part):
         call_s: one framework call (Python, dispatcher, autograd, kernel launch).
         group_s: one (expert, client) group of a grouped product, beyond its FLOPs.
         score_s: one attention score (head, query, key), forward and backward; None: counted by its FLOPs.
+        adapter_s: one FLOP of a product with adapters; None: as fast as one with frozen weights.
         number_s: one trainable number through each stage of a round (update, norm, move, fold, serve), by stage; absent
             stages are counted by the bytes that they touch.
         block_s: one block of trainables through the same stages; absent stages are counted by their calls.
@@ -52,6 +53,7 @@ class Compute(_Part):
     call_s: float = Field(gt=0)
     group_s: float = Field(0.0, ge=0)
     score_s: float | None = Field(None, ge=0)
+    adapter_s: float | None = Field(None, ge=0)
     number_s: dict[Stage, float] = Field(default_factory=dict)
     block_s: dict[Stage, float] = Field(default_factory=dict)
     crowding: float = Field(1.0, ge=1)
@@ -65,6 +67,7 @@ class Compute(_Part):
             call_s=self.call_s * factor,
             group_s=self.group_s * factor,
             score_s=None if self.score_s is None else self.score_s * factor,
+            adapter_s=None if self.adapter_s is None else self.adapter_s * factor,
             number_s={stage: seconds * factor for stage, seconds in self.number_s.items()},
             block_s={stage: seconds * factor for stage, seconds in self.block_s.items()},
         )

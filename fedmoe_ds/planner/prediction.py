@@ -11,7 +11,7 @@ import numpy as np
 from fedmoe_ds.adapters.bank import lora_pairs
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.drift import shared_blocks
-from fedmoe_ds.clients.schedule import home_clients, schedule
+from fedmoe_ds.clients.schedule import Wave, home_clients, schedule
 from fedmoe_ds.config import Config
 from fedmoe_ds.memory import PASS, estimate, outlasting, parameters_per_client
 from fedmoe_ds.planner.hardware import Hardware
@@ -105,7 +105,7 @@ def predict_job(
         seconds,
         split,
         network.traffic,
-        predict_memory(job, ep_size, in_flight, hardware, len(chosen)),
+        predict_memory(job, ep_size, in_flight, hardware, len(chosen), fullest_home(plan)),
         int(sum(job.steps(client, round_index).rows.sum() for client in chosen)),
         [cluster.work for cluster in spent],
         max(map(len, plan)),
@@ -270,15 +270,29 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     return seconds + network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
 
 
-def predict_memory(job: Job, ep_size: int, in_flight: int | None, hardware: Hardware, participants: int) -> dict[str, int]:
-    """Bytes of rank 0 by purpose; the other ranks hold as much or less."""
+def fullest_home(plan: list[list[Wave]]) -> list[Client]:
+    """The clients of a rank in the wave where most experts are active."""
+    homes = (home for waves in plan for wave in waves for home in wave)
+    return max(homes, key=lambda home: sum(client.cap for client in home), default=[])
+
+
+def predict_memory(
+    job: Job, ep_size: int, in_flight: int | None, hardware: Hardware, participants: int, fullest: list[Client] | None = None
+) -> dict[str, int]:
+    """Bytes of rank 0 by purpose; the other ranks hold as much or less. `fullest` are the clients of the largest pass, where
+    clients share passes and a schedule says who they are; else as many as there are slots, at the largest cap."""
     topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
     execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
     config = job.config.model_copy(update={"topology": topology, "execution": execution})
-    exact, shared = job.bitwise(hardware.kind), job.shares_passes(hardware.kind)
+    exact = job.bitwise(hardware.kind)
     home = home_clients(in_flight, participants, ep_size)
     found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes)}
     row_bytes = job.row_bytes(hardware.kind)
-    found |= estimate(config, job.size, job.places, job.blocks, home, job.length, exact, shared, row_bytes)
+    together, active = home, None
+    if fullest:
+        together, active = len(fullest), sum(client.cap for client in fullest) / len(fullest)
+    if not job.shares_passes(hardware.kind):
+        together, active = 1, None
+    found |= estimate(config, job.size, job.places, job.blocks, home, job.length, exact, row_bytes, together, active)
     found[PASS] = int(found[PASS] * hardware.activation_slack)
     return found | outlasting(config, job.method, job.places, job.blocks, len(job.clients), participants)

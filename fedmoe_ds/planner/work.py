@@ -35,8 +35,10 @@ TRAIN_NUMBERS = {
     "slot": 204.0,  # per token row and slot of its top-k
     "target": 9.7,  # x V per target
 }
-FORWARD_SHARE = 0.53
+FORWARD_SHARE = 0.45
 """Of these numbers, how many the forward pass alone moves."""
+FORWARD_SCORE = 0.35
+"""A forward pass's share of the time of an attention score."""
 PRODUCTS = 4
 """Grouped products of the frozen weights in a training pass: two forward, two backward."""
 
@@ -52,10 +54,11 @@ class Work:
 
     Attributes:
         calls: framework calls.
-        flops: of matrix products with frozen weights and adapters; attention scores too.
+        flops: of matrix products with frozen weights.
         bytes: moved by elementwise work.
         groups: (expert, client) groups over all grouped products.
         scores: attention scores (head, query, key), where hardware tells their own time.
+        adapters: FLOPs of products with adapters, which are narrow.
     """
 
     calls: Amount = 0.0
@@ -63,6 +66,7 @@ class Work:
     bytes: Amount = 0.0
     groups: Amount = 0.0
     scores: Amount = 0.0
+    adapters: Amount = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -80,6 +84,7 @@ class Work:
             + self.bytes / compute.bytes_per_s
             + self.groups * compute.group_s
             + self.scores * per_score
+            + self.adapters * (compute.adapter_s if compute.adapter_s is not None else 1.0 / rate)
         )
 
 
@@ -126,15 +131,15 @@ class PassWork:
         job, size, adapters = self.job, self.job.size, self.job.config.adapters
         layers, padded = size.layers, rows.samples * rows.longest
         lora = job.cost.dense_row * adapters.rank
-        flops = padded * (2.0 * job.body * self._times(2) + lora * self._times(3))
+        flops = padded * 2.0 * job.body * self._times(2)
         flops += rows.targets * 2.0 * job.head * self._times(2)
         share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
         n = TRAIN_NUMBERS
         per_row = size.hidden * (n["row"] + n["projection"] * job.projections) + n["expert"] * job.places.num_experts
         per_row += n["slot"] * job.places.top_k
         numbers = padded * layers * per_row + rows.targets * n["target"] * (job.head / size.hidden)
-        scores = padded * rows.longest * job.heads * layers
-        return Work(0.0, flops, numbers * share * self.number_bytes, 0.0, scores)
+        scores = padded * rows.longest * job.heads * layers * (1.0 if self.training else FORWARD_SCORE)
+        return Work(0.0, flops, numbers * share * self.number_bytes, 0.0, scores, padded * lora * self._times(3))
 
     def experts(self, routed: Amount, blocks: float, local_experts: int) -> Work:
         """What a rank computes for the rows that arrive at its experts.
@@ -147,7 +152,7 @@ class PassWork:
         layers = len(places.layers)
         weights = places.matrices * places.width * places.ffn
         lora = job.cost.expert_row * job.config.adapters.rank / layers
-        flops = routed * (2.0 * weights * self._times(2) + lora * self._times(3))
+        flops = routed * 2.0 * weights * self._times(2)
         share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
         numbers = routed * (TRAIN_NUMBERS["routed_d"] * places.width + TRAIN_NUMBERS["routed_f"] * places.ffn) * share
         calls = (blocks - 1) * (TRAIN_CALLS if self.training else FORWARD_CALLS)[3]
@@ -155,7 +160,7 @@ class PassWork:
         touched = possible * -np.expm1(-routed / possible)
         read = touched * weights * self._times(2) * job.size.bytes_per_parameter
         groups = touched * (PRODUCTS if self.training else PRODUCTS / 2)
-        return Work(calls, flops, numbers * self.number_bytes + read, groups, 0.0) * layers
+        return Work(calls, flops, numbers * self.number_bytes + read, groups, 0.0, routed * lora * self._times(3)) * layers
 
 
 def stage_seconds(compute: Compute, stage: Stage, numbers: float, blocks: float = 0.0) -> float:

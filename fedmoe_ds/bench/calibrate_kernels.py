@@ -1,0 +1,80 @@
+"""Calibrate kernels: what one FLOP of a product and one attention score take, measured by themselves.
+
+In whole passes these kinds of work grow together, so that no fit could tell them apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t
+from fedmoe_ds.experts.lowrank import products_for
+
+CPU = torch.device("cpu")
+ROWS, GROUPS = (24, 192), 24
+"""Rows of a group, in small passes and in large ones."""
+WIDTHS = (64, 128, 192)
+RANKS = (8, 32)
+REPEATS = 15
+
+
+def known_units() -> dict[str, float]:
+    """Seconds per FLOP of products with frozen weights (`flops`) and with adapters (`adapters`), and per score (`scores`)."""
+    frozen = [_frozen(rows, width) for rows in ROWS for width in WIDTHS]
+    adapters = [_adapters(rows, width, rank) for rows in ROWS for width in WIDTHS for rank in RANKS]
+    return {"flops": statistics.mean(frozen), "adapters": statistics.mean(adapters), "scores": _score()}
+
+
+def _frozen(rows: int, width: int) -> float:
+    """Forward and backward of one grouped product."""
+    x, w = torch.randn(GROUPS * rows, width), torch.randn(GROUPS, width, width)
+    ends = _ends(rows)
+    seconds = _typical(lambda: (grouped_mm(x, w, ends), grouped_mm_t(x, w, ends)))
+    return seconds / (2 * 2.0 * x.shape[0] * width * width)
+
+
+def _adapters(rows: int, width: int, rank: int) -> float:
+    """All six products of a pair of factors."""
+    products = products_for(rank, torch.float32, CPU)
+    x, m = torch.randn(GROUPS * rows, width), torch.randn(GROUPS * rows, rank)
+    a, b, ends = torch.randn(GROUPS, rank, width), torch.randn(GROUPS, width, rank), _ends(rows)
+    da, db = torch.zeros_like(a), torch.zeros_like(b)
+
+    def everything() -> None:
+        products.project(x, a, ends, 1.0)
+        products.expand_(x, m, b, ends)
+        products.back_project(x, b, ends, 1.0)
+        products.back_expand_(x, m, a, ends)
+        products.grad_a_(da, m, x, ends)
+        products.grad_b_(db, m, x, ends)
+        x.clamp_(-1.0, 1.0)
+
+    return _typical(everything) / (6 * 2.0 * x.shape[0] * width * rank)
+
+
+def _score(heads: int = 4, length: int = 192, width: int = 32) -> float:
+    """Forward and backward of causal attention on two sequences."""
+    q, k, v = (torch.randn(2, heads, length, width, requires_grad=True) for _ in range(3))
+
+    def both() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+
+    return _typical(both) / (2 * heads * length * length)
+
+
+def _ends(rows: int) -> torch.Tensor:
+    return torch.arange(1, GROUPS + 1, dtype=torch.int32) * rows
+
+
+def _typical(action: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[3:])
