@@ -107,7 +107,7 @@ class Hardware(_Part):
     shared_memory: bool = False
     baseline_bytes: float = Field(ge=0)
     main_extra_bytes: float = Field(0.0, ge=0)
-    activation_slack: float = Field(1.15, ge=1)
+    activation_slack: float = Field(1.15, gt=0)
     compute: Compute
     network: Network
     measured: list[str] = Field(default_factory=list)
