@@ -87,7 +87,8 @@ def wave_flops(load: Workload, job: Job, cap: int) -> float:
     work = PassWork(job, training=True, kind="cpu")
     home = work.home(Rows(samples, length, samples * (length - 1)))
     experts = work.experts(float(samples * length * cap), 1.0, job.places.num_experts)
-    return float(home.flops + experts.flops + home.scores * work.score_flops)
+    both = home + experts
+    return float(both.flops + both.adapters + both.scores * work.score_flops)
 
 
 def job_config(load: Workload, folder: Path) -> Config:
