@@ -24,8 +24,9 @@ from fedmoe_ds.launcher import free_port
 from fedmoe_ds.machine import available_mib, machine_facts
 from fedmoe_ds.planner.hardware import Compute, Hardware, Link, Links, Network, load_hardware
 from fedmoe_ds.planner.job import resolve
-from fedmoe_ds.planner.prediction import predict_memory
+from fedmoe_ds.planner.prediction import predict_job
 from fedmoe_ds.planner.work import Work
+from fedmoe_ds.planner.world import World
 
 Note = Callable[[str], None]
 
@@ -136,7 +137,7 @@ def _memory(slack: float) -> tuple[float, float]:
         job = resolve(Config.model_validate({**tree, "name": "prepared"}))  # prepares the data, so that the job finds them
         peak = run_job({**tree, "name": "memory"}, Path(folder), FEW).peak
         empty = load_hardware("cpu").model_copy(update={"baseline_bytes": 0.0, "activation_slack": slack})
-        counted = sum(predict_memory(job, FEW, job.config.execution.clients_in_flight, empty, 3).values())
+        counted = predict_job(job, FEW, job.config.execution.clients_in_flight, World(1, FEW), empty).memory_total
         return float(peak[1] - counted), float(max(peak[0] - peak[1], 0))
 
 

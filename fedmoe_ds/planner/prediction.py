@@ -105,7 +105,7 @@ def predict_job(
         seconds,
         split,
         network.traffic,
-        predict_memory(job, ep_size, in_flight, hardware, len(chosen), fullest_home(plan)),
+        predict_memory(job, ep_size, in_flight, hardware, len(chosen), plan),
         int(sum(job.steps(client, round_index).rows.sum() for client in chosen)),
         [cluster.work for cluster in spent],
         max(map(len, plan)),
@@ -270,29 +270,45 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     return seconds + network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
 
 
-def fullest_home(plan: list[list[Wave]]) -> list[Client]:
-    """The clients of a rank in the wave where most experts are active."""
-    homes = (home for waves in plan for wave in waves for home in wave)
-    return max(homes, key=lambda home: sum(client.cap for client in home), default=[])
+def shared_passes(plan: list[list[Wave]]) -> set[tuple[int, float]]:
+    """(clients of a rank, their mean number of active experts) of all passes that clients share.
+
+    Rows of a whole wave meet at the experts, the same number on every rank of its cluster.
+    """
+    found = set()
+    for wave in (wave for waves in plan for wave in waves):
+        arriving = sum(client.cap for home in wave for client in home) / len(wave)
+        found |= {(len(home), arriving / len(home)) for home in wave if home}
+    return found
 
 
 def predict_memory(
-    job: Job, ep_size: int, in_flight: int | None, hardware: Hardware, participants: int, fullest: list[Client] | None = None
+    job: Job,
+    ep_size: int,
+    in_flight: int | None,
+    hardware: Hardware,
+    participants: int,
+    plan: list[list[Wave]] | None = None,
 ) -> dict[str, int]:
-    """Bytes of rank 0 by purpose; the other ranks hold as much or less. `fullest` are the clients of the largest pass, where
-    clients share passes and a schedule says who they are; else as many as there are slots, at the largest cap."""
+    """Bytes of rank 0 by purpose; the other ranks hold as much or less.
+
+    Args:
+        plan: waves of every cluster, where a schedule is known; else all slots are taken by clients of the largest cap.
+    """
     topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
     execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
     config = job.config.model_copy(update={"topology": topology, "execution": execution})
-    exact = job.bitwise(hardware.kind)
-    home = home_clients(in_flight, participants, ep_size)
-    found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes)}
-    row_bytes = job.row_bytes(hardware.kind)
-    together, active = home, None
-    if fullest:
-        together, active = len(fullest), sum(client.cap for client in fullest) / len(fullest)
+    home, exact, row_bytes = (
+        home_clients(in_flight, participants, ep_size),
+        job.bitwise(hardware.kind),
+        job.row_bytes(hardware.kind),
+    )
+    passes: set[tuple[int, float | None]] = {(home, None)}
     if not job.shares_passes(hardware.kind):
-        together, active = 1, None
-    found |= estimate(config, job.size, job.places, job.blocks, home, job.length, exact, row_bytes, together, active)
+        passes = {(1, None)}
+    elif plan is not None:
+        passes = {*shared_passes(plan)} or passes
+    held = (estimate(config, job.size, job.places, job.blocks, home, job.length, exact, row_bytes, *each) for each in passes)
+    found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
     found[PASS] = int(found[PASS] * hardware.activation_slack)
     return found | outlasting(config, job.method, job.places, job.blocks, len(job.clients), participants)
