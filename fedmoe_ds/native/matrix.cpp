@@ -21,9 +21,15 @@ namespace {
 constexpr int kLanes = 16;            // floats per vector
 constexpr int kPanel = 2 * kLanes;    // columns of a tile
 constexpr int kRows = 12;             // rows of a tile
+constexpr int kAhead = 4;             // how far ahead weights are asked for: in vectors of a row, or in rows
 
 typedef float Wide __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Loose __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+
+// Words of weights and panels, whatever their type is elsewhere.
+typedef uint32_t Word __attribute__((may_alias));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
+typedef uint32_t LooseWords __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4), may_alias));
 
 template <int M>
 void tile(const float* x, int64_t ldx, const float* panel, int64_t K, float* y, int64_t ldy, int64_t columns) {
@@ -70,19 +76,45 @@ float widened(float value) { return value; }
   return value;
 }
 
-// to[k][j] = w[j][k] for w with rows of K elements, `columns` rows of it.
-template <typename From, typename To, typename Convert>
-void transpose(const From* w, int64_t K, int64_t columns, To* to, Convert convert) {
-  constexpr int kRun = 16;
-  int64_t k = 0;
-  for (; k + kRun <= K; k += kRun)
-    for (int64_t j = 0; j < columns; ++j) {
-      const From* from = w + j * K + k;
+// Exchanges the off-diagonal quarters of all squares of 2 kSpan x 2 kSpan words along the diagonal of a 16 x 16 block.
+template <int kSpan>
+void exchange(Words* row) {
+  Words low, high;
 #pragma GCC unroll 16
-      for (int i = 0; i < kRun; ++i) to[(k + i) * kPanel + j] = convert(from[i]);
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & kSpan ? kLanes + i - kSpan : i;
+    high[i] = i & kSpan ? kLanes + i : i + kSpan;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kSpan)) {
+      const Words first = row[i], second = row[i + kSpan];
+      row[i] = __builtin_shuffle(first, second, low);
+      row[i + kSpan] = __builtin_shuffle(first, second, high);
     }
-  for (; k < K; ++k)
-    for (int64_t j = 0; j < columns; ++j) to[k * kPanel + j] = convert(w[j * K + k]);
+}
+
+// to[k][j] = w[j][k] for w with rows of K words, `columns` rows of it; whole blocks of 16 x 16 words stay in registers.
+void transpose(const Word* w, int64_t K, int64_t columns, Word* to) {
+  const int64_t blocks_k = K / kLanes * kLanes, blocks_j = columns / kLanes * kLanes;
+  for (int64_t j = 0; j < blocks_j; j += kLanes)
+    for (int64_t k = 0; k < blocks_k; k += kLanes) {
+      Words row[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const Word* from = w + (j + i) * K + k;
+        __builtin_prefetch(from + kAhead * kLanes);
+        row[i] = *reinterpret_cast<const LooseWords*>(from);
+      }
+      exchange<8>(row);
+      exchange<4>(row);
+      exchange<2>(row);
+      exchange<1>(row);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) *reinterpret_cast<Words*>(to + (k + i) * kPanel + j) = row[i];
+    }
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t k = j < blocks_j ? blocks_k : 0; k < K; ++k) to[k * kPanel + j] = w[j * K + k];
 }
 
 // Room for a panel and for rows in other clothes, zeroed: columns and factors that are not there count as zeros.
@@ -109,15 +141,32 @@ struct Widening {
   bool ready() const { return panel.as<float>() != nullptr; }
 
   void run(const float* x, const Weight* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed) {
-    float* const floats = panel.as<float>();
     for (int64_t n = 0; n < N; n += kPanel) {
       const int64_t columns = N - n < kPanel ? N - n : kPanel;
       if (transposed)
-        transpose(w + n * K, K, columns, floats, [](Weight value) { return widened(value); });
+        fill_transposed(w + n * K, K, columns);
       else
-        for (int64_t k = 0; k < K; ++k)
-          for (int64_t j = 0; j < columns; ++j) floats[k * kPanel + j] = widened(w[k * N + n + j]);
-      all_rows(x, floats, M, K, y + n, N, columns);
+        fill(w + n, N, K, columns);
+      all_rows(x, panel.as<float>(), M, K, y + n, N, columns);
+    }
+  }
+
+ private:
+  void fill_transposed(const Weight* w, int64_t K, int64_t columns) {
+    if constexpr (sizeof(Weight) == sizeof(float)) {
+      transpose(reinterpret_cast<const Word*>(w), K, columns, panel.as<Word>());
+    } else {
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t k = 0; k < K; ++k) panel.as<float>()[k * kPanel + j] = widened(w[j * K + k]);
+    }
+  }
+
+  void fill(const Weight* w, int64_t N, int64_t K, int64_t columns) {
+    float* to = panel.as<float>();
+    for (int64_t k = 0; k < K; ++k, w += N, to += kPanel) {
+      __builtin_prefetch(w + kAhead * N);
+      __builtin_prefetch(w + kAhead * N + kPanel / 2);
+      for (int64_t j = 0; j < columns; ++j) to[j] = widened(w[j]);
     }
   }
 };
@@ -125,7 +174,7 @@ struct Widening {
 #ifdef __AVX512BF16__
 // Products of pairs: `pairs` of neighbouring factors lie in one 32-bit word, in rows as in panels.
 template <int M>
-void tile_of_pairs(const uint32_t* x, const uint32_t* panel, int64_t pairs, float* y, int64_t ldy, int64_t columns) {
+void tile_of_pairs(const Word* x, const Word* panel, int64_t pairs, float* y, int64_t ldy, int64_t columns) {
   __m512 left[M], right[M];
   for (int m = 0; m < M; ++m) left[m] = right[m] = _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; ++k) {
@@ -154,23 +203,38 @@ struct Pairing {
   void run(const float* x, const uint16_t* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed) {
     const int64_t pairs = (K + 1) / 2;
     round_rows(x, M, K, pairs);
-    uint16_t* const halves = panel.as<uint16_t>();
     for (int64_t n = 0; n < N; n += kPanel) {
       const int64_t columns = N - n < kPanel ? N - n : kPanel;
-      if (transposed && K % 2 == 0) {
-        transpose(reinterpret_cast<const uint32_t*>(w + n * K), pairs, columns, panel.as<uint32_t>(), [](uint32_t v) { return v; });
-      } else if (transposed) {
-        for (int64_t j = 0; j < columns; ++j)
-          for (int64_t k = 0; k < K; ++k) halves[(k / 2 * kPanel + j) * 2 + k % 2] = w[(n + j) * K + k];
-      } else {
-        for (int64_t k = 0; k < K; ++k)
-          for (int64_t j = 0; j < columns; ++j) halves[(k / 2 * kPanel + j) * 2 + k % 2] = w[k * N + n + j];
-      }
+      if (transposed)
+        fill_transposed(w + n * K, K, columns);
+      else
+        fill(w + n, N, K, columns);
       multiply(y + n, M, N, pairs, columns);
     }
   }
 
  private:
+  void fill_transposed(const uint16_t* w, int64_t K, int64_t columns) {
+    if (K % 2 == 0) {
+      transpose(reinterpret_cast<const Word*>(w), K / 2, columns, panel.as<Word>());
+      return;
+    }
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t k = 0; k < K; ++k) panel.as<uint16_t>()[(k / 2 * kPanel + j) * 2 + k % 2] = w[j * K + k];
+  }
+
+  // Two rows of weights become one row of words; the last of an odd number of rows has zeros for company.
+  void fill(const uint16_t* w, int64_t N, int64_t K, int64_t columns) {
+    Word* to = panel.as<Word>();
+    for (int64_t k = 0; k < K; k += 2, w += 2 * N, to += kPanel) {
+      __builtin_prefetch(w + kAhead * N);
+      __builtin_prefetch(w + (kAhead + 1) * N);
+      const uint32_t other = k + 1 < K ? 0xffffffff : 0;
+      const uint16_t* next = other ? w + N : w;
+      for (int64_t j = 0; j < columns; ++j) to[j] = w[j] | ((static_cast<uint32_t>(next[j]) << 16) & other);
+    }
+  }
+
   void round_rows(const float* x, int64_t M, int64_t K, int64_t pairs) {
     uint16_t* to = rows.as<uint16_t>();
     for (int64_t m = 0; m < M; ++m, x += K, to += 2 * pairs) {
@@ -186,8 +250,8 @@ struct Pairing {
   }
 
   void multiply(float* y, int64_t M, int64_t N, int64_t pairs, int64_t columns) {
-    const uint32_t* x = rows.as<uint32_t>();
-    const uint32_t* words = panel.as<uint32_t>();
+    const Word* x = rows.as<Word>();
+    const Word* words = panel.as<Word>();
     for (; M >= kRows; M -= kRows, x += kRows * pairs, y += kRows * N) tile_of_pairs<kRows>(x, words, pairs, y, N, columns);
 #define LEFT_OVER_PAIRS(m) case m: tile_of_pairs<m>(x, words, pairs, y, N, columns); break;
     switch (M) {
