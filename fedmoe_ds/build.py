@@ -32,6 +32,7 @@ from fedmoe_ds.evaluation import Evaluator
 from fedmoe_ds.experts.attending import attend_apart
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
+from fedmoe_ds.experts.lowrank import check_kernels
 from fedmoe_ds.experts.places import Places
 from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, is_bitwise, positions, shares_passes
 from fedmoe_ds.foundation import (
@@ -123,6 +124,7 @@ def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: P
     method = method_for(config)
     config = with_defaults(config, method)
     check_plan(config, is_bitwise(config, runtime))
+    runtime.together(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, runtime.device))
     foundation = load_shared_foundation(config, runtime, topology, progress)
     check_task(foundation.task, config.data, foundation.images)
     places = find_places(config, foundation.layers, foundation.sites, topology.shard)
@@ -277,8 +279,15 @@ def _execution(
     home = home_clients(config.execution.clients_in_flight, drawn, layout.ep_size)
     pool = Pool(topology.ep_group, layout.ep_size, places.num_experts, home, merge=shared)
     bank = Bank(blocks, places.num_experts // layout.ep_size, home, pool.wave_clients, runtime.device)
-    scale = config.adapters.alpha / config.adapters.rank
-    return Execution(bank, pool, scale, method.rescaler is not None, config.local.balance_loss, config.local.z_loss)
+    return Execution(
+        bank,
+        pool,
+        scale=config.adapters.alpha / config.adapters.rank,
+        rescaler=method.rescaler is not None,
+        balance=config.local.balance_loss,
+        z=config.local.z_loss,
+        kernels=config.execution.adapter_kernels,
+    )
 
 
 def enable_checkpointing(foundation: Foundation) -> None:

@@ -158,7 +158,8 @@ def start_line(parts: Parts) -> str:
     """Who runs what, in one line, the grouped kernel included."""
     layout, launch = parts.topology.layout, parts.runtime.launch
     dtype, device = row_dtype(parts.foundation.model), parts.runtime.device
-    kernel = products_for(parts.config.adapters.rank, dtype, device).name
+    config = parts.config
+    kernel = products_for(config.adapters.rank, dtype, device, config.execution.adapter_kernels).name
     paired = any(spec.expert and spec.pair for spec in parts.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
     mode = "bitwise" if is_bitwise(parts.config, parts.runtime) else "fast"

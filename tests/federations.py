@@ -141,7 +141,7 @@ def finish(parts: Parts, journal: Journal) -> Result:
     outcome = Federation(parts, journal).run()
     journal.close()
     assert outcome.interrupted is None
-    adapters = {key: value.clone().numpy() for key, _, value in parts.state.adapters.items(parts.first_expert)}
+    adapters = {key: value.cpu().clone().numpy() for key, _, value in parts.state.adapters.items(parts.first_expert)}
     return Result(outcome.digest, adapters, read_events(journal.folder), parts)
 
 

@@ -74,6 +74,11 @@ CONFIGURATION = {
         (),
         ("topology.ep_size: 2:", "world of 1 rank", "use ep_size in [1] or start a multiple of 2 ranks"),
     ),
+    "Triton on a CPU": (
+        {"topology": {"device": "cpu"}, "execution": {"adapter_kernels": "triton"}},
+        (),
+        ("execution.adapter_kernels: triton:", "needs a CUDA device", "use auto"),
+    ),
 }
 
 

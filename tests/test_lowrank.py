@@ -32,17 +32,26 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def everything(products: LowRankProducts, rows_G: list[int], width: int, rank: int, first: int = 0) -> list[Tensor]:
-    """All six products on groups [first, first + len(rows_G)) of one fixed problem; weights are strided views, as in a bank."""
-    groups, ends_G = len(ROWS_G), ends_of(rows_G)
+def everything(
+    products: LowRankProducts,
+    rows_G: list[int],
+    width: int,
+    rank: int,
+    first: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> list[Tensor]:
+    """All six products on groups [first, first + len(rows_G)) of one fixed problem; weights are strided views, as in a bank.
+    Rows have the type given, adapters and their gradients are float32."""
+    groups, ends_G = len(ROWS_G), ends_of(rows_G).to(device)
     start = sum(ROWS_G[:first])
     rows = slice(start, start + sum(rows_G))
     held = slice(first, first + len(rows_G))
-    a_GRI = draw(groups, 2, rank, width, seed=1)[:, 1][held]
-    b_GOR = draw(groups, 2, width, rank, seed=2)[:, 1][held]
-    x_NI, dy_NO = draw(sum(ROWS_G), width, seed=3)[rows].clone(), draw(sum(ROWS_G), width, seed=4)[rows].clone()
+    a_GRI = draw(groups, 2, rank, width, seed=1).to(device)[:, 1][held]
+    b_GOR = draw(groups, 2, width, rank, seed=2).to(device)[:, 1][held]
+    x_NI, dy_NO = (draw(sum(ROWS_G), width, seed=seed)[rows].to(device, dtype, copy=True) for seed in (3, 4))
     y_NO, dx_NI = torch.ones_like(dy_NO), torch.ones_like(x_NI)
-    da_GRI, db_GOR = torch.ones(len(rows_G), rank, width), torch.ones(len(rows_G), width, rank)
+    da_GRI, db_GOR = (torch.ones(groups, 2, *shape, device=device)[:, 1][held] for shape in ((rank, width), (width, rank)))
     m_NR = products.project(x_NI, a_GRI, ends_G, 0.5)
     products.expand_(y_NO, m_NR, b_GOR, ends_G)
     dm_NR = products.back_project(dy_NO, b_GOR, ends_G, 0.5)
@@ -93,3 +102,4 @@ def test_choice_of_implementation() -> None:
     assert products_for(8, torch.float32, CPU).name == "lowrank.cpp"
     assert products_for(8, torch.bfloat16, CPU).name == "torch._grouped_mm"
     assert products_for(3, torch.float32, CPU).name.startswith("a loop")
+    assert products_for(8, torch.float32, CPU, "torch").name == "torch._grouped_mm"

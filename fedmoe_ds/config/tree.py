@@ -171,6 +171,11 @@ class ExecutionConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole batch")
     threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
+    adapter_kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="low-rank products; auto: own C++ on CPU, torch's grouped products on CUDA; triton: checked in Triton's "
+        "interpreter and compiled for sm_80 and sm_90, never timed on a device",
+    )
 
 
 class EvaluationConfig(Section):

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.adapters.segmented import Segment
 from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.lowrank import LowRankProducts, products_for
+from fedmoe_ds.experts.lowrank import Kernels, LowRankProducts, products_for
 from fedmoe_ds.experts.router import Routing
 
 
@@ -109,6 +109,7 @@ class Execution:
         scale: LoRA scale alpha / rank.
         rescaler: whether the bank's learnable rescaler multiplies the expert output.
         balance, z: coefficients of the auxiliary losses.
+        kernels: what computes the adapters' products.
         wave: what holds for the clients in training; evaluation puts an empty one in its place.
     """
 
@@ -118,6 +119,7 @@ class Execution:
     rescaler: bool = False
     balance: float = 0.0
     z: float = 0.0
+    kernels: Kernels = "auto"
     wave: InTraining = field(default_factory=InTraining)
     current: Pass | None = None
     products: LowRankProducts | None = None
@@ -126,7 +128,7 @@ class Execution:
     def products_for(self, rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
         """The implementation of the adapters' products for rows of this type, chosen once."""
         if self.products is None:
-            self.products = products_for(rank, dtype, device)
+            self.products = products_for(rank, dtype, device, self.kernels)
         return self.products
 
     def running(self) -> Pass:

@@ -2,24 +2,32 @@
 
 Legend: N rows, G groups, I input width, O output width, R adapter rank.
 
-With A [G, R, I], B [G, O, R] and a scale s, rows of group g see  y += (s x A_g^T) B_g^T. Two implementations of one interface:
-`NativeProducts` (float32 on CPU, lowrank.cpp) and `GroupedProducts` (torch's grouped kernel; any device and dtype).
+With A [G, R, I], B [G, O, R] and a scale s, rows of group g see  y += (s x A_g^T) B_g^T. Implementations of one interface:
+`NativeProducts` (float32 on CPU, lowrank.cpp), `GroupedProducts` (torch's grouped kernel; any device and dtype), and
+`TritonProducts` (CUDA, lowrank_triton.py), which only who asks for it gets: no device has run it yet.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Protocol
+import importlib.util
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.grouped import aligned, grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.native.compiling import FLOAT, POINTER, SIZE, library
 
 RANKS = (4, 8, 16, 32)
 """Adapter ranks that lowrank.cpp serves."""
+
+MAX_TRITON_RANK = 128
+"""Tiles of wider factors outgrow the shared memory of smaller GPUs, 99 KiB."""
+
+Kernels = Literal["auto", "torch", "triton"]
 
 
 class LowRankProducts(Protocol):
@@ -40,11 +48,28 @@ class LowRankProducts(Protocol):
     def grad_b_(self, db_GOR: Tensor, m_NR: Tensor, dy_NO: Tensor, ends_G: Tensor) -> None: ...
 
 
-def products_for(rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
-    """The fastest implementation that serves this rank, type and device."""
-    suits = device.type == "cpu" and dtype == torch.float32 and rank in RANKS
+def products_for(rank: int, dtype: torch.dtype, device: torch.device, kernels: Kernels = "auto") -> LowRankProducts:
+    """The implementation asked for; `auto`: the fastest measured one that serves this rank, type and device."""
+    if kernels == "triton":
+        check_kernels(kernels, rank, device)
+        from fedmoe_ds.experts.lowrank_triton import TritonProducts  # Triton is there only with CUDA builds of torch
+
+        return TritonProducts()
+    suits = kernels == "auto" and device.type == "cpu" and dtype == torch.float32 and rank in RANKS
     found = compiled() if suits else None
     return GroupedProducts(rank, dtype) if found is None else NativeProducts(found)
+
+
+def check_kernels(kernels: Kernels, rank: int, device: torch.device) -> None:
+    """Whether the kernels asked for can run here. Raises UserError."""
+    if kernels != "triton":
+        return
+    if device.type != "cuda":
+        raise UserError(f"execution.adapter_kernels: triton: needs a CUDA device, and this run is on {device.type}; use auto")
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("execution.adapter_kernels: triton: Triton is not installed; pip install triton, or use auto")
+    if rank > MAX_TRITON_RANK:
+        raise UserError(f"adapters.rank: {rank}: Triton's kernels take at most {MAX_TRITON_RANK}; use adapter_kernels=auto")
 
 
 @functools.cache

@@ -1,0 +1,53 @@
+"""Grouped products in chunks of groups: torch's kernel takes fewer than 1024 of them on CUDA.
+
+Legend: N rows, G groups, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedmoe_ds.experts import grouped
+from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer, products_of_rows, products_over_rows
+
+ROWS_G = [3, 0, 2, 0, 0, 0, 4, 1, 0]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("rows_G", [ROWS_G, [0] * 9], ids=["some empty", "no rows"])
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9])
+def test_chunks_change_nothing(rows_G: list[int], most: int) -> None:
+    draw, rows = torch.Generator().manual_seed(most), sum(rows_G)
+    x_NI, weight_GIO = torch.randn(rows, 8, generator=draw), torch.randn(len(rows_G), 8, 12, generator=draw)
+    y_NO = torch.randn(rows, 12, generator=draw)
+    ends_G = torch.tensor(rows_G).cumsum(0).to(torch.int32)
+    whole = torch._grouped_mm(x_NI, weight_GIO, offs=ends_G)
+    assert torch.equal(products_of_rows(x_NI, weight_GIO, ends_G, most), whole)
+    summed = torch._grouped_mm(y_NO.t(), x_NI, offs=ends_G)
+    assert torch.equal(products_over_rows(y_NO, x_NI, ends_G, most), summed)
+
+
+@CUDA
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [5, grouped.CUDA_GROUPS, grouped.CUDA_GROUPS + 1, 2500])
+def test_products_on_the_device_equal_float64(groups: int, number: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(groups)
+    rows_G = torch.randint(0, 5, (groups,), generator=draw)
+    rows, ends_G = int(rows_G.sum()), rows_G.cumsum(0).to("cuda", torch.int32)
+    x_NI, y_NO, weight_GOI = (
+        torch.randn(*shape, generator=draw).to(number) for shape in ((rows, 16), (rows, 24), (groups, 24, 16))
+    )
+    each_NOI = weight_GOI.double().repeat_interleave(rows_G, 0)
+    places = torch.arange(groups).repeat_interleave(rows_G)
+    outer_NOI = y_NO.double()[:, :, None] * x_NI.double()[:, None, :]
+    expected = [
+        (each_NOI @ x_NI.double()[:, :, None])[:, :, 0],
+        (y_NO.double()[:, None, :] @ each_NOI)[:, 0],
+        torch.zeros(groups, 24, 16, dtype=torch.float64).index_add_(0, places, outer_NOI),
+    ]
+    x, y, weight = x_NI.cuda(), y_NO.cuda(), weight_GOI.cuda()
+    found = [grouped_mm(x, weight, ends_G), grouped_mm_t(y, weight, ends_G), grouped_outer(y, x, ends_G)]
+    tolerance = 2e-5 if number == torch.float32 else 2e-2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.cpu().double() - theirs).abs().max() < tolerance * theirs.abs().max()

@@ -1,0 +1,109 @@
+"""Triton's low-rank products: interpreted against float64, compiled for two generations of GPUs, and run where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federations import alone, build, finish, make_config, run_alone, write_inputs
+from test_lowrank import CPU, ROWS_G, everything, plain
+
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts import lowrank
+
+triton = pytest.importorskip("triton")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARED_BYTES = 99 * 1024
+"""Shared memory that one program may have on sm_86 and sm_89; sm_80 and sm_90 give more."""
+
+
+def check_products(width: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    """All six products against float64; then two groups alone, which must get the same bits."""
+    from fedmoe_ds.experts.lowrank_triton import TritonProducts
+
+    products = TritonProducts()
+    whole = everything(products, ROWS_G, width, rank, dtype=dtype, device=device)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for found, expected in zip(whole, plain(width, rank), strict=True):
+        error = (found.cpu().double() - expected).abs().max() / expected.abs().max()
+        assert error < tolerance, (width, rank, dtype, tuple(found.shape), float(error))
+    part = everything(products, ROWS_G[3:5], width, rank, first=3, dtype=dtype, device=device)
+    start, stop = sum(ROWS_G[:3]), sum(ROWS_G[:5])
+    spans = [slice(start, stop)] * 4 + [slice(3, 5)] * 2
+    for full, own, span in zip(whole, part, spans, strict=True):
+        assert torch.equal(full[span], own)
+
+
+def test_interpreted_products_equal_float64() -> None:
+    script = Path(__file__).parent / "interpreted.py"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0 and "20 problems" in result.stdout, result.stderr
+
+
+def compiled(kernel: Any, number: str, arch: int, rank: int) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fedmoe_ds.experts.lowrank_triton import tiles
+
+    types = dict.fromkeys(("x", "y", "m"), f"*{number}") | dict.fromkeys(("v", "dv"), "*fp32")
+    types |= {"ends": "*i32", "scale": "fp32"} | dict.fromkeys(tiles(rank), "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    return triton.compile(ASTSource(kernel, signature, constexprs=tiles(rank)), target=GPUTarget("cuda", arch, 32))
+
+
+@pytest.mark.parametrize("number", FLOATS)
+@pytest.mark.parametrize(("arch", "rank"), [(80, lowrank.MAX_TRITON_RANK), (90, 8)])
+@pytest.mark.parametrize("name", ["rows_to_rank", "rank_to_rows", "sum_over_rows"])
+def test_kernels_compile_without_a_device(
+    name: str, arch: int, rank: int, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a kernel found in the cache would not have been compiled
+    from fedmoe_ds.experts import lowrank_triton
+
+    kernel = compiled(getattr(lowrank_triton, name), number, arch, rank)
+    assert kernel.asm["cubin"] and kernel.metadata.shared <= SHARED_BYTES
+    code = kernel.asm["ptx"]
+    assert "tf32" not in code and ("mma" in code) == (number == "bf16")
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    lowrank.check_kernels("auto", 8, CPU)
+    lowrank.check_kernels("triton", 8, device)
+    with pytest.raises(UserError, match=r"execution.adapter_kernels: triton: needs a CUDA device, .* cpu; use auto"):
+        lowrank.check_kernels("triton", 8, CPU)
+    with pytest.raises(UserError, match=r"adapters.rank: 129: .* at most 128; use adapter_kernels=auto"):
+        lowrank.check_kernels("triton", 129, device)
+    monkeypatch.setattr(lowrank.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"execution.adapter_kernels: triton: Triton is not installed; pip install triton"):
+        lowrank.check_kernels("triton", 8, device)
+
+
+@CUDA
+@pytest.mark.parametrize("number", FLOATS)
+@pytest.mark.parametrize("rank", [1, 3, 8, 17, 64, 128])
+@pytest.mark.parametrize("width", [7, 100, 512])
+def test_products_on_the_device_equal_float64(width: int, rank: int, number: str) -> None:
+    check_products(width, rank, FLOATS[number], torch.device("cuda"))
+
+
+@CUDA
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_run_on_the_device_learns_what_the_cpu_learns(kernels: str, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    mode = {"reproducible": "fast"}
+    expected = run_alone(make_config(tmp_path, "cpu", {"execution": mode}))
+    runtime, topology = alone()
+    config = make_config(tmp_path, "device", {"execution": mode | {"adapter_kernels": kernels}})
+    found = finish(*build(config, replace(runtime, device=torch.device("cuda")), topology))
+    for ours, theirs in zip(found.scores(), expected.scores(), strict=True):
+        assert ours[:4] == theirs[:4] and ours[4] == pytest.approx(theirs[4], rel=1e-3)
