@@ -48,28 +48,33 @@ def test_interpreted_products_equal_float64() -> None:
     assert result.returncode == 0 and "20 problems" in result.stdout, result.stderr
 
 
-def compiled(kernel: Any, number: str, arch: int, rank: int) -> Any:
+def compiled(kernel: Any, number: str, arch: int, rank: int, dense: str) -> Any:
+    """A kernel as a launch would have it compiled: the dense stride of V is 1; the others, widths and addresses are aligned."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from fedmoe_ds.experts.lowrank_triton import tiles
 
     types = dict.fromkeys(("x", "y", "m"), f"*{number}") | dict.fromkeys(("v", "dv"), "*fp32")
-    types |= {"ends": "*i32", "scale": "fp32"} | dict.fromkeys(tiles(rank), "constexpr")
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    return triton.compile(ASTSource(kernel, signature, constexprs=tiles(rank)), target=GPUTarget("cuda", arch, 32))
+    types |= {"ends": "*i32", "scale": "fp32"}
+    fixed = tiles(rank) | {name: 1 for name in kernel.arg_names if name.endswith(f"v_{dense}")}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
+    loose = {"scale", "rank", *fixed}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in loose}
+    source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
 
 
 @pytest.mark.parametrize("number", FLOATS)
-@pytest.mark.parametrize(("arch", "rank"), [(80, lowrank.MAX_TRITON_RANK), (90, 8)])
+@pytest.mark.parametrize(("arch", "rank", "dense"), [(80, lowrank.MAX_TRITON_RANK, "wide"), (90, 8, "rank")])
 @pytest.mark.parametrize("name", ["rows_to_rank", "rank_to_rows", "sum_over_rows"])
 def test_kernels_compile_without_a_device(
-    name: str, arch: int, rank: int, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, arch: int, rank: int, dense: str, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a kernel found in the cache would not have been compiled
     from fedmoe_ds.experts import lowrank_triton
 
-    kernel = compiled(getattr(lowrank_triton, name), number, arch, rank)
+    kernel = compiled(getattr(lowrank_triton, name), number, arch, rank, dense)
     assert kernel.asm["cubin"] and kernel.metadata.shared <= SHARED_BYTES
     code = kernel.asm["ptx"]
     assert "tf32" not in code and ("mma" in code) == (number == "bf16")
