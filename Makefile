@@ -43,7 +43,7 @@ train: .venv/.installed  ## fine-tune the quickstart federation
 test: .venv/.installed  ## run the tests
 	python -m pytest -m "not soak and not cluster" $(ARGS)
 
-test-cluster: .venv/.installed .venv/.cluster .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
+test-cluster: .venv/.installed .venv/.cluster .venv/.triton .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
 	python -m pytest -m cluster $(ARGS)
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times
@@ -111,6 +111,11 @@ if [ -z "$$missing" ]; then exit 0; fi; \
 		echo "please install these system packages first (Debian names):$$missing" >&2; exit 1; \
 	fi
 endef
+
+# Beside a CPU build of torch, Triton makes every process larger and slower to start: it is on the path of its own tests alone.
+.venv/.triton: .venv/.installed
+	@$(if $(GPU),,$(PIP) install --no-deps --upgrade --target .venv/triton 'triton>=3.9,<4')
+	@touch $@
 
 .venv/.cluster: Makefile
 	@missing=""; for package in $(CLUSTER_PACKAGES); do dpkg -s $$package > /dev/null 2>&1 || missing="$$missing $$package"; done; \
