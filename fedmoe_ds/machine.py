@@ -29,6 +29,13 @@ def peak_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
+def device_peak_mib() -> float:
+    """Peak memory of this process's tensors on its GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 def resident_mib() -> float:
     """Resident memory now, and the point from which `peak_mib` counts where the system can reset its mark."""
     if _CLEAR.exists():

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from fedmoe_ds.bench import load, pool, table, wave
+from fedmoe_ds.bench.floor import DeviceFloor, Floor
 from fedmoe_ds.bench.fused import Fused
 from fedmoe_ds.bench.peers import Peft
 from fedmoe_ds.bench.pool_systems import Dense, ExpertPool
@@ -21,6 +24,7 @@ from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError
 
 BENCH = Path(__file__).parents[1] / "launch" / "bench.py"
+SYSTEMS = ["fedmoe_ds", "peft eager"]
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -159,9 +163,45 @@ def test_bad_input(tmp_path: Path) -> None:
         PoolWorkload(**settings, clients=0)
     with pytest.raises(UserError, match="--mode: slow"):
         wave.system_names("slow", [])
+    with pytest.raises(UserError, match="--device: tpu: unknown device"):
+        wave.make_workloads(["e32"], **settings, device="tpu")
+    with pytest.raises(UserError, match=r"--kernels: tritn: .*did you mean 'triton'"):
+        wave.make_workloads(["e32"], **settings, kernels="tritn")
     with pytest.raises(UserError, match="--rounds: 0"):
         wave.run_wave([], [], 0, lambda text: None)
     with pytest.raises(UserError, match="--ep-size: 3: it does not divide the 16 experts"):
         load.run_load([1, 3], "load-tiny", 0, lambda text: None)
     with pytest.raises(UserError, match=r"--json: .*missing"):
         table.check_writable(tmp_path / "missing" / "rows.json")
+
+
+def test_the_floor_of_a_device_counts_what_the_other_multiplies() -> None:
+    workload = Workload(SHAPES["tiny"], steps=2, sequences=2, length=24, seed=3)
+    rows_CLE = np.full((8, 2, 16), 2 * 24 * 4 * 2 // 16)  # four active experts in each of two steps, evenly
+    floor, device = Floor(workload, rows_CLE), DeviceFloor(workload, rows_CLE, side=64)
+    flops = sum(2.0 * left.shape[0] * left.shape[1] * right.shape[1] for left, right, _ in floor.products)
+    flops += sum(2.0 * left.numel() * right.shape[2] for left, right, _ in floor.batched)
+    assert device.flops == floor.flops() == 2 * flops > 0
+    spans = [device.measure(repeats=2) for _ in range(2)]
+    assert all(span.wall > 0 and span.cpu == 0 for span in spans)
+
+
+def test_devices_of_a_wave() -> None:
+    done = run_bench("wave", "--shape", "tiny", "--device", "cuda", "--mode", "bitwise")
+    assert done.returncode == 2 and "error: --mode: bitwise: bitwise is measured on CPUs alone; use fast" in done.stderr
+    if not torch.cuda.is_available():
+        done = run_bench("wave", "--shape", "tiny", "--device", "cuda")
+        assert done.returncode == 2 and "error: --device: cuda: no CUDA device is visible; leave it out" in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_wave_on_a_device(kernels: str, tmp_path: Path) -> None:
+    target = tmp_path / "wave.json"
+    small = ["--steps", "1", "--rounds", "1", "--sequences", "2", "--length", "24", "--dtype", "bfloat16"]
+    words = ["--shape", "tiny", *small, "--device", "cuda", "--kernels", kernels, "--peers", "eager", "--json", str(target)]
+    done = run_bench("wave", *words)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(target)
+    assert [(row["system"], row["device"], row["kernels"]) for row in rows] == [(name, "cuda", kernels) for name in SYSTEMS]
+    assert all(row["floor_share"] > 0 and row["peak_mib"] > 0 for row in rows)

@@ -126,7 +126,7 @@ def test_the_worst_figure_of_a_round_counts(tmp_path: Path) -> None:
 def test_gpu_targets_need_a_wave_on_a_gpu(tmp_path: Path) -> None:
     def rows(**more: Any) -> Rows:
         more = {"shape": "olmoe-7b", "dtype": "bfloat16", "sequences": 4, **more}
-        return [wave_row(OURS, 600.0, gemm_share=0.42, **more), wave_row("peft grouped_mm", 100.0, gemm_share=0.1, **more)]
+        return [wave_row(OURS, 600.0, floor_share=0.42, **more), wave_row("peft grouped_mm", 100.0, floor_share=0.1, **more)]
 
     store(tmp_path, "wave-olmoe", rows(), gpu=GPU)
     assert lines_of(read_documents(tmp_path))["gpu-share"][1] == "not measured"

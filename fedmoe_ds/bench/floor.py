@@ -57,6 +57,11 @@ class Floor:
             torch.bmm(left, right, out=out)
         return clock.stop().times(self.workload.steps)
 
+    def flops(self) -> float:
+        """Of all products of the timed wave."""
+        products = [*self.products, *self.batched]
+        return self.workload.steps * sum(2.0 * left.numel() * right.shape[-1] for left, right, _ in products)
+
     def _experts(self, memory: Memory, rows_EC: np.ndarray) -> Iterator[Product]:
         shape, rank = self.workload.shape, self.workload.rank
         by_expert, by_group = _spans(rows_EC.sum(1)), _spans(rows_EC.reshape(-1))
@@ -85,6 +90,31 @@ class Floor:
         scores_HSS, out_HSK = torch.rand(heads, load.length, load.length), torch.empty_like(x_HSK)
         square = (x_HSK, x_HSK.transpose(1, 2), torch.empty_like(scores_HSS))
         return [*[square] * 2, *[(scores_HSS, x_HSK, out_HSK)] * 2, *[(scores_HSS.transpose(1, 2), x_HSK, out_HSK)] * 2]
+
+
+class DeviceFloor:
+    """The same on a GPU, where small products one by one would measure launches: their FLOPs at the rate of a large product.
+
+    Args:
+        workload, rows_CLE: as for `Floor`.
+        side: of the large product's square factors.
+    """
+
+    def __init__(self, workload: Workload, rows_CLE: np.ndarray, side: int = 8192) -> None:
+        with torch.device("meta"):  # shapes alone
+            self.flops = Floor(workload, rows_CLE).flops()
+        self.device, self.side = workload.device, side
+        self.left, self.right, self.out = (
+            torch.rand(side, side, dtype=getattr(torch, workload.dtype), device=workload.device) for _ in range(3)
+        )
+
+    def measure(self, repeats: int = 10) -> Timing:
+        """Seconds that the wave's products would take; there is no CPU time in them."""
+        clock = Clock(self.device)
+        for _ in range(repeats):
+            torch.mm(self.left, self.right, out=self.out)
+        rate = repeats * 2.0 * self.side**3 / clock.stop().wall
+        return Timing(self.flops / rate, 0.0)
 
 
 class Memory:

@@ -31,20 +31,21 @@ class Fused:
 
     def __init__(self, folder: Path, workload: Workload, bitwise: bool) -> None:
         keep_freed_memory()  # as every training run does
-        device = torch.device("cpu")
+        device = torch.device(workload.device)
         self.workload = workload
         foundation = _foundation(folder, workload)
         adapters = AdapterConfig(rank=workload.rank, alpha=workload.alpha, attention=list(workload.attention))
         places = hosted_places(foundation.layers)
         blocks = adapter_blocks(foundation.model, places, adapters, rescaler=None)
         experts, clients = workload.shape.experts, len(workload.caps)
-        shared = not bitwise or independent_rows("olmoe", workload.dtype, "cpu")
+        shared = not bitwise or independent_rows("olmoe", workload.dtype, workload.device)
         pool = Pool(None, 1, experts, clients, merge=shared)
-        execution = Execution(Bank(blocks, experts, clients, clients, device), pool, workload.alpha / workload.rank)
+        bank = Bank(blocks, experts, clients, clients, device)
+        execution = Execution(bank, pool, workload.alpha / workload.rank, kernels=workload.kernels)
         install(foundation, adapters, execution)
         if bitwise and shared:  # as fedmoe_ds.build does
             attend_apart(foundation.model, execution)
-        self.start = Bank(blocks, experts, clients=1, with_grad=False)
+        self.start = Bank(blocks, experts, clients=1, device=device, with_grad=False)
         for key, _, value in self.start.items(first_expert=0):
             value.copy_(workload.initial_value(key, value.shape))
         self.local = LocalConfig(batch_size=workload.sequences, lr=workload.lr, clip=None)
@@ -56,7 +57,7 @@ class Fused:
         count = load.stage_steps(stage) * load.sequences
         clients = [Client(i, f"c{i}", cap, count, count, count * load.length, cap) for i, cap in enumerate(load.caps)]
         data = {client.index: self._sequences(stage, client) for client in clients}
-        clock = Clock()
+        clock = Clock(load.device)
         reports = [report for _, report in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
         span = clock.stop()
         losses = [report.losses for report in reports]
@@ -76,7 +77,7 @@ class Fused:
 
 def _foundation(folder: Path, workload: Workload) -> Foundation:
     shape = workload.shape
-    model, layers = load_model(folder, getattr(torch, workload.dtype), 1, 0, torch.device("cpu"))
+    model, layers = load_model(folder, getattr(torch, workload.dtype), 1, 0, torch.device(workload.device))
     return Foundation(
         model=model,
         tokenizer=None,

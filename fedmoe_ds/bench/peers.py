@@ -47,15 +47,16 @@ class Peft:
             target_parameters=[f"mlp.experts.{name}" for name in _MODULES],
         )
         self.workload = workload
-        self.model: Any = get_peft_model(base, lora).train()
+        self.model: Any = get_peft_model(base, lora).train().to(workload.device)
         self.routers = [module for module in self.model.modules() if hasattr(module, "norm_topk_prob")]
         assert len(self.routers) == workload.shape.layers
-        self.start = {name: _initial(name, value, self.model, workload) for name, value in self._trainables()}
+        start = {name: _initial(name, value, self.model, workload) for name, value in self._trainables()}
+        self.start = {name: value.to(workload.device) for name, value in start.items()}
 
     def train(self, stage: str) -> Outcome:
         load = self.workload
-        data = [torch.from_numpy(load.token_ids(stage, client)) for client in range(len(load.caps))]
-        clock = Clock()
+        data = [torch.from_numpy(load.token_ids(stage, client)).to(load.device) for client in range(len(load.caps))]
+        clock = Clock(load.device)
         losses = [self._train_client(cap, tokens) for cap, tokens in zip(load.caps, data, strict=True)]
         return Outcome(clock.stop(), losses, [])
 
@@ -66,7 +67,7 @@ class Peft:
             for name, value in self._trainables():
                 value.copy_(self.start[name])
         parameters = [value for _, value in self._trainables()]
-        # The fused kernel is the fastest AdamW that torch has on a CPU.
+        # The fused kernel is the fastest AdamW that torch has, on a CPU at least.
         optimizer = torch.optim.AdamW(parameters, lr=self.workload.lr, weight_decay=0.0, fused=True)
         losses = []
         for tokens_BS in tokens_NBS:

@@ -84,12 +84,12 @@ def _ignore_broken_pipe() -> Iterator[None]:
 
 
 @contextmanager
-def workers(roles: list[str]) -> Iterator[dict[str, Worker]]:
+def workers(roles: list[str], device: str = "cpu") -> Iterator[dict[str, Worker]]:
     """Start one worker per role, and end them all on the way out."""
     started: dict[str, Worker] = {}
     try:
         for role in roles:
-            started[role] = Worker(role)
+            started[role] = Worker(role, {"DS_ACCELERATOR": device})
         yield started
     finally:
         for worker in started.values():

@@ -35,6 +35,8 @@ SHAPES = {
     for shape in (
         Shape("e32", experts=32, hidden=256, ffn=128, layers=4, heads=4, vocab=2048),
         Shape("e64", experts=64, hidden=512, ffn=256, layers=4, heads=8, vocab=2048),
+        # OLMoE-1B-7B, for a GPU.
+        Shape("olmoe-7b", experts=64, hidden=2048, ffn=1024, layers=16, heads=16, vocab=50304),
         Shape("tiny", experts=16, hidden=32, ffn=16, layers=2, heads=2, vocab=128),
         # About 600 MiB in float32, most of it experts.
         Shape("load", experts=64, hidden=512, ffn=512, layers=3, heads=8, vocab=4096),
@@ -50,8 +52,8 @@ def find_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def write_model(shape: Shape, seed: int, folder: Path, shard_size: str = "100MB") -> None:
-    """Save a random model of this shape as a Hugging Face folder of sharded safetensors."""
+def write_model(shape: Shape, seed: int, folder: Path, shard_size: str = "100MB", dtype: str = "float32") -> None:
+    """Save a random model of this shape as a Hugging Face folder of sharded safetensors; random numbers are float32."""
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -76,4 +78,4 @@ def write_model(shape: Shape, seed: int, folder: Path, shard_size: str = "100MB"
     disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        OlmoeForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)
+        OlmoeForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)

@@ -24,12 +24,21 @@ class Timing:
 
 
 class Clock:
-    """Started when made; `stop` returns the span."""
+    """Started when made; `stop` returns the span. On a GPU both wait until the device has done what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._wait()
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
     def stop(self) -> Timing:
+        self._wait()
         return Timing(time.perf_counter() - self._wall, time.process_time() - self._cpu)
 
 

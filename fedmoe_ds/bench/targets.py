@@ -136,8 +136,8 @@ def gpu_ahead_of_peers(tokens: int) -> Pick:
 def gpu_share(rows: list[Row]) -> Measured | None:
     """FLOP/s of our passes over those of the large products that were measured in the same run; the best workload."""
     mine = [row for row in rows if row["system"] == OURS and row["dtype"] == "bfloat16"]
-    best = max(mine, key=lambda row: row["gemm_share"], default=None)
-    return None if best is None else Measured(best["gemm_share"], f"large bf16 products, {_tokens(best)}")
+    best = max(mine, key=lambda row: row["floor_share"], default=None)
+    return None if best is None else Measured(best["floor_share"], f"large bf16 products, {_tokens(best)}")
 
 
 def worst_of_round(part: str, worst: Worst = max, figure: Callable[[float], float] = float) -> Pick:

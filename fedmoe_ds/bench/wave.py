@@ -19,6 +19,7 @@ from fedmoe_ds.machine import machine_facts
 
 SLOW_S = 120.0
 """A peer whose warm-up takes longer is not timed again: that much work needs no repetition."""
+_SHARDS = {"cpu": "100MB", "cuda": "5GB"}
 MODES = {"fast": [OURS], "bitwise": [BITWISE], "both": [OURS, BITWISE]}
 
 Note = Callable[[str], None]
@@ -46,7 +47,7 @@ def run_wave(workloads: list[Workload], systems: list[str], rounds: int, note: N
     rows = []
     for workload in workloads:
         with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
-            write_model(workload.shape, workload.seed, Path(folder))
+            write_model(workload.shape, workload.seed, Path(folder), _SHARDS[workload.device], workload.dtype)
             rows += _measure(Path(folder), workload, systems, rounds, note)
     return rows
 
@@ -57,7 +58,7 @@ def make_workloads(shapes: list[str], **settings: Any) -> list[Workload]:
 
 
 def _measure(folder: Path, workload: Workload, systems: list[str], rounds: int, note: Note) -> list[Row]:
-    with workers([*systems, FLOOR]) as running:
+    with workers([*systems, FLOOR], workload.device) as running:
         spans: Spans = {name: [] for name in (*systems, FLOOR)}
         _warm_up(folder, workload, {name: running[name] for name in systems}, spans, note)
         quick = [name for name in systems if not spans[name]]
@@ -114,7 +115,7 @@ def check_agreement(losses: dict[str, list[tuple[float, float]]], tolerance: flo
 def _rows(workload: Workload, spans: Spans, running: dict[str, Worker]) -> list[Row]:
     wall = {name: statistics.median(span.wall for span in found) for name, found in spans.items()}
     cpu = {name: statistics.median(span.cpu for span in found) for name, found in spans.items()}
-    ours = next(iter(running))
+    ours, floor = next(iter(running)), cpu if workload.device == "cpu" else wall
     facts = {**workload.shape.facts(), **machine_facts()}
     wave = {
         "clients": len(workload.caps),
@@ -124,6 +125,8 @@ def _rows(workload: Workload, spans: Spans, running: dict[str, Worker]) -> list[
         "steps": workload.steps,
         "seed": workload.seed,
         "dtype": workload.dtype,
+        "device": workload.device,
+        "kernels": workload.kernels,
         "tokens": workload.tokens,
     }
     return [
@@ -132,7 +135,7 @@ def _rows(workload: Workload, spans: Spans, running: dict[str, Worker]) -> list[
             "system": name,
             "tokens_per_s": workload.tokens / wall[name],
             "peak_mib": worker.ask(do="peak"),
-            "floor_share": cpu[FLOOR] / cpu[name],
+            "floor_share": floor[FLOOR] / floor[name],
             "ratio": wall[name] / wall[ours],
             "cpu_ratio": cpu[name] / cpu[ours],
             "wall_seconds": [span.wall for span in spans[name]],

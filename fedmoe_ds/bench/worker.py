@@ -18,7 +18,7 @@ from fedmoe_ds.bench.pool_workload import DENSE, POOL_PREFIX, PoolWorkload
 from fedmoe_ds.bench.system import BITWISE, FLOOR, OURS, PEER_PREFIX, System
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.machine import peak_mib
+from fedmoe_ds.machine import device_peak_mib, peak_mib
 
 Request = dict[str, Any]
 
@@ -28,13 +28,16 @@ class WaveWorker:
 
     def __init__(self) -> None:
         self.system: System | None = None
+        self.device = "cpu"
 
     def answer(self, request: Request) -> Any:
         if request["do"] == "open":
-            self.system = open_system(request["system"], Path(request["folder"]), Workload.from_json(request["workload"]))
+            workload = Workload.from_json(request["workload"])
+            self.system = open_system(request["system"], Path(request["folder"]), workload)
+            self.device = workload.device
             return None
         if request["do"] == "peak":
-            return peak_mib()
+            return device_peak_mib() if self.device == "cuda" else peak_mib()
         assert request["do"] == "train" and self.system is not None, request
         return asdict(self.system.train(request["stage"]))
 
@@ -49,9 +52,10 @@ class FloorWorker:
         if request["do"] == "open":
             import numpy as np
 
-            from fedmoe_ds.bench.floor import Floor
+            from fedmoe_ds.bench.floor import DeviceFloor, Floor
 
-            self.floor = Floor(Workload.from_json(request["workload"]), np.array(request["rows"]))
+            workload = Workload.from_json(request["workload"])
+            self.floor = (DeviceFloor if workload.device == "cuda" else Floor)(workload, np.array(request["rows"]))
             return None
         assert request["do"] == "measure", request
         return asdict(self.floor.measure())

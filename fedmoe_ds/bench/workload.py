@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmoe_ds.bench.shapes import Shape
 from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.experts.lowrank import Kernels, check_kernels
 from fedmoe_ds.randomness import generator, torch_generator
 
 WARM_UP_STEPS = 2
@@ -42,6 +43,8 @@ class Workload:
     lr: float = 1e-3
     attention: tuple[str, ...] = ("q_proj", "v_proj")
     dtype: str = "float32"  # of the frozen weights; adapters are float32
+    device: str = "cpu"
+    kernels: Kernels = "auto"  # of our adapters' products
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -54,6 +57,13 @@ class Workload:
                 raise UserError(f"{name}: {value}: too small; use {least} or more")
         if self.dtype not in AGREEMENT:
             raise UserError(f"--dtype: {self.dtype}: unknown type{nearest(self.dtype, AGREEMENT)}")
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"--device: {self.device}: unknown device{nearest(self.device, ('cpu', 'cuda'))}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device: cuda: no CUDA device is visible; leave it out")
+        if self.kernels not in get_args(Kernels):
+            raise UserError(f"--kernels: {self.kernels}: unknown kernels{nearest(self.kernels, get_args(Kernels))}")
+        check_kernels(self.kernels, self.rank, torch.device(self.device))
         if self.length > 512:
             raise UserError(f"--length: {self.length}: the measured models have 512 positions; use 512 or less")
 

@@ -8,6 +8,7 @@ from fedmoe_ds.bench import wave
 from fedmoe_ds.bench.command import Command, Note, add_seed
 from fedmoe_ds.bench.system import PEER_PREFIX
 from fedmoe_ds.bench.table import Column, Row, Table, percent
+from fedmoe_ds.errors import UserError
 
 COLUMNS: list[Column] = [
     ("shape", lambda row: row["shape"]),
@@ -28,21 +29,27 @@ ABOUT = (
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", nargs="+", default=["e32", "e64"], help="e32, e64 or tiny (default: e32 e64)")
+    parser.add_argument("--shape", nargs="+", default=["e32", "e64"], help="e32, e64, olmoe-7b or tiny (default: e32 e64)")
     parser.add_argument("--steps", type=int, default=2, help="local steps per client in a timed wave")
     parser.add_argument("--rounds", type=int, default=3, help="alternating repeats; medians are reported")
-    parser.add_argument("--mode", default="both", help="ours: fast, bitwise or both")
+    parser.add_argument("--mode", help="ours: fast, bitwise or both (default: both; on a GPU fast alone)")
     parser.add_argument("--peers", nargs="*", default=["eager", "grouped_mm"], help="experts implementations of transformers")
     parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--dtype", default="float32", help="of the frozen weights: float32 or bfloat16")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--kernels", default="auto", help="of our adapters' products, as execution.adapter_kernels")
     add_seed(parser)
 
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
-    settings = {name: getattr(args, name) for name in ("steps", "sequences", "length", "seed", "dtype")}
+    names = ("steps", "sequences", "length", "seed", "dtype", "device", "kernels")
+    settings = {name: getattr(args, name) for name in names}
+    if args.device == "cuda" and args.mode not in (None, "fast"):
+        raise UserError(f"--mode: {args.mode}: bitwise is measured on CPUs alone; use fast")
+    mode = args.mode or ("both" if args.device == "cpu" else "fast")
     workloads = wave.make_workloads(args.shape, **settings)
-    return wave.run_wave(workloads, wave.system_names(args.mode, args.peers), args.rounds, note)
+    return wave.run_wave(workloads, wave.system_names(mode, args.peers), args.rounds, note)
 
 
 def show(rows: list[Row]) -> Table:
