@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers.models.olmoe import modeling_olmoe  # noqa: F401  (its modules are no weights)
 
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.foundation import hosting
