@@ -20,7 +20,7 @@ ROWS, GROUPS = (24, 192), 24
 """Rows of a group, in small passes and in large ones."""
 WIDTHS = (64, 128, 192)
 RANKS = (8, 32)
-REPEATS = 15
+REPEATS, WARM_UP = 28, 7
 
 
 def known_units() -> dict[str, float]:
@@ -34,7 +34,7 @@ def _frozen(rows: int, width: int) -> float:
     """Forward and backward of one grouped product."""
     x, w = torch.randn(GROUPS * rows, width), torch.randn(GROUPS, width, width)
     ends = _ends(rows)
-    seconds = _typical(lambda: (grouped_mm(x, w, ends), grouped_mm_t(x, w, ends)))
+    seconds = typical(lambda: (grouped_mm(x, w, ends), grouped_mm_t(x, w, ends)))
     return seconds / (2 * 2.0 * x.shape[0] * width * width)
 
 
@@ -54,7 +54,7 @@ def _adapters(rows: int, width: int, rank: int) -> float:
         products.grad_b_(db, m, x, ends)
         x.clamp_(-1.0, 1.0)
 
-    return _typical(everything) / (6 * 2.0 * x.shape[0] * width * rank)
+    return typical(everything) / (6 * 2.0 * x.shape[0] * width * rank)
 
 
 def _score(heads: int = 4, length: int = 192, width: int = 32) -> float:
@@ -64,17 +64,18 @@ def _score(heads: int = 4, length: int = 192, width: int = 32) -> float:
     def both() -> None:
         F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
 
-    return _typical(both) / (2 * heads * length * length)
+    return typical(both) / (2 * heads * length * length)
 
 
 def _ends(rows: int) -> torch.Tensor:
     return torch.arange(1, GROUPS + 1, dtype=torch.int32) * rows
 
 
-def _typical(action: Callable[[], object]) -> float:
+def typical(action: Callable[[], object]) -> float:
+    """Median seconds of a call, after a few to warm up."""
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         action()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[3:])
+    return statistics.median(times[WARM_UP:])

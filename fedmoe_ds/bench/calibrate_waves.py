@@ -20,6 +20,7 @@ import torch
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.adapters.layout import adapter_blocks, install
 from fedmoe_ds.aggregation.statistics import Statistics
+from fedmoe_ds.bench.calibrate_kernels import typical
 from fedmoe_ds.bench.shapes import Shape, write_model
 from fedmoe_ds.clients.batch import Rows as ClientRows
 from fedmoe_ds.clients.batch import make_batch
@@ -233,11 +234,11 @@ def _stages(bench: Bench) -> dict[str, tuple[int, int, float]]:
     blocks, each = len(names), sum(bank.client(name, 0).numel() for name in names)
     sums = Statistics(specs, bench.shape.experts, exact=True)
     return {
-        "update": (blocks, each, _typical(lambda: optimizer.step(names, 1, 3, 1e-3, 0.5))),
-        "norm": (blocks, 2 * each, _typical(lambda: (squared_norms(bank, True), squared_norms(bank, False)))),
-        "move": (blocks, 4 * each, _typical(lambda: _move(bank, bench.start))),
-        "fold": (blocks, each, _typical(lambda: _fold(sums, bank, names))),
-        "serve": (blocks, each, _typical(lambda: _serve(sums, bench.start))),
+        "update": (blocks, each, typical(lambda: optimizer.step(names, 1, 3, 1e-3, 0.5))),
+        "norm": (blocks, 2 * each, typical(lambda: (squared_norms(bank, True), squared_norms(bank, False)))),
+        "move": (blocks, 4 * each, typical(lambda: _move(bank, bench.start))),
+        "fold": (blocks, each, typical(lambda: _fold(sums, bank, names))),
+        "serve": (blocks, each, typical(lambda: _serve(sums, bench.start))),
     }
 
 
@@ -257,12 +258,3 @@ def _fold(sums: Statistics, bank: Bank, names: list[str]) -> None:
 def _serve(sums: Statistics, start: Bank) -> None:
     for name, mean in sums.average(start).items():
         start.client(name, 0).copy_(mean)
-
-
-def _typical(action: Callable[[], Any]) -> float:
-    seconds = []
-    for _ in range(4 * REPEATS):
-        began = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[REPEATS:])

@@ -298,11 +298,8 @@ def predict_memory(
     topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
     execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
     config = job.config.model_copy(update={"topology": topology, "execution": execution})
-    home, exact, row_bytes = (
-        home_clients(in_flight, participants, ep_size),
-        job.bitwise(hardware.kind),
-        job.row_bytes(hardware.kind),
-    )
+    home = home_clients(in_flight, participants, ep_size)
+    exact, row_bytes = job.bitwise(hardware.kind), job.row_bytes(hardware.kind)
     passes: set[tuple[int, float | None]] = {(home, None)}
     if not job.shares_passes(hardware.kind):
         passes = {(1, None)}

@@ -74,5 +74,5 @@ def test_round_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str
         close |= {(row["shape"], row["ranks"]): row for row in rows if is_close(row)}
         waiting -= close.keys()
         if not waiting:
-            return
-    raise AssertionError(f"not within {ROUND_TOLERANCE} and {MEMORY_TOLERANCE}: {sorted(waiting)}")
+            break
+    assert not waiting, f"not within {ROUND_TOLERANCE} and {MEMORY_TOLERANCE}: {sorted(waiting)}"
