@@ -8,7 +8,6 @@ wave that is running: what the finished clients added up to is saved, and the ne
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from fedmoe_ds import state as states
 from fedmoe_ds.activity import activity
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.build import Parts
+from fedmoe_ds.checkpoint_writer import CheckpointWriter
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.report import Report
@@ -25,7 +25,7 @@ from fedmoe_ds.clients.schedule import Wave, schedule
 from fedmoe_ds.clients.shortage import OutOfMemory, release_memory
 from fedmoe_ds.clock import Clock
 from fedmoe_ds.digest import global_digest
-from fedmoe_ds.errors import LostError
+from fedmoe_ds.errors import LostError, UserError
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.state import Progressed
 
@@ -44,9 +44,20 @@ class Federation:
     def __init__(self, parts: Parts, journal: Journal) -> None:
         self.parts, self.journal = parts, journal
         self.state = parts.state
+        saving = parts.config.checkpoint
+        self.writer = CheckpointWriter(parts.checkpoints, parts.runtime, saving.keep, saving.background)
 
     def run(self) -> Outcome:
-        """Train the remaining rounds. Raises UserError when a checkpoint cannot be written."""
+        """Train the remaining rounds; at the end every checkpoint is on disk. Raises UserError when one cannot be written."""
+        try:
+            outcome = self._rounds()
+            self._finish_checkpoint()
+        except UserError:
+            self.writer.drop()
+            raise
+        return outcome
+
+    def _rounds(self) -> Outcome:
         config = self.parts.config
         if self.state.round == 0 and self.state.progressed is None:
             if self._stop_agreed():  # asked while the model and the data were loaded
@@ -87,6 +98,8 @@ class Federation:
         parts.trainer.clock = Clock()
         self._train(round_index, mine, places, progressed, sums)
         clock.lap("train")
+        self._finish_checkpoint()  # of the round before: its figures and those of this one are never both at risk
+        clock.resume()
         activity.enter("aggregate")
         sums.reduce(parts.topology)
         self._share(progressed)
@@ -209,13 +222,19 @@ class Federation:
         )
 
     def _save(self) -> None:
+        """Begin a checkpoint of the state as it is now."""
+        self._finish_checkpoint()
         activity.enter("checkpoint")
-        began, parts = time.monotonic(), self.parts
+        parts = self.parts
         position = parts.runtime.on_main(self.journal.position)
-        states.save(parts.checkpoints, parts.runtime, parts.topology, self.state, parts.identity, parts.config_text,
-                    position, parts.config.checkpoint.keep)  # fmt: skip
-        partial = self.state.progressed is not None
-        self.journal.event("checkpoint", round=self.state.round, partial=partial, seconds=time.monotonic() - began)
+        states.save(self.writer, parts.topology, self.state, parts.identity, parts.config_text, position)
+
+    def _finish_checkpoint(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        activity.enter("checkpoint")
+        done = self.writer.finish()
+        if done is not None:
+            self.journal.event("checkpoint", round=done.round, partial=done.partial, seconds=done.held, written_s=done.seconds)
 
     def _stop_requested_here(self) -> bool:
         """Whether any rank of this cluster was asked to stop; all of its ranks agree."""

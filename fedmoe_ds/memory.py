@@ -72,7 +72,10 @@ def estimate(
 def outlasting(
     config: Config, method: Method, places: Places, blocks: list[BlockSpec], clients: int, drawn: int
 ) -> dict[str, int]:
-    """Bytes per rank of what a method keeps for all `clients`, for the `drawn` ones of a round, and for the server."""
+    """Bytes per rank of what a method keeps for all `clients`, for the `drawn` ones of a round, and for the server.
+
+    And of the copy of all that lasts which a checkpoint is written from while the next round trains.
+    """
     held = places.num_experts // config.topology.ep_size
     personal = [spec for spec in blocks if spec.personal] + method.memory(blocks)
     if config.local.drift == "scaffold":
@@ -80,12 +83,15 @@ def outlasting(
     server = len(server_moments(config.server)) + (config.local.drift == "scaffold")
     halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
     merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
+    shared = sum(parameters_per_client(shared_blocks(blocks), held))
     found = {
         "personal state": clients * sum(parameters_per_client(personal, held)),
         "collected factors": drawn * sum(parameters_per_client(halves, held)),
-        "server state": server * sum(parameters_per_client(shared_blocks(blocks), held))
-        + sum(parameters_per_client(merged, held)),
+        "server state": server * shared + sum(parameters_per_client(merged, held)),
     }
+    if config.checkpoint.background:
+        adapters = sum(parameters_per_client([spec for spec in blocks if not spec.personal], held))
+        found["checkpoint's copy"] = adapters + found["personal state"] + found["server state"]
     return {name: count * FP32 for name, count in found.items() if count}
 
 

@@ -15,6 +15,7 @@ from fedmoe_ds import checkpoint
 from fedmoe_ds import state as states
 from fedmoe_ds.activity import activity
 from fedmoe_ds.build import Parts, load_parts
+from fedmoe_ds.checkpoint_writer import remove_unfinished
 from fedmoe_ds.config import Config
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
@@ -85,7 +86,7 @@ def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
                 f"name: {folder.name}: {folder} already holds a run; add --resume auto to continue it, or set another name"
             )
         return {"checkpoint": None, "notes": []}
-    checkpoint.remove_unfinished(root)
+    remove_unfinished(root)
     if notes and found is None:
         notes.append("no intact checkpoint is left; beginning again")
     return {"checkpoint": None if found is None else str(found), "notes": notes}

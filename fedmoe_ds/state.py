@@ -16,8 +16,8 @@ from torch import Tensor
 from fedmoe_ds import checkpoint
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.aggregation.sums import RoundSums
+from fedmoe_ds.checkpoint_writer import CheckpointWriter
 from fedmoe_ds.personal import Personal
-from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.topology import Topology
 
 
@@ -59,16 +59,9 @@ class State:
 
 
 def save(
-    root: Path,
-    runtime: Runtime,
-    topology: Topology,
-    state: State,
-    identity: dict[str, Any],
-    config: str,
-    position: int,
-    keep: int,
-) -> Path:
-    """Write a checkpoint of this state; see `checkpoint.save` for errors. `position` is the length of metrics.jsonl."""
+    writer: CheckpointWriter, topology: Topology, state: State, identity: dict[str, Any], config: str, position: int
+) -> None:
+    """Begin a checkpoint of this state; see `CheckpointWriter.begin`. `position` is the length of metrics.jsonl."""
     tensors: dict[str, dict[str, Tensor]] = {}
     if topology.cluster == 0:
         shard, count = topology.shard, topology.layout.ep_size
@@ -89,7 +82,7 @@ def save(
         }
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
     snapshot = checkpoint.Snapshot(state.round, identity, position, partial, used)
-    return checkpoint.save(root, runtime, snapshot, tensors, {"config.yaml": config}, keep)
+    writer.begin(snapshot, tensors, {"config.yaml": config})
 
 
 def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, sums: RoundSums) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from fedmoe_ds import checkpoint
 from fedmoe_ds.checkpoint import MANIFEST, Snapshot, TensorReader
+from fedmoe_ds.checkpoint_writer import CheckpointWriter
 from fedmoe_ds.errors import UserError
 
 PARTIAL: dict[str, Any] = {"done": {"3": {"status": "ok", "loss_last": 0.1}}, "activation": {}, "seconds": 1.5}
@@ -24,18 +29,32 @@ def tensors(seed: int) -> dict[str, Tensor]:
     return {"layers.0.a": torch.randn(3, 4, generator=draw), "layers.1.a": torch.randn(3, 4, generator=draw).t()}
 
 
-def save(root: Path, round_index: int, partial: dict[str, Any] | None = None, keep: int = 2) -> Path:
+@pytest.fixture(params=[False, True], ids=["at once", "background"])
+def background(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def save(root: Path, round_index: int, partial: dict[str, Any] | None = None, keep: int = 2, background: bool = False) -> Path:
     snapshot = Snapshot(round_index, {"seed": 1, "local": {"lr": 1e-3}}, 100 * round_index, partial)
     files = {"adapters-00000-of-00001.safetensors": tensors(round_index)}
-    return checkpoint.save(root, alone()[0], snapshot, files, {"config.yaml": "name: x\n"}, keep)
+    writer = CheckpointWriter(root, alone()[0], keep, background)
+    writer.begin(snapshot, files, {"config.yaml": "name: x\n"})
+    for tensor in files["adapters-00000-of-00001.safetensors"].values() if background else ():
+        tensor.zero_()  # the next round changes the adapters while their copy is written
+    done = writer.finish()
+    assert done is not None and (done.round, done.partial) == (round_index, partial is not None)
+    assert 0 < done.held and 0 < done.seconds and writer.finish() is None
+    return root / checkpoint.folder_name(round_index, partial is not None)
 
 
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    path = save(tmp_path, 4, PARTIAL)
+def test_round_trip(tmp_path: Path, background: bool) -> None:
+    path = save(tmp_path, 4, PARTIAL, background=background)
+    assert names(tmp_path) == ["round-00004-partial"], "nothing else is left"
+    assert names(path) == ["adapters-00000-of-00001.safetensors", "config.yaml", "manifest.json"]
     assert path.name == "round-00004-partial" and checkpoint.find_damage(path) is None
     found = checkpoint.read_snapshot(path)
     assert (found.round, found.identity, found.metrics_position, found.partial) == (
@@ -116,6 +135,63 @@ def test_what_claims_to_be_newer_than_a_new_save_goes(tmp_path: Path) -> None:
     flip(damaged / MANIFEST)
     save(tmp_path, 2, keep=5)
     assert names(tmp_path) == ["round-00001", "round-00002"]
+
+
+class SlowDisk:
+    """Every fsync waits until it is let through, or fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.full = threading.Event(), False
+        self.real = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, handle: int) -> None:
+        assert self.open.wait(30)
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.real(handle)
+
+
+def begin(root: Path, round_index: int) -> CheckpointWriter:
+    writer = CheckpointWriter(root, alone()[0], 2, background=True)
+    writer.begin(Snapshot(round_index, {}, 0), {"adapters-00000-of-00001.safetensors": tensors(round_index)}, {})
+    return writer
+
+
+def test_nobody_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = save(tmp_path, 1)
+    disk = SlowDisk(monkeypatch)
+    writer = begin(tmp_path, 2)
+    assert checkpoint.candidates(tmp_path) == [before], "it is there when all of it is on disk, and not before"
+    disk.open.set()
+    deadline = time.monotonic() + 30
+    while checkpoint.candidates(tmp_path)[0] == before:  # without `finish`
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert checkpoint.newest_intact(tmp_path) == (tmp_path / "round-00002", [])
+    done = writer.finish()
+    assert done is not None and done.round == 2
+
+
+def test_a_disk_that_fills_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = save(tmp_path, 1)
+    disk = SlowDisk(monkeypatch)
+    disk.full = True
+    writer = begin(tmp_path, 2)
+    disk.open.set()
+    with pytest.raises(UserError, match=r"^checkpoint: .*: cannot write: .*No space left on device.*--resume auto$"):
+        writer.finish()
+    assert names(tmp_path) == ["round-00001"] and checkpoint.newest_intact(tmp_path) == (before, [])
+
+
+def test_a_run_that_ends_with_an_error_leaves_nothing_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    disk = SlowDisk(monkeypatch)
+    disk.full = True
+    writer = begin(tmp_path, 2)
+    disk.open.set()
+    writer.drop()
+    assert names(tmp_path) == ["round-00001"] and writer.finish() is None
 
 
 def test_half_written_ones_do_not_count(tmp_path: Path) -> None:

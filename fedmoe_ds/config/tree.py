@@ -193,6 +193,7 @@ class CheckpointConfig(Section):
 
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     every: int = Field(1, ge=1, description="rounds between checkpoints; the last round is always saved")
+    background: bool = Field(True, description="write a copy while the next round trains; false: wait for the disk")
 
 
 class Config(Section):

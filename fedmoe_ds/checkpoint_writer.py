@@ -1,0 +1,255 @@
+"""Checkpoint writer: one checkpoint at a time, written while the next round trains, or at once.
+
+Every rank of the first cluster writes its tensors into a folder beside the checkpoint's place, and notes each file's sha256 in
+another. Rank 0 waits for all notes, adds the manifest and renames the folder, so a reader never sees half a checkpoint. In the
+background this is done by threads, which take no part in collectives: they meet in the file system that all ranks share. The
+main threads meet in `begin` and `finish`, where a full disk on any rank becomes the same error on all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedmoe_ds.checkpoint import FORMAT, MANIFEST, Snapshot, candidates, checksum, folder_name, sha256_of
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.runtime import Runtime
+
+T = TypeVar("T")
+Files = dict[str, dict[str, Tensor]]
+Sums = dict[str, str]
+_UNFINISHED = ".writing-"
+_POLL_S = 0.02
+
+
+@dataclass
+class Written:
+    """What a finished checkpoint cost: seconds for which the run stood still, and until every byte was on disk."""
+
+    round: int
+    partial: bool
+    held: float
+    seconds: float
+
+
+@dataclass
+class _Job:
+    """A checkpoint under way.
+
+    Attributes:
+        files: names of the tensor files of all ranks.
+        sums: their sha256, once the main threads have exchanged them; a shared file system may show the notes late.
+        written: this rank's files and their sha256.
+        published: seconds until every byte was on disk (None on all ranks but the first).
+    """
+
+    snapshot: Snapshot
+    texts: dict[str, str]
+    working: Path
+    notes: Path
+    target: Path
+    began: float
+    files: list[str] = field(default_factory=list)
+    sums: Sums | None = None
+    held: float = 0.0
+    dropped: bool = False
+    written: Future[Sums] | None = None
+    published: Future[float] | None = None
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run together with all ranks.
+
+    Args:
+        root: the run's checkpoint folder, on a file system that all ranks share.
+        keep: newest checkpoints to keep; older ones are removed afterwards.
+        background: write from a copy of the tensors while the caller goes on; otherwise the caller waits.
+    """
+
+    def __init__(self, root: Path, runtime: Runtime, keep: int, background: bool) -> None:
+        self.root, self.runtime, self.keep, self.background = root, runtime, keep, background
+        self._threads = ThreadPoolExecutor(2, "checkpoint")
+        self._job: _Job | None = None
+
+    def begin(self, snapshot: Snapshot, tensors: Files, texts: dict[str, str]) -> None:
+        """Start to write a checkpoint, on all ranks; the one before must have been finished.
+
+        Args:
+            tensors: files this rank writes: file name -> tensors by name (empty on most ranks). They may change afterwards.
+            texts: small text files, written by rank 0.
+        Raises:
+            UserError: the disk is full or not writable; what was there before is untouched.
+        """
+        assert self._job is None, "finish the checkpoint before"
+        began = time.monotonic()
+        target = self.root / folder_name(snapshot.round, snapshot.partial is not None)
+        working, notes = (self.root / f"{_UNFINISHED}{kind}{target.name}" for kind in ("", "sums-"))
+        job = _Job(snapshot, texts, working, notes, target, began)
+        self.runtime.on_main(lambda: self._guarded(lambda: _fresh_folders(working, notes)))
+        job.files = [name for part in self.runtime.gather(list(tensors)) for name in part]
+        copies = {file: _copies(content) for file, content in tensors.items()} if self.background else tensors
+        job.written = self._threads.submit(lambda: self._guarded(lambda: _write_tensors(job, copies)))
+        if self.runtime.is_main:
+            job.published = self._threads.submit(lambda: self._guarded(lambda: self._publish_when_complete(job)))
+        self._job = job
+        if not self.background:
+            self._wait(job)
+        job.held = time.monotonic() - began
+
+    def finish(self) -> Written | None:
+        """Wait, on all ranks, until the checkpoint that was begun is complete; what it cost, or None if there was none.
+
+        Raises:
+            UserError: it could not be written; the checkpoints before it are untouched.
+        """
+        job = self._job
+        if job is None:
+            return None
+        began = time.monotonic()
+        seconds = self._wait(job)
+        self._job = None
+        held = job.held + time.monotonic() - began
+        return Written(job.snapshot.round, job.snapshot.partial is not None, held, seconds)
+
+    def drop(self) -> None:
+        """Give up what is under way, on this rank alone: the run ends with an error."""
+        job, self._job = self._job, None
+        if job is None:
+            return
+        job.dropped = True
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        if self.runtime.is_main:
+            remove_unfinished(self.root)
+
+    def _wait(self, job: _Job) -> float:
+        """Seconds from the beginning to the last byte. Raises the same UserError on all ranks."""
+        written, published = job.written, job.published
+        assert written is not None
+        try:
+            mine = self.runtime.together(written.result)
+            job.sums = {name: value for part in self.runtime.gather(mine) for name, value in part.items()}
+            return float(self.runtime.on_main(lambda: published.result() if published is not None else 0.0))
+        except UserError:
+            self.drop()
+            raise
+
+    def _publish_when_complete(self, job: _Job) -> float:
+        while (sums := job.sums or _noted(job)) is None:
+            if job.dropped:
+                return 0.0
+            time.sleep(_POLL_S)
+        _publish(job, sums)
+        _prune(self.root, self.keep, job.target)
+        return time.monotonic() - job.began
+
+    def _guarded(self, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except OSError as error:
+            raise UserError(
+                f"checkpoint: {self.root}: cannot write: {error.strerror or error}; the checkpoints already there are intact: "
+                "make room, then start again with --resume auto"
+            ) from None
+
+
+def _copies(content: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for key, value in content.items()}
+
+
+def _fresh_folders(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+
+def _write_tensors(job: _Job, tensors: Files) -> Sums:
+    """This rank's files; the note about a file appears when all of it is on disk."""
+    sums = {}
+    for name, content in tensors.items():
+        path = job.working / name
+        try:
+            save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, path)
+        except Exception as error:  # safetensors wraps the operating system's error in its own
+            raise OSError(None, str(error)) from error
+        _sync(path)
+        sums[name] = sha256_of(path)
+        early = job.notes / f"{_UNFINISHED}{name}"
+        early.write_text(sums[name])
+        early.rename(job.notes / name)
+    return sums
+
+
+def _noted(job: _Job) -> Sums | None:
+    """What the notes of all ranks say; None until all of them are there."""
+    if not all((job.notes / name).exists() for name in job.files):
+        return None
+    return {name: (job.notes / name).read_text() for name in job.files}
+
+
+def _publish(job: _Job, sums: Sums) -> None:
+    sums = dict(sums)
+    for name, text in job.texts.items():
+        path = job.working / name
+        path.write_text(text)
+        _sync(path)
+        sums[name] = sha256_of(path)
+    (job.working / MANIFEST).write_text(_manifest(job.snapshot, sums))
+    _sync(job.working / MANIFEST)
+    _sync(job.working)
+    if job.target.exists():  # a damaged one, or the same interrupted round saved again
+        replaced = job.target.with_name(f"{_UNFINISHED}replaced-{job.target.name}")
+        _fresh_folders(replaced)
+        job.target.rename(replaced)
+    job.working.rename(job.target)
+    _sync(job.target.parent)
+    remove_unfinished(job.target.parent)
+
+
+def _manifest(snapshot: Snapshot, sums: dict[str, str]) -> str:
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "round": snapshot.round,
+        "identity": snapshot.identity,
+        "metrics_position": snapshot.metrics_position,
+        "partial": snapshot.partial,
+        "utilisation": snapshot.utilisation,
+        "files": sums,
+    }
+    return json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1, sort_keys=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what a killed or failed writer left behind."""
+    for leftover in root.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _prune(root: Path, keep: int, written: Path) -> None:
+    """Keep the newest `keep` complete rounds; an interrupted round goes as soon as a later checkpoint exists.
+
+    Whatever claims to be newer than the one just written was damaged, or this start would have continued from it.
+    """
+    complete = [path for path in candidates(root) if path.name <= written.name and not path.name.endswith("-partial")]
+    kept = {written, *complete[:keep]}
+    for path in candidates(root):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
