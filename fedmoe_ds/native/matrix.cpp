@@ -5,6 +5,7 @@
 // Every element of a result is one chain of multiply-adds over k = 0 .. K-1, whatever rows surround its row. A row's bits therefore
 // depend on that row and the weights alone, so rows of all clients may share one call and still be reproducible one by one. A tile
 // of 12 rows x 32 columns keeps its sums in vector registers; the 32 columns of the weights are copied into a dense panel first.
+// Weights of many experts come from memory: those of the next panel are asked for while this one is multiplied.
 //
 // Weights may be bfloat16. A processor with AVX512-BF16 then rounds the rows to bfloat16 as well and adds up products of pairs in
 // float32, at twice the rate; any other one widens the panel.
@@ -21,7 +22,7 @@ namespace {
 constexpr int kLanes = 16;            // floats per vector
 constexpr int kPanel = 2 * kLanes;    // columns of a tile
 constexpr int kRows = 12;             // rows of a tile
-constexpr int kAhead = 4;             // how far ahead weights are asked for: in vectors of a row, or in rows
+constexpr int kLine = 64;             // bytes of a cache line
 
 typedef float Wide __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Loose __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
@@ -31,35 +32,86 @@ typedef uint32_t Word __attribute__((may_alias));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
 typedef uint32_t LooseWords __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4), may_alias));
 
-template <int M>
-void tile(const float* x, int64_t ldx, const float* panel, int64_t K, float* y, int64_t ldy, int64_t columns) {
-  Wide left[M] = {}, right[M] = {};
-  for (int64_t k = 0; k < K; ++k) {
-    const Wide first = *reinterpret_cast<const Wide*>(panel + k * kPanel);
-    const Wide second = *reinterpret_cast<const Wide*>(panel + k * kPanel + kLanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const float value = x[m * ldx + k];
-      left[m] += first * value;
-      right[m] += second * value;
-    }
+// The weights of the next panel, asked for two cache lines at a time: a tile has as many turns as a panel has pairs of lines.
+class Ahead {
+ public:
+  // From the panel's first weight on; none where it is null.
+  template <typename Weight>
+  Ahead(const Weight* w, int64_t N, int64_t K, bool transposed) : at_(reinterpret_cast<const char*>(w)) {
+    const int64_t bytes = kPanel * sizeof(Weight);
+    pieces_ = w == nullptr ? 0 : (transposed ? 1 : K);
+    length_ = transposed ? K * bytes : bytes;
+    step_ = transposed ? 0 : N * sizeof(Weight);
   }
-  for (int m = 0; m < M; ++m) {
-    if (columns == kPanel) {
-      *reinterpret_cast<Loose*>(y + m * ldy) = left[m];
-      *reinterpret_cast<Loose*>(y + m * ldy + kLanes) = right[m];
-    } else {
-      float both[kPanel];
-      std::memcpy(both, &left[m], sizeof(Wide));
-      std::memcpy(both + kLanes, &right[m], sizeof(Wide));
-      std::memcpy(y + m * ldy, both, columns * sizeof(float));
-    }
-  }
-}
 
-void all_rows(const float* x, const float* panel, int64_t M, int64_t K, float* y, int64_t N, int64_t columns) {
-  for (; M >= kRows; M -= kRows, x += kRows * K, y += kRows * N) tile<kRows>(x, K, panel, K, y, N, columns);
-#define LEFT_OVER(m) case m: tile<m>(x, K, panel, K, y, N, columns); break;
+  void ask() {
+    for (int i = 0; i < 2 && pieces_ > 0; ++i) {
+      __builtin_prefetch(at_ + done_, 0, 2);
+      done_ += kLine;
+      if (done_ >= length_) {
+        done_ = 0;
+        at_ += step_;
+        --pieces_;
+      }
+    }
+  }
+
+ private:
+  const char* at_;
+  int64_t pieces_, length_, step_, done_ = 0;
+};
+
+struct Nothing {
+  void ask() {}
+};
+
+struct FloatTile {
+  typedef float Number;
+
+  template <int M, typename Asked>
+  static void run(const float* x, const float* panel, int64_t K, float* y, int64_t N, int64_t columns, Asked ahead) {
+    Wide left[M] = {}, right[M] = {};
+    for (int64_t k = 0; k < K; ++k) {
+      ahead.ask();
+      const Wide first = *reinterpret_cast<const Wide*>(panel + k * kPanel);
+      const Wide second = *reinterpret_cast<const Wide*>(panel + k * kPanel + kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const float value = x[m * K + k];
+        left[m] += first * value;
+        right[m] += second * value;
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      if (columns == kPanel) {
+        *reinterpret_cast<Loose*>(y + m * N) = left[m];
+        *reinterpret_cast<Loose*>(y + m * N + kLanes) = right[m];
+      } else {
+        float both[kPanel];
+        std::memcpy(both, &left[m], sizeof(Wide));
+        std::memcpy(both + kLanes, &right[m], sizeof(Wide));
+        std::memcpy(y + m * N, both, columns * sizeof(float));
+      }
+    }
+  }
+};
+
+// All rows with one panel, tile by tile: the first asks for what comes next, the others have their hands free. K counts Numbers.
+template <typename Tile, typename Number = typename Tile::Number>
+void all_rows(const Number* x, const Number* panel, int64_t M, int64_t K, float* y, int64_t N, int64_t columns, Ahead ahead) {
+  const bool first = M < kRows;
+  if (!first) {
+    Tile::template run<kRows>(x, panel, K, y, N, columns, ahead);
+    for (M -= kRows; M >= kRows; M -= kRows)
+      Tile::template run<kRows>(x += kRows * K, panel, K, y += kRows * N, N, columns, Nothing{});
+    x += kRows * K;
+    y += kRows * N;
+  }
+#define LEFT_OVER(m)                                                          \
+  case m:                                                                     \
+    first ? Tile::template run<m>(x, panel, K, y, N, columns, ahead)          \
+          : Tile::template run<m>(x, panel, K, y, N, columns, Nothing{});     \
+    break;
   switch (M) {
     LEFT_OVER(1) LEFT_OVER(2) LEFT_OVER(3) LEFT_OVER(4) LEFT_OVER(5) LEFT_OVER(6)
     LEFT_OVER(7) LEFT_OVER(8) LEFT_OVER(9) LEFT_OVER(10) LEFT_OVER(11)
@@ -101,11 +153,7 @@ void transpose(const Word* w, int64_t K, int64_t columns, Word* to) {
     for (int64_t k = 0; k < blocks_k; k += kLanes) {
       Words row[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const Word* from = w + (j + i) * K + k;
-        __builtin_prefetch(from + kAhead * kLanes);
-        row[i] = *reinterpret_cast<const LooseWords*>(from);
-      }
+      for (int i = 0; i < kLanes; ++i) row[i] = *reinterpret_cast<const LooseWords*>(w + (j + i) * K + k);
       exchange<8>(row);
       exchange<4>(row);
       exchange<2>(row);
@@ -133,6 +181,12 @@ class Room {
   void* memory_;
 };
 
+// The first weight of the panel after the one at column n: of the same weights, or of those that come `after` them.
+template <typename Weight>
+const Weight* next_panel(const Weight* w, int64_t n, int64_t N, int64_t K, bool transposed, const Weight* after) {
+  return n + kPanel >= N ? after : w + (n + kPanel) * (transposed ? K : 1);
+}
+
 // Products with a panel of floats, from weights of either type.
 template <typename Weight>
 struct Widening {
@@ -140,14 +194,15 @@ struct Widening {
   explicit Widening(int64_t K, int64_t) : panel(K * kPanel * sizeof(float)) {}
   bool ready() const { return panel.as<float>() != nullptr; }
 
-  void run(const float* x, const Weight* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed) {
+  void run(const float* x, const Weight* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed, const Weight* after) {
     for (int64_t n = 0; n < N; n += kPanel) {
       const int64_t columns = N - n < kPanel ? N - n : kPanel;
       if (transposed)
         fill_transposed(w + n * K, K, columns);
       else
         fill(w + n, N, K, columns);
-      all_rows(x, panel.as<float>(), M, K, y + n, N, columns);
+      const Ahead ahead(next_panel(w, n, N, K, transposed, after), N, K, transposed);
+      all_rows<FloatTile>(x, panel.as<float>(), M, K, y + n, N, columns, ahead);
     }
   }
 
@@ -164,8 +219,6 @@ struct Widening {
   void fill(const Weight* w, int64_t N, int64_t K, int64_t columns) {
     float* to = panel.as<float>();
     for (int64_t k = 0; k < K; ++k, w += N, to += kPanel) {
-      __builtin_prefetch(w + kAhead * N);
-      __builtin_prefetch(w + kAhead * N + kPanel / 2);
       for (int64_t j = 0; j < columns; ++j) to[j] = widened(w[j]);
     }
   }
@@ -173,34 +226,39 @@ struct Widening {
 
 #ifdef __AVX512BF16__
 // Products of pairs: `pairs` of neighbouring factors lie in one 32-bit word, in rows as in panels.
-template <int M>
-void tile_of_pairs(const Word* x, const Word* panel, int64_t pairs, float* y, int64_t ldy, int64_t columns) {
-  __m512 left[M], right[M];
-  for (int m = 0; m < M; ++m) left[m] = right[m] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < pairs; ++k) {
-    const __m512bh first = (__m512bh)_mm512_load_si512(panel + k * kPanel);
-    const __m512bh second = (__m512bh)_mm512_load_si512(panel + k * kPanel + kLanes);
+struct PairTile {
+  typedef Word Number;
+
+  template <int M, typename Asked>
+  static void run(const Word* x, const Word* panel, int64_t pairs, float* y, int64_t N, int64_t columns, Asked ahead) {
+    __m512 left[M], right[M];
+    for (int m = 0; m < M; ++m) left[m] = right[m] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; ++k) {
+      ahead.ask();
+      const __m512bh first = (__m512bh)_mm512_load_si512(panel + k * kPanel);
+      const __m512bh second = (__m512bh)_mm512_load_si512(panel + k * kPanel + kLanes);
 #pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(x[m * pairs + k]);
+        left[m] = _mm512_dpbf16_ps(left[m], value, first);
+        right[m] = _mm512_dpbf16_ps(right[m], value, second);
+      }
+    }
+    const __mmask16 low = columns >= kLanes ? 0xffff : (1u << columns) - 1;
+    const __mmask16 high = columns >= kPanel ? 0xffff : (columns > kLanes ? (1u << (columns - kLanes)) - 1 : 0);
     for (int m = 0; m < M; ++m) {
-      const __m512bh value = (__m512bh)_mm512_set1_epi32(x[m * pairs + k]);
-      left[m] = _mm512_dpbf16_ps(left[m], value, first);
-      right[m] = _mm512_dpbf16_ps(right[m], value, second);
+      _mm512_mask_storeu_ps(y + m * N, low, left[m]);
+      _mm512_mask_storeu_ps(y + m * N + kLanes, high, right[m]);
     }
   }
-  const __mmask16 low = columns >= kLanes ? 0xffff : (1u << columns) - 1;
-  const __mmask16 high = columns >= kPanel ? 0xffff : (columns > kLanes ? (1u << (columns - kLanes)) - 1 : 0);
-  for (int m = 0; m < M; ++m) {
-    _mm512_mask_storeu_ps(y + m * ldy, low, left[m]);
-    _mm512_mask_storeu_ps(y + m * ldy + kLanes, high, right[m]);
-  }
-}
+};
 
 struct Pairing {
   Room panel, rows;
   explicit Pairing(int64_t K, int64_t M) : panel((K + 1) / 2 * kPanel * 4), rows((K + 1) / 2 * 4 * M) {}
   bool ready() const { return panel.as<char>() != nullptr && rows.as<char>() != nullptr; }
 
-  void run(const float* x, const uint16_t* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed) {
+  void run(const float* x, const uint16_t* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed, const uint16_t* after) {
     const int64_t pairs = (K + 1) / 2;
     round_rows(x, M, K, pairs);
     for (int64_t n = 0; n < N; n += kPanel) {
@@ -209,7 +267,8 @@ struct Pairing {
         fill_transposed(w + n * K, K, columns);
       else
         fill(w + n, N, K, columns);
-      multiply(y + n, M, N, pairs, columns);
+      const Ahead ahead(next_panel(w, n, N, K, transposed, after), N, K, transposed);
+      all_rows<PairTile>(rows.as<Word>(), panel.as<Word>(), M, pairs, y + n, N, columns, ahead);
     }
   }
 
@@ -227,8 +286,6 @@ struct Pairing {
   void fill(const uint16_t* w, int64_t N, int64_t K, int64_t columns) {
     Word* to = panel.as<Word>();
     for (int64_t k = 0; k < K; k += 2, w += 2 * N, to += kPanel) {
-      __builtin_prefetch(w + kAhead * N);
-      __builtin_prefetch(w + (kAhead + 1) * N);
       const uint32_t other = k + 1 < K ? 0xffffffff : 0;
       const uint16_t* next = other ? w + N : w;
       for (int64_t j = 0; j < columns; ++j) to[j] = w[j] | ((static_cast<uint32_t>(next[j]) << 16) & other);
@@ -248,18 +305,6 @@ struct Pairing {
       if (K % 2) to[K] = 0;
     }
   }
-
-  void multiply(float* y, int64_t M, int64_t N, int64_t pairs, int64_t columns) {
-    const Word* x = rows.as<Word>();
-    const Word* words = panel.as<Word>();
-    for (; M >= kRows; M -= kRows, x += kRows * pairs, y += kRows * N) tile_of_pairs<kRows>(x, words, pairs, y, N, columns);
-#define LEFT_OVER_PAIRS(m) case m: tile_of_pairs<m>(x, words, pairs, y, N, columns); break;
-    switch (M) {
-      LEFT_OVER_PAIRS(1) LEFT_OVER_PAIRS(2) LEFT_OVER_PAIRS(3) LEFT_OVER_PAIRS(4) LEFT_OVER_PAIRS(5) LEFT_OVER_PAIRS(6)
-      LEFT_OVER_PAIRS(7) LEFT_OVER_PAIRS(8) LEFT_OVER_PAIRS(9) LEFT_OVER_PAIRS(10) LEFT_OVER_PAIRS(11)
-      default: break;
-    }
-  }
 };
 using Halves = Pairing;
 #else
@@ -275,8 +320,11 @@ int each_group(const float* x, const Weight* w, float* y, const int32_t* ends, i
   Product product(K, most);
   if (!product.ready()) return 1;
   start = 0;
-  for (int64_t g = 0; g < groups; start = ends[g++])
-    if (ends[g] > start) product.run(x + start * K, w + g * stride, y + start * N, ends[g] - start, N, K, transposed);
+  for (int64_t g = 0, after = 0; g < groups; start = ends[g], g = after) {
+    for (after = g + 1; after < groups && ends[after] == ends[after - 1];) ++after;  // the next group that has rows
+    const Weight* next = after < groups ? w + after * stride : nullptr;
+    if (ends[g] > start) product.run(x + start * K, w + g * stride, y + start * N, ends[g] - start, N, K, transposed, next);
+  }
   return 0;
 }
 
