@@ -14,6 +14,7 @@ import math
 from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
 from fedmoe_ds.aggregation.server_optimizer import server_moments
 from fedmoe_ds.clients.drift import shared_blocks
+from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.config import Config
 from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation.size import ModelSize
@@ -55,7 +56,6 @@ def estimate(
     """
     ep_size = config.topology.ep_size
     expert, dense = parameters_per_client(blocks, places.num_experts // ep_size)
-    moments = 2 if config.local.optimizer == "adamw" else int(config.local.momentum > 0)
     in_flight = home_clients * ep_size * expert + home_clients * dense
     sum_bytes = 16 if exact else 4
     return {
@@ -63,7 +63,7 @@ def estimate(
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
         "global adapters": (expert + dense) * FP32,
         "adapters in flight": in_flight * FP32 * 2,
-        "client optimizer": in_flight * FP32 * moments,
+        "client optimizer": in_flight * moment_bytes(config.local),
         "round sums": (expert + dense) * sum_bytes,
         PASS: activations(config, model, places, together, length, row_bytes, active),
     }

@@ -147,6 +147,14 @@ def test_nothing_to_train(load: Any) -> None:
     assert message.startswith("adapters: nothing would be trained")
 
 
+def test_there_are_moments_to_keep(load: Any) -> None:
+    plain = "local: {optimizer: sgd, moments: bfloat16"
+    message = refusal(load, plain + "}")
+    assert message.startswith("local.moments: bfloat16: sgd without momentum keeps no moments; use local.momentum above 0")
+    assert "local.moments: float16: expected one of float32, bfloat16" in refusal(load, "local: {moments: float16}")
+    assert load(plain + ", momentum: 0.9}").local.moments == "bfloat16"
+
+
 def test_several_problems_are_counted(load: Any) -> None:
     message = refusal(load, "federation: {rounds: x, participation: 2}\nseed: -1\ndeepspeed: {bf16: {enabled: true}}")
     assert message.startswith("seed: -1: expected integer >= 0") and message.endswith("(and 3 more)")

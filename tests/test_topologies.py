@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "router": {"adapters": {"router": "train"}, "local": {"balance_loss": 0.01, "z_loss": 0.001}},
     "rank 2": {"adapters": {"rank": 2}},
     "no attention": {"adapters": {"attention": []}, "execution": {"micro_batch_size": None}},
+    "bfloat16 moments": {"local": {"moments": "bfloat16"}},
     "checkpointing": {"execution": {"activation_checkpointing": True}},
     "fast": FAST,
 }
@@ -42,11 +43,19 @@ ON_FOUR = [
     Job(2, "router"),
     Job(2, "rank 2"),
     Job(2, "no attention"),
+    Job(4, "bfloat16 moments", 2),
     Job(2, "fast"),
     Job(4, "fast", 2),
 ]
-ON_TWO = [Job(1, "base"), Job(2, "base"), Job(1, "base", 1), Job(2, "base", 2)]
-ON_ONE = [Job(1, "base", 1), Job(1, "base", 2), Job(1, "base", None), Job(1, "checkpointing"), Job(1, "fast")]
+ON_TWO = [Job(1, "base"), Job(2, "base"), Job(1, "base", 1), Job(2, "base", 2), Job(2, "bfloat16 moments", 1)]
+ON_ONE = [
+    Job(1, "base", 1),
+    Job(1, "base", 2),
+    Job(1, "base", None),
+    Job(1, "bfloat16 moments", 1),
+    Job(1, "checkpointing"),
+    Job(1, "fast"),
+]
 
 
 class Outcome(NamedTuple):

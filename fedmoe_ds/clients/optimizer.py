@@ -4,22 +4,38 @@ Clients are updated one by one, with elementwise operations only, so a client's 
 a client that has finished is not touched at all: no decay, no momentum drift. A vector unit may treat the last few elements of
 a loop differently where an operation multiplies and adds in one go. Such operations, which save half of the memory traffic, are
 therefore used only where every item fills whole vectors; elsewhere each operation rounds by itself.
+
+Moments may be kept in bfloat16 (`local.moments`): a step computes in float32 and rounds what it keeps (`rounding.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank
+from fedmoe_ds.clients.rounding import Keys, Rounding, store
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.native import rows
 
 # Two AVX-512 registers of floats: the longest stride of torch's vectorised loops.
 _VECTOR_ELEMENTS = 32
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def moment_count(config: LocalConfig) -> int:
+    """Numbers of optimizer state per trained number."""
+    return 2 if config.optimizer == "adamw" else int(config.momentum > 0)
+
+
+def moment_bytes(config: LocalConfig) -> int:
+    """Bytes of optimizer state per trained number."""
+    return moment_count(config) * _DTYPES[config.moments].itemsize
 
 
 class ClientOptimizer:
@@ -28,18 +44,21 @@ class ClientOptimizer:
     Args:
         bank: values and gradients of the clients in flight.
         config: optimizer settings; AdamW is Loshchilov & Hutter (arXiv 1711.05101), SGD has classical momentum.
+        seed: run seed, for moments in bfloat16.
+        first_expert: global id of the first expert in the bank, for the same.
     """
 
-    def __init__(self, bank: Bank, config: LocalConfig) -> None:
+    def __init__(self, bank: Bank, config: LocalConfig, seed: int = 0, first_expert: int = 0) -> None:
         self.bank = bank
         self.config = config
-        self.first: dict[str, Tensor] = {}
-        self.second: dict[str, Tensor] = {}
-        needs_first = config.optimizer == "adamw" or config.momentum > 0
-        if needs_first:
-            self.first = {name: torch.zeros_like(value) for name, value in bank.values.items()}
-        if config.optimizer == "adamw":
-            self.second = {name: torch.zeros_like(value) for name, value in bank.values.items()}
+        held, dtype = range(first_expert, first_expert + bank.experts), _DTYPES[config.moments]
+        self.rounding = Rounding(seed, held) if dtype == torch.bfloat16 else None
+        states = [
+            {name: torch.zeros_like(value, dtype=dtype) for name, value in bank.values.items()}
+            for _ in range(moment_count(config))
+        ]
+        self.first: dict[str, Tensor] = states[0] if states else {}
+        self.second: dict[str, Tensor] = states[1] if len(states) > 1 else {}
 
     def reset(self) -> None:
         """Forget all moments (a new wave moves in)."""
@@ -47,7 +66,15 @@ class ClientOptimizer:
             state.zero_()
 
     @torch.no_grad()
-    def step(self, blocks: Iterable[str], slot: int, step: int, lr: float, clip_factor: float) -> None:
+    def step(
+        self,
+        blocks: Iterable[str],
+        slot: int,
+        step: int,
+        lr: float,
+        clip_factor: float,
+        address: tuple[int, int] | None = None,
+    ) -> None:
         """Update one client's part of some blocks and clear its gradients.
 
         Args:
@@ -56,26 +83,50 @@ class ClientOptimizer:
             step: the client's own step number, from 1.
             lr: learning rate of this step.
             clip_factor: the gradient is multiplied by it (1.0: no clipping).
+            address: (round, client index), from which moments in bfloat16 are rounded; not needed for others.
         """
         for name in blocks:
             axis = 2 if self.bank.specs[name].expert else 1
             value, grad = self.bank.values[name].select(axis, slot), self.bank.grads[name].select(axis, slot)
-            decay = self.config.weight_decay if self.bank.specs[name].decay else 0.0
-            if self.config.optimizer == "adamw":
-                first, second = self.first[name].select(axis, slot), self.second[name].select(axis, slot)
-                if rows.serves(value, grad, first, second):
-                    self._adamw_native(name, (value, grad, first, second), step, lr, decay, clip_factor)
-                    continue
-                if clip_factor != 1.0:
-                    grad.mul_(clip_factor)
-                update = self._adamw if self._fills_vectors(name) else self._adamw_by_single_operations
-                update(value, grad, first, second, step, lr, decay)
+            moments = [state[name].select(axis, slot) for state in (self.first, self.second) if state]
+            keys = self._keys(name, step, address)
+            if self.config.optimizer == "adamw" and rows.serves(value, grad):
+                self._adamw_native(name, value, grad, moments, keys, step, lr, clip_factor)
+                continue
+            if clip_factor != 1.0:
+                grad.mul_(clip_factor)
+            if keys is None:
+                self._plain(name, value, grad, moments, step, lr)
             else:
-                if clip_factor != 1.0:
-                    grad.mul_(clip_factor)
-                buffer = self.first[name].select(axis, slot) if self.first else None
-                self._sgd(value, grad, buffer, lr, decay)
+                self._plain_rounding(name, value, grad, moments, keys, step, lr)
             grad.zero_()
+
+    def _keys(self, name: str, step: int, address: tuple[int, int] | None) -> Keys | None:
+        if self.rounding is None:
+            return None
+        assert address is not None, "moments in bfloat16 are rounded by an address"
+        return self.rounding.keys(self.bank.specs[name], *address, step)
+
+    def _plain(self, name: str, value: Tensor, grad: Tensor, moments: Sequence[Tensor], step: int, lr: float) -> None:
+        """With PyTorch's operations, all in float32."""
+        decay = self._decay(name)
+        if self.config.optimizer == "sgd":
+            self._sgd(value, grad, moments[0] if moments else None, lr, decay)
+            return
+        first, second = moments
+        update = self._adamw if self._fills_vectors(name) else self._adamw_by_single_operations
+        update(value, grad, first, second, step, lr, decay)
+
+    def _plain_rounding(
+        self, name: str, value: Tensor, grad: Tensor, moments: Sequence[Tensor], keys: Keys, step: int, lr: float
+    ) -> None:
+        """The same layer by layer: float32 copies of a whole block would take as much memory as its moments give back."""
+        for row in range(len(value)):
+            layer = slice(row, row + 1)
+            kept = [moment[layer] for moment in moments]
+            wide = [moment.float() for moment in kept]
+            self._plain(name, value[layer], grad[layer], wide, step, lr)
+            store(kept, wide, keys[layer])
 
     def _fills_vectors(self, name: str) -> bool:
         """Whether no loop over an item ends in the middle of a vector (torch unrolls by two; threads cut anywhere)."""
@@ -83,20 +134,36 @@ class ClientOptimizer:
         whole = math.prod(self.bank.specs[name].item) % _VECTOR_ELEMENTS == 0
         return not on_cpu or (whole and torch.get_num_threads() == 1)
 
+    def _decay(self, name: str) -> float:
+        return self.config.weight_decay if self.bank.specs[name].decay else 0.0
+
     def _adamw_native(
-        self, name: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor], step: int, lr: float, decay: float, clip: float
+        self,
+        name: str,
+        value: Tensor,
+        grad: Tensor,
+        moments: Sequence[Tensor],
+        keys: Keys | None,
+        step: int,
+        lr: float,
+        clip: float,
     ) -> None:
         """In one pass over memory; every item goes through the same loop from its first element on."""
+        first, second = moments
         beta1, beta2 = self.config.betas
         rows.adamw(
-            *tensors,
+            value,
+            grad,
+            first,
+            second,
             len(self.bank.specs[name].item),
             clip=clip,
-            keep=1.0 - lr * decay,
+            keep=1.0 - lr * self._decay(name),
             betas=(beta1, beta2),
             root=math.sqrt(1.0 - beta2**step),
             eps=self.config.eps,
             rate=lr / (1.0 - beta1**step),
+            keys=keys,
         )
 
     def _adamw(self, value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, lr: float, decay: float) -> None:

@@ -86,7 +86,7 @@ class WaveTrainer:
         self.local, self.micro = local, run.micro_batch_size
         self.shard, self.seed, self.device = shard, seed, device
         self.bank, self.pool = execution.bank, execution.pool
-        self.optimizer = ClientOptimizer(self.bank, local)
+        self.optimizer = ClientOptimizer(self.bank, local, seed, shard * self.pool.local_experts)
         self.layers = layers
         self.clock = Clock()  # phases: set_up, passes, optimizer, reports
         trained = [spec for spec in self.bank.specs.values() if spec.trained]
@@ -119,7 +119,7 @@ class WaveTrainer:
         for step in range(max((len(w.batches) for home in works for w in home), default=0)):
             self._forward_backward(step, works, counts)
             self.clock.lap("passes")
-            self._optimize(step, works, locals_)
+            self._optimize(step, round_index, works, locals_)
             self.clock.lap("optimizer")
         self.execution.wave = InTraining()
         reports = self._reports(works, locals_, counts, time.monotonic() - began)
@@ -236,7 +236,7 @@ class WaveTrainer:
                 empty = torch.zeros(len(self.layers), self.pool.num_experts, dtype=torch.float64)
                 work.observed.setdefault(name, empty)[row] += observed[layer][work.slot][name].double().cpu()
 
-    def _optimize(self, step: int, works: list[list[_Work]], locals_: list[list[Local]]) -> None:
+    def _optimize(self, step: int, round_index: int, works: list[list[_Work]], locals_: list[list[Local]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
         for work, local in _flat(works, locals_):
             if step < len(work.batches):
@@ -250,9 +250,10 @@ class WaveTrainer:
             if norms is not None and norms[local.slots[True]] > (self.local.clip or 0.0):
                 factor = (self.local.clip or 0.0) / norms[local.slots[True]]
             lr = learning_rate(self.local, step, len(work.batches))
-            self.optimizer.step(self.expert_blocks, local.slots[True], step + 1, lr, factor)
+            address = (round_index, work.client.index)
+            self.optimizer.step(self.expert_blocks, local.slots[True], step + 1, lr, factor, address)
             if False in local.slots:
-                self.optimizer.step(self.dense_blocks, local.slots[False], step + 1, lr, factor)
+                self.optimizer.step(self.dense_blocks, local.slots[False], step + 1, lr, factor, address)
 
     def _global_norms(self) -> list[float]:
         """Gradient norm of every wave slot over all of its adapters on all ranks, summed in one fixed order."""

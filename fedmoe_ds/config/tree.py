@@ -112,6 +112,9 @@ class LocalConfig(Section):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what optimizer state is kept in; bfloat16 is rounded at random, steps compute in float32"
+    )
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     clip: float | None = Field(1.0, gt=0, description="per-client gradient norm bound over all of its adapters")
@@ -241,5 +244,14 @@ class Config(Section):
             raise ValueError(
                 "local.drift: scaffold: its control variates are mean gradients, so clients must take plain gradient steps; "
                 "use local.optimizer=sgd and local.momentum=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_moments_to_keep(self) -> Config:
+        if self.local.moments == "bfloat16" and self.local.optimizer == "sgd" and self.local.momentum == 0:
+            raise ValueError(
+                "local.moments: bfloat16: sgd without momentum keeps no moments; use local.momentum above 0, "
+                "local.optimizer=adamw, or local.moments=float32"
             )
         return self

@@ -1,4 +1,5 @@
-// What happens to rows between matrix products, and the client optimizer: single-threaded, float32. Compiled by compiling.py.
+// What happens to rows between matrix products, and the client optimizer: single-threaded, float32 (moments may be kept in
+// bfloat16). Compiled by compiling.py.
 //
 // Legend: T or N rows, D model width, F expert width.
 //
@@ -62,15 +63,71 @@ Wide exponential(Wide x) {
 
 Wide sigmoid(Wide x) { return 1.0f / (1.0f + exponential(-x)); }
 
-bool all_zero(const float* values, int64_t count) {
+float wide(float kept) { return kept; }
+
+float wide(uint16_t kept) {
+  const uint32_t pattern = static_cast<uint32_t>(kept) << 16;
+  float value;
+  std::memcpy(&value, &pattern, sizeof value);
+  return value;
+}
+
+bool is_zero(float kept) { return kept == 0.0f; }
+bool is_zero(uint16_t kept) { return (kept & 0x7fff) == 0; }
+
+template <class Kept>
+bool all_zero(const Kept* values, int64_t count) {
   constexpr int64_t kRun = 256;
   for (int64_t i = 0; i < count; i += kRun) {
     const int64_t stop = i + kRun < count ? i + kRun : count;
     int32_t seen = 0;
-    for (int64_t j = i; j < stop; ++j) seen |= values[j] != 0.0f;
+    for (int64_t j = i; j < stop; ++j) seen |= !is_zero(values[j]);
     if (seen) return false;
   }
   return true;
+}
+
+// `random_bits` and `rounded` of clients/rounding.py, bit for bit.
+uint32_t random_bits(uint32_t place, uint64_t key) {
+  uint32_t x = place + static_cast<uint32_t>(key);
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15) ^ static_cast<uint32_t>(key >> 32)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+void keep_moment(float* to, float value, uint32_t) { *to = value; }
+
+void keep_moment(uint16_t* to, float value, uint32_t bits) {
+  uint32_t pattern;
+  std::memcpy(&pattern, &value, sizeof pattern);
+  const bool is_nan = (pattern & 0x7fffffffu) > 0x7f800000u;  // its fraction would carry into the sign
+  *to = static_cast<uint16_t>((is_nan ? pattern | 0x400000u : pattern + (bits & 0xffffu)) >> 16);
+}
+
+// One AdamW step on `items` parameters of `size` floats each, `stride` apart in all four arrays; gradients are cleared.
+// blend1 and blend2 are 1 - beta1 and 1 - beta2, which float32 cannot subtract. A parameter without gradient, moments or decay
+// would not change: it is left alone. Moments in bfloat16 are rounded by their item's key, after the step has taken them.
+template <class Kept>
+void adamw_step(float* value, float* grad, Kept* first, Kept* second, const uint64_t* keys, int64_t items, int64_t stride,
+                int64_t size, float clip, float keep, float blend1, float beta2, float blend2, float root, float eps, float rate) {
+  for (int64_t item = 0; item < items; ++item) {
+    float* __restrict__ w = value + item * stride;
+    float* __restrict__ g = grad + item * stride;
+    Kept* __restrict__ m = first + item * stride;
+    Kept* __restrict__ v = second + item * stride;
+    if (keep == 1.0f && all_zero(g, size) && all_zero(m, size) && all_zero(v, size)) continue;
+    const uint64_t key = keys == nullptr ? 0 : keys[item];
+    for (int64_t i = 0; i < size; ++i) {
+      const float slope = g[i] * clip;
+      const float mean = wide(m[i]) + (slope - wide(m[i])) * blend1;
+      const float square = wide(v[i]) * beta2 + slope * slope * blend2;
+      const uint32_t bits = random_bits(static_cast<uint32_t>(i), key);
+      keep_moment(m + i, mean, bits);
+      keep_moment(v + i, square, bits >> 16);
+      w[i] = w[i] * keep - rate * (mean / (std::sqrt(square) / root + eps));
+      g[i] = 0.0f;
+    }
+  }
 }
 
 }  // namespace
@@ -143,26 +200,15 @@ void swiglu_backward(const float* h, const float* p, const float* dpa, float* dh
   }
 }
 
-// One AdamW step on `items` parameters of `size` floats each, `stride` apart in all four arrays; gradients are cleared.
-// blend1 and blend2 are 1 - beta1 and 1 - beta2, which float32 cannot subtract. A parameter without gradient, moments or decay
-// would not change: it is left alone.
+// Moments in float32.
 void adamw(float* value, float* grad, float* first, float* second, int64_t items, int64_t stride, int64_t size, float clip,
            float keep, float blend1, float beta2, float blend2, float root, float eps, float rate) {
-  for (int64_t item = 0; item < items; ++item) {
-    float* __restrict__ w = value + item * stride;
-    float* __restrict__ g = grad + item * stride;
-    float* __restrict__ m = first + item * stride;
-    float* __restrict__ v = second + item * stride;
-    if (keep == 1.0f && all_zero(g, size) && all_zero(m, size) && all_zero(v, size)) continue;
-    for (int64_t i = 0; i < size; ++i) {
-      const float slope = g[i] * clip;
-      const float mean = m[i] + (slope - m[i]) * blend1;
-      const float square = v[i] * beta2 + slope * slope * blend2;
-      m[i] = mean;
-      v[i] = square;
-      w[i] = w[i] * keep - rate * (mean / (std::sqrt(square) / root + eps));
-      g[i] = 0.0f;
-    }
-  }
+  adamw_step(value, grad, first, second, nullptr, items, stride, size, clip, keep, blend1, beta2, blend2, root, eps, rate);
+}
+
+// Moments in bfloat16; one key per item.
+void adamw_half(float* value, float* grad, uint16_t* first, uint16_t* second, const uint64_t* keys, int64_t items, int64_t stride,
+                int64_t size, float clip, float keep, float blend1, float beta2, float blend2, float root, float eps, float rate) {
+  adamw_step(value, grad, first, second, keys, items, stride, size, clip, keep, blend1, beta2, blend2, root, eps, rate);
 }
 }

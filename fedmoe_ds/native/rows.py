@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmoe_ds.native.compiling import FLOAT, POINTER, SIZE, library
@@ -22,6 +24,7 @@ _ARGUMENTS = {
     "swiglu": [*[POINTER] * 3, SIZE, SIZE],
     "swiglu_backward": [*[POINTER] * 5, SIZE, SIZE],
     "adamw": [*[POINTER] * 4, SIZE, SIZE, SIZE, *[FLOAT] * 8],
+    "adamw_half": [*[POINTER] * 5, SIZE, SIZE, SIZE, *[FLOAT] * 8],
 }
 
 
@@ -100,11 +103,13 @@ def adamw(
     root: float,
     eps: float,
     rate: float,
+    keys: NDArray[np.uint64] | None = None,
 ) -> None:
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101) in place, and the gradient is cleared.
 
     All four tensors have the same shape and strides; the last `item_axes` axes are dense, and the others must be one regular
     sequence (a client's slice of a bank is). `keep` is 1 - lr * decay, `root` sqrt(1 - beta2^t), `rate` lr / (1 - beta1^t).
+    With `keys` (`fedmoe_ds.clients.rounding`), one per item, moments are bfloat16 and rounded at random; without, float32.
     """
     size = value[(0,) * (value.dim() - item_axes)].numel() if value.numel() else 0
     if size == 0:
@@ -113,10 +118,16 @@ def adamw(
     stride = value.stride(len(head) - 1)
     for axis in range(len(head) - 1):
         assert value.stride(axis) == value.stride(axis + 1) * head[axis + 1], "items must be evenly spaced"
-    for tensor in (value, grad, first, second):
-        assert tensor.dtype == torch.float32 and tensor.stride() == value.stride() and tensor.shape == value.shape
+    kept = torch.float32 if keys is None else torch.bfloat16
+    for tensor, dtype in ((value, torch.float32), (grad, torch.float32), (first, kept), (second, kept)):
+        assert tensor.dtype == dtype and tensor.stride() == value.stride() and tensor.shape == value.shape
     pointers = [tensor.data_ptr() for tensor in (value, grad, first, second)]
     items = value.numel() // size
     found = _library()
     assert found is not None, "ask `serves` first"
-    found.adamw(*pointers, items, stride, size, clip, keep, 1.0 - betas[0], betas[1], 1.0 - betas[1], root, eps, rate)
+    numbers = (items, stride, size, clip, keep, 1.0 - betas[0], betas[1], 1.0 - betas[1], root, eps, rate)
+    if keys is None:
+        found.adamw(*pointers, *numbers)
+        return
+    assert keys.size == items and keys.dtype == np.uint64 and keys.flags.c_contiguous, (keys.shape, items)
+    found.adamw_half(*pointers, keys.ctypes.data, *numbers)

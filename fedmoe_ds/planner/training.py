@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.clients.schedule import Wave
-from fedmoe_ds.memory import parameters_per_client
+from fedmoe_ds.memory import FP32, parameters_per_client
 from fedmoe_ds.methods import Method
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.job import Job
@@ -169,7 +170,7 @@ class WaveModel:
 
     def _before_and_after(self, spent: Spent, clients: int, most_at_home: int) -> None:
         """The wave moves in, reports, and is folded into the sums."""
-        moments = 2 if self.job.config.local.optimizer == "adamw" else int(self.job.config.local.momentum > 0)
+        moments = moment_bytes(self.job.config.local) / FP32
         ranks = [1.0] * self.ep_size
         moved = stage_seconds(self.compute, "move", self.in_flight * (2 + moments), self.blocks)
         checked = stage_seconds(self.compute, "norm", self.in_flight, self.blocks)

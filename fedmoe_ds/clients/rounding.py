@@ -1,0 +1,101 @@
+"""Rounding: float32 to bfloat16 at random, up or down with the chances that make the mean right.
+
+To the nearest, a moving average stands still as soon as a step changes it by less than half of its last digit: with eight bits
+and beta2 = 0.999 the second moment of AdamW does after some 256 steps. At random (Gupta et al., arXiv 1502.02551) it goes on
+moving, in the mean as it does in float32.
+
+The random bits of a number are a hash of its address (seed, round, client, block, the client's own step; layer, global expert;
+place within the item). No stream is used up, so neither slot, company, expert-parallel size nor a resume changes a bit.
+`native/rows.cpp` has the same hash and the same rounding.
+
+Legend: L layers, E experts held by this rank, N numbers of an item.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.randomness import address_key
+
+Keys = NDArray[np.uint64]
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_LOW, _HIGH = 0xFFFF, 0x7F800000
+
+
+class Rounding:
+    """The keys of what one rank keeps.
+
+    Args:
+        seed: run seed.
+        held: global ids of the experts on this rank.
+    """
+
+    def __init__(self, seed: int, held: range) -> None:
+        self.seed, self.held = seed, held
+
+    def keys(self, spec: BlockSpec, round_index: int, client: int, step: int) -> Keys:
+        """64 bits per item of a client's block at the client's own `step`: [L, E], or [L] for dense blocks."""
+        base = address_key(self.seed, "moments", round_index, client, spec.name, step) % (1 << 64)
+        layers_L = np.arange(len(spec.layers), dtype=np.uint64) << np.uint64(32)
+        if not spec.expert:
+            return _mixed(base, layers_L)
+        held_E = np.array(self.held, dtype=np.uint64)
+        return _mixed(base, layers_L[:, None] | held_E)
+
+
+def _mixed(base: int, numbers: Keys) -> Keys:
+    """SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): its output number `numbers` when it starts from `base`."""
+    x = np.uint64(base) + numbers * _GAMMA
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+def random_bits(keys: Keys, count: int, device: torch.device | None = None) -> Tensor:
+    """32 random bits for each of the `count` numbers of every item: int32 [*keys.shape, count].
+
+    A 32-bit integer hash (lowbias32 by C. Wellons) of the place within the item. Half of the item's key goes in before it and
+    half between its multiplications, so that items whose first halves are near each other do not share their bits.
+    """
+    low, high = (torch.from_numpy(half.astype(np.uint32).view(np.int32)).to(device) for half in (keys, keys >> np.uint64(32)))
+    x = torch.arange(count, dtype=torch.int32, device=device) + low.unsqueeze(-1)  # int32 wraps around, as uint32 does
+    x = _shifted(x, 16).mul_(0x7FEB352D)
+    x = _shifted(x, 15).bitwise_xor_(high.unsqueeze(-1)).mul_(0x846CA68B - (1 << 32))
+    return _shifted(x, 16)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """x ^ (x >> by), in place, with zeros from the left."""
+    return x.bitwise_xor_((x >> by).bitwise_and_((1 << (32 - by)) - 1))
+
+
+def rounded(value: Tensor, bits: Tensor) -> Tensor:
+    """`value` (float32) in bfloat16, rounded by the lower 16 of its random `bits` (int32, same shape).
+
+    Numbers that bfloat16 can hold, zeros and infinities stay what they are, NaN stays NaN; beyond the largest bfloat16 the next
+    number is infinity, as it is for rounding to the nearest.
+    """
+    pattern = value.view(torch.int32)
+    up = (pattern + (bits & _LOW)) >> 16
+    is_nan = (pattern & 0x7FFFFFFF) > _HIGH  # its fraction would carry into the sign
+    return torch.where(is_nan, (pattern >> 16) | 0x40, up).to(torch.int16).view(torch.bfloat16)
+
+
+def store(moments: list[Tensor], values: list[Tensor], keys: Keys) -> None:
+    """Keep one or two moments in bfloat16: the first takes the lower half of the random bits, the second the upper.
+
+    Args:
+        moments: bfloat16, [*keys.shape, *item] each.
+        values: float32, the same shapes.
+    """
+    count = math.prod(values[0].shape[keys.ndim :])
+    bits = random_bits(keys, count, values[0].device).view(values[0].shape)
+    for place, (moment, value) in enumerate(zip(moments, values, strict=True)):
+        moment.copy_(rounded(value, bits >> (16 * place)))
