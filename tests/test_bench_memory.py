@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def test_count_of_a_client(tmp_path: Path, bitwise: bool) -> None:
     assert found["adapters"] == found["gradients"] == pytest.approx(numbers * 4 / 2**20)
     assert found["moments"] == pytest.approx(2 * numbers * 4 / 2**20)
     assert found["activations"] > 0  # a pass of this family holds all clients, in bitwise mode too
+    half = counted(tmp_path, replace(workload, moments="bfloat16"), bitwise)
+    assert half == {**found, "moments": found["moments"] / 2}
 
 
 @pytest.mark.cluster
@@ -90,9 +93,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(target.read_text())["rows"]
     clients = [row for row in rows if row["part"] == "clients"]
-    ours = ["fedmoe_ds", "fedmoe_ds", "fedmoe_ds bitwise", "fedmoe_ds bitwise"]
+    ours = [name for name in ("fedmoe_ds", "fedmoe_ds bitwise", "fedmoe_ds bf16 moments") for _ in range(2)]
     assert [row["system"] for row in clients] == [*ours, "peft grouped_mm"] and clients[-1]["slope_mib"] is None
-    assert [row["clients"] for row in clients] == [1, 3, 1, 3, 1]
+    assert [row["clients"] for row in clients] == [1, 3, 1, 3, 1, 3, 1]
     assert all(row["peak_mib"] >= row["resident_mib"] > 50 and row["peak_mib"] >= row["loaded_mib"] for row in clients)
     (run,) = [row for row in rows if row["part"] == "rounds"]
     assert run["samples"][-1][0] == run["rounds"] == 40 and run["settled_round"] >= 20

@@ -43,7 +43,7 @@ def save(root: Path, round_index: int, partial: dict[str, Any] | None = None, ke
         tensor.zero_()  # the next round changes the adapters while their copy is written
     done = writer.finish()
     assert done is not None and (done.round, done.partial) == (round_index, partial is not None)
-    assert 0 < done.held and 0 < done.seconds and writer.finish() is None
+    assert done.held > 0 and done.seconds > 0 and writer.finish() is None
     return root / checkpoint.folder_name(round_index, partial is not None)
 
 

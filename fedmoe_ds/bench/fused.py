@@ -48,7 +48,7 @@ class Fused:
         self.start = Bank(blocks, experts, clients=1, device=device, with_grad=False)
         for key, _, value in self.start.items(first_expert=0):
             value.copy_(workload.initial_value(key, value.shape))
-        self.local = LocalConfig(batch_size=workload.sequences, lr=workload.lr, clip=None)
+        self.local = LocalConfig(batch_size=workload.sequences, lr=workload.lr, clip=None, moments=workload.moments)
         seed = workload.seed
         self.trainer = WaveTrainer(foundation, places.layers, execution, self.local, ExecutionConfig(), 0, seed, device)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fedmoe_ds.bench import memory_clients, memory_host, memory_rounds
 from fedmoe_ds.bench.shapes import find_shape
+from fedmoe_ds.bench.system import HALF_MOMENTS
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.bench.wave import system_names
 from fedmoe_ds.errors import UserError, nearest
@@ -62,7 +63,8 @@ def run_memory(asked: Asked, note: Note) -> list[Row]:
     rows: list[Row] = []
     if memory_clients.PART in asked.parts:
         shape, counts = find_shape(asked.shape), sorted(set(asked.clients))
-        systems = system_names(asked.mode, list(asked.peers))
+        ours = system_names(asked.mode, [])
+        systems = [*ours, HALF_MOMENTS, *system_names(asked.mode, list(asked.peers))[len(ours) :]]
         rows += memory_clients.measure(shape, systems, counts, asked.sequences, asked.length, asked.seed, note)
     if memory_rounds.PART in asked.parts:
         rows += memory_rounds.measure(asked.rounds, asked.seed, note)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.bench.memory_process import answer_file
-from fedmoe_ds.bench.system import BITWISE, OURS
+from fedmoe_ds.bench.system import BITWISE, HALF_MOMENTS, OURS
 from fedmoe_ds.bench.worker import open_system
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.machine import peak_mib, resident_mib
@@ -33,8 +34,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         running.train(stage)
     peak = peak_mib()
     answer = {"loaded_mib": loaded, "peak_mib": peak, "resident_mib": resident_mib()}
-    ours = system in (OURS, BITWISE)
-    return {**answer, "counted_mib": counted(model, workload, system == BITWISE) if ours else None}
+    if system not in (OURS, BITWISE, HALF_MOMENTS):
+        return {**answer, "counted_mib": None}
+    if system == HALF_MOMENTS:
+        workload = replace(workload, moments="bfloat16")
+    return {**answer, "counted_mib": counted(model, workload, system == BITWISE)}
 
 
 def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]:
@@ -50,7 +54,8 @@ def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]
     from fedmoe_ds.memory import PASS, estimate
 
     adapters = {"rank": workload.rank, "alpha": workload.alpha, "attention": list(workload.attention)}
-    config = Config.model_validate({"adapters": adapters, "local": {"batch_size": workload.sequences}})
+    local = {"batch_size": workload.sequences, "moments": workload.moments}
+    config = Config.model_validate({"adapters": adapters, "local": local})
     model = build_on_meta(folder, torch.float32)
     layers = host_model(model, 1, 0)
     places, size = hosted_places(layers), model_size(model, layers)

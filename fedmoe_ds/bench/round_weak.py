@@ -1,5 +1,6 @@
 """Round weak: twice the clients on two ranks, one cluster each, against one rank; tokens per second and rank.
 
+Runs on one and on two ranks alternate, because a machine does not stay equally fast for minutes.
 Two cores of one machine share its caches and its memory: what that alone costs is shown by two processes that train a wave each
 at the same time and know nothing of each other.
 """
@@ -18,6 +19,7 @@ from fedmoe_ds.bench.workload import Workload
 PART = "weak"
 TARGET = 0.9
 RANKS = 2
+TURNS = 2
 ALONE, STRANGERS = f"{OURS}, 1 rank", f"{RANKS} unrelated processes"
 
 Note = Callable[[str], None]
@@ -28,11 +30,18 @@ def measure_weak(jobs: RoundJobs, note: Note) -> list[Row]:
     name, clients = jobs.load.shape.name, jobs.load.clients
     note(f"{name}: {PART}: {STRANGERS}")
     machine, peak = machine_efficiency(jobs)
-    note(f"{name}: {PART}: {clients} clients on 1 rank")
-    alone = jobs.run("weak-1")
-    note(f"{name}: {PART}: {RANKS * clients} clients on {RANKS} ranks")
-    together = jobs.run(f"weak-{RANKS}", {"data": {"partition": {"clients": RANKS * clients}}}, RANKS)
-    return weak_rows(jobs, alone, together, machine, peak)
+    alone, together = [], []
+    for turn in range(TURNS):
+        note(f"{name}: {PART}: {clients} clients on 1 rank, run {turn + 1} of {TURNS}")
+        alone.append(jobs.run(f"weak-1-{turn}"))
+        note(f"{name}: {PART}: {RANKS * clients} clients on {RANKS} ranks, run {turn + 1} of {TURNS}")
+        together.append(jobs.run(f"weak-{RANKS}-{turn}", {"data": {"partition": {"clients": RANKS * clients}}}, RANKS))
+    return weak_rows(jobs, joined(alone), joined(together), machine, peak)
+
+
+def joined(runs: list[Timed]) -> Timed:
+    """The rounds of all runs, and the largest peak."""
+    return Timed([one for run in runs for one in run.rounds], max(run.peak_mib for run in runs))
 
 
 def weak_rows(jobs: RoundJobs, alone: Timed, together: Timed, machine: float, peak: float) -> list[Row]:

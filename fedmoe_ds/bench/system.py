@@ -8,6 +8,7 @@ from typing import Protocol
 
 OURS = "fedmoe_ds"
 BITWISE = "fedmoe_ds bitwise"
+HALF_MOMENTS = "fedmoe_ds bf16 moments"
 PEER_PREFIX = "peft "
 FLOOR = "floor"
 

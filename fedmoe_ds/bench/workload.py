@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class Workload:
     dtype: str = "float32"  # of the frozen weights; adapters are float32
     device: str = "cpu"
     kernels: Kernels = "auto"  # of our adapters' products
+    moments: Literal["float32", "bfloat16"] = "float32"  # of our optimizer
 
     def __post_init__(self) -> None:
         for name, value, least in (

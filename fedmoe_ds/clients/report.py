@@ -123,7 +123,8 @@ class Gatherer:
         """For every wave slot: loss and all adapter values are finite (and sane), on all ranks of the cluster."""
         bad_C = torch.zeros(self.pool.wave_clients, dtype=torch.int64, device=self.device)
         for name, spec in bank.specs.items():
-            flags = ~(bank.broadcast(name).abs() < LARGEST_VALUE).flatten(1).all(1)
+            items = bank.broadcast(name).flatten(-len(spec.item))  # of the most extreme number, which NaN is, too
+            flags = ~((items.amax(-1) < LARGEST_VALUE) & (items.amin(-1) > -LARGEST_VALUE)).flatten(1).all(1)
             offset = 0 if spec.expert else self.shard * self.pool.home_clients
             bad_C[offset : offset + len(flags)] += flags
         for slot, values in losses.items():

@@ -32,7 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overhead-steps", type=int, default=10, help="part overhead: local steps per client and round")
     parser.add_argument("--k-shape", nargs="+", default=["e32", "e64"], help="shapes of part k")
     parser.add_argument("--k-sequences", type=int, nargs="+", default=[1, 4], help="sequences per client and step in part k")
-    parser.add_argument("--k-steps", type=int, default=2, help="steps of a wave in part k")
+    parser.add_argument("--k-steps", type=int, default=5, help="steps of a wave in part k")
     add_seed(parser)
 
 
