@@ -17,7 +17,7 @@ from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t
 from fedmoe_ds.native import matrix, rows
 
-WIDTHS = [(16, 32), (48, 100), (7, 5), (33, 64), (256, 96)]
+WIDTHS = [(16, 32), (48, 100), (7, 5), (33, 64), (256, 96), (1024, 40), (2048, 33)]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -23,6 +23,7 @@ constexpr int kLanes = 16;            // floats per vector
 constexpr int kPanel = 2 * kLanes;    // columns of a tile
 constexpr int kRows = 12;             // rows of a tile
 constexpr int kLine = 64;             // bytes of a cache line
+constexpr int kAlias = 1024;          // numbers after which places in the first cache repeat
 
 typedef float Wide __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Loose __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
@@ -69,7 +70,7 @@ struct FloatTile {
   typedef float Number;
 
   template <int M, typename Asked>
-  static void run(const float* x, const float* panel, int64_t K, float* y, int64_t N, int64_t columns, Asked ahead) {
+  static void run(const float* x, int64_t ldx, const float* panel, int64_t K, float* y, int64_t N, int64_t columns, Asked ahead) {
     Wide left[M] = {}, right[M] = {};
     for (int64_t k = 0; k < K; ++k) {
       ahead.ask();
@@ -77,7 +78,7 @@ struct FloatTile {
       const Wide second = *reinterpret_cast<const Wide*>(panel + k * kPanel + kLanes);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const float value = x[m * K + k];
+        const float value = x[m * ldx + k];
         left[m] += first * value;
         right[m] += second * value;
       }
@@ -98,19 +99,20 @@ struct FloatTile {
 
 // All rows with one panel, tile by tile: the first asks for what comes next, the others have their hands free. K counts Numbers.
 template <typename Tile, typename Number = typename Tile::Number>
-void all_rows(const Number* x, const Number* panel, int64_t M, int64_t K, float* y, int64_t N, int64_t columns, Ahead ahead) {
+void all_rows(const Number* x, int64_t ldx, const Number* panel, int64_t M, int64_t K, float* y, int64_t N, int64_t columns,
+              Ahead ahead) {
   const bool first = M < kRows;
   if (!first) {
-    Tile::template run<kRows>(x, panel, K, y, N, columns, ahead);
+    Tile::template run<kRows>(x, ldx, panel, K, y, N, columns, ahead);
     for (M -= kRows; M >= kRows; M -= kRows)
-      Tile::template run<kRows>(x += kRows * K, panel, K, y += kRows * N, N, columns, Nothing{});
-    x += kRows * K;
+      Tile::template run<kRows>(x += kRows * ldx, ldx, panel, K, y += kRows * N, N, columns, Nothing{});
+    x += kRows * ldx;
     y += kRows * N;
   }
-#define LEFT_OVER(m)                                                          \
-  case m:                                                                     \
-    first ? Tile::template run<m>(x, panel, K, y, N, columns, ahead)          \
-          : Tile::template run<m>(x, panel, K, y, N, columns, Nothing{});     \
+#define LEFT_OVER(m)                                                               \
+  case m:                                                                          \
+    first ? Tile::template run<m>(x, ldx, panel, K, y, N, columns, ahead)          \
+          : Tile::template run<m>(x, ldx, panel, K, y, N, columns, Nothing{});     \
     break;
   switch (M) {
     LEFT_OVER(1) LEFT_OVER(2) LEFT_OVER(3) LEFT_OVER(4) LEFT_OVER(5) LEFT_OVER(6)
@@ -118,6 +120,9 @@ void all_rows(const Number* x, const Number* panel, int64_t M, int64_t K, float*
     default: break;
   }
 }
+
+// Numbers from row to row: rows whose places in the cache coincide push each other out of it, so they get a line between them.
+int64_t spread(int64_t width) { return width % kAlias ? width : width + kLanes; }
 
 float widened(float value) { return value; }
 
@@ -190,11 +195,17 @@ const Weight* next_panel(const Weight* w, int64_t n, int64_t N, int64_t K, bool 
 // Products with a panel of floats, from weights of either type.
 template <typename Weight>
 struct Widening {
-  Room panel;
-  explicit Widening(int64_t K, int64_t) : panel(K * kPanel * sizeof(float)) {}
-  bool ready() const { return panel.as<float>() != nullptr; }
+  Room panel, rows;
+  explicit Widening(int64_t K, int64_t M) : panel(K * kPanel * 4), rows(spread(K) == K ? 1 : spread(K) * 4 * M) {}
+  bool ready() const { return panel.as<float>() != nullptr && rows.as<float>() != nullptr; }
 
   void run(const float* x, const Weight* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed, const Weight* after) {
+    const int64_t ldx = spread(K);
+    if (ldx != K) {
+      float* to = rows.as<float>();
+      for (int64_t m = 0; m < M; ++m) std::memcpy(to + m * ldx, x + m * K, K * sizeof(float));
+      x = to;
+    }
     for (int64_t n = 0; n < N; n += kPanel) {
       const int64_t columns = N - n < kPanel ? N - n : kPanel;
       if (transposed)
@@ -202,7 +213,7 @@ struct Widening {
       else
         fill(w + n, N, K, columns);
       const Ahead ahead(next_panel(w, n, N, K, transposed, after), N, K, transposed);
-      all_rows<FloatTile>(x, panel.as<float>(), M, K, y + n, N, columns, ahead);
+      all_rows<FloatTile>(x, ldx, panel.as<float>(), M, K, y + n, N, columns, ahead);
     }
   }
 
@@ -230,7 +241,7 @@ struct PairTile {
   typedef Word Number;
 
   template <int M, typename Asked>
-  static void run(const Word* x, const Word* panel, int64_t pairs, float* y, int64_t N, int64_t columns, Asked ahead) {
+  static void run(const Word* x, int64_t ldx, const Word* panel, int64_t pairs, float* y, int64_t N, int64_t columns, Asked ahead) {
     __m512 left[M], right[M];
     for (int m = 0; m < M; ++m) left[m] = right[m] = _mm512_setzero_ps();
     for (int64_t k = 0; k < pairs; ++k) {
@@ -239,7 +250,7 @@ struct PairTile {
       const __m512bh second = (__m512bh)_mm512_load_si512(panel + k * kPanel + kLanes);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const __m512bh value = (__m512bh)_mm512_set1_epi32(x[m * pairs + k]);
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(x[m * ldx + k]);
         left[m] = _mm512_dpbf16_ps(left[m], value, first);
         right[m] = _mm512_dpbf16_ps(right[m], value, second);
       }
@@ -255,7 +266,7 @@ struct PairTile {
 
 struct Pairing {
   Room panel, rows;
-  explicit Pairing(int64_t K, int64_t M) : panel((K + 1) / 2 * kPanel * 4), rows((K + 1) / 2 * 4 * M) {}
+  explicit Pairing(int64_t K, int64_t M) : panel((K + 1) / 2 * kPanel * 4), rows(spread((K + 1) / 2) * 4 * M) {}
   bool ready() const { return panel.as<char>() != nullptr && rows.as<char>() != nullptr; }
 
   void run(const float* x, const uint16_t* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed, const uint16_t* after) {
@@ -268,7 +279,7 @@ struct Pairing {
       else
         fill(w + n, N, K, columns);
       const Ahead ahead(next_panel(w, n, N, K, transposed, after), N, K, transposed);
-      all_rows<PairTile>(rows.as<Word>(), panel.as<Word>(), M, pairs, y + n, N, columns, ahead);
+      all_rows<PairTile>(rows.as<Word>(), spread(pairs), panel.as<Word>(), M, pairs, y + n, N, columns, ahead);
     }
   }
 
@@ -294,7 +305,7 @@ struct Pairing {
 
   void round_rows(const float* x, int64_t M, int64_t K, int64_t pairs) {
     uint16_t* to = rows.as<uint16_t>();
-    for (int64_t m = 0; m < M; ++m, x += K, to += 2 * pairs) {
+    for (int64_t m = 0; m < M; ++m, x += K, to += 2 * spread(pairs)) {
       for (int64_t k = 0; k < K; k += kLanes) {
         const __mmask16 there = K - k >= kLanes ? 0xffff : (1u << (K - k)) - 1;
         const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, x + k));
