@@ -271,6 +271,15 @@ def test_moments_in_bfloat16_take_half(small: Job) -> None:
     assert narrow.train_split["set-up"] < wide.train_split["set-up"]
 
 
+def test_a_checkpoint_in_the_background_takes_a_copy(small: Job) -> None:
+    """Of the global adapters and of every client's rescalers, while the next round trains."""
+    saving = small.config.checkpoint.model_copy(update={"background": False})
+    job = replace(small, config=small.config.model_copy(update={"checkpoint": saving}))
+    copying, waiting = (predict_memory(each, 1, 4, load_hardware("a100"), 6) for each in (small, job))
+    copied, adapters = copying.pop("checkpoint's copy"), waiting["global adapters"]  # with the rescalers of one client
+    assert adapters < copied <= adapters + waiting["personal state"] and copying == waiting
+
+
 def test_memory_is_refused_with_the_numbers(olmoe: Job) -> None:
     a100 = load_hardware("a100")
     needed = sum(predict_memory(olmoe, 8, 8, a100, 256).values())
