@@ -125,10 +125,9 @@ class CheckpointWriter:
     def drop(self) -> None:
         """Give up what is under way, on this rank alone: the run ends with an error."""
         job, self._job = self._job, None
-        if job is None:
-            return
-        job.dropped = True
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        if job is not None:
+            job.dropped = True
+            self._threads.shutdown(wait=True, cancel_futures=True)
         if self.runtime.is_main:
             remove_unfinished(self.root)
 
