@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ Files = dict[str, dict[str, Tensor]]
 Sums = dict[str, str]
 _UNFINISHED = ".writing-"
 _POLL_S = 0.02
+_LINGER_S = 5.0
 
 
 @dataclass
@@ -74,7 +75,7 @@ class CheckpointWriter:
     Args:
         root: the run's checkpoint folder, on a file system that all ranks share.
         keep: newest checkpoints to keep; older ones are removed afterwards.
-        background: write from a copy of the tensors while the caller goes on; otherwise the caller waits.
+        background: write a copy of the tensors while the caller goes on; otherwise, and for an interrupted round, it waits.
     """
 
     def __init__(self, root: Path, runtime: Runtime, keep: int, background: bool) -> None:
@@ -98,12 +99,13 @@ class CheckpointWriter:
         job = _Job(snapshot, texts, working, notes, target, began)
         self.runtime.on_main(lambda: self._guarded(lambda: _fresh_folders(working, notes)))
         job.files = [name for part in self.runtime.gather(list(tensors)) for name in part]
-        copies = {file: _copies(content) for file, content in tensors.items()} if self.background else tensors
-        job.written = self._threads.submit(lambda: self._guarded(lambda: _write_tensors(job, copies)))
+        waits = not self.background or snapshot.partial is not None  # a run that was asked to stop has nothing else to do
+        content = {file: _on_host(part, copy=not waits) for file, part in tensors.items()}
+        job.written = self._threads.submit(lambda: self._guarded(lambda: _write_tensors(job, content)))
         if self.runtime.is_main:
             job.published = self._threads.submit(lambda: self._guarded(lambda: self._publish_when_complete(job)))
         self._job = job
-        if not self.background:
+        if waits:
             self._wait(job)
         job.held = time.monotonic() - began
 
@@ -123,11 +125,15 @@ class CheckpointWriter:
         return Written(job.snapshot.round, job.snapshot.partial is not None, held, seconds)
 
     def drop(self) -> None:
-        """Give up what is under way, on this rank alone: the run ends with an error."""
+        """Give up what is under way, on this rank alone: the run ends with an error.
+
+        What a slow disk leaves behind, the next start clears.
+        """
         job, self._job = self._job, None
         if job is not None:
             job.dropped = True
-            self._threads.shutdown(wait=True, cancel_futures=True)
+            running: list[Future[Any]] = [future for future in (job.written, job.published) if future is not None]
+            wait(running, timeout=_LINGER_S)
         if self.runtime.is_main:
             remove_unfinished(self.root)
 
@@ -149,8 +155,9 @@ class CheckpointWriter:
                 return 0.0
             time.sleep(_POLL_S)
         _publish(job, sums)
+        seconds = time.monotonic() - job.began
         _prune(self.root, self.keep, job.target)
-        return time.monotonic() - job.began
+        return seconds
 
     def _guarded(self, action: Callable[[], T]) -> T:
         try:
@@ -162,8 +169,10 @@ class CheckpointWriter:
             ) from None
 
 
-def _copies(content: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for key, value in content.items()}
+def _on_host(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
+    if not copy:
+        return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    return {key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
 
 def _fresh_folders(*folders: Path) -> None:
@@ -178,7 +187,7 @@ def _write_tensors(job: _Job, tensors: Files) -> Sums:
     for name, content in tensors.items():
         path = job.working / name
         try:
-            save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, path)
+            save_file(content, path)
         except Exception as error:  # safetensors wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
         _sync(path)

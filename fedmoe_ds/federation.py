@@ -25,7 +25,7 @@ from fedmoe_ds.clients.schedule import Wave, schedule
 from fedmoe_ds.clients.shortage import OutOfMemory, release_memory
 from fedmoe_ds.clock import Clock
 from fedmoe_ds.digest import global_digest
-from fedmoe_ds.errors import LostError, UserError
+from fedmoe_ds.errors import LostError
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.state import Progressed
 
@@ -52,7 +52,7 @@ class Federation:
         try:
             outcome = self._rounds()
             self._finish_checkpoint()
-        except UserError:
+        except BaseException:
             self.writer.drop()
             raise
         return outcome
@@ -98,6 +98,9 @@ class Federation:
         parts.trainer.clock = Clock()
         self._train(round_index, mine, places, progressed, sums)
         clock.lap("train")
+        activity.enter("aggregate")
+        parts.runtime.barrier()  # waiting for slower clusters is no part of the checkpoint's time
+        clock.lap("aggregate")
         self._finish_checkpoint()  # of the round before: its figures and those of this one are never both at risk
         clock.resume()
         activity.enter("aggregate")

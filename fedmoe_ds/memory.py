@@ -23,6 +23,7 @@ from fedmoe_ds.server import base_block
 
 FP32 = 4
 PASS = "activations of a pass"
+COPY = "checkpoint's copy"
 
 
 def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, int]:
@@ -91,7 +92,7 @@ def outlasting(
     }
     if config.checkpoint.background:
         adapters = sum(parameters_per_client([spec for spec in blocks if not spec.personal], held))
-        found["checkpoint's copy"] = adapters + found["personal state"] + found["server state"]
+        found[COPY] = adapters + found["personal state"] + found["server state"]
     return {name: count * FP32 for name, count in found.items() if count}
 
 

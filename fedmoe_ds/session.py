@@ -132,6 +132,7 @@ def restore(path: Path, parts: Parts) -> checkpoint.Snapshot:
 
 def check_identity(snapshot: checkpoint.Snapshot, parts: Parts) -> None:
     """Refuse a checkpoint of another model, other data or other settings, naming the first difference."""
+    snapshot.identity.get("local", {}).setdefault("moments", "float32")  # checkpoints from before there was a choice
     for name, ours in parts.identity.items():
         theirs = snapshot.identity.get(name)
         if theirs == ours:

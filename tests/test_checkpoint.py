@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from federations import alone
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmoe_ds import checkpoint
@@ -39,8 +40,6 @@ def save(root: Path, round_index: int, partial: dict[str, Any] | None = None, ke
     files = {"adapters-00000-of-00001.safetensors": tensors(round_index)}
     writer = CheckpointWriter(root, alone()[0], keep, background)
     writer.begin(snapshot, files, {"config.yaml": "name: x\n"})
-    for tensor in files["adapters-00000-of-00001.safetensors"].values() if background else ():
-        tensor.zero_()  # the next round changes the adapters while their copy is written
     done = writer.finish()
     assert done is not None and (done.round, done.partial) == (round_index, partial is not None)
     assert done.held > 0 and done.seconds > 0 and writer.finish() is None
@@ -171,6 +170,29 @@ def test_nobody_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert checkpoint.newest_intact(tmp_path) == (tmp_path / "round-00002", [])
     done = writer.finish()
     assert done is not None and done.round == 2
+
+
+def test_what_is_written_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next round changes the adapters before anything of them has reached the disk."""
+    changed = threading.Event()
+
+    def save_later(content: dict[str, Tensor], path: Path) -> None:
+        assert changed.wait(30)
+        save_file(content, path)
+
+    monkeypatch.setattr("fedmoe_ds.checkpoint_writer.save_file", save_later)
+    mine = tensors(1)
+    writer = CheckpointWriter(tmp_path, alone()[0], 2, background=True)
+    writer.begin(Snapshot(1, {}, 0), {"adapters-00000-of-00001.safetensors": mine}, {})
+    for tensor in mine.values():
+        tensor.zero_()
+    changed.set()
+    writer.finish()
+    with TensorReader(tmp_path / "round-00001", "adapters") as reader:
+        for name, value in tensors(1).items():
+            place = torch.zeros_like(value)
+            reader.read_into(name, place)
+            assert torch.equal(place, value)
 
 
 def test_a_disk_that_fills_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

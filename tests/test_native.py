@@ -64,13 +64,14 @@ def test_a_row_of_a_product_does_not_see_the_others(wide_in: int, wide_out: int,
                 assert part is not None and torch.equal(part, whole[start:stop]), (start, stop)
 
 
-def test_groups_of_products() -> None:
+@pytest.mark.parametrize("wide", [24, 1024])
+def test_groups_of_products(wide: int) -> None:
     ends_G = torch.tensor([5, 5, 6, 29], dtype=torch.int32)
-    bank = draw(4, 3, 40, 24, seed=2)
-    weight_GOI, x_NI, dy_NO = bank[:, 1], draw(29, 24), draw(29, 40, seed=3)  # a strided view, as a client's weights are
+    bank = draw(4, 3, 40, wide, seed=2)
+    weight_GOI, x_NI, dy_NO = bank[:, 1], draw(29, wide), draw(29, 40, seed=3)  # a strided view, as a client's weights are
     y_NO, dx_NI = grouped_mm(x_NI, weight_GOI, ends_G), grouped_mm_t(dy_NO, weight_GOI, ends_G)
     for g, (start, stop) in enumerate([(0, 5), (5, 5), (5, 6), (6, 29)]):
-        near(y_NO[start:stop], x_NI[start:stop].double() @ weight_GOI[g].double().T, 5.0)
+        near(y_NO[start:stop], x_NI[start:stop].double() @ weight_GOI[g].double().T, wide**0.5)
         near(dx_NI[start:stop], dy_NO[start:stop].double() @ weight_GOI[g].double(), 6.0)
         assert torch.equal(y_NO[start:stop], matrix.product(x_NI[start:stop], weight_GOI[g], transposed=True))  # type: ignore[arg-type]
 

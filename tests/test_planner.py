@@ -19,6 +19,7 @@ from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.bench.shapes import Shape, write_model
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.memory import COPY
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import TABLE, table_names
@@ -275,9 +276,11 @@ def test_a_checkpoint_in_the_background_takes_a_copy(small: Job) -> None:
     """Of the global adapters and of every client's rescalers, while the next round trains."""
     saving = small.config.checkpoint.model_copy(update={"background": False})
     job = replace(small, config=small.config.model_copy(update={"checkpoint": saving}))
-    copying, waiting = (predict_memory(each, 1, 4, load_hardware("a100"), 6) for each in (small, job))
-    copied, adapters = copying.pop("checkpoint's copy"), waiting["global adapters"]  # with the rescalers of one client
+    host = load_hardware("a100").model_copy(update={"kind": "cpu"})
+    copying, waiting = (predict_memory(each, 1, 4, host, 6) for each in (small, job))
+    copied, adapters = copying.pop(COPY), waiting["global adapters"]  # with the rescalers of one client
     assert adapters < copied <= adapters + waiting["personal state"] and copying == waiting
+    assert COPY not in predict_memory(small, 1, 4, load_hardware("a100"), 6), "it is in the host's memory"
 
 
 def test_memory_is_refused_with_the_numbers(olmoe: Job) -> None:

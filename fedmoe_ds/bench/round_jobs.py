@@ -142,7 +142,7 @@ def round_times(events: Sequence[Mapping[str, Any]]) -> list[RoundTime]:
 
 
 def _round_time(seconds: float, event: Mapping[str, Any], checkpoint: float) -> RoundTime:
-    """The checkpoint in the time of a round is that of the round before: it is written after the event."""
+    """The checkpoint in the time of a round is that of the round before: it begins after its event."""
     phases, wave = event["phases"], event["wave_seconds"]
     spent = {name: wave[name] for name in WAVE}
     spent["fold"] = phases["train"] - sum(spent.values())

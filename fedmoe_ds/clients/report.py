@@ -123,7 +123,7 @@ class Gatherer:
         """For every wave slot: loss and all adapter values are finite (and sane), on all ranks of the cluster."""
         bad_C = torch.zeros(self.pool.wave_clients, dtype=torch.int64, device=self.device)
         for name, spec in bank.specs.items():
-            items = bank.broadcast(name).flatten(-len(spec.item))  # of the most extreme number, which NaN is, too
+            items = bank.broadcast(name).flatten(-len(spec.item))  # extremes of an item are NaN where there is one
             flags = ~((items.amax(-1) < LARGEST_VALUE) & (items.amin(-1) > -LARGEST_VALUE)).flatten(1).all(1)
             offset = 0 if spec.expert else self.shard * self.pool.home_clients
             bad_C[offset : offset + len(flags)] += flags

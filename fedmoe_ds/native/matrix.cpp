@@ -173,7 +173,7 @@ void transpose(const Word* w, int64_t K, int64_t columns, Word* to) {
 // Room for a panel and for rows in other clothes, zeroed: columns and factors that are not there count as zeros.
 class Room {
  public:
-  explicit Room(int64_t bytes) : memory_(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
+  explicit Room(int64_t bytes) : memory_(std::aligned_alloc(64, (bytes / 64 + 1) * 64)) {
     if (memory_ != nullptr) std::memset(memory_, 0, bytes);
   }
   ~Room() { std::free(memory_); }

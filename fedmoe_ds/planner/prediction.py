@@ -13,7 +13,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.drift import shared_blocks
 from fedmoe_ds.clients.schedule import Wave, home_clients, schedule
 from fedmoe_ds.config import Config
-from fedmoe_ds.memory import PASS, estimate, outlasting, parameters_per_client
+from fedmoe_ds.memory import COPY, PASS, estimate, outlasting, parameters_per_client
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.job import Job, Lengths, resolve
 from fedmoe_ds.planner.legality import check_world
@@ -308,4 +308,7 @@ def predict_memory(
     held = (estimate(config, job.size, job.places, job.blocks, home, job.length, exact, row_bytes, *each) for each in passes)
     found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
     found[PASS] = int(found[PASS] * hardware.activation_slack)
-    return found | outlasting(config, job.method, job.places, job.blocks, len(job.clients), participants)
+    found |= outlasting(config, job.method, job.places, job.blocks, len(job.clients), participants)
+    if hardware.kind == "cuda":
+        found.pop(COPY, None)  # lies in the host's memory
+    return found

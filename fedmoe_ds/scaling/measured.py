@@ -1,8 +1,8 @@
 """Measured: what metrics.jsonl of a finished run says about time.
 
-A round lasts from one `round` event to the next, so everything is in it: training, aggregation, evaluation, and the checkpoint,
-which is written after the event. The first round of every start warms up (caches, compiled kernels, page faults) and is not
-timed.
+A round lasts from one `round` event to the next, so everything is in it: training, aggregation, evaluation, and what the
+checkpoint of the round before takes, which begins after its event. The first round of every start warms up (caches, compiled
+kernels, page faults) and is not timed.
 """
 
 from __future__ import annotations
