@@ -28,17 +28,16 @@ def main() -> None:
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Load, train two waves, and return MiB: once loaded, at the peak of training, and after it."""
     system, model, workload = request["system"], Path(request["folder"]), Workload.from_json(request["workload"])
+    if system == HALF_MOMENTS:
+        system, workload = OURS, replace(workload, moments="bfloat16")
     running = open_system(system, model, workload)
     loaded = resident_mib()
     for stage in ("warm-up", "timed"):  # the second wave finds memory as the first one has left it
         running.train(stage)
     peak = peak_mib()
     answer = {"loaded_mib": loaded, "peak_mib": peak, "resident_mib": resident_mib()}
-    if system not in (OURS, BITWISE, HALF_MOMENTS):
-        return {**answer, "counted_mib": None}
-    if system == HALF_MOMENTS:
-        workload = replace(workload, moments="bfloat16")
-    return {**answer, "counted_mib": counted(model, workload, system == BITWISE)}
+    ours = system in (OURS, BITWISE)
+    return {**answer, "counted_mib": counted(model, workload, system == BITWISE) if ours else None}
 
 
 def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]:

@@ -10,12 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.bench.pool_workload import DENSE, POOL_PREFIX, PoolWorkload
-from fedmoe_ds.bench.system import BITWISE, FLOOR, HALF_MOMENTS, OURS, PEER_PREFIX, System
+from fedmoe_ds.bench.system import BITWISE, FLOOR, OURS, PEER_PREFIX, System
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import device_peak_mib, peak_mib
@@ -84,11 +84,9 @@ class PoolWorker:
 
 def open_system(name: str, folder: Path, workload: Workload) -> System:
     """Import and load one system, and nothing of the others."""
-    if name in (OURS, BITWISE, HALF_MOMENTS):
+    if name in (OURS, BITWISE):
         from fedmoe_ds.bench.fused import Fused
 
-        if name == HALF_MOMENTS:
-            workload = replace(workload, moments="bfloat16")
         return Fused(folder, workload, bitwise=name == BITWISE)
     from fedmoe_ds.bench.peers import Peft
 
