@@ -294,6 +294,7 @@ def test_two_ranks(root: Path, single: dict[str, Result], stopped: list[str]) ->
     check(run_distributed(on_ranks, 2, root, [1, 2], stopped, timeout_s=540.0), single)
 
 
+@pytest.mark.cluster
 def test_four_ranks(root: Path, single: dict[str, Result]) -> None:
     check(run_distributed(on_ranks, 4, root, [2], [], timeout_s=540.0), single)
 
