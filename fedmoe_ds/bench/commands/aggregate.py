@@ -29,7 +29,7 @@ ABOUT = (
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes, one cluster each")
     parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 128], help="sizes of the sums")
-    parser.add_argument("--rounds", type=int, default=7, help="repeats; medians are reported")
+    parser.add_argument("--rounds", type=int, default=21, help="repeats; medians are reported")
 
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:

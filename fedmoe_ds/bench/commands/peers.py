@@ -27,7 +27,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="flower, deepspeed (default: both)")
     parser.add_argument("--shape", nargs="+", default=["e32", "e64"], help="e32, e64 or tiny (default: e32 e64)")
     parser.add_argument("--steps", type=int, default=2, help="local steps per client and round")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating timed rounds; medians are reported")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating timed rounds; medians are reported")
     parser.add_argument("--mode", default="both", help="our rounds: fast, bitwise or both")
     parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")

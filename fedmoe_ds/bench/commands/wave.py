@@ -23,15 +23,15 @@ COLUMNS: list[Column] = [
 
 ABOUT = (
     "Eight clients train LoRA on experts and attention of a random OLMoE-shaped model: here together in one wave, "
-    "with transformers and PEFT one client after the other. The floor is the wave's own matrix products, one by one "
-    "into memory that is there already."
+    "with transformers and PEFT one client after the other. The floor is the wave's own matrix products, each one "
+    "call of torch.mm into memory that is there already; kernels of our own may be faster than that."
 )
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", nargs="+", default=["e32", "e64"], help="e32, e64, olmoe-7b or tiny (default: e32 e64)")
     parser.add_argument("--steps", type=int, default=2, help="local steps per client in a timed wave")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating repeats; medians are reported")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating repeats; medians are reported")
     parser.add_argument("--mode", help="ours: fast, bitwise or both (default: both; on a GPU fast alone)")
     parser.add_argument("--peers", nargs="*", default=["eager", "grouped_mm"], help="experts implementations of transformers")
     parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
