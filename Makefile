@@ -17,7 +17,8 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PIP := .venv/bin/python -m pip -qq
 PEERS_PIP := .venv-peers/bin/python -m pip -qq
 
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Daemons of SLURM and ssh live in sbin, which not every shell has on its path.
+export PATH := $(CURDIR)/.venv/bin:$(PATH):/usr/sbin:/sbin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
