@@ -17,7 +17,7 @@ from fedmoe_ds.bench.workload import AGREEMENT, Workload
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.machine import machine_facts
 
-SLOW_S = 30.0
+SLOW_S = 45.0
 """A peer whose warm-up takes longer is not timed again: that much work needs no repetition."""
 _SHARDS = {"cpu": "100MB", "cuda": "5GB"}
 MODES = {"fast": [OURS], "bitwise": [BITWISE], "both": [OURS, BITWISE]}

@@ -31,31 +31,17 @@ void ask(const float* from, int count, int64_t step) {
   for (int i = 0; i < count; ++i) __builtin_prefetch(from + i * step, kUse, 2);
 }
 
-// R vectors, of which each holds one of R columns in 16 rows, become 16 rows of R numbers one behind the other.
-template <int R>
-void interleave(Wide* v) {
+// Transposes 16 R numbers in registers: kTo = R turns [R,16] into [16,R], kTo = 16 turns it back. A stage moves the upper half in
+// between the lower half, which rotates the bits of all places by one; there are log2(16 R) of them, so either way comes round.
+template <int R, int kTo>
+void turn(Wide* v) {
   const Places low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   const Places high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  for (int done = 1; done < R; done *= 2) {
+  for (int done = 1; done < kTo; done *= 2) {
     Wide next[R];
     for (int i = 0; i < R / 2; ++i) {
       next[2 * i] = __builtin_shuffle(v[i], v[R / 2 + i], low);
       next[2 * i + 1] = __builtin_shuffle(v[i], v[R / 2 + i], high);
-    }
-    for (int i = 0; i < R; ++i) v[i] = next[i];
-  }
-}
-
-// And back.
-template <int R>
-void deinterleave(Wide* v) {
-  const Places even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-  const Places odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-  for (int done = 1; done < R; done *= 2) {
-    Wide next[R];
-    for (int i = 0; i < R / 2; ++i) {
-      next[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even);
-      next[R / 2 + i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
     }
     for (int i = 0; i < R; ++i) v[i] = next[i];
   }
@@ -68,7 +54,7 @@ void columns_to_rows(const float* from, float* to, int64_t width) {
   for (int64_t i = 0; i < whole; i += kLanes) {
     Wide v[R];
     for (int r = 0; r < R; ++r) v[r] = *reinterpret_cast<const Wide*>(from + r * width + i);
-    interleave<R>(v);
+    turn<R, R>(v);
     for (int r = 0; r < R; ++r) *reinterpret_cast<Wide*>(to + i * R + r * kLanes) = v[r];
   }
   for (int64_t i = whole; i < width; ++i)
@@ -82,7 +68,7 @@ void rows_to_columns(const float* from, float* to, int64_t width) {
   for (int64_t o = 0; o < whole; o += kLanes) {
     Wide v[R];
     for (int r = 0; r < R; ++r) v[r] = *reinterpret_cast<const Wide*>(from + o * R + r * kLanes);
-    deinterleave<R>(v);
+    turn<R, kLanes>(v);
     for (int r = 0; r < R; ++r) *reinterpret_cast<Wide*>(to + r * width + o) = v[r];
   }
   for (int64_t o = whole; o < width; ++o)
@@ -175,7 +161,7 @@ void outer_to_rows(float* g, const float* m, const float* y, int64_t rows, int64
   for (int64_t o = 0; o < whole; o += kLanes) {
     Wide sum[R];
     outer_columns<R>(m, y + o, rows, width, sum);
-    interleave<R>(sum);
+    turn<R, R>(sum);
     ask<kWrite>(next_g + o * R, R, kLanes);
     for (int r = 0; r < R; ++r) *reinterpret_cast<Wide*>(g + o * R + r * kLanes) += sum[r];
   }
