@@ -2,8 +2,8 @@
 
 Counted, forward and backward: frozen matrices x W^T and dy W; adapters with their weight gradients as well; dense projections,
 attention scores and values (whole squares), router, output head. Not counted: what a backward pass recomputes, and dx below the
-first adapters. The wave's own routing gives the row counts. What runs these products through torch cannot be faster; with kernels
-of its own it can.
+first adapters. The wave's own routing gives the row counts. What runs these products through torch cannot be faster; what has
+kernels of its own can.
 
 Legend: T token rows, N routed rows, C clients, L layers, E experts, G groups, D model width, F expert width, R rank,
 S positions, K head width, I input width, O output width.
