@@ -32,7 +32,7 @@ class PooledData:
 
 def pooled_client(clients: list[Client], local: LocalConfig) -> Client:
     """The pooled client: the largest budget, and as many steps as all clients together take in a round."""
-    largest = max(clients, key=lambda client: (client.top_k, -client.index))
+    largest = max(clients, key=lambda client: (client.budget, -client.index))
     return replace(
         largest,
         index=0,
