@@ -70,7 +70,6 @@ class Parts:
     training_data: TrainingData
     clients: list[Client]
     training_clients: list[Client]
-    tiers: list[int]
     blocks: list[BlockSpec]
     execution: Execution
     trainer: WaveTrainer
@@ -198,8 +197,8 @@ def _assemble(
         client_rules(config, method, state),
     )
     ours = identity(config, foundation, data)
-    tiers, folder = sorted({client.top_k for client in clients}, reverse=True), Path(config.output) / config.name
-    evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, tiers, method, config.evaluation)
+    folder = Path(config.output) / config.name
+    evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, method, config.evaluation)
     return Parts(
         config=config,
         runtime=runtime,
@@ -211,7 +210,6 @@ def _assemble(
         training_data=training_data,
         clients=clients,
         training_clients=training_clients,
-        tiers=tiers,
         blocks=blocks,
         execution=execution,
         trainer=trainer,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.batch import Rows, make_batch
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.model import forward_pass
 from fedmoe_ds.config import EvaluationConfig
 from fedmoe_ds.data import FederatedData, Sequences
@@ -32,9 +32,13 @@ ReadBatch = Callable[[], Sequences]
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation row. Loss is the mean negative log-likelihood per target token, in nats."""
+    """One evaluation row of the tier `label` (see `fedmoe_ds.clients.tiers`), whose top-k is `tier`.
+
+    Loss is the mean negative log-likelihood per target, in nats; it and the accuracy are NaN where there is no target.
+    """
 
     tier: int
+    label: str
     split: str
     loss: float
     accuracy: float
@@ -46,19 +50,21 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-def pooled(tier: int, split: str, sums_3N: Tensor, client: str | None = None) -> Score:
-    """Pool per-batch (nll, correct, tokens) into one row."""
-    nll, correct, tokens = (float(value) for value in sums_3N.sum(1))
-    return Score(tier, split, nll / max(tokens, 1.0), correct / max(tokens, 1.0), int(tokens), client)
+def pooled(member: Client, split: str, sums_3N: Tensor, client: str | None = None) -> Score:
+    """Pool per-batch (nll, correct, targets) into one row of the tier that `member` is of."""
+    nll, correct, targets = (float(value) for value in sums_3N.sum(1))
+    loss, accuracy = (nll / targets, correct / targets) if targets else (math.nan, math.nan)
+    return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client)
 
 
 class Evaluator:
-    """Scores the global adapters at each tier.
+    """Scores the global adapters at each tier: as a client receives them whose budget is what the tier's clients began with.
+
+    What clients changed about their budgets on the way (HetLoRA's pruned ranks) does not count: the tier stays what it was.
 
     Args:
         bank: the global adapters (one client slot, no gradients); in the model only while an evaluation runs.
         clients: all clients; a tier's personal state is the mean over its clients.
-        tiers: the caps to evaluate.
     """
 
     def __init__(
@@ -69,12 +75,12 @@ class Evaluator:
         bank: Bank,
         data: FederatedData,
         clients: list[Client],
-        tiers: list[int],
         method: Method,
         config: EvaluationConfig,
     ) -> None:
         self.foundation, self.execution, self.runtime, self.bank = foundation, execution, runtime, bank
-        self.data, self.clients, self.tiers, self.method, self.config = data, clients, tiers, method, config
+        self.data, self.clients, self.tiers = data, clients, tiers_of(clients)
+        self.method, self.config = method, config
 
     def scores(self, personal: Personal, per_client: bool, plain: bool) -> list[Score]:
         """Rows for every tier: split `global`, and with `per_client` also `client` (one per client) and `clients` (pooled).
@@ -84,38 +90,35 @@ class Evaluator:
         """
         rows = []
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
-        for tier in self.tiers:
-            members = [client for client in self.clients if client.top_k == tier]
+        for members in self.tiers.values():
             how = self.method.assign(members[0], Situation(0, personal.dense(members[0].index)))
             how = how if not plain else replace(how, rows_R=None, rescale=None)
             if not self.method.personal_models:
-                rows += self._tier_rows(tier, members, how, personal, owners, plain)
+                rows += self._tier_rows(members, how, personal, owners, plain)
                 continue
             # A client's own model exists at its own tier only; the foundation is scored there for the same clients.
             own = [client for client in owners if client in members]
             if plain:
-                rows += self._tier_rows(tier, members, how, personal, own, plain)
+                rows += self._tier_rows(members, how, personal, own, plain)
             else:
-                rows += self._personal_rows(tier, members, how, personal, own)
+                rows += self._personal_rows(members, how, personal, own)
         return rows
 
     def _tier_rows(
-        self, tier: int, members: list[Client], how: Assignment, personal: Personal, owners: list[Client], plain: bool
+        self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client], plain: bool
     ) -> list[Score]:
         """One model for the tier: global adapters, personal blocks at the mean over its clients."""
         for name in (name for name, spec in personal.specs.items() if name in self.bank):
             mean = personal.values[name][[client.index for client in members]].double().mean(0)
             self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
-        rows = [pooled(tier, "global", self._run(self._global_batches(), how))]
+        rows = [pooled(members[0], "global", self._run(self._global_batches(), how))]
         if owners:
             sums_3N = self._run([self._client_batch(client) for client in owners], how)
-            rows.append(pooled(tier, "clients", sums_3N))
-            rows += [pooled(tier, "client", sums_3N[:, i : i + 1], c.name) for i, c in enumerate(owners)]
+            rows.append(pooled(members[0], "clients", sums_3N))
+            rows += [pooled(members[0], "client", sums_3N[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
 
-    def _personal_rows(
-        self, tier: int, members: list[Client], how: Assignment, personal: Personal, owners: list[Client]
-    ) -> list[Score]:
+    def _personal_rows(self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client]) -> list[Score]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
         shared, own = [], {}
         for client in members:
@@ -124,10 +127,10 @@ class Evaluator:
             shared.append(self._run(self._global_batches(), how))
             if client in owners:
                 own[client.name] = self._run([self._client_batch(client)], how)
-        rows = [pooled(tier, "global", torch.cat(shared, 1))]
+        rows = [pooled(members[0], "global", torch.cat(shared, 1))]
         if own:
-            rows.append(pooled(tier, "clients", torch.cat(list(own.values()), 1)))
-            rows += [pooled(tier, "client", sums_3N, name) for name, sums_3N in own.items()]
+            rows.append(pooled(members[0], "clients", torch.cat(list(own.values()), 1)))
+            rows += [pooled(members[0], "client", sums_3N, name) for name, sums_3N in own.items()]
         return rows
 
     def _global_batches(self) -> list[ReadBatch]:
@@ -142,7 +145,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _run(self, batches: list[ReadBatch], how: Assignment) -> Tensor:
-        """[3, N batches]: (nll, correct, tokens) under one assignment, identical on every rank."""
+        """[3, N batches]: (nll, correct, targets) under one assignment, identical on every rank."""
         sums_3N = torch.zeros(3, len(batches), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
         trained_bank, trained_pool = self.execution.bank, self.execution.pool

@@ -18,7 +18,7 @@ from fedmoe_ds.activity import activity
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.build import Parts
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.report import Report
 from fedmoe_ds.clients.schedule import Wave, schedule
@@ -187,7 +187,7 @@ class Federation:
                 for name, value in parts.method.remember(report).items():
                     self.state.personal.store(report.client.index, name, value)
         if shard == 0:
-            tier = progressed.activation.setdefault(report.client.top_k, np.zeros_like(report.counts_LE))
+            tier = progressed.activation.setdefault(report.client.tier, np.zeros_like(report.counts_LE))
             tier += report.counts_LE
         if at_home:
             spent = parts.cost.spent(
@@ -205,7 +205,7 @@ class Federation:
         self.state.personal.share(parts.runtime, parts.topology)
         done = {index: report for part in parts.runtime.gather(_texts(progressed.done)) for index, report in part.items()}
         progressed.done = {int(index): report for index, report in done.items()}
-        tiers = sorted({client.top_k for client in parts.clients})
+        tiers = list(tiers_of(parts.clients))
         total = torch.zeros(len(tiers), *parts.counts_shape, dtype=torch.int64)
         for i, tier in enumerate(tiers):
             if tier in progressed.activation:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedmoe_ds.activity import activity
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
 from fedmoe_ds.experts.layer import RESCALER
@@ -89,6 +90,7 @@ class Journal:
         return {
             "client": report.client.name,
             "top_k": report.client.top_k,
+            "tier_label": report.client.tier,
             "steps": report.steps,
             "tokens": report.tokens,
             "loss_first": first,
@@ -103,16 +105,16 @@ class Journal:
 
     def absent(self, client: Client) -> dict[str, Any]:
         """The same of a client that did not fit into memory."""
-        nothing = {"steps": 0, "tokens": 0, "loss_first": None, "loss_last": None, "active_experts": client.top_k, "rank": None}
+        nothing = {"steps": 0, "tokens": 0, "loss_first": None, "loss_last": None, "active_experts": client.cap, "rank": None}
         rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
-        return {"client": client.name, "top_k": client.top_k, **nothing, **rest}
+        return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
 
     def evaluation(self, round_index: int, rows: list[Score]) -> None:
         """Evaluation rows, and one progress line."""
 
         def write() -> None:
             for row in rows:
-                fields: dict[str, Any] = {"round": round_index, "tier": row.tier, "split": row.split}
+                fields: dict[str, Any] = {"round": round_index, "tier": row.tier, "tier_label": row.label, "split": row.split}
                 fields |= {"perplexity": row.perplexity, "accuracy": row.accuracy, "loss": row.loss}
                 fields["tokens"] = row.tokens
                 if row.client is not None:
@@ -122,9 +124,10 @@ class Journal:
         self._write(write)
         if self.monitor is not None:
             shown = [row for row in rows if row.split != "client"]
-            self.monitor.write_events([(f"perplexity/{row.split}/k{row.tier}", row.perplexity, round_index) for row in shown])
+            names = [f"perplexity/{row.split}/k{row.label}".replace(" ", "-") for row in shown]
+            self.monitor.write_events([(name, row.perplexity, round_index) for name, row in zip(names, shown, strict=True)])
         head = "foundation" if round_index == 0 else f"round {round_index}"
-        tiers = "  ".join(f"k={row.tier}: {row.perplexity:.2f}" for row in rows if row.split == "global")
+        tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in rows if row.split == "global")
         self.note(f"{head}: perplexity {tiers}")
 
     def round(
@@ -145,10 +148,12 @@ class Journal:
         def write() -> None:
             for client in clients:
                 self.log.write("client", round=round_index, **client)
-            for tier, counts_LE in sorted(progressed.activation.items(), reverse=True):
+            for label in sorted(progressed.activation, key=tier_order):
+                counts_LE = progressed.activation[label]
                 if counts_LE.sum():
+                    tier = {"tier": tier_top_k(label), "tier_label": label}
                     share = counts_LE / counts_LE.sum(1, keepdims=True).clip(1)
-                    self.log.write("experts", round=round_index, tier=tier, activation=share.round(6))
+                    self.log.write("experts", round=round_index, **tier, activation=share.round(6))
             self.log.write(
                 "round",
                 round=round_index,

@@ -51,8 +51,8 @@ def describe(config: Config, world_size: int) -> list[str]:
 
 
 def _federation_line(job: Job) -> str:
-    counts = {tier.top_k: sum(client.top_k == tier.top_k for client in job.clients) for tier in job.tiers}
-    dealt = ", ".join(f"k={cap}: {count}" for cap, count in counts.items())
+    counts = {tier.label: sum(client.tier == tier.label for client in job.clients) for tier in job.tiers}
+    dealt = ", ".join(f"k={label}: {count}" for label, count in counts.items())
     return f"federation: {len(job.clients)} clients ({dealt}), {job.config.federation.rounds} rounds"
 
 

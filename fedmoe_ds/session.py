@@ -16,6 +16,7 @@ from fedmoe_ds import state as states
 from fedmoe_ds.activity import activity
 from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.checkpoint_writer import remove_unfinished
+from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.config import Config
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
@@ -191,7 +192,8 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "num_experts": parts.places.num_experts,
         "top_k": parts.places.top_k,
         "layers": len(parts.places.layers),
-        "tiers": parts.tiers,
+        "tiers": sorted({client.top_k for client in parts.clients}, reverse=True),
+        "budgets": budgets(parts),
         "foundation": foundation.fingerprint,
         "seed": config.seed,
         "reproducible": "bitwise" if is_bitwise(config, parts.runtime) else "fast",
@@ -201,12 +203,22 @@ def run_facts(parts: Parts) -> dict[str, Any]:
     }
 
 
+def budgets(parts: Parts) -> list[dict[str, Any]]:
+    """What the clients of every tier have to spend, the largest tier first."""
+    return [
+        {"tier_label": tier, "top_k": first.top_k, "active_experts": first.cap, "rank": first.rank,
+         "experts": first.experts, "clients": 1 + len(others)}
+        for tier, (first, *others) in tiers_of(parts.clients).items()
+    ]  # fmt: skip
+
+
 def data_facts(parts: Parts) -> dict[str, Any]:
     """The `data` event."""
     clients = [
-        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.tokens, "top_k": c.top_k}
+        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.tokens, "top_k": c.top_k,
+         "tier_label": c.tier}
         for c in parts.clients
-    ]
+    ]  # fmt: skip
     return {"clients": clients, "distribution": parts.data.distribution, "fingerprint": parts.data.fingerprint}
 
 

@@ -31,12 +31,12 @@ class Progressed:
 
     Attributes:
         done: client index -> what it reported, for metrics.
-        activation: tier (k) -> routed rows per (layer, expert).
+        activation: label of a tier -> routed rows per (layer, expert).
         seconds: training time spent on it before an interruption.
     """
 
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
-    activation: dict[int, np.ndarray] = field(default_factory=dict)
+    activation: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -81,7 +81,7 @@ def save(
     if state.progressed is not None:
         partial = {
             "done": {str(index): report for index, report in state.progressed.done.items()},
-            "activation": {str(tier): counts.tolist() for tier, counts in state.progressed.activation.items()},
+            "activation": {tier: counts.tolist() for tier, counts in state.progressed.activation.items()},
             "seconds": state.progressed.seconds,
             "sums": SUMS_LAYOUT,
         }
@@ -116,7 +116,7 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
     state.utilisation_LE = None if snapshot.utilisation is None else np.array(snapshot.utilisation, dtype=np.int64)
     if snapshot.partial is None:
         return
-    activation = {int(k): np.array(counts, dtype=np.int64) for k, counts in snapshot.partial["activation"].items()}
+    activation = {tier: np.array(counts, dtype=np.int64) for tier, counts in snapshot.partial["activation"].items()}
     state.progressed = Progressed(
         {int(index): report for index, report in snapshot.partial["done"].items()},
         activation if topology.rank == 0 else {},  # counts are summed over ranks when the round ends

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from fedmoe_ds import session
-from fedmoe_ds.build import Parts, load_parts
+from fedmoe_ds.absences import Absences
+from fedmoe_ds.build import Parts, load_parts, memory_settings
 from fedmoe_ds.collectives import TorchSumming
 from fedmoe_ds.config import Config
 from fedmoe_ds.control import Alone, make_control
@@ -134,6 +135,15 @@ def build(config: Config, runtime: Runtime, topology: Topology) -> tuple[Parts, 
     parts = load_parts(config, runtime, topology, journal.progress)
     session.begin(parts, journal, None)
     return parts, journal
+
+
+def leave_out(parts: Parts, kept: dict[int, int]) -> None:
+    """Let all clients of a round but the first `kept` ones be absent, as after a start that ran out of memory on them."""
+    missing = [(index, c.index) for index, count in kept.items() for c in parts.participants(index)[count:]]
+    settings = memory_settings(parts.config, parts.identity)
+    key = parts.absences.key
+    parts.absences = Absences(parts.absences.path.parent, settings, [json.dumps([key, *entry]) for entry in missing])
+    assert parts.absences.key == key
 
 
 def finish(parts: Parts, journal: Journal) -> Result:

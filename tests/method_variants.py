@@ -23,6 +23,7 @@ EACH_CLIENT: dict[str, Any] = {"client_sequences": 1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "flame": {"method": {"name": "flame"}},
     "flame-layers": {"method": {"name": "flame", "rescaler_scope": "layer", "rescaler_init": "ratio"}},
+    "flame-static": {"method": {"name": "flame", "rescaler": "static"}},
     "fedit": {"method": {"name": "fedit"}},
     "hfedmoe": {"method": {"name": "hfedmoe"}, "adapters": {"router": "train"}},
     "hfedmoe-full": {

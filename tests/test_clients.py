@@ -111,7 +111,7 @@ def test_clients_carry_what_their_tier_buys() -> None:
 
 def test_tiers_are_checked_against_the_model() -> None:
     defaults = resolve_tiers(FederationConfig(), FULL, "top_k")
-    assert defaults == [Tier(cap, 1.0, cap, 16, 64) for cap in (8, 4, 2, 1)]
+    assert defaults == [Tier(cap, 1.0, cap, 16, 64, str(cap)) for cap in (8, 4, 2, 1)]
     given_tiers = FederationConfig(tiers=tiers_of((8, 1.0), (2, 1.0)))
     with pytest.raises(UserError, match=r"^federation.tiers.0.top_k: 8: the model activates 4 experts per token; use 1 to 4"):
         resolve_tiers(given_tiers, Capacity(4, 16, 64), "top_k")

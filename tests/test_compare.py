@@ -88,7 +88,7 @@ def start(request: Request, script: Path = NOWHERE, note: Callable[[str], None] 
 def comparison_of(by_label: dict[str, Sequence[float | None]], seeds: int | None = None, **facts: Any) -> Comparison:
     """Records with these perplexities by seed at tiers 2 (as given) and 1 (twice)."""
     records = [
-        Record(label, seed, f"{label}-seed{seed}", "", {2: {"perplexity": 50.0}}, after(value), {"foundation": seed}, {})
+        Record(label, seed, f"{label}-seed{seed}", "", {"2": {"perplexity": 50.0}}, after(value), {"foundation": seed}, {})
         for label, values in by_label.items()
         for seed, value in enumerate(values)
         if value is not None
@@ -96,8 +96,8 @@ def comparison_of(by_label: dict[str, Sequence[float | None]], seeds: int | None
     return Comparison(list(by_label), seeds or max(map(len, by_label.values())), records)
 
 
-def after(value: float) -> dict[int, dict[str, float]]:
-    return {2: {"perplexity": value}, 1: {"perplexity": 2 * value}}
+def after(value: float) -> dict[str, dict[str, float]]:
+    return {"2": {"perplexity": value}, "1": {"perplexity": 2 * value}}
 
 
 def test_a_run_takes_base_own_keys_overrides_and_entry_in_this_order(request_: Request) -> None:
@@ -251,7 +251,7 @@ def test_runs_of_a_seed_with_another_foundation_or_data_are_refused(request_: Re
 
 
 def test_mean_and_sample_deviation_over_seeds() -> None:
-    lines = {line.label: line for line in comparison_of({"a": [10.0, 12.0, 17.0], "b": [11.0]}, seeds=3).lines(2)}
+    lines = {line.label: line for line in comparison_of({"a": [10.0, 12.0, 17.0], "b": [11.0]}, seeds=3).lines("2")}
     spread = lines["a"].figures["perplexity"]
     assert spread.mean == 13.0 and spread.std == pytest.approx(math.sqrt(13.0))
     assert lines["b"].figures["perplexity"].std is None and lines["b"].seeds == 1
@@ -262,32 +262,32 @@ def test_flops_are_means_over_a_tiers_clients_and_absent_in_older_runs(request_:
     new, old = plan(request_)[:2]
     record_run(new, 30.0, flops=2.0e12)
     record_run(old, 30.0)
-    assert read_record(new).after[2]["flops"] == 6.0e12 and read_record(new).after[1]["flops"] == 2.0e12
-    assert "flops" not in read_record(old).after[2]
+    assert read_record(new).after["2"]["flops"] == 6.0e12 and read_record(new).after["1"]["flops"] == 2.0e12
+    assert "flops" not in read_record(old).after["2"]
 
 
 def test_a_figure_that_was_not_finite_is_said_to_be(request_: Request) -> None:
     run = plan(request_)[0]
     record_run(run, None)
     comparison = Comparison(["flame"], 1, [read_record(run)])
-    assert "| not finite |" in tier_table(comparison, 2).splitlines()[-1]
-    assert comparison.order(2) == []
+    assert "| not finite |" in tier_table(comparison, "2").splitlines()[-1]
+    assert comparison.order("2") == []
 
 
 def test_methods_are_told_apart_by_pairs_of_one_seed() -> None:
     """The tasks of the seeds differ by far more than the methods do, and yet a is better in every one of them."""
     comparison = comparison_of({"b": [10.2, 20.4, 41.0], "a": [10.0, 20.0, 40.0], "c": [10.1, 19.9, 40.3]})
-    assert comparison.order(2) == [("", "a"), ("≈", "c"), ("<", "b")]
-    ratio = comparison.log_ratio("a", "b", 2, "perplexity")
+    assert comparison.order("2") == [("", "a"), ("≈", "c"), ("<", "b")]
+    ratio = comparison.log_ratio("a", "b", "2", "perplexity")
     assert ratio is not None and ratio.mean == pytest.approx(-(2 * math.log(1.02) + math.log(1.025)) / 3)
-    assert comparison.best(2, "perplexity") == {"a"} and comparison.best(2, "flops") == set()
+    assert comparison.best("2", "perplexity") == {"a"} and comparison.best("2", "flops") == set()
 
 
 def test_only_methods_with_all_seeds_can_be_best() -> None:
     comparison = comparison_of({"a": [10.0, None], "b": [11.0, 12.0], "c": [12.0, 13.0]})
-    assert comparison.best(2, "perplexity") == {"b"}
-    assert "| a (1 of 2 seeds) |" in tier_table(comparison, 2)
-    ratio = comparison.log_ratio("a", "b", 2, "perplexity")
+    assert comparison.best("2", "perplexity") == {"b"}
+    assert "| a (1 of 2 seeds) |" in tier_table(comparison, "2")
+    ratio = comparison.log_ratio("a", "b", "2", "perplexity")
     assert ratio is not None and list(ratio.values) == [0], "only the seed that both have"
 
 
@@ -307,7 +307,7 @@ def test_verdicts() -> None:
 
 def test_an_expectation_may_compare_how_clear_an_order_is_at_two_tiers() -> None:
     records = [
-        Record(label, seed, f"{label}{seed}", "", {}, {2: {"perplexity": high}, 1: {"perplexity": low}}, {}, {})
+        Record(label, seed, f"{label}{seed}", "", {}, {"2": {"perplexity": high}, "1": {"perplexity": low}}, {}, {})
         for label, high, low in (("a", 10.0, 20.0), ("b", 11.0, 30.0))
         for seed in range(2)
     ]
@@ -321,7 +321,7 @@ def test_tables_mark_the_best_and_line_up(request_: Request) -> None:
     for place, run in enumerate(plan(request_)):
         record_run(run, 30.0 + place, flops=(1 + place // 2) * 1e12)
     records = [read_record(run) for run in plan(request_)]
-    head, _, *rows = tier_table(Comparison(["flame", "flame-t0"], 2, records), 2).splitlines()
+    head, _, *rows = tier_table(Comparison(["flame", "flame-t0"], 2, records), "2").splitlines()
     assert len({len(line) for line in (head, *rows)}) == 1
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in cells] == ["foundation", "flame", "flame-t0"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from fedmoe_ds.clients.tiers import Budget, tier_labels
 from fedmoe_ds.config import FederationConfig, TierConfig
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
@@ -21,11 +23,12 @@ class Client:
     """One federated client: its data sizes, its budget tier and what the budget buys.
 
     Attributes:
-        top_k: the tier: a FLOPs budget named by the number of active experts that it pays for.
+        top_k: a FLOPs budget named by the number of active experts that it pays for.
         cap: active experts per token that the client really uses.
         rank: LoRA rank that it trains.
         experts: experts per layer that one of its batches may train.
         steps: exact local steps, where they are not derived from the sequences (the pooled client of centralised training).
+        tier: what outputs call its tier, see `fedmoe_ds.clients.tiers`; clients of one tier have one budget.
     """
 
     index: int
@@ -38,6 +41,11 @@ class Client:
     rank: int = 1
     experts: int = 1
     steps: int | None = None
+    tier: str = ""
+
+    @property
+    def budget(self) -> Budget:
+        return self.top_k, self.rank, self.experts
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,18 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Tier:
-    """A budget tier with everything decided; `top_k` is its name, see `Client`."""
+    """A budget tier with everything decided, see `Client`; `label` is what outputs call it."""
 
     top_k: int
     share: float
     cap: int
     rank: int
     experts: int
+    label: str = ""
+
+    @property
+    def budget(self) -> Budget:
+        return self.top_k, self.rank, self.experts
 
 
 def default_tiers(top_k: int) -> list[TierConfig]:
@@ -88,7 +101,9 @@ def resolve_tiers(config: FederationConfig, full: Capacity, spends: Spends) -> l
             if value is not None and value > most:
                 raise UserError(f"federation.tiers.{i}.{key}: {value}: the model {verb} {most} {unit}; use 1 to {most}")
     bought = spends if config.budget == "method" else config.budget
-    return [_decide(tier, full, bought) for tier in given]
+    tiers = [_decide(tier, full, bought) for tier in given]
+    labels = tier_labels(tier.budget for tier in tiers)
+    return [replace(tier, label=labels[tier.budget]) for tier in tiers]
 
 
 def _decide(tier: TierConfig, full: Capacity, spends: str) -> Tier:
@@ -124,6 +139,15 @@ def make_clients(data: FederatedData, config: FederationConfig, tiers: list[Tier
             dealt[i].cap,
             dealt[i].rank,
             dealt[i].experts,
+            tier=dealt[i].label,
         )
         for i, name in enumerate(data.names)
     ]
+
+
+def tiers_of(clients: Iterable[Client]) -> dict[str, list[Client]]:
+    """The clients of every tier, by its label, the largest budget first."""
+    found: dict[str, list[Client]] = {}
+    for client in sorted(clients, key=lambda client: client.budget, reverse=True):
+        found.setdefault(client.tier, []).append(client)
+    return found

@@ -33,7 +33,7 @@ class PooledData:
 
 def pooled_client(clients: list[Client], local: LocalConfig) -> Client:
     """The pooled client: the largest budget, and steps on as many sequences as all clients together train on in a round."""
-    largest = max(clients, key=lambda client: (client.top_k, -client.index))
+    largest = max(clients, key=lambda client: (client.budget, -client.index))
     everyone = replace(
         largest,
         index=0,

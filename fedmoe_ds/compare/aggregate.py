@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.compare.record import FIGURES, Figures, Record
 
 FOUNDATION = "foundation"
@@ -51,9 +52,13 @@ class Comparison:
 
     def __init__(self, labels: Sequence[str], seeds: int, records: Sequence[Record]) -> None:
         self.labels, self.seeds, self.records = list(labels), seeds, list(records)
-        self.tiers = sorted({tier for record in records for tier in record.after}, reverse=True)
+        self.tiers = sorted({tier for record in records for tier in record.after}, key=tier_order)
 
-    def lines(self, tier: int) -> list[Line]:
+    def tiers_at(self, top_k: int) -> list[str]:
+        """The labels of the tiers with this top-k; at least one, which is nobody's if there are none."""
+        return [tier for tier in self.tiers if tier_top_k(tier) == top_k] or [str(top_k)]
+
+    def lines(self, tier: str) -> list[Line]:
         """The foundation first, then the methods; the foundation of a seed is the same in all of its runs."""
         first = {record.seed: record for record in reversed(self.records)}
         base = {seed: record.before.get(tier, {}) for seed, record in first.items()}
@@ -64,7 +69,7 @@ class Comparison:
                 lines.append(Line(label, _spreads(after), len(after)))
         return lines
 
-    def best(self, tier: int, figure: str) -> set[str]:
+    def best(self, tier: str, figure: str) -> set[str]:
         """The methods with the best mean; empty for a cost, or when fewer than two methods have all seeds."""
         if figure not in HIGHER_IS_BETTER:
             return set()
@@ -76,7 +81,7 @@ class Comparison:
         top = max(means.values()) if HIGHER_IS_BETTER[figure] else min(means.values())
         return {label for label, mean in means.items() if mean == top}
 
-    def log_ratio(self, left: str, right: str, tier: int, figure: str) -> Spread | None:
+    def log_ratio(self, left: str, right: str, tier: str, figure: str) -> Spread | None:
         """log(left / right) by seed, over the seeds that both have; None without one, or where a value is not positive.
 
         Foundation and data differ between seeds and are shared within one, so only pairs of one seed tell methods apart.
@@ -90,7 +95,7 @@ class Comparison:
             return None
         return Spread({seed: math.log(sides[0][seed] / sides[1][seed]) for seed in seeds})
 
-    def order(self, tier: int, figure: str = "perplexity") -> list[tuple[str, str]]:
+    def order(self, tier: str, figure: str = "perplexity") -> list[tuple[str, str]]:
         """Methods with finite means, lowest first, each with the sign to its predecessor: `<`, or `≈` within the spread."""
         lines = [line for line in self.lines(tier)[1:] if figure in line.figures and math.isfinite(line.figures[figure].mean)]
         lines.sort(key=lambda line: line.figures[figure].mean)
@@ -106,7 +111,7 @@ def is_clear(difference: Spread) -> bool:
     return abs(difference.mean) > (difference.std or 0.0)
 
 
-def _holds(record: Record, label: str, tier: int, figure: str) -> bool:
+def _holds(record: Record, label: str, tier: str, figure: str) -> bool:
     return record.label == label and figure in record.after.get(tier, {})
 
 

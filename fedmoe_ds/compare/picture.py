@@ -52,7 +52,7 @@ def picture(comparison: Comparison) -> str:
     )
 
 
-def _panel(comparison: Comparison, tier: int) -> list[Markup]:
+def _panel(comparison: Comparison, tier: str) -> list[Markup]:
     lines = {line.label: line.figures.get("perplexity") for line in comparison.lines(tier)}
     spreads = {label: s for label in comparison.labels if (s := lines.get(label)) and math.isfinite(s.mean)}
     base = lines[FOUNDATION]

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.report.history import SPLITS, Event, History, tier_results
+from fedmoe_ds.report.history import SPLITS, Event, History, tier_of, tier_results
 
 FIGURES = ("perplexity", "accuracy", "clients_perplexity", "clients_accuracy", "flops")
 Figures = dict[str, float]
@@ -29,8 +29,8 @@ class Record:
     seed: int
     name: str
     digest: str
-    before: Mapping[int, Figures]
-    after: Mapping[int, Figures]
+    before: Mapping[str, Figures]
+    after: Mapping[str, Figures]
     ground: Mapping[str, Any]
     versions: Mapping[str, str]
 
@@ -39,8 +39,8 @@ def read_record(run: Run) -> Record:
     """The record of a finished run."""
     history = run.history()
     assert history.end is not None, f"{run.name} is not finished"
-    before: dict[int, Figures] = {}
-    after: dict[int, Figures] = {}
+    before: dict[str, Figures] = {}
+    after: dict[str, Figures] = {}
     for result in tier_results(history.evaluations.values()):
         prefix = "" if result.split == "global" else "clients_"
         before.setdefault(result.tier, {}).update(_scores(result.before, prefix))
@@ -57,9 +57,9 @@ def _scores(event: Event, prefix: str) -> Figures:
     return {prefix + name: broken[name] if event[name] is None else float(event[name]) for name in broken if name in event}
 
 
-def _flops(history: History, tier: int) -> Figures:
+def _flops(history: History, tier: str) -> Figures:
     """The mean over the tier's client events; nothing where one of them lacks the field (a run of an older version)."""
-    spent = [event.get("flops") for event in history.clients.values() if event["top_k"] == tier]
+    spent = [event.get("flops") for event in history.clients.values() if tier_of(event) == tier]
     known = [float(value) for value in spent if value is not None]
     return {"flops": sum(known) / len(known)} if known and len(known) == len(spent) else {}
 

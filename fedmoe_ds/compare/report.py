@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.clients.tiers import tier_top_k
 from fedmoe_ds.compare.aggregate import Comparison
 from fedmoe_ds.compare.picture import picture
 from fedmoe_ds.compare.protocol import Expectation
@@ -161,7 +162,7 @@ def _setting(study: Study) -> str:
     return "".join(facts)
 
 
-def _order(comparison: Comparison, tier: int) -> str:
+def _order(comparison: Comparison, tier: str) -> str:
     order = comparison.order(tier)
     return "Lowest perplexity first: " + " ".join(f"{sign} {label}".strip() for sign, label in order) if len(order) > 1 else ""
 
@@ -190,11 +191,11 @@ def numbers(study: Study) -> dict[str, Any]:
         "methods": [{"label": v.label, "name": v.name, "from": v.origin} for v in study.variants],
         "runs": [_run_numbers(study, run) for run in study.runs],
         "missing": study.missing,
-        "tiers": [{"tier": tier, "lines": _line_numbers(comparison, tier)} for tier in comparison.tiers],
+        "tiers": [_named(tier) | {"lines": _line_numbers(comparison, tier)} for tier in comparison.tiers],
         "expectations": [
             {
                 **verdict.expectation.model_dump(exclude={"tiers"}),
-                "tier": verdict.tier,
+                **_named(verdict.tier),
                 "verdict": verdict.answer,
                 "log_ratio_by_seed": dict(verdict.difference.values) if verdict.difference else None,
             }
@@ -213,7 +214,11 @@ def _run_numbers(study: Study, run: Run) -> dict[str, Any]:
     return head | facts | {"before": record.before, "after": record.after}
 
 
-def _line_numbers(comparison: Comparison, tier: int) -> list[dict[str, Any]]:
+def _named(tier: str) -> dict[str, Any]:
+    return {"tier": tier_top_k(tier), "tier_label": tier}
+
+
+def _line_numbers(comparison: Comparison, tier: str) -> list[dict[str, Any]]:
     return [
         {"label": line.label, "seeds": line.seeds}
         | {name: {"mean": s.mean, "std": s.std, "by_seed": dict(s.values)} for name, s in line.figures.items()}

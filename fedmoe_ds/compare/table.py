@@ -14,7 +14,7 @@ _NAMES = {"perplexity": "perplexity", "clients_perplexity": "clients' perplexity
 _HEAD = ("method", "perplexity", "clients' hold-outs", "accuracy", "TFLOP", "of {first}")
 
 
-def tier_table(comparison: Comparison, tier: int) -> str:
+def tier_table(comparison: Comparison, tier: str) -> str:
     """Foundation and methods at one tier: mean ± sample standard deviation over seeds, the best mean in bold.
 
     Perplexity and accuracy are those of the global hold-out, TFLOP those of one client in one round, forward and backward
@@ -41,7 +41,7 @@ def tier_table(comparison: Comparison, tier: int) -> str:
     return markdown(head, [row(line) for line in lines])
 
 
-def _cell(comparison: Comparison, line: Line, tier: int, figure: str, form: Callable[[float], str]) -> str:
+def _cell(comparison: Comparison, line: Line, tier: str, figure: str, form: Callable[[float], str]) -> str:
     spread = line.figures.get(figure)
     if spread is None:
         return MISSING
@@ -70,7 +70,7 @@ def verdict_table(verdicts: Sequence[Verdict], sources: bool = True) -> str:
         if expected.more_than_at is not None:
             claim += f", more clearly than at k={expected.more_than_at}"
         single = verdict.difference is not None and len(verdict.difference.values) == 1
-        row = [claim, verdict.answer + (" (one seed)" if single else ""), expected.source, str(verdict.tier)]
+        row = [claim, verdict.answer + (" (one seed)" if single else ""), expected.source, verdict.tier]
         row.append(MISSING if verdict.difference is None else with_spread(verdict.difference, lambda v: f"{number(100 * v)} %"))
         rows.append(row if sources else [*row[:2], *row[3:]])
     head = ["expected", "verdict", *(["source"] if sources else []), "top-k", "left against right"]

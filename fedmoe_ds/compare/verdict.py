@@ -20,25 +20,32 @@ class Verdict:
     """
 
     expectation: Expectation
-    tier: int
+    tier: str
     answer: Answer
     difference: Spread | None
 
 
 def judge(expectations: Sequence[Expectation], comparison: Comparison) -> list[Verdict]:
-    """Every expectation at every tier it names.
+    """Every expectation at every tier of the top-k that it names.
 
     `within spread`: the mean difference is no larger than its sample standard deviation over seeds. `not tested`: a method, a
     tier or a figure is not there.
     """
-    return [_verdict(expectation, tier, comparison) for expectation in expectations for tier in expectation.tiers]
+    return [
+        _verdict(expectation, tier, comparison)
+        for expectation in expectations
+        for top_k in expectation.tiers
+        for tier in comparison.tiers_at(top_k)
+    ]
 
 
-def _verdict(expectation: Expectation, tier: int, comparison: Comparison) -> Verdict:
+def _verdict(expectation: Expectation, tier: str, comparison: Comparison) -> Verdict:
     left, right = expectation.sides
     difference = comparison.log_ratio(left, right, tier, expectation.metric)
     if difference is not None and expectation.more_than_at is not None:
-        other = comparison.log_ratio(left, right, expectation.more_than_at, expectation.metric)
+        peers = comparison.tiers_at(expectation.more_than_at)
+        # Of several tiers of that top-k none is the one that is meant.
+        other = comparison.log_ratio(left, right, peers[0], expectation.metric) if len(peers) == 1 else None
         shared = set(difference.values) & set(other.values) if other is not None else set()
         values = {seed: difference.values[seed] - other.values[seed] for seed in sorted(shared)} if other is not None else {}
         difference = Spread(values) if values else None

@@ -76,7 +76,7 @@ class FederatedMoELayer(nn.Module):
         if self.execution.rescaler:
             scale, grad = bank.value(RESCALER, self.layer), bank.grad(RESCALER, self.layer)
             y_BSD = client_scale(y_BSD, self.execution.anchor, scale, grad, run.segments)
-        if run.rescale_C is None:
+        if run.rescale_C is None or not run.segments:  # the stand-in row of an idle rank belongs to no client
             return y_BSD
         parts = [y_BSD[seg.start : seg.stop] * run.rescale_C[seg.slot] for seg in run.segments]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -10,7 +10,8 @@ Legend: L layers, E experts, O and I output and input width, R adapter rank.
 Our completions: one rank per client for all of its adapters; the weights are computed for every adapter (layer, expert) by
 itself, so an expert that a client did not train (B = 0) has no weight there; everything that is no LoRA pair has data-size
 weights; the LoRA scale is alpha / R for every rank, so that truncation only drops terms of a sum. `aggregation: data` and
-`pruning: false` give the naive variant (zero padding with data-size weights).
+`pruning: false` give the naive variant (zero padding with data-size weights). A tier is evaluated at the rank that its clients
+began with, whatever they have pruned since: so its figures are about one model over all rounds.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class HetLoRA(Method):
         return float(client.rank) if spec == RANK else super().initial(spec, client)
 
     def assign(self, client: Client, situation: Situation) -> Assignment:
-        own = situation.memory.get(RANK.name) if situation.round > 0 else None
+        own = situation.memory.get(RANK.name) if situation.round > 0 else None  # round 0: the tier, not the client
         rank = client.rank if own is None else int(own.item())
         return Assignment(client.cap, leading(rank, self.facts.rank))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.planner.job import Job
 
 
@@ -11,7 +12,7 @@ from fedmoe_ds.planner.job import Job
 class TierFlops:
     """One tier: FLOPs of the forward pass over one sequence, of it the dense part; both with adapters."""
 
-    top_k: int
+    label: str
     cap: int
     rank: int
     dense: float
@@ -22,7 +23,7 @@ def tier_flops(job: Job, tokens: int | None = None) -> list[TierFlops]:
     """Every tier of the job, largest first. `tokens` are the rows of a sequence (default: the configured length)."""
     rows, cost = job.length if tokens is None else tokens, job.cost
     found = []
-    for tier in sorted(job.tiers, key=lambda tier: -tier.top_k):
+    for tier in sorted({tier.label: tier for tier in job.tiers}.values(), key=lambda tier: tier_order(tier.label)):
         dense = rows * (cost.dense + tier.rank * cost.dense_row)
-        found.append(TierFlops(tier.top_k, tier.cap, tier.rank, dense, rows * cost.forward(tier.cap, tier.rank)))
+        found.append(TierFlops(tier.label, tier.cap, tier.rank, dense, rows * cost.forward(tier.cap, tier.rank)))
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedmoe_ds.adapters.bank import lora_pairs
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.drift import shared_blocks
 from fedmoe_ds.clients.schedule import Wave, home_clients, schedule
 from fedmoe_ds.config import Config
@@ -173,7 +173,7 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
             seconds += network.all_reduce(group, times, (numbers + heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
-    places, tiers = job.places, len({client.top_k for client in job.clients})
+    places, tiers = job.places, len(tiers_of(job.clients))
     personal = [spec for spec in job.blocks if spec.personal] + job.method.memory(job.blocks)
     seconds += network.control(everyone, 1 + bool(personal), participants / world.ranks * REPORT_BYTES)
     seconds += network.control(everyone, 1, tiers * len(places.layers) * places.num_experts * 8 / world.ranks)
@@ -234,8 +234,7 @@ def _evaluate(job: Job, network: Network, hardware: Hardware, ep_size: int, aske
     own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
     owners = [lengths for lengths in own if len(lengths.rows)]
     seconds = 0.0
-    for tier in sorted({client.top_k for client in job.clients}):
-        members = [client for client in job.clients if client.top_k == tier]
+    for members in tiers_of(job.clients).values():
         runs = len(members) if personal else 1
         seconds += runs * _scored(job, network, hardware, ep_size, shared, members[0].cap)
         if owners:

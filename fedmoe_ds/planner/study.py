@@ -69,7 +69,7 @@ class Plan:
             "memory": chosen.memory,
             "balance": chosen.balance,
             "tokens": chosen.tokens,
-            "flops": {tier.top_k: tier.total for tier in tier_flops(self.job)},
+            "flops": {tier.label: tier.total for tier in tier_flops(self.job)},
             "best": [
                 {"clusters": c.clusters, "ep_size": c.ep_size, "clients_in_flight": c.in_flight,
                  "round_s": c.prediction.round_seconds, "memory": c.prediction.memory_total}

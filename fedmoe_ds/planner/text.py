@@ -119,7 +119,7 @@ def flops_lines(job: Job, tiers: list[TierFlops]) -> list[str]:
     """FLOPs of the forward pass by budget tier."""
     most = tiers[0].total
     rows = [
-        [f"k={t.top_k}", str(t.cap), str(t.rank), f"{t.total / 1e9:.4g} B", f"{100 * (1 - t.total / most):.1f} %"]
+        [f"k={t.label}", str(t.cap), str(t.rank), f"{t.total / 1e9:.4g} B", f"{100 * (1 - t.total / most):.1f} %"]
         for t in tiers
     ]
     slope = (tiers[0].total - tiers[0].dense) / tiers[0].cap

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.markup import Markup, tag
@@ -24,14 +25,14 @@ def expert_section(history: History) -> Markup:
     rounds = _thinned(recorded)
     kept = {key: event for key, event in history.experts.items() if key[0] in rounds and any(event["activation"])}
     frames = {key: _hundredths(event["activation"]) for key, event in kept.items()}
-    tiers = sorted({tier for _, tier in frames}, reverse=True)
+    tiers = sorted({tier for _, tier in frames}, key=tier_order)
     peak = max((cell for frame in frames.values() for layer in frame for cell in layer), default=100) or 100
     colours = tier_colours(history.tiers)
     panels = [_panel(tier, rounds, frames, peak, colours[tier]) for tier in tiers]
     data = {
         "rounds": rounds,
         "peak": peak,
-        "frames": {str(tier): [_flat(frames.get((r, tier))) for r in rounds] for tier in tiers},
+        "frames": {tier: [_flat(frames.get((r, tier))) for r in rounds] for tier in tiers},
     }
     script = tag("script", _embedded(data), type="application/json", id="activation-data")
     parts = [_slider(rounds, len(recorded)), _scale(peak), tag("div", *panels, cls="pair")]
@@ -83,7 +84,7 @@ def _level(cell: int, peak: int) -> str:
     return f"--v:{200 * (cell / peak) ** 0.5:.0f}%"
 
 
-def _panel(tier: int, rounds: Sequence[int], frames: dict[tuple[int, int], Cells], peak: int, css: str) -> Markup:
+def _panel(tier: str, rounds: Sequence[int], frames: dict[tuple[int, str], Cells], peak: int, css: str) -> Markup:
     newest = max(r for r in rounds if (r, tier) in frames)
     frame = frames[newest, tier]
     layers, experts = len(frame), max(len(layer) for layer in frame)

@@ -6,8 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedmoe_ds.clients.tiers import tier_order
+
 Event = Mapping[str, Any]
 SPLITS = ("global", "clients")
+
+
+def tier_of(event: Event) -> str:
+    """The label of the tier that an event is about; files of before have its top-k only, under either name."""
+    return str(event.get("tier_label", event.get("tier", event.get("top_k"))))
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,7 @@ class TierResult:
     """
 
     split: str
-    tier: int
+    tier: str
     before: Event
     after: Event
 
@@ -40,15 +47,15 @@ def tier_results(evaluations: Iterable[Event]) -> list[TierResult]:
 
     Events of other kinds and the evaluations of single clients are passed over.
     """
-    cells: dict[tuple[str, int], dict[int, Event]] = {}
+    cells: dict[tuple[str, str], dict[int, Event]] = {}
     for row in evaluations:
         if row.get("event", "eval") == "eval" and row.get("split") in SPLITS:
-            cells.setdefault((row["split"], row["tier"]), {})[row["round"]] = row
-    order = sorted(cells, key=lambda cell: (SPLITS.index(cell[0]), -cell[1]))
+            cells.setdefault((row["split"], tier_of(row)), {})[row["round"]] = row
+    order = sorted(cells, key=lambda cell: (SPLITS.index(cell[0]), tier_order(cell[1])))
     return [_result(split, tier, cells[split, tier]) for split, tier in order]
 
 
-def _result(split: str, tier: int, by_round: Mapping[int, Event]) -> TierResult:
+def _result(split: str, tier: str, by_round: Mapping[int, Event]) -> TierResult:
     last = max(by_round)
     return TierResult(split, tier, before=by_round.get(0, {}), after=by_round[last] if last > 0 else {})
 
@@ -61,10 +68,10 @@ class History:
     data: Event = field(default_factory=dict)
     end: Event | None = None
     resumes: list[Event] = field(default_factory=list)
-    evaluations: dict[tuple[int, str, int, str], Event] = field(default_factory=dict)
+    evaluations: dict[tuple[int, str, str, str], Event] = field(default_factory=dict)
     clients: dict[tuple[int, str], Event] = field(default_factory=dict)
     rounds: dict[int, Event] = field(default_factory=dict)
-    experts: dict[tuple[int, int], Event] = field(default_factory=dict)
+    experts: dict[tuple[int, str], Event] = field(default_factory=dict)
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
@@ -86,23 +93,24 @@ class History:
                 self.resumes.append(event)
                 self.end = None
             case "eval":
-                key = (event["round"], event["split"], event["tier"], event.get("client") or "")
+                key = (event["round"], event["split"], tier_of(event), event.get("client") or "")
                 self.evaluations[key] = event
             case "client":
                 self.clients[event["round"], event["client"]] = event
             case "round":
                 self.rounds[event["round"]] = event
             case "experts":
-                self.experts[event["round"], event["tier"]] = event
+                self.experts[event["round"], tier_of(event)] = event
 
     @property
-    def tiers(self) -> list[int]:
+    def tiers(self) -> list[str]:
         """Every tier that the run names or that an event mentions, highest first."""
-        seen = set(self.run.get("tiers") or [])
-        seen |= {client["top_k"] for client in self.data.get("clients") or []}
+        budgets = self.run.get("budgets")
+        seen = {str(cap) for cap in self.run.get("tiers") or []} if budgets is None else {tier_of(budget) for budget in budgets}
+        seen |= {tier_of(client) for client in self.data.get("clients") or []}
         seen |= {tier for _, split, tier, _ in self.evaluations if split in SPLITS}
         seen |= {tier for _, tier in self.experts}
-        return sorted(seen, reverse=True)
+        return sorted(seen, key=tier_order)
 
     @property
     def topology(self) -> list[Event]:
@@ -115,7 +123,7 @@ class History:
         """The last completed round; 0 before the first."""
         return max(self.rounds, default=0)
 
-    def curve(self, split: str, tier: int, metric: str) -> list[tuple[int, float | None]]:
+    def curve(self, split: str, tier: str, metric: str) -> list[tuple[int, float | None]]:
         """(round, value) in order of rounds for one tier on one pooled hold-out."""
         rows = [(key[0], row) for key, row in self.evaluations.items() if key[1:3] == (split, tier)]
         return sorted((round_, row.get(metric)) for round_, row in rows)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report import formats
-from fedmoe_ds.report.history import Event, History
+from fedmoe_ds.report.history import Event, History, tier_of
 from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag
 from fedmoe_ds.report.svg import Column, bar_rows, dense_columns, tier_colours, tier_mark
 
@@ -26,7 +27,7 @@ def data_section(history: History) -> Markup:
     if not clients:
         return tag("p", "The run has not recorded how its data are dealt yet.", cls="empty")
     colours = tier_colours(history.tiers)
-    order = sorted(range(len(clients)), key=lambda index: (-clients[index]["top_k"], -clients[index]["tokens"]))
+    order = sorted(range(len(clients)), key=lambda index: (tier_order(tier_of(clients[index])), -clients[index]["tokens"]))
     bars = _bars(clients, order, colours, _tokens(clients, colours), "tokens")
     views = [("tokens", tag("div", _tier_legend(clients, colours), bars))]
     distribution = history.data.get("distribution") or {}
@@ -52,18 +53,18 @@ def _spread(clients: Sequence[Event]) -> str:
     )
 
 
-def _tier_legend(clients: Sequence[Event], colours: dict[int, str]) -> Markup:
-    present = sorted({client["top_k"] for client in clients}, reverse=True)
-    sizes = [(tier, sum(1 for client in clients if client["top_k"] == tier)) for tier in present]
+def _tier_legend(clients: Sequence[Event], colours: dict[str, str]) -> Markup:
+    present = sorted({tier_of(client) for client in clients}, key=tier_order)
+    sizes = [(tier, sum(1 for client in clients if tier_of(client) == tier)) for tier in present]
     return legend((colours[tier], f"top-k {tier}: {formats.many(size, 'client')}") for tier, size in sizes)
 
 
-def _tokens(clients: Sequence[Event], colours: dict[int, str]) -> Callable[[int], list[Part]]:
+def _tokens(clients: Sequence[Event], colours: dict[str, str]) -> Callable[[int], list[Part]]:
     def parts(index: int) -> list[Part]:
         client = clients[index]
         facts = f"{formats.count(client.get('samples'))} samples, {formats.count(client.get('sequences'))} sequences"
-        tip = f"{client['name']}\ntop-k {client['top_k']}\n{formats.count(client['tokens'])} tokens\n{facts}"
-        return [(colours[client["top_k"]], float(client["tokens"]), tip)]
+        tip = f"{client['name']}\ntop-k {tier_of(client)}\n{formats.count(client['tokens'])} tokens\n{facts}"
+        return [(colours[tier_of(client)], float(client["tokens"]), tip)]
 
     return parts
 
@@ -103,7 +104,7 @@ class _Labels:
 def _bars(
     clients: Sequence[Event],
     order: Sequence[int],
-    colours: dict[int, str],
+    colours: dict[str, str],
     parts: Callable[[int], list[Part]],
     unit: str,
 ) -> Markup:
@@ -111,7 +112,7 @@ def _bars(
 
     def column(index: int) -> Column:
         client = clients[index]
-        head = f"{client['name']}\ntop-k {client['top_k']}"
+        head = f"{client['name']}\ntop-k {tier_of(client)}"
         return Column(
             head,
             [(css, size, tip if tip.startswith(client["name"]) else f"{head}\n{tip}") for css, size, tip in parts(index)],
@@ -124,14 +125,14 @@ def _bars(
         for index, bar in zip(order, columns, strict=True):
             client = clients[index]
             figure = formats.count(client.get("samples")) if shares else formats.count(bar.total)
-            rows.append((client["name"], tier_mark(colours[client["top_k"]], client["top_k"]), bar, figure))
+            rows.append((client["name"], tier_mark(colours[tier_of(client)], tier_of(client)), bar, figure))
         return tag(
             "div",
             bar_rows(rows),
             tag("p", f"{unit} per client{'; the figure is the number of samples' if shares else ''}", cls="note"),
         )
     high = "100 %" if shares else formats.count(max((bar.total for bar in columns), default=0.0))
-    chart = dense_columns(columns, [colours[clients[index]["top_k"]] for index in order])
+    chart = dense_columns(columns, [colours[tier_of(clients[index])] for index in order])
     axis = tag("div", tag("span", high), tag("span", "0"), cls="dense-axis", aria_hidden="true")
     note = tag("p", f"{unit} per client, one column each; the line below shows the tier. Names: point at a column.", cls="note")
     return tag("div", tag("div", axis, tag("div", chart, cls="scroll-x"), cls="dense-frame"), note)
@@ -186,8 +187,9 @@ def _lost(history: History) -> Markup | None:
     )
 
 
-def _client_row(name: str, described: Event, reports: Sequence[Event], colours: dict[int, str]) -> list[str]:
-    tier = described.get("top_k") or (reports[-1].get("top_k") if reports else None)
+def _client_row(name: str, described: Event, reports: Sequence[Event], colours: dict[str, str]) -> list[str]:
+    known = described or (reports[-1] if reports else {})
+    tier, top_k = (tier_of(known), known["top_k"]) if known.get("top_k") else (None, 0)
     first = reports[0].get("loss_first") if reports else None
     last = reports[-1].get("loss_last") if reports else None
     change = last / first - 1 if first and last is not None else None
@@ -201,8 +203,8 @@ def _client_row(name: str, described: Event, reports: Sequence[Event], colours: 
         _figure(reports[-1].get("rescaler") if reports else None, formats.number),
         _figure(_total(reports, "seconds"), formats.duration),
     ]
-    mark = tier_mark(colours.get(tier or 0, "t0"), tier)
-    return [tag("td", name, cls="name"), tag("td", mark, cls="num", data_v=tier or 0), *figures]
+    mark = tier_mark(colours.get(tier or "", "t0"), tier)
+    return [tag("td", name, cls="name"), tag("td", mark, cls="num", data_v=top_k), *figures]
 
 
 def _figure(value: float | None, form: Callable[[float | None], str]) -> Markup:

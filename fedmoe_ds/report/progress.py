@@ -136,7 +136,7 @@ def final_table(rows: Iterable[Event]) -> str:
         lines.append(
             (
                 result.split,
-                str(result.tier),
+                result.tier,
                 _text(result.before.get("perplexity", MISSING), "{:.2f}"),
                 _text(result.after.get("perplexity", MISSING), "{:.2f}"),
                 _text(MISSING if result.ratio is None else result.ratio, "{:.3f}"),

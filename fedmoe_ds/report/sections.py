@@ -37,6 +37,8 @@ def results_section(history: History) -> Markup:
     last = max(result.after.get("round", 0) for result in results)
     after = f"after is the global model of round {last}. A ratio below 1 is better." if last else "no round is evaluated yet."
     lead = f"Before is the foundation, {after}"
+    if any(" " in result.tier for result in results):
+        lead += " Tiers of one top-k differ in what else they buy: r is the LoRA rank, e the experts trained per batch."
     return tag("div", tag("p", lead, cls="lead"), tag("div", table(head, rows, text_columns=2), cls="scroll"))
 
 
@@ -83,7 +85,7 @@ def _curves(history: History, split: str) -> Markup:
             points = history.curve(split, tier, metric)
             tips = [f"round {x}\ntop-k {tier}\n{metric} {form(y)}" for x, y in points]
             if points:
-                lines.append(Series(colours[tier], f"k = {tier}", points, tips))
+                lines.append(Series(colours[tier], f"k={tier}", points, tips))
         return line_chart(lines, title=title, x_label="round", form=axis, log=log)
 
     perplexity = chart("perplexity", "Perplexity (log scale, lower is better)", formats.number, _tick, True)

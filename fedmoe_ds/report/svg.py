@@ -255,12 +255,12 @@ def bar_rows(rows: Sequence[tuple[str, Markup, Column, str]]) -> Markup:
     return tag("div", join(lines), cls="rows")
 
 
-def tier_colours(tiers: Sequence[int]) -> dict[int, str]:
-    """A colour class per tier, spread over the eight steps of the ordinal palette; high tiers get the strong end."""
+def tier_colours(tiers: Sequence[str]) -> dict[str, str]:
+    """A colour class per tier (the highest first), spread over the eight steps of the ordinal palette, the strong end first."""
     last = max(1, len(tiers) - 1)
-    return {tier: f"t{round(index * 7 / last)}" for index, tier in enumerate(sorted(tiers, reverse=True))}
+    return {tier: f"t{round(index * 7 / last)}" for index, tier in enumerate(tiers)}
 
 
-def tier_mark(css: str, tier: int | None) -> Markup:
+def tier_mark(css: str, tier: str | None) -> Markup:
     """The small coloured badge of a budget tier."""
     return tag("span", f"k {formats.MISSING if tier is None else tier}", cls=f"chip {css}")
