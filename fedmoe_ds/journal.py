@@ -122,7 +122,7 @@ class Journal:
         self._write(write)
         if self.monitor is not None:
             shown = [row for row in rows if row.split != "client"]
-            self.monitor.write_events([(f"perplexity/{row.split}/k{row.tier}", row.perplexity, round_index) for row in shown])
+            self._monitored([(f"perplexity/{row.split}/k{row.tier}", row.perplexity, round_index) for row in shown])
         head = "foundation" if round_index == 0 else f"round {round_index}"
         tiers = "  ".join(f"k={row.tier}: {row.perplexity:.2f}" for row in rows if row.split == "global")
         self.note(f"{head}: perplexity {tiers}")
@@ -166,11 +166,14 @@ class Journal:
 
         self._write(write)
         if self.monitor is not None:
-            self.monitor.write_events([("round/tokens", tokens, round_index), ("round/seconds", seconds, round_index)])
+            self._monitored([("round/tokens", tokens, round_index), ("round/seconds", seconds, round_index)])
         text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
         if dropped:
             text += f"; left out ({', '.join(reasons)}): {', '.join(dropped)}"
         self.progress.end_round(text)
+
+    def _monitored(self, events: list[tuple[str, float, int]]) -> None:
+        self._write(lambda: self.monitor.write_events(events))
 
     def report(self) -> None:
         """Build report.html."""
