@@ -67,12 +67,12 @@ docs: .venv/.installed  ## write the references of configuration keys and method
 	python -m fedmoe_ds.methods > docs/methods.md
 	python launch/bench.py page > docs/performance.md
 
-bench: .venv/.installed .venv-peers/.installed  ## measure everything against peers and floors, print the table of targets (half an hour)
+bench: .venv/.installed .venv-peers/.installed  ## measure everything against peers and floors, print the table of targets (fifty minutes)
 	python launch/bench.py all --output runs/bench $(ARGS)
 
 bench-peers: .venv-peers/.installed  ## create the environment of Flower, with which `make bench` compares
 
-compare: .venv/.installed  ## the study of docs/comparison.md, half an hour on two cores; continues where it stopped
+compare: .venv/.installed  ## the study of docs/comparison.md, under half an hour on two cores; continues where it stopped
 	python launch/compare.py --methods $(METHODS) --seeds $(SEEDS) --jobs $(RANKS) $(ARGS)
 
 clean:  ## remove caches; runs/ and .venv stay

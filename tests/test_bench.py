@@ -49,14 +49,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Workload]:
 
 def test_wave_writes_its_rows(tmp_path: Path) -> None:
     target = tmp_path / "wave.json"
-    small = ["--steps", "1", "--rounds", "1", "--sequences", "2", "--length", "24"]
+    small = ["--steps", "1", "--rounds", "1", "--sequences", "2", "1", "--length", "24"]
     done = run_bench("wave", "--shape", "tiny", *small, "--mode", "fast", "--peers", "grouped_mm", "--json", str(target))
     assert done.returncode == 0, done.stderr
-    assert "tiny: fedmoe_ds runs" in done.stdout.splitlines()[-1]
+    lines = done.stdout.splitlines()[-2:]
+    assert [line.split(":")[0] for line in lines] == [f"tiny, {tokens} tokens per client and step" for tokens in (48, 24)]
+    assert all("(one timing) times as fast as peft grouped_mm" in line for line in lines)
     rows = read_rows(target)
-    assert [row["system"] for row in rows] == ["fedmoe_ds", "peft grouped_mm"]
+    assert [row["system"] for row in rows] == ["fedmoe_ds", "peft grouped_mm"] * 2
+    assert [row["sequences"] for row in rows] == [2, 2, 1, 1]
     for row in rows:
-        assert row["shape"] == "tiny" and row["tokens"] == 8 * 1 * 2 * 24 and row["caps"] == [8, 8, 4, 4, 2, 2, 1, 1]
+        assert {name: [row[name]] for name in row["samples"]} == row["samples"], "one round"
+        assert (
+            row["shape"] == "tiny"
+            and row["tokens"] == 8 * 1 * row["sequences"] * 24
+            and row["caps"] == [8, 8, 4, 4, 2, 2, 1, 1]
+        )
         assert row["tokens_per_s"] > 0 and row["peak_mib"] > 50 and row["floor_share"] > 0
         assert row["threads"] == 1 and row["cpu"] and row["versions"]["torch"]
     assert rows[0]["ratio"] == 1.0 and rows[0]["cpu_ratio"] == 1.0
@@ -152,9 +160,9 @@ def test_unknown_shape_is_one_line() -> None:
 def test_bad_input(tmp_path: Path) -> None:
     settings = {"steps": 1, "sequences": 1, "length": 16, "seed": 0}
     with pytest.raises(UserError, match="--steps: 0"):
-        wave.make_workloads(["e32"], **{**settings, "steps": 0})
+        wave.make_workloads(["e32"], **{**settings, "sequences": [1], "steps": 0})
     with pytest.raises(UserError, match="--length: 513"):
-        wave.make_workloads(["e32"], **{**settings, "length": 513})
+        wave.make_workloads(["e32"], **{**settings, "sequences": [1], "length": 513})
     with pytest.raises(UserError, match=r"--peers: groped_mm: .*did you mean 'grouped_mm'"):
         wave.system_names("both", ["groped_mm"])
     with pytest.raises(UserError, match="--experts: 3: fewer than the 4 active ones"):
@@ -164,9 +172,9 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--mode: slow"):
         wave.system_names("slow", [])
     with pytest.raises(UserError, match="--device: tpu: unknown device"):
-        wave.make_workloads(["e32"], **settings, device="tpu")
+        wave.make_workloads(["e32"], **{**settings, "sequences": [1]}, device="tpu")
     with pytest.raises(UserError, match=r"--kernels: tritn: .*did you mean 'triton'"):
-        wave.make_workloads(["e32"], **settings, kernels="tritn")
+        wave.make_workloads(["e32"], **{**settings, "sequences": [1]}, kernels="tritn")
     with pytest.raises(UserError, match="--rounds: 0"):
         wave.run_wave([], [], 0, lambda text: None)
     with pytest.raises(UserError, match="--ep-size: 3: it does not divide the 16 experts"):

@@ -26,14 +26,16 @@ def test_statistics_have_the_size_that_was_asked_for(mib: int) -> None:
 
 
 def test_rows_compare_with_the_library_and_with_copying() -> None:
-    measured = {"backend": "mpi", "bytes": 2**24, "copy_s": 0.001, "raw_s": 0.008, "reduce_s": 0.01}
+    seconds = {"copy_seconds": [0.001] * 3, "raw_seconds": [0.008, 0.008, 0.016], "reduce_seconds": [0.01, 0.0125, 0.01]}
+    measured = {"backend": "mpi", "bytes": 2**24, **seconds}
     row = aggregate.make_row(4, measured)
     assert row["bandwidth_share"] == pytest.approx(0.8) and row["floor_share"] == pytest.approx(0.15)
     assert (row["shape"], row["system"]) == ("16 MiB", "mpi")
     assert row["moved_bytes_per_s"] == pytest.approx(1.5 * 2**24 / 0.01)
-    worse = aggregate.make_row(4, {**measured, "backend": "torch", "reduce_s": 0.016})
+    assert row["samples"]["bandwidth_share"] == pytest.approx([0.8, 0.64, 1.6]) and row["reduce_s"] == 0.01
+    worse = aggregate.make_row(4, {**measured, "backend": "torch", "reduce_seconds": [0.016, 0.016, 0.016]})
     assert show([row, worse]).lines == [
-        "the sums of a round reach at least 50 % of the library's all-reduce (16 MiB over torch)"
+        "the sums of a round reach at least 50 % (50 % to 100 %) of the library's all-reduce (16 MiB over torch)"
     ]
 
 

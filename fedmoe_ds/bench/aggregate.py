@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from fedmoe_ds.bench.repeats import paired
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import machine_facts
@@ -63,18 +65,27 @@ def mpi_options() -> list[str]:
 
 
 def make_row(ranks: int, measured: Row) -> Row:
-    """What was measured, with its shares."""
-    moved = measured["bytes"] * 2 * (ranks - 1) / ranks
-    least_s = measured["copy_s"] * 2 * (ranks - 1) / ranks
-    row = {
+    """What was measured, repeat by repeat, with its medians and shares."""
+    factor = 2 * (ranks - 1) / ranks
+    raw, reduced, copied = (measured[f"{name}_seconds"] for name in ("raw", "reduce", "copy"))
+    samples = {
+        "floor_share": [factor * share for share in paired(copied, reduced)],
+        "bandwidth_share": paired(raw, reduced),
+        "moved_bytes_per_s": [measured["bytes"] * factor / spent for spent in reduced],
+        "floor_s": [factor * spent for spent in copied],
+        "raw_s": raw,
+        "reduce_s": reduced,
+        "copy_s": copied,
+    }
+    return {
         "shape": f"{measured['bytes'] / 2**20:.0f} MiB",
         "system": measured["backend"],
         "tokens_per_s": None,
         "peak_mib": None,
-        "floor_share": least_s / measured["reduce_s"],
-        "bandwidth_share": measured["raw_s"] / measured["reduce_s"],
+        **{figure: statistics.median(found) for figure, found in samples.items()},
+        "samples": samples,
         "ranks": ranks,
-        "floor_s": least_s,
-        "moved_bytes_per_s": moved / measured["reduce_s"],
+        "bytes": measured["bytes"],
+        "backend": measured["backend"],
+        **machine_facts(),
     }
-    return {**row, **measured, **machine_facts()}

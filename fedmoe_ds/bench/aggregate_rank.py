@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -50,8 +50,8 @@ def blocks(mib: int) -> list[BlockSpec]:
     return [BlockSpec(f"{stem}.{half}", _LAYERS, item, expert) for stem, expert in pairs for half, item in halves]
 
 
-def measure(runtime: Runtime, summings: dict[str, Summing], mib: int, rounds: int) -> list[dict[str, float | str]]:
-    """Seconds of the slowest rank, per backend: the library's sum of one tensor, and the whole reduction of statistics."""
+def measure(runtime: Runtime, summings: dict[str, Summing], mib: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of the slowest rank, per backend, repeat by repeat: the library's sum of one tensor, and the whole reduction."""
     statistics, alone = Statistics(blocks(mib), 1, exact=True), TorchSumming(None, 1)
     flat = torch.zeros_like(statistics.flat.memory)
     into = torch.empty_like(flat)
@@ -62,8 +62,10 @@ def measure(runtime: Runtime, summings: dict[str, Summing], mib: int, rounds: in
         check(runtime, actions[name], [statistics.flat.memory])
         check(runtime, actions[f"raw {name}"], [flat])
     seconds = alternating(runtime, actions, rounds)
-    common = {"bytes": flat.nbytes, "copy_s": seconds["copy"]}
-    return [{"backend": name, **common, "raw_s": seconds[f"raw {name}"], "reduce_s": seconds[name]} for name in summings]
+    common = {"bytes": flat.nbytes, "copy_seconds": seconds["copy"]}
+    return [
+        {"backend": name, **common, "raw_seconds": seconds[f"raw {name}"], "reduce_seconds": seconds[name]} for name in summings
+    ]
 
 
 def library_sum(backend: str, flat: Tensor) -> Action:
@@ -87,8 +89,8 @@ def check(runtime: Runtime, action: Action, tensors: list[Tensor]) -> None:
         tensor.zero_()
 
 
-def alternating(runtime: Runtime, actions: dict[str, Action], rounds: int) -> dict[str, float]:
-    """Median over rounds of the slowest rank's seconds, by action; every round runs all of them, all ranks at the same time."""
+def alternating(runtime: Runtime, actions: dict[str, Action], rounds: int) -> dict[str, list[float]]:
+    """The slowest rank's seconds in every round, by action; every round runs all of them, all ranks at the same time."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(rounds + 1):
         for name, action in actions.items():
@@ -98,7 +100,7 @@ def alternating(runtime: Runtime, actions: dict[str, Action], rounds: int) -> di
             spent = max(runtime.gather(time.perf_counter() - began))
             if turn:  # the first round warms up
                 seconds[name].append(spent)
-    return {name: float(median(spent)) for name, spent in seconds.items()}
+    return seconds
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Machine(BaseModel):
 
 
 class Document(BaseModel):
-    """One file. `name` is the file's, without its ending."""
+    """One file. `name` is the file's, without its ending; `<name>.<anything>` is another run of the measurement `<name>`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,6 +46,11 @@ class Document(BaseModel):
     date: datetime.date
     machine: Machine
     rows: list[Row] = Field(min_length=1)
+
+    @property
+    def measurement(self) -> str:
+        """What it is a run of."""
+        return self.name.partition(".")[0]
 
     @property
     def on_gpu(self) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.bench.program import Program, Start, module_command, programs
+from fedmoe_ds.bench.repeats import paired
 from fedmoe_ds.bench.shapes import write_model
 from fedmoe_ds.bench.system import BITWISE
 from fedmoe_ds.bench.table import Row
@@ -147,19 +148,23 @@ def check_adapters(folder: Path, running: dict[str, Program]) -> dict[str, float
 
 
 def _row(workload: Workload, name: str, found: dict[str, list[dict[str, Any]]]) -> Row:
-    seconds = {system: statistics.median(one["seconds"] for one in answers) for system, answers in found.items()}
+    seconds = {system: [one["seconds"] for one in answers] for system, answers in found.items()}
     mine = found[name]
+    samples = {
+        "tokens_per_s": [workload.tokens / spent for spent in seconds[name]],
+        "rounds_per_hour": [3600.0 / spent for spent in seconds[name]],
+        "ratio": paired(seconds[name], seconds[next(iter(found))]),
+        "training_share": [one["training_seconds"] / one["seconds"] / cores() for one in mine],
+    }
     return {
         "shape": workload.shape.name,
         "system": name,
         "part": PART,
-        "tokens_per_s": workload.tokens / seconds[name],
         "peak_mib": max(one["peak_mib"] for one in mine),
         "floor_share": None,
-        "rounds_per_hour": 3600.0 / seconds[name],
-        "ratio": seconds[name] / seconds[next(iter(found))],
-        "training_share": statistics.median(one["training_seconds"] / one["seconds"] for one in mine) / cores(),
-        "round_seconds": [one["seconds"] for one in mine],
+        **{figure: statistics.median(values) for figure, values in samples.items()},
+        "samples": samples,
+        "round_seconds": seconds[name],
         "processes": cores(),
         **workload_facts(workload),
         **machine_facts(),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmoe_ds.bench.federated import workload_facts
 from fedmoe_ds.bench.program import Program, Start, module_command, programs
+from fedmoe_ds.bench.repeats import paired
 from fedmoe_ds.bench.shapes import write_model
 from fedmoe_ds.bench.system import OURS
 from fedmoe_ds.bench.table import Row
@@ -88,18 +89,22 @@ def check_agreement(tensors: dict[str, dict[str, Tensor]]) -> None:
 
 
 def _row(workload: Workload, name: str, found: dict[str, list[dict[str, float]]], peak: float) -> Row:
-    seconds = {system: statistics.median(one["wall"] for one in answers) for system, answers in found.items()}
+    seconds = {system: [one["wall"] for one in answers] for system, answers in found.items()}
     rows = len(workload.caps) * workload.sequences * workload.length
+    samples = {
+        "tokens_per_s": [rows / spent for spent in seconds[name]],
+        "ratio": paired(seconds[name], seconds[next(iter(found))]),
+    }
     row: dict[str, Any] = {
         "shape": workload.shape.name,
         "system": NAMES[name],
         "part": PART,
-        "tokens_per_s": rows / seconds[name],
         "peak_mib": peak,
         "floor_share": None,
-        "ratio": seconds[name] / seconds[next(iter(found))],
+        **{figure: statistics.median(values) for figure, values in samples.items()},
+        "samples": samples,
         "padding": found[name][-1]["padding"],
-        "wall_seconds": [one["wall"] for one in found[name]],
+        "wall_seconds": seconds[name],
         "cpu_seconds": [one["cpu"] for one in found[name]],
         **workload_facts(workload),
         **machine_facts(),

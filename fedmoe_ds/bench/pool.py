@@ -14,6 +14,7 @@ from typing import Any
 
 from fedmoe_ds.bench.pool_workload import DENSE, FFN, HIDDEN, LAYERS, POOL_PREFIX, PoolWorkload, write_dense_model
 from fedmoe_ds.bench.process import Worker, workers
+from fedmoe_ds.bench.repeats import paired
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.bench.wave import DisagreementError
 from fedmoe_ds.bench.workload import AGREEMENT
@@ -62,42 +63,46 @@ def check_first_losses(losses: dict[str, list[float]]) -> None:
 
 def _rows(workload: PoolWorkload, found: Found, running: dict[str, Worker]) -> list[Row]:
     first = next(name for name in found if name != DENSE)
-    step = {name: statistics.median(one["wall"] for one in many) / workload.steps for name, many in found.items()}
+    step = {name: [one["wall"] / workload.steps for one in many] for name, many in found.items()}
     facts = {**workload.to_json(), "hidden": HIDDEN, "ffn": FFN, "layers": LAYERS, **machine_facts()}
     rows = []
     for name, many in found.items():
+        samples = {
+            "tokens_per_s": [workload.tokens / spent for spent in step[name]],
+            "step_seconds": step[name],
+            "to_first": paired(step[name], step[first]),
+            "to_dense": paired(step[name], step[DENSE]),
+            **(_shares(many) if name != DENSE else {}),
+        }
         row: Row = {
             "shape": "pool",
             "system": name,
             "experts": None if name == DENSE else int(name.removeprefix(POOL_PREFIX)),
-            "tokens_per_s": workload.tokens / step[name],
             "peak_mib": running[name].ask(do="peak"),
             "floor_share": None,
-            "step_seconds": step[name],
-            "to_first": step[name] / step[first],
-            "to_dense": step[name] / step[DENSE],
+            **dict.fromkeys((*SHARES, *SIZES)),
+            **{figure: statistics.median(values) for figure, values in samples.items()},
+            **(_sizes(many[0]) if name != DENSE else {}),
+            "samples": samples,
             "wall_seconds": [one["wall"] for one in many],
             "cpu_seconds": [one["cpu"] for one in many],
-            **(_parts(many) if name != DENSE else dict.fromkeys(PARTS)),
         }
         rows.append({**row, **facts})
     return rows
 
 
-PARTS = ("passes_share", "optimizer_share", "setup_share", "adapter_mib", "optimizer_mib", "used_experts")
+SHARES = ("passes_share", "optimizer_share", "setup_share")
+SIZES = ("adapter_mib", "optimizer_mib", "used_experts")
 
 
-def _parts(many: list[dict[str, Any]]) -> dict[str, float]:
-    """Shares of a wave: passes, optimizer with clipping, and what is left (clearing and copying at its begin, reports)."""
-    passes, optimizer = (
-        statistics.median(one["parts"][part] / one["wall"] for one in many) for part in ("passes", "optimizer")
-    )
-    values = (
-        passes,
-        optimizer,
-        1.0 - passes - optimizer,
-        many[0]["adapter_bytes"] / 2**20,
-        many[0]["optimizer_bytes"] / 2**20,
-        statistics.mean(many[0]["used"]),
-    )
-    return dict(zip(PARTS, values, strict=True))
+def _shares(many: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Of every wave: passes, optimizer with clipping, and what is left (clearing and copying at its begin, reports)."""
+    passes, optimizer = ([one["parts"][part] / one["wall"] for one in many] for part in ("passes", "optimizer"))
+    rest = [1.0 - a - b for a, b in zip(passes, optimizer, strict=True)]
+    return dict(zip(SHARES, (passes, optimizer, rest), strict=True))
+
+
+def _sizes(one: dict[str, Any]) -> dict[str, float]:
+    """What does not change from wave to wave."""
+    values = (one["adapter_bytes"] / 2**20, one["optimizer_bytes"] / 2**20, statistics.mean(one["used"]))
+    return dict(zip(SIZES, values, strict=True))

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 
 from fedmoe_ds.bench.process import Worker, workers
+from fedmoe_ds.bench.repeats import paired
 from fedmoe_ds.bench.round_jobs import RoundJobs, Timed
 from fedmoe_ds.bench.system import OURS
 from fedmoe_ds.bench.table import Row
@@ -44,28 +45,31 @@ def joined(runs: list[Timed]) -> Timed:
     return Timed([one for run in runs for one in run.rounds], max(run.peak_mib for run in runs))
 
 
-def weak_rows(jobs: RoundJobs, alone: Timed, together: Timed, machine: float, peak: float) -> list[Row]:
-    """Efficiency: tokens per second and rank over those of one rank."""
-    one = statistics.median(alone.token_seconds())
-    two = statistics.median(together.token_seconds())
-    efficiency = one / (RANKS * two)
-    return [
-        _row(jobs, ALONE, 1, 1.0, None, 1.0 / one, alone.peak_mib),
-        _row(jobs, OURS, RANKS, efficiency, TARGET, 1.0 / two, together.peak_mib) | {"of_machine": efficiency / machine},
-        _row(jobs, STRANGERS, RANKS, machine, None, None, peak),
+def weak_rows(jobs: RoundJobs, alone: Timed, together: Timed, machine: list[float], peak: float) -> list[Row]:
+    """Efficiency: tokens per second and rank over those of one rank, by turn."""
+    one, two = alone.token_seconds(), together.token_seconds()
+    efficiency = [ratio / RANKS for ratio in paired(one, two)]
+    rows = [
+        _row(jobs, ALONE, 1, [1.0], one, alone.peak_mib),
+        _row(jobs, OURS, RANKS, efficiency, two, together.peak_mib),
+        _row(jobs, STRANGERS, RANKS, machine, None, peak),
     ]
+    del rows[0]["samples"]["value"]  # it is one by definition
+    rows[1] |= {"target": TARGET, "of_machine": statistics.median(efficiency) / statistics.median(machine)}
+    return rows
 
 
-def _row(jobs: RoundJobs, system: str, ranks: int, value: float, target: float | None, speed: float | None, peak: float) -> Row:
+def _row(jobs: RoundJobs, system: str, ranks: int, values: list[float], token_seconds: list[float] | None, peak: float) -> Row:
+    samples = {"value": values} | ({"tokens_per_s": [1.0 / one for one in token_seconds]} if token_seconds else {})
     return {
         "part": PART,
         "shape": jobs.load.shape.name,
         "system": system,
         "figure": f"{ranks} ranks: tokens/s per rank over one rank's",
-        "value": value,
-        "target": target,
-        "met": None if target is None else value >= target,
-        "tokens_per_s": speed,
+        "value": statistics.median(values),
+        "target": None,
+        "samples": samples,
+        "tokens_per_s": statistics.median(samples["tokens_per_s"]) if token_seconds else None,
         "peak_mib": peak,
         "floor_share": None,
         "ranks": ranks,
@@ -74,8 +78,8 @@ def _row(jobs: RoundJobs, system: str, ranks: int, value: float, target: float |
     }
 
 
-def machine_efficiency(jobs: RoundJobs, rounds: int = 3) -> tuple[float, float]:
-    """(time of a wave alone over that of two at once, peak MiB); median over alternating rounds."""
+def machine_efficiency(jobs: RoundJobs, rounds: int = 4) -> tuple[list[float], float]:
+    """(time of a wave alone over that of two at once in alternating rounds, peak MiB)."""
     load = jobs.load
     workload = Workload(load.shape, min(load.steps, 4), load.sequences, load.length, load.seed)
     with workers(["first", "second"]) as running:
@@ -86,7 +90,7 @@ def machine_efficiency(jobs: RoundJobs, rounds: int = 3) -> tuple[float, float]:
             worker.receive()
         _seconds(both, "warm-up")
         ratios = [_seconds(both[:1], "timed") / _seconds(both, "timed") for _ in range(rounds)]
-        return statistics.median(ratios), both[0].ask(do="peak")
+        return ratios, both[0].ask(do="peak")
 
 
 def _seconds(running: list[Worker], stage: str) -> float:

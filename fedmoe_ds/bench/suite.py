@@ -36,11 +36,14 @@ class Measurement:
 
 
 _SMALL = "--shape tiny --steps 1 --rounds 1 --length 16 --mode fast"
+_LONGER = "--sequences 1 4 8 --mode fast --peers grouped_mm"
 SUITE = {
     "wave-e32": Measurement("wave --shape e32", f"wave {_SMALL} --peers grouped_mm"),
     "wave-e64": Measurement("wave --shape e64", f"wave {_SMALL} --peers"),
     "wave-e32-bf16": Measurement("wave --shape e32 --dtype bfloat16", f"wave {_SMALL} --dtype bfloat16 --peers grouped_mm"),
     "wave-e64-bf16": Measurement("wave --shape e64 --dtype bfloat16", f"wave {_SMALL} --dtype bfloat16 --peers"),
+    "wave-e32-tokens": Measurement(f"wave --shape e32 {_LONGER}", f"wave {_SMALL} --sequences 1 2 --peers grouped_mm"),
+    "wave-e64-tokens": Measurement(f"wave --shape e64 {_LONGER} --rounds 3", f"wave {_SMALL} --sequences 1 2 --peers"),
     "peers": Measurement("peers", f"peers {_SMALL} --systems deepspeed"),  # Flower needs an environment of its own
     "round": Measurement("round", "round --parts k --k-shape tiny --k-sequences 1 --k-steps 1 --rounds 1 --length 16"),
     "aggregate": Measurement("aggregate", "aggregate --mib 1 --rounds 1"),

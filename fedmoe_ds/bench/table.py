@@ -58,6 +58,11 @@ def whole(number: float | None) -> str:
     return "" if number is None else f"{number:.0f}"
 
 
+def two_digits(number: float) -> str:
+    """Two decimals."""
+    return f"{number:.2f}"
+
+
 def check_writable(path: Path | None) -> None:
     """Find out before the measurement whether its result can be stored. Raises UserError."""
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):

@@ -1,16 +1,18 @@
 """Targets: what the project wants to reach in speed, and where each figure stands in the stored results.
 
-Ratios compare systems that were measured in one run, one thread per rank.
+Ratios compare systems that were measured in one run, one thread per rank. All stored runs of a benchmark count.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedmoe_ds.bench import federated
 from fedmoe_ds.bench.document import Document
+from fedmoe_ds.bench.repeats import Answer, Runs, decide, run_of
 from fedmoe_ds.bench.system import BITWISE, OURS, PEER_PREFIX
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.report import formats
@@ -21,17 +23,31 @@ GPU_SHAPE = "olmoe-7b"
 GPU_CLIENTS = 8
 
 
+TOKENS = 128
+"""Tokens per client and step of the CPU's targets; at more of them a peer's price per step weighs less."""
+
+
 @dataclass(frozen=True)
 class Measured:
-    """A figure, and the peer or reference that it compares with."""
+    """A figure with its repetitions, run by run of the benchmark, and the peer or reference that it compares with."""
 
-    value: float
+    runs: Runs
     against: str
 
+    @property
+    def samples(self) -> list[float]:
+        return [value for run in self.runs for value in run]
 
-Source = Callable[[list[Document]], list[Row]]
-Pick = Callable[[list[Row]], Measured | None]
-Worst = Callable[..., Any]
+    @property
+    def value(self) -> float:
+        """The median over all repetitions."""
+        return statistics.median(self.samples)
+
+
+Stored = list[list[Row]]
+"""Rows by run of a benchmark: a file holds one run."""
+Source = Callable[[list[Document]], Stored]
+Pick = Callable[[Stored], list[Measured]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +58,9 @@ class Target:
         name: its key among the reasons for misses.
         what: the figure in words.
         comparison, limit: it is reached where `measured comparison limit` holds.
-        source: the stored rows that it is read from; none where the file is missing.
-        pick: the figure out of those rows; None where they do not hold it, as in a quick run of a tiny shape.
+        source: the stored rows that it is read from, run by run; none where the file is missing.
+        pick: the figures out of those rows that all have to reach it; none where they hold none, as in a quick run of a tiny
+            shape.
         form: how the figure is written.
     """
 
@@ -62,99 +79,113 @@ class Target:
     def reached_by(self, value: float) -> bool:
         return value >= self.limit if self.comparison == ">=" else value <= self.limit
 
+    def decided(self, measured: Measured) -> Answer:
+        return decide(measured.runs, self.reached_by)
 
-def stored_in(name: str) -> Source:
-    """The rows of one file, measured on a CPU."""
-    return lambda documents: [row for one in documents if one.name == name and not one.on_gpu for row in one.rows]
+    def worst(self, found: list[Measured]) -> Measured:
+        """The figure that stands for all: one that misses before one that is not decided, then the farthest."""
+        order = ("yes", "not decided", "no")
+        sign = -1.0 if self.comparison == ">=" else 1.0
+        return max(found, key=lambda one: (order.index(self.decided(one)), sign * one.value))
 
 
 def measured_by(benchmark: str) -> Source:
-    """The rows of all files of one subcommand, which may have run part by part, measured on a CPU."""
-    return lambda documents: [row for one in documents if one.benchmark == benchmark and not one.on_gpu for row in one.rows]
+    """All runs of one subcommand, whole or part by part, measured on a CPU."""
+    return lambda documents: [one.rows for one in documents if one.benchmark == benchmark and not one.on_gpu]
 
 
-def gpu_waves(documents: list[Document]) -> list[Row]:
-    """The rows of all waves on a GPU, of the model and the number of clients that the targets are set for."""
-    rows = [row for one in documents if one.on_gpu and one.benchmark == "wave" for row in one.rows]
-    return [row for row in rows if row["shape"] == GPU_SHAPE and row["clients"] == GPU_CLIENTS]
+def gpu_waves(documents: list[Document]) -> Stored:
+    """All waves on a GPU, of the model and the number of clients that the targets are set for."""
+    runs = [one.rows for one in documents if one.on_gpu and one.benchmark == "wave"]
+    return [[row for row in rows if row["shape"] == GPU_SHAPE and row["clients"] == GPU_CLIENTS] for rows in runs]
 
 
-def ahead_of_peers(shape: str, dtype: str, prefix: str = PEER_PREFIX) -> Pick:
+def of_waves(shape: str, dtype: str, pick: Callable[[dict[str, Row]], tuple[list[float], str] | None], tokens: int) -> Pick:
+    """One figure of waves of this workload: `pick` finds its repetitions, and what it compares with, in rows by system."""
+
+    def picked(runs: Stored) -> list[Measured]:
+        found = [one for rows in runs if (one := pick(_wave(rows, shape, dtype, tokens))) is not None]
+        return [Measured([samples for samples, _ in found], found[-1][1])] if found else []
+
+    return picked
+
+
+def ahead_of_peers(shape: str, dtype: str, tokens: int = TOKENS) -> Pick:
     """How many times the best peer's tokens per second ours are."""
 
-    def pick(rows: list[Row]) -> Measured | None:
-        mine = _wave(rows, shape, dtype)
-        peers = [row for row in mine.values() if row["system"].startswith(prefix)]
+    def pick(mine: dict[str, Row]) -> tuple[list[float], str] | None:
+        peers = [row for row in mine.values() if row["system"].startswith(PEER_PREFIX)]
         if OURS not in mine or not peers:
             return None
         best = max(peers, key=lambda row: row["tokens_per_s"])
-        return Measured(mine[OURS]["tokens_per_s"] / best["tokens_per_s"], f"{best['system']}, {_tokens(best)}")
+        return run_of(best, "ratio"), f"{best['system']}, {_tokens(best)}"
 
-    return pick
+    return of_waves(shape, dtype, pick, tokens)
 
 
 def over_floor(shape: str) -> Pick:
     """CPU time of a wave over that of its matrix products alone."""
 
-    def pick(rows: list[Row]) -> Measured | None:
-        row = _wave(rows, shape, "float32").get(OURS)
-        return None if row is None else Measured(1.0 / row["floor_share"], f"the wave's matrix products, {_tokens(row)}")
+    def pick(mine: dict[str, Row]) -> tuple[list[float], str] | None:
+        row = mine.get(OURS)
+        if row is None:
+            return None
+        return [1.0 / share for share in run_of(row, "floor_share")], f"the wave's matrix products, {_tokens(row)}"
 
-    return pick
+    return of_waves(shape, "float32", pick, TOKENS)
 
 
 def bitwise_over_fast(shape: str) -> Pick:
     """Time of a wave whose bits do not depend on the topology, over one whose bits may."""
 
-    def pick(rows: list[Row]) -> Measured | None:
-        mine = _wave(rows, shape, "float32")
-        if OURS not in mine or BITWISE not in mine:
-            return None
-        return Measured(mine[OURS]["tokens_per_s"] / mine[BITWISE]["tokens_per_s"], f"ours, fast, {_tokens(mine[OURS])}")
+    def pick(mine: dict[str, Row]) -> tuple[list[float], str] | None:
+        both = OURS in mine and BITWISE in mine
+        return (run_of(mine[BITWISE], "ratio"), f"ours, fast, {_tokens(mine[OURS])}") if both else None
 
-    return pick
+    return of_waves(shape, "float32", pick, TOKENS)
 
 
-def _wave(rows: list[Row], shape: str, dtype: str) -> dict[str, Row]:
+def _wave(rows: list[Row], shape: str, dtype: str, tokens: int) -> dict[str, Row]:
     """Rows by system; results from before there was a choice of the base's numbers are float32."""
-    return {row["system"]: row for row in rows if row["shape"] == shape and row.get("dtype", "float32") == dtype}
+    mine = [row for row in rows if row["shape"] == shape and row.get("dtype", "float32") == dtype]
+    return {row["system"]: row for row in mine if row["sequences"] * row["length"] == tokens}
 
 
 def _tokens(row: Row) -> str:
     return f"{row['sequences'] * row['length']} tokens per client and step"
 
 
-def gpu_ahead_of_peers(tokens: int) -> Pick:
-    """As `ahead_of_peers`, at this many tokens per client and step."""
-
-    def pick(rows: list[Row]) -> Measured | None:
-        return ahead_of_peers(GPU_SHAPE, "bfloat16")([row for row in rows if row["sequences"] * row["length"] == tokens])
-
-    return pick
-
-
-def gpu_share(rows: list[Row]) -> Measured | None:
+def gpu_share(runs: Stored) -> list[Measured]:
     """FLOP/s of our passes over those of the large products that were measured in the same run; the best workload."""
-    mine = [row for row in rows if row["system"] == OURS and row["dtype"] == "bfloat16"]
+    mine = [row for rows in runs for row in rows if row["system"] == OURS and row["dtype"] == "bfloat16"]
     best = max(mine, key=lambda row: row["floor_share"], default=None)
-    return None if best is None else Measured(best["floor_share"], f"large bf16 products, {_tokens(best)}")
+    return [] if best is None else [Measured([run_of(best, "floor_share")], f"large bf16 products, {_tokens(best)}")]
 
 
-def worst_of_round(part: str, worst: Worst = max, figure: Callable[[float], float] = float) -> Pick:
-    """The worst figure among those of one part of the round benchmark that have a target.
+_WORKLOAD = ("shape", "system", "figure", "clients", "steps", "sequences", "length")
 
-    Args:
-        part: as its rows call it.
-        worst: max where less is better.
-        figure: what is compared and shown, from a row's value.
-    """
 
-    def pick(rows: list[Row]) -> Measured | None:
-        mine = [row for row in rows if row["part"] == part and row["target"] is not None and row["shape"] in SHAPES]
-        row = worst(mine, key=lambda row: figure(row["value"]), default=None)
-        return None if row is None else Measured(figure(row["value"]), f"{row['shape']}, {_work(row)}")
+def of_round(part: str, figure: Callable[[float], float] = float) -> Pick:
+    """The figures of one part of the round benchmark that have a target; `figure` is what is compared, from a row's value."""
+
+    def pick(runs: Stored) -> list[Measured]:
+        found: dict[tuple[Any, ...], list[Row]] = {}
+        for row in (row for rows in runs for row in rows):
+            if row["part"] == part and row["target"] is not None and row["shape"] in SHAPES:
+                found.setdefault(tuple(row[name] for name in _WORKLOAD), []).append(row)
+        return [
+            Measured([[figure(v) for v in run_of(row, "value")] for row in rows], _about(rows[-1])) for rows in found.values()
+        ]
 
     return pick
+
+
+def _about(row: Row) -> str:
+    """The workload; beside shares without evaluation, what evaluation takes."""
+    about = f"{row['shape']}, {_work(row)}"
+    if "shares" in row:
+        about += f"; evaluation, left out here, takes {100 * row['shares']['evaluate']:.0f} % of a round"
+    return about
 
 
 def _work(row: Row) -> str:
@@ -164,17 +195,20 @@ def _work(row: Row) -> str:
 def ahead_of_flower(shape: str) -> Pick:
     """How many times the rounds per hour of Flower's engine ours are."""
 
-    def pick(rows: list[Row]) -> Measured | None:
-        mine = {row["system"]: row for row in rows if (row["part"], row["shape"]) == (federated.PART, shape)}
-        if OURS not in mine or federated.FLOWER not in mine:
-            return None
-        theirs = mine[federated.FLOWER]
-        return Measured(mine[OURS]["rounds_per_hour"] / theirs["rounds_per_hour"], _work(theirs))
+    def pick(runs: Stored) -> list[Measured]:
+        found = []
+        for rows in runs:
+            mine = {row["system"]: row for row in rows if (row["part"], row["shape"]) == (federated.PART, shape)}
+            if OURS in mine and federated.FLOWER in mine:
+                found.append(mine[federated.FLOWER])
+        return [Measured([run_of(row, "ratio") for row in found], _work(found[-1]))] if found else []
 
     return pick
 
 
-def smallest_bandwidth_share(rows: list[Row]) -> Measured | None:
-    """The worst of all sizes and backends."""
-    row = min(rows, key=lambda row: row["bandwidth_share"], default=None)
-    return None if row is None else Measured(row["bandwidth_share"], f"{row['system']}, {row['shape']}")
+def bandwidth_share(runs: Stored) -> list[Measured]:
+    """Every size and backend."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in (row for rows in runs for row in rows):
+        found.setdefault((row["system"], row["shape"]), []).append(row)
+    return [Measured([run_of(row, "bandwidth_share") for row in rows], ", ".join(key)) for key, rows in found.items()]

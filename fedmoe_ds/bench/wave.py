@@ -10,6 +10,7 @@ from typing import Any
 
 from fedmoe_ds.bench.peers import IMPLEMENTATIONS
 from fedmoe_ds.bench.process import Worker, workers
+from fedmoe_ds.bench.repeats import paired
 from fedmoe_ds.bench.shapes import find_shape, write_model
 from fedmoe_ds.bench.system import BITWISE, FLOOR, OURS, PEER_PREFIX, Timing
 from fedmoe_ds.bench.table import Row
@@ -52,9 +53,10 @@ def run_wave(workloads: list[Workload], systems: list[str], rounds: int, note: N
     return rows
 
 
-def make_workloads(shapes: list[str], **settings: Any) -> list[Workload]:
-    """One workload per shape name."""
-    return [Workload(find_shape(name), **settings) for name in dict.fromkeys(shapes)]
+def make_workloads(shapes: list[str], sequences: list[int], **settings: Any) -> list[Workload]:
+    """One workload per shape name and number of sequences in a step."""
+    counts = dict.fromkeys(sequences)
+    return [Workload(find_shape(name), sequences=n, **settings) for name in dict.fromkeys(shapes) for n in counts]
 
 
 def _measure(folder: Path, workload: Workload, systems: list[str], rounds: int, note: Note) -> list[Row]:
@@ -113,8 +115,8 @@ def check_agreement(losses: dict[str, list[tuple[float, float]]], tolerance: flo
 
 
 def _rows(workload: Workload, spans: Spans, running: dict[str, Worker]) -> list[Row]:
-    wall = {name: statistics.median(span.wall for span in found) for name, found in spans.items()}
-    cpu = {name: statistics.median(span.cpu for span in found) for name, found in spans.items()}
+    wall = {name: [span.wall for span in found] for name, found in spans.items()}
+    cpu = {name: [span.cpu for span in found] for name, found in spans.items()}
     ours, floor = next(iter(running)), cpu if workload.device == "cpu" else wall
     facts = {**workload.shape.facts(), **machine_facts()}
     wave = {
@@ -129,20 +131,23 @@ def _rows(workload: Workload, spans: Spans, running: dict[str, Worker]) -> list[
         "kernels": workload.kernels,
         "tokens": workload.tokens,
     }
-    return [
-        {
+    rows = []
+    for name, worker in running.items():
+        samples = {
+            "tokens_per_s": [workload.tokens / seconds for seconds in wall[name]],
+            "floor_share": paired(floor[FLOOR], floor[name]),
+            "ratio": paired(wall[name], wall[ours]),
+            "cpu_ratio": paired(cpu[name], cpu[ours]),
+        }
+        row = {
             "shape": workload.shape.name,
             "system": name,
-            "tokens_per_s": workload.tokens / wall[name],
             "peak_mib": worker.ask(do="peak"),
-            "floor_share": floor[FLOOR] / floor[name],
-            "ratio": wall[name] / wall[ours],
-            "cpu_ratio": cpu[name] / cpu[ours],
-            "wall_seconds": [span.wall for span in spans[name]],
-            "cpu_seconds": [span.cpu for span in spans[name]],
-            "floor_cpu_seconds": [span.cpu for span in spans[FLOOR]],
-            **wave,
-            **facts,
+            **{figure: statistics.median(found) for figure, found in samples.items()},
+            "samples": samples,
+            "wall_seconds": wall[name],
+            "cpu_seconds": cpu[name],
+            "floor_cpu_seconds": cpu[FLOOR],
         }
-        for name, worker in running.items()
-    ]
+        rows.append({**row, **wave, **facts})
+    return rows

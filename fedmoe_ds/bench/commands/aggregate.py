@@ -6,19 +6,26 @@ import argparse
 
 from fedmoe_ds.bench import aggregate
 from fedmoe_ds.bench.command import Command, Note
+from fedmoe_ds.bench.repeats import shown, with_notes
 from fedmoe_ds.bench.table import Column, Row, Table, percent
 
 COLUMNS: list[Column] = [
     ("sums", lambda row: row["shape"]),
     ("ranks", lambda row: str(row["ranks"])),
     ("backend", lambda row: row["system"]),
-    ("all-reduce ms", lambda row: f"{1000 * row['raw_s']:.2f}"),
-    ("round's sums ms", lambda row: f"{1000 * row['reduce_s']:.2f}"),
-    ("of its bandwidth", lambda row: percent(row["bandwidth_share"])),
-    ("GB/s moved", lambda row: f"{row['moved_bytes_per_s'] / 1e9:.2f}"),
-    ("copying alone ms", lambda row: f"{1000 * row['floor_s']:.2f}"),
-    ("floor share", lambda row: percent(row["floor_share"])),
+    ("all-reduce ms", lambda row: shown(row, "raw_s", milliseconds)),
+    ("round's sums ms", lambda row: shown(row, "reduce_s", milliseconds)),
+    ("of its bandwidth", lambda row: shown(row, "bandwidth_share", percent)),
+    ("GB/s moved", lambda row: shown(row, "moved_bytes_per_s", lambda rate: f"{rate / 1e9:.2f}")),
+    ("copying alone ms", lambda row: shown(row, "floor_s", milliseconds)),
+    ("floor share", lambda row: shown(row, "floor_share", percent)),
 ]
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2f}"
+
+
 ABOUT = (
     "The sums of a round over gloo and over MPI, in the same processes, against the same library's own all-reduce of one "
     "tensor with as many bytes, in the same run. The floor is copying, on all ranks at once, the bytes that an all-reduce has "
@@ -40,8 +47,10 @@ def show(rows: list[Row]) -> Table:
     """Backends by size: the library's all-reduce of the same bytes, the reduction of a round's statistics, copying."""
     least = min(rows, key=lambda row: row["bandwidth_share"])
     where = f"{least['shape']} over {least['system']}"
-    line = f"the sums of a round reach at least {percent(least['bandwidth_share'])} of the library's all-reduce ({where})"
-    return Table.of(rows, COLUMNS, [line])
+    line = (
+        f"the sums of a round reach at least {shown(least, 'bandwidth_share', percent)} of the library's all-reduce ({where})"
+    )
+    return with_notes(Table.of(rows, COLUMNS, [line]))
 
 
 COMMAND = Command("aggregate", "the sums of a round against all-reduce over torch and MPI", options, run, show, about=ABOUT)

@@ -6,16 +6,17 @@ import argparse
 
 from fedmoe_ds.bench import pool, pool_workload
 from fedmoe_ds.bench.command import Command, Note, add_seed
-from fedmoe_ds.bench.table import Column, Row, Table, percent, whole
+from fedmoe_ds.bench.repeats import shown, with_notes
+from fedmoe_ds.bench.table import Column, Row, Table, percent, two_digits, whole
 
 COLUMNS: list[Column] = [
     ("system", lambda row: row["system"]),
-    ("ms / step", lambda row: f"{1000 * row['step_seconds']:.0f}"),
-    ("/ fewest", lambda row: f"{row['to_first']:.2f}"),
-    ("/ dense", lambda row: f"{row['to_dense']:.2f}"),
-    ("passes", lambda row: percent(row["passes_share"])),
-    ("optimizer", lambda row: percent(row["optimizer_share"])),
-    ("set-up", lambda row: percent(row["setup_share"])),
+    ("ms / step", lambda row: shown(row, "step_seconds", lambda seconds: f"{1000 * seconds:.0f}")),
+    ("/ fewest", lambda row: shown(row, "to_first", two_digits)),
+    ("/ dense", lambda row: shown(row, "to_dense", two_digits)),
+    ("passes", lambda row: shown(row, "passes_share", percent)),
+    ("optimizer", lambda row: shown(row, "optimizer_share", percent)),
+    ("set-up", lambda row: shown(row, "setup_share", percent)),
     ("adapters MiB", lambda row: whole(row["adapter_mib"])),
     ("optimizer MiB", lambda row: whole(row["optimizer_mib"])),
     ("peak MiB", lambda row: whole(row["peak_mib"])),
@@ -24,7 +25,7 @@ COLUMNS: list[Column] = [
 
 ABOUT = (
     "A local step of FFT-MoE with pools of adapter experts of several sizes, eight clients in flight. The floor is "
-    "the forward and backward pass of the dense foundation alone."
+    "the forward and backward pass of the dense foundation alone. Peaks are measured once."
 )
 
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
 
 def show(rows: list[Row]) -> Table:
     """Pool sizes: a step of all clients against the smallest pool and the foundation alone, its parts, and memory."""
-    return Table.of(rows, COLUMNS)
+    return with_notes(Table.of(rows, COLUMNS))
 
 
 COMMAND = Command("experts", "a client step with few and with many adapter experts (FFT-MoE)", options, run, show, about=ABOUT)

@@ -21,7 +21,7 @@ COLUMNS: list[Column] = [
 
 ABOUT = (
     "Peak memory of every rank while the experts of a model are spread over ranks, each in a process of its own. The "
-    "floor is what a rank keeps: the dense part and its own experts."
+    "floor is what a rank keeps: the dense part and its own experts. Every figure is one measurement."
 )
 
 

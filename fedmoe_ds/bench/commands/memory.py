@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from fedmoe_ds.bench import memory, memory_clients, memory_host, memory_rounds
 from fedmoe_ds.bench.command import Command, Note, add_seed
+from fedmoe_ds.bench.repeats import ONCE
 from fedmoe_ds.bench.system import OURS
 from fedmoe_ds.bench.table import Column, Row, Table, whole
 
@@ -88,13 +89,14 @@ def _host(rows: list[Row]) -> Iterator[str]:
             mapped, seconds = sum(row["mapped_pss_mib"] for row in mine), max(row["load_s"] for row in mine)
             yield (
                 f"{mine[0]['shape']}, {start}: {len(mine)} ranks with {weights:.0f} MiB of weights each add {added:.0f} MiB to "
-                f"the host, {mapped:.0f} of them mapped; loading takes {seconds:.1f} s"
+                f"the host, {mapped:.0f} of them mapped; loading takes {seconds:.1f} s {ONCE}"
             )
 
 
 ABOUT = (
     "Real processes, seen by the system. What a client in flight adds is compared with its adapters, gradients, moments and "
-    f"activations by count; {OURS} maps a foundation that several ranks of a host hold from one file, so that it is there once."
+    f"activations by count; {OURS} maps a foundation that several ranks of a host hold from one file, so that it is there "
+    "once. Every figure is one measurement; the growth per client is a slope over four of them."
 )
 COMMAND = Command(
     "memory", "a client in flight, two hundred rounds, and a foundation on one host, in MiB", options, run, show, about=ABOUT

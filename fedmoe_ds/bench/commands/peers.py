@@ -6,7 +6,8 @@ import argparse
 
 from fedmoe_ds.bench import federated, layers
 from fedmoe_ds.bench.command import Command, Note, add_seed
-from fedmoe_ds.bench.table import Column, Row, Table, percent
+from fedmoe_ds.bench.repeats import shown, with_notes
+from fedmoe_ds.bench.table import Column, Row, Table, percent, two_digits, whole
 from fedmoe_ds.bench.wave import make_workloads, system_names
 from fedmoe_ds.errors import UserError, nearest
 
@@ -15,11 +16,11 @@ COLUMNS: list[Column] = [
     ("part", lambda row: row["part"]),
     ("shape", lambda row: row["shape"]),
     ("system", lambda row: row["system"]),
-    ("rounds/h", lambda row: f"{row['rounds_per_hour']:.0f}" if row["part"] == federated.PART else ""),
-    ("tokens/s", lambda row: f"{row['tokens_per_s']:.0f}"),
-    ("time / ours", lambda row: f"{row['ratio']:.2f}"),
-    ("peak MiB", lambda row: f"{row['peak_mib']:.0f}"),
-    ("cores in training", lambda row: percent(row["training_share"]) if row["part"] == federated.PART else ""),
+    ("rounds/h", lambda row: shown(row, "rounds_per_hour", whole) if row["part"] == federated.PART else ""),
+    ("tokens/s", lambda row: shown(row, "tokens_per_s", whole)),
+    ("time / ours", lambda row: shown(row, "ratio", two_digits)),
+    ("peak MiB", lambda row: whole(row["peak_mib"])),
+    ("cores in training", lambda row: shown(row, "training_share", percent) if row["part"] == federated.PART else ""),
 ]
 
 
@@ -41,8 +42,8 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
     if args.rounds < 1:
         raise UserError(f"--rounds: {args.rounds}: too small; use 1 or more")
     ours = system_names(args.mode, [])
-    settings = {name: getattr(args, name) for name in ("steps", "sequences", "length", "seed")}
-    workloads = make_workloads(args.shape, **settings)
+    settings = {name: getattr(args, name) for name in ("steps", "length", "seed")}
+    workloads = make_workloads(args.shape, [args.sequences], **settings)
     rows: list[Row] = []
     if "flower" in args.systems:
         rows += federated.run_federations(workloads, ours, args.rounds, note)
@@ -57,15 +58,14 @@ def show(rows: list[Row]) -> Table:
     for row in rows:
         if row["system"] in (federated.FLOWER, layers.DEEPSPEED):
             ours = next(mine for mine in rows if (mine["part"], mine["shape"]) == (row["part"], row["shape"]))
-            lines.append(
-                f"{row['shape']}, {row['part']}: {ours['system']} is {row['ratio']:.2f} times as fast as {row['system']}"
-            )
+            times = f"{shown(row, 'ratio', two_digits)} times as fast as {row['system']}"
+            lines.append(f"{row['shape']}, {row['part']}: {ours['system']} is {times}")
         if row["part"] == layers.PART and row["system"] == layers.DEEPSPEED:
             lines.append(
                 f"{row['shape']}: {row['system']} pads the rows of every expert to those of the busiest one, "
                 f"{row['padding']:.2f} times what is routed; with k = 1 it does not scale the weight to one"
             )
-    return Table.of(rows, COLUMNS, lines)
+    return with_notes(Table.of(rows, COLUMNS, lines))
 
 
 COMMAND = Command(
@@ -77,6 +77,7 @@ COMMAND = Command(
     about=(
         "Rounds: eight clients with the caps 8, 8, 4, 4, 2, 2, 1, 1, all of them in every round, the mean of their adapters, "
         "no evaluation; one process with one thread per core, start-up and two warm-up rounds left out. Flower's clients are "
-        "the fastest PEFT of `wave`. Layers: the expert layers alone, one forward and backward of all clients on one core."
+        "the fastest PEFT of `wave`. Layers: the expert layers alone, one forward and backward of all clients on one core. "
+        "Peaks are measured once."
     ),
 )

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from fedmoe_ds.bench import round_budget, round_shares, round_weak, rounds
 from fedmoe_ds.bench.command import Command, Note, add_seed
+from fedmoe_ds.bench.repeats import decide, run_of, shown, with_notes
 from fedmoe_ds.bench.round_jobs import PHASES, RoundWorkload
 from fedmoe_ds.bench.shapes import find_shape
-from fedmoe_ds.bench.table import Row, Table
+from fedmoe_ds.bench.table import Row, Table, two_digits
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.errors import UserError
 
@@ -24,9 +25,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="local steps per client and round")
     parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--rounds", type=int, default=2, help="timed rounds of a run, waves in part k; medians are reported")
+    parser.add_argument("--rounds", type=int, default=4, help="timed rounds of a run, waves in part k; medians are reported")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="part overhead: alternating runs of every system, one timed round each"
+        "--repeats", type=int, default=3, help="part overhead: alternating runs of every system, one timed round each"
     )
     # Fewer steps to a round make what is paid once per round weigh more, never less.
     parser.add_argument("--overhead-steps", type=int, default=10, help="part overhead: local steps per client and round")
@@ -67,14 +68,26 @@ def show(rows: list[Row]) -> Table:
         cells.append(_cells(row))
         if row["part"] == round_shares.PART:
             cells += [_phase(row, name) for name in PHASES]
-    return Table(HEADER, cells, [line for row in rows for line in _lines(row)], WORDS)
+    return with_notes(Table(HEADER, cells, [line for row in rows for line in _lines(row)], WORDS))
 
 
 def _cells(row: Row) -> list[str]:
     shares = row["part"] == round_shares.PART
-    evaluation = _number(row["with_evaluation"], True) if shares else ""
-    met = "" if row["met"] is None else "yes" if row["met"] else "no"
-    return [*[row[name] for name in WORDS], _number(row["value"], shares), evaluation, _target(row), met]
+    evaluation = shown(row, "with_evaluation", share) if shares else ""
+    value = two_digits(1.0) if _is_base(row) else shown(row, "value", share if shares else two_digits)
+    met = "" if row["target"] is None else decide([run_of(row, "value")], lambda value: _reached(row, value))
+    return [*[row[name] for name in WORDS], value, evaluation, _target(row), met]
+
+
+def _is_base(row: Row) -> bool:
+    """What the others are compared with: its ratio is one by definition."""
+    return row["system"] == round_weak.ALONE or row.get("against") == row["system"]
+
+
+def _reached(row: Row, value: float) -> bool:
+    if row["part"] == round_budget.PART:
+        return abs(value - 1.0) <= round_budget.TOLERANCE
+    return bool(value >= row["target"] if row["part"] == round_weak.PART else value <= row["target"])
 
 
 def _target(row: Row) -> str:
@@ -82,40 +95,49 @@ def _target(row: Row) -> str:
         return ""
     if row["part"] == round_budget.PART:
         return f"1 +- {round_budget.TOLERANCE:.2f}"
-    return f"{'>=' if row['part'] == round_weak.PART else '<='} {_number(row['target'], row['part'] == round_shares.PART)}"
+    form = share if row["part"] == round_shares.PART else two_digits
+    return f"{'>=' if row['part'] == round_weak.PART else '<='} {form(row['target'])}"
 
 
 def _phase(row: Row, name: str) -> list[str]:
     """One phase of a round; without evaluation, evaluation has no share."""
-    without = "" if name == "evaluate" else _number(row["shares_without_evaluation"][name], True)
-    head = [row["part"], row["shape"], row["system"]]
-    return [*head, round_shares.NAMES[name], without, _number(row["shares"][name], True), "", ""]
-
-
-def _number(value: float | None, percent: bool) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.1f} %" if percent else f"{value:.2f}"
+    cells = []
+    for shares, samples in (
+        ("shares_without_evaluation", "phase_samples"),
+        ("shares", "phase_samples_with_evaluation"),
+    ):
+        found = {"value": row[shares][name], "samples": {"value": row.get(samples, {}).get(name)}}
+        cells.append(shown(found, "value", share))
+    without = "" if name == "evaluate" else cells[0]
+    return [row["part"], row["shape"], row["system"], round_shares.NAMES[name], without, cells[1], "", ""]
 
 
 def _lines(row: Row) -> list[str]:
     """Sentences about a row: the absolute figures behind its ratio."""
     head = f"{row['shape']}: {row['system']}"
     if row["part"] == round_shares.PART:
-        return [f"{head}: a round of {row['clients']} clients x {row['steps']} steps takes {row['round_s']:.2f} s"]
+        return [
+            f"{head}: a round of {row['clients']} clients x {row['steps']} steps takes {row['round_s']:.2f} s, "
+            f"{share(row['shares']['evaluate'])} of it evaluation, which is left out of the shares beside it"
+        ]
     if row["part"] == round_budget.PART:
         where = f"{row['shape']}: {row['sequences']} x {row['length']} tokens"
-        return [
-            f"{where}: k 1 takes {row['time_ratio']:.2f} of the time of k {row['top_k']}, {row['flops_ratio']:.2f} of its FLOPs"
-        ]
+        times = shown(row, "time_ratio", two_digits)
+        return [f"{where}: k 1 takes {times} of the time of k {row['top_k']}, {row['flops_ratio']:.2f} of its FLOPs"]
     if "of_machine" in row:
         return [f"{head}: {row['of_machine']:.2f} of what the machine has for two processes"]
     return []
 
 
+def share(value: float) -> str:
+    """One digit more than in other tables: shares are small."""
+    return f"{100 * value:.1f} %"
+
+
 ABOUT = (
     "Whole rounds of real runs of launch/train.py, from one round event of metrics.jsonl to the next, without the first. The "
-    "floor of a round is its passes and optimizer steps; that of a federated run is a centralised one of the same tokens."
+    "floor of a round is its passes and optimizer steps; that of a federated run is a centralised one of the same tokens. "
+    "*Value* leaves evaluation out, which is a setting; *with evaluation* has the shares of a round with the default one."
 )
 COMMAND = Command(
     "round", "where the time of whole rounds goes, and what being federated costs", options, run, show, about=ABOUT

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from fedmoe_ds.bench.command import Note, Report
 from fedmoe_ds.bench.commands import COMMANDS
 from fedmoe_ds.bench.document import Document, Machine, read_documents
+from fedmoe_ds.bench.repeats import CONFIDENCE, UNKNOWN, with_range
 from fedmoe_ds.bench.reports.targets import add_folder, read_reasons, targets_table
 from fedmoe_ds.bench.shapes import find_shape
 from fedmoe_ds.bench.suite import SUITE
-from fedmoe_ds.bench.targets import SHAPES
+from fedmoe_ds.bench.table import Table
+from fedmoe_ds.bench.targets import SHAPES, Stored, ahead_of_peers, measured_by
+from fedmoe_ds.bench.workload import AGREEMENT
 from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.report import formats
 
 _INTRODUCTION = """\
 # Performance
@@ -23,28 +27,61 @@ _INTRODUCTION = """\
 Every figure comes from `launch/bench.py`. `make bench` measures all of them again and prints the table of targets; a result
 becomes part of this page as a file in `docs/performance/`.
 
-Systems that are compared run in one call, in processes of their own, in alternating rounds; figures are medians. What they
-compute is compared before their speed is. A process has one CPU thread unless its section says otherwise. Absolute numbers
-depend on the machine and on what else it does; ratios inside one section are what counts. *Floor share* is the time of the
-floor, measured in the same run, over the time of the system.
+Systems that are compared run in one call, in processes of their own, in alternating rounds. A figure is the median of its
+repetitions, with the smallest and the largest of them; ratios are formed within a round. *(one timing)* stands beside what was
+measured once, {unknown} where repetitions were not stored. What systems compute is compared before their speed is. A process
+has one CPU thread unless its section says otherwise. Absolute numbers depend on the machine and on what else it does; ratios
+inside one section are what counts. *Floor share* is the time of the floor, measured in the same run, over the time of the
+system.
 
 Shapes are those of OLMoE with random weights: {shapes}.
 
 ## Targets
 
-What misses its target stays here, with the reason and the next idea (`docs/performance/reasons.yaml`).
+*Met* is decided over all stored runs of a measurement (`<name>.json` and `<name>.<run>.json`): *yes* or *no* where the
+{confidence} t-interval of the mean over all repetitions and the median of every run lie on one side of the target, else *not
+decided*. One repetition decides nothing; a run that stored no repetitions counts as one. Where several figures have to reach a
+target, one that misses it stands here, or else one that is not decided, or else the one that is nearest to missing. What misses
+its target stays here, with the reason and the next idea (`docs/performance/reasons.yaml`).
 """
+_AGAINST_PEFT = """\
+## Against PEFT, by tokens per client and step
+
+Tokens per second over those of the best experts implementation of transformers with PEFT, eight clients, one thread; over all
+stored runs. PEFT builds the product of every adapter once per client step, so it pays less per token where steps are longer.
+"""
+_TOKENS = (128, 512, 1024)
 _WIDTH = 128
 _NOTHING = "No result is stored.\n"
 
 
 def page_markdown(documents: list[Document], reasons: Mapping[str, str]) -> str:
     """Return docs/performance.md. Raises UserError for a result that its own subcommand cannot show."""
-    parts = [_INTRODUCTION.format(shapes="; ".join(map(_shape, SHAPES))), targets_table(documents, reasons).markdown() + "\n"]
+    facts = {"unknown": UNKNOWN.strip(), "confidence": f"{100 * CONFIDENCE:.0f} %"}
+    parts = [
+        _INTRODUCTION.format(shapes="; ".join(map(_shape, SHAPES)), **facts),
+        targets_table(documents, reasons).markdown() + "\n",
+        _AGAINST_PEFT,
+        peft_table(documents).markdown() + "\n",
+    ]
     for title, on_gpu in (("CPU", False), ("GPU", True)):
         mine = sorted((one for one in documents if one.on_gpu is on_gpu), key=_place)
-        parts += [f"## {title}\n", *map(_section, mine)] if mine else []
+        names = [one.name for one in mine]
+        shown = [one for one in mine if one.measurement == one.name or one.measurement not in names]
+        parts += [f"## {title}\n", *(_section(one, _others(one, mine)) for one in shown)] if mine else []
     return "\n".join(parts if documents else [*parts, _NOTHING])
+
+
+def peft_table(documents: list[Document]) -> Table:
+    """How many times the best peer's speed ours is: shapes and types of the frozen weights by tokens per client and step."""
+    runs = measured_by("wave")(documents)
+    cells = [[shape, dtype, *(_times(runs, shape, dtype, n) for n in _TOKENS)] for dtype in AGREEMENT for shape in SHAPES]
+    return Table(["shape", "weights", *(f"{tokens} tokens" for tokens in _TOKENS)], cells, words=("shape", "weights"))
+
+
+def _times(runs: Stored, shape: str, dtype: str, tokens: int) -> str:
+    found = ahead_of_peers(shape, dtype, tokens)(runs)
+    return with_range(found[0].samples, formats.number) if found else "not measured"
 
 
 def _shape(name: str) -> str:
@@ -59,7 +96,13 @@ def _place(document: Document) -> tuple[int, str]:
     return (names.index(document.name) if document.name in names else len(names), document.name)
 
 
-def _section(document: Document) -> str:
+def _others(document: Document, documents: list[Document]) -> str:
+    """Further runs of the same measurement, which count for the targets."""
+    found = [one for one in documents if one.measurement == document.name != one.name]
+    return ", ".join(f"`{one.name}.json` of {one.date.isoformat()}" for one in found)
+
+
+def _section(document: Document, others: str) -> str:
     command = COMMANDS.get(document.benchmark)
     if command is None:
         raise _unknown(document, f"benchmark: {document.benchmark}: no such subcommand{nearest(document.benchmark, COMMANDS)}")
@@ -69,7 +112,8 @@ def _section(document: Document) -> str:
         raise _unknown(document, f"its rows lack something that `{command.name}` shows: {error}") from None
     about = [textwrap.fill(command.about, _WIDTH) + "\n"] if command.about else []
     origin = f"{document.date.isoformat()}; {_machine(document.machine)}.\n"
-    return "\n".join([f"### {document.name}\n", *about, f"```\n{document.command}\n```\n", origin, table + "\n"])
+    further = [f"Other runs, which count for the targets: {others}.\n"] if others else []
+    return "\n".join([f"### {document.name}\n", *about, f"```\n{document.command}\n```\n", origin, table + "\n", *further])
 
 
 def _machine(machine: Machine) -> str:

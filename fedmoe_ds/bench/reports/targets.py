@@ -9,6 +9,7 @@ from pathlib import Path
 from fedmoe_ds.bench.command import Note, Report
 from fedmoe_ds.bench.document import Document, read_documents
 from fedmoe_ds.bench.goals import TARGETS
+from fedmoe_ds.bench.repeats import with_range
 from fedmoe_ds.bench.table import Table
 from fedmoe_ds.bench.targets import Measured, Target
 from fedmoe_ds.config.yaml12 import parse_yaml
@@ -17,7 +18,7 @@ from fedmoe_ds.errors import UserError, nearest
 FOLDER = Path("docs/performance")
 REASONS = FOLDER / "reasons.yaml"
 NO_REASON = "missed, no reason given"
-HEADER = ["target", "wanted", "measured", "met", "peer or reference", "note"]
+HEADER = ["target", "wanted", "measured", "repetitions", "met", "peer or reference", "note"]
 WORDS = ("target", "peer or reference", "note")
 
 
@@ -60,9 +61,10 @@ def targets_table(documents: list[Document], reasons: Mapping[str, str], targets
 
 
 def _measured(target: Target, documents: list[Document]) -> Measured | None:
-    rows = target.source(documents)
+    """The figure that stands for the target."""
     try:
-        return target.pick(rows) if rows else None
+        found = target.pick(target.source(documents))
+        return target.worst(found) if found else None
     except (KeyError, TypeError) as error:
         raise UserError(
             f"FOLDER: the rows for '{target.what}' lack something: {error}; measure them again with this version"
@@ -71,10 +73,17 @@ def _measured(target: Target, documents: list[Document]) -> Measured | None:
 
 def _cells(target: Target, measured: Measured | None, reason: str | None) -> list[str]:
     if measured is None:
-        return [target.what, target.threshold, "not measured", "", "", reason or ""]
-    met = target.reached_by(measured.value)
-    note = "" if met else reason or NO_REASON
-    return [target.what, target.threshold, target.form(measured.value), "yes" if met else "no", measured.against, note]
+        return [target.what, target.threshold, "not measured", "", "", "", reason or ""]
+    answer = target.decided(measured)
+    note = "" if answer == "yes" else reason or (NO_REASON if answer == "no" else "")
+    figure = with_range(measured.samples, target.form)
+    return [target.what, target.threshold, figure, _repetitions(measured), answer, measured.against, note]
+
+
+def _repetitions(measured: Measured) -> str:
+    """How many, and in how many runs where they are several."""
+    count = str(len(measured.samples))
+    return count if len(measured.runs) == 1 else f"{count} in {len(measured.runs)} runs"
 
 
 def run(args: argparse.Namespace, note: Note) -> tuple[str, int]:
