@@ -3,6 +3,9 @@
 
 PYTHON ?= $(or $(shell command -v python3 2>/dev/null),$(shell command -v python3.11 2>/dev/null),python3)
 TORCH ?= torch==2.13.0
+# The ends of its range, for `make test-compat`.
+TORCH_NEWEST ?= torch==2.14.1
+TORCH_OLDEST ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RANKS ?= 2
 CONFIG ?= configs/quickstart.yaml
@@ -14,6 +17,10 @@ ARGS ?=
 # Of `make compare`: what docs/comparison.md shows.
 METHODS ?= flame,flame-t0,flame-static,flame-none,hetlora,hetlora-capped,flexlora,flexlora-capped,fedit,hfedmoe
 SEEDS ?= 6
+
+# What `make test-compat` runs: Hugging Face's logits, PEFT, plain references, topologies, resume, kernels, data readers.
+PARITY := $(addprefix tests/test_,$(addsuffix .py,versions foundation foundation_dense logits bench reference reference_fft_moe \
+	topologies resume grouped lowrank data_stdlib data_federated data_partition data_templates data_digits))
 
 PYTHON := $(PYTHON)
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
@@ -33,7 +40,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-cluster test-soak check format docs bench bench-peers compare clean distclean
+.PHONY: help install train test test-cluster test-soak test-compat check format docs bench bench-peers compare clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +59,12 @@ test-cluster: .venv/.installed .venv/.cluster .venv/.triton .venv-peers/.install
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times
 	python -m pytest -m soak $(ARGS)
+
+test-compat: .venv-newest/.installed .venv-oldest/.installed  ## parity with the newest and the oldest of every library of pyproject.toml
+	@for end in newest oldest; do \
+		export PATH="$(CURDIR)/.venv-$$end/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv-$$end/torch_extensions"; \
+		python tests/bounds.py installed && python -m pytest -m "not soak and not cluster" $(PARITY) $(ARGS) || exit 1; \
+	done
 
 check: .venv/.installed  ## lint, formatting, types
 	ruff check .
@@ -80,28 +93,47 @@ clean:  ## remove caches; runs/ and .venv stay
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environments too
-	rm -rf .venv .venv-peers fedmoe_ds.egg-info
+	rm -rf .venv .venv-peers .venv-newest .venv-oldest fedmoe_ds.egg-info
 
 .venv/.installed: pyproject.toml | .venv/.system
 	@echo "installing into .venv with $(PYTHON) (a minute or two the first time)"
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@$(if $(GPU),$(PIP) install '$(TORCH)',$(install-torch-cpu))
-	@$(PIP) install -e '.[dev,report]'
+	@$(call install-torch,.venv,$(TORCH))
+	@$(PIP) install -e '.[dev]'
+	@touch $@
+
+# The newest that the ranges admit.
+.venv-newest/.installed: pyproject.toml | .venv/.system
+	@echo "installing the newest library of every range into .venv-newest with $(PYTHON)"
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	@$(call install-torch,.venv-newest,$(TORCH_NEWEST))
+	@.venv-newest/bin/python -m pip -qq install --upgrade --upgrade-strategy eager '$(TORCH_NEWEST)' -e '.[dev]'
+	@touch $@
+
+# The oldest: what requires more than a lower bound promises ends the installation, so that a bound cannot be too low.
+.venv-oldest/.installed: pyproject.toml tests/bounds.py | .venv/.system
+	@echo "installing the oldest library of every range into .venv-oldest with $(PYTHON)"
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@$(call install-torch,.venv-oldest,$(TORCH_OLDEST))
+	@.venv-oldest/bin/python -m pip -qq install packaging
+	@.venv-oldest/bin/python tests/bounds.py lowest > .venv-oldest/constraints.txt
+	@.venv-oldest/bin/python -m pip -qq install -c .venv-oldest/constraints.txt -e '.[dev]'
 	@touch $@
 
 # Flower brings Ray and versions of its own. Nothing of this package is installed there; its programs read it from the sources.
 .venv-peers/.installed: fedmoe_ds/bench/flower/requirements.txt | .venv/.system
 	@echo "installing Flower into .venv-peers with $(PYTHON) (a few minutes the first time)"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	@$(if $(GPU),$(PEERS_PIP) install '$(TORCH)',$(subst $(PIP),$(PEERS_PIP),$(install-torch-cpu)))
+	@$(call install-torch,.venv-peers,$(TORCH))
 	@$(PEERS_PIP) install -r $<
 	@touch $@
 
-# The CPU build is ten times smaller: from the configured index if it has one, else from PyTorch's; else the default build.
-define install-torch-cpu
-$(PIP) install --no-deps '$(TORCH)+cpu' 2> /dev/null \
-	|| $(PIP) install --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) '$(TORCH)' \
-	|| $(PIP) install '$(TORCH)'
+# $(call install-torch,environment,requirement). Without a GPU the CPU build, ten times smaller: from the configured index if it
+# has one, else from PyTorch's; else the default build.
+define install-torch
+$(if $(GPU),,$(1)/bin/python -m pip -qq install --no-deps '$(2)+cpu' 2> /dev/null \
+	|| $(1)/bin/python -m pip -qq install --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) '$(2)' ||) \
+	$(1)/bin/python -m pip -qq install '$(2)'
 endef
 
 # Ends a recipe that has collected the names of Debian packages in $missing.

@@ -22,9 +22,9 @@ def test_chunks_change_nothing(rows_G: list[int], most: int) -> None:
     x_NI, weight_GIO = torch.randn(rows, 8, generator=draw), torch.randn(len(rows_G), 8, 12, generator=draw)
     y_NO = torch.randn(rows, 12, generator=draw)
     ends_G = torch.tensor(rows_G).cumsum(0).to(torch.int32)
-    whole = torch._grouped_mm(x_NI, weight_GIO, offs=ends_G)
+    whole = torch.nn.functional.grouped_mm(x_NI, weight_GIO, offs=ends_G)
     assert torch.equal(products_of_rows(x_NI, weight_GIO, ends_G, most), whole)
-    summed = torch._grouped_mm(y_NO.t(), x_NI, offs=ends_G)
+    summed = torch.nn.functional.grouped_mm(y_NO.t(), x_NI, offs=ends_G)
     assert torch.equal(products_over_rows(y_NO, x_NI, ends_G, most), summed)
 
 

@@ -2,8 +2,9 @@
 
 Legend: N rows, G groups, I input width, O output width.
 
-`torch._grouped_mm` takes float32, bfloat16 and float16, both sides alike. On CUDA it is one launch for bfloat16 on sm_90 and
-newer; for other types and older devices it loops over the groups inside torch, after a copy of their ends to the host.
+`torch.nn.functional.grouped_mm` takes float32, bfloat16 and float16, both sides alike. On CUDA it is one launch for bfloat16 on
+sm_90 and newer; for other types and older devices it loops over the groups inside torch, after copying their ends to the host.
+The last end is the number of rows: torch leaves rows behind it uninitialised, and so do the loops here.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import sys
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.native import matrix
 
-# torch._grouped_mm reads every matrix through 16-byte aligned strides.
+# torch.nn.functional.grouped_mm reads every matrix through 16-byte aligned strides.
 _ALIGNMENT_BYTES = 16
 
 # On CUDA it takes fewer than 1024 groups: one thread of a block prepares each.
@@ -69,20 +71,20 @@ def grouped_outer(y_NO: Tensor, x_NI: Tensor, ends_G: Tensor) -> Tensor:
 def products_of_rows(x_NI: Tensor, weight_GIO: Tensor, ends_G: Tensor, most: int) -> Tensor:
     """x W_g through torch's grouped kernel, at most `most` groups at a time."""
     if ends_G.shape[0] <= most:
-        return torch._grouped_mm(x_NI, weight_GIO, offs=ends_G)
+        return F.grouped_mm(x_NI, weight_GIO, offs=ends_G)
     y_NO = x_NI.new_empty(x_NI.shape[0], weight_GIO.shape[2])
     for groups, rows in _chunks(ends_G, most):
-        y_NO[rows] = torch._grouped_mm(x_NI[rows], weight_GIO[groups], offs=ends_G[groups] - rows.start)
+        y_NO[rows] = F.grouped_mm(x_NI[rows], weight_GIO[groups], offs=ends_G[groups] - rows.start)
     return y_NO
 
 
 def products_over_rows(y_NO: Tensor, x_NI: Tensor, ends_G: Tensor, most: int) -> Tensor:
     """Y_g^T X_g through torch's grouped kernel, at most `most` groups at a time."""
     if ends_G.shape[0] <= most:
-        return torch._grouped_mm(y_NO.t(), x_NI, offs=ends_G)
+        return F.grouped_mm(y_NO.t(), x_NI, offs=ends_G)
     out_GOI = y_NO.new_zeros(ends_G.shape[0], y_NO.shape[1], x_NI.shape[1])
     for groups, rows in _chunks(ends_G, most):
-        out_GOI[groups] = torch._grouped_mm(y_NO[rows].t(), x_NI[rows], offs=ends_G[groups] - rows.start)
+        out_GOI[groups] = F.grouped_mm(y_NO[rows].t(), x_NI[rows], offs=ends_G[groups] - rows.start)
     return out_GOI
 
 

@@ -48,7 +48,8 @@ class FederatedMoELayer(nn.Module):
     def _logits(self, hidden_BSD: Tensor, run: Pass) -> Tensor:
         bank, gate = self.execution.bank, self.host.router.gate
         if ROUTER not in bank:
-            logits = frozen_product(hidden_BSD, gate.weight)
+            # transformers keeps some families' routers in float32 in a bfloat16 model (DeepSeek since 5.24).
+            logits = frozen_product(hidden_BSD.to(gate.weight.dtype), gate.weight)
             return logits if gate.bias is None else logits + gate.bias
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
         logits = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments)

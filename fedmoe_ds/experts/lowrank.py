@@ -86,7 +86,7 @@ class GroupedProducts:
     """Through torch's grouped matrix products."""
 
     def __init__(self, rank: int, dtype: torch.dtype) -> None:
-        self.name = "torch._grouped_mm" if aligned(rank, dtype) else f"a loop (rank {rank} is not 16-byte aligned)"
+        self.name = "torch.nn.functional.grouped_mm" if aligned(rank, dtype) else f"a loop (rank {rank} is not 16-byte aligned)"
 
     def project(self, x_NI: Tensor, a_GRI: Tensor, ends_G: Tensor, scale: float) -> Tensor:
         return grouped_mm(x_NI, a_GRI, ends_G).mul_(scale)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from httpx import HTTPError
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -178,7 +177,7 @@ def _resolve_path(path: str) -> Path:
 def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+    except (HFValidationError, HTTPError, OSError) as error:
         raise UserError(
             f"foundation.path: {hub_id}: neither a folder nor a hub model that can be reached ({first_line(error)}); "
             "check the name, or download the model and give its folder"

@@ -1,0 +1,37 @@
+"""The ranges of pyproject.toml, for `make test-compat`: `python tests/bounds.py lowest` or `... installed`.
+
+`lowest` prints pip constraints that pin every range to its lower bound; `installed` prints what this environment has of each.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+def requirements() -> list[Requirement]:
+    """What the package requires, and what its tests require."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    return [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["dev"])]
+
+
+def bound(requirement: Requirement, operator: str) -> str:
+    """Return the version behind the range's one `operator`.
+
+    Raises:
+        ValueError: the range has no such bound.
+    """
+    (version,) = (each.version for each in requirement.specifier if each.operator == operator)
+    return version
+
+
+if __name__ == "__main__":
+    lowest = sys.argv[1:] == ["lowest"]
+    for each in requirements():
+        print(f"{each.name}=={bound(each, '>=') if lowest else metadata.version(each.name)}")
