@@ -38,7 +38,7 @@ class Absences:
 
     def add(self, round_index: int, client: int) -> None:
         """Write one down; any rank may, at the moment of its failure. Raises OSError."""
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             # The newline before it ends a line that a full disk has cut short.
             os.write(handle, ("\n" + json.dumps([self.key, round_index, client]) + "\n").encode())

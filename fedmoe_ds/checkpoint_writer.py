@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedmoe_ds.checkpoint import FORMAT, MANIFEST, Snapshot, candidates, checksum, folder_name, sha256_of
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.modes import follow_umask
 from fedmoe_ds.runtime import Runtime
 
 T = TypeVar("T")
@@ -190,6 +191,7 @@ def _write_tensors(job: _Job, tensors: Files) -> Sums:
             save_file(content, path)
         except Exception as error:  # safetensors wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
+        follow_umask(path)
         _sync(path)
         sums[name] = sha256_of(path)
         early = job.notes / f"{_UNFINISHED}{name}"

@@ -114,7 +114,7 @@ def locked(output: Path) -> Iterator[int]:
     path = output / ".lock"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"--output: {output}: cannot be written: {error.strerror or error}; give another folder") from None
     try:

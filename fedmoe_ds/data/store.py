@@ -25,6 +25,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.modes import follow_umask
 
 DATA = "sequences.arrow"
 HEADER = "header.json"
@@ -143,7 +144,7 @@ def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any
         (partial / HEADER).write_text(json.dumps(header | sums, indent=1, ensure_ascii=False), encoding="utf-8")
         for path in (partial / DATA, partial / HEADER):
             _flush(path)
-        partial.chmod(0o755)  # mkdtemp keeps it to this user, and other ranks may run as another
+        follow_umask(partial)
         _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -81,6 +81,8 @@ def family_settings(config: Any) -> dict[str, Any]:
             f"{where} topk_method: {config.topk_method}: a '{config.model_type}' model has no such way to choose experts; "
             f"use one of {', '.join(family.methods)}"
         )
+    if config.num_experts_per_tok < 1:
+        raise UserError(f"{where} num_experts_per_tok: {config.num_experts_per_tok}: expected at least 1; get the file again")
     if config.hidden_act not in ACTIVATIONS:
         raise UserError(
             f"{where} hidden_act: {config.hidden_act}: experts cannot compute it; give a model with one of "

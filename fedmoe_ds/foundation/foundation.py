@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from torch import nn
-from transformers import AutoTokenizer
 
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
@@ -24,9 +23,11 @@ from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, feed_forward_site
 from fedmoe_ds.foundation.hosting import HostedLayer
 from fedmoe_ds.foundation.loading import CONFIG_FILE, Skeleton, WeightFiles, first_line, read_config
 from fedmoe_ds.foundation.mapped import Memory
+from fedmoe_ds.foundation.meta import is_there
 from fedmoe_ds.foundation.presets import find_preset
 from fedmoe_ds.foundation.pretrain import pretrain_preset
 from fedmoe_ds.foundation.size import model_size
+from fedmoe_ds.foundation.tokenizing import load_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json"]
@@ -68,7 +69,7 @@ def planned_task(config: FoundationConfig) -> Task | None:
     if config.path is None:
         return None if config.preset is None else find_preset(config.preset).task
     folder = Path(config.path).expanduser()
-    return type_task(read_config(folder).model_type) if (folder / CONFIG_FILE).is_file() else None
+    return type_task(read_config(folder).model_type) if is_there(folder / CONFIG_FILE, Path.is_file) else None
 
 
 def planned_sparse(config: FoundationConfig) -> bool | None:
@@ -76,7 +77,7 @@ def planned_sparse(config: FoundationConfig) -> bool | None:
     if config.path is None:
         return None if config.preset is None else find_preset(config.preset).family not in DENSE
     folder = Path(config.path).expanduser()
-    return read_config(folder).model_type not in DENSE if (folder / CONFIG_FILE).is_file() else None
+    return read_config(folder).model_type not in DENSE if is_there(folder / CONFIG_FILE, Path.is_file) else None
 
 
 def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
@@ -166,7 +167,7 @@ def _file_sha256(file: Path) -> str:
 
 def _resolve_path(path: str) -> Path:
     folder = Path(path).expanduser()
-    if folder.exists():
+    if is_there(folder):
         return _check_folder(folder)
     # A hub id is 'name' or 'owner/name'; everything else was meant as a folder.
     if path.startswith((".", "~", "/")) or path.endswith("/") or path.count("/") > 1:
@@ -185,24 +186,8 @@ def _download(hub_id: str) -> Path:
 
 
 def _check_folder(folder: Path) -> Path:
-    if not folder.is_dir():
+    if not is_there(folder, Path.is_dir):
         raise UserError(f"foundation.path: {folder}: no such folder; give a Hugging Face model folder or hub id")
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_there(folder / CONFIG_FILE, Path.is_file):
         raise UserError(f"foundation.path: {folder}: holds no {CONFIG_FILE}; give a Hugging Face model folder")
     return folder
-
-
-def load_tokenizer(folder: Path, vocab_size: int) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"foundation.path: {folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
-    # Without any of its files transformers returns an empty tokenizer instead of an error.
-    if not any((folder / file).is_file() for file in tokenizer.vocab_files_names.values()):
-        raise UserError(f"foundation.path: {folder}: holds no tokenizer; save the model's tokenizer in the same folder")
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"foundation.path: {folder}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}; "
-            "tokenizer and weights belong to different models"
-        )
-    return tokenizer

@@ -10,6 +10,7 @@ Shape suffixes: L local experts, D hidden size, F expert FFN size, G = 2F.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,16 +59,22 @@ class WeightFiles:
     """Which safetensors file of a model folder holds which tensor, under the names of the transformers 5 model."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises UserError: there are no weights or two sets of them, the index is damaged, or a file of it is missing."""
         self.folder = folder
-        index = folder / INDEX_FILE
+        index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
         if index.is_file():
-            stored = {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
-        elif (folder / WEIGHTS_FILE).is_file():
-            with _open(folder / WEIGHTS_FILE) as file:
-                stored = dict.fromkeys(file.keys(), folder / WEIGHTS_FILE)
+            stored = _indexed(index)
+            if single.is_file() and single not in stored.values():
+                raise UserError(
+                    f"foundation.path: {folder}: holds both {WEIGHTS_FILE} and {INDEX_FILE} of other files; remove the "
+                    "one that is not of this model"
+                )
+        elif single.is_file():
+            with _open(single) as file:
+                stored = dict.fromkeys(file.keys(), single)
         else:
-            raise UserError(f"foundation.path: {folder}: holds no {WEIGHTS_FILE}; save the model with safetensors")
-        self.list = index if index.is_file() else folder / WEIGHTS_FILE
+            raise UserError(f"foundation.path: {folder}: {_without_weights(folder)}")
+        self.list = index if index.is_file() else single
         self.where = {present_name(name): (path, name) for name, path in stored.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -82,7 +89,7 @@ class WeightFiles:
         """Fill every target, file by file, converting to its dtype and device.
 
         Raises:
-            UserError: a tensor or file is missing, damaged, quantised or of another shape.
+            UserError: a tensor or file is missing, damaged, quantised, of another shape, or has a number that is not finite.
         """
         missing = sorted({read.name for read in reads if read.name not in self.where})
         if missing:
@@ -113,7 +120,9 @@ class WeightFiles:
         try:
             source: Tensor = file.get_tensor(stored) if read.rows is None else file.get_slice(stored)[read.rows]
         except SafetensorError as error:
-            raise UserError(f"foundation.path: {path}: tensor '{stored}' cannot be read: {error}") from error
+            raise UserError(
+                f"foundation.path: {path}: tensor '{stored}' cannot be read: {first_line(error)}; get the whole model"
+            ) from error
         if not source.is_floating_point() or source.itemsize < 2:
             raise UserError(
                 f"foundation.path: {path}: tensor '{stored}' is {source.dtype}; give weights that are not quantised"
@@ -123,6 +132,8 @@ class WeightFiles:
                 f"foundation.path: {path}: tensor '{stored}' has shape {tuple(source.shape)}, {CONFIG_FILE} implies "
                 f"{tuple(read.target.shape)}; config and weights belong to different models"
             )
+        if source.numel() and not all(bound.isfinite() for bound in source.aminmax()):  # one pass, and no memory
+            raise UserError(f"foundation.path: {path}: tensor '{stored}' has numbers that are not finite; get the file again")
         read.target.copy_(source)
 
 
@@ -293,17 +304,46 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+def _indexed(index: Path) -> dict[str, Path]:
+    """The file of every tensor, from an index; all of them are there and can be read."""
+    tree = _read_json(index)
+    places = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"foundation.path: {index}: holds no weight_map; get the file again")
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(
+                f"foundation.path: {index}: weight_map: '{name}': {file}: no file of this folder; get the file again"
+            )
+    for file in sorted(set(places.values())):
+        _check_file(index.parent / file)
+    return {name: index.parent / file for name, file in places.items()}
+
+
+def _check_file(path: Path) -> None:
+    """Raise UserError unless a weight file can be read, before all ranks begin to."""
+    if not path.is_file():
+        raise UserError(f"foundation.path: {path}: missing weight file; get the whole model")
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(f"foundation.path: {path}: cannot be read; give this user the right to read it")
+
+
+def _without_weights(folder: Path) -> str:
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    other = f"; {pickled[0]} is not read" if pickled else ""
+    return f"holds no {WEIGHTS_FILE}{other}; save the model with safetensors (save_pretrained does)"
+
+
 def _open(path: Path) -> Any:
+    _check_file(path)
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise UserError(f"foundation.path: {path}: missing weight file; get the whole model") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"foundation.path: {path}: damaged weight file: {first_line(error)}") from error
+        raise UserError(f"foundation.path: {path}: damaged weight file: {first_line(error)}; get the file again") from error
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"foundation.path: {path}: cannot be read: {first_line(error)}") from error
+        raise UserError(f"foundation.path: {path}: cannot be read: {first_line(error)}; get the file again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,32 @@ from fedmoe_ds.foundation.hosting import HostedLayer, host_experts
 CONFIG_FILE = "config.json"
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers configuration of a model folder."""
+def is_there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether a file or folder exists, or one of this kind.
+
+    Raises:
+        UserError: a folder above it may not be entered, so that nobody can know.
+    """
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"foundation.path: {folder}: {CONFIG_FILE} cannot be used: {first_line(error)}") from error
+        return kind(path)
+    except OSError as error:
+        raise UserError(
+            f"foundation.path: {path}: cannot be read: {error.strerror}; give this user the right to read it"
+        ) from error
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration of a model folder.
+
+    Raises:
+        UserError: it is missing, damaged, or of no model that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises all kinds, for a wrong type of a field as for a damaged file
+        raise UserError(
+            f"foundation.path: {folder}: {CONFIG_FILE} cannot be used: {first_line(error)}; mend it, or get it again"
+        ) from error
 
 
 def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
@@ -37,7 +58,12 @@ def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except ValueError as error:
+    except Exception as error:
+        if not isinstance(error, ValueError):  # sizes that no layer can have: asserted, divided by, looked up
+            raise UserError(
+                f"foundation.path: {folder}: {CONFIG_FILE} describes no model that can be built: {first_line(error)}; mend it, "
+                "or get it again"
+            ) from error
         raise UserError(
             f"foundation.path: {folder}: model_type '{config.model_type}' is no causal language model and no ViT: "
             f"{first_line(error)}"
@@ -55,5 +81,8 @@ def host_model(model: Any, ep_size: int, ep_rank: int) -> list[HostedLayer]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, for a one-line report."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line: its first, with the next one where that ends in a colon, and its kind if that tells."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    known = isinstance(error, OSError | ValueError) and said
+    return (said if known else f"{type(error).__name__}: {said}").rstrip(": ")

@@ -29,6 +29,7 @@ from fedmoe_ds.foundation.image_training import INK_SHARE, train_on_images
 from fedmoe_ds.foundation.presets import Preset, find_preset
 from fedmoe_ds.foundation.text_training import SEQUENCE_LENGTH, train_on_text
 from fedmoe_ds.foundation.training import Progress
+from fedmoe_ds.modes import follow_umask
 
 FORMAT_VERSION = 2
 IMAGE_FORMAT_VERSION = 1
@@ -114,6 +115,8 @@ def _save(trained: list[Any], record: dict[str, Any], folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     for part in trained:
         part.save_pretrained(folder)
+    for file in folder.iterdir():
+        follow_umask(file)
     transformers.utils.logging.enable_progress_bar()
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=1))
 

@@ -31,10 +31,11 @@ from fedmoe_ds.experts.places import Places
 from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, positions, shares_passes
 from fedmoe_ds.foundation import planned_task, resolve_foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites, image_input, type_task
-from fedmoe_ds.foundation.foundation import cache_folder, load_tokenizer
+from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.loading import build_on_meta, host_model
 from fedmoe_ds.foundation.rowwise import independent_rows
 from fedmoe_ds.foundation.size import ModelSize, model_size
+from fedmoe_ds.foundation.tokenizing import load_tokenizer
 from fedmoe_ds.methods import Method, method_for, with_defaults
 from fedmoe_ds.report import Progress
 

@@ -1,0 +1,99 @@
+"""Modes: every file and folder that a run writes, in its own folder and in the cache, follows the user's umask."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import federations
+import pytest
+import torch
+from launching import changed, run
+from transformers import OlmoeForCausalLM
+
+from fedmoe_ds.compare.runner import locked
+from fedmoe_ds.foundation import pretrain
+from fedmoe_ds.foundation.mapped import MappedWeights, Slot
+from fedmoe_ds.foundation.presets import preset_config
+from fedmoe_ds.modes import follow_umask, umask
+
+MASKS = [0o027, 0o002, 0o077]
+
+
+@contextmanager
+def masked(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def check(root: Path, mask: int, *expected: str) -> None:
+    """Everything below a folder; only programs may be run. `expected` are patterns that have to be there."""
+    for pattern in expected:
+        assert list(root.glob(pattern)), pattern
+    for path in root.rglob("*"):
+        if path.is_symlink() or path.is_socket():
+            continue
+        most = 0o777 if path.is_dir() or path.suffix == ".so" else 0o666
+        found = stat.S_IMODE(path.stat().st_mode)
+        assert found == most & ~mask, f"{path.relative_to(root)}: {found:o}, umask {mask:o} means {most & ~mask:o}"
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=oct)
+def test_a_file_of_a_library_and_a_folder(mask: int, tmp_path: Path) -> None:
+    (tmp_path / "file").touch(0o600)
+    (tmp_path / "folder").mkdir(0o700)
+    with masked(mask):
+        assert umask() == mask
+        for name in ("file", "folder"):
+            follow_umask(tmp_path / name)
+    check(tmp_path, mask, "file", "folder")
+
+
+def test_the_umask_where_the_system_does_not_tell_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fedmoe_ds.modes._STATUS", tmp_path / "none")
+    with masked(0o027):
+        assert umask() == 0o027 == umask()
+
+
+@pytest.mark.parametrize("mask", MASKS[:2], ids=oct)
+def test_what_a_run_in_this_process_writes(mask: int, tmp_path: Path) -> None:
+    """A pre-trained foundation, prepared data, checkpoints, the run folder, mapped weights, absences, a study's folder."""
+    with masked(mask):
+        with pretrain._staging(tmp_path / "cache" / "foundations" / "key") as staging:  # to train would take long
+            pretrain._save([OlmoeForCausalLM(preset_config("nano-olmoe"))], {}, staging)
+        (tmp_path / "inputs").mkdir()
+        federations.write_inputs(tmp_path / "inputs")
+        config = federations.make_config(
+            tmp_path / "inputs", "small", {"output": str(tmp_path / "runs"), "foundation": {"cache": str(tmp_path / "cache")}}
+        )
+        parts, journal = federations.build(config, *federations.alone())
+        parts.absences.add(2, 5)
+        federations.finish(parts, journal)
+        journal.report()
+        weights = MappedWeights(tmp_path / "cache" / "shared", "f", "dense", [Slot("x", (3,), torch.float32)])
+        weights.ensure(lambda memory: None)
+        with locked(tmp_path / "study"):
+            pass
+    files = ("foundations/*/model.safetensors", "data/**/header.json", "shared/*/weights.bin")
+    check(tmp_path / "cache", mask, *files)
+    check(tmp_path / "runs", mask, "small/checkpoints/round-*/*.safetensors", "small/absent.jsonl", "small/*.html")
+    check(tmp_path / "study", mask, ".lock")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_what_the_command_writes(nano: dict[str, Any], tmp_path: Path) -> None:
+    """Two ranks and an empty cache: kernels are built, the foundation is pre-trained, weights are shared."""
+    mask = 0o027
+    cache = {"preset": "nano-olmoe", "cache": str(tmp_path / "cache"), "pretrain": {"steps": 2}}
+    tree = changed(nano, output=str(tmp_path / "runs"), foundation=cache)
+    assert run(tree, tmp_path, ranks=2, prepare=lambda: os.umask(mask) and None).digest
+    check(tmp_path / "cache", mask, "foundations/*/model.safetensors", "shared/*/weights.bin", "data/**/header.json")
+    check(tmp_path / "runs", mask, "nano/checkpoints/round-*/*.safetensors", "nano/metrics.jsonl")
