@@ -58,6 +58,8 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
     parts = load_parts(config, runtime, topology, journal.progress)
     parts.stop = stop
     journal.note(start_line(parts))
+    if (omitted := parts.data.omissions.line()) is not None:
+        journal.note(omitted)
     begin(parts, journal, source["checkpoint"])
     tools = DeepSpeedTools(config.deepspeed, parts, journal)
     outcome = Federation(parts, journal).run()
@@ -207,7 +209,9 @@ def data_facts(parts: Parts) -> dict[str, Any]:
         {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.tokens, "top_k": c.top_k}
         for c in parts.clients
     ]
-    return {"clients": clients, "distribution": parts.data.distribution, "fingerprint": parts.data.fingerprint}
+    data = parts.data
+    told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
+    return {"clients": clients, **told}
 
 
 def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:
