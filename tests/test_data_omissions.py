@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from federations import alone, make_config, read_events, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from fedmoe_ds import session
 from fedmoe_ds.config.tree import DataConfig, PartitionConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.federated import FederatedData, prepare
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.omissions import CUT, EMPTY, LEFT_OUT, MEANING, NO_ROOM, Omissions
+from fedmoe_ds.omissions import describe as describe_omissions
+from fedmoe_ds.plan import describe
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.population import data_section
+from fedmoe_ds.stop import StopRequest
 
 LENGTH = 48
 # Characters are tokens. The headings of the prompt take 34 of them, the label's question 7, the end of text one.
@@ -129,3 +135,23 @@ def test_the_line_and_the_page_name_numbers_and_clients() -> None:
     assert np.all([MEANING[kind] in page for kind in (EMPTY, NO_ROOM, CUT)])
     history.data = {"clients": clients}  # a run from before there was a count
     assert "left out" not in str(data_section(history))
+
+
+def test_a_run_tells_it_everywhere(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start, in the dry run, in metrics and on the page, the same line; also where prepared data are found again."""
+    write_inputs(tmp_path, samples=(9, 7))
+    kinds = [(kind, "client-000") for kind in (CUT, NO_ROOM, EMPTY)]
+    rows = [{"instruction": ROWS[k][0] * 3, "output": ROWS[k][1] * 3, "group": who} for k, who in kinds]
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    tree = make_config(tmp_path, "told", {"federation": {"rounds": 1}, "local": {"max_steps": 1}})
+    planned = describe(tree, 1)
+    runtime, topology = alone()
+    monkeypatch.setattr(session, "build_topology", lambda *_: topology)
+    session.train(tree, runtime, "never", StopRequest())
+    (event,) = [event for event in read_events(tmp_path / "runs" / "told") if event["event"] == "data"]
+    counted, total = event["omissions"], event["omissions"]["total"]
+    assert counted["rows"] == 19 and total[NO_ROOM] >= 1 and total[CUT] >= 1 and total[EMPTY] == 1, total
+    line = describe_omissions(counted)
+    assert line is not None and line in planned and line in capfd.readouterr().err.replace("\n", " ")
+    assert line in html.unescape((tmp_path / "runs" / "told" / "report.html").read_text())

@@ -13,7 +13,7 @@ from typing import Any
 
 def longest_sequence(config: Any) -> int | None:
     """Return the most positions of one sequence, or None for a model without a limit (or without text)."""
-    stated = getattr(config, "max_position_embeddings", None)
+    stated: int | None = getattr(config, "max_position_embeddings", None)
     if stated is None:
         return None
     limits = [stated]
