@@ -33,7 +33,7 @@ from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.lowrank import check_kernels
 from fedmoe_ds.experts.places import Places
-from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, is_bitwise, positions, shares_passes
+from fedmoe_ds.fit import check_length, check_plan, check_widths, facts_of, find_places, is_bitwise, positions, shares_passes
 from fedmoe_ds.foundation import (
     Foundation,
     load_foundation,
@@ -126,6 +126,7 @@ def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: P
     runtime.together(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, runtime.device))
     foundation = load_shared_foundation(config, runtime, topology, progress)
     check_task(foundation.task, config.data, foundation.images)
+    check_length(config, foundation.model.config)
     places = find_places(config, foundation.layers, foundation.sites, topology.shard)
     if is_bitwise(config, runtime):
         check_widths(places)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.places import Places, adapter_places, check_shards, hosted_places
 from fedmoe_ds.foundation import FeedForwardSite, HostedLayer, planned_sparse, planned_task
+from fedmoe_ds.foundation.foundation import planned_config
+from fedmoe_ds.foundation.positions import longest_sequence
 from fedmoe_ds.foundation.rowwise import independent_rows
 from fedmoe_ds.methods import Facts
 from fedmoe_ds.runtime import Runtime
@@ -43,6 +47,7 @@ def check_plan(config: Config, bitwise: bool) -> None:
     task = planned_task(config.foundation)
     if task is not None:
         check_task(task, config.data)
+    check_length(config, planned_config(config.foundation))
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
         check_adapters(config, sparse)
@@ -54,6 +59,19 @@ def check_plan(config: Config, bitwise: bool) -> None:
         raise UserError(
             f"adapters.moe.width: {moe.width}: bitwise mode needs a multiple of {ROW} (rows start on 16 bytes); change it, or "
             "use execution.reproducible=fast"
+        )
+
+
+def check_length(config: Config, model: Any) -> None:
+    """The model has a position for every token of a sequence. `model` is its transformers configuration, None if unknown yet.
+
+    Raises UserError.
+    """
+    longest = longest_sequence(model)
+    if longest is not None and config.data.sequence_length > longest:
+        raise UserError(
+            f"data.sequence_length: {config.data.sequence_length}: the foundation "
+            f"({config.foundation.path or config.foundation.preset}) has {longest} positions; use at most {longest}"
         )
 
 

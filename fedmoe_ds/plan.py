@@ -9,7 +9,7 @@ from fedmoe_ds.fit import check_plan
 from fedmoe_ds.memory import estimate, format_bytes, outlasting
 from fedmoe_ds.methods import load_method, method_for, with_defaults
 from fedmoe_ds.planner.job import Job, is_bitwise, resolve
-from fedmoe_ds.planner.text import summarised
+from fedmoe_ds.planner.text import data_lines, summarised
 from fedmoe_ds.topology import check_layout, format_table
 
 _MOST_RANKS = 64
@@ -42,6 +42,7 @@ def describe(config: Config, world_size: int) -> list[str]:
         format_table([dict(zip(ranks[0], row, strict=True)) for row in shown]),
         "",
         _federation_line(job),
+        *data_lines(job),
         *_schedule_lines(job, plan),
         "",
         "memory per rank (estimate):",

@@ -69,6 +69,8 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     parts = load_parts(config, runtime, topology, journal.progress)
     parts.stop = stop
     journal.note(start_line(parts))
+    if (omitted := parts.data.omissions.line()) is not None:
+        journal.note(omitted)
     if source["ended"] is not None and source["ended"]["rounds"] == config.federation.rounds:
         runtime.together(lambda: open_snapshot(Path(source["checkpoint"]), parts))
         journal.close()
@@ -249,11 +251,19 @@ def budgets(parts: Parts) -> list[dict[str, Any]]:
 def data_facts(parts: Parts) -> dict[str, Any]:
     """The `data` event."""
     clients = [
-        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.tokens, "top_k": c.top_k,
-         "tier_label": c.tier}
+        {
+            "name": c.name,
+            "samples": c.samples,
+            "sequences": c.sequences,
+            "tokens": c.tokens,
+            "top_k": c.top_k,
+            "tier_label": c.tier,
+        }
         for c in parts.clients
-    ]  # fmt: skip
-    return {"clients": clients, "distribution": parts.data.distribution, "fingerprint": parts.data.fingerprint}
+    ]
+    data = parts.data
+    told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
+    return {"clients": clients, **told}
 
 
 def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:

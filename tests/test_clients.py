@@ -15,6 +15,7 @@ from fedmoe_ds.clients.client import Capacity, Client, Spends, Tier, default_tie
 from fedmoe_ds.config import FederationConfig, TierConfig
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.omissions import Omissions
 
 FULL = Capacity(top_k=8, rank=16, experts=64)
 
@@ -23,7 +24,7 @@ def make_data(count: int) -> FederatedData:
     """Sizes without any sequences behind them."""
     sizes = np.arange(1, count + 1, dtype=np.int64)
     names = [f"client-{i:04d}" for i in range(count)]
-    return FederatedData(names, sizes, sizes, sizes * 10, {}, 16, "", 0, Path(), cast(Any, None))
+    return FederatedData(names, sizes, sizes, sizes * 10, {}, 16, "", Omissions(), Path(), cast(Any, None))
 
 
 def deal(count: int, tiers: list[TierConfig], seed: int = 0, **federation: Any) -> list[Client]:

@@ -67,7 +67,7 @@ def test_every_client_image_has_one_owner(kind: str, tmp_path: Path) -> None:
     assert len(data.global_holdout()) == pytest.approx(0.05 * len(clients), rel=0.05)
     assert (data.samples == data.train_sequences).all() and (data.samples == data.train_tokens).all()
     assert data.samples.tolist() == [len(data.train(client)) for client in range(len(data.names))]
-    assert data.image_shape == digits.SHAPE and data.dropped == 0 and data.sequence_length == 1
+    assert data.image_shape == digits.SHAPE and data.omissions.total == {} and data.sequence_length == 1
     assert np.sum(data.distribution["counts"]) == len(clients) - len(data.global_holdout())
     sizes = data.samples.tolist()
     if kind == "natural":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fedmoe_ds.config.tree import PartitionConfig
 from fedmoe_ds.data import holdout
 from fedmoe_ds.data.partition import deal, largest_groups, power_law_sizes
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.randomness import generator
 
 LABELS = st.lists(st.sampled_from(["a", "b", "c d", "é"]), min_size=2, max_size=60)
 SEEDS = st.integers(0, 5)
@@ -122,11 +124,16 @@ def test_more_clients_than_samples(kind: str) -> None:
         deal(["a"] * 4, PartitionConfig(kind=kind), 0)
 
 
-def test_largest_groups_ties_by_name() -> None:
-    assert largest_groups(["b", "a", "c", "c"], [2, 2, 1, 2], 2) == ["a", "c"]
-    assert largest_groups(["b", "a", "c"], [1, 1, 1], None) == ["a", "b", "c"]
+def test_largest_groups_and_a_draw_among_equals() -> None:
+    assert largest_groups(["b", "a", "c", "c"], [3, 2, 1, 2], 2, 0) == ["b", "c"]
+    assert largest_groups(["b", "a", "c"], [1, 1, 1], None, 0) == ["a", "b", "c"]
     with pytest.raises(UserError, match=r"clients: 4: more than the 3 groups"):
-        largest_groups(["b", "a", "c"], [1, 1, 1], 4)
+        largest_groups(["b", "a", "c"], [1, 1, 1], 4, 0)
+    seeds, names = 400, [f"c{index}" for index in range(8)]
+    kept = Counter(name for seed in range(seeds) for name in largest_groups([*names, "z", "z"], [1] * 10, 3, seed))
+    assert kept["z"] == seeds
+    for name in names:  # two of eight, each in a quarter of the draws
+        assert abs(kept[name] / seeds - 1 / 4) < 0.1, (name, kept)
 
 
 def test_partitioning_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
@@ -164,3 +171,32 @@ def test_client_split_and_cap(samples: int, share: float, seed: int, limit: int)
     rows = holdout.cap(samples, limit, seed, "x")
     assert len(rows) == min(samples, limit) == len(set(rows.tolist()))
     assert len(holdout.cap(samples, None, seed, "x")) == samples
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=12), share=st.floats(0.02, 0.6))
+def test_expectation_of_the_global_holdout_is_proportional(sizes: list[int], share: float) -> None:
+    """Over many draws every client gives in proportion to its share of the samples, whatever its name and size."""
+    whole = np.array(sizes, dtype=np.int64)
+    if whole.sum() == len(whole):
+        return
+    draws, total = 400, max(round(share * whole.sum()), 1)
+    quotas = np.array([holdout.allocate(whole, share, generator(seed, "test")) for seed in range(draws)])
+    assert (quotas <= whole - 1).all() and (quotas >= 0).all() and len(set(quotas.sum(1).tolist())) == 1
+    ideal = total * whole / whole.sum()
+    if (ideal > whole - 1).any():  # a client keeps one sample, and the others give for it
+        return
+    assert quotas.sum(1)[0] == total and (np.abs(quotas - ideal) < 1).all()
+    fraction = ideal - np.floor(ideal)
+    bound = 5 * np.sqrt(fraction * (1 - fraction) / draws) + 5 / draws  # five standard deviations of a mean of coins
+    assert (np.abs(quotas.mean(0) - ideal) <= bound).all(), (quotas.mean(0), ideal)
+
+
+def test_equal_clients_are_held_out_by_lot_and_not_by_name() -> None:
+    strata = [f"c{client:04d}" for client in range(1000) for _ in range(2)]
+    drawn = [{strata[row] for row in holdout.draw_global(strata, 0.05, seed)} for seed in range(3)]
+    assert all(len(names) == 100 for names in drawn)
+    assert len(drawn[0] & drawn[1]) < 30 and len(drawn[0] & drawn[2]) < 30  # ten are expected
+    for names in drawn:
+        tenths = np.bincount([int(name[1:]) // 100 for name in names], minlength=10)
+        assert tenths.max() < 30, tenths

@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fedmoe_ds.config.tree import DataConfig
 from fedmoe_ds.data import templates
+from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.omissions import CUT, EMPTY, NO_ROOM
 
 EOS = 1
 
@@ -24,11 +27,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]] | Dataset, **config: Any) -> templates.Samples:
-    table = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     data = DataConfig(**config)
+    table = Table.of_dataset(rows if isinstance(rows, Dataset) else Dataset.from_list(rows), templates.candidates(data))
     columns = templates.resolve_columns(table, data)
     templates.check_rows(table, columns, data)
-    return templates.encode(table, columns, data, templates.Encoder(tokenizer))
+    return templates.encode(table, columns, data, Encoder(tokenizer))
 
 
 def targets(samples: templates.Samples, tokenizer: PreTrainedTokenizerFast, index: int = 0) -> str:
@@ -38,7 +41,7 @@ def targets(samples: templates.Samples, tokenizer: PreTrainedTokenizerFast, inde
 
 def test_text_ends_every_document_and_drops_empty_ones(tokenizer: PreTrainedTokenizerFast) -> None:
     samples = encode(tokenizer, [{"text": "hello"}, {"text": " \n"}, {"text": "world" * 100}], sequence_length=8)
-    assert samples.rows == [0, 2] and samples.dropped == 1
+    assert samples.rows == [0, 2] and samples.omissions == [(1, EMPTY)]
     assert [ids[-1] for ids in samples.tokens] == [EOS, EOS]
     assert len(samples.tokens[1]) > 8
 
@@ -84,7 +87,7 @@ def test_instruction_truncates_and_counts_what_is_lost(tokenizer: PreTrainedToke
         {"instruction": "a", "output": "fine"},
     ]
     samples = encode(tokenizer, rows, template="instruction", sequence_length=64)
-    assert samples.rows == [0, 3] and samples.dropped == 2
+    assert samples.rows == [0, 3] and samples.omissions == [(0, CUT), (1, NO_ROOM), (2, EMPTY)]
     assert len(samples.tokens[0]) == 64 and targets(samples, tokenizer).startswith("b" * 5)
     assert samples.tokens[0][-1] != EOS
 
@@ -167,4 +170,4 @@ def test_bad_rows_and_columns(
 def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match="no end-of-text token"):
-        templates.Encoder(endless)
+        Encoder(endless)

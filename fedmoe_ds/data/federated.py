@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.config.tree import DataConfig
 from fedmoe_ds.data import digits
+from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.sources import Source, open_source
 from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, discard, intact, storage_error, write_store
 from fedmoe_ds.data.task import check_task
-from fedmoe_ds.data.templates import Encoder
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.omissions import Omissions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +36,7 @@ __all__ = ["FederatedData", "Sequences", "prepare"]
 
 LOG = logging.getLogger(__name__)
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class FederatedData:
     is |D_i| after hold-outs (a sample of packed text is one sequence, so it equals `train_sequences`). `train_tokens`
     counts the targets of one epoch: target tokens, or images. `distribution` is {"labels": [...], "counts":
     [client][label]}, in units dealt to the client, its hold-out included. `sequence_length` is 1 for images, because how
-    many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text. `dropped` counts rows
-    with nothing to learn. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels.
+    many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text. `omissions` counts
+    samples that were left out or cut. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels.
     """
 
     names: list[str]
@@ -57,7 +58,7 @@ class FederatedData:
     distribution: dict[str, Any]
     sequence_length: int
     fingerprint: str
-    dropped: int
+    omissions: Omissions
     path: Path
     _store: Store = field(repr=False, compare=False)
     image_shape: tuple[int, int, int] | None = None
@@ -74,7 +75,8 @@ class FederatedData:
                 "the cache must be on a file system that all of them share"
             ) from error
         header = store.header
-        fields = {key: header[key] for key in ("names", "distribution", "sequence_length", "fingerprint", "dropped")}
+        fields = {key: header[key] for key in ("names", "distribution", "sequence_length", "fingerprint")}
+        fields["omissions"] = Omissions(**header["omissions"])
         for key in ("samples", "train_sequences", "train_tokens"):
             fields[key] = np.array(header[key], dtype=np.int64)
         if (shape := header.get(IMAGE_SHAPE)) is not None:
@@ -117,7 +119,7 @@ def prepare(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast | 
     folder = cache_dir / _content_key(config, seed, tokenizer, source)
 
     def prepared() -> Prepared:
-        return assemble(source.table(cache_dir), config, seed, encoder, source.group_column)
+        return assemble(source, config, seed, encoder)
 
     return _found_or_made(folder, prepared, {"sequence_length": config.sequence_length})
 
@@ -191,6 +193,6 @@ def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:
         "train_tokens": [sequences.target_count() for sequences in prepared.train],
         "distribution": prepared.distribution,
         **extra,
-        "dropped": prepared.dropped,
+        "omissions": prepared.omissions.as_dict(),
     }
     write_store(folder, [*owners, prepared.global_holdout], header)

@@ -11,13 +11,15 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.randomness import generator
 
 Rows = NDArray[np.int64]
+_ROUNDING = 1e-9
+"""What sums of a stratum's share may be off by."""
 
 
 def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
     """Return the sample indices of the global hold-out, in random order, so that any prefix is representative.
 
-    About `share` of all samples and at least one, spread over the strata by size; every stratum keeps at least one
-    sample.
+    About `share` of all samples and at least one, spread over the strata by size (`allocate`); every stratum keeps at least
+    one sample.
     """
     names, stratum = np.unique(np.asarray(strata), return_inverse=True)
     sizes = np.bincount(stratum, minlength=len(names))
@@ -26,7 +28,8 @@ def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
             f"data.global_holdout: {share}: the data have {len(strata)} sample(s) in {len(names)} group(s), so holding "
             "one out would empty a group; give more data or a smaller sequence_length"
         )
-    quotas = allocate(sizes, share)
+    order = generator(seed, "global-holdout-strata")
+    quotas = allocate(sizes, share, order)
     drawn = [
         generator(seed, "global-holdout", str(name)).permutation(np.flatnonzero(stratum == index))[: quotas[index]]
         for index, name in enumerate(names)
@@ -34,17 +37,37 @@ def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
     return generator(seed, "global-holdout-order").permutation(np.concatenate(drawn)).astype(np.int64)
 
 
-def allocate(sizes: Rows, share: float) -> Rows:
-    """Return how many samples each stratum gives: largest remainders, never a whole stratum, at least one in total."""
-    room = sizes - 1
-    total = min(max(round(share * int(sizes.sum())), 1), int(room.sum()))
-    ideal = total * sizes / sizes.sum()
-    quotas: Rows = np.minimum(np.floor(ideal).astype(np.int64), room)
-    by_remainder = np.argsort(-(ideal - np.floor(ideal)), kind="stable")
-    while (missing := total - int(quotas.sum())) > 0:
-        open_strata = [index for index in by_remainder if quotas[index] < room[index]]
-        quotas[open_strata[:missing]] += 1
+def allocate(sizes: Rows, share: float, rng: np.random.Generator) -> Rows:
+    """Return how many samples each stratum gives: never a whole stratum, at least one in total.
+
+    Systematic sampling (W. G. Madow, 1949): the fractions of the ideal numbers lie in random order on a line, and marks at
+    distance one from a random start round up those that they fall on. So every number is the ideal one rounded up or down,
+    their sum is the wanted one, and the expectation of each is the ideal one: nobody is passed over for a name or a size.
+    """
+    ideal = _ideal(sizes, share)
+    quotas = np.floor(ideal + _ROUNDING).astype(np.int64)
+    fractions = np.clip(ideal - quotas, 0.0, None)
+    missing = round(fractions.sum())
+    if missing > 0:
+        order = rng.permutation(len(sizes))
+        ends = np.cumsum(fractions[order])
+        marks = np.floor(ends * (missing / ends[-1]) + rng.random())
+        quotas[order] += np.diff(marks, prepend=0.0).astype(np.int64)
     return quotas
+
+
+def _ideal(sizes: Rows, share: float) -> NDArray[np.float64]:
+    """The shares of the strata in the hold-out, in samples: by size, but one sample of each stratum stays."""
+    room = (sizes - 1).astype(np.float64)
+    total = min(max(round(share * int(sizes.sum())), 1), int(room.sum()))
+    ideal = np.zeros(len(sizes))
+    while True:  # what a full stratum cannot give, the others give
+        free = ideal < room
+        missing = total - ideal.sum()
+        if missing <= _ROUNDING or not free.any():
+            return ideal
+        ideal[free] += missing * sizes[free] / sizes[free].sum()
+        ideal = np.minimum(ideal, room)
 
 
 def split_client(samples: int, share: float, seed: int, name: str) -> tuple[Rows, Rows]:

@@ -24,8 +24,8 @@ DRAWS_PER_SEED = 11
 Rows = NDArray[np.int64]
 
 
-def largest_groups(groups: Sequence[str], weights: Sequence[int], clients: int | None) -> list[str]:
-    """Return the names of the `clients` groups with the largest total weight, sorted; ties go to the smaller name."""
+def largest_groups(groups: Sequence[str], weights: Sequence[int], clients: int | None, seed: int) -> list[str]:
+    """Return the names of the `clients` groups with the largest total weight, sorted; among equals a draw decides."""
     totals: Counter[str] = Counter()
     for group, weight in zip(groups, weights, strict=True):
         totals[group] += weight
@@ -34,7 +34,7 @@ def largest_groups(groups: Sequence[str], weights: Sequence[int], clients: int |
             f"data.partition.clients: {clients}: more than the {len(totals)} groups that the data have; "
             f"use at most {len(totals)} clients or another partition.kind"
         )
-    ranked = sorted(totals, key=lambda group: (-totals[group], group))
+    ranked = sorted(totals, key=lambda group: (-totals[group], address_key(seed, "largest-groups", group)))
     return sorted(ranked[:clients])
 
 

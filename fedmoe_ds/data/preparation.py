@@ -8,19 +8,20 @@ prepares.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.config.tree import DataConfig
-from fedmoe_ds.data import digits, holdout, partition, templates
+from fedmoe_ds.data import digits, groups, holdout, partition, templates
+from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.sources import Source
 from fedmoe_ds.data.store import Sequences
+from fedmoe_ds.data.table import Table
 from fedmoe_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from fedmoe_ds.omissions import LEFT_OUT, Omissions
 
 MAX_LABELS = 30
 ALL = "all"
@@ -35,36 +36,44 @@ class Prepared:
     holdout: list[Sequences]
     global_holdout: Sequences
     distribution: dict[str, Any]
-    dropped: int
+    omissions: Omissions
 
 
 @dataclass(frozen=True)
 class _Units:
-    """What is dealt to clients, with the label or group of each."""
+    """What is dealt to clients, with the label or group of each, and the row it is; None where several rows are in it."""
 
     content: Sequences
     labels: list[str]
     packed: bool
     stratified: bool
+    rows: list[int] | None = None
 
 
-def assemble(table: Dataset, config: DataConfig, seed: int, encoder: templates.Encoder, group_column: str | None) -> Prepared:
-    """Return all clients' data; `group_column` is the column by which the source itself groups its rows, if it does.
+def assemble(source: Source, config: DataConfig, seed: int, encoder: Encoder) -> Prepared:
+    """Return all clients' data.
 
     Raises UserError for missing columns, malformed rows, too few samples, and clients that would be empty.
     """
+    group_column, natural = source.group_column, config.partition.kind == "natural"
+    grouping = {column for column in (config.partition.column, group_column) if column is not None}
+    table = source.table(templates.candidates(config) | grouping)
     columns = templates.resolve_columns(table, config)
     templates.check_rows(table, columns, config)
     labels = _row_labels(table, columns, config, group_column)
     wanted: list[str] = []
-    if config.partition.kind == "natural":
-        wanted = partition.largest_groups(labels, _weights(table, columns, config), config.partition.clients)
+    if natural:
+        wanted = partition.largest_groups(labels, _weights(table, columns, config), config.partition.clients, seed)
         kept = _rows_in(labels, set(wanted))
         table, labels = table.select(kept), [labels[row] for row in kept]
     samples = templates.encode(table, columns, config, encoder)
-    _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, samples.dropped)
-    units = _units(samples, labels, config, by_group=group_column is not None or config.partition.kind == "natural")
-    return _deal(units, config, seed, samples.dropped)
+    left_out = sum(kind in LEFT_OUT for _, kind in samples.omissions)
+    _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, left_out)
+    units = _units(samples, labels, config, by_group=group_column is not None or natural)
+    prepared, owners = _deal(units, config, seed)
+    owner_of = dict(enumerate(labels)) if natural else owners
+    found = [(kind, owner_of.get(row)) for row, kind in samples.omissions]
+    return replace(prepared, omissions=Omissions.of(len(table), found))
 
 
 def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Prepared:
@@ -76,15 +85,15 @@ def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Pre
     rows = np.arange(len(images))
     natural = config.partition.kind == "natural"
     if natural:
-        wanted = set(partition.largest_groups(labels, [1] * len(labels), config.partition.clients))
+        wanted = set(partition.largest_groups(labels, [1] * len(labels), config.partition.clients, seed))
         rows = np.array(_rows_in(labels, wanted))
     content = Sequences.of_images(images.pixels_NCHW[rows], images.labels_N[rows])
     units = _Units(content, [labels[row] for row in rows], packed=True, stratified=natural)
-    return _deal(units, config, seed, dropped=0)
+    return replace(_deal(units, config, seed)[0], omissions=Omissions(rows=len(rows)))
 
 
-def _deal(units: _Units, config: DataConfig, seed: int, dropped: int) -> Prepared:
-    """Hold out, deal to clients, cap and split."""
+def _deal(units: _Units, config: DataConfig, seed: int) -> tuple[Prepared, dict[int, str]]:
+    """Hold out, deal to clients, cap and split; return that, and the client of every dealt row where a unit is one row."""
     held = holdout.draw_global(units.labels if units.stratified else [ALL] * len(units.labels), config.global_holdout, seed)
     rest = np.setdiff1d(np.arange(len(units.labels)), held)
     dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
@@ -95,21 +104,23 @@ def _deal(units: _Units, config: DataConfig, seed: int, dropped: int) -> Prepare
         train.append(sequences.select(kept_rows))
         held_by_client.append(sequences.select(held_rows))
         counts.append(label_count)
-    return Prepared(
+    owners = {} if units.rows is None else {units.rows[row]: name for name in dealt for row in rest[dealt[name]]}
+    prepared = Prepared(
         names=sorted(dealt),
         train=train,
         holdout=held_by_client,
         global_holdout=_finished(units, held, config.sequence_length),
         distribution=_distribution(counts),
-        dropped=dropped,
+        omissions=Omissions(),
     )
+    return prepared, owners
 
 
-def _row_labels(table: Dataset, columns: dict[str, str], config: DataConfig, group_column: str | None) -> list[str]:
+def _row_labels(table: Table, columns: dict[str, str], config: DataConfig, group_column: str | None) -> list[str]:
     """Return the label of each row: the partition column, the class, the source's group, or one label for all."""
     kind, column = config.partition.kind, config.partition.column
     if column is not None:
-        templates.require_column(column, table.column_names, "data.partition.column")
+        templates.require_column(column, table.names, "data.partition.column")
     elif "label" in columns and kind != "natural":
         column = columns["label"]
     else:
@@ -118,26 +129,15 @@ def _row_labels(table: Dataset, columns: dict[str, str], config: DataConfig, gro
         if kind in ("natural", "dirichlet"):
             raise UserError(
                 f"data.partition.column: null: needed for partition.kind={kind} with this source; "
-                f"name one of the columns {', '.join(table.column_names)}"
+                f"name one of the columns {', '.join(table.names)}"
             )
         return [ALL] * len(table)
     if column == columns.get("label"):
-        return templates.label_words(table, column, config.label_names)
-    names = getattr(table.features[column], "names", None)
-    return [_label(value, names, column, row) for row, value in enumerate(table[column][:])]
+        return groups.group_names(templates.label_words(table, column, config.label_names), column)
+    return groups.group_names(table[column], column, table.classes.get(column))
 
 
-def _label(value: Any, names: list[str] | None, column: str, row: int) -> str:
-    if names is not None and isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
-    if not isinstance(value, str | int | float) or value == "":
-        raise UserError(
-            f"data.partition.column: {column}: row {row + 1} holds {value!r:.40}, no group's name; mend or drop the row"
-        )
-    return str(value)
-
-
-def _weights(table: Dataset, columns: dict[str, str], config: DataConfig) -> list[int]:
+def _weights(table: Table, columns: dict[str, str], config: DataConfig) -> list[int]:
     """Return what a row adds to the size of its group: characters of text (no tokenizer needed), or one sample."""
     return [len(text) for text in table[columns["text"]]] if config.template == "text" else [1] * len(table)
 
@@ -169,7 +169,7 @@ def _units(samples: templates.Samples, row_labels: list[str], config: DataConfig
     labels = [row_labels[row] for row in samples.rows]
     if config.template != "text" or not by_group:
         content = Sequences(samples.tokens, samples.targets)
-        return _Units(content, labels, packed=config.template != "text", stratified=by_group)
+        return _Units(content, labels, packed=config.template != "text", stratified=by_group, rows=samples.rows)
     tokens: list[NDArray[np.int64]] = []
     packed_labels: list[str] = []
     members: dict[str, list[NDArray[np.int64]]] = {}

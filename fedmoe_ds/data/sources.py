@@ -1,15 +1,15 @@
 """Where rows come from: the standard library, a local file, or a data set on the Hugging Face hub.
 
 A source answers two questions: what is your content (a digest, so that prepared data can be found again without reading
-the rows), and what are your rows (a `datasets.Dataset`).
+the rows), and what are your rows (a `Table`, of the columns that are asked for).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from fedmoe_ds.config.tree import DataConfig
 from fedmoe_ds.data import stdlib
+from fedmoe_ds.data.readers import READERS, in_one_line
+from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FILE_KINDS = (".jsonl", ".csv", ".parquet")
 # A hub id may hold dots, so only endings that are surely files count as files that do not exist.
 OTHER_FILES = (".json", ".txt", ".tsv", ".arrow", ".gz", ".zip", ".bz2", ".zst", ".xlsx", ".py", ".md", ".ndjson")
 
@@ -40,8 +41,8 @@ class Source(Protocol):
         """Return a sha256 that changes when a row changes."""
         ...
 
-    def table(self, scratch: Path) -> Dataset:
-        """Return the rows; `scratch` is an existing folder for temporary files."""
+    def table(self, wanted: Collection[str]) -> Table:
+        """Return the rows, with those of the wanted columns that there are."""
         ...
 
 
@@ -50,7 +51,7 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "stdlib":
         return StdlibSource()
     path = Path(config.source).expanduser()
-    if path.suffix in FILE_KINDS:
+    if path.suffix in READERS:
         if not path.is_file():
             raise UserError(f"data.source: {config.source}: no such file; give an existing path")
         return FileSource(path)
@@ -58,7 +59,7 @@ def open_source(config: DataConfig) -> Source:
     if path.exists() or names_a_path or path.suffix in OTHER_FILES:
         raise UserError(
             f"data.source: {config.source}: unknown kind of file '{path.suffix}'; "
-            f"use 'stdlib', a hub data set id, or a file that ends in {', '.join(FILE_KINDS)}"
+            f"use 'stdlib', a hub data set id, or a file that ends in {', '.join(READERS)}"
         )
     return HubSource(config.source, config.split)
 
@@ -80,11 +81,10 @@ class StdlibSource:
                 content.update(hashlib.sha256(part.encode()).digest())
         return content.hexdigest()
 
-    def table(self, scratch: Path) -> Dataset:
-        from datasets import Dataset
-
-        columns = {field: [getattr(d, field) for d in self._documents] for field in ("group", "name", "text")}
-        return Dataset.from_dict(columns)
+    def table(self, wanted: Collection[str]) -> Table:
+        names = ["group", "name", "text"]
+        columns = {name: Column([[getattr(d, name) for d in self._documents]]) for name in names}
+        return Table(names, columns, len(self._documents))
 
 
 @dataclass(frozen=True)
@@ -99,32 +99,17 @@ class FileSource:
             with self.path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"data.source: {self.path}: cannot be read: {error.strerror}; mend its permissions") from error
+            raise self._unreadable(error) from error
 
-    def table(self, scratch: Path) -> Dataset:
-        from datasets import Dataset
-
-        if self.path.suffix == ".jsonl":
-            check_jsonl(self.path)
-        # Read into memory: the reader's own cache knows a file by its time stamp, which an edit may leave as it was.
-        with quiet_datasets(), tempfile.TemporaryDirectory(dir=scratch) as folder:
-            common = {"cache_dir": folder, "keep_in_memory": True}
-            try:
-                if self.path.suffix == ".jsonl":
-                    table = Dataset.from_json(str(self.path), **common)
-                elif self.path.suffix == ".csv":
-                    # pandas would turn words such as "null" and "NA" into missing values.
-                    table = Dataset.from_csv(str(self.path), keep_default_na=False, **common)
-                else:
-                    table = Dataset.from_parquet(str(self.path), **common)
-            except Exception as error:  # whatever a parser raises, the file is what the user can mend
-                cause = root_cause(error)
-                if isinstance(cause, OSError) and cause.errno is not None:
-                    raise cause from error  # `digest` could read the file, so this is the scratch folder
-                raise UserError(
-                    f"data.source: {self.path}: not readable as {self.path.suffix[1:]}: {in_one_line(cause)}; mend the file"
-                ) from error
+    def table(self, wanted: Collection[str]) -> Table:
+        try:
+            table = READERS[self.path.suffix](self.path, wanted)
+        except OSError as error:
+            raise self._unreadable(error) from error
         return _with_rows(table, str(self.path))
+
+    def _unreadable(self, error: OSError) -> UserError:
+        return UserError(f"data.source: {self.path}: cannot be read: {error.strerror or error}; mend its permissions")
 
 
 @dataclass(frozen=True)
@@ -155,40 +140,26 @@ class HubSource:
             content.update(json.dumps(batch.to_pydict(), default=repr, sort_keys=True).encode())
         return content.hexdigest()
 
-    def table(self, scratch: Path) -> Dataset:
-        return _with_rows(self._rows, self.name)
-
-
-def check_jsonl(path: Path) -> None:
-    """Raise a UserError that names the first line that is not one JSON object."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise UserError(f"data.source: {path}:{number}: not UTF-8 text; save the file as UTF-8") from error
-            except (ValueError, RecursionError) as error:
-                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise UserError(f"data.source: {path}:{number}: not valid JSON ({what}); mend or drop the line") from error
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"data.source: {path}:{number}: a {type(value).__name__}, not a JSON object; "
-                    'write one {"column": value, ...} per line'
-                )
+    def table(self, wanted: Collection[str]) -> Table:
+        try:
+            table = Table.of_dataset(self._rows, wanted)
+        except ValueError as error:
+            raise UserError(f"data.source: {self.name}: {in_one_line(error)}; use another data set or a local file") from error
+        return _with_rows(table, self.name)
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Hide the progress bars of `datasets` inside, and leave them afterwards as they were."""
+    """Hide what `datasets` prints inside, progress and log lines; afterwards both are as they were."""
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
+    shown, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL + 1)  # its errors are raised too, and then told in one line
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
 
@@ -200,13 +171,7 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def in_one_line(error: BaseException) -> str:
-    """Return the kind and the first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _with_rows(table: Dataset, name: str) -> Dataset:
+def _with_rows(table: Table, name: str) -> Table:
     if len(table) == 0:
         raise UserError(f"data.source: {name}: no rows; give data with at least two samples")
     return table

@@ -1,25 +1,31 @@
 """How a row becomes tokens, and which of the tokens count as targets.
 
-* `text`: a document; every token but the first of a sequence is a target.
-* `instruction`: a prompt and an answer; the answer and the end-of-text token are targets.
-* `classification`: a text and the words of its label; the words and the end-of-text token are targets.
+* `text`: a document; every token but the first of a sequence is a target. Documents are packed into sequences; nothing is cut
+  off but a last token that would stand alone.
+* `instruction`: a prompt and an answer; the answer and the end-of-text token are targets. The prompt is kept whole. An answer
+  that is too long loses its end, and the end-of-text token with it, because the answer does not end there.
+* `classification`: a text and the words of its label; the words and the end-of-text token are targets. A text that is too long
+  loses its end; question, label and end-of-text token are kept whole.
+
+What is left out or cut is counted (`omissions`): an empty text or answer, a prompt or a label that leaves no room.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.config.tree import DataConfig
+from fedmoe_ds.data.encoder import Encoded, Encoder
+from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
+from fedmoe_ds.omissions import CUT, EMPTY, NAMED, NO_ROOM
 
 BATCH = 512
 # Template field -> the column names it is known by. Alpaca and AlpaGasus say input/output, Dolly context/response.
@@ -33,6 +39,7 @@ FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     "classification": {"text": ("text",), "label": ("label",)},
 }
 OPTIONAL = frozenset({"input"})
+INTEGER = re.compile("0|[1-9][0-9]{0,8}")
 # A missing answer drops its row, with a count: published instruction sets do have a few.
 NULLABLE = OPTIONAL | {"output"}
 
@@ -41,43 +48,26 @@ NULLABLE = OPTIONAL | {"output"}
 class Samples:
     """Encoded rows, in row order.
 
-    `tokens[i]` int64 [length], `targets[i]` bool [length], `rows[i]` the row it came from. `dropped` counts rows that
-    gave nothing to learn: empty documents, missing answers, answers cut away entirely by `data.sequence_length`.
+    `tokens[i]` int64 [length], `targets[i]` bool [length], `rows[i]` the row it came from. `omissions` holds (row, kind) of
+    every row that is left out, cut, or told for another reason.
     """
 
     tokens: list[NDArray[np.int64]]
     targets: list[NDArray[np.bool_]]
     rows: list[int]
-    dropped: int
+    omissions: list[tuple[int, str]]
 
 
-class Encoder:
-    """A tokenizer that adds no special token on its own, and the special tokens we add."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"foundation.path: {tokenizer.name_or_path}: its tokenizer has no end-of-text token; "
-                "set eos_token in its tokenizer_config.json"
-            )
-        self._tokenizer = tokenizer
-        self.end = [int(tokenizer.eos_token_id)]
-        # Models that were trained with a leading token (Mixtral's <s>) are given it, the others are not.
-        bos = tokenizer.bos_token_id
-        self.start = [int(bos)] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text."""
-        ids: list[list[int]] = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        return ids
+def candidates(config: DataConfig) -> set[str]:
+    """Return the names of all columns that `resolve_columns` might choose, whatever the source has."""
+    known = {name for names in FIELDS[config.template].values() for name in names}
+    return known | set(config.columns.values())
 
 
-def resolve_columns(table: Dataset, config: DataConfig) -> dict[str, str]:
+def resolve_columns(table: Table, config: DataConfig) -> dict[str, str]:
     """Return template field -> column, from `data.columns` first and from the well-known names otherwise."""
     fields = FIELDS[config.template]
-    present = table.column_names
+    present = table.names
     aliases = {alias: field for field, names in fields.items() for alias in names}
     given: dict[str, str] = {}
     for key, column in config.columns.items():
@@ -104,24 +94,27 @@ def require_column(column: str, present: list[str], where: str) -> None:
         raise UserError(f"{where}: {column}: no such column; present: {', '.join(present)}{nearest(column, present)}")
 
 
-def label_words(table: Dataset, column: str, names: list[str]) -> list[str]:
+def label_words(table: Table, column: str, names: list[str]) -> list[str]:
     """Return the words of every row's label.
 
-    Integer labels are looked up in `names` (`data.label_names`) or in the column's own ClassLabel feature. String
-    labels are their own words, and must be among `names` where those are given.
+    Integer labels are looked up in `names` (`data.label_names`) or in the column's own ClassLabel feature. String labels are
+    their own words, as they stand there. Where names are given, they must be among these, or be the digits of an integer
+    label, because a CSV file has no other way to write one.
     """
-    names = names or list(getattr(table.features[column], "names", None) or [])
-    return [_words(value, names, column, row) for row, value in enumerate(table[column][:])]
+    names = names or table.classes.get(column, [])
+    return [_words(value, names, column, row) for row, value in enumerate(table[column])]
 
 
 def _words(value: Any, names: list[str], column: str, row: int) -> str:
     where = f"data.label_names: row {row + 1}, column '{column}': label {value!r}"
     if isinstance(value, str):
-        if names and value not in names:
-            raise UserError(f"{where}: not among the label names {', '.join(names)}; complete data.label_names")
         if not value.strip():
             raise UserError(f"{where}: is empty; mend or drop the row")
-        return value.strip()
+        if not names or value in names:
+            return value.strip()
+        if INTEGER.fullmatch(value) is None:
+            raise UserError(f"{where}: not among the label names {', '.join(names)}; complete data.label_names")
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{where}: neither an integer nor a word; mend or drop the row")
     if not names:
@@ -131,13 +124,13 @@ def _words(value: Any, names: list[str], column: str, row: int) -> str:
     return names[value]
 
 
-def check_rows(table: Dataset, columns: dict[str, str], config: DataConfig) -> None:
+def check_rows(table: Table, columns: dict[str, str], config: DataConfig) -> None:
     """Raise a UserError that names the first row whose fields are not what the template needs."""
     for field, column in columns.items():
         if field == "label":
             label_words(table, column, config.label_names)
             continue
-        for row, value in enumerate(table[column][:]):
+        for row, value in enumerate(table[column]):
             if isinstance(value, str) or (value is None and field in NULLABLE):
                 continue
             what = "is missing" if value is None else f"holds {value!r:.40}, not text"
@@ -146,27 +139,29 @@ def check_rows(table: Dataset, columns: dict[str, str], config: DataConfig) -> N
             )
 
 
-def encode(table: Dataset, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Samples:
+def encode(table: Table, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Samples:
     """Return the encoded rows of `table`; a text row is a whole document, any other row is one finished sequence."""
-    encoded = Samples([], [], [], 0)
-    dropped = 0
+    encoded = Samples([], [], [], [])
     for row, pieces in enumerate(_ENCODERS[config.template](table, columns, config, encoder)):
-        if pieces is None:
-            dropped += 1
+        if pieces.named:
+            encoded.omissions.append((row, NAMED))
+        ids = np.array(pieces.prompt + pieces.answer, dtype=np.int64)
+        kept = len(ids) if config.template == "text" else config.sequence_length
+        first = max(len(pieces.prompt), 1)
+        # An answer may lose its end, a label may not: half of its words would be another label.
+        needed = len(ids) if config.template == "classification" else first + 1
+        if pieces.empty or needed > kept:
+            empty = pieces.empty or config.template == "text"
+            encoded.omissions.append((row, EMPTY if empty else NO_ROOM))
             continue
-        prompt, answer = pieces
-        ids = np.array(prompt + answer, dtype=np.int64)
-        targets = np.zeros(len(ids), dtype=np.bool_)
-        targets[max(len(prompt), 1) :] = True
-        if config.template != "text":
-            ids, targets = ids[: config.sequence_length], targets[: config.sequence_length]
-        if not targets.any():
-            dropped += 1
-            continue
-        encoded.tokens.append(ids)
+        if pieces.cut or len(ids) > kept:
+            encoded.omissions.append((row, CUT))
+        targets = np.zeros(min(len(ids), kept), dtype=np.bool_)
+        targets[first:] = True
+        encoded.tokens.append(ids[:kept])
         encoded.targets.append(targets)
         encoded.rows.append(row)
-    return Samples(encoded.tokens, encoded.targets, encoded.rows, dropped)
+    return encoded
 
 
 def pack(documents: Sequence[NDArray[np.int64]], sequence_length: int) -> list[NDArray[np.int64]]:
@@ -183,24 +178,31 @@ def all_but_first(tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
     return targets
 
 
-# Prompt ids and answer ids of a row, or None where the row holds nothing to learn.
-Pieces = tuple[list[int], list[int]] | None
+class Pieces(NamedTuple):
+    """Prompt ids and answer ids of a row; whether it holds nothing to learn, lost its end, or names a special token."""
+
+    prompt: list[int]
+    answer: list[int]
+    empty: bool = False
+    cut: bool = False
+    named: bool = False
 
 
-def _documents(table: Dataset, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Iterator[Pieces]:
-    for texts in _batches(table, columns["text"]):
-        for text, ids in zip(texts, encoder(texts), strict=True):
-            yield (encoder.start, ids + encoder.end) if text.strip() else None
+def _documents(table: Table, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Iterator[Pieces]:
+    for texts in _batches(table[columns["text"]]):
+        for text, (ids, named) in zip(texts, encoder(texts), strict=True):
+            yield Pieces(encoder.start, ids + encoder.end, empty=not text.strip(), named=named)
 
 
-def _instructions(table: Dataset, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Iterator[Pieces]:
-    instructions = _batches(table, columns["instruction"])
-    inputs = _batches(table, columns["input"]) if "input" in columns else None
-    for batch, answers in zip(instructions, _batches(table, columns["output"]), strict=True):
+def _instructions(table: Table, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Iterator[Pieces]:
+    instructions = _batches(table[columns["instruction"]])
+    inputs = _batches(table[columns["input"]]) if "input" in columns else None
+    for batch, answers in zip(instructions, _batches(table[columns["output"]]), strict=True):
         extra = next(inputs) if inputs is not None else [""] * len(batch)
         prompts = encoder([_prompt(*pair) for pair in zip(batch, extra, strict=True)])
         for prompt, text, answer in zip(prompts, answers, encoder(answers), strict=True):
-            yield (encoder.start + prompt, answer + encoder.end) if text.strip() else None
+            named = prompt.named or answer.named
+            yield Pieces(encoder.start + prompt.ids, answer.ids + encoder.end, empty=not text.strip(), named=named)
 
 
 def _prompt(instruction: str, extra: str) -> str:
@@ -208,29 +210,32 @@ def _prompt(instruction: str, extra: str) -> str:
     return f"### Instruction:\n{instruction}{middle}\n\n### Response:\n"
 
 
-def _classes(table: Dataset, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Iterator[Pieces]:
+def _classes(table: Table, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Iterator[Pieces]:
     words = label_words(table, columns["label"], config.label_names)
     vocabulary = sorted(set(words))
-    answers = dict(zip(vocabulary, encoder([f" {word}" for word in vocabulary]), strict=True))
-    (question,) = encoder(["\nLabel:"])
+    labels: dict[str, Encoded] = dict(zip(vocabulary, encoder([f" {word}" for word in vocabulary]), strict=True))
+    ((question, _),) = encoder(["\nLabel:"])
     row = 0
-    for texts in _batches(table, columns["text"]):
-        for ids in encoder(texts):
-            answer = answers[words[row]] + encoder.end
+    for texts in _batches(table[columns["text"]]):
+        for ids, named in encoder(texts):
+            label = labels[words[row]]
+            answer = label.ids + encoder.end
             # The text gives way, not the label: a long article is still a sample.
             room = max(config.sequence_length - len(encoder.start) - len(question) - len(answer), 0)
-            yield encoder.start + ids[:room] + question, answer
+            prompt = encoder.start + ids[:room] + question
+            yield Pieces(prompt, answer, cut=len(ids) > room, named=named or label.named)
             row += 1
 
 
-_ENCODERS: dict[str, Callable[[Dataset, dict[str, str], DataConfig, Encoder], Iterator[Pieces]]] = {
+_ENCODERS: dict[str, Callable[[Table, dict[str, str], DataConfig, Encoder], Iterator[Pieces]]] = {
     "text": _documents,
     "instruction": _instructions,
     "classification": _classes,
 }
 
 
-def _batches(table: Dataset, column: str) -> Iterator[list[str]]:
+def _batches(column: Column) -> Iterator[list[str]]:
     """Yield the strings of one column, `BATCH` at a time, a missing value as ""."""
-    for start in range(0, len(table), BATCH):
-        yield [value or "" for value in table[column][start : start + BATCH]]
+    values = iter(column)
+    while batch := [value or "" for value in islice(values, BATCH)]:
+        yield batch

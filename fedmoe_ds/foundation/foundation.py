@@ -60,6 +60,18 @@ class Foundation:
         return bool(self.layers)
 
 
+def planned_config(config: FoundationConfig) -> Any | None:
+    """The transformers configuration of a run's foundation, before anything is trained or downloaded; None for a hub id.
+
+    Raises:
+        UserError: an unknown preset, or a model folder without a usable configuration.
+    """
+    if config.path is None:
+        return None if config.preset is None else find_preset(config.preset).config()
+    folder = Path(config.path).expanduser()
+    return read_config(folder) if (folder / CONFIG_FILE).is_file() else None
+
+
 def planned_task(config: FoundationConfig) -> Task | None:
     """What the foundation of a run will predict, before anything is trained, downloaded or loaded; None for a hub id.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedmoe_ds.config.tree import PretrainConfig
+from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.foundation.presets import Preset
 from fedmoe_ds.foundation.training import Progress, train_new
@@ -49,8 +50,9 @@ def train_on_text(
 def _pack(tokenizer: Any, texts: list[str], eos_token_id: int) -> Tensor:
     """Tokenize, join the documents with the end token between them, and cut into full sequences."""
     stream: list[int] = []
+    encode = Encoder(tokenizer)
     for text in texts:  # one at a time: a batch would hold every document's offsets and masks at once
-        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], eos_token_id]
+        stream += [*encode([text])[0].ids, eos_token_id]
     count = len(stream) // SEQUENCE_LENGTH
     assert count > 0, "the pre-training text is shorter than one sequence"
     return torch.tensor(stream[: count * SEQUENCE_LENGTH]).view(count, SEQUENCE_LENGTH)

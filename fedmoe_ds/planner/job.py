@@ -28,7 +28,7 @@ from fedmoe_ds.config import Config, TopologyConfig
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, check_task, prepare
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.places import Places
-from fedmoe_ds.fit import check_plan, check_widths, facts_of, find_places, positions, shares_passes
+from fedmoe_ds.fit import check_length, check_plan, check_widths, facts_of, find_places, positions, shares_passes
 from fedmoe_ds.foundation import planned_task, resolve_foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites, image_input, type_task
 from fedmoe_ds.foundation.foundation import cache_folder
@@ -67,12 +67,14 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Data:
-    """Who has how much. `assumed` says what was taken for granted where nothing could be counted, or is None."""
+    """Who has how much. `assumed` says what was taken for granted where nothing could be counted, `omissions` what samples
+    are left out or cut; each is one line or None."""
 
     train: Callable[[int], Lengths]
     holdout: Callable[[int], Lengths]
     global_holdout: Lengths
     assumed: str | None = None
+    omissions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     task = planned_task(config.foundation) or type_task(model.config.model_type)
     images = image_input(model.config) if task == "image_classification" else None
     check_task(task, config.data, images)
+    check_length(config, model.config)
     tiers = resolve_tiers(config.federation, full, method.spends)
     clients, data = _clients(config, folder, size, tiers, images, assume)
     blocks = method.blocks(adapter_blocks(model, places, config.adapters, method.rescaler))
@@ -256,7 +259,12 @@ def _counted(data: FederatedData, images: ImageInput | None) -> Data:
             found[client] = Lengths.of(data.train(client), images)
         return found[client]
 
-    return Data(train, lambda client: Lengths.of(data.holdout(client), images), Lengths.of(data.global_holdout(), images))
+    return Data(
+        train,
+        lambda client: Lengths.of(data.holdout(client), images),
+        Lengths.of(data.global_holdout(), images),
+        omissions=data.omissions.line(),
+    )
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,12 @@ def heading(job: Job, world: World, hardware: Hardware) -> list[str]:
         f"federation: {len(job.clients)} clients, {drawn} per round, {config.federation.rounds} rounds; method "
         f"{config.method.name}, {'bitwise' if job.bitwise(hardware.kind) else 'fast'}",
     ]
-    return [*lines, *([job.data.assumed] if job.data.assumed else [])]
+    return [*lines, *data_lines(job)]
+
+
+def data_lines(job: Job) -> list[str]:
+    """What is to be told about the data: what was assumed, what is left out or cut."""
+    return [line for line in (job.data.assumed, job.data.omissions) if line]
 
 
 def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -> list[str]:

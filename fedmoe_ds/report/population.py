@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from fedmoe_ds.clients.tiers import tier_order
+from fedmoe_ds.omissions import MEANING, describe
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import Event, History, tier_of
 from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag
@@ -37,7 +38,23 @@ def data_section(history: History) -> Markup:
         samples = tag("div", legend(labels.legend()), _bars(clients, order, colours, labels.samples, "samples"))
         shares = tag("div", legend(labels.legend()), _bars(clients, order, colours, labels.shares, "share of samples"))
         views = [("samples by label", samples), ("label shares", shares), *views]
-    return tag("div", tag("p", _spread(clients), cls="lead"), choices("what the bars show", views))
+    lead = tag("p", _spread(clients), cls="lead")
+    return tag("div", lead, _omitted(history), choices("what the bars show", views))
+
+
+def _omitted(history: History) -> Markup | None:
+    """The samples that no client has, or not whole; clients by falling number."""
+    counted = history.data.get("omissions")
+    told = describe(counted) if counted else None
+    if not counted or told is None:
+        return None
+    kinds = sorted(counted["total"])
+    order = sorted(counted["clients"].items(), key=lambda item: (-sum(item[1].values()), item[0]))
+    rows = [[name, *(formats.count(counts.get(kind, 0)) for kind in kinds)] for name, counts in order]
+    rows.append(["all samples", *(formats.count(counted["total"][kind]) for kind in kinds)])
+    heads = ["client", *(MEANING[kind] for kind in kinds)]
+    per_client = tag("details", tag("summary", "By client"), tag("div", table(heads, rows), cls="scroll"))
+    return tag("div", tag("p", f"{told}.", cls="warning"), per_client)
 
 
 def _spread(clients: Sequence[Event]) -> str:

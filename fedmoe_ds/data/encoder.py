@@ -1,0 +1,110 @@
+"""Encoder: a tokenizer for text of users, in which no text spells a special token.
+
+A tokenizer's special tokens have names, such as `</s>`. Where a text holds such a name, the usual call turns it into the
+token: a document then ends in its middle. Here the name is text like any other, whatever the tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedmoe_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+
+class Encoded(NamedTuple):
+    """Ids of a text, and whether the text holds the name of a special token."""
+
+    ids: list[int]
+    named: bool
+
+
+class Encoder:
+    """A tokenizer that adds no special token on its own, and the special tokens we add: `start` and `end` of a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Raises UserError for a tokenizer without an end-of-text token, or without a backend of the `tokenizers` library."""
+        name = f"foundation.path: {tokenizer.name_or_path}"
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise UserError(f"{name}: its tokenizer ({type(tokenizer).__name__}) has no tokenizer.json; save a fast tokenizer")
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{name}: its tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json")
+        self._tokenizer, self._name = tokenizer, name
+        self._special = special_tokens(tokenizer)
+        self.end = [int(tokenizer.eos_token_id)]
+        # Models that were trained with a leading token (Mixtral's <s>) are given it, the others are not.
+        bos = tokenizer.bos_token_id
+        self.start = [int(bos)] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def __call__(self, texts: list[str]) -> list[Encoded]:
+        """Return the ids of each text. Raises UserError where a special token stands for plain text even so."""
+        found: list[list[int]] = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        encoded = [Encoded(ids, False) for ids in found]
+        suspects = [row for row, ids in enumerate(found) if not self._special.keys().isdisjoint(ids)]
+        if suspects:
+            plain, allowed = self._plain
+            again = plain.encode_batch([texts[row] for row in suspects], add_special_tokens=False)
+            for row, ids in zip(suspects, (encoding.ids for encoding in again), strict=True):
+                if left := self._special.keys() & set(ids) - allowed:
+                    raise UserError(
+                        f"{self._name}: its tokenizer reads '{self._special[left.pop()]}' out of plain text; use another"
+                    )
+                encoded[row] = Encoded(ids, ids != found[row])
+        return encoded
+
+    @cached_property
+    def _plain(self) -> tuple[Tokenizer, set[int]]:
+        """The same tokenizer with its special tokens under names that no text holds, and the ids that are text as well."""
+        from tokenizers import Tokenizer
+
+        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        unknown = _unknown_id(state["model"])
+        state |= {"post_processor": None, "truncation": None, "padding": None}
+        _rename(state, {name: _secret(name) for name in self._special.values()})
+        allowed = {token for token, name in self._special.items() if len(name) == 1 or token == unknown}
+        return Tokenizer.from_str(json.dumps(state)), allowed
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Return id -> name of every special token."""
+    added = {token: str(entry) for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def _secret(name: str) -> str:
+    return f"\U0010fffe{hashlib.sha256(name.encode()).hexdigest()}\U0010fffe"
+
+
+def _rename(state: dict[str, Any], names: dict[str, str]) -> None:
+    """Give special tokens other names, in place. Ids stay: a vocabulary with gaps would be numbered anew.
+
+    In the vocabulary a single character keeps its name: it is a letter of the alphabet, which may serve as padding too.
+    """
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model, names = state["model"], {name: secret for name, secret in names.items() if len(name) > 1}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): token for piece, token in model["vocab"].items()}
+    else:  # Unigram: [piece, score]
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
+
+
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    """The id that the model itself gives to text it does not know."""
+    if isinstance(model["vocab"], dict):
+        found: int | None = model["vocab"].get(model.get("unk_token"))
+        return found
+    return model.get("unk_id")

@@ -1,0 +1,65 @@
+"""Groups: the names of clients and labels that a column of the source gives.
+
+One rule for every source, so that equal groups have one name:
+
+* text: in Unicode's composed form (NFC), without outer white space, inner white space as one space;
+* whole numbers in decimal digits, also where they are stored as 1.0 (a column with gaps often is); true and false as
+  `True` and `False`; the integers of a `ClassLabel` by its words.
+
+Refused, with the row: a missing value, an empty name, a fraction, control characters, anything else; and two names that differ
+only in invisible characters, because nobody could tell those clients apart.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from fedmoe_ds.errors import UserError
+
+EXACT = 2**53
+"""Beyond it, neighbouring whole numbers are the same floating-point number."""
+
+
+def group_names(values: Iterable[Any], column: str, words: list[str] | None = None) -> list[str]:
+    """Return the name of every row's group; `words` are those of a `ClassLabel`. Raises UserError as said above."""
+    known: dict[Any, str] = {}
+    names = []
+    for row, value in enumerate(values):
+        key = (type(value), value) if isinstance(value, str | int | float) else None
+        if key not in known:
+            name = group_name(value, words)
+            if name is None:
+                raise UserError(
+                    f"data.partition.column: {column}: row {row + 1} holds {value!r:.40}, no group's name; mend or drop the row"
+                )
+            known[key] = name
+        names.append(known[key])
+    _check_distinguishable(set(names), column)
+    return names
+
+
+def group_name(value: Any, words: list[str] | None = None) -> str | None:
+    """Return the name that a value stands for, or None where it stands for none."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        return str(int(value)) if abs(value) < EXACT and value.is_integer() else None
+    if isinstance(value, int):
+        return words[value] if words is not None and 0 <= value < len(words) else str(value)
+    if not isinstance(value, str):
+        return None
+    name = " ".join(unicodedata.normalize("NFC", value).split())
+    return name if name and not any(unicodedata.category(letter) == "Cc" for letter in name) else None
+
+
+def _check_distinguishable(names: set[str], column: str) -> None:
+    seen: dict[str, str] = {"": ""}  # no name may look like nothing
+    for name in sorted(names):
+        visible = " ".join("".join(letter for letter in name if unicodedata.category(letter) != "Cf").split())
+        if (other := seen.setdefault(visible, name)) != name:
+            raise UserError(
+                f"data.partition.column: {column}: the names {other!a} and {name!a} differ only in invisible characters; "
+                "change one of them"
+            )
