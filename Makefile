@@ -11,6 +11,9 @@ APT_PACKAGES ?=
 # And those of `make test-cluster`: a real SLURM, and hosts of their own with ssh.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins openssh-server openssh-client pdsh iproute2 procps
 ARGS ?=
+# Of `make compare`: what docs/comparison.md shows.
+METHODS ?= flame,flame-t0,flame-static,flame-none,hetlora,hetlora-capped,flexlora,flexlora-capped,fedit,hfedmoe
+SEEDS ?= 6
 
 PYTHON := $(PYTHON)
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
@@ -70,7 +73,7 @@ bench: .venv/.installed .venv-peers/.installed  ## measure everything against pe
 bench-peers: .venv-peers/.installed  ## create the environment of Flower, with which `make bench` compares
 
 compare: .venv/.installed  ## the study of docs/comparison.md, half an hour on two cores; continues where it stopped
-	python launch/compare.py --methods flame,hetlora,flexlora,fedit,hfedmoe --seeds 3 --jobs $(RANKS) $(ARGS)
+	python launch/compare.py --methods $(METHODS) --seeds $(SEEDS) --jobs $(RANKS) $(ARGS)
 
 clean:  ## remove caches; runs/ and .venv stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build

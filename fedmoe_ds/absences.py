@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.errors import UserError
+
 NAME = "absent.jsonl"
 
 
@@ -46,14 +48,17 @@ class Absences:
 
 
 def read_lines(folder: Path) -> list[str]:
-    """The file's lines, none where there is no file."""
+    """The file's lines, none where there is no file. Raises UserError where it cannot be read."""
     path = folder / NAME
-    return path.read_text().splitlines() if path.exists() else []
+    try:
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"output: {path}: cannot be read: {error.strerror or error}; mend its permissions") from None
 
 
 def _parse(line: str) -> tuple[str, int, int] | None:
     try:
         key, round_index, client = json.loads(line)
+        return str(key), int(round_index), int(client)
     except (ValueError, TypeError):
         return None
-    return str(key), int(round_index), int(client)

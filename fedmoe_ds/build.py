@@ -5,7 +5,6 @@ First what needs nothing (method, layout), then the foundation, the data, the ti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from fedmoe_ds.foundation import (
 )
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.size import model_size
+from fedmoe_ds.identity import agreed, identity, kernels_of, memory_settings
 from fedmoe_ds.methods import Method, Situation, method_for, with_defaults
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import Progress
@@ -196,7 +196,8 @@ def _assemble(
         runtime.device,
         client_rules(config, method, state),
     )
-    ours = identity(config, foundation, data)
+    kernels = kernels_of(config, foundation, blocks, runtime.device, bitwise)
+    ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, bitwise), bitwise)
     folder = Path(config.output) / config.name
     evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, method, config.evaluation)
     return Parts(
@@ -295,18 +296,3 @@ def enable_checkpointing(foundation: Foundation) -> None:
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", None) is True:
             module.training = True
-
-
-def identity(config: Config, foundation: Foundation, data: FederatedData) -> dict[str, Any]:
-    """What must agree for one run to continue another: everything that decides the result, and nothing that does not."""
-    tree = json.loads(config.model_dump_json())
-    sections = {name: tree[name] for name in ("seed", "adapters", "local", "method", "server")}
-    sections["federation"] = {key: value for key, value in tree["federation"].items() if key != "rounds"}
-    return {"foundation": foundation.fingerprint, "data": data.fingerprint, **sections}
-
-
-def memory_settings(config: Config, identity: dict[str, Any]) -> dict[str, Any]:
-    """What decides which clients there are and how much a pass of theirs needs."""
-    execution = config.execution
-    passes = {"micro_batch_size": execution.micro_batch_size, "activation_checkpointing": execution.activation_checkpointing}
-    return {**identity, **passes}

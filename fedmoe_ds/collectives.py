@@ -5,6 +5,7 @@ A group of None is a world of one: nothing travels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import deepspeed.comm as ds_comm
@@ -48,10 +49,19 @@ def all_gather(part: Tensor, group: Group, size: int) -> Tensor:
 
 def all_reduce_sum(total: Tensor, group: Group, size: int) -> Tensor:
     """Sum over the group, in place."""
+    return _all_reduce(total, group, size, ds_comm.ReduceOp.SUM)
+
+
+def all_reduce_largest(values: Tensor, group: Group, size: int) -> Tensor:
+    """The largest of each number over the group, in place."""
+    return _all_reduce(values, group, size, ds_comm.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, group: Group, size: int, operation: ds_comm.ReduceOp) -> Tensor:
     if size > 1:
-        with activity.collective("all_reduce", _name(group), total.nbytes):
-            ds_comm.all_reduce(total, group=group)
-    return total
+        with activity.collective("all_reduce", _name(group), tensor.nbytes):
+            ds_comm.all_reduce(tensor, op=operation, group=group)
+    return tensor
 
 
 class Summing(Protocol):
@@ -63,6 +73,9 @@ class Summing(Protocol):
     def sum(self, total: Tensor) -> Tensor:
         """In place; contiguous, on the device of the run."""
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each number over the ranks; as `sum`."""
+
 
 class TorchSumming:
     """Over a group of torch.distributed: gloo or NCCL."""
@@ -73,6 +86,9 @@ class TorchSumming:
     def sum(self, total: Tensor) -> Tensor:
         return all_reduce_sum(total, self.group, self.size)
 
+    def largest(self, values: Tensor) -> Tensor:
+        return all_reduce_largest(values, self.group, self.size)
+
 
 class ControlSumming:
     """Over a communicator of the control plane (MPI): tensors of a GPU travel through host memory."""
@@ -81,8 +97,14 @@ class ControlSumming:
         self.control, self.size = control, control.size
 
     def sum(self, total: Tensor) -> Tensor:
+        return self._through_host(total, self.control.sum)
+
+    def largest(self, values: Tensor) -> Tensor:
+        return self._through_host(values, self.control.largest)
+
+    def _through_host(self, tensor: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         if self.size == 1:
-            return total
-        if total.device.type == "cpu":
-            return self.control.sum(total)
-        return total.copy_(self.control.sum(total.cpu()))
+            return tensor
+        if tensor.device.type == "cpu":
+            return reduce(tensor)
+        return tensor.copy_(reduce(tensor.cpu()))

@@ -46,6 +46,9 @@ class Control(Protocol):
     def sum(self, total: Tensor) -> Tensor:
         """Sum of a contiguous CPU tensor over the ranks, in place."""
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each number over the ranks, as `sum`."""
+
     def split(self, color: int, name: str) -> Control:
         """One communicator for each color, ranks in the same order as here."""
 
@@ -60,6 +63,9 @@ class Alone:
 
     def sum(self, total: Tensor) -> Tensor:
         return total
+
+    def largest(self, values: Tensor) -> Tensor:
+        return values
 
     def split(self, color: int, name: str) -> Control:
         return self
@@ -93,6 +99,11 @@ class TorchControl:
             torch_dist.all_reduce(total, group=self.group)
         return total
 
+    def largest(self, values: Tensor) -> Tensor:
+        with activity.collective("largest", self.name, values.nbytes):
+            torch_dist.all_reduce(values, torch_dist.ReduceOp.MAX, group=self.group)
+        return values
+
     def split(self, color: int, name: str) -> Control:
         colors = [int(text) for text in self.gather(str(color).encode())]
         ranks = [rank for rank, theirs in zip(self.ranks, colors, strict=True) if theirs == color]
@@ -124,15 +135,25 @@ class MpiControl:
     def sum(self, total: Tensor) -> Tensor:
         from mpi4py import MPI
 
-        assert total.is_contiguous() and total.device.type == "cpu"
-        flat = total.view(-1).numpy()
-        with activity.collective("sum", self.name, total.nbytes):
+        return self._reduce("sum", total, MPI.SUM)
+
+    def largest(self, values: Tensor) -> Tensor:
+        from mpi4py import MPI
+
+        return self._reduce("largest", values, MPI.MAX)
+
+    def _reduce(self, name: str, tensor: Tensor, operation: MPI.Op) -> Tensor:
+        from mpi4py import MPI
+
+        assert tensor.is_contiguous() and tensor.device.type == "cpu"
+        flat = tensor.view(-1).numpy()
+        with activity.collective(name, self.name, tensor.nbytes):
             # The wait for the last rank may be long, so it naps; the sum itself is short, and naps would hold it up.
             _wait(self.comm.Ibarrier())
-            piece = _PIECE // total.element_size()
+            piece = _PIECE // tensor.element_size()
             for start in range(0, len(flat), piece):
-                self.comm.Allreduce(MPI.IN_PLACE, flat[start : start + piece])
-        return total
+                self.comm.Allreduce(MPI.IN_PLACE, flat[start : start + piece], operation)
+        return tensor
 
     def split(self, color: int, name: str) -> Control:
         return MpiControl(self.comm.Split(color, self.rank), name)

@@ -5,6 +5,7 @@ The section has been checked when the configuration was loaded (`config.deepspee
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from deepspeed.profiling.flops_profiler import FlopsProfiler
 from fedmoe_ds.build import Parts
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.journal import Journal
+from fedmoe_ds.runtime import Runtime
 
-_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}
+"""Package that a monitor needs beside DeepSpeed."""
 
 
 class DeepSpeedTools:
@@ -27,8 +30,7 @@ class DeepSpeedTools:
     def __init__(self, section: dict[str, Any], parts: Parts, journal: Journal) -> None:
         self.section, self.parts = section, parts
         self.profile: _PassProfile | None = None
-        if any(section.get(name, {}).get("enabled") for name in _MONITORS):
-            journal.monitor = MonitorMaster(get_monitor_config(section))
+        journal.monitor = _monitor(section, parts.runtime)
         comms = section.get("comms_logger", {})
         if comms.get("enabled"):
             options = {key: comms[key] for key in ("prof_all", "prof_ops", "verbose", "debug") if key in comms}
@@ -51,6 +53,35 @@ class DeepSpeedTools:
                 rows.append(f"{operation},{size},{count},{total:.3f},{total / max(count, 1):.4f}")
         target = folder / f"comms-rank{self.parts.runtime.rank}.csv"
         self.parts.runtime.together(lambda: _write(target, "\n".join(rows) + "\n"))
+
+
+def _monitor(section: dict[str, Any], runtime: Runtime) -> MonitorMaster | None:
+    """DeepSpeed's monitors, on every rank; None where none is asked for.
+
+    Raises:
+        UserError: a monitor's package is missing, or it cannot start (no account, a folder that cannot be written).
+    """
+    wanted = [name for name in _MONITORS if section.get(name, {}).get("enabled")]
+    if not wanted:
+        return None
+
+    def start() -> MonitorMaster:
+        for name in wanted:
+            package = _MONITORS[name]
+            if package is not None and importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"deepspeed.{name}.enabled: true: it needs the package {package}, which is not installed: pip install "
+                    f"{package}, or set it to false"
+                )
+        try:
+            return MonitorMaster(get_monitor_config(section))
+        except Exception as error:  # whatever a service's own client raises
+            raise UserError(
+                f"deepspeed.{' and '.join(wanted)}: cannot start: {type(error).__name__}: {error}; mend that, or set "
+                "enabled=false"
+            ) from error
+
+    return runtime.together(start)
 
 
 def _write(target: Path, text: str) -> None:

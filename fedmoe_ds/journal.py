@@ -125,7 +125,7 @@ class Journal:
         if self.monitor is not None:
             shown = [row for row in rows if row.split != "client"]
             names = [f"perplexity/{row.split}/k{row.label}".replace(" ", "-") for row in shown]
-            self.monitor.write_events([(name, row.perplexity, round_index) for name, row in zip(names, shown, strict=True)])
+            self._monitored([(name, row.perplexity, round_index) for name, row in zip(names, shown, strict=True)])
         head = "foundation" if round_index == 0 else f"round {round_index}"
         tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in rows if row.split == "global")
         self.note(f"{head}: perplexity {tiers}")
@@ -171,11 +171,14 @@ class Journal:
 
         self._write(write)
         if self.monitor is not None:
-            self.monitor.write_events([("round/tokens", tokens, round_index), ("round/seconds", seconds, round_index)])
+            self._monitored([("round/tokens", tokens, round_index), ("round/seconds", seconds, round_index)])
         text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
         if dropped:
             text += f"; left out ({', '.join(reasons)}): {', '.join(dropped)}"
         self.progress.end_round(text)
+
+    def _monitored(self, events: list[tuple[str, float, int]]) -> None:
+        self._write(lambda: self.monitor.write_events(events))
 
     def report(self) -> None:
         """Build report.html."""

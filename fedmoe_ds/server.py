@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank, BlockSpec, lora_pairs
 from fedmoe_ds.adapters.layout import base_weights, drawn_a
+from fedmoe_ds.aggregation.exact import MOST_TERMS
 from fedmoe_ds.aggregation.server_optimizer import ServerOptimizer
 from fedmoe_ds.aggregation.statistics import Statistics
 from fedmoe_ds.aggregation.sums import RoundSums
@@ -18,7 +19,9 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.drift import control_block, shared_blocks
 from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.schedule import participant_count
 from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.methods import Method
@@ -29,6 +32,16 @@ CONTROL, BASE = "control", "base"
 def base_block(a: BlockSpec, b: BlockSpec) -> BlockSpec:
     """The frozen weight under a LoRA pair, as the server keeps it once products move into it."""
     return BlockSpec(f"{a.pair}.base", a.layers, (b.item[0], a.item[1]), expert=a.expert, trained=False)
+
+
+def check_terms(config: Config, clients: int) -> None:
+    """Raises UserError where a round has more clients than exact sums have room for."""
+    drawn = participant_count(clients, config.federation.participation)
+    if drawn > MOST_TERMS:
+        raise UserError(
+            f"federation.participation: {config.federation.participation}: {drawn} clients in a round, and bitwise sums hold "
+            f"{MOST_TERMS}; use {MOST_TERMS / clients:.4f} or less, or execution.reproducible=fast"
+        )
 
 
 class Server:
@@ -52,6 +65,8 @@ class Server:
     ) -> None:
         self.config, self.method, self.blocks, self.foundation, self.clients = config, method, blocks, foundation, clients
         self.exact, self.scale = exact, config.adapters.alpha / config.adapters.rank
+        if exact:
+            check_terms(config, len(clients))
         self.total_samples = sum(client.samples for client in clients)
         self.optimizer = ServerOptimizer(config.server)
         self.experts, self.first_expert = len(places.held), places.held.start

@@ -23,7 +23,9 @@ from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
 from fedmoe_ds.fit import is_bitwise
+from fedmoe_ds.folder_lock import FolderLock
 from fedmoe_ds.foundation.rowwise import row_dtype
+from fedmoe_ds.identity import check_identity, check_no_effect
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
@@ -48,19 +50,31 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
         stop: listens already.
         resume: `never` (a folder that holds a run is refused), `auto` (continue from the newest intact checkpoint, or begin).
     """
+    lock = FolderLock(Path(config.output) / config.name)
+    try:
+        return _train(config, runtime, resume, stop, lock)
+    finally:
+        lock.release()
+
+
+def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, lock: FolderLock) -> Ending:
     began = time.monotonic()
     activity.enter("load")
     folder = Path(config.output) / config.name
-    source = runtime.on_main(lambda: claim_folder(folder, resume))
+    source = runtime.on_main(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
     journal = Journal(folder, runtime)
-    for note in source["notes"]:
+    for note in source["unlocked"] + source["notes"]:
         journal.note(note)
     topology = build_topology(config.topology, runtime)
     parts = load_parts(config, runtime, topology, journal.progress)
     parts.stop = stop
     journal.note(start_line(parts))
+    if source["ended"] is not None and source["ended"]["rounds"] == config.federation.rounds:
+        runtime.together(lambda: open_snapshot(Path(source["checkpoint"]), parts))
+        journal.close()
+        return Ending(summary(folder, Outcome(source["ended"]["digest"], None), runtime), 0)
+    tools = DeepSpeedTools(config.deepspeed, parts, journal)  # a package may be missing: before anything is written
     begin(parts, journal, source["checkpoint"])
-    tools = DeepSpeedTools(config.deepspeed, parts, journal)
     outcome = Federation(parts, journal).run()
     tools.close(folder)
     if outcome.interrupted is None:
@@ -72,25 +86,47 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
 
 
 def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
-    """Decide what this start continues: a checkpoint path or None, and notes about damaged checkpoints. Rank 0 only."""
+    """Decide what this start continues. Rank 0 only.
+
+    A folder in which no round was trained holds no run: the name of a start that failed is free again.
+
+    Returns:
+        `checkpoint`: a path or None; `notes`: lines about damaged checkpoints; `ended`: the `end` event of a finished run, or
+        None.
+    """
     root = folder / "checkpoints"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {folder}: cannot create the run folder: {error.strerror or error}") from None
     found, notes = checkpoint.newest_intact(root)
-    metrics = folder / "metrics.jsonl"  # empty where a start was refused before it trained anything
-    used = (metrics.exists() and metrics.stat().st_size > 0) or found is not None or bool(notes)
+    trained, ended = recorded(folder / "metrics.jsonl")
     if resume == "never":
-        if used:
+        if trained or found is not None or notes:
             raise UserError(
                 f"name: {folder.name}: {folder} already holds a run; add --resume auto to continue it, or set another name"
             )
-        return {"checkpoint": None, "notes": []}
+        return {"checkpoint": None, "notes": [], "ended": None}
+    if ended is not None and found is None:
+        raise UserError(
+            f"--resume: {folder}: the run has finished and no intact checkpoint of it is left: nothing to continue; "
+            "set another name"
+        )
     remove_unfinished(root)
-    if notes and found is None:
+    if found is None and (notes or trained):
         notes.append("no intact checkpoint is left; beginning again")
-    return {"checkpoint": None if found is None else str(found), "notes": notes}
+    if found is not None and notes:
+        ended = None  # its last rounds are lost, and trained again
+    return {"checkpoint": None if found is None else str(found), "notes": notes, "ended": ended}
+
+
+def recorded(metrics: Path) -> tuple[bool, dict[str, Any] | None]:
+    """Whether a record tells of training, and the `end` event of a finished run. Raises UserError for a damaged record."""
+    if not metrics.exists():
+        return False, None
+    events = read_metrics(metrics)
+    last = events[-1] if events else {"event": ""}
+    return any(event["event"] == "round" for event in events), last if last["event"] == "end" else None
 
 
 def begin(parts: Parts, journal: Journal, source: str | None) -> None:
@@ -102,7 +138,9 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         journal.event("data", **data_facts(parts))
         return
     path = Path(source)
-    snapshot = parts.runtime.together(lambda: restore(path, parts))
+    snapshot, notes = parts.runtime.together(lambda: restore(path, parts))
+    for note in notes:
+        journal.note(note)
     activity.enter("load", snapshot.round)
     journal.truncate(snapshot.metrics_position)
     journal.config(parts.config_text)
@@ -116,45 +154,41 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
     journal.note(f"resumed from {path.name}")
 
 
-def restore(path: Path, parts: Parts) -> checkpoint.Snapshot:
-    """Read a checkpoint into the state of the run, on every rank."""
+def open_snapshot(path: Path, parts: Parts) -> tuple[checkpoint.Snapshot, list[str]]:
+    """What a checkpoint says, and notes about it, on every rank. Raises UserError where this start cannot continue it."""
     try:
         snapshot = checkpoint.read_snapshot(path)
-        check_identity(snapshot, parts)
+    except OSError as error:
+        raise unreadable(path, parts, error) from None
+    notes = check_identity(snapshot.identity, path, parts.identity, parts.config)
+    rounds = parts.config.federation.rounds
+    if snapshot.round + (snapshot.partial is not None) > rounds:
+        done = f"is in the middle of round {snapshot.round + 1}" if snapshot.partial else f"has {snapshot.round} rounds"
+        least = snapshot.round + (snapshot.partial is not None)
+        raise UserError(
+            f"federation.rounds: {rounds}: the checkpoint to continue {done}; set {least} or more, or use another name"
+        )
+    if snapshot.round == rounds:
+        check_no_effect(path, parts.config)
+    return snapshot, notes
+
+
+def restore(path: Path, parts: Parts) -> tuple[checkpoint.Snapshot, list[str]]:
+    """Read a checkpoint into the state of the run, on every rank."""
+    snapshot, notes = open_snapshot(path, parts)
+    try:
         states.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
         parts.server.load_base(parts.state.server)
     except OSError as error:
-        raise UserError(
-            f"output: {path}: rank {parts.runtime.rank} cannot read it: {error.strerror or error}; "
-            "put the runs on a file system that all ranks share"
-        ) from None
-    return snapshot
+        raise unreadable(path, parts, error) from None
+    return snapshot, notes
 
 
-def check_identity(snapshot: checkpoint.Snapshot, parts: Parts) -> None:
-    """Refuse a checkpoint of another model, other data or other settings, naming the first difference."""
-    snapshot.identity.get("local", {}).setdefault("moments", "float32")  # checkpoints from before there was a choice
-    for name, ours in parts.identity.items():
-        theirs = snapshot.identity.get(name)
-        if theirs == ours:
-            continue
-        if name == "foundation":
-            raise UserError(
-                f"--resume: foundation {str(ours)[:12]}: the checkpoint belongs to another model ({str(theirs)[:12]}); "
-                "use the foundation of that run, or another name"
-            )
-        if name == "data":
-            raise UserError("--resume: data: the checkpoint was trained on other data; restore them, or use another name")
-        where = _first_difference(name, ours, theirs)
-        raise UserError(f"--resume: {where}; set it back, or use another name")
-
-
-def _first_difference(path: str, ours: Any, theirs: Any) -> str:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in [*ours, *theirs]:
-            if ours.get(key) != theirs.get(key):
-                return _first_difference(f"{path}.{key}", ours.get(key), theirs.get(key))
-    return f"{path}: {ours}: the checkpoint was written with {theirs}"
+def unreadable(path: Path, parts: Parts, error: OSError) -> UserError:
+    return UserError(
+        f"output: {path}: rank {parts.runtime.rank} cannot read it: {error.strerror or error}; "
+        "put the runs on a file system that all ranks share"
+    )
 
 
 def start_line(parts: Parts) -> str:

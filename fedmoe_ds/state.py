@@ -17,8 +17,12 @@ from fedmoe_ds import checkpoint
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.topology import Topology
+
+SUMS_LAYOUT = 2
+"""How an unfinished round's sums lie in a checkpoint: digits and windows (`aggregation/exact.py`)."""
 
 
 @dataclass
@@ -79,6 +83,7 @@ def save(
             "done": {str(index): report for index, report in state.progressed.done.items()},
             "activation": {tier: counts.tolist() for tier, counts in state.progressed.activation.items()},
             "seconds": state.progressed.seconds,
+            "sums": SUMS_LAYOUT,
         }
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
     snapshot = checkpoint.Snapshot(state.round, identity, position, partial, used)
@@ -86,7 +91,15 @@ def save(
 
 
 def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, sums: RoundSums) -> None:
-    """Read a checkpoint into `state`, whatever topology wrote it; `sums` receives those of an unfinished round."""
+    """Read a checkpoint into `state`, whatever topology wrote it; `sums` receives those of an unfinished round.
+
+    Raises UserError where that round's sums are those of another version.
+    """
+    if snapshot.partial is not None and snapshot.partial.get("sums") != SUMS_LAYOUT:
+        raise UserError(
+            f"checkpoint: {path}: its round {snapshot.round + 1} is unfinished and was added up by another version; "
+            "remove this folder: the run goes on from the round before"
+        )
     first = _first_expert(state.adapters, topology)
     with checkpoint.TensorReader(path, "adapters") as reader:
         for key, _, value in state.adapters.items(first):

@@ -121,11 +121,11 @@ def alone() -> tuple[Runtime, Topology]:
     return Runtime(launch, torch.device("cpu"), Alone()), Topology(Layout(1, 1), 0, ["here"], None, None, none, none, Alone())
 
 
-def joined(rank: int) -> Runtime:
-    """The world of `run_distributed`."""
+def joined(rank: int, limit: timedelta = timedelta(minutes=5)) -> Runtime:
+    """The world of `run_distributed`; `limit` is that of one message."""
     world_size = torch.distributed.get_world_size()
     launch = Launch("test", rank, world_size, rank)
-    return Runtime(launch, torch.device("cpu"), make_control("torch", "test", rank, world_size, timedelta(minutes=5)))
+    return Runtime(launch, torch.device("cpu"), make_control("torch", "test", rank, world_size, limit))
 
 
 def build(config: Config, runtime: Runtime, topology: Topology) -> tuple[Parts, Journal]:

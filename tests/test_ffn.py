@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from deepspeed.moe.ep_experts import EXPERT_ACTIVATIONS
 from torch import Tensor
 
 from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.experts.lowrank import products_for
+from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit, gated_unit
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+ALPHA, LIMIT = 1.702, 0.4
+"""The limit cuts off much of what these cases compute."""
 
 
 @dataclass
@@ -37,6 +42,13 @@ class Case:
     w13: Tensor
     w2: Tensor
     lora: ffn.Lora
+    activation: str = "swiglu"
+
+    @property
+    def unit(self) -> GatedUnit:
+        unit = gated_unit(self.activation, ALPHA, LIMIT)
+        assert unit is not None
+        return unit
 
     @property
     def rows(self) -> int:
@@ -49,7 +61,7 @@ class Case:
         return ffn.Block(0, self.rows, slot, ends_E, ends_G)
 
     def experts(self) -> ffn.FrozenExperts:
-        return ffn.FrozenExperts(self.w13, self.w2, self.lora)
+        return ffn.FrozenExperts(self.w13, self.w2, self.lora, self.unit)
 
     def groups(self) -> list[tuple[int, int, slice]]:
         found, start = [], 0
@@ -76,7 +88,8 @@ def make_case(rows_EC: list[list[int]], width: int, ffn_width: int, rank: int, d
 
 
 def plain(case: Case, slot: int | None, x_ND: Tensor, p_N: Tensor, lora: list[Tensor]) -> Tensor:
-    """The docstring's formula, group by group; the routing weight multiplies the result."""
+    """The docstring's formula, group by group, with DeepSpeed's own activation; the routing weight multiplies the result."""
+    activate = EXPERT_ACTIVATIONS[case.activation].fn
     a13, b13, a2, b2 = lora
     parts = []
     for expert, client, rows in case.groups():
@@ -84,7 +97,7 @@ def plain(case: Case, slot: int | None, x_ND: Tensor, p_N: Tensor, lora: list[Te
         x = x_ND[rows]
         h = x @ case.w13[expert].T + case.lora.scale * (x @ a13[place].T) @ b13[place].T
         gate, up = h.chunk(2, dim=-1)
-        a = F.silu(gate) * up
+        a = activate(gate, up, ALPHA, LIMIT)
         y = a @ case.w2[expert].T + case.lora.scale * (a @ a2[place].T) @ b2[place].T
         parts.append(y * p_N[rows, None])
     return torch.cat(parts)
@@ -109,7 +122,37 @@ ROWS = [
 def test_forward_and_backward_are_autograds(
     rows_EC: list[list[int]], width: int, ffn_width: int, rank: int, dtype: torch.dtype, tolerance: float, slot: int | None
 ) -> None:
-    case = make_case(rows_EC if slot is None else [[sum(row)] for row in rows_EC], width, ffn_width, rank, dtype, slots=2)
+    check_autograd(
+        make_case(rows_EC if slot is None else [[sum(row)] for row in rows_EC], width, ffn_width, rank, dtype, slots=2),
+        slot,
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize("activation", sorted(set(EXPERT_ACTIVATIONS) - {"swiglu"}))
+@pytest.mark.parametrize(("width", "ffn_width", "rank", "dtype", "tolerance"), SHAPES)
+def test_every_activation_of_deepspeed(
+    activation: str, width: int, ffn_width: int, rank: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    case = replace(make_case([[3, 2], [0, 0], [0, 4], [1, 0]], width, ffn_width, rank, dtype, slots=2), activation=activation)
+    assert case.unit != SWIGLU
+    tolerance *= 4  # values are larger than SwiGLU's
+    check_autograd(case, None, tolerance)
+    own = [torch.zeros(len(case.rows_EC), 2, *weight.shape[1:], dtype=dtype) for weight in (case.w13, case.w2)]
+    values = [weight.unsqueeze(1).expand_as(grad).contiguous() for weight, grad in zip((case.w13, case.w2), own, strict=True)]
+    whole = ffn.OwnExperts(values[0], values[1], own, case.unit)
+    y_ND, saved = whole.forward(case.block(None), case.x_ND, case.p_N)
+    dx_ND, dp_N = whole.backward(case.block(None), saved, case.dy_ND, True)
+    bare = replace(case, lora=replace(case.lora, scale=0.0))
+    leaves = [tensor.double().requires_grad_() for tensor in (case.x_ND, case.p_N, case.w13, case.w2)]
+    wide = replace(bare, w13=leaves[2], w2=leaves[3])
+    expected = plain(wide, None, leaves[0], leaves[1], [value.double() for value in lora_values(case)])
+    gradients = torch.autograd.grad((expected * case.dy_ND.double()).sum(), leaves)
+    for ours, theirs in zip([y_ND, dx_ND, dp_N, *(grad.sum(1) for grad in own)], [expected.detach(), *gradients], strict=True):
+        assert ours is not None and float((ours.double() - theirs).abs().max()) <= tolerance
+
+
+def check_autograd(case: Case, slot: int | None, tolerance: float) -> None:
     inputs = [case.x_ND, case.p_N, case.lora.a13, case.lora.b13, case.lora.a2, case.lora.b2]
     leaves = [tensor.double().clone().requires_grad_() for tensor in inputs]
     wide = replace(case, w13=case.w13.double(), w2=case.w2.double())
@@ -148,13 +191,14 @@ def test_without_adapters() -> None:
     leaves = [case.x_ND.clone().requires_grad_(), case.p_N.clone().requires_grad_()]
     expected = plain(case, 0, *leaves, empty)
     gradients = torch.autograd.grad((expected * case.dy_ND).sum(), leaves)
-    bare = ffn.FrozenExperts(case.w13, case.w2, None)
+    bare = ffn.FrozenExperts(case.w13, case.w2, None, case.unit)
     y_ND, saved = bare.forward(case.block(0), case.x_ND, case.p_N)
     dx_ND, dp_N = bare.backward(case.block(0), saved, case.dy_ND, True)
     for ours, theirs in zip([y_ND, dx_ND, dp_N], [expected, *gradients], strict=True):
         assert ours is not None and torch.allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
 @pytest.mark.parametrize(
     ("rows_E", "rank", "threads"),
     [
@@ -164,10 +208,10 @@ def test_without_adapters() -> None:
         pytest.param([300, 1, 97, 410, 33, 0, 256, 511], 4, 2, id="many, two threads"),
     ],
 )
-def test_a_group_does_not_see_the_others(rows_E: list[int], rank: int, threads: int) -> None:
+def test_a_group_does_not_see_the_others(rows_E: list[int], rank: int, threads: int, activation: str) -> None:
     """The bits of half of the experts are the same on a rank that holds all of them and on one that holds this half."""
     torch.set_num_threads(threads)
-    whole = make_case([[rows] for rows in rows_E], 32, 64, rank, torch.float32, slots=1)
+    whole = replace(make_case([[rows] for rows in rows_E], 32, 64, rank, torch.float32, slots=1), activation=activation)
     y_ND, dx_ND, dp_N = both_ways(whole, whole.block(0))
     for experts in (range(4), range(4, 8), range(1, 2)):
         start, stop = sum(rows_E[: experts.start]), sum(rows_E[: experts.stop])
@@ -185,6 +229,7 @@ def test_a_group_does_not_see_the_others(rows_E: list[int], rank: int, threads: 
                 1.5,
                 whole.lora.products,
             ),
+            activation,
         )
         for full, own in zip((y_ND, dx_ND, dp_N), both_ways(part, part.block(0)), strict=True):
             assert torch.equal(full[start:stop], own)

@@ -18,9 +18,11 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     GPT2Config,
+    MiniMaxM3VLTextConfig,
     MixtralConfig,
     OlmoeConfig,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
 )
 
@@ -63,6 +65,28 @@ DEEPSEEK: dict[str, Any] = {
     "v_head_dim": 16,
 }
 QWEN: dict[str, Any] = {**COMMON, "moe_intermediate_size": FFN, "num_experts": EXPERTS, "num_experts_per_tok": 3}
+MINIMAX: dict[str, Any] = {
+    **COMMON,
+    "intermediate_size": FFN,
+    "dense_intermediate_size": 48,
+    "shared_intermediate_size": 24,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+    "rotary_dim": 8,
+    "swiglu_limit": 0.5,  # cuts off every other value
+    "mlp_layer_types": ["dense", "sparse"],
+}
+QWEN35: dict[str, Any] = {
+    **QWEN,
+    "shared_expert_intermediate_size": 24,
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 OLMOE: dict[str, Any] = {**COMMON, "intermediate_size": FFN, "num_experts": EXPERTS, "num_experts_per_tok": 4}
 
 # Each family also stands for one way of lying on disk: names per expert, Mixtral's names, fused tensors, several files.
@@ -82,6 +106,8 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "qwen2_moe": (lambda: Qwen2MoeConfig(**QWEN, intermediate_size=48, shared_expert_intermediate_size=24), {}),
     "deepseek_v2": (lambda: DeepseekV2Config(**DEEPSEEK, topk_method="group_limited_greedy"), {}),
     "deepseek_v2-greedy": (lambda: DeepseekV2Config(**DEEPSEEK, topk_method="greedy"), {"save_original_format": False}),
+    "minimax_m3": (lambda: MiniMaxM3VLTextConfig(**MINIMAX), {}),
+    "qwen3_5_moe": (lambda: Qwen3_5MoeTextConfig(**QWEN35), {"save_original_format": False}),
     "deepseek_v3": (lambda: DeepseekV3Config(**DEEPSEEK), {"max_shard_size": "40KB"}),
 }
 
@@ -280,7 +306,7 @@ def test_indivisible_ep_size_is_refused(models: Path) -> None:
 
 def test_other_activation_is_refused(damaged: Path) -> None:
     edit_config(damaged, hidden_act="gelu")
-    with pytest.raises(UserError, match=r"cannot be hosted by DeepSpeed AutoEP.*act_fn"):
+    with pytest.raises(UserError, match=r"config\.json: hidden_act: gelu: experts cannot compute it; .* one of silu, swish"):
         load(damaged)
 
 

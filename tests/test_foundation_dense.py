@@ -82,19 +82,24 @@ def inputs(family: str) -> dict[str, Tensor]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder per family, as a user would find it."""
     root = tmp_path_factory.mktemp("dense")
-    tokenizer = train_tokenizer(["import this"], VOCAB)
     for family, (config, options) in FAMILIES.items():
-        torch.manual_seed(0)
-        factory: Any = AutoModelForImageClassification if family.startswith("vit") else AutoModelForCausalLM
-        model = factory.from_config(config())
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                if tensor.ndim == 1 or "norm" in name:
-                    tensor.add_(torch.randn(tensor.shape) * 0.1)  # neutral values would hide what was never loaded
-        model.save_pretrained(root / family, **options)
-        if not family.startswith("vit"):
-            tokenizer.save_pretrained(root / family)
+        save(config(), root / family, **options)
     return root
+
+
+def save(config: Any, folder: Path, **options: Any) -> None:
+    """A random model of a configuration, and a tokenizer with a language model."""
+    torch.manual_seed(0)
+    images = config.model_type == "vit"
+    factory: Any = AutoModelForImageClassification if images else AutoModelForCausalLM
+    model = factory.from_config(config)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1 or "norm" in name:
+                tensor.add_(torch.randn(tensor.shape) * 0.1)  # neutral values would hide what was never loaded
+    model.save_pretrained(folder, **options)
+    if not images:
+        train_tokenizer(["import this"], VOCAB).save_pretrained(folder)
 
 
 def load(folder: Path, **config: Any) -> Foundation:

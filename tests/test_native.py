@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t
+from fedmoe_ds.foundation.gating import GatedUnit, gated_unit
 from fedmoe_ds.native import matrix, rows
 
 WIDTHS = [(16, 32), (48, 100), (7, 5), (33, 64), (256, 96), (1024, 40), (2048, 33)]
@@ -129,14 +130,40 @@ def test_swiglu(width: int) -> None:
     assert torch.equal(rows.swiglu(h[3:5].contiguous(), p[3:5].contiguous()), rows.swiglu(h, p)[3:5])
 
 
-def test_both_ways_through_the_feed_forward_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    h, p, dpa = draw(9, 64), draw(9, seed=1).abs(), draw(9, 32, seed=2)
-    native = [ffn._weighted_activation(h, p), *ffn._activation_backward(h, p, dpa.clone())]
+NAMES = ("swiglu", "geglu_tanh", "swiglu_clamped", "swiglu_oai")
+UNITS = [unit for unit in (gated_unit(name, 1.702, 0.7) for name in NAMES) if unit is not None]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+@pytest.mark.parametrize("width", [32, 7])
+def test_both_ways_through_the_feed_forward_agree(unit: GatedUnit, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each of them treats every row by itself."""
+    h, p, dpa = draw(9, 2 * width), draw(9, seed=1).abs(), draw(9, width, seed=2)
+
+    def both_directions(some: slice) -> list[Tensor]:
+        h_N2F, p_N, dpa_NF = (part[some].contiguous() for part in (h, p, dpa))
+        y_NF = ffn._weighted_activation(unit, h_N2F, p_N)
+        return [y_NF, *ffn._activation_backward(unit, h_N2F, p_N, dpa_NF.clone())]
+
+    native = both_directions(slice(None))
     with monkeypatch.context() as patch:
         patch.setattr(rows, "serves", lambda *tensors: False)
-        plain = [ffn._weighted_activation(h, p), *ffn._activation_backward(h, p, dpa.clone())]
+        plain = both_directions(slice(None))
+        alone = both_directions(slice(3, 5))
     for a, b in zip(native, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for whole, part in [*zip(native, both_directions(slice(3, 5)), strict=True), *zip(plain, alone, strict=True)]:
+        assert torch.equal(whole[3:5], part)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_what_is_not_a_number_stays_visible(unit: GatedUnit) -> None:
+    """A limit would hide it: a comparison with NaN is false."""
+    for place in (2, 20):  # in the gate, in the other half
+        h, p = draw(3, 32), draw(3, seed=1).abs()
+        h[1, place] = torch.nan
+        for y in (ffn._weighted_activation(unit, h, p), unit.weighted(h, p)):
+            assert y.isnan().any(1).tolist() == [False, True, False]
 
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "root": 0.7, "eps": 1e-8, "rate": 1e-2}

@@ -176,14 +176,15 @@ def test_worlds_that_contradict_themselves(hosts: int | None, per_host: int | No
 
 
 def test_prediction_counts_what_a_round_sends(small: Job) -> None:
-    """Bytes of aggregation are exact: two 64-bit limbs for every number and weight of what is averaged."""
+    """Bytes of aggregation are exact: two 64-bit digits for every number and weight of what is averaged, and two windows."""
     cpu = load_hardware("cpu")
     alone, apart, shared = (
         predict_job(small, *place, cpu) for place in ((1, 8, World(1, 1)), (1, 8, World(1, 2)), (2, 8, World(1, 2)))
     )
     assert not alone.traffic
     numbers = sum(len(b.layers) * (16 if b.expert else 1) * (_product(b.item) + 1) for b in small.blocks if not b.personal)
-    assert apart.bytes["all_reduce"] == numbers * 16 and "all_to_all" not in apart.bytes
+    weights = sum(len(b.layers) * (16 if b.expert else 1) for b in small.blocks if not b.personal)
+    assert apart.bytes["all_reduce"] == (numbers + weights) * 16 and "all_to_all" not in apart.bytes
     assert shared.bytes["all_to_all"] > 0
     rows = sum(int(small.steps(client, 1).rows.sum()) * client.cap for client in small.clients)
     wide = rows * len(small.places.layers) * small.places.width * 4 / 2
@@ -200,7 +201,7 @@ def test_prediction_counts_every_sum_of_a_method(tmp_path: Path, variant: str) -
     sizes = [(spec.expert, tensor.nbytes) for spec, _, _, tensor in sums.tensors()]
     found = predict_job(job, 2, 8, World(1, 4), cpu)
     assert found.bytes["all_reduce"] == sum(size if expert else 2 * size for expert, size in sizes)
-    assert found.traffic["all_reduce"].calls == {"flora": 4, "scaffold": 4, "fedit": 2}[variant]
+    assert found.traffic["all_reduce"].calls == {"flora": 4, "scaffold": 8, "fedit": 4}[variant]
 
 
 def _product(item: tuple[int, ...]) -> int:

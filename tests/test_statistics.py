@@ -124,7 +124,10 @@ def test_sums_travel_where_they_lie(exact: bool) -> None:
     """One piece of memory holds every sum and nothing else, dense sums first: adding memories adds statistics."""
     bank, weights_CLE = make_bank(CLIENTS, 0), weights(0)
     one, other, both = (collect(bank, weights_CLE, clients, exact) for clients in ([0, 2], [3], [0, 2, 3]))
-    tensors = {(spec.name, side): tensor for spec, side, _, tensor in one.tensors()}
+    everything = {(spec.name, side): tensor for spec, side, _, tensor in one.tensors()}
+    tensors = {key: tensor for key, tensor in everything.items() if key[1] in ("values", "weights")}
+    windows = sum(tensor.numel() for tensor in everything.values()) - sum(tensor.numel() for tensor in tensors.values())
+    assert windows == one.windows.memory.numel() == other.windows.memory.numel()
     assert sum(tensor.numel() for tensor in tensors.values()) == one.flat.memory.numel()
     dense = [tensor for (name, _), tensor in tensors.items() if name == DENSE.name]
     assert sum(tensor.numel() for tensor in dense) == one.flat.dense.numel()
@@ -134,6 +137,8 @@ def test_sums_travel_where_they_lie(exact: bool) -> None:
     for (name, side), tensor in tensors.items():
         assert torch.equal(tensor, torch.zeros_like(tensor) if name == DENSE.name else before[name, side])
     one = collect(bank, weights_CLE, [0, 2], exact)
+    assert torch.equal(torch.maximum(one.windows.memory, other.windows.memory), both.windows.memory)
+    assert set(both.windows.memory.tolist()) <= {-64, 0}, "products of one size share a window: nothing has to be shifted"
     one.flat.memory.add_(other.flat.memory)
     same = torch.equal if exact else torch.allclose
     assert same(one.flat.memory, both.flat.memory)

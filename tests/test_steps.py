@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.pooled import pooled_client
+from fedmoe_ds.clients.schedule import CostModel
 from fedmoe_ds.clients.steps import batch_size, learning_rate, local_batches, step_count
 from fedmoe_ds.config import LocalConfig
 
@@ -28,6 +31,10 @@ def make_client(sequences: int, index: int = 0) -> Client:
         ({"batch_size": 4, "epochs": 9.0, "max_steps": 7}, 10, 7),
         ({"batch_size": 4, "steps": 20, "max_steps": 7}, 10, 20),
         ({"batch_size": 64}, 10, 1),
+        ({"batch_size": 8, "epochs": 5.0}, 2, 5),
+        ({"batch_size": 8, "epochs": 5.0}, 3, 5),
+        ({"batch_size": 8, "epochs": 5.0, "max_steps": 4}, 3, 4),
+        ({"batch_size": 1, "epochs": 1.1}, 10, 11),
     ],
 )
 def test_step_count(settings: dict[str, Any], sequences: int, steps: int) -> None:
@@ -36,6 +43,32 @@ def test_step_count(settings: dict[str, Any], sequences: int, steps: int) -> Non
     batches = local_batches(client, config, 0, 1)
     assert [len(batch) for batch in batches] == [min(config.batch_size, sequences)] * steps
     assert batch_size(client, config) == min(config.batch_size, sequences)
+
+
+def passes(epochs: float, sequences: int) -> Fraction:
+    """Sequences that so many passes are, of the decimal number that a configuration says."""
+    return Fraction(str(epochs)) * sequences
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 600).map(lambda hundredths: hundredths / 100), st.integers(0, 99))
+def test_epochs_are_passes_for_every_size(sequences: int, size: int, epochs: float, seed: int) -> None:
+    """Rounded up to whole batches, whatever a client has; and the scheduler and the centralised bound say the same."""
+    client, config = make_client(sequences), LocalConfig(batch_size=size, epochs=epochs)
+    batches = local_batches(client, config, seed, 1)
+    seen, asked = np.bincount(np.concatenate(batches), minlength=sequences), passes(epochs, sequences)
+    assert asked <= seen.sum() < asked + batch_size(client, config)
+    assert seen.min() >= int(epochs) and seen.max() <= math.ceil(seen.sum() / sequences)
+    assert CostModel(1.0, 0.0).client(client, config) == pytest.approx(10 * int(seen.sum()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 16), st.sampled_from([0.5, 1.0, 3.0]))
+def test_pooled_client_trains_on_what_all_clients_train_on(sizes: list[int], batch: int, epochs: float) -> None:
+    clients, config = [make_client(n, i) for i, n in enumerate(sizes)], LocalConfig(batch_size=batch, epochs=epochs)
+    each = sum(len(part) for client in clients for part in local_batches(client, config, 0, 1))
+    pooled = sum(len(part) for part in local_batches(pooled_client(clients, config), config, 0, 1))
+    assert each <= pooled < each + batch
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as torch_dist
 from distributed import run_distributed
 from federations import Result, joined, make_config, run_alone, run_joined, write_inputs
 
@@ -60,6 +63,10 @@ ON_ONE = [
 ]
 
 
+LIMIT = timedelta(seconds=540)
+"""Of one collective."""
+
+
 class Outcome(NamedTuple):
     """What a job ended with; adapters only where bits are not promised."""
 
@@ -79,8 +86,17 @@ def outcome_of(result: Result, job: Job) -> Outcome:
 
 
 def work(rank: int, root: Path, jobs: list[Job]) -> list[Outcome]:
-    runtime = joined(rank)
-    return [outcome_of(run_joined(config_of(root, job, runtime.world_size), runtime), job) for job in jobs]
+    runtime = joined(rank, LIMIT)
+    outcomes = [outcome_of(run_joined(config_of(root, job, runtime.world_size), runtime), job) for job in jobs]
+    check_limits()
+    return outcomes
+
+
+def check_limits() -> None:
+    """Every group there is by now, whoever created it: DeepSpeed for each ep_size, torch for the world, the control plane."""
+    groups = torch_dist.distributed_c10d._world.pg_map
+    limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert len(limits) > 3 and set(limits) == {LIMIT}, limits
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +144,12 @@ def test_one_rank(root: Path, single: dict[str, Result]) -> None:
 
 
 def test_two_ranks(root: Path, single: dict[str, Result]) -> None:
-    check(root, single, ON_TWO, run_distributed(work, 2, root, ON_TWO, timeout_s=540.0))
+    check(root, single, ON_TWO, run_distributed(work, 2, root, ON_TWO, timeout_s=LIMIT.total_seconds()))
 
 
 @pytest.mark.parametrize("jobs", [ON_FOUR, pytest.param(MORE_ON_FOUR, marks=pytest.mark.cluster)], ids=["some", "more"])
 def test_four_ranks(root: Path, single: dict[str, Result], jobs: list[Job]) -> None:
-    check(root, single, jobs, run_distributed(work, 4, root, jobs, timeout_s=540.0))
+    check(root, single, jobs, run_distributed(work, 4, root, jobs, timeout_s=LIMIT.total_seconds()))
 
 
 def test_another_seed_is_another_run(root: Path, single: dict[str, Result]) -> None:

@@ -53,3 +53,10 @@ class Flat:
             cluster.sum(self.dense)
         if self.memory.numel():
             shard.sum(self.memory)
+
+    def largest(self, cluster: Summing, shard: Summing) -> None:
+        """As `reduce`, but the largest of each number instead of their sum."""
+        if self.dense.numel():
+            cluster.largest(self.dense)
+        if self.memory.numel():
+            shard.largest(self.memory)

@@ -3,8 +3,10 @@
 Legend: L layers, E experts of this rank, item the shape of one adapter tensor.
 
 A client contributes (weight x value, weight) per (layer, expert) for expert blocks and per block for dense ones. These sums
-merge in any order, so waves, clusters and an interrupted round all combine by addition. The weighted mean keeps the old global
-value wherever the weights sum to zero: experts that nobody trained do not move.
+merge in any order, so waves, clusters and an interrupted round all combine by addition, once all of them have the same windows
+(`exact.py`): a few bytes per (layer, expert), agreed on before the sums travel. The weighted mean keeps the old global value
+wherever the weights sum to zero: nobody took part there. A weight says nothing of use: where a method weighs a client by its
+data alone, experts that it never used count as it holds them (weight decay has moved them).
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.aggregation.exact import ExactSum, FloatSum, Sum
+from fedmoe_ds.aggregation.exact import EMPTY, WEIGHT_BITS, ExactSum, FloatSum, Sum
 from fedmoe_ds.aggregation.flat import Flat
 from fedmoe_ds.collectives import Summing
+from fedmoe_ds.errors import UserError
 
 
 class Statistics:
@@ -34,14 +37,20 @@ class Statistics:
         kind: type[Sum] = ExactSum if exact else FloatSum
         self.exact = exact
         self.specs = [spec for spec in specs if spec.trained and not spec.personal]
-        heads = {spec.name: (len(spec.layers), experts) if spec.expert else (len(spec.layers),) for spec in self.specs}
+        self.heads: dict[str, tuple[int, ...]] = {
+            spec.name: (len(spec.layers), experts) if spec.expert else (len(spec.layers),) for spec in self.specs
+        }
+        heads = self.heads
         shapes = [(spec, ((*heads[spec.name], *spec.item), heads[spec.name])) for spec in self.specs]
         self.flat = Flat.zeros([(spec, tuple((kind.COUNT, *s) for s in both)) for spec, both in shapes], kind.DTYPE, device)
+        self.windows = self._empty_windows()
         self.values: dict[str, Sum] = {}
         self.weights: dict[str, Sum] = {}
         for spec, (full, head) in shapes:
             value, weight = self.flat.parts[spec.name]
-            self.values[spec.name], self.weights[spec.name] = kind(full, value), kind(head, weight)
+            of_value, of_weight = self.windows.parts[spec.name]
+            self.values[spec.name] = kind(full, len(head), value, of_value)
+            self.weights[spec.name] = kind(head, len(head), weight, of_weight)
 
     @torch.no_grad()
     def add(self, name: str, value: Tensor, weight: np.ndarray) -> None:
@@ -50,13 +59,33 @@ class Statistics:
         Args:
             value: [L, E, *item] or [L, *item], this rank's part.
             weight: float64 [L, E] or [L], the client's weight.
+        Raises:
+            UserError: a weight or a weighted value that no sum can hold.
         """
+        beyond = weight[(weight != 0) & ~((weight >= 2.0**-WEIGHT_BITS) & (weight <= 2.0**WEIGHT_BITS))]
+        if beyond.size:
+            raise UserError(
+                f"aggregation: {name}: a client weighs {beyond[0]:g}; sums hold 0 and 2^-{WEIGHT_BITS} to 2^{WEIGHT_BITS}; "
+                "change the method's parameters"
+            )
         factor = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float64)).to(value.device)
-        self.weights[name].add(factor)
-        self.values[name].add_product(value, factor)
+        try:
+            self.values[name].add_product(value, factor)
+        except ArithmeticError as error:
+            raise UserError(f"aggregation: {name}: {error}; lower local.lr") from None
+        self.weights[name].add_product(torch.ones_like(factor, dtype=torch.float32), factor)
 
     def reduce(self, cluster: Summing, shard: Summing) -> None:
-        """Combine all clusters, in place."""
+        """Combine all clusters, in place: the windows first, then everything in one sum."""
+        if cluster.size == shard.size == 1:
+            return
+        agreed = self._empty_windows()
+        agreed.memory.copy_(self.windows.memory)
+        agreed.largest(cluster, shard)
+        if not torch.equal(agreed.memory, self.windows.memory):
+            for name, (of_value, of_weight) in agreed.parts.items():
+                self.values[name].raise_to(of_value[0])
+                self.weights[name].raise_to(of_weight[0])
         self.flat.reduce(cluster, shard)
 
     @torch.no_grad()
@@ -64,8 +93,8 @@ class Statistics:
         """The weighted mean per block, float32 [L, E, *item] or [L, *item]; the current value where the weights sum to zero."""
         result = {}
         for spec in self.specs:
-            weight = self.weight(spec.name)
-            result[spec.name] = self.values[spec.name].mean(weight, current.client(spec.name, 0).to(weight.device))
+            old = current.client(spec.name, 0).to(self.flat.memory.device)
+            result[spec.name] = self.values[spec.name].mean(self.weights[spec.name], old)
         return result
 
     def total(self, name: str) -> Tensor:
@@ -81,3 +110,12 @@ class Statistics:
         for spec in self.specs:
             for side, sums in (("values", self.values), ("weights", self.weights)):
                 yield spec, side, 1, sums[spec.name].limbs
+            for side, windows in zip(("value-windows", "weight-windows"), self.windows.parts[spec.name], strict=True):
+                yield spec, side, 1, windows
+
+    def _empty_windows(self) -> Flat:
+        """By block, the windows of its values and of its weights, [1, *head] each."""
+        shapes = [(spec, ((1, *self.heads[spec.name]),) * 2) for spec in self.specs]
+        windows = Flat.zeros(shapes, torch.int64, self.flat.memory.device)
+        windows.memory.fill_(EMPTY)
+        return windows

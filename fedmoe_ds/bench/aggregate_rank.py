@@ -53,13 +53,13 @@ def blocks(mib: int) -> list[BlockSpec]:
 def measure(runtime: Runtime, summings: dict[str, Summing], mib: int, rounds: int) -> list[dict[str, float | str]]:
     """Seconds of the slowest rank, per backend: the library's sum of one tensor, and the whole reduction of statistics."""
     statistics, alone = Statistics(blocks(mib), 1, exact=True), TorchSumming(None, 1)
-    flat = torch.zeros(sum(tensor.numel() for *_, tensor in statistics.tensors()), dtype=torch.int64)
+    flat = torch.zeros_like(statistics.flat.memory)
     into = torch.empty_like(flat)
     actions: dict[str, Action] = {"copy": lambda: into.copy_(flat)}
     for name, summing in summings.items():
         actions[f"raw {name}"] = library_sum(name, flat)
         actions[name] = lambda summing=summing: statistics.reduce(alone, summing)  # type: ignore[misc]
-        check(runtime, actions[name], [tensor for *_, tensor in statistics.tensors()])
+        check(runtime, actions[name], [statistics.flat.memory])
         check(runtime, actions[f"raw {name}"], [flat])
     seconds = alternating(runtime, actions, rounds)
     common = {"bytes": flat.nbytes, "copy_s": seconds["copy"]}

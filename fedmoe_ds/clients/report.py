@@ -22,7 +22,7 @@ from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Pass
 
 LARGEST_VALUE = 2.0**19
-"""An adapter value beyond this has blown up; it would also leave the range of the exact aggregation sums."""
+"""An adapter value beyond this has blown up."""
 
 
 @dataclass

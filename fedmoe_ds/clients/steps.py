@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -12,12 +13,14 @@ from fedmoe_ds.randomness import generator
 
 
 def step_count(client: Client, config: LocalConfig) -> int:
-    """Number of local steps in one round."""
+    """Number of local steps in one round: as many batches as `epochs` passes over the client's data fill, rounded up."""
     if client.steps is not None:
         return client.steps
     if config.steps is not None:
         return config.steps
-    steps = max(1, math.ceil(config.epochs * client.sequences / config.batch_size))
+    # The decimal number that the user wrote: as a float, 1.1 passes over 10 sequences would be a little more than 11.
+    passes = Fraction(str(config.epochs))
+    steps = math.ceil(passes * client.sequences / batch_size(client, config))
     return min(steps, config.max_steps) if config.max_steps is not None else steps
 
 

@@ -1,4 +1,8 @@
-"""Aggregate: figures over seeds: means with their spread, and comparisons of two methods that are paired by seed."""
+"""Aggregate: figures over seeds: means with their spread, and comparisons of two methods that are paired by seed.
+
+Which of two methods is better is said where a test decides it (`paired`). The family of a test is all pairs of methods at one
+tier with one figure: the order of a table makes as many claims.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
+from fedmoe_ds.compare.paired import PairedTest, family_tests
 from fedmoe_ds.compare.record import FIGURES, Figures, Record
 
 FOUNDATION = "foundation"
@@ -53,6 +58,7 @@ class Comparison:
     def __init__(self, labels: Sequence[str], seeds: int, records: Sequence[Record]) -> None:
         self.labels, self.seeds, self.records = list(labels), seeds, list(records)
         self.tiers = sorted({tier for record in records for tier in record.after}, key=tier_order)
+        self._tests: dict[tuple[str, str], dict[tuple[str, str], PairedTest]] = {}
 
     def tiers_at(self, top_k: int) -> list[str]:
         """The labels of the tiers with this top-k; at least one, which is nobody's if there are none."""
@@ -75,17 +81,37 @@ class Comparison:
                 lines.append(Line(label, _spreads(after), len(after)))
         return lines
 
+    def complete(self, tier: str, figure: str) -> list[str]:
+        """The methods that have this figure in every seed, in the order of --methods: means over other seeds say nothing."""
+        found = {line.label: line.figures.get(figure) for line in self.lines(tier)[1:]}
+        return [label for label, spread in found.items() if spread is not None and len(spread.values) == self.seeds]
+
+    def tests(self, tier: str, figure: str) -> dict[tuple[str, str], PairedTest]:
+        """Of all pairs of complete methods whose figures are positive and finite; empty with a single seed."""
+        if (tier, figure) not in self._tests:
+            pairs = itertools.combinations(self.complete(tier, figure), 2)
+            ratios = {pair: ratio for pair in pairs if (ratio := self.log_ratio(*pair, tier, figure)) is not None}
+            found = family_tests([list(ratio.values.values()) for ratio in ratios.values()])
+            self._tests[tier, figure] = {pair: test for pair, test in zip(ratios, found, strict=True) if test is not None}
+        return self._tests[tier, figure]
+
+    def below(self, tier: str, figure: str = "perplexity") -> list[tuple[str, str]]:
+        """The decided pairs, (lower, higher)."""
+        decided = []
+        for (left, right), test in self.tests(tier, figure).items():
+            ratio = self.log_ratio(left, right, tier, figure)
+            if test.decided and ratio is not None:
+                decided.append((left, right) if ratio.mean < 0 else (right, left))
+        return decided
+
     def best(self, tier: str, figure: str) -> set[str]:
-        """The methods with the best mean; empty for a cost, or when fewer than two methods have all seeds."""
+        """The methods that no other is decided to be better than; empty for a cost, and where nothing is decided."""
         if figure not in HIGHER_IS_BETTER:
             return set()
-        complete = [line for line in self.lines(tier)[1:] if line.seeds == self.seeds]
-        means = {line.label: line.figures[figure].mean for line in complete if figure in line.figures}
-        means = {label: mean for label, mean in means.items() if math.isfinite(mean)}
-        if len(means) < 2:
-            return set()
-        top = max(means.values()) if HIGHER_IS_BETTER[figure] else min(means.values())
-        return {label for label, mean in means.items() if mean == top}
+        decided = self.below(tier, figure)
+        beaten = {pair[0] if HIGHER_IS_BETTER[figure] else pair[1] for pair in decided}
+        members = {label for pair in self.tests(tier, figure) for label in pair}
+        return members - beaten if decided else set()
 
     def log_ratio(self, left: str, right: str, tier: str, figure: str) -> Spread | None:
         """log(left / right) by seed, over the seeds that both have; None without one, or where a value is not positive.
@@ -102,19 +128,19 @@ class Comparison:
         return Spread({seed: math.log(sides[0][seed] / sides[1][seed]) for seed in seeds})
 
     def order(self, tier: str, figure: str = "perplexity") -> list[tuple[str, str]]:
-        """Methods with finite means, lowest first, each with the sign to its predecessor: `<`, or `≈` within the spread."""
-        lines = [line for line in self.lines(tier)[1:] if figure in line.figures and math.isfinite(line.figures[figure].mean)]
-        lines.sort(key=lambda line: line.figures[figure].mean)
-        signs = [""]
-        for before, after in itertools.pairwise(lines):
-            difference = self.log_ratio(before.label, after.label, tier, figure)
-            signs.append("<" if difference is not None and is_clear(difference) else "≈")
-        return [(sign, line.label) for sign, line in zip(signs[: len(lines)], lines, strict=True)]
+        """Complete methods, lowest first, each with the sign to its predecessor: `<` where that is decided, else `≈`.
 
-
-def is_clear(difference: Spread) -> bool:
-    """Whether a difference exceeds its own spread over seeds; a single seed has none and counts as it is."""
-    return abs(difference.mean) > (difference.std or 0.0)
+        They are sorted by the mean of the logarithm, whose differences are what is tested.
+        """
+        found = {line.label: line.figures[figure].values for line in self.lines(tier)[1:] if figure in line.figures}
+        heights = {
+            label: sum(math.log(value) for value in found[label].values())
+            for label in self.complete(tier, figure)
+            if all(0 < value < math.inf for value in found[label].values())
+        }
+        labels, decided = sorted(heights, key=heights.__getitem__), set(self.below(tier, figure))
+        signs = ["<" if pair in decided else "≈" for pair in itertools.pairwise(labels)]
+        return list(zip(["", *signs], labels, strict=False))
 
 
 def _holds(record: Record, label: str, tier: str, figure: str) -> bool:

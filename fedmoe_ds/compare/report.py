@@ -6,12 +6,13 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.clients.tiers import tier_top_k
-from fedmoe_ds.compare.aggregate import Comparison
+from fedmoe_ds.compare import reading
+from fedmoe_ds.compare.aggregate import HIGHER_IS_BETTER, Comparison
 from fedmoe_ds.compare.picture import picture
 from fedmoe_ds.compare.protocol import Expectation
 from fedmoe_ds.compare.study import Run, differences
@@ -24,7 +25,7 @@ from fedmoe_ds.errors import UserError
 
 STEM = "comparison"
 STUDIED = {"name", "output", "seed", "method"}  # what differs between runs of a study by design
-ANSWERS: tuple[Answer, ...] = ("held", "within spread", "did not hold", "not tested")
+ANSWERS: tuple[Answer, ...] = ("held", "did not hold", "not decided", "not tested")
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,16 @@ def results_text(study: Study) -> str:
     for tier in comparison.tiers:
         parts += [f"top-k {tier}", tier_table(comparison, tier), _order(comparison, tier)]
     tested = [verdict for verdict in study.verdicts if verdict.answer != "not tested"]
-    if tested:
-        parts += ["Published orderings", verdict_table(tested, sources=False)]
+    for title, verdicts in (("Published orderings", measured(tested)), ("By count alone", counted(tested))):
+        parts += [title, verdict_table(verdicts, sources=False)] if verdicts else []
     return "\n\n".join(part for part in parts if part)
 
 
 def text(study: Study, svg: str) -> str:
     """The Markdown report; `svg` is the picture's name beside it."""
     comparison = study.comparison
-    parts = ["# Comparison of methods", _lead(study), "## What was run", _methods(study), _setting(study)]
+    parts = ["# Comparison of methods", _lead(study), reading.caveat(study.base_config, study.comparison.seeds)]
+    parts += ["## What was run", _methods(study), _setting(study)]
     if study.missing:
         rows = [[name, reason] for name, reason in study.missing.items()]
         parts += [
@@ -107,23 +109,27 @@ def text(study: Study, svg: str) -> str:
             markdown(["run", "why"], rows, text_columns=2),
         ]
     if comparison.tiers:
-        parts += ["## Results", _READING, f"![Perplexity per tier and method]({svg})"]
+        parts += ["## Results", reading.COLUMNS, reading.holdouts(study.base_config, study.comparison.records)]
+        parts += [reading.tests(study.comparison, study.verdicts), f"![Perplexity per tier and method]({svg})"]
     for tier in comparison.tiers:
         parts += [f"### top-k {tier}", tier_table(comparison, tier), _order(comparison, tier)]
-    if study.verdicts:
-        parts += ["## Published orderings", _verdict_lead(study.verdicts), verdict_table(study.verdicts)]
+    results, counts = measured(study.verdicts), counted(study.verdicts)
+    if results:
+        parts += ["## Published orderings", _verdict_lead(results), verdict_table(results)]
+    if counts:
+        parts += ["## Orderings by count alone", reading.COUNTED, verdict_table(counts)]
     parts += ["## How to repeat it", f"```\n{study.command}\n```", _versions(comparison)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_READING = """\
-A tier names the FLOPs of top-k active experts per token; each method spends them as it does, and is evaluated as its clients
-of that tier train: with k active experts, or with all of them and a smaller rank. Perplexity and accuracy are next-token
-figures on the global hold-out after the last round; clients' hold-outs are the perplexity on what the clients held back,
-pooled. A figure is mean ± sample standard deviation over seeds. A seed changes foundation and data as well, so this spread is
-mostly the difference between tasks; methods are told apart by pairs of runs with the same seed. `a < b` says that the mean
-paired difference exceeds its own standard deviation over seeds, `a ≈ b` that it does not. Bold is the best mean. TFLOP: forward
-and backward operations of one client in one round, averaged over the clients of the tier."""
+def measured(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """What training decided."""
+    return [verdict for verdict in verdicts if not verdict.arithmetic]
+
+
+def counted(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """What follows from counting."""
+    return [verdict for verdict in verdicts if verdict.arithmetic]
 
 
 def _lead(study: Study) -> str:
@@ -148,14 +154,13 @@ def _methods(study: Study) -> str:
 
 def _setting(study: Study) -> str:
     config, overrides = study.base_config, " ".join(study.overrides)
-    model, clients = config.foundation.path or config.foundation.preset, config.data.partition.clients
-    steps = config.local.steps or (f"at most {config.local.max_steps}" if config.local.max_steps else None)
+    clients = config.data.partition.clients
     facts = [
         f"Everything else is `{study.base}`" + (f" with `{overrides}`" if overrides else "") + ": ",
-        f"foundation {model}, data {config.data.source} ({config.data.partition.kind} partition",
+        f"foundation {reading.model(config)}, data {config.data.source} ({config.data.partition.kind} partition",
         f", {clients} clients" if clients else "",
         f"), {config.federation.rounds} rounds, ",
-        f"{steps} local steps" if steps else f"{config.local.epochs:g} local epochs",
+        reading.steps(config),
         f" of {config.local.batch_size} sequences of {config.data.sequence_length} tokens, learning rate {config.local.lr:g}. ",
         "The methods of one seed share foundation, data, clients and tiers, which was checked after the runs.",
     ]
@@ -163,14 +168,25 @@ def _setting(study: Study) -> str:
 
 
 def _order(comparison: Comparison, tier: str) -> str:
+    """Neighbours by sign, then all decided pairs: that neighbours are not told apart does not chain."""
     order = comparison.order(tier)
-    return "Lowest perplexity first: " + " ".join(f"{sign} {label}".strip() for sign, label in order) if len(order) > 1 else ""
+    if len(order) < 2:
+        return ""
+    labels = [label for _, label in order]
+    text = "Lowest perplexity first: " + " ".join(f"{sign} {label}".strip() for sign, label in order)
+    decided = comparison.below(tier)
+    lower = {label: [high for high in labels if (label, high) in decided] for label in labels}
+    pairs = "; ".join(f"{label} < {', '.join(higher)}" for label, higher in lower.items() if higher)
+    return (
+        f"{text}\n\n{len(decided)} of {len(comparison.tests(tier, 'perplexity'))} pairs decided{f': {pairs}' if pairs else '.'}"
+    )
 
 
 def _verdict_lead(verdicts: Sequence[Verdict]) -> str:
     counts = {answer: sum(verdict.answer == answer for verdict in verdicts) for answer in ANSWERS}
     tally = ", ".join(f"{count} {answer}" for answer, count in counts.items() if count)
     lead = f"Orderings that papers report, on their models and data, and what became of them in this study: {tally}."
+    lead += f" {reading.EQUAL}"
     failed = [f"`{v.expectation.claim}` at k={v.tier}" for v in verdicts if v.answer == "did not hold"]
     return lead + (f" Did not hold: {', '.join(failed)}." if failed else "")
 
@@ -191,12 +207,18 @@ def numbers(study: Study) -> dict[str, Any]:
         "methods": [{"label": v.label, "name": v.name, "from": v.origin} for v in study.variants],
         "runs": [_run_numbers(study, run) for run in study.runs],
         "missing": study.missing,
-        "tiers": [_named(tier) | {"lines": _line_numbers(comparison, tier)} for tier in comparison.tiers],
+        "tiers": [
+            {**_named(tier), "lines": _line_numbers(comparison, tier), "pairs": _pair_numbers(comparison, tier)}
+            for tier in comparison.tiers
+        ],
         "expectations": [
             {
                 **verdict.expectation.model_dump(exclude={"tiers"}),
                 **_named(verdict.tier),
                 "verdict": verdict.answer,
+                "arithmetic": verdict.arithmetic,
+                "test": asdict(verdict.test) if verdict.test else None,
+                "equal_flops": verdict.equal_flops,
                 "log_ratio_by_seed": dict(verdict.difference.values) if verdict.difference else None,
             }
             for verdict in study.verdicts
@@ -223,6 +245,15 @@ def _line_numbers(comparison: Comparison, tier: str) -> list[dict[str, Any]]:
         {"label": line.label, "seeds": line.seeds}
         | {name: {"mean": s.mean, "std": s.std, "by_seed": dict(s.values)} for name, s in line.figures.items()}
         for line in comparison.lines(tier)
+    ]
+
+
+def _pair_numbers(comparison: Comparison, tier: str) -> list[dict[str, Any]]:
+    """Every test behind the order of a tier."""
+    return [
+        {"left": left, "right": right, "figure": figure, **asdict(test)}
+        for figure in HIGHER_IS_BETTER
+        for (left, right), test in comparison.tests(tier, figure).items()
     ]
 
 

@@ -15,7 +15,7 @@ _HEAD = ("method", "perplexity", "clients' hold-outs", "accuracy", "TFLOP", "of 
 
 
 def tier_table(comparison: Comparison, tier: str) -> str:
-    """Foundation and methods at one tier: mean ± sample standard deviation over seeds, the best mean in bold.
+    """Foundation and methods at one tier: mean ± sample standard deviation over seeds, in bold what is not beaten.
 
     Perplexity and accuracy are those of the global hold-out, TFLOP those of one client in one round, forward and backward
     (without a spread: it is a count, and what it varies with is the clients' data).
@@ -67,18 +67,47 @@ def number(value: float) -> str:
 
 def verdict_table(verdicts: Sequence[Verdict], sources: bool = True) -> str:
     """Published orderings and what became of them; the difference is log(left / right) in percent."""
+    arithmetic = all(verdict.arithmetic for verdict in verdicts)
     rows = []
     for verdict in verdicts:
-        expected = verdict.expectation
-        claim = f"{expected.claim}, {_NAMES[expected.metric]}"
-        if expected.more_than_at is not None:
-            claim += f", more clearly than at k={expected.more_than_at}"
-        single = verdict.difference is not None and len(verdict.difference.values) == 1
-        row = [claim, verdict.answer + (" (one seed)" if single else ""), expected.source, verdict.tier]
-        row.append(MISSING if verdict.difference is None else with_spread(verdict.difference, lambda v: f"{number(100 * v)} %"))
+        row = [_claim(verdict), verdict.answer, verdict.expectation.source, verdict.tier, _difference(verdict)]
+        row += [] if arithmetic else [*_p_values(verdict), _flops(verdict)]
         rows.append(row if sources else [*row[:2], *row[3:]])
     head = ["expected", "verdict", *(["source"] if sources else []), "top-k", "left against right"]
-    return markdown(head, rows, text_columns=len(head) - 2)
+    head += [] if arithmetic else ["p", "corrected p", "FLOPs of left"]
+    return markdown(head, rows, text_columns=3 if sources else 2)
+
+
+def _claim(verdict: Verdict) -> str:
+    expected = verdict.expectation
+    claim = f"{expected.claim}, {_NAMES[expected.metric]}"
+    if expected.more_than_at is not None:
+        claim += f", more clearly than at k={expected.more_than_at}"
+    return claim
+
+
+def _difference(verdict: Verdict) -> str:
+    if verdict.difference is None:
+        return MISSING
+    text = with_spread(verdict.difference, lambda value: f"{number(100 * value)} %")
+    return text + (" (one seed)" if len(verdict.difference.values) == 1 else "")
+
+
+def _p_values(verdict: Verdict) -> list[str]:
+    return [MISSING, MISSING] if verdict.test is None else [p_value(verdict.test.p), p_value(verdict.test.corrected)]
+
+
+def p_value(p: float) -> str:
+    """Two digits; what is smaller than a thousandth says only that."""
+    return "<0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def _flops(verdict: Verdict) -> str:
+    """Those of the left side in those of the right one."""
+    if verdict.flops is None:
+        return MISSING
+    share = f"{100 * math.exp(verdict.flops.mean):.0f} %"
+    return f"equal ({share})" if verdict.equal_flops else share
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:

@@ -102,7 +102,7 @@ class FederationConfig(Section):
 class LocalConfig(Section):
     """Local training of one client in one round."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the client's data; the step count is rounded up")
+    epochs: float = Field(1.0, gt=0, description="passes over the client's data, rounded up to whole steps")
     steps: int | None = Field(None, ge=1, description="exact number of steps for everyone; overrides epochs")
     max_steps: int | None = Field(None, ge=1, description="upper bound on the step count that epochs gives")
     batch_size: int = Field(4, ge=1, description="sequences per step")

@@ -4,7 +4,7 @@ Legend: N rows (token, expert slots) sorted by group, E experts of this rank, C 
 F expert width, R adapter rank.
 
     h = x W13^T + s (x A13^T) B13^T            gate and up projections side by side, one shared A13
-    a = silu(h[:, :F]) * h[:, F:]
+    a = unit(h[:, :F], h[:, F:])               SwiGLU, silu(gate) * up, unless the layer says otherwise (`GatedUnit`)
     y = (p a) W2^T + s ((p a) A2^T) B2^T       p: the row's routing weight
 
 The routing weight is applied before the down projection. That is the same function as weighting the result, but its gradient is
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.experts.lowrank import LowRankProducts
+from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit
 from fedmoe_ds.native import rows
 
 
@@ -86,8 +87,8 @@ class Saved:
 class FrozenExperts:
     """The pool's own weights [E, 2F, D] and [E, D, F], the same for all clients, with or without adapters."""
 
-    def __init__(self, w13: Tensor, w2: Tensor, lora: Lora | None) -> None:
-        self.w13, self.w2, self.lora = w13, w2, lora
+    def __init__(self, w13: Tensor, w2: Tensor, lora: Lora | None, unit: GatedUnit = SWIGLU) -> None:
+        self.w13, self.w2, self.lora, self.unit = w13, w2, lora, unit
 
     def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
         """One block. Returns y [N, D] and what `backward` needs."""
@@ -97,7 +98,7 @@ class FrozenExperts:
         if lora is not None:
             m13_NR = _project(lora, x_ND, block.pick(lora.a13), block)
             lora.products.expand_(h_N2F, m13_NR, block.pick(lora.b13), block.lora_ends_G)
-        pa_NF = _weighted_activation(h_N2F, p_N)
+        pa_NF = _weighted_activation(self.unit, h_N2F, p_N)
         y_ND = grouped_mm(pa_NF, self.w2, block.expert_ends_E)
         if lora is not None:
             m2_NR = _project(lora, pa_NF, block.pick(lora.a2), block)
@@ -109,9 +110,9 @@ class FrozenExperts:
         lora = self.lora
         dpa_NF = grouped_mm_t(dy_ND, self.w2, block.expert_ends_E)
         if lora is not None and saved.m2_NR is not None:
-            pa_NF = _weighted_activation(saved.h_N2F, saved.p_N)
+            pa_NF = _weighted_activation(self.unit, saved.h_N2F, saved.p_N)
             _lora_backward(block, lora, 1, pa_NF, saved.m2_NR, dy_ND, dpa_NF)
-        dh_N2F, dp_N = _activation_backward(saved.h_N2F, saved.p_N, dpa_NF)
+        dh_N2F, dp_N = _activation_backward(self.unit, saved.h_N2F, saved.p_N, dpa_NF)
         dx_ND = grouped_mm_t(dh_N2F, self.w13, block.expert_ends_E) if need_dx else None
         if lora is not None and saved.m13_NR is not None:
             _lora_backward(block, lora, 0, saved.x_ND, saved.m13_NR, dh_N2F, dx_ND)
@@ -121,22 +122,22 @@ class FrozenExperts:
 class OwnExperts:
     """Whole weights per client, [E, C, 2F, D] and [E, C, D, F], all of them trained (full fine-tuning of the experts)."""
 
-    def __init__(self, w13: Tensor, w2: Tensor, grads: list[Tensor]) -> None:
-        self.w13, self.w2, self.grads = w13, w2, grads
+    def __init__(self, w13: Tensor, w2: Tensor, grads: list[Tensor], unit: GatedUnit = SWIGLU) -> None:
+        self.w13, self.w2, self.grads, self.unit = w13, w2, grads, unit
 
     def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
         """As `FrozenExperts.forward`."""
         h_N2F = grouped_mm(x_ND, block.pick(self.w13), block.lora_ends_G)
-        pa_NF = _weighted_activation(h_N2F, p_N)
+        pa_NF = _weighted_activation(self.unit, h_N2F, p_N)
         return grouped_mm(pa_NF, block.pick(self.w2), block.lora_ends_G), Saved(x_ND, p_N, h_N2F, None, None)
 
     def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
         """As `FrozenExperts.backward`."""
         ends_G = block.lora_ends_G
         dpa_NF = grouped_mm_t(dy_ND, block.pick(self.w2), ends_G)
-        pa_NF = _weighted_activation(saved.h_N2F, saved.p_N)
+        pa_NF = _weighted_activation(self.unit, saved.h_N2F, saved.p_N)
         block.pick(self.grads[1]).add_(grouped_outer(dy_ND, pa_NF, ends_G))
-        dh_N2F, dp_N = _activation_backward(saved.h_N2F, saved.p_N, dpa_NF)
+        dh_N2F, dp_N = _activation_backward(self.unit, saved.h_N2F, saved.p_N, dpa_NF)
         block.pick(self.grads[0]).add_(grouped_outer(dh_N2F, saved.x_ND, ends_G))
         return (grouped_mm_t(dh_N2F, block.pick(self.w13), ends_G) if need_dx else None), dp_N
 
@@ -172,18 +173,24 @@ def _lora_backward(
         lora.products.back_expand_(dx_NI, dm_NR, block.pick(a), ends)
 
 
-def _weighted_activation(h_N2F: Tensor, p_N: Tensor) -> Tensor:
-    """p SwiGLU(h), [N, F]. The halves are strided views, so each row is an inner loop of its own and rows cannot influence
+def _weighted_activation(unit: GatedUnit, h_N2F: Tensor, p_N: Tensor) -> Tensor:
+    """p unit(h), [N, F]. The halves are strided views, so each row is an inner loop of its own and rows cannot influence
     each other, in PyTorch's operations as in rows.cpp."""
-    if rows.serves(h_N2F, p_N):
+    native = rows.serves(h_N2F, p_N)
+    if not unit.plain:
+        return rows.gated(h_N2F, p_N.contiguous(), unit.shape) if native else unit.weighted(h_N2F, p_N)
+    if native:
         return rows.swiglu(h_N2F, p_N.contiguous())
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
     return F.silu(gate_NF).mul_(up_NF).mul_(p_N.unsqueeze(-1))
 
 
-def _activation_backward(h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
+def _activation_backward(unit: GatedUnit, h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
     """(dh [N, 2F], dp [N]) from the gradient of p a, which may be overwritten."""
-    if rows.serves(h_N2F, p_N, dpa_NF):
+    native = rows.serves(h_N2F, p_N, dpa_NF)
+    if not unit.plain:
+        return rows.gated_backward(h_N2F, p_N.contiguous(), dpa_NF, unit.shape) if native else unit.backward(h_N2F, p_N, dpa_NF)
+    if native:
         return rows.swiglu_backward(h_N2F, p_N.contiguous(), dpa_NF)
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
     width, silu_NF = gate_NF.shape[1], F.silu(gate_NF)

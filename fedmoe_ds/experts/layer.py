@@ -32,6 +32,7 @@ class FederatedMoELayer(nn.Module):
         self.host = hosted.module
         self.layer = hosted.index
         self.w13_EFD, self.w2_EDF = hosted.w13, hosted.w2
+        self.unit = hosted.unit
         self.execution = execution
 
     def forward(self, hidden_BSD: Tensor) -> Any:
@@ -57,8 +58,8 @@ class FederatedMoELayer(nn.Module):
         bank = self.execution.bank
         if GATE_UP in bank:
             w13, w2 = (bank.value(name, self.layer) for name in (GATE_UP, DOWN))
-            return ffn.OwnExperts(w13, w2, [bank.grad(name, self.layer) for name in (GATE_UP, DOWN)])
-        return ffn.FrozenExperts(self.w13_EFD, self.w2_EDF, self._lora(dtype))
+            return ffn.OwnExperts(w13, w2, [bank.grad(name, self.layer) for name in (GATE_UP, DOWN)], self.unit)
+        return ffn.FrozenExperts(self.w13_EFD, self.w2_EDF, self._lora(dtype), self.unit)
 
     def _lora(self, dtype: torch.dtype) -> ffn.Lora | None:
         bank = self.execution.bank

@@ -10,39 +10,35 @@ size, G = 2F (gate rows, then up rows).
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
 import deepspeed.comm
 import torch
+import torch.distributed as torch_dist
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config, validate_autoep_post_detection
-from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS, preset_name_for_hf_model_type
+from deepspeed.module_inject.auto_ep_presets.registry import preset_name_for_hf_model_type
+from deepspeed.moe.ep_experts import EXPERT_ACTIVATIONS
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.dense import DENSE
+from fedmoe_ds.foundation.families import FAMILIES, family_settings, routes_in_groups
+from fedmoe_ds.foundation.gating import GatedUnit, gated_unit
 
-# AutoEP has no preset for OLMoE. Its block has Mixtral's shape; whether top-k weights are normalised is in its config.
-_OLMOE_SETTINGS: dict[str, Any] = {
-    "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
-    "router_pattern": "gate",
-    "expert_pattern": "experts",
-    "expert_w1": "gate_up_proj",
-    "expert_w2": "down_proj",
-    "expert_w3": None,
-    "num_experts_attr": "num_experts",
-    "top_k_attr": "num_experts_per_tok",
-    "score_func": "softmax",
-    "score_apply": "post",
-}
+_limit: datetime.timedelta | None = None
+"""How long a collective of the world may take; None: torch's own limit."""
 
 
 @dataclass
@@ -65,6 +61,7 @@ class HostedLayer:
     ep_rank: int
     w13: Tensor = field(repr=False)  # [L, 2F, D], gate rows first
     w2: Tensor = field(repr=False)  # [L, D, F]
+    unit: GatedUnit  # what its experts compute between the two products
     source_names: dict[str, str] = field(repr=False)  # prefix of a tensor's name -> prefix in Hugging Face's model
 
     @property
@@ -104,22 +101,38 @@ def join_world(backend: str, timeout: datetime.timedelta) -> None:
     On CPU, DeepSpeed would first compile an operator (half a minute) that maps 66 MiB of shared memory per rank and leaves the
     files in /dev/shm when the run ends. Only an all-reduce of its inference engine uses it, so it is declared absent.
     """
+    global _limit
+    _limit = timeout
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+@contextlib.contextmanager
+def _limited_groups() -> Iterator[None]:
+    """Give every group that is created the world's limit: DeepSpeed passes none on, so its groups would have torch's own, half
+    an hour with gloo and ten minutes with NCCL."""
+    create = torch_dist.new_group
+    torch_dist.new_group = functools.partial(create, timeout=_limit)
+    try:
+        yield
+    finally:
+        torch_dist.new_group = create
 
 
 def create_groups(ep_size: int) -> tuple[Any, Any]:
     """Create (once) DeepSpeed's groups and return this rank's (expert-parallel, expert-data-parallel) process group.
 
     The first holds the ep_size consecutive ranks with the same rank // ep_size, the second all ranks with the same
-    rank % ep_size. `deepspeed.comm` must be initialised, and every rank must call this.
+    rank % ep_size. Their collectives have the limit that `join_world` was given. `deepspeed.comm` must be initialised, and
+    every rank must call this.
     """
     quiet_deepspeed()
     assert deepspeed.comm.is_initialized(), "initialise deepspeed.comm before building groups"
     assert deepspeed.comm.get_world_size() % ep_size == 0, (deepspeed.comm.get_world_size(), ep_size)
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
+        with _limited_groups():
+            groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
     return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
 
 
@@ -186,29 +199,47 @@ def _family_settings(model: nn.Module) -> dict[str, Any]:
     AutoEP would try all its presets on an unknown model type; that guesses the routing rule, so it is refused here.
     """
     config: Any = model.config
-    if config.model_type == "olmoe":
-        return {**_OLMOE_SETTINGS, "route_norm": bool(config.norm_topk_prob)}
+    if config.model_type in FAMILIES:
+        return family_settings(config)
+    families = ", ".join(FAMILIES)
+    if preset_name_for_hf_model_type(config.model_type) is not None:
+        raise UserError(
+            f"{_describe(model)} has a preset in this DeepSpeed AutoEP, but its routing was never compared with "
+            f"transformers'; give one of the families {families}"
+        )
     if not any(re.search(r"(^|\.)experts$", name) for name, _ in model.named_modules()):
-        families = ", ".join(_hosted_model_types())
         raise UserError(
             f"{_describe(model)} is neither a known mixture-of-experts model nor a known dense one; give one of the families "
             f"{families}, or one of the dense families {', '.join(DENSE)}"
         )
-    if preset_name_for_hf_model_type(config.model_type) is None:
-        families = ", ".join(_hosted_model_types())
-        raise UserError(f"{_describe(model)} has no DeepSpeed AutoEP preset; give one of the families {families}")
-    return {}
-
-
-def _hosted_model_types() -> list[str]:
-    return sorted({"olmoe", *(model_type for preset in PRESET_MODELS.values() for model_type in preset.hf_model_types)})
+    raise UserError(f"{_describe(model)} has no DeepSpeed AutoEP preset; give one of the families {families}")
 
 
 def _forget_unused_groups(auto: Any, model: nn.Module) -> None:
-    """AutoEP would always limit DeepSeek-V2 routing to expert groups; only one value of `topk_method` asks for that."""
-    config: Any = model.config
-    if config.model_type == "deepseek_v2" and config.topk_method != "group_limited_greedy":
+    """AutoEP limits routing to expert groups wherever a configuration has the two numbers; most layers never read them."""
+    if not routes_in_groups(model.config):
         auto.config.num_expert_groups = auto.config.num_limited_groups = None
+
+
+def _gated_unit(model: nn.Module, module: Any) -> GatedUnit:
+    """What the hosted layer computes between its products, or the reason why it cannot be computed here."""
+    experts = module.experts
+    name, alpha, limit = experts.activation, float(experts.activation_alpha), float(experts.activation_limit)
+    unit = gated_unit(name, alpha, limit)
+    if unit is not None:  # a name is no promise: another DeepSpeed may compute something else under it
+        line = torch.linspace(-1.5 * limit, 1.5 * limit, 31)
+        pairs_N2 = torch.cartesian_prod(line, line)
+        theirs_N1 = EXPERT_ACTIVATIONS[name].fn(pairs_N2[:, :1], pairs_N2[:, 1:], alpha, limit)
+        if not torch.allclose(unit.weighted(pairs_N2, torch.ones(len(pairs_N2))), theirs_N1, rtol=1e-4, atol=1e-4):
+            unit = None
+    if unit is None:
+        raise UserError(f"{_describe(model)}: its experts compute '{name}', which is not known here; give another model")
+    if module.score_apply != "post":
+        raise UserError(
+            f"{_describe(model)}: its routing weights apply before the experts (score_apply '{module.score_apply}'), which is "
+            "not known here; give another model"
+        )
+    return unit
 
 
 def _check_divisible(specs: list[Any], ep_size: int) -> None:
@@ -223,7 +254,7 @@ def _hosted_layer(model: nn.Module, spec: Any, ep_size: int, ep_rank: int) -> Ho
     module: Any = model.get_submodule(name)
     if module._modules.get(spec.router_name) is module.router:
         del module._modules[spec.router_name]  # AutoEP's second name for the router would double it in every state dict
-    found = re.search(r"\.(\d+)\.", name)
+    found = re.search(r"\blayers\.(\d+)\.", name)  # other numbers may come before the layer's
     assert found is not None, name
     bias_owner = spec.e_score_correction_bias_path
     source_names = {
@@ -245,6 +276,7 @@ def _hosted_layer(model: nn.Module, spec: Any, ep_size: int, ep_rank: int) -> Ho
         ep_rank=ep_rank,
         w13=torch.cat([module.experts.w1, module.experts.w3], dim=1),
         w2=module.experts.w2.detach(),
+        unit=_gated_unit(model, module),
         source_names=source_names,
     )
     layer.bind(layer.w13, layer.w2)

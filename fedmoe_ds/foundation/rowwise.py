@@ -10,6 +10,7 @@ Where the kernels do not serve (a GPU, other families in bfloat16, no compiler) 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,7 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 def rowwise_rotary(original: Rotary) -> Rotary:
     """`apply_rotary_pos_emb` of a transformers model; `original` serves what the kernel does not."""
 
+    @functools.wraps(original)
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         whole = q.shape[-1] == k.shape[-1] == cos.shape[-1]
         if unsqueeze_dim != 1 or not whole or not rows.serves(q, k, cos, sin):

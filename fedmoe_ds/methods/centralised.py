@@ -1,6 +1,6 @@
 """Centralised: one client with everybody's data and the largest budget. The upper bound that federation is measured against.
 
-A round has as many local steps as all clients together would take, so the tokens are the same (but for smaller last batches).
+A round trains on as many sequences as all clients together would, rounded up to whole batches.
 """
 
 from __future__ import annotations

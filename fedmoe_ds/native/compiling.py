@@ -34,7 +34,7 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
 
 def _built(source: Path, compiler: str, flags: list[str]) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(source.read_bytes() + " ".join(flags).encode() + version + _processor()).hexdigest()[:24]
+    key = hashlib.sha256(source.read_bytes() + " ".join(flags).encode() + version + processor()).hexdigest()[:24]
     folder = Path(os.environ.get("FEDMOE_CACHE") or "~/.cache/fedmoe_ds").expanduser() / "native"
     target = folder / f"{source.stem}-{key}.so"
     if not target.exists():
@@ -46,7 +46,7 @@ def _built(source: Path, compiler: str, flags: list[str]) -> Path:
     return target
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What -march=native looks at, so that nodes of different kinds may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()

@@ -63,6 +63,10 @@ Wide exponential(Wide x) {
 
 Wide sigmoid(Wide x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// Both keep what is not a number.
+Wide below(Wide x, float limit) { return x > limit ? spread(limit) : x; }
+Wide within(Wide x, float limit) { return x < -limit ? spread(-limit) : below(x, limit); }
+
 float wide(float kept) { return kept; }
 
 float wide(uint16_t kept) {
@@ -195,6 +199,35 @@ void swiglu_backward(const float* h, const float* p, const float* dpa, float* dh
       sum += grad * (silu * up);
       store(dh + f, da * up * (share + silu * (1.0f - share)), F - f);
       store(dh + F + f, da * silu, F - f);
+    }
+    dp[n] = total(sum);
+  }
+}
+
+// pa = p g s(g (slope + cubic g^2)) (u + shift), where s is the logistic function, g = min(gate, limit) and u is `up` clamped to
+// [-limit, limit]; h = [gate, up]. SwiGLU (slope 1, cubic and shift 0, no limit) has kernels of its own above: every wave runs them.
+void gated(const float* h, const float* p, float* pa, int64_t N, int64_t F, float slope, float cubic, float shift, float limit) {
+  for (int64_t n = 0; n < N; ++n, h += 2 * F, pa += F)
+    for (int64_t f = 0; f < F; f += kLanes) {
+      const Wide gate = below(load(h + f, F - f), limit), up = within(load(h + F + f, F - f), limit);
+      store(pa + f, gate * sigmoid(gate * (slope + cubic * gate * gate)) * (up + shift) * p[n], F - f);
+    }
+}
+
+// From the gradient of pa: dh [N, 2F] and dp [N]. What a limit cut off has no gradient.
+void gated_backward(const float* h, const float* p, const float* dpa, float* dh, float* dp, int64_t N, int64_t F, float slope,
+                    float cubic, float shift, float limit) {
+  const Wide none = {};
+  for (int64_t n = 0; n < N; ++n, h += 2 * F, dpa += F, dh += 2 * F) {
+    Wide sum = {};
+    for (int64_t f = 0; f < F; f += kLanes) {
+      const Wide raw_gate = load(h + f, F - f), raw_up = load(h + F + f, F - f), grad = load(dpa + f, F - f);
+      const Wide gate = below(raw_gate, limit), up = within(raw_up, limit) + shift, square = gate * gate;
+      const Wide share = sigmoid(gate * (slope + cubic * square)), unit = gate * share, da = grad * p[n];
+      sum += grad * (unit * up);
+      const Wide dgate = da * up * (share + unit * (1.0f - share) * (slope + 3.0f * cubic * square)), dup = da * unit;
+      store(dh + f, raw_gate > limit ? none : dgate, F - f);
+      store(dh + F + f, (raw_up > limit) | (raw_up < -limit) ? none : dup, F - f);
     }
     dp[n] = total(sum);
   }

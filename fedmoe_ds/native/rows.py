@@ -23,6 +23,8 @@ _ARGUMENTS = {
     "rotate": [*[POINTER] * 4, SIZE, SIZE, SIZE, FLOAT],
     "swiglu": [*[POINTER] * 3, SIZE, SIZE],
     "swiglu_backward": [*[POINTER] * 5, SIZE, SIZE],
+    "gated": [*[POINTER] * 3, SIZE, SIZE, *[FLOAT] * 4],
+    "gated_backward": [*[POINTER] * 5, SIZE, SIZE, *[FLOAT] * 4],
     "adamw": [*[POINTER] * 4, SIZE, SIZE, SIZE, *[FLOAT] * 8],
     "adamw_half": [*[POINTER] * 5, SIZE, SIZE, SIZE, *[FLOAT] * 8],
 }
@@ -87,6 +89,28 @@ def swiglu_backward(h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor) -> tuple[Tensor,
     """(dh [N, 2F], dp [N]) from the gradient of `swiglu`'s result."""
     dh_N2F, dp_N = torch.empty_like(h_N2F), torch.empty_like(p_N)
     _run("swiglu_backward", (h_N2F, p_N, dpa_NF, dh_N2F, dp_N), *dpa_NF.shape)
+    return dh_N2F, dp_N
+
+
+def gated(h_N2F: Tensor, p_N: Tensor, shape: tuple[float, float, float, float]) -> Tensor:
+    """p g sigmoid(g (slope + cubic g^2)) (u + shift), [N, F], with g = min(gate, limit) and u = clamp(up, -limit, limit).
+
+    Args:
+        h_N2F: the gate's half, then the other.
+        p_N: a factor per row.
+        shape: slope, cubic, shift, limit.
+    """
+    pa_NF = h_N2F.new_empty(h_N2F.shape[0], h_N2F.shape[1] // 2)
+    _run("gated", (h_N2F, p_N, pa_NF), *pa_NF.shape, *shape)
+    return pa_NF
+
+
+def gated_backward(
+    h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor, shape: tuple[float, float, float, float]
+) -> tuple[Tensor, Tensor]:
+    """(dh [N, 2F], dp [N]) from the gradient of `gated`'s result."""
+    dh_N2F, dp_N = torch.empty_like(h_N2F), torch.empty_like(p_N)
+    _run("gated_backward", (h_N2F, p_N, dpa_NF, dh_N2F, dp_N), *dpa_NF.shape, *shape)
     return dh_N2F, dp_N
 
 

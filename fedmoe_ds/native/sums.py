@@ -26,29 +26,33 @@ def loops_for(value: Tensor) -> Loops | None:
 
 
 class Loops:
-    """Sums are [2, *head, *item] int64 or [1, *head, *item] float32, contiguous."""
+    """Sums are [2, *head, *item] int64 or [1, *head, *item] float32, contiguous; windows int64 [*head]."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
 
-    def fold(self, sums: Tensor, value: Tensor, weight: Tensor) -> None:
-        """Add weight, float64 [*head], times value, float32 [*head, *item]; rows may lie apart."""
+    def fold(self, sums: Tensor, windows: Tensor, value: Tensor, weight: Tensor) -> None:
+        """Add weight, float64 [*head], times value, float32 [*head, *item]; rows may lie apart. As `Sum.add_product`."""
         weight, rows = weight.contiguous(), _rows(value, weight.dim())
         assert weight.dtype == torch.float64 and sums.is_contiguous() and sums.shape[1:] == value.shape
-        self._call("fold", sums, [sums, rows, weight], rows)
+        assert windows.dtype == torch.int64 and windows.is_contiguous() and windows.shape == weight.shape
+        if self._call("fold", sums, [sums, windows, rows, weight], rows):
+            raise ArithmeticError("a weighted value is not finite")
 
-    def mean(self, sums: Tensor, weight: Tensor, old: Tensor) -> Tensor:
-        """float32 [*head, *item]: sums over weight; `old` where the weight is zero."""
-        weight, rows = weight.contiguous(), _rows(old, weight.dim())
-        assert weight.dtype == torch.float64 and sums.is_contiguous() and sums.shape[1:] == old.shape
+    def mean(self, sums: Tensor, divisor: Tensor, old: Tensor) -> Tensor:
+        """float32 [*head, *item]: sums over float64 [*head], both in units of the windows; `old` where that is zero."""
+        divisor, rows = divisor.contiguous(), _rows(old, divisor.dim())
+        assert divisor.dtype == torch.float64 and sums.is_contiguous() and sums.shape[1:] == old.shape
         result = torch.empty(old.shape)
-        self._call("mean", sums, [result, sums, rows, weight], rows)
+        self._call("mean", sums, [result, sums, rows, divisor], rows)
         return result
 
-    def _call(self, name: str, sums: Tensor, tensors: list[Tensor], rows: Tensor) -> None:
+    def _call(self, name: str, sums: Tensor, tensors: list[Tensor], rows: Tensor) -> int:
         sizes = (rows.shape[0], rows.shape[1], rows.stride(0))
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-        getattr(self.library, f"{name}_{_KINDS[sums.dtype]}")(*pointers, *map(ctypes.c_int64, sizes))
+        function = getattr(self.library, f"{name}_{_KINDS[sums.dtype]}")
+        function.restype = ctypes.c_int64 if name == "fold" else None
+        return function(*pointers, *map(ctypes.c_int64, sizes)) or 0
 
 
 def _rows(full: Tensor, head: int) -> Tensor:

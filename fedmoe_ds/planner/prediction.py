@@ -24,6 +24,8 @@ from fedmoe_ds.planner.world import World
 
 REPORT_BYTES = 400
 """What a client's report takes as JSON."""
+WINDOW_BYTES = 16
+"""Of the windows of one weight's sums: its values' and its own."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,11 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
     each = 16 if job.bitwise(hardware.kind) else 4
     times = 2 if job.config.local.drift == "scaffold" else 1
-    seconds = network.all_reduce(cluster, times, (dense + dense_weights) * each) if dense else 0.0
-    seconds += network.all_reduce(shard, times, (expert + dense + weights) * each) if averaged else 0.0
+    seconds = 0.0
+    for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
+        if heads:
+            seconds += network.all_reduce(group, times, WINDOW_BYTES * heads)
+            seconds += network.all_reduce(group, times, (numbers + heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
     places, tiers = job.places, len(tiers_of(job.clients))

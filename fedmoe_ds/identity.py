@@ -1,0 +1,195 @@
+"""Identity: what one start must have in common with another to continue its run: all that decides the result, and no more.
+
+Every key of the configuration is either part of it, or shown to leave the result alone (tests/test_identity.py goes over all
+of them). Beside keys it holds the contents of model and data, the kind of device, and the kernels that compute: other kernels
+add up in another order. In fast mode, which promises no bits, the processor's instructions and the topology stay outside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.config import Config
+from fedmoe_ds.config.yaml12 import parse_yaml
+from fedmoe_ds.data import FederatedData
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts.lowrank import products_for
+from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation.rowwise import row_dtype
+from fedmoe_ds.native import matrix, rows
+from fedmoe_ds.native.compiling import processor
+
+Identity = dict[str, Any]
+YARDSTICK = ("max_sequences", "client_sequences")
+"""Keys of `evaluation` that decide on which sequences a score is measured: the rounds of one record are compared."""
+_FIRST = ("foundation", "data", "seed", "adapters", "local", "method", "server", "federation")
+"""What absences are kept under; runs of earlier versions have written theirs under these."""
+
+
+def identity(
+    config: Config, foundation: Foundation, data: FederatedData, kernels: Mapping[str, str], bitwise: bool
+) -> Identity:
+    """That of a start; `kernels` are its own (`kernels_of`)."""
+    known = of_settings(json.loads(config.model_dump_json()))
+    known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
+    known["topology"] = {"device": next(foundation.model.parameters()).device.type}
+    return {**known, "kernels": dict(kernels), "foundation": foundation.fingerprint, "data": data.fingerprint}
+
+
+def of_settings(tree: dict[str, Any]) -> Identity:
+    """What a tree of keys says about it. `auto` says nothing: what it meant depends on the machine."""
+    local, execution = tree["local"], tree["execution"]
+    largest = local["batch_size"]  # a wider pass than the batch is the whole batch
+    modes = {"micro_batch_size": min(execution["micro_batch_size"] or largest, largest)}
+    device = tree["topology"]["device"]
+    return {
+        "seed": tree["seed"],
+        **{name: tree[name] for name in ("adapters", "local", "method", "server")},
+        "federation": {key: value for key, value in tree["federation"].items() if key != "rounds"},
+        "foundation.dtype": tree["foundation"]["dtype"],
+        "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
+        "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
+        "topology": {} if device == "auto" else {"device": device},
+    }
+
+
+def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
+    """What decides which clients there are and how much a pass of theirs needs."""
+    execution = config.execution
+    passes = {"micro_batch_size": execution.micro_batch_size, "activation_checkpointing": execution.activation_checkpointing}
+    return {**{name: identity[name] for name in _FIRST}, **passes}
+
+
+def kernels_of(
+    config: Config, foundation: Foundation, blocks: list[BlockSpec], device: torch.device, bitwise: bool
+) -> dict[str, str]:
+    """The kernels of this rank by what they compute, and in bitwise mode the instructions that they are made of.
+
+    Compiled kernels and torch's operations add up in another order, and torch's own products do so with other instructions
+    (AVX2, AVX512); with bfloat16 weights matrix.cpp rounds rows where the processor can multiply bfloat16.
+    """
+    kind = device.type
+    compiled = {"kernels.rows": rows.available(), "kernels.matrix": matrix.available()} if kind == "cpu" else {}
+    found = {name: "compiled" if here else "torch" for name, here in compiled.items()}
+    if any(spec.pair for spec in blocks):
+        dtype, chosen = row_dtype(foundation.model), config.execution.adapter_kernels
+        found["execution.adapter_kernels"] = products_for(config.adapters.rank, dtype, device, chosen).name
+    if bitwise and kind == "cpu":
+        halves = config.foundation.dtype == "bfloat16" and b" avx512_bf16" in processor()
+        found["kernels.instructions"] = torch.backends.cpu.get_cpu_capability() + ("-BF16" if halves else "")
+    return found
+
+
+def agreed(kernels: list[dict[str, str]], hosts: list[str], bitwise: bool) -> dict[str, str]:
+    """The kernels of a run, of those of all ranks. Raises UserError where ranks of a bitwise run differ: bits would tell who
+    trained whom."""
+    for rank, theirs in enumerate(kernels if bitwise else []):
+        for name, kernel in theirs.items():
+            if kernel != kernels[0][name]:
+                raise UserError(
+                    f"execution.reproducible: bitwise: rank {rank} on {hosts[rank]} has other {name} ({kernel}) than rank "
+                    f"0 on {hosts[0]} ({kernels[0][name]}), which changes bits; use machines of one kind, or "
+                    "execution.reproducible=fast"
+                )
+    return kernels[0]
+
+
+def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:
+    """Refuse a checkpoint of another model, other data or other settings, naming the first difference.
+
+    Checkpoints of earlier versions lack entries. What their `config.yaml` tells about these is compared like the others; what
+    nobody wrote down (the kernels, what `auto` meant) is taken to agree.
+
+    Args:
+        written: the identity in the checkpoint's manifest.
+        folder: of the checkpoint.
+    Returns:
+        A line about what could not be compared, if there is anything.
+    """
+    tree = _settings(folder)
+    theirs = {**of_settings(tree), **written} if tree else dict(written)
+    for name, value in theirs.items():
+        if tree and isinstance(value, dict) and name != "kernels":
+            theirs[name] = {**of_settings(tree)[name], **value}
+    unknown = []
+    for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
+        if isinstance(ours[name], dict) and name != "method":
+            there = theirs.get(name, {})
+            unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
+            _compare(name, {key: value for key, value in ours[name].items() if key in there}, there)
+        elif name not in theirs:
+            unknown.append(name)
+        elif name in ("foundation", "data"):
+            _compare_contents(name, ours[name], theirs[name], json.loads(config.model_dump_json()), tree)
+        else:
+            _compare(name, ours[name], theirs[name])
+    if not unknown:
+        return []
+    return [f"the checkpoint, of an earlier version, does not say what it was written with: {', '.join(unknown)}"]
+
+
+def check_no_effect(folder: Path, config: Config) -> None:
+    """Refuse to finish a run once more with a key that could change nothing any more; where it lies and runs may differ."""
+    written = _settings(folder)
+    places = ("name", "output", "foundation.", "data.", "topology.")  # the contents of model and data have been compared
+    for key, mine, other in differences(json.loads(config.model_dump_json()), written) if written else ():
+        if not key.startswith(places):
+            raise UserError(
+                f"--resume: {key}: {mine}: the run has trained its {config.federation.rounds} rounds with {other}, and "
+                "nothing is left for it to change; set it back, raise federation.rounds, or use another name"
+            )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The configuration beside a checkpoint; keys that there were not yet have their defaults. Empty where there is none."""
+    try:
+        tree = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+    except (OSError, UserError):
+        return {}
+    return _over(json.loads(Config().model_dump_json()), tree) if isinstance(tree, dict) and "foundation" in tree else {}
+
+
+def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` over `base`, section by section."""
+    inner = {
+        key: _over(base[key], value)
+        for key, value in tree.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return {**base, **tree, **inner}
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, our value, their value) of every leaf that differs."""
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from differences(mine, other, f"{path}{key}.")
+        elif mine != other:
+            yield f"{path}{key}", mine, other
+
+
+def _compare(name: str, ours: Any, theirs: Any) -> None:
+    found = (ours, theirs) if name == "kernels" else ({name: ours}, {name: theirs})
+    for key, mine, other in differences(*found):
+        way = "resume on a machine of that kind" if name == "kernels" else "set it back"
+        raise UserError(f"--resume: {key}: {mine}: the checkpoint was written with {other}; {way}, or use another name")
+
+
+def _compare_contents(name: str, ours: str, theirs: str, tree: dict[str, Any], written: dict[str, Any]) -> None:
+    """Model and data count by what is in them; a key of their section that differs tells why."""
+    if ours == theirs:
+        return
+    kind, way = {
+        "foundation": ("belongs to another model", "use the foundation of that run, or another name"),
+        "data": ("was trained on other data", "restore them, or use another name"),
+    }[name]
+    changed = differences({name: tree[name]}, {name: written[name]} if written else {name: tree[name]})
+    key, mine, other = next((found for found in changed if found[0] != "foundation.cache"), (name, ours[:12], theirs[:12]))
+    raise UserError(f"--resume: {key}: {mine}: the checkpoint {kind} ({other}); {way}")

@@ -1,0 +1,301 @@
+"""Identity: every key of the configuration either leaves a run's digest alone, or `--resume` refuses another value of it.
+
+The keys are read from the schema; one that is in none of the sets below fails the first test until somebody has decided.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from federations import alone, make_config, write_inputs
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+
+from fedmoe_ds import checkpoint, session
+from fedmoe_ds.build import Parts, load_parts
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation import Federation
+from fedmoe_ds.fit import check_plan
+from fedmoe_ds.identity import agreed, check_identity, identity
+from fedmoe_ds.journal import Journal
+from fedmoe_ds.methods import load_method, with_defaults
+
+REFUSED = """
+seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
+adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation federation.sampling
+federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts federation.budget
+federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr local.schedule
+local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
+local.balance_loss local.z_loss method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
+execution.reproducible execution.micro_batch_size evaluation.max_sequences evaluation.client_sequences
+"""
+"""In the identity by their value: nothing need be loaded to see that."""
+BY_CONTENT = """
+foundation.path data.source data.template data.columns data.sequence_length data.max_samples data.holdout data.global_holdout
+data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
+"""
+"""In it by what they lead to: other weights, other sequences, other kernels."""
+NEUTRAL = """
+name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
+foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
+data.split data.label_names data.partition.alpha data.partition.min_samples execution.clients_in_flight
+execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every checkpoint.keep
+checkpoint.every checkpoint.background
+"""
+ELSEWHERE = {
+    "topology.ep_size": "test_topologies.py",
+    "topology.control": "cluster/test_mpi.py",
+    "topology.aggregation": "cluster/test_mpi.py",
+    "deepspeed": "test_deepspeed_tools.py",
+    "execution.threads": "refused at every start in bitwise mode",
+}
+"""Neutral, and shown to be in another world than that of one process."""
+
+OTHER: dict[str, Any] = {
+    "adapters.attention": ["q_proj"],
+    "foundation.preset": "nano-olmoe",
+    "topology.clusters": 1,
+    "topology.device": "cpu",
+    "federation.participation": 0.5,
+    "local.drift": "fedprox",
+    "local.betas": [0.9, 0.99],
+    "local.steps": 2,
+    "method.name": "fedit",
+    "method.temperature": 3.0,
+    "execution.reproducible": "fast",
+    "execution.adapter_kernels": "torch",
+    "data.template": "text",
+    "data.columns": {"output": "group"},
+    "data.sequence_length": 24,
+    "data.holdout": 0.6,
+    "data.global_holdout": 0.4,
+    "data.max_samples": 2,
+    "data.partition.kind": "iid",
+    "data.partition.clients": 3,
+    "data.partition.column": "kind",
+    "data.split": "test",
+    "data.label_names": ["yes", "no"],
+}
+"""Another value, where the type does not suggest one."""
+BESIDES = {
+    "data.template": {"data": {"columns": {"text": "output"}}},
+    "data.partition.kind": {"data": {"partition": {"clients": 4}}},
+}
+"""What another value needs beside it."""
+SMALL: dict[str, Any] = {
+    "local": {"max_steps": 1, "batch_size": 3},
+    "execution": {"micro_batch_size": 2, "clients_in_flight": 3},
+    "evaluation": {"max_sequences": 2, "client_sequences": 1},
+}
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, type, default) of everything below a model that is no section, also in optional sections and in lists."""
+    for name, field in model.model_fields.items():
+        options = [field.annotation, *get_args(field.annotation)]
+        options += [item for option in options for item in get_args(option) if get_origin(option) is list]
+        section = next((o for o in options if inspect.isclass(o) and not get_args(o) and issubclass(o, BaseModel)), None)
+        if section is not None:
+            yield from leaves(section, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.annotation, field.default
+    if model.model_config.get("extra") == "allow":  # a method's own keys: the default method's stand for all
+        yield f"{prefix}temperature", float | None, None
+
+
+def another(key: str, kind: Any, value: Any) -> Any:
+    """A value of the same type that is not this one."""
+    if key in OTHER:
+        return OTHER[key]
+    kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if get_origin(kind) is Literal:
+        return next(option for option in get_args(kind) if option != value)
+    if bool in kinds:
+        return not value
+    if int in kinds:
+        return (value or 0) + 1
+    if float in kinds:
+        return value / 2 if value else 0.25
+    assert str in kinds, f"{key}: {kind}: give another value in OTHER"
+    return f"{value}-2"
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def value_at(config: Config, key: str) -> Any:
+    value: Any = config.model_dump()
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+KEYS = {key: kind for key, kind, _ in leaves(Config)}
+
+
+def test_every_key_is_classified() -> None:
+    known = [*" ".join((REFUSED, BY_CONTENT, NEUTRAL)).split(), *ELSEWHERE]
+    assert sorted(known) == sorted(KEYS), set(known) ^ set(KEYS)
+    tests = Path(__file__).parent
+    assert all((tests / where).exists() for where in ELSEWHERE.values() if where.endswith(".py"))
+    threaded = Config.model_validate({"execution": {"threads": 2}})
+    with pytest.raises(UserError, match=r"execution\.threads: 2"):
+        check_plan(threaded, bitwise=True)
+
+
+@dataclass
+class World:
+    """A run of one round that waits to be continued (`first`), and the digest of one that trained both rounds in one go."""
+
+    root: Path
+    first: Config
+    parts: Parts
+    digest: str
+
+    @property
+    def saved(self) -> Path:
+        return self.parts.checkpoints / "round-00001"
+
+    def config(self, *changes: dict[str, Any]) -> Config:
+        return make_config(self.root, "first", SMALL, *changes)
+
+    def continued(self, config: Config) -> str:
+        """The digest of a copy of the first run after its second round under `config`."""
+        target = Path(config.output) / config.name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self.saved.parent.parent, target)
+        parts, outcome = run(config, "auto")
+        assert parts.state.round == config.federation.rounds
+        return outcome
+
+
+def run(config: Config, resume: str) -> tuple[Parts, str]:
+    """As `session.train` does it, in a world of one without a process group."""
+    runtime, topology = alone()
+    folder = Path(config.output) / config.name
+    source = session.claim_folder(folder, resume)
+    journal = Journal(folder, runtime)
+    parts = load_parts(config, runtime, topology, journal.progress)
+    session.begin(parts, journal, source["checkpoint"])
+    outcome = Federation(parts, journal).run()
+    journal.close()
+    return parts, outcome.digest
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("identity")
+    write_inputs(root, samples=(7, 6, 5, 4), num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+    lines = [json.loads(line) for line in (root / "data.jsonl").read_text().splitlines()]
+    rows = [{**row, "kind": f"kind-{place % 3}"} for place, row in enumerate(lines)]
+    (root / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (root / "data.jsonl-2").write_text("")
+    (root / "other.jsonl").write_text("\n".join(map(json.dumps, rows[1:])) + "\n")
+    shutil.copytree(root / "model", root / "model-2")
+    weights = load_file(root / "model-2" / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1.0
+    save_file(weights, root / "model-2" / "model.safetensors", {"format": "pt"})
+    _, digest = run(make_config(root, "straight", SMALL), "never")
+    first = make_config(root, "first", SMALL, {"federation": {"rounds": 1}})
+    parts, _ = run(first, "never")
+    return World(root, first, parts, digest)
+
+
+def refusal(world: World, config: Config, parts: Parts) -> str:
+    """The line with which this configuration is refused to continue the first run."""
+    config = with_defaults(config, load_method(config.method))
+    ours = identity(config, parts.foundation, parts.data, parts.identity["kernels"], config.execution.reproducible == "bitwise")
+    written = checkpoint.read_snapshot(world.saved).identity
+    with pytest.raises(UserError) as caught:
+        check_identity(written, world.saved, ours, config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", REFUSED.split())
+def test_another_value_is_refused(key: str, world: World) -> None:
+    """One line with the key, the new value, the old one and the ways out."""
+    base = world.config()
+    if key.startswith("federation.tiers."):
+        here, old = "federation.tiers", "None"
+        tier = {"top_k": 2, "share": 1.0, key.rpartition(".")[2]: 1}
+        config = world.config({"federation": {"tiers": [tier]}})
+    elif key.startswith("adapters.moe."):
+        here, old, config = "adapters.moe", "None", world.config({"adapters": {"moe": {"experts": 4, "width": 4, "top_k": 2}}})
+    else:
+        here, old = key, str(value_at(world.parts.config, key))
+        config = world.config(nested(key, another(key, KEYS[key], value_at(base, key))))
+    line = refusal(world, config, world.parts)
+    assert line.startswith(f"--resume: {here}: ") and f"written with {old};" in line and "use another name" in line, line
+
+
+@pytest.mark.parametrize("key", BY_CONTENT.split())
+def test_another_content_is_refused(key: str, world: World) -> None:
+    value = {"foundation.path": str(world.root / "model-2"), "data.source": str(world.root / "other.jsonl")}.get(
+        key
+    ) or OTHER.get(key)
+    config = world.config(BESIDES.get(key, {}), nested(key, value if value is not None else another(key, KEYS[key], 0.1)))
+    runtime, topology = alone()
+    parts = load_parts(config, runtime, topology, Journal(world.root / "scratch", runtime).progress)
+    with pytest.raises(UserError) as caught:
+        session.begin(parts, Journal(world.root / "scratch", runtime), str(world.saved))
+    section = key.rpartition(".")[0]
+    line = str(caught.value)
+    assert line.startswith(f"--resume: {key}" if key not in BESIDES else f"--resume: {section}."), line
+    assert "or another name" in line or "use another name" in line, line
+
+
+@pytest.mark.parametrize("key", NEUTRAL.split())
+def test_another_value_changes_nothing(key: str, world: World) -> None:
+    base = world.config()
+    value = (
+        str(world.root / "elsewhere") if key in ("output", "foundation.cache") else another(key, KEYS[key], value_at(base, key))
+    )
+    if key == "federation.rounds":
+        value = 2  # the first run was to have one round
+    config = world.config({"name": "copy"}, nested(key, value))
+    assert world.continued(config) == world.digest
+
+
+def test_kernels_and_devices(world: World) -> None:
+    ours, config = world.parts.identity, world.parts.config
+    written = checkpoint.read_snapshot(world.saved).identity
+    assert ours["kernels"]["kernels.instructions"] == torch.backends.cpu.get_cpu_capability()
+    for kernel in ours["kernels"]:
+        other = ours | {"kernels": ours["kernels"] | {kernel: "of another kind"}}
+        with pytest.raises(
+            UserError, match=rf"--resume: {kernel}: of another kind: .* {ours['kernels'][kernel]}; resume on a mach"
+        ):
+            check_identity(written, world.saved, other, config)
+        with pytest.raises(UserError, match=rf"rank 1 on far has other {kernel} \(of another kind\) than rank 0 on near"):
+            agreed([ours["kernels"], other["kernels"]], ["near", "far"], bitwise=True)
+    with pytest.raises(UserError, match=r"--resume: topology\.device: cuda: .* cpu; set it back"):
+        check_identity(written, world.saved, ours | {"topology": {"device": "cuda"}}, config)
+    assert agreed([{"a": "b"}, {"a": "c"}], ["near", "far"], bitwise=False) == {"a": "b"}
+
+
+def test_a_checkpoint_of_an_earlier_version(world: World) -> None:
+    """It lacks what its identity did not hold yet; the configuration beside it tells most of that."""
+    ours, config = world.parts.identity, world.parts.config
+    old = ("foundation", "data", "seed", "adapters", "local", "method", "server", "federation")
+    written = {name: checkpoint.read_snapshot(world.saved).identity[name] for name in old}
+    written["local"] = {key: value for key, value in written["local"].items() if key != "moments"}
+    (note,) = check_identity(written, world.saved, ours, config)
+    assert "kernels.instructions" in note and "topology.device" in note and "micro_batch_size" not in note
+    for key, value in (("execution.micro_batch_size", 1), ("foundation.dtype", "bfloat16"), ("local.moments", "bfloat16")):
+        changed = with_defaults(world.config(nested(key, value)), world.parts.method)
+        theirs = identity(changed, world.parts.foundation, world.parts.data, ours["kernels"], True)
+        with pytest.raises(UserError, match=rf"--resume: {key}: {value}: "):
+            check_identity(written, world.saved, theirs, changed)
