@@ -64,6 +64,12 @@ class Comparison:
         """The labels of the tiers with this top-k; at least one, which is nobody's if there are none."""
         return [tier for tier in self.tiers if tier_top_k(tier) == top_k] or [str(top_k)]
 
+    def targets(self, tier: str) -> int | None:
+        """Targets of the global hold-out in all runs of a method, where every run has said how many it has."""
+        first = {record.seed: record for record in reversed(self.records)}
+        counts = [record.ground.get("hold-outs", {}).get(f"global k={tier}") for record in first.values()]
+        return sum(counts) if counts and all(counts) else None
+
     def lines(self, tier: str) -> list[Line]:
         """The foundation first, then the methods; the foundation of a seed is the same in all of its runs."""
         first = {record.seed: record for record in reversed(self.records)}

@@ -30,7 +30,7 @@ def picture(comparison: Comparison) -> str:
     """Perplexity on the global hold-out: all tiers, all methods. Empty panels say so."""
     rows = math.ceil(len(comparison.tiers) / COLUMNS)
     tall = HEAD + ROW * len(comparison.labels) + FOOT
-    columns = min(COLUMNS, len(comparison.tiers))
+    columns = max(1, min(COLUMNS, len(comparison.tiers)))
     width, height = 2 * GAP + columns * PANEL + (columns - 1) * GAP, TITLE + rows * tall
     panels = []
     for place, tier in enumerate(comparison.tiers):

@@ -23,6 +23,8 @@ def tier_table(comparison: Comparison, tier: str) -> str:
     lines = comparison.lines(tier)
     costs = {line.label: line.figures["flops"].mean for line in lines if "flops" in line.figures}
     reference = costs.get(comparison.labels[0])
+    shares = [line.figures["accuracy"].mean for line in lines if "accuracy" in line.figures]
+    digits = min((formats.share_digits(share, comparison.targets(tier)) for share in shares), default=2)
 
     def row(line: Line) -> list[str]:
         complete = line.seeds == comparison.seeds
@@ -32,7 +34,7 @@ def tier_table(comparison: Comparison, tier: str) -> str:
         cells = [
             _cell(comparison, line, tier, "perplexity", number),
             _cell(comparison, line, tier, "clients_perplexity", number),
-            _cell(comparison, line, tier, "accuracy", lambda value: f"{100 * value:.2f} %"),
+            _cell(comparison, line, tier, "accuracy", lambda value: f"{100 * value:.{digits}f} %"),
             MISSING if cost is None else formats.number(cost / 1e12),
         ]
         return [name, *cells, share]
@@ -58,6 +60,8 @@ def with_spread(spread: Spread, form: Callable[[float], str]) -> str:
 
 def number(value: float) -> str:
     """Two decimals, two digits where those would show little."""
+    if abs(value) >= 1e6:
+        return f"{value:.3g}"
     return "0" if value == 0 else f"{value:.2f}" if abs(value) >= 0.095 else f"{value:.2g}"
 
 

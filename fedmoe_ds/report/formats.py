@@ -43,6 +43,42 @@ def percent(share: float | None, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}{NARROW_SPACE}%".replace("-", "−")
 
 
+Z_95 = 1.959964
+"""Half of the width of the central 95 % of a normal distribution."""
+
+
+def wilson(share: float, targets: int) -> tuple[float, float]:
+    """The 95 % interval of a share that was counted over independent `targets` (E. B. Wilson, JASA 22, 1927, p. 209)."""
+    spread = Z_95 * Z_95 / targets
+    middle = (share + spread / 2) / (1 + spread)
+    reach = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / targets + spread / (4 * targets))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def share_digits(share: float, targets: int | None, most: int = 2) -> int:
+    """Decimals of a percentage that mean something: the last one is no finer than half of the interval. Unknown: `most`."""
+    if not targets or not 0 <= share <= 1:
+        return most
+    low, high = wilson(share, targets)
+    return min(most, max(0, math.ceil(-math.log10(50 * (high - low)))))
+
+
+def targets_of(event: Mapping[str, Any]) -> int | None:
+    """The number of targets behind an evaluation's figures; older files have it under the name `tokens`."""
+    targets: int | None = event.get("targets", event.get("tokens"))
+    return targets
+
+
+def accuracy(event: Mapping[str, Any]) -> str:
+    """The accuracy of an evaluation with its 95 % interval: 66 % (55 to 76)."""
+    share, targets = event.get("accuracy"), targets_of(event)
+    if share is None or not targets or not 0 <= share <= 1:
+        return score(event, "accuracy", percent)
+    digits = share_digits(share, targets)
+    low, high = (f"{100 * end:.{digits}f}" for end in wilson(share, targets))
+    return f"{percent(share, digits)} ({low} to {high})"
+
+
 def many(size: int, noun: str) -> str:
     """A count with its noun: 1 client, 12 clients."""
     return f"{count(size)} {noun}{'' if size == 1 else 's'}"
@@ -53,9 +89,9 @@ def signed_percent(share: float | None, digits: int = 1) -> str:
     return MISSING if share is None else ("+" if share >= 0 else "−") + percent(abs(share), digits)
 
 
-def points(difference: float | None) -> str:
+def points(difference: float | None, digits: int = 1) -> str:
     """A difference of two shares in percentage points: +11.8 pp."""
-    return MISSING if difference is None else f"{100 * difference:+.1f}{NARROW_SPACE}pp".replace("-", "−")
+    return MISSING if difference is None else f"{100 * difference:+.{digits}f}{NARROW_SPACE}pp".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmoe_ds.clients.tiers import tier_order
+from fedmoe_ds.report import formats
 
 Event = Mapping[str, Any]
 SPLITS = ("global", "clients")
@@ -40,6 +41,12 @@ class TierResult:
         """Accuracy after minus before, a difference of shares."""
         before, after = self.before.get("accuracy"), self.after.get("accuracy")
         return after - before if before is not None and after is not None else None
+
+    @property
+    def digits(self) -> int:
+        """Decimals of the accuracies in percent that mean something, for the number of targets behind them."""
+        rows = [row for row in (self.before, self.after) if row.get("accuracy") is not None]
+        return min((formats.share_digits(row["accuracy"], formats.targets_of(row)) for row in rows), default=0)
 
 
 def tier_results(evaluations: Iterable[Event]) -> list[TierResult]:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from fedmoe_ds.report.history import Event, tier_results
+from fedmoe_ds.report.formats import targets_of, wilson
+from fedmoe_ds.report.history import Event, TierResult, tier_results
 
 MISSING = "-"
 
@@ -127,10 +128,12 @@ def _clock(seconds: float) -> str:
 def final_table(rows: Iterable[Event]) -> str:
     """Tiers x before/after as plain text, one line per (hold-out, tier).
 
+    Accuracies have the decimals that their numbers of targets can tell; the last column is Wilson's 95 % interval.
+
     Args:
         rows: `eval` events (fields as in docs/outputs.md); other events are passed over, so `read_metrics(...)` fits.
     """
-    head = ("hold-out", "top-k", "perplexity before", "after", "ratio", "accuracy before", "after", "change")
+    head = ("hold-out", "top-k", "perplexity before", "after", "ratio", "accuracy before", "after", "change", "95 % of after")
     lines = [head]
     for result in tier_results(rows):
         lines.append(
@@ -140,9 +143,10 @@ def final_table(rows: Iterable[Event]) -> str:
                 _text(result.before.get("perplexity", MISSING), "{:.2f}"),
                 _text(result.after.get("perplexity", MISSING), "{:.2f}"),
                 _text(MISSING if result.ratio is None else result.ratio, "{:.3f}"),
-                _text(result.before.get("accuracy", MISSING), "{:.2%}"),
-                _text(result.after.get("accuracy", MISSING), "{:.2%}"),
-                _text(MISSING if result.gain is None else 100 * result.gain, "{:+.2f}"),
+                _text(result.before.get("accuracy", MISSING), f"{{:.{result.digits}%}}"),
+                _text(result.after.get("accuracy", MISSING), f"{{:.{result.digits}%}}"),
+                _text(MISSING if result.gain is None else 100 * result.gain, f"{{:+.{result.digits}f}}"),
+                _interval(result),
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
@@ -154,7 +158,16 @@ def _aligned(line: tuple[str, ...], widths: list[int]) -> list[str]:
     return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
 
 
+def _interval(result: TierResult) -> str:
+    share, targets = result.after.get("accuracy"), targets_of(result.after)
+    if share is None or not targets or not 0 <= share <= 1:
+        return MISSING
+    return "-".join(f"{100 * end:.{result.digits}f}" for end in wilson(share, targets)) + "%"
+
+
 def _text(value: float | str | None, form: str) -> str:
     if value == MISSING:
         return MISSING
-    return "not finite" if value is None else form.format(value)
+    if value is None:
+        return "not finite"
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) >= 1e6 else form.format(value)

@@ -31,12 +31,13 @@ def results_section(history: History) -> Markup:
         "accuracy before",
         "after",
         "change",
-        "tokens",
+        "targets",
     ]
     rows = [_result_row(result, colours[result.tier]) for result in results]
     last = max(result.after.get("round", 0) for result in results)
     after = f"after is the global model of round {last}. A ratio below 1 is better." if last else "no round is evaluated yet."
     lead = f"Before is the foundation, {after}"
+    lead += " In brackets: the 95 % interval of the accuracy for its number of targets, taken as independent."
     if any(" " in result.tier for result in results):
         lead += " Tiers of one top-k differ in what else they buy: r is the LoRA rank, e the experts trained per batch."
     return tag("div", tag("p", lead, cls="lead"), tag("div", table(head, rows, text_columns=2), cls="scroll"))
@@ -56,10 +57,10 @@ def _result_row(result: TierResult, css: str) -> list[str]:
         formats.score(result.after, "perplexity", formats.number),
         formats.number(ratio),
         tag("td", bar),
-        formats.score(result.before, "accuracy", formats.percent),
-        formats.score(result.after, "accuracy", formats.percent),
-        formats.points(result.gain),
-        formats.count(result.after.get("tokens")),
+        formats.accuracy(result.before),
+        formats.accuracy(result.after),
+        formats.points(result.gain, result.digits),
+        formats.count(formats.targets_of(result.after)),
     ]
 
 
@@ -79,17 +80,24 @@ def convergence_section(history: History) -> Markup:
 def _curves(history: History, split: str) -> Markup:
     colours = tier_colours(history.tiers)
 
-    def chart(metric: str, title: str, form: Callable[[float | None], str], axis: Callable[[float], str], log: bool) -> Markup:
-        lines = []
+    def lines(metric: str, form: Callable[[Event], str]) -> list[Series]:
+        found = []
         for tier in history.tiers:
             points = history.curve(split, tier, metric)
-            tips = [f"round {x}\ntop-k {tier}\n{metric} {form(y)}" for x, y in points]
+            rows = [history.evaluations[x, split, tier, ""] for x, _ in points]
+            tips = [f"round {row['round']}\ntop-k {tier}\n{metric} {form(row)}" for row in rows]
             if points:
-                lines.append(Series(colours[tier], f"k={tier}", points, tips))
-        return line_chart(lines, title=title, x_label="round", form=axis, log=log)
+                found.append(Series(colours[tier], f"k={tier}", points, tips))
+        return found
 
-    perplexity = chart("perplexity", "Perplexity (log scale, lower is better)", formats.number, _tick, True)
-    accuracy = chart("accuracy", "Next-token accuracy, % (higher is better)", formats.percent, lambda y: _tick(100 * y), False)
+    perplexity = line_chart(
+        lines("perplexity", lambda row: formats.score(row, "perplexity", formats.number)),
+        title="Perplexity (log scale, lower is better)", x_label="round", form=_tick, log=True,
+    )  # fmt: skip
+    accuracy = line_chart(
+        lines("accuracy", formats.accuracy),
+        title="Next-token accuracy, % (higher is better)", x_label="round", form=lambda y: _tick(100 * y), most=1.0,
+    )  # fmt: skip
     return tag("div", tag("figure", perplexity), tag("figure", accuracy), cls="pair")
 
 

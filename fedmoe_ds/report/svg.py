@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,9 @@ WIDTH, HEIGHT = 480.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 52.0, 28.0, 42.0
 LABEL_GAP = 15.0
 MARKERS = ("circle", "square", "diamond", "triangle")
+TICKS = 9
+LARGEST, LEAST = sys.float_info.max, 1e-300
+"""What is smaller than `LEAST` counts as zero: a span of its size would be no number any more."""
 
 
 @dataclass(frozen=True)
@@ -24,32 +29,52 @@ class Axis:
     log: bool = False
 
     @classmethod
-    def around(cls, values: Sequence[float], *, log: bool = False, zero: bool = False) -> Axis:
-        """The range of `values` with a little air; `zero` starts the axis at 0."""
+    def around(cls, values: Sequence[float], *, log: bool = False, zero: bool = False, most: float = LARGEST) -> Axis:
+        """The range of finite `values` with a little air: not below zero, unless a value is, and not above `most`.
+
+        Values that are (nearly) one get air of their own size, zeros the range from 0 to 1. `zero` starts the axis at 0.
+        """
         low, high = (min(values), max(values)) if values else (1.0, 2.0)
-        if log:
-            air = max((high / low) ** 0.06, 1.02)
-            return cls(low / air, high * air, True)
-        air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-        return cls(0.0 if zero else low - air, high + air)
+        return cls._logarithmic(low, high) if log else cls._linear(low, high, zero, most)
+
+    @classmethod
+    def _logarithmic(cls, low: float, high: float) -> Axis:
+        bottom, top = math.log(low), math.log(high)
+        little = math.log(1.02)
+        air = max(0.06 * (top - bottom), little)
+        return cls(math.exp(max(bottom - air, math.log(LEAST) - little)), math.exp(min(top + air, math.log(LARGEST))), True)
+
+    @classmethod
+    def _linear(cls, low: float, high: float, zero: bool, most: float) -> Axis:
+        size = max(abs(low), abs(high))
+        if size < LEAST:
+            return cls(0.0, min(1.0, most))
+        air = 0.06 * high - 0.06 * low  # the difference itself may be too large for a number
+        if air < 6e-6 * size:
+            air = 0.05 * size
+        bottom = max(low - air, -LARGEST) if low < 0 else 0.0 if zero else max(low - air, 0.0)
+        return cls(bottom, min(high + air, most))
 
     def place(self, value: float, start: float, end: float) -> float:
         """The coordinate of `value` when the axis runs from `start` to `end`."""
         if self.log:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
+            share = (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         else:
-            share = (value - self.low) / (self.high - self.low)
+            share = (value / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
         return start + share * (end - start)
 
     def ticks(self) -> list[float]:
-        """Round values inside the range, about five; 1-2-5 per decade on a wide logarithmic axis."""
+        """Round values inside the range, about five; 1-2-5 per decade, or some of the decades, on a wide logarithmic axis."""
         if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            decades = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
+            if len(decades) > TICKS:
+                stride = math.ceil(len(decades) / TICKS)
+                return [10.0**e for e in decades if e % stride == 0 and self.low <= 10.0**e <= self.high]
             for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
                 inside = [m * 10.0**e for e in decades for m in steps if self.low <= m * 10.0**e <= self.high]
                 if len(inside) >= 4:
                     return inside
-        step = _nice_step((self.high - self.low) / 5)
+        step = _nice_step(self.high / 5 - self.low / 5)
         first = math.ceil(self.low / step - 1e-9)
         return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -61,9 +86,9 @@ def _nice_step(raw: float) -> float:
 
 def whole_ticks(first: int, last: int, most: int = 8) -> list[int]:
     """At most about `most` evenly spaced whole numbers from `first` to `last`, on multiples of 1, 2, 5, 10, ..."""
-    steps = (m * 10**e for e in range(9) for m in (1, 2, 5))
+    steps = (m * 10**e for e in itertools.count() for m in (1, 2, 5))
     step = next(s for s in steps if (last - first) / s <= most)
-    return [value for value in range(first, last + 1) if value % step == 0]
+    return list(range(-(-first // step) * step, last + 1, step))
 
 
 @dataclass(frozen=True)
@@ -84,14 +109,19 @@ def line_chart(
     form: Callable[[float], str],
     log: bool = False,
     zero: bool = False,
+    most: float = LARGEST,
 ) -> Markup:
-    """Lines over whole-numbered x with labels at their right ends; missing values leave a gap; `zero` starts y at 0."""
+    """Lines over whole-numbered x with labels at their right ends.
+
+    Values that are missing, not finite, or on a logarithmic axis not positive leave a gap. `zero` starts y at 0; no y is larger
+    than `most`.
+    """
     usable = [point for line in series for point in _usable(line, log)]
     if not usable:
         return tag("p", f"{title}: nothing to draw.", cls="empty")
     first, last = min(x for x, _ in usable), max(x for x, _ in usable)
     x_axis = Axis(float(first), float(last)) if last > first else Axis(first - 0.5, last + 0.5)
-    y_axis = Axis.around([y for _, y in usable], log=log, zero=zero)
+    y_axis = Axis.around([y for _, y in usable], log=log, zero=zero, most=most)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return x_axis.place(x, LEFT + 8, WIDTH - RIGHT - 8), y_axis.place(y, HEIGHT - BOTTOM, TOP)
@@ -104,14 +134,18 @@ def line_chart(
 
 
 def _usable(line: Series, log: bool) -> list[tuple[int, float]]:
-    return [(x, y) for x, y in line.points if y is not None and (y > 0 or not log)]
+    return [(x, y) for x, y in line.points if y is not None and _is_drawn(y, log)]
+
+
+def _is_drawn(y: float, log: bool) -> bool:
+    return math.isfinite(y) and (y >= LEAST or not log)
 
 
 def _line(line: Series, marker: str, at: Callable[[float, float], tuple[float, float]], log: bool) -> Markup:
     path, pen_down, dots = "", False, []
     sparse = len(line.points) <= 40
     for (x, y), tip in zip(line.points, line.tips, strict=True):
-        if y is None or (log and y <= 0):
+        if y is None or not _is_drawn(y, log):
             pen_down = False
             continue
         across, down = at(x, y)
@@ -173,19 +207,29 @@ def _frame(
 
 @dataclass(frozen=True)
 class Column:
-    """One stacked column or bar: its parts as (colour class, value, tooltip) from the axis outward."""
+    """One stacked column or bar: its parts as (colour class, value, tooltip) from the axis outward.
+
+    A value that is no length (negative, or not finite) counts as zero.
+    """
 
     label: str
     parts: Sequence[tuple[str, float, str]]
 
     @property
+    def lengths(self) -> list[tuple[str, float, str]]:
+        """The parts with what is drawn of them; one of more than 1e300 would leave no number for the sum."""
+        return [(css, value if 0 < value <= 1 / LEAST else 0.0, tip) for css, value, tip in self.parts]
+
+    @property
     def total(self) -> float:
         """The length of the whole column."""
-        return sum(value for _, value, _ in self.parts)
+        return sum(value for _, value, _ in self.lengths)
 
 
 def stacked_columns(columns: Sequence[tuple[int, Column]], *, title: str, x_label: str, form: Callable[[float], str]) -> Markup:
     """Columns at whole-numbered x, value axis from zero."""
+    if not columns:
+        return tag("p", f"{title}: nothing to draw.", cls="empty")
     axis = Axis.around([column.total for _, column in columns], zero=True)
     first, last = columns[0][0], columns[-1][0]
     slot = (WIDTH - LEFT - RIGHT) / (last - first + 1)
@@ -197,7 +241,7 @@ def stacked_columns(columns: Sequence[tuple[int, Column]], *, title: str, x_labe
     bars = []
     for x, column in columns:
         base = 0.0
-        for css, value, tip in column.parts:
+        for css, value, tip in column.lengths:
             top, bottom = (axis.place(base + part, HEIGHT - BOTTOM, TOP) for part in (value, 0.0))
             bars.append(_rect(middle(x) - width / 2, top, width, bottom - top, css, tip))
             base += value
@@ -208,11 +252,13 @@ def stacked_columns(columns: Sequence[tuple[int, Column]], *, title: str, x_labe
 
 def dense_columns(columns: Sequence[Column], strip: Sequence[str]) -> Markup:
     """Many thin columns that fill any width, no text inside; `strip` colours a line below, one class per column."""
+    if not columns:
+        return tag("p", "Nothing to draw.", cls="empty")
     high = max((column.total for column in columns), default=0.0) or 1.0
     rects = []
     for x, (column, css) in enumerate(zip(columns, strip, strict=True)):
         base = 100.0
-        for part, value, tip in column.parts:
+        for part, value, tip in column.lengths:
             tall = 100 * value / high
             rects.append(_rect(x + 0.06, base - tall, 0.88, tall, part, tip))
             base -= tall
@@ -240,7 +286,7 @@ def bar_rows(rows: Sequence[tuple[str, Markup, Column, str]]) -> Markup:
     for name, mark, column, figure in rows:
         parts = [
             tag("i", cls=f"bar {css}", style=f"width:{100 * value / high:.3f}%", data_t=tip)
-            for css, value, tip in column.parts
+            for css, value, tip in column.lengths
             if value > 0
         ]
         lines.append(

@@ -1,0 +1,194 @@
+"""Charts of whatever a run may have recorded: constant, zero, single, empty, not finite or huge values have a sensible span."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_compare import comparison_of
+
+from fedmoe_ds.compare.aggregate import Spread
+from fedmoe_ds.compare.picture import picture
+from fedmoe_ds.report import final_table, formats
+from fedmoe_ds.report.activation import expert_section
+from fedmoe_ds.report.history import History
+from fedmoe_ds.report.sections import convergence_section, results_section, time_section
+from fedmoe_ds.report.svg import Axis, Column, Series, bar_rows, dense_columns, line_chart, stacked_columns, whole_ticks
+from fedmoe_ds.scaling.picture import picture as scaling_picture
+from fedmoe_ds.scaling.rows import Line
+from fedmoe_ds.scaling.study import Study
+
+HUGE = 1.7e308
+EXTREME = [0.0, 1.0, 5e-324, 1e-300, 1e-9, 62.3, 62.300001, 1e17, 1e304, HUGE]
+any_value = st.none() | st.sampled_from([*EXTREME, -1.0, -HUGE, math.nan, math.inf, -math.inf]) | st.floats() | st.floats(0, 1)
+finite = st.sampled_from([*EXTREME, -1.0, -HUGE]) | st.floats(allow_nan=False, allow_infinity=False)
+values = st.lists(any_value, max_size=6)
+COORDINATES = ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height")
+
+
+def drawn(markup: str) -> ElementTree.Element:
+    """The chart, every one of whose coordinates is a number."""
+    root = ElementTree.fromstring(f"<div>{markup}</div>")
+    for element in root.iter():
+        numbers = [element.get(name, "0") for name in COORDINATES]
+        numbers += re.findall(r"[^\sMLZ]+", element.get("d", ""))
+        assert all(re.fullmatch(r"-?\d+(\.\d+)?%?", number) for number in numbers), (element.tag, element.attrib)
+    return root
+
+
+def inside(root: ElementTree.Element, names: Sequence[str], low: float, high: float) -> None:
+    for element in root.iter():
+        for name in names:
+            assert low - 0.1 <= float(element.get(name, low)) <= high + 0.1, (element.tag, element.attrib)
+
+
+def labels(root: ElementTree.Element) -> list[str]:
+    return [element.text or "" for element in root.iter("text") if element.get("class") == "tick left"]
+
+
+@given(st.lists(finite, max_size=6), st.booleans(), st.booleans())
+@example([0.0, 0.0], False, False)
+@example([HUGE, -HUGE], False, False)
+@example([1.0, 1e304], True, False)
+def test_an_axis_holds_its_values_and_has_round_ticks(given_values: list[float], log: bool, zero: bool) -> None:
+    shown = [value for value in given_values if value >= 1e-300] if log else given_values
+    axis = Axis.around(shown, log=log, zero=zero)
+    assert math.isfinite(axis.low) and math.isfinite(axis.high) and axis.low < axis.high
+    if all(value >= 0 for value in shown):
+        assert axis.low >= 0, "what is never negative has no negative range"
+        assert axis.low == 0 or log or not zero
+    for value in shown:
+        assert -1e-6 <= axis.place(value, 0.0, 1.0) <= 1 + 1e-6
+    places = [axis.place(tick, 0.0, 1.0) for tick in axis.ticks()]
+    assert 1 <= len(places) <= 12 and places == sorted(places) and places[0] >= -1e-6 and places[-1] <= 1 + 1e-6
+
+
+@given(st.floats(0, 1))
+def test_an_axis_of_shares_stays_among_shares(share: float) -> None:
+    axis = Axis.around([share], most=1.0)
+    assert 0 <= axis.low < axis.high <= 1.0
+    assert Axis.around([0.0], most=1.0) == Axis(0.0, 1.0), "an all-zero accuracy spans 0 to 100 %"
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(0, 10**12))
+def test_whole_ticks_are_few(first: int, length: int) -> None:
+    ticks = whole_ticks(first, first + length)
+    assert len(ticks) <= 9 and all(first <= tick <= first + length for tick in ticks)
+
+
+@settings(max_examples=150)
+@given(st.lists(values, max_size=3), st.booleans(), st.booleans())
+@example([[0.0, 0.0, 0.0]], False, False)
+@example([[1.0, 1e304]], True, False)
+def test_line_charts(lines: list[list[float | None]], log: bool, zero: bool) -> None:
+    series = [Series("t0", f"line {i}", list(enumerate(line)), ["tip"] * len(line)) for i, line in enumerate(lines)]
+    root = drawn(line_chart(series, title="title", x_label="round", form=lambda y: f"{y:,.6g}", log=log, zero=zero))
+    known = [y for line in lines for y in line if y is not None and math.isfinite(y) and (y >= 1e-300 or not log)]
+    if not known:
+        assert "nothing to draw" in "".join(root.itertext())
+        return
+    inside(root, ("cx", "x1", "x2"), 0, 480)
+    inside(root, ("cy", "y1", "y2"), 0, 290)
+    assert len(list(root.iter("circle"))) >= len(known)
+    marks = labels(root)
+    assert 1 <= len(marks) <= 12 and len(set(marks)) == len(marks), marks
+    if all(y >= 0 for y in known):
+        assert not any(mark.startswith("-") for mark in marks)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(st.floats() | st.sampled_from(EXTREME), max_size=3), max_size=4))
+def test_columns_and_bars(stacks: list[list[float]]) -> None:
+    columns = [Column(f"c{i}", [("l0", value, "tip") for value in stack]) for i, stack in enumerate(stacks)]
+    root = drawn(stacked_columns(list(enumerate(columns, 1)), title="title", x_label="round", form=lambda y: f"{y:,.6g}"))
+    inside(root, ("x", "y"), 0, 480)
+    marks = labels(root)
+    assert len(set(marks)) == len(marks) <= 12 and not any(mark.startswith("-") for mark in marks)
+    drawn(dense_columns(columns, ["t0"] * len(columns)))
+    bars = drawn(bar_rows([(column.label, "", column, "1") for column in columns]))  # type: ignore[misc]
+    widths = [float(re.findall(r"width:([^%]+)%", bar.get("style", ""))[0]) for bar in bars.iter("i")]
+    assert all(0 < width <= 100.001 or width == 0 for width in widths)
+
+
+def evaluated(perplexities: list[float | None], accuracies: list[float | None]) -> History:
+    rows: list[dict[str, Any]] = []
+    for index, (perplexity, accuracy) in enumerate(zip(perplexities, accuracies, strict=True)):
+        figures = {"perplexity": perplexity, "accuracy": accuracy, "tokens": 74}
+        rows.append({"event": "eval", "round": index, "tier": 4, "split": "global", **figures})
+        layer = [accuracy if index % 2 else 0.0, None]
+        rows.append({"event": "experts", "round": index, "tier": 4, "activation": [layer]})
+        rows.append({"event": "round", "round": index, "phases": {"train": perplexity}, "tokens_per_s": perplexity})
+    return History.of(rows)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.none() | st.floats(1, 1.1e304), st.none() | st.floats(0, 1)), min_size=1, max_size=5))
+@example([(5.0, 0.0), (5.0, 0.0)])
+@example([(1.0, 1.0)])
+def test_the_sections_of_the_report(rows: list[tuple[float | None, float | None]]) -> None:
+    history = evaluated([row[0] for row in rows], [row[1] for row in rows])
+    for section in (convergence_section, results_section, time_section):
+        drawn(re.sub(r"<input[^>]*>", "", section(history)))
+    expert_section(history)
+    accuracy = drawn(convergence_section(history).split("<figure>")[-1].split("</figure>")[0])
+    assert all(0 <= float(mark) <= 100 for mark in labels(accuracy)), "percent"
+    assert max(map(len, final_table([{**row, "event": "eval"} for row in history.evaluations.values()]).splitlines())) < 140
+
+
+@settings(max_examples=40)
+@given(st.lists(st.none() | st.sampled_from([1.0, 5.0, 1e304, math.inf]) | st.floats(1, 1.1e304), min_size=2, max_size=4))
+def test_the_picture_of_a_comparison(given_values: list[float | None]) -> None:
+    comparison = comparison_of({"a": given_values, "b": [5.0] * len(given_values)})
+    root = drawn(picture(comparison))
+    marks = [element.text or "" for element in root.iter() if element.get("class") == "tick"]
+    assert not any(mark.startswith("-") for mark in marks)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-12, 3.0, 1e300, math.nan, math.inf])
+def test_the_picture_of_a_scaling_study(seconds: float) -> None:
+    names = ["tokens_per_s", "efficiency", "s_per_round", "all_to_all_s", "other_collectives_s", "recorded_s", "predicted_s"]
+    figures = {name: Spread({0: seconds}) for name in [*names, "train_s", "aggregate_s", "evaluate_s", "other_s"]}
+    runs: Any = [SimpleNamespace(measured=SimpleNamespace(ranks=2, cores=None))]
+    lines = [Line(value, runs, figures) for value in (1, 2)]
+    root = drawn(scaling_picture(Study(name="s", base="b", axis="ranks", values=[1, 2], scaling="strong"), lines))
+    assert not any(mark.startswith("-") or "nan" in mark or "inf" in mark for mark in labels(root))
+
+
+# Accuracies say what their number of targets can tell.
+
+
+@given(st.integers(1, 10**7).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilsons_interval_solves_its_equation(counted: tuple[int, int]) -> None:
+    """Its ends are the shares p for which the observed one is just 1.96 standard deviations away."""
+    right, targets = counted
+    share = right / targets
+    low, high = formats.wilson(share, targets)
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+    for end in (low, high):
+        if 0 < end < 1:
+            off = (share - end) ** 2 - 1.959964**2 * end * (1 - end) / targets
+            assert abs(off) <= 1e-9 * max(end * (1 - end), 1 / targets), (end, off)
+
+
+@given(st.floats(0, 1), st.integers(1, 10**9))
+def test_no_decimal_is_finer_than_the_interval(share: float, targets: int) -> None:
+    low, high = formats.wilson(share, targets)
+    digits = formats.share_digits(share, targets)
+    assert digits == 0 or 10.0 ** (1 - digits) > 50 * (high - low)
+    assert digits == 2 or 10.0**-digits <= max(1.0, 50 * (high - low)) * 1.000001
+
+
+def test_an_accuracy_over_few_targets() -> None:
+    few = {"accuracy": 49 / 74, "tokens": 74}
+    assert formats.accuracy(few) == "66\u202f% (55 to 76)"
+    assert formats.accuracy({"accuracy": 0.6621, "targets": 7_400_000}) == "66.21\u202f% (66.18 to 66.24)"
+    assert formats.accuracy({"accuracy": 0.6621}) == "66.2\u202f%" and formats.accuracy({"accuracy": None}) == "not finite"
+    rows = [{"round": index, "tier": 4, "split": "global", "perplexity": 9.0, **few} for index in range(2)]
+    assert final_table(rows).splitlines()[-1].split()[5:] == ["66%", "66%", "+0", "55-76%"]
