@@ -1,15 +1,21 @@
-"""Pooled data: all clients' sequences as one client's, for the centralised bound."""
+"""Pooled data: all clients' sequences as one client's, for the centralised bound.
+
+A round trains on exactly the sequences that its participants would train on, each as often as they would, shuffled over all of
+them and cut into whole batches: the same tokens as a federated round, in fewer steps where small clients had small batches.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.steps import step_count
+from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import FederatedData, Sequences
+from fedmoe_ds.randomness import generator
 
 
 class PooledData:
@@ -30,8 +36,8 @@ class PooledData:
         return Sequences(ids, masks)
 
 
-def pooled_client(clients: list[Client], local: LocalConfig) -> Client:
-    """The pooled client: the largest budget, and as many steps as all clients together take in a round."""
+def pooled_client(clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int) -> Client:
+    """The pooled client in a round with these participants: everybody's data, the largest budget, the participants' tokens."""
     largest = max(clients, key=lambda client: (client.top_k, -client.index))
     return replace(
         largest,
@@ -40,5 +46,15 @@ def pooled_client(clients: list[Client], local: LocalConfig) -> Client:
         samples=sum(client.samples for client in clients),
         sequences=sum(client.sequences for client in clients),
         tokens=sum(client.tokens for client in clients),
-        steps=sum(step_count(client, local) for client in clients),
+        steps=len(pooled_batches(clients, members, local, seed, round_index)),
     )
+
+
+def pooled_batches(
+    clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int
+) -> list[np.ndarray]:
+    """Sequence indices of every step of the pooled client, among all sequences in canonical order; the last may be smaller."""
+    first = dict(zip([c.index for c in clients], accumulate([c.sequences for c in clients], initial=0), strict=False))
+    own = [np.concatenate(local_batches(member, local, seed, round_index)) + first[member.index] for member in members]
+    visits = generator(seed, "pooled", round_index).permutation(np.concatenate(own))
+    return [visits[start : start + local.batch_size] for start in range(0, len(visits), local.batch_size)]
