@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fedmoe_ds import state as states
@@ -20,7 +21,7 @@ from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.clients.client import Capacity, Client, make_clients, resolve_tiers
 from fedmoe_ds.clients.drift import FedProx, Scaffold, control_block, shared_blocks
-from fedmoe_ds.clients.pooled import PooledData, pooled_client
+from fedmoe_ds.clients.pooled import PooledData, pooled_batches, pooled_client
 from fedmoe_ds.clients.rules import ClientRules, TrainingData
 from fedmoe_ds.clients.schedule import CostModel, home_clients, participant_count, participants
 from fedmoe_ds.clients.wave import WaveTrainer
@@ -56,8 +57,7 @@ from fedmoe_ds.topology import Topology
 class Parts:
     """Everything a `Federation` works with, on one rank.
 
-    `training_clients` and `training_data` are those that rounds train: the federation's own, or one client with all data where
-    the method pools them.
+    `training_data` are what rounds train on: the clients' own, or those of one client that has all where the method pools them.
     """
 
     config: Config
@@ -69,7 +69,6 @@ class Parts:
     data: FederatedData
     training_data: TrainingData
     clients: list[Client]
-    training_clients: list[Client]
     blocks: list[BlockSpec]
     execution: Execution
     trainer: WaveTrainer
@@ -99,9 +98,10 @@ class Parts:
     def participants(self, round_index: int) -> list[Client]:
         """The clients of a round, in canonical order."""
         federation = self.config.federation
+        members = participants(self.clients, federation.participation, self.config.seed, round_index, federation.sampling)
         if self.method.pooled:
-            return self.training_clients
-        return participants(self.clients, federation.participation, self.config.seed, round_index, federation.sampling)
+            return [pooled_client(self.clients, members, self.config.local, self.config.seed, round_index)]
+        return members
 
     def new_sums(self, round_index: int = 1) -> RoundSums:
         """Empty sums for one round."""
@@ -172,11 +172,10 @@ def _assemble(
 ) -> Parts:
     blocks = method.blocks(adapter_blocks(foundation.model, places, config.adapters, method.rescaler))
     training_data: TrainingData = PooledData(data) if method.pooled else data
-    training_clients = [pooled_client(clients, config.local)] if method.pooled else clients
     model: Any = foundation.model
     bitwise = is_bitwise(config, runtime)
     shared = shares_passes(bitwise, model.config.model_type, config, runtime.device.type)
-    execution = _execution(config, runtime, topology, method, places, blocks, len(training_clients), shared)
+    execution = _execution(config, runtime, topology, method, places, blocks, 1 if method.pooled else len(clients), shared)
     install(foundation, config.adapters, execution)
     if bitwise and shared:
         attend_apart(model, execution)
@@ -195,7 +194,7 @@ def _assemble(
         topology.shard,
         config.seed,
         runtime.device,
-        client_rules(config, method, state),
+        client_rules(config, method, state, clients),
     )
     kernels = kernels_of(config, foundation, blocks, runtime.device, bitwise)
     ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, bitwise), bitwise)
@@ -211,7 +210,6 @@ def _assemble(
         data=data,
         training_data=training_data,
         clients=clients,
-        training_clients=training_clients,
         blocks=blocks,
         execution=execution,
         trainer=trainer,
@@ -227,25 +225,32 @@ def _assemble(
 
 
 def _personal(method: Method, blocks: list[BlockSpec], adapters: Bank, clients: list[Client], config: Config) -> Personal:
-    """Personal blocks of the bank, the method's memory, and control variates."""
-    specs = [spec for spec in blocks if spec.personal] + method.memory(blocks)
-    if config.local.drift == "scaffold":
-        specs += [control_block(spec) for spec in shared_blocks(blocks)]
+    """Personal blocks of the bank, the method's memory, and control variates; the method is asked for the first two alone."""
+    own = [spec for spec in blocks if spec.personal] + method.memory(blocks)
+    controls = [control_block(spec) for spec in shared_blocks(blocks)] if config.local.drift == "scaffold" else []
+    zero = {spec.name for spec in controls}
 
     def initial(spec: BlockSpec, index: int) -> Tensor | float:
-        if spec.name not in adapters:
-            return method.initial(spec, clients[index]) or 0.0
+        if spec.name in zero:
+            return 0.0  # SCAFFOLD, algorithm 1: c_i = 0
         value = method.initial(spec, clients[index])
-        return adapters.client(spec.name, 0).cpu() if value is None else value
+        if value is not None:
+            return value
+        return adapters.client(spec.name, 0).cpu() if spec.name in adapters else 0.0
 
-    return Personal(specs, adapters.experts, len(clients), initial)
+    return Personal(own + controls, adapters.experts, len(clients), initial)
 
 
-def client_rules(config: Config, method: Method, state: states.State) -> ClientRules:
+def client_rules(config: Config, method: Method, state: states.State, clients: list[Client]) -> ClientRules:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
 
     def situation(client: Client, round_index: int) -> Situation:
         return Situation(round_index, state.personal.dense(client.index), state.utilisation_LE)
+
+    def pooled(client: Client, round_index: int) -> list[np.ndarray]:
+        federation = config.federation
+        members = participants(clients, federation.participation, config.seed, round_index, federation.sampling)
+        return pooled_batches(clients, members, config.local, config.seed, round_index)
 
     drift = {
         "none": None,
@@ -261,6 +266,7 @@ def client_rules(config: Config, method: Method, state: states.State) -> ClientR
         measure=method.measure,
         remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
         selective=method.selective,
+        batches=pooled if method.pooled else None,
     )
 
 

@@ -220,6 +220,17 @@ class Reference:
         trained = {key: value.detach() for key, value in adapters.items()}
         return Trained(trained, own.detach(), run.counts, tokens, rates)
 
+    def frozen_weight(self, stem: str) -> Tensor:
+        """The frozen matrix under an adapter: the one that is computed with, to be changed in place."""
+        parts = stem.split(".")
+        layer = self.model.model.layers[int(parts[1])]
+        if parts[2] == "attention":
+            projection: nn.Linear = getattr(layer.self_attn, parts[3])
+            return projection.weight.data
+        _, gate_up, down = layer.mlp.weights
+        weight: Tensor = (gate_up if parts[4] == "gate_up" else down).data[int(parts[3])]
+        return weight
+
     @torch.no_grad()
     def _survey(self, run: Running, sequences: Sequence[tuple[np.ndarray, np.ndarray]], select: Select) -> dict[int, set[int]]:
         """Look at the whole batch before any of it is trained on."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from reference import Adapters, Task
 
 from fedmoe_ds.adapters.layout import drawn_a
 from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.steps import local_batches
-from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.randomness import generator
 
 TOLERANCE = 1e-5
@@ -22,10 +23,9 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
     found = []
     for client in parts.participants(round_index):
         data = parts.training_data.train(client.index)
-        batches = local_batches(client, config.local, config.seed, round_index)
+        members = parts.clients if parts.method.pooled else [client]  # pooled: the largest budget of all
+        batches = pooled(parts, round_index) if parts.method.pooled else own_batches(parts, client, round_index)
         steps = [[(data.input_ids[i], data.loss_mask[i]) for i in batch] for batch in batches]
-        members = parts.clients if parts.method.pooled else [client]  # pooled: everybody's steps, the largest budget
-        assert len(steps) == sum(one_pass(member, config.local) for member in members)
         rank = client_rank(parts, client)
         found.append(
             Task(
@@ -41,10 +41,37 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
     return found
 
 
-def one_pass(client: Client, local: LocalConfig) -> int:
-    """Steps of one epoch, at most `max_steps`."""
+def own_batches(parts: Parts, client: Client, round_index: int) -> list[np.ndarray]:
+    """Sequences of every step: one epoch, at most `max_steps`."""
+    local = parts.config.local
+    batches = local_batches(client, local, parts.config.seed, round_index)
     steps = -(-client.sequences // local.batch_size)
-    return min(steps, local.max_steps or steps)
+    assert len(batches) == min(steps, local.max_steps or steps)
+    return batches
+
+
+def pooled(parts: Parts, round_index: int) -> list[np.ndarray]:
+    """Whole batches of exactly what the participants would train on, in an order that only the package knows."""
+    seed, count = parts.config.seed, len(parts.clients)
+    drawn = draw(parts, round_index)
+    batches = pooled_batches(parts.clients, drawn, parts.config.local, seed, round_index)
+    first = np.cumsum([0] + [client.sequences for client in parts.clients])
+    wanted = sorted(
+        int(i + first[client.index]) for client in drawn for batch in own_batches(parts, client, round_index) for i in batch
+    )
+    assert count > 1 and sorted(int(i) for batch in batches for i in batch) == wanted
+    assert all(len(batch) == parts.config.local.batch_size for batch in batches[:-1])
+    return batches
+
+
+def draw(parts: Parts, round_index: int) -> list[Client]:
+    """The participants of a round: without replacement, with chances in proportion to what `sampling` names."""
+    federation, clients = parts.config.federation, parts.clients
+    mass = np.array([{"uniform": 1, "size": c.samples, "budget": c.top_k}[federation.sampling] for c in clients], dtype=float)
+    count = max(1, round(federation.participation * len(clients)))
+    chances = None if federation.sampling == "uniform" else mass / mass.sum()
+    drawn = generator(parts.config.seed, "participants", round_index).choice(len(clients), count, replace=False, p=chances)
+    return [clients[i] for i in sorted(drawn)]
 
 
 def client_rank(parts: Parts, client: Client) -> int:

@@ -145,7 +145,8 @@ class HFedMoE(FedIT):
             trained[layer, list(active)] = True
             return active
 
-        result = self.reference.train(task, received, self.rescalers[task.index], self.frozen, select=select)
+        extra = self.extra(task, received)
+        result = self.reference.train(task, received, self.rescalers[task.index], self.frozen, extra=extra, select=select)
         usage /= result.tokens
         self._near(float(np.abs(usage - self.options["tau"]).min()))
         self.notes = {"usage": usage, "importance": importance / len(task.steps), "trained": trained}
@@ -189,7 +190,7 @@ class HetLoRA(FedIT):
     def memory(self, index: int) -> Adapters:
         return {"model.hetlora.rank": torch.tensor([float(self.ranks[index])])}
 
-    def extra(self, task: Task, received: Adapters) -> Extra:
+    def extra(self, task: Task, received: Adapters) -> Extra | None:
         return lambda adapters: self.options["penalty"] * self._tail(adapters, self.ranks[task.index])
 
     def _tail(self, adapters: Adapters, rank: int) -> Tensor:
@@ -207,6 +208,8 @@ class HetLoRA(FedIT):
         return one
 
     def weight(self, key: str, one: Returned) -> float:
+        if "lora" in key and not has_rows(key, one):
+            return 0.0
         if not self.options["sparsity"] or "lora" not in key:
             return super().weight(key, one)
         stem = key.removesuffix("A").removesuffix("B")
@@ -222,49 +225,71 @@ class FSLoRA(FedIT):
         return super().rows(task) if task.sketch is None else task.sketch
 
     def local(self, task: Task, received: Adapters) -> Trained:
-        return self.reference.train(task, received, self.rescalers[task.index], scale=self.full / len(self.rows(task)))
+        scale, extra = self.full / len(self.rows(task)), self.extra(task, received)
+        return self.reference.train(task, received, self.rescalers[task.index], self.frozen, scale, extra)
 
     def weight(self, key: str, one: Returned) -> float:
         return 1.0
 
 
-class FedProx(FedIT):
-    """+ mu / 2 ||w - w_global||^2; options: mu."""
+class Corrected(FedIT):
+    """A term of the loss on what the client got and shares, beside the method's own (`class X(FedProx, Method)`)."""
 
     def extra(self, task: Task, received: Adapters) -> Extra:
-        return lambda adapters: (
-            self.options["mu"] / 2 * torch.stack([(adapters[key] - old).square().sum() for key, old in received.items()]).sum()
-        )
+        others = super().extra(task, received)
+        shared = [key for key in received if key in self.adapters and not key.endswith(self.frozen)]
+
+        def loss(adapters: Adapters) -> Tensor:
+            terms = [self.term(key, task, adapters[key], received[key]) for key in shared]
+            return torch.stack(terms if others is None else [*terms, others(adapters)]).sum()
+
+        return loss
+
+    def term(self, key: str, task: Task, value: Tensor, old: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-class Scaffold(FedIT):
-    """+ <c - c_i, w>; afterwards c_i <- c_i - c + (w_global - w_i) / sum of rates, c <- c + mean of the changes."""
+class FedProx(Corrected):
+    """+ mu / 2 ||w - w_global||^2; options: mu."""
+
+    def term(self, key: str, task: Task, value: Tensor, old: Tensor) -> Tensor:
+        term: Tensor = self.options["mu"] / 2 * (value - old).square().sum()
+        return term
+
+
+class Scaffold(Corrected):
+    """+ <c - c_i, w>; afterwards c_i <- c_i - c + (w_global - w_i) / sum of rates, c <- c + mean of the changes.
+
+    Where a client holds only some LoRA rows, all of that happens in these rows.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.control = {key: torch.zeros_like(value) for key, value in self.adapters.items()}
+        shared = {key: value for key, value in self.adapters.items() if not key.endswith(self.frozen)}
+        self.control = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in shared.items()}
         self.controls = {index: dict(self.control) for index in self.clients}
 
-    def extra(self, task: Task, received: Adapters) -> Extra:
-        own = self.controls[task.index]
-        return lambda adapters: torch.stack([((self.control[k] - own[k]) * w).sum() for k, w in adapters.items()]).sum()
+    def term(self, key: str, task: Task, value: Tensor, old: Tensor) -> Tensor:
+        correction = self.control[key] - self.controls[task.index][key]
+        return (cut(key, correction, self.rows(task)) * value).sum()
 
     def step(self, returned: list[Returned], fresh: Adapters) -> None:
         super().step(returned, fresh)
         changes = {key: torch.zeros_like(value) for key, value in self.control.items()}
         for one in returned:
             own = self.controls[one.task.index]
-            for key, old in one.received.items():
-                change = (old - one.trained.adapters[key]) / one.trained.rates - self.control[key]
+            for key, control in self.control.items():
+                slope = (one.received[key] - one.trained.adapters[key]) / one.trained.rates
+                change = padded(key, slope - cut(key, control, one.rows), one.rows, torch.zeros_like(control))
                 own[key] = own[key] + change
                 changes[key] += change
         self.control = {key: value + changes[key] / len(self.clients) for key, value in self.control.items()}
 
     def memory(self, index: int) -> Adapters:
-        return {control_key(key): value for key, value in self.controls[index].items()}
+        return super().memory(index) | {control_key(key): value for key, value in self.controls[index].items()}
 
     def extras(self) -> dict[str, Adapters]:
-        return {"control": self.control}
+        return super().extras() | {"control": self.control}
 
 
 def control_key(key: str) -> str:
@@ -272,6 +297,12 @@ def control_key(key: str) -> str:
     parts = key.split(".")
     place = 4 if parts[2] == "experts" else 3
     return ".".join([*parts[:place], "control", *parts[place:]])
+
+
+def has_rows(key: str, one: Returned) -> bool:
+    """Whether any row of the client went to the expert of this key; other adapters always have rows."""
+    parts = key.split(".")
+    return parts[2] != "experts" or bool(one.trained.counts[int(parts[1]), int(parts[3])] > 0)
 
 
 def pairs(adapters: Adapters) -> list[tuple[str, Tensor, Tensor]]:

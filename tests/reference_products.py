@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from reference import Adapters
-from reference_methods import FedIT, Returned, pairs
-from torch import Tensor, nn
+from reference_methods import FedIT, Returned, has_rows, pairs
+from torch import Tensor
 
 
 class Products(FedIT):
@@ -16,11 +16,13 @@ class Products(FedIT):
 
     def step(self, returned: list[Returned], fresh: Adapters) -> None:
         old = dict(self.adapters)
-        total = sum(one.task.samples for one in returned)
-        shares = [one.task.samples / total for one in returned]
         super().step(returned, fresh)  # of pairs: the means of A and of B
         for stem, a, b in pairs(self.adapters):
+            weights = [self.weight(f"{stem}.lora_A", one) for one in returned]
+            if sum(weights) == 0:
+                continue
             products = [one.trained.adapters[f"{stem}.lora_B"] @ one.trained.adapters[f"{stem}.lora_A"] for one in returned]
+            shares = [weight / sum(weights) for weight in weights]
             w = sum((p * product for p, product in zip(shares, products, strict=True)), torch.zeros_like(products[0]))
             new = self.renew(stem, w, a, b, fresh)
             assert new[0].shape == old[f"{stem}.lora_A"].shape and new[1].shape == old[f"{stem}.lora_B"].shape
@@ -32,7 +34,10 @@ class Products(FedIT):
 
 
 class FlexLoRA(Products):
-    """The leading singular triples of W; u's largest entry is positive."""
+    """The leading singular triples of W over those who have rows; u's largest entry is positive."""
+
+    def weight(self, key: str, one: Returned) -> float:
+        return super().weight(key, one) if "lora" not in key or has_rows(key, one) else 0.0
 
     def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
         u, s, vt = np.linalg.svd(w.numpy())
@@ -47,24 +52,15 @@ class FLoRA(Products):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.base: Adapters = {f"{stem}.base": self._weight(stem).clone() for stem, _, _ in pairs(self.adapters)}
+        self.base: Adapters = {
+            f"{stem}.base": self.reference.frozen_weight(stem).clone() for stem, _, _ in pairs(self.adapters)
+        }
 
     def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
-        weight = self._weight(stem)
+        weight: Tensor = self.reference.frozen_weight(stem)
         weight += self.reference.settings.scale * w
         self.base[f"{stem}.base"] = weight.clone()
         return fresh[f"{stem}.lora_A"].double(), torch.zeros_like(b)
-
-    def _weight(self, stem: str) -> Tensor:
-        """The frozen matrix under an adapter: the one that the reference computes with."""
-        parts = stem.split(".")
-        layer = self.reference.model.model.layers[int(parts[1])]
-        if parts[2] == "attention":
-            projection: nn.Linear = getattr(layer.self_attn, parts[3])
-            return projection.weight.data
-        _, gate_up, down = layer.mlp.weights
-        weight: Tensor = (gate_up if parts[4] == "gate_up" else down).data[int(parts[3])]
-        return weight
 
     def extras(self) -> dict[str, Adapters]:
         return {"base": self.base}

@@ -426,12 +426,16 @@ def start_digest(root: Path) -> str:
     return global_digest(parts.result_tensors(), parts.runtime, 1)
 
 
-def test_centralised_takes_everybodys_steps_on_everybodys_data(root: Path) -> None:
-    change = {"federation": {"rounds": 1}}
-    parts, journal = build(config_of(root, "pooled", {"name": "centralised"}, change), *alone())
-    (client,) = parts.training_clients
-    assert client.sequences == len(parts.training_data.train(0)) == sum(len(parts.data.train(c.index)) for c in parts.clients)
+@pytest.mark.parametrize("federation", [{}, {"participation": 0.5}, {"participation": 0.34, "sampling": "size"}], ids=str)
+def test_centralised_trains_on_the_tokens_of_the_rounds_participants(root: Path, federation: dict[str, Any]) -> None:
+    change = {"federation": {"rounds": 2, **federation}}
+    tag = str(len(str(federation)))
+    parts, journal = build(config_of(root, f"pooled{tag}", {"name": "centralised"}, change), *alone())
+    everything = sum(len(parts.data.train(client.index)) for client in parts.clients)
+    assert parts.participants(1)[0].sequences == len(parts.training_data.train(0)) == everything
     pooled = finish(parts, journal)
-    each = run_alone(config_of(root, "each", {"name": "fedit"}, change))
-    steps = [[event["steps"] for event in run.events if event["event"] == "client"] for run in (pooled, each)]
-    assert steps[0] == [sum(steps[1])] and len(steps[1]) == 6
+    each = run_alone(config_of(root, f"each{tag}", {"name": "fedit"}, change))
+    tokens = [[event["tokens"] for event in run.events if event["event"] == "round"] for run in (pooled, each)]
+    assert tokens[0] == tokens[1] and len(tokens[1]) == 2
+    steps = [event["steps"] for event in pooled.events if event["event"] == "client"]
+    assert steps == [len(rows) for rows in ([0] * pooled.parts.participants(r)[0].steps for r in (1, 2))]

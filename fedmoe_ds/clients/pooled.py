@@ -1,16 +1,21 @@
-"""Pooled data: all clients' sequences as one client's, for the centralised bound."""
+"""Pooled data: all clients' sequences as one client's, for the centralised bound.
+
+A round trains on exactly the sequences that its participants would train on, each as often as they would, shuffled over all of
+them and cut into whole batches: the same tokens as a federated round, in fewer steps where small clients had small batches.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.steps import batch_size, step_count
+from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import FederatedData, Sequences
+from fedmoe_ds.randomness import generator
 
 
 class PooledData:
@@ -31,16 +36,25 @@ class PooledData:
         return Sequences(ids, masks)
 
 
-def pooled_client(clients: list[Client], local: LocalConfig) -> Client:
-    """The pooled client: the largest budget, and steps on as many sequences as all clients together train on in a round."""
+def pooled_client(clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int) -> Client:
+    """The pooled client in a round with these participants: everybody's data, the largest budget, the participants' tokens."""
     largest = max(clients, key=lambda client: (client.budget, -client.index))
-    everyone = replace(
+    return replace(
         largest,
         index=0,
         name="all clients",
         samples=sum(client.samples for client in clients),
         sequences=sum(client.sequences for client in clients),
         tokens=sum(client.tokens for client in clients),
+        steps=len(pooled_batches(clients, members, local, seed, round_index)),
     )
-    trained = sum(step_count(client, local) * batch_size(client, local) for client in clients)
-    return replace(everyone, steps=math.ceil(trained / batch_size(everyone, local)))
+
+
+def pooled_batches(
+    clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int
+) -> list[np.ndarray]:
+    """Sequence indices of every step of the pooled client, among all sequences in canonical order; the last may be smaller."""
+    first = dict(zip([c.index for c in clients], accumulate([c.sequences for c in clients], initial=0), strict=False))
+    own = [np.concatenate(local_batches(member, local, seed, round_index)) + first[member.index] for member in members]
+    visits = generator(seed, "pooled", round_index).permutation(np.concatenate(own))
+    return [visits[start : start + local.batch_size] for start in range(0, len(visits), local.batch_size)]

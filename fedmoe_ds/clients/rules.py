@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
@@ -35,6 +36,7 @@ class ClientRules:
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
         selective: whether some batches train only some of the experts.
+        batches: sequence indices of every step of a client in a round, where they are not its own local ones (pooled data).
     """
 
     assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
@@ -44,3 +46,4 @@ class ClientRules:
     measure: Callable[[Local], dict[str, Tensor]] = lambda local: {}
     remember: tuple[Callable[[Local, float], dict[str, Tensor]], ...] = ()
     selective: bool = False
+    batches: Callable[[Client, int], list[np.ndarray]] | None = None

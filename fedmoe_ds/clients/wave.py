@@ -127,7 +127,8 @@ class WaveTrainer:
         return [(local, report) for (_, local), report in zip(_flat(works, locals_), reports, strict=True)]
 
     def _work(self, client: Client, slot: int, round_index: int) -> _Work:
-        batches = local_batches(client, self.local, self.seed, round_index)
+        given = self.rules.batches
+        batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
         return _Work(client, slot, self.rules.assign(client, round_index), batches)
 
     def _local(self, work: _Work, shard: int, start: Bank, personal: dict[str, Tensor]) -> Local:

@@ -5,7 +5,8 @@ Legend: B sequences, S positions, T = B * S token rows, D model width, E experts
     z = W_R x,   T(x) = the k largest of z,   g_m = softmax of z over T(x),   y = FFN(x) + sum_{m in T(x)} g_m E_m(x)
 
 FFT-MoE (arXiv 2508.18663) states the router W_R in R^{M x d}, the experts in the FFN of every block and a personalised number
-of active experts; the gating and the parallel placement are our completion.
+of active experts; the gating and the parallel placement are our completion. FLAME's rescaler s_i (a method of sparse models)
+acts on the sum over the adapter experts, which is all that the pool puts out: y = FFN(x) + s_i sum_m g_m E_m(x).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fedmoe_ds.adapters.segmented import client_linear
 from fedmoe_ds.experts.bottleneck import BottleneckExperts
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.layer import ROUTER
+from fedmoe_ds.experts.layer import ROUTER, rescaled
 from fedmoe_ds.experts.router import route
 from fedmoe_ds.experts.serving import observe, serve
 
@@ -54,7 +55,7 @@ class AdapterMoELayer(nn.Module):
         observe(self.execution, self.layer, routing, logits_TE)
         y_TD = serve(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts())
         frozen_BSD: Tensor = self.frozen(hidden_BSD)
-        return frozen_BSD + y_TD.view_as(hidden_BSD)
+        return frozen_BSD + rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
 
     def _experts(self) -> BottleneckExperts:
         bank = self.execution.bank

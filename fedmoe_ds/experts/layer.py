@@ -42,7 +42,7 @@ class FederatedMoELayer(nn.Module):
         routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, run.allowed_TE)
         observe(self.execution, self.layer, routing, logits_TE)
         y_TD = serve(self.execution, self.layer, x_TD, routing, self._experts(x_TD.dtype))
-        y_BSD = self._rescale(y_TD.view_as(hidden_BSD), run)
+        y_BSD = rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
         return hosting.finalize_output(self.host, y_BSD, x_TD, hidden_BSD)
 
     def _logits(self, hidden_BSD: Tensor, run: Pass) -> Tensor:
@@ -72,13 +72,14 @@ class FederatedMoELayer(nn.Module):
         products = self.execution.products_for(a13.shape[2], dtype, self.w13_EFD.device)
         return ffn.Lora(a13, b13, a2, b2, grads, self.execution.scale, products, self.execution.wave.wave_factors)
 
-    def _rescale(self, y_BSD: Tensor, run: Pass) -> Tensor:
-        """FLAME 1.4: h_i = s_i * sum_j R_i(x, k_i)^j (...): the factor covers the base output as well as the adapters."""
-        bank = self.execution.bank
-        if self.execution.rescaler:
-            scale, grad = bank.value(RESCALER, self.layer), bank.grad(RESCALER, self.layer)
-            y_BSD = client_scale(y_BSD, self.execution.anchor, scale, grad, run.segments)
-        if run.rescale_C is None or not run.segments:  # the stand-in row of an idle rank belongs to no client
-            return y_BSD
-        parts = [y_BSD[seg.start : seg.stop] * run.rescale_C[seg.slot] for seg in run.segments]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+def rescaled(execution: Execution, layer: int, y_BSD: Tensor) -> Tensor:
+    """FLAME 1.4: h_i = s_i * sum_j R_i(x, k_i)^j (...): the factor covers all that the experts put out, adapters included."""
+    run, bank = execution.running(), execution.bank
+    if execution.rescaler:
+        scale, grad = bank.value(RESCALER, layer), bank.grad(RESCALER, layer)
+        y_BSD = client_scale(y_BSD, execution.anchor, scale, grad, run.segments)
+    if run.rescale_C is None or not run.segments:  # the stand-in row of an idle rank belongs to no client
+        return y_BSD
+    parts = [y_BSD[seg.start : seg.stop] * run.rescale_C[seg.slot] for seg in run.segments]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -32,6 +32,7 @@ from fedmoe_ds.clients.report import Report
 from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.execution import Watch
+from fedmoe_ds.experts.layer import RESCALER
 
 
 class MethodParams(BaseModel):
@@ -145,8 +146,11 @@ class Method:
         return []
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
-        """What a personal block is filled with before the first round; None: the global initial value."""
-        return 1.0 if spec.name == "rescaler" else None
+        """What a personal block of this method is filled with before the first round; None: the global initial value, or zero.
+
+        Asked for personal blocks of the bank and for those of `memory`, never for what others keep (control variates).
+        """
+        return 1.0 if spec.name == RESCALER else None
 
     # Before and during local training
 
@@ -236,6 +240,15 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
                 f"federation.tiers.{i}.rank: {tier.rank}: method {name} needs equal ranks on all clients; drop the key, or use "
                 "a method for unequal ranks (hetlora, flexlora, flora, fslora)"
             )
+
+
+def present(spec: BlockSpec, report: Report) -> np.ndarray:
+    """1 where the client has rows: bool [L, E] for expert blocks, all of [L] for dense ones.
+
+    A client that routed no row to an expert returns what it received. Where it received all rows that is harmless: it stands
+    for no change. A client of a lower rank received a truncated copy, and its zeros would erase rows that it never saw.
+    """
+    return report.counts_LE > 0 if spec.expert else np.ones(len(spec.layers), dtype=bool)
 
 
 def product_norms(a_GRI: Tensor, b_GOR: Tensor) -> Tensor:

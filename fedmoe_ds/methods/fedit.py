@@ -2,6 +2,9 @@
 
     A <- sum_k p_k A_k,   B <- sum_k p_k B_k,   p_k = |D_k| / sum |D|
 
+All participants count in every adapter, as the paper says: one that routed no row to an expert sends back what it received, and
+so stands for no change (FLAME with t > 0 leaves it out).
+
 The mean of products is not the product of means; later methods mend that. All clients hold the same rank. Our completion: a
 client's budget buys active experts, as in FLAME, so that FLAME with t = 0 and no rescaler is this method.
 """

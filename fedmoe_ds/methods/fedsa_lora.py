@@ -1,8 +1,9 @@
 """FedSA-LoRA: train A and B, share A, keep B (Guo et al., ICLR 2025, arXiv 2410.01463).
 
 A learns what is common, B what is the client's own; only A travels. Every client therefore has a model of its own: evaluation
-scores the models of a tier's clients, each on its own hold-out and on the global one. A client that has not taken part yet has
-B = 0, the foundation.
+scores the models of a tier's clients, each on its own hold-out and on the global one. A client that has not taken part yet
+has B = 0, the foundation. All participants count in every A, as the paper says; one that routed no row to an expert sends
+back what it received.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """FFA-LoRA: freeze A, train and average B (Sun et al., ICLR 2024, arXiv 2403.12313).
 
 With one fixed random A for everybody, sum_k p_k B_k A is the product of the means: aggregation is exact and half the size.
+All participants count in every B, as the paper says; one that routed no row to an expert sends back what it received.
 Everything that is no LoRA pair (a trained router) is averaged by data size.
 """
 

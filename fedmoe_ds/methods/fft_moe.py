@@ -15,6 +15,8 @@ data heterogeneity. Its formula is not public. What stands here is ours, selecta
                 routing towards globally under-used experts; in the first round q is uniform
     none        no auxiliary loss
 
+All participants count in every expert, as the paper says; one that routed no row to an expert sends back what it received.
+
 Further completions: gating is a softmax over the selected experts, the adapters' sum is added to the block's output
 (`fedmoe_ds.experts.beside`), the largest budget activates `adapters.moe.top_k` experts. The loss is the mean over layers.
 """

@@ -28,6 +28,7 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.report import Report
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts.layer import RESCALER
 from fedmoe_ds.methods.base import Card, Facts, Method, MethodParams, Situation
 
 
@@ -68,7 +69,9 @@ class Flame(Method):
             )
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
-        return self.facts.top_k / client.cap if self.params.rescaler_init == "ratio" else 1.0
+        if spec.name == RESCALER and self.params.rescaler_init == "ratio":
+            return self.facts.top_k / client.cap
+        return super().initial(spec, client)
 
     def assign(self, client: Client, situation: Situation) -> Assignment:
         assignment = super().assign(client, situation)

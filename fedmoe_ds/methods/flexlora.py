@@ -8,18 +8,23 @@ W is never formed: with the stacked factors B [O, Q] and A [Q, I], QR gives B = 
 small R_B R_A^T, rotated by Q_B and Q_A, is that of W. The server keeps the R leading directions; the leading r_k of these are
 exactly what client k receives. With one client of full rank the product is unchanged.
 
-Our completions: s_k = alpha / R for every rank, so it cancels; p_k is the data share among the participants of the round;
+The paper knows no experts: every client trains every adapter. Our completions: s_k = alpha / R for every rank, so it cancels;
+p_k is the data share among the participants of the round that routed rows to the expert (a truncated copy that was not
+trained would only shrink the product; an expert that nobody used keeps its value), and among all of them for other adapters;
 of each singular pair, the sign that makes the largest entry of u positive; where W has fewer than R directions, A keeps its
 rows and B is zero there, so an expert that nobody has trained yet stays as it is.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.aggregation.collection import Pair
-from fedmoe_ds.methods.base import Card, Combined, Method
+from fedmoe_ds.clients.report import Report
+from fedmoe_ds.methods.base import Card, Combined, Method, present
 
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest are rounding noise of float32 adapters; their directions mean nothing."""
@@ -35,12 +40,17 @@ class FlexLoRA(Method):
         trains="r leading singular directions",
         sends="A, B",
         weighs="data size, on the product BA",
-        completion="SVD through QR of the stacked factors; scale alpha / R; sign of singular pairs",
+        completion="SVD through QR of the stacked factors; no weight where a client has no rows; scale alpha / R; signs",
     )
     spends = "rank"
     needs = frozenset({"lora"})
     unequal_ranks = True
     collects = True
+
+    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+        if spec.pair is None:
+            return super().weights(spec, report, data_share)
+        return super().weights(spec, report, data_share) * present(spec, report)
 
     def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
         u_OK, s_K, vh_KI = stacked_svd(*pair.stacked())

@@ -8,6 +8,9 @@ The product moves into the frozen weight, W <- W + (alpha / R) B A, and every ro
 of the paper merge what the server broadcasts; here the server's merged weight is the model that all of them train on, which is
 the same numbers without the broadcast. The paper's traffic grows with the sum of the ranks.
 
+The weights p_k are the paper's, data sizes of all participants: a client that routed no row to an expert adds B_k A_k = 0
+with its weight, which is FedAvg's answer for an update of zero.
+
 Our completion: an expert that nobody used in a round has B = 0 on all clients, so nothing moves into its weight; its A is drawn
 anew like all others.
 """

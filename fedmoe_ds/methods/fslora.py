@@ -5,6 +5,9 @@
 so E[S] = I. A fresh subset is drawn for every client and round; the client trains only those columns of B and rows of A, and
 the server adds the plain mean of the participants' changes. The paper feeds that mean to an optimizer: `server.optimizer`.
 
+A participant that did not train a coordinate, or an expert, counts as a change of zero: that is the plain mean over all of
+them.
+
 Our completions: one subset for all adapters of a client; evaluation uses all coordinates with S = I at every tier.
 """
 

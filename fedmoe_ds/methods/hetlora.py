@@ -7,11 +7,13 @@ Legend: L layers, E experts, O and I output and input width, R adapter rank.
    adapters, is smaller after the round than before, it gives the tail up: r_k <- max(r_min, floor(gamma r_k)).
 3. The server pads with zeros and averages with weights ||B_k A_k||_F / sum_j ||B_j A_j||_F.
 
-Our completions: one rank per client for all of its adapters; the weights are computed for every adapter (layer, expert) by
-itself, so an expert that a client did not train (B = 0) has no weight there; everything that is no LoRA pair has data-size
-weights; the LoRA scale is alpha / R for every rank, so that truncation only drops terms of a sum. `aggregation: data` and
-`pruning: false` give the naive variant (zero padding with data-size weights). A tier is evaluated at the rank that its clients
-began with, whatever they have pruned since: so its figures are about one model over all rounds.
+The paper knows no experts: every client trains every adapter, and has weight in all of them. Our completions: one rank per
+client for all of its adapters; the weights are computed for every adapter (layer, expert) by itself; a client that routed no
+row to an expert has no weight there, because its truncated copy of the global adapter would only erase rows, and an expert
+that nobody used keeps its value; everything that is no LoRA pair has data-size weights; the LoRA scale is alpha / R for every
+rank, so that truncation only drops terms of a sum. `aggregation: data` and `pruning: false` give the naive variant (zero
+padding with data-size weights). A tier is evaluated at the rank that its clients began with, whatever they have pruned since:
+its figures are about one model over all rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.report import Report
-from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation, product_norms
+from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation, present, product_norms
 
 RANK = BlockSpec("hetlora.rank", (-1,), (1,), personal=True, trained=False)
 
@@ -55,7 +57,7 @@ class HetLoRA(Method):
         trains="first r rows of A, columns of B",
         sends="A, B, norms of BA",
         weighs="norm of BA",
-        completion="norms per adapter, one rank per client, scale alpha / R for every rank",
+        completion="norms per adapter, none where a client has no rows; one rank per client, scale alpha / R for every rank",
     )
     spends = "rank"
     needs = frozenset({"lora"})
@@ -105,9 +107,11 @@ class HetLoRA(Method):
         return {RANK.name: torch.tensor([[float(rank)]])}
 
     def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
-        if spec.pair is None or self.params.aggregation == "data":
+        if spec.pair is None:
             return super().weights(spec, report, data_share)
-        return report.measured[f"{spec.pair}.norm"]
+        if self.params.aggregation == "data":
+            return super().weights(spec, report, data_share) * present(spec, report)
+        return report.measured[f"{spec.pair}.norm"] * present(spec, report)
 
     def _rows(self, local: Local) -> slice:
         rank = local.assignment.rank(self.facts.rank)

@@ -15,10 +15,12 @@ inputs and for the router. The others' rows are computed without autograd, so th
     (20)    router:  alpha(c) = sum_{e in S_c} u_c(e) s_c(e) / |S_global|,   S_c = {e: u_c(e) >= tau}
     (21)    router <- sum_c alpha(c) router_c
 
-Our completions: a sample x is a token; the tier's budget is a share of the experts; s_c is the mean over the round's batches;
-alpha is normalised to sum to one (as printed it is not, and |S_global| then cancels); an expert that no client may average
-keeps its value; `participation: trained` (the default) also asks that the expert was trained in some batch, because usage alone
-does not say so; everything else that is trained (attention) has data-size weights. `rank_by: importance` selects by s, not I.
+Our completions: tau is `tau_share` / E unless an absolute `tau` is given, as the paper prints it, because the mean of u over
+the experts is 1 / E: an absolute 0.02 takes nearly all of 16 experts and none of 128 (0.32 / 16 = 0.02); a sample x is a
+token; the tier's budget is a share of the experts; s_c is the mean over the round's batches; alpha is normalised to sum to
+one (as printed it is not, and |S_global| then cancels); an expert that no client may average keeps its value; `participation:
+trained` (the default) also asks that the expert was trained in some batch, because usage alone does not say so; everything
+else that is trained (attention) has data-size weights. `rank_by: importance` selects by s, not I.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class HFedMoEParams(MethodParams):
 
     cumulative: float = Field(0.5, ge=0, le=1, description="lambda: share of the mean score in the importance")
     beta: float = Field(0.1, ge=0, description="weight of the compression term in I")
-    tau: float = Field(0.02, ge=0, le=1, description="least mean score at which a client's expert is averaged")
+    tau: float | None = Field(None, ge=0, le=1, description="least u at which an expert is averaged; null: tau_share / E")
+    tau_share: float = Field(0.32, ge=0, description="tau as a multiple of 1 / E, which is the mean of u")
     rank_by: Literal["information", "importance"] = Field("information", description="select by I, or by s")
     participation: Literal["usage", "trained"] = Field("trained", description="average used experts, or used and trained ones")
     gate: Literal["importance", "data"] = Field("importance", description="router weights alpha(c), or data size")
@@ -79,6 +82,11 @@ class HFedMoE(Method):
                 "batch; use null"
             )
 
+    @property
+    def tau(self) -> float:
+        """The least mean score at which a client's expert is averaged."""
+        return self.params.tau_share / self.facts.num_experts if self.params.tau is None else self.params.tau
+
     def assign(self, client: Client, situation: Situation) -> Assignment:
         return Assignment(client.cap, leading(client.rank, self.facts.rank), trainable=client.experts)
 
@@ -105,7 +113,7 @@ class HFedMoE(Method):
         if not spec.expert and (spec.name != ROUTER or self.params.gate == "data"):
             return super().weights(spec, report, data_share)
         usage_LE = report.observed["usage"] / max(report.tokens, 1)
-        used_LE = usage_LE >= self.params.tau
+        used_LE = usage_LE >= self.tau
         if spec.name == ROUTER:
             importance_LE = report.observed["importance"] / max(report.steps, 1)
             alpha_L: np.ndarray = (usage_LE * importance_LE * used_LE).sum(1)

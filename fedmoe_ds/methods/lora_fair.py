@@ -5,6 +5,8 @@ Legend: O and I output and input width, R adapter rank, Q stacked rows of all pa
     A = sum_k p_k A_k,   B = sum_k p_k B_k,   W = sum_k p_k B_k A_k
     dB = argmin  (1 - cos(W, (B + dB) A)) + lambda ||dB||_F,      clients start from (A, B + dB)
 
+All participants count in every adapter, as the paper says; one that routed no row to an expert sends back what it received.
+
 The paper writes the similarity S inside the minimum; we read it as one minus the cosine. Gradient descent from dB = 0 with the
 server's own rate and number of steps; the best dB on the way is kept, because the norm has a kink at 0 and steps of its pull
 do not get shorter. Inner products with W are taken through the factors, W is never formed.

@@ -21,7 +21,7 @@ from fedmoe_ds.adapters.attention import find_projections
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.adapters.layout import adapter_blocks
 from fedmoe_ds.clients.client import Capacity, Client, Tier, make_clients, resolve_tiers
-from fedmoe_ds.clients.pooled import pooled_client
+from fedmoe_ds.clients.pooled import pooled_batches, pooled_client
 from fedmoe_ds.clients.schedule import CostModel, participants
 from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.config import Config, TopologyConfig
@@ -123,10 +123,14 @@ class Job:
         return self.config.data.sequence_length if self.images is None else self.images.positions
 
     def participants(self, round_index: int) -> list[Client]:
+        """Who trains in a round: the clients that are drawn, or the one that has their data."""
+        if self.method.pooled:
+            return [pooled_client(self.clients, self.drawn(round_index), self.config.local, self.config.seed, round_index)]
+        return self.drawn(round_index)
+
+    def drawn(self, round_index: int) -> list[Client]:
         """Who is drawn in a round."""
         federation = self.config.federation
-        if self.method.pooled:
-            return [pooled_client(self.clients, self.config.local)]
         return participants(self.clients, federation.participation, self.config.seed, round_index, federation.sampling)
 
     @cached_property
@@ -155,8 +159,11 @@ class Steps:
 
 
 def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
-    batches = local_batches(client, job.config.local, job.config.seed, round_index)
-    lengths = _everything(job) if job.method.pooled else job.data.train(client.index)
+    local, seed = job.config.local, job.config.seed
+    if job.method.pooled:
+        lengths, batches = _everything(job), pooled_batches(job.clients, job.drawn(round_index), local, seed, round_index)
+    else:
+        lengths, batches = job.data.train(client.index), local_batches(client, local, seed, round_index)
     columns = [
         [len(batch), int(lengths.rows[batch].max()), int(lengths.rows[batch].sum()), int(lengths.targets[batch].sum())]
         for batch in batches

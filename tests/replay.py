@@ -1,0 +1,116 @@
+"""Local training in plain float64 from the gradients that the package observed: in the place of `reference.Reference`.
+
+What a forward and a backward pass give is compared elsewhere (`test_reference_methods.py`), model by model and slowly. Here
+the gradients of every step are taken from the package before anything changes them, and everything after them is done again:
+terms of the method and of the drift correction, clipping, plain SGD steps, control variates, weights, means, server steps.
+That takes milliseconds, so that every combination can be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from reference import Adapters, Extra, Select, Task, Trained
+from reference_methods import FedIT, Flame, HFedMoE, cut, padded
+from torch import Tensor
+
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.build import Parts
+from fedmoe_ds.clients.local import Local
+from fedmoe_ds.clients.report import Report
+from fedmoe_ds.server import BASE
+
+
+def keyed(spec: BlockSpec, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Canonical key and tensor of every item of a block [L, E, *item] or [L, *item]."""
+    for i, layer in enumerate(spec.layers):
+        if not spec.expert:
+            yield spec.key(layer), value[i]
+            continue
+        yield from ((spec.key(layer, e), value[i, e]) for e in range(value.shape[1]))
+
+
+class Replay:
+    """Listens to the package's rounds; `train` then repeats the one that was trained last."""
+
+    def __init__(self, parts: Parts, lr: float, clip: float) -> None:
+        self.lr, self.clip = lr, clip
+        self.layers, self.experts = parts.counts_shape
+        self.settings: Any = SimpleNamespace(scale=parts.config.adapters.alpha / parts.config.adapters.rank)
+        bases = parts.state.server[BASE].items(0) if parts.method.absorbs else ()
+        self.frozen = {key.removesuffix(".base"): value.double() for key, _, value in bases}
+        self.slopes: dict[int, list[Adapters]] = {}
+        self.reports: dict[int, Report] = {}
+        self.places: dict[int, int] = {}
+        rules, fold = parts.trainer.rules, parts.server.fold
+        object.__setattr__(rules, "adjust", (self._listen, *rules.adjust))
+
+        def folded(sums: Any, place: int, local: Local, report: Report) -> None:
+            self.reports[report.client.index] = report
+            fold(sums, place, local, report)
+
+        parts.server.fold = folded  # type: ignore[method-assign]
+
+    def forget(self) -> None:
+        """A new round begins."""
+        self.slopes, self.reports = {}, {}
+
+    def _listen(self, local: Local) -> None:
+        found = {key: v.double().clone() for spec in local.blocks() for key, v in keyed(spec, local.grad(spec))}
+        self.slopes.setdefault(local.client.index, []).append(found)
+
+    def frozen_weight(self, stem: str) -> Tensor:
+        return self.frozen[stem]
+
+    def train(
+        self,
+        task: Task,
+        start: Adapters,
+        rescaler: Tensor,
+        frozen: Sequence[str] = (),
+        scale: float = 1.0,
+        extra: Extra | None = None,
+        select: Select | None = None,
+    ) -> Trained:
+        """The same arguments and results as `Reference.train`; the rescaler is one of the adapters here."""
+        values = {key: value.double().clone().requires_grad_(not key.endswith(tuple(frozen))) for key, value in start.items()}
+        trained = {key: value for key, value in values.items() if value.requires_grad}
+        slopes, report = self.slopes[task.index], self.reports[task.index]
+        assert len(slopes) == len(task.steps) and all(step.keys() == trained.keys() for step in slopes)
+        for step in slopes:
+            for key, value in trained.items():
+                rows = task.sketch or list(range(value.shape[1 if key.endswith("lora_B") else 0])) if "lora" in key else []
+                value.grad = cut(key, step[key], rows).clone()
+                assert torch.equal(padded(key, value.grad, rows, torch.zeros_like(step[key])), step[key]), (
+                    "only held rows have one"
+                )
+            if extra is not None:
+                extra(values).backward()
+            grads = [value.grad for value in trained.values() if value.grad is not None]
+            norm = float(torch.stack([grad.square().sum() for grad in grads]).sum().sqrt())
+            with torch.no_grad():
+                for value, grad in zip(trained.values(), grads, strict=True):
+                    value -= self.lr * min(1.0, self.clip / norm) * grad
+        result = {key: value.detach() for key, value in values.items()}
+        return Trained(result, rescaler, report.counts_LE, report.tokens, self.lr * len(slopes))
+
+
+class PersonalFlame(Flame):
+    """The learnt rescaler stays with the client."""
+
+    own = ("rescaler",)
+
+
+class ObservedHFedMoE(HFedMoE):
+    """Usage, importance and selection are the package's; who is averaged follows from them."""
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        result = FedIT.local(self, task, received)
+        replay: Any = self.reference
+        report = replay.reports[task.index]
+        usage, importance = report.observed["usage"] / report.tokens, report.observed["importance"] / len(task.steps)
+        self.notes = {"usage": usage, "importance": importance, "trained": report.trained_LE > 0}
+        return result

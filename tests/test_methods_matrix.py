@@ -1,0 +1,302 @@
+"""Every method x drift correction x server optimizer x sampling x adapters: equal to its plain reference, or refused.
+
+The gradients are the package's own (`replay.py`), all that is made of them is done again in float64. `make test` takes a set in
+which every two choices meet; `make test-cluster` takes all methods, corrections, optimizers and adapters.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from dense_inputs import write_dense
+from federations import alone, build, make_config, write_inputs
+from reference import Adapters
+from reference_inputs import client_rank, draw, fresh, initial, tasks
+from reference_methods import FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
+from reference_products import FlexLoRA, FLoRA, LoRAFair
+from reference_server import ServerRule
+from replay import ObservedHFedMoE, PersonalFlame, Replay
+
+from fedmoe_ds.build import Parts
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation import Federation
+from fedmoe_ds.methods import method_for, method_names, registry
+
+SAMPLES = (13, 9, 7, 5)
+MODEL: dict[str, Any] = {"num_hidden_layers": 1, "num_experts": 8, "num_experts_per_tok": 4, "hidden_size": 16}
+LR, CLIP, MU, SERVER = 0.5, 0.5, 0.3, {"lr": 0.03, "beta1": 0.8, "beta2": 0.9, "tau": 0.01}
+SMALL: dict[str, Any] = {
+    "federation": {"participation": 0.75, "rounds": 9},
+    "local": {"max_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": LR, "clip": CLIP},
+    "execution": {"micro_batch_size": None},
+    "evaluation": {"max_sequences": 1, "client_sequences": 0, "every": 9},
+    "checkpoint": {"every": 9},
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "frozen router": {"attention": ["q_proj", "v_proj"]},
+    "router": {"attention": ["q_proj"], "router": "train"},
+    "full": {"attention": [], "router": "train", "expert_training": "full"},
+    "attention": {"experts": False, "attention": ["k_proj", "o_proj"]},
+    "beside": {"attention": ["q_proj"], "moe": {"experts": 8, "width": 8, "top_k": 4}},
+}
+DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}}
+SERVERS = ["fedavg", "fedavgm", "fedadam", "fedyogi"]
+SAMPLINGS = ["uniform", "size", "budget"]
+
+
+@dataclass(frozen=True)
+class Told:
+    """A method in the reference's words; `buys` is what a tier's budget buys."""
+
+    kind: type[FedIT]
+    options: dict[str, Any]
+    buys: str = "top_k"
+
+
+HET = {"gamma": 0.5, "penalty": 0.05, "pruning": True, "sparsity": True}
+GATED = {"mix": 0.5, "beta": 0.1, "tau": 0.1, "rank_by": "information", "participation": "trained"}
+METHODS: dict[str, tuple[dict[str, Any], Told]] = {
+    "flame": ({"temperature": 2.0}, Told(PersonalFlame, {"temperature": 2.0})),
+    "fedit": ({}, Told(FedIT, {})),
+    "hfedmoe": ({"tau_share": 0.8}, Told(ObservedHFedMoE, GATED, "experts")),
+    "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
+    "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
+    "flora": ({}, Told(FLoRA, {}, "rank")),
+    "fslora": ({}, Told(FSLoRA, {}, "rank")),
+    "lora-fair": ({"server_steps": 5}, Told(LoRAFair, {"regularisation": 0.01, "steps": 5, "lr": 0.05})),
+    "ffa-lora": ({}, Told(FFALoRA, {})),
+    "fedsa-lora": ({}, Told(FedSALoRA, {})),
+    "local-only": ({}, Told(LocalOnly, {})),
+    "centralised": ({}, Told(FedIT, {})),
+    "fft-moe": ({}, Told(FedIT, {})),
+}
+PAIRS = {"hetlora", "flexlora", "flora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
+NO_MEAN = {"flexlora", "flora", "lora-fair", "local-only", "centralised"}
+
+
+class Case(NamedTuple):
+    method: str
+    drift: str
+    server: str
+    sampling: str
+    adapters: str
+
+    def refused(self) -> bool:
+        """Whether this has no meaning; the words are in `test_methods_refusals.py`."""
+        sparse = self.adapters != "beside"
+        return (
+            (self.method in NO_MEAN and self.server != "fedavg")
+            or (self.method in NO_MEAN - {"local-only"} and self.drift == "scaffold")
+            or (self.method == "local-only" and self.drift != "none")
+            or (self.method in PAIRS and self.adapters == "full")
+            or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention"))
+            or (self.method == "fft-moe" and sparse)
+        )
+
+    def changes(self) -> list[dict[str, Any]]:
+        server = {"optimizer": self.server, **({} if self.server == "fedavg" else SERVER)}
+        return [
+            SMALL,
+            {"method": {"name": self.method, **METHODS[self.method][0]}, "adapters": ADAPTERS[self.adapters]},
+            {"local": {"drift": self.drift, **DRIFTS[self.drift]}, "server": _used(server)},
+            {"federation": {"sampling": self.sampling}},
+        ]
+
+
+def _used(server: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that the optimizer does not have."""
+    idle = {"fedavg": ("lr", "beta1", "beta2", "tau"), "fedavgm": ("beta2", "tau")}.get(server["optimizer"], ())
+    return {key: value for key, value in server.items() if key not in idle}
+
+
+EVERY = [Case(*choice) for choice in itertools.product(METHODS, DRIFTS, SERVERS, SAMPLINGS, ADAPTERS)]
+ACCEPTED = [case for case in EVERY if not case.refused()]
+
+
+def pairwise(cases: list[Case]) -> Iterator[Case]:
+    """A small subset in which every two choices that can meet do: greedily the case with most pairs that are still missing."""
+
+    def pairs(case: Case) -> set[tuple[Any, ...]]:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    missing = set().union(*map(pairs, cases))
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        yield best
+
+
+SOME = list(pairwise(ACCEPTED))
+REST = [case for i, case in enumerate(ACCEPTED) if case not in SOME and case.sampling == SAMPLINGS[i // len(ADAPTERS) % 3]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("matrix")
+    write_dense(folder, ("llama",), SAMPLES)
+    (folder / "many").mkdir()
+    write_inputs(folder / "many", SAMPLES, **MODEL | {"num_experts": 32})
+    write_inputs(folder, SAMPLES, **MODEL)
+    return folder
+
+
+def config_of(root: Path, case: Case, tag: str, *changes: dict[str, Any]) -> Any:
+    model = "llama" if case.adapters == "beside" else "model"
+    name = "-".join([*case, tag]).replace(" ", "-")
+    return make_config(root, name, {"foundation": {"path": str(root / model)}}, *case.changes(), *changes)
+
+
+def test_every_combination_is_accepted_or_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(METHODS) == set(method_names())
+    installed = registry.entry_points(group=registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: installed)  # looked up once, not a thousand times
+    for case in EVERY:
+        if case.sampling != SAMPLINGS[0]:  # no refusal asks for it
+            continue
+        config = config_of(tmp_path, case, "asked")
+        if not case.refused():
+            method_for(config)
+            continue
+        with pytest.raises(UserError) as caught:
+            method_for(config)
+        assert "\n" not in str(caught.value) and "; " in str(caught.value), case
+    assert len(ACCEPTED) > 1000 and len(SOME) < 80
+
+
+@pytest.mark.parametrize("case", SOME, ids="-".join)
+def test_rounds_are_the_plain_ones(root: Path, case: Case) -> None:
+    compare(root, case)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", METHODS)
+def test_rounds_of_every_combination_are_the_plain_ones(root: Path, method: str) -> None:
+    chosen = [case for case in REST if case.method == method]
+    assert len(chosen) >= 5
+    for case in chosen:
+        compare(root, case)
+
+
+SAME = [
+    Case("fedit", d, s, SAMPLINGS[i % 3], list(ADAPTERS)[i % 5]) for i, (d, s) in enumerate(itertools.product(DRIFTS, SERVERS))
+]
+
+
+@pytest.mark.parametrize("case", SAME, ids="-".join)
+def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> None:
+    """t = 0 and no rescaler, under every drift correction and server optimizer; what the server remembers included."""
+    flame = {"method": {"name": "flame", "temperature": 0.0, "rescaler": "none"}}
+    ours, theirs = (trained(config_of(root, case, tag, change)) for tag, change in (("flame", flame), ("fedit", {})))
+    assert ours.keys() == theirs.keys() and any(bool(value.any()) for value in ours.values())
+    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
+    """Few rows and active experts per client, half of the clients at one rank of two."""
+    adapters = {"fft-moe": "beside"}.get(method, "router")
+    tier: dict[str, Any] = {"tiers": [{"top_k": 2, "share": 1.0}, {"top_k": 1, "share": 1.0}], "participation": 1.0}
+    if METHODS[method][1].buys == "rank":
+        tier |= {"budget": "both"}
+    few = {"federation": tier, "local": {"max_steps": 1, "batch_size": 1}, "adapters": {"rank": 2}}
+    many = (
+        {"adapters": {"moe": {"experts": 32}}} if adapters == "beside" else {"foundation": {"path": str(root / "many/model")}}
+    )
+    parts, journal = build(config_of(root, Case(method, "none", "fedavg", "uniform", adapters), "unused", few, many), *alone())
+    federation, touched, left_alone = Federation(parts, journal), set(), 0
+    for round_index in (1, 2, 3):
+        before = {key: value.clone() for key, value in moving(parts)}
+        federation._round(round_index)
+        assert parts.state.utilisation_LE is not None
+        used_LE = parts.state.utilisation_LE > 0
+        for layer, expert in zip(*(~used_LE).nonzero(), strict=True):
+            place = f"layers.{layer}.experts.{expert}."
+            now = {key: value for key, value in moving(parts) if key.startswith(place)}
+            assert all(torch.allclose(value, before[key], rtol=1e-6, atol=1e-8) for key, value in now.items()), place
+            left_alone += (layer, expert) in touched
+        touched |= set(zip(*used_LE.nonzero(), strict=True))
+    journal.close()
+    assert left_alone, "experts that were trained in a round and not used in a later one"
+
+
+def moving(parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the server has of experts: merged weights where products move into them, else adapters."""
+    bank = parts.state.server["base"] if parts.method.absorbs else parts.state.adapters
+    yield from ((key, value) for key, spec, value in bank.items(0) if spec.expert)
+
+
+def trained(config: Any) -> dict[str, torch.Tensor]:
+    """Everything that two rounds leave behind."""
+    parts, journal = build(config, *alone())
+    federation = Federation(parts, journal)
+    for round_index in (1, 2):
+        assert not federation._round(round_index)
+    journal.close()
+    return {f"{name}.{key}": value for name, values in found(parts).items() for key, value in values.items()}
+
+
+def compare(root: Path, case: Case) -> None:
+    """Two rounds: global adapters, personal state and the server's own agree after each of them."""
+    parts, journal = build(config_of(root, case, "rounds"), *alone())
+    expected, told = reference_of(parts, case), METHODS[case.method][1]
+    federation, replay = Federation(parts, journal), expected.reference
+    assert isinstance(replay, Replay)
+    for round_index in (1, 2):
+        replay.forget()
+        assert not federation._round(round_index)
+        drawn = [0] if parts.method.pooled else [client.index for client in draw(parts, round_index)]
+        assert [client.index for client in parts.participants(round_index)] == sorted(replay.reports) == drawn
+        expected.round(tasks(parts, round_index, told.buys), fresh(parts, round_index))
+        check(wanted(expected), found(parts), f"{case} round {round_index}")
+    journal.close()
+
+
+def reference_of(parts: Parts, case: Case) -> FedIT:
+    told = METHODS[case.method][1]
+    correction = {"none": [], "fedprox": [FedProx], "scaffold": [Scaffold]}[case.drift]
+    kind: type[FedIT] = type(case.method, (*correction, told.kind), {})
+    server = ServerRule(case.server, **({} if case.server == "fedavg" else SERVER))
+    start = initial(parts)
+    if parts.method.rescaler is not None:
+        start["model.rescaler"] = torch.ones(1, dtype=torch.float64)
+    ranks = {client.index: client_rank(parts, client) for client in parts.clients}
+    clients = [0] if parts.method.pooled else [client.index for client in parts.clients]
+    replay: Any = Replay(parts, LR, CLIP)
+    return kind(replay, start, clients, server, **told.options, mu=MU, ranks=ranks)
+
+
+def wanted(expected: FedIT) -> dict[str, Adapters]:
+    memories = [expected.memory(index) for index in expected.clients]
+    personal = {key: torch.stack([memory[key] for memory in memories]) for key in memories[0]}
+    return {"adapters": dict(expected.adapters), "personal": personal, **expected.extras()}
+
+
+def found(parts: Parts) -> dict[str, Adapters]:
+    banks = {"adapters": parts.state.adapters, **parts.state.server}
+    ours = {name: {key: value.double() for key, _, value in bank.items(0)} for name, bank in banks.items()}
+    ours["personal"] = {key: value.double() for key, _, value in parts.state.personal.items(0)}
+    return ours
+
+
+UNTOUCHED = {"momentum": 0.0, "variance": SERVER["tau"] ** 2}
+DIGITS = {"control": (2e-4, 0.05), "variance": (2e-5, 1e-4)}
+"""What float32 keeps of a kind of state: relative to the largest value of a tensor, but to no less than the second number."""
+
+
+def check(theirs: dict[str, Adapters], ours: dict[str, Adapters], case: str) -> None:
+    for name in theirs.keys() | ours.keys():
+        expected, values = theirs.get(name, {}), ours.get(name, {})
+        assert expected.keys() <= values.keys() and (expected.keys() == values.keys() or name in UNTOUCHED), (case, name)
+        for key, value in values.items():
+            kind = "control" if "control" in f"{name}.{key}" else name
+            wanted = expected[key] if key in expected else torch.full_like(value, UNTOUCHED[name])
+            relative, floor = DIGITS.get(kind, (2e-5, 0.01))
+            apart = float((value - wanted).abs().max())
+            assert apart <= relative * max(float(wanted.abs().max()), floor), (case, name, key, apart)
