@@ -81,7 +81,7 @@ def _cells(row: Row) -> list[str]:
 
 def _is_base(row: Row) -> bool:
     """What the others are compared with: its ratio is one by definition."""
-    return row["system"] == round_weak.ALONE or row.get("against") == row["system"]
+    return bool(row["system"] == round_weak.ALONE or row.get("against") == row["system"])
 
 
 def _reached(row: Row, value: float) -> bool:
