@@ -264,3 +264,45 @@ def test_grouped_products(inner: int, outer: int) -> None:
         assert torch.allclose(outer_GOI[group], y_NO[rows].T @ x_NI[rows], atol=1e-4)
         start = stop
     assert not bool(outer_GOI[[1, 4]].any()), "an empty group has no gradient"
+
+
+@pytest.fixture
+def memory_of_nan() -> Iterator[None]:
+    """Memory that nobody has written yet is NaN."""
+    guard = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), guard.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    guard.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    guard.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai"])
+@pytest.mark.parametrize("rows_EC", ROWS)
+@pytest.mark.parametrize(("width", "ffn_width", "rank", "dtype", "tolerance"), SHAPES)
+@pytest.mark.parametrize("slot", [None, 1], ids=["all clients", "one client"])
+@pytest.mark.usefixtures("memory_of_nan")
+def test_an_expert_without_rows_leaves_nothing_unwritten(
+    rows_EC: list[list[int]],
+    width: int,
+    ffn_width: int,
+    rank: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    slot: int | None,
+    activation: str,
+) -> None:
+    rows_EC = rows_EC if slot is None else [[sum(row)] for row in rows_EC]
+    case = replace(make_case(rows_EC, width, ffn_width, rank, dtype, slots=2), activation=activation)
+    own = [torch.zeros(len(rows_EC), 2, *weight.shape[1:], dtype=dtype) for weight in (case.w13, case.w2)]
+    weights = [weight.unsqueeze(1).repeat(1, 2, 1, 1) for weight in (case.w13, case.w2)]
+    for experts in (case.experts(), ffn.OwnExperts(weights[0], weights[1], own, case.unit)):
+        y_ND, saved = experts.forward(case.block(slot), case.x_ND, case.p_N)
+        found = [y_ND, *experts.backward(case.block(slot), saved, case.dy_ND, True)]
+        assert all(part is not None and bool(part.isfinite().all()) for part in found)
+    assert all(bool(grad.isfinite().all()) for grad in (*case.lora.grads, *own))
+    for expert, row in enumerate(rows_EC):
+        if not sum(row):
+            assert not any(bool(grad[expert].any()) for grad in (*case.lora.grads, *own))

@@ -26,10 +26,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from fedmoe_ds.adapters.attention import find_projections
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation, hosting, load_foundation, loading, resolve_foundation
+from fedmoe_ds.foundation.families import FAMILIES as FAMILY_TABLE
 
 VOCAB, HIDDEN, FFN, EXPERTS = 320, 32, 16, 8
 TOLERANCE = 1e-5
@@ -277,6 +279,22 @@ def test_hosting_a_materialised_model(models: Path) -> None:
     assert torch.equal(layers[1].w13, reference["model.layers.1.mlp.experts.gate_up_proj"])
     with torch.no_grad():
         assert torch.allclose(model(inputs()).logits, reference["logits"], atol=TOLERANCE)
+
+
+def test_the_number_of_a_layer_is_behind_its_list(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever numbers stand in the path before it, for experts as for attention projections."""
+    inner: Any = AutoModelForCausalLM.from_pretrained(models / "olmoe")
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.model = inner.config, torch.nn.ModuleList([torch.nn.Identity(), inner.model])
+
+    monkeypatch.setitem(FAMILY_TABLE["olmoe"].settings or {}, "moe_layer_pattern", r"model\.1\.layers\.\d+\.mlp")
+    wrapped = Wrapped()
+    hosted = hosting.host_experts(wrapped, 1, 0)
+    assert [(layer.name, layer.index) for layer in hosted] == [("model.1.layers.0.mlp", 0), ("model.1.layers.1.mlp", 1)]
+    assert [projection.layer for projection in find_projections(wrapped, ["q_proj"])] == [0, 1]
 
 
 def load(folder: Path, ep_size: int = 1) -> Foundation:
