@@ -26,9 +26,10 @@ from fedmoe_ds import watchdog
 from fedmoe_ds.activity import activity
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.control import Control, make_control
-from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
+from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
 from fedmoe_ds.launcher import Launch, free_port, known_rank
 from fedmoe_ds.peers import Limits
+from fedmoe_ds.stop import unwind_on_interrupt
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
@@ -151,18 +152,23 @@ def keep_freed_memory() -> None:
 
 
 def run_entry(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point: UserError becomes one line on rank 0 and exit code 2 everywhere; other errors keep their traceback.
+    """Run an entry point: UserError becomes one line on rank 0 and exit code 2 everywhere, Ctrl-C one line and
+    exit code 130; other errors keep their traceback.
 
     The exit is immediate after a failure, so that no atexit handler can wait for peers that are gone. A launcher ends all ranks
     as soon as one has failed; the others therefore hold back until rank 0 has had its say.
     """
     code, words = 1, ""
     try:
+        unwind_on_interrupt()
         code = main() or 0
     except (UserError, LostError) as error:
         code, words = error.exit_code, str(error)
         if known_rank() == 0 or (watchdog.current() is None and isinstance(error, LostError)):
             sys.stderr.write(f"error: {error}\n")
+    except KeyboardInterrupt:
+        code, words = EXIT_INTERRUPTED, "stopped by SIGINT"
+        sys.stderr.write(f"error: {words}\n")
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except BaseException as error:

@@ -133,8 +133,8 @@ def create_groups(ep_size: int) -> tuple[Any, Any]:
     """Create (once) DeepSpeed's groups and return this rank's (expert-parallel, expert-data-parallel) process group.
 
     The first holds the ep_size consecutive ranks with the same rank // ep_size, the second all ranks with the same
-    rank % ep_size. Their collectives have the limit that `join_world` was given. `deepspeed.comm` must be initialised, and every
-    rank must call this.
+    rank % ep_size. Their collectives have the limit that `join_world` was given. `deepspeed.comm` must be initialised, and
+    every rank must call this.
     """
     quiet_deepspeed()
     assert deepspeed.comm.is_initialized(), "initialise deepspeed.comm before building groups"
