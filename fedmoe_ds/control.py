@@ -167,7 +167,15 @@ def make_control(kind: str, launcher: str, rank: int, world_size: int, timeout: 
 
 
 def mpi_world(rank: int, world_size: int, key: str) -> MPI.Comm:
-    """MPI's communicator of all ranks, in this world's order.
+    """MPI's communicator of all ranks, in this world's order. Raises UserError as `check_mpi` does."""
+    check_mpi(world_size, key)
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.Split(0, rank)
+
+
+def check_mpi(world_size: int, key: str) -> None:
+    """Whether MPI knows this world. Every rank can tell by itself, before there is one.
 
     Raises:
         UserError: nobody connected the ranks for MPI, or MPI has another world; the message names `key`.
@@ -180,4 +188,3 @@ def mpi_world(rank: int, world_size: int, key: str) -> MPI.Comm:
 
     if MPI.COMM_WORLD.size != world_size:
         raise UserError(f"{key}: mpi: MPI sees {MPI.COMM_WORLD.size} ranks in a world of {world_size}; {way}")
-    return MPI.COMM_WORLD.Split(0, rank)

@@ -25,7 +25,7 @@ import torch.distributed as torch_dist
 from fedmoe_ds import watchdog
 from fedmoe_ds.activity import activity
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.control import Control, make_control
+from fedmoe_ds.control import Control, check_mpi, make_control
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
 from fedmoe_ds.launcher import Launch, free_port, known_rank
 from fedmoe_ds.peers import Limits
@@ -93,13 +93,17 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     """Join the world and start to watch it. `threads` are CPU threads of this rank.
 
     Raises:
-        UserError: cuda is asked for but absent, or the launcher's promise does not hold.
+        UserError: cuda is asked for but absent, MPI is asked for but does not know this world, or the launcher's promise does
+            not hold.
         LostError: the other ranks did not come.
     """
     device, limits = topology.device, Limits(topology.silence_s, topology.timeout_s, launch.world_size)
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise UserError("topology.device: cuda: no CUDA device is visible; use cpu or auto")
+    for name, carrier in (("control", topology.control), ("aggregation", topology.aggregation)):
+        if carrier == "mpi":  # told before the ranks wait for each other
+            check_mpi(launch.world_size, f"topology.{name}")
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(threads)

@@ -83,7 +83,8 @@ def test_in_the_middle_of_a_run(ranks: int, nano: dict[str, Any], tmp_path: Path
             process.send_signal(signal.SIGINT)
         psutil.wait_procs(job.processes(), timeout=120)
         result = job.finish()
-    assert "Traceback" not in result.stdout + result.stderr, result.stderr
+    # The deepspeed launcher lets its own KeyboardInterrupt out; no rank does.
+    assert "train.py" not in result.stderr and result.stderr.count("Traceback") == (ranks > 0), result.stderr
     assert result.stderr.count("SIGINT: the run ends after the wave that is running") == 1
     assert ranks > 0 or result.code == EXIT_STOPPED  # the launcher's own exit code is its affair
     found = checkpoint.candidates(result.folder / "checkpoints")[0]
