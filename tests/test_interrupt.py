@@ -84,8 +84,10 @@ def test_in_the_middle_of_a_run(ranks: int, nano: dict[str, Any], tmp_path: Path
         psutil.wait_procs(job.processes(), timeout=120)
         result = job.finish()
     # The deepspeed launcher lets its own KeyboardInterrupt out; no rank does.
-    assert "train.py" not in result.stderr and result.stderr.count("Traceback") == (ranks > 0), result.stderr
-    assert result.stderr.count("SIGINT: the run ends after the wave that is running") == 1
+    ours = ('launch/train.py", line', f"{REPOSITORY / 'fedmoe_ds'}")
+    assert not any(text in result.stderr for text in ours) and (ranks > 0 or "Traceback" not in result.stderr), result.stderr
+    # The launcher answers with SIGTERM, which may be the first that a rank hears.
+    assert ranks > 0 or result.stderr.count("SIGINT: the run ends after the wave that is running") == 1
     assert ranks > 0 or result.code == EXIT_STOPPED  # the launcher's own exit code is its affair
     found = checkpoint.candidates(result.folder / "checkpoints")[0]
     assert checkpoint.find_damage(found) is None
