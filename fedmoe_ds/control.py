@@ -7,6 +7,7 @@ results: torch.distributed (gloo) everywhere, and an MPI communicator where MPI 
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,8 @@ from fedmoe_ds.errors import UserError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_CONNECTED = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "MV2_COMM_WORLD_")
+"""How the environment of a process begins that a launcher has connected to others for MPI."""
 _PIECE = 1 << 22  # bytes of one MPI call: they stay in the processor's caches, and network messages are still large
 _SPIN_S = 1e-4  # how long to look at a pending MPI call without a pause: a nap takes about as long
 _NAP_S = (2e-5, 2e-3)  # first and longest pause between two later looks
@@ -185,12 +188,24 @@ def make_control(kind: str, launcher: str, rank: int, world_size: int, timeout: 
 
 
 def mpi_world(rank: int, world_size: int, key: str) -> MPI.Comm:
-    """MPI's communicator of all ranks, in this world's order. Raises UserError, naming `key`, where MPI has another world."""
+    """MPI's communicator of all ranks, in this world's order. Raises UserError as `check_mpi` does."""
+    check_mpi(world_size, key)
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.Split(0, rank)
+
+
+def check_mpi(world_size: int, key: str) -> None:
+    """Whether MPI knows this world. Every rank can tell by itself, before there is one.
+
+    Raises:
+        UserError: nobody connected the ranks for MPI, or MPI has another world; the message names `key`.
+    """
+    way = f"start the ranks with mpirun (or srun --mpi=pmix), or use {key}=torch"
+    if world_size > 1 and not any(name.startswith(_CONNECTED) for name in os.environ):
+        # Checked before MPI is initialised: some libraries end the process when srun has not prepared them.
+        raise UserError(f"{key}: mpi: the {world_size} ranks were started without MPI: each would be alone; {way}")
     from mpi4py import MPI
 
     if MPI.COMM_WORLD.size != world_size:
-        raise UserError(
-            f"{key}: mpi: MPI sees {MPI.COMM_WORLD.size} ranks in a world of {world_size}; start the ranks with mpirun (or "
-            f"srun --mpi=pmix), or use {key}=torch"
-        )
-    return MPI.COMM_WORLD.Split(0, rank)
+        raise UserError(f"{key}: mpi: MPI sees {MPI.COMM_WORLD.size} ranks in a world of {world_size}; {way}")

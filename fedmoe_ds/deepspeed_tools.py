@@ -33,10 +33,10 @@ class DeepSpeedTools:
         journal.monitor = _monitor(section, parts.runtime)
         comms = section.get("comms_logger", {})
         if comms.get("enabled"):
-            options = {key: comms[key] for key in ("prof_all", "prof_ops", "verbose", "debug") if key in comms}
+            options = {key: comms[key] for key in ("prof_all", "prof_ops", "debug") if key in comms}
             ds_comm.configure(enabled=True, **options)
-        if section.get("flops_profiler", {}).get("enabled") and parts.runtime.is_main:
-            self.profile = _PassProfile(section["flops_profiler"], parts.foundation.model, journal.folder)
+        if section.get("flops_profiler", {}).get("enabled"):
+            self.profile = parts.runtime.together(lambda: _profile(section["flops_profiler"], parts, journal.folder))
         if "activation_checkpointing" in section:
             _use_deepspeed_checkpointing(section, parts)
 
@@ -100,6 +100,8 @@ class _PassProfile:
     def __init__(self, options: dict[str, Any], model: Any, folder: Path) -> None:
         self.options, self.passes = options, 0
         self.target = folder / (options.get("output_file") or "flops.txt")
+        if not self.target.parent.is_dir():
+            raise UserError(f"deepspeed.flops_profiler.output_file: {self.target.parent}: no such folder; make it first")
         self.profiler = FlopsProfiler(model)
         model.base_model.register_forward_pre_hook(self._before)
 
@@ -120,17 +122,17 @@ class _PassProfile:
         self.profiler.end_profile()
 
 
+def _profile(options: dict[str, Any], parts: Parts, folder: Path) -> _PassProfile | None:
+    return _PassProfile(options, parts.foundation.model, folder) if parts.runtime.is_main else None
+
+
 def _use_deepspeed_checkpointing(section: dict[str, Any], parts: Parts) -> None:
     """Recompute decoder layers through DeepSpeed's checkpointing (for instance with `cpu_checkpointing`)."""
     options = section["activation_checkpointing"]
     deepspeed.checkpointing.configure(
         None,
-        partition_activations=options.get("partition_activations", False),
-        contiguous_checkpointing=options.get("contiguous_memory_optimization", False),
-        num_checkpoints=options.get("number_checkpoints"),
         checkpoint_in_cpu=options.get("cpu_checkpointing", False),
         synchronize=options.get("synchronize_checkpoint_boundary", False),
-        profile=options.get("profile", False),
     )
     for module in parts.foundation.model.modules():
         if getattr(module, "gradient_checkpointing", None) is True:

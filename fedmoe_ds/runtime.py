@@ -25,10 +25,11 @@ import torch.distributed as torch_dist
 from fedmoe_ds import watchdog
 from fedmoe_ds.activity import activity
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.control import Control, make_control
-from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
+from fedmoe_ds.control import Control, check_mpi, make_control
+from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
 from fedmoe_ds.launcher import Launch, free_port, known_rank
 from fedmoe_ds.peers import Limits
+from fedmoe_ds.stop import unwind_on_interrupt
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
@@ -92,13 +93,17 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     """Join the world and start to watch it. `threads` are CPU threads of this rank.
 
     Raises:
-        UserError: cuda is asked for but absent, or the launcher's promise does not hold.
+        UserError: cuda is asked for but absent, MPI is asked for but does not know this world, or the launcher's promise does
+            not hold.
         LostError: the other ranks did not come.
     """
     device, limits = topology.device, Limits(topology.silence_s, topology.timeout_s, launch.world_size)
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise UserError("topology.device: cuda: no CUDA device is visible; use cpu or auto")
+    for name, carrier in (("control", topology.control), ("aggregation", topology.aggregation)):
+        if carrier == "mpi":  # told before the ranks wait for each other
+            check_mpi(launch.world_size, f"topology.{name}")
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(threads)
@@ -151,18 +156,23 @@ def keep_freed_memory() -> None:
 
 
 def run_entry(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point: UserError becomes one line on rank 0 and exit code 2 everywhere; other errors keep their traceback.
+    """Run an entry point: UserError becomes one line on rank 0 and exit code 2 everywhere, Ctrl-C one line and
+    exit code 130; other errors keep their traceback.
 
     The exit is immediate after a failure, so that no atexit handler can wait for peers that are gone. A launcher ends all ranks
     as soon as one has failed; the others therefore hold back until rank 0 has had its say.
     """
     code, words = 1, ""
     try:
+        unwind_on_interrupt()
         code = main() or 0
     except (UserError, LostError) as error:
         code, words = error.exit_code, str(error)
         if known_rank() == 0 or (watchdog.current() is None and isinstance(error, LostError)):
             sys.stderr.write(f"error: {error}\n")
+    except KeyboardInterrupt:
+        code, words = EXIT_INTERRUPTED, "stopped by SIGINT"
+        sys.stderr.write(f"error: {words}\n")
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except BaseException as error:

@@ -1,26 +1,80 @@
-"""Stop requests: SIGTERM and SIGUSR1 ask the run to end after the current wave, with a checkpoint."""
+"""Stop requests: SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to end after the current wave, with a checkpoint.
+
+Scripts import this module first and little with it: a signal is heard while the imports that take seconds go on.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from types import FrameType
+from typing import Any
+
+from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from fedmoe_ds.launcher import known_rank
 
 
 class StopRequest:
-    """Set by a signal, read between waves. A signal may arrive any number of times."""
+    """Set by a signal, read between waves. A signal may arrive any number of times.
+
+    Until `begun`, when all ranks have found each other, there is nothing to save: a signal then ends the process at once.
+    Python runs no handler while the main thread waits in the rendezvous, so a thread reads what the interpreter notes.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._pipe: tuple[int, int] | None = None
 
     def install(self) -> StopRequest:
-        """Start listening."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+        """Start listening. What was started with SIGINT ignored (in the background of a script) goes on ignoring it."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._leave_early, args=(self._pipe[0],), name="early stop", daemon=True).start()
         return self
 
+    def begun(self) -> None:
+        """From here on a signal is remembered, and served when there is something to save."""
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe[1])
+            self._pipe = None
+
+    def _leave_early(self, source: int) -> None:
+        for number in os.read(source, 1):
+            if number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                text = f"stopped by {signal.Signals(number).name} before anything was begun; start the same command again\n"
+                os.write(2, text.encode() if known_rank() == 0 else b"")
+                os._exit(EXIT_STOPPED)
+        os.close(source)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if self.name is None and number == signal.SIGINT and self._pipe is None and known_rank() == 0:
+            os.write(2, b"SIGINT: the run ends after the wave that is running, with a checkpoint\n")
+        self.name = name
 
     @property
     def requested(self) -> bool:
         return self.name is not None
+
+
+def leave_on_interrupt() -> None:
+    """Until `unwind_on_interrupt`, Ctrl-C ends this process at once with one line: nothing has been begun."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def unwind_on_interrupt() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt: what was begun is cleaned up."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: Any) -> None:
+    os.write(2, b"error: stopped by SIGINT\n")
+    os._exit(EXIT_INTERRUPTED)

@@ -5,6 +5,10 @@ Everything runs on one CPU thread per process. Absolute numbers depend on the ma
 
 from __future__ import annotations
 
+from fedmoe_ds.stop import leave_on_interrupt
+
+leave_on_interrupt()  # before the imports that take seconds
+
 import argparse
 import signal
 import sys

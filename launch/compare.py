@@ -21,6 +21,10 @@ Exit code: 0 when every run is finished, 2 for a mistake in the input, otherwise
 
 from __future__ import annotations
 
+from fedmoe_ds.stop import leave_on_interrupt
+
+leave_on_interrupt()  # before the imports that take seconds
+
 import argparse
 import os
 import sys

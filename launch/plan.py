@@ -6,6 +6,10 @@ FLOPs per tier, hours of the whole study. Loads no weights; a model folder with 
 
 from __future__ import annotations
 
+from fedmoe_ds.stop import leave_on_interrupt
+
+leave_on_interrupt()  # before the imports that take seconds
+
 import argparse
 import json
 import os

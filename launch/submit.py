@@ -6,6 +6,10 @@ mistake is one line and exit code 2, before anything is written or submitted. Pr
 
 from __future__ import annotations
 
+from fedmoe_ds.stop import leave_on_interrupt
+
+leave_on_interrupt()  # before the imports that take seconds
+
 import argparse
 import os
 import sys

@@ -8,6 +8,10 @@ intact); after 75 and 76 the same command with --resume auto continues.
 
 from __future__ import annotations
 
+from fedmoe_ds.stop import StopRequest
+
+STOP = StopRequest().install()  # before the imports that take seconds
+
 import argparse
 import sys
 from pathlib import Path
@@ -16,7 +20,6 @@ from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.launcher import Launch, detect_launch
 from fedmoe_ds.runtime import init_runtime, run_entry
-from fedmoe_ds.stop import StopRequest
 
 
 def parse() -> argparse.Namespace:
@@ -47,11 +50,11 @@ def main() -> int:
         return 0
     if args.ranks is not None or args.max_restarts is not None:
         return supervise(args, config, launch)
-    stop = StopRequest().install()  # a signal is remembered from here on, and served as soon as there is something to save
     runtime = init_runtime(launch, config.topology, config.execution.threads)
+    STOP.begun()  # a signal is remembered from here on, and served as soon as there is something to save
     from fedmoe_ds.session import train  # imports DeepSpeed, which reads the choice of accelerator that was made above
 
-    ending = train(config, runtime, args.resume, stop)
+    ending = train(config, runtime, args.resume, STOP)
     if runtime.is_main:
         sys.stdout.write("\n".join(ending.lines) + "\n")
         sys.stdout.flush()
@@ -70,6 +73,7 @@ def supervise(args: argparse.Namespace, config: Config, launch: Launch) -> int:
         raise UserError(f"--ranks: {ranks}: must be at least 1")
     if restarts < 0:
         raise UserError(f"--max-restarts: {restarts}: must be at least 0")
+    STOP.begun()  # the supervisor listens itself
     command = restartable_command(sys.argv[0], sys.argv[1:])
     return Supervisor(command, ranks, restarts, config.topology.silence_s, note).run()
 

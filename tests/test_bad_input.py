@@ -190,11 +190,23 @@ def test_a_checkpoint_of_another_model_and_of_other_settings(
 SEVERAL_RANKS: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
     "unknown key": (4, {"federation": {"roundz": 5}}, ("federation.roundz: unknown key", "did you mean 'rounds'?")),
     "experts": (3, {"topology": {"ep_size": 3}}, ("topology.ep_size: 3: 8 experts", "choose one of 1, 2, 4, 8")),
+    "control by MPI": (
+        2,
+        {"topology": {"control": "mpi"}},
+        ("topology.control: mpi:", "without MPI", "mpirun", "control=torch"),
+    ),
+    "sums by MPI": (
+        2,
+        {"topology": {"aggregation": "mpi"}},
+        ("topology.aggregation: mpi:", "without MPI", "aggregation=torch"),
+    ),
     "malformed line": (2, {}, ("data.source:", "torn.jsonl:3: not valid JSON", "mend or drop the line")),
 }
 
 
-@pytest.mark.parametrize("case", SEVERAL_RANKS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.cluster) if "MPI" in case else case for case in SEVERAL_RANKS]
+)
 def test_all_ranks_end_on_a_mistake(case: str, nano: dict[str, Any], tmp_path: Path) -> None:
     ranks, changes, parts = SEVERAL_RANKS[case]
     if case == "malformed line":

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.config import Config, checked_deepspeed_section, config_schema_markdown, dump_config, load_config
-from fedmoe_ds.config.deepspeed_section import ALLOWED, REFUSED, DeepSpeedSection
+from fedmoe_ds.config.deepspeed_section import ALLOWED, REFUSED, REFUSED_INSIDE, DeepSpeedSection
 from fedmoe_ds.config.yaml12 import inline_yaml, parse_yaml
 from fedmoe_ds.errors import UserError
 
@@ -60,7 +60,7 @@ def test_the_later_override_wins(load: Any) -> None:
 
 def test_override_creates_nested_mappings(load: Any) -> None:
     assert load("", "deepspeed.tensorboard.enabled=true").deepspeed == {"tensorboard": {"enabled": True}}
-    assert load("deepspeed:\n", "deepspeed.steps_per_print=5").deepspeed == {"steps_per_print": 5}
+    assert load("deepspeed:\n", "deepspeed.csv_monitor.job_name=x").deepspeed == {"csv_monitor": {"job_name": "x"}}
     assert load("", "data.columns.text=body").data.columns == {"text": "body"}
 
 
@@ -208,8 +208,6 @@ def test_deepspeed_section_passes_through_unchanged() -> None:
         "comms_logger": {"enabled": True, "prof_ops": ["all_to_all"]},
         "flops_profiler": {"enabled": True, "profile_step": 2},
         "activation_checkpointing": {"cpu_checkpointing": True},
-        "wall_clock_breakdown": True,
-        "steps_per_print": 10,
     }
     assert checked_deepspeed_section(section) == section
 
@@ -229,8 +227,10 @@ def test_deepspeed_refuses_with_the_reason(load: Any, key: str) -> None:
         ("deepspeed.tensorbord.enabled=true", "not passed on by this project; did you mean 'tensorboard'?"),
         ("deepspeed.tensorboard.enable=true", "deepspeed.tensorboard.enable: unknown key; did you mean 'enabled'?"),
         ("deepspeed.wandb=true", "deepspeed.wandb: true: expected section (enabled, group, team, project)"),
-        ("deepspeed.steps_per_print=0", "deepspeed.steps_per_print: 0: expected integer >= 1"),
-        ("deepspeed.wall_clock_breakdown=on", "deepspeed.wall_clock_breakdown: 'on': expected true or false"),
+        ("deepspeed.flops_profiler.profile_step=0", "deepspeed.flops_profiler.profile_step: 0: expected integer >= 1"),
+        ("deepspeed.comms_logger.debug=on", "deepspeed.comms_logger.debug: 'on': expected true or false"),
+        ("deepspeed.activation_checkpointing.cpu_checkpointing=true", "set execution.activation_checkpointing=true, or remove"
+         " it"),
         ("deepspeed.comet.api_key=s3cret", "set the environment variable COMET_API_KEY"),
     ],
 )  # fmt: skip
@@ -240,8 +240,42 @@ def test_deepspeed_mistakes(load: Any, override: str, words: str) -> None:
     assert "s3cret" not in message
 
 
+@pytest.mark.parametrize("key", sorted(REFUSED_INSIDE))
+def test_deepspeed_refuses_keys_of_sections_with_the_reason(load: Any, key: str) -> None:
+    assert refusal(load, "", f"deepspeed.{key}=true") == f"deepspeed.{key}: true: {REFUSED_INSIDE[key]}"
+
+
+class Asked(dict[str, Any]):
+    """An empty configuration that notes which of its keys are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.names.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.names.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+
+def test_every_key_of_deepspeed_has_an_effect_or_is_refused_with_the_reason() -> None:
+    """Its own configuration says which keys it reads."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    asked = Asked()
+    DeepSpeedConfig._initialize_params(object.__new__(DeepSpeedConfig), asked)
+    assert {"wall_clock_breakdown", "steps_per_print", "zero_optimization", "tensorboard", "timers"} <= asked.names
+    assert asked.names - set(ALLOWED) - set(REFUSED) == set()
+
+
 def test_deepspeed_section_knows_the_installed_deepspeed() -> None:
-    """Every key we pass is one that the installed DeepSpeed reads, and none of its sub-keys is forgotten."""
+    """Every key we pass is one that the installed DeepSpeed reads; its other sub-keys are refused."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
@@ -257,8 +291,9 @@ def test_deepspeed_section_knows_the_installed_deepspeed() -> None:
         "activation_checkpointing": set(ACT_CHKPT_DEFAULT),
     }
     for key, subkeys in theirs.items():
-        assert set(DeepSpeedSection.model_fields[key].annotation.model_fields) == subkeys, key
-    assert set(ALLOWED) == set(theirs) | {"wall_clock_breakdown", "steps_per_print"}
+        passed = set(DeepSpeedSection.model_fields[key].annotation.model_fields)
+        assert passed == {name for name in subkeys if f"{key}.{name}" not in REFUSED_INSIDE}, key
+    assert set(ALLOWED) == set(theirs)
 
 
 # --- dump, reference ----------------------------------------------------------------------------------------
@@ -301,7 +336,7 @@ values: dict[str, st.SearchStrategy[Any]] = {
     "execution.activation_checkpointing": st.booleans(),
     "method.temperature": free,
     "method.nested.key": free,
-    "deepspeed.steps_per_print": st.integers(min_value=1),
+    "deepspeed.flops_profiler.profile_step": st.integers(min_value=1),
     "deepspeed.tensorboard.job_name": names,
 }
 

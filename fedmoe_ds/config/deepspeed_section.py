@@ -49,13 +49,11 @@ class CommsLoggerSection(Section):
     enabled: bool = False
     prof_all: bool = True
     prof_ops: list[str] = Field(default_factory=list)
-    verbose: bool = False
     debug: bool = False
 
 
 class FlopsProfilerSection(Section):
     enabled: bool = False
-    recompute_fwd_factor: float = Field(0.0, ge=0)
     profile_step: int = Field(1, ge=1)
     module_depth: int = Field(-1, ge=-1)
     top_modules: int = Field(1, ge=1)
@@ -64,11 +62,7 @@ class FlopsProfilerSection(Section):
 
 
 class ActivationCheckpointingSection(Section):
-    partition_activations: bool = False
-    number_checkpoints: int | None = Field(None, ge=1)
-    contiguous_memory_optimization: bool = False
     synchronize_checkpoint_boundary: bool = False
-    profile: bool = False
     cpu_checkpointing: bool = False
 
 
@@ -82,8 +76,6 @@ class DeepSpeedSection(Section):
     comms_logger: CommsLoggerSection = CommsLoggerSection()
     flops_profiler: FlopsProfilerSection = FlopsProfilerSection()
     activation_checkpointing: ActivationCheckpointingSection = ActivationCheckpointingSection()
-    wall_clock_breakdown: bool = False
-    steps_per_print: int | None = Field(None, ge=1)
 
 
 class _Root(BaseModel):
@@ -141,8 +133,41 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "data_efficiency",
         "curriculum_learning",
     ),
+    "DeepSpeed's engine would print it, and no engine trains clients; read the seconds of every phase in metrics.jsonl": (
+        "wall_clock_breakdown",
+        "steps_per_print",
+        "timers",
+    ),
+    "belongs to DeepSpeed's engine, and no engine trains clients; remove it": (
+        "aio",
+        "autotuning",
+        "compile",
+        "compression_training",
+        "disable_python_gc",
+        "dump_state",
+        "eigenvalue",
+        "elasticity",
+        "hybrid_engine",
+        "log_level",
+        "memory_breakdown",
+        "progressive_layer_drop",
+        "quantize_training",
+        "sparse_attention",
+        "weight_quantization",
+    ),
 }
 REFUSED: dict[str, str] = {key: reason for reason, keys in _REASONS.items() for key in keys}
+_SHARED = "shares a client's activations among ranks of one tensor-parallel group, and there is none; remove it"
+_PRINTED = "prints through DeepSpeed's log, which is held back; "
+REFUSED_INSIDE: dict[str, str] = {
+    "comms_logger.verbose": f"{_PRINTED}read comms-rank<r>.csv in the run folder, and remove it",
+    "flops_profiler.recompute_fwd_factor": "counts backward passes of DeepSpeed's engine, which trains no client; remove it",
+    "activation_checkpointing.partition_activations": _SHARED,
+    "activation_checkpointing.contiguous_memory_optimization": _SHARED,
+    "activation_checkpointing.number_checkpoints": _SHARED,
+    "activation_checkpointing.profile": f"{_PRINTED}use flops_profiler, or read the phases of every round in metrics.jsonl",
+}
+"""Keys of sections that pass."""
 _SECRET = "deepspeed.comet.api_key: a secret would be saved with the run; set the environment variable COMET_API_KEY"
 
 
@@ -157,8 +182,20 @@ def deepspeed_problems(section: dict[str, Any]) -> list[str]:
         elif key == "comet" and isinstance(value, dict) and "api_key" in value:
             problems.append(_SECRET)
         else:
-            problems += _type_problems(key, value)
+            inside = {f"{key}.{name}": found for name, found in value.items()} if isinstance(value, dict) else {}
+            refused = {name: found for name, found in inside.items() if name in REFUSED_INSIDE}
+            problems += [f"deepspeed.{name}: {shown(found)}: {REFUSED_INSIDE[name]}" for name, found in refused.items()]
+            problems += [] if refused else _type_problems(key, value)
     return problems
+
+
+def without_effect(section: dict[str, Any], checkpointing: bool) -> list[str]:
+    """One line if the section says how to recompute layers where none is recomputed."""
+    if "activation_checkpointing" not in section or checkpointing:
+        return []
+    return [
+        "deepspeed.activation_checkpointing: nothing is recomputed; set execution.activation_checkpointing=true, or remove it"
+    ]
 
 
 def checked_deepspeed_section(section: dict[str, Any]) -> dict[str, Any]:

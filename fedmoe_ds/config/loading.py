@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedmoe_ds.config.deepspeed_section import deepspeed_problems
+from fedmoe_ds.config.deepspeed_section import deepspeed_problems, without_effect
 from fedmoe_ds.config.problems import explained, first_of, shown
 from fedmoe_ds.config.schema import expected_at
 from fedmoe_ds.config.tree import Config
@@ -96,6 +96,7 @@ def _checked(raw: dict[str, Any]) -> Config:
         config = Config.model_validate(filled)
     except ValidationError as error:
         raise first_of(explained(error, Config) + problems) from None
+    problems = problems or without_effect(config.deepspeed, config.execution.activation_checkpointing)
     if problems:
         raise first_of(problems)
     return config
