@@ -249,8 +249,8 @@ def budgets(parts: Parts) -> list[dict[str, Any]]:
 def data_facts(parts: Parts) -> dict[str, Any]:
     """The `data` event."""
     clients = [
-        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.tokens, "top_k": c.top_k,
-         "tier_label": c.tier}
+        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.targets, "targets": c.targets,
+         "top_k": c.top_k, "tier_label": c.tier}
         for c in parts.clients
     ]  # fmt: skip
     return {"clients": clients, "distribution": parts.data.distribution, "fingerprint": parts.data.fingerprint}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, richest
 from fedmoe_ds.clients.steps import batch_size, step_count
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import FederatedData, Sequences
@@ -33,14 +33,14 @@ class PooledData:
 
 def pooled_client(clients: list[Client], local: LocalConfig) -> Client:
     """The pooled client: the largest budget, and steps on as many sequences as all clients together train on in a round."""
-    largest = max(clients, key=lambda client: (client.budget, -client.index))
+    largest = richest(clients)
     everyone = replace(
         largest,
         index=0,
         name="all clients",
         samples=sum(client.samples for client in clients),
         sequences=sum(client.sequences for client in clients),
-        tokens=sum(client.tokens for client in clients),
+        targets=sum(client.targets for client in clients),
     )
     trained = sum(step_count(client, local) * batch_size(client, local) for client in clients)
     return replace(everyone, steps=math.ceil(trained / batch_size(everyone, local)))
