@@ -42,7 +42,7 @@ class Score:
     split: str
     loss: float
     accuracy: float
-    tokens: int
+    targets: int
     client: str | None = None
 
     @property

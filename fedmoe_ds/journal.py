@@ -93,6 +93,7 @@ class Journal:
             "tier_label": report.client.tier,
             "steps": report.steps,
             "tokens": report.tokens,
+            "targets": report.targets,
             "loss_first": first,
             "loss_last": last,
             "active_experts": report.assignment.cap,
@@ -105,7 +106,15 @@ class Journal:
 
     def absent(self, client: Client) -> dict[str, Any]:
         """The same of a client that did not fit into memory."""
-        nothing = {"steps": 0, "tokens": 0, "loss_first": None, "loss_last": None, "active_experts": client.cap, "rank": None}
+        nothing = {
+            "steps": 0,
+            "tokens": 0,
+            "targets": 0,
+            "loss_first": None,
+            "loss_last": None,
+            "active_experts": client.cap,
+            "rank": None,
+        }
         rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
         return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
 
@@ -116,7 +125,7 @@ class Journal:
             for row in rows:
                 fields: dict[str, Any] = {"round": round_index, "tier": row.tier, "tier_label": row.label, "split": row.split}
                 fields |= {"perplexity": row.perplexity, "accuracy": row.accuracy, "loss": row.loss}
-                fields["tokens"] = row.tokens
+                fields["targets"] = fields["tokens"] = row.targets  # the old name, too: it is an interface
                 if row.client is not None:
                     fields["client"] = row.client
                 self.log.write("eval", **fields)
@@ -143,6 +152,8 @@ class Journal:
         dropped = [client["client"] for client in clients if client["status"] != "ok"]
         reasons = sorted({client["status"] for client in clients} - {"ok"})
         tokens = sum(client["tokens"] for client in clients)
+        # An unfinished round of an older version has clients that did not count them.
+        targets = sum(client["targets"] for client in clients) if all("targets" in client for client in clients) else None
         seconds = clock.total() + progressed.seconds
 
         def write() -> None:
@@ -161,6 +172,7 @@ class Journal:
                 dropped=len(dropped),
                 dropped_clients=dropped,
                 tokens=tokens,
+                targets=targets,
                 seconds=seconds,
                 tokens_per_s=tokens / max(clock.phases.get("train", 0.0) + progressed.seconds, 1e-9),
                 phases=clock.phases,

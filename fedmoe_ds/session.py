@@ -251,16 +251,10 @@ def budgets(parts: Parts) -> list[dict[str, Any]]:
 def data_facts(parts: Parts) -> dict[str, Any]:
     """The `data` event."""
     clients = [
-        {
-            "name": c.name,
-            "samples": c.samples,
-            "sequences": c.sequences,
-            "tokens": c.tokens,
-            "top_k": c.top_k,
-            "tier_label": c.tier,
-        }
+        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.targets, "targets": c.targets,
+         "top_k": c.top_k, "tier_label": c.tier}
         for c in parts.clients
-    ]
+    ]  # fmt: skip
     data = parts.data
     told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
     return {"clients": clients, **told}

@@ -44,7 +44,7 @@ def test_default_tiers_halve() -> None:
 
 def test_clients_carry_their_facts() -> None:
     clients = deal(5, default_tiers(8))
-    assert [(c.index, c.name, c.samples, c.sequences, c.tokens) for c in clients] == [
+    assert [(c.index, c.name, c.samples, c.sequences, c.targets) for c in clients] == [
         (i, f"client-{i:04d}", i + 1, i + 1, 10 * (i + 1)) for i in range(5)
     ]
 

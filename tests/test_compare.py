@@ -436,7 +436,7 @@ def test_numbers_and_cells() -> None:
 
 SAID = (  # what a reader must know before a figure is believed
     "2 rounds of at most 3 local steps, the model nano-olmoe, 2 seeds: what follows is about this model",
-    "Hold-outs are samples: the global one 64 target tokens (at most 8 sequences), those of the clients together 64 target",
+    "Hold-outs are samples: the global one 64 targets (at most 8 sequences), those of the clients together 64 target",
     "two-sided paired t-test of log(left / right) over seeds; p-values are corrected by Holm within a family",
     "the 1 pair of methods at a tier, by figure, and the 2 published orderings",
     "With 2 seeds, the first claim of a family is decided where its mean difference is at least 9.0 and 18.0 times",

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_methods_resume import StopsAfter, start
 
-from fedmoe_ds.clients.pooled import pooled_client
+from fedmoe_ds.clients.client import richest
 from fedmoe_ds.clients.tiers import tier_labels, tier_order, tier_top_k
 from fedmoe_ds.compare.aggregate import Comparison
 from fedmoe_ds.compare.protocol import Expectation
@@ -188,7 +188,9 @@ def test_the_plan_tells_tiers_apart(root: Path) -> None:
 
 def test_the_pooled_client_has_the_largest_budget(ranks: Result) -> None:
     clients = [client for client in ranks.parts.clients if client.top_k == 4]
-    assert pooled_client(sorted(clients, key=lambda client: client.rank), ranks.parts.config.local).rank == 4
+    assert {client.rank for client in clients} == {4, 2, 1}
+    for order in (clients, clients[::-1]):
+        assert richest(order) == next(client for client in clients if client.rank == 4)
 
 
 def test_an_interrupted_round_keeps_its_tiers(root: Path, ranks: Result) -> None:

@@ -62,7 +62,7 @@ class Rows:
 
     @property
     def targets(self) -> int:
-        """Target tokens; an image has one target."""
+        """Next tokens to be predicted; an image has one target."""
         return int(sum(int(mask.sum()) for mask in self.loss_mask)) if self.labels is None else len(self.labels)
 
     @property

@@ -23,6 +23,7 @@ class Client:
     """One federated client: its data sizes, its budget tier and what the budget buys.
 
     Attributes:
+        targets: what one epoch predicts: next tokens, or classes of images.
         top_k: a FLOPs budget named by the number of active experts that it pays for.
         cap: active experts per token that the client really uses.
         rank: LoRA rank that it trains.
@@ -36,7 +37,7 @@ class Client:
     top_k: int
     samples: int
     sequences: int
-    tokens: int
+    targets: int
     cap: int = 1
     rank: int = 1
     experts: int = 1
@@ -151,3 +152,8 @@ def tiers_of(clients: Iterable[Client]) -> dict[str, list[Client]]:
     for client in sorted(clients, key=lambda client: client.budget, reverse=True):
         found.setdefault(client.tier, []).append(client)
     return found
+
+
+def richest(clients: Iterable[Client]) -> Client:
+    """The client with the largest budget, the first of them."""
+    return max(clients, key=lambda client: (client.budget, -client.index))

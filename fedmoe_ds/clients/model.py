@@ -1,6 +1,6 @@
 """The hosted model as clients use it: one pass over a batch, with the negative log-likelihood of every target.
 
-Legend: B sequences or images, S positions, D model width, N targets (tokens, or classes of images), V vocabulary or classes.
+Legend: B sequences or images, S positions, D model width, N targets (next tokens, or classes), V vocabulary or classes.
 """
 
 from __future__ import annotations

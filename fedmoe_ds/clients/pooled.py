@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, richest
 from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import FederatedData, Sequences
@@ -38,14 +38,14 @@ class PooledData:
 
 def pooled_client(clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int) -> Client:
     """The pooled client in a round with these participants: everybody's data, the largest budget, the participants' tokens."""
-    largest = max(clients, key=lambda client: (client.budget, -client.index))
+    largest = richest(clients)
     return replace(
         largest,
         index=0,
         name="all clients",
         samples=sum(client.samples for client in clients),
         sequences=sum(client.sequences for client in clients),
-        tokens=sum(client.tokens for client in clients),
+        targets=sum(client.targets for client in clients),
         steps=len(pooled_batches(clients, members, local, seed, round_index)),
     )
 

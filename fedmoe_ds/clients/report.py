@@ -38,6 +38,7 @@ class Report:
         observed: [L, E] float64 sums over the round's batches of what the method observed.
         measured: float64 [L, E] for expert blocks and [L] for dense ones, by name: what the method measured at the end.
         remembered: new values of personal memory blocks (this rank's part).
+        targets: predictions that its loss was taken over, of next tokens or of classes: at most one per token row.
     """
 
     client: Client
@@ -54,6 +55,7 @@ class Report:
     observed: dict[str, np.ndarray] = field(default_factory=dict)
     measured: dict[str, np.ndarray] = field(default_factory=dict)
     remembered: dict[str, Tensor] = field(default_factory=dict)
+    targets: int = 0
 
 
 class Counts:
@@ -84,12 +86,13 @@ class Gatherer:
         gathered = all_gather(values_H.to(self.device), self.pool.group, self.pool.ep_size)
         return gathered.flatten(0, 1).cpu()
 
-    def numbers(self, by_slot: dict[int, int]) -> list[int]:
-        """One integer per home slot -> one per wave slot."""
-        values_H = torch.zeros(self.pool.home_clients, dtype=torch.int64)
-        for slot, number in by_slot.items():
-            values_H[slot] = number
-        return [int(number) for number in self.home(values_H)]
+    def numbers(self, by_slot: dict[int, tuple[int, int]]) -> list[list[int]]:
+        """Two integers per home slot -> two per wave slot."""
+        values_HN = torch.zeros(self.pool.home_clients, 2, dtype=torch.int64)
+        for slot, numbers in by_slot.items():
+            values_HN[slot] = torch.tensor(numbers)
+        found: list[list[int]] = self.home(values_HN).tolist()
+        return found
 
     def observations(self, by_slot: dict[int, dict[str, Tensor]], names: tuple[str, ...], layers: int) -> dict[str, Tensor]:
         """Named [L, E] sums per home slot -> [C, L, E] by name."""

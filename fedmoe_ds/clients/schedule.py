@@ -75,10 +75,13 @@ class CostModel:
         )
 
     def client(self, client: Client, local: LocalConfig) -> float:
-        """Predicted work of one client in one round, in FLOPs of forward passes."""
-        per_sequence = client.tokens / client.sequences
-        tokens = step_count(client, local) * batch_size(client, local) * per_sequence
-        return tokens * self.positions * (self.dense + client.cap * self.expert)
+        """Predicted work of one client in one round, in FLOPs of forward passes.
+
+        Targets stand for token rows: what only leads up to them (an instruction) is not counted.
+        """
+        per_sequence = client.targets / client.sequences
+        targets = step_count(client, local) * batch_size(client, local) * per_sequence
+        return targets * self.positions * (self.dense + client.cap * self.expert)
 
 
 def participant_count(clients: int, participation: float) -> int:

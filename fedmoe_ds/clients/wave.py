@@ -48,6 +48,7 @@ class _Work:
     data: Sequences | None = None
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
+    targets: int = 0
     observed: dict[str, Tensor] = field(default_factory=dict)  # [L, E] sums over the round's batches
 
     def micro_batches(self, step: int, size: int | None) -> int:
@@ -202,6 +203,7 @@ class WaveTrainer:
             task = own / whole[0]
             work.losses[step] += float(task.detach())
             work.tokens += part.tokens
+            work.targets += part.targets
             loss = loss + task + self._auxiliary(result.run.losses, work.slot) * (part.tokens / whole[1])
         loss.backward()  # type: ignore[no-untyped-call]
         counts.add(result.run, self.layers)
@@ -268,7 +270,7 @@ class WaveTrainer:
     def _reports(self, works: list[list[_Work]], locals_: list[list[Local]], counts: Counts, seconds: float) -> list[Report]:
         gatherer = Gatherer(self.pool, self.shard, self.device)
         mine = works[self.shard]
-        tokens_C = gatherer.numbers({work.slot: work.tokens for work in mine})
+        counted_CN = gatherer.numbers({work.slot: (work.tokens, work.targets) for work in mine})
         counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
         observed = gatherer.observations({w.slot: w.observed for w in mine}, self.rules.observes, len(self.layers))
         measured = gatherer.measures([local for home in locals_ for local in home], self.rules.measure)
@@ -282,7 +284,7 @@ class WaveTrainer:
                     place,
                     place // self.pool.home_clients,
                     len(work.batches),
-                    tokens_C[place],
+                    counted_CN[place][0],
                     counts_CLE[place].numpy(),
                     finite_C[place],
                     (work.losses[0], work.losses[-1]) if work.losses else None,
@@ -292,6 +294,7 @@ class WaveTrainer:
                     {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
                     measured[i],
                     self._remembered(work, local),
+                    counted_CN[place][1],
                 )
             )
         return reports

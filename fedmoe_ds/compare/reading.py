@@ -51,7 +51,7 @@ def steps(config: Config) -> str:
 
 
 def holdouts(config: Config, records: Sequence[Record]) -> str:
-    """That hold-outs are samples, and how large they were: target tokens over the seeds; empty where no run says so."""
+    """That hold-outs are samples, and how large they were: targets over the seeds; empty where no run says so."""
     found: dict[str, set[int]] = {}
     for record in records:
         for key, tokens in record.ground["hold-outs"].items():
@@ -63,7 +63,7 @@ def holdouts(config: Config, records: Sequence[Record]) -> str:
     most = "" if limits.max_sequences is None else f" (at most {limits.max_sequences} sequences)"
     caps = {"global": most, "clients": f" (at most {limits.client_sequences} sequences of every client)"}
     names = {"global": "the global one", "clients": "those of the clients together"}
-    sizes = ", ".join(f"{names[split]} {_reach(tokens)} target tokens{caps[split]}" for split, tokens in found.items())
+    sizes = ", ".join(f"{names[split]} {_reach(tokens)} targets{caps[split]}" for split, tokens in found.items())
     return (
         f"Hold-outs are samples: {sizes}. Another sample of this size gives other figures. The methods of a seed are measured "
         "on the same one and seeds on different ones, so that this error is part of the spread over seeds that the tests see."

@@ -64,7 +64,7 @@ def share_digits(share: float, targets: int | None, most: int = 2) -> int:
 
 
 def targets_of(event: Mapping[str, Any]) -> int | None:
-    """The number of targets behind an evaluation's figures; older files have it under the name `tokens`."""
+    """The targets of an evaluation, or of a client's data; older files have them under the name `tokens`."""
     targets: int | None = event.get("targets", event.get("tokens"))
     return targets
 

@@ -23,14 +23,14 @@ Part = tuple[str, float, str]
 
 
 def data_section(history: History) -> Markup:
-    """Tokens per client in the colour of its tier, or samples per label where clients mix several labels."""
+    """Targets per client in the colour of its tier, or samples per label where clients mix several labels."""
     clients = list(history.data.get("clients") or [])
     if not clients:
         return tag("p", "The run has not recorded how its data are dealt yet.", cls="empty")
     colours = tier_colours(history.tiers)
-    order = sorted(range(len(clients)), key=lambda index: (tier_order(tier_of(clients[index])), -clients[index]["tokens"]))
-    bars = _bars(clients, order, colours, _tokens(clients, colours), "tokens")
-    views = [("tokens", tag("div", _tier_legend(clients, colours), bars))]
+    order = sorted(range(len(clients)), key=lambda index: (tier_order(tier_of(clients[index])), -_targets(clients[index])))
+    bars = _bars(clients, order, colours, _target_bars(clients, colours), "targets")
+    views = [("targets", tag("div", _tier_legend(clients, colours), bars))]
     distribution = history.data.get("distribution") or {}
     counts = distribution.get("counts") or []
     if len(counts) == len(clients) and any(sum(1 for n in row if n) > 1 for row in counts):
@@ -58,14 +58,14 @@ def _omitted(history: History) -> Markup | None:
 
 
 def _spread(clients: Sequence[Event]) -> str:
-    tokens = sorted(client["tokens"] for client in clients)
-    total = formats.count(sum(tokens))
-    middle = formats.count(tokens[len(tokens) // 2])
+    targets = sorted(_targets(client) for client in clients)
+    total = formats.count(sum(targets))
+    middle = formats.count(targets[len(targets) // 2])
     if len(clients) == 1:
-        return f"1 client holds all {total} training tokens."
+        return f"1 client holds all {total} training targets."
     return (
-        f"{len(clients)} clients hold {total} training tokens; the smallest {formats.count(tokens[0])}, "
-        f"the middle one {middle}, the largest {formats.count(tokens[-1])}. "
+        f"{len(clients)} clients hold {total} training targets; the smallest {formats.count(targets[0])}, "
+        f"the middle one {middle}, the largest {formats.count(targets[-1])}. "
         "Clients are grouped by tier, the largest first."
     )
 
@@ -76,12 +76,16 @@ def _tier_legend(clients: Sequence[Event], colours: dict[str, str]) -> Markup:
     return legend((colours[tier], f"top-k {tier}: {formats.many(size, 'client')}") for tier, size in sizes)
 
 
-def _tokens(clients: Sequence[Event], colours: dict[str, str]) -> Callable[[int], list[Part]]:
+def _targets(client: Event) -> int:
+    return formats.targets_of(client) or 0
+
+
+def _target_bars(clients: Sequence[Event], colours: dict[str, str]) -> Callable[[int], list[Part]]:
     def parts(index: int) -> list[Part]:
         client = clients[index]
         facts = f"{formats.count(client.get('samples'))} samples, {formats.count(client.get('sequences'))} sequences"
-        tip = f"{client['name']}\ntop-k {tier_of(client)}\n{formats.count(client['tokens'])} tokens\n{facts}"
-        return [(colours[tier_of(client)], float(client["tokens"]), tip)]
+        tip = f"{client['name']}\ntop-k {tier_of(client)}\n{formats.count(_targets(client))} targets\n{facts}"
+        return [(colours[tier_of(client)], float(_targets(client)), tip)]
 
     return parts
 
