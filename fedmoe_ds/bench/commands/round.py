@@ -87,7 +87,8 @@ def _is_base(row: Row) -> bool:
 def _reached(row: Row, value: float) -> bool:
     if row["part"] == round_budget.PART:
         return abs(value - 1.0) <= round_budget.TOLERANCE
-    return bool(value >= row["target"] if row["part"] == round_weak.PART else value <= row["target"])
+    limit = float(row["target"])
+    return value >= limit if row["part"] == round_weak.PART else value <= limit
 
 
 def _target(row: Row) -> str:
