@@ -120,7 +120,7 @@ class LocalConfig(Section):
     clip: float | None = Field(1.0, gt=0, description="per-client gradient norm bound over all of its adapters")
     drift: Literal["none", "fedprox", "scaffold"] = Field("none", description="correction of client drift")
     proximal: float = Field(0.01, ge=0, description="FedProx mu")
-    balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss")
+    balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss of a step")
     z_loss: float = Field(0.0, ge=0, description="coefficient of the router z-loss")
 
 
@@ -171,7 +171,7 @@ class ExecutionConfig(Section):
 
     reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
     clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole batch")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole step")
     threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(

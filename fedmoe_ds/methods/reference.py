@@ -37,8 +37,8 @@ _COMBINATIONS = """\
 
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `lora-fair`, `local-only`, `centralised`), control variates where the adapters' coordinates change every
-round, unequal ranks where A and B are averaged element by element, `hfedmoe` with micro-batches or a frozen router, `flame` on
-a dense model, `fft-moe` on a sparse one.
+round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen router, `flame` on a dense
+model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or `local.balance_loss`.
 
 What it costs: `flexlora`, `flora` and `lora-fair` keep the factors of all participants of a round on every rank that holds the
 adapter; `fedsa-lora`, `local-only` and `scaffold` keep a copy of their personal blocks for every client of the federation.
