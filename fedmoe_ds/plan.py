@@ -65,6 +65,6 @@ def _schedule_lines(job: Job, plan: list[list[Wave]]) -> list[str]:
         steps = [max((step_count(c, local) for home in wave for c in home), default=0) for wave in waves]
         lines.append(
             f"  cluster {cluster}: {len(everyone)} clients in {len(waves)} waves, steps per wave {steps}, "
-            f"{3 * work / 1e12:.3g} TFLOP forward and backward"
+            f"{work / 1e12:.3g} TFLOP forward and backward"
         )
     return lines

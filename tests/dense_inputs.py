@@ -49,6 +49,7 @@ TREE: dict[str, Any] = {
     "adapters": {"attention": [], "moe": {"experts": EXPERTS, "width": WIDTH, "top_k": TOP_K}},
     "method": {"name": "fft-moe"},
     "local": {"max_steps": 3, "batch_size": 4, "lr": 5e-3, "clip": 0.5},
+    "execution": {"micro_batch_size": None},
 }
 DIGITS: dict[str, Any] = {
     "source": "digits",

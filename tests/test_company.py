@@ -40,6 +40,7 @@ def test_company_leaves_no_trace(tmp_path: Path, family: str, dtype: str) -> Non
     change: dict[str, Any] = {
         "federation": {"rounds": 1},
         "local": {"balance_loss": 0.01},
+        "execution": {"micro_batch_size": None},
         "adapters": {"router": "train"},
         "foundation": {"dtype": dtype},
     }

@@ -23,7 +23,7 @@ MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
 
 NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
-    "fft-moe": [MOE],
+    "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
 }
 """What a method cannot do without: everything else is the small federation."""
 
@@ -69,6 +69,16 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"hfedmoe"},
         {"execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: HFedMoE selects the experts of a whole batch; use null",
+    ),
+    "losses of a whole step": (
+        {"fft-moe"},
+        {"execution": {"micro_batch_size": 3}},
+        "execution.micro_batch_size: 3: method {} weighs the routing of a whole step of 4 sequences; use null",
+    ),
+    "balance loss": (
+        set(method_names()) - {"hfedmoe", "fft-moe"},
+        {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
+        "execution.micro_batch_size: 3: local.balance_loss weighs the routing of a whole step of 4 sequences; use null",
     ),
     "server optimizer": (
         NO_MEAN,

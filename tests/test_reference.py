@@ -52,9 +52,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "method": {"rescaler": "none"},
             "adapters": {"router": "train"},
             "local": {"balance_loss": 0.05, "z_loss": 0.01},
-            "execution": {"micro_batch_size": 2},
+            "execution": {"micro_batch_size": None},
         },
-        {"balance": 0.05, "z": 0.01, "micro": 2},
+        {"balance": 0.05, "z": 0.01, "micro": None},
     ),
     "sgd": (
         {

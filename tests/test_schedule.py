@@ -73,7 +73,7 @@ def test_waves_hold_clients_of_similar_cost() -> None:
 
 def test_cost_grows_with_cap_and_tokens() -> None:
     base = COST.client(make_client(0, 20, 2), LOCAL)
-    assert base == 20 * 50 * (1000 + 2 * 300), "5 steps of 4 sequences of 50 tokens"
+    assert base == 2 * 20 * 50 * (1000 + 2 * 300), "5 steps of 4 sequences of 50 tokens, forward and backward"
     assert COST.client(make_client(0, 20, 4), LOCAL) > base < COST.client(make_client(0, 40, 2), LOCAL)
     assert COST.client(make_client(0, 4000, 2), LOCAL) == COST.client(make_client(0, 8000, 2), LOCAL), "max_steps bounds it"
 

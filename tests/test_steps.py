@@ -59,7 +59,7 @@ def test_epochs_are_passes_for_every_size(sequences: int, size: int, epochs: flo
     seen, asked = np.bincount(np.concatenate(batches), minlength=sequences), passes(epochs, sequences)
     assert asked <= seen.sum() < asked + batch_size(client, config)
     assert seen.min() >= int(epochs) and seen.max() <= math.ceil(seen.sum() / sequences)
-    assert CostModel(1.0, 0.0).client(client, config) == pytest.approx(10 * int(seen.sum()))
+    assert CostModel(1.0, 0.0).client(client, config) == pytest.approx(2 * 10 * int(seen.sum())), "forward and backward"
 
 
 @settings(max_examples=100, deadline=None)

@@ -19,7 +19,11 @@ PARTIAL: dict[str, Any] = {"federation": {"participation": 0.8}}
 FAST: dict[str, Any] = {"execution": {"reproducible": "fast"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "router": {"adapters": {"router": "train"}, "local": {"balance_loss": 0.01, "z_loss": 0.001}},
+    "router": {
+        "adapters": {"router": "train"},
+        "local": {"balance_loss": 0.01, "z_loss": 0.001},
+        "execution": {"micro_batch_size": None},
+    },
     "rank 2": {"adapters": {"rank": 2}},
     "no attention": {"adapters": {"attention": []}, "execution": {"micro_batch_size": None}},
     "bfloat16 moments": {"local": {"moments": "bfloat16"}},

@@ -3,7 +3,8 @@
 Legend: T token rows, E experts, K top-k.
 
 Hugging Face computes these only on request and, in this family, applies softmax twice; ours are the textbook forms and are
-tested against hand-computed values. Both are means over the valid rows of one client.
+tested against hand-computed values. The z-loss is a mean over the valid rows of one client, which micro-batches add up to; the
+balance loss is a product of two such means, so its rows are those of a whole local step.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ class Method:
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
         observes: names of the sums that `watch` returns.
         selective: whether some batches train only some of the experts.
+        whole_steps: whether its `watch` needs all rows of a local step at once: a loss that is no mean over rows, a decision.
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
         averages: whether anything is averaged at all.
@@ -119,6 +120,7 @@ class Method:
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     selective: bool = False
+    whole_steps: bool = False
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
@@ -206,12 +208,26 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"adapters.router: {adapters.router}: method {name} aggregates trained routers; use adapters.router=train"
         )
     _check_ranks(method, name, config)
+    _check_micro_batches(method, name, config)
     if method.collects or method.pooled or not method.averages:
         refuse_server_step(name, server)
     if config.local.drift == "scaffold" and (method.collects or method.pooled):
         raise UserError(
             f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "
             "variates of the last round do not apply; use none or fedprox"
+        )
+
+
+def _check_micro_batches(method: Method, name: str, config: Config) -> None:
+    """Micro-batches promise the same mathematics; what is no mean over the rows of a step cannot be added up from them."""
+    micro, step = config.execution.micro_batch_size, config.local.batch_size
+    if micro is None or micro >= step:
+        return
+    owners = [f"method {name}"] * method.whole_steps + ["local.balance_loss"] * (config.local.balance_loss > 0)
+    if owners:
+        raise UserError(
+            f"execution.micro_batch_size: {micro}: {owners[0]} weighs the routing of a whole step of {step} sequences; "
+            "use null, and execution.activation_checkpointing=true or a smaller local.batch_size where memory is short"
         )
 
 

@@ -18,7 +18,8 @@ data heterogeneity. Its formula is not public. What stands here is ours, selecta
 All participants count in every expert, as the paper says; one that routed no row to an expert sends back what it received.
 
 Further completions: gating is a softmax over the selected experts, the adapters' sum is added to the block's output
-(`fedmoe_ds.experts.beside`), the largest budget activates `adapters.moe.top_k` experts. The loss is the mean over layers.
+(`fedmoe_ds.experts.beside`), the largest budget activates `adapters.moe.top_k` experts. The loss is the mean over layers; f, P
+and CV(f) are those of a whole local step, so these losses and micro-batches exclude each other.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class FFTMoE(Method):
         weighs="data size",
         completion="gating, placement, auxiliary loss",
     )
+
+    def __init__(self, params: FFTMoEParams) -> None:
+        super().__init__(params)
+        self.whole_steps = params.auxiliary != "none" and params.coefficient > 0
 
     def check_config(self, config: Config) -> None:
         if config.adapters.moe is None:

@@ -21,8 +21,9 @@ _INTRODUCTION = """\
 says what the paper states and what is our completion. The last column is the short form of that.
 
 A *budget tier* names the FLOPs of `top_k` active experts per token. What a client buys with it is the method's business (column
-"adapts"); `federation.budget` overrides it: `top_k`, `rank`, or `both`. The `flops` that every client really spent are in
-`metrics.jsonl`. Methods that spend the budget on the rank run, and are evaluated, with all K active experts.
+"adapts"); `federation.budget` overrides it: `top_k`, `rank`, or `both`. The `flops` of every client's training are in
+`metrics.jsonl`, of the LoRA rows that it holds (kernels compute all R). Methods that spend the budget on the rank run, and are
+evaluated, with all K active experts.
 """
 _COMBINATIONS = """\
 ## What goes with every method
@@ -37,8 +38,8 @@ _COMBINATIONS = """\
 
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `lora-fair`, `local-only`, `centralised`), control variates where the adapters' coordinates change every
-round, unequal ranks where A and B are averaged element by element, `hfedmoe` with micro-batches or a frozen router, `flame` on
-a dense model, `fft-moe` on a sparse one.
+round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen router, `flame` on a dense
+model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or `local.balance_loss`.
 
 What it costs: `flexlora`, `flora` and `lora-fair` keep the factors of all participants of a round on every rank that holds the
 adapter; `fedsa-lora`, `local-only` and `scaffold` keep a copy of their personal blocks for every client of the federation.

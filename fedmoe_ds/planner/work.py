@@ -40,7 +40,9 @@ FORWARD_SHARE = 0.45
 FORWARD_SCORE = 0.35
 """A forward pass's share of the time of an attention score."""
 PRODUCTS = 4
-"""Grouped products of the frozen weights in a training pass: two forward, two backward."""
+"""Grouped products with the experts' weights in a training pass: two forward, two backward."""
+WEIGHT_PRODUCTS = 2
+"""Those of the gradients of whole experts."""
 
 # Bytes that one trainable number costs in each stage of a round, where no calibration says its seconds.
 STAGE_BYTES: dict[Stage, float] = {"update": 80.0, "norm": 8.0, "move": 8.0, "fold": 100.0, "serve": 100.0}
@@ -54,7 +56,7 @@ class Work:
 
     Attributes:
         calls: framework calls.
-        flops: of matrix products with frozen weights.
+        flops: of matrix products with the model's weights, frozen or trained as a whole.
         bytes: moved by elementwise work.
         groups: (expert, client) groups over all grouped products.
         scores: attention scores (head, query, key), where hardware tells their own time.
@@ -133,6 +135,9 @@ class PassWork:
         lora = job.cost.dense_row * adapters.rank
         flops = padded * 2.0 * job.body * self._times(2)
         flops += rows.targets * 2.0 * job.head * self._times(2)
+        # Routers: their gradients where they are trained; those of adapter experts are no part of the body.
+        own = self._times(2) if adapters.moe is not None else 0.0
+        flops += padded * job.cost.dense_weights * (own + self.training)
         share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
         n = TRAIN_NUMBERS
         per_row = size.hidden * (n["row"] + n["projection"] * job.projections) + n["expert"] * job.places.num_experts
@@ -152,14 +157,15 @@ class PassWork:
         layers = len(places.layers)
         weights = places.matrices * places.width * places.ffn
         lora = job.cost.expert_row * job.config.adapters.rank / layers
-        flops = routed * 2.0 * weights * self._times(2)
+        whole = job.cost.expert_weights / layers if self.training else 0.0
+        flops = routed * (2.0 * weights * self._times(2) + whole)
         share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
         numbers = routed * (TRAIN_NUMBERS["routed_d"] * places.width + TRAIN_NUMBERS["routed_f"] * places.ffn) * share
         calls = (blocks - 1) * (TRAIN_CALLS if self.training else FORWARD_CALLS)[3]
         possible = local_experts * blocks
         touched = possible * -np.expm1(-routed / possible)
         read = touched * weights * self._times(2) * job.size.bytes_per_parameter
-        groups = touched * (PRODUCTS if self.training else PRODUCTS / 2)
+        groups = touched * (PRODUCTS + WEIGHT_PRODUCTS * (whole > 0) if self.training else PRODUCTS / 2)
         return Work(calls, flops, numbers * self.number_bytes + read, groups, 0.0, routed * lora * self._times(3)) * layers
 
 
