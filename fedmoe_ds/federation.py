@@ -111,6 +111,7 @@ class Federation:
             self.state.progressed, self.state.sums = progressed, sums
             self._save()
             return True
+        self._tell_averaged(round_index, sums, progressed)
         parts.server.step(sums, self.state.adapters, self.state.server, round_index)
         self.state.utilisation_LE = sum(progressed.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
         self.state.round = round_index
@@ -212,6 +213,15 @@ class Federation:
                 total[i] += torch.from_numpy(progressed.activation[tier])
         parts.runtime.control.sum(total)
         progressed.activation = {tier: total[i].numpy() for i, tier in enumerate(tiers)}
+
+    def _tell_averaged(self, round_index: int, sums: RoundSums, progressed: Progressed) -> None:
+        """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""
+        if all(report["status"] != "ok" for report in progressed.done.values()):
+            return  # nobody came back: the round's line names them
+        found = self.parts.runtime.gather(sums.weighted())
+        kept = [name for name in found[0] if not any(part[name] for part in found)]
+        if kept:
+            self.journal.not_averaged(round_index, kept)
 
     def _evaluate(self, round_index: int) -> None:
         activity.enter("evaluate", round_index)

@@ -192,6 +192,13 @@ class Journal:
     def _monitored(self, events: list[tuple[str, float, int]]) -> None:
         self._write(lambda: self.monitor.write_events(events))
 
+    def not_averaged(self, round_index: int, blocks: list[str]) -> None:
+        """Blocks that clients trained and of which the round averages nothing."""
+        self.event("not_averaged", round=round_index, blocks=blocks)
+        self.note(
+            f"round {round_index}: nothing of what clients trained was averaged in {', '.join(blocks)}; they keep their values"
+        )
+
     def report(self) -> None:
         """Build report.html."""
         self._write(lambda: str(write_report(self.folder)))

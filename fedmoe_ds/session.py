@@ -17,7 +17,7 @@ from fedmoe_ds.activity import activity
 from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.checkpoint_writer import remove_unfinished
 from fedmoe_ds.clients.client import tiers_of
-from fedmoe_ds.config import Config
+from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.experts.lowrank import products_for
@@ -204,8 +204,13 @@ def start_line(parts: Parts) -> str:
     mode = "bitwise" if is_bitwise(parts.config, parts.runtime) else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
-        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}"
+        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_without_effect(config)}"
     )
+
+
+def _without_effect(config: Config) -> str:
+    idle = idle_keys(config)
+    return f"; without effect: {', '.join(idle)}" if idle else ""
 
 
 def rank_table(parts: Parts) -> list[dict[str, int | str]]:
@@ -220,6 +225,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
     return {
         "name": config.name,
         "method": config.method.name,
+        "without_effect": idle_keys(config),
         "world_size": parts.runtime.world_size,
         "launcher": parts.runtime.launch.launcher,
         "clusters": parts.topology.layout.clusters,

@@ -138,7 +138,11 @@ REST = [case for i, case in enumerate(ACCEPTED) if case not in SOME and case.sam
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("matrix")
+    return write_models(tmp_path_factory.mktemp("matrix"))
+
+
+def write_models(folder: Path) -> Path:
+    """A dense model, and sparse ones with few and with many experts."""
     write_dense(folder, ("llama",), SAMPLES)
     (folder / "many").mkdir()
     write_inputs(folder / "many", SAMPLES, **MODEL | {"num_experts": 32})

@@ -439,3 +439,33 @@ def test_centralised_trains_on_the_tokens_of_the_rounds_participants(root: Path,
     assert tokens[0] == tokens[1] and len(tokens[1]) == 2
     steps = [event["steps"] for event in pooled.events if event["event"] == "client"]
     assert steps == [len(rows) for rows in ([0] * pooled.parts.participants(r)[0].steps for r in (1, 2))]
+
+
+@pytest.mark.parametrize("share", [0.32, 1.0, 64.0])
+def test_a_round_that_averages_nothing_says_so(root: Path, share: float, capsys: pytest.CaptureFixture[str]) -> None:
+    change = {**TRAINED_ROUTER, "federation": {"rounds": 1}}
+    result = run_alone(config_of(root, f"share-{share}", {"name": "hfedmoe", "tau_share": share}, change))
+    told = [event for event in result.events if event["event"] == "not_averaged"]
+    expected = [spec.name for spec in result.parts.blocks if spec.expert or spec.name == "router.weight"]
+    assert [event["blocks"] for event in told] == ([expected] if share > 16 else [])
+    assert ("round 1: nothing of what clients trained was averaged in experts." in capsys.readouterr().err) == (share > 16)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([8, 16, 64, 128, 256]))
+def test_hfedmoes_threshold_means_the_same_with_any_number_of_experts(seed: int, experts: int) -> None:
+    """Scores of the same spread: about as large a share of the experts is averaged, whatever their number."""
+    method = hfedmoe()
+    method.facts = Facts(top_k=4, num_experts=experts, rank=4, seed=0)
+    scores_TE = np.exp(np.random.default_rng(seed).normal(size=(64, experts)))
+    usage_LE = (scores_TE / scores_TE.sum(1, keepdims=True)).sum(0)[None]
+    counts_LE = np.ones((1, experts), dtype=np.int64)
+    client = Client(0, "one", 4, 1, 1, 64)
+    report = Report(
+        client, 0, 0, 1, 64, counts_LE, finite=True, trained_LE=counts_LE, observed={"usage": usage_LE, "importance": usage_LE}
+    )
+    spec = BlockSpec("experts.down.lora_A", (0,), (4, 8), expert=True)
+    assert (method.weights(spec, report, 1.0) > 0).all(), "0.32 of the mean: all of these experts are used enough"
+    absolute = hfedmoe(tau=0.02)
+    absolute.facts = method.facts
+    assert (absolute.weights(spec, report, 1.0) > 0).any() == (experts <= 64), "the paper's absolute value"

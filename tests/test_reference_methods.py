@@ -127,7 +127,9 @@ CASES = {
     "ffa-lora": Case(FFALoRA, method("ffa-lora")),
     "fedsa-lora": Case(FedSALoRA, {**method("fedsa-lora"), "federation": {"participation": 0.75}, "adapters": ROUTER}),
     "local-only": Case(LocalOnly, {**method("local-only"), "federation": {"participation": 0.75}}),
-    "centralised": Case(FedIT, method("centralised"), seed=7),
+    "centralised": Case(
+        FedIT, {**method("centralised"), "federation": {"participation": 0.5}, "local": {"max_steps": 1}}, seed=4
+    ),
     "fedprox": Case(FedProx, {**method("fedit"), "local": {"drift": "fedprox", "proximal": 0.5}}, {}, {"mu": 0.5}),
     "scaffold": Case(
         Scaffold, {**method("fedit"), "local": {**SGD, "drift": "scaffold"}, "federation": {"participation": 0.75}}, SGD
@@ -145,7 +147,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_same_rounds(root: Path, name: str) -> None:
     case = CASES[name]
-    base = {
+    base: dict[str, Any] = {
         "seed": case.seed,
         "local": {"eps": EPS, "max_steps": 2},
         "evaluation": {"client_sequences": 0, "max_sequences": 1, "every": case.rounds},

@@ -51,6 +51,13 @@ class RoundSums:
         assert self.controls is not None
         self.controls.add(spec.name, change, weight)
 
+    def weighted(self) -> dict[str, int]:
+        """By block: in how many of this rank's tensors the weights of the round do not sum to zero. After `reduce`."""
+        found = {spec.name: int((self.statistics.weight(spec.name) > 0).sum()) for spec in self.statistics.specs}
+        if self.collection is not None:
+            found |= {name: int((weight_PLE > 0).any(0).sum()) for name, weight_PLE in self.collection.weights.items()}
+        return found
+
     def reduce(self, topology: Topology) -> None:
         """Combine all clusters."""
         for part in (self.statistics, self.collection, self.controls):

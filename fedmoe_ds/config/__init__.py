@@ -1,6 +1,7 @@
 """The configuration of a run: the tree of its keys, loading it from YAML, and the reference of all keys."""
 
 from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
+from fedmoe_ds.config.idle import idle_keys
 from fedmoe_ds.config.loading import dump_config, load_config
 from fedmoe_ds.config.reference import config_schema_markdown
 from fedmoe_ds.config.tree import (
@@ -44,5 +45,6 @@ __all__ = [
     "checked_deepspeed_section",
     "config_schema_markdown",
     "dump_config",
+    "idle_keys",
     "load_config",
 ]

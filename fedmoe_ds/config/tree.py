@@ -52,9 +52,28 @@ class AdapterConfig(Section):
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
     experts: bool = Field(True, description="train every expert's gate_up and down projection")
     expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
-    attention: list[str] = Field(["q_proj", "v_proj"], description="attention projections with LoRA; [] for none")
+    attention: list[str] = Field(
+        ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"
+    )
     router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
     moe: MoEAdapterConfig | None = Field(None, description="adapter experts; needs a dense foundation, which needs them")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_experts_take_the_place_of_lora(cls, given: Any) -> Any:
+        """FFT-MoE trains experts and router "in place of LoRA": attention gets some only where it is asked for."""
+        if isinstance(given, dict) and given.get("moe") is not None:
+            return {"attention": [], **given}
+        return given
+
+    @model_validator(mode="after")
+    def _says_what_experts_train(self) -> AdapterConfig:
+        if self.moe is not None and not self.experts:
+            raise ValueError("adapters.experts: false: adapters.moe adds experts, and they are trained; use true, or drop moe")
+        if self.expert_training == "full" and (self.moe is not None or not self.experts):
+            why = "adapter experts are always trained whole" if self.moe is not None else "adapters.experts is false"
+            raise ValueError(f"adapters.expert_training: full: {why}; drop the key")
+        return self
 
 
 class TopologyConfig(Section):

@@ -40,6 +40,10 @@ class MethodParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    def idle(self, config: Config) -> dict[str, str]:
+        """Keys that do nothing beside the others, and why ("with ..."); set away from their defaults, they are refused."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Card:
@@ -231,6 +235,14 @@ def _check_micro_batches(method: Method, name: str, config: Config) -> None:
         )
 
 
+def check_idle(params: MethodParams, config: Config) -> None:
+    """Raise UserError where a parameter is set and does nothing."""
+    for key, why in params.idle(config).items():
+        value, default = getattr(params, key), type(params).model_fields[key].default
+        if value != default:
+            raise UserError(f"method.{key}: {value}: has no effect {why}; drop the key")
+
+
 def refuse_server_step(name: str, server: ServerConfig) -> None:
     """Raise UserError unless the server takes what the method gives it."""
     if server.optimizer != "fedavg":
@@ -243,6 +255,18 @@ def refuse_server_step(name: str, server: ServerConfig) -> None:
 
 
 def _check_ranks(method: Method, name: str, config: Config) -> None:
+    bought = method.spends if config.federation.budget == "method" else config.federation.budget
+    for i, tier in enumerate(config.federation.tiers or []):
+        if tier.experts is not None and bought != "experts":
+            raise UserError(
+                f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts per batch; drop the "
+                "key, or use hfedmoe with federation.budget=method"
+            )
+        if tier.rank is not None and method.unequal_ranks and bought not in ("rank", "both"):
+            raise UserError(
+                f"federation.tiers.{i}.rank: {tier.rank}: here a budget buys {bought}, not LoRA rows; drop the key, or use "
+                "federation.budget=rank"
+            )
     if method.unequal_ranks:
         return
     if config.federation.budget in ("rank", "both"):

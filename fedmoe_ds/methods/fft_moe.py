@@ -49,6 +49,13 @@ class FFTMoEParams(MethodParams):
     gamma: float = Field(0.5, ge=0, description="adaptive: exponent of k_max / k_n")
     epsilon: float = Field(0.05, gt=0, description="global: floor of the target, as a share of 1 / M")
 
+    def idle(self, config: Config) -> dict[str, str]:
+        why = f"with method.auxiliary={self.auxiliary}"
+        found = {key: why for key, kind in (("gamma", "adaptive"), ("epsilon", "global")) if self.auxiliary != kind}
+        if self.auxiliary == "none":
+            return found | {"coefficient": why}
+        return found if self.coefficient else dict.fromkeys(("gamma", "epsilon"), "with method.coefficient=0")
+
 
 class FFTMoE(Method):
     """Adapter experts on a dense model."""

@@ -27,6 +27,7 @@ from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.report import Report
+from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.layer import RESCALER
 from fedmoe_ds.methods.base import Card, Facts, Method, MethodParams, Situation
@@ -40,6 +41,14 @@ class FlameParams(MethodParams):
     rescaler: Literal["none", "static", "learnable"] = "learnable"
     rescaler_init: Literal["one", "ratio"] = "one"
     rescaler_scope: Literal["client", "layer"] = "client"
+
+    def idle(self, config: Config) -> dict[str, str]:
+        found = {}
+        if not config.adapters.experts:
+            found["temperature"] = "with adapters.experts=false: no expert's adapter is averaged"
+        if self.rescaler != "learnable":
+            found |= dict.fromkeys(("rescaler_init", "rescaler_scope"), f"with method.rescaler={self.rescaler}: none is learnt")
+        return found
 
 
 class Flame(Method):

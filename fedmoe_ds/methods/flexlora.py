@@ -50,7 +50,7 @@ class FlexLoRA(Method):
     def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
         if spec.pair is None:
             return super().weights(spec, report, data_share)
-        return super().weights(spec, report, data_share) * present(spec, report)
+        return np.where(present(spec, report), data_share, 0.0)
 
     def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
         u_OK, s_K, vh_KI = stacked_svd(*pair.stacked())

@@ -31,6 +31,7 @@ from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local import Local
 from fedmoe_ds.clients.report import Report
+from fedmoe_ds.config import Config
 from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation, present, product_norms
 
 RANK = BlockSpec("hetlora.rank", (-1,), (1,), personal=True, trained=False)
@@ -44,6 +45,12 @@ class HetLoRAParams(MethodParams):
     pruning: bool = Field(True, description="whether clients lower their rank")
     min_rank: int = Field(1, ge=1, description="r_min")
     aggregation: Literal["sparsity", "data"] = Field("sparsity", description="weights ||BA||_F, or data size")
+
+    def idle(self, config: Config) -> dict[str, str]:
+        if self.pruning:
+            return {}
+        none = "with method.pruning=false: ranks stay"
+        return {"min_rank": none} if self.penalty else {"min_rank": none, "gamma": f"{none}, and there is no penalty"}
 
 
 class HetLoRA(Method):
@@ -110,8 +117,8 @@ class HetLoRA(Method):
         if spec.pair is None:
             return super().weights(spec, report, data_share)
         if self.params.aggregation == "data":
-            return super().weights(spec, report, data_share) * present(spec, report)
-        return report.measured[f"{spec.pair}.norm"] * present(spec, report)
+            return np.where(present(spec, report), data_share, 0.0)
+        return np.where(present(spec, report), report.measured[f"{spec.pair}.norm"], 0.0)
 
     def _rows(self, local: Local) -> slice:
         rank = local.assignment.rank(self.facts.rank)

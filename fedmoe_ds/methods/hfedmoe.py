@@ -56,6 +56,10 @@ class HFedMoEParams(MethodParams):
     participation: Literal["usage", "trained"] = Field("trained", description="average used experts, or used and trained ones")
     gate: Literal["importance", "data"] = Field("importance", description="router weights alpha(c), or data size")
 
+    def idle(self, config: Config) -> dict[str, str]:
+        beta = {"beta": "with method.rank_by=importance: s has no such term"} if self.rank_by == "importance" else {}
+        return beta if self.tau is None else beta | {"tau_share": f"with method.tau={self.tau}"}
+
 
 class HFedMoE(Method):
     """A budget on the experts that a batch trains."""
@@ -85,7 +89,7 @@ class HFedMoE(Method):
     @property
     def tau(self) -> float:
         """The least mean score at which a client's expert is averaged."""
-        return self.params.tau_share / self.facts.num_experts if self.params.tau is None else self.params.tau
+        return float(self.params.tau_share / self.facts.num_experts if self.params.tau is None else self.params.tau)
 
     def assign(self, client: Client, situation: Situation) -> Assignment:
         return Assignment(client.cap, leading(client.rank, self.facts.rank), trainable=client.experts)

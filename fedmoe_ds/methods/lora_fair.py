@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmoe_ds.aggregation.collection import Pair
+from fedmoe_ds.config import Config
 from fedmoe_ds.methods.base import Card, Combined, Method, MethodParams
 
 
@@ -30,6 +31,9 @@ class LoRAFairParams(MethodParams):
     regularisation: float = Field(0.01, ge=0, description="lambda")
     server_steps: int = Field(50, ge=0, description="gradient steps on dB")
     server_lr: float = Field(0.05, gt=0, description="their rate, as a share of ||B||_F")
+
+    def idle(self, config: Config) -> dict[str, str]:
+        return {} if self.server_steps else dict.fromkeys(("regularisation", "server_lr"), "with method.server_steps=0")
 
 
 class LoRAFair(Method):

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from fedmoe_ds.config import Config, MethodConfig
 from fedmoe_ds.errors import UserError, nearest
-from fedmoe_ds.methods.base import Method, check_needs
+from fedmoe_ds.methods.base import Method, check_idle, check_needs
 
 GROUP = "fedmoe_ds.methods"
 
@@ -45,6 +45,7 @@ def method_for(config: Config) -> Method:
     method = load_method(config.method)
     check_needs(method, config.method.name, config)
     method.check_config(config)
+    check_idle(method.params, config)
     return method
 
 

@@ -1,0 +1,47 @@
+"""Idle keys: what a configuration sets, away from its default, and what does nothing beside its other keys.
+
+The start line names them. Keys whose neglect would change what is trained (`adapters.experts`, tiers' `rank` and `experts`, a
+method's own parameters) are refused elsewhere; these here are legal, so that one base file can serve runs that differ in a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fedmoe_ds.config.tree import Config
+
+
+def idle_keys(config: Config) -> list[str]:
+    """One text `key=value (reason)` for every key of adapters, federation, local and server that is set and does nothing."""
+    return [
+        f"{section}.{key}={getattr(getattr(config, section), key)} ({reason})"
+        for section, keys, reason in _idle(config)
+        for key in keys
+        if getattr(getattr(config, section), key) != _default(config, section, key)
+    ]
+
+
+def _default(config: Config, section: str, key: str) -> Any:
+    return type(getattr(config, section)).model_fields[key].get_default(call_default_factory=True)
+
+
+def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """(section, keys, why they do nothing)."""
+    adapters, federation, local, server = config.adapters, config.federation, config.local, config.server
+    on_experts = adapters.experts and adapters.moe is None and adapters.expert_training == "lora"
+    if not on_experts and not adapters.attention:
+        yield "adapters", ("rank", "alpha"), "there is no LoRA"
+    if federation.participation == 1.0:
+        yield "federation", ("sampling",), "federation.participation is 1: all are drawn"
+    if local.steps is not None:
+        yield "local", ("epochs", "max_steps"), "local.steps is given"
+    if local.optimizer == "adamw":
+        yield "local", ("momentum",), "local.optimizer is adamw"
+    else:
+        yield "local", ("betas", "eps"), f"local.optimizer is {local.optimizer}"
+    if local.drift != "fedprox":
+        yield "local", ("proximal",), f"local.drift is {local.drift}"
+    if server.optimizer in ("fedavg", "fedavgm"):
+        first = ("beta1",) if server.optimizer == "fedavg" else ()
+        yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"

@@ -1,0 +1,192 @@
+"""Every parameter of every method has an effect wherever it is accepted, and keys that do nothing are refused or named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federations import make_config
+from pydantic import ValidationError
+from test_methods_matrix import ADAPTERS, METHODS, Case, config_of, trained, write_models
+
+from fedmoe_ds.config import Config, idle_keys
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods import load_method, method_for
+from fedmoe_ds.methods.base import MethodParams
+
+# (method, what both runs are told, what one of them is told in addition)
+CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("flame", {}, {"temperature": 0.5}),
+    ("flame", {}, {"rescaler": "none"}),
+    ("flame", {}, {"rescaler": "static"}),
+    ("flame", {}, {"rescaler_init": "ratio"}),
+    ("flame", {}, {"rescaler_scope": "layer"}),
+    ("flame", {"rescaler": "none"}, {"rescaler_init": "ratio"}),
+    ("flame", {"rescaler": "static"}, {"rescaler_scope": "layer"}),
+    ("hfedmoe", {}, {"cumulative": 0.9}),
+    ("hfedmoe", {}, {"beta": 5.0}),
+    ("hfedmoe", {"rank_by": "importance"}, {"beta": 5.0}),
+    ("hfedmoe", {}, {"tau": 0.15}),
+    ("hfedmoe", {}, {"tau_share": 1.1}),
+    ("hfedmoe", {"tau": 0.1}, {"tau_share": 1.1}),
+    ("hfedmoe", {"beta": 5.0}, {"rank_by": "importance", "beta": 0.1}),
+    ("hfedmoe", {}, {"participation": "usage"}),
+    ("hfedmoe", {}, {"gate": "data"}),
+    ("hetlora", {"penalty": 0.5}, {"gamma": 0.5}),
+    ("hetlora", {"gamma": 0.5}, {"penalty": 0.5}),
+    ("hetlora", {"gamma": 0.5, "penalty": 2.0}, {"pruning": False}),
+    ("hetlora", {"gamma": 0.5, "penalty": 2.0}, {"min_rank": 4}),
+    ("hetlora", {"pruning": False}, {"min_rank": 2}),
+    ("hetlora", {"pruning": False, "penalty": 0.0}, {"gamma": 0.5}),
+    ("hetlora", {}, {"aggregation": "data"}),
+    ("lora-fair", {}, {"server_steps": 3}),
+    ("lora-fair", {"server_steps": 3}, {"server_lr": 0.3}),
+    ("lora-fair", {"server_steps": 3}, {"regularisation": 0.5}),
+    ("lora-fair", {"server_steps": 0}, {"server_lr": 0.3}),
+    ("fft-moe", {}, {"auxiliary": "none"}),
+    ("fft-moe", {}, {"auxiliary": "switch"}),
+    ("fft-moe", {}, {"auxiliary": "global"}),
+    ("fft-moe", {}, {"coefficient": 0.5}),
+    ("fft-moe", {"coefficient": 0.5}, {"gamma": 3.0}),
+    ("fft-moe", {"coefficient": 0.5, "auxiliary": "global"}, {"epsilon": 1.0}),
+    ("fft-moe", {"auxiliary": "switch"}, {"gamma": 3.0}),
+    ("fft-moe", {"auxiliary": "none"}, {"coefficient": 0.5}),
+    ("fft-moe", {"coefficient": 0.0}, {"epsilon": 1.0}),
+]
+PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
+EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
+WIDE: dict[str, Any] = {"adapters": {"rank": 8}, "federation": {"participation": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("parameters"))
+
+
+def test_every_parameter_is_asked() -> None:
+    for name in METHODS:
+        keys = type(load_method(make_config(Path("x"), "x", {"method": {"name": name}}).method).params).model_fields
+        assert set(keys) == {key for method, _, change in CHANGES if method == name for key in change}
+
+
+@pytest.mark.parametrize(("i", "adapters"), PLACES)
+def test_a_parameter_has_an_effect_or_is_refused(root: Path, i: int, adapters: str) -> None:
+    has_effect_or_is_refused(root, i, adapters)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_every_parameter_has_an_effect_with_these_adapters(root: Path, adapters: str) -> None:
+    asked = [
+        has_effect_or_is_refused(root, i, place) for i, place in EVERYWHERE if place == adapters and (i, place) not in PLACES
+    ]
+    assert asked.count(True) >= 5
+
+
+def has_effect_or_is_refused(root: Path, i: int, adapters: str) -> bool:
+    """True where it had an effect on what two rounds leave behind."""
+    name, given, change = CHANGES[i]
+    case = Case(name, "none", "fedavg", "uniform", adapters)
+    if case.refused():
+        adapters = "beside" if name == "fft-moe" else "router"
+        case = case._replace(adapters=adapters)
+    results = []
+    for tag, params in (("without", given), ("with", given | change)):
+        config = config_of(root, case, f"{tag}-{i}", WIDE)
+        config = config.model_copy(update={"method": type(config.method)(name=name, **params)})
+        try:
+            results.append(trained(config))
+        except UserError as refusal:
+            assert tag == "with" and str(refusal).startswith(tuple(f"method.{key}: " for key in change)), refusal
+            assert "\n" not in str(refusal) and "; " in str(refusal)
+            return False
+    first, second = results
+    assert first.keys() != second.keys() or any(not torch.equal(value, second[key]) for key, value in first.items())
+    return True
+
+
+def test_what_does_nothing_is_refused_by_name(root: Path) -> None:
+    """Where nothing depends on the adapters: the words."""
+    config = make_config(root, "idle", {"method": {"name": "flame", "rescaler": "none", "rescaler_scope": "layer"}})
+    expected = "^method.rescaler_scope: layer: has no effect with method.rescaler=none: none is learnt; drop the key$"
+    with pytest.raises(UserError, match=expected):
+        method_for(config)
+    assert MethodParams().idle(config) == {}
+
+
+TIERS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    (
+        "flame",
+        {"experts": 4},
+        {},
+        "federation.tiers.1.experts: 4: here a budget buys top_k, not experts per batch; drop the key",
+    ),
+    (
+        "flora",
+        {"experts": 4},
+        {},
+        "federation.tiers.1.experts: 4: here a budget buys rank, not experts per batch; drop the key",
+    ),
+    (
+        "flora",
+        {"rank": 2},
+        {"budget": "top_k"},
+        "federation.tiers.1.rank: 2: here a budget buys top_k, not LoRA rows; drop the key",
+    ),
+    ("flame", {"rank": 2}, {}, "federation.tiers.1.rank: 2: method flame needs equal ranks on all clients; drop the key"),
+]
+
+
+@pytest.mark.parametrize(("name", "tier", "federation", "message"), TIERS)
+def test_tiers_name_no_budget_that_nobody_spends(
+    tmp_path: Path, name: str, tier: dict[str, Any], federation: dict[str, Any], message: str
+) -> None:
+    tiers = [{"top_k": 8, "share": 1.0}, {"top_k": 4, "share": 1.0, **tier}]
+    with pytest.raises(UserError) as refused:
+        method_for(make_config(tmp_path, "tiers", {"method": {"name": name}, "federation": {"tiers": tiers, **federation}}))
+    assert str(refused.value).startswith(message)
+
+
+def test_adapter_experts_take_the_place_of_lora() -> None:
+    assert Config.model_validate({"adapters": {"moe": {}}}).adapters.attention == []
+    assert Config().adapters.attention == ["q_proj", "v_proj"]
+    asked = Config.model_validate({"adapters": {"moe": {}, "attention": ["q_proj"]}})
+    assert asked.adapters.attention == ["q_proj"]
+    assert Config.model_validate(asked.model_dump()) == asked
+    for adapters in ({"moe": {}, "experts": False}, {"moe": {}, "expert_training": "full"},
+                     {"experts": False, "expert_training": "full"}):  # fmt: skip
+        with pytest.raises(ValidationError, match=r"adapters\.expert(s|_training): (false|full): .*; "):
+            Config.model_validate({"adapters": adapters})
+
+
+IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"adapters": {"attention": [], "moe": {}, "rank": 4}}, {"adapters": {"attention": ["q_proj"]}}),
+    ({"adapters": {"attention": [], "expert_training": "full", "alpha": 4.0}}, {"adapters": {"attention": ["q_proj"]}}),
+    ({"federation": {"sampling": "size"}}, {"federation": {"participation": 0.5}}),
+    ({"local": {"steps": 3, "epochs": 2.0}}, {"local": {"steps": None}}),
+    ({"local": {"steps": 3, "max_steps": 2}}, {"local": {"steps": None}}),
+    ({"local": {"momentum": 0.9}}, {"local": {"optimizer": "sgd"}}),
+    ({"local": {"optimizer": "sgd", "betas": [0.8, 0.9]}}, {"local": {"optimizer": "adamw"}}),
+    ({"local": {"optimizer": "sgd", "eps": 1e-4}}, {"local": {"optimizer": "adamw"}}),
+    ({"local": {"proximal": 0.5}}, {"local": {"drift": "fedprox"}}),
+    ({"server": {"beta1": 0.5}}, {"server": {"optimizer": "fedavgm"}}),
+    ({"server": {"beta2": 0.5}}, {"server": {"optimizer": "fedadam"}}),
+    ({"server": {"tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
+    ({"server": {"optimizer": "fedavgm", "tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
+]
+
+
+@pytest.mark.parametrize(("given", "use"), IDLE)
+def test_keys_without_effect_are_named(given: dict[str, Any], use: dict[str, Any]) -> None:
+    ((section, keys),) = ((s, k) for s, k in given.items())
+    key = list(keys)[-1]
+    assert [text.split("=")[0] for text in idle_keys(Config.model_validate(given))] == [f"{section}.{key}"]
+    used = {section: {**keys, **use[section]}}
+    assert idle_keys(Config.model_validate(used)) == [], "with what it belongs to, it has an effect"
+
+
+def test_nothing_is_named_by_default() -> None:
+    assert idle_keys(Config()) == []
