@@ -7,8 +7,8 @@ Reddi et al., "Adaptive Federated Optimization" (arXiv 2003.00295), algorithm 2,
     fedadam   m <- beta1 m + (1 - beta1) D,  v <- beta2 v + (1 - beta2) D^2                  x <- x + lr m / (sqrt(v) + tau)
     fedyogi   m as fedadam,  v <- v - (1 - beta2) D^2 sign(v - D^2)                          x <- x + lr m / (sqrt(v) + tau)
 
-v starts at tau^2. Adapters that nobody trained in a round (weights sum to zero) have no pseudo-gradient: they and their moments
-stay as they are (our completion).
+v starts at tau^2. Adapters that nobody is averaged for in a round (weights sum to zero) have no pseudo-gradient: they and their
+moments stay as they are (our completion).
 """
 
 from __future__ import annotations

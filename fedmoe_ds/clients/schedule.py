@@ -101,7 +101,8 @@ def participants(
     """The clients of a round in canonical order: an addressed draw without replacement, at least one.
 
     Args:
-        sampling: `uniform`, or in proportion to `size` (samples) or `budget` (top_k). Aggregation weights stay what they are.
+        sampling: `uniform`, or in proportion to `size` (samples) or `budget` (top_k). Aggregation weights stay what they are:
+            with `size` and weights by data size a client's samples count twice, in the draw and in the mean.
     """
     count = participant_count(len(clients), participation)
     chances = None

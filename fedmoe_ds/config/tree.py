@@ -90,7 +90,9 @@ class FederationConfig(Section):
     rounds: int = Field(3, ge=1)
     participation: float = Field(1.0, gt=0, le=1, description="fraction of clients drawn each round, at least one")
     sampling: Literal["uniform", "size", "budget"] = Field(
-        "uniform", description="draw clients with equal chances, in proportion to their samples, or to their top_k"
+        "uniform",
+        description="draw clients with equal chances, in proportion to their samples, or to their top_k; weights in the mean "
+        "stay, so with `size` samples count twice: in the draw and in the mean",
     )
     tiers: list[TierConfig] | None = Field(None, description="default: top_k = K, K/2, ..., 1 with equal shares")
     budget: Literal["method", "top_k", "rank", "both"] = Field(
@@ -110,7 +112,7 @@ class LocalConfig(Section):
     lr: float = Field(1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over the client's own steps")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of all that a client trains, experts that it never used included")
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
     moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="what optimizer state is kept in; bfloat16 is rounded at random, steps compute in float32"
@@ -118,7 +120,9 @@ class LocalConfig(Section):
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     clip: float | None = Field(1.0, gt=0, description="per-client gradient norm bound over all of its adapters")
-    drift: Literal["none", "fedprox", "scaffold"] = Field("none", description="correction of client drift")
+    drift: Literal["none", "fedprox", "scaffold"] = Field(
+        "none", description="correction of client drift; scaffold: variates are mean steps, clipped ones where clip acts"
+    )
     proximal: float = Field(0.01, ge=0, description="FedProx mu")
     balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss of a step")
     z_loss: float = Field(0.0, ge=0, description="coefficient of the router z-loss")

@@ -21,8 +21,9 @@ _INTRODUCTION = """\
 says what the paper states and what is our completion. The last column is the short form of that.
 
 A *budget tier* names the FLOPs of `top_k` active experts per token. What a client buys with it is the method's business (column
-"adapts"); `federation.budget` overrides it: `top_k`, `rank`, or `both`. The `flops` that every client really spent are in
-`metrics.jsonl`. Methods that spend the budget on the rank run, and are evaluated, with all K active experts.
+"adapts"); `federation.budget` overrides it: `top_k`, `rank`, or `both`. The `flops` of every client's training are in
+`metrics.jsonl`, of the LoRA rows that it holds (kernels compute all R). Methods that spend the budget on the rank run, and are
+evaluated, with all K active experts.
 """
 _COMBINATIONS = """\
 ## What goes with every method
