@@ -102,7 +102,8 @@ class Pooled(DenseReference):
 
     def _expert(self, x_D: Tensor, adapters: Any, key: str) -> Tensor:
         h_1H = x_D[None] @ adapters[f"{key}.inner.weight"].T
-        return (torch.nn.functional.gelu(h_1H) @ adapters[f"{key}.outer.weight"].T)[0]
+        outer_DH: Tensor = adapters[f"{key}.outer.weight"]
+        return (torch.nn.functional.gelu(h_1H) @ outer_DH.T)[0]
 
 
 @pytest.mark.parametrize("attention", [[], ["q_proj"]], ids=["alone", "with LoRA attention"])

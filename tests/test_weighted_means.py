@@ -75,7 +75,7 @@ def check(values_CW: np.ndarray, weight_C: np.ndarray, exact: bool = True) -> No
     weights, bits = [Fraction(float(w)) for w in weight_C], 47 if exact else 22
     largest = max(w * Fraction(float(abs(v).max())) for w, v in zip(weights, values_CW, strict=True))
     for i, value in enumerate(found):
-        true = sum(w * Fraction(float(v[i])) for w, v in zip(weights, values_CW, strict=True)) / sum(weights)
+        true = sum((w * Fraction(float(v[i])) for w, v in zip(weights, values_CW, strict=True)), Fraction()) / sum(weights)
         slack = len(weights) * largest / sum(weights) / 2**bits + abs(true) / 2**23 + Fraction(1, 2**149)
         assert abs(Fraction(float(value)) - true) <= slack, (i, float(value), float(true))
 

@@ -5,8 +5,7 @@ SCAFFOLD (Karimireddy et al., arXiv 1910.06378, option II): every step adds c - 
     c_i <- c_i - c + (w_global - w_i) / (sum of the learning rates of the K steps)        c <- c + (1 / N) sum_i (c_i' - c_i)
 over the participants of a round and all N clients. The denominator is K eta for a constant rate; the sum over a schedule is our
 completion. Clipping, where it is on, acts on the corrected gradient g + c - c_i, and weight decay on the weights, so
-(w_global - w_i) / rates is the mean of the steps as they were taken: where one was clipped, c_i is no mean gradient but
-shorter.
+(w_global - w_i) / rates is the mean of the steps as they were taken: after a clipped one, c_i is no mean gradient.
 Personal blocks are left alone: they have no global value.
 """
 
