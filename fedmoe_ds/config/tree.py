@@ -149,7 +149,7 @@ class PartitionConfig(Section):
     alpha: float = Field(0.5, gt=0, description="Dirichlet alpha (dirichlet), or the skew exponent (quantity)")
     column: str | None = Field(
         None,
-        description="group or label column (natural, dirichlet); text is composed (NFC) and its white space made single spaces, "
+        description="group or label column (natural, dirichlet); text is composed (NFC) and its white space single spaces, "
         "whole numbers are written in digits, anything else names no group",
     )
     min_samples: int = Field(1, ge=1, description="dirichlet: redraw until each client has this many")
