@@ -81,14 +81,16 @@ def _cells(row: Row) -> list[str]:
 
 def _is_base(row: Row) -> bool:
     """What the others are compared with: its ratio is one by definition."""
-    return row["system"] == round_weak.ALONE or row.get("against") == row["system"]
+    return bool(row["system"] == round_weak.ALONE or row.get("against") == row["system"])
 
 
 def _reached(row: Row, value: float) -> bool:
     if row["part"] == round_budget.PART:
         return abs(value - 1.0) <= round_budget.TOLERANCE
     limit = float(row["target"])
-    return value >= limit if row["part"] == round_weak.PART else value <= limit
+    if row["part"] == round_weak.PART:
+        return value >= limit
+    return value <= limit
 
 
 def _target(row: Row) -> str:
