@@ -88,7 +88,9 @@ def _reached(row: Row, value: float) -> bool:
     if row["part"] == round_budget.PART:
         return abs(value - 1.0) <= round_budget.TOLERANCE
     limit = float(row["target"])
-    return value >= limit if row["part"] == round_weak.PART else value <= limit
+    if row["part"] == round_weak.PART:
+        return value >= limit
+    return value <= limit
 
 
 def _target(row: Row) -> str:
