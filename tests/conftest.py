@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A shell starts jobs in the background with SIGINT ignored, and every process below inherits that: Ctrl-C could not be tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Real text in four groups of unequal size, on every machine, and small enough that a start costs imports and little else.
 GROUPS = {
