@@ -30,7 +30,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
     "full": [VARIANTS["fedit"], PLAIN, {"adapters": {"expert_training": "full"}}],
 }
 DENSE: dict[str, list[dict[str, Any]]] = {
-    auxiliary: [{"method": {"auxiliary": auxiliary, "coefficient": 0.3}}, PLAIN]
+    auxiliary: [{"method": {"auxiliary": auxiliary, **({} if auxiliary == "none" else {"coefficient": 0.3})}}, PLAIN]
     for auxiliary in ("none", "switch", "adaptive", "global")
 }
 REFUSED = {"hfedmoe", "hfedmoe-full", "balance", "switch", "adaptive", "global"}

@@ -115,7 +115,7 @@ CASES = {
         {**HET, "penalty": 0.0, "pruning": False, "sparsity": False},
         buys="rank",
     ),
-    "flexlora": Case(FlexLoRA, {**method("flexlora"), "federation": {"tiers": RANKS}}, buys="rank"),
+    "flexlora": Case(FlexLoRA, {**method("flexlora"), "federation": {"tiers": RANKS}}, buys="rank", seed=2),
     "flora": Case(
         FLoRA, {**method("flora"), "federation": {"tiers": RANKS, "participation": 0.75}}, buys="rank", vanish="lora_B"
     ),

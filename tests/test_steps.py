@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.pooled import pooled_client
+from fedmoe_ds.clients.pooled import pooled_batches, pooled_client
 from fedmoe_ds.clients.schedule import CostModel
 from fedmoe_ds.clients.steps import batch_size, learning_rate, local_batches, step_count
 from fedmoe_ds.config import LocalConfig
@@ -64,11 +64,16 @@ def test_epochs_are_passes_for_every_size(sequences: int, size: int, epochs: flo
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 16), st.sampled_from([0.5, 1.0, 3.0]))
-def test_pooled_client_trains_on_what_all_clients_train_on(sizes: list[int], batch: int, epochs: float) -> None:
+def test_the_pooled_client_visits_what_its_members_do(sizes: list[int], batch: int, epochs: float) -> None:
+    """Each of their sequences as often as they would, in whole batches but for the last."""
     clients, config = [make_client(n, i) for i, n in enumerate(sizes)], LocalConfig(batch_size=batch, epochs=epochs)
-    each = sum(len(part) for client in clients for part in local_batches(client, config, 0, 1))
-    pooled = sum(len(part) for part in local_batches(pooled_client(clients, config), config, 0, 1))
-    assert each <= pooled < each + batch
+    members, first = clients[::2], np.cumsum([0, *sizes])
+    visits = [local_batches(member, config, 0, 1) for member in members]
+    expected = np.concatenate([np.concatenate(own) + first[m.index] for m, own in zip(members, visits, strict=True)])
+    batches = pooled_batches(clients, members, config, 0, 1)
+    assert np.array_equal(np.sort(np.concatenate(batches)), np.sort(expected))
+    assert {len(part) for part in batches[:-1]} <= {batch} and 1 <= len(batches[-1]) <= batch
+    assert pooled_client(clients, members, config, 0, 1).steps == len(batches)
 
 
 @settings(max_examples=100, deadline=None)
