@@ -14,6 +14,8 @@ APT_PACKAGES ?=
 # And those of `make test-cluster`: a real SLURM, and hosts of their own with ssh.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins openssh-server openssh-client pdsh iproute2 procps
 ARGS ?=
+# Test files that `make test` runs side by side.
+WORKERS ?= 2
 # Of `make compare`: what docs/comparison.md shows.
 METHODS ?= flame,flame-t0,flame-static,flame-none,hetlora,hetlora-capped,flexlora,flexlora-capped,fedit,hfedmoe
 SEEDS ?= 6
@@ -44,7 +46,7 @@ endif
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: RANKS=2 CONFIG=configs/quickstart.yaml ARGS='federation.rounds=5' TORCH=torch==2.13.0"
+	@echo "Variables: RANKS=2 WORKERS=2 CONFIG=configs/quickstart.yaml ARGS='federation.rounds=5' TORCH=torch==2.13.0"
 
 install: .venv/.installed  ## create .venv with everything in it
 
@@ -52,7 +54,7 @@ train: .venv/.installed  ## fine-tune the quickstart federation
 	deepspeed --log_level error --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) --resume auto $(ARGS)
 
 test: .venv/.installed  ## run the tests
-	python -m pytest -m "not soak and not cluster" $(ARGS)
+	python -m pytest -n $(WORKERS) --dist loadfile -m "not soak and not cluster" $(ARGS)
 
 test-cluster: .venv/.installed .venv/.cluster .venv/.triton .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
 	python -m pytest -m cluster $(ARGS)

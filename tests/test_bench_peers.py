@@ -81,10 +81,11 @@ def test_programs_end_together() -> None:
     child = (
         "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\ntime.sleep(60)"
     )
+    mine = psutil.Process()
+    before = mine.children(recursive=True)  # of other tests
     with programs({"one": [Start([sys.executable, "-c", answering]), Start([sys.executable, "-c", child])]}) as running:
         assert running["one"].ask(do="say") == {"do": "say"}
-        mine = psutil.Process()
-        while len(family := mine.children(recursive=True)) < 3:
+        while len(family := [one for one in mine.children(recursive=True) if one not in before]) < 3:
             pass
     assert not psutil.wait_procs(family, timeout=10)[1]
 
