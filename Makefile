@@ -18,7 +18,7 @@ ARGS ?=
 WORKERS ?= 2
 # Of `make compare`: what docs/comparison.md shows.
 METHODS ?= flame,flame-t0,flame-static,flame-none,hetlora,hetlora-capped,flexlora,flexlora-capped,fedit,hfedmoe
-SEEDS ?= 6
+SEEDS ?= 4
 
 # What `make test-compat` runs: Hugging Face's logits, PEFT, plain references, topologies, resume, kernels, data readers.
 PARITY := $(addprefix tests/test_,$(addsuffix .py,versions foundation foundation_dense logits bench reference reference_fft_moe \
