@@ -90,7 +90,9 @@ def test_renormalising_models_need_no_static_rescaler(keys: dict[str, Any], refu
     if not refused:
         flame.check(renormalised)
         return
-    with pytest.raises(UserError, match=r"^method.rescaler: static: this model renormalises .*; use rescaler=none"):
+    with pytest.raises(
+        UserError, match=r"^method.rescaler(: static|_init: ratio): this model renormalises .*; use rescaler=none"
+    ):
         flame.check(renormalised)
 
 

@@ -70,10 +70,11 @@ class Flame(Method):
         self.rescaler = params.rescaler_scope if params.rescaler == "learnable" else None
 
     def check(self, facts: Facts) -> None:
-        static = self.params.rescaler == "static" or self.params.rescaler_init == "ratio"
-        if facts.renormalised and static and self.params.rescaler != "none":
+        found = {"rescaler": "static", "rescaler_init": "ratio"}.items()
+        key, value = next(((key, value) for key, value in found if getattr(self.params, key) == value), ("", ""))
+        if facts.renormalised and key and self.params.rescaler != "none":
             raise UserError(
-                "method.rescaler: static: this model renormalises its top-k weights, so fewer experts do not shrink "
+                f"method.{key}: {value}: this model renormalises its top-k weights, so fewer experts do not shrink "
                 "the output; use rescaler=none, or learnable with rescaler_init=one"
             )
 
