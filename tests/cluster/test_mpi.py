@@ -62,4 +62,4 @@ def test_mpi_is_refused_where_there_is_none(tree: dict[str, Any]) -> None:
         process = start([*torchrun, *command(tree, f"refused-{key}", 1), f"topology.{key}=mpi"])
         _, errors = process.communicate()
         (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert line.startswith(f"error: topology.{key}: mpi: MPI sees 1 ranks in a world of 2; start the ranks with mpirun")
+        assert line.startswith(f"error: topology.{key}: mpi: the 2 ranks were started without MPI: each would be alone; start ")
