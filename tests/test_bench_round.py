@@ -166,13 +166,14 @@ def test_bad_input() -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(850)
 def test_round_writes_its_rows(tmp_path: Path) -> None:
     target = tmp_path / "round.json"
     small = ["--shape", "tiny", "--clients", "2", "--steps", "2", "--length", "16", "--rounds", "1"]
     runs = ["--repeats", "1", "--overhead-steps", "2"]
     waves = ["--k-shape", "tiny", "--k-sequences", "1", "2", "--k-steps", "1"]
     command = [sys.executable, str(BENCH), "round", *small, *runs, *waves, "--json", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     rows = json.loads(target.read_text())["rows"]
     assert [row["part"] for row in rows] == ["shares"] * 2 + ["overhead"] * 7 + ["weak"] * 3 + ["k"] * 2
