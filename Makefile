@@ -42,7 +42,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-cluster test-soak test-compat check format docs bench bench-peers compare clean distclean
+.PHONY: help install train test test-cluster test-sweep test-soak test-compat check format docs bench bench-peers compare clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,10 +54,13 @@ train: .venv/.installed  ## fine-tune the quickstart federation
 	deepspeed --log_level error --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) --resume auto $(ARGS)
 
 test: .venv/.installed  ## run the tests
-	python -m pytest -n $(WORKERS) --dist loadfile -m "not soak and not cluster" $(ARGS)
+	python -m pytest -n $(WORKERS) --dist loadfile -m "not soak and not cluster and not sweep" $(ARGS)
 
 test-cluster: .venv/.installed .venv/.cluster .venv/.triton .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
 	python -m pytest -m cluster $(ARGS)
+
+test-sweep: .venv/.installed  ## all combinations of methods, parameters and model families (a quarter of an hour)
+	python -m pytest -n $(WORKERS) --dist load -m sweep $(ARGS)
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times
 	python -m pytest -m soak $(ARGS)
@@ -65,7 +68,7 @@ test-soak: .venv/.installed  ## kill and resume a run twenty times
 test-compat: .venv-newest/.installed .venv-oldest/.installed  ## parity with the newest and the oldest of every library of pyproject.toml
 	@for end in newest oldest; do \
 		export PATH="$(CURDIR)/.venv-$$end/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv-$$end/torch_extensions"; \
-		python tests/bounds.py installed && python -m pytest -m "not soak and not cluster" $(PARITY) $(ARGS) || exit 1; \
+		python tests/bounds.py installed && python -m pytest -m "not soak and not cluster and not sweep" $(PARITY) $(ARGS) || exit 1; \
 	done
 
 check: .venv/.installed  ## lint, formatting, types

@@ -136,7 +136,7 @@ def test_a_sparse_model_with_everything_in_its_configuration(family: str, keys: 
     check(write(tmp_path, family, {**SHAPES["biases"], **SHAPES["tied"]}, TOGETHER[keys]))
 
 
-@pytest.mark.cluster
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", [*KEYS, *SHAPES])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sparse_model_key_by_key(family: str, case: str, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def dense_cases() -> Iterator[Any]:
     for family, key in itertools.product(dense.FAMILIES, {**DENSE_KEYS, **IMAGE_KEYS}):
         known = IMAGE_KEYS if family == "vit" else DENSE_KEYS
         if key in known and family != "vit-new-names":
-            marks = () if key == "crowded" else pytest.mark.cluster
+            marks = () if key == "crowded" else pytest.mark.sweep
             yield pytest.param(family, known[key], id=f"{family}, {key}", marks=marks)
 
 

@@ -1,7 +1,7 @@
 """Every method x drift correction x server optimizer x sampling x adapters: equal to its plain reference, or refused.
 
 The gradients are the package's own (`replay.py`), all that is made of them is done again in float64. `make test` takes a set in
-which every two choices meet; `make test-cluster` takes all methods, corrections, optimizers and adapters.
+which every two choices meet; `make test-sweep` takes all methods, corrections, optimizers and adapters.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def test_rounds_are_the_plain_ones(root: Path, case: Case) -> None:
     compare(root, case)
 
 
-@pytest.mark.cluster
+@pytest.mark.sweep
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", sorted({case.method for case in REST}))
 def test_rounds_of_every_combination_are_the_plain_ones(root: Path, method: str) -> None:

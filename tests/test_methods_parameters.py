@@ -76,7 +76,7 @@ def test_a_parameter_has_an_effect_or_is_refused(root: Path, i: int, adapters: s
     has_effect_or_is_refused(root, i, adapters)
 
 
-@pytest.mark.cluster
+@pytest.mark.sweep
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_every_parameter_has_an_effect_with_these_adapters(root: Path, adapters: str) -> None:

@@ -36,7 +36,7 @@ DENSE: dict[str, list[dict[str, Any]]] = {
 }
 REFUSED = {"hfedmoe", "hfedmoe-full", "balance", "switch", "adaptive", "global"}
 QUICK = {"fedit", "z-loss", "none"}
-"""What `make test` runs; the rest, with `make test-cluster`."""
+"""What `make test` runs; the rest, with `make test-sweep`."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_micro_batches_change_nothing(root: Path, case: str) -> None:
     check(root, case)
 
 
-@pytest.mark.cluster
+@pytest.mark.sweep
 @pytest.mark.timeout(600)
 def test_micro_batches_change_nothing_in_any_method(root: Path) -> None:
     for case in sorted({*SPARSE, *DENSE} - REFUSED - QUICK):
