@@ -85,7 +85,7 @@ docs: .venv/.installed  ## write the references of configuration keys and method
 	python -m fedmoe_ds.methods > docs/methods.md
 	python launch/bench.py page > docs/performance.md
 
-bench: .venv/.installed .venv-peers/.installed  ## measure everything against peers and floors, print the table of targets (fifty minutes)
+bench: .venv/.installed .venv-peers/.installed  ## measure everything against peers and floors, print the table of targets
 	python launch/bench.py all --output runs/bench $(ARGS)
 
 bench-peers: .venv-peers/.installed  ## create the environment of Flower, with which `make bench` compares
