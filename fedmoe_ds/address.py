@@ -35,24 +35,29 @@ def meeting_point(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
     Raises:
         UserError: hosts do not reach rank 0's; on all ranks.
     """
+    from fedmoe_ds.mpi import gather_json  # numpy: only where there is MPI
+
     env = os.environ
     with socket.socket() as door:
         door.bind(("", 0))
-        door.listen(4096)  # the kernel opens; nobody needs to stand at the door
-        single = world.allreduce(int(local.size == world.size)) == world.size
-        given = env.get("MASTER_ADDR") or ("127.0.0.1" if single else None)
-        offer = {"given": given, "own": own_addresses(), "port": door.getsockname()[1], "host": socket.gethostname()}
-        offer = world.bcast(offer, root=0)
-        address = offer["given"] or _reached_by_all(world, local, offer["own"], offer["port"], offer["host"])
-    port = world.bcast(int(env.get("MASTER_PORT") or offer["port"]), root=0)
-    return address, port
+        given = env.get("MASTER_ADDR") or ("127.0.0.1" if local.size == world.size else None)
+        if given is None:
+            door.listen(4096)  # the kernel opens; nobody needs to stand at the door
+        port = door.getsockname()[1]
+        offer = {"given": given, "own": own_addresses(), "port": port, "host": socket.gethostname()}
+        offer |= {"meeting": int(env.get("MASTER_PORT") or port)}
+        theirs = gather_json(world, offer)[0]
+        address = theirs["given"] or _reached_by_all(world, local, theirs["own"], theirs["port"], theirs["host"])
+    return address, theirs["meeting"]
 
 
 def _reached_by_all(world: MPI.Comm, local: MPI.Comm, addresses: list[str], port: int, host: str) -> str:
-    beside_rank_0 = local.allreduce(int(world.rank == 0)) > 0
+    from fedmoe_ds.mpi import gather_json
+
+    beside_rank_0 = any(gather_json(local, world.rank == 0))
     knocks = local.rank == 0 and not beside_rank_0
     reached = [not knocks or _answers(address, port) for address in addresses]
-    common = [all(answers) for answers in zip(*world.allgather(reached), strict=True)]
+    common = [all(answers) for answers in zip(*gather_json(world, reached), strict=True)]
     if not any(common):
         tried = ", ".join(addresses) or "none but loopback"
         raise UserError(
