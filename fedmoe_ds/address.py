@@ -100,6 +100,33 @@ def lead_gloo_out() -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = chosen
 
 
+def resolved(name: str) -> list[str]:
+    """All addresses that a name, or an address, stands for on this host, in the resolver's order; none where nobody knows it.
+
+    Left out is what no other host can use as it stands: 0.0.0.0 and ::, and link-local IPv6, which needs an interface's name.
+    """
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # the latter: no such name can be
+        return []
+    texts = {str(entry[4][0]): None for entry in found}
+    addresses = [(text, ipaddress.ip_address(text)) for text in texts]
+    return [text for text, ip in addresses if not (ip.is_unspecified or (ip.version == 6 and ip.is_link_local))]
+
+
+def common_addresses(views: list[list[str]]) -> list[str]:
+    """By which addresses all ranks reach the host of rank 0.
+
+    On that host itself a name may mean loopback: a rank that knows nothing else is on it, and reaches each of its addresses.
+
+    Args:
+        views: what MASTER_ADDR stands for on every rank's host (`resolved`), rank 0's first.
+    """
+    elsewhere = [view for view in views if not all(is_loopback(address) for address in view)]
+    first, *others = elsewhere or views
+    return [address for address in first if all(address in view for view in others)]
+
+
 def is_loopback(address: str) -> bool:
     """Whether this is the text of a loopback address."""
     try:

@@ -39,11 +39,12 @@ _SAY_S = 10.0
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process in its world. `control` carries host-side messages among all ranks."""
+    """This process in its world. `control` carries host-side messages among all ranks; `notes` are lines about the start."""
 
     launch: Launch
     device: torch.device
     control: Control
+    notes: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -119,13 +120,13 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
     control = _join("nccl" if use_cuda else "gloo", launch, topology.control, timeout)
     try:
-        watchdog.start(control, limits, launch.local_rank)
+        watch = watchdog.start(control, limits, launch.local_rank)
     except (OSError, RuntimeError) as error:
         here, there = f"rank {launch.rank} on {socket.gethostname()}", os.environ["MASTER_ADDR"]
         raise LostError(
             f"{here} lost the others at the start, or cannot reach the watchdog of rank 0 at {there}: {error}"
         ) from None
-    return Runtime(launch, place, control)
+    return Runtime(launch, place, control, () if watch is None else watch.notes)
 
 
 def _join(backend: str, launch: Launch, control: str, timeout: datetime.timedelta) -> Control:

@@ -63,7 +63,7 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     folder = Path(config.output) / config.name
     source = runtime.on_main(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
     journal = Journal(folder, runtime)
-    for note in source["unlocked"] + source["notes"]:
+    for note in [*runtime.notes, *source["unlocked"], *source["notes"]]:
         journal.note(note)
     topology = build_topology(config.topology, runtime)
     parts = load_parts(config, runtime, topology, journal.progress)

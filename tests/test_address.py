@@ -72,6 +72,47 @@ def test_interfaces_leave_loopback_out() -> None:
     assert {text: address.is_loopback(text) for text in loopback} == loopback
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("127.0.0.1", ["127.0.0.1"]),
+        ("::1", ["::1"]),
+        (OUT, [OUT]),
+        ("2001:db8::7", ["2001:db8::7"]),
+        ("0.0.0.0", []),
+        ("::", []),
+        ("fe80::1", []),
+        ("", []),
+        ("nobody.invalid", []),
+        ("a" * 70 + ".x", []),
+    ],
+)
+def test_what_a_name_stands_for(name: str, expected: list[str]) -> None:
+    assert address.resolved(name) == expected
+
+
+V6 = "2001:db8::7"
+VIEWS: dict[str, tuple[list[list[str]], list[str]]] = {
+    "one host": ([["127.0.0.1"], ["127.0.0.1"]], ["127.0.0.1"]),
+    "one host, both families": ([["::1", "127.0.0.1"], ["::1", "127.0.0.1"]], ["::1", "127.0.0.1"]),
+    "an address": ([[OUT], [OUT], [OUT]], [OUT]),
+    "Debian's name": ([["127.0.1.1"], ["127.0.1.1"], [OUT], [OUT]], [OUT]),
+    "an address here, loopback there": ([[OUT], ["127.0.0.1"]], [OUT]),
+    "two networks": ([["127.0.1.1"], [OUT, FABRIC], [FABRIC, OUT]], [OUT, FABRIC]),
+    "one network in common": ([[OUT, V6], [V6], [V6, FABRIC]], [V6]),
+    "only IPv6": ([["::1"], [V6]], [V6]),
+    "no agreement": ([[OUT], [FABRIC]], []),
+    "rank 0 knows nothing": ([[], [OUT]], [OUT]),
+    "nobody knows anything": ([[], []], []),
+}
+
+
+@pytest.mark.parametrize("case", VIEWS)
+def test_the_address_that_all_ranks_use(case: str) -> None:
+    views, expected = VIEWS[case]
+    assert address.common_addresses(views) == expected
+
+
 class Buffers:
     """A communicator of threads that carries buffers, and nothing else: a call of mpi4py that pickles does not exist."""
 
