@@ -114,17 +114,22 @@ def resolved(name: str) -> list[str]:
     return [text for text, ip in addresses if not (ip.is_unspecified or (ip.version == 6 and ip.is_link_local))]
 
 
-def common_addresses(views: list[list[str]]) -> list[str]:
-    """By which addresses all ranks reach the host of rank 0.
+def meant_addresses(views: list[list[str]]) -> list[str]:
+    """All addresses by which ranks may reach the host of rank 0.
 
-    On that host itself a name may mean loopback: a rank that knows nothing else is on it, and reaches each of its addresses.
+    Only on that host itself can a name mean loopback: a rank that knows nothing else is on it, and reaches each of its
+    addresses. So loopback is among them only where all ranks are on one host.
 
     Args:
-        views: what MASTER_ADDR stands for on every rank's host (`resolved`), rank 0's first.
+        views: what MASTER_ADDR stands for on every rank's host (`resolved`).
     """
-    elsewhere = [view for view in views if not all(is_loopback(address) for address in view)]
-    first, *others = elsewhere or views
-    return [address for address in first if all(address in view for view in others)]
+    known = {address: None for view in views for address in view}
+    return [address for address in known if not is_loopback(address)] or list(known)
+
+
+def is_reached(view: list[str], addresses: list[str]) -> bool:
+    """Whether a rank that knows rank 0's host by `view` reaches one of these addresses of it."""
+    return bool(addresses) and (all(is_loopback(known) for known in view) or any(known in addresses for known in view))
 
 
 def is_loopback(address: str) -> bool:

@@ -12,7 +12,7 @@ import selectors
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds import handshake, messages
@@ -32,6 +32,7 @@ _BATCH = 32
 _REST_S = 0.5
 """Pause after the system has refused to let one in: usually no descriptor is free."""
 _WARN_EVERY_S = 60.0
+_BACKLOG = 4096
 
 
 class _StrangerError(Exception):
@@ -49,16 +50,16 @@ class _Guest:
 
 
 class Door:
-    """Rank 0's listener and the connections that have not said who they are. Can be waited for like a socket.
+    """Rank 0's listeners and the connections that have not said who they are. Can be waited for like a socket.
 
     Args:
-        listener: bound, and listening.
+        listeners: bound, and listening.
         token: the job's secret, which ranks know.
         ranks: who is expected.
     """
 
-    def __init__(self, listener: socket.socket, token: str, ranks: Iterable[int]) -> None:
-        self.listener, self.token, self.expected = listener, token, set(ranks)
+    def __init__(self, listeners: Sequence[socket.socket], token: str, ranks: Iterable[int]) -> None:
+        self.listeners, self.token, self.expected = listeners, token, set(ranks)
         self.places = len(self.expected) + SPARE
         self.turned_away: Counter[str] = Counter()
         self.refusals = 0  # of the system, to let one in
@@ -68,8 +69,9 @@ class Door:
         self._resting_until: float | None = None
         self._warned, self._told = time.monotonic(), 0
         self._selector = selectors.EpollSelector()
-        listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ)
+        for listener in listeners:
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ)
 
     def fileno(self) -> int:
         return self._selector.fileno()
@@ -86,18 +88,20 @@ class Door:
         now = time.monotonic()
         if self._resting_until is not None and now >= self._resting_until:
             self._resting_until = None
-            self._selector.register(self.listener, selectors.EVENT_READ)
+            for listener in self.listeners:
+                self._selector.register(listener, selectors.EVENT_READ)
         ready = [key.fileobj for key, _ in self._selector.select(0)]
         came = [found for line in ready if isinstance(line, Line) and (found := self._hear(self._guests[line])) is not None]
         for guest in [guest for guest in self._guests.values() if now - guest.since > HELLO_S]:
             self._turn_away(guest, f"silent for {HELLO_S:g} s")  # heard first: this process itself may have been held up
-        if self.listener in ready and self.expected:
-            self._let_in(now)
+        for listener in ready:
+            if isinstance(listener, socket.socket) and self.expected and self._resting_until is None:
+                self._let_in(listener, now)
         if not self.expected:
             self.close()
         return came
 
-    def _let_in(self, now: float) -> None:
+    def _let_in(self, listener: socket.socket, now: float) -> None:
         if now - self._window >= _WINDOW_S:
             self._window, self._entered = now, 0
         for _ in range(_BATCH):
@@ -105,7 +109,7 @@ class Door:
                 self._rest(self._window + _WINDOW_S)
                 return
             try:
-                connection, _ = self.listener.accept()
+                connection, _ = listener.accept()
             except BlockingIOError:
                 return
             except ConnectionAbortedError:  # it has left while it was waiting
@@ -122,7 +126,8 @@ class Door:
     def _rest(self, until: float) -> None:
         """Let nobody in until then; those who knock wait in the kernel's queue."""
         self._resting_until = until
-        self._selector.unregister(self.listener)
+        for listener in self.listeners:
+            self._selector.unregister(listener)
 
     def _greet(self, connection: socket.socket, now: float) -> None:
         if len(self._guests) >= self.places:
@@ -181,7 +186,8 @@ class Door:
         for guest in list(self._guests.values()):
             self._turn_away(guest, "too late")
         self._selector.close()
-        self.listener.close()
+        for listener in self.listeners:
+            listener.close()
 
     def warning(self) -> str | None:
         """One line about those who were turned away: now and then while the door is open, and when it has been closed."""
@@ -197,8 +203,9 @@ class Door:
         )
 
 
-def listen(addresses: list[str]) -> tuple[socket.socket, str | None]:
-    """A listener on the first of these addresses that is this host's, and which; on all interfaces and None where none is."""
+def listen(addresses: list[str]) -> list[socket.socket]:
+    """A listener on each of these addresses that is this host's."""
+    listeners = []
     for address in addresses:
         listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         try:
@@ -206,12 +213,13 @@ def listen(addresses: list[str]) -> tuple[socket.socket, str | None]:
         except OSError:
             listener.close()
             continue
-        listener.listen(4096)
-        return listener, address
-    return _listen_everywhere(), None
+        listener.listen(_BACKLOG)
+        listeners.append(listener)
+    return listeners
 
 
-def _listen_everywhere() -> socket.socket:
+def listen_everywhere() -> socket.socket:
+    """A listener on all interfaces."""
     try:
         listener = socket.socket(socket.AF_INET6)
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -219,7 +227,7 @@ def _listen_everywhere() -> socket.socket:
     except OSError:  # a kernel without IPv6
         listener = socket.socket()
         listener.bind(("", 0))
-    listener.listen(4096)
+    listener.listen(_BACKLOG)
     return listener
 
 

@@ -19,6 +19,7 @@ import secrets
 import select
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fedmoe_ds import messages
@@ -54,16 +55,20 @@ def is_proof(given: str, token: str, side: str, challenges: tuple[str, str], ran
     return hmac.compare_digest(given, proof(token, side, challenges, rank))
 
 
-def join(address: str, port: int, rank: int, token: str, limit_s: float = JOIN_S) -> tuple[Line, list[dict[str, Any]]]:
+def join(
+    places: Sequence[tuple[str, int]], rank: int, token: str, limit_s: float = JOIN_S
+) -> tuple[Line, list[dict[str, Any]]]:
     """Connect to rank 0 and prove each other; also what rank 0 has said right after its proof.
 
+    Args:
+        places: addresses and ports; the first that can be reached is used.
     Raises:
         OSError: nobody listens there.
         HandshakeError: it is not rank 0 of this job, or there is no answer in `limit_s` seconds.
     """
     deadline = time.monotonic() + limit_s
     while True:
-        connection = socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic()))
+        connection, (address, port) = _connect(places, deadline)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line = Line(connection)
         try:
@@ -79,6 +84,17 @@ def join(address: str, port: int, rank: int, token: str, limit_s: float = JOIN_S
         except TimeoutError:
             line.close()
             raise HandshakeError(f"{address} port {port} does not answer, for {limit_s:g} s") from None
+
+
+def _connect(places: Sequence[tuple[str, int]], deadline: float) -> tuple[socket.socket, tuple[str, int]]:
+    for number, place in enumerate(places, 1):
+        share_s = (deadline - time.monotonic()) / (len(places) - number + 1)  # an address may be one that swallows packets
+        try:
+            return socket.create_connection(place, timeout=max(0.1, share_s)), place
+        except OSError:
+            if number == len(places):
+                raise
+    raise ValueError("no place to connect to")
 
 
 def _introduce(line: Line, rank: int, token: str, deadline: float) -> list[dict[str, Any]]:

@@ -94,5 +94,6 @@ def check(kind: TypeAdapter[T], message: dict[str, Any]) -> T:
         return kind.validate_python(message)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise GarbledError(f"a message with a wrong {where}: {first['msg']}") from None
+        # Keys come from the message: only those that are names are repeated, and the values never.
+        where = ".".join(part for part in map(str, first["loc"]) if part.isascii() and part.isalnum() and len(part) < 20)
+        raise GarbledError(f"a message with a wrong {where or 'key'}: {first['msg']}") from None

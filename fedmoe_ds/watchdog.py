@@ -19,9 +19,9 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from fedmoe_ds.address import common_addresses, resolved
+from fedmoe_ds.address import is_reached, meant_addresses, resolved
 from fedmoe_ds.beacon import Beacon
-from fedmoe_ds.door import Door, allow_connections, listen
+from fedmoe_ds.door import Door, allow_connections, listen, listen_everywhere
 from fedmoe_ds.handshake import join, secret
 from fedmoe_ds.monitor import Monitor
 from fedmoe_ds.peers import Limits, Peer, Process
@@ -30,6 +30,7 @@ from fedmoe_ds.watch import Watch
 if TYPE_CHECKING:
     from fedmoe_ds.control import Control
 
+_EVERYWHERE = ("0.0.0.0", "::")
 _watch: Watch | None = None
 
 
@@ -53,28 +54,35 @@ def start(control: Control, limits: Limits, local_rank: int) -> Watch | None:
     peers = [Peer(rank, theirs["host"], processes[rank]) for rank, theirs in enumerate(told)]
     me = peers[control.rank]
     if control.rank == 0:
-        listener, address, notes = _listen(master, [theirs["master"] for theirs in told])
-        door = Door(listener, secret(), range(1, control.size))
-        _gather(control, {"address": address, "port": listener.getsockname()[1], "token": door.token})
+        listeners, notes = _listen(master, [theirs["master"] for theirs in told])
+        door = Door(listeners, secret(), range(1, control.size))
+        _gather(control, {"places": [listener.getsockname()[:2] for listener in listeners], "token": door.token})
         _watch = Monitor(me, limits, peers[1:], door, notes)
     else:
         way = _gather(control, None)[0]
-        line, heard = join(way["address"] or master, way["port"], control.rank, way["token"])
+        view = told[control.rank]["master"]
+        places = [(master if address in _EVERYWHERE else address, port) for address, port in way["places"]]
+        places.sort(key=lambda place: place[0] not in view)  # first what this host knows
+        line, heard = join(places, control.rank, way["token"])
         _watch = Beacon(me, limits, peers, line, heard, speaks=local_rank == 0 or control.rank == 1)
     _watch.thread.start()
     return _watch
 
 
-def _listen(master: str, views: list[list[str]]) -> tuple[socket.socket, str | None, list[str]]:
-    """Rank 0's listener, the address that all ranks connect to (None: each to its MASTER_ADDR), and notes."""
-    listener, address = listen(common_addresses(views))
+def _listen(master: str, views: list[list[str]]) -> tuple[list[socket.socket], list[str]]:
+    """Rank 0's listeners, on the addresses that MASTER_ADDR stands for on the ranks' hosts (`views`), and notes."""
     notes = [allow_connections(len(views))]
-    if address is None:  # something in front of this host, or hosts that do not agree on what the name means
+    listeners = listen(meant_addresses(views))
+    own = [listener.getsockname()[0] for listener in listeners]
+    if not all(is_reached(view, own) for view in views):  # ranks know what is in front of this host
+        for listener in listeners:
+            listener.close()
+        listeners = [listen_everywhere()]
         notes.append(
-            f"warning: watchdog: MASTER_ADDR: {master}: stands for no address of {socket.gethostname()} that all ranks know: "
-            f"rank 0 listens on all interfaces, port {listener.getsockname()[1]}"
+            f"warning: watchdog: MASTER_ADDR: {master}: not all ranks know an address of {socket.gethostname()} by it: "
+            f"rank 0 listens on all interfaces, port {listeners[0].getsockname()[1]}"
         )
-    return listener, address, [note for note in notes if note is not None]
+    return listeners, [note for note in notes if note is not None]
 
 
 def _gather(control: Control, value: Any) -> list[Any]:

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from strangers import WORDS, ZEROS, Crowd, connect, is_closed
 from worlds import LIMITS, Endings, endings, until, world
 
+from fedmoe_ds import address, handshake, watchdog
 from fedmoe_ds import door as doors
-from fedmoe_ds import handshake, watchdog
 from fedmoe_ds.activity import activity
+from fedmoe_ds.address import resolved
 from fedmoe_ds.beacon import Beacon
 from fedmoe_ds.door import Door, listen
 from fedmoe_ds.line import LONGEST, GarbledError, Line
@@ -65,8 +66,8 @@ def test_strangers_change_nothing_but_a_counted_warning(
 
 @contextmanager
 def a_door(*ranks: int) -> Iterator[tuple[Door, int]]:
-    listener, _ = listen(["127.0.0.1"])
-    door = Door(listener, TOKEN, ranks)
+    (listener,) = listen(["127.0.0.1"])
+    door = Door([listener], TOKEN, ranks)
     try:
         yield door, listener.getsockname()[1]
     finally:
@@ -96,7 +97,7 @@ def test_a_recorded_hello_is_worth_nothing() -> None:
 
 def test_a_rank_comes_once() -> None:
     with a_door(1, 2) as (door, port):
-        lines = [in_thread(lambda rank=rank: handshake.join("127.0.0.1", port, rank, TOKEN, 1.0)) for rank in (1, 1, 7)]
+        lines = [in_thread(lambda rank=rank: handshake.join([("127.0.0.1", port)], rank, TOKEN, 1.0)) for rank in (1, 1, 7)]
         came = []
         until(lambda: came.extend(door.turn()) or door.turned_away["as a rank that is not missing"] >= 2)
         assert [rank for rank, _ in came] == [1] and door.expected == {2}
@@ -120,7 +121,7 @@ def test_places_are_limited_and_the_oldest_gives_way(monkeypatch: pytest.MonkeyP
         clock[0] += doors.HELLO_S + 0.1
         door.turn()
         assert door.turned_away["silent for 5 s"] == 5
-        joined = in_thread(lambda: handshake.join("127.0.0.1", port, 1, TOKEN, 5.0))
+        joined = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 5.0))
         came = []
         until(lambda: clock.__setitem__(0, clock[0] + 0.2) or came.extend(door.turn()) or came)
         assert [rank for rank, _ in came] == [1] and not door.is_open
@@ -189,7 +190,7 @@ IMPOSTORS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_rank_obeys_nobody_who_does_not_know_the_token(name: str) -> None:
     """Somebody has taken the port of rank 0 over."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        joining = in_thread(lambda: handshake.join("127.0.0.1", server.getsockname()[1], 1, TOKEN, 5.0))
+        joining = in_thread(lambda: handshake.join([server.getsockname()], 1, TOKEN, 5.0))
         connection, _ = server.accept()
         connection.sendall(json.dumps({"challenge": ZEROS}).encode() + b"\n")
         hello = json.loads(connection.recv(4096))
@@ -202,7 +203,7 @@ def test_a_rank_obeys_nobody_who_does_not_know_the_token(name: str) -> None:
 @pytest.mark.parametrize("first", [{"challenge": "\ud800"}, {"challenge": 1}, {"over": 1, "kill": [1]}, [], "x"])
 def test_a_rank_tells_nothing_to_who_does_not_challenge_it(first: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        joining = in_thread(lambda: handshake.join("127.0.0.1", server.getsockname()[1], 1, TOKEN, 5.0))
+        joining = in_thread(lambda: handshake.join([server.getsockname()], 1, TOKEN, 5.0))
         connection, _ = server.accept()
         connection.sendall(json.dumps(first).encode() + b"\n")
         with pytest.raises(OSError, match="is not rank 0 of this job: "):
@@ -214,8 +215,8 @@ def test_a_rank_gives_up_on_who_is_silent_or_hangs_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(OSError, match=r"does not answer, for 0\.1 s"):
-            handshake.join("127.0.0.1", port, 1, TOKEN, 0.1)
-        joining = in_thread(lambda: handshake.join("127.0.0.1", port, 1, TOKEN, 0.25))
+            handshake.join([("127.0.0.1", port)], 1, TOKEN, 0.1)
+        joining = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 0.25))
         threading.Thread(target=lambda: [server.accept()[0].close() for _ in range(3)], daemon=True).start()
         with pytest.raises(OSError, match=r"hangs up|does not answer"):
             joining()
@@ -223,7 +224,7 @@ def test_a_rank_gives_up_on_who_is_silent_or_hangs_up() -> None:
 
 def test_a_rank_that_was_pushed_out_comes_again() -> None:
     with a_door(1) as (door, port):
-        joining = in_thread(lambda: handshake.join("127.0.0.1", port, 1, TOKEN, 5.0))
+        joining = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 5.0))
         until(lambda: door.turn() or door._guests)
         door._turn_away(next(iter(door._guests.values())), "pushed out")
         until(lambda: door.turn())
@@ -276,12 +277,12 @@ def own(rank: int) -> Peer:
 @contextmanager
 def a_monitor(size: int = 3) -> Iterator[tuple[Monitor, list[Line]]]:
     """Rank 0 with its thread, and the lines of the others, which the test holds in its hands."""
-    listener, _ = listen(["127.0.0.1"])
-    monitor = Monitor(own(0), LIMITS, [own(rank) for rank in range(1, size)], Door(listener, TOKEN, range(1, size)))
+    (listener,) = listen(["127.0.0.1"])
+    monitor = Monitor(own(0), LIMITS, [own(rank) for rank in range(1, size)], Door([listener], TOKEN, range(1, size)))
     port = listener.getsockname()[1]
     monitor.thread.start()
     try:
-        yield monitor, [handshake.join("127.0.0.1", port, rank, TOKEN, 5.0)[0] for rank in range(1, size)]
+        yield monitor, [handshake.join([("127.0.0.1", port)], rank, TOKEN, 5.0)[0] for rank in range(1, size)]
     finally:
         monitor.stop()
 
@@ -481,33 +482,53 @@ def test_a_long_reason_still_arrives(endings: Endings) -> None:
 
 @pytest.mark.parametrize(
     ("master", "bound"),
-    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("localhost", "loopback"), ("127.0.0.7", "127.0.0.7"), ("0.0.0.0", "all")],
+    [
+        ("127.0.0.1", {"127.0.0.1"}),
+        ("::1", {"::1"}),
+        ("localhost", set(resolved("localhost"))),
+        ("127.0.0.7", {"127.0.0.7"}),
+        ("0.0.0.0", {"::"}),
+    ],
 )
 def test_rank_0_listens_where_master_addr_leads(
-    master: str, bound: str, endings: Endings, monkeypatch: pytest.MonkeyPatch
+    master: str, bound: set[str], endings: Endings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with world(2, monkeypatch, master) as ranks:
-        address = ranks.watches[0].door.listener.getsockname()[0]
-        assert address in {"loopback": ("127.0.0.1", "::1"), "all": ("::", "0.0.0.0")}.get(bound, (bound,))
-        if bound == "all":
+        assert {listener.getsockname()[0] for listener in ranks.watches[0].door.listeners} == bound
+        if master == "0.0.0.0":
             (note,) = ranks.watches[0].notes
-            assert note.startswith("warning: watchdog: MASTER_ADDR: 0.0.0.0: stands for no address of ")
+            assert note.startswith("warning: watchdog: MASTER_ADDR: 0.0.0.0: not all ranks know an address of ")
             assert note.endswith(f"rank 0 listens on all interfaces, port {ranks.port}")
-            connect("127.0.0.1", ranks.port).close()
+            for address in ("127.0.0.1", "::1"):
+                connect(address, ranks.port).close()
         else:
             assert ranks.watches[0].notes == ()
             with pytest.raises(ConnectionRefusedError):
-                connect("127.0.0.1" if bound != "127.0.0.1" and address != "127.0.0.1" else "127.0.0.2", ranks.port)
+                connect("127.0.0.2", ranks.port)
         ranks.complete()
         ranks.hear_each_other()
 
 
-def test_an_address_in_front_of_this_host_opens_all_interfaces() -> None:
-    listener, address = listen(["203.0.113.9", "2001:db8::9"])
-    with listener:
-        assert address is None
-        for own_address in ("127.0.0.1", "::1"):
-            connect(own_address, listener.getsockname()[1]).close()
+def test_ranks_that_know_different_addresses_all_come_in(endings: Endings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 knows the first address, rank 2 the second one and one that leads nowhere."""
+    views = iter([["127.0.1.1"], ["127.0.0.8"], ["127.0.0.9", "203.0.113.9"]])
+    order = threading.Lock()
+
+    def view(name: str) -> list[str]:
+        with order:
+            return next(views)
+
+    monkeypatch.setattr(watchdog, "resolved", view)
+    monkeypatch.setattr(address, "is_loopback", lambda text: text == "127.0.1.1")
+    with world(3, monkeypatch, "node0") as ranks:
+        assert {one.getsockname()[0] for one in ranks.watches[0].door.listeners} == {"127.0.0.8", "127.0.0.9"}
+        ranks.complete()
+        ranks.hear_each_other()
+        assert ranks.watches[0].notes == ()
+
+
+def test_only_own_addresses_are_listened_on() -> None:
+    assert listen(["203.0.113.9", "2001:db8::9"]) == []
 
 
 def test_the_limit_on_open_files_is_raised_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ class World:
         for thread in self._threads:
             thread.start()
         until(lambda: len(self.watches) == self._size - 1)
-        self.port = next(told["port"] for told in self.told() if "port" in told)
+        self.port = next(told["places"][0][1] for told in self.told() if "places" in told)
 
     def told(self) -> list[dict[str, Any]]:
         """What rank 0 has said over the control plane."""
