@@ -133,8 +133,13 @@ class Door:
         if len(self._guests) >= self.places:
             self._turn_away(next(iter(self._guests.values())), "pushed out")
         guest = _Guest(Line(connection, _HELLO_BYTES), handshake.secret(), now)
+        try:
+            self._selector.register(guest.line, selectors.EVENT_READ)
+        except OSError:  # ENOMEM, or ENOSPC: the user's limit on watched descriptors
+            self.refusals += 1
+            connection.close()
+            return
         self._guests[guest.line] = guest
-        self._selector.register(guest.line, selectors.EVENT_READ)
         guest.line.send({"challenge": guest.challenge})
 
     def _hear(self, guest: _Guest) -> tuple[int, Line] | None:
@@ -182,7 +187,7 @@ class Door:
 
     def close(self) -> None:
         """Nobody else is expected."""
-        self.is_open = False
+        self.is_open, self._resting_until = False, None
         for guest in list(self._guests.values()):
             self._turn_away(guest, "too late")
         self._selector.close()

@@ -112,7 +112,7 @@ def test_places_are_limited_and_the_oldest_gives_way(monkeypatch: pytest.MonkeyP
         idle = [connect("127.0.0.1", port) for _ in range(12)]
         for _ in range(5):
             door.turn()
-        assert len(door._guests) == 5 and not door.turned_away and door.wait_s > 0  # the first places, and then a rest
+        assert len(door._guests) == 5 and not door.turned_away and 0 < door.wait_s <= 0.1  # the first places, and then a rest
         clock[0] += 0.11
         for _ in range(5):
             door.turn()
@@ -125,7 +125,18 @@ def test_places_are_limited_and_the_oldest_gives_way(monkeypatch: pytest.MonkeyP
         came = []
         until(lambda: clock.__setitem__(0, clock[0] + 0.2) or came.extend(door.turn()) or came)
         assert [rank for rank, _ in came] == [1] and not door.is_open
+        clock[0] += 60.0
+        assert door.wait_s > 1.0  # rank 0 has no reason to hurry any more
         joined()
+
+
+def test_a_door_that_closes_while_it_rests_is_waited_for_no_longer() -> None:
+    with a_door(1) as (door, _):
+        door._rest(time.monotonic() + 0.01)
+        time.sleep(0.02)
+        assert door.wait_s == 0.0
+        door.close()
+        assert door.wait_s > 1.0
 
 
 def test_a_hello_in_many_small_pieces_is_no_rank() -> None:
