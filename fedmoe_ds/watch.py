@@ -59,7 +59,9 @@ class Watch:
 
     def end(self, text: str, code: int, speaks: bool, kill: Sequence[Process] = ()) -> NoReturn:
         """The job is over: one line, and out. Called on the watchdog's own thread; the main thread may be stuck."""
-        if speaks and not self._left.is_set():
+        if self._left.is_set():
+            sys.exit()  # of this thread only: the process ends already, with a code of its own
+        if speaks:
             say(f"error: {_one_line(text)}\n")
         self.over.set()
         time.sleep(SPREAD_S)

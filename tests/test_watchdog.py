@@ -23,6 +23,7 @@ from worlds import LIMITS, Endings, endings, until, world
 
 from fedmoe_ds import address, handshake, watchdog
 from fedmoe_ds import door as doors
+from fedmoe_ds import watch as watches
 from fedmoe_ds.activity import activity
 from fedmoe_ds.address import resolved
 from fedmoe_ds.beacon import Beacon
@@ -30,9 +31,11 @@ from fedmoe_ds.door import Door, listen
 from fedmoe_ds.line import LONGEST, GarbledError, Line
 from fedmoe_ds.monitor import Monitor
 from fedmoe_ds.peers import Peer, Process
+from fedmoe_ds.watch import Watch
 
 __all__ = ["endings"]
 TOKEN = "ab" * 32
+END = Watch.end
 STATE: dict[str, Any] = {"round": 1, "phase": "train", "waiting": None, "for_s": 0.5, "groups": ["shard 0"]}
 
 
@@ -296,6 +299,7 @@ def a_monitor(size: int = 3) -> Iterator[tuple[Monitor, list[Line]]]:
         yield monitor, [handshake.join([("127.0.0.1", port)], rank, TOKEN, 5.0)[0] for rank in range(1, size)]
     finally:
         monitor.stop()
+        monitor.thread.join(10.0)
 
 
 def heard_by(line: Line, key: str, limit_s: float = 5.0) -> dict[str, Any]:
@@ -340,6 +344,7 @@ def a_beacon() -> Iterator[tuple[Beacon, Line]]:
         yield beacon, Line(theirs)
     finally:
         beacon.stop()
+        beacon.thread.join(10.0)
 
 
 @pytest.mark.parametrize("name", [*GARBLED, *ORDERS])
@@ -384,7 +389,7 @@ def test_a_rank_that_does_not_read_holds_nobody_up(endings: Endings, monkeypatch
             monitor._tell({"alive": activity.state()})
             deaf.send({"alive": STATE})
             other.receive()
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 10.0
         assert 0 < len(monitor.lines[1]._unsent) <= LONGEST
         assert heard_by(other, "alive") and endings.all == []
 
@@ -459,27 +464,42 @@ def test_a_defect_of_another_watchdog_is_told_to_rank_0(endings: Endings, monkey
         assert heard_by(line, "bye") == {"bye": 1, "text": ending.text}
 
 
-def test_the_end_comes_even_if_nobody_reads_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes: list[int] = []
-    monkeypatch.setattr(os, "_exit", codes.append)
+class Alone(Watch):
+    """A watchdog without others."""
+
+    def __init__(self) -> None:
+        super().__init__(own(1), LIMITS)
+
+
+@pytest.fixture
+def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """With which codes the process would have ended."""
+    found: list[int] = []
+    monkeypatch.setattr(Watch, "end", END)
+    monkeypatch.setattr(watches, "SPREAD_S", 0.0)
+    monkeypatch.setattr(os, "_exit", found.append)
+    return found
+
+
+def test_the_end_comes_even_if_nobody_reads_standard_error(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", closed)
-    with a_monitor(2) as (monitor, _):
-        until(lambda: monitor.lines)
-        monitor.stop()
-        monitor._left.clear()
-        monitor.end("it is over", 76, True)
+    Alone().end("it is over", 76, True)
     assert codes == [76]
 
 
-def test_a_verdict_is_one_line_without_commands_to_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(os, "_exit", lambda code: None)
-    with a_beacon() as (beacon, _):
-        beacon.end("rank 1 failed:\x1b[2J\n\nof \x07 müde\ud800", 1, True)
-    assert capsys.readouterr().err == "error: rank 1 failed:?[2J of ? müde?\n"
+def test_who_leaves_is_not_ended(codes: list[int]) -> None:
+    watch = Alone()
+    watch.stop()
+    with pytest.raises(SystemExit):
+        watch.end("it is over", 76, True)
+    assert codes == []
+
+
+def test_a_verdict_is_one_line_without_commands_to_a_terminal(codes: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    Alone().end("rank 1 failed:\x1b[2J\n\nof \x07 müde\ud800", 1, True)
+    assert codes == [1] and capsys.readouterr().err == "error: rank 1 failed:?[2J of ? müde?\n"
 
 
 def test_a_long_reason_still_arrives(endings: Endings) -> None:

@@ -17,7 +17,7 @@ from fedmoe_ds import watchdog
 from fedmoe_ds.peers import Limits, Process
 from fedmoe_ds.watch import Watch
 
-LIMITS = Limits(silence=1.5, waiting=1800.0, ranks=3)
+LIMITS = Limits(silence=20.0, waiting=1800.0, ranks=3)
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Endings:
         return self.all
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def endings(monkeypatch: pytest.MonkeyPatch) -> Endings:
-    """Instead of ending this process, watchdogs end their thread and are noted."""
+    """Instead of ending this process, watchdogs end their thread and are noted: in every test that may start one."""
     found = Endings()
 
     def end(watch: Watch, text: str, code: int, speaks: bool = True, kill: Any = ()) -> None:
