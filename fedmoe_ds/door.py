@@ -94,9 +94,9 @@ class Door:
         came = [found for line in ready if isinstance(line, Line) and (found := self._hear(self._guests[line])) is not None]
         for guest in [guest for guest in self._guests.values() if now - guest.since > HELLO_S]:
             self._turn_away(guest, f"silent for {HELLO_S:g} s")  # heard first: this process itself may have been held up
-        for listener in ready:
-            if isinstance(listener, socket.socket) and self.expected and self._resting_until is None:
-                self._let_in(listener, now)
+        for knocked in ready:
+            if isinstance(knocked, socket.socket) and self.expected and self._resting_until is None:
+                self._let_in(knocked, now)
         if not self.expected:
             self.close()
         return came
