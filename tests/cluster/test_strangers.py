@@ -17,7 +17,7 @@ from strangers import WORDS, Crowd, connect, is_closed, open_files
 from test_launchers import environment, free_port
 
 LATE = Path(__file__).parent / "late_program.py"
-SHORT: dict[str, Any] = {"federation": {"rounds": 2}, "topology": {"silence_s": 4.0, "timeout_s": 60.0}}
+SHORT: dict[str, Any] = {"federation": {"rounds": 2}, "topology": {"silence_s": 15.0, "timeout_s": 60.0}}
 
 
 class Attacked:
@@ -110,7 +110,7 @@ def test_an_attack_changes_nothing_but_a_counted_warning(root: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_a_minute_of_two_thousand_connections(root: Path) -> None:
     """Idle ones, slow readers, one byte at a time, floods without an end, garbage, wrong proofs, half-open and reset ones."""
-    long = {"federation": {"rounds": 140}, "checkpoint": {"every": 20}, "topology": {"silence_s": 6.0, "timeout_s": 60.0}}
+    long = {"federation": {"rounds": 140}, "checkpoint": {"every": 20}, "topology": {"silence_s": 15.0, "timeout_s": 60.0}}
     with Attacked(root, "long-calm", long, 0.0, "127.0.0.1") as job:
         calm = job.digest(400.0)
     with Attacked(root, "minute", long, 18.0, "127.0.0.1") as job:
