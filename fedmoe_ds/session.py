@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import socket
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from fedmoe_ds.foundation.rowwise import row_dtype
 from fedmoe_ds.identity import check_identity, check_no_effect
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.machine import peak_mib
+from fedmoe_ds.native import fault
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.stop import StopRequest
@@ -60,6 +62,7 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
 def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, lock: FolderLock) -> Ending:
     began = time.monotonic()
     activity.enter("load")
+    fault.guard(f"rank {runtime.rank} on {socket.gethostname()}")
     folder = Path(config.output) / config.name
     source = runtime.on_main(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
     journal = Journal(folder, runtime)
