@@ -24,6 +24,8 @@ from fedmoe_ds.errors import UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+PRIVATE = ("personal-", "sums-")
+"""Files that hold what is a client's own, or may: the sums of an unfinished round can be those of one client. See `modes`."""
 _FOLDER = re.compile(r"round-(\d{5})(-partial)?")
 
 
@@ -79,11 +81,17 @@ def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_damage(path: Path) -> str | None:
-    """None if every file of a checkpoint is what its manifest says, else what is wrong."""
+    """None if every file of a checkpoint is what its manifest says, else what is wrong.
+
+    Raises:
+        UserError: it is another user's, who has not let this one read all of it; nothing tells that it is damaged.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         promised = manifest.pop("checksum")
         files = dict(manifest["files"])
+    except PermissionError as error:
+        raise _closed(path / MANIFEST, error) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
     if checksum(manifest) != promised:
@@ -92,9 +100,18 @@ def find_damage(path: Path) -> str | None:
         try:
             if sha256_of(path / name) != expected:
                 return f"{name} does not match its checksum"
+        except PermissionError as error:
+            raise _closed(path / name, error) from None
         except OSError as error:
             return f"{name}: {error.strerror or error}"
     return None
+
+
+def _closed(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"output: {path}: cannot be read: {error.strerror or error}; what is a client's own only the user who wrote it can "
+        "read: continue as that user, or set another name"
+    )
 
 
 def read_snapshot(path: Path) -> Snapshot:

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmoe_ds.checkpoint import FORMAT, MANIFEST, Snapshot, candidates, checksum, folder_name, sha256_of
+from fedmoe_ds.checkpoint import FORMAT, MANIFEST, PRIVATE, Snapshot, candidates, checksum, folder_name, sha256_of
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.modes import follow_umask
+from fedmoe_ds.modes import follow_umask, keep_private
 from fedmoe_ds.runtime import Runtime
 
 T = TypeVar("T")
@@ -191,7 +191,7 @@ def _write_tensors(job: _Job, tensors: Files) -> Sums:
             save_file(content, path)
         except Exception as error:  # safetensors wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
-        follow_umask(path)
+        (keep_private if name.startswith(PRIVATE) else follow_umask)(path)
         _sync(path)
         sums[name] = sha256_of(path)
         early = job.notes / f"{_UNFINISHED}{name}"
