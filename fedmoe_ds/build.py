@@ -148,15 +148,19 @@ def load_shared_foundation(config: Config, runtime: Runtime, topology: Topology,
     skeleton = runtime.together(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
     first = hosts.index(hosts[runtime.rank])  # reads all weights to tell them from others, for its host
     digest = runtime.gather(runtime.together(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
-    shared = cache_folder(config.foundation) / sharing.FOLDER
+    shared = runtime.together(lambda: cache_folder(config.foundation, sharing.FOLDER))
     memory = sharing.load_shared(skeleton, digest, ep_size, hosts, shared, runtime, progress.note)
     return runtime.together(lambda: assemble(skeleton, memory, digest, device))
 
 
 def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation) -> FederatedData:
     """Rank 0 tokenises and partitions; every rank maps the result and reads its own clients' rows."""
-    folder = cache_folder(config.foundation) / "data"
-    path = runtime.on_main(lambda: str(prepare_data(config.data, config.seed, foundation.tokenizer, folder).path))
+
+    def prepared() -> str:
+        folder = cache_folder(config.foundation, "data")
+        return str(prepare_data(config.data, config.seed, foundation.tokenizer, folder).path)
+
+    path = runtime.on_main(prepared)
     return runtime.together(lambda: FederatedData.open(path))
 
 

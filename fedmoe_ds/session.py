@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds import checkpoint
+from fedmoe_ds import cache, checkpoint
 from fedmoe_ds import state as states
 from fedmoe_ds.activity import activity
 from fedmoe_ds.build import Parts, load_parts
@@ -71,6 +71,8 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     topology = build_topology(config.topology, runtime)
     parts = load_parts(config, runtime, topology, journal.progress)
     parts.stop = stop
+    if (ignored := cache.line(runtime.gather(cache.passed_over()))) is not None:
+        journal.note(ignored)
     journal.note(start_line(parts))
     if (omitted := parts.data.omissions.line()) is not None:
         journal.note(omitted)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from fedmoe_ds.data import digits
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.sources import Source, open_source
-from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, discard, intact, storage_error, write_store
+from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, usable, write_store
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.omissions import Omissions
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FederatedData", "Sequences", "prepare"]
 
-LOG = logging.getLogger(__name__)
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
 FORMAT = 2
 
@@ -133,8 +131,7 @@ def _prepare_images(config: DataConfig, seed: int, cache_dir: Path) -> Federated
 
 def _found_or_made(folder: Path, prepared: Callable[[], Prepared], header: dict[str, Any]) -> FederatedData:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not _usable(folder):
+        if not usable(folder):
             _write(folder, prepared(), header)
     except OSError as error:
         raise storage_error(folder.parent, error) from error
@@ -170,17 +167,6 @@ def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
 
 def _hash(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _usable(folder: Path) -> bool:
-    """Whether a complete store is there; a damaged one is removed."""
-    if not folder.exists():
-        return False
-    if intact(folder):
-        return True
-    LOG.warning("prepared data in %s are damaged; preparing them again", folder)
-    discard(folder)
-    return False
 
 
 def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Prepared sequences or images on disk: one Arrow file with one record batch per owner, and a JSON header beside it.
 
 An owner is a client's training set, a client's hold-out, or the global hold-out. A record batch can be read without
-touching the others, and its values are handed out as views of the memory map. A store appears by a rename, complete or
-not at all.
+touching the others, and its values are handed out as views of the memory map. A store is an entry of the cache, for this user
+alone: what clients have written is in it.
 
 Legend: N images, C channels, H height, W width.
 """
@@ -13,8 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +22,12 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from fedmoe_ds import cache
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.modes import follow_umask
+from fedmoe_ds.modes import keep_private
 
 DATA = "sequences.arrow"
 HEADER = "header.json"
-PARTIAL = ".partial-"
 # Targets are bytes, not Arrow's packed bits, so that they too can be viewed in place.
 SCHEMA = pa.schema([("tokens", pa.large_list(pa.int64())), ("targets", pa.large_list(pa.uint8()))])
 IMAGE_SCHEMA = pa.schema([("pixels", pa.large_list(pa.float32())), ("labels", pa.int64())])
@@ -121,11 +119,16 @@ def intact(folder: Path) -> bool:
         return False
 
 
-def discard(folder: Path) -> None:
-    """Remove a store; it disappears in one step, so nobody finds half of it."""
-    grave = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
-    folder.rename(grave / folder.name)
-    shutil.rmtree(grave)
+def usable(folder: Path) -> bool:
+    """Whether a store is there that is intact and that nobody else can have written. Raises OSError where it cannot be read.
+
+    What earlier versions have left readable to others is closed.
+    """
+    found = cache.usable(folder, lambda: intact(folder))
+    for path in (folder.parent, folder, folder / DATA, folder / HEADER) if found else ():
+        if path.stat().st_uid == os.geteuid() and path.stat().st_mode & 0o077:
+            keep_private(path)
+    return found
 
 
 def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any]) -> None:
@@ -134,20 +137,13 @@ def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any
     The fingerprint and the file's checksum are added to the header. Raises OSError where the disk is full, and leaves
     nothing behind then. Where another process was faster, its store stays: equal names mean equal content.
     """
-    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
-    try:
+    with cache.draft(folder, lambda: usable(folder)) as draft:
         schema = SCHEMA if header.get(IMAGE_SHAPE) is None else IMAGE_SCHEMA
-        with pa.OSFile(str(partial / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with pa.OSFile(str(draft / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for owner in owners:
                 writer.write_batch(_batch(owner))
-        sums = {"fingerprint": fingerprint(owners), "checksum": _checksum(partial / DATA)}
-        (partial / HEADER).write_text(json.dumps(header | sums, indent=1, ensure_ascii=False), encoding="utf-8")
-        for path in (partial / DATA, partial / HEADER):
-            _flush(path)
-        follow_umask(partial)
-        _publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        sums = {"fingerprint": fingerprint(owners), "checksum": _checksum(draft / DATA)}
+        (draft / HEADER).write_text(json.dumps(header | sums, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def storage_error(folder: Path, error: OSError) -> UserError:
@@ -169,19 +165,6 @@ def _batch(owner: Sequences) -> pa.RecordBatch:
     mask = np.concatenate([np.empty(0, np.bool_), *owner.loss_mask]).view(np.uint8)
     lists = [pa.LargeListArray.from_arrays(bounds, pa.array(values)) for values in (ids, mask)]
     return pa.record_batch(lists, schema=SCHEMA)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not (folder / HEADER).is_file():
-            raise
 
 
 def _checksum(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from torch import nn
 
+from fedmoe_ds import cache
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.errors import UserError
@@ -102,12 +102,16 @@ def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[
         return _resolve_path(config.path)
     if config.preset is None:
         raise UserError("foundation: neither path nor preset is set; set one of them")
-    return pretrain_preset(config.preset, config.pretrain, seed, cache_folder(config), progress)
+    return pretrain_preset(config.preset, config.pretrain, seed, cache.root(config.cache), progress)
 
 
-def cache_folder(config: FoundationConfig) -> Path:
-    """`foundation.cache`, or $FEDMOE_CACHE, or ~/.cache/fedmoe_ds."""
-    return Path(config.cache or os.environ.get("FEDMOE_CACHE") or "~/.cache/fedmoe_ds").expanduser()
+def cache_folder(config: FoundationConfig, kind: str) -> Path:
+    """Where entries of a kind lie (`cache.place`) under `foundation.cache`, or $FEDMOE_CACHE, or ~/.cache/fedmoe_ds.
+
+    Raises:
+        UserError: they can lie nowhere.
+    """
+    return cache.place(cache.root(config.cache), kind)
 
 
 def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int) -> Skeleton:

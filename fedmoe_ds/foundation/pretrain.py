@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +19,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from fedmoe_ds import cache
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data import digits, stdlib
 from fedmoe_ds.errors import UserError
@@ -29,7 +27,6 @@ from fedmoe_ds.foundation.image_training import INK_SHARE, train_on_images
 from fedmoe_ds.foundation.presets import Preset, find_preset
 from fedmoe_ds.foundation.text_training import SEQUENCE_LENGTH, train_on_text
 from fedmoe_ds.foundation.training import Progress
-from fedmoe_ds.modes import follow_umask
 
 FORMAT_VERSION = 2
 IMAGE_FORMAT_VERSION = 1
@@ -39,24 +36,24 @@ Train = Callable[[], tuple[list[Any], dict[str, Any]]]
 """Trains; returns what to save in the foundation's folder, model first, and the facts of the training."""
 
 
-def pretrain_preset(name: str, config: PretrainConfig, seed: int, cache: Path, progress: Progress) -> Path:
-    """Return the folder of a pre-trained preset (model, tokenizer, training record), training it if the cache lacks it.
+def pretrain_preset(name: str, config: PretrainConfig, seed: int, root: Path, progress: Progress) -> Path:
+    """Return the folder of a pre-trained preset (model, tokenizer, training record), trained if the cache at `root` lacks it.
 
-    Deterministic: equal arguments, data and library versions give equal weights. The folder appears whole or not
-    at all.
+    Deterministic: equal arguments, data and library versions give equal weights.
 
     Raises:
         UserError: unknown preset, or a cache folder that cannot be written.
     """
     key, train = _plan(find_preset(name), config, seed, progress)
-    folder = cache / "foundations" / key
-    if folder.is_dir():
-        progress(f"foundation: {name} found in {folder}")
-        return folder
-    with _staging(folder) as staging:
-        trained, facts = train()
-        record = {"preset": name, "pretrain": config.model_dump(), "seed": seed, **facts}
-        _save(trained, record, staging)
+    folder = cache.place(root, "foundations") / key
+    with _storing(folder):
+        if _usable(folder):
+            progress(f"foundation: {name} found in {folder}")
+            return folder
+        with cache.draft(folder, lambda: _usable(folder)) as draft:
+            trained, facts = train()
+            record = {"preset": name, "pretrain": config.model_dump(), "seed": seed, **facts}
+            _save(trained, record, draft)
     progress(f"foundation: {name} saved in {folder}")
     return folder
 
@@ -115,35 +112,20 @@ def _save(trained: list[Any], record: dict[str, Any], folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     for part in trained:
         part.save_pretrained(folder)
-    for file in folder.iterdir():
-        follow_umask(file)
     transformers.utils.logging.enable_progress_bar()
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=1))
 
 
+def _usable(folder: Path) -> bool:
+    return cache.usable(folder, lambda: (folder / RECORD_FILE).is_file())
+
+
 @contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` that becomes `folder` in one rename, after its files have reached the disk."""
-    staging = folder.parent / f".staging-{uuid.uuid4().hex}"
+def _storing(folder: Path) -> Iterator[None]:
+    """The one line for a cache that cannot be read or written."""
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        for file in staging.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        _publish(staging, folder)
+        yield
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"foundation.cache: {folder.parent}: cannot be written: {error}; free space or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, folder: Path) -> None:
-    try:
-        staging.rename(folder)
-    except OSError:
-        # Another process may have trained the same content meanwhile; equal content, so either copy will do.
-        if not folder.is_dir():
-            raise

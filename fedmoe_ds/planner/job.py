@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from fedmoe_ds import cache
 from fedmoe_ds.adapters.attention import find_projections
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.adapters.layout import adapter_blocks
@@ -211,6 +212,9 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     check_length(config, model.config)
     tiers = resolve_tiers(config.federation, full, method.spends)
     clients, data = _clients(config, folder, size, tiers, images, assume)
+    if (ignored := cache.line([cache.passed_over()])) is not None:
+        with Progress() as progress:
+            progress.note(ignored)
     blocks = method.blocks(adapter_blocks(model, places, config.adapters, method.rescaler))
     head = model.config.num_labels * size.hidden if images else size.vocabulary * size.hidden
     embedding = 0 if images or model.config.tie_word_embeddings else size.vocabulary * size.hidden
@@ -246,7 +250,7 @@ def _clients(
     if assume and images is None and not _has_tokenizer(folder):
         return _assumed_clients(config, folder, tiers)
     tokenizer = load_tokenizer(folder, size.vocabulary) if images is None else None
-    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation) / "data")
+    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation, "data"))
     return make_clients(data, config.federation, tiers, config.seed), _counted(data, images)
 
 
