@@ -43,7 +43,7 @@ from fedmoe_ds.foundation import (
 )
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.size import model_size
-from fedmoe_ds.identity import agreed, identity, kernels_of, memory_settings
+from fedmoe_ds.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
 from fedmoe_ds.methods import Method, Situation, method_for, with_defaults
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import Progress
@@ -202,6 +202,7 @@ def _assemble(
     )
     kernels = kernels_of(config, foundation, blocks, runtime.device, bitwise)
     ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, bitwise), bitwise)
+    check_code(runtime.gather(code_of(runtime.device)), topology.hosts, bitwise)
     folder = Path(config.output) / config.name
     evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, method, config.evaluation)
     return Parts(

@@ -22,8 +22,8 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.rowwise import row_dtype
-from fedmoe_ds.native import matrix, rows
-from fedmoe_ds.native.compiling import processor
+from fedmoe_ds.native import matrix, rows, sums
+from fedmoe_ds.native.compiling import loaded, processor, processor_key
 
 Identity = dict[str, Any]
 YARDSTICK = ("max_sequences", "client_sequences")
@@ -86,18 +86,45 @@ def kernels_of(
     return found
 
 
+def code_of(device: torch.device) -> dict[str, str]:
+    """What this rank has compiled: the processor, and of every kernel the source with its compiler (.cpp) and the code (.so).
+
+    No part of the identity: a newer compiler may continue a run.
+    """
+    if device.type != "cpu":
+        return {}
+    sums.available()  # the others are loaded by `kernels_of`
+    built = loaded().items()
+    sources = {f"{name}.cpp": one.source[:12] for name, one in built}
+    return {"processor": processor_key()[:12], **sources, **{f"{name}.so": one.code[:12] for name, one in built}}
+
+
 def agreed(kernels: list[dict[str, str]], hosts: list[str], bitwise: bool) -> dict[str, str]:
     """The kernels of a run, of those of all ranks. Raises UserError where ranks of a bitwise run differ: bits would tell who
     trained whom."""
-    for rank, theirs in enumerate(kernels if bitwise else []):
-        for name, kernel in theirs.items():
-            if kernel != kernels[0][name]:
-                raise UserError(
-                    f"execution.reproducible: bitwise: rank {rank} on {hosts[rank]} has other {name} ({kernel}) than rank "
-                    f"0 on {hosts[0]} ({kernels[0][name]}), which changes bits; use machines of one kind, or "
-                    "execution.reproducible=fast"
-                )
+    for rank in range(len(kernels)) if bitwise else ():
+        _check_alike(rank, 0, kernels, hosts)
     return kernels[0]
+
+
+def check_code(code: list[dict[str, str]], hosts: list[str], bitwise: bool) -> None:
+    """The same for what ranks have compiled: equal sources and compilers, and on equal processors equal code."""
+    sources = [{name: value for name, value in theirs.items() if name.endswith(".cpp")} for theirs in code]
+    processors = [theirs.get("processor") for theirs in code]
+    for rank in range(len(code)) if bitwise else ():
+        _check_alike(rank, 0, sources, hosts)
+        _check_alike(rank, processors.index(processors[rank]), code, hosts)
+
+
+def _check_alike(rank: int, other: int, kernels: list[dict[str, str]], hosts: list[str]) -> None:
+    for name in {**kernels[other], **kernels[rank]}:
+        mine, theirs = kernels[rank].get(name), kernels[other].get(name)
+        if mine != theirs:
+            raise UserError(
+                f"execution.reproducible: bitwise: rank {rank} on {hosts[rank]} has other {name} ({mine}) than rank {other} "
+                f"on {hosts[other]} ({theirs}), which changes bits; use machines and compilers of one kind, or "
+                "execution.reproducible=fast"
+            )
 
 
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:
