@@ -442,3 +442,24 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
     with pytest.raises(UserError, match=r"^foundation\.cache: ~/cache: this user has no home folder; set another one"):
         cache.root("~/cache")
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("kind", USES)
+def test_an_entry_of_a_colleague_in_this_users_own_cache(kind: str, root: Path) -> None:
+    """It was made when the folder was open to both; only its owner can remove it, but it no longer stands in the way."""
+    root.mkdir(mode=0o755)
+    os.chown(root, STRANGER, STRANGER)
+    with user(STRANGER):
+        USES[kind](root)
+        (entry,) = first = entries(root)
+        for path in (entry, *entry.iterdir()):
+            path.chmod(0o755)
+    for path in (entry, *entry.iterdir()):
+        os.chown(path, STRANGER + 1, STRANGER + 1)
+    with user(STRANGER):
+        assert USES[kind](root)
+        assert str(told()).startswith(f"foundation.cache: {entry} belongs to user {STRANGER + 1}")
+        second = entries(root)
+        assert entry in second and second[entry] != first[entry]
+        assert USES[kind](root) and told() is None and entries(root) == second
