@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -22,6 +24,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.modes import doubt, keep_from_writers, keep_private
@@ -31,6 +34,7 @@ KINDS = {"data": True, "native": True, "foundations": False, "shared": False}
 
 _DEFAULT = "~/.cache/fedmoe_ds"
 _DRAFT, _REPLACED, _LOCK = ".draft-", ".replaced-", "lock"
+_SEAL = "seal"
 _EARLIER = (".staging-", ".partial-", "tmp")
 """Drafts of earlier versions hold no lock; after a day nobody works on them any more."""
 _EARLIER_S = 86400.0
@@ -118,6 +122,26 @@ def draft(entry: Path, good: Callable[[], bool], flush: bool = True) -> Iterator
             if flush:
                 _flush(path)
         _publish(content, entry, good)
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file of an entry. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """What a JSON file of an entry should hold, with a checksum of itself."""
+    return {**tree, _SEAL: _checksum(json.loads(json.dumps(tree)))}
+
+
+def seal_holds(tree: dict[str, Any]) -> bool:
+    """Whether it is what was written; earlier versions sealed nothing."""
+    return _SEAL not in tree or tree[_SEAL] == _checksum({key: value for key, value in tree.items() if key != _SEAL})
+
+
+def _checksum(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def pass_over(reason: str) -> None:

@@ -53,7 +53,7 @@ def use_foundations(root: Path) -> Path:
 
 def use_shared(root: Path) -> Memory:
     def fill(memory: Memory) -> None:
-        memory["x"].fill_(1.0)
+        memory["x"].fill_(1.5)
 
     weights = MappedWeights(cache.place(root, "shared"), "f", "dense", [Slot("x", (LARGE // 4,), torch.float32)])
     weights.ensure(fill)
@@ -71,7 +71,7 @@ USES: dict[str, Callable[[Path], Any]] = {
 
 class Trained:
     def save_pretrained(self, folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(bytes(LARGE))
+        (folder / "model.safetensors").write_bytes(b"x" * LARGE)
 
 
 @pytest.fixture(scope="module")
@@ -348,11 +348,6 @@ def test_clients_data_of_earlier_versions_is_closed(root: Path) -> None:
     assert entries(root) == first and not any(path.stat().st_mode & 0o077 for path in everything)
 
 
-def library_file(root: Path) -> Path:
-    (entry,) = entries(root)
-    return entry / compiling.LIBRARY
-
-
 def change(path: Path, position: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(position * (len(content) - 1))] ^= 1
@@ -361,36 +356,39 @@ def change(path: Path, position: float) -> None:
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "its first bit": lambda path: change(path, 0),
-    "a bit of its code": lambda path: change(path, 0.3),
+    "a bit in the middle": lambda path: change(path, 0.3),
     "its last bit": lambda path: change(path, 1),
     "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: os.truncate(path, 0),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "no text": lambda path: path.write_bytes(b"\xff" * 64),
     "missing": lambda path: path.unlink(),
-    "without a checksum": lambda path: path.with_name(compiling.SUM).unlink(),
-    "with another checksum": lambda path: path.with_name(compiling.SUM).write_bytes(b"\xff" * 64),
 }
 
 
+@pytest.mark.parametrize("part", ["largest", "smallest"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_library_is_built_again_and_never_loaded(damage: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_native(root)
-    content, digest = library_file(root).read_bytes(), compiling.loaded()["fault"].code
-    DAMAGES[damage](library_file(root))
-    load = compiling.ctypes.CDLL
+@pytest.mark.parametrize("kind", USES)
+def test_a_damaged_entry_is_made_anew_once(
+    kind: str, damage: str, part: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two files, what was kept or what tells its checksum. A damaged library is never loaded: it may do anything."""
 
-    def checked(name: str) -> Any:
-        assert Path(name).read_bytes() == content, "what is damaged may do anything when it is loaded"
-        return load(name)
+    def load(name: str) -> Any:
+        assert Path(name).read_bytes() == built
+        return loaded(name)
 
-    monkeypatch.setattr(compiling.ctypes, "CDLL", checked)
-    assert use_native(root) is not None and library_file(root).read_bytes() == content
-    assert "is damaged: made anew" in str(told()) and compiling.loaded()["fault"].code == digest
-    assert use_native(root) is not None and told() is None
-
-
-def read_data(root: Path) -> int:
-    return sum(int(ids.sum()) for ids in use_data(root).train(0).input_ids)
+    USES[kind](root)
+    (entry,) = entries(root)
+    before = {path: path.read_bytes() for path in entry.iterdir()}
+    path = (max if part == "largest" else min)(before, key=lambda path: len(before[path]))
+    loaded, built = compiling.ctypes.CDLL, before.get(entry / compiling.LIBRARY)
+    monkeypatch.setattr(compiling.ctypes, "CDLL", load)
+    DAMAGES[damage](path)
+    assert USES[kind](root)
+    assert {path: path.read_bytes() for path in entry.iterdir()} == before
+    assert told() == f"foundation.cache: {entry} is damaged: made anew"
+    assert USES[kind](root) and told() is None and len(entries(root)) == 1
 
 
 @pytest.mark.parametrize("compiles", [True, False])

@@ -178,6 +178,7 @@ def test_damaged_cache_is_reported_and_made_again(name: str, tokenizer: PreTrain
     content = (first.path / name).read_bytes()
     for damage in (content[: len(content) // 2], b"", content[:300] + bytes([content[300] ^ 1]) + content[301:]):
         (first.path / name).write_bytes(damage)
+        cache.passed_over()
         assert prepare(config, 0, tokenizer, tmp_path / "cache").fingerprint == first.fingerprint
         assert (first.path / name).read_bytes() == content
         assert cache.passed_over() == [f"{first.path} is damaged: made anew"]

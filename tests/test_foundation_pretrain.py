@@ -164,7 +164,7 @@ def test_another_process_was_faster(tmp_path: Path) -> None:
     with cache.draft(folder, lambda: pretrain._usable(folder)) as draft:
         (draft / "late").write_text("")
         folder.mkdir()
-        (folder / pretrain.RECORD_FILE).write_text("")
+        (folder / pretrain.RECORD_FILE).write_text("{}")
     assert [path.name for path in folder.iterdir()] == [pretrain.RECORD_FILE]
     assert list(tmp_path.iterdir()) == [folder]
 

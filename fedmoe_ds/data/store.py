@@ -111,10 +111,10 @@ def fingerprint(owners: Iterable[Sequences]) -> str:
 
 
 def intact(folder: Path) -> bool:
-    """Whether the files in `folder` are complete and still have the checksum that the header promises."""
+    """Whether the files in `folder` are complete and still have the checksums that the header promises."""
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        return bool(header["checksum"] == _checksum(folder / DATA))
+        return bool(header["checksum"] == cache.sha256_of(folder / DATA)) and cache.seal_holds(header)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -142,8 +142,8 @@ def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any
         with pa.OSFile(str(draft / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for owner in owners:
                 writer.write_batch(_batch(owner))
-        sums = {"fingerprint": fingerprint(owners), "checksum": _checksum(draft / DATA)}
-        (draft / HEADER).write_text(json.dumps(header | sums, indent=1, ensure_ascii=False), encoding="utf-8")
+        sums = {"fingerprint": fingerprint(owners), "checksum": cache.sha256_of(draft / DATA)}
+        (draft / HEADER).write_text(json.dumps(cache.sealed(header | sums), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def storage_error(folder: Path, error: OSError) -> UserError:
@@ -165,8 +165,3 @@ def _batch(owner: Sequences) -> pa.RecordBatch:
     mask = np.concatenate([np.empty(0, np.bool_), *owner.loss_mask]).view(np.uint8)
     lists = [pa.LargeListArray.from_arrays(bounds, pa.array(values)) for values in (ids, mask)]
     return pa.record_batch(lists, schema=SCHEMA)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -90,13 +90,13 @@ class MappedWeights:
             return
         with cache.draft(self.folder, self._usable, flush=False) as draft:  # every start reads all of it
             self._write(draft / DATA, fill)
-            header = {**self._content, "sha256": _sha256(draft / DATA)}
+            header = {**self._content, "sha256": cache.sha256_of(draft / DATA)}
             (draft / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
     def intact(self) -> bool:
         """Whether the file is there with every byte that was written; all of them are read, so a torn one is found."""
         try:
-            return bool(self._header()["sha256"] == _sha256(self.folder / DATA))
+            return bool(self._header()["sha256"] == cache.sha256_of(self.folder / DATA))
         except (OSError, ValueError, KeyError):
             return False
 
@@ -137,8 +137,3 @@ class MappedWeights:
 
     def _usable(self) -> bool:
         return cache.usable(self.folder, self.intact)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

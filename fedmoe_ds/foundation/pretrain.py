@@ -113,11 +113,22 @@ def _save(trained: list[Any], record: dict[str, Any], folder: Path) -> None:
     for part in trained:
         part.save_pretrained(folder)
     transformers.utils.logging.enable_progress_bar()
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1))
+    sums = {file.name: cache.sha256_of(file) for file in sorted(folder.iterdir())}
+    (folder / RECORD_FILE).write_text(json.dumps(cache.sealed({**record, "sha256": sums}), indent=1))
 
 
 def _usable(folder: Path) -> bool:
-    return cache.usable(folder, lambda: (folder / RECORD_FILE).is_file())
+    return cache.usable(folder, lambda: _intact(folder))
+
+
+def _intact(folder: Path) -> bool:
+    """Whether the files are as they were saved; what earlier versions have saved does not tell."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text())
+        sums: dict[str, str] = record.get("sha256", {})
+        return cache.seal_holds(record) and all(cache.sha256_of(folder / name) == promised for name, promised in sums.items())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def guard(who: str) -> None:
         faulthandler.enable(2)
         return
     after = (
-        " was mapped, and has become shorter or can no longer be read: do not touch it while a run uses it, or mend its file "
-        "system; then start the same command with --resume auto\n"
+        " was mapped, and has become shorter or can no longer be read: do not touch it while it is in use, or mend its file "
+        "system; then start again (a run: with --resume auto)\n"
     )
     found.guard(f"error: {who}: ".encode(), after.encode(), EXIT_LOST)

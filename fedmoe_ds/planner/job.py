@@ -38,6 +38,7 @@ from fedmoe_ds.foundation.rowwise import independent_rows
 from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.foundation.tokenizing import load_tokenizer
 from fedmoe_ds.methods import Method, method_for, with_defaults
+from fedmoe_ds.native import fault
 from fedmoe_ds.report import Progress
 
 Counts = NDArray[np.int64]
@@ -192,6 +193,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     Raises:
         UserError: what a real start would refuse on any number of ranks.
     """
+    fault.guard("this plan")
     method = method_for(config)
     config = with_defaults(config, method)
     check_plan(config, is_bitwise(config, kind))
