@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import is_plain_name, open_plain
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"round-(\d{5})(-partial)?")
+_FOLDER = re.compile(r"round-([0-9]{5,})(-partial)?")
 
 
 @dataclass
@@ -51,8 +53,20 @@ def folder_name(round_index: int, partial: bool) -> str:
     return f"round-{round_index:05d}{'-partial' if partial else ''}"
 
 
+def progress_of(folder: Path) -> tuple[int, bool] | None:
+    """(rounds completed, whether one more has begun): greater the newer a checkpoint folder is. None for any other name.
+
+    An interrupted round r+1 is saved as `round-r-partial` and is newer than `round-r`.
+    """
+    found = _FOLDER.fullmatch(folder.name)
+    if found is None:
+        return None
+    progress = int(found[1]), found[2] is not None
+    return progress if folder.name == folder_name(*progress) else None  # one name per round: no zeros in front of six digits
+
+
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
+    with open(open_plain(path, os.O_RDONLY), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -62,9 +76,9 @@ def checksum(manifest: dict[str, Any]) -> str:
 
 
 def candidates(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first. An interrupted round r+1 is saved as `round-r-partial` and is newer than `round-r`."""
-    found = [path for path in root.glob("round-*") if _FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    """Checkpoint folders, newest first."""
+    found = [(progress, path) for path in root.glob("round-*") if (progress := progress_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
@@ -80,15 +94,21 @@ def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
 
 def find_damage(path: Path) -> str | None:
     """None if every file of a checkpoint is what its manifest says, else what is wrong."""
+    if path.is_symlink():
+        return "it is a symbolic link"
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _manifest(path)
         promised = manifest.pop("checksum")
         files = dict(manifest["files"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or unreadable"
     if checksum(manifest) != promised:
         return f"{MANIFEST} does not match its checksum"
+    if not any(_holds_tensors(name) for name in files):
+        return f"{MANIFEST} lists no tensors"
     for name, expected in files.items():
+        if not is_plain_name(name):
+            return f"{MANIFEST} lists {name!r}, which is no name of a file in this folder"
         try:
             if sha256_of(path / name) != expected:
                 return f"{name} does not match its checksum"
@@ -97,9 +117,18 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
+def _manifest(path: Path) -> Any:
+    with open(open_plain(path / MANIFEST, os.O_RDONLY), encoding="utf-8") as stream:
+        return json.load(stream)
+
+
+def _holds_tensors(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
 def read_snapshot(path: Path) -> Snapshot:
     """The manifest of an intact checkpoint."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = _manifest(path)
     if manifest["format"] != FORMAT:
         raise UserError(
             f"checkpoint: {path}: format {manifest['format']}: this version reads format {FORMAT}; use another run name"
@@ -109,13 +138,19 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 class TensorReader:
-    """Tensors of a checkpoint by name, from however many shard files."""
+    """Tensors of a checkpoint by name, from however many shard files; only from files that its manifest lists.
 
-    def __init__(self, path: Path, prefix: str) -> None:
+    Args:
+        prefix: of the files' names.
+        files: what the manifest lists; None: read it.
+    """
+
+    def __init__(self, path: Path, prefix: str, files: Iterable[str] | None = None) -> None:
         self._stack = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
-        for file in sorted(path.glob(f"{prefix}*.safetensors")):
-            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+        listed = read_snapshot(path).files if files is None else files
+        for name in sorted(name for name in listed if name.startswith(prefix) and _holds_tensors(name)):
+            opened = self._stack.enter_context(safe_open(path / name, framework="pt"))
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
     def __enter__(self) -> TensorReader:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.checkpoint import read_snapshot
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
@@ -147,10 +148,12 @@ def check_no_effect(folder: Path, config: Config) -> None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The configuration beside a checkpoint; keys that there were not yet have their defaults. Empty where there is none."""
+    """The configuration that a checkpoint lists; keys that were not there yet have their defaults. Empty: it lists none."""
     try:
+        if "config.yaml" not in read_snapshot(folder).files:
+            return {}
         tree = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
-    except (OSError, UserError):
+    except (OSError, LookupError, ValueError, UserError):
         return {}
     return _over(json.loads(Config().model_dump_json()), tree) if isinstance(tree, dict) and "foundation" in tree else {}
 
