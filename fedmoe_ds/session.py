@@ -22,6 +22,7 @@ from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
+from fedmoe_ds.files import make_folder
 from fedmoe_ds.fit import is_bitwise
 from fedmoe_ds.folder_lock import FolderLock
 from fedmoe_ds.foundation.rowwise import row_dtype
@@ -31,6 +32,7 @@ from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.stop import StopRequest
+from fedmoe_ds.terminal import visible
 from fedmoe_ds.topology import Topology, build_topology
 
 
@@ -76,6 +78,7 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
         journal.close()
         return Ending(summary(folder, Outcome(source["ended"]["digest"], None), runtime), 0)
     tools = DeepSpeedTools(config.deepspeed, parts, journal)  # a package may be missing: before anything is written
+    runtime.on_main(lock.confirm)
     begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()
     tools.close(folder)
@@ -98,9 +101,11 @@ def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
     """
     root = folder / "checkpoints"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
     except OSError as error:
-        raise UserError(f"output: {folder}: cannot create the run folder: {error.strerror or error}") from None
+        raise UserError(
+            f"output: {root}: cannot be written: {error.strerror or error}; choose another output or name"
+        ) from None
     found, notes = checkpoint.newest_intact(root)
     trained, ended = recorded(folder / "metrics.jsonl")
     if resume == "never":
@@ -275,4 +280,4 @@ def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:
         lines.append(
             f"stopped by {outcome.interrupted} with a checkpoint; start the same command with --resume auto to continue"
         )
-    return [*lines, f"digest: {outcome.digest}", f"run: {folder}"]
+    return [*lines, f"digest: {outcome.digest}", f"run: {visible(folder)}"]
