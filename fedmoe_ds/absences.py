@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import open_plain
 
 NAME = "absent.jsonl"
 
@@ -38,7 +39,7 @@ class Absences:
 
     def add(self, round_index: int, client: int) -> None:
         """Write one down; any rank may, at the moment of its failure. Raises OSError."""
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        handle = open_plain(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             # The newline before it ends a line that a full disk has cut short.
             os.write(handle, ("\n" + json.dumps([self.key, round_index, client]) + "\n").encode())
