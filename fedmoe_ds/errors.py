@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from fedmoe_ds.terminal import visible
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 """Ended by Ctrl-C where there is nothing to save (130: what shells say of a process that SIGINT has ended)."""
@@ -19,16 +21,20 @@ EXIT_LOST = 76
 """A rank died, hung or lost its network; the last checkpoint is intact. The same command with `--resume auto` continues."""
 
 
-class UserError(Exception):
+class OneLineError(Exception):
+    """An error whose message is one line that prints, whatever names it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(" ".join(message.split())))
+
+
+class UserError(OneLineError):
     """A mistake in the configuration, the data or the environment that the user can fix."""
 
     exit_code = EXIT_USER_ERROR
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
 
-
-class LostError(Exception):
+class LostError(OneLineError):
     """The other ranks are not there, or not any more."""
 
     exit_code = EXIT_LOST

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from fedmoe_ds import watchdog
+from fedmoe_ds import terminal, watchdog
 from fedmoe_ds.activity import activity
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.control import Control, check_mpi, make_control
@@ -169,16 +169,16 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
     except (UserError, LostError) as error:
         code, words = error.exit_code, str(error)
         if known_rank() == 0 or (watchdog.current() is None and isinstance(error, LostError)):
-            sys.stderr.write(f"error: {error}\n")
+            terminal.note(f"error: {error}")
     except KeyboardInterrupt:
         code, words = EXIT_INTERRUPTED, "stopped by SIGINT"
-        sys.stderr.write(f"error: {words}\n")
+        terminal.note(f"error: {words}")
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except BaseException as error:
         _hear_why()
         words = f"rank {known_rank()} on {socket.gethostname()} failed: {type(error).__name__}: {error}; its traceback is above"
-        sys.stderr.write(f"[rank {known_rank()}] {traceback.format_exc()}")
+        terminal.show(f"[rank {known_rank()}] {traceback.format_exc().rstrip()}", sys.stderr)
     _leave(code, " ".join(words.split()))
 
 
@@ -200,7 +200,7 @@ def _leave(code: int, words: str) -> NoReturn:
     if known_rank() != 0 and (code == EXIT_USER_ERROR or (code == EXIT_LOST and watch is not None)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: no longer a request to stop after the wave
         time.sleep(_SAY_S)  # the watchdog ends this process as soon as rank 0 has spoken, or the launcher does
-        sys.stderr.write(f"error: rank {known_rank()} on {socket.gethostname()}: {words}\n")  # rank 0 knows of nothing
+        terminal.note(f"error: rank {known_rank()} on {socket.gethostname()}: {words}")  # rank 0 knows of nothing
     if watch is not None:
         watch.stop()
     if code in (0, EXIT_STOPPED) and torch_dist.is_initialized():

@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from fedmoe_ds import terminal
 from fedmoe_ds.activity import activity
 from fedmoe_ds.control import Control
 from fedmoe_ds.errors import EXIT_LOST
@@ -66,7 +67,7 @@ class Watch:
     def end(self, text: str, code: int, say: bool, kill: Sequence[Process] = ()) -> NoReturn:
         """The job is over: one line, and out. Called on the watchdog's own thread; the main thread may be stuck."""
         if say and not self._left.is_set():
-            sys.stderr.write(f"error: {text}\n")
+            terminal.note(f"error: {text}")
             sys.stderr.flush()
         self.over.set()
         time.sleep(_SPREAD_S)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.terminal import visible
 
 _PREFIX = "tag:yaml.org,2002:"
 # tag -> (pattern, the characters a match can start with); in this order, so that 12 is an integer before a number.
@@ -26,7 +27,6 @@ _CORE_SCHEMA: dict[str, tuple[str, list[str]]] = {
         list("-+.0123456789"),
     ),
 }
-_ODD_BREAKS = set("\x85\u2028\u2029")
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,8 +46,8 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_sequence(_PREFIX + "seq", data, flow_style=flow)
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Line breaks other than a newline would be read back as a newline unless they are escaped."""
-        return self.represent_scalar(_PREFIX + "str", data, style='"' if _ODD_BREAKS & set(data) else None)
+        """What does not print is escaped: odd line breaks would be read back as a newline, others rule a terminal."""
+        return self.represent_scalar(_PREFIX + "str", data, style='"' if visible(data, lines=True) != data else None)
 
 
 _Loader.yaml_implicit_resolvers = {}

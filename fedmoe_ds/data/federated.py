@@ -28,6 +28,7 @@ from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, discard, intact,
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.omissions import Omissions
+from fedmoe_ds.terminal import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -178,7 +179,7 @@ def _usable(folder: Path) -> bool:
         return False
     if intact(folder):
         return True
-    LOG.warning("prepared data in %s are damaged; preparing them again", folder)
+    LOG.warning("prepared data in %s are damaged; preparing them again", visible(folder))
     discard(folder)
     return False
 
