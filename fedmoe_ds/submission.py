@@ -7,7 +7,6 @@ the same command as any other launcher does, and the batch script decides by its
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.files import make_folder, write_whole
+from fedmoe_ds.shell import command_line, quoted
 
 END_OF_HEADER = "# --- end of header ---\n"
 FLAGS = {
@@ -112,7 +112,7 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
         if value is not None:
             _check_line(key, value)
     lines = [f"#SBATCH --{key}" + ("" if value is None else f"={shlex.quote(value)}") for key, value in options.items()]
-    words = " ".join(map(quoted, ["--config", str(request.config.resolve()), *request.overrides]))
+    words = command_line(["--config", str(request.config.resolve()), *request.overrides])
     places = {"FEDMOE_HOME": home, "FEDMOE_LOGS": folder, "FEDMOE_PYTHON": sys.executable}
     exports = [f"export {name}={quoted(str(place))}" for name, place in places.items()]
     first = ["#!/bin/bash", "# Written by launch/submit.py from slurm/train.sbatch; sbatch this file to submit the same again."]
@@ -137,14 +137,6 @@ def _check_line(key: str, value: str) -> None:
     name = name or (f"--{key}" if key in FLAGS else f"--sbatch: {key}")
     if not value or not value.isprintable():
         raise UserError(f"{name}: {value!r}: is empty or no line of text; give another")
-
-
-def quoted(word: str) -> str:
-    """A word as bash reads it, on one line of characters that print."""
-    if word.isprintable():
-        return shlex.quote(word)
-    letters = (chr(byte) if 32 <= byte < 127 and chr(byte) not in "'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
-    return f"$'{''.join(letters)}'"
 
 
 def submit(request: Request, home: Path, environment: Mapping[str, str]) -> Submitted:

@@ -25,6 +25,7 @@ from fedmoe_ds.config import Config, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import load_foundation, planned_sparse, planned_task
+from fedmoe_ds.foundation.loading import WeightFiles
 
 WEIGHTS, INDEX, CONFIG, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -350,3 +351,10 @@ def test_the_command_ends_with_this_line(case: str, sound: Path, nano: dict[str,
     cache = str(tmp_path / "cache")
     tree = changed(nano, output=str(tmp_path), foundation={"path": str(folder), "cache": cache}, topology={"ep_size": 1})
     assert re.search(message, run(tree, tmp_path, ranks=COMMAND[case]).mistake())
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "..", ".", "", "a/b", "a\0b", "./model.safetensors", "a\\b"])
+def test_a_weight_map_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(UserError, match=r"index\.json: weight_map: 'x': .*no file of this folder"):
+        WeightFiles(tmp_path)

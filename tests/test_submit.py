@@ -20,7 +20,8 @@ from launching import REPOSITORY
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.submission import Request, check, compose, log_folder, quoted, submit
+from fedmoe_ds.shell import command_line, quoted
+from fedmoe_ds.submission import Request, check, compose, log_folder, submit
 
 COMMAND = REPOSITORY / "launch" / "submit.py"
 
@@ -242,6 +243,7 @@ def test_bash_reads_a_word_as_it_was(word: str) -> None:
     assert shown.isprintable()
     done = subprocess.run(["bash"], input=f"printf %s {shown}".encode(), capture_output=True, check=True)
     assert done.stdout.decode() == word
+    assert command_line(["a", word]) == f"a {shown}"
 
 
 def test_percent_signs_stand_for_themselves(planned: Config, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import is_plain_name
 from fedmoe_ds.foundation.hosting import HostedLayer
 from fedmoe_ds.foundation.mapped import Memory, Slot
 from fedmoe_ds.foundation.meta import CONFIG_FILE, build_on_meta, first_line, host_model, read_config
@@ -311,7 +312,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     if not isinstance(places, dict) or not places:
         raise UserError(f"foundation.path: {index}: holds no weight_map; get the file again")
     for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not is_plain_name(file):
             raise UserError(
                 f"foundation.path: {index}: weight_map: '{name}': {file}: no file of this folder; get the file again"
             )
