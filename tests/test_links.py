@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,7 @@ class Writes:
     def __init__(self) -> None:
         self.root: str | None = None
         self.found: set[str] = set()
+        self.then: Callable[[str], None] | None = None
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, values: tuple[Any, ...]) -> None:
@@ -60,10 +61,13 @@ class Writes:
             path = os.fsdecode(value) if isinstance(value, str | bytes | os.PathLike) else ""
             if path.startswith(self.root + "/") and not any(part in path for part in RANDOM):
                 self.found.add(path.removeprefix(self.root + "/"))
+            if self.then is not None and path.startswith(self.root):
+                self.then(path)
 
     @contextmanager
-    def below(self, root: Path) -> Iterator[set[str]]:
-        self.root, self.found = str(root), set()
+    def below(self, root: Path, then: Callable[[str], None] | None = None) -> Iterator[set[str]]:
+        """`then` hears of every single write before it happens, and may raise."""
+        self.root, self.found, self.then = str(root), set(), then
         try:
             yield self.found
         finally:
