@@ -240,7 +240,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert checkpoint.newest_intact(tmp_path) == (None, [])
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     st.sets(
         st.tuples(

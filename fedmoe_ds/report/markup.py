@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from fedmoe_ds.terminal import visible
 
-_PLAIN = re.compile(r"[A-Za-z0-9 .,:;%/#()_+-]*")
+_PLAIN = re.compile(r"[A-Za-z0-9 \n\u202f–−×.,:;%/#()_+-]*")
 VOID = frozenset({"input", "br", "meta"})
 
 
