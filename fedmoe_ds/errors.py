@@ -18,6 +18,9 @@ EXIT_STOPPED = 75
 EXIT_LOST = 76
 """A rank died, hung or lost its network; the last checkpoint is intact. The same command with `--resume auto` continues."""
 
+_LONGEST, _TAIL = 4000, 1000
+"""Characters of a line, and of its end, where the fix is."""
+
 
 class UserError(Exception):
     """A mistake in the configuration, the data or the environment that the user can fix."""
@@ -25,13 +28,25 @@ class UserError(Exception):
     exit_code = EXIT_USER_ERROR
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
 
 class LostError(Exception):
     """The other ranks are not there, or not any more."""
 
     exit_code = EXIT_LOST
+
+
+def printable(text: str) -> str:
+    """One line as it may be written to any terminal: what moves its cursor, or is no character, is escaped.
+
+    A value out of somebody else's file may be a megabyte long; the middle of a line that long is left out.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - _TAIL]} ... {text[-_TAIL:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
