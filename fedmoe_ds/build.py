@@ -42,6 +42,7 @@ from fedmoe_ds.foundation import (
     sharing,
 )
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
+from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.identity import agreed, identity, kernels_of, memory_settings
 from fedmoe_ds.methods import Method, Situation, method_for, with_defaults
@@ -142,6 +143,8 @@ def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: P
 def load_shared_foundation(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Foundation:
     """Rank 0 finds or pre-trains the model; then every rank loads its part, into memory that ranks of one host share."""
     folder = runtime.on_main(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
+    if (line := runtime.together(lambda: told(Path(folder), config.foundation.trust_remote_code))) is not None:
+        progress.note(line)
     ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
     if device.type != "cpu":
         return runtime.together(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
@@ -150,13 +153,14 @@ def load_shared_foundation(config: Config, runtime: Runtime, topology: Topology,
     digest = runtime.gather(runtime.together(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
     shared = cache_folder(config.foundation) / sharing.FOLDER
     memory = sharing.load_shared(skeleton, digest, ep_size, hosts, shared, runtime, progress.note)
-    return runtime.together(lambda: assemble(skeleton, memory, digest, device))
+    return runtime.together(lambda: assemble(skeleton, memory, digest, device, config.foundation.trust_remote_code))
 
 
 def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation) -> FederatedData:
     """Rank 0 tokenises and partitions; every rank maps the result and reads its own clients' rows."""
     folder = cache_folder(config.foundation) / "data"
-    path = runtime.on_main(lambda: str(prepare_data(config.data, config.seed, foundation.tokenizer, folder).path))
+    tokenizer, code = foundation.tokenizer, foundation.code
+    path = runtime.on_main(lambda: str(prepare_data(config.data, config.seed, tokenizer, folder, code).path))
     return runtime.together(lambda: FederatedData.open(path))
 
 

@@ -39,7 +39,8 @@ def identity(
     known = of_settings(json.loads(config.model_dump_json()))
     known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
     known["topology"] = {"device": next(foundation.model.parameters()).device.type}
-    return {**known, "kernels": dict(kernels), "foundation": foundation.fingerprint, "data": data.fingerprint}
+    contents = {"foundation.code": foundation.code, "foundation": foundation.fingerprint, "data": data.fingerprint}
+    return {**known, "kernels": dict(kernels), **contents}
 
 
 def of_settings(tree: dict[str, Any]) -> Identity:
@@ -53,6 +54,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         **{name: tree[name] for name in ("adapters", "local", "method", "server")},
         "federation": {key: value for key, value in tree["federation"].items() if key != "rounds"},
         "foundation.dtype": tree["foundation"]["dtype"],
+        "foundation.code": None,
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
@@ -113,10 +115,11 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
         A line about what could not be compared, if there is anything.
     """
     tree = _settings(folder)
+    _check_types(written, ours, folder)
     theirs = {**of_settings(tree), **written} if tree else dict(written)
     for name, value in theirs.items():
         if tree and isinstance(value, dict) and name != "kernels":
-            theirs[name] = {**of_settings(tree)[name], **value}
+            theirs[name] = {**of_settings(tree).get(name, {}), **value}
     unknown = []
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
         if isinstance(ours[name], dict) and name != "method":
@@ -134,6 +137,17 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     return [f"the checkpoint, of an earlier version, does not say what it was written with: {', '.join(unknown)}"]
 
 
+def _check_types(written: Identity, ours: Identity, folder: Path) -> None:
+    """Refuse an identity whose entries have other types than ours: nothing of this package has written it."""
+    for name, value in ours.items():
+        there = written.get(name)
+        if there is not None and value is not None and not isinstance(there, type(value)):
+            raise UserError(
+                f"checkpoint: {folder}: identity.{name}: {there}: not written by this program; remove this checkpoint to go on "
+                "from the one before"
+            )
+
+
 def check_no_effect(folder: Path, config: Config) -> None:
     """Refuse to finish a run once more with a key that could change nothing any more; where it lies and runs may differ."""
     written = _settings(folder)
@@ -148,11 +162,15 @@ def check_no_effect(folder: Path, config: Config) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """The configuration beside a checkpoint; keys that there were not yet have their defaults. Empty where there is none."""
+    defaults = json.loads(Config().model_dump_json())
     try:
         tree = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
-    except (OSError, UserError):
+    except (OSError, UserError, UnicodeDecodeError):
         return {}
-    return _over(json.loads(Config().model_dump_json()), tree) if isinstance(tree, dict) and "foundation" in tree else {}
+    if not isinstance(tree, dict) or "foundation" not in tree:
+        return {}
+    sections = [name for name, value in defaults.items() if isinstance(value, dict)]
+    return _over(defaults, tree) if all(isinstance(tree.get(name, {}), dict) for name in sections) else {}
 
 
 def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:

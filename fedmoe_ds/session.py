@@ -178,12 +178,31 @@ def open_snapshot(path: Path, parts: Parts) -> tuple[checkpoint.Snapshot, list[s
 def restore(path: Path, parts: Parts) -> tuple[checkpoint.Snapshot, list[str]]:
     """Read a checkpoint into the state of the run, on every rank."""
     snapshot, notes = open_snapshot(path, parts)
+    _check_progress(path, snapshot, parts)
     try:
         states.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
         parts.server.load_base(parts.state.server)
     except OSError as error:
         raise unreadable(path, parts, error) from None
     return snapshot, notes
+
+
+def _check_progress(path: Path, snapshot: checkpoint.Snapshot, parts: Parts) -> None:
+    """Refuse counts of another model's experts, and reports of clients that there are not."""
+    partial = snapshot.partial or {"activation": {}, "done": {}}
+    for counts in (snapshot.utilisation, *partial["activation"].values()):
+        shape = None if counts is None else (len(counts), len(counts[0]) if counts else 0)
+        if shape is not None and shape != parts.counts_shape:
+            raise UserError(
+                f"checkpoint: {path}: counts of {shape[0]} layers with {shape[1]} experts, and this model has "
+                f"{parts.counts_shape[0]} with {parts.counts_shape[1]}; remove this checkpoint to go on from the one before"
+            )
+    unknown = [index for index in partial["done"] if int(index) >= len(parts.clients)]
+    if unknown:
+        raise UserError(
+            f"checkpoint: {path}: partial.done: client {unknown[0]}: the run has {len(parts.clients)} clients; remove this "
+            "checkpoint to go on from the one before"
+        )
 
 
 def unreadable(path: Path, parts: Parts, error: OSError) -> UserError:
@@ -237,6 +256,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "tiers": sorted({client.top_k for client in parts.clients}, reverse=True),
         "budgets": budgets(parts),
         "foundation": foundation.fingerprint,
+        "foundation_code": foundation.code,
         "seed": config.seed,
         "reproducible": "bitwise" if is_bitwise(config, parts.runtime) else "fast",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

@@ -166,7 +166,7 @@ CASES: dict[str, tuple[str, Break, str]] = {
     "code of its own": (
         "whole",
         config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"}),
-        r"config\.json cannot be used: ",
+        r"its model is Python code of this folder, and a model's code is never run; give a model of a family",
     ),
     "another family": ("whole", config(model_type="gpt2"), r"model_type 'gpt2' is neither a known"),
     "width is a word": ("whole", config(hidden_size="wide"), r"config\.json cannot be used: .*hidden_size"),

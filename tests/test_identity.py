@@ -58,6 +58,7 @@ ELSEWHERE = {
     "topology.aggregation": "cluster/test_mpi.py",
     "deepspeed": "test_deepspeed_tools.py",
     "execution.threads": "refused at every start in bitwise mode",
+    "foundation.trust_remote_code": "test_own_code.py",
 }
 """Neutral, and shown to be in another world than that of one process."""
 

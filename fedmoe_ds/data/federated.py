@@ -103,20 +103,23 @@ class FederatedData:
         return client
 
 
-def prepare(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast | None, cache_dir: Path) -> FederatedData:
+def prepare(
+    config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast | None, cache_dir: Path, code: str | None = None
+) -> FederatedData:
     """Return the federated data of a run, from `cache_dir/<content hash>` or made now; call it on one rank only.
 
     The result is a function of (config, seed, tokenizer, content of the source); `tokenizer` is None for an image
-    foundation. A damaged cache entry is reported and made again. Raises UserError for whatever is wrong with the source,
-    its columns, its rows, the partition or the cache folder, and for data of another task than the foundation's.
+    foundation, and `code` the digest of Python code of its own that it runs. A damaged cache entry is reported and made again.
+    Raises UserError for whatever is wrong with the source, its columns, its rows, the partition or the cache folder, and for
+    data of another task than the foundation's.
     """
     if tokenizer is None:
         check_task("image_classification", config)
         return _prepare_images(config, seed, cache_dir)
     check_task("causal_lm", config)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, own_code=code is not None)
     source = open_source(config)
-    folder = cache_dir / _content_key(config, seed, tokenizer, source)
+    folder = cache_dir / _content_key(config, seed, tokenizer, source, code)
 
     def prepared() -> Prepared:
         return assemble(source, config, seed, encoder)
@@ -141,7 +144,7 @@ def _found_or_made(folder: Path, prepared: Callable[[], Prepared], header: dict[
     return FederatedData.open(folder)
 
 
-def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, source: Source) -> str:
+def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, source: Source, code: str | None) -> str:
     parts = {
         "format": FORMAT,
         # The digest stands for the source: the same file under another path is the same data.
@@ -151,6 +154,7 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
         "seed": seed,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        **({} if code is None else {"code": code}),
     }
     return _hash(parts)
 

@@ -35,7 +35,7 @@ def train_on_images(
         return loss
 
     def create() -> Any:
-        return AutoModelForImageClassification.from_config(preset.config())
+        return AutoModelForImageClassification.from_config(preset.config(), trust_remote_code=False)
 
     model, losses = train_new(create, batch_loss, len(images), (1, "images"), config, seed, progress)
     return [model], {"images": len(images), "losses": losses}

@@ -9,7 +9,6 @@ Shape suffixes: L local experts, D hidden size, F expert FFN size, G = 2F.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from fedmoe_ds.foundation.hosting import HostedLayer
 from fedmoe_ds.foundation.mapped import Memory, Slot
 from fedmoe_ds.foundation.meta import CONFIG_FILE, build_on_meta, first_line, host_model, read_config
 from fedmoe_ds.foundation.names import UNUSED, present_name
+from fedmoe_ds.strict_json import read_json
 
 __all__ = [
     "CONFIG_FILE",
@@ -150,12 +150,22 @@ class Skeleton:
     def __init__(self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int) -> None:
         """Raises UserError: the folder holds no model of a known family, or ep_size does not divide its experts."""
         self.folder = folder
+        self.files = WeightFiles(folder)
+        self._check_depth(read_config(folder))
         self.model = build_on_meta(folder, dtype)
         self.layers = host_model(self.model, ep_size, ep_rank)
-        self.files = WeightFiles(folder)
         self.dense = _dense_slots(self.model, self.layers)
         self.experts = [slot for layer in self.layers for slot in _expert_slots(layer, dtype)]
         _refuse_unknown(self.files, self.model, self.layers, {_source_name(slot.name, self.layers) for slot in self.dense})
+
+    def _check_depth(self, config: Any) -> None:
+        """Every layer has tensors: what cannot be there need not be built first."""
+        layers, tensors = getattr(config, "num_hidden_layers", None), len(self.files.where)
+        if isinstance(layers, int) and layers > tensors:
+            raise UserError(
+                f"foundation.path: {self.folder}: {CONFIG_FILE}: num_hidden_layers: {layers}: the weights have "
+                f"{tensors} tensors; config and weights belong to different models"
+            )
 
     @property
     def slots(self) -> list[Slot]:
@@ -344,6 +354,6 @@ def _open(path: Path) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"foundation.path: {path}: cannot be read: {first_line(error)}; get the file again") from error

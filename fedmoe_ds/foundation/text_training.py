@@ -32,7 +32,7 @@ def train_on_text(
     progress(f"foundation: {sequences_NS.numel()} tokens, unigram entropy {entropy:.2f} nats")
 
     def create() -> Any:
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
         if preset.family == "olmoe":
             # The grouped kernel is no faster here, and the backward pass of its gather adds in the order of the threads.
             model.set_experts_implementation("eager")
