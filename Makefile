@@ -59,7 +59,7 @@ test: .venv/.installed  ## run the tests
 test-cluster: .venv/.installed .venv/.cluster .venv/.triton .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
 	python -m pytest -m cluster $(ARGS)
 
-test-sweep: .venv/.installed  ## all combinations of methods, parameters and model families
+test-sweep: .venv/.installed  ## all combinations of methods, parameters and model families; 7000 damaged files
 	python -m pytest -n $(WORKERS) --dist load -m sweep $(ARGS)
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.strict_json import parse_json
 
 NAME = "absent.jsonl"
 
@@ -58,7 +59,7 @@ def read_lines(folder: Path) -> list[str]:
 
 def _parse(line: str) -> tuple[str, int, int] | None:
     try:
-        key, round_index, client = json.loads(line)
+        key, round_index, client = parse_json(line)
         return str(key), int(round_index), int(client)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None

@@ -14,13 +14,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import safe_open
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.strict_json import read_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -45,6 +47,58 @@ class Snapshot:
     partial: dict[str, Any] | None = None
     utilisation: list[list[int]] | None = None
     files: dict[str, str] = field(default_factory=dict)
+
+
+def _even(rows: list[list[int]]) -> list[list[int]]:
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("expected rows of one length")
+    return rows
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Counts = Annotated[list[list[_Count]], AfterValidator(_even)]
+"""Routed rows per (layer, expert)."""
+
+
+class _Report(BaseModel):
+    """What a client has reported of an unfinished round; it becomes an event when the round ends, which adds its own fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    client: str
+    status: str
+    tokens: _Count
+    targets: _Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leaves_room(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (taken := {"event", "round", "time"} & given.keys()):
+            raise ValueError(f"{min(taken)}: not part of a report")
+        return given
+
+
+class _Partial(BaseModel):
+    """An unfinished round; `sums` says how they lie in their files."""
+
+    model_config = ConfigDict(strict=True)
+
+    done: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], _Report]
+    activation: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}( [re][0-9]{1,9}){0,2}$")], _Counts]
+    seconds: Annotated[float, Field(ge=0, le=1e15)]
+
+
+class _Manifest(BaseModel):
+    """The types of a manifest's fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    round: Annotated[int, Field(ge=0, le=10**6)]
+    identity: dict[str, Any]
+    metrics_position: _Count
+    partial: _Partial | None
+    utilisation: _Counts | None
+    files: dict[str, str]
 
 
 def folder_name(round_index: int, partial: bool) -> str:
@@ -81,10 +135,10 @@ def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
 def find_damage(path: Path) -> str | None:
     """None if every file of a checkpoint is what its manifest says, else what is wrong."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
         promised = manifest.pop("checksum")
         files = dict(manifest["files"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no JSON, or no such tree
         return f"{MANIFEST} is missing or unreadable"
     if checksum(manifest) != promised:
         return f"{MANIFEST} does not match its checksum"
@@ -94,18 +148,34 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name}: {error.strerror or error}"
+        except ValueError:  # a NUL
+            return f"{name} is no file name"
     return None
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """The manifest of an intact checkpoint."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    """The manifest of an intact checkpoint. Raises UserError for one of another format, or with a field of another type."""
+    try:
+        manifest = read_json(path / MANIFEST)
+    except ValueError as error:
+        raise _foreign(path, str(error)) from None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise _foreign(path, "format: missing")
     if manifest["format"] != FORMAT:
         raise UserError(
-            f"checkpoint: {path}: format {manifest['format']}: this version reads format {FORMAT}; use another run name"
+            f"checkpoint: {path}: format {manifest['format']!r}: this version reads format {FORMAT}; use another run name"
         )
-    fields = ("round", "identity", "metrics_position", "partial", "utilisation", "files")
-    return Snapshot(**{name: manifest[name] for name in fields})
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _foreign(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return Snapshot(**{name: manifest[name] for name in _Manifest.model_fields})
+
+
+def _foreign(path: Path, reason: str) -> UserError:
+    """An intact file, and yet not one that this version has written."""
+    return UserError(f"checkpoint: {path / MANIFEST}: {reason}; remove this folder to go on from the checkpoint before it")
 
 
 class TensorReader:
@@ -115,7 +185,10 @@ class TensorReader:
         self._stack = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
         for file in sorted(path.glob(f"{prefix}*.safetensors")):
-            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            try:
+                opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            except SafetensorError as error:
+                raise UserError(f"checkpoint: {file}: damaged: {error}; remove this checkpoint") from None
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
     def __enter__(self) -> TensorReader:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.strict_json import parse_json
 
 NAME = "job.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -78,8 +79,8 @@ def _say_who(handle: int) -> None:
 
 def _holder(handle: int) -> str:
     try:
-        who = json.loads(os.pread(handle, 4096, 0))
+        who = parse_json(os.pread(handle, 4096, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["since"]))
         return f"process {who['process']} on {who['host']}, since {since}"
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return "which has not said its name"

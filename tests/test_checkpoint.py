@@ -22,7 +22,11 @@ from fedmoe_ds.checkpoint import MANIFEST, Snapshot, TensorReader
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
 from fedmoe_ds.errors import UserError
 
-PARTIAL: dict[str, Any] = {"done": {"3": {"status": "ok", "loss_last": 0.1}}, "activation": {}, "seconds": 1.5}
+PARTIAL: dict[str, Any] = {
+    "done": {"3": {"client": "c", "status": "ok", "tokens": 4, "loss_last": 0.1}},
+    "activation": {},
+    "seconds": 1.5,
+}
 
 
 def tensors(seed: int) -> dict[str, Tensor]:

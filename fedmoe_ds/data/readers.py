@@ -26,6 +26,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from fedmoe_ds.data.table import CHUNK, Column, Table, as_written, class_words
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.strict_json import check_depth, trouble
 
 
 def read_jsonl(path: Path, wanted: Collection[str]) -> Table:
@@ -39,8 +40,9 @@ def read_jsonl(path: Path, wanted: Collection[str]) -> Table:
                 continue
             try:
                 value = decode(text)
+                check_depth(text, value)
             except (ValueError, RecursionError) as error:
-                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                what = error.msg if isinstance(error, json.JSONDecodeError) else trouble(error)
                 raise UserError(f"data.source: {path}:{number}: not valid JSON ({what}); mend or drop the line") from error
             if not isinstance(value, dict):
                 raise UserError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,16 +52,23 @@ def open_source(config: DataConfig) -> Source:
         return StdlibSource()
     path = Path(config.source).expanduser()
     if path.suffix in READERS:
-        if not path.is_file():
+        if not _is_there(path, Path.is_file):
             raise UserError(f"data.source: {config.source}: no such file; give an existing path")
         return FileSource(path)
     names_a_path = config.source.startswith(("/", "./", "../", "~")) or config.source.count("/") > 1
-    if path.exists() or names_a_path or path.suffix in OTHER_FILES:
+    if _is_there(path) or names_a_path or path.suffix in OTHER_FILES:
         raise UserError(
             f"data.source: {config.source}: unknown kind of file '{path.suffix}'; "
             f"use 'stdlib', a hub data set id, or a file that ends in {', '.join(READERS)}"
         )
     return HubSource(config.source, config.split)
+
+
+def _is_there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
+    try:
+        return kind(path)
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"data.source: {path}: cannot be read: {error.strerror or error}; give another path") from None
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,16 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.modes import follow_umask
+from fedmoe_ds.strict_json import read_json
 
 DATA = "sequences.arrow"
 HEADER = "header.json"
@@ -34,6 +36,40 @@ PARTIAL = ".partial-"
 SCHEMA = pa.schema([("tokens", pa.large_list(pa.int64())), ("targets", pa.large_list(pa.uint8()))])
 IMAGE_SCHEMA = pa.schema([("pixels", pa.large_list(pa.float32())), ("labels", pa.int64())])
 IMAGE_SHAPE = "image_shape"  # in the header of a store of images: [C, H, W]
+
+
+Counts = list[Annotated[int, Field(ge=0, lt=2**63)]]
+
+
+class _Omissions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rows: int
+    total: dict[str, int]
+    clients: dict[str, dict[str, int]]
+
+
+class _Header(BaseModel):
+    """The types of a header's fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    names: list[str]
+    samples: Counts
+    train_sequences: Counts
+    train_tokens: Counts
+    distribution: dict[str, Any]
+    sequence_length: Annotated[int, Field(ge=1)]
+    fingerprint: str
+    omissions: _Omissions
+    image_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)] | None = None
+    checksum: str
+
+    @model_validator(mode="after")
+    def _counts_every_client(self) -> _Header:
+        if {len(self.samples), len(self.train_sequences), len(self.train_tokens)} != {len(self.names)}:
+            raise ValueError("expected one count per client")
+        return self
 
 
 @dataclass(frozen=True)
@@ -79,7 +115,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`; raises OSError, ValueError or KeyError where it is missing or damaged."""
-        self.header: dict[str, Any] = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        self.header: dict[str, Any] = read_json(folder / HEADER)
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / DATA)))
 
     def read(self, owner: int) -> Sequences:
@@ -115,9 +151,9 @@ def fingerprint(owners: Iterable[Sequences]) -> str:
 def intact(folder: Path) -> bool:
     """Whether the files in `folder` are complete and still have the checksum that the header promises."""
     try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        return bool(header["checksum"] == _checksum(folder / DATA))
-    except (OSError, ValueError, KeyError, TypeError):
+        header = _Header.model_validate(read_json(folder / HEADER))
+        return header.checksum == _checksum(folder / DATA)
+    except (OSError, ValueError):
         return False
 
 

@@ -41,6 +41,8 @@ __all__ = [
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on any file system that Linux has."""
 
 # Every page read from a mapped file counts as resident memory until the file is closed: reopen after this many bytes.
 _BYTES_PER_OPEN = 64 * 2**20
@@ -321,7 +323,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     if not isinstance(places, dict) or not places:
         raise UserError(f"foundation.path: {index}: holds no weight_map; get the file again")
     for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or len(os.fsencode(file)) > _LONGEST_NAME:
             raise UserError(
                 f"foundation.path: {index}: weight_map: '{name}': {file}: no file of this folder; get the file again"
             )

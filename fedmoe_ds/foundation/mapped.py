@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmoe_ds.strict_json import read_json
+
 FORMAT = 1
 ALIGNMENT = 64
 """Bytes; what torch gives its own CPU tensors. Kernels may be slower, and round differently, below it."""
@@ -120,8 +122,8 @@ class MappedWeights:
             return self._tensors(mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_COPY))
 
     def _header(self) -> dict[str, Any]:
-        header: dict[str, Any] = json.loads((self.folder / HEADER).read_text(encoding="utf-8"))
-        if {**self._content, "sha256": header["sha256"]} != header:
+        header = read_json(self.folder / HEADER)
+        if not isinstance(header, dict) or {**self._content, "sha256": header.get("sha256")} != header:
             raise ValueError(f"{self.folder / HEADER} describes other weights")
         return header
 

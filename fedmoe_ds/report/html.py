@@ -37,7 +37,11 @@ def write_report(run_folder: Path) -> Path:
         raise UserError(f"run folder: {run_folder}: does not exist; name a folder like runs/<name>")
     history = History.of(read_metrics(run_folder / "metrics.jsonl"))
     config_file = run_folder / "config.yaml"
-    config = config_file.read_text(encoding="utf-8") if config_file.exists() else None
+    try:
+        config = config_file.read_text(encoding="utf-8") if config_file.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise UserError(f"{config_file}: cannot be read: {reason}; restore it, or remove it") from None
     target = run_folder / "report.html"
     draft = run_folder / f".report.{os.getpid()}.tmp"
     try:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.report.events import wrong_field
+from fedmoe_ds.strict_json import parse_json
 
 
 class MetricsLog:
@@ -94,7 +96,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return all events in the order of writing; an unfinished last line (a run killed in a write) is left out.
 
     Raises:
-        UserError: the file is missing, or a complete line is not a JSON object with an `event`.
+        UserError: the file is missing, or a complete line is no event, or a field of it has not the type that readers take.
     """
     try:
         content = path.read_bytes()
@@ -106,11 +108,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise UserError(f"{path}: line {number}: is not JSON ({error}); remove or repair the line") from None
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):
         raise UserError(f"{path}: line {number}: is no event; every line is an object with a string 'event'")
+    if (wrong := wrong_field(record)) is not None:
+        raise UserError(f"{path}: line {number}: {wrong}; remove or repair the line")
     return record
 
 
