@@ -34,8 +34,8 @@ Case = Callable[[random.Random, Path], None]
 """(random, empty folder): write damaged files there and read them as the program does."""
 
 
-_NAMED = re.compile(r"(--)?[a-z][a-z_.0-9-]*: ", re.IGNORECASE)
-"""How a line begins that names a key or an option."""
+_NAMED = re.compile(r"(--)?[a-z][a-z_.0-9-]*: |.+: unknown key[;,]", re.IGNORECASE)
+"""How a line begins that names a key or an option; an unknown key may look like anything."""
 _SHOUTS = ("Traceback (most recent call last)", "panicked at")
 """What nobody wants on a terminal beside the line."""
 

@@ -18,7 +18,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(values, st.booleans(), st.booleans())
 def test_what_is_written_is_read(value: Any, ascii_only: bool, mark: bool) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only)
@@ -26,7 +26,7 @@ def test_what_is_written_is_read(value: Any, ascii_only: bool, mark: bool) -> No
     assert parse_json(("\ufeff" if mark else "").encode() + text.encode()) == value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.binary(max_size=60)
     | st.lists(st.sampled_from(list('[]{}",:0123456789.eE+-\\ud8anulltrefsNI ')), max_size=40).map("".join)

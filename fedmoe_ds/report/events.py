@@ -31,12 +31,16 @@ class _Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class _OfTier(_Fields):
+class _Tiered(_Fields):
     """Older versions name a tier by its top-k only, under either name."""
 
     tier_label: Label | None = None
     tier: Count | Label | None = None
     top_k: Count | None = None
+
+
+class _OfTier(_Tiered):
+    """An event that is sorted by its tier."""
 
     @model_validator(mode="after")
     def _has_a_tier(self) -> _OfTier:
@@ -96,8 +100,8 @@ class _Client(_OfTier):
 
 
 class _Distribution(_Fields):
-    labels: list[str | int]
-    counts: list[list[Count]]
+    labels: list[str | int] = Field(default_factory=list)
+    counts: list[list[Count]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _has_a_count_per_label(self) -> _Distribution:
@@ -129,7 +133,7 @@ class _Eval(_OfTier):
     tokens: Count | None = None
 
 
-class _Trained(_OfTier):
+class _Trained(_Tiered):
     round: Round
     client: str
     status: str = "ok"
