@@ -107,6 +107,11 @@ def header(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(data)
 
 
+def header_of_size(size: int) -> Break:
+    """The first eight bytes of a safetensors file say how long its header is."""
+    return lambda folder: write(WEIGHTS, size.to_bytes(8, "little") + (folder / WEIGHTS).read_bytes()[8:])(folder)
+
+
 def index(change: Callable[[dict[str, Any]], Any]) -> Break:
     def edit(folder: Path) -> None:
         tree = json.loads((folder / INDEX).read_text())
@@ -246,6 +251,40 @@ CASES: dict[str, tuple[str, Break, str]] = {
     ),
     "no tokenizer": ("whole", remove(*NO_TOKENIZER), r"holds no tokenizer; save the model's tokenizer in the same folder"),
     "no tokenizer but its settings": ("whole", remove(TOKENIZER), r"holds no tokenizer; save the model's tokenizer"),
+    **{
+        f"weights with a header of {size} bytes": (
+            "whole",
+            header_of_size(size),
+            r"model\.safetensors: damaged weight file: \S.*; get",
+        )
+        for size in (0, 1, 100, 2**31, 2**40, 2**62, 2**63, 2**64 - 1)
+    },
+    **{
+        f"{name} of {levels} levels": (
+            which,
+            write(name, "[" * levels + "]" * levels),
+            rf"{re.escape(name)}.*nested deeper than 64",
+        )
+        for which, name in (("whole", CONFIG), ("sharded", INDEX))
+        for levels in (400, 900, 5000, 200_000)
+    },
+    "a number of 5000 digits": (
+        "whole",
+        write(CONFIG, '{"x": ' + "9" * 5000 + "}"),
+        r"config\.json cannot be used: .*too many digits",
+    ),
+    "layers without end": ("whole", config(num_hidden_layers=10**9), r"num_hidden_layers: 1000000000: expected at most 1000"),
+    "more layers than tensors": (
+        "whole",
+        config(num_hidden_layers=900),
+        r"num_hidden_layers: 900: the weights have \d+ tensors",
+    ),
+    "experts without end": ("whole", config(num_experts=10**9), r"num_experts: 1000000000: expected at most 8192"),
+    "a shard of a long name": (
+        "sharded",
+        index(lambda tree: tree["weight_map"].update({NORM: "x" * 300})),
+        "no file of this folder",
+    ),
     "empty tokenizer": ("whole", write(TOKENIZER, ""), r"its tokenizer cannot be loaded: \S.*; save"),
     "cut tokenizer": ("whole", cut(TOKENIZER), r"its tokenizer cannot be loaded: \S.*; save"),
     "tokenizer is a list": ("whole", write(TOKENIZER, "[]"), r"its tokenizer cannot be loaded: \S.*; save"),

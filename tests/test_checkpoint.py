@@ -236,5 +236,42 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         checkpoint.read_snapshot(path)
 
 
+MANIFESTS: dict[str, tuple[Any, str]] = {
+    "format": (None, "format: missing"),
+    "round": ("1", "round: Input should be a valid integer"),
+    "identity": ([], "identity: Input should be"),
+    "metrics_position": (-1, "metrics_position: Input should be greater than or equal to 0"),
+    "partial": ({}, "partial.done: Field required"),
+    "utilisation": ([[1, 2], [3]], "utilisation: .*rows of one length"),
+    "files": ({"x": 1}, "files: .*missing|files.x: Input should be a valid string|does not match its checksum"),
+}
+
+
+@pytest.mark.parametrize("field", MANIFESTS)
+def test_a_manifest_with_a_field_of_another_type_is_one_line(field: str, tmp_path: Path) -> None:
+    """Its checksum may be right all the same."""
+    path = save(tmp_path, 1)
+    value, message = MANIFESTS[field]
+    tree = {**json.loads((path / MANIFEST).read_text()), field: value}
+    del tree["checksum"]
+    if value is None:
+        del tree[field]
+    (path / MANIFEST).write_text(json.dumps({**tree, "checksum": checkpoint.checksum(tree)}))
+    with pytest.raises(UserError, match=rf"^checkpoint: .*manifest\.json: {message}") as caught:
+        checkpoint.read_snapshot(path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "7", "[" * 5000, '{"files": 1}', "9" * 5000, '{"checksum": "\\ud800", "files": {}}']
+)
+def test_a_manifest_of_anything_is_damage(content: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / MANIFEST).write_text(content)
+    assert checkpoint.find_damage(path) is not None
+    found, notes = checkpoint.newest_intact(tmp_path)
+    assert found is None and len(notes) == 1
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert checkpoint.newest_intact(tmp_path) == (None, [])
