@@ -14,7 +14,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 """Ended by Ctrl-C where there is nothing to save (130: what shells say of a process that SIGINT has ended)."""
 EXIT_STOPPED = 75
-"""Asked to stop; a checkpoint was written. The same command with `--resume auto` continues (75: BSD's temporary failure)."""
+"""Asked to stop; a checkpoint was written, or loading had not ended. The same command with `--resume auto` continues (75: BSD's
+temporary failure)."""
 EXIT_LOST = 76
 """A rank died, hung or lost its network; the last checkpoint is intact. The same command with `--resume auto` continues."""
 

@@ -67,7 +67,7 @@ class Runtime:
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; a UserError on any rank becomes the same UserError on all of them."""
-        result, failure = _attempt(action)
+        result, failure = attempt(action)
         failures = [text for text in self.gather(failure) if text is not None]
         if failures:
             raise UserError(failures[0])
@@ -75,14 +75,15 @@ class Runtime:
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 only; its JSON result, or its UserError, reaches every rank."""
-        outcome = _attempt(action) if self.is_main else (None, None)
+        outcome = attempt(action) if self.is_main else (None, None)
         result, failure = self.gather(list(outcome))[0]
         if failure is not None:
             raise UserError(failure)
         return result
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of `action`, or the text of its UserError."""
     try:
         return action(), None
     except UserError as error:

@@ -31,6 +31,7 @@ from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.stop import StopRequest
+from fedmoe_ds.stop_points import StopError
 from fedmoe_ds.topology import Topology, build_topology
 
 
@@ -43,7 +44,7 @@ class Ending:
 
 
 def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> Ending:
-    """Run a configuration to its end or to a stop request.
+    """Run a configuration to its end or to a stop request: with a checkpoint, or, while loading, with what is in the cache.
 
     Args:
         config: the whole tree.
@@ -66,8 +67,12 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     for note in source["unlocked"] + source["notes"]:
         journal.note(note)
     topology = build_topology(config.topology, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress)
-    parts.stop = stop
+    try:
+        parts = load_parts(config, runtime, topology, journal.progress, stop)
+    except StopError as stopped:
+        journal.close()
+        lines = [f"{stopped}; start the same command again to continue"]
+        return Ending(lines if runtime.is_main else [], EXIT_STOPPED)
     journal.note(start_line(parts))
     if (omitted := parts.data.omissions.line()) is not None:
         journal.note(omitted)

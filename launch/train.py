@@ -2,8 +2,8 @@
 
 Runs under plain python, deepspeed, torchrun, mpirun and srun; ranks and groups come from the launcher's environment. Or start
 the ranks of one machine from here, and start them again when one is lost: `--ranks 8 --max-restarts 3`.
-Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint, 76 a rank was lost (the last checkpoint is
-intact); after 75 and 76 the same command with --resume auto continues.
+Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint, or while loading, 76 a rank was lost (the last
+checkpoint is intact); after 75 and 76 the same command with --resume auto continues.
 """
 
 from __future__ import annotations

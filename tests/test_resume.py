@@ -96,7 +96,7 @@ def test_sigusr1_before_the_first_round_and_during_evaluation(
     undisturbed: Result, config: dict[str, Any], tmp_path: Path
 ) -> None:
     with start(config, tmp_path, (1, 1)) as job:
-        assert job.wait_until((job.folder / "metrics.jsonl").exists)
+        assert job.wait_until(lambda: job.events("run"))
         job.signal_ranks(signal.SIGUSR1)
         stopped = job.finish()
     assert_stopped(stopped, "SIGUSR1")

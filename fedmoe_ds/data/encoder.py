@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.stop_points import stop_point
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,6 +45,7 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> list[Encoded]:
         """Return the ids of each text. Raises UserError where a special token stands for plain text even so."""
+        stop_point()
         found: list[list[int]] = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from fedmoe_ds.data.table import CHUNK, Column, Table, as_written, class_words
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.stop_points import stop_point
 
 
 def read_jsonl(path: Path, wanted: Collection[str]) -> Table:
@@ -78,6 +79,7 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Table:
             chunks: dict[str, list[Any]] = {name: [] for name in schema.names if name in wanted}
             if chunks:
                 for batch in file.iter_batches(batch_size=CHUNK, columns=list(chunks)):
+                    stop_point()
                     for name, parts in chunks.items():
                         parts.append(as_written(batch.column(name)))
             columns = {name: Column(parts) for name, parts in chunks.items()}
@@ -121,6 +123,7 @@ class _Rows:
         return Table(list(self.names), columns, self._count)
 
     def _pack(self) -> None:
+        stop_point()
         for name, values in self._values.items():
             self._chunks[name].append(self._packed(name, values))
             self._values[name] = []

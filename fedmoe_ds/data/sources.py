@@ -21,6 +21,7 @@ from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.readers import READERS, in_one_line
 from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.stop_points import file_sha256, run_waiting, stop_point
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,8 +97,7 @@ class FileSource:
 
     def digest(self) -> str:
         try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return file_sha256(self.path)
         except OSError as error:
             raise self._unreadable(error) from error
 
@@ -126,7 +126,7 @@ class HubSource:
 
         with quiet_datasets():
             try:
-                return datasets.load_dataset(self.name, split=self.split)
+                return run_waiting(lambda: datasets.load_dataset(self.name, split=self.split))
             except Exception as error:  # network, permission, spelling, script: one line serves the user for all of them
                 raise UserError(
                     f"data.source: {self.name} (split {self.split}): cannot be loaded from the hub: "
@@ -137,6 +137,7 @@ class HubSource:
     def digest(self) -> str:
         content = hashlib.sha256(repr(self._rows.features).encode())
         for batch in self._rows.with_format("arrow").iter(batch_size=1000):
+            stop_point()
             content.update(json.dumps(batch.to_pydict(), default=repr, sort_keys=True).encode())
         return content.hexdigest()
 

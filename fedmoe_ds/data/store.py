@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.modes import follow_umask
+from fedmoe_ds.stop_points import file_sha256, stop_point
 
 DATA = "sequences.arrow"
 HEADER = "header.json"
@@ -100,6 +101,7 @@ def fingerprint(owners: Iterable[Sequences]) -> str:
     """Return the sha256 over all tokens and targets, or pixels and labels, owner by owner, whatever the file format."""
     content = hashlib.sha256()
     for owner in owners:
+        stop_point()
         if owner.pixels is not None and owner.labels is not None:
             content.update(np.array(owner.pixels.shape, dtype="<i8").tobytes())
             content.update(owner.pixels.astype("<f4", copy=False).tobytes())
@@ -116,7 +118,7 @@ def intact(folder: Path) -> bool:
     """Whether the files in `folder` are complete and still have the checksum that the header promises."""
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        return bool(header["checksum"] == _checksum(folder / DATA))
+        return bool(header["checksum"] == file_sha256(folder / DATA))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -139,8 +141,9 @@ def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any
         schema = SCHEMA if header.get(IMAGE_SHAPE) is None else IMAGE_SCHEMA
         with pa.OSFile(str(partial / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for owner in owners:
+                stop_point()
                 writer.write_batch(_batch(owner))
-        sums = {"fingerprint": fingerprint(owners), "checksum": _checksum(partial / DATA)}
+        sums = {"fingerprint": fingerprint(owners), "checksum": file_sha256(partial / DATA)}
         (partial / HEADER).write_text(json.dumps(header | sums, indent=1, ensure_ascii=False), encoding="utf-8")
         for path in (partial / DATA, partial / HEADER):
             _flush(path)
@@ -182,8 +185,3 @@ def _publish(partial: Path, folder: Path) -> None:
     except OSError:
         if not (folder / HEADER).is_file():
             raise
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,6 +28,7 @@ from fedmoe_ds.foundation.presets import find_preset
 from fedmoe_ds.foundation.pretrain import pretrain_preset
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.tokenizing import load_tokenizer
+from fedmoe_ds.stop_points import file_sha256, run_waiting
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json"]
@@ -173,8 +174,7 @@ def _file_sha256(file: Path) -> str:
     # The hub cache stores large files under their own SHA-256, checked at download: no need to read them again.
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(file)
 
 
 def _resolve_path(path: str) -> Path:
@@ -189,7 +189,7 @@ def _resolve_path(path: str) -> Path:
 
 def _download(hub_id: str) -> Path:
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(run_waiting(lambda: snapshot_download(hub_id, allow_patterns=_HUB_FILES)))
     except (HFValidationError, HTTPError, OSError) as error:
         raise UserError(
             f"foundation.path: {hub_id}: neither a folder nor a hub model that can be reached ({first_line(error)}); "

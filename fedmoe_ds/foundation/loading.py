@@ -26,6 +26,7 @@ from fedmoe_ds.foundation.hosting import HostedLayer
 from fedmoe_ds.foundation.mapped import Memory, Slot
 from fedmoe_ds.foundation.meta import CONFIG_FILE, build_on_meta, first_line, host_model, read_config
 from fedmoe_ds.foundation.names import UNUSED, present_name
+from fedmoe_ds.stop_points import stop_point
 
 __all__ = [
     "CONFIG_FILE",
@@ -98,6 +99,7 @@ class WeightFiles:
         for path, batch in self._batches(reads):
             with _open(path) as file:
                 for read in batch:
+                    stop_point()
                     self._copy(file, path, read)
 
     def _batches(self, reads: list[Read]) -> Iterator[tuple[Path, list[Read]]]:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmoe_ds.stop_points import file_sha256
+
 FORMAT = 1
 ALIGNMENT = 64
 """Bytes; what torch gives its own CPU tensors. Kernels may be slower, and round differently, below it."""
@@ -93,7 +95,7 @@ class MappedWeights:
         try:
             staging.mkdir()
             self._write(staging / DATA, fill)
-            header = {**self._content, "sha256": _sha256(staging / DATA)}
+            header = {**self._content, "sha256": file_sha256(staging / DATA)}
             (staging / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
             self._publish(staging)
         finally:
@@ -102,7 +104,7 @@ class MappedWeights:
     def intact(self) -> bool:
         """Whether the file is there with every byte that was written; all of them are read, so a torn one is found."""
         try:
-            return bool(self._header()["sha256"] == _sha256(self.folder / DATA))
+            return bool(self._header()["sha256"] == file_sha256(self.folder / DATA))
         except (OSError, ValueError, KeyError):
             return False
 
@@ -151,8 +153,3 @@ class MappedWeights:
             self.folder.rename(staging / "damaged")
             staging.rename(self.folder)
             shutil.rmtree(self.folder / "damaged", ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,34 +29,38 @@ from fedmoe_ds.foundation.image_training import INK_SHARE, train_on_images
 from fedmoe_ds.foundation.presets import Preset, find_preset
 from fedmoe_ds.foundation.text_training import SEQUENCE_LENGTH, train_on_text
 from fedmoe_ds.foundation.training import Progress
+from fedmoe_ds.foundation.training_state import TrainingState
 from fedmoe_ds.modes import follow_umask
 
 FORMAT_VERSION = 2
 IMAGE_FORMAT_VERSION = 1
 RECORD_FILE = "pretrain.json"
 
-Train = Callable[[], tuple[list[Any], dict[str, Any]]]
-"""Trains; returns what to save in the foundation's folder, model first, and the facts of the training."""
+Train = Callable[[TrainingState], tuple[list[Any], dict[str, Any]]]
+"""Trains, or goes on from a state; returns what to save in the folder, model first, and the facts of the training."""
 
 
 def pretrain_preset(name: str, config: PretrainConfig, seed: int, cache: Path, progress: Progress) -> Path:
     """Return the folder of a pre-trained preset (model, tokenizer, training record), training it if the cache lacks it.
 
     Deterministic: equal arguments, data and library versions give equal weights. The folder appears whole or not
-    at all.
+    at all; a training that has to stop is kept beside it, and the next call goes on from there.
 
     Raises:
         UserError: unknown preset, or a cache folder that cannot be written.
+        StopError: asked to stop between two steps.
     """
     key, train = _plan(find_preset(name), config, seed, progress)
     folder = cache / "foundations" / key
     if folder.is_dir():
         progress(f"foundation: {name} found in {folder}")
         return folder
+    state = TrainingState(folder.with_name(f"{key}.unfinished"), key, progress)
     with _staging(folder) as staging:
-        trained, facts = train()
+        trained, facts = train(state)
         record = {"preset": name, "pretrain": config.model_dump(), "seed": seed, **facts}
         _save(trained, record, staging)
+    state.remove()
     progress(f"foundation: {name} saved in {folder}")
     return folder
 
@@ -66,10 +70,11 @@ def _plan(preset: Preset, config: PretrainConfig, seed: int, progress: Progress)
     if preset.task == "image_classification":
         images, _ = digits.split()
         key = image_key(preset.record(), config, seed, images)
-        return key, lambda: train_on_images(preset, config, seed, images, progress)
+        return key, lambda state: train_on_images(preset, config, seed, images, progress, state)
     documents, _ = stdlib.split(stdlib.documents())
     key = content_key(preset.record(), config, seed, documents)
-    return key, lambda: train_on_text(preset, config, seed, [document.text for document in documents], progress)
+    texts = [document.text for document in documents]
+    return key, lambda state: train_on_text(preset, config, seed, texts, progress, state)
 
 
 def content_key(model: dict[str, Any], config: PretrainConfig, seed: int, documents: list[stdlib.Document]) -> str:
