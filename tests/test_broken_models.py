@@ -333,7 +333,6 @@ def test_a_second_copy_of_a_tensor_does_not_count(sound: Path, tmp_path: Path) -
 
 COMMAND = {
     "missing shard": 2,
-    "NaN": 1,
     "sentencepiece": 1,
     "no tokenizer": 2,
 }
