@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from launching import Job, changed
 from torch import nn
 
-from fedmoe_ds import long_work, session
+from fedmoe_ds import build, long_work, session
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data import stdlib
@@ -200,14 +200,14 @@ def test_a_run_is_stopped_anywhere_while_it_loads(tmp_path: Path, monkeypatch: p
     write_inputs(tmp_path, samples=(6, 5, 4), num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
     caches = iter(range(1000))
 
-    def start(name: str, stop: StopRequest, fresh: bool = True) -> tuple[session.Ending, Path]:
-        cache = tmp_path / f"cache-{next(caches) if fresh else 'last'}"
+    def start(name: str, stop: StopRequest) -> tuple[session.Ending, Path]:
+        cache = tmp_path / f"cache-{next(caches)}"
         config = make_config(tmp_path, name, SMALL, {"foundation": {"cache": str(cache)}})
         return session.train(config, alone()[0], "auto", stop), cache
 
     # Rounds ask too: what comes before them is the number of points when the first of them asks.
     counted = Asked(None)
-    monkeypatch.setattr("fedmoe_ds.build._assemble", counting := CountsAt(counted, "fedmoe_ds.build"))
+    monkeypatch.setattr("fedmoe_ds.build._assemble", counting := CountsAt(counted, build._assemble))
     ending, _ = start("undisturbed", counted)
     digest = ending.lines[-2]
     assert ending.exit_code == 0 and counting.points > 30
@@ -216,23 +216,35 @@ def test_a_run_is_stopped_anywhere_while_it_loads(tmp_path: Path, monkeypatch: p
         assert ending.exit_code == EXIT_STOPPED
         (line,) = ending.lines
         assert line == "stopped by SIGTERM while loading; start the same command again to continue"
-        assert not [path for path in cache.rglob("*") if path.name.startswith((".partial-", ".staging-"))], at
+        assert not [path for path in cache.rglob("*") if path.name.startswith(".")], at
         assert read_events(tmp_path / "runs" / "stopped") == []
+    monkeypatch.setattr("fedmoe_ds.build._assemble", AsksAt(asked := StopRequest(), counting.real))
+    ending, _ = start("stopped", asked)  # everything is loaded: worth a checkpoint
+    assert ending.exit_code == EXIT_STOPPED and "stopped by SIGTERM with a checkpoint" in ending.lines[-3]
+    assert [path.name for path in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()] == ["round-00000"]
     ending, _ = start("stopped", StopRequest())
     assert (ending.exit_code, ending.lines[-2]) == (0, digest)
 
 
 class CountsAt:
-    """Stands for a function of a module; notes how many stop points there were when it is called."""
+    """Stands for the function that comes after loading; notes how many stop points there were before."""
 
-    def __init__(self, stop: Asked, module: str) -> None:
-        import importlib
-
-        self.stop, self.points = stop, 0
-        self.real = importlib.import_module(module)._assemble
+    def __init__(self, stop: Asked, real: Callable[..., Any]) -> None:
+        self.stop, self.real, self.points = stop, real, 0
 
     def __call__(self, *args: Any) -> Any:
         self.points = self.stop.seen
+        return self.real(*args)
+
+
+class AsksAt:
+    """The same, and asks to stop."""
+
+    def __init__(self, stop: StopRequest, real: Callable[..., Any]) -> None:
+        self.stop, self.real = stop, real
+
+    def __call__(self, *args: Any) -> Any:
+        self.stop.name = "SIGTERM"
         return self.real(*args)
 
 
