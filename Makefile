@@ -59,7 +59,7 @@ test: .venv/.installed  ## run the tests
 test-cluster: .venv/.installed .venv/.cluster .venv/.triton .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
 	python -m pytest -m cluster $(ARGS)
 
-test-sweep: .venv/.installed  ## all combinations of methods, parameters and model families
+test-sweep: .venv/.installed  ## all combinations of methods, parameters and model families; 7000 damaged files
 	python -m pytest -n $(WORKERS) --dist load -m sweep $(ARGS)
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times
@@ -71,10 +71,11 @@ test-compat: .venv-newest/.installed .venv-oldest/.installed  ## parity with the
 		python tests/bounds.py installed && python -m pytest -m "not soak and not cluster and not sweep" $(PARITY) $(ARGS) || exit 1; \
 	done
 
-check: .venv/.installed  ## lint, formatting, types
+check: .venv/.installed  ## lint (security rules too), formatting, types, known vulnerabilities of installed packages
 	ruff check .
 	ruff format --check .
 	mypy
+	python tests/audit.py
 
 format: .venv/.installed  ## format the code, fix what the linter can fix
 	ruff check --fix-only .
@@ -98,7 +99,7 @@ clean:  ## remove caches; runs/ and .venv stay
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environments too
-	rm -rf .venv .venv-peers .venv-newest .venv-oldest fedmoe_ds.egg-info
+	rm -rf .venv .venv-audit .venv-peers .venv-newest .venv-oldest fedmoe_ds.egg-info
 
 .venv/.installed: pyproject.toml | .venv/.system
 	@echo "installing into .venv with $(PYTHON) (a minute or two the first time)"

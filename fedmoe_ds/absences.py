@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import open_plain
+from fedmoe_ds.strict_json import parse_json
 
 NAME = "absent.jsonl"
 
@@ -38,7 +40,7 @@ class Absences:
 
     def add(self, round_index: int, client: int) -> None:
         """Write one down; any rank may, at the moment of its failure. Raises OSError."""
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        handle = open_plain(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             # The newline before it ends a line that a full disk has cut short.
             os.write(handle, ("\n" + json.dumps([self.key, round_index, client]) + "\n").encode())
@@ -58,7 +60,7 @@ def read_lines(folder: Path) -> list[str]:
 
 def _parse(line: str) -> tuple[str, int, int] | None:
     try:
-        key, round_index, client = json.loads(line)
+        key, round_index, client = parse_json(line)
         return str(key), int(round_index), int(client)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None

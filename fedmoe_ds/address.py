@@ -35,24 +35,29 @@ def meeting_point(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
     Raises:
         UserError: hosts do not reach rank 0's; on all ranks.
     """
+    from fedmoe_ds.mpi import gather_json  # numpy: only where there is MPI
+
     env = os.environ
     with socket.socket() as door:
         door.bind(("", 0))
-        door.listen(4096)  # the kernel opens; nobody needs to stand at the door
-        single = world.allreduce(int(local.size == world.size)) == world.size
-        given = env.get("MASTER_ADDR") or ("127.0.0.1" if single else None)
-        offer = {"given": given, "own": own_addresses(), "port": door.getsockname()[1], "host": socket.gethostname()}
-        offer = world.bcast(offer, root=0)
-        address = offer["given"] or _reached_by_all(world, local, offer["own"], offer["port"], offer["host"])
-    port = world.bcast(int(env.get("MASTER_PORT") or offer["port"]), root=0)
-    return address, port
+        given = env.get("MASTER_ADDR") or ("127.0.0.1" if local.size == world.size else None)
+        if given is None:
+            door.listen(4096)  # the kernel opens; nobody needs to stand at the door
+        port = door.getsockname()[1]
+        offer = {"given": given, "own": own_addresses(), "port": port, "host": socket.gethostname()}
+        offer |= {"meeting": int(env.get("MASTER_PORT") or port)}
+        theirs = gather_json(world, offer)[0]
+        address = theirs["given"] or _reached_by_all(world, local, theirs["own"], theirs["port"], theirs["host"])
+    return address, theirs["meeting"]
 
 
 def _reached_by_all(world: MPI.Comm, local: MPI.Comm, addresses: list[str], port: int, host: str) -> str:
-    beside_rank_0 = local.allreduce(int(world.rank == 0)) > 0
+    from fedmoe_ds.mpi import gather_json
+
+    beside_rank_0 = any(gather_json(local, world.rank == 0))
     knocks = local.rank == 0 and not beside_rank_0
     reached = [not knocks or _answers(address, port) for address in addresses]
-    common = [all(answers) for answers in zip(*world.allgather(reached), strict=True)]
+    common = [all(answers) for answers in zip(*gather_json(world, reached), strict=True)]
     if not any(common):
         tried = ", ".join(addresses) or "none but loopback"
         raise UserError(
@@ -93,6 +98,38 @@ def lead_gloo_out() -> None:
     chosen = next((interfaces[way] for way in ways if way in interfaces), None)
     if chosen is not None:  # a host without any other interface than loopback is the only one of its job
         os.environ["GLOO_SOCKET_IFNAME"] = chosen
+
+
+def resolved(name: str) -> list[str]:
+    """All addresses that a name, or an address, stands for on this host, in the resolver's order; none where nobody knows it.
+
+    Left out is what no other host can use as it stands: 0.0.0.0 and ::, and link-local IPv6, which needs an interface's name.
+    """
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # the latter: no such name can be
+        return []
+    texts = {str(entry[4][0]): None for entry in found}
+    addresses = [(text, ipaddress.ip_address(text)) for text in texts]
+    return [text for text, ip in addresses if not (ip.is_unspecified or (ip.version == 6 and ip.is_link_local))]
+
+
+def meant_addresses(views: list[list[str]]) -> list[str]:
+    """All addresses by which ranks may reach the host of rank 0.
+
+    Only on that host itself can a name mean loopback: a rank that knows nothing else is on it, and reaches each of its
+    addresses. So loopback is among them only where all ranks are on one host.
+
+    Args:
+        views: what MASTER_ADDR stands for on every rank's host (`resolved`).
+    """
+    known = {address: None for view in views for address in view}
+    return [address for address in known if not is_loopback(address)] or list(known)
+
+
+def is_reached(view: list[str], addresses: list[str]) -> bool:
+    """Whether a rank that knows rank 0's host by `view` reaches one of these addresses of it."""
+    return bool(addresses) and (all(is_loopback(known) for known in view) or any(known in addresses for known in view))
 
 
 def is_loopback(address: str) -> bool:

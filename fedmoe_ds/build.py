@@ -6,7 +6,7 @@ First what needs nothing (method, layout), then the foundation, the data, the ti
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,10 @@ from fedmoe_ds.foundation import (
     sharing,
 )
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
+from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.foundation.size import model_size
-from fedmoe_ds.identity import agreed, identity, kernels_of, memory_settings
+from fedmoe_ds.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
+from fedmoe_ds.long_work import LongWork
 from fedmoe_ds.methods import Method, Situation, method_for, with_defaults
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import Progress
@@ -80,7 +82,7 @@ class Parts:
     config_text: str
     checkpoints: Path
     absences: Absences
-    stop: StopRequest = field(default_factory=StopRequest)
+    stop: StopRequest
 
     @property
     def local_experts(self) -> int:
@@ -118,13 +120,21 @@ class Parts:
                     yield f"personal.{key}", value
 
 
-def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Parts:
-    """Load everything. Raises UserError, the same one on every rank, for whatever the user can fix."""
+def load_parts(
+    config: Config, runtime: Runtime, topology: Topology, progress: Progress, stop: StopRequest | None = None
+) -> Parts:
+    """Load everything. `stop` is asked on the way, and by the rounds that follow.
+
+    Raises:
+        UserError: the same one on every rank, for whatever the user can fix.
+        StopError: on every rank, where one was asked to stop before everything was loaded.
+    """
+    stop = stop or StopRequest()
     method = method_for(config)
     config = with_defaults(config, method)
     check_plan(config, is_bitwise(config, runtime))
     runtime.together(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, runtime.device))
-    foundation = load_shared_foundation(config, runtime, topology, progress)
+    foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     check_task(foundation.task, config.data, foundation.images)
     check_length(config, foundation.model.config)
     places = find_places(config, foundation.layers, foundation.sites, topology.shard)
@@ -133,31 +143,41 @@ def load_parts(config: Config, runtime: Runtime, topology: Topology, progress: P
     full = Capacity(places.top_k, config.adapters.rank, places.num_experts)
     method.facts = facts_of(config, places)
     method.check(method.facts)
-    data = load_shared_data(config, runtime, foundation)
+    data = load_shared_data(config, runtime, foundation, stop)
     tiers = resolve_tiers(config.federation, full, method.spends)
     clients = make_clients(data, config.federation, tiers, config.seed)
-    return _assemble(config, runtime, topology, method, foundation, places, data, clients)
+    return _assemble(config, runtime, topology, method, foundation, places, data, clients, stop)
 
 
-def load_shared_foundation(config: Config, runtime: Runtime, topology: Topology, progress: Progress) -> Foundation:
+def load_shared_foundation(
+    config: Config, runtime: Runtime, topology: Topology, progress: Progress, stop: StopRequest | None = None
+) -> Foundation:
     """Rank 0 finds or pre-trains the model; then every rank loads its part, into memory that ranks of one host share."""
-    folder = runtime.on_main(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
+    work, trust = LongWork(runtime, stop or StopRequest()), config.foundation.trust_remote_code
+    folder = work.on_main(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
+    if (line := work.together(lambda: told(Path(folder), trust))) is not None:
+        progress.note(line)
     ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
     if device.type != "cpu":
-        return runtime.together(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
-    skeleton = runtime.together(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
+        return work.together(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
+    skeleton = work.together(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
     first = hosts.index(hosts[runtime.rank])  # reads all weights to tell them from others, for its host
-    digest = runtime.gather(runtime.together(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
-    shared = cache_folder(config.foundation) / sharing.FOLDER
-    memory = sharing.load_shared(skeleton, digest, ep_size, hosts, shared, runtime, progress.note)
-    return runtime.together(lambda: assemble(skeleton, memory, digest, device))
+    digest = runtime.gather(work.together(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
+    shared = work.together(lambda: cache_folder(config.foundation, sharing.FOLDER))
+    memory = sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note)
+    return work.together(lambda: assemble(skeleton, memory, digest, device, trust))
 
 
-def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation) -> FederatedData:
+def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation, stop: StopRequest) -> FederatedData:
     """Rank 0 tokenises and partitions; every rank maps the result and reads its own clients' rows."""
-    folder = cache_folder(config.foundation) / "data"
-    path = runtime.on_main(lambda: str(prepare_data(config.data, config.seed, foundation.tokenizer, folder).path))
-    return runtime.together(lambda: FederatedData.open(path))
+    work, tokenizer, code = LongWork(runtime, stop), foundation.tokenizer, foundation.code
+
+    def prepared() -> str:
+        folder = cache_folder(config.foundation, "data")
+        return str(prepare_data(config.data, config.seed, tokenizer, folder, code).path)
+
+    path = work.on_main(prepared)
+    return work.together(lambda: FederatedData.open(path))
 
 
 def _assemble(
@@ -169,6 +189,7 @@ def _assemble(
     places: Places,
     data: FederatedData,
     clients: list[Client],
+    stop: StopRequest,
 ) -> Parts:
     blocks = method.blocks(adapter_blocks(foundation.model, places, config.adapters, method.rescaler))
     training_data: TrainingData = PooledData(data) if method.pooled else data
@@ -198,6 +219,7 @@ def _assemble(
     )
     kernels = kernels_of(config, foundation, blocks, runtime.device, bitwise)
     ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, bitwise), bitwise)
+    check_code(runtime.gather(code_of(runtime.device)), topology.hosts, bitwise)
     folder = Path(config.output) / config.name
     evaluator = Evaluator(foundation, execution, runtime, adapters, data, clients, method, config.evaluation)
     return Parts(
@@ -221,6 +243,7 @@ def _assemble(
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",
         absences=Absences(folder, memory_settings(config, ours), runtime.on_main(lambda: read_absences(folder))),
+        stop=stop,
     )
 
 

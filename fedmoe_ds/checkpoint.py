@@ -10,21 +10,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import safe_open
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import is_plain_name, open_plain
+from fedmoe_ds.strict_json import parse_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"round-(\d{5})(-partial)?")
+PRIVATE = ("personal-", "sums-")
+"""Files that hold what is a client's own, or may: the sums of an unfinished round can be those of one client. See `modes`."""
+_FOLDER = re.compile(r"round-([0-9]{5,})(-partial)?")
 
 
 @dataclass
@@ -47,12 +53,76 @@ class Snapshot:
     files: dict[str, str] = field(default_factory=dict)
 
 
+def _even(rows: list[list[int]]) -> list[list[int]]:
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("expected rows of one length")
+    return rows
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Counts = Annotated[list[list[_Count]], AfterValidator(_even)]
+"""Routed rows per (layer, expert)."""
+
+
+class _Report(BaseModel):
+    """What a client has reported of an unfinished round; it becomes an event when the round ends, which adds its own fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    client: str
+    status: str
+    tokens: _Count
+    targets: _Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leaves_room(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (taken := {"event", "round", "time"} & given.keys()):
+            raise ValueError(f"{min(taken)}: not part of a report")
+        return given
+
+
+class _Partial(BaseModel):
+    """An unfinished round; `sums` says how they lie in their files."""
+
+    model_config = ConfigDict(strict=True)
+
+    done: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], _Report]
+    activation: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}( [re][0-9]{1,9}){0,2}$")], _Counts]
+    seconds: Annotated[float, Field(ge=0, le=1e15)]
+
+
+class _Manifest(BaseModel):
+    """The types of a manifest's fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    round: Annotated[int, Field(ge=0, le=10**6)]
+    identity: dict[str, Any]
+    metrics_position: _Count
+    partial: _Partial | None
+    utilisation: _Counts | None
+    files: dict[str, str]
+
+
 def folder_name(round_index: int, partial: bool) -> str:
     return f"round-{round_index:05d}{'-partial' if partial else ''}"
 
 
+def progress_of(folder: Path) -> tuple[int, bool] | None:
+    """(rounds completed, whether one more has begun): greater the newer a checkpoint folder is. None for any other name.
+
+    An interrupted round r+1 is saved as `round-r-partial` and is newer than `round-r`.
+    """
+    found = _FOLDER.fullmatch(folder.name)
+    if found is None:
+        return None
+    progress = int(found[1]), found[2] is not None
+    return progress if folder.name == folder_name(*progress) else None  # one name per round: no zeros in front of six digits
+
+
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
+    with open(open_plain(path, os.O_RDONLY), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -62,9 +132,9 @@ def checksum(manifest: dict[str, Any]) -> str:
 
 
 def candidates(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first. An interrupted round r+1 is saved as `round-r-partial` and is newer than `round-r`."""
-    found = [path for path in root.glob("round-*") if _FOLDER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    """Checkpoint folders, newest first."""
+    found = [(progress, path) for path in root.glob("round-*") if (progress := progress_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
@@ -79,43 +149,98 @@ def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_damage(path: Path) -> str | None:
-    """None if every file of a checkpoint is what its manifest says, else what is wrong."""
+    """None if every file of a checkpoint is what its manifest says, else what is wrong.
+
+    Raises:
+        UserError: it is another user's, who has not let this one read all of it; nothing tells that it is damaged.
+    """
+    if path.is_symlink():
+        return "it is a symbolic link"
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _manifest(path)
         promised = manifest.pop("checksum")
         files = dict(manifest["files"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except PermissionError as error:
+        raise _closed(path / MANIFEST, error) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no JSON, or no such tree
         return f"{MANIFEST} is missing or unreadable"
     if checksum(manifest) != promised:
         return f"{MANIFEST} does not match its checksum"
+    if not any(_holds_tensors(name) for name in files):
+        return f"{MANIFEST} lists no tensors"
     for name, expected in files.items():
+        if not is_plain_name(name):
+            return f"{MANIFEST} lists {name!r}, which is no name of a file in this folder"
         try:
             if sha256_of(path / name) != expected:
                 return f"{name} does not match its checksum"
+        except PermissionError as error:
+            raise _closed(path / name, error) from None
         except OSError as error:
             return f"{name}: {error.strerror or error}"
+        except ValueError:  # a NUL
+            return f"{name} is no file name"
     return None
 
 
+def _manifest(path: Path) -> Any:
+    with open(open_plain(path / MANIFEST, os.O_RDONLY), "rb") as stream:
+        return parse_json(stream.read())
+
+
+def _holds_tensors(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _closed(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"output: {path}: cannot be read: {error.strerror or error}; what is a client's own only the user who wrote it can "
+        "read: continue as that user, or set another name"
+    )
+
+
 def read_snapshot(path: Path) -> Snapshot:
-    """The manifest of an intact checkpoint."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    """The manifest of an intact checkpoint. Raises UserError for one of another format, or with a field of another type."""
+    try:
+        manifest = _manifest(path)
+    except ValueError as error:
+        raise _foreign(path, str(error)) from None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise _foreign(path, "format: missing")
     if manifest["format"] != FORMAT:
         raise UserError(
-            f"checkpoint: {path}: format {manifest['format']}: this version reads format {FORMAT}; use another run name"
+            f"checkpoint: {path}: format {manifest['format']!r}: this version reads format {FORMAT}; use another run name"
         )
-    fields = ("round", "identity", "metrics_position", "partial", "utilisation", "files")
-    return Snapshot(**{name: manifest[name] for name in fields})
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _foreign(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return Snapshot(**{name: manifest[name] for name in _Manifest.model_fields})
+
+
+def _foreign(path: Path, reason: str) -> UserError:
+    """An intact file, and yet not one that this version has written."""
+    return UserError(f"checkpoint: {path / MANIFEST}: {reason}; remove this folder to go on from the checkpoint before it")
 
 
 class TensorReader:
-    """Tensors of a checkpoint by name, from however many shard files."""
+    """Tensors of a checkpoint by name, from however many shard files; only from files that its manifest lists.
 
-    def __init__(self, path: Path, prefix: str) -> None:
+    Args:
+        prefix: of the files' names.
+        files: what the manifest lists; None: read it.
+    """
+
+    def __init__(self, path: Path, prefix: str, files: Iterable[str] | None = None) -> None:
         self._stack = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
-        for file in sorted(path.glob(f"{prefix}*.safetensors")):
-            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+        listed = read_snapshot(path).files if files is None else files
+        for name in sorted(name for name in listed if name.startswith(prefix) and _holds_tensors(name)):
+            try:
+                opened = self._stack.enter_context(safe_open(path / name, framework="pt"))
+            except SafetensorError as error:
+                raise UserError(f"checkpoint: {path / name}: damaged: {error}; remove this checkpoint") from None
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
     def __enter__(self) -> TensorReader:

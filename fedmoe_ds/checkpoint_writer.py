@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmoe_ds.checkpoint import FORMAT, MANIFEST, Snapshot, candidates, checksum, folder_name, sha256_of
+from fedmoe_ds.checkpoint import FORMAT, MANIFEST, PRIVATE, Snapshot, candidates, checksum, folder_name, sha256_of
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.modes import follow_umask
+from fedmoe_ds.files import make_folder, remove
+from fedmoe_ds.modes import follow_umask, keep_private, umask
 from fedmoe_ds.runtime import Runtime
 
 T = TypeVar("T")
@@ -177,9 +178,16 @@ def _on_host(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
 
 
 def _fresh_folders(*folders: Path) -> None:
+    """Make folders that nobody else can put a link into while they are filled."""
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        make_folder(folder.parent)
+        remove(folder)
+        folder.mkdir(mode=0o700)
+
+
+def _open_up(folder: Path) -> None:
+    """Give a filled folder the mode that the user's umask says; the group that its folder hands down stays."""
+    folder.chmod((0o777 & ~umask()) | (folder.stat().st_mode & stat.S_ISGID))
 
 
 def _write_tensors(job: _Job, tensors: Files) -> Sums:
@@ -191,7 +199,7 @@ def _write_tensors(job: _Job, tensors: Files) -> Sums:
             save_file(content, path)
         except Exception as error:  # safetensors wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
-        follow_umask(path)
+        (keep_private if name.startswith(PRIVATE) else follow_umask)(path)
         _sync(path)
         sums[name] = sha256_of(path)
         early = job.notes / f"{_UNFINISHED}{name}"
@@ -217,10 +225,11 @@ def _publish(job: _Job, sums: Sums) -> None:
     (job.working / MANIFEST).write_text(_manifest(job.snapshot, sums))
     _sync(job.working / MANIFEST)
     _sync(job.working)
-    if job.target.exists():  # a damaged one, or the same interrupted round saved again
+    _open_up(job.working)
+    if os.path.lexists(job.target):  # a damaged one, or the same interrupted round saved again
         replaced = job.target.with_name(f"{_UNFINISHED}replaced-{job.target.name}")
         _fresh_folders(replaced)
-        job.target.rename(replaced)
+        job.target.rename(replaced / job.target.name)
     job.working.rename(job.target)
     _sync(job.target.parent)
     remove_unfinished(job.target.parent)
@@ -250,7 +259,7 @@ def _sync(path: Path) -> None:
 def remove_unfinished(root: Path) -> None:
     """Remove what a killed or failed writer left behind."""
     for leftover in root.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
 
 
 def _prune(root: Path, keep: int, written: Path) -> None:
@@ -258,8 +267,10 @@ def _prune(root: Path, keep: int, written: Path) -> None:
 
     Whatever claims to be newer than the one just written was damaged, or this start would have continued from it.
     """
-    complete = [path for path in candidates(root) if path.name <= written.name and not path.name.endswith("-partial")]
+    found = candidates(root)
+    older = found[found.index(written) :]
+    complete = [path for path in older if not path.name.endswith("-partial")]
     kept = {written, *complete[:keep]}
-    for path in candidates(root):
+    for path in found:
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)

@@ -6,17 +6,15 @@ results: torch.distributed (gloo) everywhere, and an MPI communicator where MPI 
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from fedmoe_ds import mpi
 from fedmoe_ds.activity import activity
 from fedmoe_ds.errors import UserError
 
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 _CONNECTED = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "MV2_COMM_WORLD_")
 """How the environment of a process begins that a launcher has connected to others for MPI."""
 _PIECE = 1 << 22  # bytes of one MPI call: they stay in the processor's caches, and network messages are still large
-_SPIN_S = 1e-4  # how long to look at a pending MPI call without a pause: a nap takes about as long
-_NAP_S = (2e-5, 2e-3)  # first and longest pause between two later looks
 
 
 class Control(Protocol):
@@ -127,13 +123,7 @@ class MpiControl:
 
     def gather(self, payload: bytes) -> list[bytes]:
         with activity.collective("gather", self.name, len(payload)):
-            sizes = np.zeros(self.size, dtype=np.int64)
-            _wait(self.comm.Iallgather(np.array([len(payload)], dtype=np.int64), sizes))
-            everything = np.empty(int(sizes.sum()), dtype=np.uint8)
-            starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-            mine = np.array(bytearray(payload), dtype=np.uint8)
-            _wait(self.comm.Iallgatherv(mine, (everything, (sizes.tolist(), starts[:-1]))))
-        return [everything[start:stop].tobytes() for start, stop in itertools.pairwise(starts)]
+            return mpi.gather(self.comm, payload)
 
     def sum(self, total: Tensor) -> Tensor:
         from mpi4py import MPI
@@ -152,7 +142,7 @@ class MpiControl:
         flat = tensor.view(-1).numpy()
         with activity.collective(name, self.name, tensor.nbytes):
             # The wait for the last rank may be long, so it naps; the sum itself is short, and naps would hold it up.
-            _wait(self.comm.Ibarrier())
+            mpi.wait(self.comm.Ibarrier())
             piece = _PIECE // tensor.element_size()
             for start in range(0, len(flat), piece):
                 self.comm.Allreduce(MPI.IN_PLACE, flat[start : start + piece], operation)
@@ -160,15 +150,6 @@ class MpiControl:
 
     def split(self, color: int, name: str) -> Control:
         return MpiControl(self.comm.Split(color, self.rank), name)
-
-
-def _wait(request: Any) -> None:
-    nap, longest = _NAP_S
-    awake_until = time.monotonic() + _SPIN_S
-    while not request.Test():
-        if time.monotonic() > awake_until:
-            time.sleep(nap)
-            nap = min(1.5 * nap, longest)
 
 
 def make_control(kind: str, launcher: str, rank: int, world_size: int, timeout: timedelta) -> Control:

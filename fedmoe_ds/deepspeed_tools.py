@@ -6,6 +6,7 @@ The section has been checked when the configuration was loaded (`config.deepspee
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepspeed.profiling.flops_profiler import FlopsProfiler
 
 from fedmoe_ds.build import Parts
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import write_whole
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.runtime import Runtime
 
@@ -86,7 +88,7 @@ def _monitor(section: dict[str, Any], runtime: Runtime) -> MonitorMaster | None:
 
 def _write(target: Path, text: str) -> None:
     try:
-        target.write_text(text)
+        write_whole(target, text)
     except OSError as error:
         raise UserError(f"output: {target}: cannot write: {error.strerror or error}; make room") from None
 
@@ -118,7 +120,10 @@ class _PassProfile:
             return
         options = {key: self.options[key] for key in ("module_depth", "top_modules", "detailed") if key in self.options}
         step = self.options.get("profile_step", 1)
-        self.profiler.print_model_profile(profile_step=step, output_file=str(self.target), **options)
+        with tempfile.TemporaryDirectory(prefix=".flops-", dir=self.target.parent) as folder:
+            draft = Path(folder) / self.target.name  # the profiler would write through a link
+            self.profiler.print_model_profile(profile_step=step, output_file=str(draft), **options)
+            _write(self.target, draft.read_text())
         self.profiler.end_profile()
 
 

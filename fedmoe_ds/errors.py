@@ -10,28 +10,43 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from fedmoe_ds.terminal import visible
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 """Ended by Ctrl-C where there is nothing to save (130: what shells say of a process that SIGINT has ended)."""
 EXIT_STOPPED = 75
-"""Asked to stop; a checkpoint was written. The same command with `--resume auto` continues (75: BSD's temporary failure)."""
+"""Asked to stop; a checkpoint was written, or loading had not ended. The same command with `--resume auto` continues (75: BSD's
+temporary failure)."""
 EXIT_LOST = 76
 """A rank died, hung or lost its network; the last checkpoint is intact. The same command with `--resume auto` continues."""
 
+_LONGEST, _TAIL = 4000, 1000
+"""Characters of a line, and of its end, where the fix is."""
 
-class UserError(Exception):
+
+class OneLineError(Exception):
+    """An error whose message is one line that prints, whatever names it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(_shortened(" ".join(message.split()))))
+
+
+class UserError(OneLineError):
     """A mistake in the configuration, the data or the environment that the user can fix."""
 
     exit_code = EXIT_USER_ERROR
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
 
-
-class LostError(Exception):
+class LostError(OneLineError):
     """The other ranks are not there, or not any more."""
 
     exit_code = EXIT_LOST
+
+
+def _shortened(text: str) -> str:
+    """A value out of somebody else's file may be a megabyte long; the middle of a line that long is left out."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - _TAIL]} ... {text[-_TAIL:]}"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

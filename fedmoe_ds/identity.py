@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.checkpoint import read_snapshot
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
@@ -22,8 +23,8 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.rowwise import row_dtype
-from fedmoe_ds.native import matrix, rows
-from fedmoe_ds.native.compiling import processor
+from fedmoe_ds.native import matrix, rows, sums
+from fedmoe_ds.native.compiling import loaded, processor, processor_key
 
 Identity = dict[str, Any]
 YARDSTICK = ("max_sequences", "client_sequences")
@@ -39,7 +40,8 @@ def identity(
     known = of_settings(json.loads(config.model_dump_json()))
     known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
     known["topology"] = {"device": next(foundation.model.parameters()).device.type}
-    return {**known, "kernels": dict(kernels), "foundation": foundation.fingerprint, "data": data.fingerprint}
+    contents = {"foundation.code": foundation.code, "foundation": foundation.fingerprint, "data": data.fingerprint}
+    return {**known, "kernels": dict(kernels), **contents}
 
 
 def of_settings(tree: dict[str, Any]) -> Identity:
@@ -53,6 +55,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         **{name: tree[name] for name in ("adapters", "local", "method", "server")},
         "federation": {key: value for key, value in tree["federation"].items() if key != "rounds"},
         "foundation.dtype": tree["foundation"]["dtype"],
+        "foundation.code": None,
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
@@ -86,18 +89,45 @@ def kernels_of(
     return found
 
 
+def code_of(device: torch.device) -> dict[str, str]:
+    """What this rank has compiled: the processor, and of every kernel the source with its compiler (.cpp) and the code (.so).
+
+    No part of the identity: a newer compiler may continue a run.
+    """
+    if device.type != "cpu":
+        return {}
+    sums.available()  # the others are loaded by `kernels_of`
+    built = loaded().items()
+    sources = {f"{name}.cpp": one.source[:12] for name, one in built}
+    return {"processor": processor_key()[:12], **sources, **{f"{name}.so": one.code[:12] for name, one in built}}
+
+
 def agreed(kernels: list[dict[str, str]], hosts: list[str], bitwise: bool) -> dict[str, str]:
     """The kernels of a run, of those of all ranks. Raises UserError where ranks of a bitwise run differ: bits would tell who
     trained whom."""
-    for rank, theirs in enumerate(kernels if bitwise else []):
-        for name, kernel in theirs.items():
-            if kernel != kernels[0][name]:
-                raise UserError(
-                    f"execution.reproducible: bitwise: rank {rank} on {hosts[rank]} has other {name} ({kernel}) than rank "
-                    f"0 on {hosts[0]} ({kernels[0][name]}), which changes bits; use machines of one kind, or "
-                    "execution.reproducible=fast"
-                )
+    for rank in range(len(kernels)) if bitwise else ():
+        _check_alike(rank, 0, kernels, hosts)
     return kernels[0]
+
+
+def check_code(code: list[dict[str, str]], hosts: list[str], bitwise: bool) -> None:
+    """The same for what ranks have compiled: equal sources and compilers, and on equal processors equal code."""
+    sources = [{name: value for name, value in theirs.items() if name.endswith(".cpp")} for theirs in code]
+    processors = [theirs.get("processor") for theirs in code]
+    for rank in range(len(code)) if bitwise else ():
+        _check_alike(rank, 0, sources, hosts)
+        _check_alike(rank, processors.index(processors[rank]), code, hosts)
+
+
+def _check_alike(rank: int, other: int, kernels: list[dict[str, str]], hosts: list[str]) -> None:
+    for name in {**kernels[other], **kernels[rank]}:
+        mine, theirs = kernels[rank].get(name), kernels[other].get(name)
+        if mine != theirs:
+            raise UserError(
+                f"execution.reproducible: bitwise: rank {rank} on {hosts[rank]} has other {name} ({mine}) than rank {other} "
+                f"on {hosts[other]} ({theirs}), which changes bits; use machines and compilers of one kind, or "
+                "execution.reproducible=fast"
+            )
 
 
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:
@@ -113,10 +143,11 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
         A line about what could not be compared, if there is anything.
     """
     tree = _settings(folder)
+    _check_types(written, ours, folder)
     theirs = {**of_settings(tree), **written} if tree else dict(written)
     for name, value in theirs.items():
         if tree and isinstance(value, dict) and name != "kernels":
-            theirs[name] = {**of_settings(tree)[name], **value}
+            theirs[name] = {**of_settings(tree).get(name, {}), **value}
     unknown = []
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
         if isinstance(ours[name], dict) and name != "method":
@@ -134,6 +165,17 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     return [f"the checkpoint, of an earlier version, does not say what it was written with: {', '.join(unknown)}"]
 
 
+def _check_types(written: Identity, ours: Identity, folder: Path) -> None:
+    """Refuse an identity whose entries have other types than ours: nothing of this package has written it."""
+    for name, value in ours.items():
+        there = written.get(name)
+        if there is not None and value is not None and not isinstance(there, type(value)):
+            raise UserError(
+                f"checkpoint: {folder}: identity.{name}: {there}: not written by this program; remove this checkpoint to go on "
+                "from the one before"
+            )
+
+
 def check_no_effect(folder: Path, config: Config) -> None:
     """Refuse to finish a run once more with a key that could change nothing any more; where it lies and runs may differ."""
     written = _settings(folder)
@@ -147,12 +189,18 @@ def check_no_effect(folder: Path, config: Config) -> None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The configuration beside a checkpoint; keys that there were not yet have their defaults. Empty where there is none."""
+    """The configuration that a checkpoint lists; keys that were not there yet have their defaults. Empty: it lists none."""
+    defaults = json.loads(Config().model_dump_json())
     try:
+        if "config.yaml" not in read_snapshot(folder).files:
+            return {}
         tree = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
-    except (OSError, UserError):
+    except (OSError, LookupError, ValueError, UserError):
         return {}
-    return _over(json.loads(Config().model_dump_json()), tree) if isinstance(tree, dict) and "foundation" in tree else {}
+    if not isinstance(tree, dict) or "foundation" not in tree:
+        return {}
+    sections = [name for name, value in defaults.items() if isinstance(value, dict)]
+    return _over(defaults, tree) if all(isinstance(tree.get(name, {}), dict) for name in sections) else {}
 
 
 def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:

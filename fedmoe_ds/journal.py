@@ -16,6 +16,7 @@ from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
 from fedmoe_ds.experts.layer import RESCALER
+from fedmoe_ds.files import write_whole
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.runtime import Runtime
@@ -64,7 +65,7 @@ class Journal:
 
     def config(self, text: str) -> None:
         """The resolved configuration, beside the metrics."""
-        self._write(lambda: (self.folder / "config.yaml").write_text(text, encoding="utf-8"))
+        self._write(lambda: write_whole(self.folder / "config.yaml", text))
 
     def position(self) -> int:
         """Bytes of metrics.jsonl so far (rank 0 only)."""

@@ -22,7 +22,7 @@ from fedmoe_ds.methods import Method
 from fedmoe_ds.server import base_block
 
 FP32 = 4
-PASS = "activations of a pass"
+PASS = "activations of a pass"  # noqa: S105  (not a password)
 COPY = "checkpoint's copy"
 
 

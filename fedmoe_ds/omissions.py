@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedmoe_ds.terminal import visible
+
 EMPTY = "empty"
 NO_ROOM = "no_room"
 CUT = "cut"
@@ -74,5 +76,5 @@ def describe(counted: Mapping[str, Any]) -> str | None:
     most = sorted(sums, key=lambda name: (-sums[name], name))[:SHOWN]
     if most:
         others = f" and {len(sums) - SHOWN} more clients" if len(sums) > SHOWN else ""
-        parts.append("concerned: " + ", ".join(f"{name} ({sums[name]})" for name in most) + others)
+        parts.append("concerned: " + ", ".join(f"{visible(name)} ({sums[name]})" for name in most) + others)
     return "data: " + "; ".join(parts)

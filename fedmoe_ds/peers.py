@@ -32,22 +32,35 @@ class Limits:
 
 @dataclass(frozen=True)
 class Process:
-    """A process as seen on its own host. `space` names the host's boot and the process's PID namespace."""
+    """A process as seen on its own host.
+
+    Attributes:
+        space: the host's boot and the process's PID namespace.
+        started: when it began, in clock ticks since the boot: another process that has got its number later began later.
+    """
 
     pid: int
     space: str
+    started: int
 
     @classmethod
     def own(cls) -> Process:
-        return cls(
-            os.getpid(), f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-        )
+        return cls(os.getpid(), _space(), _started(os.getpid()))
 
     def kill_here(self) -> None:
-        """Kill it if it is on this host: a stopped process would keep its launcher waiting for it."""
-        if self.space == Process.own().space:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+        """Kill it if it is on this host, still: a stopped process would keep its launcher waiting for it."""
+        with contextlib.suppress(OSError):  # gone, or of somebody else
+            if self.space == _space() and self.started == _started(self.pid):
                 os.kill(self.pid, signal.SIGKILL)
+
+
+def _space() -> str:
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _started(pid: int) -> int:
+    """Field 22 of proc_pid_stat(5); the second one is a name in brackets, which may hold anything."""
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
 
 
 @dataclass
@@ -87,6 +100,11 @@ class Peer:
 def died(peer: Peer) -> str:
     """The verdict on a connection that ended without a farewell."""
     return f"{peer.name} died (last heard in {peer.doing}); {_AGAIN}"
+
+
+def garbled(peer: Peer, what: str) -> str:
+    """The verdict on a rank that says what nobody understands."""
+    return f"{peer.name} sent the watchdog {what} (last heard in {peer.doing}): do all hosts run the same version? {_AGAIN}"
 
 
 def silent(peers: list[Peer], limits: Limits) -> list[Peer]:

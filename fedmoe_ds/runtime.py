@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from fedmoe_ds import watchdog
+from fedmoe_ds import terminal, watchdog
 from fedmoe_ds.activity import activity
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.control import Control, check_mpi, make_control
@@ -39,11 +39,12 @@ _SAY_S = 10.0
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process in its world. `control` carries host-side messages among all ranks."""
+    """This process in its world. `control` carries host-side messages among all ranks; `notes` are lines about the start."""
 
     launch: Launch
     device: torch.device
     control: Control
+    notes: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -67,7 +68,7 @@ class Runtime:
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; a UserError on any rank becomes the same UserError on all of them."""
-        result, failure = _attempt(action)
+        result, failure = attempt(action)
         failures = [text for text in self.gather(failure) if text is not None]
         if failures:
             raise UserError(failures[0])
@@ -75,14 +76,15 @@ class Runtime:
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 only; its JSON result, or its UserError, reaches every rank."""
-        outcome = _attempt(action) if self.is_main else (None, None)
+        outcome = attempt(action) if self.is_main else (None, None)
         result, failure = self.gather(list(outcome))[0]
         if failure is not None:
             raise UserError(failure)
         return result
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+def attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of `action`, or the text of its UserError."""
     try:
         return action(), None
     except UserError as error:
@@ -119,13 +121,13 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
     control = _join("nccl" if use_cuda else "gloo", launch, topology.control, timeout)
     try:
-        watchdog.start(control, limits, launch.local_rank)
+        watch = watchdog.start(control, limits, launch.local_rank)
     except (OSError, RuntimeError) as error:
         here, there = f"rank {launch.rank} on {socket.gethostname()}", os.environ["MASTER_ADDR"]
         raise LostError(
             f"{here} lost the others at the start, or cannot reach the watchdog of rank 0 at {there}: {error}"
         ) from None
-    return Runtime(launch, place, control)
+    return Runtime(launch, place, control, () if watch is None else watch.notes)
 
 
 def _join(backend: str, launch: Launch, control: str, timeout: datetime.timedelta) -> Control:
@@ -169,16 +171,16 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
     except (UserError, LostError) as error:
         code, words = error.exit_code, str(error)
         if known_rank() == 0 or (watchdog.current() is None and isinstance(error, LostError)):
-            sys.stderr.write(f"error: {error}\n")
+            terminal.note(f"error: {error}")
     except KeyboardInterrupt:
         code, words = EXIT_INTERRUPTED, "stopped by SIGINT"
-        sys.stderr.write(f"error: {words}\n")
+        terminal.note(f"error: {words}")
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except BaseException as error:
         _hear_why()
         words = f"rank {known_rank()} on {socket.gethostname()} failed: {type(error).__name__}: {error}; its traceback is above"
-        sys.stderr.write(f"[rank {known_rank()}] {traceback.format_exc()}")
+        terminal.show(f"[rank {known_rank()}] {traceback.format_exc().rstrip()}", sys.stderr)
     _leave(code, " ".join(words.split()))
 
 
@@ -200,7 +202,7 @@ def _leave(code: int, words: str) -> NoReturn:
     if known_rank() != 0 and (code == EXIT_USER_ERROR or (code == EXIT_LOST and watch is not None)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: no longer a request to stop after the wave
         time.sleep(_SAY_S)  # the watchdog ends this process as soon as rank 0 has spoken, or the launcher does
-        sys.stderr.write(f"error: rank {known_rank()} on {socket.gethostname()}: {words}\n")  # rank 0 knows of nothing
+        terminal.note(f"error: rank {known_rank()} on {socket.gethostname()}: {words}")  # rank 0 knows of nothing
     if watch is not None:
         watch.stop()
     if code in (0, EXIT_STOPPED) and torch_dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import socket
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds import checkpoint
+from fedmoe_ds import cache, checkpoint
 from fedmoe_ds import state as states
 from fedmoe_ds.activity import activity
 from fedmoe_ds.build import Parts, load_parts
@@ -22,15 +23,19 @@ from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
+from fedmoe_ds.files import make_folder
 from fedmoe_ds.fit import is_bitwise
 from fedmoe_ds.folder_lock import FolderLock
 from fedmoe_ds.foundation.rowwise import row_dtype
 from fedmoe_ds.identity import check_identity, check_no_effect
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.machine import peak_mib
+from fedmoe_ds.native import fault
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.stop import StopRequest
+from fedmoe_ds.stop_points import StopError
+from fedmoe_ds.terminal import visible
 from fedmoe_ds.topology import Topology, build_topology
 
 
@@ -43,7 +48,7 @@ class Ending:
 
 
 def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> Ending:
-    """Run a configuration to its end or to a stop request.
+    """Run a configuration to its end or to a stop request: with a checkpoint, or, while loading, with what is in the cache.
 
     Args:
         config: the whole tree.
@@ -60,14 +65,21 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
 def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, lock: FolderLock) -> Ending:
     began = time.monotonic()
     activity.enter("load")
+    fault.guard(f"rank {runtime.rank} on {socket.gethostname()}")
     folder = Path(config.output) / config.name
     source = runtime.on_main(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
     journal = Journal(folder, runtime)
-    for note in source["unlocked"] + source["notes"]:
+    for note in [*runtime.notes, *source["unlocked"], *source["notes"]]:
         journal.note(note)
     topology = build_topology(config.topology, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress)
-    parts.stop = stop
+    try:
+        parts = load_parts(config, runtime, topology, journal.progress, stop)
+    except StopError as stopped:
+        journal.close()
+        lines = [f"{stopped}; start the same command again to continue"]
+        return Ending(lines if runtime.is_main else [], EXIT_STOPPED)
+    if (ignored := cache.line(runtime.gather(cache.passed_over()))) is not None:
+        journal.note(ignored)
     journal.note(start_line(parts))
     if (omitted := parts.data.omissions.line()) is not None:
         journal.note(omitted)
@@ -76,6 +88,7 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
         journal.close()
         return Ending(summary(folder, Outcome(source["ended"]["digest"], None), runtime), 0)
     tools = DeepSpeedTools(config.deepspeed, parts, journal)  # a package may be missing: before anything is written
+    runtime.on_main(lock.confirm)
     begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()
     tools.close(folder)
@@ -98,9 +111,11 @@ def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
     """
     root = folder / "checkpoints"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
     except OSError as error:
-        raise UserError(f"output: {folder}: cannot create the run folder: {error.strerror or error}") from None
+        raise UserError(
+            f"output: {root}: cannot be written: {error.strerror or error}; choose another output or name"
+        ) from None
     found, notes = checkpoint.newest_intact(root)
     trained, ended = recorded(folder / "metrics.jsonl")
     if resume == "never":
@@ -178,12 +193,31 @@ def open_snapshot(path: Path, parts: Parts) -> tuple[checkpoint.Snapshot, list[s
 def restore(path: Path, parts: Parts) -> tuple[checkpoint.Snapshot, list[str]]:
     """Read a checkpoint into the state of the run, on every rank."""
     snapshot, notes = open_snapshot(path, parts)
+    _check_progress(path, snapshot, parts)
     try:
         states.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
         parts.server.load_base(parts.state.server)
     except OSError as error:
         raise unreadable(path, parts, error) from None
     return snapshot, notes
+
+
+def _check_progress(path: Path, snapshot: checkpoint.Snapshot, parts: Parts) -> None:
+    """Refuse counts of another model's experts, and reports of clients that there are not."""
+    partial = snapshot.partial or {"activation": {}, "done": {}}
+    for counts in (snapshot.utilisation, *partial["activation"].values()):
+        shape = None if counts is None else (len(counts), len(counts[0]) if counts else 0)
+        if shape is not None and shape != parts.counts_shape:
+            raise UserError(
+                f"checkpoint: {path}: counts of {shape[0]} layers with {shape[1]} experts, and this model has "
+                f"{parts.counts_shape[0]} with {parts.counts_shape[1]}; remove this checkpoint to go on from the one before"
+            )
+    unknown = [index for index in partial["done"] if int(index) >= len(parts.clients)]
+    if unknown:
+        raise UserError(
+            f"checkpoint: {path}: partial.done: client {unknown[0]}: the run has {len(parts.clients)} clients; remove this "
+            "checkpoint to go on from the one before"
+        )
 
 
 def unreadable(path: Path, parts: Parts, error: OSError) -> UserError:
@@ -237,6 +271,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "tiers": sorted({client.top_k for client in parts.clients}, reverse=True),
         "budgets": budgets(parts),
         "foundation": foundation.fingerprint,
+        "foundation_code": foundation.code,
         "seed": config.seed,
         "reproducible": "bitwise" if is_bitwise(config, parts.runtime) else "fast",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -275,4 +310,4 @@ def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:
         lines.append(
             f"stopped by {outcome.interrupted} with a checkpoint; start the same command with --resume auto to continue"
         )
-    return [*lines, f"digest: {outcome.digest}", f"run: {folder}"]
+    return [*lines, f"digest: {outcome.digest}", f"run: {visible(folder)}"]

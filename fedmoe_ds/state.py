@@ -101,15 +101,15 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
             "remove this folder: the run goes on from the round before"
         )
     first = _first_expert(state.adapters, topology)
-    with checkpoint.TensorReader(path, "adapters") as reader:
+    with checkpoint.TensorReader(path, "adapters", snapshot.files) as reader:
         for key, _, value in state.adapters.items(first):
             reader.read_into(key, value)
     if state.personal:
-        with checkpoint.TensorReader(path, "personal") as reader:
+        with checkpoint.TensorReader(path, "personal", snapshot.files) as reader:
             for key, _, value in state.personal.items(first):
                 reader.read_into(key, value)
     for name, bank in state.server.items():
-        with checkpoint.TensorReader(path, f"server.{name}-") as reader:
+        with checkpoint.TensorReader(path, f"server.{name}-", snapshot.files) as reader:
             for key, _, value in bank.items(_first_expert(bank, topology)):
                 reader.read_into(key, value)
     state.round = snapshot.round
@@ -123,7 +123,7 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
         snapshot.partial["seconds"],
     )
     if topology.cluster == 0:
-        with checkpoint.TensorReader(path, "sums") as reader:
+        with checkpoint.TensorReader(path, "sums", snapshot.files) as reader:
             for key, value in _sum_places(sums, topology, include_dense=topology.shard == 0):
                 reader.read_into(key, value)
     state.sums = sums

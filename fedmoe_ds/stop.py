@@ -1,4 +1,5 @@
-"""Stop requests: SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to end after the current wave, with a checkpoint.
+"""Stop requests: SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to end after the current wave, with a checkpoint, or between
+two steps of what comes before the first wave (`stop_points`).
 
 Scripts import this module first and little with it: a signal is heard while the imports that take seconds go on.
 """
@@ -11,12 +12,18 @@ import threading
 from types import FrameType
 from typing import Any
 
+from fedmoe_ds.activity import activity
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from fedmoe_ds.launcher import known_rank
 
+_AFTER_WAVE = "after the wave that is running, with a checkpoint"
+_AFTER_STEP = "after the step that is running; the same command continues"
+_WHEN = {"start": _AFTER_STEP, "load": _AFTER_STEP}
+"""Phase -> when a request is served; else after the wave."""
+
 
 class StopRequest:
-    """Set by a signal, read between waves. A signal may arrive any number of times.
+    """Set by a signal, read between waves and at stop points. A signal may arrive any number of times.
 
     Until `begun`, when all ranks have found each other, there is nothing to save: a signal then ends the process at once.
     Python runs no handler while the main thread waits in the rendezvous, so a thread reads what the interpreter notes.
@@ -55,7 +62,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.name is None and number == signal.SIGINT and self._pipe is None and known_rank() == 0:
-            os.write(2, b"SIGINT: the run ends after the wave that is running, with a checkpoint\n")
+            os.write(2, f"SIGINT: the run ends {_WHEN.get(activity.phase, _AFTER_WAVE)}\n".encode())
         self.name = name
 
     @property

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import make_folder, write_whole
+from fedmoe_ds.shell import command_line, quoted
 
 END_OF_HEADER = "# --- end of header ---\n"
 FLAGS = {
@@ -89,25 +91,30 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
         home: the repository; its slurm/train.sbatch is the template.
         folder: where job outputs and logs of ranks go; absolute.
     Raises:
-        UserError: an option of sbatch that is none, or that belongs to a flag or to the script.
+        UserError: an option of sbatch that is none, that belongs to a flag or to the script, or whose value is no line of text;
+            a folder whose name is none.
     """
     head, marker, body = (home / "slurm" / "train.sbatch").read_text().partition(END_OF_HEADER)
     assert marker, "slurm/train.sbatch has lost the line that ends its header"
     options: dict[str, str | None] = {
         match[1]: match[2] for match in re.finditer(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", head, re.MULTILINE)
     }
-    options |= {"job-name": config.name, "chdir": str(Path.cwd()), "output": f"{folder}/%j.out"}
+    logs = str(folder).replace("%", "%%")  # a percent sign stands for a part of the name
+    options |= {"job-name": config.name, "chdir": str(Path.cwd()), "output": f"{logs}/%j.out"}
     options |= {"nodes": str(request.nodes), "ntasks-per-node": str(request.tasks)}
     if request.gpus_per_node is not None:
         options["gpus-per-node"] = str(request.gpus_per_node)
     for name in ("partition", "time", "account"):
         if (value := getattr(request, name)) is not None:
-            options[name] = _one_line(f"--{name}", value)
+            options[name] = value
     options |= dict(_option(text) for text in request.sbatch)
+    for key, value in options.items():
+        if value is not None:
+            _check_line(key, value)
     lines = [f"#SBATCH --{key}" + ("" if value is None else f"={shlex.quote(value)}") for key, value in options.items()]
-    words = shlex.join(["--config", str(request.config.resolve()), *request.overrides])
+    words = command_line(["--config", str(request.config.resolve()), *request.overrides])
     places = {"FEDMOE_HOME": home, "FEDMOE_LOGS": folder, "FEDMOE_PYTHON": sys.executable}
-    exports = [f"export {name}={shlex.quote(str(place))}" for name, place in places.items()]
+    exports = [f"export {name}={quoted(str(place))}" for name, place in places.items()]
     first = ["#!/bin/bash", "# Written by launch/submit.py from slurm/train.sbatch; sbatch this file to submit the same again."]
     return "\n".join([*first, *lines, *exports, f'set -- {words} "$@"', ""]) + marker + body
 
@@ -121,13 +128,15 @@ def _option(text: str) -> tuple[str, str | None]:
         raise UserError(f"--sbatch: {text}: has a flag of its own; use {FLAGS[key]}")
     if key in FIXED:
         raise UserError(f"--sbatch: {text}: the script relies on it; leave it out")
-    return key, _one_line(f"--sbatch: {key}", value) if equals else None
+    return key, value if equals else None
 
 
-def _one_line(name: str, value: str) -> str:
+def _check_line(key: str, value: str) -> None:
+    """Raise UserError unless a value can stand in the header: another line would be another option, or a command."""
+    name = {"chdir": "working folder", "output": "output", "job-name": "name"}.get(key)
+    name = name or (f"--{key}" if key in FLAGS else f"--sbatch: {key}")
     if not value or not value.isprintable():
-        raise UserError(f"{name}: {value!r}: is empty or no line of text; give a value")
-    return value
+        raise UserError(f"{name}: {value!r}: is empty or no line of text; give another")
 
 
 def submit(request: Request, home: Path, environment: Mapping[str, str]) -> Submitted:
@@ -144,8 +153,8 @@ def submit(request: Request, home: Path, environment: Mapping[str, str]) -> Subm
     script = compose(request, config, home, folder)
     path = folder / f"{config.name}.sbatch"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(script)
+        make_folder(folder)
+        write_whole(path, script)
     except OSError as error:
         raise UserError(f"output: {path}: cannot be written: {error.strerror or error}; choose another output") from None
     job = _sbatch(path, environment)
@@ -154,7 +163,7 @@ def submit(request: Request, home: Path, environment: Mapping[str, str]) -> Subm
 
 def log_folder(config: Config) -> Path:
     """Where scripts, job outputs and logs of ranks go, beside the runs."""
-    return (Path(config.output) / "slurm").resolve()
+    return Path(config.output).resolve() / "slurm"
 
 
 def _sbatch(path: Path, environment: Mapping[str, str]) -> str:

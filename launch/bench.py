@@ -14,6 +14,7 @@ import signal
 import sys
 
 from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.terminal import note, show
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
     if args.command in COMMANDS:
         return measure(args)
     text, code = REPORTS[args.command].run(args, note)
-    sys.stdout.write(text)
+    show(text.removesuffix("\n"))
     return code
 
 
@@ -46,15 +47,11 @@ def measure(args: argparse.Namespace) -> int:
     chosen = COMMANDS[args.command]
     table.check_writable(args.json)
     rows = chosen.run(args, note)
-    sys.stdout.write(chosen.show(rows).text() + "\n")
+    show(chosen.show(rows).text())
     if args.json is not None:
         asked = command_line(sys.argv[1:])
         table.write_json(chosen.stored(rows) if chosen.stored else table.document(chosen.name, asked, rows), args.json)
     return 0
-
-
-def note(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ leave_on_interrupt()  # before the imports that take seconds
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.terminal import note, show
 
 
 def parse() -> argparse.Namespace:
@@ -54,12 +54,8 @@ def main() -> int:
     from fedmoe_ds.compare import Request, compare
 
     code, text = compare(Request(**vars(args)), Path(__file__).with_name("train.py"), environment, note)
-    sys.stdout.write(text + "\n")
+    show(text)
     return code
-
-
-def note(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from fedmoe_ds.stop import leave_on_interrupt
 leave_on_interrupt()  # before the imports that take seconds
 
 import argparse
-import json
 import os
-import sys
 from pathlib import Path
 
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.terminal import show, visible
 
 
 def parse() -> argparse.Namespace:
@@ -43,7 +42,7 @@ def main() -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported; a plan computes nothing on a device
     args = parse()
     config = load_config(args.config, args.overrides)
-    from fedmoe_ds.bench.table import check_writable
+    from fedmoe_ds.bench.table import check_writable, write_json
     from fedmoe_ds.planner import load_hardware
     from fedmoe_ds.planner.study import plan
     from fedmoe_ds.planner.world import world_of
@@ -57,9 +56,9 @@ def main() -> int:
     world = world_of(args.nodes, args.gpus_per_node, args.ranks, hardware)
     verified = "all" if args.verify_all else "sample" if args.verify else None
     found = plan(config, world, hardware, args.seeds, verified, not args.no_search)
-    sys.stdout.write("\n".join(found.lines()) + "\n")
+    show("\n".join(map(visible, found.lines())))
     if args.json is not None:
-        args.json.write_text(json.dumps(found.data(), indent=1) + "\n", encoding="utf-8")
+        write_json(found.data(), args.json)
     return 0
 
 

@@ -20,10 +20,10 @@ leave_on_interrupt()  # before the imports that take seconds
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.terminal import note, show
 
 
 def parse() -> argparse.Namespace:
@@ -47,12 +47,9 @@ def main() -> int:
     from fedmoe_ds.scaling import Request, scale
 
     code, text = scale(Request(**vars(args)), Path(__file__).with_name("train.py"), environment, note)
-    sys.stdout.write(text + "\n" if text else "")
+    if text:
+        show(text)
     return code
-
-
-def note(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ leave_on_interrupt()  # before the imports that take seconds
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.terminal import show, visible
 
 
 def parse() -> argparse.Namespace:
@@ -45,10 +45,10 @@ def main() -> int:
     request = Request(**options)
     if dry_run:
         config = check(request)
-        sys.stdout.write(compose(request, config, home, log_folder(config)))
+        show(compose(request, config, home, log_folder(config)).removesuffix("\n"))
         return 0
     done = submit(request, home, environment)
-    sys.stdout.write(f"job: {done.job}\nscript: {done.script}\noutput: {done.output}\nlogs: {done.logs}\n")
+    show("\n".join(visible(f"{name}: {value}") for name, value in vars(done).items()))
     return 0
 
 

@@ -2,8 +2,8 @@
 
 Runs under plain python, deepspeed, torchrun, mpirun and srun; ranks and groups come from the launcher's environment. Or start
 the ranks of one machine from here, and start them again when one is lost: `--ranks 8 --max-restarts 3`.
-Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint, 76 a rank was lost (the last checkpoint is
-intact); after 75 and 76 the same command with --resume auto continues.
+Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint, or while loading, 76 a rank was lost (the last
+checkpoint is intact); after 75 and 76 the same command with --resume auto continues.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.launcher import Launch, detect_launch
 from fedmoe_ds.runtime import init_runtime, run_entry
+from fedmoe_ds.terminal import note, show
 
 
 def parse() -> argparse.Namespace:
@@ -46,7 +47,7 @@ def main() -> int:
             from fedmoe_ds.plan import describe, resolved
 
             lines = [resolved(config)] if args.print_config else describe(config, args.ranks or launch.world_size)
-            sys.stdout.write("\n".join(lines) + "\n")
+            show("\n".join(lines))
         return 0
     if args.ranks is not None or args.max_restarts is not None:
         return supervise(args, config, launch)
@@ -56,7 +57,7 @@ def main() -> int:
 
     ending = train(config, runtime, args.resume, STOP)
     if runtime.is_main:
-        sys.stdout.write("\n".join(ending.lines) + "\n")
+        show("\n".join(ending.lines))
         sys.stdout.flush()
     runtime.barrier()  # a launcher may end everybody as soon as one rank has left
     return ending.exit_code
@@ -76,10 +77,6 @@ def supervise(args: argparse.Namespace, config: Config, launch: Launch) -> int:
     STOP.begun()  # the supervisor listens itself
     command = restartable_command(sys.argv[0], sys.argv[1:])
     return Supervisor(command, ranks, restarts, config.topology.silence_s, note).run()
-
-
-def note(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

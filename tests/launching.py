@@ -146,6 +146,10 @@ class Job:
         """The complete lines of metrics.jsonl so far."""
         return read_events(self.folder, kind)
 
+    def said(self) -> str:
+        """Standard error so far."""
+        return self._text(1)
+
     def wait_until(self, condition: Callable[[], Any], timeout_s: float = TIMEOUT_S, poll_s: float = 0.01) -> bool:
         """Whether the condition came true while the command was running."""
         deadline = time.monotonic() + timeout_s
@@ -166,7 +170,8 @@ class Job:
         result = Result(code, self._text(0), self._text(1), self.folder)
         leftovers = self._end_all(grace_s=5.0)
         assert not leftovers, f"outlived the command: {leftovers}\n{result.stdout}\n{result.stderr}"
-        shared = [path.name for path in Path("/dev/shm").glob(f"*_{self._port}_*")] if self._launched else []
+        shm = Path("/dev/shm")  # noqa: S108  (looked at, not written)
+        shared = [path.name for path in shm.glob(f"*_{self._port}_*")] if self._launched else []
         assert not shared, f"left in shared memory: {shared}"
         return result
 

@@ -17,7 +17,11 @@ import pytest
 from launching import Result, changed, read_events, run
 from safetensors.torch import load_file, save_file
 
-from fedmoe_ds import checkpoint
+from fedmoe_ds import checkpoint, control
+from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.launcher import Launch
+from fedmoe_ds.runtime import init_runtime
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -195,11 +199,6 @@ SEVERAL_RANKS: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
         {"topology": {"control": "mpi"}},
         ("topology.control: mpi:", "without MPI", "mpirun", "control=torch"),
     ),
-    "sums by MPI": (
-        2,
-        {"topology": {"aggregation": "mpi"}},
-        ("topology.aggregation: mpi:", "without MPI", "aggregation=torch"),
-    ),
     "malformed line": (2, {}, ("data.source:", "torn.jsonl:3: not valid JSON", "mend or drop the line")),
 }
 
@@ -213,6 +212,16 @@ def test_all_ranks_end_on_a_mistake(case: str, nano: dict[str, Any], tmp_path: P
         changes = {"data": malformed(tmp_path), "topology": {"ep_size": 2}}
     result = run(changed(changed(nano, output=str(tmp_path)), **changes), tmp_path, ranks)
     assert_names(result.mistake(), *parts)
+
+
+@pytest.mark.parametrize("key", ["control", "aggregation"])
+def test_every_rank_can_tell_that_there_is_no_mpi(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it waits for the others, so that none hangs."""
+    for name in list(os.environ):
+        if name.startswith(control._CONNECTED):
+            monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=rf"^topology\.{key}: mpi: the 2 ranks .* without MPI: .* use topology\.{key}=torch"):
+        init_runtime(Launch("environment", 1, 2, 1), TopologyConfig.model_validate({key: "mpi"}))
 
 
 @pytest.fixture

@@ -255,11 +255,11 @@ def test_where_a_result_was_stored_is_no_part_of_its_command() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "line 1: "),
+        ("{", "Expecting property name .*: line 1 "),
         ("[]", "not an object"),
         ('{"benchmark": "wave"}', "command: "),
         ('{"benchmark": "wave", "command": "x", "date": "2026-11-21", "machine": {}, "rows": []}', "machine.cpu: "),
-        ("\xff", "not text"),
+        ("\xff", "not UTF-8 text"),
     ],
 )
 def test_foreign_files_are_one_line(tmp_path: Path, text: str, reason: str) -> None:

@@ -25,6 +25,7 @@ from fedmoe_ds.config import Config, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import load_foundation, planned_sparse, planned_task
+from fedmoe_ds.foundation.loading import WeightFiles
 
 WEIGHTS, INDEX, CONFIG, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -107,6 +108,11 @@ def header(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(data)
 
 
+def header_of_size(size: int) -> Break:
+    """The first eight bytes of a safetensors file say how long its header is."""
+    return lambda folder: write(WEIGHTS, size.to_bytes(8, "little") + (folder / WEIGHTS).read_bytes()[8:])(folder)
+
+
 def index(change: Callable[[dict[str, Any]], Any]) -> Break:
     def edit(folder: Path) -> None:
         tree = json.loads((folder / INDEX).read_text())
@@ -166,7 +172,7 @@ CASES: dict[str, tuple[str, Break, str]] = {
     "code of its own": (
         "whole",
         config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"}),
-        r"config\.json cannot be used: ",
+        r"its model is Python code of this folder, and a model's code is never run; give a model of a family",
     ),
     "another family": ("whole", config(model_type="gpt2"), r"model_type 'gpt2' is neither a known"),
     "width is a word": ("whole", config(hidden_size="wide"), r"config\.json cannot be used: .*hidden_size"),
@@ -246,6 +252,40 @@ CASES: dict[str, tuple[str, Break, str]] = {
     ),
     "no tokenizer": ("whole", remove(*NO_TOKENIZER), r"holds no tokenizer; save the model's tokenizer in the same folder"),
     "no tokenizer but its settings": ("whole", remove(TOKENIZER), r"holds no tokenizer; save the model's tokenizer"),
+    **{
+        f"weights with a header of {size} bytes": (
+            "whole",
+            header_of_size(size),
+            r"model\.safetensors: damaged weight file: \S.*; get",
+        )
+        for size in (0, 1, 100, 2**31, 2**40, 2**62, 2**63, 2**64 - 1)
+    },
+    **{
+        f"{name} of {levels} levels": (
+            which,
+            write(name, "[" * levels + "]" * levels),
+            rf"{re.escape(name)}.*nested deeper than 64",
+        )
+        for which, name in (("whole", CONFIG), ("sharded", INDEX))
+        for levels in (400, 900, 5000, 200_000)
+    },
+    "a number of 5000 digits": (
+        "whole",
+        write(CONFIG, '{"x": ' + "9" * 5000 + "}"),
+        r"config\.json cannot be used: .*too many digits",
+    ),
+    "layers without end": ("whole", config(num_hidden_layers=10**9), r"num_hidden_layers: 1000000000: expected at most 1000"),
+    "more layers than tensors": (
+        "whole",
+        config(num_hidden_layers=900),
+        r"num_hidden_layers: 900: the weights have \d+ tensors",
+    ),
+    "experts without end": ("whole", config(num_experts=10**9), r"num_experts: 1000000000: expected at most 8192"),
+    "a shard of a long name": (
+        "sharded",
+        index(lambda tree: tree["weight_map"].update({NORM: "x" * 300})),
+        "no file of this folder",
+    ),
     "empty tokenizer": ("whole", write(TOKENIZER, ""), r"its tokenizer cannot be loaded: \S.*; save"),
     "cut tokenizer": ("whole", cut(TOKENIZER), r"its tokenizer cannot be loaded: \S.*; save"),
     "tokenizer is a list": ("whole", write(TOKENIZER, "[]"), r"its tokenizer cannot be loaded: \S.*; save"),
@@ -333,7 +373,6 @@ def test_a_second_copy_of_a_tensor_does_not_count(sound: Path, tmp_path: Path) -
 
 COMMAND = {
     "missing shard": 2,
-    "NaN": 1,
     "sentencepiece": 1,
     "no tokenizer": 2,
 }
@@ -350,3 +389,10 @@ def test_the_command_ends_with_this_line(case: str, sound: Path, nano: dict[str,
     cache = str(tmp_path / "cache")
     tree = changed(nano, output=str(tmp_path), foundation={"path": str(folder), "cache": cache}, topology={"ep_size": 1})
     assert re.search(message, run(tree, tmp_path, ranks=COMMAND[case]).mistake())
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "..", ".", "", "a/b", "a\0b", "./model.safetensors", "a\\b"])
+def test_a_weight_map_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(UserError, match=r"index\.json: weight_map: 'x': .*no file of this folder"):
+        WeightFiles(tmp_path)

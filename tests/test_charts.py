@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +20,7 @@ from fedmoe_ds.compare.picture import picture
 from fedmoe_ds.report import final_table, formats
 from fedmoe_ds.report.activation import expert_section
 from fedmoe_ds.report.history import History
+from fedmoe_ds.report.html import page
 from fedmoe_ds.report.sections import convergence_section, results_section, time_section
 from fedmoe_ds.report.svg import Axis, Column, Series, bar_rows, dense_columns, line_chart, stacked_columns, whole_ticks
 from fedmoe_ds.scaling.picture import picture as scaling_picture
@@ -140,6 +142,63 @@ def test_the_sections_of_the_report(rows: list[tuple[float | None, float | None]
     accuracy = drawn(convergence_section(history).split("<figure>")[-1].split("</figure>")[0])
     assert all(0 <= float(mark) <= 100 for mark in labels(accuracy)), "percent"
     assert max(map(len, final_table([{**row, "event": "eval"} for row in history.evaluations.values()]).splitlines())) < 140
+
+
+# The whole page, of any run that the engine can produce.
+
+figure = st.none() | st.sampled_from([*EXTREME, 1e300]) | st.floats(0, allow_infinity=False, allow_nan=False)
+round_number = st.integers(1, 6) | st.sampled_from([10**5, 10**9, 10**9 + 1])
+
+
+def recorded(rounds: list[int], figures: Iterator[float | None]) -> list[dict[str, Any]]:
+    """Events of a run as `Journal` and `session` write them: any figure may be huge, tiny, or not finite (null)."""
+    tiers = [{"tier": 4, "tier_label": "4"}, {"tier": 2, "tier_label": "2 r8"}]
+    client = {"name": "a", "samples": 3, "sequences": 2, "tokens": 9, "targets": 9, "top_k": 4, "tier_label": "4"}
+    rows: list[dict[str, Any]] = [{"event": "run", "name": "x", "num_experts": 2, "top_k": 4, "layers": 1}]
+    rows += [{"event": "data", "clients": [client], "distribution": {"labels": ["l"], "counts": [[3]]}}]
+    for number in [0, *rounds]:
+        for tier, split in itertools.product(tiers, ("global", "clients", "client")):
+            scores = {"perplexity": next(figures), "accuracy": 0.5, "loss": next(figures), "targets": 74}
+            whose = {"client": "a"} if split == "client" else {}
+            rows.append({"event": "eval", "round": number, **tier, "split": split, **scores, **whose})
+        if number:
+            losses = {
+                "loss_first": next(figures),
+                "loss_last": next(figures),
+                "flops": next(figures),
+                "rescaler": next(figures),
+            }
+            spent = {"seconds": next(figures), "steps": 1, "tokens": 9, "status": "ok"}
+            rows.append({"event": "client", "round": number, "client": "a", "top_k": 4, **losses, **spent})
+            rows.append({"event": "experts", "round": number, **tiers[0], "activation": [[0.0, None], [1.0, 0.0]]})
+            phases = {"train": next(figures), "evaluate": next(figures)}
+            speed = {"tokens": 9, "tokens_per_s": next(figures), "seconds": next(figures), "participants": 1, "waves": 1}
+            rows.append({"event": "round", "round": number, "phases": phases, **speed})
+    return [*rows, {"event": "end", "rounds": len(rounds), "digest": "ab", "seconds": next(figures)}]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(round_number, max_size=4), st.lists(figure, min_size=1, max_size=12))
+@example({1}, [1e300])
+@example({10**9}, [1.0])
+@example({1, 10**9}, [HUGE, None])
+def test_the_page_of_any_run(rounds: set[int], figures: list[float | None]) -> None:
+    rows = recorded(sorted(rounds), itertools.cycle(figures))
+    text = page(History.of(rows), "name: x")
+    assert len(text) < 120_000, "a page of so few rounds is small, whatever their numbers: nothing counts up to them"
+    assert ">nan" not in text and ">inf" not in text
+    final_table(rows)
+
+
+def test_the_page_of_a_long_run_stays_small() -> None:
+    """And says what it leaves out."""
+    rows = recorded(list(range(1, 2101)), itertools.cycle([2.0, 3.0, 5.0, 7.0]))
+    text = page(History.of(rows), "name: x")
+    assert len(text) < 1_500_000 and text.count("data-t=") < 10_000
+    for told in ("(400 of 2\u202f101 rounds)", "(400 of 2\u202f100 rounds)", "in figures (2000 of 2\u202f100 rounds)"):
+        assert told in text, told
+    drawn = re.findall(r"data-t=\"round (\d+)\n", text)
+    assert {"1", "2100"} <= set(drawn), "the first and the last are always there"
 
 
 @settings(max_examples=40)

@@ -6,14 +6,18 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from federations import alone
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +26,11 @@ from fedmoe_ds.checkpoint import MANIFEST, Snapshot, TensorReader
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
 from fedmoe_ds.errors import UserError
 
-PARTIAL: dict[str, Any] = {"done": {"3": {"status": "ok", "loss_last": 0.1}}, "activation": {}, "seconds": 1.5}
+PARTIAL: dict[str, Any] = {
+    "done": {"3": {"client": "c", "status": "ok", "tokens": 4, "loss_last": 0.1}},
+    "activation": {},
+    "seconds": 1.5,
+}
 
 
 def tensors(seed: int) -> dict[str, Tensor]:
@@ -232,5 +240,132 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         checkpoint.read_snapshot(path)
 
 
+MANIFESTS: dict[str, tuple[Any, str]] = {
+    "format": (None, "format: missing"),
+    "round": ("1", "round: Input should be a valid integer"),
+    "identity": ([], "identity: Input should be"),
+    "metrics_position": (-1, "metrics_position: Input should be greater than or equal to 0"),
+    "partial": ({}, "partial.done: Field required"),
+    "utilisation": ([[1, 2], [3]], "utilisation: .*rows of one length"),
+    "files": ({"x": 1}, "files: .*missing|files.x: Input should be a valid string|does not match its checksum"),
+}
+
+
+@pytest.mark.parametrize("field", MANIFESTS)
+def test_a_manifest_with_a_field_of_another_type_is_one_line(field: str, tmp_path: Path) -> None:
+    """Its checksum may be right all the same."""
+    path = save(tmp_path, 1)
+    value, message = MANIFESTS[field]
+    tree = {**json.loads((path / MANIFEST).read_text()), field: value}
+    del tree["checksum"]
+    if value is None:
+        del tree[field]
+    (path / MANIFEST).write_text(json.dumps({**tree, "checksum": checkpoint.checksum(tree)}))
+    with pytest.raises(UserError, match=rf"^checkpoint: .*manifest\.json: {message}") as caught:
+        checkpoint.read_snapshot(path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "7", "[" * 5000, '{"files": 1}', "9" * 5000, '{"checksum": "\\ud800", "files": {}}']
+)
+def test_a_manifest_of_anything_is_damage(content: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / MANIFEST).write_text(content)
+    assert checkpoint.find_damage(path) is not None
+    found, notes = checkpoint.newest_intact(tmp_path)
+    assert found is None and len(notes) == 1
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert checkpoint.newest_intact(tmp_path) == (None, [])
+
+
+@settings(max_examples=60)
+@given(
+    st.sets(
+        st.tuples(
+            st.sampled_from([0, 1, 9, 10, 99_998, 99_999, 100_000, 999_999, 10**6]) | st.integers(0, 10**12), st.booleans()
+        )
+    )
+)
+def test_candidates_are_ordered_by_number(rounds: set[tuple[int, bool]]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for place in rounds:
+            (root / checkpoint.folder_name(*place)).mkdir()
+        for other in ("round-0000001", "round-٠٠٠٠١", "round-1", "round-00001-partial-partial", "round-", "round-00001 "):
+            (root / other).mkdir()
+        found = checkpoint.candidates(root)
+        assert [checkpoint.progress_of(path) for path in found] == sorted(rounds, reverse=True), "and other names are none"
+
+
+def test_the_newest_are_kept_beyond_five_digits(tmp_path: Path, background: bool) -> None:
+    for round_index in (99_998, 99_999, 100_000):
+        save(tmp_path, round_index, background=background)
+    assert names(tmp_path) == ["round-100000", "round-99999"]
+    assert checkpoint.newest_intact(tmp_path) == (tmp_path / "round-100000", [])
+    save(tmp_path, 100_000, PARTIAL, background=background)
+    assert checkpoint.newest_intact(tmp_path)[0] == tmp_path / "round-100000-partial"
+    save(tmp_path, 100_001, background=background)
+    assert names(tmp_path) == ["round-100000", "round-100001"]
+    flip(save(tmp_path, 1_000_000, keep=9) / MANIFEST)
+    save(tmp_path, 100_002, keep=9)
+    assert names(tmp_path) == ["round-100000", "round-100001", "round-100002"], "what claims to be newer was damaged"
+
+
+def sign(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest and let it say so, as whoever wrote it on purpose would."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["checksum"]
+    change(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest | {"checksum": checkpoint.checksum(manifest)}))
+
+
+ELSEWHERE = ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\0b", "./config.yaml", "../round-00002/config.yaml", "a\\b"]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_manifest_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("mine")
+    before, newest = save(tmp_path, 1), save(tmp_path, 2)
+    sign(newest, lambda manifest: manifest["files"].update({name: checkpoint.sha256_of(tmp_path / "secret")}))
+    found, notes = checkpoint.newest_intact(tmp_path)
+    assert found == before and "no name of a file in this folder" in notes[0]
+
+
+@pytest.mark.parametrize("kept", [[], ["config.yaml"]])
+def test_a_manifest_without_tensors_is_damaged(tmp_path: Path, kept: list[str]) -> None:
+    before, newest = save(tmp_path, 1), save(tmp_path, 2)
+    sign(newest, lambda manifest: manifest.update(files={name: manifest["files"][name] for name in kept}))
+    assert checkpoint.newest_intact(tmp_path) == (
+        before,
+        ["checkpoint round-00002 is damaged (manifest.json lists no tensors); falling back to the one before"],
+    )
+
+
+def test_what_is_not_listed_is_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    listed = set(checkpoint.read_snapshot(path).files)
+    save_file({"layers.0.a": torch.ones(3, 4), "layers.9.a": torch.ones(1)}, path / "adapters-00001-of-00001.safetensors")
+    (path / "other").mkdir()
+    assert checkpoint.newest_intact(tmp_path) == (path, [])
+    for files in (None, listed):
+        with TensorReader(path, "adapters", files) as reader:
+            assert sorted(reader) == ["layers.0.a", "layers.1.a"]
+            place = torch.zeros(3, 4)
+            reader.read_into("layers.0.a", place)
+            assert torch.equal(place, tensors(1)["layers.0.a"])
+
+
+@pytest.mark.parametrize("file", ["config.yaml", MANIFEST, "adapters-00000-of-00001.safetensors", ""])
+def test_links_and_pipes_in_a_checkpoint_are_damage(tmp_path: Path, file: str) -> None:
+    before, newest = save(tmp_path, 1), save(tmp_path, 2)
+    place = newest / file
+    moved = place.rename(tmp_path / "moved")
+    place.symlink_to(moved)
+    assert checkpoint.newest_intact(tmp_path)[0] == before
+    place.unlink()
+    if file:
+        os.mkfifo(place)
+        assert checkpoint.newest_intact(tmp_path)[0] == before, "and nobody waits for the other end"

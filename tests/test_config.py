@@ -1,8 +1,11 @@
 """Loading, overriding, refusing and dumping configurations."""
 
 import math
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmoe_ds.bench.reports.targets import read_reasons
+from fedmoe_ds.compare.protocol import read_protocol
 from fedmoe_ds.config import Config, checked_deepspeed_section, config_schema_markdown, dump_config, load_config
 from fedmoe_ds.config.deepspeed_section import ALLOWED, REFUSED, REFUSED_INSIDE, DeepSpeedSection
 from fedmoe_ds.config.yaml12 import inline_yaml, parse_yaml
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.scaling.study import read_study
 
 ROOT = Path(__file__).parents[1]
 
@@ -312,14 +318,15 @@ def test_dump_is_read_alike_by_a_yaml_1_1_reader(load: Any) -> None:
     assert yaml.safe_load(dump_config(config)) == config.model_dump()
 
 
-texts = st.text(st.characters(codec="utf-8"), max_size=12)
+characters = st.characters(codec="utf-8", exclude_characters="\0")  # which is refused
+texts = st.text(characters, max_size=12)
 tricky = ["no", "1e-3", "0x1F", "~", "", " ", "12:30", "a: b", "# x", "<<", "=", "\n", "\r\n", "\x85", "\u2028"]
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts | st.sampled_from(tricky)
 free = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6
 )
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
-names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+names = st.text(characters, min_size=1, max_size=12)
 counts = st.integers(min_value=1)
 tiers = st.fixed_dictionaries({"top_k": counts, "share": positive, "rank": st.none() | counts, "experts": st.none() | counts})
 values: dict[str, st.SearchStrategy[Any]] = {
@@ -364,3 +371,49 @@ def test_reference_is_up_to_date() -> None:
 def test_reference_is_what_the_module_prints() -> None:
     printed = subprocess.run([sys.executable, "-m", "fedmoe_ds.config"], capture_output=True, text=True, check=True)
     assert printed.stdout == config_schema_markdown()
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+)
+BOUNDED = {
+    "aliases of aliases": (BOMB, "aliases make more than 65536 values and characters of it"),
+    "an alias of a long text": ("a: &a " + "x" * 1000 + "\nb: [" + "*a, " * 1000 + "]", "aliases make more than 65536"),
+    "an alias of keys": ("a: &a {" + "x" * 900 + ": 1}\nb: [" + "*a, " * 1000 + "]", "aliases make more than 65536"),
+    "an alias of itself": ("a: &a [*a]", "a YAML alias contains itself"),
+    "lists": ("[" * 5000 + "]" * 5000, "nested deeper than 64 levels"),
+    "short of the stack": ("a: " + "[x, " * 100 + "]" * 100, "nested deeper than 64 levels"),
+    "mappings": ("{a: " * 5000, "nested deeper than 64 levels"),
+    "dashes": ("- " * 5000 + "x", "nested deeper than 64 levels"),
+    "a long text": ("a: " + "x" * 70_000, "has more than 65536 characters"),
+    "many lines": ("a: 1\n" * 20_000, "has more than 65536 characters"),
+    "digits": ("seed: " + "9" * 5000, "'9999999999999999999999999999999999999999' is no int"),
+    "hexadecimal digits": ("seed: 0x" + "f" * 5000, "is no integer of at most 512 bits"),
+    "NUL": ('name: "a\\0b"', "holds a NUL or half of a surrogate pair"),
+    "NUL in a key": ('"a\\0b": 1', "holds a NUL or half of a surrogate pair"),
+    "half of a pair": ('name: "\\ud800"', "holds a NUL or half of a surrogate pair"),
+    "beyond Unicode": ('name: "\\U7FFFFFFF"', "malformed YAML"),
+    "a version of YAML": ("%YAML 1." + "9" * 5000 + "\n---\na: 1", "malformed YAML"),
+    "a constructor": ("name: !!python/object/apply:os.system [id]", "the YAML tag tag:yaml.org,2002:python/object/apply"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BOUNDED)
+def test_a_document_is_bounded(case: str, tmp_path: Path) -> None:
+    """In every file that is read as YAML, and behind an override's equals sign."""
+    text, message = BOUNDED[case]
+    path = tmp_path / "file.yaml"
+    path.write_text(text, encoding="utf-8")
+    readers: dict[str, Callable[[], Any]] = {
+        "configuration": lambda: load_config(path),
+        "override": lambda: load_config(ROOT / "configs" / "quickstart.yaml", [f"method.x={text}"]),
+        "study": lambda: read_study(path),
+        "protocol": lambda: read_protocol(path),
+        "reasons": lambda: read_reasons(path),
+    }
+    for name, read in readers.items():
+        began = time.process_time()
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            read()
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 4200, name
+        assert time.process_time() - began < 5, name

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedmoe_ds import cache
 from fedmoe_ds.config.tree import FoundationConfig, PretrainConfig
 from fedmoe_ds.data import ImageInput, digits, stdlib
 from fedmoe_ds.errors import UserError
@@ -160,11 +161,11 @@ def test_cache_that_is_a_file(tmp_path: Path) -> None:
 
 def test_another_process_was_faster(tmp_path: Path) -> None:
     folder = tmp_path / "content"
-    with pretrain._staging(folder) as staging:
-        (staging / "late").write_text("")
+    with cache.draft(folder, lambda: pretrain._usable(folder)) as draft:
+        (draft / "late").write_text("")
         folder.mkdir()
-        (folder / "early").write_text("")
-    assert [path.name for path in folder.iterdir()] == ["early"]
+        (folder / pretrain.RECORD_FILE).write_text("{}")
+    assert [path.name for path in folder.iterdir()] == [pretrain.RECORD_FILE]
     assert list(tmp_path.iterdir()) == [folder]
 
 

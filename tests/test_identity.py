@@ -26,7 +26,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.fit import check_plan
-from fedmoe_ds.identity import agreed, check_identity, identity
+from fedmoe_ds.identity import agreed, check_code, check_identity, identity
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.methods import load_method, with_defaults
 
@@ -58,6 +58,7 @@ ELSEWHERE = {
     "topology.aggregation": "cluster/test_mpi.py",
     "deepspeed": "test_deepspeed_tools.py",
     "execution.threads": "refused at every start in bitwise mode",
+    "foundation.trust_remote_code": "test_own_code.py",
 }
 """Neutral, and shown to be in another world than that of one process."""
 
@@ -301,3 +302,23 @@ def test_a_checkpoint_of_an_earlier_version(world: World) -> None:
         theirs = identity(changed, world.parts.foundation, world.parts.data, ours["kernels"], True)
         with pytest.raises(UserError, match=rf"--resume: {key}: {value}: "):
             check_identity(written, world.saved, theirs, changed)
+
+
+def test_compiled_code_of_ranks() -> None:
+    """Equal sources and compilers everywhere; equal code where processors are equal."""
+    hosts = ["near", "far", "far"]
+    here = {"processor": "p", "rows.cpp": "1", "rows.so": "a"}
+    others = {"processor": "q", "rows.cpp": "1", "rows.so": "b"}
+    check_code([here, here, others], hosts, bitwise=True)
+    check_code([{}, {}, {}], hosts, bitwise=True)  # on GPUs nothing is compiled here
+    for theirs, message in (
+        (here | {"rows.so": "b"}, r"rank 1 on far has other rows\.so \(b\) than rank 0 on near \(a\)"),
+        (here | {"sums.cpp": "1"}, r"rank 1 on far has other sums\.cpp \(1\) than rank 0 on near \(None\)"),
+        ({"processor": "p", "rows.cpp": "1"}, r"rank 1 on far has other rows\.so \(None\) than rank 0 on near \(a\)"),
+        (others | {"rows.cpp": "2"}, r"rank 1 on far has other rows\.cpp \(2\) than rank 0 on near \(1\)"),
+    ):
+        with pytest.raises(UserError, match=rf"^execution\.reproducible: bitwise: {message}, .*reproducible=fast"):
+            check_code([here, theirs, others], hosts, bitwise=True)
+        check_code([here, theirs, others], hosts, bitwise=False)
+    with pytest.raises(UserError, match=r"rank 2 on far has other rows\.so \(c\) than rank 1 on far \(b\)"):
+        check_code([here, others, others | {"rows.so": "c"}], hosts, bitwise=True)

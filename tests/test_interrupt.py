@@ -15,8 +15,10 @@ import pytest
 from launching import REPOSITORY, Job, changed
 
 from fedmoe_ds import checkpoint
+from fedmoe_ds.activity import activity
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from fedmoe_ds.launcher import free_port
+from fedmoe_ds.stop import StopRequest
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -47,6 +49,20 @@ def test_during_the_imports(script: str, number: signal.Signals, tmp_path: Path)
     assert (process.returncode, out) == (code, ""), err
     (line,) = err.splitlines()
     assert f"stopped by {number.name}" in line
+
+
+@pytest.mark.parametrize(
+    ("phase", "when"), [("start", "after the step that is running"), ("load", "after the step"), ("train", "after the wave")]
+)
+def test_ctrl_c_says_once_when_it_is_served(
+    phase: str, when: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(activity, "phase", phase)
+    stop = StopRequest()
+    for _ in range(2):
+        stop._receive(signal.SIGINT, None)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"SIGINT: the run ends {when}") and stop.requested
 
 
 @pytest.mark.cluster

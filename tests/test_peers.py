@@ -9,7 +9,7 @@ import sys
 import time
 
 from fedmoe_ds.activity import Activity
-from fedmoe_ds.peers import Limits, Peer, Process, died, quiet_words, silent, stuck
+from fedmoe_ds.peers import Limits, Peer, Process, _started, died, quiet_words, silent, stuck
 
 LIMITS = Limits(silence=10.0, waiting=30.0, ranks=4)
 
@@ -73,10 +73,14 @@ def test_large_worlds_speak_less_often() -> None:
 def test_only_a_process_of_this_host_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
         try:
-            Process(child.pid, "another boot pid:[1]").kill_here()
+            own = Process.own()
+            started = _started(child.pid)
+            assert started >= own.started
+            Process(child.pid, "another boot pid:[1]", started).kill_here()
+            Process(child.pid, own.space, started - 1).kill_here()  # another process had this number before
             os.kill(child.pid, signal.SIGSTOP)
             assert child.poll() is None
-            Process(child.pid, Process.own().space).kill_here()
+            Process(child.pid, own.space, started).kill_here()
             assert child.wait(timeout=10) == -signal.SIGKILL
         finally:
             child.kill()

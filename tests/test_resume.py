@@ -92,15 +92,13 @@ def test_sigterm_in_the_middle_of_a_round(undisturbed: Result, config: dict[str,
 
 
 @pytest.mark.cluster
-def test_sigusr1_before_the_first_round_and_during_evaluation(
-    undisturbed: Result, config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_sigusr1_at_the_beginning_and_during_evaluation(undisturbed: Result, config: dict[str, Any], tmp_path: Path) -> None:
     with start(config, tmp_path, (1, 1)) as job:
-        assert job.wait_until((job.folder / "metrics.jsonl").exists)
+        assert job.wait_until(lambda: job.events("run"))
         job.signal_ranks(signal.SIGUSR1)
         stopped = job.finish()
     assert_stopped(stopped, "SIGUSR1")
-    assert newest(stopped.folder).name == "round-00000"
+    assert newest(stopped.folder).name.startswith("round-00000")
     # Nothing but the stop itself asks for this checkpoint; and how one is written is no part of a run's identity.
     rare = changed(config, checkpoint={"every": 9, "background": False})
     with start(rare, tmp_path, (1, 1)) as job:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,13 @@ from typing import Any
 import pytest
 from federations import alone, make_config, read_events, write_inputs
 
-from fedmoe_ds import session
+from fedmoe_ds import folder_lock, session
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.folder_lock import NAME, FolderLock
 from fedmoe_ds.journal import Journal
+from fedmoe_ds.report import MetricsLog
 from fedmoe_ds.stop import StopRequest
 
 SMALL: dict[str, Any] = {
@@ -144,6 +148,149 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("fcntl.flock", unsupported)
     (note,) = FolderLock(tmp_path).take()
     assert "has no locks" in note
+
+
+# Locks that each host keeps to itself.
+
+
+class Host:
+    """Starts on one host of several, on a file system whose locks stop nobody on another."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, locks: str) -> None:
+        self.patch, self.locks = patch, locks
+        patch.setattr(folder_lock, "BEAT_S", 0.02)
+        patch.setattr(folder_lock, "PATIENCE_S", 0.3)
+        patch.setattr(folder_lock, "_LOOK_S", 0.01)
+        patch.setattr("fcntl.flock", self.flock)
+
+    def flock(self, handle: int, how: int) -> None:
+        if self.locks == "none":
+            raise OSError(95, "Operation not supported")
+
+    def lock(self, folder: Path, host: str) -> FolderLock:
+        self.patch.setattr(folder_lock, "boot", lambda: f"boot of {host}")
+        self.patch.setattr("socket.gethostname", lambda: host)
+        return FolderLock(folder)
+
+
+@pytest.fixture(params=["per host", "none"])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(monkeypatch, request.param)
+
+
+def test_a_holder_on_another_host_keeps_the_folder(tmp_path: Path, host: Host) -> None:
+    first, second = host.lock(tmp_path, "n1"), host.lock(tmp_path, "n2")
+    first.take()
+    for _ in range(3):
+        with pytest.raises(UserError, match=rf"in use by a job .*process {os.getpid()} on n1, since "):
+            second.take()
+    first.confirm()
+    first.release()
+    second = host.lock(tmp_path, "n2")
+    assert not any("taking over" in line for line in second.take()), "it said that it left: nobody waits"
+    second.release()
+    first.release()
+
+
+def test_a_dead_holder_on_another_host_is_taken_over(tmp_path: Path, host: Host) -> None:
+    first = host.lock(tmp_path, "n1")
+    first.take()
+    first._left.set()  # the thread ends with its process; nothing says that the holder has left
+    second = host.lock(tmp_path, "n2")
+    last = second.take()[-1]
+    assert last.startswith(f"process {os.getpid()} on n1, since ") and last.endswith("taking over")
+    with pytest.raises(UserError, match=r"process .* on n2"):
+        first.confirm()
+    first.release()
+    second.confirm()
+    third = host.lock(tmp_path, "n3")
+    with pytest.raises(UserError, match="on n2"):
+        third.take()
+    second.release()
+
+
+def test_two_starts_in_the_same_moment(tmp_path: Path, host: Host) -> None:
+    """Each finds the folder free before the other has written its name: whoever wrote last has it."""
+    locks = [host.lock(tmp_path, f"n{number}") for number in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_lock, "_read", lambda path: {})
+        for lock in locks:
+            lock.take()
+    with pytest.raises(UserError, match=r"in use by a job .* on n1"):
+        locks[0].confirm()
+    locks[1].confirm()
+    for lock in locks:
+        lock.release()
+    assert "left" in json.loads((tmp_path / NAME).read_text())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"process": {}, "host": "x", "boot": 7}',
+        '{"since": 1e300, "process": 1, "host": "a"}',
+        "\\ud800" * 9,
+    ],
+)
+def test_whatever_the_file_says_a_lock_is_taken(tmp_path: Path, said: str, host: Host) -> None:
+    """By a dead holder of another version, a full disk, or somebody else."""
+    (tmp_path / NAME).write_text(said)
+    lock = host.lock(tmp_path, "n1")
+    lock.take()
+    lock.confirm()
+    lock.release()
+
+
+def test_a_record_of_yesterdays_version(tmp_path: Path) -> None:
+    """It names process and host alone: on this host the lock decides, and nobody waits."""
+    (tmp_path / NAME).write_text(json.dumps({"process": 1, "host": socket.gethostname(), "since": 1700000000}) + "\n")
+    lock = FolderLock(tmp_path)
+    began = time.monotonic()
+    assert lock.take() == [] and time.monotonic() - began < 1
+    lock.release()
+
+
+@pytest.mark.parametrize("stage", ["first round", "checkpoint", "report"])
+def test_two_jobs_that_nothing_keeps_apart(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str) -> None:
+    """The second one truncates the record of the first, which must not end as if nothing had happened."""
+    config = make_config(root, "shared", SMALL, {"output": str(tmp_path), "federation": {"rounds": 3}})
+    monkeypatch.setattr(FolderLock, "take", lambda self: [])
+    before(monkeypatch, stage, lambda: seconds.append(train(config, "auto")))
+    seconds: list[session.Ending] = []
+    try:
+        first = train(config, "auto").exit_code
+    except UserError as error:
+        assert "another process writes to it" in str(error) and "--resume auto" in str(error)
+        first = 2
+    (second,) = seconds
+    rounds = [event["round"] for event in read_events(folder_of(config)) if event["event"] == "round"]
+    assert second.exit_code == 0 and rounds == [1, 2, 3], "the record is that of a whole run"
+    assert first == (2 if stage != "report" else 0), "it has ended before the second began"
+
+
+@pytest.mark.parametrize("change", ["append", "cut", "remove", "replace", "empty"])
+def test_a_record_that_somebody_else_writes_to(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    changes = {
+        "append": lambda: path.write_text(path.read_text() + '{"event":"x"}\n'),
+        "cut": lambda: os.truncate(path, 5),
+        "remove": path.unlink,
+        "replace": lambda: (path.unlink(), path.write_text("")),
+        "empty": lambda: path.write_text(""),
+    }
+    with MetricsLog(path) as log:
+        log.write("run")
+        log.write("round", round=1)
+        changes[change]()
+        kept = path.read_bytes() if path.exists() else None
+        for action in (lambda: log.write("round", round=2), log.position, lambda: log.truncate(0)):
+            with pytest.raises(UserError, match=r"metrics\.jsonl: .*another process writes to it"):
+                action()
+    assert (path.read_bytes() if path.exists() else None) == kept, "nothing more is written"
 
 
 NO_EFFECT: dict[str, dict[str, Any]] = {

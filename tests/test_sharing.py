@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 from distributed import run_distributed
 from federations import joined, make_config, run_alone, run_joined, write_inputs
 
+from fedmoe_ds import cache
 from fedmoe_ds.build import load_shared_foundation
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts import lowrank
 from fedmoe_ds.foundation import Foundation, load_foundation
 from fedmoe_ds.foundation.mapped import ALIGNMENT, DATA, HEADER, MappedWeights, Memory, Slot
 from fedmoe_ds.foundation.sharing import FOLDER
+from fedmoe_ds.native import compiling, matrix, rows
 from fedmoe_ds.report import Progress
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.topology import build_topology
@@ -167,19 +172,19 @@ def mapped_files(cache: Path) -> list[Any]:
 
 
 def on_two_ranks(rank: int, root: Path) -> dict[str, Any]:
-    runtime, cache, found = joined(rank), root / "shared-cache" / FOLDER, {}
+    runtime, shared, found = joined(rank), root / "shared-cache" / FOLDER, {}
     config = changed(root, "load")
     own = load_foundation(root / "model", config.foundation, 1, 0, "cpu")
     first = Loaded(config, runtime)
     runtime.barrier()
-    found["maps"] = [(one.path, one.rss, one.pss, one.private_dirty) for one in mapped_files(cache)]
+    found["maps"] = [(one.path, one.rss, one.pss, one.private_dirty) for one in mapped_files(shared)]
     runtime.barrier()
     found["same"], found["said"] = first.same(own), first.said
-    before = {path: path.read_bytes() for path in cache.glob(f"*/{DATA}")}
+    before = {path: path.read_bytes() for path in shared.glob(f"*/{DATA}")}
     result = run_joined(changed(root, "joined"), runtime)
     found["digest"] = result.digest
-    found["written"] = sum(one.private_dirty for one in mapped_files(cache))
-    found["kept"] = first.same(own) and before == {path: path.read_bytes() for path in cache.glob(f"*/{DATA}")}
+    found["written"] = sum(one.private_dirty for one in mapped_files(shared))
+    found["kept"] = first.same(own) and before == {path: path.read_bytes() for path in shared.glob(f"*/{DATA}")}
     runtime.barrier()
     if rank == 0:
         for path in before:
@@ -192,7 +197,32 @@ def on_two_ranks(rank: int, root: Path) -> dict[str, Any]:
     half = Loaded(changed(root, "half", ep_size=2), runtime)
     own_half = load_foundation(root / "model", config.foundation, 2, rank, "cpu")
     found["half"], found["half_said"] = half.same(own_half), half.said
-    return found
+    return found | kernels_damaged_on_one_rank(rank, root, runtime)
+
+
+def kernels_damaged_on_one_rank(rank: int, root: Path, runtime: Runtime) -> dict[str, Any]:
+    """Every rank has compiled kernels in a cache of its own, and one of rank 1's is damaged; then it can build none at all."""
+    common, mine = cache.place(cache.root(None), "native"), root / f"kernels-{rank}"
+    for name, built in compiling.loaded().items():
+        (entry,) = common.glob(f"{name}-{built.source[:24]}-*")
+        shutil.copytree(entry, mine / "native" / entry.name)
+    os.environ["FEDMOE_CACHE"] = str(mine)
+    before = {path: path.read_bytes() for path in mine.rglob(compiling.LIBRARY)}
+    for path, content in before.items():
+        if rank == 1 and path.parent.name.startswith("rows-"):
+            path.write_bytes(content[: len(content) // 2] + bytes(64) + content[len(content) // 2 + 64 :])
+    found: dict[str, Any] = {}
+    for name in ("repaired", "refused"):
+        for cached in (compiling.library, lowrank.compiled, matrix._library, rows._library):
+            cached.cache_clear()
+        try:
+            found[f"kernels_{name}"] = run_joined(changed(root, name), runtime).digest
+        except UserError as error:
+            found[f"kernels_{name}"] = str(error)
+        if rank == 1:
+            os.environ["PATH"] = "/nowhere"
+    unchanged = all(path.read_bytes() == content for path, content in before.items())
+    return found | {"kernels_unchanged": unchanged, "kernels_told": cache.passed_over()}
 
 
 def test_two_ranks_of_a_host_hold_weights_once(tmp_path: Path) -> None:
@@ -213,3 +243,9 @@ def test_two_ranks_of_a_host_hold_weights_once(tmp_path: Path) -> None:
     assert ranks[0]["complaint"].count("\n") == 1 and "warning: foundation.cache:" in ranks[0]["complaint"]
     assert "ranks of one host keep copies" in ranks[0]["complaint"] and "once per host" in ranks[0]["half_said"]
     assert ranks[1]["said"] == ranks[1]["complaint"] == ""
+    for rank, found in enumerate(ranks):
+        assert found["kernels_repaired"] == alone.digest and found["kernels_unchanged"]
+        assert found["kernels_refused"].startswith("execution.reproducible: bitwise: rank 1 on "), found["kernels_refused"]
+        assert "than rank 0 on" in found["kernels_refused"]
+        damaged = [line for line in found["kernels_told"] if line.endswith("is damaged: made anew") and "kernels-" in line]
+        assert len(damaged) == rank, damaged

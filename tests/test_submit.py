@@ -14,9 +14,13 @@ from typing import Any
 
 import pytest
 from federations import make_config, write_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launching import REPOSITORY
 
+from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.shell import command_line, quoted
 from fedmoe_ds.submission import Request, check, compose, log_folder, submit
 
 COMMAND = REPOSITORY / "launch" / "submit.py"
@@ -151,3 +155,119 @@ def bash(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(["bash", script], env=kept, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     return run
+
+
+# What somebody may have in a name, a path or a value.
+HOSTILE = {
+    "newline": "a\n#SBATCH --wrap=touch${IFS}forged",
+    "command": "a\ntouch forged\n",
+    "carriage return": "a\rb",
+    "line separator": "a\u2028touch forged",
+    "escape": "a\x1b[2Jb",
+    "override": "a\u202eb",
+    "undecodable": "a\udcffb",
+    "quotes": "a'; touch forged; '",
+    "double quotes": 'a"; touch forged; "',
+    "substitution": "$(touch forged)`touch forged`",
+    "percent": "a%j%u",
+    "backslash": "a\\nb\\",
+    "comment": "a # b",
+    "tab": "a\tb",
+}
+
+
+@pytest.fixture(scope="module")
+def planned(config: Path) -> Config:
+    return check(Request(config))
+
+
+def lines_of(script: str) -> list[str]:
+    """What was written before the template."""
+    written, marker, _ = script.partition("# --- end of header ---\n")
+    assert marker
+    return written.split("\n")[:-1]
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize(
+    "place", ["output", "working folder", "partition", "account", "time", "comment", "override", "config", "home"]
+)
+def test_nothing_becomes_a_line_of_the_script(
+    place: str, kind: str, planned: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every place of the script, every hostile value: refused in one line, or there as one word on one line that prints."""
+    text = HOSTILE[kind]
+    folder, home = tmp_path, REPOSITORY
+    keys: dict[str, Any] = {"config": tmp_path / "config.yaml"}
+    if place == "output":
+        folder = tmp_path / text
+    elif place == "working folder":
+        (tmp_path / text).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / text)
+    elif place == "home":
+        home = tmp_path / text
+        (home / "slurm").mkdir(parents=True)
+        (home / "slurm" / "train.sbatch").write_text((REPOSITORY / "slurm" / "train.sbatch").read_text())
+    else:
+        value: Any = [f"comment={text}"] if place == "comment" else [f"name={text}"] if place == "override" else text
+        keys |= {
+            {"comment": "sbatch", "override": "overrides"}.get(place, place): tmp_path / text if place == "config" else value
+        }
+    in_header = place not in ("override", "config", "home")
+    try:
+        script = compose(Request(**keys), planned, home, folder)
+    except UserError as error:
+        assert in_header and not text.isprintable() and str(error).isprintable()
+        return
+    assert text.isprintable() or not in_header
+    lines = lines_of(script)
+    assert all(line.isprintable() for line in lines), "one line, and a terminal shows it"
+    assert [line.split("=")[0].split(" ")[0] for line in lines].count("set") == 1
+    heads = [line for line in lines if line.startswith("#SBATCH")]
+    assert len(heads) == len(header(script)) and not any(line.startswith(("touch", "forged")) for line in lines)
+    told = run_bash("\n".join([*lines, 'printf "%s\\0" "$FEDMOE_HOME" "$FEDMOE_LOGS" "$@"']), tmp_path)
+    expected = [str(home), str(folder), "--config", str(keys["config"]), *keys.get("overrides", ())]
+    assert told == expected, "and bash reads what was meant"
+    assert not list(tmp_path.rglob("forged"))
+
+
+def run_bash(script: str, folder: Path) -> list[str]:
+    done = subprocess.run(["bash"], input=os.fsencode(script), cwd=folder, capture_output=True, check=True)
+    return [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_bash_reads_a_word_as_it_was(word: str) -> None:
+    shown = quoted(word)
+    assert shown.isprintable()
+    done = subprocess.run(["bash"], input=f"printf %s {shown}".encode(), capture_output=True, check=True)
+    assert done.stdout.decode() == word
+    assert command_line(["a", word]) == f"a {shown}"
+
+
+def test_percent_signs_stand_for_themselves(planned: Config, tmp_path: Path) -> None:
+    script = compose(Request(tmp_path / "c.yaml"), planned, REPOSITORY, tmp_path / "100%j")
+    assert f"--output={tmp_path}/100%%j/%j.out" in header(script)
+
+
+def test_logs_are_not_written_through_links(tmp_path: Path, bash: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Of the job, and of the ranks."""
+    (tmp_path / "bin").mkdir()
+    for tool in ("scontrol", "srun"):
+        (tmp_path / "bin" / tool).write_text("#!/bin/sh\necho n1\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for script, job in (("train", "SLURM_JOB_ID"), ("scaling", "SLURM_ARRAY_JOB_ID")):
+        for place in (f"{script}/7", f"{script}/8/rank-0.log", f"{script}/8/rank-3.log"):
+            path = tmp_path / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(victim if path.suffix else victim.parent)
+            variables = {"FEDMOE_HOME": str(REPOSITORY), "FEDMOE_LOGS": str(tmp_path / script), "SLURM_ARRAY_TASK_ID": "0"}
+            path_variable = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+            done = bash(
+                REPOSITORY / "slurm" / f"{script}.sbatch", PATH=path_variable, **variables, **{job: place.split("/")[1]}
+            )
+            assert done.returncode == 2 and "there is a symbolic link" in done.stderr and victim.read_text() == "mine", place
+            path.unlink()

@@ -6,12 +6,12 @@ Each lives in a file of its name, under `bench/commands/` or `bench/reports/`.
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds import shell
 from fedmoe_ds.bench.table import Row, Table
 
 Note = Callable[[str], None]
@@ -73,4 +73,4 @@ def command_line(arguments: list[str]) -> str:
         if not after and argument != "--json" and not argument.startswith("--json="):
             kept.append(argument)
         after = argument == "--json"
-    return shlex.join(["python", "launch/bench.py", *kept])
+    return shell.command_line(["python", "launch/bench.py", *kept])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.strict_json import read_json
 
 
 class Gpu(BaseModel):
@@ -71,19 +71,17 @@ def read_documents(folder: Path) -> list[Document]:
 
 def _read(path: Path) -> Document:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, dict):
             raise _foreign(path, "not an object")
         return Document.model_validate({**content, "name": path.stem})
     except OSError as error:
         raise UserError(f"FOLDER: {path}: cannot be read: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
-        raise _foreign(path, f"line {error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise _foreign(path, "not text") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _foreign(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValueError as error:
+        raise _foreign(path, str(error)) from None
 
 
 def _foreign(path: Path, reason: str) -> UserError:

@@ -42,7 +42,7 @@ def measure(config: Config, runtime: Runtime) -> dict[str, float]:
     runtime.barrier()
     after, peak = process.memory_full_info(), peak_mib()
     found = {f"{name}_growth_mib": (getattr(after, name) - getattr(before, name)) / 2**20 for name in ("rss", "pss", "uss")}
-    shared = str(cache_folder(config.foundation) / FOLDER)
+    shared = str(cache_folder(config.foundation, FOLDER))
     maps = [one for one in process.memory_maps(grouped=True) if one.path.startswith(shared)]
     found["mapped_pss_mib"] = sum(one.pss for one in maps) / 2**20
     found["mapped_private_mib"] = sum(one.private_clean + one.private_dirty for one in maps) / 2**20

@@ -36,7 +36,11 @@ class Peft:
 
         _check_memory(workload, implementation)
         base = AutoModelForCausalLM.from_pretrained(
-            folder, experts_implementation=implementation, attn_implementation="sdpa", dtype=getattr(torch, workload.dtype)
+            folder,
+            experts_implementation=implementation,
+            attn_implementation="sdpa",
+            dtype=getattr(torch, workload.dtype),
+            trust_remote_code=False,
         )
         base.config.use_cache = False
         assert base.config._experts_implementation == implementation

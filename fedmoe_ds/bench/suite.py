@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedmoe_ds.bench.planned_run import end_family
 from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.files import open_plain
 from fedmoe_ds.report import formats
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "bench.py"
@@ -93,7 +94,7 @@ def _run(name: str, arguments: list[str], folder: Path) -> str | None:
     """Run one measurement; the reason where it failed. An earlier result goes first: it must not pass for this run's."""
     target, log = folder / f"{name}.json", folder / f"{name}.log"
     target.unlink(missing_ok=True)
-    with log.open("wb") as out:
+    with open(open_plain(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as out:
         process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments, "--json", str(target)], stdout=out, stderr=out)
         try:
             code = process.wait()

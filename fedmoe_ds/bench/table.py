@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import check_replaceable, write_whole
 from fedmoe_ds.machine import machine_facts
+from fedmoe_ds.terminal import visible
 
 Row = dict[str, Any]
 """One measurement. Every row has shape, system, tokens_per_s, peak_mib and floor_share (null where it has no meaning)."""
@@ -38,13 +40,13 @@ class Table:
         every = [self.header, *self.cells]
         widths = [max(len(line[i]) for line in every) for i in range(len(self.header))]
         forms = [f"{'<' if name in self.words else '>'}{width}" for name, width in zip(self.header, widths, strict=True)]
-        shown = ["  ".join(map(format, line, forms)).rstrip() for line in every]
+        shown = [visible("  ".join(map(format, line, forms)).rstrip()) for line in every]
         return "\n".join([*shown, *self.lines])
 
     def markdown(self) -> str:
         """For a page."""
         every = [self.header, ["---"] * len(self.header), *self.cells]
-        shown = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in every]
+        shown = ["| " + " | ".join(visible(cell).replace("|", "\\|") for cell in line) + " |" for line in every]
         return "\n".join([*shown, *[f"\n{line}" for line in self.lines]])
 
 
@@ -65,8 +67,14 @@ def two_digits(number: float) -> str:
 
 def check_writable(path: Path | None) -> None:
     """Find out before the measurement whether its result can be stored. Raises UserError."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+    if path is None:
+        return
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--json: {path}: cannot be written; give a file in an existing folder")
+    try:
+        check_replaceable(path, links=False)
+    except OSError as error:
+        raise UserError(f"--json: {path}: {error.strerror}; give another file") from None
 
 
 def document(name: str, command: str, rows: list[Row]) -> dict[str, Any]:
@@ -78,6 +86,6 @@ def document(name: str, command: str, rows: list[Row]) -> dict[str, Any]:
 def write_json(content: Any, path: Path) -> None:
     """Store a document. Raises UserError when the file cannot be written."""
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json: {path}: cannot be written: {error.strerror or error}") from error

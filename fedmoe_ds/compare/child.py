@@ -19,7 +19,8 @@ from pathlib import Path
 
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.config import dump_config
-from fedmoe_ds.errors import EXIT_USER_ERROR
+from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
+from fedmoe_ds.files import open_plain, write_whole
 from fedmoe_ds.launcher import free_port
 
 # A study started under a launcher would otherwise pass its own rank on to every run.
@@ -36,6 +37,8 @@ class Child:
         environment: of the study; OMP_NUM_THREADS is the run's `execution.threads` unless set there.
         lock: file descriptor to inherit.
         by_slurm: start the ranks with srun, inside of an allocation.
+    Raises:
+        UserError: the configuration or the messages beside the run folder cannot be written.
     """
 
     def __init__(
@@ -43,14 +46,18 @@ class Child:
     ) -> None:
         self.run, self.log = run, Path(f"{run.folder}.log")
         config = Path(f"{run.folder}.yaml")
-        config.write_text(dump_config(run.config), encoding="utf-8")
+        try:
+            write_whole(config, dump_config(run.config))
+            handle = open_plain(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        except OSError as error:
+            raise UserError(f"--output: {run.folder}.yaml, .log: cannot be written: {error.strerror or error}") from None
         self._by_slurm = by_slurm
         dropped = _RANK if by_slurm else (*_RANK, "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in environment.items() if name not in dropped}
         kept.setdefault("OMP_NUM_THREADS", str(run.config.execution.threads))
         command = [*self._launcher(ranks), str(script), "--config", str(config), "--resume", "auto"]
         self._began = time.monotonic()
-        with self.log.open("ab") as log:
+        with open(handle, "ab") as log:
             self._start = log.tell()
             before = signal.signal(signal.SIGUSR1, signal.SIG_DFL if by_slurm else signal.SIG_IGN)
             try:

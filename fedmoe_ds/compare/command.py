@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedmoe_ds.compare.study import Run, check_saved, plan_runs
 from fedmoe_ds.compare.variant import parse_variants
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
+from fedmoe_ds.shell import command_line
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,4 @@ def _command(request: Request) -> str:
     words = ["python", "launch/compare.py", "--methods", request.methods, "--seeds", str(request.seeds)]
     words += ["--config", str(request.config), "--study", str(request.study)]
     words += ["--ranks", str(request.ranks)] if request.ranks > 1 else []
-    return shlex.join([*words, *request.overrides])
+    return command_line([*words, *request.overrides])

@@ -22,6 +22,7 @@ from fedmoe_ds.compare.verdict import Answer, Verdict, judge
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.problems import shown
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import check_replaceable, write_whole
 
 STEM = "comparison"
 STUDIED = {"name", "output", "seed", "method"}  # what differs between runs of a study by design
@@ -67,21 +68,24 @@ def write_report(study: Study, output: Path, copy: Path | None) -> Path:
     if copy is not None:
         content |= {copy: text(study, copy.with_suffix(".svg").name), copy.with_suffix(".svg"): picture(study.comparison)}
     for path, body in content.items():
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            draft.write_text(body, encoding="utf-8")
-            os.replace(draft, path)
+            write_whole(path, body)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}; give another folder") from None
-        finally:
-            draft.unlink(missing_ok=True)
     return target
 
 
 def check_copy(path: Path | None) -> None:
     """Find out before the runs whether the report can be stored. Raises UserError."""
-    if path is not None and (path.suffix != ".md" or path.is_dir() or not os.access(path.parent, os.W_OK)):
+    if path is None:
+        return
+    if path.suffix != ".md" or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--report: {path}: cannot be written; give a .md file in an existing folder")
+    for file in (path, path.with_suffix(".svg")):
+        try:
+            check_replaceable(file, links=False)
+        except OSError as error:
+            raise UserError(f"--report: {file}: {error.strerror}; give another file") from None
 
 
 def results_text(study: Study) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +13,10 @@ from types import FrameType
 from fedmoe_ds.compare.child import Child
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.folder_lock import FolderLock
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import tier_results
+from fedmoe_ds.terminal import note
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_S, _REPEAT_S = 0.1, 1.0
@@ -111,17 +111,15 @@ def _next(waiting: Sequence[Run], active: Sequence[Child]) -> Run | None:
 @contextmanager
 def locked(output: Path) -> Iterator[int]:
     """Hold the study's folder, made if it is missing. Raises UserError when it cannot be written or is held by another."""
-    path = output / ".lock"
+    lock = FolderLock(
+        output,
+        ".lock",
+        lambda who: UserError(f"--output: {output}: a study, or a run it left behind, is at work there; wait or end it: {who}"),
+        lambda path, reason: UserError(f"--output: {path}: cannot be written: {reason}; give another folder"),
+    )
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"--output: {output}: cannot be written: {error.strerror or error}; give another folder") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--output: {output}: a study, or a run it left behind, is at work there; wait or end it") from None
-        yield descriptor
+        for line in lock.take():
+            note(line)
+        yield lock.handle
     finally:
-        os.close(descriptor)
+        lock.release()

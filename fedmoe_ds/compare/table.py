@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from fedmoe_ds.compare.aggregate import FOUNDATION, Comparison, Line, Spread
 from fedmoe_ds.compare.verdict import Verdict
 from fedmoe_ds.report import formats
+from fedmoe_ds.terminal import visible
 
 MISSING = "-"
 _NAMES = {"perplexity": "perplexity", "clients_perplexity": "clients' perplexity", "accuracy": "accuracy", "flops": "TFLOP"}
@@ -112,7 +113,7 @@ def _flops(verdict: Verdict) -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A Markdown table, padded; the first columns are text on the left, the others numbers on the right."""
-    cells = [[text.replace("|", "\\|") for text in row] for row in (head, *rows)]
+    cells = [[visible(text).replace("|", "\\|") for text in row] for row in (head, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(head))]
     rule = ["-" * width if column < text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
 

@@ -1,7 +1,6 @@
 """`python -m fedmoe_ds.config > docs/configuration.md`: write the reference of all keys."""
 
-import sys
-
 from fedmoe_ds.config.reference import config_schema_markdown
+from fedmoe_ds.terminal import show
 
-sys.stdout.write(config_schema_markdown())
+show(config_schema_markdown().removesuffix("\n"))

@@ -17,7 +17,7 @@ from fedmoe_ds.config.deepspeed_section import deepspeed_problems, without_effec
 from fedmoe_ds.config.problems import explained, first_of, shown
 from fedmoe_ds.config.schema import expected_at
 from fedmoe_ds.config.tree import Config
-from fedmoe_ds.config.yaml12 import dump_yaml, parse_yaml
+from fedmoe_ds.config.yaml12 import DEEPEST, LARGEST, dump_yaml, parse_yaml
 from fedmoe_ds.errors import UserError, nearest
 
 
@@ -40,7 +40,8 @@ def dump_config(config: Config) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # a device has no end
+            text = file.read(4 * LARGEST + 1).decode("utf-8")
     except FileNotFoundError:
         names = [other.name for other in path.parent.glob("*.y*ml")]
         raise UserError(f"config: {path}: no such file{nearest(path.name, names)}") from None
@@ -61,6 +62,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"override: {override}: is no override; write key=value, e.g. federation.rounds=20")
     value = parse_yaml(text, f"override: {override}")
     keys = dotted.split(".")
+    if len(keys) > DEEPEST or not dotted.isprintable():
+        raise UserError(f"override: {override}: is no key of the configuration; write key=value, e.g. federation.rounds=20")
     here: Any = raw
     for depth, key in enumerate(keys[:-1]):
         inner = here[_slot(here, key, override, keys[:depth])]
@@ -78,7 +81,7 @@ def _slot(container: Any, key: str, override: str, above: Sequence[str]) -> Any:
     dotted = ".".join(above)
     if not isinstance(container, list):
         raise UserError(f"override: {override}: {dotted} holds {shown(container)}, not a section; set {dotted} itself")
-    if not (key.isascii() and key.isdigit() and int(key) < len(container)):
+    if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(container)):
         raise UserError(f"override: {override}: {dotted} has items 0 to {len(container) - 1}, not '{key}'")
     return int(key)
 

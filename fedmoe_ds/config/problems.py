@@ -37,7 +37,7 @@ def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
     dotted = ".".join(map(str, location))
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return f"{dotted}: unknown key{_suggestion(location, model)}"
+        return f"{dotted or repr(dotted)}: unknown key{_suggestion(location, model)}"
     if kind == "missing":
         return f"{dotted}: missing; give it as {expected_at(location, model)}"
     if kind == "value_error":  # raised by a cross-field rule of the tree, which words its own message

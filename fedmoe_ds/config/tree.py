@@ -34,6 +34,9 @@ class FoundationConfig(Section):
     path: str | None = Field(None, description="Hugging Face model folder or hub id")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="storage type of the frozen weights")
     pretrain: PretrainConfig = PretrainConfig()
+    trust_remote_code: bool = Field(
+        False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
+    )
     cache: str | None = Field(None, description="cache folder; default $FEDMOE_CACHE or ~/.cache/fedmoe_ds")
 
 

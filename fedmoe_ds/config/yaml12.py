@@ -3,6 +3,9 @@
 PyYAML follows YAML 1.1, where `1e-3` is a string, `no` is false, `12:30` is 750 and a date is a date object. Here only
 true/false are booleans, every usual way to write a number is a number, and mapping keys are always text. Reading is
 done on the node graph, so that a duplicate key can be named with its dotted path and line.
+
+A document is bounded, as somebody else may have written it: in its text, in its depth, and in what its aliases make of it
+(nine lines of aliases to aliases are a billion values).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.terminal import visible
 
 _PREFIX = "tag:yaml.org,2002:"
 # tag -> (pattern, the characters a match can start with); in this order, so that 12 is an integer before a number.
@@ -26,7 +30,6 @@ _CORE_SCHEMA: dict[str, tuple[str, list[str]]] = {
         list("-+.0123456789"),
     ),
 }
-_ODD_BREAKS = set("\x85\u2028\u2029")
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,8 +49,8 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_sequence(_PREFIX + "seq", data, flow_style=flow)
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Line breaks other than a newline would be read back as a newline unless they are escaped."""
-        return self.represent_scalar(_PREFIX + "str", data, style='"' if _ODD_BREAKS & set(data) else None)
+        """What does not print is escaped: odd line breaks would be read back as a newline, others rule a terminal."""
+        return self.represent_scalar(_PREFIX + "str", data, style='"' if visible(data, lines=True) != data else None)
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -58,21 +61,41 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
+LARGEST = 2**16
+"""Characters of a document, and how many values and characters it may have once its aliases stand for what they name."""
+DEEPEST = 64
+"""Levels of nesting."""
+_WIDEST = 512
+"""Bits of an integer: one that is also a float, and short enough to be shown."""
+_DEEP = re.compile(rf"(?:[\[{{]\s*){{{DEEPEST + 1}}}")
+"""What PyYAML would need seconds to find too deep."""
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Return the one document in `text` as dicts with text keys, lists and scalars; None if there is none.
 
-    `where` names the text in messages. Raises UserError, with the line, on malformed YAML, a duplicate key or a
-    custom tag.
+    `where` names the text in messages. Raises UserError, with the line, on malformed YAML, a duplicate key, a custom tag, a
+    document that is too large or too deep, an integer of too many digits, and text that no file name or terminal can take (NUL,
+    half of a surrogate pair).
     """
+    if len(text) > LARGEST:
+        raise UserError(f"{where}: has more than {LARGEST} characters; it is no configuration of this program")
     try:
+        if _DEEP.search(text):
+            raise RecursionError
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{where}{line}: malformed YAML: {error.problem or error.context}") from None
     except yaml.reader.ReaderError as error:
         line = f", line {text.count(chr(10), 0, error.position) + 1}"
-        raise UserError(f"{where}{line}: malformed YAML: character {error.character!r} is not allowed") from None
-    return None if node is None else _plain(node, where, (), ())
+        character = error.character if isinstance(error.character, str) else chr(error.character)
+        raise UserError(f"{where}{line}: malformed YAML: character {character!r} is not allowed") from None
+    except RecursionError:
+        raise UserError(f"{where}: is nested deeper than {DEEPEST} levels; make it flat") from None
+    except (ValueError, OverflowError) as error:  # a code point or a version that is no number
+        raise UserError(f"{where}: malformed YAML: {error}") from None
+    return None if node is None else _Conversion(where).plain(node, (), ())
 
 
 def dump_yaml(value: Any) -> str:
@@ -86,53 +109,78 @@ def inline_yaml(value: Any) -> str:
     return text.strip()[1:-1]
 
 
-def _fail(node: yaml.Node, where: str, path: tuple[str, ...], what: str) -> NoReturn:
-    dotted = f": {'.'.join(path)}" if path else ""
-    raise UserError(f"{where}, line {node.start_mark.line + 1}{dotted}: {what}")
+class _Conversion:
+    """From the nodes of one document to plain values; `where` names it. An alias counts as often as it stands there."""
 
+    def __init__(self, where: str) -> None:
+        self._where, self._left = where, LARGEST
 
-def _plain(node: yaml.Node, where: str, path: tuple[str, ...], above: tuple[yaml.Node, ...]) -> Any:
-    """Convert one node; `above` are its ancestors, because an alias may point at one of them."""
-    if node in above:
-        _fail(node, where, path, "a YAML alias contains itself")
-    above = (*above, node)
-    if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
-        return _mapping(node, where, path, above)
-    if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
-        return [_plain(item, where, (*path, str(index)), above) for index, item in enumerate(node.value)]
-    if isinstance(node, yaml.ScalarNode):
-        return _scalar(node, where, path)
-    _fail(node, where, path, f"the YAML tag {node.tag} is not supported; use plain values")
+    def plain(self, node: yaml.Node, path: tuple[str, ...], above: tuple[yaml.Node, ...]) -> Any:
+        """Convert one node; `above` are its ancestors, because an alias may point at one of them."""
+        if node in above:
+            self._fail(node, path, "a YAML alias contains itself")
+        if len(above) > DEEPEST:
+            self._fail(node, path[:3], f"nested deeper than {DEEPEST} levels; make it flat")
+        self._spend(node, path, 1)
+        above = (*above, node)
+        if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
+            return self._mapping(node, path, above)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
+            return [self.plain(item, (*path, str(index)), above) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path)
+        self._fail(node, path, f"the YAML tag {node.tag} is not supported; use plain values")
 
+    def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...], above: tuple[yaml.Node, ...]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._fail(key_node, path, "a key must be text")
+            key = self._text(key_node, path)
+            if key in result:
+                self._fail(key_node, (*path, key), f"given twice, first in line {lines[key]}; keep one")
+            lines[key] = key_node.start_mark.line + 1
+            result[key] = self.plain(value_node, (*path, key), above)
+        return result
 
-def _mapping(node: yaml.MappingNode, where: str, path: tuple[str, ...], above: tuple[yaml.Node, ...]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            _fail(key_node, where, path, "a key must be text")
-        key = key_node.value
-        if key in result:
-            _fail(key_node, where, (*path, key), f"given twice, first in line {lines[key]}; keep one")
-        lines[key] = key_node.start_mark.line + 1
-        result[key] = _plain(value_node, where, (*path, key), above)
-    return result
+    def _scalar(self, node: yaml.ScalarNode, path: tuple[str, ...]) -> Any:
+        text = self._text(node, path)
+        kind = node.tag.removeprefix(_PREFIX)
+        try:
+            match kind:
+                case "str":
+                    return text
+                case "null":
+                    return None
+                case "bool":
+                    return {"true": True, "false": False}[text.lower()]
+                case "int":
+                    value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+                    if value.bit_length() <= _WIDEST:
+                        return value
+                    kind = f"integer of at most {_WIDEST} bits"
+                case "float":
+                    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+                case _:
+                    self._fail(node, path, f"the YAML tag {node.tag} is not supported; use plain values")
+        except (ValueError, KeyError):
+            pass
+        self._fail(node, path, f"'{text[:40]}' is no {kind}")
 
+    def _text(self, node: yaml.ScalarNode, path: tuple[str, ...]) -> str:
+        """The characters of a scalar. A path or a name ends at NUL, and nothing can be written that holds half of a pair."""
+        text: str = node.value
+        self._spend(node, path, len(text))
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            self._fail(node, path, "holds a NUL or half of a surrogate pair, which is no character; leave it out")
+        return text
 
-def _scalar(node: yaml.ScalarNode, where: str, path: tuple[str, ...]) -> Any:
-    text = node.value
-    try:
-        match node.tag.removeprefix(_PREFIX):
-            case "str":
-                return text
-            case "null":
-                return None
-            case "bool":
-                return {"true": True, "false": False}[text.lower()]
-            case "int":
-                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-            case "float":
-                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    except (ValueError, KeyError):
-        _fail(node, where, path, f"'{text[:40]}' is no {node.tag.removeprefix(_PREFIX)}")
-    _fail(node, where, path, f"the YAML tag {node.tag} is not supported; use plain values")
+    def _spend(self, node: yaml.Node, path: tuple[str, ...], size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            self._fail(node, path[:3], f"aliases make more than {LARGEST} values and characters of it; write out what you need")
+
+    def _fail(self, node: yaml.Node, path: tuple[str, ...], what: str) -> NoReturn:
+        dotted = f": {'.'.join(path)}" if path else ""
+        raise UserError(f"{self._where}, line {node.start_mark.line + 1}{dotted}: {what}")

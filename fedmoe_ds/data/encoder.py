@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.stop_points import stop_point
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,14 +29,17 @@ class Encoded(NamedTuple):
 class Encoder:
     """A tokenizer that adds no special token on its own, and the special tokens we add: `start` and `end` of a text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Raises UserError for a tokenizer without an end-of-text token, or without a backend of the `tokenizers` library."""
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, own_code: bool = False) -> None:
+        """`own_code`: it runs Python code that we do not know.
+
+        Raises UserError for a tokenizer without an end-of-text token, or without a backend of the `tokenizers` library.
+        """
         name = f"foundation.path: {tokenizer.name_or_path}"
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError(f"{name}: its tokenizer ({type(tokenizer).__name__}) has no tokenizer.json; save a fast tokenizer")
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: its tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json")
-        self._tokenizer, self._name = tokenizer, name
+        self._tokenizer, self._name, self._own_code = tokenizer, name, own_code
         self._special = special_tokens(tokenizer)
         self.end = [int(tokenizer.eos_token_id)]
         # Models that were trained with a leading token (Mixtral's <s>) are given it, the others are not.
@@ -44,12 +48,18 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> list[Encoded]:
         """Return the ids of each text. Raises UserError where a special token stands for plain text even so."""
+        stop_point()
         found: list[list[int]] = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
         encoded = [Encoded(ids, False) for ids in found]
         suspects = [row for row, ids in enumerate(found) if not self._special.keys().isdisjoint(ids)]
         if suspects:
+            if self._own_code:  # what is left without special tokens would be left without its code, too
+                raise UserError(
+                    f"{self._name}: its tokenizer runs code of its own, and a text holds the name of a special token, which "
+                    "only a tokenizer without code can read as text; take such names out of the data"
+                )
             plain, allowed = self._plain
             again = plain.encode_batch([texts[row] for row in suspects], add_special_tokens=False)
             for row, ids in zip(suspects, (encoding.ids for encoding in again), strict=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from fedmoe_ds.data import digits
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.sources import Source, open_source
-from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, discard, intact, storage_error, write_store
+from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, usable, write_store
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.omissions import Omissions
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FederatedData", "Sequences", "prepare"]
 
-LOG = logging.getLogger(__name__)
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
 FORMAT = 2
 
@@ -103,20 +101,23 @@ class FederatedData:
         return client
 
 
-def prepare(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast | None, cache_dir: Path) -> FederatedData:
+def prepare(
+    config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast | None, cache_dir: Path, code: str | None = None
+) -> FederatedData:
     """Return the federated data of a run, from `cache_dir/<content hash>` or made now; call it on one rank only.
 
     The result is a function of (config, seed, tokenizer, content of the source); `tokenizer` is None for an image
-    foundation. A damaged cache entry is reported and made again. Raises UserError for whatever is wrong with the source,
-    its columns, its rows, the partition or the cache folder, and for data of another task than the foundation's.
+    foundation, and `code` the digest of Python code of its own that it runs. A damaged cache entry is reported and made again.
+    Raises UserError for whatever is wrong with the source, its columns, its rows, the partition or the cache folder, and for
+    data of another task than the foundation's.
     """
     if tokenizer is None:
         check_task("image_classification", config)
         return _prepare_images(config, seed, cache_dir)
     check_task("causal_lm", config)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, own_code=code is not None)
     source = open_source(config)
-    folder = cache_dir / _content_key(config, seed, tokenizer, source)
+    folder = cache_dir / _content_key(config, seed, tokenizer, source, code)
 
     def prepared() -> Prepared:
         return assemble(source, config, seed, encoder)
@@ -133,15 +134,14 @@ def _prepare_images(config: DataConfig, seed: int, cache_dir: Path) -> Federated
 
 def _found_or_made(folder: Path, prepared: Callable[[], Prepared], header: dict[str, Any]) -> FederatedData:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not _usable(folder):
+        if not usable(folder):
             _write(folder, prepared(), header)
     except OSError as error:
         raise storage_error(folder.parent, error) from error
     return FederatedData.open(folder)
 
 
-def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, source: Source) -> str:
+def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, source: Source, code: str | None) -> str:
     parts = {
         "format": FORMAT,
         # The digest stands for the source: the same file under another path is the same data.
@@ -151,6 +151,7 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
         "seed": seed,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        **({} if code is None else {"code": code}),
     }
     return _hash(parts)
 
@@ -170,17 +171,6 @@ def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
 
 def _hash(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _usable(folder: Path) -> bool:
-    """Whether a complete store is there; a damaged one is removed."""
-    if not folder.exists():
-        return False
-    if intact(folder):
-        return True
-    LOG.warning("prepared data in %s are damaged; preparing them again", folder)
-    discard(folder)
-    return False
 
 
 def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:

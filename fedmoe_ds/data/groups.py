@@ -6,8 +6,8 @@ One rule for every source, so that equal groups have one name:
 * whole numbers in decimal digits, also where they are stored as 1.0 (a column with gaps often is); true and false as
   `True` and `False`; the integers of a `ClassLabel` by its words.
 
-Refused, with the row: a missing value, an empty name, a fraction, control characters, anything else; and two names that differ
-only in invisible characters, because nobody could tell those clients apart.
+Refused, with the row: a missing value, an empty name, a fraction, control characters, half of a surrogate pair, anything else;
+and two names that differ only in invisible characters, because nobody could tell those clients apart.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def group_name(value: Any, words: list[str] | None = None) -> str | None:
     if isinstance(value, float):
         return str(int(value)) if abs(value) < EXACT and value.is_integer() else None
     if isinstance(value, int):
-        return words[value] if words is not None and 0 <= value < len(words) else str(value)
+        if words is None or not 0 <= value < len(words):
+            return str(value)
+        value = words[value]
     if not isinstance(value, str):
         return None
     name = " ".join(unicodedata.normalize("NFC", value).split())
-    return name if name and not any(unicodedata.category(letter) == "Cc" for letter in name) else None
+    return name if name and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name) else None
 
 
 def _check_distinguishable(names: set[str], column: str) -> None:

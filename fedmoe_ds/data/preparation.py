@@ -22,6 +22,7 @@ from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.omissions import LEFT_OUT, Omissions
+from fedmoe_ds.stop_points import stop_point
 
 MAX_LABELS = 30
 ALL = "all"
@@ -99,6 +100,7 @@ def _deal(units: _Units, config: DataConfig, seed: int) -> tuple[Prepared, dict[
     dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
     train, held_by_client, counts = [], [], []
     for name in sorted(dealt):
+        stop_point()
         sequences, label_count = _client(name, units, rest[dealt[name]], config, seed)
         kept_rows, held_rows = holdout.split_client(len(sequences), config.holdout, seed, name)
         train.append(sequences.select(kept_rows))

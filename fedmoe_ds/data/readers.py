@@ -26,6 +26,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from fedmoe_ds.data.table import CHUNK, Column, Table, as_written, class_words
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.stop_points import stop_point
+from fedmoe_ds.strict_json import check_depth, trouble
 
 
 def read_jsonl(path: Path, wanted: Collection[str]) -> Table:
@@ -39,8 +41,9 @@ def read_jsonl(path: Path, wanted: Collection[str]) -> Table:
                 continue
             try:
                 value = decode(text)
+                check_depth(text, value)
             except (ValueError, RecursionError) as error:
-                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                what = error.msg if isinstance(error, json.JSONDecodeError) else trouble(error)
                 raise UserError(f"data.source: {path}:{number}: not valid JSON ({what}); mend or drop the line") from error
             if not isinstance(value, dict):
                 raise UserError(
@@ -78,6 +81,7 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Table:
             chunks: dict[str, list[Any]] = {name: [] for name in schema.names if name in wanted}
             if chunks:
                 for batch in file.iter_batches(batch_size=CHUNK, columns=list(chunks)):
+                    stop_point()
                     for name, parts in chunks.items():
                         parts.append(as_written(batch.column(name)))
             columns = {name: Column(parts) for name, parts in chunks.items()}
@@ -121,6 +125,7 @@ class _Rows:
         return Table(list(self.names), columns, self._count)
 
     def _pack(self) -> None:
+        stop_point()
         for name, values in self._values.items():
             self._chunks[name].append(self._packed(name, values))
             self._values[name] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.readers import READERS, in_one_line
 from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.stop_points import file_sha256, run_waiting, stop_point
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,16 +53,23 @@ def open_source(config: DataConfig) -> Source:
         return StdlibSource()
     path = Path(config.source).expanduser()
     if path.suffix in READERS:
-        if not path.is_file():
+        if not _is_there(path, Path.is_file):
             raise UserError(f"data.source: {config.source}: no such file; give an existing path")
         return FileSource(path)
     names_a_path = config.source.startswith(("/", "./", "../", "~")) or config.source.count("/") > 1
-    if path.exists() or names_a_path or path.suffix in OTHER_FILES:
+    if _is_there(path) or names_a_path or path.suffix in OTHER_FILES:
         raise UserError(
             f"data.source: {config.source}: unknown kind of file '{path.suffix}'; "
             f"use 'stdlib', a hub data set id, or a file that ends in {', '.join(READERS)}"
         )
     return HubSource(config.source, config.split)
+
+
+def _is_there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
+    try:
+        return kind(path)
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"data.source: {path}: cannot be read: {error.strerror or error}; give another path") from None
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,7 @@ class FileSource:
 
     def digest(self) -> str:
         try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return file_sha256(self.path)
         except OSError as error:
             raise self._unreadable(error) from error
 
@@ -126,7 +133,7 @@ class HubSource:
 
         with quiet_datasets():
             try:
-                return datasets.load_dataset(self.name, split=self.split)
+                return run_waiting(lambda: datasets.load_dataset(self.name, split=self.split))
             except Exception as error:  # network, permission, spelling, script: one line serves the user for all of them
                 raise UserError(
                     f"data.source: {self.name} (split {self.split}): cannot be loaded from the hub: "
@@ -137,6 +144,7 @@ class HubSource:
     def digest(self) -> str:
         content = hashlib.sha256(repr(self._rows.features).encode())
         for batch in self._rows.with_format("arrow").iter(batch_size=1000):
+            stop_point()
             content.update(json.dumps(batch.to_pydict(), default=repr, sort_keys=True).encode())
         return content.hexdigest()
 

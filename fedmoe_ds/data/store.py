@@ -1,8 +1,8 @@
 """Prepared sequences or images on disk: one Arrow file with one record batch per owner, and a JSON header beside it.
 
 An owner is a client's training set, a client's hold-out, or the global hold-out. A record batch can be read without
-touching the others, and its values are handed out as views of the memory map. A store appears by a rename, complete or
-not at all.
+touching the others, and its values are handed out as views of the memory map. A store is an entry of the cache, for this user
+alone: what clients have written is in it.
 
 Legend: N images, C channels, H height, W width.
 """
@@ -13,27 +13,62 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedmoe_ds import cache
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.modes import follow_umask
+from fedmoe_ds.modes import keep_private
+from fedmoe_ds.stop_points import file_sha256, stop_point
+from fedmoe_ds.strict_json import read_json
 
 DATA = "sequences.arrow"
 HEADER = "header.json"
-PARTIAL = ".partial-"
 # Targets are bytes, not Arrow's packed bits, so that they too can be viewed in place.
 SCHEMA = pa.schema([("tokens", pa.large_list(pa.int64())), ("targets", pa.large_list(pa.uint8()))])
 IMAGE_SCHEMA = pa.schema([("pixels", pa.large_list(pa.float32())), ("labels", pa.int64())])
 IMAGE_SHAPE = "image_shape"  # in the header of a store of images: [C, H, W]
+
+
+Counts = list[Annotated[int, Field(ge=0, lt=2**63)]]
+
+
+class _Omissions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rows: int
+    total: dict[str, int]
+    clients: dict[str, dict[str, int]]
+
+
+class _Header(BaseModel):
+    """The types of a header's fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    names: list[str]
+    samples: Counts
+    train_sequences: Counts
+    train_tokens: Counts
+    distribution: dict[str, Any]
+    sequence_length: Annotated[int, Field(ge=1)]
+    fingerprint: str
+    omissions: _Omissions
+    image_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)] | None = None
+    checksum: str
+
+    @model_validator(mode="after")
+    def _counts_every_client(self) -> _Header:
+        if {len(self.samples), len(self.train_sequences), len(self.train_tokens)} != {len(self.names)}:
+            raise ValueError("expected one count per client")
+        return self
 
 
 @dataclass(frozen=True)
@@ -79,7 +114,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`; raises OSError, ValueError or KeyError where it is missing or damaged."""
-        self.header: dict[str, Any] = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        self.header: dict[str, Any] = read_json(folder / HEADER)
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / DATA)))
 
     def read(self, owner: int) -> Sequences:
@@ -100,6 +135,7 @@ def fingerprint(owners: Iterable[Sequences]) -> str:
     """Return the sha256 over all tokens and targets, or pixels and labels, owner by owner, whatever the file format."""
     content = hashlib.sha256()
     for owner in owners:
+        stop_point()
         if owner.pixels is not None and owner.labels is not None:
             content.update(np.array(owner.pixels.shape, dtype="<i8").tobytes())
             content.update(owner.pixels.astype("<f4", copy=False).tobytes())
@@ -113,19 +149,25 @@ def fingerprint(owners: Iterable[Sequences]) -> str:
 
 
 def intact(folder: Path) -> bool:
-    """Whether the files in `folder` are complete and still have the checksum that the header promises."""
+    """Whether the files in `folder` are complete and still have the checksums that the header promises."""
     try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        return bool(header["checksum"] == _checksum(folder / DATA))
-    except (OSError, ValueError, KeyError, TypeError):
+        header = read_json(folder / HEADER)
+        promised = _Header.model_validate(header).checksum
+        return promised == file_sha256(folder / DATA) and cache.seal_holds(header)
+    except (OSError, ValueError):
         return False
 
 
-def discard(folder: Path) -> None:
-    """Remove a store; it disappears in one step, so nobody finds half of it."""
-    grave = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
-    folder.rename(grave / folder.name)
-    shutil.rmtree(grave)
+def usable(folder: Path) -> bool:
+    """Whether a store is there that is intact and that nobody else can have written. Raises OSError where it cannot be read.
+
+    What earlier versions have left readable to others is closed.
+    """
+    found = cache.usable(folder, lambda: intact(folder))
+    for path in (folder.parent, folder, folder / DATA, folder / HEADER) if found else ():
+        if path.stat().st_uid == os.geteuid() and path.stat().st_mode & 0o077:
+            keep_private(path)
+    return found
 
 
 def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any]) -> None:
@@ -134,20 +176,14 @@ def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any
     The fingerprint and the file's checksum are added to the header. Raises OSError where the disk is full, and leaves
     nothing behind then. Where another process was faster, its store stays: equal names mean equal content.
     """
-    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
-    try:
+    with cache.draft(folder, lambda: usable(folder)) as draft:
         schema = SCHEMA if header.get(IMAGE_SHAPE) is None else IMAGE_SCHEMA
-        with pa.OSFile(str(partial / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with pa.OSFile(str(draft / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for owner in owners:
+                stop_point()
                 writer.write_batch(_batch(owner))
-        sums = {"fingerprint": fingerprint(owners), "checksum": _checksum(partial / DATA)}
-        (partial / HEADER).write_text(json.dumps(header | sums, indent=1, ensure_ascii=False), encoding="utf-8")
-        for path in (partial / DATA, partial / HEADER):
-            _flush(path)
-        follow_umask(partial)
-        _publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        sums = {"fingerprint": fingerprint(owners), "checksum": file_sha256(draft / DATA)}
+        (draft / HEADER).write_text(json.dumps(cache.sealed(header | sums), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def storage_error(folder: Path, error: OSError) -> UserError:
@@ -169,21 +205,3 @@ def _batch(owner: Sequences) -> pa.RecordBatch:
     mask = np.concatenate([np.empty(0, np.bool_), *owner.loss_mask]).view(np.uint8)
     lists = [pa.LargeListArray.from_arrays(bounds, pa.array(values)) for values in (ids, mask)]
     return pa.record_batch(lists, schema=SCHEMA)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not (folder / HEADER).is_file():
-            raise
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

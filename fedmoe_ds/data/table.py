@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from fedmoe_ds.stop_points import stop_point
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -75,6 +77,7 @@ class Table:
         chunks: dict[str, list[Any]] = {name: [] for name in read}
         if read:
             for batch in rows.select_columns(read).with_format("arrow").iter(batch_size=CHUNK):
+                stop_point()
                 for name in read:
                     chunks[name] += [as_written(part) for part in batch.column(name).chunks]
         columns = {name: Column(parts) for name, parts in chunks.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from torch import nn
 
+from fedmoe_ds import cache
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.errors import UserError
@@ -24,10 +24,13 @@ from fedmoe_ds.foundation.hosting import HostedLayer
 from fedmoe_ds.foundation.loading import CONFIG_FILE, Skeleton, WeightFiles, first_line, read_config
 from fedmoe_ds.foundation.mapped import Memory
 from fedmoe_ds.foundation.meta import is_there
+from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.presets import find_preset
 from fedmoe_ds.foundation.pretrain import pretrain_preset
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.tokenizing import load_tokenizer
+from fedmoe_ds.stop_points import file_sha256, run_waiting
+from fedmoe_ds.strict_json import read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json"]
@@ -53,6 +56,7 @@ class Foundation:
     task: Task = "causal_lm"
     sites: list[FeedForwardSite] = field(default_factory=list)
     images: ImageInput | None = None
+    code: str | None = None  # digest of the Python code that its tokenizer runs
 
     @property
     def sparse(self) -> bool:
@@ -99,15 +103,19 @@ def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[
         UserError: neither path nor preset, an unknown preset, no such folder or hub id, or an unwritable cache.
     """
     if config.path is not None:
-        return _resolve_path(config.path)
+        return _resolve_path(config.path, config.trust_remote_code)
     if config.preset is None:
         raise UserError("foundation: neither path nor preset is set; set one of them")
-    return pretrain_preset(config.preset, config.pretrain, seed, cache_folder(config), progress)
+    return pretrain_preset(config.preset, config.pretrain, seed, cache.root(config.cache), progress)
 
 
-def cache_folder(config: FoundationConfig) -> Path:
-    """`foundation.cache`, or $FEDMOE_CACHE, or ~/.cache/fedmoe_ds."""
-    return Path(config.cache or os.environ.get("FEDMOE_CACHE") or "~/.cache/fedmoe_ds").expanduser()
+def cache_folder(config: FoundationConfig, kind: str) -> Path:
+    """Where entries of a kind lie (`cache.place`) under `foundation.cache`, or $FEDMOE_CACHE, or ~/.cache/fedmoe_ds.
+
+    Raises:
+        UserError: they can lie nowhere.
+    """
+    return cache.place(cache.root(config.cache), kind)
 
 
 def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int) -> Skeleton:
@@ -129,11 +137,12 @@ def load_foundation(
             number of experts is not divisible by ep_size.
     """
     skeleton = open_skeleton(path, config, ep_size, ep_rank)
-    return assemble(skeleton, skeleton.load(torch.device(device)), fingerprint(skeleton.folder), torch.device(device))
+    memory = skeleton.load(torch.device(device))
+    return assemble(skeleton, memory, fingerprint(skeleton.folder), torch.device(device), config.trust_remote_code)
 
 
-def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch.device) -> Foundation:
-    """A foundation of a skeleton and the filled memory of all of its slots.
+def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch.device, trust: bool = False) -> Foundation:
+    """A foundation of a skeleton and the filled memory of all of its slots; `trust` lets its tokenizer run code of the folder.
 
     Raises:
         UserError: a language model without a tokenizer.
@@ -142,9 +151,10 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
     assert len({(layer.top_k, layer.num_experts) for layer in layers}) <= 1
     model: Any = skeleton.bind(memory, device)
     task, size = type_task(model.config.model_type), model_size(model, layers)
+    text = task == "causal_lm"
     return Foundation(
         model=model,
-        tokenizer=load_tokenizer(folder, model.config.vocab_size) if task == "causal_lm" else None,
+        tokenizer=load_tokenizer(folder, model.config.vocab_size, trust) if text else None,
         layers=layers,
         top_k=size.top_k,
         num_experts=size.experts,
@@ -154,14 +164,15 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
         path=folder,
         task=task,
         sites=[] if layers else feed_forward_sites(model),
-        images=image_input(model.config) if task == "image_classification" else None,
+        images=None if text else image_input(model.config),
+        code=running(folder, trust),
     )
 
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the model's config and the name, size and SHA-256 of each of its weight files."""
     digest = hashlib.sha256()
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = read_json(folder / CONFIG_FILE, constants=True)
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in WeightFiles(folder).paths:
         digest.update(f"\n{file.name} {file.stat().st_size} {_file_sha256(file)}".encode())
@@ -173,23 +184,22 @@ def _file_sha256(file: Path) -> str:
     # The hub cache stores large files under their own SHA-256, checked at download: no need to read them again.
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(file)
 
 
-def _resolve_path(path: str) -> Path:
+def _resolve_path(path: str, trust: bool) -> Path:
     folder = Path(path).expanduser()
     if is_there(folder):
         return _check_folder(folder)
     # A hub id is 'name' or 'owner/name'; everything else was meant as a folder.
     if path.startswith((".", "~", "/")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"foundation.path: {path}: no such folder; give a Hugging Face model folder or hub id")
-    return _download(path)
+    return _download(path, [*_HUB_FILES, "*.py"] if trust else _HUB_FILES)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: list[str]) -> Path:
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(run_waiting(lambda: snapshot_download(hub_id, allow_patterns=files)))
     except (HFValidationError, HTTPError, OSError) as error:
         raise UserError(
             f"foundation.path: {hub_id}: neither a folder nor a hub model that can be reached ({first_line(error)}); "

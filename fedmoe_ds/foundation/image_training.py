@@ -18,13 +18,14 @@ from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data.digits import Images
 from fedmoe_ds.foundation.presets import Preset
 from fedmoe_ds.foundation.training import Progress, train_new
+from fedmoe_ds.foundation.training_state import TrainingState
 
 INK_SHARE = 0.6
 """Darkness of ink in pre-training, of full ink."""
 
 
 def train_on_images(
-    preset: Preset, config: PretrainConfig, seed: int, images: Images, progress: Progress
+    preset: Preset, config: PretrainConfig, seed: int, images: Images, progress: Progress, state: TrainingState
 ) -> tuple[list[Any], dict[str, Any]]:
     """Train the model; return it, to be saved in a folder, and the facts of its training."""
     pixels_NCHW, labels_N = faded(torch.from_numpy(images.pixels_NCHW)), torch.from_numpy(images.labels_N)
@@ -35,9 +36,9 @@ def train_on_images(
         return loss
 
     def create() -> Any:
-        return AutoModelForImageClassification.from_config(preset.config())
+        return AutoModelForImageClassification.from_config(preset.config(), trust_remote_code=False)
 
-    model, losses = train_new(create, batch_loss, len(images), (1, "images"), config, seed, progress)
+    model, losses = train_new(create, batch_loss, len(images), (1, "images"), config, seed, progress, state)
     return [model], {"images": len(images), "losses": losses}
 
 

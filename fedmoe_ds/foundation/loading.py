@@ -9,7 +9,6 @@ Shape suffixes: L local experts, D hidden size, F expert FFN size, G = 2F.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -22,10 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import is_plain_name
 from fedmoe_ds.foundation.hosting import HostedLayer
 from fedmoe_ds.foundation.mapped import Memory, Slot
 from fedmoe_ds.foundation.meta import CONFIG_FILE, build_on_meta, first_line, host_model, read_config
 from fedmoe_ds.foundation.names import UNUSED, present_name
+from fedmoe_ds.stop_points import stop_point
+from fedmoe_ds.strict_json import read_json
 
 __all__ = [
     "CONFIG_FILE",
@@ -41,6 +43,8 @@ __all__ = [
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on any file system that Linux has."""
 
 # Every page read from a mapped file counts as resident memory until the file is closed: reopen after this many bytes.
 _BYTES_PER_OPEN = 64 * 2**20
@@ -98,6 +102,7 @@ class WeightFiles:
         for path, batch in self._batches(reads):
             with _open(path) as file:
                 for read in batch:
+                    stop_point()
                     self._copy(file, path, read)
 
     def _batches(self, reads: list[Read]) -> Iterator[tuple[Path, list[Read]]]:
@@ -150,9 +155,13 @@ class Skeleton:
     def __init__(self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int) -> None:
         """Raises UserError: the folder holds no model of a known family, or ep_size does not divide its experts."""
         self.folder = folder
+        # Where there are no weights at all, what is wrong with the configuration is told first.
+        files = WeightFiles(folder) if any((folder / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE)) else None
+        if files is not None:
+            _check_depth(folder, read_config(folder), len(files.where))
         self.model = build_on_meta(folder, dtype)
         self.layers = host_model(self.model, ep_size, ep_rank)
-        self.files = WeightFiles(folder)
+        self.files = files or WeightFiles(folder)
         self.dense = _dense_slots(self.model, self.layers)
         self.experts = [slot for layer in self.layers for slot in _expert_slots(layer, dtype)]
         _refuse_unknown(self.files, self.model, self.layers, {_source_name(slot.name, self.layers) for slot in self.dense})
@@ -311,7 +320,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     if not isinstance(places, dict) or not places:
         raise UserError(f"foundation.path: {index}: holds no weight_map; get the file again")
     for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not is_plain_name(file) or len(os.fsencode(file)) > _LONGEST_NAME:
             raise UserError(
                 f"foundation.path: {index}: weight_map: '{name}': {file}: no file of this folder; get the file again"
             )
@@ -342,8 +351,18 @@ def _open(path: Path) -> Any:
         raise UserError(f"foundation.path: {path}: damaged weight file: {first_line(error)}; get the file again") from error
 
 
+def _check_depth(folder: Path, config: Any, tensors: int) -> None:
+    """Every layer has tensors: what cannot be there need not be built first."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > tensors:
+        raise UserError(
+            f"foundation.path: {folder}: {CONFIG_FILE}: num_hidden_layers: {layers}: the weights have {tensors} tensors; "
+            "config and weights belong to different models"
+        )
+
+
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"foundation.path: {path}: cannot be read: {first_line(error)}; get the file again") from error

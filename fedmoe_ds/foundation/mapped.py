@@ -12,8 +12,6 @@ import json
 import math
 import mmap
 import os
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fedmoe_ds import cache
+from fedmoe_ds.stop_points import file_sha256
+from fedmoe_ds.strict_json import read_json
 
 FORMAT = 1
 ALIGNMENT = 64
@@ -81,28 +83,22 @@ class MappedWeights:
         self.folder = root / key
 
     def ensure(self, fill: Callable[[Memory], None]) -> None:
-        """Have the file there, whole: written by `fill` unless an intact one is found.
+        """Have the file there, whole: written by `fill` unless one is found that is intact and nobody else can have written.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full; nothing is left behind then.
         """
-        if self.intact():
+        if self._usable():
             return
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = self.folder.with_name(f".staging-{uuid.uuid4().hex}")
-        try:
-            staging.mkdir()
-            self._write(staging / DATA, fill)
-            header = {**self._content, "sha256": _sha256(staging / DATA)}
-            (staging / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-            self._publish(staging)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with cache.draft(self.folder, self._usable, flush=False) as draft:  # every start reads all of it
+            self._write(draft / DATA, fill)
+            header = {**self._content, "sha256": file_sha256(draft / DATA)}
+            (draft / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
     def intact(self) -> bool:
         """Whether the file is there with every byte that was written; all of them are read, so a torn one is found."""
         try:
-            return bool(self._header()["sha256"] == _sha256(self.folder / DATA))
+            return bool(self._header()["sha256"] == file_sha256(self.folder / DATA))
         except (OSError, ValueError, KeyError):
             return False
 
@@ -120,8 +116,8 @@ class MappedWeights:
             return self._tensors(mmap.mmap(file.fileno(), self.nbytes, access=mmap.ACCESS_COPY))
 
     def _header(self) -> dict[str, Any]:
-        header: dict[str, Any] = json.loads((self.folder / HEADER).read_text(encoding="utf-8"))
-        if {**self._content, "sha256": header["sha256"]} != header:
+        header = read_json(self.folder / HEADER)
+        if not isinstance(header, dict) or {**self._content, "sha256": header.get("sha256")} != header:
             raise ValueError(f"{self.folder / HEADER} describes other weights")
         return header
 
@@ -141,18 +137,5 @@ class MappedWeights:
             for slot, offset in zip(self.slots, self._offsets, strict=True)
         }
 
-    def _publish(self, staging: Path) -> None:
-        """Let a written folder appear in one step. Whoever has mapped a damaged one that was there keeps its pages."""
-        try:
-            staging.rename(self.folder)
-        except OSError:
-            if self.intact():  # another job was faster
-                return
-            self.folder.rename(staging / "damaged")
-            staging.rename(self.folder)
-            shutil.rmtree(self.folder / "damaged", ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def _usable(self) -> bool:
+        return cache.usable(self.folder, self.intact)

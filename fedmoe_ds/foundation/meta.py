@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.dense import is_dense, type_task
 from fedmoe_ds.foundation.hosting import HostedLayer, host_experts
+from fedmoe_ds.strict_json import read_json
 
 CONFIG_FILE = "config.json"
+_LARGEST = {r"num_hidden_layers": 1000, r"(num|n)_\w*experts": 2**13, r"\w*_dim": 2**20, r"\w*_size": 2**31}
+"""What no model has more of: a damaged number must not cost hours or the memory of the machine before it is noticed."""
 
 
 def is_there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
@@ -38,11 +42,24 @@ def read_config(folder: Path) -> Any:
         UserError: it is missing, damaged, or of no model that transformers knows.
     """
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        read_json(folder / CONFIG_FILE, constants=True)  # what transformers takes, others that read it again may not
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises all kinds, for a wrong type of a field as for a damaged file
+        _refuse_own_code(folder, error)
         raise UserError(
             f"foundation.path: {folder}: {CONFIG_FILE} cannot be used: {first_line(error)}; mend it, or get it again"
         ) from error
+    _check_sizes(folder, config)
+    return config
+
+
+def _check_sizes(folder: Path, config: Any) -> None:
+    for name, value in vars(config).items():
+        for pattern, most in _LARGEST.items():
+            if isinstance(value, int) and value > most and re.fullmatch(pattern, name):
+                raise UserError(
+                    f"foundation.path: {folder}: {CONFIG_FILE}: {name}: {value}: expected at most {most}; get it again"
+                )
 
 
 def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
@@ -57,8 +74,9 @@ def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
         config.output_router_logits = False  # the hosted router reports its logits itself, not through transformers
     try:
         with init_empty_weights(include_buffers=False):
-            model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:
+        _refuse_own_code(folder, error)
         if not isinstance(error, ValueError):  # sizes that no layer can have: asserted, divided by, looked up
             raise UserError(
                 f"foundation.path: {folder}: {CONFIG_FILE} describes no model that can be built: {first_line(error)}; mend it, "
@@ -72,15 +90,30 @@ def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def _refuse_own_code(folder: Path, error: Exception) -> None:
+    """Raise UserError where transformers wants to run Python code of the folder (`own_code.py` says why it never may)."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"foundation.path: {folder}: its model is Python code of this folder, and a model's code is never run; give a "
+            "model of a family that transformers has"
+        ) from error
+
+
 def host_model(model: Any, ep_size: int, ep_rank: int) -> list[HostedLayer]:
     """Host the experts of a sparse model; of a dense one there are none. Freezes the model; see `host_experts`."""
-    if not is_dense(model):
+    if is_dense(model):
+        model.requires_grad_(False)
+        return []
+    try:
         return host_experts(model, ep_size, ep_rank)
-    model.requires_grad_(False)
-    return []
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a field that transformers has not looked at
+        raise UserError(
+            f"foundation.path: {model.config._name_or_path}: {CONFIG_FILE} describes no experts that can be hosted: "
+            f"{first_line(error)}; mend it, or get it again"
+        ) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line: its first, with the next one where that ends in a colon, and its kind if that tells."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])

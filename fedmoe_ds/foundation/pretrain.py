@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +19,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from fedmoe_ds import cache
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data import digits, stdlib
 from fedmoe_ds.errors import UserError
@@ -29,34 +27,40 @@ from fedmoe_ds.foundation.image_training import INK_SHARE, train_on_images
 from fedmoe_ds.foundation.presets import Preset, find_preset
 from fedmoe_ds.foundation.text_training import SEQUENCE_LENGTH, train_on_text
 from fedmoe_ds.foundation.training import Progress
-from fedmoe_ds.modes import follow_umask
+from fedmoe_ds.foundation.training_state import TrainingState
+from fedmoe_ds.stop_points import file_sha256
+from fedmoe_ds.strict_json import read_json
 
 FORMAT_VERSION = 2
 IMAGE_FORMAT_VERSION = 1
 RECORD_FILE = "pretrain.json"
 
-Train = Callable[[], tuple[list[Any], dict[str, Any]]]
-"""Trains; returns what to save in the foundation's folder, model first, and the facts of the training."""
+Train = Callable[[TrainingState], tuple[list[Any], dict[str, Any]]]
+"""Trains, or goes on from a state; returns what to save in the folder, model first, and the facts of the training."""
 
 
-def pretrain_preset(name: str, config: PretrainConfig, seed: int, cache: Path, progress: Progress) -> Path:
-    """Return the folder of a pre-trained preset (model, tokenizer, training record), training it if the cache lacks it.
+def pretrain_preset(name: str, config: PretrainConfig, seed: int, root: Path, progress: Progress) -> Path:
+    """Return the folder of a pre-trained preset (model, tokenizer, training record), trained if the cache at `root` lacks it.
 
-    Deterministic: equal arguments, data and library versions give equal weights. The folder appears whole or not
-    at all.
+    Deterministic: equal arguments, data and library versions give equal weights. A training that has to stop is kept beside the
+    folder, and the next call goes on from there.
 
     Raises:
         UserError: unknown preset, or a cache folder that cannot be written.
+        StopError: asked to stop between two steps.
     """
     key, train = _plan(find_preset(name), config, seed, progress)
-    folder = cache / "foundations" / key
-    if folder.is_dir():
-        progress(f"foundation: {name} found in {folder}")
-        return folder
-    with _staging(folder) as staging:
-        trained, facts = train()
-        record = {"preset": name, "pretrain": config.model_dump(), "seed": seed, **facts}
-        _save(trained, record, staging)
+    folder = cache.place(root, "foundations") / key
+    state = TrainingState(folder.with_name(f"{key}.unfinished"), key, progress)
+    with _storing(folder):
+        if _usable(folder):
+            progress(f"foundation: {name} found in {folder}")
+            return folder
+        with cache.draft(folder, lambda: _usable(folder)) as draft:
+            trained, facts = train(state)
+            record = {"preset": name, "pretrain": config.model_dump(), "seed": seed, **facts}
+            _save(trained, record, draft)
+    state.remove()
     progress(f"foundation: {name} saved in {folder}")
     return folder
 
@@ -66,10 +70,11 @@ def _plan(preset: Preset, config: PretrainConfig, seed: int, progress: Progress)
     if preset.task == "image_classification":
         images, _ = digits.split()
         key = image_key(preset.record(), config, seed, images)
-        return key, lambda: train_on_images(preset, config, seed, images, progress)
+        return key, lambda state: train_on_images(preset, config, seed, images, progress, state)
     documents, _ = stdlib.split(stdlib.documents())
     key = content_key(preset.record(), config, seed, documents)
-    return key, lambda: train_on_text(preset, config, seed, [document.text for document in documents], progress)
+    texts = [document.text for document in documents]
+    return key, lambda state: train_on_text(preset, config, seed, texts, progress, state)
 
 
 def content_key(model: dict[str, Any], config: PretrainConfig, seed: int, documents: list[stdlib.Document]) -> str:
@@ -115,35 +120,31 @@ def _save(trained: list[Any], record: dict[str, Any], folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     for part in trained:
         part.save_pretrained(folder)
-    for file in folder.iterdir():
-        follow_umask(file)
     transformers.utils.logging.enable_progress_bar()
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1))
+    sums = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+    (folder / RECORD_FILE).write_text(json.dumps(cache.sealed({**record, "sha256": sums}), indent=1))
+
+
+def _usable(folder: Path) -> bool:
+    return cache.usable(folder, lambda: _intact(folder))
+
+
+def _intact(folder: Path) -> bool:
+    """Whether the files are as they were saved; what earlier versions have saved does not tell."""
+    try:
+        record = read_json(folder / RECORD_FILE)
+        sums: dict[str, str] = record.get("sha256", {})
+        return cache.seal_holds(record) and all(file_sha256(folder / name) == promised for name, promised in sums.items())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
 
 
 @contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` that becomes `folder` in one rename, after its files have reached the disk."""
-    staging = folder.parent / f".staging-{uuid.uuid4().hex}"
+def _storing(folder: Path) -> Iterator[None]:
+    """The one line for a cache that cannot be read or written."""
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        for file in staging.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        _publish(staging, folder)
+        yield
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"foundation.cache: {folder.parent}: cannot be written: {error}; free space or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, folder: Path) -> None:
-    try:
-        staging.rename(folder)
-    except OSError:
-        # Another process may have trained the same content meanwhile; equal content, so either copy will do.
-        if not folder.is_dir():
-            raise

@@ -16,12 +16,13 @@ from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.foundation.presets import Preset
 from fedmoe_ds.foundation.training import Progress, train_new
+from fedmoe_ds.foundation.training_state import TrainingState
 
 SEQUENCE_LENGTH = 128
 
 
 def train_on_text(
-    preset: Preset, config: PretrainConfig, seed: int, texts: list[str], progress: Progress
+    preset: Preset, config: PretrainConfig, seed: int, texts: list[str], progress: Progress, state: TrainingState
 ) -> tuple[list[Any], dict[str, Any]]:
     """Train a tokenizer and the model; return the two, to be saved in one folder, and the facts of the training."""
     model_config = preset.config()
@@ -32,7 +33,7 @@ def train_on_text(
     progress(f"foundation: {sequences_NS.numel()} tokens, unigram entropy {entropy:.2f} nats")
 
     def create() -> Any:
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
         if preset.family == "olmoe":
             # The grouped kernel is no faster here, and the backward pass of its gather adds in the order of the threads.
             model.set_experts_implementation("eager")
@@ -43,7 +44,7 @@ def train_on_text(
         loss: Tensor = model(input_ids=batch_BS, labels=batch_BS, use_cache=False).loss
         return loss
 
-    model, losses = train_new(create, batch_loss, len(sequences_NS), (SEQUENCE_LENGTH, "tokens"), config, seed, progress)
+    model, losses = train_new(create, batch_loss, len(sequences_NS), (SEQUENCE_LENGTH, "tokens"), config, seed, progress, state)
     return [model, tokenizer], {"tokens": sequences_NS.numel(), "unigram_entropy": entropy, "losses": losses}
 
 

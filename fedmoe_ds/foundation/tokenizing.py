@@ -9,38 +9,61 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation.meta import first_line
+from fedmoe_ds.foundation.meta import first_line, read_config
+from fedmoe_ds.foundation.own_code import SWITCH, tokenizer_classes, use_private_modules
 
 _FAST = "tokenizer.json"
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _FILES = (_FAST, *_SENTENCEPIECE, "vocab.json", "vocab.txt", "tekken.json")
 """Any of them holds a vocabulary; what else belongs to a tokenizer are settings."""
 _PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+def load_tokenizer(folder: Path, vocab_size: int, trust: bool = False) -> Any:
     """The tokenizer in a model folder.
 
     Args:
         vocab_size: rows of the model's embedding.
+        trust: run the folder's own code where the tokenizer's settings name some.
     Raises:
         UserError: there is none, it is damaged or needs a package that is missing, or it has ids beyond the embedding.
     """
+    config = read_config(folder)
+    code = trust and bool(tokenizer_classes(folder))
+    if code:
+        use_private_modules()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise all kinds, a plain Exception among them
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=code)
+        # Without any of its files transformers returns an empty tokenizer instead of an error.
+        empty = not code and not any((folder / file).is_file() for file in tokenizer.vocab_files_names.values())
+        ids = [] if empty else list(tokenizer.get_vocab().values())
+        count = 0 if empty else len(tokenizer)
+        tokenizer("a")  # settings of another type show when they are used
+    except _ENDS:
+        raise
+    except BaseException as error:  # transformers and tokenizers raise all kinds; a panic of Rust is no Exception
         raise UserError(f"foundation.path: {folder}: {_trouble(folder, error)}") from error
-    # Without any of its files transformers returns an empty tokenizer instead of an error.
-    if not any((folder / file).is_file() for file in tokenizer.vocab_files_names.values()):
+    if empty:
         raise UserError(f"foundation.path: {folder}: {_NONE}")
-    _check_ids(folder, tokenizer, vocab_size)
+    _check_ids(folder, count, max(ids, default=0), vocab_size)
     return tokenizer
+
+
+def has_tokenizer(folder: Path, trust: bool = False) -> bool:
+    """Whether a model folder holds what `load_tokenizer` would load, intact or not."""
+    return any((folder / name).is_file() for name in _FILES) or (trust and bool(tokenizer_classes(folder)))
 
 
 _NONE = "holds no tokenizer; save the model's tokenizer in the same folder"
 
 
-def _trouble(folder: Path, error: Exception) -> str:
+def _trouble(folder: Path, error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"its tokenizer is Python code of this folder, which is not run; save it as {_FAST}, or read the code and set "
+            f"{SWITCH}=true"
+        )
     there = [name for name in _FILES if (folder / name).is_file()]
     if not there:
         return _NONE
@@ -60,8 +83,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _check_ids(folder: Path, tokenizer: Any, vocab_size: int) -> None:
-    count, highest = len(tokenizer), max(tokenizer.get_vocab().values(), default=0)
+def _check_ids(folder: Path, count: int, highest: int, vocab_size: int) -> None:
     if count <= vocab_size and highest < vocab_size:
         return
     what = f"{count} tokens" if count > vocab_size else f"a token with id {highest}"

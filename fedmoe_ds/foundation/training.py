@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.config.tree import PretrainConfig
+from fedmoe_ds.foundation.training_state import TrainingState
 from fedmoe_ds.randomness import address_key, generator
+from fedmoe_ds.stop_points import StopError, stop_point
 
 _WARMUP_SHARE = 0.05
 _REPORTS = 10
@@ -31,6 +34,7 @@ def train_new(
     config: PretrainConfig,
     seed: int,
     progress: Progress,
+    state: TrainingState,
 ) -> tuple[Any, list[float]]:
     """Create a model with addressed initial weights and train it; return it with the loss of every step.
 
@@ -38,11 +42,15 @@ def train_new(
         create: makes the model from torch's global generator, which is seeded before and restored after.
         samples: how many there are to draw from.
         unit: how many of what a sample is, for the reported speed: (128, "tokens").
+        state: where the training goes on if it is found there, and is kept when it has to stop.
+
+    Raises:
+        StopError: asked to stop, between two steps; what was trained is in `state`.
     """
     with _isolated(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(address_key(seed, "pretrain-init") % 2**63)
         model = create()
-        return model, _train(model, batch_loss, samples, unit, config, seed, progress)
+        return model, _train(model, batch_loss, samples, unit, config, seed, progress, state)
 
 
 def _train(
@@ -53,14 +61,18 @@ def _train(
     config: PretrainConfig,
     seed: int,
     progress: Progress,
+    state: TrainingState,
 ) -> list[float]:
     """AdamW with warm-up and cosine decay to zero; returns the loss of every step."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config.steps))
-    losses: list[float] = []
-    start = time.monotonic()
-    for step, batch_B in enumerate(_batches(samples, config, seed), start=1):
+    losses = state.restore(model, optimizer, config.steps)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.lr  # what LambdaLR notes at a beginning, and asks for later
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config.steps), last_epoch=len(losses) - 1)
+    start, done = time.monotonic(), len(losses)
+    for step, batch_B in enumerate(islice(_batches(samples, config, seed), done, None), start=done + 1):
+        _stop_or_go_on(model, optimizer, losses, state)
         loss = batch_loss(model, torch.from_numpy(batch_B))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -69,9 +81,18 @@ def _train(
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % max(1, config.steps // _REPORTS) == 0 or step == config.steps:
-            speed = step * len(batch_B) * unit[0] / (time.monotonic() - start)
+            speed = (step - done) * len(batch_B) * unit[0] / (time.monotonic() - start)
             progress(f"foundation: step {step}/{config.steps} loss {losses[-1]:.3f} ({speed:.0f} {unit[1]}/s)")
     return losses
+
+
+def _stop_or_go_on(model: Any, optimizer: torch.optim.Optimizer, losses: list[float], state: TrainingState) -> None:
+    try:
+        stop_point()
+    except StopError as stop:
+        if losses:
+            stop.kept = state.save(model, optimizer, losses)
+        raise
 
 
 def _rate(step: int, steps: int) -> float:

@@ -1,8 +1,7 @@
 """`python -m fedmoe_ds.methods` prints docs/methods.md."""
 
-import sys
-
 from fedmoe_ds.methods.reference import methods_markdown
+from fedmoe_ds.terminal import show
 
 if __name__ == "__main__":
-    sys.stdout.write(methods_markdown())
+    show(methods_markdown().removesuffix("\n"))

@@ -1,7 +1,8 @@
 """Compiling: build a C++ source of this package for this processor, once per machine, and load it.
 
-The sources have no dependencies, so compiling takes a second or two. A library lies in the cache folder under a hash of source,
-flags, compiler and processor; it appears there whole or not at all.
+The sources have no dependencies, so compiling takes a second or two. A library is an entry of the cache under a hash of source,
+flags, compiler and processor, with its sha256 beside it: one that is damaged, or that somebody else may have written, is never
+loaded but built again. Where no cache can be had, every process builds its own, in a folder that goes with the build.
 """
 
 from __future__ import annotations
@@ -13,11 +14,32 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+from fedmoe_ds import cache
+from fedmoe_ds.errors import UserError
+
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"]
+LIBRARY, SUM = "library.so", "sha256"
+"""Files of an entry: the library, and its sha256."""
 
 POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+_loaded: dict[str, Built] = {}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A library that this process has loaded.
+
+    Attributes:
+        source: sha256 of the source, the flags and the compiler's version.
+        code: sha256 of the library.
+    """
+
+    source: str
+    code: str
 
 
 @functools.cache
@@ -26,24 +48,62 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
     compiler = shutil.which("g++")
     if compiler is None:
         return None
+    source, flags = Path(__file__).with_name(f"{name}.cpp"), [*FLAGS, *more_flags]
     try:
-        return ctypes.CDLL(str(_built(Path(__file__).with_name(f"{name}.cpp"), compiler, [*FLAGS, *more_flags])))
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        recipe = hashlib.sha256(source.read_bytes() + " ".join(flags).encode() + version).hexdigest()
+        entry, command = f"{name}-{recipe[:24]}-{processor_key()[:24]}", [compiler, *flags, str(source), "-o"]
+        try:
+            found, code = _found_or_built(cache.place(cache.root(None), "native") / entry, command)
+        except (OSError, UserError) as error:  # it cannot be written, the disk is full, or nothing may be run from there
+            cache.pass_over(f"compiled kernels are not kept ({error}): every process builds its own")
+            with tempfile.TemporaryDirectory(prefix="fedmoe-native-") as working:
+                found, code = _found_or_built(Path(working) / "native" / entry, command)
     except (OSError, subprocess.CalledProcessError):
         return None
+    _loaded[name] = Built(recipe, code)
+    return found
 
 
-def _built(source: Path, compiler: str, flags: list[str]) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(source.read_bytes() + " ".join(flags).encode() + version + processor()).hexdigest()[:24]
-    folder = Path(os.environ.get("FEDMOE_CACHE") or "~/.cache/fedmoe_ds").expanduser() / "native"
-    target = folder / f"{source.stem}-{key}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as working:
-            fresh = Path(working) / f"{source.stem}.so"
-            subprocess.run([compiler, *flags, str(source), "-o", str(fresh)], capture_output=True, check=True)
-            fresh.rename(target)
-    return target
+def loaded() -> dict[str, Built]:
+    """Every library that this process has loaded, by name."""
+    return dict(_loaded)
+
+
+def _found_or_built(entry: Path, command: list[str]) -> tuple[ctypes.CDLL, str]:
+    """The library of an entry and its sha256; built unless it is there, intact, and nobody else's.
+
+    Raises:
+        OSError: it cannot be written or loaded.
+        CalledProcessError: the compiler fails.
+    """
+
+    def good() -> bool:
+        return cache.usable(entry, lambda: _digest(entry) is not None)
+
+    if not good():
+        with cache.draft(entry, good) as content:
+            subprocess.run([*command, str(content / LIBRARY)], capture_output=True, check=True)
+            (content / SUM).write_text(hashlib.sha256((content / LIBRARY).read_bytes()).hexdigest())
+    digest = _digest(entry)
+    if digest is None:
+        raise OSError(f"{entry}: what was built does not stay as it was written")
+    return ctypes.CDLL(str(entry / LIBRARY)), digest
+
+
+def _digest(entry: Path) -> str | None:
+    """The sha256 of an entry's library; None where it is not the one that was built."""
+    try:
+        content, promised = (entry / LIBRARY).read_bytes(), (entry / SUM).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    digest = hashlib.sha256(content).hexdigest()
+    return digest if digest == promised else None
+
+
+def processor_key() -> str:
+    """A hash of `processor`."""
+    return hashlib.sha256(processor()).hexdigest()
 
 
 def processor() -> bytes:

@@ -20,9 +20,18 @@ def loops_for(value: Tensor) -> Loops | None:
     """The compiled loops where they serve these values (float32 on a CPU with a working g++), else None."""
     if value.device.type != "cpu" or value.dtype != torch.float32:
         return None
-    # Every product and every sum is rounded, as in torch: no contraction into fused operations.
-    found = library("sums", "-ffp-contract=off")
+    found = _library()
     return None if found is None else Loops(found)
+
+
+def available() -> bool:
+    """Whether the loops could be compiled here."""
+    return _library() is not None
+
+
+def _library() -> ctypes.CDLL | None:
+    # Every product and every sum is rounded, as in torch: no contraction into fused operations.
+    return library("sums", "-ffp-contract=off")
 
 
 class Loops:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
+from fedmoe_ds import cache
 from fedmoe_ds.adapters.attention import find_projections
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.adapters.layout import adapter_blocks
@@ -33,10 +33,12 @@ from fedmoe_ds.foundation import planned_task, resolve_foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites, image_input, type_task
 from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.loading import build_on_meta, host_model
+from fedmoe_ds.foundation.own_code import running, told
 from fedmoe_ds.foundation.rowwise import independent_rows
 from fedmoe_ds.foundation.size import ModelSize, model_size
-from fedmoe_ds.foundation.tokenizing import load_tokenizer
+from fedmoe_ds.foundation.tokenizing import has_tokenizer, load_tokenizer
 from fedmoe_ds.methods import Method, method_for, with_defaults
+from fedmoe_ds.native import fault
 from fedmoe_ds.report import Progress
 
 Counts = NDArray[np.int64]
@@ -191,6 +193,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     Raises:
         UserError: what a real start would refuse on any number of ranks.
     """
+    fault.guard("this plan")
     method = method_for(config)
     config = with_defaults(config, method)
     check_plan(config, is_bitwise(config, kind))
@@ -211,6 +214,9 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     check_length(config, model.config)
     tiers = resolve_tiers(config.federation, full, method.spends)
     clients, data = _clients(config, folder, size, tiers, images, assume)
+    if (ignored := cache.line([cache.passed_over()])) is not None:
+        with Progress() as progress:
+            progress.note(ignored)
     blocks = method.blocks(adapter_blocks(model, places, config.adapters, method.rescaler))
     head = model.config.num_labels * size.hidden if images else size.vocabulary * size.hidden
     embedding = 0 if images or model.config.tie_word_embeddings else size.vocabulary * size.hidden
@@ -243,19 +249,15 @@ def _untrained_foundation(config: Config) -> Path:
 def _clients(
     config: Config, folder: Path, size: ModelSize, tiers: list[Tier], images: ImageInput | None, assume: bool
 ) -> tuple[list[Client], Data]:
-    if assume and images is None and not _has_tokenizer(folder):
+    trust = config.foundation.trust_remote_code
+    if assume and images is None and not has_tokenizer(folder, trust):
         return _assumed_clients(config, folder, tiers)
-    tokenizer = load_tokenizer(folder, size.vocabulary) if images is None else None
-    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation) / "data")
+    if (line := told(folder, trust)) is not None:
+        with Progress() as progress:
+            progress.note(line)
+    tokenizer, code = load_tokenizer(folder, size.vocabulary, trust) if images is None else None, running(folder, trust)
+    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation, "data"), code)
     return make_clients(data, config.federation, tiers, config.seed), _counted(data, images)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        return False
-    return any((folder / file).is_file() for file in tokenizer.vocab_files_names.values())
 
 
 def _counted(data: FederatedData, images: ImageInput | None) -> Data:

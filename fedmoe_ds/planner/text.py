@@ -12,6 +12,7 @@ from fedmoe_ds.planner.prediction import Prediction
 from fedmoe_ds.planner.search import Choice, Refusal
 from fedmoe_ds.planner.verify import Verified
 from fedmoe_ds.planner.world import World
+from fedmoe_ds.terminal import visible
 
 MOST_ROWS = 12
 
@@ -21,8 +22,8 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
     lines = []
     for line in [header, *rows]:
-        cells = [str(cell).rjust(width) for cell, width in zip(line, widths, strict=True)]
-        cells[0] = str(line[0]).ljust(widths[0])
+        cells = [visible(cell).rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[0] = visible(line[0]).ljust(widths[0])
         lines.append("  " + "  ".join(cells).rstrip())
     return lines
 

@@ -9,7 +9,7 @@ from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.markup import Markup, tag
-from fedmoe_ds.report.svg import tier_colours, tier_mark, whole_ticks
+from fedmoe_ds.report.svg import thinned, tier_colours, tier_mark, whole_ticks
 
 MOST_ROUNDS = 24
 WIDTH, LEFT, BOTTOM = 480.0, 34.0, 38.0
@@ -22,7 +22,7 @@ def expert_section(history: History) -> Markup:
     recorded = sorted({round_ for (round_, _), event in history.experts.items() if any(event["activation"])})
     if not recorded:
         return tag("p", "No expert activations have been recorded yet.", cls="empty")
-    rounds = _thinned(recorded)
+    rounds = thinned(recorded, MOST_ROUNDS)
     kept = {key: event for key, event in history.experts.items() if key[0] in rounds and any(event["activation"])}
     frames = {key: _hundredths(event["activation"]) for key, event in kept.items()}
     tiers = sorted({tier for _, tier in frames}, key=tier_order)
@@ -37,14 +37,6 @@ def expert_section(history: History) -> Markup:
     script = tag("script", _embedded(data), type="application/json", id="activation-data")
     parts = [_slider(rounds, len(recorded)), _scale(peak), tag("div", *panels, cls="pair")]
     return tag("div", *parts, script if len(rounds) > 1 else None, cls="heat")
-
-
-def _thinned(rounds: Sequence[int]) -> list[int]:
-    """At most MOST_ROUNDS of them, evenly spaced, the first and the last included: the page stays small."""
-    if len(rounds) <= MOST_ROUNDS:
-        return list(rounds)
-    step = (len(rounds) - 1) / (MOST_ROUNDS - 1)
-    return [rounds[round(index * step)] for index in range(MOST_ROUNDS)]
 
 
 def _hundredths(activation: Sequence[Sequence[float | None]]) -> Cells:

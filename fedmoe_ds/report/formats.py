@@ -1,4 +1,4 @@
-"""How numbers are written for people; `None` (missing or not finite) is always an en dash."""
+"""How numbers are written for people; what is missing or not finite (`None`, a sum beyond all numbers) is always an en dash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def count(value: float | None) -> str:
     """Whole numbers: exact below ten thousand, then 12.3 k, 4.56 M, 7.89 G."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return MISSING
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= (1e4 if unit == "k" else scale):
@@ -35,7 +35,7 @@ def count(value: float | None) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A share of one as percent: 33.1 %."""
-    if share is None:
+    if share is None or not math.isfinite(share):
         return MISSING
     least = 10.0**-digits
     if 0 < 100 * share < least / 2:
@@ -86,17 +86,19 @@ def many(size: int, noun: str) -> str:
 
 def signed_percent(share: float | None, digits: int = 1) -> str:
     """A relative change: +12.0 %, −59.3 %."""
-    return MISSING if share is None else ("+" if share >= 0 else "−") + percent(abs(share), digits)
+    return MISSING if share is None or not math.isfinite(share) else ("+" if share >= 0 else "−") + percent(abs(share), digits)
 
 
 def points(difference: float | None, digits: int = 1) -> str:
     """A difference of two shares in percentage points: +11.8 pp."""
-    return MISSING if difference is None else f"{100 * difference:+.{digits}f}{NARROW_SPACE}pp".replace("-", "−")
+    if difference is None or not math.isfinite(difference):
+        return MISSING
+    return f"{100 * difference:+.{digits}f}{NARROW_SPACE}pp".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
     """Seconds as 120 ms, 4.2 s, 3 min 12 s, 1 h 02 min."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 0.9995:
         return f"{1000 * seconds:.0f} ms"
@@ -115,6 +117,6 @@ def score(event: Mapping[str, Any], field: str, form: Callable[[float | None], s
 
 def clock(unix_seconds: float | None) -> str:
     """A point in time, UTC."""
-    if unix_seconds is None:
+    if unix_seconds is None or not 0 <= unix_seconds < 253402300800:  # the year 10000
         return MISSING
     return datetime.fromtimestamp(unix_seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import os
 from pathlib import Path
 from string import Template
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import write_whole
 from fedmoe_ds.report.activation import expert_section
 from fedmoe_ds.report.headline import header
 from fedmoe_ds.report.history import History
@@ -21,6 +21,7 @@ from fedmoe_ds.report.sections import (
     time_section,
     topology_section,
 )
+from fedmoe_ds.terminal import visible
 
 PARTS = Path(__file__).parent
 
@@ -32,19 +33,21 @@ def write_report(run_folder: Path) -> Path:
 
     Raises:
         UserError: the folder holds no readable metrics.jsonl.
+        OSError: the page cannot be written.
     """
     if not run_folder.is_dir():
         raise UserError(f"run folder: {run_folder}: does not exist; name a folder like runs/<name>")
     history = History.of(read_metrics(run_folder / "metrics.jsonl"))
     config_file = run_folder / "config.yaml"
-    config = config_file.read_text(encoding="utf-8") if config_file.exists() else None
-    target = run_folder / "report.html"
-    draft = run_folder / f".report.{os.getpid()}.tmp"
+    # A link may have been put there to have a secret printed.
+    plain = config_file.is_file() and not config_file.is_symlink()
     try:
-        draft.write_text(page(history, config), encoding="utf-8")
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+        config = config_file.read_text(encoding="utf-8") if plain else None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise UserError(f"{config_file}: cannot be read: {reason}; restore it, or remove it") from None
+    target = run_folder / "report.html"
+    write_whole(target, page(history, config))
     return target
 
 
@@ -63,7 +66,7 @@ def page(history: History, config: str | None) -> str:
     links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
     bodies = [tag("section", tag("h2", title), body, id=anchor) for anchor, title, body in sections]
     return Template(_part("report.html")).substitute(
-        title=html.escape(str(history.run.get("name") or "run")),
+        title=html.escape(visible(history.run.get("name") or "run")),
         style=_part("report.css"),
         script=_part("report.js"),
         body=join([header(history), tag("nav", *links, aria_label="sections"), tag("main", *bodies)]),

@@ -1,10 +1,14 @@
-"""HTML and SVG that is escaped by construction: whatever is not `Markup` already is text."""
+"""HTML and SVG that is escaped by construction: whatever is not `Markup` already is text, and shows what does not print."""
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 
+from fedmoe_ds.terminal import visible
+
+_PLAIN = re.compile(r"[A-Za-z0-9 \n\u202f–−×.,:;%/#()_+-]*")
 VOID = frozenset({"input", "br", "meta"})
 
 
@@ -24,7 +28,13 @@ def tag(name: str, /, *children: str | None, **attributes: str | float | bool | 
 
 def join(children: Iterable[str | None]) -> Markup:
     """Fragments one after the other; plain strings are escaped, None is nothing."""
-    return Markup("".join(child if isinstance(child, Markup) else html.escape(child) for child in children if child))
+    return Markup("".join(child if isinstance(child, Markup) else _text(child) for child in children if child))
+
+
+def _text(value: str) -> str:
+    if _PLAIN.fullmatch(value):  # most are, and a page has very many
+        return value
+    return html.escape(visible(value, lines=True))
 
 
 def _attribute(key: str, value: str | float | bool | None) -> str:
@@ -34,7 +44,7 @@ def _attribute(key: str, value: str | float | bool | None) -> str:
     if value is True:
         return f" {name}"
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return f' {name}="{html.escape(text)}"'
+    return f' {name}="{_text(text)}"'
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, cls: str = "", text_columns: int = 1) -> Markup:

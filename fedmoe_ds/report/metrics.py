@@ -14,19 +14,25 @@ from typing import Any
 import numpy as np
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import open_plain
+from fedmoe_ds.report.events import wrong_field
+from fedmoe_ds.strict_json import parse_json
 
 
 class MetricsLog:
     """Append-only writer; only rank 0 of a run constructs one.
 
     Every event is handed to the operating system as one complete line before `write` returns, so a killed process loses
-    nothing; a line torn by a full disk or a power cut is removed, never continued.
+    nothing; a line torn by a full disk or a power cut is removed, never continued. Nobody else may write to the file meanwhile:
+    where somebody has, or has put another file in its place, nothing more is written.
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError: the file cannot be written, or is a link, a pipe or a device."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (lives as long as the run)
+        handle = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self._file = open(handle, "a+b", buffering=0)  # noqa: SIM115  (lives as long as the run)
         self._drop_torn_line()
 
     def __enter__(self) -> MetricsLog:
@@ -42,22 +48,27 @@ class MetricsLog:
 
         Raises:
             OSError: the line could not be written whole; the file is as it was before.
+            UserError: somebody else has written to the file.
             TypeError: a field holds something that JSON has no word for.
         """
         assert "time" not in fields, "the time of an event is set here"
         record = {"event": event, "time": round(time.time(), 3), **fields}
         line = json.dumps(_plain(record), allow_nan=False, separators=(",", ":"), ensure_ascii=False) + "\n"
-        start = self._size()
-        rest = memoryview(line.encode())
+        self._check_alone()
+        # Half of a surrogate pair has no UTF-8; its escape is what JSON calls it.
+        encoded = line.encode(errors="backslashreplace")
+        rest = memoryview(encoded)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
-            self._file.truncate(start)
+            self._file.truncate(self._end)
             raise
+        self._end += len(encoded)
 
     def position(self) -> int:
         """Bytes written so far, after they have reached the disk: what a checkpoint stores for `truncate`."""
+        self._check_alone()
         os.fsync(self._file.fileno())
         return self._size()
 
@@ -67,6 +78,7 @@ class MetricsLog:
         Raises:
             UserError: the file is shorter than the checkpoint says, so it belongs to another run or was edited.
         """
+        self._check_alone()
         if self._size() < position:
             raise UserError(
                 f"{self.path}: {self._size()} bytes: shorter than the {position} bytes its checkpoint has seen; "
@@ -83,18 +95,32 @@ class MetricsLog:
         return os.fstat(self._file.fileno()).st_size
 
     def _drop_torn_line(self) -> None:
-        if self._size() == 0:
-            return
-        content = self.path.read_bytes()
+        self._file.seek(0)
+        content = self._file.readall()
         if not content.endswith(b"\n"):
             self._file.truncate(content.rfind(b"\n") + 1)
+        self._end = self._size()
+
+    def _check_alone(self) -> None:
+        """Raise UserError where the file is not as this writer has left it: two jobs in one folder, or an editor."""
+        here = os.fstat(self._file.fileno())
+        try:
+            replaced = not os.path.samestat(here, os.lstat(self.path))
+        except OSError:
+            replaced = True
+        if replaced or here.st_size != self._end:
+            what = "has been removed or replaced" if replaced else f"has {here.st_size} bytes, this run has left {self._end}"
+            raise UserError(
+                f"{self.path}: {what}: another process writes to it, probably a second job in this folder; end one of them, "
+                "then start again with --resume auto"
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return all events in the order of writing; an unfinished last line (a run killed in a write) is left out.
 
     Raises:
-        UserError: the file is missing, or a complete line is not a JSON object with an `event`.
+        UserError: the file is missing, or a complete line is no event, or a field of it has not the type that readers take.
     """
     try:
         content = path.read_bytes()
@@ -106,11 +132,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line, halves=True)
     except ValueError as error:
         raise UserError(f"{path}: line {number}: is not JSON ({error}); remove or repair the line") from None
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):
         raise UserError(f"{path}: line {number}: is no event; every line is an object with a string 'event'")
+    if (wrong := wrong_field(record)) is not None:
+        raise UserError(f"{path}: line {number}: {wrong}; remove or repair the line")
     return record
 
 

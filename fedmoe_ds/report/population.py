@@ -9,9 +9,10 @@ from fedmoe_ds.omissions import MEANING, describe
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import Event, History, tier_of
 from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag
-from fedmoe_ds.report.svg import Column, bar_rows, dense_columns, tier_colours, tier_mark
+from fedmoe_ds.report.svg import Column, bar_rows, dense_columns, shown_of, thinned, tier_colours, tier_mark
 
 NAMED_ROWS = 40
+MOST_ROUNDS = 2000
 LABEL_COLOURS = 8
 OK = "ok"
 CLIENT_LEAD = (
@@ -251,7 +252,8 @@ def _before_after(evaluations: Sequence[Event]) -> list[Markup]:
 
 
 def rounds_table(history: History) -> Markup:
-    """Every round in figures, collapsed."""
+    """Rounds in figures, collapsed."""
+    rounds = sorted(history.rounds.items())
     head = ["round", "participants", "dropped", "waves", "tokens", "tokens/s", "time", "weight entropy"]
     rows = [
         [
@@ -264,7 +266,7 @@ def rounds_table(history: History) -> Markup:
             formats.duration(event.get("seconds")),
             formats.number(event.get("weight_entropy")),
         ]
-        for number, event in sorted(history.rounds.items())
+        for number, event in thinned(rounds, MOST_ROUNDS)
     ]
     body = tag("div", table(head, rows), cls="scroll")
-    return tag("details", tag("summary", "Every round in figures"), join([body]))
+    return tag("details", tag("summary", f"Every round in figures{shown_of(len(rounds), 'round', MOST_ROUNDS)}"), join([body]))

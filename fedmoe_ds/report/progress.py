@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 
 from fedmoe_ds.report.formats import targets_of, wilson
 from fedmoe_ds.report.history import Event, TierResult, tier_results
+from fedmoe_ds.terminal import visible
 
 MISSING = "-"
 
@@ -48,9 +49,9 @@ class Progress:
         if not self._enabled:
             return
         if self._bar is None:
-            self._console.print(f"[{time.strftime('%H:%M:%S')}] {text}", soft_wrap=True)
+            self._console.print(f"[{time.strftime('%H:%M:%S')}] {visible(text)}", soft_wrap=True)
         else:
-            self._console.print(text, soft_wrap=True)
+            self._console.print(visible(text), soft_wrap=True)
 
     def start_round(self, round: int, rounds: int, waves: int) -> None:
         """Rounds count from 1; a resumed run starts later, and its ETA counts from there."""

@@ -209,7 +209,11 @@ def config_section(history: History, config: str | None) -> Markup:
     """The resolved configuration and the versions of the software."""
     versions = history.run.get("versions") or {}
     shown = table(["software", "version"], [[str(name), str(version)] for name, version in versions.items()], text_columns=2)
-    text = tag("pre", config) if config is not None else tag("p", "The run folder holds no config.yaml.", cls="empty")
+    text = (
+        tag("pre", config)
+        if config is not None
+        else tag("p", "The run folder holds no config.yaml (a link is not read).", cls="empty")
+    )
     parts = [tag("details", tag("summary", "Full configuration (config.yaml)"), text)]
     if versions:
         parts.append(tag("details", tag("summary", "Software versions"), tag("div", shown, cls="scroll")))

@@ -6,7 +6,8 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.markup import Markup, join, tag
@@ -16,6 +17,9 @@ LEFT, RIGHT, TOP, BOTTOM = 50.0, 52.0, 28.0, 42.0
 LABEL_GAP = 15.0
 MARKERS = ("circle", "square", "diamond", "triangle")
 TICKS = 9
+MOST_POINTS = 400
+"""More than this a chart of this width cannot show."""
+T = TypeVar("T")
 LARGEST, LEAST = sys.float_info.max, 1e-300
 """What is smaller than `LEAST` counts as zero: a span of its size would be no number any more."""
 
@@ -91,6 +95,19 @@ def whole_ticks(first: int, last: int, most: int = 8) -> list[int]:
     return list(range(-(-first // step) * step, last + 1, step))
 
 
+def thinned(items: Sequence[T], most: int = MOST_POINTS) -> list[T]:
+    """At most `most` of them, evenly spaced, the first and the last included."""
+    if len(items) <= most:
+        return list(items)
+    step = (len(items) - 1) / (most - 1)
+    return [items[round(index * step)] for index in range(most)]
+
+
+def shown_of(size: int, noun: str, most: int = MOST_POINTS) -> str:
+    """What is to be said where not all are shown; empty where all are."""
+    return "" if size <= most else f" ({most} of {formats.many(size, noun)})"
+
+
 @dataclass(frozen=True)
 class Series:
     """One line: its colour class, its label at the right end, points (x, y or None) and a tooltip per point."""
@@ -114,8 +131,11 @@ def line_chart(
     """Lines over whole-numbered x with labels at their right ends.
 
     Values that are missing, not finite, or on a logarithmic axis not positive leave a gap. `zero` starts y at 0; no y is larger
-    than `most`.
+    than `most`. Of a line with more than `MOST_POINTS` points, evenly spaced ones are drawn, and the title says so.
     """
+    longest = max((len(line.points) for line in series), default=0)
+    title += shown_of(longest, x_label)
+    series = [replace(line, points=thinned(line.points), tips=thinned(line.tips)) for line in series]
     usable = [point for line in series for point in _usable(line, log)]
     if not usable:
         return tag("p", f"{title}: nothing to draw.", cls="empty")
@@ -227,7 +247,9 @@ class Column:
 
 
 def stacked_columns(columns: Sequence[tuple[int, Column]], *, title: str, x_label: str, form: Callable[[float], str]) -> Markup:
-    """Columns at whole-numbered x, value axis from zero."""
+    """Columns at whole-numbered x, value axis from zero; of more than `MOST_POINTS` evenly spaced ones."""
+    title += shown_of(len(columns), x_label)
+    columns = thinned(columns)
     if not columns:
         return tag("p", f"{title}: nothing to draw.", cls="empty")
     axis = Axis.around([column.total for _, column in columns], zero=True)

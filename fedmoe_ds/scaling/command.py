@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from fedmoe_ds.scaling.report import Results, results_text, write_report
 from fedmoe_ds.scaling.room import check_room
 from fedmoe_ds.scaling.rows import Row, differing, with_efficiency
 from fedmoe_ds.scaling.study import Study, read_study
+from fedmoe_ds.shell import command_line
 
 if TYPE_CHECKING:
     from fedmoe_ds.scaling.predicted import Predictor
@@ -111,4 +111,4 @@ def _command(request: Request) -> str:
     """The command that repeats the study."""
     words = ["python", "launch/scaling.py", "--config", str(request.config)]
     words += ["--hardware", request.hardware] if request.hardware is not None else []
-    return shlex.join([*words, *request.overrides])
+    return command_line([*words, *request.overrides])

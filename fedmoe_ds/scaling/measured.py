@@ -7,7 +7,6 @@ kernels, page faults) and is not timed.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.compare.study import Run
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.report import read_metrics
 from fedmoe_ds.report.history import Event
+from fedmoe_ds.strict_json import read_json
 
 PHASES = ("train", "aggregate", "evaluate")
 ALL_TO_ALL = "all_to_all"
@@ -72,14 +73,34 @@ def machine_file(run: Run) -> Path:
 
 
 def measure(run: Run) -> Measured:
-    """The figures of a finished run."""
-    events = read_metrics(run.folder / "metrics.jsonl")
+    """The figures of a finished run. Raises UserError where its record lacks one, or the note about its machine is damaged."""
+    path = run.folder / "metrics.jsonl"
+    events = read_metrics(path)
+    try:
+        return _measured(events, _machine(machine_file(run)))
+    except (LookupError, StopIteration, TypeError) as error:  # every field may be absent, or null: old runs have fewer
+        what = f"{error.args[0]} is" if isinstance(error, LookupError) and error.args else "an event or a field is"
+        raise UserError(
+            f"{path}: {what} missing, so no time can be told; remove the folder, and measure the run again"
+        ) from error
+
+
+def _machine(path: Path) -> dict[str, Any]:
+    try:
+        facts = read_json(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; remove it") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("cores"), int | None):
+        raise UserError(f"{path}: describes no machine; remove it")
+    return facts
+
+
+def _measured(events: Sequence[Event], machine: dict[str, Any]) -> Measured:
     facts = next(event for event in events if event["event"] == "run")
     end = next(event for event in reversed(events) if event["event"] == "end")
     timed = timed_rounds(events)
     spent = [_phases(seconds, event) for seconds, event in timed]
     peaks = end.get("peak_bytes")
-    machine = json.loads(machine_file(run).read_text(encoding="utf-8")) if machine_file(run).exists() else {}
     return Measured(
         ranks=facts["world_size"],
         clusters=facts["clusters"],

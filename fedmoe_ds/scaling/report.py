@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe_ds.compare.table import markdown
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import write_whole
 from fedmoe_ds.report import formats
 from fedmoe_ds.scaling.picture import picture
 from fedmoe_ds.scaling.rows import Line, Row, differing, lines_of, same_everywhere
@@ -47,15 +47,11 @@ def write_report(results: Results, output: Path, copy: Path | None) -> Path:
         if drawing is not None:
             content[path.with_suffix(".svg")] = drawing
     for path, body in content.items():
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(body, encoding="utf-8")
-            os.replace(draft, path)
+            write_whole(path, body)
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}; give another folder") from None
-        finally:
-            draft.unlink(missing_ok=True)
     return target
 
 

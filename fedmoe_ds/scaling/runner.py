@@ -17,7 +17,8 @@ from types import FrameType
 from fedmoe_ds.compare.child import Child
 from fedmoe_ds.compare.runner import locked
 from fedmoe_ds.compare.study import Run
-from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from fedmoe_ds.files import write_whole
 from fedmoe_ds.machine import machine_facts
 from fedmoe_ds.report import formats
 from fedmoe_ds.scaling.measured import machine_file
@@ -101,7 +102,10 @@ class Runner:
     def _note_machine(self, run: Run) -> None:
         """The machine beside the run: metrics.jsonl does not know how many cores the ranks share."""
         facts = machine_facts() | {"cores": cores(self.environment)}
-        machine_file(run).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        try:
+            write_whole(machine_file(run), json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--output: {machine_file(run)}: cannot be written: {error.strerror or error}") from None
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mpi4py import MPI
 
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.control import Control, make_control
@@ -37,7 +38,12 @@ def answers(control: Control) -> dict[str, Any]:
     }
 
 
+def _refuse(*_: Any) -> Any:
+    raise AssertionError("mpi4py pickles")
+
+
 def main() -> int:
+    MPI.pickle.__init__(_refuse, _refuse)  # also for the ranks' first meeting, in `detect_launch`
     launch = detect_launch()
     runtime = init_runtime(launch, TopologyConfig(device="cpu", timeout_s=60.0))
     found = {}

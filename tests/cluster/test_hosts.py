@@ -174,6 +174,32 @@ def test_gloo_is_led_to_the_network(master: str, expected: str, hosts: Hosts) ->
     assert kept.strip() == "ib0"
 
 
+WATCH = """
+from fedmoe_ds import watchdog
+from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.launcher import detect_launch
+from fedmoe_ds.runtime import init_runtime
+listen = watchdog.listen
+watchdog.listen = lambda addresses: [one for one in listen(addresses) if print("listens", one.getsockname()[0]) is None]
+runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu"))
+print("together", len(runtime.gather(None)), *runtime.notes)
+"""
+
+
+def test_the_watchdog_listens_only_where_a_name_leads_others(hosts: Hosts) -> None:
+    """The name of rank 0's host means 127.0.1.1 to itself; the second rank is on that host, too."""
+    ranks = []
+    for rank, host in enumerate((1, 1, 2)):
+        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": hosts.name(1), "MASTER_PORT": 29511}
+        inside = hosts.command(host, [sys.executable, "-c", WATCH])
+        environment = os.environ | FORWARDED | {name: str(value) for name, value in place.items()}
+        ranks.append(subprocess.Popen(inside, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    told = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], told
+    lines = [[line for line in out.splitlines() if line.startswith(("listens", "together"))] for out, _ in told]
+    assert lines == [[f"listens {hosts.address(1)}", "together 3"], ["together 3"], ["together 3"]]
+
+
 def assert_who(command: Command, launcher: str, ep_size: int) -> None:
     """The run was what was asked for: every rank on the host that the hostfile names, no more and no fewer."""
     run = read_events(command.folder, "run")[-1]

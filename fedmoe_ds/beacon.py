@@ -1,0 +1,83 @@
+"""Beacon: the watchdog of every rank but rank 0. It tells rank 0 what its process does, and hears that rank 0 lives."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fedmoe_ds import messages
+from fedmoe_ds.activity import activity
+from fedmoe_ds.errors import EXIT_LOST
+from fedmoe_ds.line import GarbledError, Line
+from fedmoe_ds.peers import Limits, Peer, died, garbled, quiet_words, silent
+from fedmoe_ds.watch import SPREAD_S, Watch
+
+_LONGEST_TEXT = 4000
+"""Characters of a reason that travels: a message has an end."""
+
+
+class Beacon(Watch):
+    """One other rank's.
+
+    Args:
+        peers: all ranks, rank 0 first. Rank 0 may ask for processes of theirs to be killed, and for no others.
+        line: to rank 0, which has proved to be it.
+        heard: what it has said already.
+        speaks: whether this one says that rank 0 is gone.
+    """
+
+    def __init__(
+        self, me: Peer, limits: Limits, peers: Sequence[Peer], line: Line, heard: Sequence[dict[str, Any]], speaks: bool
+    ) -> None:
+        super().__init__(me, limits)
+        self.main, self.peers, self.line, self.speaks = peers[0], peers, line, speaks
+        self.main.heard = time.monotonic()  # a moment ago, in the handshake
+        self._heard = list(heard)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(line, selectors.EVENT_READ)
+
+    def turn(self) -> None:
+        self.line.send({"alive": activity.state()})
+        try:
+            self._listen()
+        except GarbledError as error:
+            self.end(garbled(self.main, str(error)), EXIT_LOST, self.speaks)
+        if self._leaving is None and not self._left.is_set() and silent([self.main], self.limits):
+            known = [] if self.main.process is None else [self.main.process]
+            self.end(quiet_words([self.main], self.limits), EXIT_LOST, self.speaks, known)
+
+    def _listen(self) -> None:
+        while self._heard:
+            self._message(self._heard.pop(0))
+        if not self.selector.select(self.limits.beat):
+            return
+        arrived = self.line.receive()
+        for message in arrived or ():
+            self._message(message)
+        if arrived is not None:
+            time.sleep(self.limits.beat / 2)  # rank 0 is talkative: do not answer each word
+        elif self.main.left or self._leaving is not None:
+            self._left.set()
+        else:
+            self.end(died(self.main), EXIT_LOST, self.speaks)
+
+    def _message(self, content: dict[str, Any]) -> None:
+        message = messages.check(messages.told, content)
+        if isinstance(message, messages.Alive):
+            self.main.hear(message.alive.model_dump())
+        elif isinstance(message, messages.Bye):
+            self.main.left = True
+        else:
+            lost = [self.peers[rank].process for rank in message.kill if 0 <= rank < len(self.peers)]
+            self.end("", message.over, speaks=False, kill=[process for process in lost if process is not None])
+
+    def fail(self, text: str) -> NoReturn:
+        self.farewell(1, text)  # rank 0 repeats it
+        self.end(text, 1, speaks=True)
+
+    def farewell(self, code: int, text: str) -> None:
+        self._leaving = {"bye": int(code), "text": text[:_LONGEST_TEXT]}
+        self.line.send(self._leaving)
+        self.line.flush(SPREAD_S)

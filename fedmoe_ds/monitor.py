@@ -1,0 +1,121 @@
+"""Monitor: rank 0's watchdog. It hears all ranks and decides when the job is over."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fedmoe_ds import messages
+from fedmoe_ds.activity import activity
+from fedmoe_ds.door import Door
+from fedmoe_ds.errors import EXIT_LOST
+from fedmoe_ds.handshake import JOIN_S
+from fedmoe_ds.line import GarbledError, Line
+from fedmoe_ds.peers import Limits, Peer, died, garbled, quiet_words, silent, stuck
+from fedmoe_ds.watch import SPREAD_S, Watch, say
+
+_SAY_FIRST_S = 3.0
+"""How long rank 0 may take to tell a mistake itself that another rank has met, too."""
+
+
+class Monitor(Watch):
+    """Rank 0's.
+
+    Args:
+        peers: the other ranks.
+        door: where they come in.
+    """
+
+    def __init__(self, me: Peer, limits: Limits, peers: Sequence[Peer], door: Door, notes: Sequence[str] = ()) -> None:
+        super().__init__(me, limits, notes)
+        self.peers, self.door = {peer.rank: peer for peer in peers}, door
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(door, selectors.EVENT_READ, None)
+        self.lines: dict[int, Line] = {}
+        self._began = time.monotonic()
+        self._judged = 0.0
+        self._failure: tuple[float, str, int] | None = None
+
+    def turn(self) -> None:
+        for key, _ in self.selector.select(min(self.limits.beat, self.door.wait_s)):
+            if key.data is not None:
+                self._hear(key.data)
+        if self.door.is_open:
+            self._let_in()
+        if time.monotonic() - self._judged >= self.limits.beat:
+            self._judged = time.monotonic()
+            self._tell({"alive": activity.state()})
+            self._judge()
+
+    def _let_in(self) -> None:
+        for rank, line in self.door.turn():
+            self.lines[rank] = line
+            self.peers[rank].heard = time.monotonic()
+            self.selector.register(line, selectors.EVENT_READ, rank)
+            if self._leaving is not None:
+                line.send(self._leaving)
+        if not self.door.is_open:
+            self.selector.unregister(self.door)
+        warning = self.door.warning()
+        if warning is not None:
+            say(warning)
+
+    def _judge(self) -> None:
+        if self._failure is not None and self._leaving is None and time.monotonic() - self._failure[0] > _SAY_FIRST_S:
+            self._over(self._failure[1], self._failure[2])
+        self.me.hear(activity.state())
+        if self._leaving is not None:
+            return
+        coming = time.monotonic() - self._began < JOIN_S  # who is not in yet may be held up at the door
+        quiet = [peer for peer in silent(list(self.peers.values()), self.limits) if peer.rank in self.lines or not coming]
+        if quiet:
+            self._over(quiet_words(quiet, self.limits), EXIT_LOST, quiet)
+        verdict = stuck([self.me, *self.peers.values()], self.limits)
+        if verdict is not None:
+            self._over(verdict, EXIT_LOST)
+
+    def _hear(self, rank: int) -> None:
+        peer, line = self.peers[rank], self.lines[rank]
+        try:
+            arrived = line.receive()
+            said = [messages.check(messages.said, message) for message in arrived or ()]
+        except GarbledError as error:
+            self._lose(peer, garbled(peer, str(error)))
+            return
+        for message in said:
+            self._message(peer, message)
+        if arrived is None:
+            self._lose(peer, died(peer))
+
+    def _lose(self, peer: Peer, verdict: str) -> None:
+        self.selector.unregister(self.lines[peer.rank])
+        self.lines[peer.rank].close()
+        if not peer.left and self._leaving is None:
+            self._over(verdict, EXIT_LOST)
+
+    def _message(self, peer: Peer, message: messages.Said) -> None:
+        if isinstance(message, messages.Alive):
+            peer.hear(message.alive.model_dump())
+            return
+        peer.left = True
+        if message.bye != 0 and message.text and self._failure is None:
+            self._failure = (time.monotonic(), message.text, message.bye)
+
+    def _over(self, text: str, code: int, lost: Sequence[Peer] = ()) -> None:
+        self._tell({"over": code, "kill": [peer.rank for peer in lost]})
+        self.end(text, code, speaks=True, kill=[peer.process for peer in lost if peer.process is not None])
+
+    def fail(self, text: str) -> NoReturn:
+        self._tell({"over": 1})
+        self.end(text, 1, speaks=True)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for line in list(self.lines.values()):
+            line.send(message)
+
+    def farewell(self, code: int, text: str) -> None:
+        self._leaving = {"over": int(code)} if code != 0 and text else {"bye": int(code)}
+        self._tell(self._leaving)
+        time.sleep(SPREAD_S if text else 0.0)

@@ -1,0 +1,42 @@
+"""MPI: bytes between ranks. Nothing is pickled, as mpi4py's lower-case calls would do, and nobody spins while waiting."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_SPIN_S = 1e-4  # how long to look at a pending MPI call without a pause: a nap takes about as long
+_NAP_S = (2e-5, 2e-3)  # first and longest pause between two later looks
+
+
+def gather(comm: MPI.Comm, payload: bytes) -> list[bytes]:
+    """Every rank's bytes, in rank order, on every rank."""
+    sizes = np.zeros(comm.size, dtype=np.int64)
+    wait(comm.Iallgather(np.array([len(payload)], dtype=np.int64), sizes))
+    everything = np.empty(int(sizes.sum()), dtype=np.uint8)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+    mine = np.array(bytearray(payload), dtype=np.uint8)
+    wait(comm.Iallgatherv(mine, (everything, (sizes.tolist(), starts[:-1]))))
+    return [everything[start:stop].tobytes() for start, stop in itertools.pairwise(starts)]
+
+
+def gather_json(comm: MPI.Comm, value: Any) -> list[Any]:
+    """Every rank's JSON value, in rank order, on every rank."""
+    return [json.loads(payload) for payload in gather(comm, json.dumps(value).encode())]
+
+
+def wait(request: Any) -> None:
+    """Wait for a pending MPI call with naps between looks: most MPI libraries would spin and take a core."""
+    nap, longest = _NAP_S
+    awake_until = time.monotonic() + _SPIN_S
+    while not request.Test():
+        if time.monotonic() > awake_until:
+            time.sleep(nap)
+            nap = min(1.5 * nap, longest)

@@ -1,0 +1,203 @@
+"""Events: the types of what readers take from `metrics.jsonl` (docs/outputs.md says what it means).
+
+A record may come from another version or from somebody else, so the type of a field that is read is checked here, once, and
+not by whoever goes on to compute with it. Fields and events that are not listed are passed over. Only what an event is sorted
+by is required: older versions have not written everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+_LAST_SECOND = 253402300799
+"""Of the year 9999: a date can have no later one."""
+
+Count = Annotated[int, Field(ge=0, le=2**63)]
+Round = Annotated[int, Field(ge=0, le=10**6)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=1e15)]
+Time = Annotated[float, Field(ge=0, le=_LAST_SECOND)]
+Label = Annotated[str, Field(pattern=r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?$")]
+"""Of a tier: `4`, `4 r2`, `4 e8`."""
+
+
+class _Fields(BaseModel):
+    """What is null may as well be absent: a number that was not finite, or a field that does not apply."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Tiered(_Fields):
+    """Older versions name a tier by its top-k only, under either name."""
+
+    tier_label: Label | None = None
+    tier: Count | Label | None = None
+    top_k: Count | None = None
+
+
+class _OfTier(_Tiered):
+    """An event that is sorted by its tier."""
+
+    @model_validator(mode="after")
+    def _has_a_tier(self) -> _OfTier:
+        # Readers take the first that is there, so a null one is no name.
+        if not self.model_fields_set or next(iter(self._names()), None) is None:
+            raise ValueError("tier_label: missing")
+        return self
+
+    def _names(self) -> list[str | int | None]:
+        names = ("tier_label", "tier", "top_k")
+        return [getattr(self, name) for name in names if name in self.model_fields_set]
+
+
+class _Place(_Fields):
+    rank: Count
+    cluster: Count
+    shard: Count
+    host: str | None = None
+    experts: str | None = None
+
+
+class _Run(_Fields):
+    time: Time | None = None
+    name: str | None = None
+    method: str | None = None
+    seed: int | None = None
+    world_size: Count | None = None
+    clusters: Count | None = None
+    ep_size: Count | None = None
+    clients: Count | None = None
+    num_experts: Count | None = None
+    top_k: Count | None = None
+    layers: Count | None = None
+    tiers: list[Count] | None = None
+    budgets: list[_OfTier] | None = None
+    foundation: str | None = None
+    foundation_code: str | None = None
+    reproducible: str | None = None
+    versions: dict[str, str] | None = None
+    topology: list[_Place] | None = None
+
+
+class _Resume(_Fields):
+    time: Time | None = None
+    round: Round | None = None
+    world_size: Count | None = None
+    checkpoint: str | None = None
+    topology: list[_Place] | None = None
+
+
+class _Client(_OfTier):
+    name: str
+    samples: Count | None = None
+    sequences: Count | None = None
+    tokens: Count | None = None
+    targets: Count | None = None
+
+
+class _Distribution(_Fields):
+    labels: list[str | int] = Field(default_factory=list)
+    counts: list[list[Count]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _has_a_count_per_label(self) -> _Distribution:
+        if any(len(row) != len(self.labels) for row in self.counts):
+            raise ValueError("counts: needs one number per label in every row")
+        return self
+
+
+class _Omissions(_Fields):
+    rows: Count
+    total: dict[str, Count]
+    clients: dict[str, dict[str, Count]]
+
+
+class _Data(_Fields):
+    clients: list[_Client] | None = None
+    distribution: _Distribution | None = None
+    omissions: _Omissions | None = None
+
+
+class _Eval(_OfTier):
+    round: Round
+    split: str
+    client: str | None = None
+    loss: Number | None = None
+    perplexity: Amount | None = None
+    accuracy: Number | None = None
+    targets: Count | None = None
+    tokens: Count | None = None
+
+
+class _Trained(_Tiered):
+    round: Round
+    client: str
+    status: str = "ok"
+    steps: Count | None = None
+    tokens: Count | None = None
+    seconds: Seconds | None = None
+    flops: Amount | None = None
+    loss_first: Number | None = None
+    loss_last: Number | None = None
+    rescaler: Number | None = None
+
+
+class _Tally(_Fields):
+    seconds: Seconds
+
+
+class _Round(_Fields):
+    time: Time | None = None
+    round: Round
+    participants: Count | None = None
+    dropped: Count | None = None
+    waves: Count | None = None
+    tokens: Count | None = None
+    tokens_per_s: Amount | None = None
+    seconds: Seconds | None = None
+    weight_entropy: Number | None = None
+    phases: dict[str, Seconds | None] | None = None
+    collectives: dict[str, _Tally] | None = None
+
+
+class _Experts(_OfTier):
+    round: Round
+    activation: list[list[Annotated[float, Field(ge=0, le=1.001)] | None]]
+
+
+class _End(_Fields):
+    time: Time | None = None
+    rounds: Round | None = None
+    digest: str | None = None
+    seconds: Seconds | None = None
+    peak_bytes: list[Count] | None = None
+
+
+_KINDS: dict[str, type[_Fields]] = {
+    "run": _Run,
+    "resume": _Resume,
+    "data": _Data,
+    "eval": _Eval,
+    "client": _Trained,
+    "round": _Round,
+    "experts": _Experts,
+    "end": _End,
+}
+
+
+def wrong_field(event: Mapping[str, Any]) -> str | None:
+    """The first field of an event that its readers cannot take, and why; None if there is none."""
+    kind = _KINDS.get(event["event"])
+    if kind is None:
+        return None
+    try:
+        kind.model_validate(event)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join([event["event"], *map(str, first["loc"])])
+        return f"{place}: {first['msg']}"
+    return None

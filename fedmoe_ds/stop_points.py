@@ -1,0 +1,94 @@
+"""Stop points: places between two steps of long work at which it may be left.
+
+Work calls `stop_point()` between its steps: pre-training, encoding, reading and hashing of large files. Nothing happens there
+unless somebody listens (`long_work`), whose answer to a stop request is StopError. The work then keeps what it can, cleans up
+what is half made, and lets the error out.
+
+Who listens is known to one thread only: a background thread never takes part in what the ranks agree on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+_PIECE = 1 << 20  # bytes between two stop points of `file_sha256`
+_LOOK_S = 0.2  # seconds between two of `run_waiting`
+
+_listener: ContextVar[Callable[[], None] | None] = ContextVar("listener", default=None)
+
+
+class StopError(BaseException):
+    """The run was asked to stop before it had anything to save in a checkpoint; raised on all ranks.
+
+    Like KeyboardInterrupt no Exception: whoever turns the troubles of a parser or a download into one line lets it through.
+
+    Attributes:
+        signal: its name.
+        kept: what of the work is kept, in words for the user.
+    """
+
+    def __init__(self, signal: str) -> None:
+        self.signal, self.kept = signal, ""
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal} while loading{f'; {self.kept}' if self.kept else ''}"
+
+
+def stop_point() -> None:
+    """Between two steps of long work. Raises StopError where the run was asked to stop."""
+    listener = _listener.get()
+    if listener is not None:
+        listener()
+
+
+@contextmanager
+def heard_by(listener: Callable[[], None]) -> Iterator[None]:
+    """Let `listener` be called at every stop point of the body."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits; stop points between its pieces. Raises OSError as reading does."""
+    content, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            content.update(buffer[:count])
+            stop_point()
+    return content.hexdigest()
+
+
+def run_waiting(action: Callable[[], T]) -> T:
+    """Run an action that has no stop points of its own, a download, and have some while it runs.
+
+    After a stop it is left alone, in a thread that ends with the process: only for what is safe to end at any moment.
+    """
+    if _listener.get() is None:
+        return action()
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="long work", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK_S)
+        stop_point()
+    if failures:
+        raise failures[0]
+    return results[0]

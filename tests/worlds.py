@@ -1,0 +1,165 @@
+"""Worlds of threads for tests of the watchdog: every thread is a rank, sockets are real, and nobody's process ends."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fedmoe_ds import watchdog
+from fedmoe_ds.peers import Limits, Process
+from fedmoe_ds.watch import Watch
+
+LIMITS = Limits(silence=20.0, waiting=1800.0, ranks=3)
+
+
+@dataclass
+class Ending:
+    """A watchdog has ended the job."""
+
+    rank: int
+    text: str
+    code: int
+    kill: list[Process]
+
+
+class EndError(SystemExit):
+    """Ends a thread as `os._exit` ends a process."""
+
+
+@dataclass
+class Endings:
+    """What has ended, in order."""
+
+    all: list[Ending] = field(default_factory=list)
+
+    def wait(self, count: int = 1, limit_s: float = 10.0) -> list[Ending]:
+        until(lambda: len(self.all) >= count, limit_s)
+        return self.all
+
+
+@pytest.fixture(autouse=True)
+def endings(monkeypatch: pytest.MonkeyPatch) -> Endings:
+    """Instead of ending this process, watchdogs end their thread and are noted: in every test that may start one."""
+    found = Endings()
+
+    def end(watch: Watch, text: str, code: int, speaks: bool = True, kill: Any = ()) -> None:
+        found.all.append(Ending(watch.me.rank, text, code, list(kill)))
+        raise EndError
+
+    monkeypatch.setattr(threading, "excepthook", lambda args, real=threading.excepthook: _report(args, real))
+    monkeypatch.setattr(Watch, "end", end)
+    monkeypatch.setattr(watchdog, "_watch", None)
+    return found
+
+
+def _report(args: threading.ExceptHookArgs, real: Callable[[threading.ExceptHookArgs], Any]) -> None:
+    if not issubclass(args.exc_type, EndError):
+        real(args)
+
+
+class Meeting:
+    """The control plane of a world of threads."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.told = size, list[list[bytes]]()
+        self._barrier, self._slots = threading.Barrier(size, timeout=20.0), [b""] * size
+
+    def rank(self, rank: int) -> Any:
+        meeting = self
+
+        class Control:
+            name, size = "the world", meeting.size
+
+            def gather(self, payload: bytes) -> list[bytes]:
+                meeting._slots[rank] = payload
+                meeting._barrier.wait()
+                result = list(meeting._slots)
+                if rank == 0:
+                    meeting.told.append(result)
+                meeting._barrier.wait()
+                return result
+
+        Control.rank = rank  # type: ignore[attr-defined]
+        return Control()
+
+
+class World:
+    """The watchdogs of a world: all ranks but the last, which comes when it is told to."""
+
+    def __init__(self, size: int) -> None:
+        self.watches: dict[int, Any] = {}
+        self.failures: dict[int, Exception] = {}
+        self.port = 0
+        self.late = threading.Event()
+        self._meeting, self._size = Meeting(size), size
+        self._threads = [threading.Thread(target=self._start, args=(rank,), daemon=True) for rank in range(size)]
+
+    def _start(self, rank: int) -> None:
+        try:
+            self.watches[rank] = watchdog.start(self._meeting.rank(rank), LIMITS, rank)
+        except Exception as error:
+            self.failures[rank] = error
+
+    def begin(self) -> None:
+        for thread in self._threads:
+            thread.start()
+        until(lambda: len(self.watches) == self._size - 1)
+        self.port = next(told["places"][0][1] for told in self.told() if "places" in told)
+
+    def told(self) -> list[dict[str, Any]]:
+        """What rank 0 has said over the control plane."""
+        return [json.loads(gathered[0]) for gathered in self._meeting.told]
+
+    def complete(self) -> None:
+        """The last rank comes."""
+        self.late.set()
+        until(lambda: len(self.watches) + len(self.failures) == self._size)
+        assert not self.failures
+
+    def hear_each_other(self) -> None:
+        """Every rank hears from rank 0 once more, and rank 0 from every rank."""
+        now = time.monotonic()
+        ranks = range(1, self._size)
+        until(lambda: all(self.watches[rank].main.heard > now for rank in ranks))
+        until(lambda: all(self.watches[0].peers[rank].heard > now for rank in ranks))
+
+    def stop(self) -> None:
+        for watch in self.watches.values():
+            watch.stop()
+        for watch in self.watches.values():
+            watch.thread.join(10.0)
+
+
+@contextmanager
+def world(size: int, monkeypatch: pytest.MonkeyPatch, master: str = "127.0.0.1") -> Iterator[World]:
+    """All ranks but the last are in; the last one has everything but a connection."""
+    made, real = World(size), socket.create_connection
+
+    def create(*args: Any, **options: Any) -> socket.socket:
+        if threading.current_thread() is made._threads[-1]:
+            made.late.wait(20.0)
+        return real(*args, **options)
+
+    monkeypatch.setattr(socket, "create_connection", create)
+    monkeypatch.setenv("MASTER_ADDR", master)
+    made.begin()
+    try:
+        yield made
+    finally:
+        made.late.set()
+        made.stop()
+
+
+def until(condition: Callable[[], Any], limit_s: float = 10.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.005)
