@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes tells something about the machine, which others use too; a test that hangs meets its timeout.
+settings.register_profile("fedmoe-ds", deadline=None)
+settings.load_profile("fedmoe-ds")
 
 # A shell starts jobs in the background with SIGINT ignored, and every process below inherits that: Ctrl-C could not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
