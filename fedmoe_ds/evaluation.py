@@ -15,16 +15,14 @@ from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.batch import Rows, make_batch
+from fedmoe_ds.clients.batch import Rows
 from fedmoe_ds.clients.client import Client, tiers_of
-from fedmoe_ds.clients.model import forward_pass
-from fedmoe_ds.config import EvaluationConfig
+from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.data import FederatedData, Sequences
-from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.layer import RESCALER
-from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.methods import Method, Situation
+from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.personal import Personal
+from fedmoe_ds.run_spec import RunSpec
 from fedmoe_ds.runtime import Runtime
 
 ReadBatch = Callable[[], Sequences]
@@ -63,24 +61,24 @@ class Evaluator:
     What clients changed about their budgets on the way (HetLoRA's pruned ranks) does not count: the tier stays what it was.
 
     Args:
+        spec: method and evaluation settings.
+        model: with the adapters of clients in flight.
         bank: the global adapters (one client slot, no gradients); in the model only while an evaluation runs.
         clients: all clients; a tier's personal state is the mean over its clients.
     """
 
     def __init__(
         self,
-        foundation: Foundation,
-        execution: Execution,
+        spec: RunSpec,
+        model: AdaptedModel,
         runtime: Runtime,
         bank: Bank,
         data: FederatedData,
         clients: list[Client],
-        method: Method,
-        config: EvaluationConfig,
     ) -> None:
-        self.foundation, self.execution, self.runtime, self.bank = foundation, execution, runtime, bank
+        self.model, self.execution, self.runtime, self.bank = model, model.execution, runtime, bank
         self.data, self.clients, self.tiers = data, clients, tiers_of(clients)
-        self.method, self.config = method, config
+        self.method, self.config = spec.method, spec.config.evaluation
 
     def scores(self, personal: Personal, per_client: bool, plain: bool) -> list[Score]:
         """Rows for every tier: split `global`, and with `per_client` also `client` (one per client) and `clients` (pooled).
@@ -91,7 +89,7 @@ class Evaluator:
         rows = []
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
         for members in self.tiers.values():
-            how = self.method.assign(members[0], Situation(0, personal.dense(members[0].index)))
+            how = self.method.assign(members[0], RoundContext(0, personal.dense(members[0].index)))
             how = how if not plain else replace(how, rows_R=None, rescale=None)
             if not self.method.personal_models:
                 rows += self._tier_rows(members, how, personal, owners, plain)
@@ -164,9 +162,9 @@ class Evaluator:
         if how.rows_R is None:
             return self.bank
         specs = list(self.bank.specs.values())
-        bank = Bank(specs, self.bank.experts, clients=1, device=self.runtime.device, with_grad=False)
+        bank = Bank(specs, self.bank.experts, clients=1, device=self.bank.device, with_grad=False)
         for spec in specs:
-            value, mask = self.bank.client(spec.name, 0), how.mask(spec, self.runtime.device)
+            value, mask = self.bank.client(spec.name, 0), how.mask(spec, self.bank.device)
             bank.client(spec.name, 0).copy_(value if mask is None else torch.where(mask, value, 0.0))
         return bank
 
@@ -174,9 +172,9 @@ class Evaluator:
         rows = []
         if read is not None:
             sequences = read()
-            rows.append(Rows.of(0, how.cap, sequences, range(len(sequences)), images=self.foundation.images))
-        batch = make_batch(rows, self.execution.pool.num_experts, self.runtime.device, self.foundation.images)
-        result = forward_pass(self.foundation, self.execution, batch, 0, None if how.rescale is None else [how.rescale])
+            rows.append(Rows.of(0, how.cap, sequences, range(len(sequences)), images=self.model.foundation.images))
+        batch = self.model.batch(rows)
+        result = self.model.forward(batch, 0, None if how.rescale is None else [how.rescale])
         if read is not None:
             sums_3N[0, place] = float(result.nll_N.double().sum())
             correct_N = result.logits_NV.argmax(-1) == batch.labels_N

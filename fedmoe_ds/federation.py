@@ -19,8 +19,8 @@ from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.build import Parts
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
 from fedmoe_ds.clients.client import Client, tiers_of
-from fedmoe_ds.clients.local import Local
-from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.clients.schedule import Wave, schedule
 from fedmoe_ds.clients.shortage import OutOfMemory, release_memory
 from fedmoe_ds.clock import Clock
@@ -88,7 +88,7 @@ class Federation:
         absent = parts.absences.of(round_index)
         progressed.done |= {c.index: self.journal.absent(c) for c in chosen if c.index in absent}
         waiting = [client for client in chosen if client.index not in progressed.done]
-        plan = schedule(waiting, parts.cost, config.local, parts.topology.layout.clusters, config.topology.ep_size,
+        plan = schedule(waiting, parts.spec.cost, config.local, parts.topology.layout.clusters, config.topology.ep_size,
                         config.execution.clients_in_flight)  # fmt: skip
         mine = plan[parts.topology.cluster]
         self.journal.start_round(round_index, config.federation.rounds, len(mine))
@@ -140,16 +140,16 @@ class Federation:
         parts = self.parts
         for number, wave in enumerate(waves, start=1):
             trained = self._train_wave(round_index, wave, progressed)
-            for local, report in trained:
-                self._fold(local, report, places[report.client.index], progressed, sums)
-            reports = [report for _, report in trained]
-            tokens = sum(report.tokens for report in reports)
-            seconds = max((report.seconds for report in reports), default=0.0)
+            for view, update in trained:
+                self._fold(view, update, places[update.client.index], progressed, sums)
+            updates = [update for _, update in trained]
+            tokens = sum(update.tokens for update in updates)
+            seconds = max((update.seconds for update in updates), default=0.0)
             self.journal.wave_done(number, len(waves), tokens * parts.topology.layout.clusters, seconds)
             if self._stop_requested_here():
                 return
 
-    def _train_wave(self, round_index: int, wave: Wave, progressed: Progressed) -> list[tuple[Local, Report]]:
+    def _train_wave(self, round_index: int, wave: Wave, progressed: Progressed) -> list[tuple[ClientView, ClientUpdate]]:
         """Train one wave. A client that does not fit into memory leaves it, and the others begin again.
 
         Raises:
@@ -174,31 +174,31 @@ class Federation:
         return []
 
     @torch.no_grad()
-    def _fold(self, local: Local, report: Report, place: int, progressed: Progressed, sums: RoundSums) -> None:
+    def _fold(self, view: ClientView, update: ClientUpdate, place: int, progressed: Progressed, sums: RoundSums) -> None:
         parts, shard = self.parts, self.parts.topology.shard
-        at_home = report.home == shard
-        if report.finite:
-            parts.server.fold(sums, place, local, report)
-            for spec in local.blocks():
+        at_home = update.home == shard
+        if update.finite:
+            parts.server.fold(sums, place, view, update)
+            for spec in view.blocks():
                 if spec.personal:
-                    self.state.personal.store(report.client.index, spec.name, local.value(spec))
-            for name, value in report.remembered.items():
-                self.state.personal.store(report.client.index, name, value)
+                    self.state.personal.store(update.client.index, spec.name, view.value(spec))
+            for name, value in update.remembered.items():
+                self.state.personal.store(update.client.index, name, value)
             if at_home:
-                for name, value in parts.method.remember(report).items():
-                    self.state.personal.store(report.client.index, name, value)
+                for name, value in parts.spec.method.remember(update).items():
+                    self.state.personal.store(update.client.index, name, value)
         if shard == 0:
-            tier = progressed.activation.setdefault(report.client.tier, np.zeros_like(report.counts_LE))
-            tier += report.counts_LE
+            tier = progressed.activation.setdefault(update.client.tier, np.zeros_like(update.counts_LE))
+            tier += update.counts_LE
         if at_home:
-            spent = parts.cost.spent(
-                report.tokens,
-                int(report.counts_LE.sum()),
-                int(report.trained_LE.sum()),
-                report.assignment.rank(parts.config.adapters.rank),
+            spent = parts.spec.cost.spent(
+                update.tokens,
+                int(update.counts_LE.sum()),
+                int(update.trained_LE.sum()),
+                update.assignment.rank(parts.config.adapters.rank),
             )
-            status = "ok" if report.finite else "non-finite"
-            progressed.done[report.client.index] = self.journal.client(report, status, spent, self.state.personal)
+            status = "ok" if update.finite else "non-finite"
+            progressed.done[update.client.index] = self.journal.client(update, status, spent, self.state.personal)
 
     def _share(self, progressed: Progressed) -> None:
         """Make what each cluster knows about the round known everywhere: reports, personal state, activation counts."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmoe_ds.activity import activity
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
@@ -84,23 +84,23 @@ class Journal:
     def wave_done(self, wave: int, waves: int, tokens: int, seconds: float) -> None:
         self.progress.wave_done(wave, waves, tokens, seconds)
 
-    def client(self, report: Report, status: str, flops: float, personal: Personal) -> dict[str, Any]:
+    def client(self, update: ClientUpdate, status: str, flops: float, personal: Personal) -> dict[str, Any]:
         """What metrics say about one client in one round."""
-        first, last = report.losses or (None, None)
-        rescaler = float(personal.values[RESCALER][report.client.index].mean()) if RESCALER in personal.values else None
+        first, last = update.losses or (None, None)
+        rescaler = float(personal.values[RESCALER][update.client.index].mean()) if RESCALER in personal.values else None
         return {
-            "client": report.client.name,
-            "top_k": report.client.top_k,
-            "tier_label": report.client.tier,
-            "steps": report.steps,
-            "tokens": report.tokens,
-            "targets": report.targets,
+            "client": update.client.name,
+            "top_k": update.client.top_k,
+            "tier_label": update.client.tier,
+            "steps": update.steps,
+            "tokens": update.tokens,
+            "targets": update.targets,
             "loss_first": first,
             "loss_last": last,
-            "active_experts": report.assignment.cap,
-            "rank": None if report.assignment.rows_R is None else int(report.assignment.rows_R.sum()),
+            "active_experts": update.assignment.cap,
+            "rank": None if update.assignment.rows_R is None else int(update.assignment.rows_R.sum()),
             "flops": flops,
-            "seconds": report.seconds,
+            "seconds": update.seconds,
             "status": status,
             "rescaler": rescaler,
         }

@@ -15,10 +15,7 @@ from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
 from fedmoe_ds.aggregation.server_optimizer import server_moments
 from fedmoe_ds.clients.drift import shared_blocks
 from fedmoe_ds.clients.optimizer import moment_bytes
-from fedmoe_ds.config import Config
-from fedmoe_ds.experts.places import Places
-from fedmoe_ds.foundation.size import ModelSize
-from fedmoe_ds.methods import Method
+from fedmoe_ds.run_spec import RunSpec
 from fedmoe_ds.server import base_block
 
 FP32 = 4
@@ -33,32 +30,19 @@ def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, i
     return expert, dense
 
 
-def estimate(
-    config: Config,
-    model: ModelSize,
-    places: Places,
-    blocks: list[BlockSpec],
-    home_clients: int,
-    length: int,
-    exact: bool,
-    row_bytes: int,
-    together: int,
-    active: float | None = None,
-) -> dict[str, int]:
+def estimate(spec: RunSpec, home_clients: int, length: int, together: int, active: float | None = None) -> dict[str, int]:
     """Bytes per rank by purpose.
 
     Args:
         home_clients: client slots of one rank; the wave has ep_size times as many.
         length: rows of a sequence or an image.
-        exact: whether sums are order-free integers (bitwise mode).
-        row_bytes: of a number between the products of a pass.
         together: clients of a rank that go through the model together.
         active: their mean number of active experts; None for the largest.
     """
-    ep_size = config.topology.ep_size
-    expert, dense = parameters_per_client(blocks, places.num_experts // ep_size)
+    config, model, ep_size = spec.config, spec.size, spec.config.topology.ep_size
+    expert, dense = parameters_per_client(spec.blocks, spec.places.num_experts // ep_size)
     in_flight = home_clients * ep_size * expert + home_clients * dense
-    sum_bytes = 16 if exact else 4
+    sum_bytes = 16 if spec.bitwise else 4
     return {
         "dense part": model.dense_parameters * model.bytes_per_parameter,
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
@@ -66,19 +50,18 @@ def estimate(
         "adapters in flight": in_flight * FP32 * 2,
         "client optimizer": in_flight * moment_bytes(config.local),
         "round sums": (expert + dense) * sum_bytes,
-        PASS: activations(config, model, places, together, length, row_bytes, active),
+        PASS: activations(spec, together, length, active),
     }
 
 
-def outlasting(
-    config: Config, method: Method, places: Places, blocks: list[BlockSpec], clients: int, drawn: int
-) -> dict[str, int]:
+def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
     """Bytes per rank of what a method keeps for all `clients`, for the `drawn` ones of a round, and for the server.
 
     And of the copy of all that lasts which a checkpoint is written from while the next round trains.
     """
-    held = places.num_experts // config.topology.ep_size
-    personal = [spec for spec in blocks if spec.personal] + method.memory(blocks)
+    config, method, blocks = spec.config, spec.method, spec.blocks
+    held = spec.places.num_experts // config.topology.ep_size
+    personal = [block for block in blocks if block.personal] + method.client_state(blocks)
     if config.local.drift == "scaffold":
         personal += shared_blocks(blocks)
     server = len(server_moments(config.server)) + (config.local.drift == "scaffold")
@@ -91,19 +74,18 @@ def outlasting(
         "server state": server * shared + sum(parameters_per_client(merged, held)),
     }
     if config.checkpoint.background:
-        adapters = sum(parameters_per_client([spec for spec in blocks if not spec.personal], held))
+        adapters = sum(parameters_per_client([block for block in blocks if not block.personal], held))
         found[COPY] = adapters + found["personal state"] + found["server state"]
     return {name: count * FP32 for name, count in found.items() if count}
 
 
-def activations(
-    config: Config, model: ModelSize, places: Places, clients: int, length: int, row_bytes: int, active: float | None = None
-) -> int:
+def activations(spec: RunSpec, clients: int, length: int, active: float | None = None) -> int:
     """Bytes of a pass of so many clients with `active` experts each and full sequences: what is kept, and one layer's backward.
 
     The rows that arrive at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the
     gradients of its rows, results and inner values; with expert parallelism also what is on its way.
     """
+    config, model, places = spec.config, spec.size, spec.places
     sequences = config.execution.micro_batch_size or config.local.batch_size
     tokens = clients * sequences * length
     dense = 12 * model.hidden + 4 * config.adapters.rank
@@ -116,7 +98,7 @@ def activations(
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
     logits = 4 * tokens * model.vocabulary
-    return int((kept_layers * per_layer + checkpoints + backward + logits) * row_bytes)
+    return int((kept_layers * per_layer + checkpoints + backward + logits) * spec.row_bytes)
 
 
 def format_bytes(count: float) -> str:

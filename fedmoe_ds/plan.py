@@ -5,11 +5,11 @@ from __future__ import annotations
 from fedmoe_ds.clients.schedule import Wave, home_clients, schedule
 from fedmoe_ds.clients.steps import step_count
 from fedmoe_ds.config import Config, dump_config
-from fedmoe_ds.fit import check_plan
 from fedmoe_ds.memory import estimate, format_bytes, outlasting
-from fedmoe_ds.methods import load_method, method_for, with_defaults
-from fedmoe_ds.planner.job import Job, is_bitwise, resolve
+from fedmoe_ds.methods import load_method, with_defaults
+from fedmoe_ds.planner.job import Job, resolve
 from fedmoe_ds.planner.text import data_lines, summarised
+from fedmoe_ds.run_spec import check_start
 from fedmoe_ds.topology import check_layout, format_table
 
 _MOST_RANKS = 64
@@ -23,9 +23,8 @@ def resolved(config: Config) -> str:
 
 def describe(config: Config, world_size: int) -> list[str]:
     """Describe the run on `world_size` ranks. Raises UserError for everything that a real start would refuse."""
-    method_for(config)
+    config, _ = check_start(config, "cpu")
     layout = check_layout(config.topology, world_size)
-    check_plan(config, is_bitwise(config, "cpu"))
     job = resolve(config, assume=False)
     config = job.config
     rows = layout.table(job.places.num_experts, ["?"] * world_size)
@@ -34,9 +33,8 @@ def describe(config: Config, world_size: int) -> list[str]:
     chosen = job.participants(1)
     plan = schedule(chosen, job.cost, config.local, layout.clusters, layout.ep_size, config.execution.clients_in_flight)
     home = home_clients(config.execution.clients_in_flight, len(chosen), layout.ep_size)
-    sizes = (job.size, job.places, job.blocks, home, job.length)
-    memory = estimate(config, *sizes, job.bitwise("cpu"), job.row_bytes("cpu"), home if job.shares_passes("cpu") else 1)
-    memory |= outlasting(config, job.method, job.places, job.blocks, len(job.clients), len(chosen))
+    memory = estimate(job, home, job.length, together=home if job.shares_passes else 1)
+    memory |= outlasting(job, len(job.clients), len(chosen))
     return [
         f"topology: {layout.clusters} clusters x ep_size {layout.ep_size} = {world_size} ranks",
         format_table([dict(zip(ranks[0], row, strict=True)) for row in shown]),

@@ -17,14 +17,13 @@ from fedmoe_ds.aggregation.statistics import Statistics
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.drift import control_block, shared_blocks
-from fedmoe_ds.clients.local import Local
-from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.clients.schedule import participant_count
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.methods import Method
+from fedmoe_ds.run_spec import RunSpec
 
 CONTROL, BASE = "control", "base"
 
@@ -48,28 +47,20 @@ class Server:
     """Folds clients into sums and makes the next global state of them.
 
     Args:
-        blocks: the blocks of the run.
+        spec: method, adapter blocks and mode of the run.
         foundation: its frozen weights are written where the method moves products into them.
         clients: all clients of the federation.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        method: Method,
-        blocks: list[BlockSpec],
-        foundation: Foundation,
-        places: Places,
-        clients: list[Client],
-        exact: bool,
-    ) -> None:
-        self.config, self.method, self.blocks, self.foundation, self.clients = config, method, blocks, foundation, clients
-        self.exact, self.scale = exact, config.adapters.alpha / config.adapters.rank
-        if exact:
-            check_terms(config, len(clients))
+    def __init__(self, spec: RunSpec, foundation: Foundation, clients: list[Client]) -> None:
+        self.config, self.method, self.blocks = spec.config, spec.method, spec.blocks
+        self.foundation, self.clients, self.exact = foundation, clients, spec.bitwise
+        self.scale = self.config.adapters.alpha / self.config.adapters.rank
+        if self.exact:
+            check_terms(self.config, len(clients))
         self.total_samples = sum(client.samples for client in clients)
-        self.optimizer = ServerOptimizer(config.server)
-        self.experts, self.first_expert = len(places.held), places.held.start
+        self.optimizer = ServerOptimizer(self.config.server)
+        self.experts, self.first_expert = len(spec.places.held), spec.places.held.start
 
     @property
     def scaffold(self) -> bool:
@@ -95,23 +86,23 @@ class Server:
                          self.scaffold, device)  # fmt: skip
 
     @torch.no_grad()
-    def fold(self, sums: RoundSums, place: int, local: Local, report: Report) -> None:
+    def fold(self, sums: RoundSums, place: int, view: ClientView, update: ClientUpdate) -> None:
         """Add one finished client; `place` is its place among the round's participants."""
-        share = report.client.samples / self.total_samples
+        share = update.client.samples / self.total_samples
         held = slice(self.first_expert, self.first_expert + self.experts)
-        for spec in shared_blocks(local.blocks()):
-            weight = self.method.weights(spec, report, share)
+        for spec in shared_blocks(view.blocks()):
+            weight = self.method.weights(spec, update, share)
             part = weight[:, held] if spec.expert else weight
-            sums.add(place, spec, self._contribution(local, spec), part)
+            sums.add(place, spec, self._contribution(view, spec), part)
             if self.scaffold:
-                change = report.remembered[control_block(spec).name] - local.memory[control_block(spec).name]
+                change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]
                 sums.add_control(spec, change, np.full(part.shape, 1.0 / len(self.clients)))
 
-    def _contribution(self, local: Local, spec: BlockSpec) -> Tensor:
-        mask = local.assignment.mask(spec, local.value(spec).device)
+    def _contribution(self, view: ClientView, spec: BlockSpec) -> Tensor:
+        mask = view.assignment.mask(spec, view.value(spec).device)
         if mask is None or self.method.missing_rows == "zero":
-            return local.value(spec)
-        return torch.where(mask, local.value(spec), local.start.client(spec.name, 0))
+            return view.value(spec)
+        return torch.where(mask, view.value(spec), view.start.client(spec.name, 0))
 
     @torch.no_grad()
     def step(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int) -> None:

@@ -24,7 +24,6 @@ from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
 from fedmoe_ds.files import make_folder
-from fedmoe_ds.fit import is_bitwise
 from fedmoe_ds.folder_lock import FolderLock
 from fedmoe_ds.foundation.rowwise import row_dtype
 from fedmoe_ds.identity import check_identity, check_no_effect
@@ -233,9 +232,9 @@ def start_line(parts: Parts) -> str:
     dtype, device = row_dtype(parts.foundation.model), parts.runtime.device
     config = parts.config
     kernel = products_for(config.adapters.rank, dtype, device, config.execution.adapter_kernels).name
-    paired = any(spec.expert and spec.pair for spec in parts.blocks)
+    paired = any(spec.expert and spec.pair for spec in parts.spec.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
-    mode = "bitwise" if is_bitwise(parts.config, parts.runtime) else "fast"
+    mode = "bitwise" if parts.spec.bitwise else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
         f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_without_effect(config)}"
@@ -249,7 +248,7 @@ def _without_effect(config: Config) -> str:
 
 def rank_table(parts: Parts) -> list[dict[str, int | str]]:
     topology: Topology = parts.topology
-    return topology.layout.table(parts.places.num_experts, topology.hosts)
+    return topology.layout.table(parts.spec.places.num_experts, topology.hosts)
 
 
 def run_facts(parts: Parts) -> dict[str, Any]:
@@ -265,15 +264,15 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "clusters": parts.topology.layout.clusters,
         "ep_size": config.topology.ep_size,
         "clients": len(parts.clients),
-        "num_experts": parts.places.num_experts,
-        "top_k": parts.places.top_k,
-        "layers": len(parts.places.layers),
+        "num_experts": parts.spec.places.num_experts,
+        "top_k": parts.spec.places.top_k,
+        "layers": len(parts.spec.places.layers),
         "tiers": sorted({client.top_k for client in parts.clients}, reverse=True),
         "budgets": budgets(parts),
         "foundation": foundation.fingerprint,
         "foundation_code": foundation.code,
         "seed": config.seed,
-        "reproducible": "bitwise" if is_bitwise(config, parts.runtime) else "fast",
+        "reproducible": "bitwise" if parts.spec.bitwise else "fast",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "device": str(parts.runtime.device) if parts.runtime.device.type == "cpu" else torch.cuda.get_device_name(),
         "topology": rank_table(parts),

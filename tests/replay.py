@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.build import Parts
-from fedmoe_ds.clients.local import Local
-from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.server import BASE
 
 
@@ -40,27 +40,27 @@ class Replay:
         self.lr, self.clip = lr, clip
         self.layers, self.experts = parts.counts_shape
         self.settings: Any = SimpleNamespace(scale=parts.config.adapters.alpha / parts.config.adapters.rank)
-        bases = parts.state.server[BASE].items(0) if parts.method.absorbs else ()
+        bases = parts.state.server[BASE].items(0) if parts.spec.method.absorbs else ()
         self.frozen = {key.removesuffix(".base"): value.double() for key, _, value in bases}
         self.slopes: dict[int, list[Adapters]] = {}
-        self.reports: dict[int, Report] = {}
+        self.updates: dict[int, ClientUpdate] = {}
         self.places: dict[int, int] = {}
         rules, fold = parts.trainer.rules, parts.server.fold
         object.__setattr__(rules, "adjust", (self._listen, *rules.adjust))
 
-        def folded(sums: Any, place: int, local: Local, report: Report) -> None:
-            self.reports[report.client.index] = report
-            fold(sums, place, local, report)
+        def folded(sums: Any, place: int, view: ClientView, update: ClientUpdate) -> None:
+            self.updates[update.client.index] = update
+            fold(sums, place, view, update)
 
         parts.server.fold = folded  # type: ignore[method-assign]
 
     def forget(self) -> None:
         """A new round begins."""
-        self.slopes, self.reports = {}, {}
+        self.slopes, self.updates = {}, {}
 
-    def _listen(self, local: Local) -> None:
-        found = {key: v.double().clone() for spec in local.blocks() for key, v in keyed(spec, local.grad(spec))}
-        self.slopes.setdefault(local.client.index, []).append(found)
+    def _listen(self, view: ClientView) -> None:
+        found = {key: v.double().clone() for spec in view.blocks() for key, v in keyed(spec, view.grad(spec))}
+        self.slopes.setdefault(view.client.index, []).append(found)
 
     def frozen_weight(self, stem: str) -> Tensor:
         return self.frozen[stem]
@@ -78,7 +78,7 @@ class Replay:
         """The same arguments and results as `Reference.train`; the rescaler is one of the adapters here."""
         values = {key: value.double().clone().requires_grad_(not key.endswith(tuple(frozen))) for key, value in start.items()}
         trained = {key: value for key, value in values.items() if value.requires_grad}
-        slopes, report = self.slopes[task.index], self.reports[task.index]
+        slopes, update = self.slopes[task.index], self.updates[task.index]
         assert len(slopes) == len(task.steps) and all(step.keys() == trained.keys() for step in slopes)
         for step in slopes:
             for key, value in trained.items():
@@ -95,7 +95,7 @@ class Replay:
                 for value, grad in zip(trained.values(), grads, strict=True):
                     value -= self.lr * min(1.0, self.clip / norm) * grad
         result = {key: value.detach() for key, value in values.items()}
-        return Trained(result, rescaler, report.counts_LE, report.tokens, self.lr * len(slopes))
+        return Trained(result, rescaler, update.counts_LE, update.tokens, self.lr * len(slopes))
 
 
 class PersonalFlame(Flame):
@@ -110,7 +110,7 @@ class ObservedHFedMoE(HFedMoE):
     def local(self, task: Task, received: Adapters) -> Trained:
         result = FedIT.local(self, task, received)
         replay: Any = self.reference
-        report = replay.reports[task.index]
-        usage, importance = report.observed["usage"] / report.tokens, report.observed["importance"] / len(task.steps)
-        self.notes = {"usage": usage, "importance": importance, "trained": report.trained_LE > 0}
+        update = replay.updates[task.index]
+        usage, importance = update.observed["usage"] / update.tokens, update.observed["importance"] / len(task.steps)
+        self.notes = {"usage": usage, "importance": importance, "trained": update.trained_LE > 0}
         return result

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.adapters.segmented import Segment
 from fedmoe_ds.clients.batch import Rows, make_batch
-from fedmoe_ds.clients.model import PassResult, forward_pass, segment_sums
+from fedmoe_ds.clients.model import AdaptedModel, PassResult, segment_sums
 from fedmoe_ds.config import FoundationConfig
 from fedmoe_ds.data import Sequences, digits
 from fedmoe_ds.data.tokenizer import train_tokenizer
@@ -60,7 +60,7 @@ def run(foundation: Foundation, rows: list[Rows]) -> tuple[Any, PassResult]:
     execution = Execution(Bank([], 1, 2), Pool(None, 1, 1, 2, merge=True), 1.0)
     batch = make_batch(rows, 1, CPU, foundation.images)
     with torch.no_grad():
-        return batch, forward_pass(foundation, execution, batch, None)
+        return batch, AdaptedModel(foundation, execution).forward(batch, None)
 
 
 def test_images_of_two_clients(classifier: Foundation, images: Sequences) -> None:

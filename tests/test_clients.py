@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.clients.client import Capacity, Client, Spends, Tier, default_tiers, make_clients, resolve_tiers
+from fedmoe_ds.clients.client import BudgetKind, Capacity, Client, Tier, default_tiers, make_clients, resolve_tiers
 from fedmoe_ds.config import FederationConfig, TierConfig
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
@@ -67,7 +67,7 @@ def test_assignment() -> None:
     assert shuffled[0] == [c.top_k for c in deal(8, tiers, 0)]
 
 
-def bought(config: FederationConfig, spends: Spends) -> list[tuple[int, int, int]]:
+def bought(config: FederationConfig, spends: BudgetKind) -> list[tuple[int, int, int]]:
     return [(tier.cap, tier.rank, tier.experts) for tier in resolve_tiers(config, FULL, spends)]
 
 

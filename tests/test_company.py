@@ -11,11 +11,11 @@ from federations import MODEL, make_config, run_alone, write_inputs
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from fedmoe_ds.adapters.segmented import Segment
-from fedmoe_ds.config import Config
+from fedmoe_ds.config import Config, ExecutionConfig
 from fedmoe_ds.experts.attending import own_lengths
 from fedmoe_ds.experts.execution import Pass
-from fedmoe_ds.fit import shares_passes
 from fedmoe_ds.foundation.rowwise import INDEPENDENT
+from fedmoe_ds.run_spec import shares_passes
 
 COMMON = {key: MODEL[key] for key in MODEL if key not in ("num_experts", "norm_topk_prob", "intermediate_size")}
 OTHERS: dict[str, Any] = {
@@ -55,12 +55,12 @@ def test_company_leaves_no_trace(tmp_path: Path, family: str, dtype: str) -> Non
 
 
 def test_who_may_share_a_pass() -> None:
-    config = Config()
-    assert shares_passes(True, "olmoe", config, "cpu") and shares_passes(False, "deepseek_v3", config, "cuda")
-    assert not shares_passes(True, "deepseek_v3", config, "cpu"), "its shared experts and sigmoid scores are not kept apart"
-    assert not shares_passes(True, "olmoe", config, "cuda")
-    half = config.model_copy(update={"foundation": config.foundation.model_copy(update={"dtype": "bfloat16"})})
-    assert shares_passes(True, "olmoe", half, "cpu") and not shares_passes(True, "qwen2_moe", half, "cpu")
+    fast, exact = (Config(execution=ExecutionConfig(reproducible=mode)) for mode in ("fast", "bitwise"))
+    half = exact.model_copy(update={"foundation": exact.foundation.model_copy(update={"dtype": "bfloat16"})})
+    assert shares_passes(exact, "olmoe", "cpu") and shares_passes(fast, "deepseek_v3", "cuda")
+    assert not shares_passes(exact, "deepseek_v3", "cpu"), "its shared experts and sigmoid scores are not kept apart"
+    assert not shares_passes(exact, "olmoe", "cuda")
+    assert shares_passes(half, "olmoe", "cpu") and not shares_passes(half, "qwen2_moe", "cpu")
 
 
 def test_neighbours_of_equal_length_share_a_call() -> None:

@@ -14,7 +14,7 @@ from federations import alone, build, finish, make_config, write_inputs
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.drift import control_block, shared_blocks
-from fedmoe_ds.clients.local import Local
+from fedmoe_ds.clients.local import ClientView
 from fedmoe_ds.server import CONTROL
 
 MU, LR, ROUNDS = 0.3, 0.05, 3
@@ -37,10 +37,10 @@ def test_the_proximal_term(root: Path, method: str) -> None:
     pulled, masked = 0.0, 0
     before: dict[str, torch.Tensor] = {}
 
-    def ahead(local: Local) -> None:
+    def ahead(local: ClientView) -> None:
         before.update({spec.name: local.grad(spec).clone() for spec in local.blocks()})
 
-    def behind(local: Local) -> None:
+    def behind(local: ClientView) -> None:
         nonlocal pulled, masked
         for spec in local.blocks():
             added = local.grad(spec).double() - before[spec.name].double()
@@ -73,12 +73,12 @@ class Observer:
         rules = parts.trainer.rules
         parts.trainer.rules = replace(rules, adjust=(self.adjust, *rules.adjust), remember=(self.remember, *rules.remember))
 
-    def adjust(self, local: Local) -> None:
+    def adjust(self, local: ClientView) -> None:
         found = self.slopes.setdefault((self.parts.state.round + 1, local.client.index), {})
         for spec in local.blocks():
             found.setdefault(spec.name, []).append(numbers(local.grad(spec)))
 
-    def remember(self, local: Local, rates: float) -> dict[str, torch.Tensor]:
+    def remember(self, local: ClientView, rates: float) -> dict[str, torch.Tensor]:
         where = self.parts.state.round + 1, local.client.index
         self.ends[where] = {spec.name: numbers(local.value(spec)) for spec in local.blocks()}
         self.rows[where] = local.assignment.rows_R
@@ -101,12 +101,12 @@ def test_scaffold_is_the_plain_loop(root: Path, method: str) -> None:
     """Three rounds, three of six clients in each: option II of the paper; with fslora only on the rows that a client holds."""
     change = {"method": {"name": method}, "local": {**SGD, "drift": "scaffold"}, "federation": {"rounds": ROUNDS}}
     parts, journal = build(make_config(root, f"scaffold-{method}", SHORT, change), *alone())
-    start = {spec.name: numbers(parts.state.adapters.client(spec.name, 0)) for spec in parts.blocks}
+    start = {spec.name: numbers(parts.state.adapters.client(spec.name, 0)) for spec in parts.spec.blocks}
     observer = Observer(parts)
     finish(parts, journal)
     drawn = [{client for r, client in observer.ends if r == round_index} for round_index in range(1, ROUNDS + 1)]
     assert drawn[0] & drawn[-1] and drawn[-1] - drawn[0], "newcomers, and some who come back"
-    for spec in shared_blocks(parts.blocks):
+    for spec in shared_blocks(parts.spec.blocks):
         check_block(parts, observer, spec, start[spec.name], equal=method == "fslora")
 
 
@@ -143,7 +143,7 @@ def test_the_servers_control_variate_is_the_mean(root: Path) -> None:
     change = {"method": {"name": "fedit"}, "local": {**SGD, "drift": "scaffold"}, "federation": {"participation": 1.0}}
     parts, journal = build(make_config(root, "scaffold-mean", SHORT, change), *alone())
     finish(parts, journal)
-    for spec in shared_blocks(parts.blocks):
+    for spec in shared_blocks(parts.spec.blocks):
         kept = parts.state.personal.values[control_block(spec).name]
         assert bool((kept.flatten(1) != 0).any(1).all()), "every client has one"
         assert torch.allclose(kept.double().mean(0).float(), parts.state.server[CONTROL].client(spec.name, 0), atol=1e-6)

@@ -26,7 +26,7 @@ def test_masked_experts_are_not_used(tmp_path: Path, mode: str) -> None:
         return Assignment(client.cap, allowed_E=np.arange(experts) % 2 == 0 if client.index % 2 else None)
 
     parts.trainer.rules = ClientRules(assign=assign)
-    ((wave,),) = schedule(parts.clients, parts.cost, parts.config.local, 1, 1, None)
+    ((wave,),) = schedule(parts.clients, parts.spec.cost, parts.config.local, 1, 1, None)
     trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.values, parts.data.train)
     bank = parts.execution.bank
     for local, report in trained:

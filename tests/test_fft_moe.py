@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
 from fedmoe_ds.clients.batch import Rows, make_batch
-from fedmoe_ds.clients.model import forward_pass
+from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.config import AdapterConfig, Config, FoundationConfig, MoEAdapterConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.beside import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
@@ -30,10 +30,10 @@ from fedmoe_ds.experts.layer import ROUTER
 from fedmoe_ds.experts.places import adapter_places
 from fedmoe_ds.experts.router import Routing, route
 from fedmoe_ds.federation import Federation
-from fedmoe_ds.fit import check_plan
 from fedmoe_ds.foundation import load_foundation
-from fedmoe_ds.methods import Facts, Method, method_for
+from fedmoe_ds.methods import Method, ModelFacts, method_for
 from fedmoe_ds.methods.fft_moe import divergence, unevenness
+from fedmoe_ds.run_spec import check_plan
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.topology import Topology, build_topology
 
@@ -81,7 +81,7 @@ class Hosted:
     def logits(self, parts: list[Rows]) -> tuple[list[torch.Tensor], Pass]:
         """Per sample, of the positions that predict, and what the pass counted."""
         batch = make_batch(parts, EXPERTS, torch.device("cpu"), self.images)
-        result = forward_pass(self.foundation, self.execution, batch, None)
+        result = AdaptedModel(self.foundation, self.execution).forward(batch, None)
         sizes = [len(ids) - 1 for part in parts for ids in part.input_ids] if self.images is None else 1
         return list(result.logits_NV.split(sizes)), result.run
 
@@ -171,7 +171,7 @@ def test_an_expert_that_nobody_uses_keeps_its_value(root: Path) -> None:
 def method(**params: Any) -> Method:
     tree = TREE | {"method": {"name": "fft-moe", **params}}
     found = method_for(Config.model_validate(tree))
-    found.facts = Facts(2, 4, 8, 0, True, (0, 3))
+    found.facts = ModelFacts(2, 4, 8, 0, True, (0, 3))
     return found
 
 

@@ -20,7 +20,7 @@ BLOCKS = [
 
 
 def finite(bank: Bank, losses: dict[int, list[float]] | None = None) -> list[bool]:
-    return Gatherer(Pool(None, 1, 2, CLIENTS, merge=True), 0, torch.device("cpu")).finite(bank, losses or {})
+    return Gatherer(Pool(None, 1, 2, CLIENTS, merge=True), torch.device("cpu")).finite(bank, losses or {})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, LARGEST_VALUE, -LARGEST_VALUE])

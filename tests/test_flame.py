@@ -10,10 +10,10 @@ import pytest
 
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.methods import Facts, Method, Situation, load_method
+from fedmoe_ds.methods import Method, ModelFacts, RoundContext, load_method
 from fedmoe_ds.methods.fedit import FedIT
 from fedmoe_ds.methods.flame import Flame
 
@@ -24,18 +24,18 @@ DENSE = BlockSpec("attention.q_proj.lora_A", (0, 1), (4, 8))
 RESCALER = BlockSpec("rescaler", (-1,), (1,), personal=True, decay=False)
 
 
-def report(tokens: int = 100) -> Report:
-    return Report(CLIENT, 0, 0, 5, tokens, COUNTS_LE, finite=True)
+def update(tokens: int = 100) -> ClientUpdate:
+    return ClientUpdate(CLIENT, 0, 0, 5, tokens, COUNTS_LE, finite=True)
 
 
 def method(**keys: Any) -> Method:
     found = load_method(MethodConfig.model_validate(keys))
-    found.facts = Facts(top_k=8, num_experts=16, rank=4, seed=0)
+    found.facts = ModelFacts(top_k=8, num_experts=16, rank=4, seed=0)
     return found
 
 
 def rescale(flame: Method, cap: int) -> float | None:
-    return flame.assign(replace(CLIENT, cap=cap), Situation(1, {})).rescale
+    return flame.assign(replace(CLIENT, cap=cap), RoundContext(1, {})).rescale
 
 
 def test_weights_are_the_papers() -> None:
@@ -43,22 +43,22 @@ def test_weights_are_the_papers() -> None:
     flame = method(name="flame", temperature=2.0)
     assert isinstance(flame, Flame)
     expected = 0.3 * np.array([[0.0, 0.25, 1.0], [0.0625, 0.0625, 1.0]])
-    found = flame.weights(EXPERT, report(), 0.3)
+    found = flame.weights(EXPERT, update(), 0.3)
     assert np.allclose(found, expected, rtol=1e-15) and found.dtype == np.float64
-    assert np.array_equal(flame.weights(DENSE, report(), 0.3), [0.3, 0.3]), "adapters that are not per expert: plain data size"
+    assert np.array_equal(flame.weights(DENSE, update(), 0.3), [0.3, 0.3]), "adapters that are not per expert: plain data size"
 
 
 def test_zero_temperature_is_fedit() -> None:
     flame, fedit = method(name="flame", temperature=0.0), method(name="fedit")
     assert isinstance(fedit, FedIT)
     for spec in (EXPERT, DENSE):
-        assert np.array_equal(flame.weights(spec, report(), 0.3), fedit.weights(spec, report(), 0.3))
-    assert np.array_equal(fedit.weights(EXPERT, report(), 0.3), np.full((2, 3), 0.3)), "never activated counts as well"
+        assert np.array_equal(flame.weights(spec, update(), 0.3), fedit.weights(spec, update(), 0.3))
+    assert np.array_equal(fedit.weights(EXPERT, update(), 0.3), np.full((2, 3), 0.3)), "never activated counts as well"
 
 
 def test_unused_experts_weigh_nothing() -> None:
-    assert method(name="flame", temperature=0.5).weights(EXPERT, report(), 0.3)[0, 0] == 0.0
-    empty = Report(CLIENT, 0, 0, 0, 0, np.zeros((2, 3), dtype=np.int64), finite=True)
+    assert method(name="flame", temperature=0.5).weights(EXPERT, update(), 0.3)[0, 0] == 0.0
+    empty = ClientUpdate(CLIENT, 0, 0, 0, 0, np.zeros((2, 3), dtype=np.int64), finite=True)
     assert not method(name="flame").weights(EXPERT, empty, 0.3).any(), "no tokens: no weight, and no division by zero"
 
 

@@ -73,7 +73,7 @@ def norms(model: Any) -> int:
 
 def planned(job: Job, trained: bool = True) -> float:
     """What the planner takes for the same pass; its head is on targets, so all rows are targets here."""
-    work = PassWork(job, training=trained, kind="cpu")
+    work = PassWork(job, training=trained)
     both = work.home(Rows(1, LENGTH, LENGTH)) + work.experts(float(LENGTH * CAP), 1.0, job.places.num_experts)
     return float(both.flops + both.adapters)
 

@@ -25,10 +25,10 @@ from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import Federation
-from fedmoe_ds.fit import check_plan
 from fedmoe_ds.identity import agreed, check_code, check_identity, identity
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.methods import load_method, with_defaults
+from fedmoe_ds.run_spec import check_plan
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
@@ -298,7 +298,7 @@ def test_a_checkpoint_of_an_earlier_version(world: World) -> None:
     (note,) = check_identity(written, world.saved, ours, config)
     assert "kernels.instructions" in note and "topology.device" in note and "micro_batch_size" not in note
     for key, value in (("execution.micro_batch_size", 1), ("foundation.dtype", "bfloat16"), ("local.moments", "bfloat16")):
-        changed = with_defaults(world.config(nested(key, value)), world.parts.method)
+        changed = with_defaults(world.config(nested(key, value)), world.parts.spec.method)
         theirs = identity(changed, world.parts.foundation, world.parts.data, ours["kernels"], True)
         with pytest.raises(UserError, match=rf"--resume: {key}: {value}: "):
             check_identity(written, world.saved, theirs, changed)

@@ -13,7 +13,7 @@ import torch
 from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
 from torch import Tensor
 
-from fedmoe_ds import build as build_module
+from fedmoe_ds import run_spec
 from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.schedule import schedule
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_together(parts: Parts, read: Callable[[int], Sequences]) -> dict[int, dict[str, Tensor]]:
     """One wave with every client; what each of them ends with, personal state included."""
-    ((wave,),) = schedule(parts.clients, parts.cost, parts.config.local, 1, 1, None)
+    ((wave,),) = schedule(parts.clients, parts.spec.cost, parts.config.local, 1, 1, None)
     trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.values, read)
     return {
         local.client.index: {spec.name: local.value(spec).clone() for spec in local.blocks(trained=False)}
@@ -85,13 +85,13 @@ class Poisoned:
 
 def run_without(root: Path, monkeypatch: pytest.MonkeyPatch, absent: int) -> Result:
     """The same run, in which one client was never drawn."""
-    original = build_module.participants
+    original = run_spec.participants
 
     def others(clients: list[Client], *rest: Any) -> list[Client]:
         return [client for client in original(clients, *rest) if client.index != absent]
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "participants", others)
+        patch.setattr(run_spec, "participants", others)
         return run_alone(make_config(root, f"without-{absent}", ROUND))
 
 

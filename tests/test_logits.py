@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
 from fedmoe_ds.clients.batch import Batch, Rows, make_batch
-from fedmoe_ds.clients.model import forward_pass
+from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.config import AdapterConfig, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.experts.dispatch import Pool
@@ -86,7 +86,7 @@ class Hosted:
     def logits(self, rows: list[Rows], slot: int | None) -> tuple[torch.Tensor, Batch, Pass]:
         """One pass; [B, S, V] for all positions."""
         batch = make_batch(rows, EXPERTS, torch.device("cpu"))
-        result = forward_pass(self.foundation, self.execution, batch, slot)
+        result = AdaptedModel(self.foundation, self.execution).forward(batch, slot)
         model: Any = self.foundation.model
         return model.get_output_embeddings()(result.hidden_BSD).float(), batch, result.run
 
@@ -176,7 +176,7 @@ def test_padding_content_is_irrelevant(root: Path) -> None:
         valid = batch.valid_T.view(batch.input_ids.shape)
         batch.input_ids[~valid] = 17
         hosted.execution.current = None
-        result = forward_pass(hosted.foundation, hosted.execution, batch, 0)
+        result = AdaptedModel(hosted.foundation, hosted.execution).forward(batch, 0)
         model: Any = hosted.foundation.model
         after = model.get_output_embeddings()(result.hidden_BSD).float()
     assert not bool(valid.all())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.aggregation.collection import Collection, Pair
+from fedmoe_ds.aggregation.collection import Collection, FactorPair
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.methods import Method, load_method
 from fedmoe_ds.methods.base import product_norms
@@ -32,7 +32,7 @@ def method(name: str, **keys: Any) -> Method:
     return load_method(MethodConfig.model_validate({"name": name, **keys}))
 
 
-def make_pair(seed: int, count: int, sizes: tuple[int, int], ranks: bool = False) -> Pair:
+def make_pair(seed: int, count: int, sizes: tuple[int, int], ranks: bool = False) -> FactorPair:
     """Random factors; with `ranks`, every participant holds its own number of leading rows and some weigh nothing."""
     draw = np.random.default_rng(seed)
     wide, high = sizes
@@ -44,10 +44,10 @@ def make_pair(seed: int, count: int, sizes: tuple[int, int], ranks: bool = False
         weight_P[draw.random(count) < 0.3] = 0.0
         weight_P[0] = 0.5
     old = torch.from_numpy(draw.normal(size=(R, wide))), torch.from_numpy(draw.normal(size=(high, R)))
-    return Pair("layers.0.x", a_PRI, b_POR, torch.from_numpy(weight_P), *old)
+    return FactorPair("layers.0.x", a_PRI, b_POR, torch.from_numpy(weight_P), *old)
 
 
-def dense(pair: Pair) -> Tensor:
+def dense(pair: FactorPair) -> Tensor:
     """sum_k p_k B_k A_k, written out."""
     total = sum(float(w) for w in pair.weight_P)
     return torch.stack([float(w) / total * (b @ a) for w, b, a in zip(pair.weight_P, pair.b_POR, pair.a_PRI, strict=True)]).sum(
@@ -55,7 +55,7 @@ def dense(pair: Pair) -> Tensor:
     )
 
 
-def fresh(pair: Pair) -> Tensor:
+def fresh(pair: FactorPair) -> Tensor:
     return torch.from_numpy(np.random.default_rng(5).normal(size=tuple(pair.a_RI.shape)))
 
 
@@ -126,7 +126,7 @@ def test_the_order_of_arrival_does_not_matter(name: str, seed: int, count: int, 
         assert torch.equal(ours, theirs)
 
 
-def objective(fair: Method, residual: Tensor, pair: Pair) -> Tensor:
+def objective(fair: Method, residual: Tensor, pair: FactorPair) -> Tensor:
     """(1 - cos(W, (B + dB) A)) + lambda ||dB||, with W dense."""
     share = pair.share_P.view(-1, 1, 1)
     a_RI, b_OR = (pair.a_PRI * share).sum(0), (pair.b_POR * share).sum(0)

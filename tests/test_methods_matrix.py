@@ -232,7 +232,7 @@ def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
 
 def moving(parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
     """What the server has of experts: merged weights where products move into them, else adapters."""
-    bank = parts.state.server["base"] if parts.method.absorbs else parts.state.adapters
+    bank = parts.state.server["base"] if parts.spec.method.absorbs else parts.state.adapters
     yield from ((key, value) for key, spec, value in bank.items(0) if spec.expert)
 
 
@@ -255,8 +255,8 @@ def compare(root: Path, case: Case) -> None:
     for round_index in (1, 2):
         replay.forget()
         assert not federation._round(round_index)
-        drawn = [0] if parts.method.pooled else [client.index for client in draw(parts, round_index)]
-        assert [client.index for client in parts.participants(round_index)] == sorted(replay.reports) == drawn
+        drawn = [0] if parts.spec.method.pooled else [client.index for client in draw(parts, round_index)]
+        assert [client.index for client in parts.participants(round_index)] == sorted(replay.updates) == drawn
         expected.round(tasks(parts, round_index, told.buys), fresh(parts, round_index))
         check(wanted(expected), found(parts), f"{case} round {round_index}")
     journal.close()
@@ -268,10 +268,10 @@ def reference_of(parts: Parts, case: Case) -> FedIT:
     kind: type[FedIT] = type(case.method, (*correction, told.kind), {})
     server = ServerRule(case.server, **({} if case.server == "fedavg" else SERVER))
     start = initial(parts)
-    if parts.method.rescaler is not None:
+    if parts.spec.method.rescaler is not None:
         start["model.rescaler"] = torch.ones(1, dtype=torch.float64)
     ranks = {client.index: client_rank(parts, client) for client in parts.clients}
-    clients = [0] if parts.method.pooled else [client.index for client in parts.clients]
+    clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     replay: Any = Replay(parts, LR, CLIP)
     return kind(replay, start, clients, server, **told.options, mu=MU, ranks=ranks)
 

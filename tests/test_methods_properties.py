@@ -20,14 +20,14 @@ from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
 from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import Local
-from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.config import Config, MethodConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.digest import global_digest
-from fedmoe_ds.experts.execution import Watch
+from fedmoe_ds.experts.execution import RoutingObserver
 from fedmoe_ds.experts.router import Routing
-from fedmoe_ds.methods import Facts, load_method
+from fedmoe_ds.methods import ModelFacts, load_method
 from fedmoe_ds.methods.hetlora import RANK, HetLoRA
 from fedmoe_ds.methods.hfedmoe import HFedMoE
 from fedmoe_ds.server import BASE
@@ -91,7 +91,7 @@ def run_without_one_expert(root: Path, name: str, changes: dict[str, Any]) -> tu
     """A run in which no client may route a token to one expert."""
     parts, journal = build(config_of(root, f"unused-{name}", {"name": name}, changes), *alone())
     start, rules = values(parts), parts.trainer.rules
-    allowed_E = np.arange(parts.places.num_experts) != FORBIDDEN
+    allowed_E = np.arange(parts.spec.places.num_experts) != FORBIDDEN
 
     def assign(client: Client, round_index: int) -> Assignment:
         return replace(rules.assign(client, round_index), allowed_E=allowed_E)
@@ -169,17 +169,17 @@ def test_hfedmoe_weighs_what_is_used_enough(seed: int, tau: float, participation
     method, steps, tokens = hfedmoe(tau=tau, participation=participation), 4, 50
     usage_LE, importance_LE = draw.random((2, 5)) * tokens, draw.random((2, 5)) * steps
     client = Client(0, "one", 8, 30, 30, 600)
-    report = Report(client, 0, 0, steps, tokens, np.ones((2, 5)), finite=True)
-    report.observed = {"usage": usage_LE, "importance": importance_LE}
-    report.trained_LE = draw.integers(0, 2, size=(2, 5))
+    update = ClientUpdate(client, 0, 0, steps, tokens, np.ones((2, 5)), finite=True)
+    update.observed = {"usage": usage_LE, "importance": importance_LE}
+    update.trained_LE = draw.integers(0, 2, size=(2, 5))
     counted = usage_LE / tokens >= tau
-    averaged = counted if participation == "usage" else counted & (report.trained_LE > 0)
-    assert np.array_equal(method.weights(EXPERT, report, 0.4), np.where(averaged, 0.4, 0.0))
+    averaged = counted if participation == "usage" else counted & (update.trained_LE > 0)
+    assert np.array_equal(method.weights(EXPERT, update, 0.4), np.where(averaged, 0.4, 0.0))
     alpha = [
         sum(u / tokens * s / steps for u, s, c in zip(*rows, strict=True) if c)
         for rows in zip(usage_LE, importance_LE, counted, strict=True)
     ]
-    assert np.allclose(method.weights(ROUTER, report, 0.4), alpha, rtol=1e-12)
+    assert np.allclose(method.weights(ROUTER, update, 0.4), alpha, rtol=1e-12)
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
@@ -188,8 +188,8 @@ def test_experts_that_were_not_selected_get_exactly_no_gradient(root: Path, trai
     parts, journal = build(config_of(root, f"selected-{training}", {"name": "hfedmoe"}, change), *alone())
     rules, masks, seen = parts.trainer.rules, dict[int, list[Tensor]](), dict.fromkeys(("selected", "reached", "held back"), 0)
 
-    def watch(client: Client, assignment: Assignment) -> Watch:
-        own = rules.watch(client, assignment)
+    def observer(client: Client, assignment: Assignment) -> RoutingObserver:
+        own = rules.observer(client, assignment)
         assert own is not None and own.observe is not None
         observe = own.observe
 
@@ -199,9 +199,9 @@ def test_experts_that_were_not_selected_get_exactly_no_gradient(root: Path, trai
             masks.setdefault(client.index, []).append(active_E)
             return active_E, sums
 
-        return Watch(observe=recorded)
+        return RoutingObserver(observe=recorded)
 
-    def adjust(local: Local) -> None:
+    def adjust(local: ClientView) -> None:
         active_LE = torch.stack(masks[local.client.index][-2:])  # layers run in order, and one pass makes a step
         for spec in local.blocks():
             if spec.expert:
@@ -212,7 +212,7 @@ def test_experts_that_were_not_selected_get_exactly_no_gradient(root: Path, trai
                     seen["reached"] += int(has_LE.sum())
                 seen["held back"] += int((~active_LE).sum())
 
-    parts.trainer.rules = replace(rules, watch=watch)
+    parts.trainer.rules = replace(rules, observer=observer)
     spy(parts, adjust=adjust)
     finish(parts, journal)
     assert seen["held back"] > 100
@@ -228,10 +228,10 @@ def test_hetloras_pull_is_the_gradient_of_its_penalty(root: Path) -> None:
     parts, journal = build(config_of(root, "penalty", method), *alone())
     rules, before, pulled = parts.trainer.rules, dict[str, Tensor](), [0.0]
 
-    def ahead(local: Local) -> None:
+    def ahead(local: ClientView) -> None:
         before.update({spec.name: local.grad(spec).clone() for spec in local.blocks()})
 
-    def behind(local: Local) -> None:
+    def behind(local: ClientView) -> None:
         rank = local.assignment.rank(4)
         tail = slice(math.floor(0.5 * rank), rank)
         for pair in local.pairs():
@@ -258,17 +258,17 @@ def test_hetlora_prunes_when_the_tail_shrank(
     keys = {"name": "hetlora", "gamma": gamma, "min_rank": least, "pruning": pruning}
     method = load_method(MethodConfig.model_validate(keys))
     assert isinstance(method, HetLoRA)
-    method.facts = Facts(8, 16, 16, 0)
-    report = Report(Client(0, "one", 8, 1, 1, 1), 0, 0, 1, 1, np.ones((2, 5)), finite=True)
-    report.assignment = Assignment(8, leading(rank, 16))
+    method.facts = ModelFacts(8, 16, 16, 0)
+    update = ClientUpdate(Client(0, "one", 8, 1, 1, 1), 0, 0, 1, 1, np.ones((2, 5)), finite=True)
+    update.assignment = Assignment(8, leading(rank, 16))
     half = {"x.before": np.full(2, before / 4), "x.after": np.full(2, after / 4)}
-    report.measured = {
+    update.measured = {
         **half,
         "y.before": np.full((1, 2), before / 4),
         "y.after": np.full((1, 2), after / 4),
         "x.norm": np.ones(2),
     }
-    found = int(method.remember(report)[RANK.name].item())
+    found = int(method.remember(update)[RANK.name].item())
     if pruning and after / 4 < before / 4:
         assert found == max(min(least, rank), math.floor(gamma * rank)) and 1 <= found <= rank
     else:
@@ -293,7 +293,7 @@ def test_rows_that_a_client_does_not_hold_stay_zero(root: Path, name: str) -> No
     parts, journal = build(config_of(root, f"rows-{name}", {"name": name}), *alone())
     checked = {"adjust": 0, "remember": 0}
 
-    def absent(local: Local, values_of: Any) -> int:
+    def absent(local: ClientView, values_of: Any) -> int:
         found = 0
         for spec in local.blocks():
             mask = local.assignment.mask(spec, torch.device("cpu"))
@@ -303,10 +303,10 @@ def test_rows_that_a_client_does_not_hold_stay_zero(root: Path, name: str) -> No
                 found += 1
         return found
 
-    def adjust(local: Local) -> None:
+    def adjust(local: ClientView) -> None:
         checked["adjust"] += absent(local, local.grad) * absent(local, local.value)
 
-    def remember(local: Local, rates: float) -> dict[str, Tensor]:
+    def remember(local: ClientView, rates: float) -> dict[str, Tensor]:
         checked["remember"] += absent(local, local.value)
         return {}
 
@@ -334,7 +334,7 @@ def test_fsloras_other_rows_keep_their_global_bits(root: Path) -> None:
 
 def test_fslora_draws_for_every_client_and_round(root: Path) -> None:
     method = load_method(MethodConfig.model_validate({"name": "fslora"}))
-    method.facts = Facts(8, 16, rank=8, seed=0)
+    method.facts = ModelFacts(8, 16, rank=8, seed=0)
     parts, journal = build(config_of(root, "draws", {"name": "fslora"}, {"adapters": {"rank": 8}}), *alone())
     journal.close()
     drawn = {}
@@ -365,13 +365,13 @@ def test_fedsa_shares_a_and_keeps_b(root: Path) -> None:
     assert start and all(key.endswith("lora_A") for key in start), "nothing but A is global"
     assert all(not np.array_equal(result.adapters[k], start[k].numpy()) for k in start if "attention" in k)
     personal = parts.state.personal.values
-    assert set(personal) == {b.name for _, b in lora_pairs(parts.blocks)}
+    assert set(personal) == {b.name for _, b in lora_pairs(parts.spec.blocks)}
     for name, value in personal.items():
         rows = {value[client.index].numpy().tobytes() for client in parts.clients}
         assert len(rows) == len(parts.clients), f"{name}: every client has its own"
     ends = dict[int, Tensor]()
 
-    def remember(local: Local, rates: float) -> dict[str, Tensor]:
+    def remember(local: ClientView, rates: float) -> dict[str, Tensor]:
         ends[local.client.index] = local.value(parts.execution.bank.specs["attention.q_proj.lora_B"]).clone()
         return {}
 
@@ -446,7 +446,7 @@ def test_a_round_that_averages_nothing_says_so(root: Path, share: float, capsys:
     change = {**TRAINED_ROUTER, "federation": {"rounds": 1}}
     result = run_alone(config_of(root, f"share-{share}", {"name": "hfedmoe", "tau_share": share}, change))
     told = [event for event in result.events if event["event"] == "not_averaged"]
-    expected = [spec.name for spec in result.parts.blocks if spec.expert or spec.name == "router.weight"]
+    expected = [spec.name for spec in result.parts.spec.blocks if spec.expert or spec.name == "router.weight"]
     assert [event["blocks"] for event in told] == ([expected] if share > 16 else [])
     assert ("round 1: nothing of what clients trained was averaged in experts." in capsys.readouterr().err) == (share > 16)
 
@@ -456,16 +456,16 @@ def test_a_round_that_averages_nothing_says_so(root: Path, share: float, capsys:
 def test_hfedmoes_threshold_means_the_same_with_any_number_of_experts(seed: int, experts: int) -> None:
     """Scores of the same spread: about as large a share of the experts is averaged, whatever their number."""
     method = hfedmoe()
-    method.facts = Facts(top_k=4, num_experts=experts, rank=4, seed=0)
+    method.facts = ModelFacts(top_k=4, num_experts=experts, rank=4, seed=0)
     scores_TE = np.exp(np.random.default_rng(seed).normal(size=(64, experts)))
     usage_LE = (scores_TE / scores_TE.sum(1, keepdims=True)).sum(0)[None]
     counts_LE = np.ones((1, experts), dtype=np.int64)
     client = Client(0, "one", 4, 1, 1, 64)
-    report = Report(
+    update = ClientUpdate(
         client, 0, 0, 1, 64, counts_LE, finite=True, trained_LE=counts_LE, observed={"usage": usage_LE, "importance": usage_LE}
     )
     spec = BlockSpec("experts.down.lora_A", (0,), (4, 8), expert=True)
-    assert (method.weights(spec, report, 1.0) > 0).all(), "0.32 of the mean: all of these experts are used enough"
+    assert (method.weights(spec, update, 1.0) > 0).all(), "0.32 of the mean: all of these experts are used enough"
     absolute = hfedmoe(tau=0.02)
     absolute.facts = method.facts
-    assert (absolute.weights(spec, report, 1.0) > 0).any() == (experts <= 16), "the paper's absolute value"
+    assert (absolute.weights(spec, update, 1.0) > 0).any() == (experts <= 16), "the paper's absolute value"

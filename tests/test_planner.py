@@ -256,7 +256,7 @@ def test_auto_is_fast_on_a_gpu(tmp_path: Path) -> None:
     write_model(Shape("odd", experts=4, hidden=32, ffn=18, layers=1, heads=2, vocab=320, top_k=2), 0, tmp_path / "odd")
     assumed = {"partition": {"clients": 2}, "max_samples": 4}
     config = make_config(tmp_path, "odd", {"foundation": {"path": str(tmp_path / "odd")}, "data": assumed}, auto)
-    assert not resolve(config, kind="cuda").bitwise("cuda")
+    assert not resolve(config, kind="cuda").bitwise
     with pytest.raises(UserError, match="widths 32 and 18 must be multiples of 4"):
         resolve(config)
 

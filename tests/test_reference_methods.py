@@ -155,7 +155,7 @@ def test_same_rounds(root: Path, name: str) -> None:
     }
     parts, journal = build(make_config(root, name, base, case.change), *alone())
     reference = Reference(root / "model", Settings(**{"scale": 2.0, "eps": EPS, "clip": 0.5, "micro": 3, **case.told}))
-    clients = [0] if parts.method.pooled else [client.index for client in parts.clients]
+    clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     options = {**case.options, "ranks": {client.index: client_rank(parts, client) for client in parts.clients}}
     expected = case.kind(reference, initial(parts), clients, **options)
     rounds, outcomes = range(1, case.rounds + 1), []

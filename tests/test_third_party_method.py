@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from federations import Result, make_config, run_alone, write_inputs
 
+from fedmoe_ds import methods
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, method_names
 
-THIRD_PARTY = Path(__file__).parent / "third_party"
+SOURCE = (Path(__file__).parent / "third_party" / "tempered.py").read_text()
 DISTRIBUTION = {
     "METADATA": "Metadata-Version: 2.1\nName: tempered\nVersion: 0.1\n",
     "entry_points.txt": "[fedmoe_ds.methods]\ntempered = tempered:Tempered\n",
 }
 
 
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """What `pip install` leaves behind: the module, and a folder that names its entry points."""
     site = tmp_path / "site"
     info = site / "tempered-0.1.dist-info"
     info.mkdir(parents=True)
     for name, text in DISTRIBUTION.items():
         (info / name).write_text(text)
-    (site / "tempered.py").write_text((THIRD_PARTY / "tempered.py").read_text())
+    (site / "tempered.py").write_text(source)
     monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, "tempered", raising=False)
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, SOURCE)
 
 
 def run(tmp_path: Path, name: str, method: str) -> Result:
@@ -64,3 +72,48 @@ def test_it_is_gone_where_it_is_not_installed(tmp_path: Path) -> None:
     assert "tempered" not in method_names()
     with pytest.raises(UserError, match=r"^method.name: tempered: there is no such method"):
         method_for(make_config(tmp_path, "gone", {"method": {"name": "tempered"}}))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import a_module_that_is_not_there\n", "cannot be imported from tempered:Tempered: No module named 'a_module_"),
+        (
+            "from fedmoe_ds.methods import Situation\n",
+            "cannot be imported from tempered:Tempered: cannot import name 'Situation'",
+        ),
+        ("raise SystemError('two\\nlines')\n", "cannot be imported from tempered:Tempered: two lines"),
+        (f"{SOURCE}\n    def watch(self, *given): ...\n", "tempered:Tempered defines `watch`, which is called `observer` now"),
+        (
+            f"{SOURCE}\n    def memory(self, specs): ...\n",
+            "tempered:Tempered defines `memory`, which is called `client_state` now",
+        ),
+        ("class Tempered: ...\n", r"tempered:Tempered is no subclass of fedmoe_ds\.methods\.Method"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str) -> None:
+    """Above all a hook with a former name: the engine would never call it, and the run would be FedAvg in silence."""
+    install(tmp_path, monkeypatch, source)
+    with pytest.raises(UserError, match=f"^method.name: tempered: {message}") as error:
+        method_for(make_config(tmp_path, "wrong", {"method": {"name": "tempered"}}))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def imported(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of everything that a file takes from the package."""
+    tree = ast.parse(path.read_text())
+    plain = {(alias.name, "") for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    named = {
+        (node.module or "", alias.name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    return {(module, name) for module, name in plain | named if module.split(".")[0] == "fedmoe_ds"}
+
+
+def test_our_own_methods_need_no_more_than_the_face() -> None:
+    """What 13 methods live by is enough for the next; and it holds when the package moves around them."""
+    folder = Path(methods.__file__).parent
+    files = [folder / f"{name.replace('-', '_')}.py" for name in method_names()]
+    assert len(files) >= 13
+    for path in files:
+        assert imported(path) <= {("fedmoe_ds.methods", name) for name in methods.__all__}, path.name
+        assert imported(path), path.name

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.aggregation.collection import Pair
+from fedmoe_ds.aggregation.collection import FactorPair
 from fedmoe_ds.aggregation.statistics import Statistics
 from fedmoe_ds.checkpoint import Snapshot
 from fedmoe_ds.config import Config
@@ -157,7 +157,7 @@ def test_collected_shares_are_those_of_the_weights(drawn: tuple[np.ndarray, np.n
     """FLoRA, FlexLoRA and LoRA-FAIR weigh factors by shares that sum to one, however small the weights."""
     weight_P = torch.from_numpy(drawn[1])
     nothing = torch.zeros(len(weight_P), 1, 1)
-    share_P = Pair("", nothing, nothing, weight_P, nothing[0], nothing[0]).share_P
+    share_P = FactorPair("", nothing, nothing, weight_P, nothing[0], nothing[0]).share_P
     weights = [Fraction(float(w)) for w in drawn[1]]
     assert share_P.tolist() == pytest.approx([float(w / sum(weights)) for w in weights], rel=1e-14, abs=0)
 

@@ -85,7 +85,7 @@ class Bank:
         with_grad: bool = True,
     ) -> None:
         self.specs = {spec.name: spec for spec in specs}
-        self.experts, self.clients = experts, clients
+        self.experts, self.clients, self.device = experts, clients, device or torch.device("cpu")
         self.expert_clients = clients if expert_clients is None else expert_clients
         self.values: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}

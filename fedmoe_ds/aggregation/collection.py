@@ -23,7 +23,7 @@ from fedmoe_ds.collectives import Summing
 
 
 @dataclass(frozen=True)
-class Pair:
+class FactorPair:
     """One adapter (of one layer, and expert if there are experts) as all participants returned it; float64.
 
     Attributes:
@@ -86,7 +86,7 @@ class Collection:
 
     def adapters(
         self, current: dict[str, Tensor], first_expert: int
-    ) -> Iterator[tuple[BlockSpec, BlockSpec, tuple[int, ...], Pair]]:
+    ) -> Iterator[tuple[BlockSpec, BlockSpec, tuple[int, ...], FactorPair]]:
         """Every adapter that somebody trained: (A block, B block, place in the block, its factors).
 
         Args:
@@ -101,7 +101,7 @@ class Collection:
                 key = a.key(a.layers[place[0]], expert).removesuffix(".lora_A")
                 a_PRI, b_POR = (self.factors[half.name][(slice(None), *place)].double() for half in (a, b))
                 old_a_RI, old_b_OR = (current[half.name][place].double() for half in (a, b))
-                yield a, b, place, Pair(key, a_PRI, b_POR, weight_P, old_a_RI, old_b_OR)
+                yield a, b, place, FactorPair(key, a_PRI, b_POR, weight_P, old_a_RI, old_b_OR)
 
     def tensors(self) -> Iterator[tuple[BlockSpec, str, int, Tensor]]:
         """As `Statistics.tensors`."""

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from fedmoe_ds.aggregation.statistics import Statistics
 from fedmoe_ds.bench.calibrate_kernels import typical
 from fedmoe_ds.bench.shapes import Shape, write_model
 from fedmoe_ds.clients.batch import Rows as ClientRows
-from fedmoe_ds.clients.batch import make_batch
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.model import forward_pass
+from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.clients.optimizer import squared_norms
 from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import Config
@@ -93,7 +92,7 @@ class Bench:
             model, None, layers, size.top_k, size.experts, size.hidden, size.vocabulary, "", folder
         )  # fmt: skip
         blocks = self.job.method.blocks(adapter_blocks(model, places, self.job.config.adapters, self.job.method.rescaler))
-        pool = Pool(group, ep_size, places.num_experts, 2, merge=False)
+        pool = Pool(group, ep_size, places.num_experts, 2, merge=False, shard=rank)
         bank = Bank(blocks, places.num_experts // ep_size, 2, pool.wave_clients, CPU)
         self.execution = Execution(bank, pool, 2.0, rescaler=True)
         install(self.foundation, self.job.config.adapters, self.execution)
@@ -101,8 +100,8 @@ class Bench:
         for value in self.start.values.values():
             value.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(1))
         self.personal = {spec.name: torch.ones(ep_size, len(spec.layers), *spec.item) for spec in blocks if spec.personal}
-        local, run = self.job.config.local, self.job.config.execution
-        self.trainer = TimedTrainer(self.foundation, places.layers, self.execution, local, run, rank, 0, CPU)
+        self.model, config = AdaptedModel(self.foundation, self.execution), self.job.config
+        self.trainer = TimedTrainer(self.model, places.layers, config.local, config.execution.micro_batch_size, seed=0)
 
     def train(self, sequences: int, length: int, cap: int) -> Sample:
         """A pass of one client per rank, several times."""
@@ -115,18 +114,18 @@ class Bench:
     def forward(self, sequences: int, length: int, cap: int) -> Sample:
         """One evaluation pass, several times."""
         rows = [ClientRows.of(0, cap, self._data(sequences, length), range(sequences))]
-        batch = make_batch(rows, self.shape.experts, CPU)
+        batch = self.model.batch(rows)
         seconds = []
         with torch.no_grad():
             for _ in range(REPEATS):
                 began = time.perf_counter()
-                result = forward_pass(self.foundation, self.execution, batch, 0)
+                result = self.model.forward(batch, 0)
                 float(result.nll_N.double().sum())
                 seconds.append(time.perf_counter() - began)
         return self._sample(False, sequences, length, cap, seconds[1:])
 
     def _sample(self, training: bool, sequences: int, length: int, cap: int, seconds: list[float]) -> Sample:
-        work = PassWork(self.job, training, "cpu")
+        work = PassWork(self.job, training)
         amounts = work.fixed() + work.home(Rows(sequences, length, sequences * (length - 1)))
         routed = float(sequences * length * cap)
         amounts = amounts + work.experts(routed, self.ep_size, self.shape.experts // self.ep_size)
@@ -210,7 +209,7 @@ def activation_slack() -> float:
         for cap in (8, 2, 4, 1, 8):
             bench.train(sequences, length, cap)
         local = config.local.model_copy(update={"batch_size": sequences})
-        counted = activations(config.model_copy(update={"local": local}), job.size, job.places, 1, length, job.row_bytes("cpu"))
+        counted = activations(replace(job, config=config.model_copy(update={"local": local})), 1, length)
         return (peak_mib() - before) * 2**20 / counted
 
 

@@ -20,13 +20,10 @@ from fedmoe_ds.bench.fused import Fused
 from fedmoe_ds.bench.program import Request, take_channel
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.schedule import CostModel, schedule
-from fedmoe_ds.config import Config, TopologyConfig
-from fedmoe_ds.experts.places import hosted_places
-from fedmoe_ds.foundation.size import model_size
+from fedmoe_ds.clients.schedule import schedule
+from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.launcher import detect_launch
 from fedmoe_ds.machine import peak_mib
-from fedmoe_ds.methods import method_for
 from fedmoe_ds.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.server import Server
 from fedmoe_ds.topology import Topology, build_topology
@@ -39,12 +36,8 @@ class FederatedRank(Fused):
         self.share = math.ceil(len(workload.caps) / topology.layout.clusters)
         super().__init__(folder, replace(workload, caps=workload.caps[: self.share]), bitwise)
         self.caps, self.runtime, self.topology = workload.caps, runtime, topology
-        config = Config.model_validate({"seed": workload.seed, "method": {"name": "fedit"}})
-        foundation, blocks = self.trainer.foundation, list(self.start.specs.values())
-        places = hosted_places(foundation.layers)
-        self.server = Server(config, method_for(config), blocks, foundation, places, self._clients("timed"), bitwise)
-        self.own = self.server.initial_state(runtime.device)
-        self.cost = CostModel.of(model_size(foundation.model, foundation.layers), places, blocks)
+        self.server = Server(self.spec, self.foundation, self._clients("timed"))
+        self.own, self.cost = self.server.initial_state(runtime.device), self.spec.cost
 
     def round(self, stage: str) -> dict[str, Any]:
         """One round from the global adapters to the next ones; they agree on all ranks afterwards."""

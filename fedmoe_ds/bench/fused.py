@@ -8,21 +8,23 @@ import numpy as np
 import torch
 
 from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.layout import adapter_blocks, install
+from fedmoe_ds.adapters.layout import install
 from fedmoe_ds.bench.system import Clock, Outcome
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.clients.wave import WaveTrainer
-from fedmoe_ds.config import AdapterConfig, ExecutionConfig, LocalConfig
+from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig
+from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.experts.attending import attend_apart
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.places import hosted_places
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.loading import load_model
-from fedmoe_ds.foundation.rowwise import independent_rows
+from fedmoe_ds.methods import method_for
+from fedmoe_ds.run_spec import resolve_spec
 from fedmoe_ds.runtime import keep_freed_memory
 
 
@@ -34,23 +36,21 @@ class Fused:
         device = torch.device(workload.device)
         self.workload = workload
         foundation = _foundation(folder, workload)
-        adapters = AdapterConfig(rank=workload.rank, alpha=workload.alpha, attention=list(workload.attention))
-        places = hosted_places(foundation.layers)
-        blocks = adapter_blocks(foundation.model, places, adapters, rescaler=None)
+        config = _config(workload, bitwise)
+        self.spec = spec = resolve_spec(config, method_for(config), workload.device, foundation.outline)
         experts, clients = workload.shape.experts, len(workload.caps)
-        shared = not bitwise or independent_rows("olmoe", workload.dtype, workload.device)
-        pool = Pool(None, 1, experts, clients, merge=shared)
-        bank = Bank(blocks, experts, clients, clients, device)
+        pool = Pool(None, 1, experts, clients, merge=spec.shares_passes)
+        bank = Bank(spec.blocks, experts, clients, clients, device)
         execution = Execution(bank, pool, workload.alpha / workload.rank, kernels=workload.kernels)
-        install(foundation, adapters, execution)
-        if bitwise and shared:  # as fedmoe_ds.build does
+        install(foundation, config.adapters, execution)
+        if bitwise and spec.shares_passes:  # as fedmoe_ds.build does
             attend_apart(foundation.model, execution)
-        self.start = Bank(blocks, experts, clients=1, device=device, with_grad=False)
+        self.start = Bank(spec.blocks, experts, clients=1, device=device, with_grad=False)
         for key, _, value in self.start.items(first_expert=0):
             value.copy_(workload.initial_value(key, value.shape))
-        self.local = LocalConfig(batch_size=workload.sequences, lr=workload.lr, clip=None, moments=workload.moments)
-        seed = workload.seed
-        self.trainer = WaveTrainer(foundation, places.layers, execution, self.local, ExecutionConfig(), 0, seed, device)
+        self.foundation, self.local = foundation, config.local
+        model = AdaptedModel(foundation, execution)
+        self.trainer = WaveTrainer(model, spec.places.layers, self.local, None, workload.seed)
 
     def train(self, stage: str) -> Outcome:
         load = self.workload
@@ -58,11 +58,11 @@ class Fused:
         clients = [Client(i, f"c{i}", cap, count, count, count * load.length, cap) for i, cap in enumerate(load.caps)]
         data = {client.index: self._sequences(stage, client) for client in clients}
         clock = Clock(load.device)
-        reports = [report for _, report in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
+        updates = [update for _, update in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
         span = clock.stop()
-        losses = [report.losses for report in reports]
-        assert all(loss is not None for loss in losses) and [r.client.index for r in reports] == sorted(data)
-        return Outcome(span, losses, [report.counts_LE.tolist() for report in reports])  # type: ignore[arg-type]
+        losses = [update.losses for update in updates]
+        assert all(loss is not None for loss in losses) and [u.client.index for u in updates] == sorted(data)
+        return Outcome(span, losses, [update.counts_LE.tolist() for update in updates])  # type: ignore[arg-type]
 
     def _sequences(self, stage: str, client: Client) -> Sequences:
         """The client's data laid out so that its addressed shuffling brings them up in the workload's order."""
@@ -73,6 +73,19 @@ class Fused:
         mask = np.ones(ids.shape, dtype=bool)
         mask[:, 0] = False
         return Sequences(list(stored), list(mask))
+
+
+def _config(load: Workload, bitwise: bool) -> Config:
+    """What a run of this workload would be configured with; the optimizer is AdamW without decay or clipping."""
+    local = LocalConfig(batch_size=load.sequences, lr=load.lr, clip=None, moments=load.moments)
+    return Config(
+        seed=load.seed,
+        foundation=FoundationConfig.model_validate({"dtype": load.dtype}),
+        adapters=AdapterConfig(rank=load.rank, alpha=load.alpha, attention=list(load.attention)),
+        local=local,
+        execution=ExecutionConfig(reproducible="bitwise" if bitwise else "fast"),
+        method=MethodConfig(name="fedit"),
+    )
 
 
 def _foundation(folder: Path, workload: Workload) -> Foundation:

@@ -45,26 +45,20 @@ def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]
     """MiB that one more client of a wave takes, by purpose: exact arithmetic on shapes, activations tensor by tensor."""
     import torch
 
-    from fedmoe_ds.adapters.layout import adapter_blocks
     from fedmoe_ds.config import Config
-    from fedmoe_ds.experts.places import hosted_places
-    from fedmoe_ds.fit import shares_passes
     from fedmoe_ds.foundation.loading import build_on_meta, host_model
-    from fedmoe_ds.foundation.size import model_size
+    from fedmoe_ds.foundation.outline import outline
     from fedmoe_ds.memory import PASS, estimate
+    from fedmoe_ds.methods import method_for
+    from fedmoe_ds.run_spec import resolve_spec
 
     adapters = {"rank": workload.rank, "alpha": workload.alpha, "attention": list(workload.attention)}
     local = {"batch_size": workload.sequences, "moments": workload.moments}
-    config = Config.model_validate({"adapters": adapters, "local": local})
+    execution = {"reproducible": "bitwise" if bitwise else "fast"}
+    config = Config.model_validate({"adapters": adapters, "local": local, "execution": execution, "method": {"name": "fedit"}})
     model = build_on_meta(folder, torch.float32)
-    layers = host_model(model, 1, 0)
-    places, size = hosted_places(layers), model_size(model, layers)
-    blocks = adapter_blocks(model, places, config.adapters, rescaler=None)
-    shared = shares_passes(bitwise, model.config.model_type, config, "cpu")
-    one, two = (
-        estimate(config, size, places, blocks, n, workload.length, bitwise, row_bytes=4, together=n if shared else 1)
-        for n in (1, 2)
-    )
+    spec = resolve_spec(config, method_for(config), "cpu", outline(model, host_model(model, 1, 0)))
+    one, two = (estimate(spec, n, workload.length, together=n if spec.shares_passes else 1) for n in (1, 2))
     more = {purpose: (two[purpose] - one[purpose]) / 2**20 for purpose in one}
     in_flight, moments, activations = more.pop("adapters in flight"), more.pop("client optimizer"), more.pop(PASS)
     assert not any(more.values()), more

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
+from fedmoe_ds.adapters.layout import initial_bank, install
 from fedmoe_ds.bench.pool_workload import HIDDEN, VOCAB, PoolWorkload
 from fedmoe_ds.bench.system import Clock
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.clients.rules import ClientRules
 from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.clients.wave import WaveTrainer
@@ -27,11 +28,11 @@ from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.places import adapter_places
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites
 from fedmoe_ds.foundation.loading import load_model
-from fedmoe_ds.methods import Facts, Situation, method_for
+from fedmoe_ds.methods import RoundContext, method_for
+from fedmoe_ds.run_spec import resolve_spec
 from fedmoe_ds.runtime import keep_freed_memory
 
 Measured = dict[str, Any]
@@ -72,22 +73,24 @@ class ExpertPool:
         adapters = AdapterConfig(
             attention=[], moe=MoEAdapterConfig(experts=experts, width=workload.width, top_k=workload.top_k)
         )
-        assert adapters.moe is not None
-        places = adapter_places(foundation.sites, adapters.moe, 1, 0)
-        blocks = adapter_blocks(foundation.model, places, adapters, None)
-        clients = workload.clients
-        pool = Pool(None, 1, experts, clients, merge=not workload.bitwise)
-        self.bank = Bank(blocks, experts, clients, clients, device)
-        execution = Execution(self.bank, pool, 1.0)
-        install(foundation, adapters, execution)
-        self.start = initial_bank(foundation, blocks, workload.seed, places.held)
         self.local = LocalConfig(batch_size=workload.sequences, lr=workload.lr)
-        method = method_for(Config(adapters=adapters, method=MethodConfig(name="fft-moe")))
-        method.facts = Facts(workload.top_k, experts, adapters.rank, workload.seed, True, tuple(places.layers))
-        rules = ClientRules(watch=lambda client, assignment: method.watch(client, assignment, Situation(1, {})))
-        self.trainer = TimedTrainer(
-            foundation, places.layers, execution, self.local, ExecutionConfig(), 0, workload.seed, device, rules
+        config = Config(
+            seed=workload.seed,
+            adapters=adapters,
+            local=self.local,
+            execution=ExecutionConfig(reproducible="bitwise" if workload.bitwise else "fast"),
+            method=MethodConfig(name="fft-moe"),
         )
+        method = method_for(config)
+        spec = resolve_spec(config, method, "cpu", foundation.outline)
+        clients = workload.clients
+        pool = Pool(None, 1, experts, clients, merge=spec.shares_passes)
+        self.bank = Bank(spec.blocks, experts, clients, clients, device)
+        model = AdaptedModel(foundation, Execution(self.bank, pool, 1.0))
+        install(foundation, adapters, model.execution)
+        self.start = initial_bank(foundation, spec.blocks, workload.seed, spec.places.held)
+        rules = ClientRules(observer=lambda client, assignment: method.observer(client, assignment, RoundContext(1, {})))
+        self.trainer = TimedTrainer(model, spec.places.layers, self.local, None, workload.seed, rules)
 
     def measure(self) -> Measured:
         """One wave from fresh adapters."""
@@ -99,16 +102,16 @@ class ExpertPool:
         data = {client.index: self._sequences(client) for client in clients}
         self.trainer.restart()
         clock = Clock()
-        reports = [report for _, report in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
+        updates = [update for _, update in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
         span = clock.stop()
-        assert all(report.finite and report.losses is not None for report in reports)
+        assert all(update.finite and update.losses is not None for update in updates)
         return {
             "wall": span.wall,
             "cpu": span.cpu,
             "parts": self.trainer.seconds,
             "cpu_parts": self.trainer.cpu_seconds,
-            "losses": [report.losses[0] for report in reports if report.losses is not None],
-            "used": [int((report.counts_LE > 0).sum()) for report in reports],
+            "losses": [update.losses[0] for update in updates if update.losses is not None],
+            "used": [int((update.counts_LE > 0).sum()) for update in updates],
             "adapter_bytes": self.bank.nbytes(),
             "optimizer_bytes": _nbytes(self.trainer.optimizer.first) + _nbytes(self.trainer.optimizer.second),
         }

@@ -85,7 +85,7 @@ def budget_row(load: Workload, seconds: dict[int, list[float]], job: Job, peak: 
 def wave_flops(load: Workload, job: Job, cap: int) -> float:
     """FLOPs of one step of all clients at one k, as the planner counts them: frozen weights, adapters, scores, output head."""
     samples, length = len(load.caps) * load.sequences, load.length
-    work = PassWork(job, training=True, kind="cpu")
+    work = PassWork(job, training=True)
     home = work.home(Rows(samples, length, samples * (length - 1)))
     experts = work.experts(float(samples * length * cap), 1.0, job.places.num_experts)
     both = home + experts

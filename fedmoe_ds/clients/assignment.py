@@ -16,7 +16,7 @@ from fedmoe_ds.adapters.bank import BlockSpec
 
 @dataclass(frozen=True)
 class Assignment:
-    """A pure function of client and round, so every rank of a cluster computes the same.
+    """What a client does in a round: a pure function of the two, so every rank of a cluster computes the same.
 
     Attributes:
         cap: most active experts per token.

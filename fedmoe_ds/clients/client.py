@@ -14,7 +14,7 @@ from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.randomness import generator
 
-Spends = Literal["top_k", "rank", "experts"]
+BudgetKind = Literal["top_k", "rank", "experts"]
 """What a method spends a budget on: active experts per token, LoRA rank, or experts trained per batch."""
 
 
@@ -83,7 +83,7 @@ def default_tiers(top_k: int) -> list[TierConfig]:
     return [TierConfig(top_k=cap, share=1.0) for cap in caps]
 
 
-def resolve_tiers(config: FederationConfig, full: Capacity, spends: Spends) -> list[Tier]:
+def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) -> list[Tier]:
     """The run's tiers, checked against the model.
 
     Args:

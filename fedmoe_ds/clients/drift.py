@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.clients.local import Local
+from fedmoe_ds.clients.local import ClientView
 
 
 def control_block(spec: BlockSpec) -> BlockSpec:
@@ -39,10 +39,10 @@ class FedProx:
         self.mu = mu
 
     @torch.no_grad()
-    def adjust(self, local: Local) -> None:
+    def adjust(self, view: ClientView) -> None:
         """grad += mu (w - w_global)."""
-        for spec in shared_blocks(local.blocks()):
-            local.grad(spec).add_((local.value(spec) - local.received(spec)).mul_(self.mu))
+        for spec in shared_blocks(view.blocks()):
+            view.grad(spec).add_((view.value(spec) - view.received(spec)).mul_(self.mu))
 
 
 class Scaffold:
@@ -52,25 +52,25 @@ class Scaffold:
         self.control = control
 
     @torch.no_grad()
-    def adjust(self, local: Local) -> None:
+    def adjust(self, view: ClientView) -> None:
         """grad += c - c_i."""
-        for spec in shared_blocks(local.blocks()):
-            correction = self.control.client(spec.name, 0) - local.memory[control_block(spec).name]
-            local.grad(spec).add_(_held(local, spec, correction))
+        for spec in shared_blocks(view.blocks()):
+            correction = self.control.client(spec.name, 0) - view.client_state[control_block(spec).name]
+            view.grad(spec).add_(_held(view, spec, correction))
 
     @torch.no_grad()
-    def remember(self, local: Local, rates: float) -> dict[str, Tensor]:
+    def remember(self, view: ClientView, rates: float) -> dict[str, Tensor]:
         """The client's new control variates; `rates` is the sum of its learning rates."""
         result = {}
-        for spec in shared_blocks(local.blocks()):
+        for spec in shared_blocks(view.blocks()):
             name = control_block(spec).name
-            slope = (local.received(spec) - local.value(spec)).div_(rates)
+            slope = (view.received(spec) - view.value(spec)).div_(rates)
             change = slope - self.control.client(spec.name, 0)
-            result[name] = local.memory[name] + _held(local, spec, change)
+            result[name] = view.client_state[name] + _held(view, spec, change)
         return result
 
 
-def _held(local: Local, spec: BlockSpec, value: Tensor) -> Tensor:
+def _held(view: ClientView, spec: BlockSpec, value: Tensor) -> Tensor:
     """Zero in the LoRA rows that the client does not hold."""
-    mask = local.assignment.mask(spec, value.device)
+    mask = view.assignment.mask(spec, value.device)
     return value if mask is None else torch.where(mask, value, 0.0)

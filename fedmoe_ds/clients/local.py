@@ -1,9 +1,9 @@
-"""Local: one client's adapters on one rank, while it trains and when it has finished.
+"""ClientView: one client's adapters on one rank, while it trains and when it has finished.
 
 Legend: L layers, E experts held by this rank, item the shape of one adapter tensor.
 
 Expert blocks of a client are spread over the ranks of its cluster; its dense blocks are on its home rank alone. What is
-computed from a `Local` per (layer, expert) or per layer is therefore computed where the tensors are.
+computed from a `ClientView` per (layer, expert) or per layer is therefore computed where the tensors are.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fedmoe_ds.clients.client import Client
 
 
 @dataclass(frozen=True)
-class Local:
-    """A view; nothing is copied.
+class ClientView:
+    """One client's adapters on one rank, during and after its local training. A view; nothing is copied.
 
     Attributes:
         bank: clients in flight.
         start: the global adapters at the beginning of the round (slot 0).
         slots: block kind (is it an expert block?) -> the client's slot on that kind's client axis; a kind without tensors of
             this client on this rank is absent.
-        memory: the client's personal state on this rank, by block: [L, E, *item] or [L, *item].
+        client_state: the client's personal state on this rank, by block: [L, E, *item] or [L, *item].
     """
 
     client: Client
@@ -36,7 +36,7 @@ class Local:
     bank: Bank
     start: Bank
     slots: dict[bool, int]
-    memory: dict[str, Tensor]
+    client_state: dict[str, Tensor]
 
     def blocks(self, trained: bool = True) -> Iterator[BlockSpec]:
         """The blocks that this rank holds for the client; by default those that it trains."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.clients.batch import Batch
+from fedmoe_ds.clients.batch import Batch, Rows, make_batch
 from fedmoe_ds.experts.execution import Execution, Pass
 from fedmoe_ds.foundation import Foundation
 
@@ -27,26 +27,36 @@ class PassResult:
     run: Pass
 
 
-def forward_pass(
-    foundation: Foundation, execution: Execution, batch: Batch, slot: int | None, rescale_C: list[float] | None = None
-) -> PassResult:
-    """Run the model once. `slot` is the common home slot (bitwise) or None (fast); logits exist for target rows only.
+@dataclass(frozen=True)
+class AdaptedModel:
+    """The frozen model with the federated layers installed, and what those layers read."""
 
-    The loss is the same for both tasks: cross-entropy of the next token, or of the class that the class token's hidden state
-    is read out to.
-    """
-    run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C)
-    execution.current = run
-    model: Any = foundation.model
-    if foundation.task == "image_classification":
-        hidden_BSD = model.base_model(pixel_values=batch.pixels_BCHW).last_hidden_state
-        head = model.classifier
-    else:
-        hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        head = model.get_output_embeddings()
-    logits_NV = head(hidden_BSD[batch.predict_BS]).float()
-    nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
-    return PassResult(nll_N, logits_NV.detach(), hidden_BSD, run)
+    foundation: Foundation
+    execution: Execution
+
+    def batch(self, rows: list[Rows]) -> Batch:
+        """Rows of clients as one batch on the model's device."""
+        execution = self.execution
+        return make_batch(rows, execution.pool.num_experts, execution.bank.device, self.foundation.images)
+
+    def forward(self, batch: Batch, slot: int | None, rescale_C: list[float] | None = None) -> PassResult:
+        """Run the model once. `slot` is the common home slot (bitwise) or None (fast); logits exist for target rows only.
+
+        The loss is the same for both tasks: cross-entropy of the next token, or of the class that the class token's hidden
+        state is read out to.
+        """
+        run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C)
+        self.execution.current = run
+        model: Any = self.foundation.model
+        if self.foundation.task == "image_classification":
+            hidden_BSD = model.base_model(pixel_values=batch.pixels_BCHW).last_hidden_state
+            head = model.classifier
+        else:
+            hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            head = model.get_output_embeddings()
+        logits_NV = head(hidden_BSD[batch.predict_BS]).float()
+        nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
+        return PassResult(nll_N, logits_NV.detach(), hidden_BSD, run)
 
 
 def segment_sums(values_N: Tensor, batch: Batch) -> list[Tensor]:

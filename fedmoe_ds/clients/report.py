@@ -1,4 +1,4 @@
-"""Report: what a client tells after local training, the same on every rank of its cluster.
+"""ClientUpdate: what a client tells after local training, the same on every rank of its cluster.
 
 Legend: C client slots of the wave, H home slots per rank, L layers, E experts of the model, P ranks of the cluster.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import Local
+from fedmoe_ds.clients.local import ClientView
 from fedmoe_ds.collectives import all_gather
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Pass
@@ -26,7 +26,7 @@ LARGEST_VALUE = 2.0**19
 
 
 @dataclass
-class Report:
+class ClientUpdate:
     """What a client reports after local training; the same on every rank of its cluster, but for the marked fields.
 
     Attributes:
@@ -78,8 +78,8 @@ class Counts:
 class Gatherer:
     """Makes what single ranks of a cluster know known to all of them; every method is one collective."""
 
-    def __init__(self, pool: Pool, shard: int, device: torch.device) -> None:
-        self.pool, self.shard, self.device = pool, shard, device
+    def __init__(self, pool: Pool, device: torch.device) -> None:
+        self.pool, self.shard, self.device = pool, pool.shard, device
 
     def home(self, values_H: Tensor) -> Tensor:
         """[H, ...] of every rank -> [C, ...], on the CPU."""
@@ -103,15 +103,17 @@ class Gatherer:
             values_HNLE[slot] = torch.stack([sums[name] for name in names])
         return dict(zip(names, self.home(values_HNLE).unbind(1), strict=True))
 
-    def measures(self, locals_: list[Local], measure: Callable[[Local], dict[str, Tensor]]) -> list[dict[str, np.ndarray]]:
+    def measures(
+        self, views: list[ClientView], measure: Callable[[ClientView], dict[str, Tensor]]
+    ) -> list[dict[str, np.ndarray]]:
         """Per client: measures of expert blocks joined over the ranks, [L, E]; those of dense blocks from its home, [L]."""
         found: list[dict[str, np.ndarray]] = []
-        for local in locals_:
-            expert = measure(Local(local.client, local.assignment, local.bank, local.start, {True: local.slots[True]}, {}))
+        for view in views:
+            expert = measure(ClientView(view.client, view.assignment, view.bank, view.start, {True: view.slots[True]}, {}))
             result = {name: self._join(value).numpy() for name, value in sorted(expert.items())}
-            home = local.slots[True] // self.pool.home_clients
+            home = view.slots[True] // self.pool.home_clients
             # A rank that is not the client's home takes part with another client's numbers, which are not used.
-            stand_in = Local(local.client, local.assignment, local.bank, local.start, {False: local.slots.get(False, 0)}, {})
+            stand_in = ClientView(view.client, view.assignment, view.bank, view.start, {False: view.slots.get(False, 0)}, {})
             for name, value in sorted(measure(stand_in).items()):
                 parts = all_gather(value.to(self.device), self.pool.group, self.pool.ep_size)
                 result[name] = parts[home].cpu().numpy()

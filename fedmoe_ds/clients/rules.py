@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import Local
+from fedmoe_ds.clients.local import ClientView
 from fedmoe_ds.data import Sequences
-from fedmoe_ds.experts.execution import Watch
+from fedmoe_ds.experts.execution import RoutingObserver
 
 ReadClient = Callable[[int], Sequences]
 
@@ -30,8 +30,8 @@ class ClientRules:
 
     Attributes:
         assign: (client, round) -> what it is told to do; the same on every rank.
-        watch: what is looked at and decided in its layers, or None; called on the home rank.
-        observes: names of the sums that watches return.
+        observer: what is looked at and decided in its layers, or None; called on the home rank.
+        observes: names of the sums that observers return.
         adjust: change the gradients of a step in place, before clipping.
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
@@ -40,10 +40,10 @@ class ClientRules:
     """
 
     assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
-    watch: Callable[[Client, Assignment], Watch | None] = lambda client, assignment: None
+    observer: Callable[[Client, Assignment], RoutingObserver | None] = lambda client, assignment: None
     observes: tuple[str, ...] = ()
-    adjust: tuple[Callable[[Local], None], ...] = ()
-    measure: Callable[[Local], dict[str, Tensor]] = lambda local: {}
-    remember: tuple[Callable[[Local, float], dict[str, Tensor]], ...] = ()
+    adjust: tuple[Callable[[ClientView], None], ...] = ()
+    measure: Callable[[ClientView], dict[str, Tensor]] = lambda view: {}
+    remember: tuple[Callable[[ClientView, float], dict[str, Tensor]], ...] = ()
     selective: bool = False
     batches: Callable[[Client, int], list[np.ndarray]] | None = None

@@ -4,7 +4,7 @@ Legend: C client slots of the wave, H home slots per rank, L layers, E experts o
 
 Every rank of a cluster runs the same sequence of passes and collectives, because all of them are derived from sizes that every
 rank knows; a rank without rows joins with a stand-in row that is not routed. A pass holds the rows of all clients in flight,
-unless bits are promised and the kernels do not keep rows apart (`fedmoe_ds.fit.shares_passes`): then those of one per rank.
+unless bits are promised and the kernels do not keep rows apart (`RunSpec.shares_passes`): then those of one per rank.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.batch import Rows, make_batch
+from fedmoe_ds.clients.batch import Rows
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import Local
-from fedmoe_ds.clients.model import forward_pass, segment_sums
+from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.model import AdaptedModel, segment_sums
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
-from fedmoe_ds.clients.report import Counts, Gatherer, Report
+from fedmoe_ds.clients.report import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.clients.rules import ClientRules, ReadClient
 from fedmoe_ds.clients.schedule import Wave
 from fedmoe_ds.clients.shortage import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.steps import learning_rate, local_batches
 from fedmoe_ds.clock import Clock
 from fedmoe_ds.collectives import all_gather
-from fedmoe_ds.config import ExecutionConfig, LocalConfig
+from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
-from fedmoe_ds.experts.execution import Execution, InTraining
-from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.experts.execution import InTraining
 
 
 @dataclass
@@ -61,33 +60,27 @@ class WaveTrainer:
     """Trains waves on one rank with one set of buffers, allocated once: memory does not grow with the number of clients.
 
     Args:
-        foundation: the frozen model with the federated layers installed.
+        model: the bank of its execution is trained here.
         layers: indices of the layers with experts.
-        execution: what those layers read; its bank is trained here.
         local: local training settings.
-        run: execution settings (mode, micro-batch size).
-        shard: this rank's place in its cluster.
+        micro_batch_size: sequences of a client in one pass; None for all of a step.
         seed: run seed.
         rules: what the method prescribes per client.
     """
 
     def __init__(
         self,
-        foundation: Foundation,
+        model: AdaptedModel,
         layers: list[int],
-        execution: Execution,
         local: LocalConfig,
-        run: ExecutionConfig,
-        shard: int,
+        micro_batch_size: int | None,
         seed: int,
-        device: torch.device,
         rules: ClientRules | None = None,
     ) -> None:
-        self.foundation, self.execution, self.rules = foundation, execution, rules or ClientRules()
-        self.local, self.micro = local, run.micro_batch_size
-        self.shard, self.seed, self.device = shard, seed, device
-        self.bank, self.pool = execution.bank, execution.pool
-        self.optimizer = ClientOptimizer(self.bank, local, seed, shard * self.pool.local_experts)
+        self.model, self.execution, self.rules = model, model.execution, rules or ClientRules()
+        self.local, self.micro, self.seed = local, micro_batch_size, seed
+        self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
+        self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
         self.layers = layers
         self.clock = Clock()  # phases: set_up, passes, optimizer, reports
         trained = [spec for spec in self.bank.specs.values() if spec.trained]
@@ -96,7 +89,7 @@ class WaveTrainer:
 
     def train(
         self, wave: Wave, round_index: int, start: Bank, personal: dict[str, Tensor], read: ReadClient
-    ) -> list[tuple[Local, Report]]:
+    ) -> list[tuple[ClientView, ClientUpdate]]:
         """Train one wave from the global adapters `start` and each client's personal state.
 
         Args:
@@ -104,7 +97,7 @@ class WaveTrainer:
             personal: by block name, [n_clients, L, ...]; read for the clients at home here.
             read: training sequences of a client; called for clients at home here only.
         Returns:
-            For every client a view of what it trained (valid until the next wave), and its report.
+            For every client a view of what it trained (valid until the next wave), and its update.
         Raises:
             OutOfMemory: a pass did not fit. Nothing of this wave counts; it may be trained again without that client.
         """
@@ -113,45 +106,45 @@ class WaveTrainer:
         works = [[self._work(client, slot, round_index) for slot, client in enumerate(home)] for home in wave]
         for work in works[self.shard]:
             work.data = read(work.client.index)
-        locals_ = [[self._local(work, shard, start, personal) for work in home] for shard, home in enumerate(works)]
-        self._load(works, locals_, start, personal)
+        views = [[self._view(work, shard, start, personal) for work in home] for shard, home in enumerate(works)]
+        self._load(works, views, start, personal)
         self.clock.lap("set_up")
         counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts)
         for step in range(max((len(w.batches) for home in works for w in home), default=0)):
             self._forward_backward(step, works, counts)
             self.clock.lap("passes")
-            self._optimize(step, round_index, works, locals_)
+            self._optimize(step, round_index, works, views)
             self.clock.lap("optimizer")
         self.execution.wave = InTraining()
-        reports = self._reports(works, locals_, counts, time.monotonic() - began)
+        updates = self._updates(works, views, counts, time.monotonic() - began)
         self.clock.lap("reports")
-        return [(local, report) for (_, local), report in zip(_flat(works, locals_), reports, strict=True)]
+        return [(view, update) for (_, view), update in zip(_flat(works, views), updates, strict=True)]
 
     def _work(self, client: Client, slot: int, round_index: int) -> _Work:
         given = self.rules.batches
         batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
         return _Work(client, slot, self.rules.assign(client, round_index), batches)
 
-    def _local(self, work: _Work, shard: int, start: Bank, personal: dict[str, Tensor]) -> Local:
+    def _view(self, work: _Work, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
         slots = {True: shard * self.pool.home_clients + work.slot}
         if shard == self.shard:
             slots[False] = work.slot
-        memory = {name: values[work.client.index] for name, values in personal.items()}
-        return Local(work.client, work.assignment, self.bank, start, slots, memory)
+        state = {name: values[work.client.index] for name, values in personal.items()}
+        return ClientView(work.client, work.assignment, self.bank, start, slots, state)
 
     @torch.no_grad()
-    def _load(self, works: list[list[_Work]], locals_: list[list[Local]], start: Bank, personal: dict[str, Tensor]) -> None:
+    def _load(self, works: list[list[_Work]], views: list[list[ClientView]], start: Bank, personal: dict[str, Tensor]) -> None:
         self.bank.zero_grad()
         self.optimizer.reset()
         for name, spec in self.bank.specs.items():
             if not spec.personal:
                 self.bank.broadcast(name).copy_(start.broadcast(name).expand_as(self.bank.broadcast(name)))
-        for local in (local for home in locals_ for local in home):
-            for spec in local.blocks(trained=False):
+        for view in (view for home in views for view in home):
+            for spec in view.blocks(trained=False):
                 if spec.personal:
-                    local.value(spec).copy_(local.memory[spec.name])
-                elif local.assignment.rows_R is not None and spec.pair is not None:
-                    local.value(spec).copy_(local.received(spec))
+                    view.value(spec).copy_(view.client_state[spec.name])
+                elif view.assignment.rows_R is not None and spec.pair is not None:
+                    view.value(spec).copy_(view.received(spec))
         self.execution.wave = self._in_training(works)
 
     def _in_training(self, works: list[list[_Work]]) -> InTraining:
@@ -161,9 +154,9 @@ class WaveTrainer:
             for work in mine:
                 factors[shard * home + work.slot] = work.assignment.scale
         plain = all(factor == 1.0 for factor in factors)
-        found = {work.slot: self.rules.watch(work.client, work.assignment) for work in works[self.shard]}
+        found = {work.slot: self.rules.observer(work.client, work.assignment) for work in works[self.shard]}
         return InTraining(
-            {slot: watch for slot, watch in found.items() if watch is not None},
+            {slot: observer for slot, observer in found.items() if observer is not None},
             self.rules.selective,
             None if plain else factors,
             None if plain else factors[self.shard * home : (self.shard + 1) * home],
@@ -195,8 +188,8 @@ class WaveTrainer:
 
     def _run(self, works: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         rows = [self._rows(work, step, micro) for work in works]
-        batch = make_batch(rows, self.pool.num_experts, self.device, self.foundation.images)
-        result = forward_pass(self.foundation, self.execution, batch, slot, self._factors(works))
+        batch = self.model.batch(rows)
+        result = self.model.forward(batch, slot, self._factors(works))
         loss = result.hidden_BSD.sum() * 0.0 if not works else result.nll_N.new_zeros(())
         for work, part, own in zip(works, rows, segment_sums(result.nll_N, batch), strict=True):
             whole = self._step_sums(work, step)
@@ -221,12 +214,12 @@ class WaveTrainer:
         size = self.micro or len(work.batches[step])
         chosen = work.batches[step][micro * size : (micro + 1) * size]
         allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
-        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, self.foundation.images)
+        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, self.model.foundation.images)
 
     def _step_sums(self, work: _Work, step: int) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
         assert work.data is not None
-        whole = Rows.of(work.slot, work.assignment.cap, work.data, work.batches[step], images=self.foundation.images)
+        whole = Rows.of(work.slot, work.assignment.cap, work.data, work.batches[step], images=self.model.foundation.images)
         return max(whole.targets, 1), whole.tokens
 
     def _auxiliary(self, losses: dict[int, dict[int, Tensor]], slot: int) -> Tensor | float:
@@ -239,24 +232,24 @@ class WaveTrainer:
                 empty = torch.zeros(len(self.layers), self.pool.num_experts, dtype=torch.float64)
                 work.observed.setdefault(name, empty)[row] += observed[layer][work.slot][name].double().cpu()
 
-    def _optimize(self, step: int, round_index: int, works: list[list[_Work]], locals_: list[list[Local]]) -> None:
+    def _optimize(self, step: int, round_index: int, works: list[list[_Work]], views: list[list[ClientView]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
-        for work, local in _flat(works, locals_):
+        for work, view in _flat(works, views):
             if step < len(work.batches):
                 for adjust in self.rules.adjust:
-                    adjust(local)
+                    adjust(view)
         norms = self._global_norms() if self.local.clip is not None else None
-        for work, local in _flat(works, locals_):
+        for work, view in _flat(works, views):
             if step >= len(work.batches):
                 continue
             factor = 1.0
-            if norms is not None and norms[local.slots[True]] > (self.local.clip or 0.0):
-                factor = (self.local.clip or 0.0) / norms[local.slots[True]]
+            if norms is not None and norms[view.slots[True]] > (self.local.clip or 0.0):
+                factor = (self.local.clip or 0.0) / norms[view.slots[True]]
             lr = learning_rate(self.local, step, len(work.batches))
             address = (round_index, work.client.index)
-            self.optimizer.step(self.expert_blocks, local.slots[True], step + 1, lr, factor, address)
-            if False in local.slots:
-                self.optimizer.step(self.dense_blocks, local.slots[False], step + 1, lr, factor, address)
+            self.optimizer.step(self.expert_blocks, view.slots[True], step + 1, lr, factor, address)
+            if False in view.slots:
+                self.optimizer.step(self.dense_blocks, view.slots[False], step + 1, lr, factor, address)
 
     def _global_norms(self) -> list[float]:
         """Gradient norm of every wave slot over all of its adapters on all ranks, summed in one fixed order."""
@@ -267,19 +260,21 @@ class WaveTrainer:
         dense_CN = dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
         return [float(row.sum().sqrt()) for row in torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)]
 
-    def _reports(self, works: list[list[_Work]], locals_: list[list[Local]], counts: Counts, seconds: float) -> list[Report]:
-        gatherer = Gatherer(self.pool, self.shard, self.device)
+    def _updates(
+        self, works: list[list[_Work]], views: list[list[ClientView]], counts: Counts, seconds: float
+    ) -> list[ClientUpdate]:
+        gatherer = Gatherer(self.pool, self.bank.device)
         mine = works[self.shard]
         counted_CN = gatherer.numbers({work.slot: (work.tokens, work.targets) for work in mine})
         counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
         observed = gatherer.observations({w.slot: w.observed for w in mine}, self.rules.observes, len(self.layers))
-        measured = gatherer.measures([local for home in locals_ for local in home], self.rules.measure)
+        measured = gatherer.measures([view for home in views for view in home], self.rules.measure)
         finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
-        reports = []
-        for i, (work, local) in enumerate(_flat(works, locals_)):
-            place = local.slots[True]
-            reports.append(
-                Report(
+        updates = []
+        for i, (work, view) in enumerate(_flat(works, views)):
+            place = view.slots[True]
+            updates.append(
+                ClientUpdate(
                     work.client,
                     place,
                     place // self.pool.home_clients,
@@ -293,16 +288,16 @@ class WaveTrainer:
                     trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
                     {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
                     measured[i],
-                    self._remembered(work, local),
+                    self._remembered(work, view),
                     counted_CN[place][1],
                 )
             )
-        return reports
+        return updates
 
-    def _remembered(self, work: _Work, local: Local) -> dict[str, Tensor]:
+    def _remembered(self, work: _Work, view: ClientView) -> dict[str, Tensor]:
         rates = sum(learning_rate(self.local, step, len(work.batches)) for step in range(len(work.batches)))
-        return {name: value for remember in self.rules.remember for name, value in remember(local, rates).items()}
+        return {name: value for remember in self.rules.remember for name, value in remember(view, rates).items()}
 
 
-def _flat(works: list[list[_Work]], locals_: list[list[Local]]) -> list[tuple[_Work, Local]]:
-    return [pair for home in zip(works, locals_, strict=True) for pair in zip(*home, strict=True)]
+def _flat(works: list[list[_Work]], views: list[list[ClientView]]) -> list[tuple[_Work, ClientView]]:
+    return [pair for home in zip(works, views, strict=True) for pair in zip(*home, strict=True)]

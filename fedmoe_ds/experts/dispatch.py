@@ -26,8 +26,8 @@ from fedmoe_ds.experts.router import Routing
 class Pool:
     """The expert pool as one rank sees it, and the client slots of the wave.
 
-    `home_clients` is the number of client slots per rank; wave slot = rank in cluster * home_clients + home slot. With `shared`
-    all rows use the adapters at slot 0 (evaluation of the global model).
+    `home_clients` is the number of client slots per rank; wave slot = shard * home_clients + home slot, where `shard` is the
+    rank's place in its cluster. With `shared` all rows use the adapters at slot 0 (evaluation of the global model).
     """
 
     group: torch_dist.ProcessGroup | None
@@ -36,6 +36,7 @@ class Pool:
     home_clients: int
     merge: bool  # fast mode: one block for all clients
     shared: bool = False
+    shard: int = 0
 
     def wave_slot(self, peer: int, slot: int) -> int:
         return 0 if self.shared else peer * self.home_clients + slot

@@ -34,7 +34,7 @@ class Pass:
         rescale_C: fixed factor on the expert output per home slot, or None (FLAME's static rescaler; evaluation of a tier).
         counts: routed rows per (home slot, expert), by layer; written by the layers.
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
-        observed: what the method's `Watch` summed up per home slot, by layer.
+        observed: what the method's `RoutingObserver` summed up per home slot, by layer.
         trained: routed rows that take part in the backward pass, like `counts`; only layers that hold some back write it.
     """
 
@@ -68,7 +68,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Watch:
+class RoutingObserver:
     """What a method looks at, and decides, in every layer of every training batch of one client.
 
     Both functions see the client's own rows of one batch and are called on its home rank only.
@@ -88,12 +88,12 @@ class InTraining:
     """What holds for the clients of the wave in training, and for no evaluation.
 
     Attributes:
-        watches: by home slot.
+        observers: by home slot.
         selective: whether a batch may train only some of the experts (the same on all ranks).
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
     """
 
-    watches: dict[int, Watch] = field(default_factory=dict)
+    observers: dict[int, RoutingObserver] = field(default_factory=dict)
     selective: bool = False
     wave_factors: list[float] | None = None
     home_factors: list[float] | None = None

@@ -22,6 +22,7 @@ GATE_UP_A, GATE_UP_B = "experts.gate_up.lora_A", "experts.gate_up.lora_B"
 DOWN_A, DOWN_B = "experts.down.lora_A", "experts.down.lora_B"
 GATE_UP, DOWN = "experts.gate_up.weight", "experts.down.weight"
 ROUTER, RESCALER = "router.weight", "rescaler"
+"""Names of the blocks of a trained router, and of the learnable factor on a client's expert output."""
 
 
 class FederatedMoELayer(nn.Module):

@@ -49,17 +49,17 @@ def observe(execution: Execution, layer: int, routing: Routing, logits_TE: Tenso
     found_losses: dict[int, Tensor] = {}
     run.observed[layer] = {}
     for seg, rows in _own_rows(run, logits_TE.shape[0]):
-        watch = execution.wave.watches.get(seg.slot)
-        if watch is None and not (execution.balance or execution.z):
+        observer = execution.wave.observers.get(seg.slot)
+        if observer is None and not (execution.balance or execution.z):
             continue
         own, valid_T, own_TE = _rows_of(routing, rows), run.valid_T[rows], logits_TE[rows]
-        if watch is not None and watch.observe is not None:
+        if observer is not None and observer.observe is not None:
             with torch.no_grad():
-                active_E, sums = watch.observe(own, valid_T)
+                active_E, sums = observer.observe(own, valid_T)
             run.observed[layer][seg.slot] = sums if active_E is None else {**sums, ACTIVE: active_E}
         loss = _auxiliary(execution, own, own_TE, valid_T)
-        if watch is not None and watch.loss is not None:
-            extra = watch.loss(layer, own, own_TE, valid_T)
+        if observer is not None and observer.loss is not None:
+            extra = observer.loss(layer, own, own_TE, valid_T)
             loss = extra if loss is None else (loss if extra is None else loss + extra)
         if loss is not None:
             found_losses[seg.slot] = loss

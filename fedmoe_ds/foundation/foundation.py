@@ -19,11 +19,12 @@ from fedmoe_ds import cache
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, feed_forward_sites, image_input, type_task
+from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
 from fedmoe_ds.foundation.hosting import HostedLayer
 from fedmoe_ds.foundation.loading import CONFIG_FILE, Skeleton, WeightFiles, first_line, read_config
 from fedmoe_ds.foundation.mapped import Memory
 from fedmoe_ds.foundation.meta import is_there
+from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.presets import find_preset
 from fedmoe_ds.foundation.pretrain import pretrain_preset
@@ -62,6 +63,11 @@ class Foundation:
     def sparse(self) -> bool:
         """Whether the model has experts of its own."""
         return bool(self.layers)
+
+    @property
+    def outline(self) -> Outline:
+        """The same without its weights."""
+        return Outline(self.model, self.layers, self.sites, self.task, self.images)
 
 
 def planned_config(config: FoundationConfig) -> Any | None:
@@ -150,11 +156,10 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
     layers, folder = skeleton.layers, skeleton.folder
     assert len({(layer.top_k, layer.num_experts) for layer in layers}) <= 1
     model: Any = skeleton.bind(memory, device)
-    task, size = type_task(model.config.model_type), model_size(model, layers)
-    text = task == "causal_lm"
+    known, size = outline(model, layers), model_size(model, layers)
     return Foundation(
         model=model,
-        tokenizer=load_tokenizer(folder, model.config.vocab_size, trust) if text else None,
+        tokenizer=load_tokenizer(folder, model.config.vocab_size, trust) if known.task == "causal_lm" else None,
         layers=layers,
         top_k=size.top_k,
         num_experts=size.experts,
@@ -162,9 +167,9 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
         vocab_size=size.vocabulary,
         fingerprint=fingerprint,
         path=folder,
-        task=task,
-        sites=[] if layers else feed_forward_sites(model),
-        images=None if text else image_input(model.config),
+        task=known.task,
+        sites=known.sites,
+        images=known.images,
         code=running(folder, trust),
     )
 

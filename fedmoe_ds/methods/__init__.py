@@ -1,6 +1,59 @@
-"""Methods: one published system, one readable file. `method_for` finds them by entry point."""
+"""Methods: one published system, one readable file; and all that a method needs, in one place.
 
-from fedmoe_ds.methods.base import Card, Facts, Method, MethodParams, Situation
+A method, ours or a third party's, imports from here alone; a test holds our own to that. What stands in `__all__` keeps its
+name and meaning within a minor version, wherever in the package it moves.
+"""
+
+from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.aggregation.collection import FactorPair
+from fedmoe_ds.clients.assignment import Assignment, leading
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.report import ClientUpdate
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.experts.execution import RoutingObserver
+from fedmoe_ds.experts.layer import RESCALER
+from fedmoe_ds.experts.losses import balance_loss
+from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.methods.base import (
+    Combined,
+    Method,
+    MethodInfo,
+    MethodParams,
+    ModelFacts,
+    RoundContext,
+    present,
+    product_norms,
+)
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
+from fedmoe_ds.randomness import generator
 
-__all__ = ["Card", "Facts", "Method", "MethodParams", "Situation", "load_method", "method_for", "method_names", "with_defaults"]
+__all__ = [
+    "RESCALER",
+    "Assignment",
+    "BlockSpec",
+    "Client",
+    "ClientUpdate",
+    "ClientView",
+    "Combined",
+    "Config",
+    "FactorPair",
+    "Method",
+    "MethodInfo",
+    "MethodParams",
+    "ModelFacts",
+    "RoundContext",
+    "Routing",
+    "RoutingObserver",
+    "UserError",
+    "balance_loss",
+    "generator",
+    "leading",
+    "load_method",
+    "method_for",
+    "method_names",
+    "present",
+    "product_norms",
+    "with_defaults",
+]

@@ -3,10 +3,10 @@
 Legend: L layers, E experts of the model, R adapter rank.
 
     assign(client)          what a client does: active experts, LoRA rows, expert mask       before local training
-    watch(client)           what is looked at, decided and minimised inside its layers       during local training
-    adjust(local)           a change of its gradients, before clipping
-    measure(local)          numbers about its tensors                                        after local training
-    weights(report)         its weight in the mean, per block and (layer, expert)            aggregation
+    observer(client)        what is looked at, decided and minimised inside its layers       during local training
+    adjust(view)            a change of its gradients, before clipping
+    measure(view)           numbers about its tensors                                        after local training
+    weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -24,14 +24,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.aggregation.collection import Pair
+from fedmoe_ds.aggregation.collection import FactorPair
 from fedmoe_ds.clients.assignment import Assignment, leading
-from fedmoe_ds.clients.client import Client, Spends
-from fedmoe_ds.clients.local import Local
-from fedmoe_ds.clients.report import Report
+from fedmoe_ds.clients.client import BudgetKind, Client
+from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.execution import Watch
+from fedmoe_ds.experts.execution import RoutingObserver
 from fedmoe_ds.experts.layer import RESCALER
 
 
@@ -46,7 +46,7 @@ class MethodParams(BaseModel):
 
 
 @dataclass(frozen=True)
-class Card:
+class MethodInfo:
     """What the table of methods says about one of them."""
 
     title: str
@@ -59,7 +59,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What a method may ask about the model and the run."""
 
     top_k: int
@@ -71,17 +71,17 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Situation:
+class RoundContext:
     """What is known when a client is told what to do.
 
     Attributes:
         round: from 1; 0 stands for the evaluation of the client's tier.
-        memory: the client's dense personal state, [L, *item] by block.
+        client_state: the client's dense personal state, [L, *item] by block.
         utilisation_LE: routed rows over all clients of the last round, or None.
     """
 
     round: int
-    memory: dict[str, Tensor]
+    client_state: dict[str, Tensor]
     utilisation_LE: np.ndarray | None = None
 
 
@@ -99,15 +99,15 @@ class Method:
 
     Attributes:
         Params: the method's parameters, a `MethodParams` subclass.
-        card: its row in the table of methods.
+        info: its row in the table of methods.
         spends: what a client's budget buys.
         needs: what the configuration must have: `lora` (adapters in pairs), `router` (trained), `experts` (trained).
         unequal_ranks: whether clients may train different LoRA rows.
         missing_rows: what a row counts as in the mean for a client that does not hold it: `zero`, or its `global` value.
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
-        observes: names of the sums that `watch` returns.
+        observes: names of the sums that `observer` returns.
         selective: whether some batches train only some of the experts.
-        whole_steps: whether its `watch` needs all rows of a local step at once: a loss that is no mean over rows, a decision.
+        whole_steps: whether its observer needs all rows of a local step at once: a loss that is no mean over rows, a decision.
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
         averages: whether anything is averaged at all.
@@ -116,8 +116,8 @@ class Method:
     """
 
     Params: ClassVar[type[MethodParams]] = MethodParams
-    card: ClassVar[Card]
-    spends: ClassVar[Spends] = "top_k"
+    info: ClassVar[MethodInfo]
+    spends: ClassVar[BudgetKind] = "top_k"
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
@@ -133,62 +133,62 @@ class Method:
 
     def __init__(self, params: Any) -> None:
         self.params = params
-        self.facts = Facts(1, 1, 1, 0)
+        self.facts = ModelFacts(1, 1, 1, 0)
 
     # Before anything is trained
 
     def check_config(self, config: Config) -> None:
         """Raise UserError where the configuration lacks what the method needs; called before anything is loaded."""
 
-    def check(self, facts: Facts) -> None:
+    def check(self, facts: ModelFacts) -> None:
         """Raise UserError where the model lacks what the method needs; called before any weight is loaded for it."""
 
     def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
         """The blocks of the run: some may be marked `personal`, or not `trained`."""
         return specs
 
-    def memory(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+    def client_state(self, specs: list[BlockSpec]) -> list[BlockSpec]:
         """Further personal blocks that clients remember from round to round and do not train."""
         return []
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
         """What a personal block of this method is filled with before the first round; None: the global initial value, or zero.
 
-        Asked for personal blocks of the bank and for those of `memory`, never for what others keep (control variates).
+        Asked for personal blocks of the bank and for those of `client_state`, never for what others keep (control variates).
         """
         return 1.0 if spec.name == RESCALER else None
 
     # Before and during local training
 
-    def assign(self, client: Client, situation: Situation) -> Assignment:
+    def assign(self, client: Client, context: RoundContext) -> Assignment:
         """What the client does in this round."""
         return Assignment(client.cap, leading(client.rank, self.facts.rank))
 
-    def watch(self, client: Client, assignment: Assignment, situation: Situation) -> Watch | None:
+    def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
         """What is looked at, decided and minimised in the client's layers."""
         return None
 
-    def adjust(self, local: Local) -> None:
+    def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""
 
     # After local training
 
-    def measure(self, local: Local) -> dict[str, Tensor]:
-        """Named float64 [L, E] numbers about expert blocks, and [L] about dense ones, from the tensors in `local`."""
+    def measure(self, view: ClientView) -> dict[str, Tensor]:
+        """Named float64 [L, E] numbers about expert blocks, and [L] about dense ones, from the tensors in `view`."""
         return {}
 
-    def remember(self, report: Report) -> dict[str, Tensor]:
-        """New values of dense memory blocks, from the client's report."""
+    def remember(self, update: ClientUpdate) -> dict[str, Tensor]:
+        """New values of dense memory blocks, from the client's update."""
         return {}
 
     # Aggregation
 
-    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """The client's weight in the mean of a block: float64 [L, E] or [L]. `data_share` = |D_i| / sum_j |D_j|."""
-        shape = report.counts_LE.shape if spec.expert else (len(spec.layers),)
+        shape = update.counts_LE.shape if spec.expert else (len(spec.layers),)
         return np.full(shape, data_share)
 
-    def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
+    def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
         raise NotImplementedError
 
@@ -282,13 +282,13 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
             )
 
 
-def present(spec: BlockSpec, report: Report) -> np.ndarray:
+def present(spec: BlockSpec, update: ClientUpdate) -> np.ndarray:
     """1 where the client has rows: bool [L, E] for expert blocks, all of [L] for dense ones.
 
     A client that routed no row to an expert returns what it received. Where it received all rows that is harmless: it stands
     for no change. A client of a lower rank received a truncated copy, and its zeros would erase rows that it never saw.
     """
-    return report.counts_LE > 0 if spec.expert else np.ones(len(spec.layers), dtype=bool)
+    return update.counts_LE > 0 if spec.expert else np.ones(len(spec.layers), dtype=bool)
 
 
 def product_norms(a_GRI: Tensor, b_GOR: Tensor) -> Tensor:

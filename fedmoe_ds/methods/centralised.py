@@ -6,13 +6,13 @@ whatever `federation.participation` and `federation.sampling` are. No paper stat
 
 from __future__ import annotations
 
-from fedmoe_ds.methods.base import Card, Method
+from fedmoe_ds.methods import Method, MethodInfo
 
 
 class Centralised(Method):
     """The pooled client."""
 
-    card = Card(
+    info = MethodInfo(
         title="centralised",
         paper="bound",
         adapts="nothing",

@@ -11,13 +11,13 @@ client's budget buys active experts, as in FLAME, so that FLAME with t = 0 and n
 
 from __future__ import annotations
 
-from fedmoe_ds.methods.base import Card, Method
+from fedmoe_ds.methods import Method, MethodInfo
 
 
 class FedIT(Method):
     """Data-size weights for everything: the behaviour of the base class."""
 
-    card = Card(
+    info = MethodInfo(
         title="FedIT",
         paper="arXiv 2305.05644",
         adapts="active experts k",

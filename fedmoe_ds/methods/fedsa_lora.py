@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.methods.base import Card, Method
+from fedmoe_ds.methods import BlockSpec, Method, MethodInfo
 
 
 class FedSALoRA(Method):
     """B is personal."""
 
-    card = Card(
+    info = MethodInfo(
         title="FedSA-LoRA",
         paper="arXiv 2410.01463",
         adapts="active experts k",

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.methods.base import Card, Method
+from fedmoe_ds.methods import BlockSpec, Method, MethodInfo
 
 
 class FFALoRA(Method):
     """B alone."""
 
-    card = Card(
+    info = MethodInfo(
         title="FFA-LoRA",
         paper="arXiv 2403.12313",
         adapts="active experts k",

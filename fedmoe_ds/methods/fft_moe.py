@@ -31,14 +31,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.client import Client
-from fedmoe_ds.config import Config
-from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.execution import Watch
-from fedmoe_ds.experts.losses import balance_loss
-from fedmoe_ds.experts.router import Routing
-from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation
+from fedmoe_ds.methods import (
+    Assignment,
+    Client,
+    Config,
+    Method,
+    MethodInfo,
+    MethodParams,
+    RoundContext,
+    Routing,
+    RoutingObserver,
+    UserError,
+    balance_loss,
+)
 
 
 class FFTMoEParams(MethodParams):
@@ -61,7 +66,7 @@ class FFTMoE(Method):
     """Adapter experts on a dense model."""
 
     Params: ClassVar[type[MethodParams]] = FFTMoEParams
-    card = Card(
+    info = MethodInfo(
         title="FFT-MoE",
         paper="arXiv 2508.18663",
         adapts="active adapter experts k",
@@ -82,17 +87,21 @@ class FFTMoE(Method):
                 "adapters.moe={experts: 8, top_k: 4}"
             )
 
-    def watch(self, client: Client, assignment: Assignment, situation: Situation) -> Watch | None:
+    def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
         weight, place = self.params.coefficient, {layer: row for row, layer in enumerate(self.facts.layers)}
         if self.params.auxiliary == "none" or weight == 0:
             return None
         if self.params.auxiliary == "global":
-            targets_LE = self.targets(situation.utilisation_LE)
-            return Watch(loss=lambda layer, own, _, valid_T: weight * divergence(own, valid_T, targets_LE[place[layer]]))
+            targets_LE = self.targets(context.utilisation_LE)
+            return RoutingObserver(
+                loss=lambda layer, own, _, valid_T: weight * divergence(own, valid_T, targets_LE[place[layer]])
+            )
         if self.params.auxiliary == "switch":
-            return Watch(loss=lambda layer, own, _, valid_T: weight * balance_loss(own, valid_T))
+            return RoutingObserver(loss=lambda layer, own, _, valid_T: weight * balance_loss(own, valid_T))
         device = (self.facts.top_k / assignment.cap) ** self.params.gamma
-        return Watch(loss=lambda layer, own, _, valid_T: weight * device * (1.0 + unevenness(own)) * balance_loss(own, valid_T))
+        return RoutingObserver(
+            loss=lambda layer, own, _, valid_T: weight * device * (1.0 + unevenness(own)) * balance_loss(own, valid_T)
+        )
 
     def targets(self, utilisation_LE: np.ndarray | None) -> Tensor:
         """q [L, E] float32, rows sum to one: the global target of every layer."""

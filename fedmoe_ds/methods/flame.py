@@ -23,14 +23,20 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.report import Report
-from fedmoe_ds.config import Config
-from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.layer import RESCALER
-from fedmoe_ds.methods.base import Card, Facts, Method, MethodParams, Situation
+from fedmoe_ds.methods import (
+    RESCALER,
+    Assignment,
+    BlockSpec,
+    Client,
+    ClientUpdate,
+    Config,
+    Method,
+    MethodInfo,
+    MethodParams,
+    ModelFacts,
+    RoundContext,
+    UserError,
+)
 
 
 class FlameParams(MethodParams):
@@ -55,7 +61,7 @@ class Flame(Method):
     """Activation-aware aggregation and the output rescaler."""
 
     Params: ClassVar[type[MethodParams]] = FlameParams
-    card = Card(
+    info = MethodInfo(
         title="FLAME",
         paper="arXiv 2506.16600",
         adapts="active experts k",
@@ -69,7 +75,7 @@ class Flame(Method):
         super().__init__(params)
         self.rescaler = params.rescaler_scope if params.rescaler == "learnable" else None
 
-    def check(self, facts: Facts) -> None:
+    def check(self, facts: ModelFacts) -> None:
         found = {"rescaler": "static", "rescaler_init": "ratio"}.items()
         key, value = next(((key, value) for key, value in found if getattr(self.params, key) == value), ("", ""))
         if facts.renormalised and key and self.params.rescaler != "none":
@@ -83,16 +89,16 @@ class Flame(Method):
             return self.facts.top_k / client.cap
         return super().initial(spec, client)
 
-    def assign(self, client: Client, situation: Situation) -> Assignment:
-        assignment = super().assign(client, situation)
+    def assign(self, client: Client, context: RoundContext) -> Assignment:
+        assignment = super().assign(client, context)
         if self.params.rescaler != "static":
             return assignment
         return replace(assignment, rescale=self.facts.top_k / client.cap)
 
-    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """gamma = f^t |D_i| (FLAME's activation-aware aggregation; |D_i| as a share, which cancels in the mean)."""
         if not spec.expert:
-            return super().weights(spec, report, data_share)
-        frequency_LE = report.counts_LE / max(report.tokens, 1)
+            return super().weights(spec, update, data_share)
+        frequency_LE = update.counts_LE / max(update.tokens, 1)
         weights_LE: np.ndarray = np.power(frequency_LE, self.params.temperature) * data_share
         return weights_LE

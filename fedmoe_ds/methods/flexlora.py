@@ -21,10 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.aggregation.collection import Pair
-from fedmoe_ds.clients.report import Report
-from fedmoe_ds.methods.base import Card, Combined, Method, present
+from fedmoe_ds.methods import BlockSpec, ClientUpdate, Combined, FactorPair, Method, MethodInfo, present
 
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest are rounding noise of float32 adapters; their directions mean nothing."""
@@ -33,7 +30,7 @@ NEGLIGIBLE = 1e-7
 class FlexLoRA(Method):
     """Exact product, truncated SVD."""
 
-    card = Card(
+    info = MethodInfo(
         title="FlexLoRA",
         paper="arXiv 2402.11505",
         adapts="LoRA rank r",
@@ -47,12 +44,12 @@ class FlexLoRA(Method):
     unequal_ranks = True
     collects = True
 
-    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         if spec.pair is None:
-            return super().weights(spec, report, data_share)
-        return np.where(present(spec, report), data_share, 0.0)
+            return super().weights(spec, update, data_share)
+        return np.where(present(spec, update), data_share, 0.0)
 
-    def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
+    def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         u_OK, s_K, vh_KI = stacked_svd(*pair.stacked())
         rank = min(pair.a_RI.shape[0], int((s_K > NEGLIGIBLE * s_K[0]).sum()))
         a_RI, b_OR = pair.a_RI.clone(), torch.zeros_like(pair.b_OR)

@@ -20,16 +20,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmoe_ds.aggregation.collection import Pair
-from fedmoe_ds.config import Config
-from fedmoe_ds.errors import UserError
-from fedmoe_ds.methods.base import Card, Combined, Method
+from fedmoe_ds.methods import Combined, Config, FactorPair, Method, MethodInfo, UserError
 
 
 class FLoRA(Method):
     """Stack, merge, start afresh."""
 
-    card = Card(
+    info = MethodInfo(
         title="FLoRA",
         paper="arXiv 2409.05976",
         adapts="LoRA rank r",
@@ -51,5 +48,5 @@ class FLoRA(Method):
                 "and bfloat16 would round them away; use float32"
             )
 
-    def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
+    def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         return Combined(fresh_a_RI, torch.zeros_like(pair.b_OR), absorbed=pair.stacked())

@@ -15,18 +15,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.report import Report
-from fedmoe_ds.methods.base import Card, Method, Situation
-from fedmoe_ds.randomness import generator
+from fedmoe_ds.methods import Assignment, BlockSpec, Client, ClientUpdate, Method, MethodInfo, RoundContext, generator
 
 
 class FSLoRA(Method):
     """Random rows instead of leading ones."""
 
-    card = Card(
+    info = MethodInfo(
         title="FSLoRA",
         paper="arXiv 2501.19389",
         adapts="LoRA rank r",
@@ -40,14 +35,14 @@ class FSLoRA(Method):
     unequal_ranks = True
     missing_rows = "global"
 
-    def assign(self, client: Client, situation: Situation) -> Assignment:
+    def assign(self, client: Client, context: RoundContext) -> Assignment:
         full = self.facts.rank
-        if situation.round == 0 or client.rank >= full:
+        if context.round == 0 or client.rank >= full:
             return Assignment(client.cap)
-        draw = generator(self.facts.seed, "sketch", situation.round, client.index)
+        draw = generator(self.facts.seed, "sketch", context.round, client.index)
         rows_R = np.zeros(full, dtype=bool)
         rows_R[draw.choice(full, size=client.rank, replace=False)] = True
         return Assignment(client.cap, rows_R, scale=full / client.rank)
 
-    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
-        return np.ones_like(super().weights(spec, report, data_share))
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
+        return np.ones_like(super().weights(spec, update, data_share))

@@ -26,13 +26,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.clients.assignment import Assignment, leading
-from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import Local
-from fedmoe_ds.clients.report import Report
-from fedmoe_ds.config import Config
-from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation, present, product_norms
+from fedmoe_ds.methods import (
+    Assignment,
+    BlockSpec,
+    Client,
+    ClientUpdate,
+    ClientView,
+    Config,
+    Method,
+    MethodInfo,
+    MethodParams,
+    RoundContext,
+    leading,
+    present,
+    product_norms,
+)
 
 RANK = BlockSpec("hetlora.rank", (-1,), (1,), personal=True, trained=False)
 
@@ -57,7 +65,7 @@ class HetLoRA(Method):
     """Truncate, prune, pad."""
 
     Params: ClassVar[type[MethodParams]] = HetLoRAParams
-    card = Card(
+    info = MethodInfo(
         title="HetLoRA",
         paper="arXiv 2401.06432",
         adapts="LoRA rank r",
@@ -70,66 +78,66 @@ class HetLoRA(Method):
     needs = frozenset({"lora"})
     unequal_ranks = True
 
-    def memory(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+    def client_state(self, specs: list[BlockSpec]) -> list[BlockSpec]:
         return [RANK]
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
         return float(client.rank) if spec == RANK else super().initial(spec, client)
 
-    def assign(self, client: Client, situation: Situation) -> Assignment:
-        own = situation.memory.get(RANK.name) if situation.round > 0 else None  # round 0: the tier, not the client
+    def assign(self, client: Client, context: RoundContext) -> Assignment:
+        own = context.client_state.get(RANK.name) if context.round > 0 else None  # round 0: the tier, not the client
         rank = client.rank if own is None else int(own.item())
         return Assignment(client.cap, leading(rank, self.facts.rank))
 
     @torch.no_grad()
-    def adjust(self, local: Local) -> None:
+    def adjust(self, view: ClientView) -> None:
         """The gradient of the tail penalty; zero where a tail vanishes."""
         if not self.params.penalty:
             return
-        for a, b in local.pairs():
-            tail_a, tail_b, rows = *self._tail(local, local.value(a), local.value(b)), self._rows(local)
+        for a, b in view.pairs():
+            tail_a, tail_b, rows = *self._tail(view, view.value(a), view.value(b)), self._rows(view)
             norm_a, norm_b = _norm(tail_a), _norm(tail_b)
             both = (norm_a > 0) & (norm_b > 0)
             pull_a = torch.where(both, norm_b / norm_a, 0.0).float() * self.params.penalty
             pull_b = torch.where(both, norm_a / norm_b, 0.0).float() * self.params.penalty
-            local.grad(a)[..., rows, :].add_(tail_a * pull_a[..., None, None])
-            local.grad(b)[..., :, rows].add_(tail_b * pull_b[..., None, None])
+            view.grad(a)[..., rows, :].add_(tail_a * pull_a[..., None, None])
+            view.grad(b)[..., :, rows].add_(tail_b * pull_b[..., None, None])
 
     @torch.no_grad()
-    def measure(self, local: Local) -> dict[str, Tensor]:
+    def measure(self, view: ClientView) -> dict[str, Tensor]:
         """Per adapter ||BA||_F, and the tail product before and after the round."""
         found = {}
-        for a, b in local.pairs():
-            found[f"{a.pair}.norm"] = product_norms(local.value(a), local.value(b))
-            found[f"{a.pair}.before"] = self._tail_product(local, local.received(a), local.received(b))
-            found[f"{a.pair}.after"] = self._tail_product(local, local.value(a), local.value(b))
+        for a, b in view.pairs():
+            found[f"{a.pair}.norm"] = product_norms(view.value(a), view.value(b))
+            found[f"{a.pair}.before"] = self._tail_product(view, view.received(a), view.received(b))
+            found[f"{a.pair}.after"] = self._tail_product(view, view.value(a), view.value(b))
         return found
 
-    def remember(self, report: Report) -> dict[str, Tensor]:
+    def remember(self, update: ClientUpdate) -> dict[str, Tensor]:
         """Self-pruning. A tail that was zero before cannot get smaller."""
-        rank = report.assignment.rank(self.facts.rank)
-        before, after = (sum(v.sum() for k, v in report.measured.items() if k.endswith(end)) for end in (".before", ".after"))
+        rank = update.assignment.rank(self.facts.rank)
+        before, after = (sum(v.sum() for k, v in update.measured.items() if k.endswith(end)) for end in (".before", ".after"))
         if self.params.pruning and after < before:
             rank = max(min(self.params.min_rank, rank), math.floor(self.params.gamma * rank))
         return {RANK.name: torch.tensor([[float(rank)]])}
 
-    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         if spec.pair is None:
-            return super().weights(spec, report, data_share)
+            return super().weights(spec, update, data_share)
         if self.params.aggregation == "data":
-            return np.where(present(spec, report), data_share, 0.0)
-        return np.where(present(spec, report), report.measured[f"{spec.pair}.norm"], 0.0)
+            return np.where(present(spec, update), data_share, 0.0)
+        return np.where(present(spec, update), update.measured[f"{spec.pair}.norm"], 0.0)
 
-    def _rows(self, local: Local) -> slice:
-        rank = local.assignment.rank(self.facts.rank)
+    def _rows(self, view: ClientView) -> slice:
+        rank = view.assignment.rank(self.facts.rank)
         return slice(math.floor(self.params.gamma * rank), rank)
 
-    def _tail(self, local: Local, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self._rows(local)
+    def _tail(self, view: ClientView, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._rows(view)
         return a_RI[..., rows, :].contiguous(), b_OR[..., :, rows].contiguous()
 
-    def _tail_product(self, local: Local, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        tail_a, tail_b = self._tail(local, a_RI, b_OR)
+    def _tail_product(self, view: ClientView, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        tail_a, tail_b = self._tail(view, a_RI, b_OR)
         return _norm(tail_a) * _norm(tail_b)
 
 

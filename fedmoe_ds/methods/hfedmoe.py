@@ -32,15 +32,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.clients.assignment import Assignment, leading
-from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.report import Report
-from fedmoe_ds.config import Config
-from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.execution import Watch
-from fedmoe_ds.experts.router import Routing
-from fedmoe_ds.methods.base import Card, Method, MethodParams, Situation
+from fedmoe_ds.methods import (
+    Assignment,
+    BlockSpec,
+    Client,
+    ClientUpdate,
+    Config,
+    Method,
+    MethodInfo,
+    MethodParams,
+    RoundContext,
+    Routing,
+    RoutingObserver,
+    UserError,
+    leading,
+)
 
 ROUTER = "router.weight"
 
@@ -65,7 +71,7 @@ class HFedMoE(Method):
     """A budget on the experts that a batch trains."""
 
     Params: ClassVar[type[MethodParams]] = HFedMoEParams
-    card = Card(
+    info = MethodInfo(
         title="HFedMoE",
         paper="arXiv 2601.00583",
         adapts="experts trained per batch",
@@ -91,12 +97,12 @@ class HFedMoE(Method):
         """The least mean score at which a client's expert is averaged."""
         return float(self.params.tau_share / self.facts.num_experts if self.params.tau is None else self.params.tau)
 
-    def assign(self, client: Client, situation: Situation) -> Assignment:
+    def assign(self, client: Client, context: RoundContext) -> Assignment:
         return Assignment(client.cap, leading(client.rank, self.facts.rank), trainable=client.experts)
 
-    def watch(self, client: Client, assignment: Assignment, situation: Situation) -> Watch | None:
+    def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
         budget = assignment.trainable or self.facts.num_experts
-        return Watch(observe=lambda routing, valid_T: self.select(routing, valid_T, budget))
+        return RoutingObserver(observe=lambda routing, valid_T: self.select(routing, valid_T, budget))
 
     def select(self, routing: Routing, valid_T: Tensor, budget: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(bool [E] of at most `budget` experts, sums): equations 3 to 5, 14 and 15 for one batch."""
@@ -113,16 +119,16 @@ class HFedMoE(Method):
         active_E[ranked_E[:budget]] = True
         return active_E & used_E, {"usage": score_TE.sum(0), "importance": importance_E}
 
-    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         if not spec.expert and (spec.name != ROUTER or self.params.gate == "data"):
-            return super().weights(spec, report, data_share)
-        usage_LE = report.observed["usage"] / max(report.tokens, 1)
+            return super().weights(spec, update, data_share)
+        usage_LE = update.observed["usage"] / max(update.tokens, 1)
         used_LE = usage_LE >= self.tau
         if spec.name == ROUTER:
-            importance_LE = report.observed["importance"] / max(report.steps, 1)
+            importance_LE = update.observed["importance"] / max(update.steps, 1)
             alpha_L: np.ndarray = (usage_LE * importance_LE * used_LE).sum(1)
             return alpha_L
         if self.params.participation == "trained":
-            used_LE &= report.trained_LE > 0
+            used_LE &= update.trained_LE > 0
         weights_LE: np.ndarray = used_LE * data_share
         return weights_LE

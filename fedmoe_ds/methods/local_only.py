@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.config import Config
-from fedmoe_ds.errors import UserError
-from fedmoe_ds.methods.base import Card, Method
+from fedmoe_ds.methods import BlockSpec, Config, Method, MethodInfo, UserError
 
 
 class LocalOnly(Method):
     """All blocks are personal."""
 
-    card = Card(
+    info = MethodInfo(
         title="local only",
         paper="bound",
         adapts="active experts k",

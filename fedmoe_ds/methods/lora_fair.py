@@ -20,9 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmoe_ds.aggregation.collection import Pair
-from fedmoe_ds.config import Config
-from fedmoe_ds.methods.base import Card, Combined, Method, MethodParams
+from fedmoe_ds.methods import Combined, Config, FactorPair, Method, MethodInfo, MethodParams
 
 
 class LoRAFairParams(MethodParams):
@@ -40,7 +38,7 @@ class LoRAFair(Method):
     """FedIT with a residual on B."""
 
     Params: ClassVar[type[MethodParams]] = LoRAFairParams
-    card = Card(
+    info = MethodInfo(
         title="LoRA-FAIR",
         paper="arXiv 2411.14961",
         adapts="active experts k",
@@ -52,7 +50,7 @@ class LoRAFair(Method):
     needs = frozenset({"lora"})
     collects = True
 
-    def combine(self, pair: Pair, fresh_a_RI: Tensor) -> Combined:
+    def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         share = pair.share_P.view(-1, 1, 1)
         a_RI, b_OR = (pair.a_PRI * share).sum(0), (pair.b_POR * share).sum(0)
         b_OQ, a_QI = pair.stacked()

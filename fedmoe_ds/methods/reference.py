@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 from pydantic.fields import FieldInfo
 
+from fedmoe_ds import methods
 from fedmoe_ds.config.schema import type_text, walk
 from fedmoe_ds.config.yaml12 import inline_yaml
 from fedmoe_ds.methods.base import Method
@@ -56,10 +57,7 @@ weighs clients by a power of their data size, between equal weights (0) and FedA
 import numpy as np
 from pydantic import Field
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.clients.report import Report
-from fedmoe_ds.methods import Method, MethodParams
-from fedmoe_ds.methods.base import Card
+from fedmoe_ds.methods import BlockSpec, ClientUpdate, Method, MethodInfo, MethodParams
 
 
 class TemperedParams(MethodParams):
@@ -68,7 +66,7 @@ class TemperedParams(MethodParams):
 
 class Tempered(Method):
     Params = TemperedParams
-    card = Card(
+    info = MethodInfo(
         title="Tempered",
         paper="example",
         adapts="active experts k",
@@ -78,8 +76,8 @@ class Tempered(Method):
         completion="all of it",
     )
 
-    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
-        return super().weights(spec, report, data_share) ** self.params.exponent
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
+        return super().weights(spec, update, data_share) ** self.params.exponent
 ```
 
 ```toml
@@ -90,6 +88,9 @@ tempered = "tempered:Tempered"
 
 `method: {name: tempered, exponent: 0.25}` then runs it: same waves, topologies, checkpoints, reports. The other functions that
 a method may override, and what they may assume, are listed at the top of `fedmoe_ds/methods/base.py`.
+
+A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.
+
 '''
 
 
@@ -99,14 +100,23 @@ def methods_markdown() -> str:
     parts = [_INTRODUCTION, _table(found), _COMBINATIONS]
     parts += ["## Parameters\n", "They stand beside `method.name`.\n"]
     parts += [_parameters(name, method) for name, method in sorted(found.items()) if method.Params.model_fields]
-    return "\n".join([*parts, _ADDING])
+    return "\n".join([*parts, _ADDING + _exports()])
+
+
+def _exports() -> str:
+    lines = ["| name | what it is |", "|---|---|"]
+    for name in methods.__all__:
+        thing = getattr(methods, name)
+        text = (inspect.getdoc(thing) or "").partition("\n")[0] if callable(thing) else f"the string `{thing}`"
+        lines.append(f"| `{name}` | {_cell(text)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(found: dict[str, type[Method]]) -> str:
     lines = ["| `method.name` | adapts to the budget | trains | sends | weighs | paper | our completion |", "|---" * 7 + "|"]
     for name, method in sorted(found.items()):
-        card = method.card
-        cells = (f"`{name}`", card.adapts, card.trains, card.sends, card.weighs, _paper(card.paper), card.completion)
+        info = method.info
+        cells = (f"`{name}`", info.adapts, info.trains, info.sends, info.weighs, _paper(info.paper), info.completion)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -118,7 +128,7 @@ def _paper(paper: str) -> str:
 
 def _parameters(name: str, method: type[Method]) -> str:
     lines = [
-        f"### {method.card.title} (`{name}`)\n",
+        f"### {method.info.title} (`{name}`)\n",
         f"{inspect.cleandoc(method.Params.__doc__ or '')}\n",
         "| key | type | default | description |",
     ]

@@ -11,6 +11,8 @@ from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.methods.base import Method, check_idle, check_needs
 
 GROUP = "fedmoe_ds.methods"
+_RENAMED = {"watch": "observer", "memory": "client_state", "card": "info"}
+"""Former names of what a method may override: the engine would never call them, and nobody would be told."""
 
 
 def method_names() -> list[str]:
@@ -20,10 +22,7 @@ def method_names() -> list[str]:
 
 def load_method(config: MethodConfig) -> Method:
     """Find the method by name and check its parameters. Raises UserError with the nearest name or key."""
-    found = {point.name: point for point in entry_points(group=GROUP)}
-    if config.name not in found:
-        raise UserError(f"method.name: {config.name}: there is no such method{nearest(config.name, found)}")
-    method: type[Method] = found[config.name].load()
+    method = _method_class(config.name)
     given = config.model_dump(exclude={"name"})
     for key in given:
         if key not in method.Params.model_fields:
@@ -38,6 +37,25 @@ def load_method(config: MethodConfig) -> Method:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"method.{key}: {first['input']!r}: {first['msg']}; see docs/methods.md") from None
+
+
+def _method_class(name: str) -> type[Method]:
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in found:
+        raise UserError(f"method.name: {name}: there is no such method{nearest(name, found)}")
+    try:
+        method = found[name].load()
+    except Exception as error:  # whatever somebody else's module does when it is imported
+        raise UserError(
+            f"method.name: {name}: cannot be imported from {found[name].value}: {error or type(error).__name__}; "
+            "methods import from fedmoe_ds.methods alone"
+        ) from None
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise UserError(f"method.name: {name}: {found[name].value} is no subclass of fedmoe_ds.methods.Method")
+    for old, new in _RENAMED.items():
+        if hasattr(method, old):
+            raise UserError(f"method.name: {name}: {found[name].value} defines `{old}`, which is called `{new}` now; rename it")
+    return method
 
 
 def method_for(config: Config) -> Method:

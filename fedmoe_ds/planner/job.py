@@ -18,28 +18,21 @@ from numpy.typing import NDArray
 
 from fedmoe_ds import cache
 from fedmoe_ds.adapters.attention import find_projections
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.adapters.layout import adapter_blocks
-from fedmoe_ds.clients.client import Capacity, Client, Tier, make_clients, resolve_tiers
-from fedmoe_ds.clients.pooled import pooled_batches, pooled_client
-from fedmoe_ds.clients.schedule import CostModel, participants
+from fedmoe_ds.clients.client import Client, Tier, make_clients
+from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.steps import local_batches
-from fedmoe_ds.config import Config, TopologyConfig
-from fedmoe_ds.data import FederatedData, ImageInput, Sequences, check_task, prepare
+from fedmoe_ds.config import Config
+from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.places import Places
-from fedmoe_ds.fit import check_length, check_plan, check_widths, facts_of, find_places, positions, shares_passes
-from fedmoe_ds.foundation import planned_task, resolve_foundation
-from fedmoe_ds.foundation.dense import feed_forward_sites, image_input, type_task
+from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.loading import build_on_meta, host_model
+from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
-from fedmoe_ds.foundation.rowwise import independent_rows
-from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.foundation.tokenizing import has_tokenizer, load_tokenizer
-from fedmoe_ds.methods import Method, method_for, with_defaults
 from fedmoe_ds.native import fault
 from fedmoe_ds.report import Progress
+from fedmoe_ds.run_spec import RunSpec, check_start, resolve_spec
 
 Counts = NDArray[np.int64]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,44 +73,22 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One configuration, resolved.
+class Job(RunSpec):
+    """A resolved configuration, its clients and their data's lengths; `places` are all experts, as one rank would hold them.
 
     Attributes:
-        places: of all experts, as one rank would hold them.
         heads: attention heads of a layer.
         projections: attention projections with LoRA, per layer.
         head: numbers of the output matrix; `body`: of everything dense but it, the input embedding and the norms' worth.
-        clients: of the federation; `pooled` is the one that trains where the method pools their data.
+        clients: of the federation.
     """
 
-    config: Config
-    method: Method
-    size: ModelSize
-    places: Places
-    blocks: list[BlockSpec]
     clients: list[Client]
-    tiers: list[Tier]
-    cost: CostModel
     heads: int
     projections: float
     head: int
     body: int
-    images: ImageInput | None
     data: Data
-    model_type: str
-
-    def shares_passes(self, kind: str) -> bool:
-        """Whether the clients in flight on a rank go through the model together."""
-        return shares_passes(self.bitwise(kind), self.model_type, self.config, kind)
-
-    def row_bytes(self, kind: str) -> int:
-        """Bytes of a number between the products of a pass."""
-        return 4 if independent_rows(self.model_type, self.config.foundation.dtype, kind) else self.size.bytes_per_parameter
-
-    def bitwise(self, kind: str) -> bool:
-        """Whether the run promises equal bits on this kind of device (`cpu` or `cuda`)."""
-        return is_bitwise(self.config, kind)
 
     @property
     def length(self) -> int:
@@ -126,14 +97,7 @@ class Job:
 
     def participants(self, round_index: int) -> list[Client]:
         """Who trains in a round: the clients that are drawn, or the one that has their data."""
-        if self.method.pooled:
-            return [pooled_client(self.clients, self.drawn(round_index), self.config.local, self.config.seed, round_index)]
-        return self.drawn(round_index)
-
-    def drawn(self, round_index: int) -> list[Client]:
-        """Who is drawn in a round."""
-        federation = self.config.federation
-        return participants(self.clients, federation.participation, self.config.seed, round_index, federation.sampling)
+        return self.participants_among(self.clients, round_index)
 
     @cached_property
     def _steps(self) -> dict[tuple[int, int], Steps]:
@@ -163,7 +127,8 @@ class Steps:
 def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
     local, seed = job.config.local, job.config.seed
     if job.method.pooled:
-        lengths, batches = _everything(job), pooled_batches(job.clients, job.drawn(round_index), local, seed, round_index)
+        drawn = job.drawn_among(job.clients, round_index)
+        lengths, batches = _everything(job), pooled_batches(job.clients, drawn, local, seed, round_index)
     else:
         lengths, batches = job.data.train(client.index), local_batches(client, local, seed, round_index)
     columns = [
@@ -178,12 +143,6 @@ def _everything(job: Job) -> Lengths:
     return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate([part.targets for part in parts]))
 
 
-def is_bitwise(config: Config, kind: str) -> bool:
-    """Whether a run of this configuration promises equal bits on this kind of device."""
-    mode = config.execution.reproducible
-    return mode == "bitwise" or (mode == "auto" and kind == "cpu")
-
-
 def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     """Resolve a configuration.
 
@@ -194,48 +153,25 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
         UserError: what a real start would refuse on any number of ranks.
     """
     fault.guard("this plan")
-    method = method_for(config)
-    config = with_defaults(config, method)
-    check_plan(config, is_bitwise(config, kind))
+    config, method = check_start(config, kind)
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, _DTYPES[config.foundation.dtype])
-    layers = host_model(model, 1, 0)
-    size = model_size(model, layers)
-    sites = [] if layers else feed_forward_sites(model)
-    places = find_places(config.model_copy(update={"topology": TopologyConfig()}), layers, sites, 0)
-    if is_bitwise(config, kind):
-        check_widths(places)
-    full = Capacity(places.top_k, config.adapters.rank, places.num_experts)
-    method.facts = facts_of(config, places)
-    method.check(method.facts)
-    task = planned_task(config.foundation) or type_task(model.config.model_type)
-    images = image_input(model.config) if task == "image_classification" else None
-    check_task(task, config.data, images)
-    check_length(config, model.config)
-    tiers = resolve_tiers(config.federation, full, method.spends)
-    clients, data = _clients(config, folder, size, tiers, images, assume)
+    spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0)))
+    clients, data = _clients(spec, folder, assume)
     if (ignored := cache.line([cache.passed_over()])) is not None:
         with Progress() as progress:
             progress.note(ignored)
-    blocks = method.blocks(adapter_blocks(model, places, config.adapters, method.rescaler))
+    size, images = spec.size, spec.images
     head = model.config.num_labels * size.hidden if images else size.vocabulary * size.hidden
     embedding = 0 if images or model.config.tie_word_embeddings else size.vocabulary * size.hidden
     return Job(
-        config=config,
-        method=method,
-        size=size,
-        places=places,
-        blocks=blocks,
+        **vars(spec),
         clients=clients,
-        tiers=tiers,
-        cost=CostModel.of(size, places, blocks, positions(images)),
         heads=model.config.num_attention_heads,
         projections=len(find_projections(model, config.adapters.attention)) / size.layers,
         head=head,
         body=size.dense_parameters - head - embedding,
-        images=images,
         data=data,
-        model_type=model.config.model_type,
     )
 
 
@@ -246,18 +182,16 @@ def _untrained_foundation(config: Config) -> Path:
         return resolve_foundation(untrained, config.seed, progress.note)
 
 
-def _clients(
-    config: Config, folder: Path, size: ModelSize, tiers: list[Tier], images: ImageInput | None, assume: bool
-) -> tuple[list[Client], Data]:
-    trust = config.foundation.trust_remote_code
+def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], Data]:
+    config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
     if assume and images is None and not has_tokenizer(folder, trust):
-        return _assumed_clients(config, folder, tiers)
+        return _assumed_clients(config, folder, spec.tiers)
     if (line := told(folder, trust)) is not None:
         with Progress() as progress:
             progress.note(line)
-    tokenizer, code = load_tokenizer(folder, size.vocabulary, trust) if images is None else None, running(folder, trust)
+    tokenizer, code = load_tokenizer(folder, spec.size.vocabulary, trust) if images is None else None, running(folder, trust)
     data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation, "data"), code)
-    return make_clients(data, config.federation, tiers, config.seed), _counted(data, images)
+    return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images)
 
 
 def _counted(data: FederatedData, images: ImageInput | None) -> Data:

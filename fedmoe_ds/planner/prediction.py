@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -164,7 +164,7 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     expert, dense = parameters_per_client(averaged, held)
     weights = sum(len(spec.layers) * (held if spec.expert else 1) for spec in averaged)
     dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
-    each = 16 if job.bitwise(hardware.kind) else 4
+    each = 16 if job.bitwise else 4
     times = 2 if job.config.local.drift == "scaffold" else 1
     seconds = 0.0
     for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
@@ -174,7 +174,7 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
     places, tiers = job.places, len(tiers_of(job.clients))
-    personal = [spec for spec in job.blocks if spec.personal] + job.method.memory(job.blocks)
+    personal = [spec for spec in job.blocks if spec.personal] + job.method.client_state(job.blocks)
     seconds += network.control(everyone, 1 + bool(personal), participants / world.ranks * REPORT_BYTES)
     seconds += network.control(everyone, 1, tiers * len(places.layers) * places.num_experts * 8 / world.ranks)
     seconds += network.control(everyone, 1 + 2 * len(personal), 4 * participants / world.ranks)
@@ -252,7 +252,7 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     """Forward passes over batches that are dealt to all ranks of the world, turn by turn."""
     world, dtype = network.world, job.config.foundation.dtype
     compute = hardware.crowded(world.ranks_per_host)
-    work = PassWork(job, training=False, kind=hardware.kind)
+    work = PassWork(job, training=False)
     turns = math.ceil(len(batches) / world.ranks)
     samples = np.array([len(batch.rows) for batch in batches], dtype=np.float64)
     longest = np.array([batch.rows.max() for batch in batches], dtype=np.float64)
@@ -301,18 +301,17 @@ def predict_memory(
     """
     topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
     execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
-    config = job.config.model_copy(update={"topology": topology, "execution": execution})
+    spec = replace(job, config=job.config.model_copy(update={"topology": topology, "execution": execution}))
     home = home_clients(in_flight, participants, ep_size)
-    exact, row_bytes = job.bitwise(hardware.kind), job.row_bytes(hardware.kind)
     passes: set[tuple[int, float | None]] = {(home, None)}
-    if not job.shares_passes(hardware.kind):
+    if not spec.shares_passes:
         passes = {(1, None)}
     elif plan is not None:
         passes = {*shared_passes(plan)} or passes
-    held = (estimate(config, job.size, job.places, job.blocks, home, job.length, exact, row_bytes, *each) for each in passes)
+    held = (estimate(spec, home, job.length, *each) for each in passes)
     found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
     found[PASS] = int(found[PASS] * hardware.activation_slack)
-    found |= outlasting(config, job.method, job.places, job.blocks, len(job.clients), participants)
+    found |= outlasting(spec, len(job.clients), participants)
     if hardware.kind == "cuda":
         found.pop(COPY, None)  # lies in the host's memory
     return found

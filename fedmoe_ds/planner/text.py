@@ -47,13 +47,14 @@ def format_seconds(seconds: float) -> str:
 def heading(job: Job, world: World, hardware: Hardware) -> list[str]:
     """World, machine, federation."""
     config, places, drawn = job.config, job.places, len(job.participants(1))
+    dense, pool = job.size.dense_parameters / 1e6, job.size.pool_parameters / 1e6
     lines = [
         f"world: {world.hosts} hosts x {world.ranks_per_host} = {world.ranks} ranks on {hardware.name} "
         f"({hardware.origin(world.hosts)})",
-        f"foundation: {job.size.dense_parameters / 1e6:.4g} M dense + {job.size.pool_parameters / 1e6:.4g} M expert parameters "
-        f"in {config.foundation.dtype}, {len(places.layers)} layers x {places.num_experts} experts, top-{places.top_k}",
+        f"foundation: {dense:.4g} M dense + {pool:.4g} M expert parameters in {config.foundation.dtype}, "
+        f"{len(places.layers)} layers x {places.num_experts} experts, top-{places.top_k}",
         f"federation: {len(job.clients)} clients, {drawn} per round, {config.federation.rounds} rounds; method "
-        f"{config.method.name}, {'bitwise' if job.bitwise(hardware.kind) else 'fast'}",
+        f"{config.method.name}, {'bitwise' if job.bitwise else 'fast'}",
     ]
     return [*lines, *data_lines(job)]
 

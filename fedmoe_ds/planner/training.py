@@ -78,8 +78,8 @@ class WaveModel:
         self.job, self.hardware, self.network, self.ep_size, self.home_clients = job, hardware, network, ep_size, home
         self.group = group
         self.compute, self.dtype = hardware.crowded(network.world.ranks_per_host), job.config.foundation.dtype
-        self.shared = job.shares_passes(hardware.kind)
-        self.work = PassWork(job, training=True, kind=hardware.kind)
+        self.shared = job.shares_passes
+        self.work = PassWork(job, training=True)
         self.expert, self.dense = parameters_per_client(job.blocks, job.places.num_experts // ep_size)
         self.in_flight = home * (ep_size * self.expert + self.dense)
         trained = [spec for spec in job.blocks if spec.trained]

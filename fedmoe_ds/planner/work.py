@@ -104,13 +104,12 @@ class PassWork:
 
     Args:
         training: forward and backward, or forward alone.
-        kind: of device, `cpu` or `cuda`.
     """
 
-    def __init__(self, job: Job, training: bool, kind: str) -> None:
+    def __init__(self, job: Job, training: bool) -> None:
         self.job, self.training = job, training
         self.recompute = training and job.config.execution.activation_checkpointing
-        self.number_bytes = job.row_bytes(kind)
+        self.number_bytes = job.row_bytes
 
     @property
     def score_flops(self) -> float:

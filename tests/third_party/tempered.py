@@ -3,10 +3,7 @@
 import numpy as np
 from pydantic import Field
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.clients.report import Report
-from fedmoe_ds.methods import Method, MethodParams
-from fedmoe_ds.methods.base import Card
+from fedmoe_ds.methods import BlockSpec, ClientUpdate, Method, MethodInfo, MethodParams
 
 
 class TemperedParams(MethodParams):
@@ -15,7 +12,7 @@ class TemperedParams(MethodParams):
 
 class Tempered(Method):
     Params = TemperedParams
-    card = Card(
+    info = MethodInfo(
         title="Tempered",
         paper="example",
         adapts="active experts k",
@@ -25,5 +22,5 @@ class Tempered(Method):
         completion="all of it",
     )
 
-    def weights(self, spec: BlockSpec, report: Report, data_share: float) -> np.ndarray:
-        return super().weights(spec, report, data_share) ** self.params.exponent
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
+        return super().weights(spec, update, data_share) ** self.params.exponent
