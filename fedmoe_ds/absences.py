@@ -7,7 +7,6 @@ One line of JSON per absence in `absent.jsonl`, beside the checkpoints.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.files import open_plain
-from fedmoe_ds.strict_json import parse_json
+from fedmoe_ds.strict_json import parse_json, tree_sha256
 
 NAME = "absent.jsonl"
 
@@ -31,7 +30,7 @@ class Absences:
 
     def __init__(self, folder: Path, settings: dict[str, Any], lines: list[str]) -> None:
         self.path = folder / NAME
-        self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self.key = tree_sha256(settings)[:16]
         self._known = {(found[1], found[2]) for line in lines if (found := _parse(line)) is not None and found[0] == self.key}
 
     def of(self, round_index: int) -> set[int]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.files import remove, sync
 from fedmoe_ds.modes import doubt, keep_from_writers, keep_private
+from fedmoe_ds.strict_json import tree_sha256
 
 KINDS = {"data": True, "native": True, "foundations": False, "shared": False}
 """The folders below a root, and whether only this user may read what is there: clients' data, and code, which he alone runs."""
@@ -120,22 +121,18 @@ def draft(entry: Path, good: Callable[[], bool], flush: bool = True) -> Iterator
         for path in (*content.rglob("*"), content):
             (keep_private if private else keep_from_writers)(path)
             if flush:
-                _flush(path)
+                sync(path)
         _publish(content, entry, good)
 
 
 def sealed(tree: dict[str, Any]) -> dict[str, Any]:
     """What a JSON file of an entry should hold, with a checksum of itself."""
-    return {**tree, _SEAL: _checksum(json.loads(json.dumps(tree)))}
+    return {**tree, _SEAL: tree_sha256(json.loads(json.dumps(tree)))}
 
 
 def seal_holds(tree: dict[str, Any]) -> bool:
     """Whether it is what was written; earlier versions sealed nothing."""
-    return _SEAL not in tree or tree[_SEAL] == _checksum({key: value for key, value in tree.items() if key != _SEAL})
-
-
-def _checksum(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return _SEAL not in tree or tree[_SEAL] == tree_sha256({key: value for key, value in tree.items() if key != _SEAL})
 
 
 def pass_over(reason: str) -> None:
@@ -222,7 +219,7 @@ def _publish(content: Path, entry: Path, good: Callable[[], bool]) -> None:
             old = entry.with_name(f"{_REPLACED}{uuid.uuid4().hex}")
             with suppress(FileNotFoundError):
                 entry.rename(old)  # within its folder, whose owner may do that even with another user's entry
-                _remove(old)
+                remove(old)
     raise OSError(errno.EBUSY, "other writers replace it again and again", str(entry))
 
 
@@ -259,7 +256,7 @@ def _sweep(folder: Path) -> None:
             if path.name.startswith(_DRAFT):
                 _remove_unlocked(path)
             elif path.name.startswith(_REPLACED) or time.time() - path.stat().st_mtime > _EARLIER_S:
-                _remove(path)
+                remove(path)
 
 
 def _remove_unlocked(own: Path) -> None:
@@ -271,20 +268,5 @@ def _remove_unlocked(own: Path) -> None:
     try:
         if _take(handle):
             shutil.rmtree(own, ignore_errors=True)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

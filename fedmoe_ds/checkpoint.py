@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.files import is_plain_name, open_plain
-from fedmoe_ds.strict_json import parse_json
+from fedmoe_ds.strict_json import parse_json, tree_sha256
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -128,7 +127,7 @@ def sha256_of(path: Path) -> str:
 
 def checksum(manifest: dict[str, Any]) -> str:
     """What the manifest says about itself."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return tree_sha256(manifest)
 
 
 def candidates(root: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedmoe_ds.checkpoint import FORMAT, MANIFEST, PRIVATE, Snapshot, candidates, checksum, folder_name, sha256_of
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import make_folder, remove
+from fedmoe_ds.files import make_folder, remove, sync
 from fedmoe_ds.modes import follow_umask, keep_private, umask
 from fedmoe_ds.runtime import Runtime
 
@@ -200,7 +200,7 @@ def _write_tensors(job: _Job, tensors: Files) -> Sums:
         except Exception as error:  # safetensors wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
         (keep_private if name.startswith(PRIVATE) else follow_umask)(path)
-        _sync(path)
+        sync(path)
         sums[name] = sha256_of(path)
         early = job.notes / f"{_UNFINISHED}{name}"
         early.write_text(sums[name])
@@ -220,18 +220,18 @@ def _publish(job: _Job, sums: Sums) -> None:
     for name, text in job.texts.items():
         path = job.working / name
         path.write_text(text)
-        _sync(path)
+        sync(path)
         sums[name] = sha256_of(path)
     (job.working / MANIFEST).write_text(_manifest(job.snapshot, sums))
-    _sync(job.working / MANIFEST)
-    _sync(job.working)
+    sync(job.working / MANIFEST)
+    sync(job.working)
     _open_up(job.working)
     if os.path.lexists(job.target):  # a damaged one, or the same interrupted round saved again
         replaced = job.target.with_name(f"{_UNFINISHED}replaced-{job.target.name}")
         _fresh_folders(replaced)
         job.target.rename(replaced / job.target.name)
     job.working.rename(job.target)
-    _sync(job.target.parent)
+    sync(job.target.parent)
     remove_unfinished(job.target.parent)
 
 
@@ -246,14 +246,6 @@ def _manifest(snapshot: Snapshot, sums: dict[str, str]) -> str:
         "files": sums,
     }
     return json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1, sort_keys=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_unfinished(root: Path) -> None:

@@ -86,6 +86,15 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def sync(path: Path) -> None:
+    """Bring a file's or folder's content to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def is_plain_name(name: object) -> bool:
     """Whether this is the name of a file in a folder, and of none elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")

@@ -7,6 +7,7 @@ function can follow, NaN, numbers beyond a float, half of a surrogate pair. Data
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -41,6 +42,11 @@ def parse_json(content: str | bytes, constants: bool = False, halves: bool = Fal
 def read_json(path: Path, constants: bool = False) -> Any:
     """Return the value in a file; see `parse_json`. Raises OSError, too."""
     return parse_json(path.read_bytes(), constants)
+
+
+def tree_sha256(tree: Any) -> str:
+    """SHA-256 of a tree that JSON can hold, 64 hex digits, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def trouble(error: ValueError | RecursionError) -> str:

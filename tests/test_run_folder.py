@@ -242,6 +242,7 @@ def test_whatever_the_file_says_a_lock_is_taken(tmp_path: Path, said: str, host:
     lock = host.lock(tmp_path, "n1")
     lock.take()
     lock.confirm()
+    assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid(), "it names us now, and nothing else"
     lock.release()
 
 

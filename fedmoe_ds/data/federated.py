@@ -8,8 +8,6 @@ data = FederatedData.open(path)                                         # reads 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, u
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.omissions import Omissions
+from fedmoe_ds.strict_json import tree_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -153,7 +152,7 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         **({} if code is None else {"code": code}),
     }
-    return _hash(parts)
+    return tree_sha256(parts)[:32]
 
 
 def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
@@ -166,11 +165,7 @@ def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
         "source": images.digest(),
         "seed": seed,
     }
-    return _hash(parts)
-
-
-def _hash(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return tree_sha256(parts)[:32]
 
 
 def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ A process that writes (FLoRA merges products into frozen weights) gets its own c
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import mmap
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from fedmoe_ds import cache
 from fedmoe_ds.stop_points import file_sha256
-from fedmoe_ds.strict_json import read_json
+from fedmoe_ds.strict_json import read_json, tree_sha256
 
 FORMAT = 1
 ALIGNMENT = 64
@@ -79,8 +78,7 @@ class MappedWeights:
             "libraries": {name: version(name) for name in _LIBRARIES},
             "tensors": [[slot.name, str(slot.dtype), list(slot.shape), offset] for slot, offset in places],
         }
-        key = hashlib.sha256(json.dumps(self._content, sort_keys=True).encode()).hexdigest()[:32]
-        self.folder = root / key
+        self.folder = root / tree_sha256(self._content)[:32]
 
     def ensure(self, fill: Callable[[Memory], None]) -> None:
         """Have the file there, whole: written by `fill` unless one is found that is intact and nobody else can have written.

@@ -56,8 +56,8 @@ def code_digest(folder: Path) -> str:
 
 
 @cache
-def use_private_modules() -> Path:
-    """Let transformers import code from a folder of this process alone; return it.
+def use_private_modules() -> tempfile.TemporaryDirectory[str]:
+    """Let transformers import code from a folder of this process alone, which the cache of this function keeps.
 
     Its default is one folder below $HF_HOME, into which every rank copies at the same time, and which others may write to
     where a group shares it. The folder goes with the process.
@@ -65,9 +65,8 @@ def use_private_modules() -> Path:
     from transformers import dynamic_module_utils
 
     folder = tempfile.TemporaryDirectory(prefix="fedmoe-code-")
-    use_private_modules.folder = folder  # type: ignore[attr-defined]  # removed when nothing refers to it any more
     dynamic_module_utils.HF_MODULES_CACHE = folder.name
-    return Path(folder.name)
+    return folder
 
 
 def running(folder: Path, trust: bool) -> str | None:

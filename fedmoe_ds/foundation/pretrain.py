@@ -29,7 +29,7 @@ from fedmoe_ds.foundation.text_training import SEQUENCE_LENGTH, train_on_text
 from fedmoe_ds.foundation.training import Progress
 from fedmoe_ds.foundation.training_state import TrainingState
 from fedmoe_ds.stop_points import file_sha256
-from fedmoe_ds.strict_json import read_json
+from fedmoe_ds.strict_json import read_json, tree_sha256
 
 FORMAT_VERSION = 2
 IMAGE_FORMAT_VERSION = 1
@@ -91,7 +91,7 @@ def content_key(model: dict[str, Any], config: PretrainConfig, seed: int, docume
         "text": text.hexdigest(),
         "libraries": _versions(torch, transformers, tokenizers),
     }
-    return _hash(content)
+    return tree_sha256(content)[:32]
 
 
 def image_key(model: dict[str, Any], config: PretrainConfig, seed: int, images: digits.Images) -> str:
@@ -105,15 +105,11 @@ def image_key(model: dict[str, Any], config: PretrainConfig, seed: int, images: 
         "images": images.digest(),
         "libraries": _versions(torch, transformers),
     }
-    return _hash(content)
+    return tree_sha256(content)[:32]
 
 
 def _versions(*libraries: ModuleType) -> dict[str, Any]:
     return {library.__name__: library.__version__.split(".")[:2] for library in libraries}
-
-
-def _hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _save(trained: list[Any], record: dict[str, Any], folder: Path) -> None:
