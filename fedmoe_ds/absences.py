@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import open_plain
-from fedmoe_ds.strict_json import parse_json, tree_sha256
+from fedmoe_ds.storage.files import open_plain
+from fedmoe_ds.storage.strict_json import parse_json, tree_sha256
 
 NAME = "absent.jsonl"
 

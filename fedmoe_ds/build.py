@@ -34,7 +34,6 @@ from fedmoe_ds.evaluation import Evaluator
 from fedmoe_ds.experts.attending import attend_apart
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.lowrank import check_kernels
 from fedmoe_ds.foundation import (
     Foundation,
     load_foundation,
@@ -44,6 +43,7 @@ from fedmoe_ds.foundation import (
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
+from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.long_work import LongWork
 from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.personal import Personal

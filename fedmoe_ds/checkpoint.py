@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import is_plain_name, open_plain
-from fedmoe_ds.strict_json import parse_json, tree_sha256
+from fedmoe_ds.storage.files import is_plain_name, open_plain
+from fedmoe_ds.storage.strict_json import parse_json, tree_sha256
 
 FORMAT = 2
 MANIFEST = "manifest.json"

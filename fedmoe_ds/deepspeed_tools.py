@@ -18,9 +18,9 @@ from deepspeed.profiling.flops_profiler import FlopsProfiler
 
 from fedmoe_ds.build import Parts
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import write_whole
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.runtime import Runtime
+from fedmoe_ds.storage.files import write_whole
 
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}
 """Package that a monitor needs beside DeepSpeed."""

@@ -20,11 +20,11 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.foundation.rowwise import row_dtype
-from fedmoe_ds.native import matrix, rows, sums
-from fedmoe_ds.native.compiling import loaded, processor, processor_key
+from fedmoe_ds.kernels import matrix, rows, sums
+from fedmoe_ds.kernels.compiling import loaded, processor, processor_key
+from fedmoe_ds.kernels.frozen_layers import row_dtype
+from fedmoe_ds.kernels.lora_products import products_for
 
 Identity = dict[str, Any]
 YARDSTICK = ("max_sequences", "client_sequences")

@@ -16,10 +16,10 @@ from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
 from fedmoe_ds.experts.layer import RESCALER
-from fedmoe_ds.files import write_whole
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.runtime import Runtime
+from fedmoe_ds.storage.files import write_whole
 
 if TYPE_CHECKING:
     from fedmoe_ds.clock import Clock

@@ -22,8 +22,8 @@ from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.positions import longest_sequence
-from fedmoe_ds.foundation.rowwise import independent_rows
 from fedmoe_ds.foundation.size import ModelSize, model_size
+from fedmoe_ds.kernels.frozen_layers import independent_rows
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
 
 ROW = 4

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds import cache, checkpoint
+from fedmoe_ds import checkpoint
 from fedmoe_ds import state as states
 from fedmoe_ds.activity import activity
 from fedmoe_ds.build import Parts, load_parts
@@ -21,19 +21,20 @@ from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
-from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.federation import Federation, Outcome
-from fedmoe_ds.files import make_folder
-from fedmoe_ds.folder_lock import FolderLock
-from fedmoe_ds.foundation.rowwise import row_dtype
 from fedmoe_ds.identity import check_identity, check_no_effect
 from fedmoe_ds.journal import Journal
+from fedmoe_ds.kernels import fault
+from fedmoe_ds.kernels.frozen_layers import row_dtype
+from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.machine import peak_mib
-from fedmoe_ds.native import fault
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.stop import StopRequest
 from fedmoe_ds.stop_points import StopError
+from fedmoe_ds.storage import cache
+from fedmoe_ds.storage.files import make_folder
+from fedmoe_ds.storage.folder_lock import FolderLock
 from fedmoe_ds.terminal import visible
 from fedmoe_ds.topology import Topology, build_topology
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import make_folder, write_whole
 from fedmoe_ds.shell import command_line, quoted
+from fedmoe_ds.storage.files import make_folder, write_whole
 
 END_OF_HEADER = "# --- end of header ---\n"
 FLAGS = {

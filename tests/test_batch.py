@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, LlamaConfig
 
 from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.segmented import Segment
 from fedmoe_ds.clients.batch import Rows, make_batch
 from fedmoe_ds.clients.model import AdaptedModel, PassResult, segment_sums
 from fedmoe_ds.config import FoundationConfig
@@ -24,6 +23,7 @@ from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation, load_foundation
 from fedmoe_ds.foundation.presets import preset_config
+from fedmoe_ds.kernels.per_client import Segment
 
 CPU = torch.device("cpu")
 POSITIONS = 17

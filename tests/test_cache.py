@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedmoe_ds import cache
 from fedmoe_ds.config import PretrainConfig
 from fedmoe_ds.data import federated
 from fedmoe_ds.data.preparation import Prepared
@@ -27,8 +26,9 @@ from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.errors import EXIT_LOST, UserError
 from fedmoe_ds.foundation import pretrain
 from fedmoe_ds.foundation.mapped import MappedWeights, Memory, Slot
-from fedmoe_ds.native import compiling, fault
+from fedmoe_ds.kernels import compiling, fault
 from fedmoe_ds.omissions import Omissions
+from fedmoe_ds.storage import cache
 
 STRANGER = 12345
 LARGE = 1 << 20

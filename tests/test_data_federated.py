@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds import cache
 from fedmoe_ds.config.tree import DataConfig, PartitionConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.federated import FederatedData, Sequences, prepare
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage import cache
 
 ROWS = [{"text": f"document {i} about {'cats' if i % 3 else 'dogs'} " * (1 + i % 4), "who": f"user{i % 5}"} for i in range(60)]
 IID = PartitionConfig(kind="iid", clients=4)

@@ -13,8 +13,8 @@ from torch import Tensor
 from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.dispatch import Pool, expert_pass, make_plan
 from fedmoe_ds.experts.ffn import FrozenExperts
-from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.kernels.lora_products import products_for
 
 EXPERTS, WIDTH, FFN, RANK, CLIENTS, TOKENS, TOP_K = 6, 8, 4, 4, 2, 10, 3
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.aggregation.exact import DIGIT_BITS, MOST_TERMS, WEIGHT_BITS, ExactSum, FloatSum
-from fedmoe_ds.native.sums import loops_for
+from fedmoe_ds.kernels.sums import loops_for
 
 NUMBERS = st.lists(
     (st.floats(-(2.0**100), 2.0**100) | st.floats(-1e-3, 1e-3) | st.floats(-1e-15, 1e-15) | st.floats(-1e-190, 1e-190)).filter(

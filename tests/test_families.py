@@ -28,7 +28,7 @@ from fedmoe_ds.config import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import families, hosting, load_foundation
-from fedmoe_ds.foundation.rowwise import replace_frozen
+from fedmoe_ds.kernels.frozen_layers import replace_frozen
 
 MODEL_TYPES = {name: config().model_type for name, (config, _) in FAMILIES.items()}
 

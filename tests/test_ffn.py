@@ -14,9 +14,9 @@ from deepspeed.moe.ep_experts import EXPERT_ACTIVATIONS
 from torch import Tensor
 
 from fedmoe_ds.experts import ffn
-from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
-from fedmoe_ds.experts.lowrank import products_for
 from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit, gated_unit
+from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.kernels.lora_products import products_for
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedmoe_ds.experts import grouped
-from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer, products_of_rows, products_over_rows
+from fedmoe_ds.kernels import grouped_mm as grouped
+from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer, products_of_rows, products_over_rows
 
 ROWS_G = [3, 0, 2, 0, 0, 0, 4, 1, 0]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmoe_ds.experts import lowrank
-from fedmoe_ds.experts.lowrank import GroupedProducts, LowRankProducts, NativeProducts, products_for
+from fedmoe_ds.kernels import lora_products as lowrank
+from fedmoe_ds.kernels.lora_products import GroupedProducts, LowRankProducts, NativeProducts, products_for
 
 CPU = torch.device("cpu")
 ROWS_G = [5, 0, 1, 23, 8, 0, 64, 0]

@@ -15,7 +15,7 @@ from federations import alone, build, finish, make_config, run_alone, write_inpu
 from test_lowrank import CPU, ROWS_G, everything, plain
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts import lowrank
+from fedmoe_ds.kernels import lora_products as lowrank
 
 triton = pytest.importorskip("triton")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -26,7 +26,7 @@ SHARED_BYTES = 99 * 1024
 
 def check_products(width: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
     """All six products against float64; then two groups alone, which must get the same bits."""
-    from fedmoe_ds.experts.lowrank_triton import TritonProducts
+    from fedmoe_ds.kernels.lora_triton import TritonProducts
 
     products = TritonProducts()
     whole = everything(products, ROWS_G, width, rank, dtype=dtype, device=device)
@@ -53,7 +53,7 @@ def compiled(kernel: Any, number: str, arch: int, rank: int, dense: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fedmoe_ds.experts.lowrank_triton import tiles
+    from fedmoe_ds.kernels.lora_triton import tiles
 
     types = dict.fromkeys(("x", "y", "m"), f"*{number}") | dict.fromkeys(("v", "dv"), "*fp32")
     types |= {"ends": "*i32", "scale": "fp32"}
@@ -72,7 +72,7 @@ def test_kernels_compile_without_a_device(
     name: str, arch: int, rank: int, dense: str, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a kernel found in the cache would not have been compiled
-    from fedmoe_ds.experts import lowrank_triton
+    from fedmoe_ds.kernels import lora_triton as lowrank_triton
 
     kernel = compiled(getattr(lowrank_triton, name), number, arch, rank, dense)
     assert kernel.asm["cubin"] and kernel.metadata.shared <= SHARED_BYTES

@@ -18,7 +18,6 @@ import torch
 from launching import changed, run
 from transformers import OlmoeForCausalLM
 
-from fedmoe_ds import cache
 from fedmoe_ds.checkpoint import PRIVATE, Snapshot, newest_intact
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
 from fedmoe_ds.compare.runner import locked
@@ -26,7 +25,8 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import pretrain
 from fedmoe_ds.foundation.mapped import MappedWeights, Slot
 from fedmoe_ds.foundation.presets import preset_config
-from fedmoe_ds.modes import follow_umask, umask
+from fedmoe_ds.storage import cache
+from fedmoe_ds.storage.file_modes import follow_umask, umask
 
 MASKS = [0o027, 0o002, 0o077]
 
@@ -74,7 +74,7 @@ def test_a_file_of_a_library_and_a_folder(mask: int, tmp_path: Path) -> None:
 
 
 def test_the_umask_where_the_system_does_not_tell_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fedmoe_ds.modes._STATUS", tmp_path / "none")
+    monkeypatch.setattr("fedmoe_ds.storage.file_modes._STATUS", tmp_path / "none")
     with masked(0o027):
         assert umask() == 0o027 == umask()
 

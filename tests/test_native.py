@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.experts import ffn
-from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t
 from fedmoe_ds.foundation.gating import GatedUnit, gated_unit
-from fedmoe_ds.native import matrix, rows
+from fedmoe_ds.kernels import matrix, rows
+from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t
 
 WIDTHS = [(16, 32), (48, 100), (7, 5), (33, 64), (256, 96), (1024, 40), (2048, 33)]
 

@@ -15,8 +15,8 @@ from fedmoe_ds.bench.calibrate_waves import Bench, Sample
 from fedmoe_ds.bench.shapes import Shape
 from fedmoe_ds.build import enable_checkpointing
 from fedmoe_ds.experts import dispatch
-from fedmoe_ds.experts.lowrank import NativeProducts
-from fedmoe_ds.native import matrix, rows
+from fedmoe_ds.kernels import matrix, rows
+from fedmoe_ds.kernels.lora_products import NativeProducts
 from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import Work
 

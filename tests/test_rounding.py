@@ -18,7 +18,7 @@ from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.clients.optimizer import ClientOptimizer, moment_bytes
 from fedmoe_ds.clients.rounding import Rounding, random_bits, rounded, store
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.native import rows
+from fedmoe_ds.kernels import rows
 
 EXPERT = BlockSpec("experts.down.lora_A", (3, 5), (4, 6), expert=True)
 DENSE = BlockSpec("attention.q_proj.lora_A", (3, 5), (3, 5))

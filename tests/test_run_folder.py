@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 from federations import alone, make_config, read_events, write_inputs
 
-from fedmoe_ds import folder_lock, session
+from fedmoe_ds import session
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import Federation
-from fedmoe_ds.folder_lock import NAME, FolderLock
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.report import MetricsLog
 from fedmoe_ds.stop import StopRequest
+from fedmoe_ds.storage import folder_lock
+from fedmoe_ds.storage.folder_lock import NAME, FolderLock
 
 SMALL: dict[str, Any] = {
     "federation": {"rounds": 2},
@@ -128,7 +129,7 @@ def test_a_second_job_is_refused_at_every_stage(
 
 def test_kill_9_leaves_no_lock(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from fedmoe_ds.folder_lock import FolderLock; "
+        "import sys, time; from pathlib import Path; from fedmoe_ds.storage.folder_lock import FolderLock; "
         "FolderLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:

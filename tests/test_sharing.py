@@ -16,17 +16,17 @@ import torch
 from distributed import run_distributed
 from federations import joined, make_config, run_alone, run_joined, write_inputs
 
-from fedmoe_ds import cache
 from fedmoe_ds.build import load_shared_foundation
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts import lowrank
 from fedmoe_ds.foundation import Foundation, load_foundation
 from fedmoe_ds.foundation.mapped import ALIGNMENT, DATA, HEADER, MappedWeights, Memory, Slot
 from fedmoe_ds.foundation.sharing import FOLDER
-from fedmoe_ds.native import compiling, matrix, rows
+from fedmoe_ds.kernels import compiling, matrix, rows
+from fedmoe_ds.kernels import lora_products as lowrank
 from fedmoe_ds.report import Progress
 from fedmoe_ds.runtime import Runtime
+from fedmoe_ds.storage import cache
 from fedmoe_ds.topology import build_topology
 
 SLOTS = [

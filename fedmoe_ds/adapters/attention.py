@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.lowrank import LowRankProducts
-from fedmoe_ds.foundation.rowwise import frozen_rows
+from fedmoe_ds.kernels.frozen_layers import frozen_rows
+from fedmoe_ds.kernels.lora_products import LowRankProducts
 
 _PROJECTION = re.compile(r"(?:^|.*\.)layers\.(\d+)\.\w*att\w*\.(\w+)")
 

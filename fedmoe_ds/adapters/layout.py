@@ -19,7 +19,7 @@ from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
 from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.foundation.rowwise import replace_frozen
+from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.randomness import torch_generator
 
 

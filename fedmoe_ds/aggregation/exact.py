@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedmoe_ds.native.sums import loops_for
+from fedmoe_ds.kernels.sums import loops_for
 
 DIGIT_BITS = 48
 ORIGIN = -39

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t
-from fedmoe_ds.experts.lowrank import products_for
+from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t
+from fedmoe_ds.kernels.lora_products import products_for
 
 CPU = torch.device("cpu")
 ROWS, GROUPS = (24, 192), 24

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.strict_json import read_json
+from fedmoe_ds.storage.strict_json import read_json
 
 
 class Gpu(BaseModel):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fedmoe_ds.bench.planned_run import end_family
 from fedmoe_ds.errors import UserError, nearest
-from fedmoe_ds.files import open_plain
 from fedmoe_ds.report import formats
+from fedmoe_ds.storage.files import open_plain
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "bench.py"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import check_replaceable, write_whole
 from fedmoe_ds.machine import machine_facts
+from fedmoe_ds.storage.files import check_replaceable, write_whole
 from fedmoe_ds.terminal import visible
 
 Row = dict[str, Any]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmoe_ds.bench.shapes import Shape
 from fedmoe_ds.errors import UserError, nearest
-from fedmoe_ds.experts.lowrank import Kernels, check_kernels
+from fedmoe_ds.kernels.lora_products import Kernels, check_kernels
 from fedmoe_ds.randomness import generator, torch_generator
 
 WARM_UP_STEPS = 2

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.segmented import Segment
 from fedmoe_ds.data import ImageInput, Sequences
+from fedmoe_ds.kernels.per_client import Segment
 
 CLASS_TOKEN = 0
 """Position of an image whose hidden state is read out."""

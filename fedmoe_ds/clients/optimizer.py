@@ -19,7 +19,7 @@ from torch import Tensor
 from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.clients.rounding import Keys, Rounding, store
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.native import rows
+from fedmoe_ds.kernels import rows
 
 # Two AVX-512 registers of floats: the longest stride of torch's vectorised loops.
 _VECTOR_ELEMENTS = 32

@@ -6,7 +6,7 @@ moving, in the mean as it does in float32.
 
 The random bits of a number are a hash of its address (seed, round, client, block, the client's own step; layer, global expert;
 place within the item). No stream is used up, so neither slot, company, expert-parallel size nor a resume changes a bit.
-`native/rows.cpp` has the same hash and the same rounding.
+`kernels/rows.cpp` has the same hash and the same rounding.
 
 Legend: L layers, E experts held by this rank, N numbers of an item.
 """

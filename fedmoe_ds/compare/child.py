@@ -20,8 +20,8 @@ from pathlib import Path
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.config import dump_config
 from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
-from fedmoe_ds.files import open_plain, write_whole
 from fedmoe_ds.launcher import free_port
+from fedmoe_ds.storage.files import open_plain, write_whole
 
 # A study started under a launcher would otherwise pass its own rank on to every run.
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")

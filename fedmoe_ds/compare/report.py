@@ -22,7 +22,7 @@ from fedmoe_ds.compare.verdict import Answer, Verdict, judge
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.problems import shown
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import check_replaceable, write_whole
+from fedmoe_ds.storage.files import check_replaceable, write_whole
 
 STEM = "comparison"
 STUDIED = {"name", "output", "seed", "method"}  # what differs between runs of a study by design

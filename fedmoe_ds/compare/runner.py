@@ -13,9 +13,9 @@ from types import FrameType
 from fedmoe_ds.compare.child import Child
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.folder_lock import FolderLock
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import tier_results
+from fedmoe_ds.storage.folder_lock import FolderLock
 from fedmoe_ds.terminal import note
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

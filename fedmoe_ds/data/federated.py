@@ -25,7 +25,7 @@ from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, u
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.omissions import Omissions
-from fedmoe_ds.strict_json import tree_sha256
+from fedmoe_ds.storage.strict_json import tree_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

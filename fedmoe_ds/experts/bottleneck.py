@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.experts.ffn import Block, Saved
-from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
 
 
 class BottleneckExperts:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.segmented import Segment
 from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.lowrank import Kernels, LowRankProducts, products_for
 from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.kernels.lora_products import Kernels, LowRankProducts, products_for
+from fedmoe_ds.kernels.per_client import Segment
 
 
 @dataclass

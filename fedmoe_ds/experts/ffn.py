@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.experts.grouped import grouped_mm, grouped_mm_t, grouped_outer
-from fedmoe_ds.experts.lowrank import LowRankProducts
 from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit
-from fedmoe_ds.native import rows
+from fedmoe_ds.kernels import rows
+from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.kernels.lora_products import LowRankProducts
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmoe_ds.adapters.segmented import client_linear, client_scale
 from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.execution import Execution, Pass
 from fedmoe_ds.experts.router import route
 from fedmoe_ds.experts.serving import observe, serve
 from fedmoe_ds.foundation import hosting
-from fedmoe_ds.foundation.rowwise import frozen_product
+from fedmoe_ds.kernels.frozen_layers import frozen_product
+from fedmoe_ds.kernels.per_client import client_linear, client_scale
 
 GATE_UP_A, GATE_UP_B = "experts.gate_up.lora_A", "experts.gate_up.lora_B"
 DOWN_A, DOWN_B = "experts.down.lora_A", "experts.down.lora_B"

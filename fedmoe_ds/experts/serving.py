@@ -16,12 +16,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.segmented import Segment
 from fedmoe_ds.experts import losses
 from fedmoe_ds.experts.dispatch import expert_pass, make_plan
 from fedmoe_ds.experts.execution import Execution, Pass
 from fedmoe_ds.experts.ffn import Experts
 from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.kernels.per_client import Segment
 
 
 def serve(execution: Execution, layer: int, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:

@@ -15,7 +15,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from torch import nn
 
-from fedmoe_ds import cache
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.errors import UserError
@@ -31,7 +30,8 @@ from fedmoe_ds.foundation.pretrain import pretrain_preset
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.tokenizing import load_tokenizer
 from fedmoe_ds.stop_points import file_sha256, run_waiting
-from fedmoe_ds.strict_json import read_json
+from fedmoe_ds.storage import cache
+from fedmoe_ds.storage.strict_json import read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json"]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.dense import is_dense, type_task
 from fedmoe_ds.foundation.hosting import HostedLayer, host_experts
-from fedmoe_ds.strict_json import read_json
+from fedmoe_ds.storage.strict_json import read_json
 
 CONFIG_FILE = "config.json"
 _LARGEST = {r"num_hidden_layers": 1000, r"(num|n)_\w*experts": 2**13, r"\w*_dim": 2**20, r"\w*_size": 2**31}

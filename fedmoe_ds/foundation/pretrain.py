@@ -19,7 +19,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from fedmoe_ds import cache
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data import digits, stdlib
 from fedmoe_ds.errors import UserError
@@ -29,7 +28,8 @@ from fedmoe_ds.foundation.text_training import SEQUENCE_LENGTH, train_on_text
 from fedmoe_ds.foundation.training import Progress
 from fedmoe_ds.foundation.training_state import TrainingState
 from fedmoe_ds.stop_points import file_sha256
-from fedmoe_ds.strict_json import read_json, tree_sha256
+from fedmoe_ds.storage import cache
+from fedmoe_ds.storage.strict_json import read_json, tree_sha256
 
 FORMAT_VERSION = 2
 IMAGE_FORMAT_VERSION = 1

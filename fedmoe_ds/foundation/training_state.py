@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedmoe_ds import cache
-from fedmoe_ds.modes import doubt
-from fedmoe_ds.strict_json import parse_json
+from fedmoe_ds.storage import cache
+from fedmoe_ds.storage.file_modes import doubt
+from fedmoe_ds.storage.strict_json import parse_json
 
 FILE = "state"
 FORMAT = 1

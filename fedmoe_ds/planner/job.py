@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmoe_ds import cache
 from fedmoe_ds.adapters.attention import find_projections
 from fedmoe_ds.clients.client import Client, Tier, make_clients
 from fedmoe_ds.clients.pooled import pooled_batches
@@ -30,9 +29,10 @@ from fedmoe_ds.foundation.loading import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
 from fedmoe_ds.foundation.tokenizing import has_tokenizer, load_tokenizer
-from fedmoe_ds.native import fault
+from fedmoe_ds.kernels import fault
 from fedmoe_ds.report import Progress
 from fedmoe_ds.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.storage import cache
 
 Counts = NDArray[np.int64]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -7,7 +7,6 @@ from pathlib import Path
 from string import Template
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import write_whole
 from fedmoe_ds.report.activation import expert_section
 from fedmoe_ds.report.headline import header
 from fedmoe_ds.report.history import History
@@ -21,6 +20,7 @@ from fedmoe_ds.report.sections import (
     time_section,
     topology_section,
 )
+from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.terminal import visible
 
 PARTS = Path(__file__).parent

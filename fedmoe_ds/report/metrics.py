@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import open_plain
 from fedmoe_ds.report.events import wrong_field
-from fedmoe_ds.strict_json import parse_json
+from fedmoe_ds.storage.files import open_plain
+from fedmoe_ds.storage.strict_json import parse_json
 
 
 class MetricsLog:

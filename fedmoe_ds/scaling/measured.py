@@ -17,7 +17,7 @@ from fedmoe_ds.compare.study import Run
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report import read_metrics
 from fedmoe_ds.report.history import Event
-from fedmoe_ds.strict_json import read_json
+from fedmoe_ds.storage.strict_json import read_json
 
 PHASES = ("train", "aggregate", "evaluate")
 ALL_TO_ALL = "all_to_all"

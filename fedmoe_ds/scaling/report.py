@@ -8,12 +8,12 @@ from pathlib import Path
 
 from fedmoe_ds.compare.table import markdown
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import write_whole
 from fedmoe_ds.report import formats
 from fedmoe_ds.scaling.picture import picture
 from fedmoe_ds.scaling.rows import Line, Row, differing, lines_of, same_everywhere
 from fedmoe_ds.scaling.study import Study
 from fedmoe_ds.scaling.table import csv_text, speed_table, time_table
+from fedmoe_ds.storage.files import write_whole
 
 STEM = "scaling"
 

@@ -18,12 +18,12 @@ from fedmoe_ds.compare.child import Child
 from fedmoe_ds.compare.runner import locked
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from fedmoe_ds.files import write_whole
 from fedmoe_ds.machine import machine_facts
 from fedmoe_ds.report import formats
 from fedmoe_ds.scaling.measured import machine_file
 from fedmoe_ds.scaling.point import Point
 from fedmoe_ds.scaling.room import cores, in_allocation
+from fedmoe_ds.storage.files import write_whole
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_S, _REPEAT_S = 0.1, 1.0

@@ -17,8 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe_ds import cache
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage import cache
 
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"]
 LIBRARY, SUM = "library.so", "sha256"

@@ -3,7 +3,7 @@
 Legend: T rows, I input width, O output width, D model width.
 
 Linear maps, RMS norms and rotary embeddings of a frozen model need the gradient of their input alone, so each is one autograd
-function over one native kernel (`fedmoe_ds.native`). A bfloat16 model of a family that consists of nothing else keeps its
+function over one native kernel (`fedmoe_ds.kernels`). A bfloat16 model of a family that consists of nothing else keeps its
 weights in bfloat16 and computes with float32 rows between its products: half the memory, and the products at their higher rate.
 Where the kernels do not serve (a GPU, other families in bfloat16, no compiler) the model stays as it is.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedmoe_ds.native import matrix, rows
+from fedmoe_ds.kernels import matrix, rows
 
 INDEPENDENT = ("mixtral", "olmoe", "qwen3_moe")
 """Model types in which, with these layers, no row's bits depend on the other rows of a pass: linear maps, RMS norms, rotary

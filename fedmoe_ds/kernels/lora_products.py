@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.grouped import aligned, grouped_mm, grouped_mm_t, grouped_outer
-from fedmoe_ds.native.compiling import FLOAT, POINTER, SIZE, library
+from fedmoe_ds.kernels.compiling import FLOAT, POINTER, SIZE, library
+from fedmoe_ds.kernels.grouped_mm import aligned, grouped_mm, grouped_mm_t, grouped_outer
 
 RANKS = (4, 8, 16, 32)
 """Adapter ranks that lowrank.cpp serves."""
@@ -52,7 +52,7 @@ def products_for(rank: int, dtype: torch.dtype, device: torch.device, kernels: K
     """The implementation asked for; `auto`: the fastest measured one that serves this rank, type and device."""
     if kernels == "triton":
         check_kernels(kernels, rank, device)
-        from fedmoe_ds.experts.lowrank_triton import TritonProducts  # Triton is there only with CUDA builds of torch
+        from fedmoe_ds.kernels.lora_triton import TritonProducts  # Triton is there only with CUDA builds of torch
 
         return TritonProducts()
     suits = kernels == "auto" and device.type == "cpu" and dtype == torch.float32 and rank in RANKS

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmoe_ds.foundation.rowwise import frozen_rows
+from fedmoe_ds.kernels.frozen_layers import frozen_rows
 
 
 @dataclass(frozen=True)

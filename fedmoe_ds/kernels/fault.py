@@ -9,7 +9,7 @@ from __future__ import annotations
 import faulthandler
 
 from fedmoe_ds.errors import EXIT_LOST
-from fedmoe_ds.native.compiling import library
+from fedmoe_ds.kernels.compiling import library
 
 
 def guard(who: str) -> None:

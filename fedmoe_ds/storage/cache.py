@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.files import remove, sync
-from fedmoe_ds.modes import doubt, keep_from_writers, keep_private
-from fedmoe_ds.strict_json import tree_sha256
+from fedmoe_ds.storage.file_modes import doubt, keep_from_writers, keep_private
+from fedmoe_ds.storage.files import remove, sync
+from fedmoe_ds.storage.strict_json import tree_sha256
 
 KINDS = {"data": True, "native": True, "foundations": False, "shared": False}
 """The folders below a root, and whether only this user may read what is there: clients' data, and code, which he alone runs."""

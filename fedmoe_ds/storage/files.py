@@ -15,7 +15,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from fedmoe_ds.modes import umask
+from fedmoe_ds.storage.file_modes import umask
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fedmoe_ds.native.compiling import POINTER, SIZE, library
+from fedmoe_ds.kernels.compiling import POINTER, SIZE, library
 
 _WEIGHTS = {torch.float32: "product_groups", torch.bfloat16: "half_product_groups"}
 

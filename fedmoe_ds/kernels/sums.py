@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedmoe_ds.native.compiling import library
+from fedmoe_ds.kernels.compiling import library
 
 _KINDS = {torch.int64: "exact", torch.float32: "float"}
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.native import matrix
+from fedmoe_ds.kernels import matrix
 
 # torch.nn.functional.grouped_mm reads every matrix through 16-byte aligned strides.
 _ALIGNMENT_BYTES = 16

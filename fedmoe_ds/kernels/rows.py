@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmoe_ds.native.compiling import FLOAT, POINTER, SIZE, library
+from fedmoe_ds.kernels.compiling import FLOAT, POINTER, SIZE, library
 
 _ARGUMENTS = {
     "norm": [*[POINTER] * 4, SIZE, SIZE, FLOAT],

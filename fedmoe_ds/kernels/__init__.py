@@ -1,0 +1,6 @@
+"""Kernels: frozen products, grouped matrix products, low-rank products and per-client ones; C++ for float32 on the CPU, Triton on CUDA."""
+
+from fedmoe_ds.kernels import matrix, rows
+from fedmoe_ds.kernels.compiling import library
+
+__all__ = ["library", "matrix", "rows"]
