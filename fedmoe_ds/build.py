@@ -30,29 +30,24 @@ from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.data import prepare as prepare_data
+from fedmoe_ds.distributed.long_work import LongWork
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.stop_request import StopRequest
+from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.evaluation import Evaluator
 from fedmoe_ds.experts.attending import attend_apart
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.foundation import (
-    Foundation,
-    load_foundation,
-    resolve_foundation,
-    sharing,
-)
+from fedmoe_ds.foundation import Foundation, host_sharing, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
 from fedmoe_ds.kernels.lora_products import check_kernels
-from fedmoe_ds.long_work import LongWork
 from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import Progress
 from fedmoe_ds.run_spec import RunSpec, check_start, resolve_spec
-from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.server import BASE, CONTROL, Server
-from fedmoe_ds.stop import StopRequest
-from fedmoe_ds.topology import Topology
 
 
 @dataclass
@@ -148,8 +143,8 @@ def load_shared_foundation(
     skeleton = work.together(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
     first = hosts.index(hosts[runtime.rank])  # reads all weights to tell them from others, for its host
     digest = runtime.gather(work.together(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
-    shared = work.together(lambda: cache_folder(config.foundation, sharing.FOLDER))
-    memory = sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note)
+    shared = work.together(lambda: cache_folder(config.foundation, host_sharing.FOLDER))
+    memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note)
     return work.together(lambda: assemble(skeleton, memory, digest, device, trust))
 
 

@@ -17,9 +17,9 @@ from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.profiling.flops_profiler import FlopsProfiler
 
 from fedmoe_ds.build import Parts
+from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.journal import Journal
-from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.storage.files import write_whole
 
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fedmoe_ds.runtime import Runtime
+from fedmoe_ds.distributed.runtime import Runtime
 
 
 def global_digest(tensors: Iterable[tuple[str, Tensor]], runtime: Runtime, ep_size: int) -> str:

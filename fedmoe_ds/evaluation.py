@@ -19,11 +19,11 @@ from fedmoe_ds.clients.batch import Rows
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.data import FederatedData, Sequences
+from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.experts.layer import RESCALER
 from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.run_spec import RunSpec
-from fedmoe_ds.runtime import Runtime
 
 ReadBatch = Callable[[], Sequences]
 

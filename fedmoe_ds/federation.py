@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from fedmoe_ds import state as states
-from fedmoe_ds.activity import activity
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.build import Parts
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
@@ -25,6 +24,7 @@ from fedmoe_ds.clients.schedule import Wave, schedule
 from fedmoe_ds.clients.shortage import OutOfMemory, release_memory
 from fedmoe_ds.clock import Clock
 from fedmoe_ds.digest import global_digest
+from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.errors import LostError
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.state import Progressed

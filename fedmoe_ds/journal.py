@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmoe_ds.activity import activity
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
 from fedmoe_ds.experts.layer import RESCALER
 from fedmoe_ds.personal import Personal
 from fedmoe_ds.report import MetricsLog, Progress, write_report
-from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.storage.files import write_whole
 
 if TYPE_CHECKING:

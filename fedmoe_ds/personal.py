@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.runtime import Runtime
-from fedmoe_ds.topology import Topology
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.topology import Topology
 
 
 class Personal:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fedmoe_ds.clients.schedule import Wave, home_clients, schedule
 from fedmoe_ds.clients.steps import step_count
 from fedmoe_ds.config import Config, dump_config
+from fedmoe_ds.distributed.topology import check_layout, format_table
 from fedmoe_ds.memory import estimate, format_bytes, outlasting
 from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.planner.job import Job, resolve
 from fedmoe_ds.planner.text import data_lines, summarised
-from fedmoe_ds.topology import check_layout, format_table
 
 _MOST_RANKS = 64
 """Rows of the rank table before its middle is left out."""

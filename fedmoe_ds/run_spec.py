@@ -19,9 +19,9 @@ from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.places import Places, adapter_places, check_shards, hosted_places
 from fedmoe_ds.foundation import planned_sparse, planned_task
+from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
-from fedmoe_ds.foundation.positions import longest_sequence
 from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.kernels.frozen_layers import independent_rows
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults

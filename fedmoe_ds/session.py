@@ -14,12 +14,16 @@ import torch
 
 from fedmoe_ds import checkpoint
 from fedmoe_ds import state as states
-from fedmoe_ds.activity import activity
 from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.checkpoint_writer import remove_unfinished
 from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.stop_points import StopError
+from fedmoe_ds.distributed.stop_request import StopRequest
+from fedmoe_ds.distributed.topology import Topology, build_topology
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.federation import Federation, Outcome
 from fedmoe_ds.identity import check_identity, check_no_effect
@@ -29,14 +33,10 @@ from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
-from fedmoe_ds.runtime import Runtime
-from fedmoe_ds.stop import StopRequest
-from fedmoe_ds.stop_points import StopError
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import make_folder
 from fedmoe_ds.storage.folder_lock import FolderLock
 from fedmoe_ds.terminal import visible
-from fedmoe_ds.topology import Topology, build_topology
 
 
 @dataclass(frozen=True)

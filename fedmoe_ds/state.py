@@ -17,9 +17,9 @@ from fedmoe_ds import checkpoint
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
+from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.personal import Personal
-from fedmoe_ds.topology import Topology
 
 SUMS_LAYOUT = 2
 """How an unfinished round's sums lie in a checkpoint: digits and windows (`aggregation/exact.py`)."""

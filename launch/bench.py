@@ -5,7 +5,7 @@ Everything runs on one CPU thread per process. Absolute numbers depend on the ma
 
 from __future__ import annotations
 
-from fedmoe_ds.stop import leave_on_interrupt
+from fedmoe_ds.distributed.stop_request import leave_on_interrupt
 
 leave_on_interrupt()  # before the imports that take seconds
 
@@ -13,7 +13,7 @@ import argparse
 import signal
 import sys
 
-from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.distributed.runtime import run_entry
 from fedmoe_ds.terminal import note, show
 
 

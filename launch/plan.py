@@ -6,7 +6,7 @@ FLOPs per tier, hours of the whole study. Loads no weights; a model folder with 
 
 from __future__ import annotations
 
-from fedmoe_ds.stop import leave_on_interrupt
+from fedmoe_ds.distributed.stop_request import leave_on_interrupt
 
 leave_on_interrupt()  # before the imports that take seconds
 
@@ -15,8 +15,8 @@ import os
 from pathlib import Path
 
 from fedmoe_ds.config import load_config
+from fedmoe_ds.distributed.runtime import run_entry
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.runtime import run_entry
 from fedmoe_ds.terminal import show, visible
 
 

@@ -14,7 +14,7 @@ Exit code: 0 when every run is finished; 2 for a mistake in the input; 75 when i
 
 from __future__ import annotations
 
-from fedmoe_ds.stop import leave_on_interrupt
+from fedmoe_ds.distributed.stop_request import leave_on_interrupt
 
 leave_on_interrupt()  # before the imports that take seconds
 
@@ -22,7 +22,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.distributed.runtime import run_entry
 from fedmoe_ds.terminal import note, show
 
 

@@ -6,7 +6,7 @@ mistake is one line and exit code 2, before anything is written or submitted. Pr
 
 from __future__ import annotations
 
-from fedmoe_ds.stop import leave_on_interrupt
+from fedmoe_ds.distributed.stop_request import leave_on_interrupt
 
 leave_on_interrupt()  # before the imports that take seconds
 
@@ -14,7 +14,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fedmoe_ds.runtime import run_entry
+from fedmoe_ds.distributed.runtime import run_entry
 from fedmoe_ds.terminal import show, visible
 
 

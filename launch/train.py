@@ -8,7 +8,7 @@ checkpoint is intact); after 75 and 76 the same command with --resume auto conti
 
 from __future__ import annotations
 
-from fedmoe_ds.stop import StopRequest
+from fedmoe_ds.distributed.stop_request import StopRequest
 
 STOP = StopRequest().install()  # before the imports that take seconds
 
@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 from fedmoe_ds.config import Config, load_config
+from fedmoe_ds.distributed.launcher import Launch, detect_launch
+from fedmoe_ds.distributed.runtime import init_runtime, run_entry
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.launcher import Launch, detect_launch
-from fedmoe_ds.runtime import init_runtime, run_entry
 from fedmoe_ds.terminal import note, show
 
 
@@ -65,7 +65,7 @@ def main() -> int:
 
 def supervise(args: argparse.Namespace, config: Config, launch: Launch) -> int:
     """Start the ranks from here."""
-    from fedmoe_ds.supervisor import Supervisor, restartable_command
+    from fedmoe_ds.distributed.supervisor import Supervisor, restartable_command
 
     ranks, restarts = 1 if args.ranks is None else args.ranks, args.max_restarts or 0
     if launch.launcher != "python":

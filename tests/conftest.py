@@ -34,7 +34,7 @@ GROUPS = {
 def foundation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder in which the built-in nano foundation (seed 0) has been pre-trained once."""
     from fedmoe_ds.config import PretrainConfig
-    from fedmoe_ds.foundation.pretrain import pretrain_preset
+    from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 
     cache = tmp_path_factory.mktemp("cache")
     pretrain_preset("nano-olmoe", PretrainConfig(steps=20), 0, cache, lambda text: None)

@@ -110,12 +110,12 @@ def _environment(rank: int, world_size: int, port: int) -> Iterator[None]:
 def _worker(fn: Callable[..., Any], rank: int, args: tuple[Any, ...], timeout_s: float, pipe: Connection) -> None:
     import torch
 
-    from fedmoe_ds.foundation import hosting
+    from fedmoe_ds.distributed import process_groups
 
     try:
         torch.set_num_threads(1)
         timeout = datetime.timedelta(seconds=timeout_s)
-        hosting.join_world("gloo", timeout)
+        process_groups.join_world("gloo", timeout)
         # Plain pickle, not the connection's: that one would share tensor memory which ends with this process.
         message = pickle.dumps((True, fn(rank, *args)))
     except BaseException:

@@ -20,16 +20,16 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from fedmoe_ds import session
 from fedmoe_ds.absences import Absences
 from fedmoe_ds.build import Parts, load_parts, memory_settings
-from fedmoe_ds.collectives import TorchSumming
 from fedmoe_ds.config import Config
-from fedmoe_ds.control import Alone, make_control
 from fedmoe_ds.data.tokenizer import train_tokenizer
+from fedmoe_ds.distributed.collectives import TorchSumming
+from fedmoe_ds.distributed.control import Alone, make_control
+from fedmoe_ds.distributed.launcher import Launch
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.topology import Layout, Topology, build_topology
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.journal import Journal
-from fedmoe_ds.launcher import Launch
 from fedmoe_ds.randomness import generator
-from fedmoe_ds.runtime import Runtime
-from fedmoe_ds.topology import Layout, Topology, build_topology
 
 SAMPLES = (29, 19, 13, 9, 7, 5)
 """Rows per client before hold-outs: no two clients are equal, and the last ones have less than a batch."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedmoe_ds import address
+from fedmoe_ds.distributed import address
 
 OUT, FABRIC = "192.0.2.7", "198.51.100.7"
 INTERFACES = {OUT: "eth0", FABRIC: "ib0"}

@@ -17,11 +17,12 @@ import pytest
 from launching import Result, changed, read_events, run
 from safetensors.torch import load_file, save_file
 
-from fedmoe_ds import checkpoint, control
+from fedmoe_ds import checkpoint
 from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.distributed import control
+from fedmoe_ds.distributed.launcher import Launch
+from fedmoe_ds.distributed.runtime import init_runtime
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.launcher import Launch
-from fedmoe_ds.runtime import init_runtime
 
 pytestmark = pytest.mark.timeout(600)
 

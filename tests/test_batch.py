@@ -22,7 +22,7 @@ from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation, load_foundation
-from fedmoe_ds.foundation.presets import preset_config
+from fedmoe_ds.foundation.builtin.presets import preset_config
 from fedmoe_ds.kernels.per_client import Segment
 
 CPU = torch.device("cpu")

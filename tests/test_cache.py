@@ -21,13 +21,13 @@ import torch
 
 from fedmoe_ds.config import PretrainConfig
 from fedmoe_ds.data import federated
+from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared
 from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.errors import EXIT_LOST, UserError
-from fedmoe_ds.foundation import pretrain
-from fedmoe_ds.foundation.mapped import MappedWeights, Memory, Slot
+from fedmoe_ds.foundation.builtin import pretrain
+from fedmoe_ds.foundation.mapped_weights import MappedWeights, Memory, Slot
 from fedmoe_ds.kernels import compiling, fault
-from fedmoe_ds.omissions import Omissions
 from fedmoe_ds.storage import cache
 
 STRANGER = 12345

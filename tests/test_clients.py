@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fedmoe_ds.clients.client import BudgetKind, Capacity, Client, Tier, default_tiers, make_clients, resolve_tiers
 from fedmoe_ds.config import FederationConfig, TierConfig
 from fedmoe_ds.data import FederatedData
+from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.omissions import Omissions
 
 FULL = Capacity(top_k=8, rank=16, experts=64)
 

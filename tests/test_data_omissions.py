@@ -18,13 +18,13 @@ from fedmoe_ds import session
 from fedmoe_ds.config.tree import DataConfig, PartitionConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.federated import FederatedData, prepare
+from fedmoe_ds.data.omissions import CUT, EMPTY, LEFT_OUT, MEANING, NO_ROOM, Omissions
+from fedmoe_ds.data.omissions import describe as describe_omissions
 from fedmoe_ds.data.tokenizer import train_tokenizer
-from fedmoe_ds.omissions import CUT, EMPTY, LEFT_OUT, MEANING, NO_ROOM, Omissions
-from fedmoe_ds.omissions import describe as describe_omissions
+from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.plan import describe
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.population import data_section
-from fedmoe_ds.stop import StopRequest
 
 LENGTH = 48
 # Characters are tokens. The headings of the prompt take 34 of them, the label's question 7, the end of text one.

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from fedmoe_ds.config.tree import DataConfig
 from fedmoe_ds.data import templates
 from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.omissions import CUT, EMPTY, NO_ROOM
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.omissions import CUT, EMPTY, NO_ROOM
 
 EOS = 1
 

@@ -27,7 +27,7 @@ from fedmoe_ds.clients.batch import Rows
 from fedmoe_ds.config import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import families, hosting, load_foundation
+from fedmoe_ds.foundation import autoep, families, load_foundation
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
 
 MODEL_TYPES = {name: config().model_type for name, (config, _) in FAMILIES.items()}
@@ -185,7 +185,7 @@ def test_what_another_deepspeed_may_bring_is_refused_by_name(tmp_path: Path, mon
         patch.setitem(EXPERT_ACTIVATIONS, "swiglu_oai", other)
         assert "its experts compute 'swiglu_oai', which is not known here" in refusal()
     with monkeypatch.context() as patch:
-        patch.setattr(hosting, "gated_unit", lambda *unit: None)
+        patch.setattr(autoep, "gated_unit", lambda *unit: None)
         assert "its experts compute 'swiglu_oai', which is not known here" in refusal()
     with monkeypatch.context() as patch:
         patch.setattr("deepspeed.module_inject.auto_ep_layer.resolve_score_apply_mode", lambda spec, override: "pre")

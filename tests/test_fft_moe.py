@@ -22,6 +22,8 @@ from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
 from fedmoe_ds.clients.batch import Rows, make_batch
 from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.config import AdapterConfig, Config, FoundationConfig, MoEAdapterConfig
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.topology import Topology, build_topology
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.experts.beside import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
 from fedmoe_ds.experts.dispatch import Pool
@@ -34,8 +36,6 @@ from fedmoe_ds.foundation import load_foundation
 from fedmoe_ds.methods import Method, ModelFacts, method_for
 from fedmoe_ds.methods.fft_moe import divergence, unevenness
 from fedmoe_ds.run_spec import check_plan
-from fedmoe_ds.runtime import Runtime
-from fedmoe_ds.topology import Topology, build_topology
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -29,8 +29,9 @@ from transformers import (
 from fedmoe_ds.adapters.attention import find_projections
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
+from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import Foundation, hosting, load_foundation, loading, resolve_foundation
+from fedmoe_ds.foundation import Foundation, autoep, load_foundation, loading, resolve_foundation
 from fedmoe_ds.foundation.families import FAMILIES as FAMILY_TABLE
 
 VOCAB, HIDDEN, FFN, EXPERTS = 320, 32, 16, 8
@@ -193,7 +194,7 @@ def every_family_at_every_size(rank: int, root: Path) -> list[Any]:
         for ep_size in (1, 2, 4):
             check_against_reference(root, family, ep_size, rank % ep_size)
     foundation = load_foundation(root / "olmoe", FoundationConfig(), 4, rank, "cpu")
-    groups = [torch.distributed.get_process_group_ranks(group) for group in hosting.create_groups(2)]
+    groups = [torch.distributed.get_process_group_ranks(group) for group in process_groups.create_groups(2)]
     growth, bound = peak_growth(root, rank)
     assert growth <= bound, f"loading took {growth / 2**20:.1f} MiB, allowed are {bound / 2**20:.1f}"
     return [foundation.fingerprint, *groups]
@@ -267,14 +268,14 @@ def test_finalize_output_matches_the_layer(models: Path) -> None:
                 gate_TF, up_TF = (x_TD @ layer.w13[expert].T).chunk(2, dim=1)
                 out_TD = (torch.nn.functional.silu(gate_TF) * up_TF) @ layer.w2[expert].T
                 routed_TD += out_TD * (scores_TK * (experts_TK == expert)).sum(1, keepdim=True)
-            output = hosting.finalize_output(layer.module, routed_TD.view_as(hidden_BSD), x_TD, hidden_BSD)
+            output = autoep.finalize_output(layer.module, routed_TD.view_as(hidden_BSD), x_TD, hidden_BSD)
             assert torch.allclose(output, layer.module(hidden_BSD), atol=TOLERANCE)
 
 
 def test_hosting_a_materialised_model(models: Path) -> None:
     reference = load_file(models / "olmoe.reference")
     model = AutoModelForCausalLM.from_pretrained(models / "olmoe")
-    layers = hosting.host_experts(model, 1, 0)
+    layers = autoep.host_experts(model, 1, 0)
     assert [layer.index for layer in layers] == [0, 1]
     assert torch.equal(layers[1].w13, reference["model.layers.1.mlp.experts.gate_up_proj"])
     with torch.no_grad():
@@ -292,7 +293,7 @@ def test_the_number_of_a_layer_is_behind_its_list(models: Path, monkeypatch: pyt
 
     monkeypatch.setitem(FAMILY_TABLE["olmoe"].settings or {}, "moe_layer_pattern", r"model\.1\.layers\.\d+\.mlp")
     wrapped = Wrapped()
-    hosted = hosting.host_experts(wrapped, 1, 0)
+    hosted = autoep.host_experts(wrapped, 1, 0)
     assert [(layer.name, layer.index) for layer in hosted] == [("model.1.layers.0.mlp", 0), ("model.1.layers.1.mlp", 1)]
     assert [projection.layer for projection in find_projections(wrapped, ["q_proj"])] == [0, 1]
 

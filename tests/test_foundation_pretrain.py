@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from fedmoe_ds.config.tree import FoundationConfig, PretrainConfig
 from fedmoe_ds.data import ImageInput, digits, stdlib
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import load_foundation, planned_task, pretrain, resolve_foundation
-from fedmoe_ds.foundation.image_training import faded
-from fedmoe_ds.foundation.presets import PRESETS, preset_config
+from fedmoe_ds.foundation import load_foundation, planned_task, resolve_foundation
+from fedmoe_ds.foundation.builtin import pretrain
+from fedmoe_ds.foundation.builtin.images import faded
+from fedmoe_ds.foundation.builtin.presets import PRESETS, preset_config
 from fedmoe_ds.storage import cache
 
 STEPS = 60

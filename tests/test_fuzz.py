@@ -37,13 +37,13 @@ from fedmoe_ds.compare.study import Run
 from fedmoe_ds.config import Config, DataConfig, dump_config, load_config
 from fedmoe_ds.data import prepare
 from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.distributed.topology import check_layout
 from fedmoe_ds.foundation import planned_sparse, planned_task
-from fedmoe_ds.foundation.tokenizing import load_tokenizer
+from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.methods import method_for, with_defaults
 from fedmoe_ds.report import final_table, read_metrics, write_report
 from fedmoe_ds.run_spec import check_plan
 from fedmoe_ds.scaling.measured import measure
-from fedmoe_ds.topology import check_layout
 
 REPOSITORY = Path(__file__).parents[1]
 SAMPLE, WHOLE = 10, 1000

@@ -15,10 +15,10 @@ import pytest
 from launching import REPOSITORY, Job, changed
 
 from fedmoe_ds import checkpoint
-from fedmoe_ds.activity import activity
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.launcher import free_port
+from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-from fedmoe_ds.launcher import free_port
-from fedmoe_ds.stop import StopRequest
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -16,8 +16,8 @@ import pytest
 from federations import make_config, read_events, write_inputs
 from launching import SCRIPT, changed
 
+from fedmoe_ds.distributed.launcher import Launch, detect_launch, slurm_port
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.launcher import Launch, detect_launch, slurm_port
 
 pytestmark = pytest.mark.timeout(600)
 

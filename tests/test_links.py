@@ -25,10 +25,10 @@ from fedmoe_ds.bench import suite
 from fedmoe_ds.bench.table import check_writable, write_json
 from fedmoe_ds.compare import Request, compare
 from fedmoe_ds.deepspeed_tools import _PassProfile
+from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report.__main__ import main as rebuild
 from fedmoe_ds.scaling.runner import Runner
-from fedmoe_ds.stop import StopRequest
 from fedmoe_ds.storage.files import open_plain, remove, write_whole
 from fedmoe_ds.submission import log_folder, submit
 

@@ -23,10 +23,11 @@ from fedmoe_ds.clients.batch import Batch, Rows, make_batch
 from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.config import AdapterConfig, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
+from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution, Pass
 from fedmoe_ds.experts.places import hosted_places
-from fedmoe_ds.foundation import Foundation, hosting, load_foundation
+from fedmoe_ds.foundation import Foundation, load_foundation
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -74,7 +75,7 @@ class Hosted:
         names = ["q_proj", "v_proj"] if "deepseek" not in folder.name else ["q_a_proj", "kv_b_proj"]
         adapters = AdapterConfig(rank=4, attention=names, router=router)
         blocks = adapter_blocks(self.foundation.model, hosted_places(self.foundation.layers), adapters, "client")
-        group = hosting.create_groups(ep_size)[0] if ep_size > 1 else None
+        group = process_groups.create_groups(ep_size)[0] if ep_size > 1 else None
         pool = Pool(group, ep_size, EXPERTS, CLIENTS, merge)
         self.execution = Execution(Bank(blocks, EXPERTS // ep_size, CLIENTS, pool.wave_clients), pool, 2.0, rescaler=True)
         start = initial_bank(self.foundation, blocks, 0, self.foundation.layers[0].experts)

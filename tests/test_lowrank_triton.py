@@ -15,7 +15,7 @@ from federations import alone, build, finish, make_config, run_alone, write_inpu
 from test_lowrank import CPU, ROWS_G, everything, plain
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.kernels import lora_products as lowrank
+from fedmoe_ds.kernels import lora_products
 
 triton = pytest.importorskip("triton")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -66,7 +66,7 @@ def compiled(kernel: Any, number: str, arch: int, rank: int, dense: str) -> Any:
 
 
 @pytest.mark.parametrize("number", FLOATS)
-@pytest.mark.parametrize(("arch", "rank", "dense"), [(80, lowrank.MAX_TRITON_RANK, "wide"), (90, 8, "rank")])
+@pytest.mark.parametrize(("arch", "rank", "dense"), [(80, lora_products.MAX_TRITON_RANK, "wide"), (90, 8, "rank")])
 @pytest.mark.parametrize("name", ["rows_to_rank", "rank_to_rows", "sum_over_rows"])
 def test_kernels_compile_without_a_device(
     name: str, arch: int, rank: int, dense: str, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,15 +82,15 @@ def test_kernels_compile_without_a_device(
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
-    lowrank.check_kernels("auto", 8, CPU)
-    lowrank.check_kernels("triton", 8, device)
+    lora_products.check_kernels("auto", 8, CPU)
+    lora_products.check_kernels("triton", 8, device)
     with pytest.raises(UserError, match=r"execution.adapter_kernels: triton: needs a CUDA device, .* cpu; use auto"):
-        lowrank.check_kernels("triton", 8, CPU)
+        lora_products.check_kernels("triton", 8, CPU)
     with pytest.raises(UserError, match=r"adapters.rank: 129: .* at most 128; use adapter_kernels=auto"):
-        lowrank.check_kernels("triton", 129, device)
-    monkeypatch.setattr(lowrank.importlib.util, "find_spec", lambda name: None)
+        lora_products.check_kernels("triton", 129, device)
+    monkeypatch.setattr(lora_products.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"execution.adapter_kernels: triton: Triton is not installed; pip install triton"):
-        lowrank.check_kernels("triton", 8, device)
+        lora_products.check_kernels("triton", 8, device)
 
 
 @CUDA

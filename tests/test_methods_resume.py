@@ -18,11 +18,11 @@ from fedmoe_ds import session
 from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.topology import Topology, build_topology
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.methods.hetlora import RANK
-from fedmoe_ds.runtime import Runtime
-from fedmoe_ds.topology import Topology, build_topology
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -15,8 +15,8 @@ from federations import Result, alone, build, finish, joined, leave_out, write_i
 from method_variants import VARIANTS, variant_config
 
 from fedmoe_ds.config import Config
-from fedmoe_ds.runtime import Runtime
-from fedmoe_ds.topology import Topology, build_topology
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.topology import Topology, build_topology
 
 pytestmark = pytest.mark.timeout(600)
 

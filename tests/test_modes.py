@@ -22,9 +22,9 @@ from fedmoe_ds.checkpoint import PRIVATE, Snapshot, newest_intact
 from fedmoe_ds.checkpoint_writer import CheckpointWriter
 from fedmoe_ds.compare.runner import locked
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import pretrain
-from fedmoe_ds.foundation.mapped import MappedWeights, Slot
-from fedmoe_ds.foundation.presets import preset_config
+from fedmoe_ds.foundation.builtin import pretrain
+from fedmoe_ds.foundation.builtin.presets import preset_config
+from fedmoe_ds.foundation.mapped_weights import MappedWeights, Slot
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.file_modes import follow_umask, umask
 

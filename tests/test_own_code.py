@@ -23,7 +23,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.foundation import planned_sparse, planned_task, resolve_foundation
-from fedmoe_ds.foundation.tokenizing import load_tokenizer
+from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.plan import describe
 from fedmoe_ds.planner.job import resolve

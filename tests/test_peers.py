@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 
-from fedmoe_ds.activity import Activity
-from fedmoe_ds.peers import Limits, Peer, Process, _started, died, quiet_words, silent, stuck
+from fedmoe_ds.distributed.activity import Activity
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process, _started, died, quiet_words, silent, stuck
 
 LIMITS = Limits(silence=10.0, waiting=30.0, ranks=4)
 

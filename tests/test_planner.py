@@ -18,6 +18,7 @@ from method_variants import variant_config
 from fedmoe_ds.aggregation.sums import RoundSums
 from fedmoe_ds.bench.shapes import Shape, write_model
 from fedmoe_ds.config import Config, load_config
+from fedmoe_ds.distributed.topology import Layout
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.memory import COPY
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
@@ -31,7 +32,6 @@ from fedmoe_ds.planner.verify import check_partition
 from fedmoe_ds.planner.world import world_of
 from fedmoe_ds.scaling.measured import Measured
 from fedmoe_ds.scaling.predicted import Predictor
-from fedmoe_ds.topology import Layout
 
 REPOSITORY = Path(__file__).parents[1]
 OLMOE = REPOSITORY / "configs" / "olmoe-7b.yaml"

@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as torch_dist
 
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.foundation import hosting
+from fedmoe_ds.distributed import process_groups
+from fedmoe_ds.distributed.topology import Layout
 from fedmoe_ds.planner.verify import Echo, sample_ranks, verify
-from fedmoe_ds.topology import Layout
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -32,8 +32,8 @@ def test_4096_ranks() -> None:
 
 
 def test_a_wrong_group_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = hosting.create_groups
-    monkeypatch.setattr(hosting, "create_groups", lambda ep_size: real(ep_size)[::-1])
+    real = process_groups.create_groups
+    monkeypatch.setattr(process_groups, "create_groups", lambda ep_size: real(ep_size)[::-1])
     with pytest.raises(AssertionError):
         verify(TopologyConfig(), Layout(8, 2), 8, [3])
     assert not torch_dist.is_initialized()
@@ -42,13 +42,13 @@ def test_a_wrong_group_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("extra", [[0, 1], [1, 2]])
 def test_a_group_too_many_is_found(monkeypatch: pytest.MonkeyPatch, extra: list[int]) -> None:
     """One that exists already, and one that overlaps two clusters."""
-    real = hosting.create_groups
+    real = process_groups.create_groups
 
     def create(ep_size: int) -> tuple[Any, Any]:
         torch_dist.new_group(extra)
         return real(ep_size)
 
-    monkeypatch.setattr(hosting, "create_groups", create)
+    monkeypatch.setattr(process_groups, "create_groups", create)
     with pytest.raises(AssertionError, match="1 groups are none of the layout's"):
         verify(TopologyConfig(), Layout(8, 2), 8, [3])
 

@@ -13,9 +13,9 @@ from federations import alone, make_config
 from test_links import SMALL, Writes, inputs, writes
 
 from fedmoe_ds import checkpoint, session
+from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report import read_metrics
-from fedmoe_ds.stop import StopRequest
 
 __all__ = ["inputs", "writes"]
 

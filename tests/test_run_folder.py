@@ -18,11 +18,11 @@ from federations import alone, make_config, read_events, write_inputs
 
 from fedmoe_ds import session
 from fedmoe_ds.config import Config
+from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.journal import Journal
 from fedmoe_ds.report import MetricsLog
-from fedmoe_ds.stop import StopRequest
 from fedmoe_ds.storage import folder_lock
 from fedmoe_ds.storage.folder_lock import NAME, FolderLock
 

@@ -20,8 +20,8 @@ from transformers import (
 
 from fedmoe_ds.config.tree import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation.positions import longest_sequence
-from fedmoe_ds.foundation.presets import PRESETS
+from fedmoe_ds.foundation.builtin.presets import PRESETS
+from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.run_spec import check_length, check_plan
 
 N = 64

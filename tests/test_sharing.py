@@ -18,16 +18,15 @@ from federations import joined, make_config, run_alone, run_joined, write_inputs
 
 from fedmoe_ds.build import load_shared_foundation
 from fedmoe_ds.config import Config
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation, load_foundation
-from fedmoe_ds.foundation.mapped import ALIGNMENT, DATA, HEADER, MappedWeights, Memory, Slot
-from fedmoe_ds.foundation.sharing import FOLDER
-from fedmoe_ds.kernels import compiling, matrix, rows
-from fedmoe_ds.kernels import lora_products as lowrank
+from fedmoe_ds.foundation.host_sharing import FOLDER
+from fedmoe_ds.foundation.mapped_weights import ALIGNMENT, DATA, HEADER, MappedWeights, Memory, Slot
+from fedmoe_ds.kernels import compiling, lora_products, matrix, rows
 from fedmoe_ds.report import Progress
-from fedmoe_ds.runtime import Runtime
 from fedmoe_ds.storage import cache
-from fedmoe_ds.topology import build_topology
 
 SLOTS = [
     Slot("odd", (3, 5), torch.float32),
@@ -213,7 +212,7 @@ def kernels_damaged_on_one_rank(rank: int, root: Path, runtime: Runtime) -> dict
             path.write_bytes(content[: len(content) // 2] + bytes(64) + content[len(content) // 2 + 64 :])
     found: dict[str, Any] = {}
     for name in ("repaired", "refused"):
-        for cached in (compiling.library, lowrank.compiled, matrix._library, rows._library):
+        for cached in (compiling.library, lora_products.compiled, matrix._library, rows._library):
             cached.cache_clear()
         try:
             found[f"kernels_{name}"] = run_joined(changed(root, name), runtime).digest

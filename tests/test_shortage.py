@@ -16,8 +16,8 @@ from federations import alone, build, finish, joined, make_config, run_alone, wr
 
 from fedmoe_ds import absences
 from fedmoe_ds.build import Parts
+from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.machine import peak_mib, resident_mib
-from fedmoe_ds.topology import build_topology
 
 pytestmark = pytest.mark.cluster  # slow: processes of their own, and gigabytes
 SAMPLES = (60, 12, 8)

@@ -20,18 +20,19 @@ from hypothesis import strategies as st
 from launching import Job, changed
 from torch import nn
 
-from fedmoe_ds import build, long_work, session
+from fedmoe_ds import build, session
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data import stdlib
+from fedmoe_ds.distributed import long_work
+from fedmoe_ds.distributed.long_work import LongWork
+from fedmoe_ds.distributed.stop_points import StopError, file_sha256, heard_by, run_waiting, stop_point
+from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
-from fedmoe_ds.foundation.mapped import MappedWeights, Slot
-from fedmoe_ds.foundation.pretrain import pretrain_preset
-from fedmoe_ds.foundation.training import train_new
-from fedmoe_ds.foundation.training_state import FILE, TrainingState
-from fedmoe_ds.long_work import LongWork
-from fedmoe_ds.stop import StopRequest
-from fedmoe_ds.stop_points import StopError, file_sha256, heard_by, run_waiting, stop_point
+from fedmoe_ds.foundation.builtin.loop import train_new
+from fedmoe_ds.foundation.builtin.loop_state import FILE, TrainingState
+from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
+from fedmoe_ds.foundation.mapped_weights import MappedWeights, Slot
 
 STEPS = 6
 

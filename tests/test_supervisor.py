@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmoe_ds.distributed.supervisor import Supervisor, restartable_command, verdict
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
-from fedmoe_ds.supervisor import Supervisor, restartable_command, verdict
 
 
 def supervise(folder: Path, body: str, ranks: int = 2, restarts: int = 2) -> tuple[int, list[str], list[str]]:

@@ -21,17 +21,19 @@ from hypothesis import strategies as st
 from strangers import WORDS, ZEROS, Crowd, connect, is_closed
 from worlds import LIMITS, Endings, endings, until, world
 
-from fedmoe_ds import address, handshake, watchdog
-from fedmoe_ds import door as doors
-from fedmoe_ds import watch as watches
-from fedmoe_ds.activity import activity
-from fedmoe_ds.address import resolved
-from fedmoe_ds.beacon import Beacon
-from fedmoe_ds.door import Door, listen
-from fedmoe_ds.line import LONGEST, GarbledError, Line
-from fedmoe_ds.monitor import Monitor
-from fedmoe_ds.peers import Peer, Process
-from fedmoe_ds.watch import Watch
+from fedmoe_ds.distributed import address
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.address import resolved
+from fedmoe_ds.distributed.watchdog import handshake
+from fedmoe_ds.distributed.watchdog import listener as doors
+from fedmoe_ds.distributed.watchdog import start as watchdog
+from fedmoe_ds.distributed.watchdog import watchdog as watches
+from fedmoe_ds.distributed.watchdog.json_socket import LONGEST, GarbledError, Line
+from fedmoe_ds.distributed.watchdog.listener import Door, listen
+from fedmoe_ds.distributed.watchdog.main import Monitor
+from fedmoe_ds.distributed.watchdog.rank_health import Peer, Process
+from fedmoe_ds.distributed.watchdog.watchdog import Watch
+from fedmoe_ds.distributed.watchdog.worker import Beacon
 
 __all__ = ["endings"]
 TOKEN = "ab" * 32

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fedmoe_ds import watchdog
-from fedmoe_ds.peers import Limits, Process
-from fedmoe_ds.watch import Watch
+from fedmoe_ds.distributed.watchdog import start as watchdog
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Process
+from fedmoe_ds.distributed.watchdog.watchdog import Watch
 
 LIMITS = Limits(silence=20.0, waiting=1800.0, ranks=3)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
 from fedmoe_ds.aggregation.flat import Flat
-from fedmoe_ds.collectives import Summing
+from fedmoe_ds.distributed.collectives import Summing
 
 
 @dataclass(frozen=True)

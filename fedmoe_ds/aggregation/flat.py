@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.collectives import Summing
+from fedmoe_ds.distributed.collectives import Summing
 
 Shape = tuple[int, ...]
 

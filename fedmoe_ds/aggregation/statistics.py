@@ -20,7 +20,7 @@ from torch import Tensor
 from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.aggregation.exact import EMPTY, WEIGHT_BITS, ExactSum, FloatSum, Sum
 from fedmoe_ds.aggregation.flat import Flat
-from fedmoe_ds.collectives import Summing
+from fedmoe_ds.distributed.collectives import Summing
 from fedmoe_ds.errors import UserError
 
 

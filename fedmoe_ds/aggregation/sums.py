@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.aggregation.collection import Collection
 from fedmoe_ds.aggregation.statistics import Statistics
-from fedmoe_ds.topology import Topology
+from fedmoe_ds.distributed.topology import Topology
 
 
 class RoundSums:

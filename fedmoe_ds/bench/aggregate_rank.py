@@ -20,11 +20,11 @@ from torch import Tensor
 from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.aggregation.statistics import Statistics
 from fedmoe_ds.bench.aggregate import BACKENDS
-from fedmoe_ds.collectives import Summing, TorchSumming
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.launcher import detect_launch
-from fedmoe_ds.runtime import Runtime, init_runtime, run_entry
-from fedmoe_ds.topology import build_topology
+from fedmoe_ds.distributed.collectives import Summing, TorchSumming
+from fedmoe_ds.distributed.launcher import detect_launch
+from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
+from fedmoe_ds.distributed.topology import build_topology
 
 Action = Callable[[], object]
 _LAYERS, _RANK = tuple(range(8)), 8

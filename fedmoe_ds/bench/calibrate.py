@@ -20,7 +20,7 @@ from fedmoe_ds.bench.calibrate_fit import Together, errors, fit, fit_link, fit_s
 from fedmoe_ds.bench.calibrate_waves import FEW, SEVERAL, Sample
 from fedmoe_ds.bench.planned_run import end_family, run_job
 from fedmoe_ds.config import Config
-from fedmoe_ds.launcher import free_port
+from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.machine import available_mib, machine_facts
 from fedmoe_ds.planner.hardware import Compute, Hardware, Link, Links, Network, load_hardware
 from fedmoe_ds.planner.job import resolve

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from fedmoe_ds.bench.calibrate_waves import pass_samples_together
-from fedmoe_ds.collectives import all_reduce_sum
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.foundation import hosting
-from fedmoe_ds.launcher import detect_launch
-from fedmoe_ds.runtime import Runtime, init_runtime, run_entry
+from fedmoe_ds.distributed import process_groups
+from fedmoe_ds.distributed.collectives import all_reduce_sum
+from fedmoe_ds.distributed.launcher import detect_launch
+from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
 
 SIZES = (1 << 8, 1 << 14, 1 << 18, 1 << 21)
 REPEATS = (60, 60, 30, 10)
@@ -45,7 +45,7 @@ def timed(runtime: Runtime, action: Callable[[], object], repeats: int) -> float
 
 def measure(runtime: Runtime) -> dict[str, list[tuple[int, float]]]:
     size = runtime.world_size
-    group, _ = hosting.create_groups(size)
+    group, _ = process_groups.create_groups(size)
     found: dict[str, list[tuple[int, float]]] = {"all_reduce": [], "control": []}
     for count, repeats in zip(SIZES, REPEATS, strict=True):
         total = torch.zeros(count // 4)
@@ -58,7 +58,7 @@ def measure(runtime: Runtime) -> dict[str, list[tuple[int, float]]]:
 
 def passes(runtime: Runtime, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Passes of a cluster that is the whole world, and of ranks that only compute side by side, as samples in plain JSON."""
-    group, _ = hosting.create_groups(runtime.world_size)
+    group, _ = process_groups.create_groups(runtime.world_size)
     together = pass_samples_together(group, runtime.world_size, runtime.rank, folder)
     apart = pass_samples_together(None, 1, 0, folder)
     return {"together": [asdict(sample) for sample in together], "apart": [asdict(sample) for sample in apart]}

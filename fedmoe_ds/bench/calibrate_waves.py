@@ -29,6 +29,7 @@ from fedmoe_ds.clients.optimizer import squared_norms
 from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.distributed.runtime import keep_freed_memory
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.experts.places import hosted_places
@@ -40,7 +41,6 @@ from fedmoe_ds.planner.job import resolve
 from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import PassWork, Rows, Work
 from fedmoe_ds.randomness import generator
-from fedmoe_ds.runtime import keep_freed_memory
 
 CPU = torch.device("cpu")
 SHAPES = (

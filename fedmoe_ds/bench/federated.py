@@ -21,8 +21,8 @@ from fedmoe_ds.bench.system import BITWISE
 from fedmoe_ds.bench.table import Row
 from fedmoe_ds.bench.wave import DisagreementError, check_agreement
 from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.launcher import free_port
 from fedmoe_ds.machine import machine_facts
 
 PART = "rounds"

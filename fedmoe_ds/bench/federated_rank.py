@@ -22,11 +22,11 @@ from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.schedule import schedule
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.launcher import detect_launch
+from fedmoe_ds.distributed.launcher import detect_launch
+from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
+from fedmoe_ds.distributed.topology import Topology, build_topology
 from fedmoe_ds.machine import peak_mib
-from fedmoe_ds.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.server import Server
-from fedmoe_ds.topology import Topology, build_topology
 
 
 class FederatedRank(Fused):

@@ -18,6 +18,7 @@ from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.distributed.runtime import keep_freed_memory
 from fedmoe_ds.experts.attending import attend_apart
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
@@ -25,7 +26,6 @@ from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.methods import method_for
 from fedmoe_ds.run_spec import resolve_spec
-from fedmoe_ds.runtime import keep_freed_memory
 
 
 class Fused:

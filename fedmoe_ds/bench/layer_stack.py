@@ -14,13 +14,13 @@ from fedmoe_ds.adapters.layout import adapter_blocks
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.clients.batch import Rows, make_batch
 from fedmoe_ds.config import AdapterConfig
+from fedmoe_ds.distributed.runtime import keep_freed_memory
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution, Pass
 from fedmoe_ds.experts.layer import DOWN_A, DOWN_B, GATE_UP_A, GATE_UP_B, FederatedMoELayer
 from fedmoe_ds.experts.places import hosted_places
 from fedmoe_ds.foundation import HostedLayer
 from fedmoe_ds.randomness import torch_generator
-from fedmoe_ds.runtime import keep_freed_memory
 
 FACTORS = (GATE_UP_A, GATE_UP_B, DOWN_A, DOWN_B)
 

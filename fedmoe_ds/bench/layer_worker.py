@@ -18,9 +18,9 @@ from fedmoe_ds.bench.program import Request, take_channel
 from fedmoe_ds.bench.system import OURS, Clock
 from fedmoe_ds.bench.worker import serve
 from fedmoe_ds.bench.workload import Workload
-from fedmoe_ds.foundation import hosting
+from fedmoe_ds.distributed import process_groups
+from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.foundation.loading import load_model
-from fedmoe_ds.launcher import free_port
 from fedmoe_ds.machine import peak_mib
 
 
@@ -53,8 +53,8 @@ def open_stack(system: str, folder: Path, workload: Workload) -> OurStack | Deep
     if system == OURS:
         return OurStack(*load_model(folder, torch.float32, 1, 0, torch.device("cpu")), workload)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    hosting.join_world("gloo", datetime.timedelta(minutes=5))
-    hosting.create_groups(1)
+    process_groups.join_world("gloo", datetime.timedelta(minutes=5))
+    process_groups.create_groups(1)
     _, hosted = load_model(folder, torch.float32, 1, 0, torch.device("cpu"))
     return DeepSpeedStack(hosted, workload)
 

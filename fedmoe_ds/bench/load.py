@@ -11,8 +11,8 @@ from fedmoe_ds.bench.process import Worker
 from fedmoe_ds.bench.shapes import Shape, find_shape, write_model
 from fedmoe_ds.bench.system import OURS
 from fedmoe_ds.bench.table import Row
+from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.launcher import free_port
 from fedmoe_ds.machine import machine_facts
 
 # One batch of mapped file pages (64 MiB, see foundation.loading) and what Python needs for names and modules.

@@ -8,17 +8,17 @@ import torch
 from transformers.models.olmoe import modeling_olmoe  # noqa: F401  (its modules are no weights)
 
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.foundation import hosting
+from fedmoe_ds.distributed import process_groups
+from fedmoe_ds.distributed.launcher import detect_launch
+from fedmoe_ds.distributed.runtime import init_runtime
 from fedmoe_ds.foundation.loading import load_model
-from fedmoe_ds.launcher import detect_launch
 from fedmoe_ds.machine import peak_mib, resident_mib
-from fedmoe_ds.runtime import init_runtime
 
 
 def measure(folder: Path, ep_size: int) -> dict[str, float]:
     """Join the world, load, and return MiB: resident before, peak, dense part, own experts and whole model."""
     runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu", timeout_s=300.0))
-    hosting.create_groups(ep_size)
+    process_groups.create_groups(ep_size)
     runtime.barrier()
     before = resident_mib()
     model, layers = load_model(folder, torch.float32, ep_size, runtime.rank % ep_size, runtime.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.bench.planned_run import end_family
-from fedmoe_ds.launcher import free_port
+from fedmoe_ds.distributed.launcher import free_port
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}

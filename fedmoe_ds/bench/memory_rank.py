@@ -12,13 +12,13 @@ import psutil  # type: ignore[import-untyped]
 from fedmoe_ds.bench.memory_process import answer_file
 from fedmoe_ds.build import load_shared_foundation
 from fedmoe_ds.config import Config
+from fedmoe_ds.distributed.launcher import detect_launch
+from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
+from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.foundation.foundation import cache_folder
-from fedmoe_ds.foundation.sharing import FOLDER
-from fedmoe_ds.launcher import detect_launch
+from fedmoe_ds.foundation.host_sharing import FOLDER
 from fedmoe_ds.machine import peak_mib, resident_mib
 from fedmoe_ds.report import Progress
-from fedmoe_ds.runtime import Runtime, init_runtime, run_entry
-from fedmoe_ds.topology import build_topology
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.launcher import free_port
+from fedmoe_ds.distributed.launcher import free_port
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 _LOOK_S = 0.05

@@ -26,6 +26,7 @@ from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig, MoEAdapterConfig
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.distributed.runtime import keep_freed_memory
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation
@@ -33,7 +34,6 @@ from fedmoe_ds.foundation.dense import feed_forward_sites
 from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.methods import RoundContext, method_for
 from fedmoe_ds.run_spec import resolve_spec
-from fedmoe_ds.runtime import keep_freed_memory
 
 Measured = dict[str, Any]
 

@@ -17,7 +17,7 @@ from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local import ClientView
-from fedmoe_ds.collectives import all_gather
+from fedmoe_ds.distributed.collectives import all_gather
 from fedmoe_ds.experts.dispatch import Pool
 from fedmoe_ds.experts.execution import Pass
 

@@ -30,9 +30,9 @@ from fedmoe_ds.clients.schedule import Wave
 from fedmoe_ds.clients.shortage import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.steps import learning_rate, local_batches
 from fedmoe_ds.clock import Clock
-from fedmoe_ds.collectives import all_gather
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.distributed.collectives import all_gather
 from fedmoe_ds.experts.execution import InTraining
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from fedmoe_ds.compare.study import Run
 from fedmoe_ds.config import dump_config
+from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
-from fedmoe_ds.launcher import free_port
 from fedmoe_ds.storage.files import open_plain, write_whole
 
 # A study started under a launcher would otherwise pass its own rank on to every run.

@@ -11,8 +11,8 @@ import json
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.stop_points import stop_point
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

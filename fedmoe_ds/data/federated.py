@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from fedmoe_ds.config.tree import DataConfig
 from fedmoe_ds.data import digits
 from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.sources import Source, open_source
 from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, usable, write_store
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.omissions import Omissions
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from fedmoe_ds.config.tree import DataConfig
 from fedmoe_ds.data import digits, groups, holdout, partition, templates
 from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.omissions import LEFT_OUT, Omissions
 from fedmoe_ds.data.sources import Source
 from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.data.table import Table
+from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.omissions import LEFT_OUT, Omissions
-from fedmoe_ds.stop_points import stop_point
 
 MAX_LABELS = 30
 ALL = "all"

@@ -25,8 +25,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from fedmoe_ds.data.table import CHUNK, Column, Table, as_written, class_words
+from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.stop_points import stop_point
 from fedmoe_ds.storage.strict_json import check_depth, trouble
 
 

@@ -20,8 +20,8 @@ from fedmoe_ds.config.tree import DataConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.readers import READERS, in_one_line
 from fedmoe_ds.data.table import Column, Table
+from fedmoe_ds.distributed.stop_points import file_sha256, run_waiting, stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.stop_points import file_sha256, run_waiting, stop_point
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -23,8 +23,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedmoe_ds.distributed.stop_points import file_sha256, stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.stop_points import file_sha256, stop_point
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.file_modes import keep_private
 from fedmoe_ds.storage.strict_json import read_json

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from fedmoe_ds.stop_points import stop_point
+from fedmoe_ds.distributed.stop_points import stop_point
 
 if TYPE_CHECKING:
     from datasets import Dataset

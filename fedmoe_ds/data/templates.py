@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.config.tree import DataConfig
 from fedmoe_ds.data.encoder import Encoded, Encoder
+from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM
 from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.errors import UserError, nearest
-from fedmoe_ds.omissions import CUT, EMPTY, NAMED, NO_ROOM
 
 BATCH = 512
 # Template field -> the column names it is known by. Alpaca and AlpaGasus say input/output, Dolly context/response.

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fedmoe_ds.collectives import all_to_all
+from fedmoe_ds.distributed.collectives import all_to_all
 from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.router import Routing
 

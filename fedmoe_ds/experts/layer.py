@@ -14,7 +14,7 @@ from fedmoe_ds.experts import ffn
 from fedmoe_ds.experts.execution import Execution, Pass
 from fedmoe_ds.experts.router import route
 from fedmoe_ds.experts.serving import observe, serve
-from fedmoe_ds.foundation import hosting
+from fedmoe_ds.foundation import autoep
 from fedmoe_ds.kernels.frozen_layers import frozen_product
 from fedmoe_ds.kernels.per_client import client_linear, client_scale
 
@@ -28,7 +28,7 @@ ROUTER, RESCALER = "router.weight", "rescaler"
 class FederatedMoELayer(nn.Module):
     """A hosted MoE layer that serves the clients of the running pass."""
 
-    def __init__(self, hosted: hosting.HostedLayer, execution: Execution) -> None:
+    def __init__(self, hosted: autoep.HostedLayer, execution: Execution) -> None:
         super().__init__()
         self.host = hosted.module
         self.layer = hosted.index
@@ -44,7 +44,7 @@ class FederatedMoELayer(nn.Module):
         observe(self.execution, self.layer, routing, logits_TE)
         y_TD = serve(self.execution, self.layer, x_TD, routing, self._experts(x_TD.dtype))
         y_BSD = rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
-        return hosting.finalize_output(self.host, y_BSD, x_TD, hidden_BSD)
+        return autoep.finalize_output(self.host, y_BSD, x_TD, hidden_BSD)
 
     def _logits(self, hidden_BSD: Tensor, run: Pass) -> Tensor:
         bank, gate = self.execution.bank, self.host.router.gate

@@ -1,5 +1,6 @@
 """The frozen model, sparse or dense: presets, on-the-spot pre-training, sharded loading, hosted experts, feed-forward sites."""
 
+from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.dense import FeedForwardSite
 from fedmoe_ds.foundation.foundation import (
     Foundation,
@@ -8,7 +9,6 @@ from fedmoe_ds.foundation.foundation import (
     planned_task,
     resolve_foundation,
 )
-from fedmoe_ds.foundation.hosting import HostedLayer
 
 __all__ = [
     "FeedForwardSite",

@@ -17,19 +17,19 @@ from torch import nn
 
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
+from fedmoe_ds.distributed.stop_points import file_sha256, run_waiting
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.autoep import HostedLayer
+from fedmoe_ds.foundation.builtin.presets import find_preset
+from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
-from fedmoe_ds.foundation.hosting import HostedLayer
 from fedmoe_ds.foundation.loading import CONFIG_FILE, Skeleton, WeightFiles, first_line, read_config
-from fedmoe_ds.foundation.mapped import Memory
-from fedmoe_ds.foundation.meta import is_there
+from fedmoe_ds.foundation.mapped_weights import Memory
+from fedmoe_ds.foundation.meta_model import is_there
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
-from fedmoe_ds.foundation.presets import find_preset
-from fedmoe_ds.foundation.pretrain import pretrain_preset
 from fedmoe_ds.foundation.size import model_size
-from fedmoe_ds.foundation.tokenizing import load_tokenizer
-from fedmoe_ds.stop_points import file_sha256, run_waiting
+from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json
 

@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation.hosting import HostedLayer
-from fedmoe_ds.foundation.mapped import Memory, Slot
-from fedmoe_ds.foundation.meta import CONFIG_FILE, build_on_meta, first_line, host_model, read_config
-from fedmoe_ds.foundation.names import UNUSED, present_name
-from fedmoe_ds.stop_points import stop_point
+from fedmoe_ds.foundation.autoep import HostedLayer
+from fedmoe_ds.foundation.mapped_weights import Memory, Slot
+from fedmoe_ds.foundation.meta_model import CONFIG_FILE, build_on_meta, first_line, host_model, read_config
+from fedmoe_ds.foundation.tensor_names import UNUSED, present_name
 from fedmoe_ds.storage.files import is_plain_name
 from fedmoe_ds.storage.strict_json import read_json
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe_ds.data import ImageInput, Task
+from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.dense import FeedForwardSite, feed_forward_sites, image_input, type_task
-from fedmoe_ds.foundation.hosting import HostedLayer
 
 
 @dataclass(frozen=True)

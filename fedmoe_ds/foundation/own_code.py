@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.dense import type_task
-from fedmoe_ds.foundation.meta import read_config
+from fedmoe_ds.foundation.meta_model import read_config
 from fedmoe_ds.storage.strict_json import read_json
 
 SWITCH = "foundation.trust_remote_code"

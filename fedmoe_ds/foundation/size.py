@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.dense import feed_forward_sites, vocabulary
-from fedmoe_ds.foundation.hosting import HostedLayer
 
 
 @dataclass(frozen=True)

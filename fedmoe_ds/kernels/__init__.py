@@ -1,4 +1,4 @@
-"""Kernels: frozen products, grouped matrix products, low-rank products and per-client ones; C++ for float32 on the CPU, Triton on CUDA."""
+"""Kernels: frozen, grouped, low-rank and per-client products: C++ for float32 on the CPU, Triton on CUDA."""
 
 from fedmoe_ds.kernels import matrix, rows
 from fedmoe_ds.kernels.compiling import library

@@ -28,7 +28,7 @@ from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.loading import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
-from fedmoe_ds.foundation.tokenizing import has_tokenizer, load_tokenizer
+from fedmoe_ds.foundation.tokenizer import has_tokenizer, load_tokenizer
 from fedmoe_ds.kernels import fault
 from fedmoe_ds.report import Progress
 from fedmoe_ds.run_spec import RunSpec, check_start, resolve_spec

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from fedmoe_ds.distributed.topology import Layout
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner.job import Job
 from fedmoe_ds.planner.world import World
-from fedmoe_ds.topology import Layout
 
 
 def check_ep_size(world_size: int, ep_size: int, num_experts: int) -> Layout:

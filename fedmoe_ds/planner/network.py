@@ -1,6 +1,6 @@
 """Network: seconds and bytes of the collectives of a round, from alpha and beta of the links that a group of ranks uses.
 
-Bytes are those that a rank hands over, its own part included, as the tallies of `fedmoe_ds.activity` count them.
+Bytes are those that a rank hands over, its own part included, as the tallies of `fedmoe_ds.distributed.activity` count them.
 """
 
 from __future__ import annotations

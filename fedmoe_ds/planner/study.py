@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe_ds.config import Config
+from fedmoe_ds.distributed.topology import check_layout
 from fedmoe_ds.planner import text
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import Hardware
@@ -15,7 +16,6 @@ from fedmoe_ds.planner.prediction import Prediction, evaluation_seconds, predict
 from fedmoe_ds.planner.search import Choice, Refusal, search
 from fedmoe_ds.planner.verify import Verified, verify
 from fedmoe_ds.planner.world import World
-from fedmoe_ds.topology import check_layout
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.control import Control
-from fedmoe_ds.launcher import Launch
-from fedmoe_ds.topology import Layout
+from fedmoe_ds.distributed.control import Control
+from fedmoe_ds.distributed.launcher import Launch
+from fedmoe_ds.distributed.topology import Layout
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def verify(config: TopologyConfig, layout: Layout, num_experts: int, ranks: list
 
 def _check_world(config: TopologyConfig, layout: Layout, rank: int) -> int:
     """Build the world as one rank. Returns the number of groups."""
-    from fedmoe_ds.runtime import Runtime
-    from fedmoe_ds.topology import build_topology
+    from fedmoe_ds.distributed.runtime import Runtime
+    from fedmoe_ds.distributed.topology import build_topology
 
     planned = config.model_copy(update={"ep_size": layout.ep_size, "clusters": layout.clusters, "aggregation": "torch"})
     with _fake_world(rank, layout.world_size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from fedmoe_ds.clients.tiers import tier_order
-from fedmoe_ds.omissions import MEANING, describe
+from fedmoe_ds.data.omissions import MEANING, describe
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import Event, History, tier_of
 from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag

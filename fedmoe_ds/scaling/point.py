@@ -15,10 +15,10 @@ from fedmoe_ds.compare.study import Run, check_saved
 from fedmoe_ds.compare.variant import keys_of
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.config.yaml12 import inline_yaml
+from fedmoe_ds.distributed.topology import check_layout
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, with_defaults
 from fedmoe_ds.scaling.study import KEYS, Study
-from fedmoe_ds.topology import check_layout
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from mpi4py import MPI
 
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.control import Control, make_control
-from fedmoe_ds.launcher import detect_launch
-from fedmoe_ds.runtime import init_runtime, run_entry
+from fedmoe_ds.distributed.control import Control, make_control
+from fedmoe_ds.distributed.launcher import detect_launch
+from fedmoe_ds.distributed.runtime import init_runtime, run_entry
 
 
 def answers(control: Control) -> dict[str, Any]:

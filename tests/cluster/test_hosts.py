@@ -143,10 +143,13 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 MEET = (
-    "from mpi4py import MPI; from fedmoe_ds.address import meeting_point; world = MPI.COMM_WORLD;"
+    "from mpi4py import MPI; from fedmoe_ds.distributed.address import meeting_point; world = MPI.COMM_WORLD;"
     "print(*meeting_point(world, world.Split_type(MPI.COMM_TYPE_SHARED)))"
 )
-GLOO = "import os; from fedmoe_ds.address import lead_gloo_out; lead_gloo_out(); print(os.environ.get('GLOO_SOCKET_IFNAME'))"
+GLOO = (
+    "import os; from fedmoe_ds.distributed.address import lead_gloo_out; lead_gloo_out();"
+    "print(os.environ.get('GLOO_SOCKET_IFNAME'))"
+)
 
 
 def test_mpi_ranks_meet_at_an_address_that_all_hosts_reach(hosts: Hosts) -> None:
@@ -177,8 +180,8 @@ def test_gloo_is_led_to_the_network(master: str, expected: str, hosts: Hosts) ->
 WATCH = """
 from fedmoe_ds import watchdog
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.launcher import detect_launch
-from fedmoe_ds.runtime import init_runtime
+from fedmoe_ds.distributed.launcher import detect_launch
+from fedmoe_ds.distributed.runtime import init_runtime
 listen = watchdog.listen
 watchdog.listen = lambda addresses: [one for one in listen(addresses) if print("listens", one.getsockname()[0]) is None]
 runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu"))

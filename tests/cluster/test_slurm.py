@@ -200,7 +200,7 @@ def test_a_mistake_ends_the_job(slurm: Slurm, root: Path, tmp_path: Path) -> Non
     ]
 
 
-WHO = "from fedmoe_ds.launcher import detect_launch as d; from os import environ as e; w = d()"
+WHO = "from fedmoe_ds.distributed.launcher import detect_launch as d; from os import environ as e; w = d()"
 SAY = "print(w.rank, w.world_size, w.local_rank, e['MASTER_ADDR'], e['MASTER_PORT'])"
 
 

@@ -10,35 +10,24 @@ size, G = 2F (gate rows, then up rows).
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import functools
-import logging
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
 import deepspeed.comm
 import torch
-import torch.distributed as torch_dist
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import parse_autoep_config, validate_autoep_post_detection
 from deepspeed.module_inject.auto_ep_presets.registry import preset_name_for_hf_model_type
 from deepspeed.moe.ep_experts import EXPERT_ACTIVATIONS
-from deepspeed.utils import groups
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.dense import DENSE
 from fedmoe_ds.foundation.families import FAMILIES, family_settings, routes_in_groups
 from fedmoe_ds.foundation.gating import GatedUnit, gated_unit
-
-_limit: datetime.timedelta | None = None
-"""How long a collective of the world may take; None: torch's own limit."""
 
 
 @dataclass
@@ -89,53 +78,6 @@ class HostedLayer:
         self.module.tokens_per_expert = torch.zeros(self.num_experts, device=device)
 
 
-def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's log lines below ERROR off the terminal, unless FEDMOE_DEBUG is set."""
-    if not os.environ.get("FEDMOE_DEBUG"):
-        deepspeed_logger.setLevel(logging.ERROR)
-
-
-def join_world(backend: str, timeout: datetime.timedelta) -> None:
-    """Initialise `deepspeed.comm` from the environment variables of this rank.
-
-    On CPU, DeepSpeed would first compile an operator (half a minute) that maps 66 MiB of shared memory per rank and leaves the
-    files in /dev/shm when the run ends. Only an all-reduce of its inference engine uses it, so it is declared absent.
-    """
-    global _limit
-    _limit = timeout
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
-
-
-@contextlib.contextmanager
-def _limited_groups() -> Iterator[None]:
-    """Give every group that is created the world's limit: DeepSpeed passes none on, so its groups would have torch's own, half
-    an hour with gloo and ten minutes with NCCL."""
-    create = torch_dist.new_group
-    torch_dist.new_group = functools.partial(create, timeout=_limit)
-    try:
-        yield
-    finally:
-        torch_dist.new_group = create
-
-
-def create_groups(ep_size: int) -> tuple[Any, Any]:
-    """Create (once) DeepSpeed's groups and return this rank's (expert-parallel, expert-data-parallel) process group.
-
-    The first holds the ep_size consecutive ranks with the same rank // ep_size, the second all ranks with the same
-    rank % ep_size. Their collectives have the limit that `join_world` was given. `deepspeed.comm` must be initialised, and
-    every rank must call this.
-    """
-    quiet_deepspeed()
-    assert deepspeed.comm.is_initialized(), "initialise deepspeed.comm before building groups"
-    assert deepspeed.comm.get_world_size() % ep_size == 0, (deepspeed.comm.get_world_size(), ep_size)
-    name = f"ep_size_{ep_size}"
-    if name not in groups._get_expert_parallel_group_dict():
-        with _limited_groups():
-            groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
-    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
-
-
 def host_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[HostedLayer]:
     """Replace, in place, every mixture-of-experts block of a causal LM by one with 1/ep_size of the experts.
 
@@ -144,7 +86,7 @@ def host_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[HostedLay
     Raises:
         UserError: the model has no experts, AutoEP cannot host it, or ep_size does not divide the number of experts.
     """
-    quiet_deepspeed()
+    process_groups.quiet_deepspeed()
     assert 0 <= ep_rank < ep_size, (ep_rank, ep_size)
     settings = {"enabled": True, "autoep_size": ep_size, **_family_settings(model)}
     device = next(model.parameters()).device

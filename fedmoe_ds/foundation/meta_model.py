@@ -12,8 +12,8 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.autoep import HostedLayer, host_experts
 from fedmoe_ds.foundation.dense import is_dense, type_task
-from fedmoe_ds.foundation.hosting import HostedLayer, host_experts
 from fedmoe_ds.storage.strict_json import read_json
 
 CONFIG_FILE = "config.json"

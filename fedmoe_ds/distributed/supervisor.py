@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
-from fedmoe_ds.launcher import free_port
 
 _POLL_S = 0.1
 _GRACE_S = 15.0

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from fedmoe_ds.foundation.loading import Skeleton
-from fedmoe_ds.foundation.mapped import MappedWeights, Memory
+from fedmoe_ds.foundation.mapped_weights import MappedWeights, Memory
 
 FOLDER = "shared"
 """Below the cache folder."""
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """The world, as far as sharing needs it: see `fedmoe_ds.runtime.Runtime`."""
+    """The world, as far as sharing needs it: see `fedmoe_ds.distributed.runtime.Runtime`."""
 
     @property
     def rank(self) -> int: ...

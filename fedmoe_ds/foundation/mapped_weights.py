@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmoe_ds.stop_points import file_sha256
+from fedmoe_ds.distributed.stop_points import file_sha256
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json, tree_sha256
 

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data import digits, stdlib
+from fedmoe_ds.distributed.stop_points import file_sha256
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation.image_training import INK_SHARE, train_on_images
-from fedmoe_ds.foundation.presets import Preset, find_preset
-from fedmoe_ds.foundation.text_training import SEQUENCE_LENGTH, train_on_text
-from fedmoe_ds.foundation.training import Progress
-from fedmoe_ds.foundation.training_state import TrainingState
-from fedmoe_ds.stop_points import file_sha256
+from fedmoe_ds.foundation.builtin.images import INK_SHARE, train_on_images
+from fedmoe_ds.foundation.builtin.loop import Progress
+from fedmoe_ds.foundation.builtin.loop_state import TrainingState
+from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
+from fedmoe_ds.foundation.builtin.text import SEQUENCE_LENGTH, train_on_text
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json, tree_sha256
 

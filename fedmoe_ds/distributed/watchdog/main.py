@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fedmoe_ds import messages
-from fedmoe_ds.activity import activity
-from fedmoe_ds.door import Door
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.watchdog import messages
+from fedmoe_ds.distributed.watchdog.handshake import JOIN_S
+from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, Line
+from fedmoe_ds.distributed.watchdog.listener import Door
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, died, garbled, quiet_words, silent, stuck
+from fedmoe_ds.distributed.watchdog.watchdog import SPREAD_S, Watch, say
 from fedmoe_ds.errors import EXIT_LOST
-from fedmoe_ds.handshake import JOIN_S
-from fedmoe_ds.line import GarbledError, Line
-from fedmoe_ds.peers import Limits, Peer, died, garbled, quiet_words, silent, stuck
-from fedmoe_ds.watch import SPREAD_S, Watch, say
 
 _SAY_FIRST_S = 3.0
 """How long rank 0 may take to tell a mistake itself that another rank has met, too."""

@@ -16,9 +16,9 @@ from transformers import AutoModelForImageClassification
 
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data.digits import Images
-from fedmoe_ds.foundation.presets import Preset
-from fedmoe_ds.foundation.training import Progress, train_new
-from fedmoe_ds.foundation.training_state import TrainingState
+from fedmoe_ds.foundation.builtin.loop import Progress, train_new
+from fedmoe_ds.foundation.builtin.loop_state import TrainingState
+from fedmoe_ds.foundation.builtin.presets import Preset
 
 INK_SHARE = 0.6
 """Darkness of ink in pre-training, of full ink."""

@@ -12,7 +12,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
-from fedmoe_ds.address import lead_gloo_out, meeting_point
+from fedmoe_ds.distributed.address import lead_gloo_out, meeting_point
 from fedmoe_ds.errors import UserError
 
 _SLURM_PSEUDO_STEPS = 0xFFFFFFF0

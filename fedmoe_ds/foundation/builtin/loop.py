@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.config.tree import PretrainConfig
-from fedmoe_ds.foundation.training_state import TrainingState
+from fedmoe_ds.distributed.stop_points import StopError, stop_point
+from fedmoe_ds.foundation.builtin.loop_state import TrainingState
 from fedmoe_ds.randomness import address_key, generator
-from fedmoe_ds.stop_points import StopError, stop_point
 
 _WARMUP_SHARE = 0.05
 _REPORTS = 10

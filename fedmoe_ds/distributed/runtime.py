@@ -22,14 +22,15 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from fedmoe_ds import terminal, watchdog
-from fedmoe_ds.activity import activity
+from fedmoe_ds import terminal
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.control import Control, check_mpi, make_control
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.control import Control, check_mpi, make_control
+from fedmoe_ds.distributed.launcher import Launch, free_port, known_rank
+from fedmoe_ds.distributed.stop_request import unwind_on_interrupt
+from fedmoe_ds.distributed.watchdog import start as watchdog
+from fedmoe_ds.distributed.watchdog.rank_health import Limits
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
-from fedmoe_ds.launcher import Launch, free_port, known_rank
-from fedmoe_ds.peers import Limits
-from fedmoe_ds.stop import unwind_on_interrupt
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
@@ -131,10 +132,12 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
 
 
 def _join(backend: str, launch: Launch, control: str, timeout: datetime.timedelta) -> Control:
-    from fedmoe_ds.foundation import hosting  # imports DeepSpeed, which reads the choice of accelerator that was made before
+    from fedmoe_ds.distributed import (
+        process_groups,  # imports DeepSpeed, which reads the choice of accelerator that was made before
+    )
 
     try:
-        hosting.join_world(backend, timeout)
+        process_groups.join_world(backend, timeout)
         return make_control(control, launch.launcher, launch.rank, launch.world_size, timeout)
     except RuntimeError as error:  # of torch's store, or of gloo
         if not isinstance(error, torch_dist.DistError) and "gloo" not in str(error).lower():

@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fedmoe_ds import messages
-from fedmoe_ds.activity import activity
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.watchdog import messages
+from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, Line
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, died, garbled, quiet_words, silent
+from fedmoe_ds.distributed.watchdog.watchdog import SPREAD_S, Watch
 from fedmoe_ds.errors import EXIT_LOST
-from fedmoe_ds.line import GarbledError, Line
-from fedmoe_ds.peers import Limits, Peer, died, garbled, quiet_words, silent
-from fedmoe_ds.watch import SPREAD_S, Watch
 
 _LONGEST_TEXT = 4000
 """Characters of a reason that travels: a message has an end."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from fedmoe_ds.line import GarbledError
+from fedmoe_ds.distributed.watchdog.json_socket import GarbledError
 
 Hex: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """256 bits: a nonce or a proof."""

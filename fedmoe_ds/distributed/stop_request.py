@@ -12,9 +12,9 @@ import threading
 from types import FrameType
 from typing import Any
 
-from fedmoe_ds.activity import activity
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.launcher import known_rank
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-from fedmoe_ds.launcher import known_rank
 
 _AFTER_WAVE = "after the wave that is running, with a checkpoint"
 _AFTER_STEP = "after the step that is running; the same command continues"

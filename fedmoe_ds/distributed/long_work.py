@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from fedmoe_ds.distributed.runtime import Runtime, attempt
+from fedmoe_ds.distributed.stop_points import StopError, heard_by
+from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.runtime import Runtime, attempt
-from fedmoe_ds.stop import StopRequest
-from fedmoe_ds.stop_points import StopError, heard_by
 
 T = TypeVar("T")
 _EVERY_S = 1.0

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch.distributed as torch_dist
 
-from fedmoe_ds.activity import activity
-from fedmoe_ds.collectives import ControlSumming, Summing, TorchSumming, name_group
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.control import Control, MpiControl, mpi_world
+from fedmoe_ds.distributed import process_groups
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.collectives import ControlSumming, Summing, TorchSumming, name_group
+from fedmoe_ds.distributed.control import Control, MpiControl, mpi_world
+from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import hosting
-from fedmoe_ds.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def build_topology(config: TopologyConfig, runtime: Runtime) -> Topology:
     """
     layout = check_layout(config, runtime.world_size)
     with activity.collective("new_group", "the world"):
-        ep_group, edp_group = hosting.create_groups(config.ep_size)
+        ep_group, edp_group = process_groups.create_groups(config.ep_size)
     cluster, shard = layout.cluster(runtime.rank), layout.shard(runtime.rank)
     activity.groups = [f"cluster {cluster}", f"shard {shard}"]
     name_group(ep_group, f"cluster {cluster}")

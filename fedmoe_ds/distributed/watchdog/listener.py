@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedmoe_ds import handshake, messages
-from fedmoe_ds.line import LONGEST, Line
+from fedmoe_ds.distributed.watchdog import handshake, messages
+from fedmoe_ds.distributed.watchdog.json_socket import LONGEST, Line
 
 SPARE = 64
 """Places for connections that are not known, beyond one for every rank."""

@@ -22,8 +22,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fedmoe_ds import messages
-from fedmoe_ds.line import GarbledError, Line
+from fedmoe_ds.distributed.watchdog import messages
+from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, Line
 
 JOIN_S = 30.0
 """How long a rank tries to get in."""

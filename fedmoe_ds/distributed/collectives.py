@@ -13,8 +13,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fedmoe_ds.activity import activity
-from fedmoe_ds.control import Control
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.control import Control
 
 Group = torch_dist.ProcessGroup | None
 _NAMES: dict[int, str] = {}

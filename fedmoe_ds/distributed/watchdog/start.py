@@ -19,16 +19,16 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from fedmoe_ds.address import is_reached, meant_addresses, resolved
-from fedmoe_ds.beacon import Beacon
-from fedmoe_ds.door import Door, allow_connections, listen, listen_everywhere
-from fedmoe_ds.handshake import join, secret
-from fedmoe_ds.monitor import Monitor
-from fedmoe_ds.peers import Limits, Peer, Process
-from fedmoe_ds.watch import Watch
+from fedmoe_ds.distributed.address import is_reached, meant_addresses, resolved
+from fedmoe_ds.distributed.watchdog.handshake import join, secret
+from fedmoe_ds.distributed.watchdog.listener import Door, allow_connections, listen, listen_everywhere
+from fedmoe_ds.distributed.watchdog.main import Monitor
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process
+from fedmoe_ds.distributed.watchdog.watchdog import Watch
+from fedmoe_ds.distributed.watchdog.worker import Beacon
 
 if TYPE_CHECKING:
-    from fedmoe_ds.control import Control
+    from fedmoe_ds.distributed.control import Control
 
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - names what must be told, binds nothing
 _watch: Watch | None = None

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.tokenizer import train_tokenizer
-from fedmoe_ds.foundation.presets import Preset
-from fedmoe_ds.foundation.training import Progress, train_new
-from fedmoe_ds.foundation.training_state import TrainingState
+from fedmoe_ds.foundation.builtin.loop import Progress, train_new
+from fedmoe_ds.foundation.builtin.loop_state import TrainingState
+from fedmoe_ds.foundation.builtin.presets import Preset
 
 SEQUENCE_LENGTH = 128
 

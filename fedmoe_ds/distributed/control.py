@@ -14,8 +14,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fedmoe_ds import mpi
-from fedmoe_ds.activity import activity
+from fedmoe_ds.distributed import mpi
+from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation.meta import first_line, read_config
+from fedmoe_ds.foundation.meta_model import first_line, read_config
 from fedmoe_ds.foundation.own_code import SWITCH, tokenizer_classes, use_private_modules
 
 _FAST = "tokenizer.json"

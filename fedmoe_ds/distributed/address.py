@@ -35,7 +35,7 @@ def meeting_point(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
     Raises:
         UserError: hosts do not reach rank 0's; on all ranks.
     """
-    from fedmoe_ds.mpi import gather_json  # numpy: only where there is MPI
+    from fedmoe_ds.distributed.mpi import gather_json  # numpy: only where there is MPI
 
     env = os.environ
     with socket.socket() as door:
@@ -52,7 +52,7 @@ def meeting_point(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
 
 
 def _reached_by_all(world: MPI.Comm, local: MPI.Comm, addresses: list[str], port: int, host: str) -> str:
-    from fedmoe_ds.mpi import gather_json
+    from fedmoe_ds.distributed.mpi import gather_json
 
     beside_rank_0 = any(gather_json(local, world.rank == 0))
     knocks = local.rank == 0 and not beside_rank_0

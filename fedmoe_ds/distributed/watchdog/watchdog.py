@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fedmoe_ds import terminal
-from fedmoe_ds.peers import Limits, Peer, Process
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process
 
 SPREAD_S = 0.3
 """Between telling the others that the job is over and leaving: time for the bytes to get out."""

@@ -1,0 +1,70 @@
+"""Process groups of DeepSpeed: the world, and its expert-parallel and expert-data-parallel groups.
+
+`deepspeed.utils.groups` is no public interface, hence the narrow DeepSpeed range in `pyproject.toml`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import torch.distributed as torch_dist
+from deepspeed.utils import groups
+from deepspeed.utils import logger as deepspeed_logger
+
+_limit: datetime.timedelta | None = None
+"""How long a collective of the world may take; None: torch's own limit."""
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed's log lines below ERROR off the terminal, unless FEDMOE_DEBUG is set."""
+    if not os.environ.get("FEDMOE_DEBUG"):
+        deepspeed_logger.setLevel(logging.ERROR)
+
+
+def join_world(backend: str, timeout: datetime.timedelta) -> None:
+    """Initialise `deepspeed.comm` from the environment variables of this rank.
+
+    On CPU, DeepSpeed would first compile an operator (half a minute) that maps 66 MiB of shared memory per rank and leaves the
+    files in /dev/shm when the run ends. Only an all-reduce of its inference engine uses it, so it is declared absent.
+    """
+    global _limit
+    _limit = timeout
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+@contextlib.contextmanager
+def _limited_groups() -> Iterator[None]:
+    """Give every group that is created the world's limit: DeepSpeed passes none on, so its groups would have torch's own, half
+    an hour with gloo and ten minutes with NCCL."""
+    create = torch_dist.new_group
+    torch_dist.new_group = functools.partial(create, timeout=_limit)
+    try:
+        yield
+    finally:
+        torch_dist.new_group = create
+
+
+def create_groups(ep_size: int) -> tuple[Any, Any]:
+    """Create (once) DeepSpeed's groups and return this rank's (expert-parallel, expert-data-parallel) process group.
+
+    The first holds the ep_size consecutive ranks with the same rank // ep_size, the second all ranks with the same
+    rank % ep_size. Their collectives have the limit that `join_world` was given. `deepspeed.comm` must be initialised, and
+    every rank must call this.
+    """
+    quiet_deepspeed()
+    assert deepspeed.comm.is_initialized(), "initialise deepspeed.comm before building groups"
+    assert deepspeed.comm.get_world_size() % ep_size == 0, (deepspeed.comm.get_world_size(), ep_size)
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        with _limited_groups():
+            groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
+    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)

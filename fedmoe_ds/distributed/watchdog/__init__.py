@@ -1,0 +1,1 @@
+"""Watchdog: no job hangs because one of its ranks is gone."""
