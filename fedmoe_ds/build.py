@@ -14,19 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds import state as states
-from fedmoe_ds.absences import Absences
-from fedmoe_ds.absences import read_lines as read_absences
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.adapters.layout import initial_bank, install
-from fedmoe_ds.aggregation.sums import RoundSums
+from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.checkpoint import state as states
+from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.checkpoint.skipped_clients import Absences
+from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_absences
 from fedmoe_ds.clients.client import Client, make_clients
-from fedmoe_ds.clients.drift import FedProx, Scaffold, control_block, shared_blocks
-from fedmoe_ds.clients.model import AdaptedModel
+from fedmoe_ds.clients.hooks import ClientRules, TrainingData
+from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.pooled import PooledData, pooled_batches
-from fedmoe_ds.clients.rules import ClientRules, TrainingData
 from fedmoe_ds.clients.schedule import home_clients, participant_count
-from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.data import prepare as prepare_data
@@ -35,16 +32,19 @@ from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.evaluation import Evaluator
-from fedmoe_ds.experts.attending import attend_apart
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation, host_sharing, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
 from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.methods import Method, RoundContext
-from fedmoe_ds.personal import Personal
+from fedmoe_ds.methods.client_drift import FedProx, Scaffold, control_block, shared_blocks
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.install import initial_bank, install
+from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.per_client_attention import attend_apart
 from fedmoe_ds.report import Progress
 from fedmoe_ds.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.server import BASE, CONTROL, Server

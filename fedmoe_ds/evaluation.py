@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank
+from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.batch import Rows
 from fedmoe_ds.clients.client import Client, tiers_of
-from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.distributed.runtime import Runtime
-from fedmoe_ds.experts.layer import RESCALER
 from fedmoe_ds.methods import RoundContext
-from fedmoe_ds.personal import Personal
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.batch import Rows
+from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.run_spec import RunSpec
 
 ReadBatch = Callable[[], Sequences]

@@ -13,21 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedmoe_ds import state as states
-from fedmoe_ds.aggregation.sums import RoundSums
+from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.build import Parts
-from fedmoe_ds.checkpoint_writer import CheckpointWriter
+from fedmoe_ds.checkpoint import state as states
+from fedmoe_ds.checkpoint.digest import global_digest
+from fedmoe_ds.checkpoint.state import Progressed
+from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.clients.client import Client, tiers_of
-from fedmoe_ds.clients.local import ClientView
-from fedmoe_ds.clients.report import ClientUpdate
+from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.out_of_memory import OutOfMemory, release_memory
 from fedmoe_ds.clients.schedule import Wave, schedule
-from fedmoe_ds.clients.shortage import OutOfMemory, release_memory
+from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.clock import Clock
-from fedmoe_ds.digest import global_digest
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.errors import LostError
 from fedmoe_ds.journal import Journal
-from fedmoe_ds.state import Progressed
 
 
 @dataclass(frozen=True)

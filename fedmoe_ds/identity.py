@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.checkpoint import read_snapshot
+from fedmoe_ds.checkpoint.reader import read_snapshot
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
@@ -25,6 +24,7 @@ from fedmoe_ds.kernels import matrix, rows, sums
 from fedmoe_ds.kernels.compiling import loaded, processor, processor_key
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 Identity = dict[str, Any]
 YARDSTICK = ("max_sequences", "client_sequences")

@@ -9,21 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.report import ClientUpdate
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
+from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.evaluation import Score
-from fedmoe_ds.experts.layer import RESCALER
-from fedmoe_ds.personal import Personal
+from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.storage.files import write_whole
 
 if TYPE_CHECKING:
+    from fedmoe_ds.checkpoint.state import Progressed
     from fedmoe_ds.clock import Clock
-    from fedmoe_ds.state import Progressed
 
 
 OUT_OF_MEMORY = "out-of-memory"

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 
-from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
 from fedmoe_ds.aggregation.server_optimizer import server_moments
-from fedmoe_ds.clients.drift import shared_blocks
 from fedmoe_ds.clients.optimizer import moment_bytes
+from fedmoe_ds.methods.client_drift import shared_blocks
+from fedmoe_ds.model.adapter_bank import BlockSpec, lora_pairs
 from fedmoe_ds.run_spec import RunSpec
 from fedmoe_ds.server import base_block
 

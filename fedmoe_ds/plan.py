@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fedmoe_ds.clients.batches import step_count
 from fedmoe_ds.clients.schedule import Wave, home_clients, schedule
-from fedmoe_ds.clients.steps import step_count
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.distributed.topology import check_layout, format_table
 from fedmoe_ds.memory import estimate, format_bytes, outlasting

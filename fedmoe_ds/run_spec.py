@@ -9,15 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.adapters.layout import adapter_blocks
 from fedmoe_ds.clients.client import Capacity, Client, Tier, resolve_tiers
 from fedmoe_ds.clients.pooled import pooled_client
 from fedmoe_ds.clients.schedule import CostModel, participants
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.places import Places, adapter_places, check_shards, hosted_places
 from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.foundation.foundation import planned_config
@@ -25,6 +22,9 @@ from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.kernels.frozen_layers import independent_rows
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
+from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.expert_layout import Places, adapter_places, check_shards, hosted_places
+from fedmoe_ds.model.install import adapter_blocks
 
 ROW = 4
 """Rows of whole 16-byte units: a kernel's path may depend on the alignment of a row."""

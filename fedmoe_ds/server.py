@@ -9,20 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec, lora_pairs
-from fedmoe_ds.adapters.layout import base_weights, drawn_a
-from fedmoe_ds.aggregation.exact import MOST_TERMS
+from fedmoe_ds.aggregation.exact_sum import MOST_TERMS
+from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.aggregation.server_optimizer import ServerOptimizer
-from fedmoe_ds.aggregation.statistics import Statistics
-from fedmoe_ds.aggregation.sums import RoundSums
+from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.drift import control_block, shared_blocks
-from fedmoe_ds.clients.local import ClientView
-from fedmoe_ds.clients.report import ClientUpdate
+from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.schedule import participant_count
+from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.methods.client_drift import control_block, shared_blocks
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, lora_pairs
+from fedmoe_ds.model.install import base_weights, drawn_a
 from fedmoe_ds.run_spec import RunSpec
 
 CONTROL, BASE = "control", "base"

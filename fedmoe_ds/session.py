@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds import checkpoint
-from fedmoe_ds import state as states
 from fedmoe_ds.build import Parts, load_parts
-from fedmoe_ds.checkpoint_writer import remove_unfinished
+from fedmoe_ds.checkpoint import reader as checkpoint
+from fedmoe_ds.checkpoint import state as states
+from fedmoe_ds.checkpoint.writer import remove_unfinished
 from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.deepspeed_tools import DeepSpeedTools

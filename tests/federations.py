@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from fedmoe_ds import session
-from fedmoe_ds.absences import Absences
 from fedmoe_ds.build import Parts, load_parts, memory_settings
+from fedmoe_ds.checkpoint.skipped_clients import Absences
 from fedmoe_ds.config import Config
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed.collectives import TorchSumming

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from reference import Adapters, Task
 
-from fedmoe_ds.adapters.layout import drawn_a
 from fedmoe_ds.build import Parts
+from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.pooled import pooled_batches
-from fedmoe_ds.clients.steps import local_batches
+from fedmoe_ds.model.install import drawn_a
 from fedmoe_ds.randomness import generator
 
 TOLERANCE = 1e-5

@@ -17,10 +17,10 @@ from reference import Adapters, Extra, Select, Task, Trained
 from reference_methods import FedIT, Flame, HFedMoE, cut, padded
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.build import Parts
-from fedmoe_ds.clients.local import ClientView
-from fedmoe_ds.clients.report import ClientUpdate
+from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.update import ClientUpdate
+from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.server import BASE
 
 

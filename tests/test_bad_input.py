@@ -17,7 +17,7 @@ import pytest
 from launching import Result, changed, read_events, run
 from safetensors.torch import load_file, save_file
 
-from fedmoe_ds import checkpoint
+from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import control
 from fedmoe_ds.distributed.launcher import Launch

@@ -1,6 +1,6 @@
 """Batches and passes of both tasks, through real dense models: rows, targets, stand-ins, losses that are Hugging Face's.
 
-Legend: see `fedmoe_ds.clients.batch`.
+Legend: see `fedmoe_ds.model.batch`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, LlamaConfig
 
-from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.clients.batch import Rows, make_batch
-from fedmoe_ds.clients.model import AdaptedModel, PassResult, segment_sums
 from fedmoe_ds.config import FoundationConfig
 from fedmoe_ds.data import Sequences, digits
 from fedmoe_ds.data.tokenizer import train_tokenizer
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation, load_foundation
 from fedmoe_ds.foundation.builtin.presets import preset_config
 from fedmoe_ds.kernels.per_client import Segment
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.batch import Rows, make_batch
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.forward import AdaptedModel, PassResult, segment_sums
+from fedmoe_ds.model.pass_context import Execution
 
 CPU = torch.device("cpu")
 POSITIONS = 17

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe_ds.aggregation.statistics import Statistics
+from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.bench import aggregate
 from fedmoe_ds.bench.aggregate_rank import blocks
 from fedmoe_ds.bench.commands.aggregate import show

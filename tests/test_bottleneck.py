@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.experts.bottleneck import BottleneckExperts
-from fedmoe_ds.experts.ffn import Block, Experts, OwnExperts
+from fedmoe_ds.model.bottleneck import BottleneckExperts
+from fedmoe_ds.model.experts import Block, Experts, OwnExperts
 
 SLOTS, SCALE = 3, 0.5
 

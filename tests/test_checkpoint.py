@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmoe_ds import checkpoint
-from fedmoe_ds.checkpoint import MANIFEST, Snapshot, TensorReader
-from fedmoe_ds.checkpoint_writer import CheckpointWriter
+from fedmoe_ds.checkpoint import reader as checkpoint
+from fedmoe_ds.checkpoint.reader import MANIFEST, Snapshot, TensorReader
+from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.errors import UserError
 
 PARTIAL: dict[str, Any] = {
@@ -188,7 +188,7 @@ def test_what_is_written_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert changed.wait(30)
         save_file(content, path)
 
-    monkeypatch.setattr("fedmoe_ds.checkpoint_writer.save_file", save_later)
+    monkeypatch.setattr("fedmoe_ds.checkpoint.writer.save_file", save_later)
     mine = tensors(1)
     writer = CheckpointWriter(tmp_path, alone()[0], 2, background=True)
     writer.begin(Snapshot(1, {}, 0), {"adapters-00000-of-00001.safetensors": mine}, {})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from federations import alone
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.digest import global_digest
+from fedmoe_ds.checkpoint.digest import global_digest
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 SPECS = [
     BlockSpec("experts.down.lora_A", (0, 3), (2, 3), expert=True),

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.experts import ffn
-from fedmoe_ds.experts.dispatch import Pool, expert_pass, make_plan
-from fedmoe_ds.experts.ffn import FrozenExperts
-from fedmoe_ds.experts.router import Routing
 from fedmoe_ds.kernels.lora_products import products_for
+from fedmoe_ds.model import experts as ffn
+from fedmoe_ds.model.dispatcher import Pool, expert_pass, make_plan
+from fedmoe_ds.model.experts import FrozenExperts
+from fedmoe_ds.model.router import Routing
 
 EXPERTS, WIDTH, FFN, RANK, CLIENTS, TOKENS, TOP_K = 6, 8, 4, 4, 2, 10, 3
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.aggregation.exact import DIGIT_BITS, MOST_TERMS, WEIGHT_BITS, ExactSum, FloatSum
+from fedmoe_ds.aggregation.exact_sum import DIGIT_BITS, MOST_TERMS, WEIGHT_BITS, ExactSum, FloatSum
 from fedmoe_ds.kernels.sums import loops_for
 
 NUMBERS = st.lists(

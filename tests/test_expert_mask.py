@@ -11,7 +11,7 @@ from federations import alone, build, make_config, write_inputs
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.rules import ClientRules
+from fedmoe_ds.clients.hooks import ClientRules
 from fedmoe_ds.clients.schedule import schedule
 
 

@@ -23,12 +23,12 @@ from test_foundation import FAMILIES, TOLERANCE, VOCAB, edit_config, save_model
 from test_logits import Hosted
 from transformers import AutoModelForCausalLM
 
-from fedmoe_ds.clients.batch import Rows
 from fedmoe_ds.config import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import autoep, families, load_foundation
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
+from fedmoe_ds.model.batch import Rows
 
 MODEL_TYPES = {name: config().model_type for name, (config, _) in FAMILIES.items()}
 

@@ -13,10 +13,10 @@ import torch
 from deepspeed.moe.ep_experts import EXPERT_ACTIVATIONS
 from torch import Tensor
 
-from fedmoe_ds.experts import ffn
 from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit, gated_unit
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.kernels.lora_products import products_for
+from fedmoe_ds.model import experts as ffn
 
 
 @pytest.fixture(autouse=True)

@@ -17,24 +17,24 @@ from launching import run
 from test_methods_resume import StopsAfter, start
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
-from fedmoe_ds.clients.batch import Rows, make_batch
-from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.config import AdapterConfig, Config, FoundationConfig, MoEAdapterConfig
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Topology, build_topology
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.beside import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.execution import Execution, Pass
-from fedmoe_ds.experts.layer import ROUTER
-from fedmoe_ds.experts.places import adapter_places
-from fedmoe_ds.experts.router import Routing, route
 from fedmoe_ds.federation import Federation
 from fedmoe_ds.foundation import load_foundation
 from fedmoe_ds.methods import Method, ModelFacts, method_for
 from fedmoe_ds.methods.fft_moe import divergence, unevenness
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
+from fedmoe_ds.model.batch import Rows, make_batch
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.expert_layout import adapter_places
+from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.install import adapter_blocks, initial_bank, install
+from fedmoe_ds.model.moe_layer import ROUTER
+from fedmoe_ds.model.pass_context import Execution, Pass
+from fedmoe_ds.model.router import Routing, route
 from fedmoe_ds.run_spec import check_plan
 
 pytestmark = pytest.mark.timeout(600)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.clients.report import LARGEST_VALUE, Gatherer
-from fedmoe_ds.experts.dispatch import Pool
+from fedmoe_ds.clients.update import LARGEST_VALUE, Gatherer
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+from fedmoe_ds.model.dispatcher import Pool
 
 CLIENTS = 3
 BLOCKS = [

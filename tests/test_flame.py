@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.report import ClientUpdate
+from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import Method, ModelFacts, RoundContext, load_method
 from fedmoe_ds.methods.fedit import FedIT
 from fedmoe_ds.methods.flame import Flame
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 CLIENT = Client(0, "one", 2, 30, 30, 600, cap=2, rank=4)
 COUNTS_LE = np.array([[0, 50, 100], [25, 25, 100]])

@@ -26,9 +26,10 @@ from federations import SAMPLES, alone, build, finish, make_config, write_inputs
 from fuzzing import Raw, damage, emit, fuzz, shuffle_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, ViTConfig, ViTForImageClassification
 
-from fedmoe_ds import checkpoint, session
-from fedmoe_ds.absences import Absences, read_lines
+from fedmoe_ds import session
 from fedmoe_ds.build import Parts, load_shared_foundation
+from fedmoe_ds.checkpoint import reader as checkpoint
+from fedmoe_ds.checkpoint.skipped_clients import Absences, read_lines
 from fedmoe_ds.compare.aggregate import Comparison
 from fedmoe_ds.compare.picture import picture
 from fedmoe_ds.compare.record import check_same_ground, read_record

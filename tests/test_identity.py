@@ -20,8 +20,9 @@ from federations import alone, make_config, write_inputs
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from fedmoe_ds import checkpoint, session
+from fedmoe_ds import session
 from fedmoe_ds.build import Parts, load_parts
+from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import Federation

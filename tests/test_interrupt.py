@@ -14,7 +14,7 @@ import psutil
 import pytest
 from launching import REPOSITORY, Job, changed
 
-from fedmoe_ds import checkpoint
+from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.distributed.stop_request import StopRequest

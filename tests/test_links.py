@@ -20,9 +20,9 @@ from scaling_inputs import start as start_scaling
 from test_compare import NOWHERE
 
 from fedmoe_ds import session
-from fedmoe_ds.absences import Absences
 from fedmoe_ds.bench import suite
 from fedmoe_ds.bench.table import check_writable, write_json
+from fedmoe_ds.checkpoint.skipped_clients import Absences
 from fedmoe_ds.compare import Request, compare
 from fedmoe_ds.deepspeed_tools import _PassProfile
 from fedmoe_ds.distributed.stop_request import StopRequest

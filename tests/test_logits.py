@@ -1,7 +1,7 @@
 """Zero adapters change nothing: logits of the federated model are Hugging Face's, for every family, ep_size and batching.
 
 Every rank of an expert-parallel group has other sequences of other lengths, and one rank has none at all. Rows under a cap
-equal a Hugging Face model whose own top-k is the cap. Legend: see `fedmoe_ds.experts.layer`.
+equal a Hugging Face model whose own top-k is the cap. Legend: see `fedmoe_ds.model.moe_layer`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from test_foundation import EXPERTS, FAMILIES, TOLERANCE, VOCAB, save_model
 from transformers import AutoModelForCausalLM
 
-from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.layout import adapter_blocks, initial_bank, install
-from fedmoe_ds.clients.batch import Batch, Rows, make_batch
-from fedmoe_ds.clients.model import AdaptedModel
 from fedmoe_ds.config import AdapterConfig, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed import process_groups
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.execution import Execution, Pass
-from fedmoe_ds.experts.places import hosted_places
 from fedmoe_ds.foundation import Foundation, load_foundation
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.batch import Batch, Rows, make_batch
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.expert_layout import hosted_places
+from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.install import adapter_blocks, initial_bank, install
+from fedmoe_ds.model.pass_context import Execution, Pass
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmoe_ds.experts.losses import balance_loss, z_loss
-from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.model.router import Routing
+from fedmoe_ds.model.router_losses import balance_loss, z_loss
 
 
 def routing(probs: list[list[float]], experts: list[list[int]], kept: list[list[bool]]) -> Routing:

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.aggregation.collection import Collection, FactorPair
+from fedmoe_ds.aggregation.lora_factors import Collection, FactorPair
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.methods import Method, load_method
 from fedmoe_ds.methods.base import product_norms
 from fedmoe_ds.methods.lora_fair import LoRAFair
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 R = 4
 SEEDS = st.integers(0, 10**6)

@@ -18,8 +18,8 @@ import torch
 from launching import changed, run
 from transformers import OlmoeForCausalLM
 
-from fedmoe_ds.checkpoint import PRIVATE, Snapshot, newest_intact
-from fedmoe_ds.checkpoint_writer import CheckpointWriter
+from fedmoe_ds.checkpoint.reader import PRIVATE, Snapshot, newest_intact
+from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.compare.runner import locked
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.builtin import pretrain

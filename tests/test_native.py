@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.experts import ffn
 from fedmoe_ds.foundation.gating import GatedUnit, gated_unit
 from fedmoe_ds.kernels import matrix, rows
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t
+from fedmoe_ds.model import experts
 
 WIDTHS = [(16, 32), (48, 100), (7, 5), (33, 64), (256, 96), (1024, 40), (2048, 33)]
 
@@ -142,8 +142,8 @@ def test_both_ways_through_the_feed_forward_agree(unit: GatedUnit, width: int, m
 
     def both_directions(some: slice) -> list[Tensor]:
         h_N2F, p_N, dpa_NF = (part[some].contiguous() for part in (h, p, dpa))
-        y_NF = ffn._weighted_activation(unit, h_N2F, p_N)
-        return [y_NF, *ffn._activation_backward(unit, h_N2F, p_N, dpa_NF.clone())]
+        y_NF = experts._weighted_activation(unit, h_N2F, p_N)
+        return [y_NF, *experts._activation_backward(unit, h_N2F, p_N, dpa_NF.clone())]
 
     native = both_directions(slice(None))
     with monkeypatch.context() as patch:
@@ -162,7 +162,7 @@ def test_what_is_not_a_number_stays_visible(unit: GatedUnit) -> None:
     for place in (2, 20):  # in the gate, in the other half
         h, p = draw(3, 32), draw(3, seed=1).abs()
         h[1, place] = torch.nan
-        for y in (ffn._weighted_activation(unit, h, p), unit.weighted(h, p)):
+        for y in (experts._weighted_activation(unit, h, p), unit.weighted(h, p)):
             assert y.isnan().any(1).tolist() == [False, True, False]
 
 

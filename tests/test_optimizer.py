@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 SPECS = [
     BlockSpec("experts.down.lora_A", (0, 1), (4, 6), expert=True),

@@ -14,9 +14,9 @@ from fedmoe_ds.bench.calibrate_fit import KINDS, fit, fit_link, fit_stage, fit_t
 from fedmoe_ds.bench.calibrate_waves import Bench, Sample
 from fedmoe_ds.bench.shapes import Shape
 from fedmoe_ds.build import enable_checkpointing
-from fedmoe_ds.experts import dispatch
 from fedmoe_ds.kernels import matrix, rows
 from fedmoe_ds.kernels.lora_products import NativeProducts
+from fedmoe_ds.model import dispatcher
 from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import Work
 
@@ -85,13 +85,13 @@ def test_exchanges_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at
         enable_checkpointing(bench.foundation)
     travels: list[int] = []
     for name in ("_exchange_counts", "_to_experts", "_to_home"):
-        real = getattr(dispatch, name)
+        real = getattr(dispatcher, name)
 
         def noted(rows: Any, *rest: Any, real: Any = real, name: str = name) -> Any:
             travels.append(0 if name == "_exchange_counts" else rows.numel())
             return real(rows, *rest)
 
-        monkeypatch.setattr(dispatch, name, noted)
+        monkeypatch.setattr(dispatcher, name, noted)
     inner = bench.trainer._pass
 
     def counted(*arguments: Any) -> None:

@@ -13,7 +13,7 @@ from reference_inputs import TOLERANCE, check_equal, initial, tasks
 from reference_methods import FedIT, Flame
 
 from fedmoe_ds.build import Parts
-from fedmoe_ds.experts.layer import RESCALER
+from fedmoe_ds.model.moe_layer import RESCALER
 
 SAMPLES = (13, 9, 7, 5)
 # Where a gradient is nearly zero, Adam divides rounding noise by eps: with 1e-4 no element is made of float32's noise alone.

@@ -13,7 +13,7 @@ from reference_dense import DenseReference, Image, Sample, Settings, Task, Text
 from reference_inputs import TOLERANCE, check_equal, initial
 
 from fedmoe_ds.build import Parts
-from fedmoe_ds.clients.steps import local_batches
+from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.data import Sequences
 
 pytestmark = pytest.mark.timeout(600)

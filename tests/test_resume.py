@@ -14,7 +14,7 @@ import pytest
 from killing import PHASES, Topology, Watch, assert_same, kill_a_rank, several_waves, start
 from launching import Result, changed, read_events
 
-from fedmoe_ds import checkpoint
+from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.errors import EXIT_STOPPED
 
 pytestmark = pytest.mark.timeout(900)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.clients.optimizer import ClientOptimizer, moment_bytes
-from fedmoe_ds.clients.rounding import Rounding, random_bits, rounded, store
+from fedmoe_ds.clients.stochastic_rounding import Rounding, random_bits, rounded, store
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 EXPERT = BlockSpec("experts.down.lora_A", (3, 5), (4, 6), expert=True)
 DENSE = BlockSpec("attention.q_proj.lora_A", (3, 5), (3, 5))

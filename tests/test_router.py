@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmoe_ds.experts.router import Routing, route
+from fedmoe_ds.model.router import Routing, route
 
 EXPERTS, TOP_K = 8, 4
 

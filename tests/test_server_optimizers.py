@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.aggregation.server_optimizer import MOMENTUM, VARIANCE, ServerOptimizer
 from fedmoe_ds.config import ServerConfig
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 EXPERT = BlockSpec("experts.down.lora_A", (0, 1), (2, 3), expert=True)
 DENSE = BlockSpec("attention.q_proj.lora_B", (0, 1), (4,))

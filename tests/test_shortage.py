@@ -14,8 +14,8 @@ import pytest
 from distributed import RankError, run_distributed
 from federations import alone, build, finish, joined, make_config, run_alone, write_inputs
 
-from fedmoe_ds import absences
 from fedmoe_ds.build import Parts
+from fedmoe_ds.checkpoint import skipped_clients
 from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.machine import peak_mib, resident_mib
 
@@ -69,8 +69,8 @@ def run_short(rank: int, root: Path, mode: str) -> dict[str, Any]:
     config = make_config(root, f"absent-{mode}", WHOLE, how)
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True)
-    written = (root / "runs" / f"short-{mode}" / absences.NAME).read_text()
-    (folder / absences.NAME).write_text('["of other settings", 1, 1]\n["cut short by a full disk", 1, ' + written)
+    written = (root / "runs" / f"short-{mode}" / skipped_clients.NAME).read_text()
+    (folder / skipped_clients.NAME).write_text('["of other settings", 1, 1]\n["cut short by a full disk", 1, ' + written)
     absent, whole = run_alone(config), run_alone(make_config(root, f"whole-{mode}", WHOLE, how))
     largest = parts.clients[0].name
     return {"events": short.events, "largest": largest, "digests": [short.digest, absent.digest, whole.digest]}
@@ -105,6 +105,6 @@ def test_within_an_expert_parallel_cluster_the_next_start_leaves_it_out(root: Pa
     ) as lost:
         run_distributed(starve, 2, root)
     assert lost.value.rank == 0
-    lines = absences.read_lines(root / "runs" / "starved")
+    lines = skipped_clients.read_lines(root / "runs" / "starved")
     ((key, round_index, client),) = (json.loads(line) for line in lines if line)
     assert (round_index, client) == (1, 0) and len(key) == 16

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmoe_ds.clients.batches import batch_size, learning_rate, local_batches, step_count
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.pooled import pooled_batches, pooled_client
 from fedmoe_ds.clients.schedule import CostModel
-from fedmoe_ds.clients.steps import batch_size, learning_rate, local_batches, step_count
 from fedmoe_ds.config import LocalConfig
 
 

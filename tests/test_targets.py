@@ -9,7 +9,7 @@ import pytest
 from dense_inputs import dense_config, write_dense
 from federations import Result, make_config, run_alone
 
-from fedmoe_ds.clients.steps import local_batches
+from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.report import formats, write_report
 from fedmoe_ds.report.history import History

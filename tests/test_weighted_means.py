@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.aggregation.collection import FactorPair
-from fedmoe_ds.aggregation.statistics import Statistics
-from fedmoe_ds.checkpoint import Snapshot
+from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighted_average import Statistics
+from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.checkpoint.reader import Snapshot
+from fedmoe_ds.checkpoint.state import State, restore
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.personal import Personal
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.server import check_terms
-from fedmoe_ds.state import State, restore
 
 BLOCK, WIDTH = BlockSpec("experts.down.lora_A", (0,), (1, 6), expert=True), 6
 

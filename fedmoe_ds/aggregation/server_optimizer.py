@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.config import ServerConfig
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 MOMENTUM, VARIANCE = "momentum", "variance"
 

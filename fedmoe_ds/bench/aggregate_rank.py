@@ -17,14 +17,14 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.aggregation.statistics import Statistics
+from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.bench.aggregate import BACKENDS
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed.collectives import Summing, TorchSumming
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.distributed.topology import build_topology
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 Action = Callable[[], object]
 _LAYERS, _RANK = tuple(range(8)), 8

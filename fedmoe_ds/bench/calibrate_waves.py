@@ -17,26 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.layout import adapter_blocks, install
-from fedmoe_ds.aggregation.statistics import Statistics
+from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.bench.calibrate_kernels import typical
 from fedmoe_ds.bench.shapes import Shape, write_model
-from fedmoe_ds.clients.batch import Rows as ClientRows
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.model import AdaptedModel
+from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.optimizer import squared_norms
-from fedmoe_ds.clients.wave import WaveTrainer
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.places import hosted_places
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.loading import CONFIG_FILE, load_model
 from fedmoe_ds.machine import peak_mib, resident_mib
 from fedmoe_ds.memory import activations
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.batch import Rows as ClientRows
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.expert_layout import hosted_places
+from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.install import adapter_blocks, install
+from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.planner.job import resolve
 from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import PassWork, Rows, Work

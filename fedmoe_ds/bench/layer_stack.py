@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.layout import adapter_blocks
 from fedmoe_ds.bench.workload import Workload
-from fedmoe_ds.clients.batch import Rows, make_batch
 from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.distributed.runtime import keep_freed_memory
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.execution import Execution, Pass
-from fedmoe_ds.experts.layer import DOWN_A, DOWN_B, GATE_UP_A, GATE_UP_B, FederatedMoELayer
-from fedmoe_ds.experts.places import hosted_places
 from fedmoe_ds.foundation import HostedLayer
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.batch import Rows, make_batch
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.expert_layout import hosted_places
+from fedmoe_ds.model.install import adapter_blocks
+from fedmoe_ds.model.moe_layer import DOWN_A, DOWN_B, GATE_UP_A, GATE_UP_B, FederatedMoELayer
+from fedmoe_ds.model.pass_context import Execution, Pass
 from fedmoe_ds.randomness import torch_generator
 
 FACTORS = (GATE_UP_A, GATE_UP_B, DOWN_A, DOWN_B)

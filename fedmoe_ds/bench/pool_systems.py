@@ -15,24 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.adapters.layout import initial_bank, install
 from fedmoe_ds.bench.pool_workload import HIDDEN, VOCAB, PoolWorkload
 from fedmoe_ds.bench.system import Clock
+from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.model import AdaptedModel
-from fedmoe_ds.clients.rules import ClientRules
-from fedmoe_ds.clients.steps import local_batches
-from fedmoe_ds.clients.wave import WaveTrainer
+from fedmoe_ds.clients.hooks import ClientRules
+from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig, MoEAdapterConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites
 from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.methods import RoundContext, method_for
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.install import initial_bank, install
+from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.run_spec import resolve_spec
 
 Measured = dict[str, Any]

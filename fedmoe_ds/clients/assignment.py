@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 
 @dataclass(frozen=True)

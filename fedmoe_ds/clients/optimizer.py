@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.clients.rounding import Keys, Rounding, store
+from fedmoe_ds.clients.stochastic_rounding import Keys, Rounding, store
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows
+from fedmoe_ds.model.adapter_bank import Bank
 
 # Two AVX-512 registers of floats: the longest stride of torch's vectorised loops.
 _VECTOR_ELEMENTS = 32

@@ -11,8 +11,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client, richest
-from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.randomness import generator

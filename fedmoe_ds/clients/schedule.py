@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.clients.batches import batch_size, step_count
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.steps import batch_size, step_count
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation.size import ModelSize
+from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.expert_layout import Places
 from fedmoe_ds.randomness import generator
 
 Wave = list[list[Client]]

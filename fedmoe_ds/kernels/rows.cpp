@@ -91,7 +91,7 @@ bool all_zero(const Kept* values, int64_t count) {
   return true;
 }
 
-// `random_bits` and `rounded` of clients/rounding.py, bit for bit.
+// `random_bits` and `rounded` of clients/stochastic_rounding.py, bit for bit.
 uint32_t random_bits(uint32_t place, uint64_t key) {
   uint32_t x = place + static_cast<uint32_t>(key);
   x = (x ^ (x >> 16)) * 0x7feb352du;

@@ -133,7 +133,8 @@ def adamw(
 
     All four tensors have the same shape and strides; the last `item_axes` axes are dense, and the others must be one regular
     sequence (a client's slice of a bank is). `keep` is 1 - lr * decay, `root` sqrt(1 - beta2^t), `rate` lr / (1 - beta1^t).
-    With `keys` (`fedmoe_ds.clients.rounding`), one per item, moments are bfloat16 and rounded at random; without, float32.
+    With `keys` (`fedmoe_ds.clients.stochastic_rounding`), one per item, moments are bfloat16 and rounded at random; without,
+    float32.
     """
     size = value[(0,) * (value.dim() - item_axes)].numel() if value.numel() else 0
     if size == 0:

@@ -1,6 +1,6 @@
 """Sums of weighted adapters by sums.cpp: float32 on the CPU.
 
-Legend: N rows that have a weight of their own, W numbers of a row; head and item as in aggregation/exact.py.
+Legend: N rows that have a weight of their own, W numbers of a row; head and item as in aggregation/exact_sum.py.
 """
 
 from __future__ import annotations

@@ -4,18 +4,13 @@ A method, ours or a third party's, imports from here alone; a test holds our own
 name and meaning within a minor version, wherever in the package it moves.
 """
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.aggregation.collection import FactorPair
+from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import ClientView
-from fedmoe_ds.clients.report import ClientUpdate
+from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.execution import RoutingObserver
-from fedmoe_ds.experts.layer import RESCALER
-from fedmoe_ds.experts.losses import balance_loss
-from fedmoe_ds.experts.router import Routing
 from fedmoe_ds.methods.base import (
     Combined,
     Method,
@@ -27,6 +22,11 @@ from fedmoe_ds.methods.base import (
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
+from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.pass_context import RoutingObserver
+from fedmoe_ds.model.router import Routing
+from fedmoe_ds.model.router_losses import balance_loss
 from fedmoe_ds.randomness import generator
 
 __all__ = [

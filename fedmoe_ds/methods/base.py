@@ -23,16 +23,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.aggregation.collection import FactorPair
+from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import BudgetKind, Client
-from fedmoe_ds.clients.local import ClientView
-from fedmoe_ds.clients.report import ClientUpdate
+from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.execution import RoutingObserver
-from fedmoe_ds.experts.layer import RESCALER
+from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.pass_context import RoutingObserver
 
 
 class MethodParams(BaseModel):

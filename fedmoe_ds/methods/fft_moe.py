@@ -18,8 +18,8 @@ data heterogeneity. Its formula is not public. What stands here is ours, selecta
 All participants count in every expert, as the paper says; one that routed no row to an expert sends back what it received.
 
 Further completions: gating is a softmax over the selected experts, the adapters' sum is added to the block's output
-(`fedmoe_ds.experts.beside`), the largest budget activates `adapters.moe.top_k` experts. The loss is the mean over layers; f, P
-and CV(f) are those of a whole local step, so these losses and micro-batches exclude each other.
+(`fedmoe_ds.model.adapter_moe_layer`), the largest budget activates `adapters.moe.top_k` experts. The loss is the mean over
+layers; f, P and CV(f) are those of a whole local step, so these losses and micro-batches exclude each other.
 """
 
 from __future__ import annotations

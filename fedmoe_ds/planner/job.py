@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmoe_ds.adapters.attention import find_projections
+from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client, Tier, make_clients
 from fedmoe_ds.clients.pooled import pooled_batches
-from fedmoe_ds.clients.steps import local_batches
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.errors import UserError
@@ -30,6 +29,7 @@ from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
 from fedmoe_ds.foundation.tokenizer import has_tokenizer, load_tokenizer
 from fedmoe_ds.kernels import fault
+from fedmoe_ds.model.lora_attention import find_projections
 from fedmoe_ds.report import Progress
 from fedmoe_ds.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.storage import cache

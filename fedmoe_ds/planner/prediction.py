@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedmoe_ds.adapters.bank import lora_pairs
 from fedmoe_ds.clients.client import Client, tiers_of
-from fedmoe_ds.clients.drift import shared_blocks
 from fedmoe_ds.clients.schedule import Wave, home_clients, schedule
 from fedmoe_ds.config import Config
 from fedmoe_ds.memory import COPY, PASS, estimate, outlasting, parameters_per_client
+from fedmoe_ds.methods.client_drift import shared_blocks
+from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.job import Job, Lengths, resolve
 from fedmoe_ds.planner.legality import check_world

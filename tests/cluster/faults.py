@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from launching import read_events
 
-from fedmoe_ds import checkpoint
+from fedmoe_ds.checkpoint import reader as checkpoint
 
 HARD = ("kill",) * 8 + ("stop",) * 5 + ("link",) * 5 + ("disk",) * 5
 """Faults that end a start, over all chains."""

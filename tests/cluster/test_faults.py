@@ -17,7 +17,7 @@ from hosts_start import Start
 from killing import evaluations
 from launching import read_events
 
-from fedmoe_ds import checkpoint
+from fedmoe_ds.checkpoint import reader as checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

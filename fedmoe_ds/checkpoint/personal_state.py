@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Topology
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 
 class Personal:

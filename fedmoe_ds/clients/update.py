@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.distributed.collectives import all_gather
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.execution import Pass
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.pass_context import Pass
 
 LARGEST_VALUE = 2.0**19
 """An adapter value beyond this has blown up."""

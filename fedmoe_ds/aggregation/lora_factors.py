@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec, lora_pairs
-from fedmoe_ds.aggregation.flat import Flat
+from fedmoe_ds.aggregation.flat_buffer import Flat
 from fedmoe_ds.distributed.collectives import Summing
+from fedmoe_ds.model.adapter_bank import BlockSpec, lora_pairs
 
 
 @dataclass(frozen=True)

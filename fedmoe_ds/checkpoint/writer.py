@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmoe_ds.checkpoint import FORMAT, MANIFEST, PRIVATE, Snapshot, candidates, checksum, folder_name, sha256_of
+from fedmoe_ds.checkpoint.reader import FORMAT, MANIFEST, PRIVATE, Snapshot, candidates, checksum, folder_name, sha256_of
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.file_modes import follow_umask, keep_private, umask

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
-from fedmoe_ds.aggregation.collection import Collection
-from fedmoe_ds.aggregation.statistics import Statistics
+from fedmoe_ds.aggregation.lora_factors import Collection
+from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.distributed.topology import Topology
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 
 class RoundSums:

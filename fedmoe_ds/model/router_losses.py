@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.model.router import Routing
 
 
 def balance_loss(routing: Routing, valid_T: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec, lora_pairs
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, lora_pairs
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 
 def control_block(spec: BlockSpec) -> BlockSpec:

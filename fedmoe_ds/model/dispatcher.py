@@ -18,8 +18,8 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from fedmoe_ds.distributed.collectives import all_to_all
-from fedmoe_ds.experts import ffn
-from fedmoe_ds.experts.router import Routing
+from fedmoe_ds.model import experts as ffn
+from fedmoe_ds.model.router import Routing
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fedmoe_ds.experts.execution import Execution, Pass
+from fedmoe_ds.model.pass_context import Execution, Pass
 
 NAME = "fedmoe_ds"
 _EXECUTION = "fedmoe_ds_execution"

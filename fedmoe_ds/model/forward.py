@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.clients.batch import Batch, Rows, make_batch
-from fedmoe_ds.experts.execution import Execution, Pass
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.model.batch import Batch, Rows, make_batch
+from fedmoe_ds.model.pass_context import Execution, Pass
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.experts.execution import Execution
 from fedmoe_ds.kernels.frozen_layers import frozen_rows
 from fedmoe_ds.kernels.lora_products import LowRankProducts
+from fedmoe_ds.model.pass_context import Execution
 
 _PROJECTION = re.compile(r"(?:^|.*\.)layers\.(\d+)\.\w*att\w*\.(\w+)")
 

@@ -11,15 +11,15 @@ import math
 import torch
 from torch import nn
 
-from fedmoe_ds.adapters.attention import ClientLoRALinear, Projection, find_projections
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
 from fedmoe_ds.config import AdapterConfig
-from fedmoe_ds.experts.beside import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
-from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
-from fedmoe_ds.experts.places import Places
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
+from fedmoe_ds.model.expert_layout import Places
+from fedmoe_ds.model.lora_attention import ClientLoRALinear, Projection, find_projections
+from fedmoe_ds.model.moe_layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
+from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.randomness import torch_generator
 
 

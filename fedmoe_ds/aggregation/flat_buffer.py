@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
 from fedmoe_ds.distributed.collectives import Summing
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 Shape = tuple[int, ...]
 

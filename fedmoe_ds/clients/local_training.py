@@ -17,23 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank
 from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.batch import Rows
+from fedmoe_ds.clients.batches import learning_rate, local_batches
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import ClientView
-from fedmoe_ds.clients.model import AdaptedModel, segment_sums
+from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.hooks import ClientRules, ReadClient
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
-from fedmoe_ds.clients.report import ClientUpdate, Counts, Gatherer
-from fedmoe_ds.clients.rules import ClientRules, ReadClient
+from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.schedule import Wave
-from fedmoe_ds.clients.shortage import OutOfMemory, is_out_of_memory
-from fedmoe_ds.clients.steps import learning_rate, local_batches
+from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.clock import Clock
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.collectives import all_gather
-from fedmoe_ds.experts.execution import InTraining
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.batch import Rows
+from fedmoe_ds.model.forward import AdaptedModel, segment_sums
+from fedmoe_ds.model.pass_context import InTraining
 
 
 @dataclass

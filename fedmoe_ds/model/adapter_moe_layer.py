@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fedmoe_ds.experts.bottleneck import BottleneckExperts
-from fedmoe_ds.experts.execution import Execution
-from fedmoe_ds.experts.layer import ROUTER, rescaled
-from fedmoe_ds.experts.router import route
-from fedmoe_ds.experts.serving import observe, serve
 from fedmoe_ds.kernels.per_client import client_linear
+from fedmoe_ds.model.bottleneck import BottleneckExperts
+from fedmoe_ds.model.moe_layer import ROUTER, rescaled
+from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.routed_forward import observe, serve
+from fedmoe_ds.model.router import route
 
 INNER, OUTER = "experts.inner.weight", "experts.outer.weight"
 

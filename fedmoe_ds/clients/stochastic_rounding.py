@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.randomness import address_key
 
 Keys = NDArray[np.uint64]

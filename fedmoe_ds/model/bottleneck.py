@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.experts.ffn import Block, Saved
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.model.experts import Block, Saved
 
 
 class BottleneckExperts:

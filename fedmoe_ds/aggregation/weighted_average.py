@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.aggregation.exact import EMPTY, WEIGHT_BITS, ExactSum, FloatSum, Sum
-from fedmoe_ds.aggregation.flat import Flat
+from fedmoe_ds.aggregation.exact_sum import EMPTY, WEIGHT_BITS, ExactSum, FloatSum, Sum
+from fedmoe_ds.aggregation.flat_buffer import Flat
 from fedmoe_ds.distributed.collectives import Summing
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 
 class Statistics:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedmoe_ds.adapters.bank import Bank
-from fedmoe_ds.experts.dispatch import Pool
-from fedmoe_ds.experts.router import Routing
 from fedmoe_ds.kernels.lora_products import Kernels, LowRankProducts, products_for
 from fedmoe_ds.kernels.per_client import Segment
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.router import Routing
 
 
 @dataclass

@@ -16,12 +16,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmoe_ds.experts import losses
-from fedmoe_ds.experts.dispatch import expert_pass, make_plan
-from fedmoe_ds.experts.execution import Execution, Pass
-from fedmoe_ds.experts.ffn import Experts
-from fedmoe_ds.experts.router import Routing
 from fedmoe_ds.kernels.per_client import Segment
+from fedmoe_ds.model import router_losses
+from fedmoe_ds.model.dispatcher import expert_pass, make_plan
+from fedmoe_ds.model.experts import Experts
+from fedmoe_ds.model.pass_context import Execution, Pass
+from fedmoe_ds.model.router import Routing
 
 
 def serve(execution: Execution, layer: int, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -99,9 +99,9 @@ def _auxiliary(execution: Execution, own: Routing, logits_TE: Tensor, valid_T: T
         return None
     total = logits_TE.new_zeros(())
     if execution.balance:
-        total = total + execution.balance * losses.balance_loss(own, valid_T)
+        total = total + execution.balance * router_losses.balance_loss(own, valid_T)
     if execution.z:
-        total = total + execution.z * losses.z_loss(logits_TE, valid_T)
+        total = total + execution.z * router_losses.z_loss(logits_TE, valid_T)
     return total
 
 

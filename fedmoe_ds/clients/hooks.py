@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local import ClientView
+from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.data import Sequences
-from fedmoe_ds.experts.execution import RoutingObserver
+from fedmoe_ds.model.pass_context import RoutingObserver
 
 ReadClient = Callable[[int], Sequences]
 

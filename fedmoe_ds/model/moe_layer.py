@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmoe_ds.experts import ffn
-from fedmoe_ds.experts.execution import Execution, Pass
-from fedmoe_ds.experts.router import route
-from fedmoe_ds.experts.serving import observe, serve
 from fedmoe_ds.foundation import autoep
 from fedmoe_ds.kernels.frozen_layers import frozen_product
 from fedmoe_ds.kernels.per_client import client_linear, client_scale
+from fedmoe_ds.model import experts
+from fedmoe_ds.model.pass_context import Execution, Pass
+from fedmoe_ds.model.routed_forward import observe, serve
+from fedmoe_ds.model.router import route
 
 GATE_UP_A, GATE_UP_B = "experts.gate_up.lora_A", "experts.gate_up.lora_B"
 DOWN_A, DOWN_B = "experts.down.lora_A", "experts.down.lora_B"
@@ -56,14 +56,14 @@ class FederatedMoELayer(nn.Module):
         logits = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments)
         return logits if gate.bias is None else logits + gate.bias
 
-    def _experts(self, dtype: torch.dtype) -> ffn.Experts:
+    def _experts(self, dtype: torch.dtype) -> experts.Experts:
         bank = self.execution.bank
         if GATE_UP in bank:
             w13, w2 = (bank.value(name, self.layer) for name in (GATE_UP, DOWN))
-            return ffn.OwnExperts(w13, w2, [bank.grad(name, self.layer) for name in (GATE_UP, DOWN)], self.unit)
-        return ffn.FrozenExperts(self.w13_EFD, self.w2_EDF, self._lora(dtype), self.unit)
+            return experts.OwnExperts(w13, w2, [bank.grad(name, self.layer) for name in (GATE_UP, DOWN)], self.unit)
+        return experts.FrozenExperts(self.w13_EFD, self.w2_EDF, self._lora(dtype), self.unit)
 
-    def _lora(self, dtype: torch.dtype) -> ffn.Lora | None:
+    def _lora(self, dtype: torch.dtype) -> experts.Lora | None:
         bank = self.execution.bank
         if GATE_UP_A not in bank:
             return None
@@ -71,7 +71,7 @@ class FederatedMoELayer(nn.Module):
         a13, b13, a2, b2 = (bank.value(name, self.layer) for name in names)
         grads = [bank.grad(name, self.layer) for name in names]
         products = self.execution.products_for(a13.shape[2], dtype, self.w13_EFD.device)
-        return ffn.Lora(a13, b13, a2, b2, grads, self.execution.scale, products, self.execution.wave.wave_factors)
+        return experts.Lora(a13, b13, a2, b2, grads, self.execution.scale, products, self.execution.wave.wave_factors)
 
 
 def rescaled(execution: Execution, layer: int, y_BSD: Tensor) -> Tensor:

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedmoe_ds import checkpoint
-from fedmoe_ds.adapters.bank import Bank, BlockSpec
-from fedmoe_ds.aggregation.sums import RoundSums
-from fedmoe_ds.checkpoint_writer import CheckpointWriter
+from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.checkpoint import reader as checkpoint
+from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.personal import Personal
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 SUMS_LAYOUT = 2
-"""How an unfinished round's sums lie in a checkpoint: digits and windows (`aggregation/exact.py`)."""
+"""How an unfinished round's sums lie in a checkpoint: digits and windows (`aggregation/exact_sum.py`)."""
 
 
 @dataclass

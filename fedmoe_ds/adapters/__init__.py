@@ -1,1 +1,0 @@
-"""Adapters: what clients train, as stacked per-client parameters."""
