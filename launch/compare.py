@@ -51,7 +51,7 @@ def main() -> int:
     args = parse()
     environment = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this process trains nothing; the runs choose for themselves
-    from fedmoe_ds.compare import Request, compare
+    from fedmoe_ds.studies.compare import Request, compare
 
     code, text = compare(Request(**vars(args)), Path(__file__).with_name("train.py"), environment, note)
     show(text)

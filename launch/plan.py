@@ -44,7 +44,7 @@ def main() -> int:
     config = load_config(args.config, args.overrides)
     from fedmoe_ds.bench.table import check_writable, write_json
     from fedmoe_ds.planner import load_hardware
-    from fedmoe_ds.planner.study import plan
+    from fedmoe_ds.planner.plan import plan
     from fedmoe_ds.planner.world import world_of
 
     for name in ("nodes", "gpus_per_node", "ranks", "seeds"):

@@ -44,7 +44,7 @@ def main() -> int:
     args = parse()
     environment = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this process trains nothing; the runs choose for themselves
-    from fedmoe_ds.scaling import Request, scale
+    from fedmoe_ds.studies.scaling import Request, scale
 
     code, text = scale(Request(**vars(args)), Path(__file__).with_name("train.py"), environment, note)
     if text:

@@ -38,7 +38,7 @@ def main() -> int:
     args = parse()
     environment = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this process trains nothing; the job chooses for itself
-    from fedmoe_ds.submission import Request, check, compose, log_folder, submit
+    from fedmoe_ds.planner.slurm import Request, check, compose, log_folder, submit
 
     options = vars(args)
     dry_run, home = options.pop("dry_run"), Path(__file__).resolve().parent.parent

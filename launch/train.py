@@ -44,7 +44,7 @@ def main() -> int:
     config = load_config(args.config, args.overrides)
     if args.print_config or args.dry_run:
         if launch.rank == 0:
-            from fedmoe_ds.plan import describe, resolved
+            from fedmoe_ds.planner.dry_run import describe, resolved
 
             lines = [resolved(config)] if args.print_config else describe(config, args.ranks or launch.world_size)
             show("\n".join(lines))
@@ -53,7 +53,9 @@ def main() -> int:
         return supervise(args, config, launch)
     runtime = init_runtime(launch, config.topology, config.execution.threads)
     STOP.begun()  # a signal is remembered from here on, and served as soon as there is something to save
-    from fedmoe_ds.session import train  # imports DeepSpeed, which reads the choice of accelerator that was made above
+    from fedmoe_ds.federation.session import (
+        train,  # imports DeepSpeed, which reads the choice of accelerator that was made above
+    )
 
     ending = train(config, runtime, args.resume, STOP)
     if runtime.is_main:

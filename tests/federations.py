@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from fedmoe_ds import session
-from fedmoe_ds.build import Parts, load_parts, memory_settings
 from fedmoe_ds.checkpoint.skipped_clients import Absences
 from fedmoe_ds.config import Config
 from fedmoe_ds.data.tokenizer import train_tokenizer
@@ -27,8 +25,10 @@ from fedmoe_ds.distributed.control import Alone, make_control
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Layout, Topology, build_topology
-from fedmoe_ds.federation import Federation
-from fedmoe_ds.journal import Journal
+from fedmoe_ds.federation import session
+from fedmoe_ds.federation.build import Parts, load_parts, memory_settings
+from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.randomness import generator
 
 SAMPLES = (29, 19, 13, 9, 7, 5)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from reference import Adapters, Task
 
-from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.model.install import drawn_a
 from fedmoe_ds.randomness import generator
 

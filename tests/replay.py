@@ -17,11 +17,11 @@ from reference import Adapters, Extra, Select, Task, Trained
 from reference_methods import FedIT, Flame, HFedMoE, cut, padded
 from torch import Tensor
 
-from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
+from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.federation.server import BASE
 from fedmoe_ds.model.adapter_bank import BlockSpec
-from fedmoe_ds.server import BASE
 
 
 def keyed(spec: BlockSpec, value: Tensor) -> Iterator[tuple[str, Tensor]]:

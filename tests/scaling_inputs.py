@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.config import dump_config
-from fedmoe_ds.scaling import Request, scale
-from fedmoe_ds.scaling.measured import machine_file
-from fedmoe_ds.scaling.point import Point, plan_points
-from fedmoe_ds.scaling.study import read_study
+from fedmoe_ds.studies.scaling import Request, scale
+from fedmoe_ds.studies.scaling.measured import machine_file
+from fedmoe_ds.studies.scaling.point import Point, plan_points
+from fedmoe_ds.studies.scaling.study import read_study
 
 NOWHERE = Path("no-such-script.py")
 

@@ -20,10 +20,10 @@ from launching import changed, run
 from safetensors.torch import load_file, save_file
 from test_foundation import EXPERTS, FAMILIES, FFN, VOCAB, edit_config, save_model
 
-from fedmoe_ds.build import load_shared_foundation
 from fedmoe_ds.config import Config, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.build import load_shared_foundation
 from fedmoe_ds.foundation import load_foundation, planned_sparse, planned_task
 from fedmoe_ds.foundation.loading import WeightFiles
 

@@ -11,11 +11,11 @@ from federations import MODEL, make_config, run_alone, write_inputs
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from fedmoe_ds.config import Config, ExecutionConfig
+from fedmoe_ds.federation.run_spec import shares_passes
 from fedmoe_ds.kernels.frozen_layers import INDEPENDENT
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.pass_context import Pass
 from fedmoe_ds.model.per_client_attention import own_lengths
-from fedmoe_ds.run_spec import shares_passes
 
 COMMON = {key: MODEL[key] for key in MODEL if key not in ("num_experts", "norm_topk_prob", "intermediate_size")}
 OTHERS: dict[str, Any] = {

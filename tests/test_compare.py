@@ -23,19 +23,19 @@ from hypothesis import strategies as st
 from launching import REPOSITORY, SCRIPT, changed, read_events
 from scipy import stats
 
-from fedmoe_ds.compare import Request, compare
-from fedmoe_ds.compare.aggregate import Comparison, Spread
-from fedmoe_ds.compare.paired import ALPHA, PairedTest, family_tests, holm, smallest_effect, t_test
-from fedmoe_ds.compare.protocol import Expectation, read_protocol
-from fedmoe_ds.compare.record import Record, check_same_ground, read_record
-from fedmoe_ds.compare.runner import Runner, locked
-from fedmoe_ds.compare.study import Run, check_saved, plan_runs
-from fedmoe_ds.compare.table import markdown, number, p_value, tier_table, verdict_table, with_spread
-from fedmoe_ds.compare.variant import parse_variants
-from fedmoe_ds.compare.verdict import judge
 from fedmoe_ds.config import dump_config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report import MetricsLog
+from fedmoe_ds.studies.compare import Request, compare
+from fedmoe_ds.studies.compare.aggregate import Comparison, Spread
+from fedmoe_ds.studies.compare.paired import ALPHA, PairedTest, family_tests, holm, smallest_effect, t_test
+from fedmoe_ds.studies.compare.plan import Run, check_saved, plan_runs
+from fedmoe_ds.studies.compare.protocol import Expectation, read_protocol
+from fedmoe_ds.studies.compare.record import Record, check_same_ground, read_record
+from fedmoe_ds.studies.compare.table import markdown, number, p_value, tier_table, verdict_table, with_spread
+from fedmoe_ds.studies.compare.variant import parse_variants
+from fedmoe_ds.studies.compare.verdict import judge
+from fedmoe_ds.studies.runner import Runner, locked
 
 NOWHERE = Path("no-such-script.py")
 STUDY = """

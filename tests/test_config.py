@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.bench.reports.targets import read_reasons
-from fedmoe_ds.compare.protocol import read_protocol
 from fedmoe_ds.config import Config, checked_deepspeed_section, config_schema_markdown, dump_config, load_config
 from fedmoe_ds.config.deepspeed_section import ALLOWED, REFUSED, REFUSED_INSIDE, DeepSpeedSection
 from fedmoe_ds.config.yaml12 import inline_yaml, parse_yaml
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.scaling.study import read_study
+from fedmoe_ds.studies.compare.protocol import read_protocol
+from fedmoe_ds.studies.scaling.study import read_study
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds import session
 from fedmoe_ds.config.tree import DataConfig, PartitionConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.federated import FederatedData, prepare
@@ -22,7 +21,8 @@ from fedmoe_ds.data.omissions import CUT, EMPTY, LEFT_OUT, MEANING, NO_ROOM, Omi
 from fedmoe_ds.data.omissions import describe as describe_omissions
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed.stop_request import StopRequest
-from fedmoe_ds.plan import describe
+from fedmoe_ds.federation import session
+from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.population import data_section
 

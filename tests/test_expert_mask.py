@@ -12,7 +12,7 @@ from federations import alone, build, make_config, write_inputs
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import ClientRules
-from fedmoe_ds.clients.schedule import schedule
+from fedmoe_ds.federation.schedule import schedule
 
 
 @pytest.mark.parametrize("mode", ["bitwise", "fast"])

@@ -21,7 +21,8 @@ from fedmoe_ds.config import AdapterConfig, Config, FoundationConfig, MoEAdapter
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Topology, build_topology
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation import Federation
+from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.federation.run_spec import check_plan
 from fedmoe_ds.foundation import load_foundation
 from fedmoe_ds.methods import Method, ModelFacts, method_for
 from fedmoe_ds.methods.fft_moe import divergence, unevenness
@@ -35,7 +36,6 @@ from fedmoe_ds.model.install import adapter_blocks, initial_bank, install
 from fedmoe_ds.model.moe_layer import ROUTER
 from fedmoe_ds.model.pass_context import Execution, Pass
 from fedmoe_ds.model.router import Routing, route
-from fedmoe_ds.run_spec import check_plan
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -21,8 +21,8 @@ from reference_dense import Settings as DenseSettings
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedmoe_ds.planner.job import Job, resolve
 from fedmoe_ds.planner.work import PassWork, Rows
+from fedmoe_ds.planner.workload import Job, resolve
 
 LENGTH, CAP = 9, 3
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -26,25 +26,25 @@ from federations import SAMPLES, alone, build, finish, make_config, write_inputs
 from fuzzing import Raw, damage, emit, fuzz, shuffle_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, ViTConfig, ViTForImageClassification
 
-from fedmoe_ds import session
-from fedmoe_ds.build import Parts, load_shared_foundation
 from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.checkpoint.skipped_clients import Absences, read_lines
-from fedmoe_ds.compare.aggregate import Comparison
-from fedmoe_ds.compare.picture import picture
-from fedmoe_ds.compare.record import check_same_ground, read_record
-from fedmoe_ds.compare.report import Study, numbers, text
-from fedmoe_ds.compare.study import Run
 from fedmoe_ds.config import Config, DataConfig, dump_config, load_config
 from fedmoe_ds.data import prepare
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.distributed.topology import check_layout
+from fedmoe_ds.federation import session
+from fedmoe_ds.federation.build import Parts, load_shared_foundation
+from fedmoe_ds.federation.run_spec import check_plan
 from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.methods import method_for, with_defaults
 from fedmoe_ds.report import final_table, read_metrics, write_report
-from fedmoe_ds.run_spec import check_plan
-from fedmoe_ds.scaling.measured import measure
+from fedmoe_ds.studies.compare.aggregate import Comparison
+from fedmoe_ds.studies.compare.plan import Run
+from fedmoe_ds.studies.compare.plot import picture
+from fedmoe_ds.studies.compare.record import check_same_ground, read_record
+from fedmoe_ds.studies.compare.report import Study, numbers, text
+from fedmoe_ds.studies.scaling.measured import measure
 
 REPOSITORY = Path(__file__).parents[1]
 SAMPLE, WHOLE = 10, 1000

@@ -20,16 +20,16 @@ from federations import alone, make_config, write_inputs
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
-from fedmoe_ds import session
-from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation import Federation
-from fedmoe_ds.identity import agreed, check_code, check_identity, identity
-from fedmoe_ds.journal import Journal
+from fedmoe_ds.federation import session
+from fedmoe_ds.federation.build import Parts, load_parts
+from fedmoe_ds.federation.identity import agreed, check_code, check_identity, identity
+from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.federation.run_spec import check_plan
 from fedmoe_ds.methods import load_method, with_defaults
-from fedmoe_ds.run_spec import check_plan
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention

@@ -13,11 +13,11 @@ import torch
 from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
 from torch import Tensor
 
-from fedmoe_ds import run_spec
-from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.schedule import schedule
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.federation import run_spec
+from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.federation.schedule import schedule
 
 UNUSED_TOKEN = 319
 ROUND = {"federation": {"rounds": 1}, "evaluation": {"client_sequences": 0}}

@@ -19,18 +19,18 @@ from scaling_inputs import make_request, plan, record_all
 from scaling_inputs import start as start_scaling
 from test_compare import NOWHERE
 
-from fedmoe_ds import session
 from fedmoe_ds.bench import suite
 from fedmoe_ds.bench.table import check_writable, write_json
 from fedmoe_ds.checkpoint.skipped_clients import Absences
-from fedmoe_ds.compare import Request, compare
-from fedmoe_ds.deepspeed_tools import _PassProfile
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation import session
+from fedmoe_ds.federation.deepspeed_tools import _PassProfile
+from fedmoe_ds.planner.slurm import log_folder, submit
 from fedmoe_ds.report.__main__ import main as rebuild
-from fedmoe_ds.scaling.runner import Runner
 from fedmoe_ds.storage.files import open_plain, remove, write_whole
-from fedmoe_ds.submission import log_folder, submit
+from fedmoe_ds.studies.compare import Request, compare
+from fedmoe_ds.studies.scaling.runner import Runner
 
 SMALL: dict[str, Any] = {
     "federation": {"rounds": 2},
@@ -245,15 +245,15 @@ def test_what_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         suite._run("wave", [], tmp_path)
     victims.check("suite")
     config: Any = SimpleNamespace(output=str(tmp_path / "runs"), name="run")
-    monkeypatch.setattr("fedmoe_ds.submission.check", lambda request: config)
-    monkeypatch.setattr("fedmoe_ds.submission.compose", lambda *ignored: "#!/bin/bash\n")
+    monkeypatch.setattr("fedmoe_ds.planner.slurm.check", lambda request: config)
+    monkeypatch.setattr("fedmoe_ds.planner.slurm.compose", lambda *ignored: "#!/bin/bash\n")
     for place in (log_folder(config) / "run.sbatch", log_folder(config)):
         planted(place, getattr(victims, kind))
         with pytest.raises(UserError, match=r"^sbatch: not found|symbolic link"):
             submit(SimpleNamespace(), tmp_path, {"PATH": str(tmp_path)})  # type: ignore[arg-type]
         victims.check(str(place))
     model: Any = SimpleNamespace(base_model=SimpleNamespace(register_forward_pre_hook=lambda hook: None))
-    monkeypatch.setattr("fedmoe_ds.deepspeed_tools.FlopsProfiler", Profiler)
+    monkeypatch.setattr("fedmoe_ds.federation.deepspeed_tools.FlopsProfiler", Profiler)
     planted(tmp_path / "flops.txt", getattr(victims, kind))
     _PassProfile({}, model, tmp_path).finish()
     victims.check("profile")

@@ -23,9 +23,9 @@ from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from replay import ObservedHFedMoE, PersonalFlame, Replay
 
-from fedmoe_ds.build import Parts
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation import Federation
+from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.methods import method_for, method_names, registry
 
 SAMPLES = (13, 9, 7, 5)

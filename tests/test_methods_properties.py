@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmoe_ds.build import Parts
 from fedmoe_ds.checkpoint.digest import global_digest
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
@@ -24,13 +23,14 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config, MethodConfig
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.federation.server import BASE
 from fedmoe_ds.methods import ModelFacts, load_method
 from fedmoe_ds.methods.hetlora import RANK, HetLoRA
 from fedmoe_ds.methods.hfedmoe import HFedMoE
 from fedmoe_ds.model.adapter_bank import BlockSpec, lora_pairs
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
-from fedmoe_ds.server import BASE
 
 QUICK: dict[str, Any] = {"evaluation": {"client_sequences": 0, "every": 9}, "execution": {"micro_batch_size": None}}
 TRAINED_ROUTER: dict[str, Any] = {"adapters": {"router": "train"}}

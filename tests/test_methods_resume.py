@@ -14,14 +14,14 @@ from distributed import run_distributed
 from federations import Result, alone, finish, joined, run_alone, write_inputs
 from method_variants import variant_config
 
-from fedmoe_ds import session
-from fedmoe_ds.build import Parts, load_parts
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Topology, build_topology
-from fedmoe_ds.federation import Federation
-from fedmoe_ds.journal import Journal
+from fedmoe_ds.federation import session
+from fedmoe_ds.federation.build import Parts, load_parts
+from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.methods.hetlora import RANK
 
 pytestmark = pytest.mark.timeout(600)

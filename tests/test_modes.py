@@ -20,13 +20,13 @@ from transformers import OlmoeForCausalLM
 
 from fedmoe_ds.checkpoint.reader import PRIVATE, Snapshot, newest_intact
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
-from fedmoe_ds.compare.runner import locked
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.builtin import pretrain
 from fedmoe_ds.foundation.builtin.presets import preset_config
 from fedmoe_ds.foundation.mapped_weights import MappedWeights, Slot
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.file_modes import follow_umask, umask
+from fedmoe_ds.studies.runner import locked
 
 MASKS = [0o027, 0o002, 0o077]
 

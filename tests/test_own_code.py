@@ -17,16 +17,16 @@ from federations import alone, make_config, read_events, write_inputs
 from transformers import dynamic_module_utils
 
 import fedmoe_ds
-from fedmoe_ds import session
-from fedmoe_ds.build import load_parts, load_shared_foundation
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation import Federation
+from fedmoe_ds.federation import session
+from fedmoe_ds.federation.build import load_parts, load_shared_foundation
+from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.foundation import planned_sparse, planned_task, resolve_foundation
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
-from fedmoe_ds.journal import Journal
-from fedmoe_ds.plan import describe
-from fedmoe_ds.planner.job import resolve
+from fedmoe_ds.planner.dry_run import describe
+from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.report import write_report
 
 CODE = """

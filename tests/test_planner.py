@@ -20,18 +20,18 @@ from fedmoe_ds.bench.shapes import Shape, write_model
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.distributed.topology import Layout
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.memory import COPY
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import TABLE, table_names
 from fedmoe_ds.planner.legality import check_ep_size, check_fits, idle_clusters, legal_sizes
+from fedmoe_ds.planner.memory import COPY
+from fedmoe_ds.planner.plan import plan
 from fedmoe_ds.planner.prediction import predict_memory
 from fedmoe_ds.planner.search import search
-from fedmoe_ds.planner.study import plan
 from fedmoe_ds.planner.verify import check_partition
 from fedmoe_ds.planner.world import world_of
-from fedmoe_ds.scaling.measured import Measured
-from fedmoe_ds.scaling.predicted import Predictor
+from fedmoe_ds.studies.scaling.measured import Measured
+from fedmoe_ds.studies.scaling.predicted import Predictor
 
 REPOSITORY = Path(__file__).parents[1]
 OLMOE = REPOSITORY / "configs" / "olmoe-7b.yaml"

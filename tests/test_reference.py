@@ -12,7 +12,7 @@ from reference import Reference, Settings
 from reference_inputs import TOLERANCE, check_equal, initial, tasks
 from reference_methods import FedIT, Flame
 
-from fedmoe_ds.build import Parts
+from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.model.moe_layer import RESCALER
 
 SAMPLES = (13, 9, 7, 5)

@@ -12,9 +12,9 @@ from federations import alone, build, finish
 from reference_dense import DenseReference, Image, Sample, Settings, Task, Text
 from reference_inputs import TOLERANCE, check_equal, initial
 
-from fedmoe_ds.build import Parts
 from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.federation.build import Parts
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -30,7 +30,7 @@ from reference_methods import (
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from safetensors.torch import load_file
 
-from fedmoe_ds.build import Parts
+from fedmoe_ds.federation.build import Parts
 
 SAMPLES = (13, 9, 7, 5)
 # Where a gradient is nearly zero, Adam divides rounding noise by eps: with 1e-4 no element is made of float32's noise alone.

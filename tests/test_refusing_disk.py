@@ -12,10 +12,10 @@ import pytest
 from federations import alone, make_config
 from test_links import SMALL, Writes, inputs, writes
 
-from fedmoe_ds import session
 from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation import session
 from fedmoe_ds.report import read_metrics
 
 __all__ = ["inputs", "writes"]

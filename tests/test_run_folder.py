@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from federations import alone, make_config, read_events, write_inputs
 
-from fedmoe_ds import session
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation import Federation
-from fedmoe_ds.journal import Journal
+from fedmoe_ds.federation import session
+from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.report import MetricsLog
 from fedmoe_ds.storage import folder_lock
 from fedmoe_ds.storage.folder_lock import NAME, FolderLock

@@ -10,11 +10,11 @@ from dense_inputs import FAMILIES, dense_config, write_dense
 from federations import alone, write_inputs
 from method_variants import VARIANTS, variant_config
 
-from fedmoe_ds.build import load_parts
 from fedmoe_ds.config import Config
-from fedmoe_ds.planner.job import resolve
+from fedmoe_ds.federation.build import load_parts
+from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.report import Progress
-from fedmoe_ds.run_spec import RunSpec
 
 
 @pytest.fixture(scope="module")

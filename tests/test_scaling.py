@@ -15,13 +15,13 @@ import pytest
 from launching import REPOSITORY
 from scaling_inputs import NOWHERE, environment, make_request, plan, record_all, record_run, start, write_study
 
-from fedmoe_ds.compare.runner import locked
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
-from fedmoe_ds.scaling import Request
-from fedmoe_ds.scaling.point import plan_points
-from fedmoe_ds.scaling.room import check_room, cores
-from fedmoe_ds.scaling.runner import Outcome, Runner
-from fedmoe_ds.scaling.study import read_study
+from fedmoe_ds.studies.resources import check_room, cores
+from fedmoe_ds.studies.runner import locked
+from fedmoe_ds.studies.scaling import Request
+from fedmoe_ds.studies.scaling.point import plan_points
+from fedmoe_ds.studies.scaling.runner import Outcome, Runner
+from fedmoe_ds.studies.scaling.study import read_study
 
 STUDIES = REPOSITORY / "configs" / "scaling"
 

@@ -13,8 +13,8 @@ import pytest
 from scaling_inputs import make_request, plan, record_all, record_run, round_event, start, write_study
 
 from fedmoe_ds.planner import World, load_hardware, predict
-from fedmoe_ds.scaling import Request
-from fedmoe_ds.scaling.measured import measure, timed_rounds
+from fedmoe_ds.studies.scaling import Request
+from fedmoe_ds.studies.scaling.measured import measure, timed_rounds
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.schedule import CostModel, home_clients, participants, schedule
 from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.federation.schedule import CostModel, home_clients, participants, schedule
 
 COST = CostModel(dense=1000.0, expert=300.0)
 LOCAL = LocalConfig(batch_size=4, max_steps=20)

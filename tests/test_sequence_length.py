@@ -20,9 +20,9 @@ from transformers import (
 
 from fedmoe_ds.config.tree import Config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.run_spec import check_length, check_plan
 from fedmoe_ds.foundation.builtin.presets import PRESETS
 from fedmoe_ds.foundation.context_length import longest_sequence
-from fedmoe_ds.run_spec import check_length, check_plan
 
 N = 64
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": N}

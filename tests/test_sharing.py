@@ -16,11 +16,11 @@ import torch
 from distributed import run_distributed
 from federations import joined, make_config, run_alone, run_joined, write_inputs
 
-from fedmoe_ds.build import load_shared_foundation
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.build import load_shared_foundation
 from fedmoe_ds.foundation import Foundation, load_foundation
 from fedmoe_ds.foundation.host_sharing import FOLDER
 from fedmoe_ds.foundation.mapped_weights import ALIGNMENT, DATA, HEADER, MappedWeights, Memory, Slot

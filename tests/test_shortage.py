@@ -14,9 +14,9 @@ import pytest
 from distributed import RankError, run_distributed
 from federations import alone, build, finish, joined, make_config, run_alone, write_inputs
 
-from fedmoe_ds.build import Parts
 from fedmoe_ds.checkpoint import skipped_clients
 from fedmoe_ds.distributed.topology import build_topology
+from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.machine import peak_mib, resident_mib
 
 pytestmark = pytest.mark.cluster  # slow: processes of their own, and gigabytes

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fedmoe_ds.clients.batches import batch_size, learning_rate, local_batches, step_count
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.pooled import pooled_batches, pooled_client
-from fedmoe_ds.clients.schedule import CostModel
 from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.federation.schedule import CostModel
 
 
 def make_client(sequences: int, index: int = 0) -> Client:

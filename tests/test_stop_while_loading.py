@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from launching import Job, changed
 from torch import nn
 
-from fedmoe_ds import build, session
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.tree import PretrainConfig
 from fedmoe_ds.data import stdlib
@@ -29,6 +28,7 @@ from fedmoe_ds.distributed.long_work import LongWork
 from fedmoe_ds.distributed.stop_points import StopError, file_sha256, heard_by, run_waiting, stop_point
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
+from fedmoe_ds.federation import build, session
 from fedmoe_ds.foundation.builtin.loop import train_new
 from fedmoe_ds.foundation.builtin.loop_state import FILE, TrainingState
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
@@ -227,7 +227,7 @@ def test_a_run_is_stopped_anywhere_while_it_loads(tmp_path: Path, monkeypatch: p
 
     # Rounds ask too: what comes before them is the number of points when the first of them asks.
     counted = Asked(None)
-    monkeypatch.setattr("fedmoe_ds.build._assemble", counting := CountsAt(counted, build._assemble))
+    monkeypatch.setattr("fedmoe_ds.federation.build._assemble", counting := CountsAt(counted, build._assemble))
     ending, _ = start("undisturbed", counted)
     digest = ending.lines[-2]
     assert ending.exit_code == 0 and counting.points > 30
@@ -238,7 +238,7 @@ def test_a_run_is_stopped_anywhere_while_it_loads(tmp_path: Path, monkeypatch: p
         assert line == "stopped by SIGTERM while loading; start the same command again to continue"
         assert not [path for path in cache.rglob("*") if path.name.startswith(".")], at
         assert read_events(tmp_path / "runs" / "stopped") == []
-    monkeypatch.setattr("fedmoe_ds.build._assemble", AsksAt(asked := StopRequest(), counting.real))
+    monkeypatch.setattr("fedmoe_ds.federation.build._assemble", AsksAt(asked := StopRequest(), counting.real))
     ending, _ = start("stopped", asked)  # everything is loaded: worth a checkpoint
     assert ending.exit_code == EXIT_STOPPED and "stopped by SIGTERM with a checkpoint" in ending.lines[-3]
     assert [path.name for path in (tmp_path / "runs" / "stopped" / "checkpoints").iterdir()] == ["round-00000"]

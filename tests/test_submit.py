@@ -20,8 +20,8 @@ from launching import REPOSITORY
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.planner.slurm import Request, check, compose, log_folder, submit
 from fedmoe_ds.shell import command_line, quoted
-from fedmoe_ds.submission import Request, check, compose, log_folder, submit
 
 COMMAND = REPOSITORY / "launch" / "submit.py"
 

@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import REPOSITORY
 
-from fedmoe_ds import session
-from fedmoe_ds.compare.table import markdown
 from fedmoe_ds.config.yaml12 import dump_yaml, parse_yaml
 from fedmoe_ds.data.groups import group_names
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import LostError, UserError
-from fedmoe_ds.plan import describe
+from fedmoe_ds.federation import session
+from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.planner.text import aligned
 from fedmoe_ds.report import MetricsLog, Progress, final_table, read_metrics, write_report
+from fedmoe_ds.studies.compare.table import markdown
 from fedmoe_ds.terminal import note, show, visible
 
 # What a terminal obeys, what forges a line, what hides or turns text around, and what no encoding knows.

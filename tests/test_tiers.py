@@ -16,19 +16,19 @@ from test_methods_resume import StopsAfter, start
 
 from fedmoe_ds.clients.client import richest
 from fedmoe_ds.clients.tiers import tier_labels, tier_order, tier_top_k
-from fedmoe_ds.compare.aggregate import Comparison
-from fedmoe_ds.compare.protocol import Expectation
-from fedmoe_ds.compare.record import read_record
-from fedmoe_ds.compare.study import Run
-from fedmoe_ds.compare.table import tier_table
-from fedmoe_ds.compare.verdict import judge
 from fedmoe_ds.config import Config
-from fedmoe_ds.federation import Federation
-from fedmoe_ds.plan import describe
+from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.planner.flops import tier_flops
-from fedmoe_ds.planner.job import resolve
+from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.report import MetricsLog, final_table, write_report
 from fedmoe_ds.report.history import History
+from fedmoe_ds.studies.compare.aggregate import Comparison
+from fedmoe_ds.studies.compare.plan import Run
+from fedmoe_ds.studies.compare.protocol import Expectation
+from fedmoe_ds.studies.compare.record import read_record
+from fedmoe_ds.studies.compare.table import tier_table
+from fedmoe_ds.studies.compare.verdict import judge
 
 RANKS: list[dict[str, Any]] = [
     {"top_k": 4, "rank": 2, "share": 1.0},

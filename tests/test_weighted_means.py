@@ -24,8 +24,8 @@ from fedmoe_ds.checkpoint.reader import Snapshot
 from fedmoe_ds.checkpoint.state import State, restore
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.server import check_terms
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
-from fedmoe_ds.server import check_terms
 
 BLOCK, WIDTH = BlockSpec("experts.down.lora_A", (0,), (1, 6), expert=True), 6
 

@@ -23,9 +23,9 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.machine import available_mib, machine_facts
 from fedmoe_ds.planner.hardware import Compute, Hardware, Link, Links, Network, load_hardware
-from fedmoe_ds.planner.job import resolve
 from fedmoe_ds.planner.prediction import predict_job
 from fedmoe_ds.planner.work import Work
+from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.planner.world import World
 
 Note = Callable[[str], None]

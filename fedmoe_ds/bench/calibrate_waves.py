@@ -29,7 +29,6 @@ from fedmoe_ds.distributed.runtime import keep_freed_memory
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.loading import CONFIG_FILE, load_model
 from fedmoe_ds.machine import peak_mib, resident_mib
-from fedmoe_ds.memory import activations
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows as ClientRows
 from fedmoe_ds.model.dispatcher import Pool
@@ -37,9 +36,10 @@ from fedmoe_ds.model.expert_layout import hosted_places
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import adapter_blocks, install
 from fedmoe_ds.model.pass_context import Execution
-from fedmoe_ds.planner.job import resolve
+from fedmoe_ds.planner.memory import activations
 from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import PassWork, Rows, Work
+from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.randomness import generator
 
 CPU = torch.device("cpu")

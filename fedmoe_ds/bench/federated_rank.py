@@ -20,13 +20,13 @@ from fedmoe_ds.bench.fused import Fused
 from fedmoe_ds.bench.program import Request, take_channel
 from fedmoe_ds.bench.workload import Workload
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.schedule import schedule
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.distributed.topology import Topology, build_topology
+from fedmoe_ds.federation.schedule import schedule
+from fedmoe_ds.federation.server import Server
 from fedmoe_ds.machine import peak_mib
-from fedmoe_ds.server import Server
 
 
 class FederatedRank(Fused):

@@ -16,6 +16,7 @@ from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig
 from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
+from fedmoe_ds.federation.run_spec import resolve_spec
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.methods import method_for
@@ -25,7 +26,6 @@ from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import install
 from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.model.per_client_attention import attend_apart
-from fedmoe_ds.run_spec import resolve_spec
 
 
 class Fused:
@@ -43,7 +43,7 @@ class Fused:
         bank = Bank(spec.blocks, experts, clients, clients, device)
         execution = Execution(bank, pool, workload.alpha / workload.rank, kernels=workload.kernels)
         install(foundation, config.adapters, execution)
-        if bitwise and spec.shares_passes:  # as fedmoe_ds.build does
+        if bitwise and spec.shares_passes:  # as fedmoe_ds.federation.build does
             attend_apart(foundation.model, execution)
         self.start = Bank(spec.blocks, experts, clients=1, device=device, with_grad=False)
         for key, _, value in self.start.items(first_expert=0):

@@ -46,11 +46,11 @@ def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]
     import torch
 
     from fedmoe_ds.config import Config
+    from fedmoe_ds.federation.run_spec import resolve_spec
     from fedmoe_ds.foundation.loading import build_on_meta, host_model
     from fedmoe_ds.foundation.outline import outline
-    from fedmoe_ds.memory import PASS, estimate
     from fedmoe_ds.methods import method_for
-    from fedmoe_ds.run_spec import resolve_spec
+    from fedmoe_ds.planner.memory import PASS, estimate
 
     adapters = {"rank": workload.rank, "alpha": workload.alpha, "attention": list(workload.attention)}
     local = {"batch_size": workload.sequences, "moments": workload.moments}

@@ -1,8 +1,8 @@
 """Memory of clients: peak and resident memory with one, two, four, eight clients in flight, and what one more adds.
 
 All clients have the largest cap, so that each adds the same. Beside the measured slope stands what a client's tensors add up to
-by count (`fedmoe_ds.memory`): adapters, gradients, moments of AdamW, and activations where a pass holds all clients. Ours is
-measured with moments in bfloat16 as well.
+by count (`fedmoe_ds.planner.memory`): adapters, gradients, moments of AdamW, and activations where a pass holds all clients.
+Ours is measured with moments in bfloat16 as well.
 """
 
 from __future__ import annotations

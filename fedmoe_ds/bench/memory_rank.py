@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from fedmoe_ds.bench.memory_process import answer_file
-from fedmoe_ds.build import load_shared_foundation
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.distributed.topology import build_topology
+from fedmoe_ds.federation.build import load_shared_foundation
 from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.host_sharing import FOLDER
 from fedmoe_ds.machine import peak_mib, resident_mib

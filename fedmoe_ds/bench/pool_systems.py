@@ -24,6 +24,7 @@ from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig, MoEAdapterConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
+from fedmoe_ds.federation.run_spec import resolve_spec
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.dense import feed_forward_sites
 from fedmoe_ds.foundation.loading import load_model
@@ -33,7 +34,6 @@ from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import initial_bank, install
 from fedmoe_ds.model.pass_context import Execution
-from fedmoe_ds.run_spec import resolve_spec
 
 Measured = dict[str, Any]
 

@@ -19,7 +19,7 @@ from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.tokenizer import BYTES, train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import machine_facts
-from fedmoe_ds.scaling.measured import timed_rounds
+from fedmoe_ds.studies.scaling.measured import timed_rounds
 
 TRAINING = ("passes", "optimizer")
 """Phases that any training has; everything else is outside."""

@@ -24,16 +24,16 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.hooks import ClientRules, ReadClient
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
-from fedmoe_ds.clients.schedule import Wave
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
-from fedmoe_ds.clock import Clock
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.collectives import all_gather
+from fedmoe_ds.federation.schedule import Wave
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
 from fedmoe_ds.model.pass_context import InTraining
+from fedmoe_ds.report.phase_timer import Clock
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmoe_ds.clients.tiers import tier_order
-from fedmoe_ds.planner.job import Job
+from fedmoe_ds.planner.workload import Job
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedmoe_ds.distributed.topology import Layout
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.planner.job import Job
+from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 
 

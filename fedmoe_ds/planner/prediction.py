@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedmoe_ds.clients.client import Client, tiers_of
-from fedmoe_ds.clients.schedule import Wave, home_clients, schedule
 from fedmoe_ds.config import Config
-from fedmoe_ds.memory import COPY, PASS, estimate, outlasting, parameters_per_client
+from fedmoe_ds.federation.schedule import Wave, home_clients, schedule
 from fedmoe_ds.methods.client_drift import shared_blocks
 from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.planner.hardware import Hardware
-from fedmoe_ds.planner.job import Job, Lengths, resolve
 from fedmoe_ds.planner.legality import check_world
+from fedmoe_ds.planner.memory import COPY, PASS, estimate, outlasting, parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
 from fedmoe_ds.planner.training import Spent, WaveModel, exchanged
 from fedmoe_ds.planner.work import PassWork, Rows, stage_seconds
+from fedmoe_ds.planner.workload import Job, Lengths, resolve
 from fedmoe_ds.planner.world import World
 
 REPORT_BYTES = 400

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmoe_ds.clients.schedule import participant_count
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.schedule import participant_count
 from fedmoe_ds.planner.hardware import Hardware
-from fedmoe_ds.planner.job import Job
 from fedmoe_ds.planner.legality import check_fits, legal_sizes
 from fedmoe_ds.planner.prediction import Prediction, predict_job, predict_memory
+from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 
 

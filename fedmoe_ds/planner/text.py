@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedmoe_ds.memory import format_bytes
 from fedmoe_ds.planner.flops import TierFlops
 from fedmoe_ds.planner.hardware import Hardware
-from fedmoe_ds.planner.job import Job
+from fedmoe_ds.planner.memory import format_bytes
 from fedmoe_ds.planner.prediction import Prediction
 from fedmoe_ds.planner.search import Choice, Refusal
 from fedmoe_ds.planner.verify import Verified
+from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 from fedmoe_ds.terminal import visible
 

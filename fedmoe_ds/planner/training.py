@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.optimizer import moment_bytes
-from fedmoe_ds.clients.schedule import Wave
-from fedmoe_ds.memory import FP32, parameters_per_client
+from fedmoe_ds.federation.schedule import Wave
 from fedmoe_ds.methods import Method
 from fedmoe_ds.planner.hardware import Hardware
-from fedmoe_ds.planner.job import Job
+from fedmoe_ds.planner.memory import FP32, parameters_per_client
 from fedmoe_ds.planner.network import Group, Network
 from fedmoe_ds.planner.work import PassWork, Rows, stage_seconds
+from fedmoe_ds.planner.workload import Job
 
 Seconds = NDArray[np.float64]
 

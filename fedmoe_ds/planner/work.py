@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedmoe_ds.planner.hardware import Compute, Stage
-from fedmoe_ds.planner.job import Job
+from fedmoe_ds.planner.workload import Job
 
 Amount = Any
 """A number, or float64 [n]: one per local step."""

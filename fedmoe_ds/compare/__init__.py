@@ -1,5 +1,0 @@
-"""Comparison: methods x seeds as runs of the real command, and what they say together."""
-
-from fedmoe_ds.compare.command import Request, compare
-
-__all__ = ["Request", "compare"]

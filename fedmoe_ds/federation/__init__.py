@@ -1,0 +1,1 @@
+"""Federation: one run from its configuration to its last round."""

@@ -1,0 +1,276 @@
+"""Build: from a configuration to the parts of a run, in the order in which mistakes can be told.
+
+First what needs nothing (method, layout), then the foundation, the data, the tiers, and only then memory for adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.checkpoint import state as states
+from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.checkpoint.skipped_clients import Absences
+from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_absences
+from fedmoe_ds.clients.client import Client, make_clients
+from fedmoe_ds.clients.hooks import ClientRules, TrainingData
+from fedmoe_ds.clients.local_training import WaveTrainer
+from fedmoe_ds.clients.pooled import PooledData, pooled_batches
+from fedmoe_ds.config import Config, dump_config
+from fedmoe_ds.data import FederatedData
+from fedmoe_ds.data import prepare as prepare_data
+from fedmoe_ds.distributed.long_work import LongWork
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.stop_request import StopRequest
+from fedmoe_ds.distributed.topology import Topology
+from fedmoe_ds.federation.evaluation import Evaluator
+from fedmoe_ds.federation.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
+from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.federation.schedule import home_clients, participant_count
+from fedmoe_ds.federation.server import BASE, CONTROL, Server
+from fedmoe_ds.foundation import Foundation, host_sharing, load_foundation, resolve_foundation
+from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
+from fedmoe_ds.foundation.own_code import told
+from fedmoe_ds.kernels.lora_products import check_kernels
+from fedmoe_ds.methods import Method, RoundContext
+from fedmoe_ds.methods.client_drift import FedProx, Scaffold, control_block, shared_blocks
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.install import initial_bank, install
+from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.per_client_attention import attend_apart
+from fedmoe_ds.report import Progress
+
+
+@dataclass
+class Parts:
+    """Everything a `Federation` works with, on one rank.
+
+    `training_data` are what rounds train on: the clients' own, or those of one client that has all where the method pools them.
+    """
+
+    spec: RunSpec
+    runtime: Runtime
+    topology: Topology
+    foundation: Foundation
+    data: FederatedData
+    training_data: TrainingData
+    clients: list[Client]
+    execution: Execution
+    trainer: WaveTrainer
+    evaluator: Evaluator
+    server: Server
+    state: states.State
+    identity: dict[str, Any]
+    config_text: str
+    checkpoints: Path
+    absences: Absences
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def config(self) -> Config:
+        """What the user configured, with the method's own defaults."""
+        return self.spec.config
+
+    @property
+    def first_expert(self) -> int:
+        return self.spec.places.held.start
+
+    @property
+    def counts_shape(self) -> tuple[int, int]:
+        """(layers, experts) of everything that is counted per expert."""
+        return len(self.spec.places.layers), self.spec.places.num_experts
+
+    def participants(self, round_index: int) -> list[Client]:
+        """The clients of a round, in canonical order."""
+        return self.spec.participants_among(self.clients, round_index)
+
+    def new_sums(self, round_index: int = 1) -> RoundSums:
+        """Empty sums for one round."""
+        return self.server.new_sums(len(self.participants(round_index)), self.runtime.device)
+
+    def result_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What the run has learnt, by canonical name (this rank's part): global adapters, merged weights, personal models."""
+        for bank in (self.state.adapters, self.state.server.get(BASE)):
+            if bank is not None:
+                yield from ((key, value) for key, _, value in bank.items(self.first_expert))
+        if self.spec.method.personal_models:
+            for key, spec, value in self.state.personal.items(self.first_expert):
+                if spec.trained:
+                    yield f"personal.{key}", value
+
+
+def load_parts(
+    config: Config, runtime: Runtime, topology: Topology, progress: Progress, stop: StopRequest | None = None
+) -> Parts:
+    """Load everything. `stop` is asked on the way, and by the rounds that follow.
+
+    Raises:
+        UserError: the same one on every rank, for whatever the user can fix.
+        StopError: on every rank, where one was asked to stop before everything was loaded.
+    """
+    stop, device = stop or StopRequest(), runtime.device
+    config, method = check_start(config, device.type)
+    runtime.together(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
+    foundation = load_shared_foundation(config, runtime, topology, progress, stop)
+    spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
+    data = load_shared_data(config, runtime, foundation, stop)
+    clients = make_clients(data, config.federation, spec.tiers, config.seed)
+    parts = _assemble(spec, runtime, topology, foundation, data, clients)
+    parts.stop = stop
+    return parts
+
+
+def load_shared_foundation(
+    config: Config, runtime: Runtime, topology: Topology, progress: Progress, stop: StopRequest | None = None
+) -> Foundation:
+    """Rank 0 finds or pre-trains the model; then every rank loads its part, into memory that ranks of one host share."""
+    work, trust = LongWork(runtime, stop or StopRequest()), config.foundation.trust_remote_code
+    folder = work.on_main(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
+    if (line := work.together(lambda: told(Path(folder), trust))) is not None:
+        progress.note(line)
+    ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
+    if device.type != "cpu":
+        return work.together(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
+    skeleton = work.together(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
+    first = hosts.index(hosts[runtime.rank])  # reads all weights to tell them from others, for its host
+    digest = runtime.gather(work.together(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
+    shared = work.together(lambda: cache_folder(config.foundation, host_sharing.FOLDER))
+    memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note)
+    return work.together(lambda: assemble(skeleton, memory, digest, device, trust))
+
+
+def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation, stop: StopRequest) -> FederatedData:
+    """Rank 0 tokenises and partitions; every rank maps the result and reads its own clients' rows."""
+    work, tokenizer, code = LongWork(runtime, stop), foundation.tokenizer, foundation.code
+
+    def prepared() -> str:
+        folder = cache_folder(config.foundation, "data")
+        return str(prepare_data(config.data, config.seed, tokenizer, folder, code).path)
+
+    path = work.on_main(prepared)
+    return work.together(lambda: FederatedData.open(path))
+
+
+def _assemble(
+    spec: RunSpec, runtime: Runtime, topology: Topology, foundation: Foundation, data: FederatedData, clients: list[Client]
+) -> Parts:
+    config, method, blocks, device = spec.config, spec.method, spec.blocks, runtime.device
+    execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
+    install(foundation, config.adapters, execution)
+    if spec.bitwise and spec.shares_passes:
+        attend_apart(foundation.model, execution)
+    if config.execution.activation_checkpointing:
+        enable_checkpointing(foundation)
+    adapters = initial_bank(foundation, blocks, config.seed, spec.places.held, device)
+    server = Server(spec, foundation, clients)
+    state = states.State(0, adapters, _personal(spec, adapters, clients), server.initial_state(device))
+    model, micro, rules = (
+        AdaptedModel(foundation, execution),
+        config.execution.micro_batch_size,
+        client_rules(spec, state, clients),
+    )
+    trainer = WaveTrainer(model, spec.places.layers, config.local, micro, config.seed, rules)
+    kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
+    ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, spec.bitwise), spec.bitwise)
+    check_code(runtime.gather(code_of(device)), topology.hosts, spec.bitwise)
+    folder = Path(config.output) / config.name
+    return Parts(
+        spec=spec,
+        runtime=runtime,
+        topology=topology,
+        foundation=foundation,
+        data=data,
+        training_data=PooledData(data) if method.pooled else data,
+        clients=clients,
+        execution=execution,
+        trainer=trainer,
+        evaluator=Evaluator(spec, model, runtime, adapters, data, clients),
+        server=server,
+        state=state,
+        identity=ours,
+        config_text=dump_config(config),
+        checkpoints=folder / "checkpoints",
+        absences=Absences(folder, memory_settings(config, ours), runtime.on_main(lambda: read_absences(folder))),
+    )
+
+
+def _personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
+    """Personal blocks of the bank, the method's client state, and control variates; the method is asked for the first two
+    alone."""
+    blocks, method = spec.blocks, spec.method
+    own = [block for block in blocks if block.personal] + method.client_state(blocks)
+    controls = [control_block(block) for block in shared_blocks(blocks)] if spec.config.local.drift == "scaffold" else []
+    zero = {block.name for block in controls}
+
+    def initial(block: BlockSpec, index: int) -> Tensor | float:
+        if block.name in zero:
+            return 0.0  # SCAFFOLD, algorithm 1: c_i = 0
+        value = method.initial(block, clients[index])
+        if value is not None:
+            return value
+        return adapters.client(block.name, 0).cpu() if block.name in adapters else 0.0
+
+    return Personal(own + controls, adapters.experts, len(clients), initial)
+
+
+def client_rules(spec: RunSpec, state: states.State, clients: list[Client]) -> ClientRules:
+    """What the method and the correction of drift prescribe, bound to the state of the run."""
+    method, local, seed = spec.method, spec.config.local, spec.config.seed
+
+    def context(client: Client, round_index: int) -> RoundContext:
+        return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)
+
+    def pooled(client: Client, round_index: int) -> list[np.ndarray]:
+        return pooled_batches(clients, spec.drawn_among(clients, round_index), local, seed, round_index)
+
+    drift = {
+        "none": None,
+        "fedprox": FedProx(local.proximal),
+        "scaffold": Scaffold(state.server[CONTROL]) if local.drift == "scaffold" else None,
+    }[local.drift]
+    adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
+    return ClientRules(
+        assign=lambda client, round_index: method.assign(client, context(client, round_index)),
+        observer=lambda client, assignment: method.observer(client, assignment, context(client, state.round + 1)),
+        observes=method.observes,
+        adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
+        measure=method.measure,
+        remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
+        selective=method.selective,
+        batches=pooled if method.pooled else None,
+    )
+
+
+def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.device) -> Execution:
+    config, experts, ep_size = spec.config, spec.places.num_experts, topology.layout.ep_size
+    drawn = participant_count(clients, config.federation.participation)
+    home = home_clients(config.execution.clients_in_flight, drawn, ep_size)
+    pool = Pool(topology.ep_group, ep_size, experts, home, merge=spec.shares_passes, shard=topology.shard)
+    bank = Bank(spec.blocks, experts // ep_size, home, pool.wave_clients, device)
+    return Execution(
+        bank,
+        pool,
+        scale=config.adapters.alpha / config.adapters.rank,
+        rescaler=spec.method.rescaler is not None,
+        balance=config.local.balance_loss,
+        z=config.local.z_loss,
+        kernels=config.execution.adapter_kernels,
+    )
+
+
+def enable_checkpointing(foundation: Foundation) -> None:
+    """Recompute each decoder layer in the backward pass. Only the layers' own switch is set: nothing else enters train mode."""
+    model: Any = foundation.model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", None) is True:
+            module.training = True

@@ -1,0 +1,210 @@
+"""Journal: what a run tells its user, on rank 0: progress lines, metrics.jsonl, report.html.
+
+Every method is called on all ranks. Rank 0 writes; a write that fails (a full disk) ends the run on every rank with one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.tiers import tier_order, tier_top_k
+from fedmoe_ds.clients.update import ClientUpdate
+from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.evaluation import Score
+from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.report import MetricsLog, Progress, write_report
+from fedmoe_ds.storage.files import write_whole
+
+if TYPE_CHECKING:
+    from fedmoe_ds.checkpoint.state import Progressed
+    from fedmoe_ds.report.phase_timer import Clock
+
+
+OUT_OF_MEMORY = "out-of-memory"
+
+
+class Journal:
+    """Writes for one run folder."""
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self.folder, self.runtime = folder, runtime
+        self.progress = Progress(enabled=runtime.is_main)
+        self.monitor: Any = None  # a DeepSpeed MonitorMaster, if the configuration asks for one
+        self._log: MetricsLog | None = None
+        self._write(self._open)
+
+    def _open(self) -> None:
+        self._log = MetricsLog(self.folder / "metrics.jsonl")
+
+    @property
+    def log(self) -> MetricsLog:
+        assert self._log is not None, "only rank 0 writes metrics"
+        return self._log
+
+    def _write(self, action: Callable[[], Any]) -> Any:
+        def guarded() -> Any:
+            try:
+                return action()
+            except OSError as error:
+                raise UserError(
+                    f"output: {self.folder}: cannot write: {error.strerror or error}; make room, then start again with "
+                    "--resume auto"
+                ) from None
+
+        return self.runtime.on_main(guarded)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """One line of metrics.jsonl."""
+        self._write(lambda: self.log.write(event, **fields))
+
+    def config(self, text: str) -> None:
+        """The resolved configuration, beside the metrics."""
+        self._write(lambda: write_whole(self.folder / "config.yaml", text))
+
+    def position(self) -> int:
+        """Bytes of metrics.jsonl so far (rank 0 only)."""
+        return self.log.position()
+
+    def truncate(self, position: int) -> None:
+        """Forget what was written after the checkpoint that is resumed."""
+        self._write(lambda: self.log.truncate(position))
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def start_round(self, round_index: int, rounds: int, waves: int) -> None:
+        self.progress.start_round(round_index, rounds, waves)
+
+    def wave_done(self, wave: int, waves: int, tokens: int, seconds: float) -> None:
+        self.progress.wave_done(wave, waves, tokens, seconds)
+
+    def client(self, update: ClientUpdate, status: str, flops: float, personal: Personal) -> dict[str, Any]:
+        """What metrics say about one client in one round."""
+        first, last = update.losses or (None, None)
+        rescaler = float(personal.values[RESCALER][update.client.index].mean()) if RESCALER in personal.values else None
+        return {
+            "client": update.client.name,
+            "top_k": update.client.top_k,
+            "tier_label": update.client.tier,
+            "steps": update.steps,
+            "tokens": update.tokens,
+            "targets": update.targets,
+            "loss_first": first,
+            "loss_last": last,
+            "active_experts": update.assignment.cap,
+            "rank": None if update.assignment.rows_R is None else int(update.assignment.rows_R.sum()),
+            "flops": flops,
+            "seconds": update.seconds,
+            "status": status,
+            "rescaler": rescaler,
+        }
+
+    def absent(self, client: Client) -> dict[str, Any]:
+        """The same of a client that did not fit into memory."""
+        nothing = {
+            "steps": 0,
+            "tokens": 0,
+            "targets": 0,
+            "loss_first": None,
+            "loss_last": None,
+            "active_experts": client.cap,
+            "rank": None,
+        }
+        rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
+        return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
+
+    def evaluation(self, round_index: int, rows: list[Score]) -> None:
+        """Evaluation rows, and one progress line."""
+
+        def write() -> None:
+            for row in rows:
+                fields: dict[str, Any] = {"round": round_index, "tier": row.tier, "tier_label": row.label, "split": row.split}
+                fields |= {"perplexity": row.perplexity, "accuracy": row.accuracy, "loss": row.loss}
+                fields["targets"] = fields["tokens"] = row.targets  # the old name, too: it is an interface
+                if row.client is not None:
+                    fields["client"] = row.client
+                self.log.write("eval", **fields)
+
+        self._write(write)
+        if self.monitor is not None:
+            shown = [row for row in rows if row.split != "client"]
+            names = [f"perplexity/{row.split}/k{row.label}".replace(" ", "-") for row in shown]
+            self._monitored([(name, row.perplexity, round_index) for name, row in zip(names, shown, strict=True)])
+        head = "foundation" if round_index == 0 else f"round {round_index}"
+        tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in rows if row.split == "global")
+        self.note(f"{head}: perplexity {tiers}")
+
+    def round(
+        self,
+        round_index: int,
+        clients: list[dict[str, Any]],
+        progressed: Progressed,
+        clock: Clock,
+        waves_clock: Clock,
+        waves: int,
+    ) -> None:
+        """Client, expert and round rows of a finished round; `waves_clock` tells the phases inside its waves."""
+        dropped = [client["client"] for client in clients if client["status"] != "ok"]
+        reasons = sorted({client["status"] for client in clients} - {"ok"})
+        tokens = sum(client["tokens"] for client in clients)
+        # An unfinished round of an older version has clients that did not count them.
+        targets = sum(client["targets"] for client in clients) if all("targets" in client for client in clients) else None
+        seconds = clock.total() + progressed.seconds
+
+        def write() -> None:
+            for client in clients:
+                self.log.write("client", round=round_index, **client)
+            for label in sorted(progressed.activation, key=tier_order):
+                counts_LE = progressed.activation[label]
+                if counts_LE.sum():
+                    tier = {"tier": tier_top_k(label), "tier_label": label}
+                    share = counts_LE / counts_LE.sum(1, keepdims=True).clip(1)
+                    self.log.write("experts", round=round_index, **tier, activation=share.round(6))
+            self.log.write(
+                "round",
+                round=round_index,
+                participants=len(clients),
+                dropped=len(dropped),
+                dropped_clients=dropped,
+                tokens=tokens,
+                targets=targets,
+                seconds=seconds,
+                tokens_per_s=tokens / max(clock.phases.get("train", 0.0) + progressed.seconds, 1e-9),
+                phases=clock.phases,
+                wave_seconds=waves_clock.phases,
+                collectives=activity.take(),
+                waves=waves,
+            )
+
+        self._write(write)
+        if self.monitor is not None:
+            self._monitored([("round/tokens", tokens, round_index), ("round/seconds", seconds, round_index)])
+        text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
+        if dropped:
+            text += f"; left out ({', '.join(reasons)}): {', '.join(dropped)}"
+        self.progress.end_round(text)
+
+    def _monitored(self, events: list[tuple[str, float, int]]) -> None:
+        self._write(lambda: self.monitor.write_events(events))
+
+    def not_averaged(self, round_index: int, blocks: list[str]) -> None:
+        """Blocks that clients trained and of which the round averages nothing."""
+        self.event("not_averaged", round=round_index, blocks=blocks)
+        self.note(
+            f"round {round_index}: nothing of what clients trained was averaged in {', '.join(blocks)}; they keep their values"
+        )
+
+    def report(self) -> None:
+        """Build report.html."""
+        self._write(lambda: str(write_report(self.folder)))
+
+    def close(self) -> None:
+        self.progress.close()
+        if self._log is not None:
+            self._log.close()

@@ -1,0 +1,223 @@
+"""Run spec: one resolution of a configuration to method, sizes, expert layout, tiers, blocks and cost, without a weight.
+
+A start (`build`) and the planner go the same way, in the order in which mistakes can be told: `check_start` knows the
+configuration alone, `resolve_spec` the outline of the model, too. What the one refuses the other does, in the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedmoe_ds.clients.client import Capacity, Client, Tier, resolve_tiers
+from fedmoe_ds.clients.pooled import pooled_client
+from fedmoe_ds.config import Config
+from fedmoe_ds.data import ImageInput, check_task
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.schedule import CostModel, participants
+from fedmoe_ds.foundation import planned_sparse, planned_task
+from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.foundation.foundation import planned_config
+from fedmoe_ds.foundation.outline import Outline
+from fedmoe_ds.foundation.size import ModelSize, model_size
+from fedmoe_ds.kernels.frozen_layers import independent_rows
+from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
+from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.expert_layout import Places, adapter_places, check_shards, hosted_places
+from fedmoe_ds.model.install import adapter_blocks
+
+ROW = 4
+"""Rows of whole 16-byte units: a kernel's path may depend on the alignment of a row."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One configuration on one kind of device, resolved.
+
+    Attributes:
+        config: with the method's own defaults filled in.
+        method: it knows the model's facts.
+        device: kind of device, `cpu` or `cuda`.
+        model_type: transformers' name of the model's family.
+        size: of the model.
+        places: where the experts are; `held` are those of one shard.
+        images: of an image classifier, else None.
+        tiers: budget tiers of the federation.
+        blocks: adapter tensors, of one client.
+        cost: predicted FLOPs.
+    """
+
+    config: Config
+    method: Method
+    device: str
+    model_type: str
+    size: ModelSize
+    places: Places
+    images: ImageInput | None
+    tiers: list[Tier]
+    blocks: list[BlockSpec]
+    cost: CostModel
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether this run promises equal bits on any topology."""
+        return is_bitwise(self.config, self.device)
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether all clients in flight on a rank go through the model together."""
+        return shares_passes(self.config, self.model_type, self.device)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a number between the products of a pass."""
+        apart = independent_rows(self.model_type, self.config.foundation.dtype, self.device)
+        return 4 if apart else self.size.bytes_per_parameter
+
+    def drawn_among(self, clients: list[Client], round_index: int) -> list[Client]:
+        """The clients that are drawn for a round, in canonical order."""
+        federation = self.config.federation
+        return participants(clients, federation.participation, self.config.seed, round_index, federation.sampling)
+
+    def participants_among(self, clients: list[Client], round_index: int) -> list[Client]:
+        """Who trains in a round: the clients that are drawn, or the one that has the data of all."""
+        members = self.drawn_among(clients, round_index)
+        if self.method.pooled:
+            return [pooled_client(clients, members, self.config.local, self.config.seed, round_index)]
+        return members
+
+
+def is_bitwise(config: Config, device: str) -> bool:
+    """Whether a run on this kind of device (`cpu` or `cuda`) promises equal bits on any topology."""
+    mode = config.execution.reproducible
+    return mode == "bitwise" or (mode == "auto" and device == "cpu")
+
+
+def shares_passes(config: Config, model_type: str, device: str) -> bool:
+    """Whether all clients in flight go through the model together. In bitwise mode that takes kernels which keep rows apart;
+    adapter experts beside a dense model have none."""
+    apart = config.adapters.moe is None and independent_rows(model_type, config.foundation.dtype, device)
+    return not is_bitwise(config, device) or apart
+
+
+def check_start(config: Config, device: str) -> tuple[Config, Method]:
+    """The configuration with the method's defaults, and the method; checked as far as that goes before anything is loaded.
+
+    Raises:
+        UserError: method, mode, foundation, data and adapters do not go together.
+    """
+    method = method_for(config)
+    config = with_defaults(config, method)
+    check_plan(config, is_bitwise(config, device))
+    return config, method
+
+
+def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep_size: int = 1, shard: int = 0) -> RunSpec:
+    """Resolve what `check_start` returned against a model. `ep_size` and `shard` decide which experts are held.
+
+    Raises:
+        UserError: model, data, adapters, tiers and mode do not go together.
+    """
+    check_task(model.task, config.data, model.images)
+    check_length(config, model.model.config)
+    places = find_places(config, model, ep_size, shard)
+    if is_bitwise(config, device):
+        check_widths(places)
+    method.facts = facts_of(config, places)
+    method.check(method.facts)
+    tiers = resolve_tiers(config.federation, Capacity(places.top_k, config.adapters.rank, places.num_experts), method.spends)
+    blocks = method.blocks(adapter_blocks(model.model, places, config.adapters, method.rescaler))
+    size = model_size(model.model, model.layers)
+    return RunSpec(
+        config=config,
+        method=method,
+        device=device,
+        model_type=model.model.config.model_type,
+        size=size,
+        places=places,
+        images=model.images,
+        tiers=tiers,
+        blocks=blocks,
+        cost=CostModel.of(size, places, blocks, positions(model.images)),
+    )
+
+
+def facts_of(config: Config, places: Places) -> ModelFacts:
+    """What methods may ask about the model."""
+    return ModelFacts(
+        places.top_k, places.num_experts, config.adapters.rank, config.seed, places.renormalised, tuple(places.layers)
+    )
+
+
+def check_plan(config: Config, bitwise: bool) -> None:
+    """Whether mode, foundation, data and adapters go together, as far as that is known before anything is loaded."""
+    if bitwise and config.execution.threads > 1:
+        raise UserError(
+            f"execution.threads: {config.execution.threads}: bitwise mode needs 1: threads cut a kernel's work in the middle "
+            "of a row; use threads=1, or reproducible=fast"
+        )
+    task = planned_task(config.foundation)
+    if task is not None:
+        check_task(task, config.data)
+    check_length(config, planned_config(config.foundation))
+    sparse = planned_sparse(config.foundation)
+    if sparse is not None:
+        check_adapters(config, sparse)
+    moe = config.adapters.moe
+    if moe is None:
+        return
+    check_shards(moe, config.topology.ep_size)
+    if bitwise and moe.width % ROW:
+        raise UserError(
+            f"adapters.moe.width: {moe.width}: bitwise mode needs a multiple of {ROW} (rows start on 16 bytes); change it, or "
+            "use execution.reproducible=fast"
+        )
+
+
+def check_length(config: Config, model: Any) -> None:
+    """The model has a position for every token of a sequence. `model` is its transformers configuration, None if unknown yet.
+
+    Raises UserError.
+    """
+    longest = longest_sequence(model)
+    if longest is not None and config.data.sequence_length > longest:
+        raise UserError(
+            f"data.sequence_length: {config.data.sequence_length}: the foundation "
+            f"({config.foundation.path or config.foundation.preset}) has {longest} positions; use at most {longest}"
+        )
+
+
+def check_adapters(config: Config, sparse: bool) -> None:
+    """Adapter experts stand beside dense models and nowhere else. Raises UserError."""
+    named = config.foundation.path or config.foundation.preset
+    if sparse and config.adapters.moe is not None:
+        raise UserError(
+            f"adapters.moe: {named} has experts of its own; drop the section, or use a dense foundation (tiny-llama)"
+        )
+    if not sparse and config.adapters.moe is None:
+        raise UserError(
+            f"foundation: {named}: method {config.method.name} needs a mixture of experts and this model is dense; use "
+            "a sparse one (tiny-olmoe), or put adapter experts beside it with an adapters.moe section (method fft-moe)"
+        )
+
+
+def find_places(config: Config, model: Outline, ep_size: int, shard: int) -> Places:
+    """Where the experts of a run are. Raises UserError when the model and `adapters.moe` do not go together."""
+    check_adapters(config, bool(model.layers))
+    if config.adapters.moe is None:
+        return hosted_places(model.layers)
+    return adapter_places(model.sites, config.adapters.moe, ep_size, shard)
+
+
+def positions(images: ImageInput | None) -> int:
+    """Token rows that the blocks see per target of one epoch, which is how data count: 1 for text."""
+    return 1 if images is None else images.positions
+
+
+def check_widths(places: Places) -> None:
+    """Bitwise mode needs rows that start on 16 bytes. Raises UserError."""
+    if places.width % ROW or places.ffn % ROW:
+        raise UserError(
+            f"execution.reproducible: bitwise: the model's widths {places.width} and {places.ffn} must be multiples of {ROW} "
+            "(rows must start on 16 bytes); use fast"
+        )

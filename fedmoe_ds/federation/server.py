@@ -1,0 +1,149 @@
+"""Server: from the sums of a round to the new global state. Every rank computes the part that it holds.
+
+Legend: L layers, E experts of this rank, O and I output and input width, Q stacked LoRA rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_ds.aggregation.exact_sum import MOST_TERMS
+from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.aggregation.server_optimizer import ServerOptimizer
+from fedmoe_ds.aggregation.weighted_average import Statistics
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.update import ClientUpdate
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.federation.schedule import participant_count
+from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.methods.client_drift import control_block, shared_blocks
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, lora_pairs
+from fedmoe_ds.model.install import base_weights, drawn_a
+
+CONTROL, BASE = "control", "base"
+
+
+def base_block(a: BlockSpec, b: BlockSpec) -> BlockSpec:
+    """The frozen weight under a LoRA pair, as the server keeps it once products move into it."""
+    return BlockSpec(f"{a.pair}.base", a.layers, (b.item[0], a.item[1]), expert=a.expert, trained=False)
+
+
+def check_terms(config: Config, clients: int) -> None:
+    """Raises UserError where a round has more clients than exact sums have room for."""
+    drawn = participant_count(clients, config.federation.participation)
+    if drawn > MOST_TERMS:
+        raise UserError(
+            f"federation.participation: {config.federation.participation}: {drawn} clients in a round, and bitwise sums hold "
+            f"{MOST_TERMS}; use {MOST_TERMS / clients:.4f} or less, or execution.reproducible=fast"
+        )
+
+
+class Server:
+    """Folds clients into sums and makes the next global state of them.
+
+    Args:
+        spec: method, adapter blocks and mode of the run.
+        foundation: its frozen weights are written where the method moves products into them.
+        clients: all clients of the federation.
+    """
+
+    def __init__(self, spec: RunSpec, foundation: Foundation, clients: list[Client]) -> None:
+        self.config, self.method, self.blocks = spec.config, spec.method, spec.blocks
+        self.foundation, self.clients, self.exact = foundation, clients, spec.bitwise
+        self.scale = self.config.adapters.alpha / self.config.adapters.rank
+        if self.exact:
+            check_terms(self.config, len(clients))
+        self.total_samples = sum(client.samples for client in clients)
+        self.optimizer = ServerOptimizer(self.config.server)
+        self.experts, self.first_expert = len(spec.places.held), spec.places.held.start
+
+    @property
+    def scaffold(self) -> bool:
+        return self.config.local.drift == "scaffold"
+
+    def initial_state(self, device: torch.device) -> dict[str, Bank]:
+        """The server's own state before the first round."""
+        shared = shared_blocks(self.blocks)
+        banks = self.optimizer.banks(shared, self.experts, device)
+        if self.scaffold:
+            banks[CONTROL] = Bank(shared, self.experts, clients=1, device=device, with_grad=False)
+        if self.method.absorbs:
+            specs = [base_block(a, b) for a, b in lora_pairs(shared)]
+            banks[BASE] = Bank(specs, self.experts, clients=1, device=device, with_grad=False)
+            weights = base_weights(self.foundation, self.first_expert)
+            for key, _, value in banks[BASE].items(self.first_expert):
+                value.copy_(weights[key])
+        return banks
+
+    def new_sums(self, participants: int, device: torch.device) -> RoundSums:
+        """Empty sums for one round."""
+        return RoundSums(self.blocks, self.experts, self.exact, participants if self.method.collects else None,
+                         self.scaffold, device)  # fmt: skip
+
+    @torch.no_grad()
+    def fold(self, sums: RoundSums, place: int, view: ClientView, update: ClientUpdate) -> None:
+        """Add one finished client; `place` is its place among the round's participants."""
+        share = update.client.samples / self.total_samples
+        held = slice(self.first_expert, self.first_expert + self.experts)
+        for spec in shared_blocks(view.blocks()):
+            weight = self.method.weights(spec, update, share)
+            part = weight[:, held] if spec.expert else weight
+            sums.add(place, spec, self._contribution(view, spec), part)
+            if self.scaffold:
+                change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]
+                sums.add_control(spec, change, np.full(part.shape, 1.0 / len(self.clients)))
+
+    def _contribution(self, view: ClientView, spec: BlockSpec) -> Tensor:
+        mask = view.assignment.mask(spec, view.value(spec).device)
+        if mask is None or self.method.missing_rows == "zero":
+            return view.value(spec)
+        return torch.where(mask, view.value(spec), view.start.client(spec.name, 0))
+
+    @torch.no_grad()
+    def step(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int) -> None:
+        """Replace the global adapters (and the server's own state) by those of the next round."""
+        old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
+        means = sums.statistics.average(adapters)
+        for spec in sums.statistics.specs:
+            trained = sums.statistics.weight(spec.name) > 0
+            new = self.optimizer.step(spec, old[spec.name], means[spec.name], trained, own)
+            adapters.client(spec.name, 0).copy_(new)
+        if sums.collection is not None:
+            self._combine(sums, adapters, own, old, round_index)
+        if sums.controls is not None:
+            _move_controls(sums.controls, own[CONTROL])
+
+    def _combine(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], old: dict[str, Tensor], round_index: int) -> None:
+        assert sums.collection is not None
+        for a, b, place, pair in sums.collection.adapters(old, self.first_expert):
+            fresh = drawn_a(self.config.seed, f"{pair.key}.lora_A", torch.Size(a.item), round_index).double()
+            combined = self.method.combine(pair, fresh.to(pair.a_RI.device))
+            adapters.client(a.name, 0)[place] = combined.a_RI.float()
+            adapters.client(b.name, 0)[place] = combined.b_OR.float()
+            if combined.absorbed is not None:
+                b_OQ, a_QI = combined.absorbed
+                weight_OI = own[BASE].client(base_block(a, b).name, 0)[place]
+                weight_OI.copy_(weight_OI.double() + self.scale * (b_OQ @ a_QI))
+        if BASE in own:
+            self.load_base(own)
+
+    @torch.no_grad()
+    def load_base(self, own: dict[str, Bank]) -> None:
+        """Write the merged weights into the model (after a step, and after a checkpoint was read)."""
+        if BASE not in own:
+            return
+        weights = base_weights(self.foundation, self.first_expert)
+        for key, _, value in own[BASE].items(self.first_expert):
+            weights[key].copy_(value)
+
+
+def _move_controls(changes: Statistics, control: Bank) -> None:
+    """c <- c + (1 / N) sum_i (c_i' - c_i): the weights are 1 / N and the sum is taken as it is."""
+    for spec in changes.specs:
+        value = control.client(spec.name, 0)
+        value.copy_(value.double() + changes.total(spec.name))

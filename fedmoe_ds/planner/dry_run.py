@@ -1,0 +1,66 @@
+"""Plan: topology, schedule and memory of a configuration, without weights, training or a process group."""
+
+from __future__ import annotations
+
+from fedmoe_ds.clients.batches import step_count
+from fedmoe_ds.config import Config, dump_config
+from fedmoe_ds.distributed.topology import check_layout, format_table
+from fedmoe_ds.federation.schedule import Wave, home_clients, schedule
+from fedmoe_ds.methods import load_method, with_defaults
+from fedmoe_ds.planner.memory import estimate, format_bytes, outlasting
+from fedmoe_ds.planner.text import data_lines, summarised
+from fedmoe_ds.planner.workload import Job, resolve
+
+_MOST_RANKS = 64
+"""Rows of the rank table before its middle is left out."""
+
+
+def resolved(config: Config) -> str:
+    """The configuration with the method's own defaults filled in, as YAML."""
+    return dump_config(with_defaults(config, load_method(config.method))).rstrip()
+
+
+def describe(config: Config, world_size: int) -> list[str]:
+    """Describe the run on `world_size` ranks. Raises UserError for everything that a real start would refuse."""
+    layout = check_layout(config.topology, world_size)
+    job = resolve(config, assume=False)
+    config = job.config
+    rows = layout.table(job.places.num_experts, ["?"] * world_size)
+    ranks = [{key: value for key, value in row.items() if key != "host"} for row in rows]
+    shown = summarised([[str(value) for value in row.values()] for row in ranks], _MOST_RANKS)
+    chosen = job.participants(1)
+    plan = schedule(chosen, job.cost, config.local, layout.clusters, layout.ep_size, config.execution.clients_in_flight)
+    home = home_clients(config.execution.clients_in_flight, len(chosen), layout.ep_size)
+    memory = estimate(job, home, job.length, together=home if job.shares_passes else 1)
+    memory |= outlasting(job, len(job.clients), len(chosen))
+    return [
+        f"topology: {layout.clusters} clusters x ep_size {layout.ep_size} = {world_size} ranks",
+        format_table([dict(zip(ranks[0], row, strict=True)) for row in shown]),
+        "",
+        _federation_line(job),
+        *data_lines(job),
+        *_schedule_lines(job, plan),
+        "",
+        "memory per rank (estimate):",
+        *[f"  {name:<22} {format_bytes(count):>11}" for name, count in memory.items()],
+        f"  {'total':<22} {format_bytes(sum(memory.values())):>11}",
+    ]
+
+
+def _federation_line(job: Job) -> str:
+    counts = {tier.label: sum(client.tier == tier.label for client in job.clients) for tier in job.tiers}
+    dealt = ", ".join(f"k={label}: {count}" for label, count in counts.items())
+    return f"federation: {len(job.clients)} clients ({dealt}), {job.config.federation.rounds} rounds"
+
+
+def _schedule_lines(job: Job, plan: list[list[Wave]]) -> list[str]:
+    lines, local = ["schedule of round 1:"], job.config.local
+    for cluster, waves in enumerate(plan):
+        everyone = [client for wave in waves for home in wave for client in home]
+        work = sum(job.cost.client(client, local) for client in everyone)
+        steps = [max((step_count(c, local) for home in wave for c in home), default=0) for wave in waves]
+        lines.append(
+            f"  cluster {cluster}: {len(everyone)} clients in {len(waves)} waves, steps per wave {steps}, "
+            f"{work / 1e12:.3g} TFLOP forward and backward"
+        )
+    return lines

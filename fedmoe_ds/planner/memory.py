@@ -1,0 +1,110 @@
+"""Memory: what one rank will hold, estimated before anything is allocated.
+
+Legend: L layers, E experts held by a rank, C clients, D model width, F expert width, R adapter rank, T token rows of a pass,
+K top-k.
+
+Everything but activations is exact arithmetic on shapes. Activations are counted tensor by tensor for one pass and leave out
+what an allocator loses between tensors of unequal sizes; the planner adds that from a calibration.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fedmoe_ds.aggregation.server_optimizer import server_moments
+from fedmoe_ds.clients.optimizer import moment_bytes
+from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.federation.server import base_block
+from fedmoe_ds.methods.client_drift import shared_blocks
+from fedmoe_ds.model.adapter_bank import BlockSpec, lora_pairs
+
+FP32 = 4
+PASS = "activations of a pass"  # noqa: S105  (not a password)
+COPY = "checkpoint's copy"
+
+
+def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, int]:
+    """(expert, dense) trainable numbers of one client on one rank that holds `experts` experts."""
+    expert = sum(len(b.layers) * experts * math.prod(b.item) for b in blocks if b.expert)
+    dense = sum(len(b.layers) * math.prod(b.item) for b in blocks if not b.expert)
+    return expert, dense
+
+
+def estimate(spec: RunSpec, home_clients: int, length: int, together: int, active: float | None = None) -> dict[str, int]:
+    """Bytes per rank by purpose.
+
+    Args:
+        home_clients: client slots of one rank; the wave has ep_size times as many.
+        length: rows of a sequence or an image.
+        together: clients of a rank that go through the model together.
+        active: their mean number of active experts; None for the largest.
+    """
+    config, model, ep_size = spec.config, spec.size, spec.config.topology.ep_size
+    expert, dense = parameters_per_client(spec.blocks, spec.places.num_experts // ep_size)
+    in_flight = home_clients * ep_size * expert + home_clients * dense
+    sum_bytes = 16 if spec.bitwise else 4
+    return {
+        "dense part": model.dense_parameters * model.bytes_per_parameter,
+        "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
+        "global adapters": (expert + dense) * FP32,
+        "adapters in flight": in_flight * FP32 * 2,
+        "client optimizer": in_flight * moment_bytes(config.local),
+        "round sums": (expert + dense) * sum_bytes,
+        PASS: activations(spec, together, length, active),
+    }
+
+
+def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
+    """Bytes per rank of what a method keeps for all `clients`, for the `drawn` ones of a round, and for the server.
+
+    And of the copy of all that lasts which a checkpoint is written from while the next round trains.
+    """
+    config, method, blocks = spec.config, spec.method, spec.blocks
+    held = spec.places.num_experts // config.topology.ep_size
+    personal = [block for block in blocks if block.personal] + method.client_state(blocks)
+    if config.local.drift == "scaffold":
+        personal += shared_blocks(blocks)
+    server = len(server_moments(config.server)) + (config.local.drift == "scaffold")
+    halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
+    merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
+    shared = sum(parameters_per_client(shared_blocks(blocks), held))
+    found = {
+        "personal state": clients * sum(parameters_per_client(personal, held)),
+        "collected factors": drawn * sum(parameters_per_client(halves, held)),
+        "server state": server * shared + sum(parameters_per_client(merged, held)),
+    }
+    if config.checkpoint.background:
+        adapters = sum(parameters_per_client([block for block in blocks if not block.personal], held))
+        found[COPY] = adapters + found["personal state"] + found["server state"]
+    return {name: count * FP32 for name, count in found.items() if count}
+
+
+def activations(spec: RunSpec, clients: int, length: int, active: float | None = None) -> int:
+    """Bytes of a pass of so many clients with `active` experts each and full sequences: what is kept, and one layer's backward.
+
+    The rows that arrive at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the
+    gradients of its rows, results and inner values; with expert parallelism also what is on its way.
+    """
+    config, model, places = spec.config, spec.size, spec.places
+    sequences = config.execution.micro_batch_size or config.local.batch_size
+    tokens = clients * sequences * length
+    dense = 12 * model.hidden + 4 * config.adapters.rank
+    inner = (places.matrices - 1) * places.ffn  # gate and up rows, or one bottleneck
+    active = places.top_k if active is None else active
+    routed = active * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * places.num_experts
+    per_layer = tokens * (dense + routed)
+    travelling = 2 if config.topology.ep_size > 1 else 0
+    backward = tokens * active * ((3 + travelling) * model.hidden + 3 * inner)
+    kept_layers = 1 if config.execution.activation_checkpointing else model.layers
+    checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
+    logits = 4 * tokens * model.vocabulary
+    return int((kept_layers * per_layer + checkpoints + backward + logits) * spec.row_bytes)
+
+
+def format_bytes(count: float) -> str:
+    """A byte count in the largest fitting binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

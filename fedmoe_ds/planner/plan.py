@@ -1,0 +1,108 @@
+"""Study: a whole plan of one configuration in one world, as lines and as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedmoe_ds.config import Config
+from fedmoe_ds.distributed.topology import check_layout
+from fedmoe_ds.planner import text
+from fedmoe_ds.planner.flops import tier_flops
+from fedmoe_ds.planner.hardware import Hardware
+from fedmoe_ds.planner.legality import check_fits, check_world, idle_clusters
+from fedmoe_ds.planner.prediction import Prediction, evaluation_seconds, predict_job
+from fedmoe_ds.planner.search import Choice, Refusal, search
+from fedmoe_ds.planner.verify import Verified, verify
+from fedmoe_ds.planner.workload import Job, resolve
+from fedmoe_ds.planner.world import World
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `launch/plan.py` shows; `evaluation_s`: seconds of all evaluations of one seed."""
+
+    job: Job
+    world: World
+    hardware: Hardware
+    prediction: Prediction
+    evaluation_s: float
+    choices: list[Choice]
+    refusals: list[Refusal]
+    verified: Verified | None
+    warnings: list[str]
+    seeds: int
+
+    @property
+    def seed_seconds(self) -> float:
+        """All rounds of one seed, each like round 1, and evaluation as often as the configuration asks for it."""
+        trained = self.prediction.round_seconds - self.prediction.seconds["evaluate"]
+        return self.job.config.federation.rounds * trained + self.evaluation_s
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        config = self.job.config
+        ep_size = config.topology.ep_size
+        parts = [
+            text.heading(self.job, self.world, self.hardware) + [f"warning: {warning}" for warning in self.warnings],
+            text.layout_lines(self.job, self.world, ep_size, self.prediction),
+            text.memory_lines(self.prediction, self.hardware.available(self.world.ranks_per_host)),
+            text.round_lines(self.prediction),
+            text.flops_lines(self.job, tier_flops(self.job)),
+            text.search_lines(self.choices, self.refusals) if self.choices else [],
+            text.study_lines(self.world, self.hardware, self.seed_seconds, config.federation.rounds, self.seeds),
+            text.verify_lines(self.verified, self.world) if self.verified else [],
+        ]
+        return [line for part in parts if part for line in [*part, ""]][:-1]
+
+    def data(self) -> dict[str, Any]:
+        """For a JSON file."""
+        chosen = self.prediction
+        return {
+            "ranks": self.world.ranks,
+            "hosts": self.world.hosts,
+            "hardware": self.hardware.name,
+            "ep_size": self.job.config.topology.ep_size,
+            "seconds": chosen.seconds,
+            "train": chosen.train_split,
+            "bytes": chosen.bytes,
+            "memory": chosen.memory,
+            "balance": chosen.balance,
+            "tokens": chosen.tokens,
+            "flops": {tier.label: tier.total for tier in tier_flops(self.job)},
+            "best": [
+                {"clusters": c.clusters, "ep_size": c.ep_size, "clients_in_flight": c.in_flight,
+                 "round_s": c.prediction.round_seconds, "memory": c.prediction.memory_total}
+                for c in self.choices
+            ],
+            "refused": [refusal.reason for refusal in self.refusals],
+            "seed_s": self.seed_seconds,
+            "rank_hours": self.seed_seconds / 3600 * self.world.ranks * self.seeds,
+        }  # fmt: skip
+
+
+def plan(
+    config: Config, world: World, hardware: Hardware, seeds: int = 1, verify_ranks: str | None = None, searching: bool = True
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        verify_ranks: None, `sample` or `all`: as which ranks the process groups are really built.
+        searching: whether other topologies are tried.
+    Raises:
+        UserError: what a real start would refuse, and what does not fit into memory.
+    """
+    layout = check_layout(config.topology, world.ranks)
+    job = resolve(config, kind=hardware.kind)
+    check_world(job, config.topology.ep_size, world)
+    flight = config.execution.clients_in_flight
+    first = predict_job(job, layout.ep_size, flight, world, hardware)
+    evaluation_s = evaluation_seconds(job, layout.ep_size, world, hardware)
+    choices, refusals = search(job, world, hardware) if searching else ([], [])
+    check_fits(first.memory_total, hardware.available(world.ranks_per_host), layout.ep_size, flight)
+    verified = None
+    if verify_ranks is not None:
+        ranks = list(range(world.ranks)) if verify_ranks == "all" else None
+        verified = verify(config.topology, layout, job.places.num_experts, ranks)
+    warning = idle_clusters(layout.clusters, len(job.participants(1)))
+    return Plan(job, world, hardware, first, evaluation_s, choices, refusals, verified, [warning] if warning else [], seeds)

@@ -1,0 +1,243 @@
+"""Job: everything about a run that does not depend on the world: shapes, clients and the lengths of their data.
+
+Nothing is loaded: the model is built on the meta device from its config.json. A folder with only that file is enough; clients
+then are assumed, because without the model's tokenizer nobody can count their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedmoe_ds.clients.batches import local_batches
+from fedmoe_ds.clients.client import Client, Tier, make_clients
+from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.config import Config
+from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.foundation import resolve_foundation
+from fedmoe_ds.foundation.foundation import cache_folder
+from fedmoe_ds.foundation.loading import build_on_meta, host_model
+from fedmoe_ds.foundation.outline import outline
+from fedmoe_ds.foundation.own_code import running, told
+from fedmoe_ds.foundation.tokenizer import has_tokenizer, load_tokenizer
+from fedmoe_ds.kernels import fault
+from fedmoe_ds.model.lora_attention import find_projections
+from fedmoe_ds.report import Progress
+from fedmoe_ds.storage import cache
+
+Counts = NDArray[np.int64]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token rows and targets of every sample of an owner, int64 [n]."""
+
+    rows: Counts
+    targets: Counts
+
+    @classmethod
+    def of(cls, data: Sequences, images: ImageInput | None) -> Lengths:
+        if images is not None:
+            return cls(np.full(len(data), images.positions), np.ones(len(data), dtype=np.int64))
+        rows = np.array([len(ids) for ids in data.input_ids], dtype=np.int64)
+        return cls(rows, np.array([int(mask.sum()) for mask in data.loss_mask], dtype=np.int64))
+
+    @classmethod
+    def full(cls, count: int, length: int) -> Lengths:
+        return cls(np.full(count, length), np.full(count, length - 1))
+
+    def head(self, count: int | None) -> Lengths:
+        return Lengths(self.rows[:count], self.targets[:count])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Who has how much. `assumed` says what was taken for granted where nothing could be counted, `omissions` what samples
+    are left out or cut; each is one line or None."""
+
+    train: Callable[[int], Lengths]
+    holdout: Callable[[int], Lengths]
+    global_holdout: Lengths
+    assumed: str | None = None
+    omissions: str | None = None
+
+
+@dataclass(frozen=True)
+class Job(RunSpec):
+    """A resolved configuration, its clients and their data's lengths; `places` are all experts, as one rank would hold them.
+
+    Attributes:
+        heads: attention heads of a layer.
+        projections: attention projections with LoRA, per layer.
+        head: numbers of the output matrix; `body`: of everything dense but it, the input embedding and the norms' worth.
+        clients: of the federation.
+    """
+
+    clients: list[Client]
+    heads: int
+    projections: float
+    head: int
+    body: int
+    data: Data
+
+    @property
+    def length(self) -> int:
+        """Rows of the longest sequence, or of an image."""
+        return self.config.data.sequence_length if self.images is None else self.images.positions
+
+    def participants(self, round_index: int) -> list[Client]:
+        """Who trains in a round: the clients that are drawn, or the one that has their data."""
+        return self.participants_among(self.clients, round_index)
+
+    @cached_property
+    def _steps(self) -> dict[tuple[int, int], Steps]:
+        return {}
+
+    def steps(self, client: Client, round_index: int) -> Steps:
+        """What a client trains on in a round, step by step."""
+        key = (client.index, round_index)
+        if key not in self._steps:
+            self._steps[key] = _steps_of(self, client, round_index)
+        return self._steps[key]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One client's local steps in a round, [n] each: samples, longest sample, token rows, targets."""
+
+    samples: Counts
+    longest: Counts
+    rows: Counts
+    targets: Counts
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
+    local, seed = job.config.local, job.config.seed
+    if job.method.pooled:
+        drawn = job.drawn_among(job.clients, round_index)
+        lengths, batches = _everything(job), pooled_batches(job.clients, drawn, local, seed, round_index)
+    else:
+        lengths, batches = job.data.train(client.index), local_batches(client, local, seed, round_index)
+    columns = [
+        [len(batch), int(lengths.rows[batch].max()), int(lengths.rows[batch].sum()), int(lengths.targets[batch].sum())]
+        for batch in batches
+    ]
+    return Steps(*np.array(columns, dtype=np.int64).reshape(-1, 4).T)
+
+
+def _everything(job: Job) -> Lengths:
+    parts = [job.data.train(client.index) for client in job.clients]
+    return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate([part.targets for part in parts]))
+
+
+def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
+    """Resolve a configuration.
+
+    Args:
+        kind: of device that the run is for, `cpu` or `cuda`: what it would refuse depends on it.
+        assume: take clients for granted where the model folder holds no tokenizer, instead of refusing it.
+    Raises:
+        UserError: what a real start would refuse on any number of ranks.
+    """
+    fault.guard("this plan")
+    config, method = check_start(config, kind)
+    folder = _untrained_foundation(config)
+    model = build_on_meta(folder, _DTYPES[config.foundation.dtype])
+    spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0)))
+    clients, data = _clients(spec, folder, assume)
+    if (ignored := cache.line([cache.passed_over()])) is not None:
+        with Progress() as progress:
+            progress.note(ignored)
+    size, images = spec.size, spec.images
+    head = model.config.num_labels * size.hidden if images else size.vocabulary * size.hidden
+    embedding = 0 if images or model.config.tie_word_embeddings else size.vocabulary * size.hidden
+    return Job(
+        **vars(spec),
+        clients=clients,
+        heads=model.config.num_attention_heads,
+        projections=len(find_projections(model, config.adapters.attention)) / size.layers,
+        head=head,
+        body=size.dense_parameters - head - embedding,
+        data=data,
+    )
+
+
+def _untrained_foundation(config: Config) -> Path:
+    """The model folder; a built-in foundation is taken without its pre-training, which shapes and tokenizer do not need."""
+    untrained = config.foundation.model_copy(update={"pretrain": config.foundation.pretrain.model_copy(update={"steps": 0})})
+    with Progress() as progress:
+        return resolve_foundation(untrained, config.seed, progress.note)
+
+
+def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], Data]:
+    config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
+    if assume and images is None and not has_tokenizer(folder, trust):
+        return _assumed_clients(config, folder, spec.tiers)
+    if (line := told(folder, trust)) is not None:
+        with Progress() as progress:
+            progress.note(line)
+    tokenizer, code = load_tokenizer(folder, spec.size.vocabulary, trust) if images is None else None, running(folder, trust)
+    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation, "data"), code)
+    return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images)
+
+
+def _counted(data: FederatedData, images: ImageInput | None) -> Data:
+    found: dict[int, Lengths] = {}
+
+    def train(client: int) -> Lengths:
+        if client not in found:
+            found[client] = Lengths.of(data.train(client), images)
+        return found[client]
+
+    return Data(
+        train,
+        lambda client: Lengths.of(data.holdout(client), images),
+        Lengths.of(data.global_holdout(), images),
+        omissions=data.omissions.line(),
+    )
+
+
+@dataclass(frozen=True)
+class _AssumedFederation:
+    """Stands in for prepared data: equal clients."""
+
+    names: list[str]
+    samples: Counts
+    train_sequences: Counts
+    train_tokens: Counts
+
+
+def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[list[Client], Data]:
+    """Equal clients with full sequences. Raises UserError where the configuration leaves their number or size open."""
+    count, local = config.data.partition.clients, config.local
+    steps = local.steps or local.max_steps
+    sequences = config.data.max_samples or (None if steps is None else steps * local.batch_size)
+    for key, value in (("data.partition.clients", count), ("local.steps", sequences)):
+        if value is None:
+            raise UserError(
+                f"{key}: not set: {folder} holds no tokenizer, so no tokens can be counted and clients must be assumed; set "
+                "data.partition.clients, and local.steps or data.max_samples"
+            )
+    assert count is not None and sequences is not None
+    length = config.data.sequence_length
+    each = np.full(count, sequences)
+    federation: Any = _AssumedFederation([f"client-{i}" for i in range(count)], each, each, each * length)
+    everyone = Lengths.full(sequences, length)
+    held_out = max(1, round(count * sequences * config.data.global_holdout))
+    note = f"assumed: every client has {sequences} sequences of {length} tokens (no tokenizer in {folder})"
+    own = Lengths.full(config.evaluation.client_sequences, length)
+    data = Data(lambda _: everyone, lambda _: own, Lengths.full(held_out, length), note)
+    return make_clients(federation, config.federation, tiers, config.seed), data

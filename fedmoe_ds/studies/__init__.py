@@ -1,0 +1,1 @@
+"""Studies: many runs, one table: `compare/` methods, `scaling/` over ranks, experts and clients."""

@@ -1,0 +1,98 @@
+"""Record: the figures of one finished run, per budget tier, and the check that the runs of one seed can be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.report.history import SPLITS, Event, History, tier_of, tier_results
+from fedmoe_ds.studies.compare.plan import Run
+
+FIGURES = ("perplexity", "accuracy", "clients_perplexity", "clients_accuracy", "flops")
+Figures = dict[str, float]
+"""A figure that was not recorded is absent; one that was recorded as not finite is infinity (perplexity) or NaN."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished run says.
+
+    `before` and `after` hold per tier the figures of the foundation and of the last round; `flops` are forward and backward
+    floating-point operations of one client in one round, averaged over the rounds and the clients of the tier that trained.
+    """
+
+    label: str
+    seed: int
+    name: str
+    digest: str
+    before: Mapping[str, Figures]
+    after: Mapping[str, Figures]
+    ground: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+def read_record(run: Run) -> Record:
+    """The record of a finished run."""
+    history = run.history()
+    assert history.end is not None, f"{run.name} is not finished"
+    before: dict[str, Figures] = {}
+    after: dict[str, Figures] = {}
+    for result in tier_results(history.evaluations.values()):
+        prefix = "" if result.split == "global" else "clients_"
+        before.setdefault(result.tier, {}).update(_scores(result.before, prefix))
+        after.setdefault(result.tier, {}).update(_scores(result.after, prefix))
+    for tier, figures in after.items():
+        figures.update(_flops(history, tier))
+    versions = {str(key): str(value) for key, value in (history.run.get("versions") or {}).items()}
+    digest = str(history.end.get("digest"))
+    return Record(run.label, run.seed, run.name, digest, before, after, _ground(history), versions)
+
+
+def _scores(event: Event, prefix: str) -> Figures:
+    broken = {"perplexity": math.inf, "accuracy": math.nan}
+    return {prefix + name: broken[name] if event[name] is None else float(event[name]) for name in broken if name in event}
+
+
+def _flops(history: History, tier: str) -> Figures:
+    """The mean over the tier's client events; nothing where one of them lacks the field (a run of an older version)."""
+    spent = [event.get("flops") for event in history.clients.values() if tier_of(event) == tier]
+    known = [float(value) for value in spent if value is not None]
+    return {"flops": sum(known) / len(known)} if known and len(known) == len(spent) else {}
+
+
+def _ground(history: History) -> dict[str, Any]:
+    """What all methods of a seed must share."""
+    clients = [
+        {key: client.get(key) for key in ("name", "samples", "sequences", "tokens", "top_k")}
+        for client in history.data.get("clients") or []
+    ]
+    pooled = {key: event for key, event in history.evaluations.items() if key[0] == 0 and event["split"] in SPLITS}
+    tokens = {f"{split} k={tier}": event.get("tokens") for (_, split, tier, _), event in pooled.items()}
+    return {
+        "foundation": history.run.get("foundation"),
+        "clients": clients,
+        "distribution": history.data.get("distribution"),
+        "hold-outs": tokens,
+    }
+
+
+def check_same_ground(records: Sequence[Record]) -> None:
+    """Raise UserError unless all runs of a seed had the same foundation, clients, data and hold-outs."""
+    first: dict[int, Record] = {}
+    for record in records:
+        reference = first.setdefault(record.seed, record)
+        for key, value in record.ground.items():
+            if value != reference.ground[key]:
+                raise UserError(
+                    f"{key}: {_brief(value)}: {record.name} differs from {reference.name} ({_brief(reference.ground[key])}); "
+                    "the methods of a seed must share foundation and data: remove both folders and start again"
+                )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

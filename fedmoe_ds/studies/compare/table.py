@@ -1,0 +1,124 @@
+"""Table: the results of a comparison as Markdown whose columns line up, so that it reads as plain text too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from fedmoe_ds.report import formats
+from fedmoe_ds.studies.compare.aggregate import FOUNDATION, Comparison, Line, Spread
+from fedmoe_ds.studies.compare.verdict import Verdict
+from fedmoe_ds.terminal import visible
+
+MISSING = "-"
+_NAMES = {"perplexity": "perplexity", "clients_perplexity": "clients' perplexity", "accuracy": "accuracy", "flops": "TFLOP"}
+_HEAD = ("method", "perplexity", "clients' hold-outs", "accuracy", "TFLOP", "of {first}")
+
+
+def tier_table(comparison: Comparison, tier: str) -> str:
+    """Foundation and methods at one tier: mean ± sample standard deviation over seeds, in bold what is not beaten.
+
+    Perplexity and accuracy are those of the global hold-out, TFLOP those of one client in one round, forward and backward
+    (without a spread: it is a count, and what it varies with is the clients' data).
+    """
+    lines = comparison.lines(tier)
+    costs = {line.label: line.figures["flops"].mean for line in lines if "flops" in line.figures}
+    reference = costs.get(comparison.labels[0])
+    shares = [line.figures["accuracy"].mean for line in lines if "accuracy" in line.figures]
+    digits = min((formats.share_digits(share, comparison.targets(tier)) for share in shares), default=2)
+
+    def row(line: Line) -> list[str]:
+        complete = line.seeds == comparison.seeds
+        name = line.label if complete else f"{line.label} ({line.seeds} of {comparison.seeds} seeds)"
+        cost = costs.get(line.label)
+        share = f"{100 * cost / reference:.0f} %" if cost is not None and reference else MISSING
+        cells = [
+            _cell(comparison, line, tier, "perplexity", number),
+            _cell(comparison, line, tier, "clients_perplexity", number),
+            _cell(comparison, line, tier, "accuracy", lambda value: f"{100 * value:.{digits}f} %"),
+            MISSING if cost is None else formats.number(cost / 1e12),
+        ]
+        return [name, *cells, share]
+
+    head = [text.format(first=comparison.labels[0]) for text in _HEAD]
+    return markdown(head, [row(line) for line in lines])
+
+
+def _cell(comparison: Comparison, line: Line, tier: str, figure: str, form: Callable[[float], str]) -> str:
+    spread = line.figures.get(figure)
+    if spread is None:
+        return MISSING
+    text = with_spread(spread, form)
+    return f"**{text}**" if line.label != FOUNDATION and line.label in comparison.best(tier, figure) else text
+
+
+def with_spread(spread: Spread, form: Callable[[float], str]) -> str:
+    """mean ± sample standard deviation; a single seed has no spread."""
+    if not math.isfinite(spread.mean):
+        return "not finite"
+    return form(spread.mean) if spread.std is None else f"{form(spread.mean)} ± {form(spread.std)}"
+
+
+def number(value: float) -> str:
+    """Two decimals, two digits where those would show little."""
+    if abs(value) >= 1e6:
+        return f"{value:.3g}"
+    return "0" if value == 0 else f"{value:.2f}" if abs(value) >= 0.095 else f"{value:.2g}"
+
+
+def verdict_table(verdicts: Sequence[Verdict], sources: bool = True) -> str:
+    """Published orderings and what became of them; the difference is log(left / right) in percent."""
+    arithmetic = all(verdict.arithmetic for verdict in verdicts)
+    rows = []
+    for verdict in verdicts:
+        row = [_claim(verdict), verdict.answer, verdict.expectation.source, verdict.tier, _difference(verdict)]
+        row += [] if arithmetic else [*_p_values(verdict), _flops(verdict)]
+        rows.append(row if sources else [*row[:2], *row[3:]])
+    head = ["expected", "verdict", *(["source"] if sources else []), "top-k", "left against right"]
+    head += [] if arithmetic else ["p", "corrected p", "FLOPs of left"]
+    return markdown(head, rows, text_columns=3 if sources else 2)
+
+
+def _claim(verdict: Verdict) -> str:
+    expected = verdict.expectation
+    claim = f"{expected.claim}, {_NAMES[expected.metric]}"
+    if expected.more_than_at is not None:
+        claim += f", more clearly than at k={expected.more_than_at}"
+    return claim
+
+
+def _difference(verdict: Verdict) -> str:
+    if verdict.difference is None:
+        return MISSING
+    text = with_spread(verdict.difference, lambda value: f"{number(100 * value)} %")
+    return text + (" (one seed)" if len(verdict.difference.values) == 1 else "")
+
+
+def _p_values(verdict: Verdict) -> list[str]:
+    return [MISSING, MISSING] if verdict.test is None else [p_value(verdict.test.p), p_value(verdict.test.corrected)]
+
+
+def p_value(p: float) -> str:
+    """Two digits; what is smaller than a thousandth says only that."""
+    return "<0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def _flops(verdict: Verdict) -> str:
+    """Those of the left side in those of the right one."""
+    if verdict.flops is None:
+        return MISSING
+    share = f"{100 * math.exp(verdict.flops.mean):.0f} %"
+    return f"equal ({share})" if verdict.equal_flops else share
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table, padded; the first columns are text on the left, the others numbers on the right."""
+    cells = [[visible(text).replace("|", "\\|") for text in row] for row in (head, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(head))]
+    rule = ["-" * width if column < text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+
+    def padded(row: Sequence[str]) -> str:
+        sized = enumerate(zip(row, widths, strict=True))
+        return " | ".join(text.ljust(width) if column < text_columns else text.rjust(width) for column, (text, width) in sized)
+
+    return "\n".join(f"| {padded(row)} |" for row in (cells[0], rule, *cells[1:]))

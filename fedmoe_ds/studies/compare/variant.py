@@ -1,0 +1,98 @@
+"""Variant: a method as it takes part in a study: its label and the keys that are its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmoe_ds.config import Config, load_config
+from fedmoe_ds.config.yaml12 import inline_yaml
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.studies.compare.protocol import MethodEntry, Protocol
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A label and its `key=value` lists: `own` comes before the overrides for every run, `inline` after them.
+
+    `origin` says where the `method` section comes from.
+    """
+
+    label: str
+    name: str
+    own: tuple[str, ...]
+    inline: tuple[str, ...]
+    origin: str
+
+
+def parse_variants(text: str, protocol: Protocol, methods: Path) -> list[Variant]:
+    """The variants of `--methods`: `label` or `label:key=value+key=value`, separated by commas.
+
+    Args:
+        methods: the folder of the methods' own files, `<name>.yaml`, each a whole configuration of which only the `method`
+            section and the keys under `take` are used. A method without a file runs with its defaults.
+
+    Raises:
+        UserError: nothing is listed, a label is given twice, or an entry is malformed.
+    """
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(entries):
+        raise UserError(f"--methods: {text or 'empty'}: lists no method; give names separated by commas, e.g. flame,fedit")
+    variants = [_variant(entry, protocol, methods) for entry in entries]
+    labels = [variant.label for variant in variants]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"--methods: {label}: listed twice; give every label once")
+    return variants
+
+
+def _variant(entry: str, protocol: Protocol, methods: Path) -> Variant:
+    base, colon, rest = entry.partition(":")
+    inline = tuple(rest.split("+")) if colon else ()
+    for override in inline:
+        if "=" not in override.strip("="):
+            raise UserError(f"--methods: {entry}: '{override}' is no key=value; write label:key=value+key=value")
+    described = protocol.methods.get(base, MethodEntry())
+    name = described.name or base
+    own, origin = _own_keys(name, described, methods)
+    label = "-".join([base, *(_short(override) for override in inline)])
+    return Variant(label, name, tuple(own), inline, origin)
+
+
+def _short(override: str) -> str:
+    """What an inline override adds to the label: method.temperature=0 -> temperature-0, fit for a folder's name."""
+    key, _, value = override.partition("=")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-")
+
+
+def _own_keys(name: str, described: MethodEntry, methods: Path) -> tuple[list[str], str]:
+    path = methods / f"{name}.yaml"
+    if not path.exists():
+        if described.take:
+            raise UserError(f"--study: {described.take[0]}: is to be taken from {path}, which is not there; use set")
+        own, origin = [f"method={inline_yaml({'name': name})}"], "the method's defaults"
+    else:
+        config = load_config(path)
+        if config.method.name != name:
+            raise UserError(f"method.name: {config.method.name}: {path} is the file of {name}; set method.name: {name}")
+        own, origin = [f"method={inline_yaml(config.method.model_dump())}"], str(path)
+        own += [f"{key}={inline_yaml(_at(config, key, path))}" for key in described.take]
+    return own + [f"{key}={inline_yaml(value)}" for key, value in described.set.items()], origin
+
+
+def _at(config: Config, dotted: str, path: Path) -> Any:
+    """The value of a dotted key."""
+    here: Any = config.model_dump()
+    for key in dotted.split("."):
+        if not isinstance(here, dict) or key not in here:
+            raise UserError(f"--study: take: {dotted}: {path} has no such key; see docs/configuration.md")
+        here = here[key]
+    return here
+
+
+def keys_of(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys of key=value overrides."""
+    return [override.partition("=")[0] for override in overrides]

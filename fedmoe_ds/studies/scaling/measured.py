@@ -1,0 +1,162 @@
+"""Measured: what metrics.jsonl of a finished run says about time.
+
+A round lasts from one `round` event to the next, so everything is in it: training, aggregation, evaluation, and what the
+checkpoint of the round before takes, which begins after its event. The first round of every start warms up (caches, compiled
+kernels, page faults) and is not timed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.report import read_metrics
+from fedmoe_ds.report.history import Event
+from fedmoe_ds.storage.strict_json import read_json
+from fedmoe_ds.studies.compare.plan import Run
+
+PHASES = ("train", "aggregate", "evaluate")
+ALL_TO_ALL = "all_to_all"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished run. Figures are means over the timed rounds; phases and collectives are those of rank 0.
+
+    Attributes:
+        hosts: machines that the ranks were on.
+        rounds: those that were timed; without any there are no figures.
+        tokens, flops: trained in a round by all clients, forward and backward; flops None where a client's are not recorded.
+        seconds: of a round, wall clock.
+        recorded: seconds of the `round` event, which ends before the checkpoint; what a prediction is about.
+        phases: seconds of `train`, `aggregate`, `evaluate`, and of everything else as `other`; they add up to `seconds`.
+        collectives: seconds inside collectives by name, a part of the phases; None where the run did not record them.
+        peak_mib: peak memory of every rank in order, or None.
+        cores: CPU cores that all ranks shared, or None.
+    """
+
+    ranks: int
+    clusters: int
+    ep_size: int
+    clients: int
+    hosts: int
+    rounds: tuple[int, ...]
+    tokens: float
+    flops: float | None
+    seconds: float
+    recorded: float
+    phases: Mapping[str, float]
+    collectives: Mapping[str, float] | None
+    peak_mib: tuple[float, ...] | None
+    cores: int | None
+    digest: str
+    bitwise: bool
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def flops_per_s(self) -> float | None:
+        return None if self.flops is None else self.flops / self.seconds
+
+
+def machine_file(run: Run) -> Path:
+    """Where the study notes the machine of a run."""
+    return Path(f"{run.folder}.machine.json")
+
+
+def measure(run: Run) -> Measured:
+    """The figures of a finished run. Raises UserError where its record lacks one, or the note about its machine is damaged."""
+    path = run.folder / "metrics.jsonl"
+    events = read_metrics(path)
+    try:
+        return _measured(events, _machine(machine_file(run)))
+    except (LookupError, StopIteration, TypeError) as error:  # every field may be absent, or null: old runs have fewer
+        what = f"{error.args[0]} is" if isinstance(error, LookupError) and error.args else "an event or a field is"
+        raise UserError(
+            f"{path}: {what} missing, so no time can be told; remove the folder, and measure the run again"
+        ) from error
+
+
+def _machine(path: Path) -> dict[str, Any]:
+    try:
+        facts = read_json(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; remove it") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("cores"), int | None):
+        raise UserError(f"{path}: describes no machine; remove it")
+    return facts
+
+
+def _measured(events: Sequence[Event], machine: dict[str, Any]) -> Measured:
+    facts = next(event for event in events if event["event"] == "run")
+    end = next(event for event in reversed(events) if event["event"] == "end")
+    timed = timed_rounds(events)
+    spent = [_phases(seconds, event) for seconds, event in timed]
+    peaks = end.get("peak_bytes")
+    return Measured(
+        ranks=facts["world_size"],
+        clusters=facts["clusters"],
+        ep_size=facts["ep_size"],
+        clients=facts["clients"],
+        hosts=len({row["host"] for row in facts["topology"]}),
+        rounds=tuple(event["round"] for _, event in timed),
+        tokens=_mean([event["tokens"] for _, event in timed]),
+        flops=_flops(events, [event["round"] for _, event in timed]),
+        seconds=_mean([seconds for seconds, _ in timed]),
+        recorded=_mean([event["seconds"] for _, event in timed]),
+        phases={name: _mean([part[name] for part in spent]) for name in (*PHASES, "other")},
+        collectives=_collectives([event for _, event in timed]),
+        peak_mib=tuple(count / 2**20 for count in peaks) if peaks else None,
+        cores=machine.get("cores"),
+        digest=str(end.get("digest")),
+        bitwise=facts["reproducible"] == "bitwise",
+        versions={str(name): str(version) for name, version in facts["versions"].items()},
+        machine=machine,
+    )
+
+
+def timed_rounds(events: Sequence[Event]) -> list[tuple[float, Event]]:
+    """(wall seconds, event) of every round that follows another one in the same start of the run."""
+    timed: list[tuple[float, Event]] = []
+    before: float | None = None
+    for event in events:
+        if event["event"] in ("run", "resume"):
+            before = None
+        elif event["event"] == "round":
+            if before is not None:
+                timed.append((event["time"] - before, event))
+            before = event["time"]
+    return timed
+
+
+def _phases(seconds: float, event: Event) -> dict[str, float]:
+    spent = {name: float(event["phases"].get(name) or 0.0) for name in PHASES}
+    return spent | {"other": max(0.0, seconds - sum(spent.values()))}
+
+
+def _collectives(rounds: Sequence[Event]) -> dict[str, float] | None:
+    if not rounds or any("collectives" not in event for event in rounds):
+        return None
+    total: dict[str, float] = defaultdict(float)
+    for event in rounds:
+        for name, tally in event["collectives"].items():
+            total[name] += tally["seconds"] / len(rounds)
+    return dict(total)
+
+
+def _flops(events: Sequence[Event], rounds: Sequence[int]) -> float | None:
+    spent = [event.get("flops") for event in events if event["event"] == "client" and event["round"] in rounds]
+    known = [float(value) for value in spent if value is not None]
+    return sum(known) / len(rounds) if known and len(known) == len(spent) else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,145 @@
+"""Report: `scaling.csv`, `scaling.md` and `scaling.svg` of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.report import formats
+from fedmoe_ds.storage.files import write_whole
+from fedmoe_ds.studies.compare.table import markdown
+from fedmoe_ds.studies.scaling.plot import picture
+from fedmoe_ds.studies.scaling.rows import Line, Row, differing, lines_of, same_everywhere
+from fedmoe_ds.studies.scaling.study import Study
+from fedmoe_ds.studies.scaling.table import csv_text, speed_table, time_table
+
+STEM = "scaling"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a report is made of. `missing` says by run name why it has no figures; `hardware` is the calibration file's name."""
+
+    study: Study
+    command: str
+    rows: Sequence[Row]
+    missing: Mapping[str, str]
+    hardware: str | None
+
+    @property
+    def lines(self) -> list[Line]:
+        return lines_of(self.rows)
+
+
+def write_report(results: Results, output: Path, copy: Path | None) -> Path:
+    """Write the three files into `output`, and text and picture to `copy` (a .md file) too; return the text's path.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    target = output / f"{STEM}.md"
+    drawing = picture(results.study, results.lines) if results.rows else None
+    content = {target.with_suffix(".csv"): csv_text(results.study, results.rows)}
+    for path in filter(None, (target, copy)):
+        content[path] = text(results, path.with_suffix(".svg").name)
+        if drawing is not None:
+            content[path.with_suffix(".svg")] = drawing
+    for path, body in content.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, body)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}; give another folder") from None
+    return target
+
+
+def results_text(results: Results) -> str:
+    """The tables and what must be said with them, for a terminal."""
+    if not results.rows:
+        return "No run is finished."
+    tables = [speed_table(results.study, results.lines), "Seconds of a round:", time_table(results.study, results.lines)]
+    return "\n\n".join([*tables, *remarks(results), *_missing(results)])
+
+
+def text(results: Results, svg: str) -> str:
+    """The Markdown report; `svg` is the picture's name beside it."""
+    study = results.study
+    parts = [f"# {study.title}", _lead(results)]
+    if results.rows:
+        parts += [f"![Throughput, efficiency and time over {study.axis}]({svg})", "## Throughput"]
+        parts += [speed_table(study, results.lines), *remarks(results), "## Where the time goes", _READING]
+        parts += [time_table(study, results.lines)]
+    parts += _missing(results)
+    parts += ["## How to repeat it", f"```\n{results.command}\n```", _machine(results)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_READING = """\
+Seconds of a round on rank 0, mean ± sample standard deviation over repeats, without the first round. Phases add up to the
+round; `other` is the checkpoint, the schedule and the journal. `aggregate` includes waiting for clusters that trained longer.
+The time inside collectives is a part of the phases, and includes waiting for peers that have not arrived. What the runs did not
+record is `-`."""
+
+
+def _lead(results: Results) -> str:
+    study = results.study
+    first = results.rows[0].config if results.rows else None
+    grown = ", ".join(f"{amount} x {study.per}s of `{key}`" for key, amount in study.grows.items())
+    facts = [f"Values: {', '.join(map(str, study.values))}; {formats.many(study.repeats, 'repeat')} of each."]
+    if grown:
+        facts.append(f"What grows: {grown}.")
+    elif study.scaling == "strong":
+        facts.append("The federation is the same at every value.")
+    if first is not None:
+        rounds = first.federation.rounds
+        facts.append(f"Foundation {first.foundation.path or first.foundation.preset}, {rounds} rounds, the first is not timed.")
+    return " ".join(facts)
+
+
+def remarks(results: Results) -> list[str]:
+    """What a reader of the figures has to know: shared cores, digests, where predictions come from."""
+    said = []
+    crowded = [str(line.value) for line in results.lines if line.crowded]
+    if crowded:
+        (cores, *_) = sorted({line.measured.cores for line in results.lines if line.crowded and line.measured.cores})
+        said.append(
+            f"{results.study.axis} {', '.join(crowded)}: more ranks than the {formats.many(cores, 'core')} of the machine. "
+            "Ranks took turns, and these lines say nothing about hardware with a core or a device per rank."
+        )
+    if results.study.by_flops:
+        said.append("Efficiency compares GFLOP/s: on this axis a token is not the same work at every value.")
+    pairs = differing(results.rows)
+    if pairs:
+        left, right = pairs[0]
+        said.append(
+            f"NOT THE SAME RESULT: {left.config.name} and {right.config.name} trained one federation to different digests."
+        )
+    elif same_everywhere(results.rows):
+        said.append(f"All {len(results.rows)} runs ended with one digest: {results.rows[0].measured.digest}.")
+    if results.hardware is not None:
+        said.append(
+            f"Predictions: the planner with {results.hardware}; they end before the checkpoint, "
+            "and so does what they are compared with."
+        )
+    return said
+
+
+def _missing(results: Results) -> list[str]:
+    if not results.missing:
+        return []
+    return [
+        "Missing runs; the figures are without them:",
+        markdown(["run", "why"], list(map(list, results.missing.items())), 2),
+    ]
+
+
+def _machine(results: Results) -> str:
+    found: dict[str, None] = {}
+    for row in results.rows:
+        facts = row.measured.machine
+        versions = ", ".join(f"{name} {version}" for name, version in row.measured.versions.items())
+        where = f"{facts['cpu']}, {facts['cores']} cores, {facts['system_name']}; " if facts else ""
+        found[f"{where}{versions}"] = None
+    return "Measured on: " + "; ".join(found) + "." if found else ""
