@@ -127,7 +127,7 @@ distclean: clean  ## remove the environments too
 	@touch $@
 
 # Flower brings Ray and versions of its own. Nothing of this package is installed there; its programs read it from the sources.
-.venv-peers/.installed: fedmoe_ds/bench/flower/requirements.txt | .venv/.system
+.venv-peers/.installed: fedmoe_ds/bench/baselines/flower/requirements.txt | .venv/.system
 	@echo "installing Flower into .venv-peers with $(PYTHON) (a few minutes the first time)"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@$(call install-torch,.venv-peers,$(TORCH))

@@ -18,9 +18,9 @@ from fedmoe_ds.terminal import note, show
 
 
 def main() -> int:
-    from fedmoe_ds.bench.command import Command, Report, add_json
     from fedmoe_ds.bench.commands import COMMANDS
-    from fedmoe_ds.bench.reports import REPORTS
+    from fedmoe_ds.bench.harness.command import Command, Report, add_json
+    from fedmoe_ds.bench.results.commands import REPORTS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="command", required=True)
@@ -40,9 +40,9 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace) -> int:
-    from fedmoe_ds.bench import table
-    from fedmoe_ds.bench.command import command_line
     from fedmoe_ds.bench.commands import COMMANDS
+    from fedmoe_ds.bench.harness import table
+    from fedmoe_ds.bench.harness.command import command_line
 
     chosen = COMMANDS[args.command]
     table.check_writable(args.json)

@@ -42,7 +42,7 @@ def main() -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported; a plan computes nothing on a device
     args = parse()
     config = load_config(args.config, args.overrides)
-    from fedmoe_ds.bench.table import check_writable, write_json
+    from fedmoe_ds.bench.harness.table import check_writable, write_json
     from fedmoe_ds.planner import load_hardware
     from fedmoe_ds.planner.plan import plan
     from fedmoe_ds.planner.world import world_of

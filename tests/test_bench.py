@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from fedmoe_ds.bench import load, pool, table, wave
-from fedmoe_ds.bench.floor import DeviceFloor, Floor
-from fedmoe_ds.bench.fused import Fused
-from fedmoe_ds.bench.peers import Peft
-from fedmoe_ds.bench.pool_systems import Dense, ExpertPool
-from fedmoe_ds.bench.pool_workload import DENSE, PoolWorkload, write_dense_model
-from fedmoe_ds.bench.shapes import SHAPES, write_model
-from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.bench.fft_moe import measure as pool
+from fedmoe_ds.bench.fft_moe.systems import Dense, ExpertPool
+from fedmoe_ds.bench.fft_moe.workload import DENSE, PoolWorkload, write_dense_model
+from fedmoe_ds.bench.harness import table
+from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
+from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.bench.memory import load
+from fedmoe_ds.bench.wave import measure as wave
+from fedmoe_ds.bench.wave.floor import DeviceFloor, Floor
+from fedmoe_ds.bench.wave.fused import Fused
+from fedmoe_ds.bench.wave.peft import Peft
 from fedmoe_ds.errors import UserError
 
 BENCH = Path(__file__).parents[1] / "launch" / "bench.py"

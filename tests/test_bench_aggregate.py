@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedmoe_ds.aggregation.weighted_average import Statistics
-from fedmoe_ds.bench import aggregate
-from fedmoe_ds.bench.aggregate_rank import blocks
-from fedmoe_ds.bench.commands.aggregate import show
+from fedmoe_ds.bench.allreduce import measure as aggregate
+from fedmoe_ds.bench.allreduce.command import show
+from fedmoe_ds.bench.allreduce.rank import blocks
 from fedmoe_ds.errors import UserError
 
 BENCH = Path(__file__).parents[1] / "launch" / "bench.py"

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from fedmoe_ds.bench import memory, memory_rounds
-from fedmoe_ds.bench.commands.memory import show
-from fedmoe_ds.bench.memory_client import counted
-from fedmoe_ds.bench.memory_clients import slope
-from fedmoe_ds.bench.shapes import SHAPES, write_model
-from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
+from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.bench.memory import measure as memory
+from fedmoe_ds.bench.memory import rounds as memory_rounds
+from fedmoe_ds.bench.memory.clients import slope
+from fedmoe_ds.bench.memory.command import show
+from fedmoe_ds.bench.memory.one_system import counted
 from fedmoe_ds.errors import UserError
 
 BENCH = Path(__file__).parents[1] / "launch" / "bench.py"

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from fedmoe_ds.bench import suite, table
-from fedmoe_ds.bench.command import add_json, command_line
 from fedmoe_ds.bench.commands import COMMANDS
-from fedmoe_ds.bench.document import Document, read_documents
-from fedmoe_ds.bench.goals import TARGETS
-from fedmoe_ds.bench.repeats import UNKNOWN_MEANS
-from fedmoe_ds.bench.reports.page import page_markdown, peft_table
-from fedmoe_ds.bench.reports.targets import NO_REASON, read_reasons, targets_table
-from fedmoe_ds.bench.system import BITWISE, OURS
+from fedmoe_ds.bench.harness import table
+from fedmoe_ds.bench.harness.command import add_json, command_line
+from fedmoe_ds.bench.harness.document import Document, read_documents
+from fedmoe_ds.bench.harness.repeats import UNKNOWN_MEANS
+from fedmoe_ds.bench.harness.system import BITWISE, OURS
+from fedmoe_ds.bench.results import suite
+from fedmoe_ds.bench.results.goals import TARGETS
+from fedmoe_ds.bench.results.page import page_markdown, peft_table
+from fedmoe_ds.bench.results.targets_command import NO_REASON, read_reasons, targets_table
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import machine_facts
 

@@ -20,13 +20,13 @@ import torch
 from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 
-from fedmoe_ds.bench import federated, layers
-from fedmoe_ds.bench.commands import peers
-from fedmoe_ds.bench.program import Program, Start, programs
-from fedmoe_ds.bench.shapes import SHAPES, write_model
-from fedmoe_ds.bench.system import BITWISE, OURS
-from fedmoe_ds.bench.wave import DisagreementError
-from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.bench.baselines import command as peers
+from fedmoe_ds.bench.baselines import federated, layers
+from fedmoe_ds.bench.harness.program import Program, Start, programs
+from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
+from fedmoe_ds.bench.harness.system import BITWISE, OURS
+from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.bench.wave.measure import DisagreementError
 from fedmoe_ds.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def test_a_dead_program_shows_its_log() -> None:
 
 def _compare_stacks(rank: int, folder: str) -> None:
     """In a world of one, which DeepSpeed's layer wants."""
-    from fedmoe_ds.bench.layer_worker import open_stack
+    from fedmoe_ds.bench.baselines.layer_worker import open_stack
 
     workload = tiny(length=40)
     layers.write_normalised(workload, Path(folder))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedmoe_ds.bench.repeats import decide, interval, paired, run_of, samples_of, shown, with_range
-from fedmoe_ds.bench.table import two_digits
+from fedmoe_ds.bench.harness.repeats import decide, interval, paired, run_of, samples_of, shown, with_range
+from fedmoe_ds.bench.harness.table import two_digits
 
 RUN = st.lists(st.floats(0.1, 10.0), min_size=1, max_size=5)
 

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 from federations import make_config, run_alone, write_inputs
 
-from fedmoe_ds.bench import round_budget, round_overhead, round_shares, round_weak, rounds
-from fedmoe_ds.bench.commands.round import COMMAND, check_positive
-from fedmoe_ds.bench.round_jobs import PHASES, TRAINING, RoundJobs, RoundTime, RoundWorkload, Timed, round_times
-from fedmoe_ds.bench.shapes import SHAPES, write_model
-from fedmoe_ds.bench.system import BITWISE, OURS
-from fedmoe_ds.bench.workload import Workload
+from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
+from fedmoe_ds.bench.harness.system import BITWISE, OURS
+from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.bench.rounds import budget as round_budget
+from fedmoe_ds.bench.rounds import measure as rounds
+from fedmoe_ds.bench.rounds import overhead as round_overhead
+from fedmoe_ds.bench.rounds import shares as round_shares
+from fedmoe_ds.bench.rounds import weak as round_weak
+from fedmoe_ds.bench.rounds.command import COMMAND, check_positive
+from fedmoe_ds.bench.rounds.jobs import PHASES, TRAINING, RoundJobs, RoundTime, RoundWorkload, Timed, round_times
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner import resolve

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.bench.reports.targets import read_reasons
+from fedmoe_ds.bench.results.targets_command import read_reasons
 from fedmoe_ds.config import Config, checked_deepspeed_section, config_schema_markdown, dump_config, load_config
 from fedmoe_ds.config.deepspeed_section import ALLOWED, REFUSED, REFUSED_INSIDE, DeepSpeedSection
 from fedmoe_ds.config.yaml12 import inline_yaml, parse_yaml

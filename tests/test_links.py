@@ -19,8 +19,8 @@ from scaling_inputs import make_request, plan, record_all
 from scaling_inputs import start as start_scaling
 from test_compare import NOWHERE
 
-from fedmoe_ds.bench import suite
-from fedmoe_ds.bench.table import check_writable, write_json
+from fedmoe_ds.bench.harness.table import check_writable, write_json
+from fedmoe_ds.bench.results import suite
 from fedmoe_ds.checkpoint.skipped_clients import Absences
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from method_variants import variant_config
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
-from fedmoe_ds.bench.shapes import Shape, write_model
+from fedmoe_ds.bench.harness.shapes import Shape, write_model
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.distributed.topology import Layout
 from fedmoe_ds.errors import UserError

@@ -10,9 +10,9 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedmoe_ds.bench.calibrate_fit import KINDS, fit, fit_link, fit_stage, fit_together
-from fedmoe_ds.bench.calibrate_waves import Bench, Sample
-from fedmoe_ds.bench.shapes import Shape
+from fedmoe_ds.bench.calibration.least_squares import KINDS, fit, fit_link, fit_stage, fit_together
+from fedmoe_ds.bench.calibration.waves import Bench, Sample
+from fedmoe_ds.bench.harness.shapes import Shape
 from fedmoe_ds.federation.build import enable_checkpointing
 from fedmoe_ds.kernels import matrix, rows
 from fedmoe_ds.kernels.lora_products import NativeProducts

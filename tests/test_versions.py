@@ -47,7 +47,7 @@ def test_the_makefile_tests_torch_at_both_ends() -> None:
 
 def test_flower_runs_the_same_model_code() -> None:
     """What both environments have is in one range, or the benchmark would compare two models."""
-    lines = (ROOT / "fedmoe_ds/bench/flower/requirements.txt").read_text().splitlines()
+    lines = (ROOT / "fedmoe_ds/bench/baselines/flower/requirements.txt").read_text().splitlines()
     theirs = [Requirement(line) for line in lines if line and not line.startswith("#")]
     shared = [each for each in theirs if each.name in RANGES]
     assert len(shared) >= 5

@@ -1,0 +1,1 @@
+"""All-reduce: the sums of a round against the libraries' own."""

@@ -1,0 +1,1 @@
+"""Calibration: this machine as hardware for the planner."""

@@ -1,0 +1,81 @@
+"""Memory of clients: peak and resident memory with one, two, four, eight clients in flight, and what one more adds.
+
+All clients have the largest cap, so that each adds the same. Beside the measured slope stands what a client's tensors add up to
+by count (`fedmoe_ds.planner.memory`): adapters, gradients, moments of AdamW, and activations where a pass holds all clients.
+Ours is measured with moments in bfloat16 as well.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmoe_ds.bench.harness.ranks import answers
+from fedmoe_ds.bench.harness.shapes import Shape, write_model
+from fedmoe_ds.bench.harness.system import OURS
+from fedmoe_ds.bench.harness.table import Row
+from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import machine_facts
+
+PART = "clients"
+CHILD = "fedmoe_ds.bench.memory.one_system"
+STEPS = 2
+
+Note = Callable[[str], None]
+
+
+def check(clients: Sequence[int]) -> None:
+    """Raises UserError for numbers of clients that give no slope."""
+    if min(clients) < 1:
+        raise UserError(f"--clients: {min(clients)}: too small; use 1 or more")
+    if len(set(clients)) < 2:
+        raise UserError(f"--clients: {clients[0]}: one number gives no slope; name two or more")
+
+
+def measure(
+    shape: Shape, systems: list[str], clients: list[int], sequences: int, length: int, seed: int, note: Note
+) -> list[Row]:
+    """One row per system of ours and number of clients, one per peer; rows of a system share slope and count."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
+        write_model(shape, seed, Path(folder))
+        for system in systems:
+            found = {}
+            for count in clients if system.startswith(OURS) else [1]:
+                note(f"{shape.name}: {system}: {count} in flight")
+                workload = Workload(shape, STEPS, sequences, length, seed, caps=(shape.top_k,) * count)
+                request = {"system": system, "folder": folder, "workload": workload.to_json()}
+                (found[count],) = answers(CHILD, request)
+            rows += [_row(shape, system, count, found, sequences, length) for count in found]
+    return rows
+
+
+def slope(found: dict[int, float]) -> float | None:
+    """What one more of something adds to a figure, by least squares; None where nothing can be fitted."""
+    return float(np.polyfit(list(found), list(found.values()), 1)[0]) if len(found) > 1 else None
+
+
+def _row(shape: Shape, system: str, count: int, found: dict[int, dict[str, Any]], sequences: int, length: int) -> Row:
+    here = found[count]
+    return {
+        "part": PART,
+        "shape": shape.name,
+        "system": system,
+        "tokens_per_s": None,
+        "peak_mib": here["peak_mib"],
+        "floor_share": None,
+        "clients": count,
+        "loaded_mib": here["loaded_mib"],
+        "resident_mib": here["resident_mib"],
+        "slope_mib": slope({clients: answer["peak_mib"] for clients, answer in found.items()}),
+        "counted_mib": here["counted_mib"],
+        "sequences": sequences,
+        "length": length,
+        **shape.facts(),
+        **machine_facts(),
+    }

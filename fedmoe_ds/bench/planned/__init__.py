@@ -1,0 +1,1 @@
+"""Planned: the planner's prediction beside a measurement of the same job."""

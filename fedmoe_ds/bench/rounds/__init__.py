@@ -1,0 +1,1 @@
+"""Rounds: where the time of whole rounds goes, and what being federated costs."""

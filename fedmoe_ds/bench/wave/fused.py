@@ -1,0 +1,104 @@
+"""Fused: the workload through this package's own wave trainer, in a world of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedmoe_ds.bench.harness.system import Clock, Outcome
+from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.clients.batches import local_batches
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.local_training import WaveTrainer
+from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig
+from fedmoe_ds.config.tree import FoundationConfig
+from fedmoe_ds.data import Sequences
+from fedmoe_ds.distributed.runtime import keep_freed_memory
+from fedmoe_ds.federation.run_spec import resolve_spec
+from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation.loading import load_model
+from fedmoe_ds.methods import method_for
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.install import install
+from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.per_client_attention import attend_apart
+
+
+class Fused:
+    """All clients in one wave, in `fast` or in `bitwise` mode."""
+
+    def __init__(self, folder: Path, workload: Workload, bitwise: bool) -> None:
+        keep_freed_memory()  # as every training run does
+        device = torch.device(workload.device)
+        self.workload = workload
+        foundation = _foundation(folder, workload)
+        config = _config(workload, bitwise)
+        self.spec = spec = resolve_spec(config, method_for(config), workload.device, foundation.outline)
+        experts, clients = workload.shape.experts, len(workload.caps)
+        pool = Pool(None, 1, experts, clients, merge=spec.shares_passes)
+        bank = Bank(spec.blocks, experts, clients, clients, device)
+        execution = Execution(bank, pool, workload.alpha / workload.rank, kernels=workload.kernels)
+        install(foundation, config.adapters, execution)
+        if bitwise and spec.shares_passes:  # as fedmoe_ds.federation.build does
+            attend_apart(foundation.model, execution)
+        self.start = Bank(spec.blocks, experts, clients=1, device=device, with_grad=False)
+        for key, _, value in self.start.items(first_expert=0):
+            value.copy_(workload.initial_value(key, value.shape))
+        self.foundation, self.local = foundation, config.local
+        model = AdaptedModel(foundation, execution)
+        self.trainer = WaveTrainer(model, spec.places.layers, self.local, None, workload.seed)
+
+    def train(self, stage: str) -> Outcome:
+        load = self.workload
+        count = load.stage_steps(stage) * load.sequences
+        clients = [Client(i, f"c{i}", cap, count, count, count * load.length, cap) for i, cap in enumerate(load.caps)]
+        data = {client.index: self._sequences(stage, client) for client in clients}
+        clock = Clock(load.device)
+        updates = [update for _, update in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
+        span = clock.stop()
+        losses = [update.losses for update in updates]
+        assert all(loss is not None for loss in losses) and [u.client.index for u in updates] == sorted(data)
+        return Outcome(span, losses, [update.counts_LE.tolist() for update in updates])  # type: ignore[arg-type]
+
+    def _sequences(self, stage: str, client: Client) -> Sequences:
+        """The client's data laid out so that its addressed shuffling brings them up in the workload's order."""
+        order = np.concatenate(local_batches(client, self.local, self.workload.seed, 0))
+        ids = self.workload.token_ids(stage, client.index).reshape(len(order), -1)
+        stored = np.empty_like(ids)
+        stored[order] = ids
+        mask = np.ones(ids.shape, dtype=bool)
+        mask[:, 0] = False
+        return Sequences(list(stored), list(mask))
+
+
+def _config(load: Workload, bitwise: bool) -> Config:
+    """What a run of this workload would be configured with; the optimizer is AdamW without decay or clipping."""
+    local = LocalConfig(batch_size=load.sequences, lr=load.lr, clip=None, moments=load.moments)
+    return Config(
+        seed=load.seed,
+        foundation=FoundationConfig.model_validate({"dtype": load.dtype}),
+        adapters=AdapterConfig(rank=load.rank, alpha=load.alpha, attention=list(load.attention)),
+        local=local,
+        execution=ExecutionConfig(reproducible="bitwise" if bitwise else "fast"),
+        method=MethodConfig(name="fedit"),
+    )
+
+
+def _foundation(folder: Path, workload: Workload) -> Foundation:
+    shape = workload.shape
+    model, layers = load_model(folder, getattr(torch, workload.dtype), 1, 0, torch.device(workload.device))
+    return Foundation(
+        model=model,
+        tokenizer=None,
+        layers=layers,
+        top_k=shape.top_k,
+        num_experts=shape.experts,
+        hidden_size=shape.hidden,
+        vocab_size=shape.vocab,
+        fingerprint="",
+        path=folder,
+    )
