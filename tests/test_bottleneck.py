@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.model.bottleneck import BottleneckExperts
+from fedmoe_ds.model.bottleneck_experts import BottleneckExperts
 from fedmoe_ds.model.experts import Block, Experts, OwnExperts
 
 SLOTS, SCALE = 3, 0.5

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.clients.client import BudgetKind, Capacity, Client, Tier, default_tiers, make_clients, resolve_tiers
+from fedmoe_ds.clients.client import Client, make_clients
+from fedmoe_ds.clients.tiers import BudgetKind, Capacity, Tier, default_tiers, resolve_tiers
 from fedmoe_ds.config import FederationConfig, TierConfig
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.data.omissions import Omissions

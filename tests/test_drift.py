@@ -14,8 +14,7 @@ from federations import alone, build, finish, make_config, write_inputs
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.server import CONTROL
-from fedmoe_ds.methods.client_drift import control_block, shared_blocks
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import BlockSpec, control_block, shared_blocks
 
 MU, LR, ROUNDS = 0.3, 0.05, 3
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": LR, "clip": None}

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.federation.schedule import CostModel, home_clients, participants, schedule
+from fedmoe_ds.federation.cost import CostModel
+from fedmoe_ds.federation.sampling import participants
+from fedmoe_ds.federation.schedule import home_clients, schedule
 
 COST = CostModel(dense=1000.0, expert=300.0)
 LOCAL = LocalConfig(batch_size=4, max_steps=20)

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.clients.batches import batch_size, learning_rate, local_batches, step_count
+from fedmoe_ds.clients.batches import batch_size, local_batches, step_count
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.clients.pooled import pooled_batches, pooled_client
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.federation.schedule import CostModel
+from fedmoe_ds.federation.cost import CostModel
 
 
 def make_client(sequences: int, index: int = 0) -> Client:

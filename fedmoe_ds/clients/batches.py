@@ -37,16 +37,3 @@ def local_batches(client: Client, config: LocalConfig, seed: int, round_index: i
         [generator(seed, "batches", round_index, client.index, e).permutation(client.sequences) for e in range(epochs)]
     )
     return [order[s * size : (s + 1) * size] for s in range(steps)]
-
-
-def learning_rate(config: LocalConfig, step: int, steps: int) -> float:
-    """Learning rate of a client's step 0 <= step < steps: linear warm-up, then constant, linear or cosine decay."""
-    warmup = math.ceil(config.warmup * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    if config.schedule == "linear":
-        return config.lr * (1.0 - progress)
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.lr

@@ -18,22 +18,25 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.batches import learning_rate, local_batches
+from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.hooks import ClientRules, ReadClient
+from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.collectives import all_gather
-from fedmoe_ds.federation.schedule import Wave
+from fedmoe_ds.distributed.phase_timer import Clock
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
 from fedmoe_ds.model.pass_context import InTraining
-from fedmoe_ds.report.phase_timer import Clock
+
+Wave = list[list[Client]]
+"""One wave of one cluster: the clients at home on each of its ranks."""
 
 
 @dataclass

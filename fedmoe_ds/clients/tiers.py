@@ -1,4 +1,4 @@
-"""Tiers: how outputs call budget tiers.
+"""Budget tiers: what a client's budget buys, and what outputs call it.
 
 A tier is called by its top-k, `4`. Where tiers of one top-k buy unequal LoRA ranks or numbers of experts, these are said too:
 `4 r2` trains two LoRA rows, `4 e8` eight experts per batch.
@@ -7,6 +7,86 @@ A tier is called by its top-k, `4`. Where tiers of one top-k buy unequal LoRA ra
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedmoe_ds.config import FederationConfig, TierConfig
+from fedmoe_ds.errors import UserError
+
+BudgetKind = Literal["top_k", "rank", "experts"]
+"""What a method spends a budget on: active experts per token, LoRA rank, or experts trained per batch."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The largest of what a budget can buy: the model's top-k, the adapters' rank, the experts of a layer."""
+
+    top_k: int
+    rank: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A budget tier with everything decided, see `Client`; `label` is what outputs call it."""
+
+    top_k: int
+    share: float
+    cap: int
+    rank: int
+    experts: int
+    label: str = ""
+
+    @property
+    def budget(self) -> Budget:
+        return self.top_k, self.rank, self.experts
+
+
+def default_tiers(top_k: int) -> list[TierConfig]:
+    """K, K/2, ..., 1 with equal shares (FLAME's tiers for K = 8)."""
+    caps = []
+    while top_k >= 1:
+        caps.append(top_k)
+        top_k //= 2
+    return [TierConfig(top_k=cap, share=1.0) for cap in caps]
+
+
+def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) -> list[Tier]:
+    """The run's tiers, checked against the model.
+
+    Args:
+        spends: what the method spends a budget on; `federation.budget` overrides it.
+    Raises:
+        UserError: no tier, or a number beyond the model's.
+    """
+    given = config.tiers if config.tiers is not None else default_tiers(full.top_k)
+    if not given:
+        raise UserError("federation.tiers: []: at least one tier is needed; drop the key for the default tiers")
+    for i, tier in enumerate(given):
+        limits = (("top_k", full.top_k, "activates", "experts per token"), ("rank", full.rank, "has", "LoRA rows"),
+                  ("experts", full.experts, "has", "experts per layer"))  # fmt: skip
+        for key, most, verb, unit in limits:
+            value = getattr(tier, key)
+            if value is not None and value > most:
+                raise UserError(f"federation.tiers.{i}.{key}: {value}: the model {verb} {most} {unit}; use 1 to {most}")
+    bought = spends if config.budget == "method" else config.budget
+    tiers = [_decide(tier, full, bought) for tier in given]
+    labels = tier_labels(tier.budget for tier in tiers)
+    return [replace(tier, label=labels[tier.budget]) for tier in tiers]
+
+
+def _decide(tier: TierConfig, full: Capacity, spends: str) -> Tier:
+    share = tier.top_k / full.top_k
+    rank = tier.rank or max(1, int(full.rank * share))
+    experts = tier.experts or max(1, int(full.experts * share))
+    return Tier(
+        tier.top_k,
+        tier.share,
+        cap=tier.top_k if spends in ("top_k", "both") else full.top_k,
+        rank=rank if spends in ("rank", "both") else full.rank,
+        experts=experts if spends == "experts" else full.experts,
+    )
+
 
 Budget = tuple[int, int, int]
 """(top-k, LoRA rank, experts per batch): what tells tiers apart. A larger budget compares as larger."""

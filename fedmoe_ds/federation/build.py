@@ -33,15 +33,16 @@ from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
-from fedmoe_ds.federation.schedule import home_clients, participant_count
+from fedmoe_ds.federation.sampling import participant_count
+from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.server import BASE, CONTROL, Server
 from fedmoe_ds.foundation import Foundation, host_sharing, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.methods import Method, RoundContext
-from fedmoe_ds.methods.client_drift import FedProx, Scaffold, control_block, shared_blocks
-from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+from fedmoe_ds.methods.client_drift import FedProx, Scaffold
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import initial_bank, install

@@ -23,7 +23,7 @@ from fedmoe_ds.storage.files import write_whole
 
 if TYPE_CHECKING:
     from fedmoe_ds.checkpoint.state import Progressed
-    from fedmoe_ds.report.phase_timer import Clock
+    from fedmoe_ds.distributed.phase_timer import Clock
 
 
 OUT_OF_MEMORY = "out-of-memory"

@@ -20,14 +20,15 @@ from fedmoe_ds.checkpoint.state import Progressed
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, release_memory
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.phase_timer import Clock
 from fedmoe_ds.errors import LostError
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
-from fedmoe_ds.federation.schedule import Wave, schedule
-from fedmoe_ds.report.phase_timer import Clock
+from fedmoe_ds.federation.schedule import schedule
 
 
 @dataclass(frozen=True)

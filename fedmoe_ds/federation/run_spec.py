@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe_ds.clients.client import Capacity, Client, Tier, resolve_tiers
+from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.pooled import pooled_client
+from fedmoe_ds.clients.tiers import Capacity, Tier, resolve_tiers
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.schedule import CostModel, participants
+from fedmoe_ds.federation.cost import CostModel
+from fedmoe_ds.federation.sampling import participants
 from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.foundation.foundation import planned_config

@@ -1,4 +1,4 @@
-"""Scheduling: who takes part in a round, and which cluster and wave trains whom.
+"""Scheduling: which cluster and wave trains whom.
 
 Every rank computes the same schedule from the same numbers. Placement balances predicted cost; it can change how long a round
 takes, never what comes out of it.
@@ -8,112 +8,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 
-import numpy as np
-
-from fedmoe_ds.clients.batches import batch_size, step_count
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.foundation.size import ModelSize
-from fedmoe_ds.model.adapter_bank import BlockSpec
-from fedmoe_ds.model.expert_layout import Places
-from fedmoe_ds.randomness import generator
-
-Wave = list[list[Client]]
-"""One wave of one cluster: the clients at home on each of its ranks."""
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """FLOPs of one token: forward = dense + active experts * expert (FLAME's C(k) = C_dense + k C_expert), adapters apart.
-
-    What counts is the mathematics of a step, 2 FLOPs per multiply-add: a product forward, again backward for the gradient of
-    its input, and again for the gradient of its weights where these are trained (LoRA rows, whole experts, adapter experts,
-    routers). An expert that a batch does not train has no backward pass. The output matrix counts on every row. What does not
-    count: attention scores, the input embedding (a look-up), padding, LoRA rows that a client does not hold though kernels
-    compute them, and the second forward pass of activation checkpointing.
-
-    Attributes:
-        dense, expert: weights outside the experts, and of one active expert in every layer.
-        dense_row, expert_row: one LoRA row (rank 1) on all dense adapters, and on one active expert in every layer.
-        layers: mixture layers, over which routed rows are counted.
-        positions: token rows per token of the data (images: rows per image).
-        dense_weights, expert_weights: the gradients of those of the weights that are trained themselves.
-    """
-
-    dense: float
-    expert: float
-    dense_row: float = 0.0
-    expert_row: float = 0.0
-    layers: int = 1
-    positions: int = 1
-    dense_weights: float = 0.0
-    expert_weights: float = 0.0
-
-    @classmethod
-    def of(cls, model: ModelSize, places: Places, blocks: Iterable[BlockSpec] = (), positions: int = 1) -> CostModel:
-        """Of a run that trains these blocks. Routers of adapter experts are no part of the model: they are added to it."""
-        expert = 2.0 * places.matrices * places.width * places.ffn * len(places.layers)
-        rows, weights = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
-        for spec in blocks:
-            if spec.rank_axis is not None:
-                rows[spec.expert] += 2.0 * len(spec.layers) * spec.item[1 - spec.rank_axis]
-            elif spec.trained and len(spec.item) > 1:
-                weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item)
-        dense = 2.0 * max(model.dense_parameters - model.vocabulary * model.hidden, 1)
-        dense += weights[False] if model.experts == 0 else 0.0
-        return cls(dense, expert, rows[False], rows[True], len(places.layers), positions, weights[False], weights[True])
-
-    def forward(self, cap: float, rank: int) -> float:
-        """FLOPs of one token's forward pass with `cap` active experts and adapters of this rank."""
-        return self.dense + rank * self.dense_row + cap * (self.expert + rank * self.expert_row)
-
-    def spent(self, tokens: float, routed: float, trained: float, rank: int) -> float:
-        """FLOPs of a client's training: forward, the gradient of every activation, and that of everything trained.
-
-        Args:
-            tokens: token rows it trained on.
-            routed, trained: (row, expert) slots over all layers that were computed, and that took part in the backward pass.
-        """
-        forward, backward = routed / self.layers, trained / self.layers
-        dense = tokens * (2 * self.dense + self.dense_weights + 3 * rank * self.dense_row)
-        lora = rank * self.expert_row
-        return dense + forward * (self.expert + lora) + backward * (self.expert + self.expert_weights + 2 * lora)
-
-    def client(self, client: Client, local: LocalConfig) -> float:
-        """Predicted FLOPs of one client in one round, all of its routed rows trained.
-
-        Targets stand for token rows: what only leads up to them (an instruction) is not counted.
-        """
-        per_sequence = client.targets / client.sequences
-        tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions
-        routed = tokens * client.cap * self.layers
-        return self.spent(tokens, routed, routed, client.rank)
-
-
-def participant_count(clients: int, participation: float) -> int:
-    """Clients drawn per round."""
-    return max(1, round(participation * clients))
-
-
-def participants(
-    clients: list[Client], participation: float, seed: int, round_index: int, sampling: str = "uniform"
-) -> list[Client]:
-    """The clients of a round in canonical order: an addressed draw without replacement, at least one.
-
-    Args:
-        sampling: `uniform`, or in proportion to `size` (samples) or `budget` (top_k). Aggregation weights stay what they are:
-            with `size` and weights by data size a client's samples count twice, in the draw and in the mean.
-    """
-    count = participant_count(len(clients), participation)
-    chances = None
-    if sampling != "uniform":
-        mass = np.array([client.samples if sampling == "size" else client.top_k for client in clients], dtype=np.float64)
-        chances = mass / mass.sum()
-    chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False, p=chances)
-    return [clients[i] for i in sorted(chosen.tolist())]
+from fedmoe_ds.federation.cost import CostModel
 
 
 def home_clients(in_flight: int | None, participants_per_round: int, ep_size: int) -> int:

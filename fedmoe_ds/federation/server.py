@@ -19,18 +19,12 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.schedule import participant_count
+from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.methods.client_drift import control_block, shared_blocks
-from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, lora_pairs
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, base_block, control_block, lora_pairs, shared_blocks
 from fedmoe_ds.model.install import base_weights, drawn_a
 
 CONTROL, BASE = "control", "base"
-
-
-def base_block(a: BlockSpec, b: BlockSpec) -> BlockSpec:
-    """The frozen weight under a LoRA pair, as the server keeps it once products move into it."""
-    return BlockSpec(f"{a.pair}.base", a.layers, (b.item[0], a.item[1]), expert=a.expert, trained=False)
 
 
 def check_terms(config: Config, clients: int) -> None:

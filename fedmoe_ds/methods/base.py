@@ -25,8 +25,9 @@ from torch import Tensor
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.clients.assignment import Assignment, leading
-from fedmoe_ds.clients.client import BudgetKind, Client
+from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError

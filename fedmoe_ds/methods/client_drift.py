@@ -11,25 +11,11 @@ Personal blocks are left alone: they have no global value.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
-
-
-def control_block(spec: BlockSpec) -> BlockSpec:
-    """Where a client remembers its control variate of a block."""
-    head, _, tail = spec.name.partition(".")
-    return replace(spec, name=f"{head}.control.{tail}" if tail else f"{head}.control", personal=True, trained=False)
-
-
-def shared_blocks(specs: Iterable[BlockSpec]) -> list[BlockSpec]:
-    """The blocks that are trained and averaged."""
-    return [spec for spec in specs if spec.trained and not spec.personal]
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
 
 
 class FedProx:

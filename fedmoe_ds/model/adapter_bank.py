@@ -11,10 +11,26 @@ client optimizer runs over whole blocks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+def base_block(a: BlockSpec, b: BlockSpec) -> BlockSpec:
+    """The frozen weight under a LoRA pair, as the server keeps it once products move into it."""
+    return BlockSpec(f"{a.pair}.base", a.layers, (b.item[0], a.item[1]), expert=a.expert, trained=False)
+
+
+def control_block(spec: BlockSpec) -> BlockSpec:
+    """Where a client remembers its control variate of a block."""
+    head, _, tail = spec.name.partition(".")
+    return replace(spec, name=f"{head}.control.{tail}" if tail else f"{head}.control", personal=True, trained=False)
+
+
+def shared_blocks(specs: Iterable[BlockSpec]) -> list[BlockSpec]:
+    """The blocks that are trained and averaged."""
+    return [spec for spec in specs if spec.trained and not spec.personal]
 
 
 @dataclass(frozen=True)

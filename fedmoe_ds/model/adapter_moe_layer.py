@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedmoe_ds.kernels.per_client import client_linear
-from fedmoe_ds.model.bottleneck import BottleneckExperts
+from fedmoe_ds.model.bottleneck_experts import BottleneckExperts
 from fedmoe_ds.model.moe_layer import ROUTER, rescaled
 from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.model.routed_forward import observe, serve

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fedmoe_ds.clients.batches import step_count
+from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.distributed.topology import check_layout, format_table
-from fedmoe_ds.federation.schedule import Wave, home_clients, schedule
+from fedmoe_ds.federation.schedule import home_clients, schedule
 from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.planner.memory import estimate, format_bytes, outlasting
 from fedmoe_ds.planner.text import data_lines, summarised

@@ -14,9 +14,7 @@ import math
 from fedmoe_ds.aggregation.server_optimizer import server_moments
 from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.server import base_block
-from fedmoe_ds.methods.client_drift import shared_blocks
-from fedmoe_ds.model.adapter_bank import BlockSpec, lora_pairs
+from fedmoe_ds.model.adapter_bank import BlockSpec, base_block, lora_pairs, shared_blocks
 
 FP32 = 4
 PASS = "activations of a pass"  # noqa: S105  (not a password)

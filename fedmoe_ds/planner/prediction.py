@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedmoe_ds.clients.client import Client, tiers_of
+from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
-from fedmoe_ds.federation.schedule import Wave, home_clients, schedule
-from fedmoe_ds.methods.client_drift import shared_blocks
-from fedmoe_ds.model.adapter_bank import lora_pairs
+from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
 from fedmoe_ds.planner.memory import COPY, PASS, estimate, outlasting, parameters_per_client

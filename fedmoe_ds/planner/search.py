@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.schedule import participant_count
+from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_fits, legal_sizes
 from fedmoe_ds.planner.prediction import Prediction, predict_job, predict_memory

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.clients.optimizer import moment_bytes
-from fedmoe_ds.federation.schedule import Wave
 from fedmoe_ds.methods import Method
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.memory import FP32, parameters_per_client

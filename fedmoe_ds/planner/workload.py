@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedmoe_ds.clients.batches import local_batches
-from fedmoe_ds.clients.client import Client, Tier, make_clients
+from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.errors import UserError

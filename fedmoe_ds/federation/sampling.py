@@ -1,0 +1,31 @@
+"""Sampling: which clients take part in a round."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.randomness import generator
+
+
+def participant_count(clients: int, participation: float) -> int:
+    """Clients drawn per round."""
+    return max(1, round(participation * clients))
+
+
+def participants(
+    clients: list[Client], participation: float, seed: int, round_index: int, sampling: str = "uniform"
+) -> list[Client]:
+    """The clients of a round in canonical order: an addressed draw without replacement, at least one.
+
+    Args:
+        sampling: `uniform`, or in proportion to `size` (samples) or `budget` (top_k). Aggregation weights stay what they are:
+            with `size` and weights by data size a client's samples count twice, in the draw and in the mean.
+    """
+    count = participant_count(len(clients), participation)
+    chances = None
+    if sampling != "uniform":
+        mass = np.array([client.samples if sampling == "size" else client.top_k for client in clients], dtype=np.float64)
+        chances = mass / mass.sum()
+    chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False, p=chances)
+    return [clients[i] for i in sorted(chosen.tolist())]
