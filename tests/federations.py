@@ -24,7 +24,7 @@ from fedmoe_ds.distributed.collectives import TorchSumming
 from fedmoe_ds.distributed.control import Alone, make_control
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
-from fedmoe_ds.distributed.topology import Layout, Topology, build_topology
+from fedmoe_ds.distributed.topology import ParallelLayout, Topology, build_topology
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts, memory_settings
 from fedmoe_ds.federation.journal import Journal
@@ -118,7 +118,9 @@ def alone() -> tuple[Runtime, Topology]:
     """A world of this process only; it needs no process group."""
     torch.set_num_threads(1)
     launch, none = Launch("test", 0, 1, 0), TorchSumming(None, 1)
-    return Runtime(launch, torch.device("cpu"), Alone()), Topology(Layout(1, 1), 0, ["here"], None, None, none, none, Alone())
+    return Runtime(launch, torch.device("cpu"), Alone()), Topology(
+        ParallelLayout(1, 1), 0, ["here"], None, None, none, none, Alone()
+    )
 
 
 def joined(rank: int, limit: timedelta = timedelta(minutes=5)) -> Runtime:

@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
     """Every participant's batches, in client order; `buys` is what a tier's budget buys: top_k, rank, both, experts."""
     config = parts.config
-    most = parts.spec.places.top_k
+    most = parts.spec.expert_layout.top_k
     found = []
     for client in parts.participants(round_index):
         data = parts.training_data.train(client.index)
@@ -35,7 +35,7 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
                 steps,
                 rank=rank if buys in ("rank", "both") else None,
                 sketch=sketch(parts, client.index, round_index, rank) if config.method.name == "fslora" else None,
-                experts=parts.spec.places.num_experts * client.top_k // most if buys == "experts" else None,
+                experts=parts.spec.expert_layout.num_experts * client.top_k // most if buys == "experts" else None,
             )
         )
     return found
@@ -77,7 +77,7 @@ def draw(parts: Parts, round_index: int) -> list[Client]:
 def client_rank(parts: Parts, client: Client) -> int:
     """The LoRA rank of a client's tier, if ranks are what a budget buys."""
     given = {tier.top_k: tier.rank for tier in parts.config.federation.tiers or []}
-    return given.get(client.top_k) or max(1, parts.config.adapters.rank * client.top_k // parts.spec.places.top_k)
+    return given.get(client.top_k) or max(1, parts.config.adapters.rank * client.top_k // parts.spec.expert_layout.top_k)
 
 
 def sketch(parts: Parts, index: int, round_index: int, rank: int) -> list[int]:

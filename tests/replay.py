@@ -45,7 +45,7 @@ class Replay:
         self.slopes: dict[int, list[Adapters]] = {}
         self.updates: dict[int, ClientUpdate] = {}
         self.places: dict[int, int] = {}
-        rules, fold = parts.trainer.rules, parts.server.fold
+        rules, fold = parts.trainer.hooks, parts.server.fold
         object.__setattr__(rules, "adjust", (self._listen, *rules.adjust))
 
         def folded(sums: Any, place: int, view: ClientView, update: ClientUpdate) -> None:

@@ -54,8 +54,8 @@ def test_the_proximal_term(root: Path, method: str) -> None:
             assert torch.allclose(added, MU * away, rtol=0, atol=1e-6)
             pulled = max(pulled, float(added.abs().max()))
 
-    rules = parts.trainer.rules
-    parts.trainer.rules = replace(rules, adjust=(ahead, *rules.adjust, behind))
+    rules = parts.trainer.hooks
+    parts.trainer.hooks = replace(rules, adjust=(ahead, *rules.adjust, behind))
     finish(parts, journal)
     assert pulled > 1e-4, "the term acts"
     assert bool(masked) == (method == "flexlora")
@@ -69,8 +69,8 @@ class Observer:
         self.slopes: dict[tuple[int, int], dict[str, list[np.ndarray]]] = {}
         self.ends: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self.rows: dict[tuple[int, int], np.ndarray | None] = {}
-        rules = parts.trainer.rules
-        parts.trainer.rules = replace(rules, adjust=(self.adjust, *rules.adjust), remember=(self.remember, *rules.remember))
+        rules = parts.trainer.hooks
+        parts.trainer.hooks = replace(rules, adjust=(self.adjust, *rules.adjust), remember=(self.remember, *rules.remember))
 
     def adjust(self, local: ClientView) -> None:
         found = self.slopes.setdefault((self.parts.state.round + 1, local.client.index), {})

@@ -11,7 +11,7 @@ from federations import alone, build, make_config, write_inputs
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.hooks import ClientRules
+from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.federation.schedule import schedule
 
 
@@ -25,7 +25,7 @@ def test_masked_experts_are_not_used(tmp_path: Path, mode: str) -> None:
     def assign(client: Client, round_index: int) -> Assignment:
         return Assignment(client.cap, allowed_E=np.arange(experts) % 2 == 0 if client.index % 2 else None)
 
-    parts.trainer.rules = ClientRules(assign=assign)
+    parts.trainer.hooks = LocalTrainingHooks(assign=assign)
     ((wave,),) = schedule(parts.clients, parts.spec.cost, parts.config.local, 1, 1, None)
     trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.values, parts.data.train)
     bank = parts.execution.bank

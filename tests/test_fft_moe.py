@@ -30,7 +30,7 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
 from fedmoe_ds.model.batch import Rows, make_batch
 from fedmoe_ds.model.dispatcher import Pool
-from fedmoe_ds.model.expert_layout import adapter_places
+from fedmoe_ds.model.expert_layout import adapter_layout
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import adapter_blocks, initial_bank, install
 from fedmoe_ds.model.moe_layer import ROUTER
@@ -57,7 +57,7 @@ class Hosted:
         self.images = self.foundation.images
         moe = MoEAdapterConfig(experts=EXPERTS, width=WIDTH, top_k=TOP_K)
         adapters = AdapterConfig(attention=[], moe=moe)
-        places = adapter_places(self.foundation.sites, moe, 1, 0)
+        places = adapter_layout(self.foundation.sites, moe, 1, 0)
         blocks = adapter_blocks(self.foundation.model, places, adapters, None)
         pool = Pool(None, 1, EXPERTS, len(CAPS), merge=True)
         self.bank = Bank(blocks, EXPERTS, len(CAPS))

@@ -52,7 +52,7 @@ def adapters_of(job: Job) -> dict[str, Tensor]:
         for spec in job.blocks
         if not spec.personal
         for layer in spec.layers
-        for expert in (range(job.places.num_experts) if spec.expert else [None])
+        for expert in (range(job.expert_layout.num_experts) if spec.expert else [None])
     ]
     return {key: torch.randn(item, generator=source, dtype=torch.float64).requires_grad_() for key, item in keys}
 
@@ -74,7 +74,7 @@ def norms(model: Any) -> int:
 def planned(job: Job, trained: bool = True) -> float:
     """What the planner takes for the same pass; its head is on targets, so all rows are targets here."""
     work = PassWork(job, training=trained)
-    both = work.home(Rows(1, LENGTH, LENGTH)) + work.experts(float(LENGTH * CAP), 1.0, job.places.num_experts)
+    both = work.home(Rows(1, LENGTH, LENGTH)) + work.experts(float(LENGTH * CAP), 1.0, job.expert_layout.num_experts)
     return float(both.flops + both.adapters)
 
 
@@ -85,12 +85,12 @@ def test_sparse_models(root: Path, kind: str, selective: bool) -> None:
     reference = Reference(root / "model", Settings(scale=2.0))
     reference.model.set_attn_implementation("eager")
     run = reference.start(adapters_of(job), torch.ones(1, dtype=torch.float64), CAP)
-    active = set(range(5)) if selective else set(range(job.places.num_experts))
-    run.active = dict.fromkeys(job.places.layers, active)
+    active = set(range(5)) if selective else set(range(job.expert_layout.num_experts))
+    run.active = dict.fromkeys(job.expert_layout.layers, active)
     tokens, mask = np.arange(LENGTH) + 5, np.arange(LENGTH) > 0
     found = counted(reference.model, lambda: reference.loss_sum(tokens, mask))
     routed, trained = int(run.counts.sum()), int(run.counts[:, sorted(active)].sum())
-    assert routed == LENGTH * CAP * len(job.places.layers) and (trained < routed) == selective
+    assert routed == LENGTH * CAP * len(job.expert_layout.layers) and (trained < routed) == selective
     cost = job.cost.spent(LENGTH, routed, trained, job.config.adapters.rank)
     assert cost - 4 * LENGTH * norms(reference.model) == pytest.approx(found, rel=1e-12)
     if not selective:
@@ -111,7 +111,7 @@ def test_adapter_experts_beside_dense_models(root: Path, attention: list[str]) -
     job = resolve(dense_config(root, "llama", "dense", {"adapters": {"attention": attention}}))
     reference = Pooled(root / "llama", DenseSettings(EXPERTS, TOP_K, "none"), {})
     reference.model.set_attn_implementation("eager")
-    adapters, used = adapters_of(job), np.zeros((len(job.places.layers), EXPERTS))
+    adapters, used = adapters_of(job), np.zeros((len(job.expert_layout.layers), EXPERTS))
     reference.running = DenseRunning(adapters, CAP, used)
     text = Text(np.arange(LENGTH) + 5, np.arange(LENGTH) > 0)
     found = counted(reference.model, lambda: reference.loss(text))

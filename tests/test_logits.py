@@ -24,7 +24,7 @@ from fedmoe_ds.foundation import Foundation, load_foundation
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
 from fedmoe_ds.model.dispatcher import Pool
-from fedmoe_ds.model.expert_layout import hosted_places
+from fedmoe_ds.model.expert_layout import hosted_layout
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import adapter_blocks, initial_bank, install
 from fedmoe_ds.model.pass_context import Execution, Pass
@@ -74,7 +74,7 @@ class Hosted:
         self.foundation: Foundation = load_foundation(folder, FoundationConfig(dtype=dtype), ep_size, rank % ep_size, "cpu")
         names = ["q_proj", "v_proj"] if "deepseek" not in folder.name else ["q_a_proj", "kv_b_proj"]
         adapters = AdapterConfig(rank=4, attention=names, router=router)
-        blocks = adapter_blocks(self.foundation.model, hosted_places(self.foundation.layers), adapters, "client")
+        blocks = adapter_blocks(self.foundation.model, hosted_layout(self.foundation.layers), adapters, "client")
         group = process_groups.create_groups(ep_size)[0] if ep_size > 1 else None
         pool = Pool(group, ep_size, EXPERTS, CLIENTS, merge)
         self.execution = Execution(Bank(blocks, EXPERTS // ep_size, CLIENTS, pool.wave_clients), pool, 2.0, rescaler=True)

@@ -55,8 +55,8 @@ def values(parts: Parts) -> dict[str, Tensor]:
 
 def spy(parts: Parts, **hooks: Any) -> None:
     """Put a hook behind the method's own (`adjust`: every step, `remember`: every finished client)."""
-    rules = parts.trainer.rules
-    parts.trainer.rules = replace(rules, **{name: (*getattr(rules, name), hook) for name, hook in hooks.items()})
+    rules = parts.trainer.hooks
+    parts.trainer.hooks = replace(rules, **{name: (*getattr(rules, name), hook) for name, hook in hooks.items()})
 
 
 # Averages
@@ -90,13 +90,13 @@ KEEPS_BITS: dict[str, dict[str, Any]] = {
 def run_without_one_expert(root: Path, name: str, changes: dict[str, Any]) -> tuple[Parts, dict[str, Tensor], Result]:
     """A run in which no client may route a token to one expert."""
     parts, journal = build(config_of(root, f"unused-{name}", {"name": name}, changes), *alone())
-    start, rules = values(parts), parts.trainer.rules
-    allowed_E = np.arange(parts.spec.places.num_experts) != FORBIDDEN
+    start, rules = values(parts), parts.trainer.hooks
+    allowed_E = np.arange(parts.spec.expert_layout.num_experts) != FORBIDDEN
 
     def assign(client: Client, round_index: int) -> Assignment:
         return replace(rules.assign(client, round_index), allowed_E=allowed_E)
 
-    parts.trainer.rules = replace(rules, assign=assign)
+    parts.trainer.hooks = replace(rules, assign=assign)
     return parts, start, finish(parts, journal)
 
 
@@ -186,7 +186,7 @@ def test_hfedmoe_weighs_what_is_used_enough(seed: int, tau: float, participation
 def test_experts_that_were_not_selected_get_exactly_no_gradient(root: Path, training: str) -> None:
     change = {"adapters": {"router": "train", "expert_training": training}, "federation": {"rounds": 1}}
     parts, journal = build(config_of(root, f"selected-{training}", {"name": "hfedmoe"}, change), *alone())
-    rules, masks, seen = parts.trainer.rules, dict[int, list[Tensor]](), dict.fromkeys(("selected", "reached", "held back"), 0)
+    rules, masks, seen = parts.trainer.hooks, dict[int, list[Tensor]](), dict.fromkeys(("selected", "reached", "held back"), 0)
 
     def observer(client: Client, assignment: Assignment) -> RoutingObserver:
         own = rules.observer(client, assignment)
@@ -212,7 +212,7 @@ def test_experts_that_were_not_selected_get_exactly_no_gradient(root: Path, trai
                     seen["reached"] += int(has_LE.sum())
                 seen["held back"] += int((~active_LE).sum())
 
-    parts.trainer.rules = replace(rules, observer=observer)
+    parts.trainer.hooks = replace(rules, observer=observer)
     spy(parts, adjust=adjust)
     finish(parts, journal)
     assert seen["held back"] > 100
@@ -226,7 +226,7 @@ def test_experts_that_were_not_selected_get_exactly_no_gradient(root: Path, trai
 def test_hetloras_pull_is_the_gradient_of_its_penalty(root: Path) -> None:
     method = {"name": "hetlora", "gamma": 0.5, "penalty": 0.7}
     parts, journal = build(config_of(root, "penalty", method), *alone())
-    rules, before, pulled = parts.trainer.rules, dict[str, Tensor](), [0.0]
+    rules, before, pulled = parts.trainer.hooks, dict[str, Tensor](), [0.0]
 
     def ahead(local: ClientView) -> None:
         before.update({spec.name: local.grad(spec).clone() for spec in local.blocks()})
@@ -245,7 +245,7 @@ def test_hetloras_pull_is_the_gradient_of_its_penalty(root: Path) -> None:
                 assert torch.allclose(added, torch.nan_to_num(slope), rtol=1e-5, atol=1e-6), half.name
                 pulled[0] = max(pulled[0], float(added.abs().max()))
 
-    parts.trainer.rules = replace(rules, adjust=(ahead, *rules.adjust, behind))
+    parts.trainer.hooks = replace(rules, adjust=(ahead, *rules.adjust, behind))
     finish(parts, journal)
     assert pulled[0] > 1e-3
 
@@ -321,7 +321,7 @@ def test_fsloras_other_rows_keep_their_global_bits(root: Path) -> None:
     parts, journal = build(config_of(root, "sketch", {"name": "fslora"}, change), *alone())
     start = values(parts)
     (client,) = parts.participants(1)
-    rows_R = parts.trainer.rules.assign(client, 1).rows_R
+    rows_R = parts.trainer.hooks.assign(client, 1).rows_R
     assert rows_R is not None and rows_R.sum() == 2
     result = finish(parts, journal)
     moved = 0
@@ -340,10 +340,10 @@ def test_fslora_draws_for_every_client_and_round(root: Path) -> None:
     drawn = {}
     for client in (client for client in parts.clients if client.rank == 4):
         for round_index in range(1, 200):
-            assignment = parts.trainer.rules.assign(client, round_index)
+            assignment = parts.trainer.hooks.assign(client, round_index)
             assert assignment.rows_R is not None and assignment.rows_R.sum() == 4 and assignment.scale == 2.0
             drawn[client.index, round_index] = tuple(assignment.rows_R)
-        assert parts.trainer.rules.assign(client, 0).rows_R is None, "evaluation: S = I"
+        assert parts.trainer.hooks.assign(client, 0).rows_R is None, "evaluation: S = I"
     assert len(set(drawn.values())) > 50, "there are 70 subsets of four of eight rows"
     assert np.mean(list(drawn.values()), axis=0) == pytest.approx(0.5, abs=0.15), "E S = I"
 

@@ -18,7 +18,7 @@ from method_variants import variant_config
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
 from fedmoe_ds.config import Config, load_config
-from fedmoe_ds.distributed.topology import Layout
+from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
 from fedmoe_ds.planner.flops import tier_flops
@@ -106,7 +106,7 @@ def test_legal_sizes_divide_both(world: int, experts: int) -> None:
 
 
 def test_partition_check_can_fail() -> None:
-    class Crooked(Layout):
+    class Crooked(ParallelLayout):
         def shard(self, rank: int) -> int:
             return 0
 
@@ -197,7 +197,9 @@ def test_prediction_counts_every_sum_of_a_method(tmp_path: Path, variant: str) -
     write_inputs(tmp_path)
     job, cpu = resolve(variant_config(tmp_path, variant, "planned")), load_hardware("cpu")
     participants, scaffold = len(job.participants(1)), job.config.local.drift == "scaffold"
-    sums = RoundSums(job.blocks, job.places.num_experts // 2, True, participants if job.method.collects else None, scaffold)
+    sums = RoundSums(
+        job.blocks, job.expert_layout.num_experts // 2, True, participants if job.method.collects else None, scaffold
+    )
     sizes = [(spec.expert, tensor.nbytes) for spec, _, _, tensor in sums.tensors()]
     found = predict_job(job, 2, 8, World(1, 4), cpu)
     assert found.bytes["all_reduce"] == sum(size if expert else 2 * size for expert, size in sizes)

@@ -10,7 +10,7 @@ import torch.distributed as torch_dist
 
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import process_groups
-from fedmoe_ds.distributed.topology import Layout
+from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.planner.verify import Echo, sample_ranks, verify
 
 REPOSITORY = Path(__file__).parents[1]
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(("world", "ep_size"), [(2, 1), (2, 2), (12, 3), (64, 8)])
 def test_every_rank_of_a_small_world(world: int, ep_size: int) -> None:
-    layout = Layout(world, ep_size)
+    layout = ParallelLayout(world, ep_size)
     ranks = list(range(world)) if world < 20 else None
     found = verify(TopologyConfig(), layout, 24, ranks)
     assert found.ranks == (ranks or sample_ranks(layout))
@@ -27,7 +27,7 @@ def test_every_rank_of_a_small_world(world: int, ep_size: int) -> None:
 
 
 def test_4096_ranks() -> None:
-    found = verify(TopologyConfig(), Layout(4096, 64), 64, [0, 4095])
+    found = verify(TopologyConfig(), ParallelLayout(4096, 64), 64, [0, 4095])
     assert found.groups >= 64 and found.seconds < 30
 
 
@@ -35,7 +35,7 @@ def test_a_wrong_group_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = process_groups.create_groups
     monkeypatch.setattr(process_groups, "create_groups", lambda ep_size: real(ep_size)[::-1])
     with pytest.raises(AssertionError):
-        verify(TopologyConfig(), Layout(8, 2), 8, [3])
+        verify(TopologyConfig(), ParallelLayout(8, 2), 8, [3])
     assert not torch_dist.is_initialized()
 
 
@@ -50,7 +50,7 @@ def test_a_group_too_many_is_found(monkeypatch: pytest.MonkeyPatch, extra: list[
 
     monkeypatch.setattr(process_groups, "create_groups", create)
     with pytest.raises(AssertionError, match="1 groups are none of the layout's"):
-        verify(TopologyConfig(), Layout(8, 2), 8, [3])
+        verify(TopologyConfig(), ParallelLayout(8, 2), 8, [3])
 
 
 def test_echo_is_a_control_plane() -> None:

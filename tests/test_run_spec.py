@@ -39,7 +39,7 @@ def test_of_a_dense_model_too(family: str, tmp_path: Path) -> None:
 def check(config: Config) -> None:
     job = resolve(config, assume=False)
     parts = load_parts(config, *alone(), Progress(enabled=False))
-    assert {field.name for field in fields(RunSpec)} >= {"method", "size", "places", "tiers", "blocks", "cost"}
+    assert {field.name for field in fields(RunSpec)} >= {"method", "size", "expert_layout", "tiers", "blocks", "cost"}
     for field in fields(RunSpec):
         ours, planned = getattr(parts.spec, field.name), getattr(job, field.name)
         if field.name == "method":

@@ -1,4 +1,4 @@
-"""Rules: what the method, and a correction of client drift, prescribe for local training; and where clients' data come from."""
+"""Hooks: what the method, and a correction of client drift, prescribe for local training; and where clients' data come from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainingData(Protocol):
 
 
 @dataclass(frozen=True)
-class ClientRules:
+class LocalTrainingHooks:
     """What the method, and a correction of client drift, prescribe; see `fedmoe_ds.methods.base` for the meaning.
 
     Attributes:

@@ -21,7 +21,7 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.hooks import ClientRules, ReadClient
+from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
@@ -68,7 +68,7 @@ class WaveTrainer:
         local: local training settings.
         micro_batch_size: sequences of a client in one pass; None for all of a step.
         seed: run seed.
-        rules: what the method prescribes per client.
+        hooks: what the method prescribes per client.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class WaveTrainer:
         local: LocalConfig,
         micro_batch_size: int | None,
         seed: int,
-        rules: ClientRules | None = None,
+        hooks: LocalTrainingHooks | None = None,
     ) -> None:
-        self.model, self.execution, self.rules = model, model.execution, rules or ClientRules()
+        self.model, self.execution, self.hooks = model, model.execution, hooks or LocalTrainingHooks()
         self.local, self.micro, self.seed = local, micro_batch_size, seed
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
@@ -124,9 +124,9 @@ class WaveTrainer:
         return [(view, update) for (_, view), update in zip(_flat(works, views), updates, strict=True)]
 
     def _work(self, client: Client, slot: int, round_index: int) -> _Work:
-        given = self.rules.batches
+        given = self.hooks.batches
         batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
-        return _Work(client, slot, self.rules.assign(client, round_index), batches)
+        return _Work(client, slot, self.hooks.assign(client, round_index), batches)
 
     def _view(self, work: _Work, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
         slots = {True: shard * self.pool.home_clients + work.slot}
@@ -157,10 +157,10 @@ class WaveTrainer:
             for work in mine:
                 factors[shard * home + work.slot] = work.assignment.scale
         plain = all(factor == 1.0 for factor in factors)
-        found = {work.slot: self.rules.observer(work.client, work.assignment) for work in works[self.shard]}
+        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in works[self.shard]}
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
-            self.rules.selective,
+            self.hooks.selective,
             None if plain else factors,
             None if plain else factors[self.shard * home : (self.shard + 1) * home],
         )
@@ -231,7 +231,7 @@ class WaveTrainer:
 
     def _observed(self, work: _Work, observed: dict[int, dict[int, dict[str, Tensor]]]) -> None:
         for row, layer in enumerate(self.layers):
-            for name in self.rules.observes:
+            for name in self.hooks.observes:
                 empty = torch.zeros(len(self.layers), self.pool.num_experts, dtype=torch.float64)
                 work.observed.setdefault(name, empty)[row] += observed[layer][work.slot][name].double().cpu()
 
@@ -239,7 +239,7 @@ class WaveTrainer:
         """One optimizer step for every client of the wave that has not finished."""
         for work, view in _flat(works, views):
             if step < len(work.batches):
-                for adjust in self.rules.adjust:
+                for adjust in self.hooks.adjust:
                     adjust(view)
         norms = self._global_norms() if self.local.clip is not None else None
         for work, view in _flat(works, views):
@@ -270,8 +270,8 @@ class WaveTrainer:
         mine = works[self.shard]
         counted_CN = gatherer.numbers({work.slot: (work.tokens, work.targets) for work in mine})
         counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
-        observed = gatherer.observations({w.slot: w.observed for w in mine}, self.rules.observes, len(self.layers))
-        measured = gatherer.measures([view for home in views for view in home], self.rules.measure)
+        observed = gatherer.observations({w.slot: w.observed for w in mine}, self.hooks.observes, len(self.layers))
+        measured = gatherer.measures([view for home in views for view in home], self.hooks.measure)
         finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
         updates = []
         for i, (work, view) in enumerate(_flat(works, views)):
@@ -299,7 +299,7 @@ class WaveTrainer:
 
     def _remembered(self, work: _Work, view: ClientView) -> dict[str, Tensor]:
         rates = sum(learning_rate(self.local, step, len(work.batches)) for step in range(len(work.batches)))
-        return {name: value for remember in self.rules.remember for name, value in remember(view, rates).items()}
+        return {name: value for remember in self.hooks.remember for name, value in remember(view, rates).items()}
 
 
 def _flat(works: list[list[_Work]], views: list[list[ClientView]]) -> list[tuple[_Work, ClientView]]:

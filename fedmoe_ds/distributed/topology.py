@@ -2,7 +2,7 @@
 
 Rank r plays in cluster r // ep_size and holds expert shard r % ep_size. A cluster is one DeepSpeed expert-parallel group
 (token all-to-all during local training); the ranks that hold the same shard in all clusters are one expert-data-parallel
-group (the one all-reduce per round). `Layout` is arithmetic and needs no process group; `Topology` adds the groups.
+group (the one all-reduce per round). `ParallelLayout` is arithmetic and needs no process group; `Topology` adds the groups.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedmoe_ds.errors import UserError
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """Who is where, for any world size."""
 
     world_size: int
@@ -93,7 +93,7 @@ class Topology:
         control: the host-side communicator of this cluster.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     rank: int
     hosts: list[str]
     ep_group: torch_dist.ProcessGroup | None
@@ -111,9 +111,9 @@ class Topology:
         return self.layout.shard(self.rank)
 
 
-def check_layout(config: TopologyConfig, world_size: int) -> Layout:
+def check_layout(config: TopologyConfig, world_size: int) -> ParallelLayout:
     """The layout that a configuration asks for in a world of this size; raises UserError when it does not fit."""
-    layout = Layout(world_size, config.ep_size)
+    layout = ParallelLayout(world_size, config.ep_size)
     if config.clusters is not None and config.clusters != layout.clusters:
         raise UserError(
             f"topology.clusters: {config.clusters}: {world_size} ranks with ep_size {config.ep_size} make "

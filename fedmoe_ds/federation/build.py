@@ -20,7 +20,7 @@ from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.skipped_clients import Absences
 from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_absences
 from fedmoe_ds.clients.client import Client, make_clients
-from fedmoe_ds.clients.hooks import ClientRules, TrainingData
+from fedmoe_ds.clients.hooks import LocalTrainingHooks, TrainingData
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.pooled import PooledData, pooled_batches
 from fedmoe_ds.config import Config, dump_config
@@ -83,12 +83,12 @@ class Parts:
 
     @property
     def first_expert(self) -> int:
-        return self.spec.places.held.start
+        return self.spec.expert_layout.held.start
 
     @property
     def counts_shape(self) -> tuple[int, int]:
         """(layers, experts) of everything that is counted per expert."""
-        return len(self.spec.places.layers), self.spec.places.num_experts
+        return len(self.spec.expert_layout.layers), self.spec.expert_layout.num_experts
 
     def participants(self, round_index: int) -> list[Client]:
         """The clients of a round, in canonical order."""
@@ -171,15 +171,15 @@ def _assemble(
         attend_apart(foundation.model, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
-    adapters = initial_bank(foundation, blocks, config.seed, spec.places.held, device)
+    adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device)
     server = Server(spec, foundation, clients)
     state = states.State(0, adapters, _personal(spec, adapters, clients), server.initial_state(device))
-    model, micro, rules = (
+    model, micro, hooks = (
         AdaptedModel(foundation, execution),
         config.execution.micro_batch_size,
-        client_rules(spec, state, clients),
+        training_hooks(spec, state, clients),
     )
-    trainer = WaveTrainer(model, spec.places.layers, config.local, micro, config.seed, rules)
+    trainer = WaveTrainer(model, spec.expert_layout.layers, config.local, micro, config.seed, hooks)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
     ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, spec.bitwise), spec.bitwise)
     check_code(runtime.gather(code_of(device)), topology.hosts, spec.bitwise)
@@ -223,7 +223,7 @@ def _personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
     return Personal(own + controls, adapters.experts, len(clients), initial)
 
 
-def client_rules(spec: RunSpec, state: states.State, clients: list[Client]) -> ClientRules:
+def training_hooks(spec: RunSpec, state: states.State, clients: list[Client]) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
     method, local, seed = spec.method, spec.config.local, spec.config.seed
 
@@ -239,7 +239,7 @@ def client_rules(spec: RunSpec, state: states.State, clients: list[Client]) -> C
         "scaffold": Scaffold(state.server[CONTROL]) if local.drift == "scaffold" else None,
     }[local.drift]
     adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
-    return ClientRules(
+    return LocalTrainingHooks(
         assign=lambda client, round_index: method.assign(client, context(client, round_index)),
         observer=lambda client, assignment: method.observer(client, assignment, context(client, state.round + 1)),
         observes=method.observes,
@@ -252,7 +252,7 @@ def client_rules(spec: RunSpec, state: states.State, clients: list[Client]) -> C
 
 
 def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.device) -> Execution:
-    config, experts, ep_size = spec.config, spec.places.num_experts, topology.layout.ep_size
+    config, experts, ep_size = spec.config, spec.expert_layout.num_experts, topology.layout.ep_size
     drawn = participant_count(clients, config.federation.participation)
     home = home_clients(config.execution.clients_in_flight, drawn, ep_size)
     pool = Pool(topology.ep_group, ep_size, experts, home, merge=spec.shares_passes, shard=topology.shard)

@@ -11,7 +11,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.foundation.size import ModelSize
 from fedmoe_ds.model.adapter_bank import BlockSpec
-from fedmoe_ds.model.expert_layout import Places
+from fedmoe_ds.model.expert_layout import ExpertLayout
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ class CostModel:
     expert_weights: float = 0.0
 
     @classmethod
-    def of(cls, model: ModelSize, places: Places, blocks: Iterable[BlockSpec] = (), positions: int = 1) -> CostModel:
+    def of(
+        cls, model: ModelSize, expert_layout: ExpertLayout, blocks: Iterable[BlockSpec] = (), positions: int = 1
+    ) -> CostModel:
         """Of a run that trains these blocks. Routers of adapter experts are no part of the model: they are added to it."""
-        expert = 2.0 * places.matrices * places.width * places.ffn * len(places.layers)
+        expert = 2.0 * expert_layout.matrices * expert_layout.width * expert_layout.ffn * len(expert_layout.layers)
         rows, weights = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
         for spec in blocks:
             if spec.rank_axis is not None:
@@ -53,7 +55,7 @@ class CostModel:
                 weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item)
         dense = 2.0 * max(model.dense_parameters - model.vocabulary * model.hidden, 1)
         dense += weights[False] if model.experts == 0 else 0.0
-        return cls(dense, expert, rows[False], rows[True], len(places.layers), positions, weights[False], weights[True])
+        return cls(dense, expert, rows[False], rows[True], len(expert_layout.layers), positions, weights[False], weights[True])
 
     def forward(self, cap: float, rank: int) -> float:
         """FLOPs of one token's forward pass with `cap` active experts and adapters of this rank."""

@@ -25,7 +25,7 @@ from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.kernels.frozen_layers import independent_rows
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
 from fedmoe_ds.model.adapter_bank import BlockSpec
-from fedmoe_ds.model.expert_layout import Places, adapter_places, check_shards, hosted_places
+from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, hosted_layout
 from fedmoe_ds.model.install import adapter_blocks
 
 ROW = 4
@@ -42,7 +42,7 @@ class RunSpec:
         device: kind of device, `cpu` or `cuda`.
         model_type: transformers' name of the model's family.
         size: of the model.
-        places: where the experts are; `held` are those of one shard.
+        expert_layout: where the experts are; `held` are those of one shard.
         images: of an image classifier, else None.
         tiers: budget tiers of the federation.
         blocks: adapter tensors, of one client.
@@ -54,7 +54,7 @@ class RunSpec:
     device: str
     model_type: str
     size: ModelSize
-    places: Places
+    expert_layout: ExpertLayout
     images: ImageInput | None
     tiers: list[Tier]
     blocks: list[BlockSpec]
@@ -122,13 +122,15 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     """
     check_task(model.task, config.data, model.images)
     check_length(config, model.model.config)
-    places = find_places(config, model, ep_size, shard)
+    expert_layout = resolve_expert_layout(config, model, ep_size, shard)
     if is_bitwise(config, device):
-        check_widths(places)
-    method.facts = facts_of(config, places)
+        check_widths(expert_layout)
+    method.facts = facts_of(config, expert_layout)
     method.check(method.facts)
-    tiers = resolve_tiers(config.federation, Capacity(places.top_k, config.adapters.rank, places.num_experts), method.spends)
-    blocks = method.blocks(adapter_blocks(model.model, places, config.adapters, method.rescaler))
+    tiers = resolve_tiers(
+        config.federation, Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts), method.spends
+    )
+    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler))
     size = model_size(model.model, model.layers)
     return RunSpec(
         config=config,
@@ -136,18 +138,23 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
         device=device,
         model_type=model.model.config.model_type,
         size=size,
-        places=places,
+        expert_layout=expert_layout,
         images=model.images,
         tiers=tiers,
         blocks=blocks,
-        cost=CostModel.of(size, places, blocks, positions(model.images)),
+        cost=CostModel.of(size, expert_layout, blocks, positions(model.images)),
     )
 
 
-def facts_of(config: Config, places: Places) -> ModelFacts:
+def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:
     """What methods may ask about the model."""
     return ModelFacts(
-        places.top_k, places.num_experts, config.adapters.rank, config.seed, places.renormalised, tuple(places.layers)
+        expert_layout.top_k,
+        expert_layout.num_experts,
+        config.adapters.rank,
+        config.seed,
+        expert_layout.renormalised,
+        tuple(expert_layout.layers),
     )
 
 
@@ -203,12 +210,12 @@ def check_adapters(config: Config, sparse: bool) -> None:
         )
 
 
-def find_places(config: Config, model: Outline, ep_size: int, shard: int) -> Places:
+def resolve_expert_layout(config: Config, model: Outline, ep_size: int, shard: int) -> ExpertLayout:
     """Where the experts of a run are. Raises UserError when the model and `adapters.moe` do not go together."""
     check_adapters(config, bool(model.layers))
     if config.adapters.moe is None:
-        return hosted_places(model.layers)
-    return adapter_places(model.sites, config.adapters.moe, ep_size, shard)
+        return hosted_layout(model.layers)
+    return adapter_layout(model.sites, config.adapters.moe, ep_size, shard)
 
 
 def positions(images: ImageInput | None) -> int:
@@ -216,10 +223,10 @@ def positions(images: ImageInput | None) -> int:
     return 1 if images is None else images.positions
 
 
-def check_widths(places: Places) -> None:
+def check_widths(expert_layout: ExpertLayout) -> None:
     """Bitwise mode needs rows that start on 16 bytes. Raises UserError."""
-    if places.width % ROW or places.ffn % ROW:
+    if expert_layout.width % ROW or expert_layout.ffn % ROW:
         raise UserError(
-            f"execution.reproducible: bitwise: the model's widths {places.width} and {places.ffn} must be multiples of {ROW} "
-            "(rows must start on 16 bytes); use fast"
+            f"execution.reproducible: bitwise: the model's widths {expert_layout.width} and {expert_layout.ffn} must be "
+            f"multiples of {ROW} (rows must start on 16 bytes); use fast"
         )

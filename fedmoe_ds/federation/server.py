@@ -54,7 +54,7 @@ class Server:
             check_terms(self.config, len(clients))
         self.total_samples = sum(client.samples for client in clients)
         self.optimizer = ServerOptimizer(self.config.server)
-        self.experts, self.first_expert = len(spec.places.held), spec.places.held.start
+        self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
 
     @property
     def scaffold(self) -> bool:

@@ -249,7 +249,7 @@ def _without_effect(config: Config) -> str:
 
 def rank_table(parts: Parts) -> list[dict[str, int | str]]:
     topology: Topology = parts.topology
-    return topology.layout.table(parts.spec.places.num_experts, topology.hosts)
+    return topology.layout.table(parts.spec.expert_layout.num_experts, topology.hosts)
 
 
 def run_facts(parts: Parts) -> dict[str, Any]:
@@ -265,9 +265,9 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "clusters": parts.topology.layout.clusters,
         "ep_size": config.topology.ep_size,
         "clients": len(parts.clients),
-        "num_experts": parts.spec.places.num_experts,
-        "top_k": parts.spec.places.top_k,
-        "layers": len(parts.spec.places.layers),
+        "num_experts": parts.spec.expert_layout.num_experts,
+        "top_k": parts.spec.expert_layout.top_k,
+        "layers": len(parts.spec.expert_layout.layers),
         "tiers": sorted({client.top_k for client in parts.clients}, reverse=True),
         "budgets": budgets(parts),
         "foundation": foundation.fingerprint,

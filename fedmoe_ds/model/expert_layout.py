@@ -1,4 +1,4 @@
-"""Places: where a run's experts are: in the model's own mixture layers, or in adapters beside dense feed-forward blocks."""
+"""Expert layout: where a run's experts are: in the model's own mixture layers, or in adapters beside dense blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedmoe_ds.foundation import FeedForwardSite, HostedLayer
 
 
 @dataclass(frozen=True)
-class Places:
+class ExpertLayout:
     """The expert pool of a run, the same in every layer.
 
     Attributes:
@@ -33,10 +33,10 @@ class Places:
     matrices: int = 3
 
 
-def hosted_places(layers: list[HostedLayer]) -> Places:
+def hosted_layout(layers: list[HostedLayer]) -> ExpertLayout:
     """The mixture layers of a sparse model."""
     first = layers[0]
-    return Places(
+    return ExpertLayout(
         [layer.index for layer in layers],
         first.num_experts,
         first.top_k,
@@ -55,10 +55,10 @@ def check_shards(moe: MoEAdapterConfig, ep_size: int) -> None:
         )
 
 
-def adapter_places(sites: list[FeedForwardSite], moe: MoEAdapterConfig, ep_size: int, shard: int) -> Places:
+def adapter_layout(sites: list[FeedForwardSite], moe: MoEAdapterConfig, ep_size: int, shard: int) -> ExpertLayout:
     """Adapter experts beside the feed-forward blocks of a dense model; `check_shards` has passed."""
     assert moe.experts % ep_size == 0, (moe.experts, ep_size)
     local = moe.experts // ep_size
     held = range(shard * local, (shard + 1) * local)
     indices = [site.index for site in sites]
-    return Places(indices, moe.experts, moe.top_k, held, True, sites[0].hidden_size, moe.width, matrices=2)
+    return ExpertLayout(indices, moe.experts, moe.top_k, held, True, sites[0].hidden_size, moe.width, matrices=2)

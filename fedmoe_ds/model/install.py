@@ -16,16 +16,18 @@ from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
-from fedmoe_ds.model.expert_layout import Places
+from fedmoe_ds.model.expert_layout import ExpertLayout
 from fedmoe_ds.model.lora_attention import ClientLoRALinear, Projection, find_projections
 from fedmoe_ds.model.moe_layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
 from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.randomness import torch_generator
 
 
-def adapter_blocks(model: nn.Module, places: Places, config: AdapterConfig, rescaler: str | None) -> list[BlockSpec]:
+def adapter_blocks(
+    model: nn.Module, expert_layout: ExpertLayout, config: AdapterConfig, rescaler: str | None
+) -> list[BlockSpec]:
     """The blocks of a run. `rescaler` is None, `client` (one scalar per client) or `layer` (one per client and layer)."""
-    layers, rank, width, ffn = tuple(places.layers), config.rank, places.width, places.ffn
+    layers, rank, width, ffn = tuple(expert_layout.layers), config.rank, expert_layout.width, expert_layout.ffn
     blocks: list[BlockSpec] = []
     if config.moe is not None:
         blocks += [BlockSpec(INNER, layers, (ffn, width), expert=True), BlockSpec(OUTER, layers, (width, ffn), expert=True)]
@@ -37,7 +39,7 @@ def adapter_blocks(model: nn.Module, places: Places, config: AdapterConfig, resc
         blocks += [BlockSpec(name, layers, item, expert=True) for name, item in shapes.items()]
     blocks += _attention_blocks(find_projections(model, config.attention), rank)
     if config.router == "train" or config.moe is not None:
-        blocks.append(BlockSpec(ROUTER, layers, (places.num_experts, width)))
+        blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
     if rescaler is not None:
         where = layers if rescaler == "layer" else (-1,)
         blocks.append(BlockSpec(RESCALER, where, (1,), personal=True, decay=False))
@@ -111,7 +113,7 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     for hosted in foundation.layers:
         _replace(model, hosted.name, FederatedMoELayer(hosted, execution))
     for site in foundation.sites:
-        assert config.moe is not None, "checked when the places were found"
+        assert config.moe is not None, "checked when the layout was resolved"
         rule = SelectedSoftmax(config.moe.experts, config.moe.top_k)
         site.replace(model, AdapterMoELayer(site.module(model), site.index, rule, execution))
     for projection in find_projections(model, config.attention):

@@ -26,7 +26,7 @@ def describe(config: Config, world_size: int) -> list[str]:
     layout = check_layout(config.topology, world_size)
     job = resolve(config, assume=False)
     config = job.config
-    rows = layout.table(job.places.num_experts, ["?"] * world_size)
+    rows = layout.table(job.expert_layout.num_experts, ["?"] * world_size)
     ranks = [{key: value for key, value in row.items() if key != "host"} for row in rows]
     shown = summarised([[str(value) for value in row.values()] for row in ranks], _MOST_RANKS)
     chosen = job.participants(1)

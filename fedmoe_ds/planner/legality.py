@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from fedmoe_ds.distributed.topology import Layout
+from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 
 
-def check_ep_size(world_size: int, ep_size: int, num_experts: int) -> Layout:
+def check_ep_size(world_size: int, ep_size: int, num_experts: int) -> ParallelLayout:
     """The layout of this world. Raises UserError where ranks or experts do not divide by ep_size."""
-    layout = Layout(world_size, ep_size)
+    layout = ParallelLayout(world_size, ep_size)
     layout.experts(0, num_experts)
     return layout
 
 
-def check_world(job: Job, ep_size: int, world: World) -> Layout:
+def check_world(job: Job, ep_size: int, world: World) -> ParallelLayout:
     """The layout of a job in a world. Raises UserError for what a real start would refuse."""
-    return check_ep_size(world.ranks, ep_size, job.places.num_experts)
+    return check_ep_size(world.ranks, ep_size, job.expert_layout.num_experts)
 
 
 def legal_sizes(world_size: int, num_experts: int) -> list[int]:

@@ -38,7 +38,7 @@ def estimate(spec: RunSpec, home_clients: int, length: int, together: int, activ
         active: their mean number of active experts; None for the largest.
     """
     config, model, ep_size = spec.config, spec.size, spec.config.topology.ep_size
-    expert, dense = parameters_per_client(spec.blocks, spec.places.num_experts // ep_size)
+    expert, dense = parameters_per_client(spec.blocks, spec.expert_layout.num_experts // ep_size)
     in_flight = home_clients * ep_size * expert + home_clients * dense
     sum_bytes = 16 if spec.bitwise else 4
     return {
@@ -58,7 +58,7 @@ def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
     And of the copy of all that lasts which a checkpoint is written from while the next round trains.
     """
     config, method, blocks = spec.config, spec.method, spec.blocks
-    held = spec.places.num_experts // config.topology.ep_size
+    held = spec.expert_layout.num_experts // config.topology.ep_size
     personal = [block for block in blocks if block.personal] + method.client_state(blocks)
     if config.local.drift == "scaffold":
         personal += shared_blocks(blocks)
@@ -83,13 +83,13 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
     The rows that arrive at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the
     gradients of its rows, results and inner values; with expert parallelism also what is on its way.
     """
-    config, model, places = spec.config, spec.size, spec.places
+    config, model, expert_layout = spec.config, spec.size, spec.expert_layout
     sequences = config.execution.micro_batch_size or config.local.batch_size
     tokens = clients * sequences * length
     dense = 12 * model.hidden + 4 * config.adapters.rank
-    inner = (places.matrices - 1) * places.ffn  # gate and up rows, or one bottleneck
-    active = places.top_k if active is None else active
-    routed = active * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * places.num_experts
+    inner = (expert_layout.matrices - 1) * expert_layout.ffn  # gate and up rows, or one bottleneck
+    active = expert_layout.top_k if active is None else active
+    routed = active * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * expert_layout.num_experts
     per_layer = tokens * (dense + routed)
     travelling = 2 if config.topology.ep_size > 1 else 0
     backward = tokens * active * ((3 + travelling) * model.hidden + 3 * inner)

@@ -159,7 +159,7 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     """Sums over clusters, reports, server step."""
     world, compute = network.world, hardware.crowded(network.world.ranks_per_host)
     cluster, shard, everyone = Group.cluster(world, ep_size), Group.shard(world, ep_size), Group.everyone(world)
-    held = job.places.num_experts // ep_size
+    held = job.expert_layout.num_experts // ep_size
     averaged = [spec for spec in shared_blocks(job.blocks) if not (job.method.collects and spec.pair)]
     expert, dense = parameters_per_client(averaged, held)
     weights = sum(len(spec.layers) * (held if spec.expert else 1) for spec in averaged)
@@ -173,10 +173,10 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
             seconds += network.all_reduce(group, times, (numbers + heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
-    places, tiers = job.places, len(tiers_of(job.clients))
+    expert_layout, tiers = job.expert_layout, len(tiers_of(job.clients))
     personal = [spec for spec in job.blocks if spec.personal] + job.method.client_state(job.blocks)
     seconds += network.control(everyone, 1 + bool(personal), participants / world.ranks * REPORT_BYTES)
-    seconds += network.control(everyone, 1, tiers * len(places.layers) * places.num_experts * 8 / world.ranks)
+    seconds += network.control(everyone, 1, tiers * len(expert_layout.layers) * expert_layout.num_experts * 8 / world.ranks)
     seconds += network.control(everyone, 1 + 2 * len(personal), 4 * participants / world.ranks)
     served = stage_seconds(compute, "serve", sum(parameters_per_client(shared_blocks(job.blocks), held)), len(job.blocks))
     return seconds + served * _share(hardware, world)
@@ -185,7 +185,7 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
 def _collect(job: Job, network: Network, ep_size: int, participants: int) -> float:
     """Sums of the participants' factors (4 bytes a number) and of their weights (8 bytes each)."""
     cluster, shard = Group.cluster(network.world, ep_size), Group.shard(network.world, ep_size)
-    held = job.places.num_experts // ep_size
+    held = job.expert_layout.num_experts // ep_size
     halves = [half for pair in lora_pairs(job.blocks) for half in pair]
     dense = [spec for spec in halves if not spec.expert]
     seconds = 0.0
@@ -261,15 +261,15 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     home = np.asarray(work.home(Rows(samples, longest, targets)).seconds(compute, dtype, work.score_flops))
     home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))
     fixed = work.fixed().seconds(compute, dtype)
-    local = job.places.num_experts // ep_size
+    local = job.expert_layout.num_experts // ep_size
     arriving = rows.reshape(turns, -1, ep_size).mean(2).repeat(ep_size, 1)
     busy = home + fixed + np.asarray(work.experts(arriving, ep_size, local).seconds(compute, dtype))
     cores = hardware.slots if hardware.kind == "cpu" else world.ranks_per_host
     crowded = busy.reshape(turns, world.hosts, -1).sum(2).max(1) / cores
     seconds = float(np.maximum(busy.max(1), crowded).sum())
-    group, places = Group.cluster(world, ep_size), job.places
+    group, expert_layout = Group.cluster(world, ep_size), job.expert_layout
     calls, numbers = exchanged(job, False, float(rows.sum()) / world.ranks / turns)
-    size = numbers * max(job.size.bytes_per_parameter, 2) + len(places.layers) * places.num_experts * 8
+    size = numbers * max(job.size.bytes_per_parameter, 2) + len(expert_layout.layers) * expert_layout.num_experts * 8
     seconds += network.all_to_all(group, calls * turns, size / calls)
     return seconds + network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
 

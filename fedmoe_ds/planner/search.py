@@ -42,7 +42,7 @@ def search(job: Job, world: World, hardware: Hardware) -> tuple[list[Choice], li
     drawn = 1 if job.method.pooled else participant_count(len(job.clients), job.config.federation.participation)
     choices, refusals = [], []
     available = hardware.available(world.ranks_per_host)
-    for ep_size in legal_sizes(world.ranks, job.places.num_experts):
+    for ep_size in legal_sizes(world.ranks, job.expert_layout.num_experts):
         for flight in _flights(drawn, ep_size, world.ranks // ep_size):
             needed = sum(predict_memory(job, ep_size, flight, hardware, drawn).values())
             try:

@@ -46,13 +46,13 @@ def format_seconds(seconds: float) -> str:
 
 def heading(job: Job, world: World, hardware: Hardware) -> list[str]:
     """World, machine, federation."""
-    config, places, drawn = job.config, job.places, len(job.participants(1))
+    config, expert_layout, drawn = job.config, job.expert_layout, len(job.participants(1))
     dense, pool = job.size.dense_parameters / 1e6, job.size.pool_parameters / 1e6
     lines = [
         f"world: {world.hosts} hosts x {world.ranks_per_host} = {world.ranks} ranks on {hardware.name} "
         f"({hardware.origin(world.hosts)})",
         f"foundation: {dense:.4g} M dense + {pool:.4g} M expert parameters in {config.foundation.dtype}, "
-        f"{len(places.layers)} layers x {places.num_experts} experts, top-{places.top_k}",
+        f"{len(expert_layout.layers)} layers x {expert_layout.num_experts} experts, top-{expert_layout.top_k}",
         f"federation: {len(job.clients)} clients, {drawn} per round, {config.federation.rounds} rounds; method "
         f"{config.method.name}, {'bitwise' if job.bitwise else 'fast'}",
     ]
@@ -73,7 +73,7 @@ def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -
         first, last = cluster * ep_size, (cluster + 1) * ep_size - 1
         hosts = sorted({world.host(first), world.host(last)})
         rows.append([str(cluster), _span(first, last), _span(hosts[0], hosts[-1]), f"{work / mean:.3f}"])
-    local = job.places.num_experts // ep_size
+    local = job.expert_layout.num_experts // ep_size
     return [
         f"topology: {clusters} clusters x ep_size {ep_size}, {local} experts per rank and layer; work of the busiest cluster / "
         f"mean: {prediction.balance:.3f}; {prediction.waves} waves",

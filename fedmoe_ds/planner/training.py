@@ -33,7 +33,7 @@ def exchanged(job: Job, training: bool, routed: float) -> tuple[float, float]:
     no gradient of the first layer's rows where no adapter lies below it. With activation checkpointing the backward pass runs
     each layer's forward exchanges again, and every layer's input gets a gradient.
     """
-    layers, width = len(job.places.layers), job.places.width
+    layers, width = len(job.expert_layout.layers), job.expert_layout.width
     calls, numbers = 4.0 * layers, layers * routed * (2 * width + 1)
     if not training:
         return calls, numbers
@@ -80,7 +80,7 @@ class WaveModel:
         self.compute, self.dtype = hardware.crowded(network.world.ranks_per_host), job.config.foundation.dtype
         self.shared = job.shares_passes
         self.work = PassWork(job, training=True)
-        self.expert, self.dense = parameters_per_client(job.blocks, job.places.num_experts // ep_size)
+        self.expert, self.dense = parameters_per_client(job.blocks, job.expert_layout.num_experts // ep_size)
         self.in_flight = home * (ep_size * self.expert + self.dense)
         trained = [spec for spec in job.blocks if spec.trained]
         self.expert_blocks = sum(spec.expert for spec in trained)
@@ -124,7 +124,7 @@ class WaveModel:
         routed_N = sum((_total([cost.routed for cost in home], steps) for home in costs), np.zeros(steps))
         passes_N = np.max([_padded(cost.passes, steps) for home in costs for cost in home], axis=0, initial=0.0)
         fixed = self.work.fixed().seconds(self.compute, self.dtype)
-        local = self.job.places.num_experts // self.ep_size
+        local = self.job.expert_layout.num_experts // self.ep_size
         per_pass_N = routed_N / self.ep_size / np.maximum(passes_N, 1)
         experts_N = self.work.experts(per_pass_N, blocks, local).seconds(self.compute, self.dtype) * passes_N
         busy_PN = home_PN + experts_N + fixed * passes_N
@@ -138,9 +138,9 @@ class WaveModel:
         """Token all-to-alls; `rows` leave a rank, per layer, over all passes."""
         if self.ep_size == 1 or passes == 0:
             return
-        places, layers = self.job.places, len(self.job.places.layers)
+        expert_layout, layers = self.job.expert_layout, len(self.job.expert_layout.layers)
         calls, numbers = exchanged(self.job, True, rows / passes)
-        counts = places.num_experts * (self.home_clients if self.shared else 1) * 8 * (1 + self.work.recompute)
+        counts = expert_layout.num_experts * (self.home_clients if self.shared else 1) * 8 * (1 + self.work.recompute)
         size = numbers * self.work.number_bytes + layers * counts
         spent.add("all_to_all", self.network.all_to_all(self.group, calls * passes, size / calls))
 
@@ -160,7 +160,7 @@ class WaveModel:
     @property
     def expert_norms(self) -> int:
         """Gradient norms of single expert items that a rank sends in a step."""
-        local = self.job.places.num_experts // self.ep_size
+        local = self.job.expert_layout.num_experts // self.ep_size
         items = sum(len(spec.layers) for spec in self.job.blocks if spec.expert and spec.trained)
         return items * local * self.ep_size * self.home_clients
 
@@ -179,8 +179,8 @@ class WaveModel:
         blocks = clients * self.expert_blocks + most_at_home * self.dense_blocks
         folded = stage_seconds(self.compute, "fold", numbers, blocks)
         self._busy(spent, "fold", [folded * each for each in ranks])
-        places = self.job.places
-        counts = self.home_clients * len(places.layers) * places.num_experts * 8
+        expert_layout = self.job.expert_layout
+        counts = self.home_clients * len(expert_layout.layers) * expert_layout.num_experts * 8
         reports = self.network.all_gather(self.group, 2, counts)
         reports += self.network.all_gather(self.group, 2, 8 * self.ep_size * self.home_clients)
         if type(self.job.method).measure is not Method.measure:

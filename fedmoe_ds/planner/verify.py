@@ -20,7 +20,7 @@ from torch import Tensor
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed.control import Control
 from fedmoe_ds.distributed.launcher import Launch
-from fedmoe_ds.distributed.topology import Layout
+from fedmoe_ds.distributed.topology import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Echo:
         return Echo(name, self.rank % self.ep_size, self.ep_size, self.ep_size)
 
 
-def check_partition(layout: Layout, num_experts: int) -> None:
+def check_partition(layout: ParallelLayout, num_experts: int) -> None:
     """Every rank is in one cluster and one shard, and every cluster holds every expert once. Raises AssertionError."""
     clusters: dict[int, list[int]] = {}
     for rank in range(layout.world_size):
@@ -69,13 +69,13 @@ def check_partition(layout: Layout, num_experts: int) -> None:
         assert set(held) == set(range(num_experts)) and set(held.values()) == {1}, (cluster, held)
 
 
-def sample_ranks(layout: Layout) -> list[int]:
+def sample_ranks(layout: ParallelLayout) -> list[int]:
     """First and last rank of the first, a middle and the last cluster."""
     clusters = sorted({0, layout.clusters // 2, layout.clusters - 1})
     return sorted({cluster * layout.ep_size + shard for cluster in clusters for shard in (0, layout.ep_size - 1)})
 
 
-def verify(config: TopologyConfig, layout: Layout, num_experts: int, ranks: list[int] | None = None) -> Verified:
+def verify(config: TopologyConfig, layout: ParallelLayout, num_experts: int, ranks: list[int] | None = None) -> Verified:
     """Build the world as each of `ranks` (default: a sample) and check every group.
 
     Must run in a process without a process group. Raises AssertionError where a group is not what the layout says.
@@ -88,7 +88,7 @@ def verify(config: TopologyConfig, layout: Layout, num_experts: int, ranks: list
     return Verified(chosen, groups[0], (time.monotonic() - began) / len(chosen))
 
 
-def _check_world(config: TopologyConfig, layout: Layout, rank: int) -> int:
+def _check_world(config: TopologyConfig, layout: ParallelLayout, rank: int) -> int:
     """Build the world as one rank. Returns the number of groups."""
     from fedmoe_ds.distributed.runtime import Runtime
     from fedmoe_ds.distributed.topology import build_topology
@@ -107,7 +107,7 @@ def _check_world(config: TopologyConfig, layout: Layout, rank: int) -> int:
         return _check_all_groups(layout)
 
 
-def _check_all_groups(layout: Layout) -> int:
+def _check_all_groups(layout: ParallelLayout) -> int:
     """The groups that were created are every cluster and every shard of the layout, each once, and nothing else."""
     found = Counter(tuple(ranks) for ranks in _created)
     expected = Counter(tuple(range(c * layout.ep_size, (c + 1) * layout.ep_size)) for c in range(layout.clusters))

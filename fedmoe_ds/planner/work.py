@@ -139,8 +139,8 @@ class PassWork:
         flops += padded * job.cost.dense_weights * (own + self.training)
         share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
         n = TRAIN_NUMBERS
-        per_row = size.hidden * (n["row"] + n["projection"] * job.projections) + n["expert"] * job.places.num_experts
-        per_row += n["slot"] * job.places.top_k
+        per_row = size.hidden * (n["row"] + n["projection"] * job.projections) + n["expert"] * job.expert_layout.num_experts
+        per_row += n["slot"] * job.expert_layout.top_k
         numbers = padded * layers * per_row + rows.targets * n["target"] * (job.head / size.hidden)
         scores = padded * rows.longest * job.heads * layers * (1.0 if self.training else FORWARD_SCORE)
         return Work(0.0, flops, numbers * share * self.number_bytes, 0.0, scores, padded * lora * self._times(3))
@@ -152,14 +152,16 @@ class PassWork:
             routed: arriving rows of a layer.
             blocks: blocks that they form (one per peer where the clients of a rank do not share passes).
         """
-        job, places = self.job, self.job.places
-        layers = len(places.layers)
-        weights = places.matrices * places.width * places.ffn
+        job, expert_layout = self.job, self.job.expert_layout
+        layers = len(expert_layout.layers)
+        weights = expert_layout.matrices * expert_layout.width * expert_layout.ffn
         lora = job.cost.expert_row * job.config.adapters.rank / layers
         whole = job.cost.expert_weights / layers if self.training else 0.0
         flops = routed * (2.0 * weights * self._times(2) + whole)
         share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
-        numbers = routed * (TRAIN_NUMBERS["routed_d"] * places.width + TRAIN_NUMBERS["routed_f"] * places.ffn) * share
+        numbers = (
+            routed * (TRAIN_NUMBERS["routed_d"] * expert_layout.width + TRAIN_NUMBERS["routed_f"] * expert_layout.ffn) * share
+        )
         calls = (blocks - 1) * (TRAIN_CALLS if self.training else FORWARD_CALLS)[3]
         possible = local_experts * blocks
         touched = possible * -np.expm1(-routed / possible)

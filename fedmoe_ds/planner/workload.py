@@ -75,7 +75,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Job(RunSpec):
-    """A resolved configuration, its clients and their data's lengths; `places` are all experts, as one rank would hold them.
+    """A resolved configuration, its clients and their data's lengths; its `expert_layout` is that of a rank with all experts.
 
     Attributes:
         heads: attention heads of a layer.

@@ -16,7 +16,7 @@ from fedmoe_ds.foundation import HostedLayer
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows, make_batch
 from fedmoe_ds.model.dispatcher import Pool
-from fedmoe_ds.model.expert_layout import hosted_places
+from fedmoe_ds.model.expert_layout import hosted_layout
 from fedmoe_ds.model.install import adapter_blocks
 from fedmoe_ds.model.moe_layer import DOWN_A, DOWN_B, GATE_UP_A, GATE_UP_B, FederatedMoELayer
 from fedmoe_ds.model.pass_context import Execution, Pass
@@ -45,7 +45,7 @@ class OurStack:
         self.inputs = Inputs(workload)
         clients, experts = len(workload.caps), workload.shape.experts
         adapters = AdapterConfig(rank=workload.rank, alpha=workload.alpha, attention=[])
-        self.bank = Bank(adapter_blocks(model, hosted_places(hosted), adapters, rescaler=None), experts, clients)
+        self.bank = Bank(adapter_blocks(model, hosted_layout(hosted), adapters, rescaler=None), experts, clients)
         for slot in range(clients):
             for key, _, value in self.bank.items(0, slot):
                 value.copy_(workload.initial_value(key, value.shape))

@@ -32,7 +32,7 @@ from fedmoe_ds.machine import peak_mib, resident_mib
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows as ClientRows
 from fedmoe_ds.model.dispatcher import Pool
-from fedmoe_ds.model.expert_layout import hosted_places
+from fedmoe_ds.model.expert_layout import hosted_layout
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import adapter_blocks, install
 from fedmoe_ds.model.pass_context import Execution
@@ -86,7 +86,7 @@ class Bench:
         self.shape, self.ep_size = shape, ep_size
         self.job = resolve(_config(folder, attention, RANKS.get(shape.name, 8)))
         model, layers = load_model(folder, torch.float32, ep_size, rank, CPU)
-        places = hosted_places(layers)
+        places = hosted_layout(layers)
         size = self.job.size
         self.foundation = Foundation(
             model, None, layers, size.top_k, size.experts, size.hidden, size.vocabulary, "", folder

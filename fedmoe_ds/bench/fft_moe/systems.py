@@ -19,7 +19,7 @@ from fedmoe_ds.bench.fft_moe.workload import HIDDEN, VOCAB, PoolWorkload
 from fedmoe_ds.bench.harness.system import Clock
 from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.hooks import ClientRules
+from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig, MoEAdapterConfig
 from fedmoe_ds.data import Sequences
@@ -88,9 +88,9 @@ class ExpertPool:
         self.bank = Bank(spec.blocks, experts, clients, clients, device)
         model = AdaptedModel(foundation, Execution(self.bank, pool, 1.0))
         install(foundation, adapters, model.execution)
-        self.start = initial_bank(foundation, spec.blocks, workload.seed, spec.places.held)
-        rules = ClientRules(observer=lambda client, assignment: method.observer(client, assignment, RoundContext(1, {})))
-        self.trainer = TimedTrainer(model, spec.places.layers, self.local, None, workload.seed, rules)
+        self.start = initial_bank(foundation, spec.blocks, workload.seed, spec.expert_layout.held)
+        hooks = LocalTrainingHooks(observer=lambda client, assignment: method.observer(client, assignment, RoundContext(1, {})))
+        self.trainer = TimedTrainer(model, spec.expert_layout.layers, self.local, None, workload.seed, hooks)
 
     def measure(self) -> Measured:
         """One wave from fresh adapters."""

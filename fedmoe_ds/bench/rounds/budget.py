@@ -87,7 +87,7 @@ def wave_flops(load: Workload, job: Job, cap: int) -> float:
     samples, length = len(load.caps) * load.sequences, load.length
     work = PassWork(job, training=True)
     home = work.home(Rows(samples, length, samples * (length - 1)))
-    experts = work.experts(float(samples * length * cap), 1.0, job.places.num_experts)
+    experts = work.experts(float(samples * length * cap), 1.0, job.expert_layout.num_experts)
     both = home + experts
     return float(both.flops + both.adapters + both.scores * work.score_flops)
 

@@ -50,7 +50,7 @@ class Fused:
             value.copy_(workload.initial_value(key, value.shape))
         self.foundation, self.local = foundation, config.local
         model = AdaptedModel(foundation, execution)
-        self.trainer = WaveTrainer(model, spec.places.layers, self.local, None, workload.seed)
+        self.trainer = WaveTrainer(model, spec.expert_layout.layers, self.local, None, workload.seed)
 
     def train(self, stage: str) -> Outcome:
         load = self.workload
