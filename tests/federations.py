@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from fedmoe_ds.checkpoint.skipped_clients import Absences
+from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.config import Config
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed.collectives import TorchSumming
@@ -143,9 +143,9 @@ def leave_out(parts: Parts, kept: dict[int, int]) -> None:
     """Let all clients of a round but the first `kept` ones be absent, as after a start that ran out of memory on them."""
     missing = [(index, c.index) for index, count in kept.items() for c in parts.participants(index)[count:]]
     settings = memory_settings(parts.config, parts.identity)
-    key = parts.absences.key
-    parts.absences = Absences(parts.absences.path.parent, settings, [json.dumps([key, *entry]) for entry in missing])
-    assert parts.absences.key == key
+    key = parts.skipped.key
+    parts.skipped = SkippedClients(parts.skipped.path.parent, settings, [json.dumps([key, *entry]) for entry in missing])
+    assert parts.skipped.key == key
 
 
 def finish(parts: Parts, journal: Journal) -> Result:

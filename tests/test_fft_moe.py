@@ -248,8 +248,8 @@ def stopped(root: Path, single: dict[str, Result]) -> list[str]:
     parts.training_data = StopsAfter(parts, per_round + 2)
     outcome = Federation(parts, journal).run()
     journal.close()
-    assert outcome.interrupted == "SIGTERM" and parts.state.progressed is not None and parts.state.round == 1
-    assert 0 < len(parts.state.progressed.done) < per_round
+    assert outcome.interrupted == "SIGTERM" and parts.state.partial is not None and parts.state.round == 1
+    assert 0 < len(parts.state.partial.done) < per_round
     one_round = {"federation": {"rounds": 1}, "evaluation": {"every": 1}}
     run_alone(variant(root, "global", "between", 1, one_round))
     return ["inside", "between"]

@@ -27,7 +27,7 @@ from fuzzing import Raw, damage, emit, fuzz, shuffle_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, ViTConfig, ViTForImageClassification
 
 from fedmoe_ds.checkpoint import reader as checkpoint
-from fedmoe_ds.checkpoint.skipped_clients import Absences, read_lines
+from fedmoe_ds.checkpoint.skipped_clients import SkippedClients, read_lines
 from fedmoe_ds.config import Config, DataConfig, dump_config, load_config
 from fedmoe_ds.data import prepare
 from fedmoe_ds.data.encoder import Encoder
@@ -360,7 +360,7 @@ def manifest(kit: Kit) -> Callable[[random.Random, Path], None]:
         broken = damage(draw, tree) if way < 0.75 else shuffle_bytes(draw, content) if way < 0.9 else content
         written = broken if isinstance(broken, bytes) else _sealed(broken).encode() if draw.random() < 0.85 else broken.encode()
         (saved / "manifest.json").write_bytes(written)
-        Absences(root.parent, {}, read_lines(root.parent)).of(1)
+        SkippedClients(root.parent, {}, read_lines(root.parent)).of(1)
         _resumed(kit, root)
 
     return case

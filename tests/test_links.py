@@ -21,7 +21,7 @@ from test_compare import NOWHERE
 
 from fedmoe_ds.bench.harness.table import check_writable, write_json
 from fedmoe_ds.bench.results import suite
-from fedmoe_ds.checkpoint.skipped_clients import Absences
+from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
@@ -118,7 +118,7 @@ def train(inputs: Path, output: Path, rounds: int = 2) -> session.Ending:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "build_topology", lambda config, runtime: alone()[1])
         ending = session.train(config, alone()[0], "auto", StopRequest())
-    Absences(output / "run", {}, []).add(1, 2)
+    SkippedClients(output / "run", {}, []).add(1, 2)
     assert rebuild([str(output / "run")]) == 0
     return ending
 

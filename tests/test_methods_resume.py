@@ -83,8 +83,8 @@ def stopped(root: Path) -> Path:
         parts.training_data = StopsAfter(parts, first_round + 3)
         outcome = Federation(parts, journal).run()
         journal.close()
-        assert outcome.interrupted == "SIGTERM" and parts.state.progressed is not None
-        assert len(parts.state.progressed.done) == 4, "two waves of two clients are in the sums, one client is not"
+        assert outcome.interrupted == "SIGTERM" and parts.state.partial is not None
+        assert len(parts.state.partial.done) == 4, "two waves of two clients are in the sums, one client is not"
         assert (parts.checkpoints / "round-00001-partial" / "manifest.json").exists()
     return root
 

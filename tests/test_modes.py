@@ -97,7 +97,7 @@ def test_what_a_run_in_this_process_writes(mask: int, tmp_path: Path) -> None:
             },
         )
         parts, journal = federations.build(config, *federations.alone())
-        parts.absences.add(2, 5)
+        parts.skipped.add(2, 5)
         federations.finish(parts, journal)
         journal.report()
         weights = MappedWeights(tmp_path / "cache" / "shared", "f", "dense", [Slot("x", (3,), torch.float32)])

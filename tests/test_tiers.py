@@ -198,7 +198,7 @@ def test_an_interrupted_round_keeps_its_tiers(root: Path, ranks: Result) -> None
     parts.training_data = StopsAfter(parts, len(parts.participants(1)) + 3)
     assert Federation(parts, journal).run().interrupted == "SIGTERM"
     journal.close()
-    assert parts.state.progressed is not None and set(parts.state.progressed.activation) == set(LABELS)
+    assert parts.state.partial is not None and set(parts.state.partial.activation) == set(LABELS)
     shutil.copytree(root / "runs" / "stopped", root / "runs" / "again")
     again = finish(*start(config_of(root, "again"), *alone(), "auto"))
     assert again.digest == ranks.digest and again.scores() == ranks.scores()

@@ -1,4 +1,4 @@
-"""Absences: clients that a round goes on without, because a start ran out of memory on them.
+"""Skipped clients: those that a round goes on without, because a start ran out of memory on them.
 
 With experts sharded over ranks, a rank that runs out of memory cannot tell its peers, who wait for its rows: the job ends, and
 the next start must not try again. And whoever resumes a round must leave out the same clients, even if it has more memory.
@@ -19,7 +19,7 @@ from fedmoe_ds.storage.strict_json import parse_json, tree_sha256
 NAME = "absent.jsonl"
 
 
-class Absences:
+class SkippedClients:
     """Those of one run.
 
     Args:

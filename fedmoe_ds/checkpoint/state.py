@@ -26,7 +26,7 @@ SUMS_LAYOUT = 2
 
 
 @dataclass
-class Progressed:
+class PartialRound:
     """How far an unfinished round has come (the same on every rank).
 
     Attributes:
@@ -50,7 +50,7 @@ class State:
         personal: every client's own state.
         server: the server's own state by name, shaped like the adapters: moments, control variates, merged base weights.
         utilisation_LE: routed rows per (layer, expert) over all clients of the last finished round, or None.
-        progressed, sums: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
+        partial, sums: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
     """
 
     round: int
@@ -58,7 +58,7 @@ class State:
     personal: Personal
     server: dict[str, Bank] = field(default_factory=dict)
     utilisation_LE: np.ndarray | None = None
-    progressed: Progressed | None = None
+    partial: PartialRound | None = None
     sums: RoundSums | None = None
 
 
@@ -78,11 +78,11 @@ def save(
         if state.sums is not None:
             tensors[f"sums-{tail}"] = dict(_sum_places(state.sums, topology, shard == 0))
     partial = None
-    if state.progressed is not None:
+    if state.partial is not None:
         partial = {
-            "done": {str(index): report for index, report in state.progressed.done.items()},
-            "activation": {tier: counts.tolist() for tier, counts in state.progressed.activation.items()},
-            "seconds": state.progressed.seconds,
+            "done": {str(index): report for index, report in state.partial.done.items()},
+            "activation": {tier: counts.tolist() for tier, counts in state.partial.activation.items()},
+            "seconds": state.partial.seconds,
             "sums": SUMS_LAYOUT,
         }
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
@@ -117,7 +117,7 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
     if snapshot.partial is None:
         return
     activation = {tier: np.array(counts, dtype=np.int64) for tier, counts in snapshot.partial["activation"].items()}
-    state.progressed = Progressed(
+    state.partial = PartialRound(
         {int(index): report for index, report in snapshot.partial["done"].items()},
         activation if topology.rank == 0 else {},  # counts are summed over ranks when the round ends
         snapshot.partial["seconds"],

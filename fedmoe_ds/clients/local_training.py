@@ -29,7 +29,7 @@ from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.collectives import all_gather
-from fedmoe_ds.distributed.phase_timer import Clock
+from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
@@ -85,7 +85,7 @@ class WaveTrainer:
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
         self.layers = layers
-        self.clock = Clock()  # phases: set_up, passes, optimizer, reports
+        self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
         trained = [spec for spec in self.bank.specs.values() if spec.trained]
         self.expert_blocks = [spec.name for spec in trained if spec.expert]
         self.dense_blocks = [spec.name for spec in trained if not spec.expert]
@@ -105,22 +105,22 @@ class WaveTrainer:
             OutOfMemory: a pass did not fit. Nothing of this wave counts; it may be trained again without that client.
         """
         began = time.monotonic()
-        self.clock.resume()
+        self.timer.resume()
         works = [[self._work(client, slot, round_index) for slot, client in enumerate(home)] for home in wave]
         for work in works[self.shard]:
             work.data = read(work.client.index)
         views = [[self._view(work, shard, start, personal) for work in home] for shard, home in enumerate(works)]
         self._load(works, views, start, personal)
-        self.clock.lap("set_up")
+        self.timer.lap("set_up")
         counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts)
         for step in range(max((len(w.batches) for home in works for w in home), default=0)):
             self._forward_backward(step, works, counts)
-            self.clock.lap("passes")
+            self.timer.lap("passes")
             self._optimize(step, round_index, works, views)
-            self.clock.lap("optimizer")
+            self.timer.lap("optimizer")
         self.execution.wave = InTraining()
         updates = self._updates(works, views, counts, time.monotonic() - began)
-        self.clock.lap("reports")
+        self.timer.lap("reports")
         return [(view, update) for (_, view), update in zip(_flat(works, views), updates, strict=True)]
 
     def _work(self, client: Client, slot: int, round_index: int) -> _Work:

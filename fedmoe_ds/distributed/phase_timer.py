@@ -1,11 +1,11 @@
-"""Clock: where wall time goes, by phase."""
+"""Phase timer: where wall time goes, by phase."""
 
 from __future__ import annotations
 
 import time
 
 
-class Clock:
+class PhaseTimer:
     """Seconds per phase, booked lap by lap."""
 
     def __init__(self) -> None:

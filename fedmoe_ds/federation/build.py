@@ -17,7 +17,7 @@ from torch import Tensor
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.checkpoint import state as states
 from fedmoe_ds.checkpoint.personal_state import Personal
-from fedmoe_ds.checkpoint.skipped_clients import Absences
+from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_absences
 from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, TrainingData
@@ -73,7 +73,7 @@ class Parts:
     identity: dict[str, Any]
     config_text: str
     checkpoints: Path
-    absences: Absences
+    skipped: SkippedClients
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -200,7 +200,7 @@ def _assemble(
         identity=ours,
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",
-        absences=Absences(folder, memory_settings(config, ours), runtime.on_main(lambda: read_absences(folder))),
+        skipped=SkippedClients(folder, memory_settings(config, ours), runtime.on_main(lambda: read_absences(folder))),
     )
 
 

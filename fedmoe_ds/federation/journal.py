@@ -22,8 +22,8 @@ from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.storage.files import write_whole
 
 if TYPE_CHECKING:
-    from fedmoe_ds.checkpoint.state import Progressed
-    from fedmoe_ds.distributed.phase_timer import Clock
+    from fedmoe_ds.checkpoint.state import PartialRound
+    from fedmoe_ds.distributed.phase_timer import PhaseTimer
 
 
 OUT_OF_MEMORY = "out-of-memory"
@@ -144,24 +144,24 @@ class Journal:
         self,
         round_index: int,
         clients: list[dict[str, Any]],
-        progressed: Progressed,
-        clock: Clock,
-        waves_clock: Clock,
+        partial: PartialRound,
+        timer: PhaseTimer,
+        waves_timer: PhaseTimer,
         waves: int,
     ) -> None:
-        """Client, expert and round rows of a finished round; `waves_clock` tells the phases inside its waves."""
+        """Client, expert and round rows of a finished round; `waves_timer` tells the phases inside its waves."""
         dropped = [client["client"] for client in clients if client["status"] != "ok"]
         reasons = sorted({client["status"] for client in clients} - {"ok"})
         tokens = sum(client["tokens"] for client in clients)
         # An unfinished round of an older version has clients that did not count them.
         targets = sum(client["targets"] for client in clients) if all("targets" in client for client in clients) else None
-        seconds = clock.total() + progressed.seconds
+        seconds = timer.total() + partial.seconds
 
         def write() -> None:
             for client in clients:
                 self.log.write("client", round=round_index, **client)
-            for label in sorted(progressed.activation, key=tier_order):
-                counts_LE = progressed.activation[label]
+            for label in sorted(partial.activation, key=tier_order):
+                counts_LE = partial.activation[label]
                 if counts_LE.sum():
                     tier = {"tier": tier_top_k(label), "tier_label": label}
                     share = counts_LE / counts_LE.sum(1, keepdims=True).clip(1)
@@ -175,9 +175,9 @@ class Journal:
                 tokens=tokens,
                 targets=targets,
                 seconds=seconds,
-                tokens_per_s=tokens / max(clock.phases.get("train", 0.0) + progressed.seconds, 1e-9),
-                phases=clock.phases,
-                wave_seconds=waves_clock.phases,
+                tokens_per_s=tokens / max(timer.phases.get("train", 0.0) + partial.seconds, 1e-9),
+                phases=timer.phases,
+                wave_seconds=waves_timer.phases,
                 collectives=activity.take(),
                 waves=waves,
             )

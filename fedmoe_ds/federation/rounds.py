@@ -16,7 +16,7 @@ import torch
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.checkpoint import state as states
 from fedmoe_ds.checkpoint.digest import global_digest
-from fedmoe_ds.checkpoint.state import Progressed
+from fedmoe_ds.checkpoint.state import PartialRound
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.client_view import ClientView
@@ -24,7 +24,7 @@ from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, release_memory
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.distributed.activity import activity
-from fedmoe_ds.distributed.phase_timer import Clock
+from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.errors import LostError
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
@@ -60,7 +60,7 @@ class Federation:
 
     def _rounds(self) -> Outcome:
         config = self.parts.config
-        if self.state.round == 0 and self.state.progressed is None:
+        if self.state.round == 0 and self.state.partial is None:
             if self._stop_agreed():  # asked while the model and the data were loaded
                 self._save()
                 return self._stopped()
@@ -80,51 +80,49 @@ class Federation:
     def _round(self, round_index: int) -> bool:
         """One round; True when it was interrupted (and saved unfinished)."""
         config, parts = self.parts.config, self.parts
-        clock = Clock()
+        timer = PhaseTimer()
         activity.take()
         chosen = parts.participants(round_index)
-        progressed = self.state.progressed or Progressed()
+        partial = self.state.partial or PartialRound()
         sums = self.state.sums or parts.new_sums(round_index)
-        self.state.progressed, self.state.sums = None, None
-        absent = parts.absences.of(round_index)
-        progressed.done |= {c.index: self.journal.absent(c) for c in chosen if c.index in absent}
-        waiting = [client for client in chosen if client.index not in progressed.done]
+        self.state.partial, self.state.sums = None, None
+        absent = parts.skipped.of(round_index)
+        partial.done |= {c.index: self.journal.absent(c) for c in chosen if c.index in absent}
+        waiting = [client for client in chosen if client.index not in partial.done]
         plan = schedule(waiting, parts.spec.cost, config.local, parts.topology.layout.clusters, config.topology.ep_size,
                         config.execution.clients_in_flight)  # fmt: skip
         mine = plan[parts.topology.cluster]
         self.journal.start_round(round_index, config.federation.rounds, len(mine))
-        clock.lap("schedule")
+        timer.lap("schedule")
         activity.enter("train", round_index)
         places = {client.index: place for place, client in enumerate(chosen)}
-        parts.trainer.clock = Clock()
-        self._train(round_index, mine, places, progressed, sums)
-        clock.lap("train")
+        parts.trainer.timer = PhaseTimer()
+        self._train(round_index, mine, places, partial, sums)
+        timer.lap("train")
         activity.enter("aggregate")
         parts.runtime.barrier()  # waiting for slower clusters is no part of the checkpoint's time
-        clock.lap("aggregate")
+        timer.lap("aggregate")
         self._finish_checkpoint()  # of the round before: its figures and those of this one are never both at risk
-        clock.resume()
+        timer.resume()
         activity.enter("aggregate")
         sums.reduce(parts.topology)
-        self._share(progressed)
-        if any(client.index not in progressed.done for client in chosen) or self._stop_agreed():
-            progressed.seconds += clock.total()
-            self.state.progressed, self.state.sums = progressed, sums
+        self._share(partial)
+        if any(client.index not in partial.done for client in chosen) or self._stop_agreed():
+            partial.seconds += timer.total()
+            self.state.partial, self.state.sums = partial, sums
             self._save()
             return True
-        self._tell_averaged(round_index, sums, progressed)
+        self._tell_averaged(round_index, sums, partial)
         parts.server.step(sums, self.state.adapters, self.state.server, round_index)
-        self.state.utilisation_LE = sum(progressed.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
+        self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
         self.state.round = round_index
-        clock.lap("aggregate")
+        timer.lap("aggregate")
         last = round_index == config.federation.rounds
         if last or round_index % config.evaluation.every == 0:
             self._evaluate(round_index)
-        clock.lap("evaluate")
+        timer.lap("evaluate")
         busiest = max(len(waves) for waves in plan)
-        self.journal.round(
-            round_index, [progressed.done[c.index] for c in chosen], progressed, clock, parts.trainer.clock, busiest
-        )
+        self.journal.round(round_index, [partial.done[c.index] for c in chosen], partial, timer, parts.trainer.timer, busiest)
         if last or round_index % config.checkpoint.every == 0:
             self._save()
         return False
@@ -134,15 +132,15 @@ class Federation:
         round_index: int,
         waves: list[list[list[Client]]],
         places: dict[int, int],
-        progressed: Progressed,
+        partial: PartialRound,
         sums: RoundSums,
     ) -> None:
         """Train this cluster's waves and fold every finite client into the sums."""
         parts = self.parts
         for number, wave in enumerate(waves, start=1):
-            trained = self._train_wave(round_index, wave, progressed)
+            trained = self._train_wave(round_index, wave, partial)
             for view, update in trained:
-                self._fold(view, update, places[update.client.index], progressed, sums)
+                self._fold(view, update, places[update.client.index], partial, sums)
             updates = [update for _, update in trained]
             tokens = sum(update.tokens for update in updates)
             seconds = max((update.seconds for update in updates), default=0.0)
@@ -150,7 +148,7 @@ class Federation:
             if self._stop_requested_here():
                 return
 
-    def _train_wave(self, round_index: int, wave: Wave, progressed: Progressed) -> list[tuple[ClientView, ClientUpdate]]:
+    def _train_wave(self, round_index: int, wave: Wave, partial: PartialRound) -> list[tuple[ClientView, ClientUpdate]]:
         """Train one wave. A client that does not fit into memory leaves it, and the others begin again.
 
         Raises:
@@ -165,17 +163,17 @@ class Federation:
                 )
             except OutOfMemory as shortage:
                 lost, words = shortage.client, str(shortage)
-            parts.absences.add(round_index, lost.index)
+            parts.skipped.add(round_index, lost.index)
             if parts.topology.layout.ep_size > 1:
                 where = f"rank {parts.runtime.rank} on {parts.topology.hosts[parts.runtime.rank]}, round {round_index}"
                 raise LostError(f"{where}: {words}; start again with --resume auto: the round goes on without it")
-            progressed.done[lost.index] = self.journal.absent(lost)
+            partial.done[lost.index] = self.journal.absent(lost)
             wave = [[client for client in home if client.index != lost.index] for home in wave]
             release_memory()
         return []
 
     @torch.no_grad()
-    def _fold(self, view: ClientView, update: ClientUpdate, place: int, progressed: Progressed, sums: RoundSums) -> None:
+    def _fold(self, view: ClientView, update: ClientUpdate, place: int, partial: PartialRound, sums: RoundSums) -> None:
         parts, shard = self.parts, self.parts.topology.shard
         at_home = update.home == shard
         if update.finite:
@@ -189,7 +187,7 @@ class Federation:
                 for name, value in parts.spec.method.remember(update).items():
                     self.state.personal.store(update.client.index, name, value)
         if shard == 0:
-            tier = progressed.activation.setdefault(update.client.tier, np.zeros_like(update.counts_LE))
+            tier = partial.activation.setdefault(update.client.tier, np.zeros_like(update.counts_LE))
             tier += update.counts_LE
         if at_home:
             spent = parts.spec.cost.spent(
@@ -199,25 +197,25 @@ class Federation:
                 update.assignment.rank(parts.config.adapters.rank),
             )
             status = "ok" if update.finite else "non-finite"
-            progressed.done[update.client.index] = self.journal.client(update, status, spent, self.state.personal)
+            partial.done[update.client.index] = self.journal.client(update, status, spent, self.state.personal)
 
-    def _share(self, progressed: Progressed) -> None:
+    def _share(self, partial: PartialRound) -> None:
         """Make what each cluster knows about the round known everywhere: reports, personal state, activation counts."""
         parts = self.parts
         self.state.personal.share(parts.runtime, parts.topology)
-        done = {index: report for part in parts.runtime.gather(_texts(progressed.done)) for index, report in part.items()}
-        progressed.done = {int(index): report for index, report in done.items()}
+        done = {index: report for part in parts.runtime.gather(_texts(partial.done)) for index, report in part.items()}
+        partial.done = {int(index): report for index, report in done.items()}
         tiers = list(tiers_of(parts.clients))
         total = torch.zeros(len(tiers), *parts.counts_shape, dtype=torch.int64)
         for i, tier in enumerate(tiers):
-            if tier in progressed.activation:
-                total[i] += torch.from_numpy(progressed.activation[tier])
+            if tier in partial.activation:
+                total[i] += torch.from_numpy(partial.activation[tier])
         parts.runtime.control.sum(total)
-        progressed.activation = {tier: total[i].numpy() for i, tier in enumerate(tiers)}
+        partial.activation = {tier: total[i].numpy() for i, tier in enumerate(tiers)}
 
-    def _tell_averaged(self, round_index: int, sums: RoundSums, progressed: Progressed) -> None:
+    def _tell_averaged(self, round_index: int, sums: RoundSums, partial: PartialRound) -> None:
         """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""
-        if all(report["status"] != "ok" for report in progressed.done.values()):
+        if all(report["status"] != "ok" for report in partial.done.values()):
             return  # nobody came back: the round's line names them
         found = self.parts.runtime.gather(sums.weighted())
         kept = [name for name in found[0] if not any(part[name] for part in found)]
