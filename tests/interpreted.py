@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 import torch
 import triton.language as tl
-from test_lowrank import CPU, ROWS_G
-from test_lowrank_triton import check_products
+from test_lora_products import CPU, ROWS_G
+from test_lora_triton import check_products
 from triton.runtime import interpreter
 
 RANKS = (1, 3, 8, 17, 64)

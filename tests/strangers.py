@@ -62,7 +62,7 @@ WORDS: dict[str, bytes] = {
     "an empty object": b"{}\n",
     "a number of a thousand digits": b'{"hello": ' + b"9" * 900 + b"}\n",
     "a line without end": b"x" * 100_000,
-    "a farewell": b'{"bye": 0}\n',
+    "an announced exit": b'{"bye": 0}\n',
     "a sign of life": b'{"alive": {"round": 1, "phase": "x", "waiting": null, "for_s": 0.0, "groups": []}}\n',
     "an order to kill": b'{"over": 1, "kill": [[1, "x"]]}\n',
     "an order to stop": b'{"over": 0, "kill": [0, 1, 2]}\n',

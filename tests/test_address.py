@@ -52,7 +52,7 @@ def test_gloo_is_led_out(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", host.master)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is as before when the patch is undone
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    address.lead_gloo_out()
+    address.set_gloo_interface()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == host.told
 
 
@@ -165,7 +165,7 @@ def test_mpi_ranks_meet_without_pickle(
     found: list[Any] = [None] * size
 
     def meet(rank: int) -> None:
-        found[rank] = address.meeting_point(Buffers(rank, world), locals_[rank])  # type: ignore[arg-type]
+        found[rank] = address.choose_rendezvous(Buffers(rank, world), locals_[rank])  # type: ignore[arg-type]
 
     threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:

@@ -70,7 +70,7 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flower_environment_has_the_projects_versions() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ours = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    lines = (ROOT / "fedmoe_ds" / "bench" / "flower" / "requirements.txt").read_text().splitlines()
+    lines = (ROOT / "fedmoe_ds" / "bench" / "baselines" / "flower" / "requirements.txt").read_text().splitlines()
     theirs = [line for line in lines if not line.startswith("#")]
     shared = [line for line in theirs if not line.startswith("flwr")]
     assert set(shared) <= set(ours) and {"transformers", "peft"} <= {re.split("[<>=]", line)[0] for line in shared}

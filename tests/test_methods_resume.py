@@ -54,7 +54,7 @@ class StopsAfter:
 def start(config: Config, runtime: Runtime, topology: Topology, resume: str) -> tuple[Parts, Journal]:
     """As `session.train` does it."""
     folder = Path(config.output) / config.name
-    source = runtime.on_main(lambda: session.claim_folder(folder, resume))
+    source = runtime.run_on_rank0(lambda: session.claim_folder(folder, resume))
     journal = Journal(folder, runtime)
     parts = load_parts(config, runtime, topology, journal.progress)
     session.begin(parts, journal, source["checkpoint"])

@@ -16,7 +16,7 @@ from launching import REPOSITORY
 from scaling_inputs import NOWHERE, environment, make_request, plan, record_all, record_run, start, write_study
 
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
-from fedmoe_ds.studies.resources import check_room, cores
+from fedmoe_ds.studies.resources import check_capacity, cores
 from fedmoe_ds.studies.runner import locked
 from fedmoe_ds.studies.scaling import Request
 from fedmoe_ds.studies.scaling.point import plan_points
@@ -133,10 +133,10 @@ def test_mistakes_on_the_command_line(request_: Request, changes: dict[str, Any]
 
 
 def test_an_allocation_needs_a_task_per_rank() -> None:
-    check_room("ranks-4", 4, {"SLURM_NTASKS": "2"})  # no allocation: a name that was left over
-    check_room("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"})
+    check_capacity("ranks-4", 4, {"SLURM_NTASKS": "2"})  # no allocation: a name that was left over
+    check_capacity("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"})
     with pytest.raises(UserError, match=r"^--ntasks: 2: the point ranks-4 needs 4 ranks"):
-        check_room("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"})
+        check_capacity("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"})
     assert cores({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": "72(x2),36"}) == 180
     assert cores({}) == len(os.sched_getaffinity(0))
 

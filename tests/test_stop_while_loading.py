@@ -371,7 +371,7 @@ def test_ranks_leave_together_or_not_at_all(steps: list[int], failing: int, aske
                 raise UserError(f"rank {rank} failed")
             return f"done by {rank}"
 
-        results = [work.on_main(steady) if alone else work.together(steady)]
+        results = [work.run_on_rank0(steady) if alone else work.run_on_all_ranks(steady)]
         return [*results, work.gather("after")]
 
     with pytest.MonkeyPatch.context() as patch:

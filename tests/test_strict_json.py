@@ -81,16 +81,16 @@ def test_what_is_refused_says_why(content: bytes) -> None:
 
 OURS = {
     "bench": "what its own processes say",
-    "cache.py": "of its own tree",
+    "storage/cache.py": "of its own tree",
     "config/reference.py": "of the package",
     "data/encoder.py": "what the tokenizer itself has said",
     "data/readers.py": "stricter, with lines",
-    "identity.py": "of its own configuration",
-    "line.py": "what ranks say to each other",
-    "mpi.py": "what ranks say to each other",
-    "runtime.py": "what ranks say to each other",
-    "strict_json.py": "this is it",
-    "watchdog.py": "what ranks say to each other",
+    "federation/identity.py": "of its own configuration",
+    "distributed/watchdog/json_socket.py": "what ranks say to each other",
+    "distributed/mpi.py": "what ranks say to each other",
+    "distributed/runtime.py": "what ranks say to each other",
+    "storage/strict_json.py": "this is it",
+    "distributed/watchdog/start.py": "what ranks say to each other",
 }
 """Where JSON is parsed that does not come from outside, and why it does not."""
 

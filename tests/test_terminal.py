@@ -125,7 +125,7 @@ def test_show_and_note(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 def test_nothing_else_writes_to_the_terminal() -> None:
     """Whoever writes to a stream goes through `terminal`; answers of a worker to its parent are JSON, which escapes."""
-    ours = ("terminal.py", "stop.py")  # the latter has handlers of signals, with words of its own
+    ours = ("terminal.py", "stop_request.py")  # the latter has handlers of signals, with words of its own
     writes = re.compile(r"\bsys\.(__)?std(out|err)[\w.]*\.write|(?<![\w.])print\(|\bos\.write\([12],")
     for path in [*(REPOSITORY / "fedmoe_ds").rglob("*.py"), *(REPOSITORY / "launch").glob("*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), start=1):

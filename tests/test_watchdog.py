@@ -28,16 +28,16 @@ from fedmoe_ds.distributed.watchdog import handshake
 from fedmoe_ds.distributed.watchdog import listener as doors
 from fedmoe_ds.distributed.watchdog import start as watchdog
 from fedmoe_ds.distributed.watchdog import watchdog as watches
-from fedmoe_ds.distributed.watchdog.json_socket import LONGEST, GarbledError, Line
-from fedmoe_ds.distributed.watchdog.listener import Door, listen
-from fedmoe_ds.distributed.watchdog.main import Monitor
+from fedmoe_ds.distributed.watchdog.json_socket import LONGEST, GarbledError, JsonSocket
+from fedmoe_ds.distributed.watchdog.listener import Listener, listen
+from fedmoe_ds.distributed.watchdog.main import MainWatchdog
 from fedmoe_ds.distributed.watchdog.rank_health import Peer, Process
-from fedmoe_ds.distributed.watchdog.watchdog import Watch
-from fedmoe_ds.distributed.watchdog.worker import Beacon
+from fedmoe_ds.distributed.watchdog.watchdog import Watchdog
+from fedmoe_ds.distributed.watchdog.worker import WorkerWatchdog
 
 __all__ = ["endings"]
 TOKEN = "ab" * 32
-END = Watch.end
+END = Watchdog.end
 STATE: dict[str, Any] = {"round": 1, "phase": "train", "waiting": None, "for_s": 0.5, "groups": ["shard 0"]}
 
 
@@ -70,9 +70,9 @@ def test_strangers_change_nothing_but_a_counted_warning(
 
 
 @contextmanager
-def a_door(*ranks: int) -> Iterator[tuple[Door, int]]:
+def a_door(*ranks: int) -> Iterator[tuple[Listener, int]]:
     (listener,) = listen(["127.0.0.1"])
-    door = Door([listener], TOKEN, ranks)
+    door = Listener([listener], TOKEN, ranks)
     try:
         yield door, listener.getsockname()[1]
     finally:
@@ -87,16 +87,16 @@ def challenge_of(stranger: socket.socket) -> str:
 def test_a_recorded_hello_is_worth_nothing() -> None:
     with a_door(1, 2) as (door, port):
         first = connect("127.0.0.1", port)
-        door.turn()
+        door.step()
         asked = challenge_of(first)
         hello = {"hello": 1, "challenge": ZEROS, "proof": handshake.proof(TOKEN, "rank", (asked, ZEROS), 1)}
         record = json.dumps(hello).encode() + b"\n"
         again = connect("127.0.0.1", port)
         again.sendall(record)
-        door.turn(), door.turn()
+        door.step(), door.step()
         assert door.turned_away == {"with a wrong proof": 1}
         first.sendall(record)
-        ((rank, _),) = door.turn()
+        ((rank, _),) = door.step()
         assert rank == 1 and door.expected == {2}
 
 
@@ -104,7 +104,7 @@ def test_a_rank_comes_once() -> None:
     with a_door(1, 2) as (door, port):
         lines = [in_thread(lambda rank=rank: handshake.join([("127.0.0.1", port)], rank, TOKEN, 1.0)) for rank in (1, 1, 7)]
         came = []
-        until(lambda: came.extend(door.turn()) or door.turned_away["as a rank that is not missing"] >= 2)
+        until(lambda: came.extend(door.step()) or door.turned_away["as a rank that is not missing"] >= 2)
         assert [rank for rank, _ in came] == [1] and door.expected == {2}
         assert len(lines) == 3
 
@@ -116,19 +116,19 @@ def test_places_are_limited_and_the_oldest_gives_way(monkeypatch: pytest.MonkeyP
     with a_door(1) as (door, port):
         idle = [connect("127.0.0.1", port) for _ in range(12)]
         for _ in range(5):
-            door.turn()
+            door.step()
         assert len(door._guests) == 5 and not door.turned_away and 0 < door.wait_s <= 0.1  # the first places, and then a rest
         clock[0] += 0.11
         for _ in range(5):
-            door.turn()
+            door.step()
         assert len(door._guests) == 5 and door.turned_away == {"pushed out": 5}
         assert [is_closed(one, 0.1) for one in idle[:6]] == [True] * 5 + [False]
         clock[0] += doors.HELLO_S + 0.1
-        door.turn()
+        door.step()
         assert door.turned_away["silent for 5 s"] == 5
         joined = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 5.0))
         came = []
-        until(lambda: clock.__setitem__(0, clock[0] + 0.2) or came.extend(door.turn()) or came)
+        until(lambda: clock.__setitem__(0, clock[0] + 0.2) or came.extend(door.step()) or came)
         assert [rank for rank, _ in came] == [1] and not door.is_open
         clock[0] += 60.0
         assert door.wait_s > 1.0  # rank 0 has no reason to hurry any more
@@ -147,11 +147,11 @@ def test_a_door_that_closes_while_it_rests_is_waited_for_no_longer() -> None:
 def test_a_hello_in_many_small_pieces_is_no_rank() -> None:
     with a_door(1) as (door, port):
         stranger = connect("127.0.0.1", port)
-        door.turn()
+        door.step()
         for _ in range(20):
             if not is_closed(stranger, 0.001):
                 stranger.send(b" ")
-            door.turn()
+            door.step()
         assert door.turned_away == {"with something else than a hello": 1}
 
 
@@ -164,10 +164,10 @@ def test_without_descriptors_the_door_rests(monkeypatch: pytest.MonkeyPatch) -> 
         os.close(free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
         try:
-            assert door.turn() == [] and door.refusals == 1 and door.is_open
+            assert door.step() == [] and door.refusals == 1 and door.is_open
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        door.turn()
+        door.step()
         assert len(door._guests) == 3 and all(challenge_of(one) for one in waiting)
         door.close()
         assert "the system refused 1 times to let one in (ulimit -n)" in (door.warning() or "")
@@ -241,9 +241,9 @@ def test_a_rank_gives_up_on_who_is_silent_or_hangs_up() -> None:
 def test_a_rank_that_was_pushed_out_comes_again() -> None:
     with a_door(1) as (door, port):
         joining = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 5.0))
-        until(lambda: door.turn() or door._guests)
+        until(lambda: door.step() or door._guests)
         door._turn_away(next(iter(door._guests.values())), "pushed out")
-        until(lambda: door.turn())
+        until(lambda: door.step())
         line, _ = joining()
         assert line.socket.fileno() > 0
 
@@ -291,10 +291,10 @@ def own(rank: int) -> Peer:
 
 
 @contextmanager
-def a_monitor(size: int = 3) -> Iterator[tuple[Monitor, list[Line]]]:
+def a_monitor(size: int = 3) -> Iterator[tuple[MainWatchdog, list[JsonSocket]]]:
     """Rank 0 with its thread, and the lines of the others, which the test holds in its hands."""
     (listener,) = listen(["127.0.0.1"])
-    monitor = Monitor(own(0), LIMITS, [own(rank) for rank in range(1, size)], Door([listener], TOKEN, range(1, size)))
+    monitor = MainWatchdog(own(0), LIMITS, [own(rank) for rank in range(1, size)], Listener([listener], TOKEN, range(1, size)))
     port = listener.getsockname()[1]
     monitor.thread.start()
     try:
@@ -304,7 +304,7 @@ def a_monitor(size: int = 3) -> Iterator[tuple[Monitor, list[Line]]]:
         monitor.thread.join(10.0)
 
 
-def heard_by(line: Line, key: str, limit_s: float = 5.0) -> dict[str, Any]:
+def heard_by(line: JsonSocket, key: str, limit_s: float = 5.0) -> dict[str, Any]:
     """The first message with this key."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
@@ -315,7 +315,7 @@ def heard_by(line: Line, key: str, limit_s: float = 5.0) -> dict[str, Any]:
     raise AssertionError(f"nothing with {key}")
 
 
-def push(line: Line, data: bytes) -> None:
+def push(line: JsonSocket, data: bytes) -> None:
     line.socket.settimeout(2.0)
     try:
         line.socket.sendall(data)
@@ -337,13 +337,13 @@ def test_a_rank_that_is_not_understood_is_named(name: str, endings: Endings, cap
 
 
 @contextmanager
-def a_beacon() -> Iterator[tuple[Beacon, Line]]:
+def a_beacon() -> Iterator[tuple[WorkerWatchdog, JsonSocket]]:
     """Rank 1 with its thread, and rank 0's end of the line."""
     ours, theirs = socket.socketpair()
-    beacon = Beacon(own(1), LIMITS, [own(0), own(1), own(2)], Line(ours), [], True)
+    beacon = WorkerWatchdog(own(1), LIMITS, [own(0), own(1), own(2)], JsonSocket(ours), [], True)
     beacon.thread.start()
     try:
-        yield beacon, Line(theirs)
+        yield beacon, JsonSocket(theirs)
     finally:
         beacon.stop()
         beacon.thread.join(10.0)
@@ -398,7 +398,7 @@ def test_a_rank_that_does_not_read_holds_nobody_up(endings: Endings, monkeypatch
 
 def test_what_a_slow_reader_gets_is_whole() -> None:
     ours, theirs = socket.socketpair()
-    sender, reader, sent = Line(ours), Line(theirs), 0
+    sender, reader, sent = JsonSocket(ours), JsonSocket(theirs), 0
     while not sender._unsent:
         sender.send({"alive": "x" * 3000, "number": sent})
         sent += 1
@@ -418,7 +418,7 @@ def test_messages_arrive_in_whatever_pieces(sent: list[dict[str, Any]], data: st
     ours, theirs = socket.socketpair()
     content = b"".join(json.dumps(message).encode() + b"\n" for message in sent)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=6)))
-    line, heard = Line(theirs), []
+    line, heard = JsonSocket(theirs), []
     for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True):
         ours.sendall(content[start:stop])
         heard += line.receive() or []
@@ -434,7 +434,7 @@ def test_any_bytes_are_messages_or_garbled(content: bytes) -> None:
     with ours, theirs:
         ours.sendall(content + b"\n")
         try:
-            assert all(isinstance(message, dict) for message in Line(theirs).receive() or [])
+            assert all(isinstance(message, dict) for message in JsonSocket(theirs).receive() or [])
         except GarbledError:
             return
 
@@ -466,7 +466,7 @@ def test_a_defect_of_another_watchdog_is_told_to_rank_0(endings: Endings, monkey
         assert heard_by(line, "bye") == {"bye": 1, "text": ending.text}
 
 
-class Alone(Watch):
+class Alone(Watchdog):
     """A watchdog without others."""
 
     def __init__(self) -> None:
@@ -477,7 +477,7 @@ class Alone(Watch):
 def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """With which codes the process would have ended."""
     found: list[int] = []
-    monkeypatch.setattr(Watch, "end", END)
+    monkeypatch.setattr(Watchdog, "end", END)
     monkeypatch.setattr(watches, "SPREAD_S", 0.0)
     monkeypatch.setattr(os, "_exit", found.append)
     return found
@@ -506,7 +506,7 @@ def test_a_verdict_is_one_line_without_commands_to_a_terminal(codes: list[int], 
 
 def test_a_long_reason_still_arrives(endings: Endings) -> None:
     with a_beacon() as (beacon, line):
-        beacon.farewell(2, "é\N{EARTH GLOBE AMERICAS}" * 100_000)
+        beacon.announce_exit(2, "é\N{EARTH GLOBE AMERICAS}" * 100_000)
         assert len(heard_by(line, "bye")["text"]) == 4000
 
 

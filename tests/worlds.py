@@ -15,7 +15,7 @@ import pytest
 
 from fedmoe_ds.distributed.watchdog import start as watchdog
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Process
-from fedmoe_ds.distributed.watchdog.watchdog import Watch
+from fedmoe_ds.distributed.watchdog.watchdog import Watchdog
 
 LIMITS = Limits(silence=20.0, waiting=1800.0, ranks=3)
 
@@ -50,12 +50,12 @@ def endings(monkeypatch: pytest.MonkeyPatch) -> Endings:
     """Instead of ending this process, watchdogs end their thread and are noted: in every test that may start one."""
     found = Endings()
 
-    def end(watch: Watch, text: str, code: int, speaks: bool = True, kill: Any = ()) -> None:
+    def end(watch: Watchdog, text: str, code: int, speaks: bool = True, kill: Any = ()) -> None:
         found.all.append(Ending(watch.me.rank, text, code, list(kill)))
         raise EndError
 
     monkeypatch.setattr(threading, "excepthook", lambda args, real=threading.excepthook: _report(args, real))
-    monkeypatch.setattr(Watch, "end", end)
+    monkeypatch.setattr(Watchdog, "end", end)
     monkeypatch.setattr(watchdog, "_watch", None)
     return found
 

@@ -99,7 +99,7 @@ class CheckpointWriter:
         target = self.root / folder_name(snapshot.round, snapshot.partial is not None)
         working, notes = (self.root / f"{_UNFINISHED}{kind}{target.name}" for kind in ("", "sums-"))
         job = _Job(snapshot, texts, working, notes, target, began)
-        self.runtime.on_main(lambda: self._guarded(lambda: _fresh_folders(working, notes)))
+        self.runtime.run_on_rank0(lambda: self._guarded(lambda: _fresh_folders(working, notes)))
         job.files = [name for part in self.runtime.gather(list(tensors)) for name in part]
         waits = not self.background or snapshot.partial is not None  # a run that was asked to stop has nothing else to do
         content = {file: _on_host(part, copy=not waits) for file, part in tensors.items()}
@@ -144,9 +144,9 @@ class CheckpointWriter:
         written, published = job.written, job.published
         assert written is not None
         try:
-            mine = self.runtime.together(written.result)
+            mine = self.runtime.run_on_all_ranks(written.result)
             job.sums = {name: value for part in self.runtime.gather(mine) for name, value in part.items()}
-            return float(self.runtime.on_main(lambda: published.result() if published is not None else 0.0))
+            return float(self.runtime.run_on_rank0(lambda: published.result() if published is not None else 0.0))
         except UserError:
             self.drop()
             raise

@@ -70,7 +70,7 @@ class AdapterConfig(Section):
         return given
 
     @model_validator(mode="after")
-    def _says_what_experts_train(self) -> AdapterConfig:
+    def _check_expert_training(self) -> AdapterConfig:
         if self.moe is not None and not self.experts:
             raise ValueError("adapters.experts: false: adapters.moe adds experts, and they are trained; use true, or drop moe")
         if self.expert_training == "full" and (self.moe is not None or not self.experts):
@@ -258,7 +258,7 @@ class Config(Section):
         return name
 
     @model_validator(mode="after")
-    def _something_trains(self) -> Config:
+    def _check_trainables(self) -> Config:
         adapters = self.adapters
         if not adapters.experts and not adapters.attention and adapters.router == "frozen":
             raise ValueError(
@@ -271,7 +271,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _scaffold_takes_gradient_steps(self) -> Config:
+    def _check_scaffold_optimizer(self) -> Config:
         if self.local.drift == "scaffold" and (self.local.optimizer != "sgd" or self.local.momentum > 0):
             raise ValueError(
                 "local.drift: scaffold: its control variates are mean gradients, so clients must take plain gradient steps; "
@@ -280,7 +280,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _there_are_moments_to_keep(self) -> Config:
+    def _check_moments(self) -> Config:
         if self.local.moments == "bfloat16" and self.local.optimizer == "sgd" and self.local.momentum == 0:
             raise ValueError(
                 "local.moments: bfloat16: sgd without momentum keeps no moments; use local.momentum above 0, "

@@ -23,7 +23,7 @@ _ELSEWHERE = "203.0.113.1"
 """Of nobody (RFC 5737). Nothing is ever sent there: the route says which interface leads out."""
 
 
-def meeting_point(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
+def choose_rendezvous(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
     """Where all ranks of an MPI world meet: an address of rank 0's host, and a TCP port.
 
     Rank 0's MASTER_ADDR and MASTER_PORT are taken as they are. Otherwise every host knocks at all addresses that rank 0's
@@ -82,7 +82,7 @@ def own_addresses() -> list[str]:
     return sorted(found, key=lambda address: address != named)  # stable: else in the order of interfaces
 
 
-def lead_gloo_out() -> None:
+def set_gloo_interface() -> None:
     """Tell gloo its interface (GLOO_SOCKET_IFNAME) where the host's name would send it to loopback and ranks are elsewhere.
 
     The interface is the one that leads to MASTER_ADDR; on MASTER_ADDR's own host the one of the default route, or the first.

@@ -12,7 +12,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
-from fedmoe_ds.distributed.address import lead_gloo_out, meeting_point
+from fedmoe_ds.distributed.address import choose_rendezvous, set_gloo_interface
 from fedmoe_ds.errors import UserError
 
 _SLURM_PSEUDO_STEPS = 0xFFFFFFF0
@@ -33,7 +33,7 @@ def detect_launch() -> Launch:
     """Read rank and world from the environment. Raises UserError for a silent one-rank world under SLURM or MPI."""
     launch = _detect()
     if launch.world_size > 1:
-        lead_gloo_out()
+        set_gloo_interface()
     return launch
 
 
@@ -65,7 +65,7 @@ def _detect_mpi(promised: int) -> Launch:
             "MPI libraries: put the matching mpirun first in PATH"
         )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address, port = meeting_point(world, local)
+    address, port = choose_rendezvous(world, local)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     return Launch("mpirun", world.rank, world.size, local.rank)
 

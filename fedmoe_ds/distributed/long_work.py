@@ -36,7 +36,7 @@ class LongWork:
         """As `Runtime.gather`."""
         return self.runtime.gather(value)
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; a UserError on any rank becomes the same UserError on all of them.
 
         Raises:
@@ -53,9 +53,9 @@ class LongWork:
             raise UserError(failures[0])
         return result  # type: ignore[return-value]
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 only; its JSON result or UserError reaches every rank. Raises StopError as `together`."""
-        return self.gather(self.together(lambda: action() if self.runtime.is_main else None))[0]
+    def run_on_rank0(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 only; its JSON result or UserError reaches every rank. Raises StopError as the other."""
+        return self.gather(self.run_on_all_ranks(lambda: action() if self.runtime.is_main else None))[0]
 
     def _look_up(self) -> None:
         """A stop point of the work on this rank."""

@@ -67,7 +67,7 @@ class Runtime:
         """Wait for all ranks."""
         self.control.gather(b"")
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; a UserError on any rank becomes the same UserError on all of them."""
         result, failure = attempt(action)
         failures = [text for text in self.gather(failure) if text is not None]
@@ -75,7 +75,7 @@ class Runtime:
             raise UserError(failures[0])
         return result  # type: ignore[return-value]
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
+    def run_on_rank0(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 only; its JSON result, or its UserError, reaches every rank."""
         outcome = attempt(action) if self.is_main else (None, None)
         result, failure = self.gather(list(outcome))[0]
@@ -201,7 +201,7 @@ def _leave(code: int, words: str) -> NoReturn:
     sys.stderr.flush()
     watch = watchdog.current()
     if watch is not None:
-        watch.farewell(code, words)
+        watch.announce_exit(code, words)
     if known_rank() != 0 and (code == EXIT_USER_ERROR or (code == EXIT_LOST and watch is not None)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: no longer a request to stop after the wave
         time.sleep(_SAY_S)  # the watchdog ends this process as soon as rank 0 has spoken, or the launcher does

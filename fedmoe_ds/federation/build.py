@@ -47,7 +47,7 @@ from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import initial_bank, install
 from fedmoe_ds.model.pass_context import Execution
-from fedmoe_ds.model.per_client_attention import attend_apart
+from fedmoe_ds.model.per_client_attention import use_per_client_attention
 from fedmoe_ds.report import Progress
 
 
@@ -120,7 +120,7 @@ def load_parts(
     """
     stop, device = stop or StopRequest(), runtime.device
     config, method = check_start(config, device.type)
-    runtime.together(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
+    runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
     data = load_shared_data(config, runtime, foundation, stop)
@@ -135,18 +135,18 @@ def load_shared_foundation(
 ) -> Foundation:
     """Rank 0 finds or pre-trains the model; then every rank loads its part, into memory that ranks of one host share."""
     work, trust = LongWork(runtime, stop or StopRequest()), config.foundation.trust_remote_code
-    folder = work.on_main(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
-    if (line := work.together(lambda: told(Path(folder), trust))) is not None:
+    folder = work.run_on_rank0(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
+    if (line := work.run_on_all_ranks(lambda: told(Path(folder), trust))) is not None:
         progress.note(line)
     ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
     if device.type != "cpu":
-        return work.together(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
-    skeleton = work.together(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
+        return work.run_on_all_ranks(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
+    skeleton = work.run_on_all_ranks(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
     first = hosts.index(hosts[runtime.rank])  # reads all weights to tell them from others, for its host
-    digest = runtime.gather(work.together(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
-    shared = work.together(lambda: cache_folder(config.foundation, host_sharing.FOLDER))
+    digest = runtime.gather(work.run_on_all_ranks(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
+    shared = work.run_on_all_ranks(lambda: cache_folder(config.foundation, host_sharing.FOLDER))
     memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note)
-    return work.together(lambda: assemble(skeleton, memory, digest, device, trust))
+    return work.run_on_all_ranks(lambda: assemble(skeleton, memory, digest, device, trust))
 
 
 def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation, stop: StopRequest) -> FederatedData:
@@ -157,8 +157,8 @@ def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation, s
         folder = cache_folder(config.foundation, "data")
         return str(prepare_data(config.data, config.seed, tokenizer, folder, code).path)
 
-    path = work.on_main(prepared)
-    return work.together(lambda: FederatedData.open(path))
+    path = work.run_on_rank0(prepared)
+    return work.run_on_all_ranks(lambda: FederatedData.open(path))
 
 
 def _assemble(
@@ -168,7 +168,7 @@ def _assemble(
     execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
     install(foundation, config.adapters, execution)
     if spec.bitwise and spec.shares_passes:
-        attend_apart(foundation.model, execution)
+        use_per_client_attention(foundation.model, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
     adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device)
@@ -200,7 +200,7 @@ def _assemble(
         identity=ours,
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",
-        skipped=SkippedClients(folder, memory_settings(config, ours), runtime.on_main(lambda: read_absences(folder))),
+        skipped=SkippedClients(folder, memory_settings(config, ours), runtime.run_on_rank0(lambda: read_absences(folder))),
     )
 
 

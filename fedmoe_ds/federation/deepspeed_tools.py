@@ -38,7 +38,7 @@ class DeepSpeedTools:
             options = {key: comms[key] for key in ("prof_all", "prof_ops", "debug") if key in comms}
             ds_comm.configure(enabled=True, **options)
         if section.get("flops_profiler", {}).get("enabled"):
-            self.profile = parts.runtime.together(lambda: _profile(section["flops_profiler"], parts, journal.folder))
+            self.profile = parts.runtime.run_on_all_ranks(lambda: _profile(section["flops_profiler"], parts, journal.folder))
         if "activation_checkpointing" in section:
             _use_deepspeed_checkpointing(section, parts)
 
@@ -54,7 +54,7 @@ class DeepSpeedTools:
                 total = sum(latencies)
                 rows.append(f"{operation},{size},{count},{total:.3f},{total / max(count, 1):.4f}")
         target = folder / f"comms-rank{self.parts.runtime.rank}.csv"
-        self.parts.runtime.together(lambda: _write(target, "\n".join(rows) + "\n"))
+        self.parts.runtime.run_on_all_ranks(lambda: _write(target, "\n".join(rows) + "\n"))
 
 
 def _monitor(section: dict[str, Any], runtime: Runtime) -> MonitorMaster | None:
@@ -83,7 +83,7 @@ def _monitor(section: dict[str, Any], runtime: Runtime) -> MonitorMaster | None:
                 "enabled=false"
             ) from error
 
-    return runtime.together(start)
+    return runtime.run_on_all_ranks(start)
 
 
 def _write(target: Path, text: str) -> None:

@@ -57,7 +57,7 @@ class Journal:
                     "--resume auto"
                 ) from None
 
-        return self.runtime.on_main(guarded)
+        return self.runtime.run_on_rank0(guarded)
 
     def event(self, event: str, **fields: Any) -> None:
         """One line of metrics.jsonl."""

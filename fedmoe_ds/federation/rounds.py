@@ -238,7 +238,7 @@ class Federation:
         self._finish_checkpoint()
         activity.enter("checkpoint")
         parts = self.parts
-        position = parts.runtime.on_main(self.journal.position)
+        position = parts.runtime.run_on_rank0(self.journal.position)
         states.save(self.writer, parts.topology, self.state, parts.identity, parts.config_text, position)
 
     def _finish_checkpoint(self) -> None:

@@ -22,7 +22,7 @@ from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
-from fedmoe_ds.kernels.frozen_layers import independent_rows
+from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, hosted_layout
@@ -73,7 +73,7 @@ class RunSpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of a number between the products of a pass."""
-        apart = independent_rows(self.model_type, self.config.foundation.dtype, self.device)
+        apart = is_batch_invariant(self.model_type, self.config.foundation.dtype, self.device)
         return 4 if apart else self.size.bytes_per_parameter
 
     def drawn_among(self, clients: list[Client], round_index: int) -> list[Client]:
@@ -98,7 +98,7 @@ def is_bitwise(config: Config, device: str) -> bool:
 def shares_passes(config: Config, model_type: str, device: str) -> bool:
     """Whether all clients in flight go through the model together. In bitwise mode that takes kernels which keep rows apart;
     adapter experts beside a dense model have none."""
-    apart = config.adapters.moe is None and independent_rows(model_type, config.foundation.dtype, device)
+    apart = config.adapters.moe is None and is_batch_invariant(model_type, config.foundation.dtype, device)
     return not is_bitwise(config, device) or apart
 
 

@@ -67,7 +67,7 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     activity.enter("load")
     fault.guard(f"rank {runtime.rank} on {socket.gethostname()}")
     folder = Path(config.output) / config.name
-    source = runtime.on_main(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
+    source = runtime.run_on_rank0(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
     journal = Journal(folder, runtime)
     for note in [*runtime.notes, *source["unlocked"], *source["notes"]]:
         journal.note(note)
@@ -84,11 +84,11 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     if (omitted := parts.data.omissions.line()) is not None:
         journal.note(omitted)
     if source["ended"] is not None and source["ended"]["rounds"] == config.federation.rounds:
-        runtime.together(lambda: open_snapshot(Path(source["checkpoint"]), parts))
+        runtime.run_on_all_ranks(lambda: open_snapshot(Path(source["checkpoint"]), parts))
         journal.close()
         return Ending(summary(folder, Outcome(source["ended"]["digest"], None), runtime), 0)
     tools = DeepSpeedTools(config.deepspeed, parts, journal)  # a package may be missing: before anything is written
-    runtime.on_main(lock.confirm)
+    runtime.run_on_rank0(lock.confirm)
     begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()
     tools.close(folder)
@@ -155,7 +155,7 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         journal.event("data", **data_facts(parts))
         return
     path = Path(source)
-    snapshot, notes = parts.runtime.together(lambda: restore(path, parts))
+    snapshot, notes = parts.runtime.run_on_all_ranks(lambda: restore(path, parts))
     for note in notes:
         journal.note(note)
     activity.enter("load", snapshot.round)

@@ -32,7 +32,7 @@ class Ranks(Protocol):
 
     def gather(self, value: Any) -> list[Any]: ...
 
-    def together(self, action: Callable[[], T]) -> T: ...
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def load_shared(
     """
     parts = _parts(skeleton, fingerprint, ep_size, hosts, root, world.rank)
     mine = [part for part in parts if part.shared and part.leader == world.rank]
-    told = world.gather(world.together(lambda: {_name(part): _written(part, skeleton) for part in mine}))
+    told = world.gather(world.run_on_all_ranks(lambda: {_name(part): _written(part, skeleton) for part in mine}))
     failures: list[str] = []
-    memory = world.together(lambda: _take(skeleton, parts, told, failures))
+    memory = world.run_on_all_ranks(lambda: _take(skeleton, parts, told, failures))
     _report(parts, [reason for found in world.gather(failures) for reason in found], root, note)
     return memory
 

@@ -1,4 +1,4 @@
-"""Rowwise: frozen layers of a Hugging Face model, replaced by ones that treat every row by itself and in one pass over memory.
+"""Frozen layers of a Hugging Face model, replaced by ones that treat every row by itself and in one pass over memory.
 
 Legend: T rows, I input width, O output width, D model width.
 
@@ -26,7 +26,7 @@ INDEPENDENT = ("mixtral", "olmoe", "qwen3_moe")
 embeddings, softmax routing, and experts that are all in the pool. Tests train each of them in varying company."""
 
 
-def independent_rows(model_type: str, dtype: str, device: str) -> bool:
+def is_batch_invariant(model_type: str, dtype: str, device: str) -> bool:
     """Whether clients may share a pass without leaving traces in each other's bits, on this kind of device."""
     compiled = matrix.available() and rows.available()
     return model_type in INDEPENDENT and dtype in ("float32", "bfloat16") and device == "cpu" and compiled
@@ -140,7 +140,7 @@ def rowwise_rotary(original: Rotary) -> Rotary:
         turned: list[Tensor] = [_Rotation.apply(x, cosine_TK, sine_TK) for x in (q, k)]  # type: ignore[no-untyped-call]
         return turned[0], turned[1]
 
-    apply_rotary_pos_emb.rowwise = True  # type: ignore[attr-defined]
+    apply_rotary_pos_emb.row_by_row = True  # type: ignore[attr-defined]
     return apply_rotary_pos_emb
 
 
@@ -148,11 +148,11 @@ def row_dtype(model: Any) -> torch.dtype:
     """The type of the rows between a model's products, once `replace_frozen` has seen it."""
     weight = next(model.parameters())
     short = str(weight.dtype).removeprefix("torch.")
-    return torch.float32 if independent_rows(model.config.model_type, short, weight.device.type) else weight.dtype
+    return torch.float32 if is_batch_invariant(model.config.model_type, short, weight.device.type) else weight.dtype
 
 
 def replace_frozen(model: Any) -> None:
-    """Put the rowwise layers into a frozen model, where the kernels serve its weights. Safe to call again."""
+    """Put layers that treat every row by itself into a frozen model, where kernels serve its weights. Safe to call again."""
     if row_dtype(model) != torch.float32:
         return
     for name, module in list(model.named_modules()):
@@ -187,5 +187,5 @@ def _is_plain_norm(module: nn.Module, weight_D: Tensor, eps: float) -> bool:
 def _replace_rotary(home: Any) -> None:
     """Attention layers call their module's function by name, so that is the place to put another."""
     original = getattr(home, "apply_rotary_pos_emb", None)
-    if original is not None and home.__name__.startswith("transformers.models.") and not hasattr(original, "rowwise"):
+    if original is not None and home.__name__.startswith("transformers.models.") and not hasattr(original, "row_by_row"):
         home.apply_rotary_pos_emb = rowwise_rotary(original)

@@ -19,7 +19,7 @@ from fedmoe_ds.kernels.per_client import client_linear
 from fedmoe_ds.model.bottleneck_experts import BottleneckExperts
 from fedmoe_ds.model.moe_layer import ROUTER, rescaled
 from fedmoe_ds.model.pass_context import Execution
-from fedmoe_ds.model.routed_forward import observe, serve
+from fedmoe_ds.model.routed_forward import record_routing, routed_forward
 from fedmoe_ds.model.router import route
 
 INNER, OUTER = "experts.inner.weight", "experts.outer.weight"
@@ -52,8 +52,8 @@ class AdapterMoELayer(nn.Module):
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
         logits_TE = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments).flatten(0, -2)
         routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, run.allowed_TE)
-        observe(self.execution, self.layer, routing, logits_TE)
-        y_TD = serve(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts())
+        record_routing(self.execution, self.layer, routing, logits_TE)
+        y_TD = routed_forward(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts())
         frozen_BSD: Tensor = self.frozen(hidden_BSD)
         return frozen_BSD + rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
 

@@ -15,7 +15,7 @@ from fedmoe_ds.kernels.frozen_layers import frozen_product
 from fedmoe_ds.kernels.per_client import client_linear, client_scale
 from fedmoe_ds.model import experts
 from fedmoe_ds.model.pass_context import Execution, Pass
-from fedmoe_ds.model.routed_forward import observe, serve
+from fedmoe_ds.model.routed_forward import record_routing, routed_forward
 from fedmoe_ds.model.router import route
 
 GATE_UP_A, GATE_UP_B = "experts.gate_up.lora_A", "experts.gate_up.lora_B"
@@ -41,8 +41,8 @@ class FederatedMoELayer(nn.Module):
         x_TD = hidden_BSD.flatten(0, -2)
         logits_TE = self._logits(hidden_BSD, run).flatten(0, -2)
         routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, run.allowed_TE)
-        observe(self.execution, self.layer, routing, logits_TE)
-        y_TD = serve(self.execution, self.layer, x_TD, routing, self._experts(x_TD.dtype))
+        record_routing(self.execution, self.layer, routing, logits_TE)
+        y_TD = routed_forward(self.execution, self.layer, x_TD, routing, self._experts(x_TD.dtype))
         y_BSD = rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
         return autoep.finalize_output(self.host, y_BSD, x_TD, hidden_BSD)
 

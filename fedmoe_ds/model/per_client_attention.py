@@ -25,7 +25,7 @@ NAME = "fedmoe_ds"
 _EXECUTION = "fedmoe_ds_execution"
 
 
-def attend_apart(model: Any, execution: Execution) -> None:
+def use_per_client_attention(model: Any, execution: Execution) -> None:
     """Make the model's attention treat every client of a pass by itself."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

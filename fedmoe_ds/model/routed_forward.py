@@ -1,11 +1,11 @@
-"""Serving: what every layer with an expert pool does with its routing, whatever its experts are.
+"""Routed forward: what every layer with an expert pool does with its routing, whatever its experts are.
 
 Legend: B sequences, S positions, T = B * S token rows, D model width, E experts, C client slots.
 
-`observe` counts activations, asks the method what it wants to see and collects auxiliary losses; `serve` sends the rows through
-the pool. Where a method lets a batch train only some experts, the rows of the others go through the pool without autograd:
-nothing of them is kept for the backward pass, and neither their adapters, nor their inputs, nor the router get a gradient
-through them.
+`record_routing` counts activations, asks the method what it wants to see and collects auxiliary losses; `routed_forward` sends
+the rows through the pool. Where a method lets a batch train only some experts, the rows of the others go through the pool
+without autograd: nothing of them is kept for the backward pass, and neither their adapters, nor their inputs, nor the router
+get a gradient through them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fedmoe_ds.model.pass_context import Execution, Pass
 from fedmoe_ds.model.router import Routing
 
 
-def serve(execution: Execution, layer: int, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """sum_j p_tj E_j(x_t) for every row, [T, D]. `observe` must have seen this routing."""
+def routed_forward(execution: Execution, layer: int, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """sum_j p_tj E_j(x_t) for every row, [T, D]. `record_routing` must have seen this routing."""
     run = execution.running()
     active_TK = _active_slots(execution, layer, routing)
     if active_TK is None:
@@ -42,7 +42,7 @@ def _through_pool(execution: Execution, run: Pass, x_TD: Tensor, routing: Routin
     return expert_pass(x_TD, routing, execution.anchor, plan, execution.pool, experts)
 
 
-def observe(execution: Execution, layer: int, routing: Routing, logits_TE: Tensor) -> None:
+def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE: Tensor) -> None:
     """Write counts, observations and auxiliary losses of a layer. Overwrites: a recomputed layer counts once."""
     run = execution.running()
     run.counts[layer] = _count(execution, run, routing, routing.kept_TK)

@@ -14,7 +14,7 @@ def in_allocation(environment: Mapping[str, str]) -> bool:
     return "SLURM_JOB_ID" in environment
 
 
-def check_room(label: str, ranks: int, environment: Mapping[str, str]) -> None:
+def check_capacity(label: str, ranks: int, environment: Mapping[str, str]) -> None:
     """Raises UserError when the allocation has fewer tasks than the point has ranks."""
     tasks = environment.get("SLURM_NTASKS", environment.get("SLURM_NPROCS"))
     if in_allocation(environment) and tasks is not None and int(tasks) < ranks:

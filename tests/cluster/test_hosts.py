@@ -143,11 +143,11 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 MEET = (
-    "from mpi4py import MPI; from fedmoe_ds.distributed.address import meeting_point; world = MPI.COMM_WORLD;"
-    "print(*meeting_point(world, world.Split_type(MPI.COMM_TYPE_SHARED)))"
+    "from mpi4py import MPI; from fedmoe_ds.distributed.address import choose_rendezvous; world = MPI.COMM_WORLD;"
+    "print(*choose_rendezvous(world, world.Split_type(MPI.COMM_TYPE_SHARED)))"
 )
 GLOO = (
-    "import os; from fedmoe_ds.distributed.address import lead_gloo_out; lead_gloo_out();"
+    "import os; from fedmoe_ds.distributed.address import set_gloo_interface; set_gloo_interface();"
     "print(os.environ.get('GLOO_SOCKET_IFNAME'))"
 )
 

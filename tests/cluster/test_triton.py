@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER, TESTS = Path(sys.prefix) / "triton", Path(__file__).parents[1] / "test_lowrank_triton.py"
+FOLDER, TESTS = Path(sys.prefix) / "triton", Path(__file__).parents[1] / "test_lora_triton.py"
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -85,7 +85,7 @@ def main() -> int:
     runtime = init_runtime(detect_launch(), config)
     topology = build_topology(config, runtime)
     rank: FederatedRank | None = None
-    while (request := runtime.on_main(next_request)) is not None:
+    while (request := runtime.run_on_rank0(next_request)) is not None:
         if request["do"] == "open":
             workload = Workload.from_json(request["workload"])
             rank = FederatedRank(Path(request["folder"]), workload, request["bitwise"], runtime, topology)

@@ -25,7 +25,7 @@ from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import install
 from fedmoe_ds.model.pass_context import Execution
-from fedmoe_ds.model.per_client_attention import attend_apart
+from fedmoe_ds.model.per_client_attention import use_per_client_attention
 
 
 class Fused:
@@ -44,7 +44,7 @@ class Fused:
         execution = Execution(bank, pool, workload.alpha / workload.rank, kernels=workload.kernels)
         install(foundation, config.adapters, execution)
         if bitwise and spec.shares_passes:  # as fedmoe_ds.federation.build does
-            attend_apart(foundation.model, execution)
+            use_per_client_attention(foundation.model, execution)
         self.start = Bank(spec.blocks, experts, clients=1, device=device, with_grad=False)
         for key, _, value in self.start.items(first_expert=0):
             value.copy_(workload.initial_value(key, value.shape))

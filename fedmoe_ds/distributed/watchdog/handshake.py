@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedmoe_ds.distributed.watchdog import messages
-from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, Line
+from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, JsonSocket
 
 JOIN_S = 30.0
 """How long a rank tries to get in."""
@@ -57,7 +57,7 @@ def is_proof(given: str, token: str, side: str, challenges: tuple[str, str], ran
 
 def join(
     places: Sequence[tuple[str, int]], rank: int, token: str, limit_s: float = JOIN_S
-) -> tuple[Line, list[dict[str, Any]]]:
+) -> tuple[JsonSocket, list[dict[str, Any]]]:
     """Connect to rank 0 and prove each other; also what rank 0 has said right after its proof.
 
     Args:
@@ -70,7 +70,7 @@ def join(
     while True:
         connection, (address, port) = _connect(places, deadline)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        line = Line(connection)
+        line = JsonSocket(connection)
         try:
             return line, _introduce(line, rank, token, deadline)
         except _TurnedAwayError:
@@ -97,7 +97,7 @@ def _connect(places: Sequence[tuple[str, int]], deadline: float) -> tuple[socket
     raise ValueError("no place to connect to")
 
 
-def _introduce(line: Line, rank: int, token: str, deadline: float) -> list[dict[str, Any]]:
+def _introduce(line: JsonSocket, rank: int, token: str, deadline: float) -> list[dict[str, Any]]:
     first, *_ = _next(line, deadline)
     challenges = messages.check(messages.challenge, first).challenge, secret()
     line.send({"hello": rank, "challenge": challenges[1], "proof": proof(token, "rank", challenges, rank)})
@@ -107,7 +107,7 @@ def _introduce(line: Line, rank: int, token: str, deadline: float) -> list[dict[
     return rest
 
 
-def _next(line: Line, deadline: float) -> list[dict[str, Any]]:
+def _next(line: JsonSocket, deadline: float) -> list[dict[str, Any]]:
     """At least one message."""
     readable = select.poll()
     readable.register(line, select.POLLIN)

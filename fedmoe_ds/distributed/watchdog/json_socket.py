@@ -1,4 +1,4 @@
-"""Line: a connection that carries one JSON object per line.
+"""JSON socket: a connection that carries one JSON object per line.
 
 Neither reading nor writing waits. What has arrived without its end, and what the peer has not taken yet, are both bounded: a
 peer that never ends a line, or never reads, costs a known number of bytes and no time.
@@ -21,7 +21,7 @@ class GarbledError(ValueError):
     """What has arrived is no message: not JSON, no object, or without an end."""
 
 
-class Line:
+class JsonSocket:
     """A socket that carries one JSON object per line.
 
     Args:
@@ -33,7 +33,7 @@ class Line:
         connection.setblocking(False)
         self.socket, self.longest = connection, longest
         self._arrived, self._unsent = b"", b""
-        self._sending = threading.Lock()  # the main thread says farewell beside the watchdog's thread
+        self._sending = threading.Lock()  # the main thread announces its exit beside the watchdog's thread
 
     def fileno(self) -> int:
         return self.socket.fileno()

@@ -1,4 +1,4 @@
-"""Door: where ranks come in to rank 0, and what strangers meet there.
+"""Listener: where ranks come in to rank 0, and what strangers meet there.
 
 Any process that reaches the port can open a connection. Until it has proved to be a rank (`handshake`), it may hold one of a
 limited number of places, for a few seconds, and say one short line; everything else ends it. When all ranks are in, the door is
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.distributed.watchdog import handshake, messages
-from fedmoe_ds.distributed.watchdog.json_socket import LONGEST, Line
+from fedmoe_ds.distributed.watchdog.json_socket import LONGEST, JsonSocket
 
 SPARE = 64
 """Places for connections that are not known, beyond one for every rank."""
@@ -43,13 +43,13 @@ class _StrangerError(Exception):
 class _Guest:
     """A connection of nobody known."""
 
-    line: Line
+    line: JsonSocket
     challenge: str
     since: float
     reads: int = 0
 
 
-class Door:
+class Listener:
     """Rank 0's listeners and the connections that have not said who they are. Can be waited for like a socket.
 
     Args:
@@ -64,7 +64,7 @@ class Door:
         self.turned_away: Counter[str] = Counter()
         self.refusals = 0  # of the system, to let one in
         self.is_open = True
-        self._guests: dict[Line, _Guest] = {}  # the oldest first
+        self._guests: dict[JsonSocket, _Guest] = {}  # the oldest first
         self._window, self._entered = time.monotonic(), 0
         self._resting_until: float | None = None
         self._warned, self._told = time.monotonic(), 0
@@ -81,7 +81,7 @@ class Door:
         """Seconds after which the door wants a turn, though nobody may have come."""
         return HELLO_S if self._resting_until is None else max(0.0, self._resting_until - time.monotonic())
 
-    def turn(self) -> list[tuple[int, Line]]:
+    def step(self) -> list[tuple[int, JsonSocket]]:
         """Hear who has come; the ranks that have proved to be such, with their connections. Never waits."""
         if not self.is_open:
             return []
@@ -91,7 +91,9 @@ class Door:
             for listener in self.listeners:
                 self._selector.register(listener, selectors.EVENT_READ)
         ready = [key.fileobj for key, _ in self._selector.select(0)]
-        came = [found for line in ready if isinstance(line, Line) and (found := self._hear(self._guests[line])) is not None]
+        came = [
+            found for line in ready if isinstance(line, JsonSocket) and (found := self._hear(self._guests[line])) is not None
+        ]
         for guest in [guest for guest in self._guests.values() if now - guest.since > HELLO_S]:
             self._turn_away(guest, f"silent for {HELLO_S:g} s")  # heard first: this process itself may have been held up
         for knocked in ready:
@@ -132,7 +134,7 @@ class Door:
     def _greet(self, connection: socket.socket, now: float) -> None:
         if len(self._guests) >= self.places:
             self._turn_away(next(iter(self._guests.values())), "pushed out")
-        guest = _Guest(Line(connection, _HELLO_BYTES), handshake.secret(), now)
+        guest = _Guest(JsonSocket(connection, _HELLO_BYTES), handshake.secret(), now)
         try:
             self._selector.register(guest.line, selectors.EVENT_READ)
         except OSError:  # ENOMEM, or ENOSPC: the user's limit on watched descriptors
@@ -142,7 +144,7 @@ class Door:
         self._guests[guest.line] = guest
         guest.line.send({"challenge": guest.challenge})
 
-    def _hear(self, guest: _Guest) -> tuple[int, Line] | None:
+    def _hear(self, guest: _Guest) -> tuple[int, JsonSocket] | None:
         """The rank that has proved to be one; a stranger is turned away at the first word that is no hello."""
         try:
             hello = self._hello(guest)

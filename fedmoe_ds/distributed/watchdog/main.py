@@ -1,4 +1,4 @@
-"""Monitor: rank 0's watchdog. It hears all ranks and decides when the job is over."""
+"""Main watchdog: rank 0's watchdog. It hears all ranks and decides when the job is over."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any, NoReturn
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.watchdog import messages
 from fedmoe_ds.distributed.watchdog.handshake import JOIN_S
-from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, Line
-from fedmoe_ds.distributed.watchdog.listener import Door
-from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, died, garbled, quiet_words, silent, stuck
-from fedmoe_ds.distributed.watchdog.watchdog import SPREAD_S, Watch, say
+from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, JsonSocket
+from fedmoe_ds.distributed.watchdog.listener import Listener
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, died, garbled, silence_message, silent, stuck
+from fedmoe_ds.distributed.watchdog.watchdog import SPREAD_S, Watchdog, say
 from fedmoe_ds.errors import EXIT_LOST
 
 _SAY_FIRST_S = 3.0
 """How long rank 0 may take to tell a mistake itself that another rank has met, too."""
 
 
-class Monitor(Watch):
+class MainWatchdog(Watchdog):
     """Rank 0's.
 
     Args:
         peers: the other ranks.
-        door: where they come in.
+        listener: where they come in.
     """
 
-    def __init__(self, me: Peer, limits: Limits, peers: Sequence[Peer], door: Door, notes: Sequence[str] = ()) -> None:
+    def __init__(self, me: Peer, limits: Limits, peers: Sequence[Peer], listener: Listener, notes: Sequence[str] = ()) -> None:
         super().__init__(me, limits, notes)
-        self.peers, self.door = {peer.rank: peer for peer in peers}, door
+        self.peers, self.listener = {peer.rank: peer for peer in peers}, listener
         self.selector = selectors.DefaultSelector()
-        self.selector.register(door, selectors.EVENT_READ, None)
-        self.lines: dict[int, Line] = {}
+        self.selector.register(listener, selectors.EVENT_READ, None)
+        self.lines: dict[int, JsonSocket] = {}
         self._began = time.monotonic()
         self._judged = 0.0
         self._failure: tuple[float, str, int] | None = None
 
-    def turn(self) -> None:
-        for key, _ in self.selector.select(min(self.limits.beat, self.door.wait_s)):
+    def step(self) -> None:
+        for key, _ in self.selector.select(min(self.limits.beat, self.listener.wait_s)):
             if key.data is not None:
                 self._hear(key.data)
-        if self.door.is_open:
+        if self.listener.is_open:
             self._let_in()
         if time.monotonic() - self._judged >= self.limits.beat:
             self._judged = time.monotonic()
@@ -50,15 +50,15 @@ class Monitor(Watch):
             self._judge()
 
     def _let_in(self) -> None:
-        for rank, line in self.door.turn():
+        for rank, line in self.listener.step():
             self.lines[rank] = line
             self.peers[rank].heard = time.monotonic()
             self.selector.register(line, selectors.EVENT_READ, rank)
             if self._leaving is not None:
                 line.send(self._leaving)
-        if not self.door.is_open:
-            self.selector.unregister(self.door)
-        warning = self.door.warning()
+        if not self.listener.is_open:
+            self.selector.unregister(self.listener)
+        warning = self.listener.warning()
         if warning is not None:
             say(warning)
 
@@ -68,10 +68,10 @@ class Monitor(Watch):
         self.me.hear(activity.state())
         if self._leaving is not None:
             return
-        coming = time.monotonic() - self._began < JOIN_S  # who is not in yet may be held up at the door
+        coming = time.monotonic() - self._began < JOIN_S  # who is not in yet may be held up at the listener
         quiet = [peer for peer in silent(list(self.peers.values()), self.limits) if peer.rank in self.lines or not coming]
         if quiet:
-            self._over(quiet_words(quiet, self.limits), EXIT_LOST, quiet)
+            self._over(silence_message(quiet, self.limits), EXIT_LOST, quiet)
         verdict = stuck([self.me, *self.peers.values()], self.limits)
         if verdict is not None:
             self._over(verdict, EXIT_LOST)
@@ -115,7 +115,7 @@ class Monitor(Watch):
         for line in list(self.lines.values()):
             line.send(message)
 
-    def farewell(self, code: int, text: str) -> None:
+    def announce_exit(self, code: int, text: str) -> None:
         self._leaving = {"over": int(code)} if code != 0 and text else {"bye": int(code)}
         self._tell(self._leaving)
         time.sleep(SPREAD_S if text else 0.0)

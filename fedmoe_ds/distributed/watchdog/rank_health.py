@@ -98,7 +98,7 @@ class Peer:
 
 
 def died(peer: Peer) -> str:
-    """The verdict on a connection that ended without a farewell."""
+    """The verdict on a connection that ended without an announced exit."""
     return f"{peer.name} died (last heard in {peer.doing}); {_AGAIN}"
 
 
@@ -113,7 +113,7 @@ def silent(peers: list[Peer], limits: Limits) -> list[Peer]:
     return [peer for peer in peers if not peer.left and now - peer.heard > limits.silence]
 
 
-def quiet_words(found: list[Peer], limits: Limits) -> str:
+def silence_message(found: list[Peer], limits: Limits) -> str:
     """The verdict on them."""
     now = time.monotonic()
     others = f" (and {len(found) - 1} more: {', '.join(peer.name for peer in found[1:4])})" if len(found) > 1 else ""

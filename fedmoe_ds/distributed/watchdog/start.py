@@ -1,14 +1,14 @@
-"""Watchdog: no job hangs because one of its ranks is gone.
+"""Start of the watchdogs: no job hangs because one of its ranks is gone.
 
 Every rank keeps a connection to rank 0 and tells it once in a while what it is doing (`activity`); rank 0 tells the others that
-it lives. A connection that ends without a farewell is a rank that died; one that is silent for `silence_s` a rank that was
-stopped, hangs in a kernel, or lost its network; a rank that waits in one collective for longer than `timeout_s` waits for
+it lives. A connection that ends without an announced exit is a rank that died; one that is silent for `silence_s` a rank that
+was stopped, hangs in a kernel, or lost its network; a rank that waits in one collective for longer than `timeout_s` waits for
 somebody who will not come. In each case rank 0 says so in one line, tells everybody, and the whole job ends with EXIT_LOST. If
 rank 0 itself is gone, every host's first rank says that.
 
-The threads (`monitor`, `beacon`) only read sockets and `activity`, so they keep working while the main thread waits in a
-collective. Strangers who open connections get no further than the `door`; ranks and rank 0 prove themselves to each other in
-the `handshake`. The token for that travels to the ranks over `control.gather`, that is gloo or MPI, as port and address do:
+The threads (`main`, `worker`) only read sockets and `activity`, so they keep working while the main thread waits in a
+collective. Strangers who open connections get no further than the `listener`; ranks and rank 0 prove themselves to each other
+in the `handshake`. The token for that travels to the ranks over `control.gather`, that is gloo or MPI, as port and address do:
 whoever can read or change the job's own packets is trusted.
 """
 
@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 from fedmoe_ds.distributed.address import is_reached, meant_addresses, resolved
 from fedmoe_ds.distributed.watchdog.handshake import join, secret
-from fedmoe_ds.distributed.watchdog.listener import Door, allow_connections, listen, listen_everywhere
-from fedmoe_ds.distributed.watchdog.main import Monitor
+from fedmoe_ds.distributed.watchdog.listener import Listener, allow_connections, listen, listen_everywhere
+from fedmoe_ds.distributed.watchdog.main import MainWatchdog
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process
-from fedmoe_ds.distributed.watchdog.watchdog import Watch
-from fedmoe_ds.distributed.watchdog.worker import Beacon
+from fedmoe_ds.distributed.watchdog.watchdog import Watchdog
+from fedmoe_ds.distributed.watchdog.worker import WorkerWatchdog
 
 if TYPE_CHECKING:
     from fedmoe_ds.distributed.control import Control
 
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - names what must be told, binds nothing
-_watch: Watch | None = None
+_watch: Watchdog | None = None
 
 
-def start(control: Control, limits: Limits, local_rank: int) -> Watch | None:
+def start(control: Control, limits: Limits, local_rank: int) -> Watchdog | None:
     """Start this process's watchdog, together with all ranks; None in a world of one.
 
     Args:
@@ -55,16 +55,16 @@ def start(control: Control, limits: Limits, local_rank: int) -> Watch | None:
     me = peers[control.rank]
     if control.rank == 0:
         listeners, notes = _listen(master, [theirs["master"] for theirs in told])
-        door = Door(listeners, secret(), range(1, control.size))
+        door = Listener(listeners, secret(), range(1, control.size))
         _gather(control, {"places": [listener.getsockname()[:2] for listener in listeners], "token": door.token})
-        _watch = Monitor(me, limits, peers[1:], door, notes)
+        _watch = MainWatchdog(me, limits, peers[1:], door, notes)
     else:
         way = _gather(control, None)[0]
         view = told[control.rank]["master"]
         places = [(master if address in _EVERYWHERE else address, port) for address, port in way["places"]]
         places.sort(key=lambda place: place[0] not in view)  # first what this host knows
         line, heard = join(places, control.rank, way["token"])
-        _watch = Beacon(me, limits, peers, line, heard, speaks=local_rank == 0 or control.rank == 1)
+        _watch = WorkerWatchdog(me, limits, peers, line, heard, speaks=local_rank == 0 or control.rank == 1)
     _watch.thread.start()
     return _watch
 
@@ -90,6 +90,6 @@ def _gather(control: Control, value: Any) -> list[Any]:
     return [json.loads(payload) for payload in control.gather(json.dumps(value).encode())]
 
 
-def current() -> Watch | None:
+def current() -> Watchdog | None:
     """The watchdog of this process, if it has one."""
     return _watch

@@ -1,4 +1,4 @@
-"""Watch: the thread with which one rank watches the others, and the only way in which it ends a job."""
+"""Watchdog: the thread with which one rank watches the others, and the only way in which it ends a job."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SPREAD_S = 0.3
 """Between telling the others that the job is over and leaving: time for the bytes to get out."""
 
 
-class Watch:
-    """The watchdog of one rank: a thread. A process says `farewell` before it ends.
+class Watchdog:
+    """The watchdog of one rank: a thread. A process calls `announce_exit` before it ends.
 
     Attributes:
         notes: lines about its start, for the user.
@@ -35,14 +35,14 @@ class Watch:
     def _watch(self) -> None:
         try:
             while not self._left.is_set():
-                self.turn()
+                self.step()
         except Exception as error:
             if self._left.is_set():  # the process is on its way out, and what this thread uses is being taken down
                 return
             say(traceback.format_exc())
             self.fail(f"the watchdog of {self.me.name} failed: {type(error).__name__}: {error}; its traceback is above")
 
-    def turn(self) -> None:
+    def step(self) -> None:
         """One beat: hear, judge, tell."""
         raise NotImplementedError
 
@@ -50,7 +50,7 @@ class Watch:
         """This watchdog has a defect. Without it the job could hang, so it ends, and nobody else is blamed."""
         raise NotImplementedError
 
-    def farewell(self, code: int, text: str) -> None:
+    def announce_exit(self, code: int, text: str) -> None:
         """Tell the others that this process ends with `code`."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Beacon: the watchdog of every rank but rank 0. It tells rank 0 what its process does, and hears that rank 0 lives."""
+"""Worker watchdog, of every rank but rank 0: it tells rank 0 what its process does, and hears that rank 0 lives."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NoReturn
 
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.watchdog import messages
-from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, Line
-from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, died, garbled, quiet_words, silent
-from fedmoe_ds.distributed.watchdog.watchdog import SPREAD_S, Watch
+from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, JsonSocket
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, died, garbled, silence_message, silent
+from fedmoe_ds.distributed.watchdog.watchdog import SPREAD_S, Watchdog
 from fedmoe_ds.errors import EXIT_LOST
 
 _LONGEST_TEXT = 4000
 """Characters of a reason that travels: a message has an end."""
 
 
-class Beacon(Watch):
+class WorkerWatchdog(Watchdog):
     """One other rank's.
 
     Args:
@@ -29,7 +29,7 @@ class Beacon(Watch):
     """
 
     def __init__(
-        self, me: Peer, limits: Limits, peers: Sequence[Peer], line: Line, heard: Sequence[dict[str, Any]], speaks: bool
+        self, me: Peer, limits: Limits, peers: Sequence[Peer], line: JsonSocket, heard: Sequence[dict[str, Any]], speaks: bool
     ) -> None:
         super().__init__(me, limits)
         self.main, self.peers, self.line, self.speaks = peers[0], peers, line, speaks
@@ -38,7 +38,7 @@ class Beacon(Watch):
         self.selector = selectors.DefaultSelector()
         self.selector.register(line, selectors.EVENT_READ)
 
-    def turn(self) -> None:
+    def step(self) -> None:
         self.line.send({"alive": activity.state()})
         try:
             self._listen()
@@ -46,7 +46,7 @@ class Beacon(Watch):
             self.end(garbled(self.main, str(error)), EXIT_LOST, self.speaks)
         if self._leaving is None and not self._left.is_set() and silent([self.main], self.limits):
             known = [] if self.main.process is None else [self.main.process]
-            self.end(quiet_words([self.main], self.limits), EXIT_LOST, self.speaks, known)
+            self.end(silence_message([self.main], self.limits), EXIT_LOST, self.speaks, known)
 
     def _listen(self) -> None:
         while self._heard:
@@ -74,10 +74,10 @@ class Beacon(Watch):
             self.end("", message.over, speaks=False, kill=[process for process in lost if process is not None])
 
     def fail(self, text: str) -> NoReturn:
-        self.farewell(1, text)  # rank 0 repeats it
+        self.announce_exit(1, text)  # rank 0 repeats it
         self.end(text, 1, speaks=True)
 
-    def farewell(self, code: int, text: str) -> None:
+    def announce_exit(self, code: int, text: str) -> None:
         self._leaving = {"bye": int(code), "text": text[:_LONGEST_TEXT]}
         self.line.send(self._leaving)
         self.line.flush(SPREAD_S)

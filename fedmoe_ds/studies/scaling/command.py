@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedmoe_ds.shell import command_line
 from fedmoe_ds.studies.compare.report import check_copy
-from fedmoe_ds.studies.resources import check_room
+from fedmoe_ds.studies.resources import check_capacity
 from fedmoe_ds.studies.scaling.measured import measure
 from fedmoe_ds.studies.scaling.point import Point, check_folders, check_points, chosen, plan_points
 from fedmoe_ds.studies.scaling.report import Results, results_text, write_report
@@ -78,7 +78,7 @@ def _run(
 
     waiting = [point for point in points if not point.finished]
     for point in waiting:
-        check_room(point.label, point.ranks, environment)
+        check_capacity(point.label, point.ranks, environment)
     check_points(waiting)
     outcome = Runner(script, environment, note).run(points)
     return outcome.exit_code, outcome.reasons

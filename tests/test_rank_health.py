@@ -9,7 +9,7 @@ import sys
 import time
 
 from fedmoe_ds.distributed.activity import Activity
-from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process, _started, died, quiet_words, silent, stuck
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process, _started, died, silence_message, silent, stuck
 
 LIMITS = Limits(silence=10.0, waiting=30.0, ranks=4)
 
@@ -30,7 +30,7 @@ def test_silence_names_rank_host_round_phase_and_collective() -> None:
     peers = [peer(1), peer(2, "all_to_all over cluster 1", 1.0, quiet_s=11.0), peer(3, quiet_s=12.0)]
     found = silent(peers, LIMITS)
     assert [p.rank for p in found] == [2, 3]
-    words = quiet_words(found, LIMITS)
+    words = silence_message(found, LIMITS)
     assert words.startswith("rank 2 on node1 has been silent for 11 s")
     assert "round 3, train, waiting in all_to_all over cluster 1" in words and "1 more: rank 3 on node1" in words
     assert "topology.silence_s is 10" in words and words.endswith("--resume auto") and "\n" not in words

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from federations import alone, build, finish, make_config, run_alone, write_inputs
-from test_lowrank import CPU, ROWS_G, everything, plain
+from test_lora_products import CPU, ROWS_G, everything, plain
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels import lora_products
