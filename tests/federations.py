@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
+from fedmoe_ds.aggregation.postprocessors import Postprocessor
 from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.config import Config
 from fedmoe_ds.data.tokenizer import train_tokenizer
@@ -148,9 +149,11 @@ def leave_out(parts: Parts, kept: dict[int, int]) -> None:
     assert parts.skipped.key == key
 
 
-def finish(parts: Parts, journal: Journal) -> Result:
-    """Train all rounds."""
-    outcome = Federation(parts, journal).run()
+def finish(parts: Parts, journal: Journal, *steps: Postprocessor) -> Result:
+    """Train all rounds, with more postprocessors of updates."""
+    federation = Federation(parts, journal)
+    federation.postprocessors += steps
+    outcome = federation.run()
     journal.close()
     assert outcome.interrupted is None
     adapters = {key: value.cpu().clone().numpy() for key, _, value in parts.state.adapters.items(parts.first_expert)}

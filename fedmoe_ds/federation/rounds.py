@@ -1,6 +1,7 @@
-"""Federation: the round loop.
+"""Rounds: the loop of a run.
 
-    sample -> schedule clients to clusters and waves -> local training -> aggregate -> evaluate per budget tier -> checkpoint
+    1 sample clients   2 schedule them to clusters and waves   3 local training: update -> postprocessors -> this rank's sums
+    4 add up the sums of all ranks   5 server step   6 evaluate per budget tier   7 report, checkpoint
 
 Everything here runs on every rank in the same order; rank 0 also talks to the user. A stop request ends the round after the
 wave that is running: what the finished clients added up to is saved, and the next start continues with the others.
@@ -8,11 +9,12 @@ wave that is running: what the finished clients added up to is saved, and the ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from fedmoe_ds.aggregation.postprocessors import OK, Postprocessor, keep_out_non_finite, postprocess
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.checkpoint import state as states
 from fedmoe_ds.checkpoint.digest import global_digest
@@ -39,6 +41,34 @@ class Outcome:
     interrupted: str | None
 
 
+@dataclass
+class _Round:
+    """One round at work.
+
+    Attributes:
+        chosen: its clients in canonical order.
+        partial, sums: what is known of it so far, from an earlier start or this one.
+        waves: those of this rank's cluster.
+        busiest: how many waves the cluster with most of them has.
+    """
+
+    index: int
+    chosen: list[Client]
+    partial: PartialRound
+    sums: RoundSums
+    waves: list[Wave] = field(default_factory=list)
+    busiest: int = 0
+
+    def __post_init__(self) -> None:
+        # Sums are exact in any order, but methods that collect updates need places that no schedule decides.
+        self.places = {client.index: place for place, client in enumerate(self.chosen)}
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether some of its clients have not been trained, on any rank (after `_share`)."""
+        return any(client.index not in self.partial.done for client in self.chosen)
+
+
 class Federation:
     """One run, built by `fedmoe_ds.federation.build.build_parts`."""
 
@@ -47,6 +77,8 @@ class Federation:
         self.state = parts.state
         saving = parts.config.checkpoint
         self.writer = CheckpointWriter(parts.checkpoints, parts.runtime, saving.keep, saving.background)
+        self.timer = PhaseTimer()
+        self.postprocessors: list[Postprocessor] = [keep_out_non_finite]
 
     def run(self) -> Outcome:
         """Train the remaining rounds; at the end every checkpoint is on disk. Raises UserError when one cannot be written."""
@@ -78,73 +110,72 @@ class Federation:
         return Outcome(self._digest(), self.parts.stop.name or "a signal on another rank")
 
     def _round(self, round_index: int) -> bool:
-        """One round; True when it was interrupted (and saved unfinished)."""
-        config, parts = self.parts.config, self.parts
-        timer = PhaseTimer()
-        activity.take()
+        """One round, in the steps of docs/design.md; True when it was interrupted (and saved unfinished)."""
+        self.timer = PhaseTimer()
+        activity.take()  # collectives are counted per round
+        with self.timer.phase("schedule", round_index):
+            work = self._sample(round_index)  # 1. Which clients take part.
+            self._schedule(work)  # 2. Which cluster trains them, in which wave.
+        with self.timer.phase("train"):
+            self._train(work)  # 3. Local training, and every update into this rank's part of the sums.
+        with self.timer.phase("aggregate"):
+            # Slower clusters are waited for here, so that the checkpoint below is not charged with them.
+            self.parts.runtime.barrier()
+        # That of the round before: its figures and those of this round are never both at risk.
+        self._finish_checkpoint()
+        with self.timer.phase("aggregate"):
+            work.sums.reduce(self.parts.topology)  # 4. The sums of all clusters.
+            self._share(work.partial)
+            interrupted = work.unfinished or self._stop_agreed()
+        if interrupted:
+            self._keep(work)
+            return True
+        with self.timer.phase("aggregate"):
+            self._step(work)  # 5. The new global state.
+        with self.timer.phase("evaluate"):
+            if self._is_due(round_index, self.parts.config.evaluation.every):
+                self._evaluate(round_index)  # 6. The new global state at every budget tier.
+        self._report(work)  # 7. What all this was, for the user,
+        if self._is_due(round_index, self.parts.config.checkpoint.every):
+            self._save()  # and for the next start.
+        return False
+
+    def _is_due(self, round_index: int, every: int) -> bool:
+        """Whether what happens every so many rounds, and after the last one, happens after this one."""
+        return round_index == self.parts.config.federation.rounds or round_index % every == 0
+
+    def _sample(self, round_index: int) -> _Round:
+        """The round's clients. Those that an earlier start finished, or that a start found no memory for, are done."""
+        parts = self.parts
         chosen = parts.participants(round_index)
         partial = self.state.partial or PartialRound()
         sums = self.state.sums or parts.new_sums(round_index)
+        # A checkpoint within the round must not take these for those of a round that begins.
         self.state.partial, self.state.sums = None, None
         absent = parts.skipped.of(round_index)
         partial.done |= {c.index: self.journal.absent(c) for c in chosen if c.index in absent}
-        waiting = [client for client in chosen if client.index not in partial.done]
-        plan = schedule(waiting, parts.spec.cost, config.local, parts.topology.layout.clusters, config.topology.ep_size,
-                        config.execution.clients_in_flight)  # fmt: skip
-        mine = plan[parts.topology.cluster]
-        self.journal.start_round(round_index, config.federation.rounds, len(mine))
-        timer.lap("schedule")
-        activity.enter("train", round_index)
-        places = {client.index: place for place, client in enumerate(chosen)}
-        parts.trainer.timer = PhaseTimer()
-        self._train(round_index, mine, places, partial, sums)
-        timer.lap("train")
-        activity.enter("aggregate")
-        parts.runtime.barrier()  # waiting for slower clusters is no part of the checkpoint's time
-        timer.lap("aggregate")
-        self._finish_checkpoint()  # of the round before: its figures and those of this one are never both at risk
-        timer.resume()
-        activity.enter("aggregate")
-        sums.reduce(parts.topology)
-        self._share(partial)
-        if any(client.index not in partial.done for client in chosen) or self._stop_agreed():
-            partial.seconds += timer.total()
-            self.state.partial, self.state.sums = partial, sums
-            self._save()
-            return True
-        self._tell_averaged(round_index, sums, partial)
-        parts.server.step(sums, self.state.adapters, self.state.server, round_index)
-        self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
-        self.state.round = round_index
-        timer.lap("aggregate")
-        last = round_index == config.federation.rounds
-        if last or round_index % config.evaluation.every == 0:
-            self._evaluate(round_index)
-        timer.lap("evaluate")
-        busiest = max(len(waves) for waves in plan)
-        self.journal.round(round_index, [partial.done[c.index] for c in chosen], partial, timer, parts.trainer.timer, busiest)
-        if last or round_index % config.checkpoint.every == 0:
-            self._save()
-        return False
+        return _Round(round_index, chosen, partial, sums)
 
-    def _train(
-        self,
-        round_index: int,
-        waves: list[list[list[Client]]],
-        places: dict[int, int],
-        partial: PartialRound,
-        sums: RoundSums,
-    ) -> None:
-        """Train this cluster's waves and fold every finite client into the sums."""
+    def _schedule(self, work: _Round) -> None:
+        parts, config = self.parts, self.parts.config
+        waiting = [client for client in work.chosen if client.index not in work.partial.done]
+        clusters, in_flight = parts.topology.layout.clusters, config.execution.clients_in_flight
+        plan = schedule(waiting, parts.spec.cost, config.local, clusters, config.topology.ep_size, in_flight)
+        work.waves, work.busiest = plan[parts.topology.cluster], max(len(waves) for waves in plan)
+        self.journal.start_round(work.index, config.federation.rounds, len(work.waves))
+
+    def _train(self, work: _Round) -> None:
+        """Train this cluster's waves, and fold their updates into the sums. A stop request ends it after a wave."""
         parts = self.parts
-        for number, wave in enumerate(waves, start=1):
-            trained = self._train_wave(round_index, wave, partial)
+        parts.trainer.timer = PhaseTimer()
+        for number, wave in enumerate(work.waves, start=1):
+            trained = self._train_wave(work.index, wave, work.partial)
             for view, update in trained:
-                self._fold(view, update, places[update.client.index], partial, sums)
+                self._fold(view, update, work)
             updates = [update for _, update in trained]
             tokens = sum(update.tokens for update in updates)
             seconds = max((update.seconds for update in updates), default=0.0)
-            self.journal.wave_done(number, len(waves), tokens * parts.topology.layout.clusters, seconds)
+            self.journal.wave_done(number, len(work.waves), tokens * parts.topology.layout.clusters, seconds)
             if self._stop_requested_here():
                 return
 
@@ -173,31 +204,35 @@ class Federation:
         return []
 
     @torch.no_grad()
-    def _fold(self, view: ClientView, update: ClientUpdate, place: int, partial: PartialRound, sums: RoundSums) -> None:
-        parts, shard = self.parts, self.parts.topology.shard
+    def _fold(self, view: ClientView, update: ClientUpdate, work: _Round) -> None:
+        """Postprocess one update, fold it into the sums, keep what its client remembers, and book its row of metrics."""
+        parts, partial, shard = self.parts, work.partial, self.parts.topology.shard
         at_home = update.home == shard
-        if update.finite:
-            parts.server.fold(sums, place, view, update)
-            for spec in view.blocks():
-                if spec.personal:
-                    self.state.personal.store(update.client.index, spec.name, view.value(spec))
-            for name, value in update.remembered.items():
-                self.state.personal.store(update.client.index, name, value)
-            if at_home:
-                for name, value in parts.spec.method.remember(update).items():
-                    self.state.personal.store(update.client.index, name, value)
+        status = postprocess(self.postprocessors, view, update)
+        if status == OK:
+            parts.server.fold(work.sums, work.places[update.client.index], view, update)
+            self._remember(view, update, at_home)
+        # Counts have been added up within the cluster: one of its ranks speaks for all.
         if shard == 0:
             tier = partial.activation.setdefault(update.client.tier, np.zeros_like(update.counts_LE))
             tier += update.counts_LE
         if at_home:
-            spent = parts.spec.cost.spent(
-                update.tokens,
-                int(update.counts_LE.sum()),
-                int(update.trained_LE.sum()),
-                update.assignment.rank(parts.config.adapters.rank),
-            )
-            status = "ok" if update.finite else "non-finite"
+            rank = update.assignment.rank(parts.config.adapters.rank)
+            routed, trained = int(update.counts_LE.sum()), int(update.trained_LE.sum())
+            spent = parts.spec.cost.spent(update.tokens, routed, trained, rank)
             partial.done[update.client.index] = self.journal.client(update, status, spent, self.state.personal)
+
+    def _remember(self, view: ClientView, update: ClientUpdate, at_home: bool) -> None:
+        """Store the client's personal blocks, its control variates, and (at home) what the method wants to know of it again."""
+        index, personal = update.client.index, self.state.personal
+        for spec in view.blocks():
+            if spec.personal:
+                personal.store(index, spec.name, view.value(spec))
+        for name, value in update.remembered.items():
+            personal.store(index, name, value)
+        if at_home:
+            for name, value in self.parts.spec.method.remember(update).items():
+                personal.store(index, name, value)
 
     def _share(self, partial: PartialRound) -> None:
         """Make what each cluster knows about the round known everywhere: reports, personal state, activation counts."""
@@ -213,9 +248,27 @@ class Federation:
         parts.runtime.control.sum(total)
         partial.activation = {tier: total[i].numpy() for i, tier in enumerate(tiers)}
 
+    def _keep(self, work: _Round) -> None:
+        """Save a round that is not finished: the next start goes on with its other clients."""
+        work.partial.seconds += self.timer.total()
+        self.state.partial, self.state.sums = work.partial, work.sums
+        self._save()
+
+    def _step(self, work: _Round) -> None:
+        """Make the next global state of the sums."""
+        parts, partial = self.parts, work.partial
+        self._tell_averaged(work.index, work.sums, partial)
+        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index)
+        self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
+        self.state.round = work.index
+
+    def _report(self, work: _Round) -> None:
+        done = [work.partial.done[client.index] for client in work.chosen]
+        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer.timer, work.busiest)
+
     def _tell_averaged(self, round_index: int, sums: RoundSums, partial: PartialRound) -> None:
         """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""
-        if all(report["status"] != "ok" for report in partial.done.values()):
+        if all(report["status"] != OK for report in partial.done.values()):
             return  # nobody came back: the round's line names them
         found = self.parts.runtime.gather(sums.weighted())
         kept = [name for name in found[0] if not any(part[name] for part in found)]
