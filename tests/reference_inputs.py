@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from every import every
 from reference import Adapters, Task
 
 from fedmoe_ds.clients.batches import local_batches
@@ -60,7 +61,7 @@ def pooled(parts: Parts, round_index: int) -> list[np.ndarray]:
         int(i + first[client.index]) for client in drawn for batch in own_batches(parts, client, round_index) for i in batch
     )
     assert count > 1 and sorted(int(i) for batch in batches for i in batch) == wanted
-    assert all(len(batch) == parts.config.local.batch_size for batch in batches[:-1])
+    assert every(len(batch) == parts.config.local.batch_size for batch in batches[:-1])
     return batches
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,6 +121,6 @@ def test_learning_rates() -> None:
 def test_learning_rates_stay_in_range(schedule: Any, warmup: float, steps: int) -> None:
     config = LocalConfig(lr=0.1, schedule=schedule, warmup=warmup)
     rates = [learning_rate(config, step, steps) for step in range(steps)]
-    assert all(0 < rate <= 0.1 + 1e-12 for rate in rates), "every step moves something"
+    assert every(0 < rate <= 0.1 + 1e-12 for rate in rates), "every step moves something"
     peak = int(np.argmax(rates))
     assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)

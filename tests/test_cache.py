@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every import every
 
 from fedmoe_ds.config import PretrainConfig
 from fedmoe_ds.data import federated
@@ -268,7 +269,7 @@ def test_killed_writers_leave_nothing_for_long(kind: str, root: Path, monkeypatc
     monkeypatch.setattr(cache, "_publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert ending(in_child(lambda: USES[kind](root))) == -signal.SIGKILL
     drafts = entries(root)
-    assert len(drafts) == 2 and all(any(path.rglob("*")) for path in drafts)
+    assert len(drafts) == 2 and every(any(path.rglob("*")) for path in drafts)
     monkeypatch.setattr(cache, "_publish", publish)
     assert USES[kind](root)
     assert len(entries(root)) == 2 and living in entries(root), "a living writer's draft and the entry"

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def test_assignment() -> None:
     tiers = tiers_of((4, 1.0), (1, 3.0))
     assert [c.top_k for c in deal(8, tiers, assignment="in_order")] == [4, 4, 1, 1, 1, 1, 1, 1]
     shuffled = [[c.top_k for c in deal(8, tiers, seed)] for seed in range(6)]
-    assert all(sorted(caps) == [1] * 6 + [4] * 2 for caps in shuffled)
+    assert every(sorted(caps) == [1] * 6 + [4] * 2 for caps in shuffled)
     assert len({tuple(caps) for caps in shuffled}) > 1, "the deal is drawn from the seed"
     assert shuffled[0] == [c.top_k for c in deal(8, tiers, 0)]
 
@@ -102,7 +103,7 @@ def test_everyone_can_buy_at_least_one(top_k: int, rank: int, experts: int) -> N
     for spends in ("top_k", "rank", "experts"):
         tiers = resolve_tiers(FederationConfig(), full, spends)
         assert (tiers[0].cap, tiers[0].rank, tiers[0].experts) == (top_k, rank, experts)
-        assert all(min(tier.cap, tier.rank, tier.experts) >= 1 for tier in tiers)
+        assert every(min(tier.cap, tier.rank, tier.experts) >= 1 for tier in tiers)
 
 
 def test_clients_carry_what_their_tier_buys() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,7 +146,7 @@ def test_keys_are_text_and_aliases_are_copied() -> None:
 )  # fmt: skip
 def test_refused_override(load: Any, override: str, words: list[str]) -> None:
     message = refusal(load, "output: here\nadapters: {attention: [q_proj]}\n", override)
-    assert all(word in message for word in words), message
+    assert every(word in message for word in words), message
 
 
 def test_nothing_to_train(load: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -158,4 +159,4 @@ def test_no_end_of_text_inside_a_sample_and_the_count_is_told(template: str, tmp
     if template == "text":  # documents are packed: one end each
         assert sum(int((ids == tokenizer.eos_token_id).sum()) for ids in sequences) == 40
     else:
-        assert all((ids[:-1] != tokenizer.eos_token_id).all() and ids[-1] == tokenizer.eos_token_id for ids in sequences)
+        assert every((ids[:-1] != tokenizer.eos_token_id).all() and ids[-1] == tokenizer.eos_token_id for ids in sequences)

@@ -13,6 +13,7 @@ import datasets
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from every import every
 from transformers import PreTrainedTokenizerFast
 
 from fedmoe_ds.config.tree import DataConfig, PartitionConfig
@@ -164,9 +165,9 @@ def test_every_rank_opens_views_of_one_memory_map(tokenizer: PreTrainedTokenizer
     opened = FederatedData.open(str(data.path))
     assert opened.fingerprint == data.fingerprint and opened.names == data.names
     for ours, theirs in zip(owners(data), owners(opened), strict=True):
-        assert all(map(np.array_equal, ours.input_ids, theirs.input_ids))
-        assert all(not ids.flags.owndata and not ids.flags.writeable for ids in theirs.input_ids)
-        assert all(not mask.flags.owndata for mask in theirs.loss_mask)
+        assert every(map(np.array_equal, ours.input_ids, theirs.input_ids))
+        assert every(not ids.flags.owndata and not ids.flags.writeable for ids in theirs.input_ids)
+        assert every(not mask.flags.owndata for mask in theirs.loss_mask)
     with pytest.raises(UserError, match=r"no readable prepared data .* share"):
         FederatedData.open(tmp_path / "elsewhere")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every import every
 from federations import alone, make_config, read_events, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,7 +66,7 @@ def test_every_row_is_there_whole_or_counted(kind: str, tokenizer: PreTrainedTok
         assert told.rows == len(rows) and told.total == {k: n for k, n in expected.items() if n}
         assert len(sequences(data)) == told.rows - told.left_out
         full = [ids for ids in sequences(data) if len(ids) == LENGTH]
-        assert len(full) == expected[CUT] and all(ids[-1] != tokenizer.eos_token_id for ids in full)
+        assert len(full) == expected[CUT] and every(ids[-1] != tokenizer.eos_token_id for ids in full)
         for index, name in enumerate(data.names):
             own = told.clients.get(name, {})
             if kind == "natural":
@@ -111,7 +112,7 @@ def test_a_label_is_whole_or_left_out(tokenizer: PreTrainedTokenizerFast, tmp_pa
         0, tokenizer, tmp_path / "cache",
     )  # fmt: skip
     assert data.omissions.total == {CUT: 4, NO_ROOM: 12}
-    assert all(tokenizer.decode(ids).endswith("Label: short<|endoftext|>") for ids in sequences(data))
+    assert every(tokenizer.decode(ids).endswith("Label: short<|endoftext|>") for ids in sequences(data))
 
 
 def test_nothing_omitted_is_no_line(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,12 +33,12 @@ def test_every_sample_goes_to_exactly_one_client(labels: list[str], seed: int, k
         assert kind == "dirichlet" and "larger alpha" in str(error)
         return
     assert np.array_equal(np.sort(np.concatenate(list(dealt.values()))), np.arange(len(labels)))
-    assert all(len(rows) > 0 and np.all(np.diff(rows) > 0) for rows in dealt.values())
+    assert every(len(rows) > 0 and np.all(np.diff(rows) > 0) for rows in dealt.values())
     assert list(dealt) == sorted(dealt)
     again = deal(labels, config, seed)
-    assert list(again) == list(dealt) and all(np.array_equal(again[name], dealt[name]) for name in dealt)
+    assert list(again) == list(dealt) and every(np.array_equal(again[name], dealt[name]) for name in dealt)
     if kind == "natural":
-        assert all({labels[row] for row in rows} == {name} for name, rows in dealt.items())
+        assert every({labels[row] for row in rows} == {name} for name, rows in dealt.items())
     else:
         assert len(dealt) == clients
 
@@ -195,7 +196,7 @@ def test_expectation_of_the_global_holdout_is_proportional(sizes: list[int], sha
 def test_equal_clients_are_held_out_by_lot_and_not_by_name() -> None:
     strata = [f"c{client:04d}" for client in range(1000) for _ in range(2)]
     drawn = [{strata[row] for row in holdout.draw_global(strata, 0.05, seed)} for seed in range(3)]
-    assert all(len(names) == 100 for names in drawn)
+    assert every(len(names) == 100 for names in drawn)
     assert len(drawn[0] & drawn[1]) < 30 and len(drawn[0] & drawn[2]) < 30  # ten are expected
     for names in drawn:
         tenths = np.bincount([int(name[1:]) // 100 for name in names], minlength=10)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from every import every
 
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.tokenizer import train_tokenizer
@@ -22,7 +23,7 @@ def test_documents_are_sorted_unique_and_large_enough(corpus: list[stdlib.Docume
     keys = [(document.group, document.name) for document in corpus]
     assert keys == sorted(set(keys))
     assert len({group for group, _ in keys}) > 100
-    assert all(len(document.text.encode()) >= stdlib.MIN_BYTES for document in corpus)
+    assert every(len(document.text.encode()) >= stdlib.MIN_BYTES for document in corpus)
 
 
 def test_group_is_the_top_level_name(corpus: list[stdlib.Document]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from every import every
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +77,7 @@ def test_instruction_without_input_has_no_input_heading(tokenizer: PreTrainedTok
     samples = encode(tokenizer, rows, template="instruction")
     assert "Input" not in tokenizer.decode(samples.tokens[0])
     bare = encode(tokenizer, [{"instruction": "a", "output": "b"}], template="instruction")
-    assert all(np.array_equal(ids, bare.tokens[0]) for ids in samples.tokens)
+    assert every(np.array_equal(ids, bare.tokens[0]) for ids in samples.tokens)
 
 
 def test_instruction_truncates_and_counts_what_is_lost(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
+from every import every
 from federations import alone, make_config, write_inputs
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
@@ -152,7 +153,7 @@ def test_every_key_is_classified() -> None:
     known = [*" ".join((REFUSED, BY_CONTENT, NEUTRAL)).split(), *ELSEWHERE]
     assert sorted(known) == sorted(KEYS), set(known) ^ set(KEYS)
     tests = Path(__file__).parent
-    assert all((tests / where).exists() for where in ELSEWHERE.values() if where.endswith(".py"))
+    assert every((tests / where).exists() for where in ELSEWHERE.values() if where.endswith(".py"))
     threaded = Config.model_validate({"execution": {"threads": 2}})
     with pytest.raises(UserError, match=r"execution\.threads: 2"):
         check_plan(threaded, bitwise=True)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from dense_inputs import write_dense
+from every import every
 from federations import alone, build, make_config, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
@@ -223,7 +224,7 @@ def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
         for layer, expert in zip(*(~used_LE).nonzero(), strict=True):
             place = f"layers.{layer}.experts.{expert}."
             now = {key: value for key, value in moving(parts) if key.startswith(place)}
-            assert all(torch.allclose(value, before[key], rtol=1e-6, atol=1e-8) for key, value in now.items()), place
+            assert every(torch.allclose(value, before[key], rtol=1e-6, atol=1e-8) for key, value in now.items()), place
             left_alone += (layer, expert) in touched
         touched |= set(zip(*used_LE.nonzero(), strict=True))
     journal.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from every import every
 
 from fedmoe_ds.config import load_config
 from fedmoe_ds.methods import method_for, method_names
@@ -24,7 +25,7 @@ def test_the_example_is_the_one_that_is_tested() -> None:
 
 
 def test_every_method_has_a_row_and_a_configuration() -> None:
-    assert all(f"| `{name}` |" in PAGE.read_text() for name in method_names())
+    assert every(f"| `{name}` |" in PAGE.read_text() for name in method_names())
     assert {load_config(path, []).method.name for path in CONFIGS} == set(method_names())
 
 

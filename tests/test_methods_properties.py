@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every import every
 from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,7 +105,7 @@ def run_without_one_expert(root: Path, name: str, changes: dict[str, Any]) -> tu
 def test_an_unused_expert_keeps_its_bits(root: Path, name: str) -> None:
     _, start, result = run_without_one_expert(root, name, KEEPS_BITS[name])
     unused = [key for key in start if f".experts.{FORBIDDEN}." in key]
-    assert len(unused) == 8 and all(np.array_equal(result.adapters[key], start[key].numpy()) for key in unused)
+    assert len(unused) == 8 and every(np.array_equal(result.adapters[key], start[key].numpy()) for key in unused)
     moved = [key for key in start if not np.array_equal(result.adapters[key], start[key].numpy())]
     assert any(".experts.4." in key for key in moved), "the others moved"
 
@@ -121,7 +122,7 @@ def test_an_unused_expert_computes_the_same(root: Path, name: str) -> None:
         journal.close()
         pairs = zip(parts.state.server[BASE].items(0), fresh.state.server[BASE].items(0), strict=True)
         same = {key: torch.equal(ours, theirs) for (key, _, ours), (_, _, theirs) in pairs}
-        assert all(equal == (f".experts.{FORBIDDEN}." in key) for key, equal in same.items()), same
+        assert every(equal == (f".experts.{FORBIDDEN}." in key) for key, equal in same.items()), same
 
 
 # HFedMoE
@@ -282,10 +283,10 @@ def test_ranks_fall_in_a_real_run_and_are_used(root: Path) -> None:
     for event in result.events:
         if event["event"] == "client":
             ranks.setdefault(event["client"], []).append(event["rank"] or 4)
-    assert all(later <= sooner for own in ranks.values() for sooner, later in pairwise(own))
+    assert every(later <= sooner for own in ranks.values() for sooner, later in pairwise(own))
     assert any(own[-1] < own[0] for own in ranks.values()), ranks
     kept = result.parts.state.personal.values[RANK.name].flatten().tolist()
-    assert all(kept[client.index] <= ranks[client.name][-1] for client in result.parts.clients)
+    assert every(kept[client.index] <= ranks[client.name][-1] for client in result.parts.clients)
 
 
 @pytest.mark.parametrize("name", ["hetlora", "flexlora", "flora", "fslora"])
@@ -312,7 +313,7 @@ def test_rows_that_a_client_does_not_hold_stay_zero(root: Path, name: str) -> No
 
     spy(parts, adjust=adjust, remember=remember)
     finish(parts, journal)
-    assert all(checked.values())
+    assert every(checked.values())
 
 
 def test_fsloras_other_rows_keep_their_global_bits(root: Path) -> None:
@@ -355,15 +356,15 @@ def test_ffas_a_never_moves(root: Path) -> None:
     parts, journal = build(config_of(root, "ffa", {"name": "ffa-lora"}), *alone())
     start, result = values(parts), finish(parts, journal)
     halves = {"A": [key for key in start if key.endswith("_A")], "B": [key for key in start if key.endswith("_B")]}
-    assert halves["A"] and all(np.array_equal(result.adapters[key], start[key].numpy()) for key in halves["A"])
+    assert halves["A"] and every(np.array_equal(result.adapters[key], start[key].numpy()) for key in halves["A"])
     assert any(not np.array_equal(result.adapters[key], start[key].numpy()) for key in halves["B"])
 
 
 def test_fedsa_shares_a_and_keeps_b(root: Path) -> None:
     parts, journal = build(config_of(root, "fedsa", {"name": "fedsa-lora"}), *alone())
     start, result = values(parts), finish(parts, journal)
-    assert start and all(key.endswith("lora_A") for key in start), "nothing but A is global"
-    assert all(not np.array_equal(result.adapters[k], start[k].numpy()) for k in start if "attention" in k)
+    assert start and every(key.endswith("lora_A") for key in start), "nothing but A is global"
+    assert every(not np.array_equal(result.adapters[k], start[k].numpy()) for k in start if "attention" in k)
     personal = parts.state.personal.values
     assert set(personal) == {b.name for _, b in lora_pairs(parts.spec.blocks)}
     for name, value in personal.items():
@@ -378,7 +379,7 @@ def test_fedsa_shares_a_and_keeps_b(root: Path) -> None:
     again, journal = build(config_of(root, "fedsa-again", {"name": "fedsa-lora"}), *alone())
     spy(again, remember=remember)
     assert finish(again, journal).digest == result.digest
-    assert all(torch.equal(personal["attention.q_proj.lora_B"][index], value) for index, value in ends.items())
+    assert every(torch.equal(personal["attention.q_proj.lora_B"][index], value) for index, value in ends.items())
 
 
 class OtherData:
@@ -410,7 +411,7 @@ def test_alone_nobody_learns_from_anybody(root: Path) -> None:
         for block, value in before.items():
             same = [torch.equal(value[index], after[block][index]) for index in range(6)]
             assert not same[2], block
-            assert all(same[:2] + same[3:]) != depends, block
+            assert every(same[:2] + same[3:]) != depends, block
 
 
 def test_local_onlys_global_adapters_never_move(root: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from every import every
 from torch import Tensor
 
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
@@ -107,7 +108,7 @@ def test_a_client_ends_with_the_same_bits_in_any_slot() -> None:
             optimizer.step(NAMES, slot, step + 1, 0.1, 0.7)
         results.append([bank.client(name, slot).clone() for name in NAMES])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert every(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_reset_forgets_the_previous_wave() -> None:
@@ -126,7 +127,7 @@ def test_reset_forgets_the_previous_wave() -> None:
             bank.grads[name].copy_(gradient)
         optimizer.step(NAMES, 0, 1, 0.1, 1.0)
         ends.append([bank.client(name, 0).clone() for name in NAMES])
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert every(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_norms_are_the_norms() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every import every
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report import MetricsLog, Progress, final_table, read_metrics, write_report
@@ -179,7 +180,7 @@ def test_report_is_one_well_formed_page_with_every_section(tmp_path: Path, shape
         "Where the time went",
     ]
     assert page.headings == [*wanted, "Clients", "Topology", "Configuration"]
-    assert all(reference.startswith("#") for reference in page.references)
+    assert every(reference.startswith("#") for reference in page.references)
     assert "http://" not in text and "https://" not in text and "url(" not in text and "@import" not in text
     assert 'class="empty"' not in text
 
@@ -253,7 +254,7 @@ def test_progress_writes_plain_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
     drive(Progress(stream=stream, interval=0.0))
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 4 and all(line[0] == "[" and line[9:11] == "] " for line in lines)
+    assert len(lines) == 4 and every(line[0] == "[" and line[9:11] == "] " for line in lines)
     assert lines[0].endswith("reading [data]")
     assert "round 1/2  wave 1/2  200 tokens/s  ETA 0:00:0" in lines[1]
     assert "round 1/2  k=4 perplexity 12.3" in lines[3]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,6 +115,6 @@ def test_plain_averaging_takes_the_mean_bit_by_bit() -> None:
 def test_moments_before_the_first_round(optimizer: Any, names: set[str]) -> None:
     banks: dict[str, Bank] = ServerOptimizer(ServerConfig(optimizer=optimizer, tau=0.5)).banks(SPECS, EXPERTS)
     assert set(banks) == names
-    assert all(not bool(value.any()) for value in banks[MOMENTUM].values.values())
+    assert every(not bool(value.any()) for value in banks[MOMENTUM].values.values())
     if VARIANCE in banks:
-        assert all(bool((value == 0.25).all()) for value in banks[VARIANCE].values.values()), "v starts at tau^2"
+        assert every(bool((value == 0.25).all()) for value in banks[VARIANCE].values.values()), "v starts at tau^2"

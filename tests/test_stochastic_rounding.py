@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -94,7 +95,7 @@ def test_a_device_rounds_as_the_processor_does() -> None:
     for device in ("cpu", "cuda"):
         kept[device] = [torch.empty(2, 4, 1000, dtype=torch.bfloat16, device=device) for _ in values]
         store(kept[device], [value.to(device) for value in values], keys)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(kept["cpu"], kept["cuda"], strict=True))
+    assert every(torch.equal(a, b.cpu()) for a, b in zip(kept["cpu"], kept["cuda"], strict=True))
 
 
 def test_keys_know_experts_by_their_global_id() -> None:
@@ -148,12 +149,14 @@ def test_bits_of_a_client_are_its_own(path: str, chosen: dict[str, Any]) -> None
     numbers = sum(value.numel() for value in optimizer.bank.values.values())
     assert sum(state.nbytes for state in states) == numbers * moment_bytes(optimizer.config)
     for clients, slot in ((2, 1), (5, 3)):
-        assert all(torch.equal(a, b) for a, b in zip(trained(chosen, range(8), clients, slot)[1], whole, strict=True))
+        assert every(torch.equal(a, b) for a, b in zip(trained(chosen, range(8), clients, slot)[1], whole, strict=True))
     kinds = len(whole) // 2
     for experts in (range(4), range(4, 8), range(6, 7)):
         part = trained(chosen, experts)[1]
-        assert all(torch.equal(a, b[:, experts.start : experts.stop]) for a, b in zip(part[:kinds], whole[:kinds], strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(part[kinds:], whole[kinds:], strict=True))
+        assert every(
+            torch.equal(a, b[:, experts.start : experts.stop]) for a, b in zip(part[:kinds], whole[:kinds], strict=True)
+        )
+        assert every(torch.equal(a, b) for a, b in zip(part[kinds:], whole[kinds:], strict=True))
     for address in ((2, 4), (1, 5)):
         assert not any(torch.equal(a, b) for a, b in zip(trained(chosen, range(8), address=address)[1], whole, strict=True))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,7 +70,7 @@ def test_what_nobody_trained_keeps_its_value() -> None:
     average = collect(make_bank(CLIENTS, 0), weights(0), [0, 1, 2, 3]).average(current)
     assert torch.equal(average[EXPERT.name][0, 1], current.client(EXPERT.name, 0)[0, 1])
     nobody = Statistics(SPECS, EXPERTS, exact=True).average(current)
-    assert all(torch.equal(nobody[name], current.client(name, 0)) for name in nobody)
+    assert every(torch.equal(nobody[name], current.client(name, 0)) for name in nobody)
 
 
 @settings(max_examples=50, deadline=None)
@@ -78,9 +79,9 @@ def test_the_order_of_clients_does_not_matter(order: list[int], seed: int) -> No
     bank, current, weights_CLE = make_bank(CLIENTS, seed), make_bank(1, seed + 1), weights(seed)
     one = collect(bank, weights_CLE, list(range(CLIENTS)))
     other = collect(bank, weights_CLE, order)
-    assert all(torch.equal(one.average(current)[name], other.average(current)[name]) for name in one.values)
+    assert every(torch.equal(one.average(current)[name], other.average(current)[name]) for name in one.values)
     sums = zip(one.tensors(), other.tensors(), strict=True)
-    assert all(torch.equal(ours[3], theirs[3]) for ours, theirs in sums)
+    assert every(torch.equal(ours[3], theirs[3]) for ours, theirs in sums)
 
 
 @settings(max_examples=50, deadline=None)
@@ -92,7 +93,7 @@ def test_one_client_is_returned_exactly(weight: float, seed: int) -> None:
     statistics.add(EXPERT.name, bank.client(EXPERT.name, 0), np.full((2, EXPERTS), weight))
     statistics.add(DENSE.name, bank.client(DENSE.name, 0), np.full(2, weight))
     average = statistics.average(make_bank(1, seed + 1))
-    assert all(torch.equal(average[name], bank.client(name, 0)) for name in average)
+    assert every(torch.equal(average[name], bank.client(name, 0)) for name in average)
 
 
 @settings(max_examples=50, deadline=None)
@@ -106,7 +107,7 @@ def test_what_all_clients_agree_on_is_the_mean(seed: int, weight_seed: int) -> N
         statistics.add(EXPERT.name, one.client(EXPERT.name, 0), weights_CLE[client])
         statistics.add(DENSE.name, one.client(DENSE.name, 0), weights_CLE[client, :, 0])
     average = statistics.average(make_bank(1, seed + 1))
-    assert all(torch.equal(average[name], one.client(name, 0)) for name in average)
+    assert every(torch.equal(average[name], one.client(name, 0)) for name in average)
 
 
 def test_state_is_everything() -> None:
@@ -116,7 +117,7 @@ def test_state_is_everything() -> None:
     copy = Statistics(SPECS, EXPERTS, exact=True)
     for (*_, ours), (*_, theirs) in zip(copy.tensors(), full.tensors(), strict=True):
         ours.copy_(theirs)
-    assert all(torch.equal(full.average(current)[name], copy.average(current)[name]) for name in full.values)
+    assert every(torch.equal(full.average(current)[name], copy.average(current)[name]) for name in full.values)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -131,7 +132,7 @@ def test_sums_travel_where_they_lie(exact: bool) -> None:
     assert sum(tensor.numel() for tensor in tensors.values()) == one.flat.memory.numel()
     dense = [tensor for (name, _), tensor in tensors.items() if name == DENSE.name]
     assert sum(tensor.numel() for tensor in dense) == one.flat.dense.numel()
-    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert every(tensor.is_contiguous() for tensor in tensors.values())
     before = {key: tensor.clone() for key, tensor in tensors.items()}
     one.flat.dense.zero_()
     for (name, side), tensor in tensors.items():
