@@ -87,7 +87,9 @@ IMAGE_KEYS: dict[str, dict[str, Any]] = {
 def original_rotary() -> Iterator[None]:
     """Hugging Face's own functions, while other tests of this process have put ours in their place."""
     homes = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
-    ours = {home: home.apply_rotary_pos_emb for home in homes if hasattr(vars(home).get("apply_rotary_pos_emb"), "rowwise")}
+    ours = {
+        home: home.apply_rotary_pos_emb for home in homes if hasattr(vars(home).get("apply_rotary_pos_emb"), "batch_invariant")
+    }
     for home, function in ours.items():
         home.apply_rotary_pos_emb = function.__wrapped__
     yield

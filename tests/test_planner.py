@@ -188,7 +188,7 @@ def test_prediction_counts_what_a_round_sends(small: Job) -> None:
     assert apart.bytes["all_reduce"] == (numbers + weights) * 16 and "all_to_all" not in apart.bytes
     assert shared.bytes["all_to_all"] > 0
     rows = sum(int(small.steps(client, 1).rows.sum()) * client.cap for client in small.clients)
-    wide = rows * len(small.places.layers) * small.places.width * 4 / 2
+    wide = rows * len(small.expert_layout.layers) * small.expert_layout.width * 4 / 2
     assert 4.0 < shared.bytes["all_to_all"] / wide < 5.5, "rows and results, forward and backward, and evaluation"
 
 

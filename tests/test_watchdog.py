@@ -528,7 +528,7 @@ def test_rank_0_listens_where_master_addr_leads(
     master: str, bound: set[str], endings: Endings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with world(2, monkeypatch, master) as ranks:
-        assert {listener.getsockname()[0] for listener in ranks.watches[0].door.listeners} == bound
+        assert {listener.getsockname()[0] for listener in ranks.watches[0].listener.listeners} == bound
         if master == "0.0.0.0":  # noqa: S104 - the same
             (note,) = ranks.watches[0].notes
             assert note.startswith("warning: watchdog: MASTER_ADDR: 0.0.0.0: not all ranks know an address of ")
@@ -555,7 +555,7 @@ def test_ranks_that_know_different_addresses_all_come_in(endings: Endings, monke
     monkeypatch.setattr(watchdog, "resolved", view)
     monkeypatch.setattr(address, "is_loopback", lambda text: text == "127.0.1.1")
     with world(3, monkeypatch, "node0") as ranks:
-        assert {one.getsockname()[0] for one in ranks.watches[0].door.listeners} == {"127.0.0.8", "127.0.0.9"}
+        assert {one.getsockname()[0] for one in ranks.watches[0].listener.listeners} == {"127.0.0.8", "127.0.0.9"}
         ranks.complete()
         ranks.hear_each_other()
         assert ranks.watches[0].notes == ()

@@ -127,7 +127,7 @@ def _turned(x_BHSK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, back: bool) -> T
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
-def rowwise_rotary(original: Rotary) -> Rotary:
+def batch_invariant_rotary(original: Rotary) -> Rotary:
     """`apply_rotary_pos_emb` of a transformers model; `original` serves what the kernel does not."""
 
     @functools.wraps(original)
@@ -140,7 +140,7 @@ def rowwise_rotary(original: Rotary) -> Rotary:
         turned: list[Tensor] = [_Rotation.apply(x, cosine_TK, sine_TK) for x in (q, k)]  # type: ignore[no-untyped-call]
         return turned[0], turned[1]
 
-    apply_rotary_pos_emb.row_by_row = True  # type: ignore[attr-defined]
+    apply_rotary_pos_emb.batch_invariant = True  # type: ignore[attr-defined]
     return apply_rotary_pos_emb
 
 
@@ -156,7 +156,7 @@ def replace_frozen(model: Any) -> None:
     if row_dtype(model) != torch.float32:
         return
     for name, module in list(model.named_modules()):
-        new = _rowwise(module)
+        new = _batch_invariant(module)
         if new is not None:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, new)
@@ -164,7 +164,7 @@ def replace_frozen(model: Any) -> None:
         _replace_rotary(sys.modules[home])
 
 
-def _rowwise(module: nn.Module) -> nn.Module | None:
+def _batch_invariant(module: nn.Module) -> nn.Module | None:
     if type(module) is nn.Linear and matrix.serves(module.weight) and not module.weight.requires_grad:
         return FrozenLinear(module)
     if type(module) is nn.Embedding and module.weight.dtype == torch.bfloat16:
@@ -187,5 +187,5 @@ def _is_plain_norm(module: nn.Module, weight_D: Tensor, eps: float) -> bool:
 def _replace_rotary(home: Any) -> None:
     """Attention layers call their module's function by name, so that is the place to put another."""
     original = getattr(home, "apply_rotary_pos_emb", None)
-    if original is not None and home.__name__.startswith("transformers.models.") and not hasattr(original, "row_by_row"):
-        home.apply_rotary_pos_emb = rowwise_rotary(original)
+    if original is not None and home.__name__.startswith("transformers.models.") and not hasattr(original, "batch_invariant"):
+        home.apply_rotary_pos_emb = batch_invariant_rotary(original)
