@@ -70,7 +70,7 @@ class _Round:
 
 
 class Federation:
-    """One run, built by `fedmoe_ds.federation.build.build_parts`."""
+    """One run, built by `fedmoe_ds.federation.build.load_parts`."""
 
     def __init__(self, parts: Parts, journal: Journal) -> None:
         self.parts, self.journal = parts, journal
