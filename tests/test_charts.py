@@ -21,11 +21,11 @@ from fedmoe_ds.report.history import History
 from fedmoe_ds.report.html import page
 from fedmoe_ds.report.sections import convergence_section, results_section, time_section
 from fedmoe_ds.report.svg import Axis, Column, Series, bar_rows, dense_columns, line_chart, stacked_columns, whole_ticks
-from fedmoe_ds.studies.compare.aggregate import Spread
 from fedmoe_ds.studies.compare.plot import picture
 from fedmoe_ds.studies.scaling.plot import picture as scaling_picture
 from fedmoe_ds.studies.scaling.rows import Line
 from fedmoe_ds.studies.scaling.study import Study
+from fedmoe_ds.studies.spread import Spread
 
 HUGE = 1.7e308
 EXTREME = [0.0, 1.0, 5e-324, 1e-300, 1e-9, 62.3, 62.300001, 1e17, 1e304, HUGE]

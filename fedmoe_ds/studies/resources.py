@@ -1,4 +1,4 @@
-"""Room: where the ranks of a point run, on this machine or in a SLURM allocation, and whether they have room there."""
+"""Resources: where the ranks of a study run, on this machine or in a SLURM allocation, and whether they have room there."""
 
 from __future__ import annotations
 

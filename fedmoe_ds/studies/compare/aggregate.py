@@ -8,34 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.studies.compare.paired import PairedTest, family_tests
 from fedmoe_ds.studies.compare.record import FIGURES, Figures, Record
+from fedmoe_ds.studies.spread import Spread
 
 FOUNDATION = "foundation"
 # Whether more of it is better; floating-point operations are a cost that the budget sets, so no method is best at them.
 HIGHER_IS_BETTER = {"perplexity": False, "clients_perplexity": False, "accuracy": True, "clients_accuracy": True}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Values by seed. `std` is the sample standard deviation, None for a single seed."""
-
-    values: Mapping[int, float]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values.values()) / len(self.values)
-
-    @property
-    def std(self) -> float | None:
-        if len(self.values) < 2:
-            return None
-        return statistics.stdev(self.values.values()) if math.isfinite(self.mean) else math.nan
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 
 from fedmoe_ds.report.markup import Markup, tag
 from fedmoe_ds.report.svg import Axis
-from fedmoe_ds.studies.compare.aggregate import FOUNDATION, Comparison, Spread
-from fedmoe_ds.studies.compare.table import number, with_spread
+from fedmoe_ds.studies.compare.aggregate import FOUNDATION, Comparison
+from fedmoe_ds.studies.compare.table import number
+from fedmoe_ds.studies.spread import Spread, with_spread
 
 PANEL, GAP, COLUMNS = 470.0, 30.0, 2
 ROW, HEAD, FOOT, TITLE = 30.0, 44.0, 46.0, 40.0

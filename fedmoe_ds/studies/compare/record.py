@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report.history import SPLITS, Event, History, tier_of, tier_results
-from fedmoe_ds.studies.compare.plan import Run
+from fedmoe_ds.studies.run import Run
 
 FIGURES = ("perplexity", "accuracy", "clients_perplexity", "clients_accuracy", "flops")
 Figures = dict[str, float]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedmoe_ds.studies.compare.aggregate import Comparison, Spread
+from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.paired import PairedTest, family_tests
 from fedmoe_ds.studies.compare.protocol import Expectation
+from fedmoe_ds.studies.spread import Spread
 
 Answer = Literal["held", "did not hold", "not decided", "not tested"]
 EQUAL_FLOPS = 0.02

@@ -7,6 +7,7 @@ kernels, page faults) and is not timed.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import machine_facts
 from fedmoe_ds.report import read_metrics
 from fedmoe_ds.report.history import Event
+from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.storage.strict_json import read_json
-from fedmoe_ds.studies.compare.plan import Run
+from fedmoe_ds.studies.resources import cores
+from fedmoe_ds.studies.run import Run
 
 PHASES = ("train", "aggregate", "evaluate")
 ALL_TO_ALL = "all_to_all"
@@ -72,9 +76,18 @@ def machine_file(run: Run) -> Path:
     return Path(f"{run.folder}.machine.json")
 
 
+def note_machine(run: Run, environment: Mapping[str, str]) -> None:
+    """Write it beside the run: metrics.jsonl does not know how many cores the ranks share. Raises UserError."""
+    path, facts = machine_file(run), machine_facts() | {"cores": cores(environment)}
+    try:
+        write_whole(path, json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+
+
 def measure(run: Run) -> Measured:
     """The figures of a finished run. Raises UserError where its record lacks one, or the note about its machine is damaged."""
-    path = run.folder / "metrics.jsonl"
+    path = run.metrics
     events = read_metrics(path)
     try:
         return _measured(events, _machine(machine_file(run)))

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.config import Config
-from fedmoe_ds.studies.compare.aggregate import Spread
 from fedmoe_ds.studies.scaling.measured import ALL_TO_ALL, PHASES, Measured
 from fedmoe_ds.studies.scaling.study import Study
+from fedmoe_ds.studies.spread import Spread
 
 PLACED = {"name", "output", "topology"}
 """Keys that say where a run is and on how many ranks, not what it computes."""

@@ -7,9 +7,10 @@ import io
 from collections.abc import Callable, Sequence
 
 from fedmoe_ds.report import formats
-from fedmoe_ds.studies.compare.table import markdown, with_spread
+from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.scaling.rows import Line, Row
 from fedmoe_ds.studies.scaling.study import Study
+from fedmoe_ds.studies.spread import with_spread
 
 MISSING = "-"
 WORLD = ("ranks", "clusters", "ep_size", "hosts", "cores", "clients")
