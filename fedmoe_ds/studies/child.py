@@ -49,12 +49,14 @@ class Child:
         except OSError as error:
             raise UserError(f"--output: {run.folder}.yaml, .log: cannot be written: {error.strerror or error}") from None
         self._by_slurm = by_slurm
+        # Under SLURM the site may have chosen where ranks meet.
         dropped = _RANK if by_slurm else (*_RANK, "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in environment.items() if name not in dropped}
         kept.setdefault("OMP_NUM_THREADS", str(run.config.execution.threads))
         command = [*self._launcher(run.ranks), str(script), "--config", str(config), "--resume", "auto"]
         self._began = time.monotonic()
         with open(handle, "ab") as log:
+            # The log of a run goes on over its starts; a failure is explained by the lines of this one.
             self._start = log.tell()
             before = signal.signal(signal.SIGUSR1, signal.SIG_DFL if by_slurm else signal.SIG_IGN)
             try:
@@ -105,6 +107,7 @@ class Child:
         lines = [line for line in lines if _LAUNCHER_SAYS not in line]
         marked = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
         code = self.poll()
+        # A rank that gave its reason before it was killed said more than the signal does.
         if code is not None and code < 0 and not marked:
             return f"killed by {signal.Signals(-code).name}"
         return (marked or lines or ["it said nothing"])[-1]

@@ -84,6 +84,7 @@ class Runner:
                 for child in [child for child in active if child.poll() is not None]:
                     with active.pop(child):
                         self._settle(child, outcome)
+                # Again and again: a rank that still imports has not begun to listen.
                 if self._requests and time.monotonic() - told > _REPEAT_S:
                     told = time.monotonic()
                     for child in active:
@@ -131,6 +132,7 @@ class Runner:
 
 def _next(waiting: Sequence[Run], active: Iterable[Child]) -> Run | None:
     """The next run to start. The first run of a seed makes the foundation and the data that its others find in the cache."""
+    # Two that start together would both make the foundation, and the slower one for nothing.
     preparing = {child.run.seed for child in active} - {child.run.seed for child in active if child.run.begun}
     return next((run for run in waiting if run.seed not in preparing), None)
 

@@ -22,6 +22,7 @@ class Spread:
     def std(self) -> float | None:
         if len(self.values) < 2:
             return None
+        # `statistics` computes with fractions, which know no infinity.
         return statistics.stdev(self.values.values()) if math.isfinite(self.mean) else math.nan
 
 

@@ -57,6 +57,7 @@ class Comparison:
         """The foundation first, then the methods; the foundation of a seed is the same in all of its runs."""
         first = {record.seed: record for record in reversed(self.records)}
         base = {seed: record.before.get(tier, {}) for seed, record in first.items()}
+        # All runs of a seed evaluated the same foundation, so any of them speaks for it.
         lines = [Line(FOUNDATION, _spreads(base), len(base))]
         for label in self.labels:
             after = {record.seed: record.after.get(tier, {}) for record in self.records if record.label == label}
@@ -93,6 +94,7 @@ class Comparison:
             return set()
         decided = self.below(tier, figure)
         beaten = {pair[0] if HIGHER_IS_BETTER[figure] else pair[1] for pair in decided}
+        # With nothing decided every method would be a best one, and bold would say nothing.
         members = {label for pair in self.tests(tier, figure) for label in pair}
         return members - beaten if decided else set()
 
@@ -106,6 +108,7 @@ class Comparison:
             for label in (left, right)
         ]
         seeds = sorted(set(sides[0]) & set(sides[1]))
+        # A single value without a logarithm spoils the pair: dropping its seed would favour who diverged.
         if not seeds or any(not 0 < side[seed] < math.inf for side in sides for seed in seeds):
             return None
         return Spread({seed: math.log(sides[0][seed] / sides[1][seed]) for seed in seeds})

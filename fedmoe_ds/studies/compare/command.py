@@ -59,6 +59,7 @@ def compare(request: Request, script: Path, environment: Mapping[str, str], note
     check_copy(request.report)
     with locked(request.output) as lock:
         check_saved(runs)
+        # Here as well as after the runs: hours of training should not end in a refusal that could be foreseen.
         check_same_ground([read_record(run) for run in runs if run.finished])
         outcome = Runner(script, environment, note, request.jobs, result=_perplexities).run(runs, lock)
         records = [read_record(run) for run in runs if run.finished]

@@ -57,6 +57,7 @@ def _variant(entry: str, protocol: Protocol, methods: Path) -> Variant:
     base, colon, rest = entry.partition(":")
     inline = tuple(rest.split("+")) if colon else ()
     for override in inline:
+        # Neither `key=` nor `=value` will do.
         if "=" not in override.strip("="):
             raise UserError(f"--methods: {entry}: '{override}' is no key=value; write label:key=value+key=value")
     described = protocol.methods.get(base, MethodEntry())
@@ -84,6 +85,7 @@ def _own_keys(name: str, described: MethodEntry, methods: Path) -> tuple[list[st
             raise UserError(f"method.name: {config.method.name}: {path} is the file of {name}; set method.name: {name}")
         own, origin = [f"method={inline_yaml(config.method.model_dump())}"], str(path)
         own += [f"{key}={inline_yaml(_at(config, key, path))}" for key in described.take]
+    # `set` comes last: it may replace what was taken.
     return own + [f"{key}={inline_yaml(value)}" for key, value in described.set.items()], origin
 
 
@@ -111,6 +113,7 @@ def plan_runs(
         raise UserError(f"--seeds: {seeds}: there is nothing to run; give 1 or more")
     given = [*overrides, *(override for variant in variants for override in variant.inline)]
     for key in keys_of(given):
+        # The label would promise another method than the one that runs.
         if key in OURS or key == "method.name":
             raise UserError(f"override: {key}: is decided by {OURS[key.partition('.')[0]]}; leave it out")
     return [

@@ -126,6 +126,7 @@ def _lead(study: Study) -> str:
 
 
 def _methods(study: Study) -> str:
+    # Seeds differ in nothing that is shown; the first one stands for all.
     configs = {run.label: run.config for run in reversed(study.runs)}
     rows = []
     for variant in study.variants:
@@ -155,6 +156,7 @@ def _setting(study: Study) -> str:
 
 def _order(comparison: Comparison, tier: str) -> str:
     """Neighbours by sign, then all decided pairs: that neighbours are not told apart does not chain."""
+    # `a ≈ b ≈ c < d` does not say whether a < d, so the decided pairs follow in full.
     order = comparison.order(tier)
     if len(order) < 2:
         return ""

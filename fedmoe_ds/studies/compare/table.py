@@ -26,6 +26,7 @@ def tier_table(comparison: Comparison, tier: str) -> str:
     costs = {line.label: line.figures["flops"].mean for line in lines if "flops" in line.figures}
     reference = costs.get(comparison.labels[0])
     shares = [line.figures["accuracy"].mean for line in lines if "accuracy" in line.figures]
+    # The coarsest line decides: a column with several precisions would be read as several certainties.
     digits = min((formats.share_digits(share, comparison.targets(tier)) for share in shares), default=2)
 
     def row(line: Line) -> list[str]:

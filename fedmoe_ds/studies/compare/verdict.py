@@ -57,6 +57,7 @@ def judge(expectations: Sequence[Expectation], comparison: Comparison) -> list[V
         for tier in comparison.tiers_at(top_k)
     ]
     differences = [_difference(expectation, tier, comparison) for expectation, tier in claims]
+    # Counts are in no family: each member makes every other claim harder to decide.
     measured = [d for (e, _), d in zip(claims, differences, strict=True) if e.metric != "flops" and d is not None]
     tests = iter(family_tests([list(difference.values.values()) for difference in measured]))
     verdicts = []

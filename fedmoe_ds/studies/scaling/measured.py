@@ -141,6 +141,7 @@ def timed_rounds(events: Sequence[Event]) -> list[tuple[float, Event]]:
     timed: list[tuple[float, Event]] = []
     before: float | None = None
     for event in events:
+        # The first round of a start warms up, and before it lies whatever time the run was down.
         if event["event"] in ("run", "resume"):
             before = None
         elif event["event"] == "round":
@@ -152,10 +153,12 @@ def timed_rounds(events: Sequence[Event]) -> list[tuple[float, Event]]:
 
 def _phases(seconds: float, event: Event) -> dict[str, float]:
     spent = {name: float(event["phases"].get(name) or 0.0) for name in PHASES}
+    # Phases and events have clocks of their own, so the phases may be longer than the round by a hair.
     return spent | {"other": max(0.0, seconds - sum(spent.values()))}
 
 
 def _collectives(rounds: Sequence[Event]) -> dict[str, float] | None:
+    # A run continued by a version that records them has rounds with and without.
     if not rounds or any("collectives" not in event for event in rounds):
         return None
     total: dict[str, float] = defaultdict(float)
@@ -167,6 +170,7 @@ def _collectives(rounds: Sequence[Event]) -> dict[str, float] | None:
 
 def _flops(events: Sequence[Event], rounds: Sequence[int]) -> float | None:
     spent = [event.get("flops") for event in events if event["event"] == "client" and event["round"] in rounds]
+    # Without some of the clients the sum would pass for a lower throughput.
     known = [float(value) for value in spent if value is not None]
     return sum(known) / len(rounds) if known and len(known) == len(spent) else None
 

@@ -47,6 +47,7 @@ def _throughput(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
     axes.set_ylabel(unit)
     _line(axes, lines, name, "measured", figure.BLUE, scale)
     means = [(line, line.figures[name].mean / scale) for line in lines if name in line.figures]
+    # On the same ranks at every value there is nothing that should grow.
     if means and len({line.measured.ranks for line in lines}) > 1:
         base, first = means[0]
         ideal = [_drawable(first * line.measured.ranks / base.measured.ranks) for line in lines]
@@ -125,6 +126,7 @@ def _finish(axes: Axes, study: Study) -> None:
 
     if not math.isfinite(axes.dataLim.height):
         axes.text(0.5, 0.5, "nothing to draw", transform=axes.transAxes, ha="center")
+    # Cut off below, a bar or a ratio would look like more than it is.
     axes.set_ylim(bottom=0.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.set_xlabel(study.axis)

@@ -62,6 +62,7 @@ def _point(study: Study, index: int, base: Path, output: Path, overrides: Sequen
     value = study.values[index]
     label, ranks = f"{study.axis}-{value}", study.world(value)
     given = [*_lines(study.set), *overrides, *_axis(study, value)]
+    # Read back from all keys: the base, `set`, an override or the axis may have decided it.
     ep_size = load_config(base, given).topology.ep_size
     grown = {key: amount * (ranks if study.per == "rank" else max(1, ranks // ep_size)) for key, amount in study.grows.items()}
 
@@ -71,6 +72,7 @@ def _point(study: Study, index: int, base: Path, output: Path, overrides: Sequen
         return Run(label, repeat, with_defaults(config, method_for(config)), ranks)
 
     point = Point(index, value, label, tuple(run(repeat) for repeat in range(study.repeats)))
+    # Where ep_size does not divide the ranks, what grew above is void, and this refuses it.
     check_layout(point.config.topology, ranks)
     if point.config.federation.rounds < 2:
         raise UserError("federation.rounds: 1: the first round warms up and is not timed; run at least 2")
@@ -100,6 +102,7 @@ def check_folders(points: Sequence[Point]) -> None:
     runs = [run for point in points for run in point.runs]
     check_saved(runs)
     for run in runs:
+        # The size of the world is in no configuration, so `check_saved` cannot see it.
         before = run.history().run.get("world_size")
         if before is not None and before != run.ranks:
             raise UserError(

@@ -39,6 +39,7 @@ def write_report(results: Results, output: Path, copy: Path | None) -> Path:
         UserError: a file cannot be written.
     """
     target = output / f"{STEM}.md"
+    # Drawn once for both places; a study without a finished run has no picture.
     drawing = picture(results.study, results.lines) if results.rows else None
     content = {target.with_suffix(".csv"): csv_text(results.study, results.rows)}
     for path in filter(None, (target, copy)):
