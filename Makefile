@@ -22,7 +22,7 @@ SEEDS ?= 4
 
 # What `make test-compat` runs: Hugging Face's logits, PEFT, plain references, topologies, resume, kernels, data readers.
 PARITY := $(addprefix tests/test_,$(addsuffix .py,versions foundation foundation_dense logits bench reference reference_fft_moe \
-	topologies resume grouped_mm lora_products data_stdlib data_federated data_partition data_templates data_digits))
+	topologies resume grouped_mm lora_products data_stdlib data_federated data_partition data_templates data_digits charts))
 
 PYTHON := $(PYTHON)
 GPU := $(shell command -v nvidia-smi 2>/dev/null)

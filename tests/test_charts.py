@@ -5,14 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.axis import Axis as PlotAxis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from test_compare import comparison_of
 
 from fedmoe_ds.report import final_table, formats
@@ -21,11 +26,14 @@ from fedmoe_ds.report.history import History
 from fedmoe_ds.report.html import page
 from fedmoe_ds.report.sections import convergence_section, results_section, time_section
 from fedmoe_ds.report.svg import Axis, Column, Series, bar_rows, dense_columns, line_chart, stacked_columns, whole_ticks
-from fedmoe_ds.studies.compare.aggregate import Spread
-from fedmoe_ds.studies.compare.plot import picture
+from fedmoe_ds.studies.compare.plot import TITLE, picture
+from fedmoe_ds.studies.compare.plot import draw as draw_comparison
+from fedmoe_ds.studies.figure import styled
+from fedmoe_ds.studies.scaling.plot import draw as draw_scaling
 from fedmoe_ds.studies.scaling.plot import picture as scaling_picture
 from fedmoe_ds.studies.scaling.rows import Line
 from fedmoe_ds.studies.scaling.study import Study
+from fedmoe_ds.studies.spread import Spread
 
 HUGE = 1.7e308
 EXTREME = [0.0, 1.0, 5e-324, 1e-300, 1e-9, 62.3, 62.300001, 1e17, 1e304, HUGE]
@@ -201,23 +209,130 @@ def test_the_page_of_a_long_run_stays_small() -> None:
     assert {"1", "2100"} <= set(drawn), "the first and the last are always there"
 
 
-@settings(max_examples=40)
+# The pictures of studies are matplotlib's: what is checked is where it puts the words, and what stands in the file.
+
+
+def parsed(svg: str) -> ElementTree.Element:
+    """A picture, no number of which is missing or infinite, and which is the same each time."""
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        for value in element.attrib.values():
+            assert not re.search(r"\b(nan|inf)\b", value), (element.tag, element.attrib)
+    assert "Matplotlib v" not in svg and "dc:date" not in svg
+    return root
+
+
+def words_of(figure: Figure) -> list[str]:
+    """Every text that is drawn, none of which leaves the picture or covers another one."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    hidden = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in beyond(axis)}
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in hidden]
+    boxes = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts]
+    width, height = figure.bbox.width, figure.bbox.height
+    for text, box in boxes:
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, text
+    for (left, one), (right, other) in itertools.combinations(boxes, 2):
+        across, down = min(one.x1, other.x1) - max(one.x0, other.x0), min(one.y1, other.y1) - max(one.y0, other.y0)
+        assert across < 1 or down < 1, (left, right)
+    return [text for text, _ in boxes]
+
+
+def beyond(axis: PlotAxis) -> list[Text]:
+    """Labels of ticks outside of the axis: matplotlib keeps them, but does not draw them."""
+    low, high = sorted(axis.get_view_interval())
+    air = 1e-6 * (high - low)
+    ticks = [tick for tick in axis.get_major_ticks() if not low - air <= tick.get_loc() <= high + air]
+    return [label for tick in ticks for label in (tick.label1, tick.label2)]
+
+
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.none() | st.sampled_from([1.0, 5.0, 1e304, math.inf]) | st.floats(1, 1.1e304), min_size=2, max_size=4))
+@example([5.0, 5.0])
+@example([1e304, 1.0, 1e304])
+@example([1.0, 1e6])
 def test_the_picture_of_a_comparison(given_values: list[float | None]) -> None:
     comparison = comparison_of({"a": given_values, "b": [5.0] * len(given_values)})
-    root = drawn(picture(comparison))
-    marks = [element.text or "" for element in root.iter() if element.get("class") == "tick"]
-    assert not any(mark.startswith("-") for mark in marks)
+    with styled():
+        words = words_of(draw_comparison(comparison))
+    assert not any(word.startswith(("-", "\N{MINUS SIGN}")) for word in words), "no perplexity is negative"
+    parsed(picture(comparison))
+
+
+LONG = "flame-temperature-0-rescaler-none-top_k-2"
+
+
+def test_names_in_a_picture_are_text() -> None:
+    """Neither markup nor a formula, and no letter that a page would obey; long names do not get in each other's way."""
+    names = [
+        "<script>alert(1)</script>",
+        "a&b",
+        "$\\frac{1}{",
+        "x\x1b[2Jy",
+        "\N{RIGHT-TO-LEFT OVERRIDE}evil",
+        "日本",
+        LONG,
+        "b",
+        "c",
+        "d",
+    ]
+    comparison = comparison_of({name: [30.0 + place, 32.0, 35.5] for place, name in enumerate(names)})
+    with styled():
+        words = words_of(draw_comparison(comparison))
+    svg = picture(comparison)
+    root = parsed(svg)
+    shown = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    expected = ["<script>alert(1)</script>", "a&b", "$\\frac{1}{", "x\\x1b[2Jy", "\\u202eevil", "日本", LONG, "b", "c", "d"]
+    for name in expected:
+        assert shown.count(name) == words.count(name) == len(comparison.tiers), name
+    assert not [element for element in root.iter() if element.tag.endswith("}script")]
+    assert svg == picture(comparison), "the same figures are the same file"
+    assert [title.text for title in root.findall("{http://www.w3.org/2000/svg}title")] == [TITLE]
+
+
+def test_a_picture_does_not_depend_on_the_users_matplotlibrc() -> None:
+    comparison = comparison_of({"a": [5.0, 6.0], "b": [5.5, 5.0]})
+    expected = picture(comparison)
+    with matplotlib.rc_context({"font.size": 20.0, "svg.hashsalt": "other", "axes.grid": False}):
+        assert picture(comparison) == expected and matplotlib.rcParams["font.size"] == 20.0
+
+
+def lines_of_a_study(values: Sequence[int], figures: Callable[[int], dict[str, Spread]]) -> list[Line]:
+    def runs(value: int) -> Any:
+        return [SimpleNamespace(measured=SimpleNamespace(ranks=value, cores=None))]
+
+    return [Line(value, runs(value), figures(value)) for value in values]
+
+
+NAMES = ["tokens_per_s", "efficiency", "s_per_round", "all_to_all_s", "other_collectives_s", "recorded_s", "predicted_s"]
+NAMES += ["train_s", "aggregate_s", "evaluate_s", "other_s"]
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-12, 3.0, 1e300, math.nan, math.inf])
 def test_the_picture_of_a_scaling_study(seconds: float) -> None:
-    names = ["tokens_per_s", "efficiency", "s_per_round", "all_to_all_s", "other_collectives_s", "recorded_s", "predicted_s"]
-    figures = {name: Spread({0: seconds}) for name in [*names, "train_s", "aggregate_s", "evaluate_s", "other_s"]}
-    runs: Any = [SimpleNamespace(measured=SimpleNamespace(ranks=2, cores=None))]
-    lines = [Line(value, runs, figures) for value in (1, 2)]
-    root = drawn(scaling_picture(Study(name="s", base="b", axis="ranks", values=[1, 2], scaling="strong"), lines))
-    assert not any(mark.startswith("-") or "nan" in mark or "inf" in mark for mark in labels(root))
+    lines = lines_of_a_study((1, 2), lambda _: {name: Spread({0: seconds}) for name in NAMES})
+    study = Study(name="s", base="b", axis="ranks", values=[1, 2], scaling="strong")
+    with styled():
+        words = words_of(draw_scaling(study, lines))
+    assert not any(word.startswith(("-", "\N{MINUS SIGN}")) or word in ("nan", "inf") for word in words)
+    assert words.count("nothing to draw") == (0 if math.isfinite(seconds) else 3), "throughput, efficiency, prediction"
+    parsed(scaling_picture(study, lines))
+
+
+def test_a_scaling_study_over_many_values_has_room_for_its_words_and_whiskers() -> None:
+    values = [1, 2, 4, 8, 16, 32, 64, 1024]
+    lines = lines_of_a_study(values, lambda value: {name: Spread({0: 9.0 * value, 1: 11.0 * value}) for name in NAMES})
+    study = Study(name="s", base="b", axis="ranks", values=values, scaling="strong", repeats=2)
+    with styled():
+        figure = draw_scaling(study, lines)
+        words = words_of(figure)
+    assert {"measured", "ideal", "predicted", "train", "other", "in all-to-all", "1024"} <= set(words)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert len(titles) == 5 and all(titles)
+    (measured, _ideal) = figure.axes[0].containers
+    (bars,) = measured.lines[2]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([value * (10 - math.sqrt(2)), value * (10 + math.sqrt(2))]) for value in values]
 
 
 # Accuracies say what their number of targets can tell.

@@ -26,16 +26,18 @@ from scipy import stats
 from fedmoe_ds.config import dump_config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report import MetricsLog
+from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.compare import Request, compare
-from fedmoe_ds.studies.compare.aggregate import Comparison, Spread
+from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.paired import ALPHA, PairedTest, family_tests, holm, smallest_effect, t_test
-from fedmoe_ds.studies.compare.plan import Run, check_saved, plan_runs
+from fedmoe_ds.studies.compare.plan import parse_variants, plan_runs
 from fedmoe_ds.studies.compare.protocol import Expectation, read_protocol
 from fedmoe_ds.studies.compare.record import Record, check_same_ground, read_record
-from fedmoe_ds.studies.compare.table import markdown, number, p_value, tier_table, verdict_table, with_spread
-from fedmoe_ds.studies.compare.variant import parse_variants
+from fedmoe_ds.studies.compare.table import number, p_value, tier_table, verdict_table
 from fedmoe_ds.studies.compare.verdict import judge
+from fedmoe_ds.studies.run import Run, check_saved
 from fedmoe_ds.studies.runner import Runner, locked
+from fedmoe_ds.studies.spread import Spread, with_spread
 
 NOWHERE = Path("no-such-script.py")
 STUDY = """
@@ -199,8 +201,8 @@ def test_a_signal_stops_the_runs_and_starts_no_other(request_: Request, number: 
     before = signal.getsignal(number)
     marks = [Path(f"{run.folder}.yaml.mark") for run in plan(request_)]
     with locked(request_.output) as lock, soon(number, lambda: marks[0].exists() and marks[1].exists()):
-        outcome = Runner(script, 2, 1, environment(), no_note).run(plan(request_), lock)
-    assert outcome.stopped == number.name and not outcome.failed
+        outcome = Runner(script, environment(), no_note, jobs=2).run(plan(request_), lock)
+    assert outcome.stopped and not outcome.codes
     assert [mark.read_text() if mark.exists() else None for mark in marks] == ["saved", "saved", None, None]
     assert signal.getsignal(number) is before
 
@@ -226,9 +228,9 @@ def test_the_first_run_of_a_seed_goes_ahead_alone(request_: Request) -> None:
     with locked(request_.output) as lock:
         thread = threading.Thread(target=kill_soon)
         thread.start()
-        outcome = Runner(script, 4, 1, environment(), no_note).run(plan(request_), lock)
+        outcome = Runner(script, environment(), no_note, jobs=4).run(plan(request_), lock)
         thread.join()
-    assert outcome.stopped == "SIGTERM" and started == ["flame-seed0.log", "flame-seed1.log"]
+    assert outcome.stopped and started == ["flame-seed0.log", "flame-seed1.log"]
 
 
 def test_a_folder_with_another_configuration_is_refused(request_: Request) -> None:
@@ -276,7 +278,7 @@ def test_a_figure_that_was_not_finite_is_said_to_be(request_: Request) -> None:
     run = plan(request_)[0]
     record_run(run, None)
     comparison = Comparison(["flame"], 1, [read_record(run)])
-    assert "| not finite |" in tier_table(comparison, "2").splitlines()[-1]
+    assert tier_table(comparison, "2").splitlines()[-1].split("|")[2].strip() == "not finite"
     assert comparison.order("2") == []
 
 
@@ -451,7 +453,8 @@ def test_the_report_holds_text_picture_and_numbers(request_: Request) -> None:
     code, _ = start(replace(request_, report=copy))
     report = (request_.output / "comparison.md").read_text()
     assert code == 0 and copy.read_text() == report.replace("(comparison.svg)", "(docs.svg)")
-    assert str(Path.home()) not in report.replace(str(request_.config.parent), "") and "| held    | a paper |" in report
+    assert str(Path.home()) not in report.replace(str(request_.config.parent), "")
+    assert re.search(r"\| held +\| a paper +\|", report)
     assert "Lowest perplexity first: flame < flame-t0\n\n1 of 1 pairs decided: flame < flame-t0" in report
     assert [text for text in SAID if text not in report] == []
     assert "Versions: torch 2.13." in report

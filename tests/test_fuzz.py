@@ -40,10 +40,10 @@ from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.methods import method_for, with_defaults
 from fedmoe_ds.report import final_table, read_metrics, write_report
 from fedmoe_ds.studies.compare.aggregate import Comparison
-from fedmoe_ds.studies.compare.plan import Run
 from fedmoe_ds.studies.compare.plot import picture
 from fedmoe_ds.studies.compare.record import check_same_ground, read_record
 from fedmoe_ds.studies.compare.report import Study, numbers, text
+from fedmoe_ds.studies.run import Run
 from fedmoe_ds.studies.scaling.measured import measure
 
 REPOSITORY = Path(__file__).parents[1]

@@ -30,7 +30,8 @@ from fedmoe_ds.planner.slurm import log_folder, submit
 from fedmoe_ds.report.__main__ import main as rebuild
 from fedmoe_ds.storage.files import open_plain, remove, write_whole
 from fedmoe_ds.studies.compare import Request, compare
-from fedmoe_ds.studies.scaling.runner import Runner
+from fedmoe_ds.studies.runner import Runner
+from fedmoe_ds.studies.scaling.measured import note_machine
 
 SMALL: dict[str, Any] = {
     "federation": {"rounds": 2},
@@ -212,8 +213,8 @@ def test_a_scaling_study(corpus: Path, tmp_path_factory: pytest.TempPathFactory,
         planted(path, getattr(victims, kind))
         assert start_scaling(replace(request, collect=True))[0] == 0
         victims.check(str(path))
-    run = plan(request)[0].runs[0]
-    (run.folder / "metrics.jsonl").unlink()
+    run, environ = plan(request)[0].runs[0], dict(os.environ)
+    run.metrics.unlink()
     for path in (
         run.folder / ".lock",
         Path(f"{run.folder}.machine.json"),
@@ -222,7 +223,7 @@ def test_a_scaling_study(corpus: Path, tmp_path_factory: pytest.TempPathFactory,
     ):
         planted(path, getattr(victims, kind))
         try:
-            Runner(NOWHERE, {**os.environ}, lambda text: None).run(plan(request)[:1])
+            Runner(NOWHERE, environ, lambda text: None, prepare=lambda run: note_machine(run, environ)).run([run])
         except UserError as error:
             one_line(error, path)
         victims.check(str(path))

@@ -17,10 +17,9 @@ from scaling_inputs import NOWHERE, environment, make_request, plan, record_all,
 
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
 from fedmoe_ds.studies.resources import check_capacity, cores
-from fedmoe_ds.studies.runner import locked
+from fedmoe_ds.studies.runner import Outcome, Runner, locked
 from fedmoe_ds.studies.scaling import Request
 from fedmoe_ds.studies.scaling.point import plan_points
-from fedmoe_ds.studies.scaling.runner import Outcome, Runner
 from fedmoe_ds.studies.scaling.study import read_study
 
 STUDIES = REPOSITORY / "configs" / "scaling"
@@ -157,8 +156,8 @@ def test_only_what_is_missing_is_started(request_: Request) -> None:
     record_run(second, 0, 3.0, ended=2)  # asked to stop after its second round
     script = request_.config.parent / "command.py"
     script.write_text("import sys\nprint(*sys.argv[1:])\nsys.exit(3)\n")
-    alone = replace(second, ranks=1)  # of plain python: the deepspeed launcher takes seconds to import
-    outcome = Runner(script, environment(), lambda text: None).run([first, alone])
+    alone = [replace(run, ranks=1) for run in second.runs]  # of plain python: the deepspeed launcher takes seconds to import
+    outcome = Runner(script, environment(), lambda text: None).run([*first.runs, *alone])
     assert outcome.codes.keys() == {"ranks-1-r1", "ranks-2-r0", "ranks-2-r1"} and outcome.exit_code == 1
     log = Path(f"{second.runs[0].folder}.log").read_text()
     assert log == f"--config {second.runs[0].folder}.yaml --resume auto\n"
@@ -184,7 +183,7 @@ def test_exit_codes_of_the_ranks_become_those_of_the_study(
 ) -> None:
     script = request_.config.parent / "command.py"
     script.write_text(f"import sys\n{program}\n")
-    outcome = Runner(script, environment(), lambda text: None).run(plan(request_)[:1])
+    outcome = Runner(script, environment(), lambda text: None).run(plan(request_)[0].runs)
     assert outcome.exit_code == code
     assert set(outcome.reasons.values()) == ({reason} if reason else set())
     logs = list(Path(plan(request_)[0].runs[0].folder).parent.glob("*.log"))
@@ -242,7 +241,7 @@ def test_a_signal_stops_the_run_and_starts_no_other(request_: Request, number: s
     marks = [Path(f"{run.folder}.yaml.mark") for point in plan(request_) for run in point.runs]
     with soon(number, marks[0], times):
         before = signal.getsignal(number)
-        outcome = Runner(script, environment(), lambda text: None).run(plan(request_))
+        outcome = Runner(script, environment(), lambda text: None).run([run for point in plan(request_) for run in point.runs])
         assert signal.getsignal(number) is before
     assert outcome.exit_code == EXIT_STOPPED and not outcome.codes
     assert [mark.read_text() if mark.exists() else None for mark in marks] == ["saved", None, None, None]
@@ -254,12 +253,12 @@ def test_a_folder_of_another_study_is_refused(request_: Request) -> None:
         start(replace(request_, overrides=["local.max_steps=7"]))
     write_study(request_.config.parent, axis="clients", values=[4], ranks=2)
     (point,) = plan(request_)
-    record_run(replace(point, ranks=1), 0, 4.0)
+    record_run(replace(point, runs=(replace(point.runs[0], ranks=1),)), 0, 4.0)
     with pytest.raises(UserError, match=r"^ranks: 2: .*clients-4-r0 was run on 1; set it back"):
         start(request_)
 
 
 def test_a_run_is_never_started_twice_at_once(request_: Request) -> None:
-    point = plan(request_)[0]
-    with locked(point.runs[0].folder), pytest.raises(UserError, match="is at work there; wait or end it"):
-        Runner(NOWHERE, environment(), lambda text: None).run([point])
+    run = plan(request_)[0].runs[0]
+    with locked(run.folder), pytest.raises(UserError, match="is at work there; wait or end it"):
+        Runner(NOWHERE, environment(), lambda text: None).run([run])

@@ -122,4 +122,6 @@ def test_outputs_hold_tables_and_every_panel(request_: Request) -> None:
     assert copy.with_suffix(".svg").read_text() == (request_.output / "scaling.svg").read_text()
     words = [element.text or "" for element in drawing.iter("{http://www.w3.org/2000/svg}text")]
     titles = [word for word in words if word.startswith(("Throughput", "Efficiency", "Where", "The same"))]
-    assert len(titles) == 4 and {"ideal", "measured", "in all-to-all"} <= set(words)
+    assert len(titles) == 4 and {"ideal", "measured", "in all-to-all", "tokens/s", "% of the first value"} <= set(words)
+    (title,) = drawing.findall("{http://www.w3.org/2000/svg}title")
+    assert title.text == "Strong scaling over ranks: mean and sample standard deviation over repeats"

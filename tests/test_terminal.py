@@ -25,7 +25,7 @@ from fedmoe_ds.federation import session
 from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.planner.text import aligned
 from fedmoe_ds.report import MetricsLog, Progress, final_table, read_metrics, write_report
-from fedmoe_ds.studies.compare.table import markdown
+from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.terminal import note, show, visible
 
 # What a terminal obeys, what forges a line, what hides or turns text around, and what no encoding knows.

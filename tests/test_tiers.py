@@ -24,11 +24,11 @@ from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.report import MetricsLog, final_table, write_report
 from fedmoe_ds.report.history import History
 from fedmoe_ds.studies.compare.aggregate import Comparison
-from fedmoe_ds.studies.compare.plan import Run
 from fedmoe_ds.studies.compare.protocol import Expectation
 from fedmoe_ds.studies.compare.record import read_record
 from fedmoe_ds.studies.compare.table import tier_table
 from fedmoe_ds.studies.compare.verdict import judge
+from fedmoe_ds.studies.run import Run
 
 RANKS: list[dict[str, Any]] = [
     {"top_k": 4, "rank": 2, "share": 1.0},

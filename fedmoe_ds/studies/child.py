@@ -19,9 +19,9 @@ from pathlib import Path
 
 from fedmoe_ds.config import dump_config
 from fedmoe_ds.distributed.launcher import free_port
-from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import open_plain, write_whole
-from fedmoe_ds.studies.compare.plan import Run
+from fedmoe_ds.studies.run import Run
 
 # A study started under a launcher would otherwise pass its own rank on to every run.
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
@@ -33,7 +33,6 @@ class Child:
 
     Args:
         script: launch/train.py.
-        ranks: 1 is plain python, more the deepspeed launcher, or srun.
         environment: of the study; OMP_NUM_THREADS is the run's `execution.threads` unless set there.
         lock: file descriptor to inherit.
         by_slurm: start the ranks with srun, inside of an allocation.
@@ -41,9 +40,7 @@ class Child:
         UserError: the configuration or the messages beside the run folder cannot be written.
     """
 
-    def __init__(
-        self, run: Run, script: Path, ranks: int, environment: Mapping[str, str], lock: int, by_slurm: bool = False
-    ) -> None:
+    def __init__(self, run: Run, script: Path, environment: Mapping[str, str], lock: int, by_slurm: bool = False) -> None:
         self.run, self.log = run, Path(f"{run.folder}.log")
         config = Path(f"{run.folder}.yaml")
         try:
@@ -52,12 +49,14 @@ class Child:
         except OSError as error:
             raise UserError(f"--output: {run.folder}.yaml, .log: cannot be written: {error.strerror or error}") from None
         self._by_slurm = by_slurm
+        # Under SLURM the site may have chosen where ranks meet.
         dropped = _RANK if by_slurm else (*_RANK, "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in environment.items() if name not in dropped}
         kept.setdefault("OMP_NUM_THREADS", str(run.config.execution.threads))
-        command = [*self._launcher(ranks), str(script), "--config", str(config), "--resume", "auto"]
+        command = [*self._launcher(run.ranks), str(script), "--config", str(config), "--resume", "auto"]
         self._began = time.monotonic()
         with open(handle, "ab") as log:
+            # The log of a run goes on over its starts; a failure is explained by the lines of this one.
             self._start = log.tell()
             before = signal.signal(signal.SIGUSR1, signal.SIG_DFL if by_slurm else signal.SIG_IGN)
             try:
@@ -108,10 +107,7 @@ class Child:
         lines = [line for line in lines if _LAUNCHER_SAYS not in line]
         marked = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
         code = self.poll()
+        # A rank that gave its reason before it was killed said more than the signal does.
         if code is not None and code < 0 and not marked:
             return f"killed by {signal.Signals(-code).name}"
         return (marked or lines or ["it said nothing"])[-1]
-
-    @property
-    def is_user_error(self) -> bool:
-        return self.poll() == EXIT_USER_ERROR

@@ -1,4 +1,4 @@
-"""Room: where the ranks of a point run, on this machine or in a SLURM allocation, and whether they have room there."""
+"""Resources: where the ranks of a study run, on this machine or in a SLURM allocation, and whether they have room there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def in_allocation(environment: Mapping[str, str]) -> bool:
 
 def check_capacity(label: str, ranks: int, environment: Mapping[str, str]) -> None:
     """Raises UserError when the allocation has fewer tasks than the point has ranks."""
+    # SLURM_NPROCS is the older name; without either, srun itself decides.
     tasks = environment.get("SLURM_NTASKS", environment.get("SLURM_NPROCS"))
     if in_allocation(environment) and tasks is not None and int(tasks) < ranks:
         raise UserError(
@@ -28,4 +29,5 @@ def cores(environment: Mapping[str, str]) -> int:
     listed = environment.get("SLURM_JOB_CPUS_PER_NODE") if in_allocation(environment) else None
     if listed is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # For instance 72(x2),36: two nodes with 72 cores and one with 36.
     return sum(int(count) * int(times or 1) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", listed))

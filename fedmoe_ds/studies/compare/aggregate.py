@@ -8,34 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.studies.compare.paired import PairedTest, family_tests
 from fedmoe_ds.studies.compare.record import FIGURES, Figures, Record
+from fedmoe_ds.studies.spread import Spread
 
 FOUNDATION = "foundation"
 # Whether more of it is better; floating-point operations are a cost that the budget sets, so no method is best at them.
 HIGHER_IS_BETTER = {"perplexity": False, "clients_perplexity": False, "accuracy": True, "clients_accuracy": True}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Values by seed. `std` is the sample standard deviation, None for a single seed."""
-
-    values: Mapping[int, float]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values.values()) / len(self.values)
-
-    @property
-    def std(self) -> float | None:
-        if len(self.values) < 2:
-            return None
-        return statistics.stdev(self.values.values()) if math.isfinite(self.mean) else math.nan
 
 
 @dataclass(frozen=True)
@@ -74,6 +57,7 @@ class Comparison:
         """The foundation first, then the methods; the foundation of a seed is the same in all of its runs."""
         first = {record.seed: record for record in reversed(self.records)}
         base = {seed: record.before.get(tier, {}) for seed, record in first.items()}
+        # All runs of a seed evaluated the same foundation, so any of them speaks for it.
         lines = [Line(FOUNDATION, _spreads(base), len(base))]
         for label in self.labels:
             after = {record.seed: record.after.get(tier, {}) for record in self.records if record.label == label}
@@ -110,6 +94,7 @@ class Comparison:
             return set()
         decided = self.below(tier, figure)
         beaten = {pair[0] if HIGHER_IS_BETTER[figure] else pair[1] for pair in decided}
+        # With nothing decided every method would be a best one, and bold would say nothing.
         members = {label for pair in self.tests(tier, figure) for label in pair}
         return members - beaten if decided else set()
 
@@ -123,6 +108,7 @@ class Comparison:
             for label in (left, right)
         ]
         seeds = sorted(set(sides[0]) & set(sides[1]))
+        # A single value without a logarithm spoils the pair: dropping its seed would favour who diverged.
         if not seeds or any(not 0 < side[seed] < math.inf for side in sides for seed in seeds):
             return None
         return Spread({seed: math.log(sides[0][seed] / sides[1][seed]) for seed in seeds})

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
+from fedmoe_ds.report import formats
+from fedmoe_ds.report.history import tier_results
 from fedmoe_ds.shell import command_line
 from fedmoe_ds.studies.compare.aggregate import Comparison
-from fedmoe_ds.studies.compare.plan import Run, check_saved, plan_runs
+from fedmoe_ds.studies.compare.plan import parse_variants, plan_runs
 from fedmoe_ds.studies.compare.protocol import read_protocol
 from fedmoe_ds.studies.compare.record import check_same_ground, read_record
-from fedmoe_ds.studies.compare.report import Study, check_copy, results_text, write_report
-from fedmoe_ds.studies.compare.variant import parse_variants
+from fedmoe_ds.studies.compare.report import Study, results_text, write_report
+from fedmoe_ds.studies.report_files import check_copy
+from fedmoe_ds.studies.run import Run, check_saved
 from fedmoe_ds.studies.runner import Outcome, Runner, locked
 
 
@@ -52,12 +55,13 @@ def compare(request: Request, script: Path, environment: Mapping[str, str], note
             raise UserError(f"{name}: {value}: must be at least 1")
     protocol = read_protocol(request.study)
     variants = parse_variants(request.methods, protocol, request.study.parent / "methods")
-    runs = plan_runs(request.config, variants, request.seeds, request.output, request.overrides)
+    runs = plan_runs(request.config, variants, request.seeds, request.output, request.overrides, request.ranks)
     check_copy(request.report)
     with locked(request.output) as lock:
         check_saved(runs)
+        # Here as well as after the runs: hours of training should not end in a refusal that could be foreseen.
         check_same_ground([read_record(run) for run in runs if run.finished])
-        outcome = Runner(script, request.jobs, request.ranks, environment, note).run(runs, lock)
+        outcome = Runner(script, environment, note, request.jobs, result=_perplexities).run(runs, lock)
         records = [read_record(run) for run in runs if run.finished]
         check_same_ground(records)
         study = Study(
@@ -69,7 +73,7 @@ def compare(request: Request, script: Path, environment: Mapping[str, str], note
             runs=runs,
             comparison=Comparison([variant.label for variant in variants], request.seeds, records),
             expectations=protocol.expectations,
-            reasons=outcome.failed,
+            reasons=outcome.reasons,
         )
         path = write_report(study, request.output, request.report)
     return exit_code(outcome, runs, len(records)), "\n\n".join(
@@ -81,8 +85,13 @@ def exit_code(outcome: Outcome, runs: Sequence[Run], finished: int) -> int:
     """0 with every run finished, 2 when the user's mistakes are all that is in the way, else 1."""
     if finished == len(runs):
         return 0
-    only_mistakes = outcome.stopped is None and set(outcome.failed) == outcome.user_errors
-    return EXIT_USER_ERROR if only_mistakes and outcome.failed else 1
+    return EXIT_USER_ERROR if outcome.exit_code == EXIT_USER_ERROR else 1
+
+
+def _perplexities(run: Run) -> str:
+    """Those of a finished run on the global hold-out, by tier."""
+    scores = [result for result in tier_results(run.history().evaluations.values()) if result.split == "global"]
+    return "perplexity " + ", ".join(f"k={s.tier} {formats.score(s.after, 'perplexity', formats.number)}" for s in scores)
 
 
 def _command(request: Request) -> str:

@@ -70,6 +70,7 @@ def read_protocol(path: Path) -> Protocol:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"--study: {path}: cannot be read: {reason}; give a YAML file with methods and expectations") from None
     try:
+        # An empty file is a study without entries: all labels are methods, and nothing is expected.
         return Protocol.model_validate(raw or {})
     except ValidationError as error:
         raise UserError(f"--study: {path}: {first_of(explained(error, Protocol))}") from None

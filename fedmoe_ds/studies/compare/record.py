@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report.history import SPLITS, Event, History, tier_of, tier_results
-from fedmoe_ds.studies.compare.plan import Run
+from fedmoe_ds.studies.run import Run
 
 FIGURES = ("perplexity", "accuracy", "clients_perplexity", "clients_accuracy", "flops")
 Figures = dict[str, float]
@@ -70,6 +70,7 @@ def _ground(history: History) -> dict[str, Any]:
         {key: client.get(key) for key in ("name", "samples", "sequences", "tokens", "top_k")}
         for client in history.data.get("clients") or []
     ]
+    # Round 0, before any method has done anything: what differs there is not the method.
     pooled = {key: event for key, event in history.evaluations.items() if key[0] == 0 and event["split"] in SPLITS}
     tokens = {f"{split} k={tier}": event.get("tokens") for (_, split, tier, _), event in pooled.items()}
     return {

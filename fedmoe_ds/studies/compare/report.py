@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,16 +12,16 @@ from typing import Any
 from fedmoe_ds.clients.tiers import tier_top_k
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.problems import shown
-from fedmoe_ds.errors import UserError
-from fedmoe_ds.storage.files import check_replaceable, write_whole
+from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.compare import reading
 from fedmoe_ds.studies.compare.aggregate import HIGHER_IS_BETTER, Comparison
-from fedmoe_ds.studies.compare.plan import Run, differences
+from fedmoe_ds.studies.compare.plan import Variant
 from fedmoe_ds.studies.compare.plot import picture
 from fedmoe_ds.studies.compare.protocol import Expectation
-from fedmoe_ds.studies.compare.table import markdown, tier_table, verdict_table
-from fedmoe_ds.studies.compare.variant import Variant
+from fedmoe_ds.studies.compare.table import tier_table, verdict_table
 from fedmoe_ds.studies.compare.verdict import Answer, Verdict, judge
+from fedmoe_ds.studies.report_files import write_files
+from fedmoe_ds.studies.run import Run, differences
 
 STEM = "comparison"
 STUDIED = {"name", "output", "seed", "method"}  # what differs between runs of a study by design
@@ -67,25 +66,8 @@ def write_report(study: Study, output: Path, copy: Path | None) -> Path:
     }
     if copy is not None:
         content |= {copy: text(study, copy.with_suffix(".svg").name), copy.with_suffix(".svg"): picture(study.comparison)}
-    for path, body in content.items():
-        try:
-            write_whole(path, body)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}; give another folder") from None
+    write_files(content)
     return target
-
-
-def check_copy(path: Path | None) -> None:
-    """Find out before the runs whether the report can be stored. Raises UserError."""
-    if path is None:
-        return
-    if path.suffix != ".md" or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--report: {path}: cannot be written; give a .md file in an existing folder")
-    for file in (path, path.with_suffix(".svg")):
-        try:
-            check_replaceable(file, links=False)
-        except OSError as error:
-            raise UserError(f"--report: {file}: {error.strerror}; give another file") from None
 
 
 def results_text(study: Study) -> str:
@@ -144,6 +126,7 @@ def _lead(study: Study) -> str:
 
 
 def _methods(study: Study) -> str:
+    # Seeds differ in nothing that is shown; the first one stands for all.
     configs = {run.label: run.config for run in reversed(study.runs)}
     rows = []
     for variant in study.variants:
@@ -173,6 +156,7 @@ def _setting(study: Study) -> str:
 
 def _order(comparison: Comparison, tier: str) -> str:
     """Neighbours by sign, then all decided pairs: that neighbours are not told apart does not chain."""
+    # `a ≈ b ≈ c < d` does not say whether a < d, so the decided pairs follow in full.
     order = comparison.order(tier)
     if len(order) < 2:
         return ""

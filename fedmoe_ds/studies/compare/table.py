@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from fedmoe_ds.report import formats
-from fedmoe_ds.studies.compare.aggregate import FOUNDATION, Comparison, Line, Spread
+from fedmoe_ds.report.tables import markdown
+from fedmoe_ds.studies.compare.aggregate import FOUNDATION, Comparison, Line
 from fedmoe_ds.studies.compare.verdict import Verdict
-from fedmoe_ds.terminal import visible
+from fedmoe_ds.studies.spread import with_spread
 
 MISSING = "-"
 _NAMES = {"perplexity": "perplexity", "clients_perplexity": "clients' perplexity", "accuracy": "accuracy", "flops": "TFLOP"}
@@ -25,6 +26,7 @@ def tier_table(comparison: Comparison, tier: str) -> str:
     costs = {line.label: line.figures["flops"].mean for line in lines if "flops" in line.figures}
     reference = costs.get(comparison.labels[0])
     shares = [line.figures["accuracy"].mean for line in lines if "accuracy" in line.figures]
+    # The coarsest line decides: a column with several precisions would be read as several certainties.
     digits = min((formats.share_digits(share, comparison.targets(tier)) for share in shares), default=2)
 
     def row(line: Line) -> list[str]:
@@ -50,13 +52,6 @@ def _cell(comparison: Comparison, line: Line, tier: str, figure: str, form: Call
         return MISSING
     text = with_spread(spread, form)
     return f"**{text}**" if line.label != FOUNDATION and line.label in comparison.best(tier, figure) else text
-
-
-def with_spread(spread: Spread, form: Callable[[float], str]) -> str:
-    """mean ± sample standard deviation; a single seed has no spread."""
-    if not math.isfinite(spread.mean):
-        return "not finite"
-    return form(spread.mean) if spread.std is None else f"{form(spread.mean)} ± {form(spread.std)}"
 
 
 def number(value: float) -> str:
@@ -109,16 +104,3 @@ def _flops(verdict: Verdict) -> str:
         return MISSING
     share = f"{100 * math.exp(verdict.flops.mean):.0f} %"
     return f"equal ({share})" if verdict.equal_flops else share
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table, padded; the first columns are text on the left, the others numbers on the right."""
-    cells = [[visible(text).replace("|", "\\|") for text in row] for row in (head, *rows)]
-    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(head))]
-    rule = ["-" * width if column < text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-
-    def padded(row: Sequence[str]) -> str:
-        sized = enumerate(zip(row, widths, strict=True))
-        return " | ".join(text.ljust(width) if column < text_columns else text.rjust(width) for column, (text, width) in sized)
-
-    return "\n".join(f"| {padded(row)} |" for row in (cells[0], rule, *cells[1:]))

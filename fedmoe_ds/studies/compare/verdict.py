@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedmoe_ds.studies.compare.aggregate import Comparison, Spread
+from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.paired import PairedTest, family_tests
 from fedmoe_ds.studies.compare.protocol import Expectation
+from fedmoe_ds.studies.spread import Spread
 
 Answer = Literal["held", "did not hold", "not decided", "not tested"]
 EQUAL_FLOPS = 0.02
@@ -56,6 +57,7 @@ def judge(expectations: Sequence[Expectation], comparison: Comparison) -> list[V
         for tier in comparison.tiers_at(top_k)
     ]
     differences = [_difference(expectation, tier, comparison) for expectation, tier in claims]
+    # Counts are in no family: each member makes every other claim harder to decide.
     measured = [d for (e, _), d in zip(claims, differences, strict=True) if e.metric != "flops" and d is not None]
     tests = iter(family_tests([list(difference.values.values()) for difference in measured]))
     verdicts = []

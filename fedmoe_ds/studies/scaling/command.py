@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmoe_ds.shell import command_line
-from fedmoe_ds.studies.compare.report import check_copy
-from fedmoe_ds.studies.resources import check_capacity
-from fedmoe_ds.studies.scaling.measured import measure
+from fedmoe_ds.studies.report_files import check_copy
+from fedmoe_ds.studies.resources import check_capacity, in_allocation
+from fedmoe_ds.studies.run import Run
+from fedmoe_ds.studies.runner import Runner
+from fedmoe_ds.studies.scaling.measured import measure, note_machine
 from fedmoe_ds.studies.scaling.point import Point, check_folders, check_points, chosen, plan_points
 from fedmoe_ds.studies.scaling.report import Results, results_text, write_report
 from fedmoe_ds.studies.scaling.rows import Row, differing, with_efficiency
@@ -74,13 +76,18 @@ def scale(request: Request, script: Path, environment: Mapping[str, str], note: 
 def _run(
     points: Sequence[Point], script: Path, environment: Mapping[str, str], note: Callable[[str], None]
 ) -> tuple[int, Mapping[str, str]]:
-    from fedmoe_ds.studies.scaling.runner import Runner
-
     waiting = [point for point in points if not point.finished]
     for point in waiting:
         check_capacity(point.label, point.ranks, environment)
     check_points(waiting)
-    outcome = Runner(script, environment, note).run(points)
+
+    def prepare(run: Run) -> None:
+        note_machine(run, environment)
+
+    # One group of ranks at a time: two would take each other's cores, and the figures would be theirs. No lock of the study:
+    # the tasks of a SLURM array work on its points side by side.
+    runner = Runner(script, environment, note, jobs=1, by_slurm=in_allocation(environment), prepare=prepare)
+    outcome = runner.run([run for point in points for run in point.runs])
     return outcome.exit_code, outcome.reasons
 
 

@@ -7,6 +7,7 @@ kernels, page faults) and is not timed.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import machine_facts
 from fedmoe_ds.report import read_metrics
 from fedmoe_ds.report.history import Event
+from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.storage.strict_json import read_json
-from fedmoe_ds.studies.compare.plan import Run
+from fedmoe_ds.studies.resources import cores
+from fedmoe_ds.studies.run import Run
 
 PHASES = ("train", "aggregate", "evaluate")
 ALL_TO_ALL = "all_to_all"
@@ -72,9 +76,18 @@ def machine_file(run: Run) -> Path:
     return Path(f"{run.folder}.machine.json")
 
 
+def note_machine(run: Run, environment: Mapping[str, str]) -> None:
+    """Write it beside the run: metrics.jsonl does not know how many cores the ranks share. Raises UserError."""
+    path, facts = machine_file(run), machine_facts() | {"cores": cores(environment)}
+    try:
+        write_whole(path, json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--output: {path}: cannot be written: {error.strerror or error}") from None
+
+
 def measure(run: Run) -> Measured:
     """The figures of a finished run. Raises UserError where its record lacks one, or the note about its machine is damaged."""
-    path = run.folder / "metrics.jsonl"
+    path = run.metrics
     events = read_metrics(path)
     try:
         return _measured(events, _machine(machine_file(run)))
@@ -128,6 +141,7 @@ def timed_rounds(events: Sequence[Event]) -> list[tuple[float, Event]]:
     timed: list[tuple[float, Event]] = []
     before: float | None = None
     for event in events:
+        # The first round of a start warms up, and before it lies whatever time the run was down.
         if event["event"] in ("run", "resume"):
             before = None
         elif event["event"] == "round":
@@ -139,10 +153,12 @@ def timed_rounds(events: Sequence[Event]) -> list[tuple[float, Event]]:
 
 def _phases(seconds: float, event: Event) -> dict[str, float]:
     spent = {name: float(event["phases"].get(name) or 0.0) for name in PHASES}
+    # Phases and events have clocks of their own, so the phases may be longer than the round by a hair.
     return spent | {"other": max(0.0, seconds - sum(spent.values()))}
 
 
 def _collectives(rounds: Sequence[Event]) -> dict[str, float] | None:
+    # A run continued by a version that records them has rounds with and without.
     if not rounds or any("collectives" not in event for event in rounds):
         return None
     total: dict[str, float] = defaultdict(float)
@@ -154,6 +170,7 @@ def _collectives(rounds: Sequence[Event]) -> dict[str, float] | None:
 
 def _flops(events: Sequence[Event], rounds: Sequence[int]) -> float | None:
     spent = [event.get("flops") for event in events if event["event"] == "client" and event["round"] in rounds]
+    # Without some of the clients the sum would pass for a lower throughput.
     known = [float(value) for value in spent if value is not None]
     return sum(known) / len(rounds) if known and len(known) == len(spent) else None
 

@@ -1,144 +1,135 @@
-"""Picture: throughput, efficiency, where the time goes, predicted beside measured: one SVG file of the report's charts."""
+"""Plot: throughput, efficiency, where the time goes, and predicted beside measured, over the axis of a study."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from fedmoe_ds.report.markup import Markup, tag
-from fedmoe_ds.report.svg import HEIGHT, WIDTH, Column, Series, line_chart, stacked_columns
+from fedmoe_ds.studies import figure
+from fedmoe_ds.studies.scaling.measured import PHASES
 from fedmoe_ds.studies.scaling.rows import Line
 from fedmoe_ds.studies.scaling.study import Study
-from fedmoe_ds.studies.scaling.table import number
 
-GAP, TITLE, LEGEND, COLUMNS = 28.0, 44.0, 24.0, 2
-LETTER = 7.0
-# Okabe and Ito's colours, as in the other pictures; the strong ones are for what a run measured.
-_COLOURS = {
-    "l0": "#0072b2",
-    "l1": "#e69f00",
-    "l2": "#009e73",
-    "l3": "#cc79a7",
-    "l4": "#56b4e9",
-    "l5": "#d55e00",
-    "l7": "#8b8f97",
-}
-_STYLE = """
-text { font: 12.5px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #5d6169 }
-.page { fill: #ffffff } .heading { font-size: 16px; font-weight: 600; fill: #1b1c1f } .chart { overflow: visible }
-.title { font-size: 13.5px; font-weight: 600; fill: #1b1c1f } .left { text-anchor: end } .middle { text-anchor: middle }
-.end { font-weight: 650 } .grid { stroke: #e3e3de } .base { stroke: #8b8f97 }
-.line { fill: none; stroke-width: 2.2; stroke-linejoin: round } .dot { fill: #ffffff; stroke-width: 2 } .hit { fill: none }
-@media (prefers-color-scheme: dark) {
-  text { fill: #a9adb6 } .heading, .title { fill: #eceae4 } .page, .dot { fill: #1c1e22 } .grid { stroke: #34373d }
-}
-"""
-_PHASES = {"train": ("l0", "train"), "aggregate": ("l5", "aggregate"), "evaluate": ("l4", "evaluate"), "other": ("l7", "other")}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 5.0, 3.2
+"""Inches of a panel."""
+_PHASE_COLOURS = dict(zip((*PHASES, "other"), (figure.BLUE, figure.VERMILION, figure.SKY, figure.GREY), strict=True))
+Panel = Callable[["Axes", Study, Sequence[Line]], None]
 
 
 def picture(study: Study, lines: Sequence[Line]) -> str:
-    """All panels that have something to show, two in a row."""
-    panels = [_throughput(study, lines), _efficiency(study, lines), _phases(study, lines)]
+    """All panels that have something to show as SVG, two in a row."""
+    title = study.title if study.repeats == 1 else f"{study.title}: mean and sample standard deviation over repeats"
+    return figure.svg(lambda: draw(study, lines), title)
+
+
+def draw(study: Study, lines: Sequence[Line]) -> Figure:
+    """The same as a figure; to be called within `figure.styled()`."""
+    panels: list[Panel] = [_throughput, _efficiency, _phases]
     if all("all_to_all_s" in line.figures for line in lines):
-        panels.append(_waiting(study, lines))
+        panels.append(_waiting)
     if all("predicted_s" in line.figures for line in lines):
-        panels.append(_predicted(study, lines))
-    tall, columns = HEIGHT + LEGEND + GAP, min(COLUMNS, len(panels))
-    width = columns * (WIDTH + GAP) + GAP
-    height = TITLE + -(-len(panels) // columns) * tall
-    placed = [
-        tag("g", panel, transform=f"translate({GAP + i % columns * (WIDTH + GAP):g} {TITLE + i // columns * tall:g})")
-        for i, panel in enumerate(panels)
-    ]
-    heading = study.title
-    return tag(
-        "svg",
-        tag("style", Markup(_STYLE + _colours())),
-        tag("rect", width=width, height=height, cls="page"),
-        tag("text", heading, x=GAP, y=27, cls="heading"),
-        *placed,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width:g} {height:g}",
-        width=width,
-        height=height,
-        role="img",
-        aria_label=heading,
-    )
+        panels.append(_predicted)
+    drawing, places = figure.panels(len(panels), WIDTH, HEIGHT)
+    for axes, panel in zip(places, panels, strict=True):
+        panel(axes, study, lines)
+        _finish(axes, study)
+    return drawing
 
 
-def _colours() -> str:
-    """Written out per class: viewers of single files often know no CSS variables."""
-    return "".join(
-        f".{name} .line, .{name} .dot {{ stroke: {value} }} rect.{name}, .end.{name} {{ fill: {value} }}\n"
-        for name, value in _COLOURS.items()
-    )
-
-
-def _sized(chart: Markup) -> Markup:
-    """A chart of a page has the size of its place; inside a picture it needs one of its own."""
-    return Markup(chart.replace("<svg ", f'<svg width="{WIDTH:g}" height="{HEIGHT:g}" ', 1))
-
-
-def _throughput(study: Study, lines: Sequence[Line]) -> Markup:
-    figure, scale, unit = ("flops_per_s", 1e9, "GFLOP/s") if study.by_flops else ("tokens_per_s", 1.0, "tokens/s")
-    means = [(line, line.figures[figure].mean / scale) for line in lines if figure in line.figures]
-    series = [_series("l0", "measured", means, unit)]
+def _throughput(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
+    name, scale, unit = ("flops_per_s", 1e9, "GFLOP/s") if study.by_flops else ("tokens_per_s", 1.0, "tokens/s")
+    axes.set_title("Throughput")
+    axes.set_ylabel(unit)
+    _line(axes, lines, name, "measured", figure.BLUE, scale)
+    means = [(line, line.figures[name].mean / scale) for line in lines if name in line.figures]
+    # On the same ranks at every value there is nothing that should grow.
     if means and len({line.measured.ranks for line in lines}) > 1:
         base, first = means[0]
-        ideal = [(line, first * line.measured.ranks / base.measured.ranks) for line in lines]
-        series.append(_series("l7", "ideal", ideal, unit))
-    return _sized(line_chart(series, title=f"Throughput, {unit}", x_label=study.axis, form=_tick, zero=True))
+        ideal = [_drawable(first * line.measured.ranks / base.measured.ranks) for line in lines]
+        places = [line.value for line in lines]
+        axes.errorbar(places, ideal, fmt="--", color=figure.GREY, label="ideal", zorder=1.5)
 
 
-def _efficiency(study: Study, lines: Sequence[Line]) -> Markup:
-    means = [(line, 100 * line.figures["efficiency"].mean) for line in lines if "efficiency" in line.figures]
-    series = [_series("l2", "", means, "%")]
-    return _sized(line_chart(series, title="Efficiency, % of the first value", x_label=study.axis, form=_tick, zero=True))
+def _efficiency(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
+    axes.set_title("Efficiency")
+    axes.set_ylabel("% of the first value")
+    _line(axes, lines, "efficiency", "", figure.GREEN, 0.01)
 
 
-def _predicted(study: Study, lines: Sequence[Line]) -> Markup:
-    series = [
-        _series(css, label, [(line, line.figures[figure].mean) for line in lines], "s")
-        for css, label, figure in (("l0", "measured", "recorded_s"), ("l5", "predicted", "predicted_s"))
-    ]
-    title = "Seconds per round without the checkpoint: predicted and measured"
-    return _sized(line_chart(series, title=title, x_label=study.axis, form=_tick, zero=True))
+def _predicted(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
+    axes.set_title("Seconds per round: predicted and measured")
+    axes.set_ylabel("seconds, without the checkpoint")
+    _line(axes, lines, "recorded_s", "measured", figure.BLUE)
+    _line(axes, lines, "predicted_s", "predicted", figure.VERMILION, marker="s")
 
 
-def _phases(study: Study, lines: Sequence[Line]) -> Markup:
-    parts = [(css, label, _means(lines, f"{phase}_s")) for phase, (css, label) in _PHASES.items()]
-    return _stacked(study, lines, parts, "Where a round's seconds go: phases of rank 0")
+def _phases(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
+    axes.set_title("Where a round's seconds go: phases of rank 0")
+    axes.set_ylabel("seconds")
+    _stacks(axes, lines, [(name, colour, _means(lines, f"{name}_s")) for name, colour in _PHASE_COLOURS.items()])
 
 
-def _waiting(study: Study, lines: Sequence[Line]) -> Markup:
-    inside, others = _means(lines, "all_to_all_s"), _means(lines, "other_collectives_s")
-    whole = _means(lines, "s_per_round")
+def _waiting(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
+    axes.set_title("The same seconds: inside collectives")
+    axes.set_ylabel("seconds, with waiting for peers")
+    whole, inside, others = (_means(lines, name) for name in ("s_per_round", "all_to_all_s", "other_collectives_s"))
     computing = [max(0.0, total - a - b) for total, a, b in zip(whole, inside, others, strict=True)]
-    parts = [("l0", "computing", computing), ("l1", "in all-to-all", inside), ("l3", "in other collectives", others)]
-    return _stacked(study, lines, parts, "The same seconds: inside collectives, waiting for peers included")
+    parts = [("computing", figure.BLUE, computing), ("in all-to-all", figure.ORANGE, inside)]
+    _stacks(axes, lines, [*parts, ("in other collectives", figure.PINK, others)])
 
 
-def _means(lines: Sequence[Line], figure: str) -> list[float]:
-    return [line.figures[figure].mean for line in lines]
+def _line(axes: Axes, lines: Sequence[Line], name: str, label: str, colour: str, scale: float = 1.0, marker: str = "o") -> None:
+    """A figure over the axis, with a whisker where repeats differ."""
+    from matplotlib.ticker import MaxNLocator
+
+    known = [(line.value, line.figures[name]) for line in lines if name in line.figures]
+    means = [_drawable(spread.mean / scale) for _, spread in known]
+    reach = [_drawable((spread.std or 0.0) / scale) for _, spread in known]
+    places, whiskers = [value for value, _ in known], reach if any(reach) else None
+    axes.errorbar(places, means, yerr=whiskers, color=colour, marker=marker, markeredgecolor="white", label=label)
+    low, high = lines[0].value, lines[-1].value
+    air = 0.05 * (high - low) or 0.5
+    axes.set_xlim(low - air, high + air)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-def _stacked(study: Study, lines: Sequence[Line], parts: Sequence[tuple[str, str, list[float]]], title: str) -> Markup:
-    """One column per value of the axis, and the colours of its parts below."""
-
-    def column(place: int, line: Line) -> Column:
-        pieces = [(css, values[place], f"{label} {number(values[place])} s") for css, label, values in parts]
-        return Column(str(line.value), pieces)
-
-    columns = [(line.value, column(place, line)) for place, line in enumerate(lines)]
-    keys, x = [], 50.0
-    for css, label, _ in parts:
-        keys += [tag("rect", x=x, y=HEIGHT + 8, width=12, height=12, cls=css), tag("text", label, x=x + 18, y=HEIGHT + 18.5)]
-        x += 18 + LETTER * len(label) + 16
-    return tag("g", _sized(stacked_columns(columns, title=title, x_label=study.axis, form=_tick)), *keys)
+def _stacks(axes: Axes, lines: Sequence[Line], parts: Sequence[tuple[str, str, Sequence[float]]]) -> None:
+    """One column per value, evenly spaced."""
+    places, floor = range(len(lines)), [0.0] * len(lines)
+    for label, colour, values in parts:
+        axes.bar(places, values, bottom=floor, width=0.6, color=colour, label=label, edgecolor="white", linewidth=0.6)
+        floor = [below + value for below, value in zip(floor, values, strict=True)]
+    axes.set_xticks(places, [str(line.value) for line in lines])
+    axes.set_xlim(-0.6, len(lines) - 0.4)
+    axes.grid(axis="x", visible=False)
 
 
-def _series(css: str, label: str, points: Sequence[tuple[Line, float]], unit: str) -> Series:
-    tips = [f"{line.value}: {number(y)} {unit}" for line, y in points]
-    return Series(css, label, [(line.value, y) for line, y in points], tips)
+def _means(lines: Sequence[Line], name: str) -> list[float]:
+    """Heights of parts of a stack; what is no length counts as zero."""
+    means = [line.figures[name].mean for line in lines]
+    return [mean if 0 < mean < math.inf else 0.0 for mean in means]
 
 
-_tick: Callable[[float], str] = "{:,.6g}".format
+def _drawable(value: float) -> float:
+    """matplotlib leaves a gap for NaN; infinity would take the axis with it."""
+    return value if math.isfinite(value) else math.nan
+
+
+def _finish(axes: Axes, study: Study) -> None:
+    """The value axis from zero with numbers written out, the legend below."""
+    from matplotlib.ticker import FuncFormatter
+
+    if not math.isfinite(axes.dataLim.height):
+        axes.text(0.5, 0.5, "nothing to draw", transform=axes.transAxes, ha="center")
+    # Cut off below, a bar or a ratio would look like more than it is.
+    axes.set_ylim(bottom=0.0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.set_xlabel(study.axis)
+    names = axes.get_legend_handles_labels()[1]
+    if len(names) > 1:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(names), columnspacing=1.4, handlelength=1.5)

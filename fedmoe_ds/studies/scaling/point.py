@@ -16,8 +16,7 @@ from fedmoe_ds.config.yaml12 import inline_yaml
 from fedmoe_ds.distributed.topology import check_layout
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, with_defaults
-from fedmoe_ds.studies.compare.plan import Run, check_saved
-from fedmoe_ds.studies.compare.variant import keys_of
+from fedmoe_ds.studies.run import Run, check_saved, keys_of
 from fedmoe_ds.studies.scaling.study import KEYS, Study
 
 
@@ -28,8 +27,11 @@ class Point:
     index: int
     value: int
     label: str
-    ranks: int
     runs: tuple[Run, ...]
+
+    @property
+    def ranks(self) -> int:
+        return self.runs[0].ranks
 
     @property
     def config(self) -> Config:
@@ -60,15 +62,17 @@ def _point(study: Study, index: int, base: Path, output: Path, overrides: Sequen
     value = study.values[index]
     label, ranks = f"{study.axis}-{value}", study.world(value)
     given = [*_lines(study.set), *overrides, *_axis(study, value)]
+    # Read back from all keys: the base, `set`, an override or the axis may have decided it.
     ep_size = load_config(base, given).topology.ep_size
     grown = {key: amount * (ranks if study.per == "rank" else max(1, ranks // ep_size)) for key, amount in study.grows.items()}
 
     def run(repeat: int) -> Run:
         place = _lines({"name": f"{label}-r{repeat}", "output": str(output)})
         config = load_config(base, [*given, *_lines(grown), *place])
-        return Run(label, repeat, with_defaults(config, method_for(config)))
+        return Run(label, repeat, with_defaults(config, method_for(config)), ranks)
 
-    point = Point(index, value, label, ranks, tuple(run(repeat) for repeat in range(study.repeats)))
+    point = Point(index, value, label, tuple(run(repeat) for repeat in range(study.repeats)))
+    # Where ep_size does not divide the ranks, what grew above is void, and this refuses it.
     check_layout(point.config.topology, ranks)
     if point.config.federation.rounds < 2:
         raise UserError("federation.rounds: 1: the first round warms up and is not timed; run at least 2")
@@ -95,15 +99,16 @@ def check_points(points: Sequence[Point]) -> None:
 
 def check_folders(points: Sequence[Point]) -> None:
     """Refuse folders that another study has filled. Raises UserError naming the first difference."""
-    check_saved([run for point in points for run in point.runs])
-    for point in points:
-        for run in point.runs:
-            before = run.history().run.get("world_size")
-            if before is not None and before != point.ranks:
-                raise UserError(
-                    f"ranks: {point.ranks}: {run.folder} was run on {before}; set it back, remove that folder, or use "
-                    "another --output"
-                )
+    runs = [run for point in points for run in point.runs]
+    check_saved(runs)
+    for run in runs:
+        # The size of the world is in no configuration, so `check_saved` cannot see it.
+        before = run.history().run.get("world_size")
+        if before is not None and before != run.ranks:
+            raise UserError(
+                f"ranks: {run.ranks}: {run.folder} was run on {before}; set it back, remove that folder, "
+                "or use another --output"
+            )
 
 
 def chosen(points: Sequence[Point], index: int | None) -> list[Point]:

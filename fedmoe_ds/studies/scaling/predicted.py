@@ -25,9 +25,11 @@ class Predictor:
         """
         if measured.ranks % measured.hosts:
             return None
+        # Repeats differ in their name alone and share one job: resolving it reads the data.
         key = config.model_dump_json(exclude={"name"})
         if key not in self._jobs:
             self._jobs[key] = resolve(config, kind=self.hardware.kind)
         job, world = self._jobs[key], World(measured.hosts, measured.ranks // measured.hosts)
         place = (config.topology.ep_size, config.execution.clients_in_flight, world, self.hardware)
+        # Round by round: who takes part, and with how much data, differs between them.
         return sum(predict_job(job, *place, number).round_seconds for number in measured.rounds) / len(measured.rounds)

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe_ds.errors import UserError
 from fedmoe_ds.report import formats
-from fedmoe_ds.storage.files import write_whole
-from fedmoe_ds.studies.compare.table import markdown
+from fedmoe_ds.report.tables import markdown
+from fedmoe_ds.studies.report_files import write_files
 from fedmoe_ds.studies.scaling.plot import picture
 from fedmoe_ds.studies.scaling.rows import Line, Row, differing, lines_of, same_everywhere
 from fedmoe_ds.studies.scaling.study import Study
@@ -40,18 +39,14 @@ def write_report(results: Results, output: Path, copy: Path | None) -> Path:
         UserError: a file cannot be written.
     """
     target = output / f"{STEM}.md"
+    # Drawn once for both places; a study without a finished run has no picture.
     drawing = picture(results.study, results.lines) if results.rows else None
     content = {target.with_suffix(".csv"): csv_text(results.study, results.rows)}
     for path in filter(None, (target, copy)):
         content[path] = text(results, path.with_suffix(".svg").name)
         if drawing is not None:
             content[path.with_suffix(".svg")] = drawing
-    for path, body in content.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, body)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}; give another folder") from None
+    write_files(content)
     return target
 
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.config import Config
-from fedmoe_ds.studies.compare.aggregate import Spread
 from fedmoe_ds.studies.scaling.measured import ALL_TO_ALL, PHASES, Measured
 from fedmoe_ds.studies.scaling.study import Study
+from fedmoe_ds.studies.spread import Spread
 
 PLACED = {"name", "output", "topology"}
 """Keys that say where a run is and on how many ranks, not what it computes."""
@@ -60,6 +60,7 @@ def with_efficiency(study: Study, rows: Sequence[Row]) -> list[Row]:
     """The same rows with their efficiency."""
     first = [row for row in rows if row.value == study.values[0]]
     known = [t for row in first if (t := row.throughput(study.by_flops)) is not None]
+    # A baseline of some of the repeats would shift the efficiency of all other values.
     base = sum(known) / len(known) if known and len(known) == len(first) else None
     ranks = first[0].measured.ranks if first else 0
 
@@ -99,6 +100,7 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
         spreads = {}
         for name in names:
             known = {repeat: figure for repeat, figures in by_repeat.items() if (figure := figures[name]) is not None}
+            # A mean over some of the repeats would stand beside means over all of them.
             if len(known) == len(mine):
                 spreads[name] = Spread(known)
         lines.append(Line(value, mine, spreads))
@@ -110,6 +112,7 @@ def differing(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     first: dict[str, Row] = {}
     pairs = []
     for row in rows:
+        # Without bitwise reproducibility digests may differ and nothing is wrong.
         if row.measured.bitwise:
             reference = first.setdefault(_federation(row), row)
             if reference.measured.digest != row.measured.digest:

@@ -60,6 +60,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _is_one_kind_of_scaling(self) -> Study:
+        # On any other axis the work itself changes, and neither word would be true.
         on_ranks = self.axis in ("ranks", "ep_size")
         if on_ranks and self.scaling is None:
             raise ValueError(f"scaling: missing; say weak or strong for the axis {self.axis}")

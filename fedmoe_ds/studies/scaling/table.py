@@ -7,9 +7,10 @@ import io
 from collections.abc import Callable, Sequence
 
 from fedmoe_ds.report import formats
-from fedmoe_ds.studies.compare.table import markdown, with_spread
+from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.scaling.rows import Line, Row
 from fedmoe_ds.studies.scaling.study import Study
+from fedmoe_ds.studies.spread import with_spread
 
 MISSING = "-"
 WORLD = ("ranks", "clusters", "ep_size", "hosts", "cores", "clients")
@@ -27,6 +28,7 @@ def csv_text(study: Study, rows: Sequence[Row]) -> str:
         facts: list[object] = [study.name, study.axis, row.value, row.repeat]
         facts += [getattr(measured, name) for name in WORLD]
         facts += [len(measured.rounds), *(None if v is None else f"{v:.6g}" for v in row.figures().values())]
+        # All ranks in one cell: their number differs from row to row.
         peaks = " ".join(f"{peak:.0f}" for peak in measured.peak_mib or ())
         writer.writerow(["" if fact is None else fact for fact in [*facts, measured.digest, peaks]])
     return out.getvalue()
