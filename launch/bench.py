@@ -19,7 +19,7 @@ from fedmoe_ds.terminal import note, show
 
 def main() -> int:
     from fedmoe_ds.bench.commands import COMMANDS
-    from fedmoe_ds.bench.harness.command import Command, Report, add_json
+    from fedmoe_ds.bench.harness.command import JSON, Command, Report, add_options
     from fedmoe_ds.bench.results.commands import REPORTS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,9 +27,7 @@ def main() -> int:
     offered: list[Command | Report] = [*COMMANDS.values(), *REPORTS.values()]
     for command in offered:
         subparser = parsers.add_parser(command.name, help=command.help)
-        command.options(subparser)
-        if command.name in COMMANDS:
-            add_json(subparser)
+        add_options(subparser, [*command.options, *([JSON] if command.name in COMMANDS else [])])
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an ordinary end: children are ended, too
     if args.command in COMMANDS:
