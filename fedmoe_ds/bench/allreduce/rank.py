@@ -49,6 +49,7 @@ def blocks(mib: int) -> list[BlockSpec]:
 def measure(runtime: Runtime, summings: dict[str, Summing], mib: int, rounds: int) -> list[dict[str, Any]]:
     """Seconds of the slowest rank, per backend, repeat by repeat: the library's sum of one tensor, and the whole reduction."""
     statistics, alone = Statistics(blocks(mib), 1, exact=True), TorchSumming(None, 1)
+    # Zeros stay zeros: what is summed in place again and again must not overflow.
     flat = torch.zeros_like(statistics.flat.memory)
     into = torch.empty_like(flat)
     actions: dict[str, Action] = {"copy": lambda: into.copy_(flat)}
@@ -90,7 +91,7 @@ def alternating(runtime: Runtime, actions: dict[str, Action], rounds: int) -> di
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(rounds + 1):
         for name, action in actions.items():
-            runtime.barrier()
+            runtime.barrier()  # else the first rank's seconds hold its wait for the last one
             began = time.perf_counter()
             action()
             spent = max(runtime.gather(time.perf_counter() - began))

@@ -77,6 +77,7 @@ def flower_starts(home: Path) -> list[Start]:
 
 
 def _measure(folder: Path, workload: Workload, ours: list[str], rounds: int, note: Note) -> list[Row]:
+    # All systems stay loaded and take turns: what disturbs the machine disturbs everybody's round.
     starts = {name: our_starts(cores()) for name in ours} | {FLOWER: flower_starts(folder / "flower")}
     with programs(starts) as running:
         versions = open_all(folder, workload, running, WARM_UP_ROUNDS + rounds, note)

@@ -33,7 +33,7 @@ def timed(runtime: Runtime, action: Callable[[], object], repeats: int) -> float
     """Median seconds of one call, after a few to warm up."""
     for _ in range(5):
         action()
-    runtime.gather(None)
+    runtime.gather(None)  # all ranks start at once
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()

@@ -100,6 +100,7 @@ def _samples(trees: list[dict[str, Any]]) -> list[Sample]:
 
 def _network(clusters: dict[int, Any], together: dict[int, Together], assumed: Hardware, cores: int) -> Network:
     """Links of one host; between hosts nothing can be measured here, so the table's assumptions stay."""
+    # Ranks that share a core wait for each other; the planner counts that itself, so it is taken out of the links.
     sharing = {ranks: max(1.0, ranks / cores) for ranks in clusters}
     few, several = together[FEW], together[SEVERAL]
     peer = max(several.alpha_s / sharing[SEVERAL] - few.alpha_s / sharing[FEW], 0.0) / (SEVERAL - FEW)

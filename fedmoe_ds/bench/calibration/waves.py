@@ -102,7 +102,7 @@ class Bench:
         """A pass of one client per rank, several times."""
         clients = [Client(i, "c", cap, sequences, sequences, sequences * length, cap) for i in range(self.ep_size)]
         data = self._data(sequences, length)
-        self.trainer.seconds = []
+        self.trainer.seconds = []  # one entry per step; the first one warms up
         self.trainer.train([[client] for client in clients], 1, self.start, self.personal, lambda _: data)
         return self._sample(True, sequences, length, cap, self.trainer.seconds[1:])
 

@@ -73,6 +73,7 @@ def run_pool(sizes: list[int], workload: PoolWorkload, rounds: int, note: Note) 
         for name, program in running.items():
             note(f"{name}: loading and warm-up")
             program.ask(do="open", folder=str(folder), workload=workload.to_json())
+        # The compared wave is the warm-up as well: it is not timed.
         check_first_losses({name: program.ask(do="measure")["losses"] for name, program in running.items()})
         return _rows(workload, alternate(running, rounds, note, do="measure"), running)
 

@@ -80,6 +80,7 @@ def _rank(pid: int) -> int | None:
         words, variables = process.cmdline(), process.environ()
     except (psutil.Error, OSError):
         return None
+    # torchrun starts a rank as `python -u SCRIPT`; whoever has no RANK is the only one.
     if len(words) < 2 or Path(words[1]).name not in (SCRIPT.name, "-u"):
         return None
     return int(variables.get("RANK", 0))

@@ -22,6 +22,7 @@ _TAIL = 3000  # of an output, in bytes: enough for a traceback
 
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's, for a process of one thread that no launcher has started; with more variables."""
+    # A measurement may itself have been started by a launcher: its children must not join that world.
     return {name: value for name, value in os.environ.items() if name not in _LAUNCHER} | _ONE_THREAD | dict(variables or {})
 
 
@@ -70,7 +71,7 @@ def run_to_end(
     Raises:
         RuntimeError: it failed, or takes too long; with the end of its output.
     """
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log:  # no pipe: nobody reads it meanwhile, and a full one would stop the command
         process, until = start(command, log), time.monotonic() + timeout_s
         try:
             while process.poll() is None:
@@ -95,7 +96,7 @@ def tail(log: IO[bytes]) -> str:
 def kill_process_tree(process: subprocess.Popen[str]) -> None:
     """End a process that is still there and all below it: torchrun gives its ranks sessions, so no group holds them all."""
     if process.poll() is None:
-        for pid in process_tree(process.pid):
+        for pid in process_tree(process.pid):  # parents first: a launcher must not take the end of its ranks for a failure
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()

@@ -43,7 +43,7 @@ def main() -> None:
     channel = take_channel()  # before the module's imports, which may print
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # before anything is computed: all figures are those of one thread
     module, name = sys.argv[1:]
     serve(importlib.import_module(module).make_worker(name), sys.stdin, channel.write)
     channel.flush()

@@ -43,6 +43,7 @@ def measure_clients(
         write_model(shape, seed, folder)
         for system in systems:
             found = {}
+            # A peer trains one client after the other: it never has more than one in flight.
             for count in clients if system.startswith(OURS) else [1]:
                 note(f"{shape.name}: {system}: {count} in flight")
                 workload = Workload(shape, STEPS, sequences, length, seed, caps=(shape.top_k,) * count)

@@ -27,7 +27,7 @@ SETTLED = 20
 FLAT_SHARE, FLAT_MIB = 0.01, 5.0
 PRESET = "nano-olmoe"
 _CHECKPOINTS = 4
-_LOOK_S = 0.02
+_LOOK_S = 0.02  # less than a round takes: each one is seen
 _LIMIT_S = 900.0
 
 
@@ -91,6 +91,7 @@ def watch(config: dict[str, Any], folder: Path) -> list[tuple[int, float]]:
     def look(pid: int) -> None:
         count = finished_rounds(metrics)
         if count > (samples[-1][0] if samples else 0):
+            # The run may end between the look at its log and the look at its memory.
             with contextlib.suppress(psutil.NoSuchProcess):
                 samples.append((count, psutil.Process(pid).memory_info().rss / 2**20))
 

@@ -42,6 +42,7 @@ def same_cap(load: Workload, cap: int) -> Workload:
 def _alternate(pair: dict[int, tuple[Program, Workload]], folder: Path, rounds: int) -> dict[int, list[float]]:
     """Wall seconds of the timed waves by k."""
     open_at_once(folder, {str(cap): one for cap, one in pair.items()}, OURS)
+    # The first wave chooses kernels and touches fresh memory, which no later one does: it is not timed.
     for program, _ in pair.values():
         program.ask(do="train", stage="warm-up")
     seconds: dict[int, list[float]] = {cap: [] for cap in pair}

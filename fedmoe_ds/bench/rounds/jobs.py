@@ -116,7 +116,7 @@ class RoundJobs:
             "output": str(self.folder / "runs"),
             "seed": load.seed,
             "foundation": {"path": str(self.model), "cache": str(self.folder / "cache")},
-            "federation": {"rounds": load.rounds + 1},
+            "federation": {"rounds": load.rounds + 1},  # the first one is not timed
             "local": {"steps": load.steps, "batch_size": load.sequences},
             "data": {"sequence_length": load.length, "max_samples": _MAX_SAMPLES, "partition": {"clients": load.clients}},
             "execution": {"reproducible": "fast"},

@@ -111,6 +111,7 @@ def _run(jobs: RoundJobs, system: str, turn: int, cost: Cost) -> None:
 
 
 def _everybody(jobs: RoundJobs) -> dict[str, Any]:
+    # One more than is timed: the first one warms up.
     return {"rounds": jobs.load.rounds + 1, "tiers": [{"top_k": jobs.load.shape.top_k, "share": 1.0}]}
 
 
@@ -123,7 +124,7 @@ def peer_workload(jobs: RoundJobs) -> Workload:
 def open_peer(peer: Program, jobs: RoundJobs) -> None:
     """Load the peer, and our trainer beside it for a comparison of what they compute. Raises DisagreementError."""
     workload = peer_workload(jobs)
-    with workers(WORKER, [OURS]) as running:
+    with workers(WORKER, [OURS]) as running:  # ours ends with the comparison: nothing shall idle beside timed runs
         both = {OURS: running[OURS], PEER: peer}
         open_at_once(jobs.model, {name: (program, workload) for name, program in both.items()})
         check_agreement({name: program.ask(do="train", stage="warm-up")["losses"] for name, program in both.items()})

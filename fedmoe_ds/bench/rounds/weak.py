@@ -79,6 +79,7 @@ def machine_efficiency(jobs: RoundJobs, rounds: int = 4) -> tuple[list[float], f
         open_at_once(jobs.model, {name: (program, workload) for name, program in running.items()}, OURS)
         both = list(running.values())
         _seconds(both, "warm-up")
+        # Alone and together in turn: a ratio is of two waves that are seconds apart.
         ratios = [_seconds(both[:1], "timed") / _seconds(both, "timed") for _ in range(rounds)]
         return ratios, both[0].ask(do="peak")
 

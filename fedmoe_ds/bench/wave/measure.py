@@ -38,6 +38,7 @@ def _measure(folder: Path, workload: Workload, systems: list[str], rounds: int, 
     with workers(WORKER, [*systems, FLOOR], workload.device) as running:
         spans: Spans = {name: [] for name in (*systems, FLOOR)}
         _warm_up(folder, workload, {name: running[name] for name in systems}, spans, note)
+        # Systems take turns: a machine that becomes slower slows all of them, and ratios within a round stay.
         quick = [name for name in systems if not spans[name]]
         for turn in range(rounds):
             note(f"{workload.shape.name}: round {turn + 1} of {rounds}")
@@ -65,6 +66,7 @@ def _round(running: dict[str, Program], floor: Program, workload: Workload, span
         outcome = worker.ask(do="train", stage="timed")
         spans[name].append(Timing(**outcome["time"]))
         rows_CLE = outcome["rows"] or rows_CLE
+    # The floor multiplies what our wave has routed, so it comes last, and is opened when that is known.
     if not spans[FLOOR]:
         floor.ask(do="open", workload=workload.to_json(), rows=rows_CLE)
         floor.ask(do="measure")  # its first products touch fresh memory
