@@ -19,22 +19,21 @@ from fedmoe_ds.terminal import note, show
 
 def main() -> int:
     from fedmoe_ds.bench.commands import COMMANDS
-    from fedmoe_ds.bench.harness.command import Command, Report, add_json
-    from fedmoe_ds.bench.results.commands import REPORTS
+    from fedmoe_ds.bench.harness.command import JSON, Command, Report, add_options
+    from fedmoe_ds.bench.results import page, suite, targets_command
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="command", required=True)
-    offered: list[Command | Report] = [*COMMANDS.values(), *REPORTS.values()]
+    reports = {module.REPORT.name: module.REPORT for module in (page, targets_command, suite)}
+    offered: list[Command | Report] = [*COMMANDS.values(), *reports.values()]
     for command in offered:
         subparser = parsers.add_parser(command.name, help=command.help)
-        command.options(subparser)
-        if command.name in COMMANDS:
-            add_json(subparser)
+        add_options(subparser, [*command.options, *([JSON] if command.name in COMMANDS else [])])
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an ordinary end: children are ended, too
     if args.command in COMMANDS:
         return measure(args)
-    text, code = REPORTS[args.command].run(args, note)
+    text, code = reports[args.command].run(args, note)
     show(text.removesuffix("\n"))
     return code
 

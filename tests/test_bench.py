@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from fedmoe_ds.bench.fft_moe import measure as pool
+from fedmoe_ds.bench.fft_moe.command import check_first_losses, run_pool
 from fedmoe_ds.bench.fft_moe.systems import Dense, ExpertPool
 from fedmoe_ds.bench.fft_moe.workload import DENSE, PoolWorkload, write_dense_model
-from fedmoe_ds.bench.harness import table
 from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
-from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.bench.memory import load
-from fedmoe_ds.bench.wave import measure as wave
+from fedmoe_ds.bench.harness.system import DisagreementError, check_agreement, system_names
+from fedmoe_ds.bench.harness.table import check_writable
+from fedmoe_ds.bench.harness.workload import Workload, make_workloads
+from fedmoe_ds.bench.memory.load import TooMuchMemoryError, check_bound, run_load
 from fedmoe_ds.bench.wave.floor import DeviceFloor, Floor
 from fedmoe_ds.bench.wave.fused import Fused
+from fedmoe_ds.bench.wave.measure import run_wave
 from fedmoe_ds.bench.wave.peft import Peft
 from fedmoe_ds.errors import UserError
 
@@ -113,9 +114,9 @@ def test_pools_start_as_the_dense_foundation(tmp_path: Path, bitwise: bool) -> N
     for _ in range(2):  # every wave starts afresh
         losses = {name: system.measure()["losses"] for name, system in systems.items()}
         assert all(len(set(found)) == 3 for found in losses.values())
-        pool.check_first_losses(losses)
-    with pytest.raises(wave.DisagreementError, match="not the same computation"):
-        pool.check_first_losses({**losses, "experts 16": [loss + 1e-2 for loss in losses[DENSE]]})
+        check_first_losses(losses)
+    with pytest.raises(DisagreementError, match="not the same computation"):
+        check_first_losses({**losses, "experts 16": [loss + 1e-2 for loss in losses[DENSE]]})
 
 
 @pytest.mark.parametrize(("bitwise", "implementation"), [(False, "grouped_mm"), (True, "eager"), (True, "batched_mm")])
@@ -137,21 +138,21 @@ def test_agreement_sees_a_different_computation(tiny: tuple[Path, Workload], cha
     folder, workload = tiny
     other = Workload.from_json({**workload.to_json(), **change})
     losses = {name: Peft(folder, load, "grouped_mm").train("warm-up").losses for name, load in (("a", workload), ("b", other))}
-    wave.check_agreement({"a": losses["a"], "again": losses["a"]})
-    with pytest.raises(wave.DisagreementError, match="not the same computation"):
-        wave.check_agreement(losses)
+    check_agreement({"a": losses["a"], "again": losses["a"]})
+    with pytest.raises(DisagreementError, match="not the same computation"):
+        check_agreement(losses)
 
 
 def test_agreement_refuses_nan() -> None:
-    with pytest.raises(wave.DisagreementError):
-        wave.check_agreement({"a": [(1.0, 1.0)], "b": [(1.0, float("nan"))]})
+    with pytest.raises(DisagreementError):
+        check_agreement({"a": [(1.0, 1.0)], "b": [(1.0, float("nan"))]})
 
 
 def test_memory_bound() -> None:
     row = {"ep_size": 2, "rank": 1, "dense_mib": 30.0, "own_experts_mib": 300.0, "growth_mib": 400.0}
-    load.check_bound(row)
-    with pytest.raises(load.TooMuchMemoryError, match="ep_size 2, rank 1"):
-        load.check_bound({**row, "growth_mib": 600.0})
+    check_bound(row)
+    with pytest.raises(TooMuchMemoryError, match="ep_size 2, rank 1"):
+        check_bound({**row, "growth_mib": 600.0})
 
 
 def test_unknown_shape_is_one_line() -> None:
@@ -163,27 +164,27 @@ def test_unknown_shape_is_one_line() -> None:
 def test_bad_input(tmp_path: Path) -> None:
     settings = {"steps": 1, "sequences": 1, "length": 16, "seed": 0}
     with pytest.raises(UserError, match="--steps: 0"):
-        wave.make_workloads(["e32"], **{**settings, "sequences": [1], "steps": 0})
+        make_workloads(["e32"], **{**settings, "sequences": [1], "steps": 0})
     with pytest.raises(UserError, match="--length: 513"):
-        wave.make_workloads(["e32"], **{**settings, "sequences": [1], "length": 513})
+        make_workloads(["e32"], **{**settings, "sequences": [1], "length": 513})
     with pytest.raises(UserError, match=r"--peers: groped_mm: .*did you mean 'grouped_mm'"):
-        wave.system_names("both", ["groped_mm"])
+        system_names("both", ["groped_mm"])
     with pytest.raises(UserError, match="--experts: 3: fewer than the 4 active ones"):
-        pool.run_pool([3], PoolWorkload(**settings, clients=1), 1, lambda text: None)
+        run_pool([3], PoolWorkload(**settings, clients=1), 1, lambda text: None)
     with pytest.raises(UserError, match="--clients: 0"):
         PoolWorkload(**settings, clients=0)
     with pytest.raises(UserError, match="--mode: slow"):
-        wave.system_names("slow", [])
+        system_names("slow", [])
     with pytest.raises(UserError, match="--device: tpu: unknown device"):
-        wave.make_workloads(["e32"], **{**settings, "sequences": [1]}, device="tpu")
+        make_workloads(["e32"], **{**settings, "sequences": [1]}, device="tpu")
     with pytest.raises(UserError, match=r"--kernels: tritn: .*did you mean 'triton'"):
-        wave.make_workloads(["e32"], **{**settings, "sequences": [1]}, kernels="tritn")
+        make_workloads(["e32"], **{**settings, "sequences": [1]}, kernels="tritn")
     with pytest.raises(UserError, match="--rounds: 0"):
-        wave.run_wave([], [], 0, lambda text: None)
+        run_wave([], [], 0, lambda text: None)
     with pytest.raises(UserError, match="--ep-size: 3: it does not divide the 16 experts"):
-        load.run_load([1, 3], "load-tiny", 0, lambda text: None)
+        run_load([1, 3], "load-tiny", 0, lambda text: None)
     with pytest.raises(UserError, match=r"--json: .*missing"):
-        table.check_writable(tmp_path / "missing" / "rows.json")
+        check_writable(tmp_path / "missing" / "rows.json")
 
 
 def test_the_floor_of_a_device_counts_what_the_other_multiplies() -> None:

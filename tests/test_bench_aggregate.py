@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedmoe_ds.aggregation.weighted_average import Statistics
-from fedmoe_ds.bench.allreduce import measure as aggregate
-from fedmoe_ds.bench.allreduce.command import show
+from fedmoe_ds.bench.allreduce.command import COMMAND, aggregate_row, run_aggregate
 from fedmoe_ds.bench.allreduce.rank import blocks
 from fedmoe_ds.errors import UserError
 
@@ -28,24 +27,24 @@ def test_statistics_have_the_size_that_was_asked_for(mib: int) -> None:
 def test_rows_compare_with_the_library_and_with_copying() -> None:
     seconds = {"copy_seconds": [0.001] * 3, "raw_seconds": [0.008, 0.008, 0.016], "reduce_seconds": [0.01, 0.0125, 0.01]}
     measured = {"backend": "mpi", "bytes": 2**24, **seconds}
-    row = aggregate.make_row(4, measured)
+    row = aggregate_row(4, measured)
     assert row["bandwidth_share"] == pytest.approx(0.8) and row["floor_share"] == pytest.approx(0.15)
     assert (row["shape"], row["system"]) == ("16 MiB", "mpi")
     assert row["moved_bytes_per_s"] == pytest.approx(1.5 * 2**24 / 0.01)
     assert row["samples"]["bandwidth_share"] == pytest.approx([0.8, 0.64, 1.6]) and row["reduce_s"] == 0.01
-    worse = aggregate.make_row(4, {**measured, "backend": "torch", "reduce_seconds": [0.016, 0.016, 0.016]})
-    assert show([row, worse]).lines == [
+    worse = aggregate_row(4, {**measured, "backend": "torch", "reduce_seconds": [0.016, 0.016, 0.016]})
+    assert COMMAND.show([row, worse]).lines == [
         "the sums of a round reach at least 50 % (50 % to 100 %) of the library's all-reduce (16 MiB over torch)"
     ]
 
 
 def test_bad_input() -> None:
     with pytest.raises(UserError, match=r"^--ranks: 1: nothing is summed"):
-        aggregate.run_aggregate(1, [1], 1)
-    with pytest.raises(UserError, match=r"^--mib: 0: must be at least 1"):
-        aggregate.run_aggregate(2, [4, 0], 1)
-    with pytest.raises(UserError, match=r"^--rounds: 0: must be at least 1"):
-        aggregate.run_aggregate(2, [4], 0)
+        run_aggregate(1, [1], 1)
+    with pytest.raises(UserError, match=r"^--mib: 0: too small; use 1 or more"):
+        run_aggregate(2, [4, 0], 1)
+    with pytest.raises(UserError, match=r"^--rounds: 0: too small; use 1 or more"):
+        run_aggregate(2, [4], 0)
 
 
 @pytest.mark.cluster

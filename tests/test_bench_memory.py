@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,16 +14,15 @@ import pytest
 
 from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
 from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.bench.memory import measure as memory
-from fedmoe_ds.bench.memory import rounds as memory_rounds
 from fedmoe_ds.bench.memory.clients import slope
-from fedmoe_ds.bench.memory.command import show
+from fedmoe_ds.bench.memory.command import COMMAND, PARTS
 from fedmoe_ds.bench.memory.one_system import counted
+from fedmoe_ds.bench.memory.rounds import finished_rounds, is_flat
 from fedmoe_ds.errors import UserError
 
 BENCH = Path(__file__).parents[1] / "launch" / "bench.py"
 ASKED: dict[str, Any] = {
-    "parts": list(memory.PARTS),
+    "parts": list(PARTS),
     "shape": "tiny",
     "mode": "both",
     "peers": ["eager"],
@@ -50,23 +50,23 @@ ASKED: dict[str, Any] = {
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        memory.run_memory(memory.Asked(**{**ASKED, **change}), lambda text: None)
+        COMMAND.run(argparse.Namespace(**{**ASKED, **change}), lambda text: None)
     assert "\n" not in str(caught.value)
 
 
 def test_slope_and_verdict() -> None:
     assert slope({1: 10.0, 2: 13.0, 4: 19.0}) == pytest.approx(3.0)
     assert slope({1: 10.0}) is None
-    assert memory_rounds.is_flat(4.9, 600.0) and memory_rounds.is_flat(-1.0, 600.0)
-    assert not memory_rounds.is_flat(5.1, 600.0)  # under one per cent, but over five MiB
-    assert not memory_rounds.is_flat(4.9, 400.0)
+    assert is_flat(4.9, 600.0) and is_flat(-1.0, 600.0)
+    assert not is_flat(5.1, 600.0)  # under one per cent, but over five MiB
+    assert not is_flat(4.9, 400.0)
 
 
 def test_finished_rounds(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
-    assert memory_rounds.finished_rounds(log) == 0
+    assert finished_rounds(log) == 0
     log.write_text('{"event":"round","round":1}\n{"event":"client","round":1}\n{"event":"round","round":2}\n')
-    assert memory_rounds.finished_rounds(log) == 2
+    assert finished_rounds(log) == 2
 
 
 @pytest.mark.parametrize("bitwise", [False, True])
@@ -114,4 +114,6 @@ def test_the_command(tmp_path: Path) -> None:
 def test_table_says_what_rows_hold() -> None:
     row = {"part": "rounds", "shape": "nano-olmoe", "system": "fedmoe_ds", "rounds": 200, "settled_round": 20, "flat": False}
     row |= {"peak_mib": 700.0, "settled_mib": 600.0, "resident_mib": 700.0, "kib_per_round": 568.9}
-    assert show([row]).lines == ["nano-olmoe: 600.0 MiB after round 20, 700.0 after round 200: 568.90 KiB per round; not flat"]
+    assert COMMAND.show([row]).lines == [
+        "nano-olmoe: 600.0 MiB after round 20, 700.0 after round 200: 568.90 KiB per round; not flat"
+    ]

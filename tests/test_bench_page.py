@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from fedmoe_ds.bench.commands import COMMANDS
-from fedmoe_ds.bench.harness import table
-from fedmoe_ds.bench.harness.command import add_json, command_line
+from fedmoe_ds.bench.harness.command import JSON, add_options, command_line
 from fedmoe_ds.bench.harness.document import Document, read_documents
 from fedmoe_ds.bench.harness.repeats import UNKNOWN_MEANS
 from fedmoe_ds.bench.harness.system import BITWISE, OURS
+from fedmoe_ds.bench.harness.table import document, write_json
 from fedmoe_ds.bench.results import suite
 from fedmoe_ds.bench.results.goals import TARGETS
 from fedmoe_ds.bench.results.page import page_markdown, peft_table
@@ -51,9 +51,9 @@ WAVE = [wave_row(OURS, 1000.0), wave_row(BITWISE, 800.0), wave_row("peft eager",
 
 
 def store(folder: Path, name: str, rows: Rows, benchmark: str = "wave", gpu: dict[str, Any] | None = None) -> None:
-    content = table.document(benchmark, f"python launch/bench.py {benchmark}", rows)
+    content = document(benchmark, f"python launch/bench.py {benchmark}", rows)
     content["machine"]["gpu"] = gpu
-    table.write_json(content, folder / f"{name}.json")
+    write_json(content, folder / f"{name}.json")
 
 
 def lines_of(documents: list[Document], reasons: dict[str, str] | None = None) -> dict[str, list[str]]:
@@ -211,8 +211,7 @@ def test_the_suite_asks_for_what_there_is(name: str) -> None:
     command = COMMANDS[measurement.benchmark]
     assert command.about and command.stored is None
     parser = argparse.ArgumentParser(exit_on_error=False)
-    command.options(parser)
-    add_json(parser)
+    add_options(parser, [*command.options, JSON])
     for arguments in (measurement.arguments, measurement.quick):
         parser.parse_args([*arguments.split()[1:], "--json", "x.json"])
 

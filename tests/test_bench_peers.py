@@ -20,13 +20,13 @@ import torch
 from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 
-from fedmoe_ds.bench.baselines import command as peers
 from fedmoe_ds.bench.baselines import federated, layers
+from fedmoe_ds.bench.baselines.command import COMMAND
+from fedmoe_ds.bench.harness.command import add_options
 from fedmoe_ds.bench.harness.program import Program, Start, programs
 from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
-from fedmoe_ds.bench.harness.system import BITWISE, OURS
+from fedmoe_ds.bench.harness.system import BITWISE, OURS, DisagreementError
 from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.bench.wave.measure import DisagreementError
 from fedmoe_ds.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def tiny(**changes: Any) -> Workload:
 
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
-    peers.options(parser)
+    add_options(parser, COMMAND.options)
     for words, message in (
         (["--systems", "flwr"], "^--systems: flwr: unknown system; did you mean 'flower'"),
         (["--rounds", "0"], "^--rounds: 0: too small"),
@@ -61,7 +61,7 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--shape", "e33"], "^--shape: e33: unknown shape; did you mean 'e32'"),
     ):
         with pytest.raises(UserError, match=message):
-            peers.run(parser.parse_args(words), lambda text: None)
+            COMMAND.run(parser.parse_args(words), lambda text: None)
     monkeypatch.setattr(federated, "PYTHON", Path("nowhere/bin/python"))
     with pytest.raises(UserError, match=r"^--systems: flower: .* nowhere/bin/python is missing; run `make bench-peers`, or"):
         federated.run_federations([tiny()], [OURS], 1, lambda text: None)
@@ -108,7 +108,7 @@ def _compare_stacks(rank: int, folder: str) -> None:
     for name, stack in stacks.items():
         stack.run()  # nothing is left of an earlier run
         found[name] = {"y": stack.run(), "factors": stack.factors_CT(), **stack.gradients()}
-    layers.check_agreement(found)
+    layers.check_tensors(found)
     assert stacks[OURS].padding == 1.0 and stacks[layers.DEEPSPEED].padding > 1.0
     assert found[OURS]["y"].shape == (8, 40, 32) and len(found[OURS]) == 6
     assert bool((found[layers.DEEPSPEED]["factors"][:6] == 1).all() and (found[layers.DEEPSPEED]["factors"][6:] < 1).all())
@@ -116,7 +116,7 @@ def _compare_stacks(rank: int, folder: str) -> None:
         wrong = {name: dict(tensors) for name, tensors in found.items()}
         wrong[layers.DEEPSPEED][key] = wrong[layers.DEEPSPEED][key] * 1.001
         with pytest.raises(DisagreementError, match=f"^{re.escape(key)}: "):
-            layers.check_agreement(wrong)
+            layers.check_tensors(wrong)
 
 
 def test_deepspeeds_layer_and_ours_compute_the_same(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_peers_writes_its_rows(tmp_path: Path) -> None:
         and rows[0]["adapters_apart"] < federated.ADAPTER_AGREEMENT
         and rows[4]["padding"] > 1
     )
-    lines = peers.show(rows).lines
+    lines = COMMAND.show(rows).lines
     assert lines[0].startswith("tiny, rounds: fedmoe_ds is ") and lines[1].startswith("tiny, layers: fedmoe_ds layers is ")
     left = [process for process in psutil.process_iter(["environ"]) if MARK in (process.info["environ"] or {})]
     assert not psutil.wait_procs(left, timeout=10)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,16 +13,14 @@ from typing import Any
 import pytest
 from federations import make_config, run_alone, write_inputs
 
+from fedmoe_ds.bench.harness.command import add_options
 from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
 from fedmoe_ds.bench.harness.system import BITWISE, OURS
 from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.bench.rounds import budget as round_budget
-from fedmoe_ds.bench.rounds import measure as rounds
-from fedmoe_ds.bench.rounds import overhead as round_overhead
-from fedmoe_ds.bench.rounds import shares as round_shares
-from fedmoe_ds.bench.rounds import weak as round_weak
-from fedmoe_ds.bench.rounds.command import COMMAND, check_positive
+from fedmoe_ds.bench.rounds import budget, overhead, weak
+from fedmoe_ds.bench.rounds.command import COMMAND, run_rounds
 from fedmoe_ds.bench.rounds.jobs import PHASES, TRAINING, RoundJobs, RoundTime, RoundWorkload, Timed, round_times
+from fedmoe_ds.bench.rounds.shares import shares_row
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner import resolve
@@ -32,6 +31,12 @@ JOBS = RoundJobs(RoundWorkload(SHAPES["tiny"], clients=4, steps=5, sequences=2, 
 
 def round_time(seconds: float, tokens: int = 400, **phases: float) -> RoundTime:
     return RoundTime(seconds, tokens, {**dict.fromkeys(PHASES, 0.0), **phases})
+
+
+def bench_round(**changes: Any) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, COMMAND.options)
+    COMMAND.run(argparse.Namespace(**{**vars(parser.parse_args([])), **changes}), lambda text: None)
 
 
 def test_phases_of_a_real_run_add_up_to_its_rounds(tmp_path: Path) -> None:
@@ -68,7 +73,7 @@ def test_the_checkpoint_in_a_round_is_the_one_before() -> None:
 def test_shares_sum_to_one() -> None:
     slow = round_time(100.0, passes=90.0, optimizer=5.0, evaluate=5.0)
     usual = [round_time(12.0, passes=6.0, optimizer=3.0, set_up=0.5, other=0.5, evaluate=2.0)] * 2
-    row = round_shares.shares_row(JOBS, OURS, Timed([slow, *usual], 70.0))
+    row = shares_row(JOBS, OURS, Timed([slow, *usual], 70.0))
     for shares in (row["shares"], row["shares_without_evaluation"]):
         assert sum(shares.values()) == pytest.approx(1.0)
     assert row["value"] == pytest.approx(0.1) and row["samples"]["value"] == pytest.approx([0.0, 0.1, 0.1])
@@ -80,52 +85,52 @@ def test_shares_sum_to_one() -> None:
 
 
 def test_overhead_is_per_token_of_the_centralised_run() -> None:
-    costs = {system: round_overhead.Cost() for system in (*round_overhead.METHODS, round_overhead.PEER)}
-    seconds = {OURS: 1.1, f"{OURS} flame": 1.2, round_overhead.CENTRALISED: 1.0, round_overhead.WHOLE_WAVES: 0.5}
+    costs = {system: overhead.Cost() for system in (*overhead.METHODS, overhead.PEER)}
+    seconds = {OURS: 1.1, f"{OURS} flame": 1.2, overhead.CENTRALISED: 1.0, overhead.WHOLE_WAVES: 0.5}
     for system, cost in costs.items():
         cost.add([seconds.get(system, 4.0)] * 2, [100, 100], 50.0)
         cost.add([seconds.get(system, 4.0) * 9], [100], 40.0)  # a disturbed turn, in which everybody is slow: ratios stay
-    rows = {(row["system"], row["against"]): row for row in round_overhead.overhead_rows(JOBS, costs)}
-    single, waves = round_overhead.CENTRALISED, round_overhead.WHOLE_WAVES
+    rows = {(row["system"], row["against"]): row for row in overhead.overhead_rows(JOBS, costs)}
+    single, waves = overhead.CENTRALISED, overhead.WHOLE_WAVES
     assert [row["target"] for row in rows.values()] == [1.15] * 4 + [None] * 3
     assert [row["samples"]["value"] for row in rows.values()][:2] == [pytest.approx([1.1] * 3), pytest.approx([2.2] * 3)]
     met = [cells[-1] for cells in COMMAND.show(list(rows.values())).cells]
     assert met == ["yes", "no", "no", "no", "", "", ""]
     assert rows[OURS, single]["value"] == pytest.approx(1.1) and rows[OURS, waves]["value"] == pytest.approx(2.2)
-    assert rows[round_overhead.PEER, single]["value"] == pytest.approx(4.0)
+    assert rows[overhead.PEER, single]["value"] == pytest.approx(4.0)
     assert rows[OURS, single]["peak_mib"] == 50.0 and rows[OURS, single]["round_s"] == pytest.approx(1.1 * 4 * 5 * 2 * 10)
-    assert round_overhead.in_turn(["a", "b"], 0) == ["a", "b"] and round_overhead.in_turn(["a", "b"], 1) == ["b", "a"]
+    assert overhead.in_turn(["a", "b"], 0) == ["a", "b"] and overhead.in_turn(["a", "b"], 1) == ["b", "a"]
 
 
 def test_weak_scaling_counts_tokens_per_rank() -> None:
     alone, together = Timed([round_time(10.0, tokens=400, evaluate=2.0)], 80.0), Timed([round_time(9.0, tokens=700)], 90.0)
-    one, two, machine = round_weak.weak_rows(JOBS, alone, together, machine=[0.8, 0.9, 1.0], peak=60.0)
+    one, two, machine = weak.weak_rows(JOBS, alone, together, machine=[0.8, 0.9, 1.0], peak=60.0)
     assert (one["ranks"], two["ranks"], one["clients"], two["clients"]) == (1, 2, 4, 8)
     assert one["tokens_per_s"] == pytest.approx(50.0) and two["tokens_per_s"] == pytest.approx(700 / 9)
     assert two["value"] == pytest.approx(700 / 9 / 2 / 50.0) and two["target"] == 0.9 and one["target"] is None
     assert two["of_machine"] == pytest.approx(two["value"] / 0.9) and machine["value"] == 0.9
     slow, fast = round_time(10.0), round_time(8.0)
-    varying = round_weak.weak_rows(JOBS, Timed([slow, fast], 80.0), Timed([fast, slow], 90.0), machine=[1.0], peak=60.0)
+    varying = weak.weak_rows(JOBS, Timed([slow, fast], 80.0), Timed([fast, slow], 90.0), machine=[1.0], peak=60.0)
     assert varying[1]["samples"]["value"] == pytest.approx([10 / 8 / 2, 8 / 10 / 2]), "by turn"
 
 
 def test_flops_of_a_wave_are_those_of_the_cost_model(tmp_path: Path) -> None:
     load = Workload(SHAPES["tiny"], steps=1, sequences=2, length=24, seed=3)
     write_model(load.shape, load.seed, tmp_path)
-    job = resolve(round_budget.job_config(load, tmp_path))
+    job = resolve(budget.job_config(load, tmp_path))
     tokens, layers, head = 8 * 2 * 24, load.shape.layers, load.shape.hidden * load.shape.vocab
     scores = 8 * 2 * 24 * 24 * load.shape.hidden * layers * 4 * 3  # q k^T and its values, forward and twice backward
     for cap in (1, 3, 8):
         routed = tokens * cap * layers
         # The cost model has the output head on every token and no scores; there are targets for all positions but the first.
         expected = job.cost.spent(tokens, routed, routed, load.rank) - 4 * head * 8 * 2 + scores
-        assert round_budget.wave_flops(load, job, cap) == pytest.approx(expected, rel=1e-9)
-    row = round_budget.budget_row(load, {1: [1.0, 2.0, 9.0], 8: [4.0, 4.0, 4.0]}, job, 60.0)
-    ratio = round_budget.wave_flops(load, job, 1) / round_budget.wave_flops(load, job, 8)
+        assert budget.wave_flops(load, job, cap) == pytest.approx(expected, rel=1e-9)
+    row = budget.budget_row(load, {1: [1.0, 2.0, 9.0], 8: [4.0, 4.0, 4.0]}, job, 60.0)
+    ratio = budget.wave_flops(load, job, 1) / budget.wave_flops(load, job, 8)
     assert row["time_ratio"] == 0.5 and row["flops_ratio"] == pytest.approx(ratio) and 1 / 8 < ratio < 1
     assert row["value"] == pytest.approx(0.5 / ratio)
     assert row["samples"]["value"] == pytest.approx([0.25 / ratio, 0.5 / ratio, 2.25 / ratio])
-    assert round_budget.same_cap(load, 3) == replace(load, caps=(3,) * 8)
+    assert budget.same_cap(load, 3) == replace(load, caps=(3,) * 8)
 
 
 def test_the_table_says_what_was_met() -> None:
@@ -133,9 +138,9 @@ def test_the_table_says_what_was_met() -> None:
         round_time(12.0, passes=9.0, optimizer=1.0, evaluate=2.0),
         round_time(12.0, passes=9.0, optimizer=0.9, evaluate=2.1),
     ]
-    shares = round_shares.shares_row(JOBS, BITWISE, Timed(done, 70.0))
+    shares = shares_row(JOBS, BITWISE, Timed(done, 70.0))
     alone, together = Timed([round_time(10.0)] * 2, 80.0), Timed([round_time(10.0, tokens=800)] * 2, 90.0)
-    table = COMMAND.show([shares, *round_weak.weak_rows(JOBS, alone, together, [1.0, 1.0], 60.0)])
+    table = COMMAND.show([shares, *weak.weak_rows(JOBS, alone, together, [1.0, 1.0], 60.0)])
     assert len(table.cells) == 1 + len(PHASES) + 3 and all(len(cells) == len(table.header) for cells in table.cells)
     assert table.cells[0][:3] == ["shares", "tiny", BITWISE] and table.cells[0][-2:] == ["<= 5.0 %", "yes"]
     assert table.cells[-2][-2:] == [">= 0.90", "yes"] and table.cells[-1][-2:] == ["", ""]
@@ -143,7 +148,7 @@ def test_the_table_says_what_was_met() -> None:
     evaluation = table.cells[len(PHASES)]
     assert evaluation[3:6] == ["evaluation", "", "17.1 % (16.7 % to 17.5 %)"], "beside what is left when it is not counted"
     assert "8 clients" not in table.text() and "4 clients x 5 steps takes 12.00 s, 17.1 % of it evaluation" in table.lines[0]
-    once = round_weak.weak_rows(JOBS, Timed([round_time(10.0)], 80.0), Timed([round_time(10.0, tokens=800)], 90.0), [1.0], 60.0)
+    once = weak.weak_rows(JOBS, Timed([round_time(10.0)], 80.0), Timed([round_time(10.0, tokens=800)], 90.0), [1.0], 60.0)
     assert COMMAND.show(once).cells[1][4:] == ["1.00 (one timing)", "", ">= 0.90", "not decided"]
 
 
@@ -151,12 +156,12 @@ def test_what_is_run_is_a_valid_configuration() -> None:
     config = Config.model_validate(JOBS.tree("a", {"data": {"max_samples": 6}, "method": {"name": "fedit"}}))
     assert (config.local.steps, config.local.batch_size, config.federation.rounds) == (5, 2, 4)
     assert (config.data.max_samples, config.data.sequence_length, config.method.name) == (6, 10, "fedit")
-    assert round_overhead.peer_workload(JOBS).tokens * JOBS.load.clients == 4 * 5 * 2 * 10
+    assert overhead.peer_workload(JOBS).tokens * JOBS.load.clients == 4 * 5 * 2 * 10
 
 
 def test_bad_input() -> None:
     with pytest.raises(UserError, match=r"--parts: share: unknown part; did you mean 'shares'"):
-        rounds.check_parts(["k", "share"])
+        bench_round(parts=["k", "share"])
     with pytest.raises(UserError, match="--steps: 0: too small"):
         replace(JOBS.load, steps=0)
     with pytest.raises(UserError, match="--length: 513"):
@@ -164,9 +169,9 @@ def test_bad_input() -> None:
     with pytest.raises(UserError, match="--sequences: 33"):
         replace(JOBS.load, sequences=33)
     with pytest.raises(UserError, match="--k-sequences: 0: too small"):
-        check_positive("--k-sequences", [1, 0])
+        bench_round(k_sequences=[1, 0])
     with pytest.raises(UserError, match="--repeats: 0"):
-        rounds.run_rounds(JOBS.load, JOBS.load, ["overhead"], 0, lambda text: None)
+        run_rounds(JOBS.load, JOBS.load, ["overhead"], 0, lambda text: None)
 
 
 @pytest.mark.cluster
@@ -185,5 +190,5 @@ def test_round_writes_its_rows(tmp_path: Path) -> None:
         assert row["shape"] == "tiny" and row["value"] >= 0 and row["peak_mib"] > 50 and row["cpu"]
         assert row["target"] is None or len(row["samples"]["value"]) >= 1
     assert [sum(row["shares"].values()) for row in rows[:2]] == pytest.approx([1.0, 1.0])
-    assert {count for row in rows if row["system"] in round_overhead.METHODS for count in row.get("round_tokens", [])} == {64}
+    assert {count for row in rows if row["system"] in overhead.METHODS for count in row.get("round_tokens", [])} == {64}
     assert [row["ranks"] for row in rows[9:12]] == [1, 2, 2] and [row["clients"] for row in rows[9:12]] == [2, 4, 4]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from fedmoe_ds.bench.allreduce import command as aggregate
-from fedmoe_ds.bench.baselines import command as peers
-from fedmoe_ds.bench.calibration import command as calibrate
-from fedmoe_ds.bench.fft_moe import command as experts
+from fedmoe_ds.bench.allreduce.command import COMMAND as AGGREGATE
+from fedmoe_ds.bench.baselines.command import COMMAND as PEERS
+from fedmoe_ds.bench.calibration.command import COMMAND as CALIBRATE
+from fedmoe_ds.bench.fft_moe.command import COMMAND as EXPERTS
 from fedmoe_ds.bench.harness.command import Command
-from fedmoe_ds.bench.memory import command as memory
-from fedmoe_ds.bench.memory import load_command as load
-from fedmoe_ds.bench.planned import command as plan
-from fedmoe_ds.bench.rounds import command as round
-from fedmoe_ds.bench.wave import command as wave
+from fedmoe_ds.bench.memory.command import COMMAND as MEMORY
+from fedmoe_ds.bench.memory.load import COMMAND as LOAD
+from fedmoe_ds.bench.planned.command import COMMAND as PLAN
+from fedmoe_ds.bench.rounds.command import COMMAND as ROUND
+from fedmoe_ds.bench.wave.command import COMMAND as WAVE
 
 COMMANDS: dict[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (wave, load, experts, aggregate, calibrate, plan, round, memory, peers)
+    one.name: one for one in (WAVE, LOAD, EXPERTS, AGGREGATE, CALIBRATE, PLAN, ROUND, MEMORY, PEERS)
 }

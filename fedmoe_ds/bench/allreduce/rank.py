@@ -1,16 +1,13 @@
-"""One rank of the aggregation benchmark, started by mpirun: `python -m fedmoe_ds.bench.allreduce.rank REQUEST ANSWER`.
+"""One rank of the aggregation benchmark, started by mpirun, see `bench.harness.ranks`.
 
-Both files are JSON; rank 0 writes the answer. Every backend reduces the same exact statistics in the same processes; beside it
+Every backend reduces the same exact statistics in the same processes; beside it
 its library adds up one tensor of the same bytes, in place: the bandwidth that there is.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from fedmoe_ds.aggregation.weighted_average import Statistics
-from fedmoe_ds.bench.allreduce.measure import BACKENDS
+from fedmoe_ds.bench.harness.ranks import leave_answer, read_request
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed.collectives import Summing, TorchSumming
 from fedmoe_ds.distributed.launcher import detect_launch
@@ -26,19 +23,18 @@ from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
+BACKENDS = ("torch", "mpi")
 Action = Callable[[], object]
 _LAYERS, _RANK = tuple(range(8)), 8
 _BYTES = 16  # of a number in exact statistics
 
 
 def main() -> int:
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = read_request()
     config = TopologyConfig(device="cpu", timeout_s=300.0)
     runtime = init_runtime(detect_launch(), config)
     summings = {name: build_topology(config.model_copy(update={"aggregation": name}), runtime).sum_shard for name in BACKENDS}
-    rows = [row for mib in request["mib"] for row in measure(runtime, summings, mib, request["rounds"])]
-    if runtime.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(rows))
+    leave_answer([row for mib in request["mib"] for row in measure(runtime, summings, mib, request["rounds"])], runtime.rank)
     return 0
 
 
@@ -53,6 +49,7 @@ def blocks(mib: int) -> list[BlockSpec]:
 def measure(runtime: Runtime, summings: dict[str, Summing], mib: int, rounds: int) -> list[dict[str, Any]]:
     """Seconds of the slowest rank, per backend, repeat by repeat: the library's sum of one tensor, and the whole reduction."""
     statistics, alone = Statistics(blocks(mib), 1, exact=True), TorchSumming(None, 1)
+    # Zeros stay zeros: what is summed in place again and again must not overflow.
     flat = torch.zeros_like(statistics.flat.memory)
     into = torch.empty_like(flat)
     actions: dict[str, Action] = {"copy": lambda: into.copy_(flat)}
@@ -94,7 +91,7 @@ def alternating(runtime: Runtime, actions: dict[str, Action], rounds: int) -> di
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(rounds + 1):
         for name, action in actions.items():
-            runtime.barrier()
+            runtime.barrier()  # else the first rank's seconds hold its wait for the last one
             began = time.perf_counter()
             action()
             spent = max(runtime.gather(time.perf_counter() - began))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 from fedmoe_ds.bench.baselines import federated, layers
-from fedmoe_ds.bench.harness.command import Command, Note, add_seed
-from fedmoe_ds.bench.harness.repeats import shown, with_notes
-from fedmoe_ds.bench.harness.table import Column, Row, Table, percent, two_digits, whole
-from fedmoe_ds.bench.wave.measure import make_workloads, system_names
-from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.bench.harness.checks import check_known, check_least
+from fedmoe_ds.bench.harness.command import SEED, Command, Note, option, values_of
+from fedmoe_ds.bench.harness.repeats import shown
+from fedmoe_ds.bench.harness.system import system_names
+from fedmoe_ds.bench.harness.table import Column, Row, percent, two_digits, whole
+from fedmoe_ds.bench.harness.workload import make_workloads
 
 SYSTEMS = ("flower", "deepspeed")
 COLUMNS: list[Column] = [
@@ -22,28 +24,23 @@ COLUMNS: list[Column] = [
     ("peak MiB", lambda row: whole(row["peak_mib"])),
     ("cores in training", lambda row: shown(row, "training_share", percent) if row["part"] == federated.PART else ""),
 ]
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="flower, deepspeed (default: both)")
-    parser.add_argument("--shape", nargs="+", default=["e32", "e64"], help="e32, e64 or tiny (default: e32 e64)")
-    parser.add_argument("--steps", type=int, default=2, help="local steps per client and round")
-    parser.add_argument("--rounds", type=int, default=5, help="alternating timed rounds; medians are reported")
-    parser.add_argument("--mode", default="both", help="our rounds: fast, bitwise or both")
-    parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    add_seed(parser)
+OPTIONS = (
+    option("--systems", list(SYSTEMS), "flower, deepspeed (default: both)"),
+    option("--shape", ["e32", "e64"], "e32, e64 or tiny (default: e32 e64)"),
+    option("--steps", 2, "local steps per client and round"),
+    option("--rounds", 5, "alternating timed rounds; medians are reported"),
+    option("--mode", "both", "our rounds: fast, bitwise or both"),
+    option("--sequences", 1, "sequences per client and step"),
+    option("--length", 128, "tokens per sequence"),
+    SEED,
+)
 
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
-    for name in args.systems:
-        if name not in SYSTEMS:
-            raise UserError(f"--systems: {name}: unknown system{nearest(name, SYSTEMS)}")
-    if args.rounds < 1:
-        raise UserError(f"--rounds: {args.rounds}: too small; use 1 or more")
+    check_known("--systems", "system", args.systems, SYSTEMS)
+    check_least("--rounds", args.rounds)
     ours = system_names(args.mode, [])
-    settings = {name: getattr(args, name) for name in ("steps", "length", "seed")}
-    workloads = make_workloads(args.shape, [args.sequences], **settings)
+    workloads = make_workloads(args.shape, [args.sequences], **values_of(args, "steps", "length", "seed"))
     rows: list[Row] = []
     if "flower" in args.systems:
         rows += federated.run_federations(workloads, ours, args.rounds, note)
@@ -52,28 +49,27 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
     return rows
 
 
-def show(rows: list[Row]) -> Table:
-    """Rounds and layers by shape, and how many times the peer we are."""
-    lines = []
+def lines(rows: list[Row]) -> Iterator[str]:
+    """How many times the peer we are."""
     for row in rows:
         if row["system"] in (federated.FLOWER, layers.DEEPSPEED):
             ours = next(mine for mine in rows if (mine["part"], mine["shape"]) == (row["part"], row["shape"]))
             times = f"{shown(row, 'ratio', two_digits)} times as fast as {row['system']}"
-            lines.append(f"{row['shape']}, {row['part']}: {ours['system']} is {times}")
+            yield f"{row['shape']}, {row['part']}: {ours['system']} is {times}"
         if row["part"] == layers.PART and row["system"] == layers.DEEPSPEED:
-            lines.append(
+            yield (
                 f"{row['shape']}: {row['system']} pads the rows of every expert to those of the busiest one, "
                 f"{row['padding']:.2f} times what is routed; with k = 1 it does not scale the weight to one"
             )
-    return with_notes(Table.of(rows, COLUMNS, lines))
 
 
 COMMAND = Command(
     "peers",
     "the same federation in Flower's simulation engine; the same layers by DeepSpeed's MoE",
-    options,
+    OPTIONS,
     run,
-    show,
+    COLUMNS,
+    lines=lines,
     about=(
         "Rounds: eight clients with the caps 8, 8, 4, 4, 2, 2, 1, 1, all of them in every round, the mean of their adapters, "
         "no evaluation; one process with one thread per core, start-up and two warm-up rounds left out. Flower's clients are "

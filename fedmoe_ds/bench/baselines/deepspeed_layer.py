@@ -61,7 +61,7 @@ class DeepSpeedStack:
             k=shape.top_k,
             min_capacity=0,
             drop_tokens=False,
-            use_rts=False,
+            use_rts=False,  # every run chooses the same tokens
             top2_2nd_expert_sampling=False,
         )
         layer.set_deepspeed_parallelism()
@@ -78,7 +78,7 @@ class DeepSpeedStack:
         """As `OurStack.run`."""
         found: list[Tensor] = []
         computed = routed = 0
-        for client, cap in enumerate(self.workload.caps):
+        for client, cap in enumerate(self.workload.caps):  # the layer has one k at a time
             for place, layer in enumerate(self.layers):
                 layer.zero_grad(set_to_none=True)
                 layer.deepspeed_moe.gate.k = cap

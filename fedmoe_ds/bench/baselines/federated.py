@@ -8,22 +8,19 @@ first one, and what the systems compute is compared in both. A round ends with t
 from __future__ import annotations
 
 import os
-import statistics
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.harness.program import Program, Start, module_command, programs
-from fedmoe_ds.bench.harness.repeats import paired
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.process import module_command, scratch_folder
+from fedmoe_ds.bench.harness.program import Program, Start, alternate, programs
+from fedmoe_ds.bench.harness.repeats import make_row, paired
 from fedmoe_ds.bench.harness.shapes import write_model
-from fedmoe_ds.bench.harness.system import BITWISE
+from fedmoe_ds.bench.harness.system import BITWISE, DisagreementError, check_agreement
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.bench.wave.measure import DisagreementError, check_agreement
 from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.machine import machine_facts
 
 PART = "rounds"
 FLOWER = "flower simulation"
@@ -40,8 +37,6 @@ _QUIET = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
-Note = Callable[[str], None]
-
 
 def check_environment() -> None:
     """Raises UserError where Flower's environment is missing."""
@@ -57,9 +52,9 @@ def run_federations(workloads: list[Workload], ours: list[str], rounds: int, not
     check_environment()
     rows = []
     for workload in workloads:
-        with tempfile.TemporaryDirectory(prefix="fm-") as folder:  # short: Ray has sockets below
-            write_model(workload.shape, workload.seed, Path(folder) / "model")
-            rows += _measure(Path(folder), workload, ours, rounds, note)
+        with scratch_folder("fm-") as folder:  # short: Ray has sockets below
+            write_model(workload.shape, workload.seed, folder / "model")
+            rows += _measure(folder, workload, ours, rounds, note)
     return rows
 
 
@@ -82,15 +77,12 @@ def flower_starts(home: Path) -> list[Start]:
 
 
 def _measure(folder: Path, workload: Workload, ours: list[str], rounds: int, note: Note) -> list[Row]:
+    # All systems stay loaded and take turns: what disturbs the machine disturbs everybody's round.
     starts = {name: our_starts(cores()) for name in ours} | {FLOWER: flower_starts(folder / "flower")}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in starts}
     with programs(starts) as running:
         versions = open_all(folder, workload, running, WARM_UP_ROUNDS + rounds, note)
         gaps = _warm_up(folder, workload, running, note)
-        for turn in range(rounds):
-            note(f"{workload.shape.name}: round {turn + 1} of {rounds}")
-            for name, program in running.items():
-                found[name].append(program.ask(do="round", stage="timed"))
+        found = alternate(running, rounds, note, f"{workload.shape.name}: ", do="round", stage="timed")
     rows = [_row(workload, name, found) for name in starts]
     for row in rows:
         row["adapters_apart"] = gaps.get(row["system"])
@@ -120,7 +112,7 @@ def _warm_up(folder: Path, workload: Workload, running: dict[str, Program], note
     for turn in range(WARM_UP_ROUNDS):
         note(f"{workload.shape.name}: warm-up round {turn + 1} of {WARM_UP_ROUNDS}")
         losses = {name: program.ask(do="round", stage="warm-up")["losses"] for name, program in running.items()}
-        check_agreement(losses if turn == 0 else {name: [(one[0], one[0]) for one in found] for name, found in losses.items()})
+        check_agreement(losses if turn == 0 else {name: [one[:1] for one in found] for name, found in losses.items()})
         if turn == 0:
             gaps = check_adapters(folder, running)
     return gaps
@@ -156,23 +148,6 @@ def _row(workload: Workload, name: str, found: dict[str, list[dict[str, Any]]]) 
         "ratio": paired(seconds[name], seconds[next(iter(found))]),
         "training_share": [one["training_seconds"] / one["seconds"] / cores() for one in mine],
     }
-    return {
-        "shape": workload.shape.name,
-        "system": name,
-        "part": PART,
-        "peak_mib": max(one["peak_mib"] for one in mine),
-        "floor_share": None,
-        **{figure: statistics.median(values) for figure, values in samples.items()},
-        "samples": samples,
-        "round_seconds": seconds[name],
-        "processes": cores(),
-        **workload_facts(workload),
-        **machine_facts(),
-    }
-
-
-def workload_facts(workload: Workload) -> Row:
-    """What a row says about the work."""
-    names = ("sequences", "length", "steps", "seed", "tokens")
-    wave = {"clients": len(workload.caps), "caps": list(workload.caps), **{name: getattr(workload, name) for name in names}}
-    return {**wave, **workload.shape.facts()}
+    facts = {"part": PART, "round_seconds": seconds[name], "processes": cores()}
+    peak = max(one["peak_mib"] for one in mine)
+    return make_row(workload.shape.name, name, peak, samples, **facts, **workload.facts())

@@ -1,7 +1,7 @@
 """Federated rank: one rank of whole rounds of the workload: `python -m fedmoe_ds.bench.baselines.federated_rank`.
 
 Every rank is a cluster of its own. Schedule, wave trainer, sums of a round, control messages and server step are those of a
-run; there is no evaluation and no checkpoint. Rank 0 reads requests and answers them, see `program.py`.
+run; there is no evaluation and no checkpoint. Rank 0 reads requests and answers them, see `bench.harness.program`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors.torch import save_file
 
-from fedmoe_ds.bench.harness.program import Request, take_channel
+from fedmoe_ds.bench.harness.inputs import whole_client
+from fedmoe_ds.bench.harness.worker import Request, reply, take_channel
 from fedmoe_ds.bench.harness.workload import Workload
 from fedmoe_ds.bench.wave.fused import Fused
 from fedmoe_ds.clients.client import Client
@@ -43,7 +44,7 @@ class FederatedRank(Fused):
         """One round from the global adapters to the next ones; they agree on all ranks afterwards."""
         clients, layout = self._clients(stage), self.topology.layout
         data = {client.index: self._sequences(stage, client) for client in clients}
-        self.runtime.barrier()
+        self.runtime.barrier()  # nobody's clock runs while others still lay out their data
         began = time.perf_counter()
         waves = schedule(clients, self.cost, self.local, layout.clusters, 1, self.share)[self.topology.cluster]
         sums = self.server.new_sums(len(clients), self.runtime.device)
@@ -76,23 +77,36 @@ class FederatedRank(Fused):
     def _clients(self, stage: str) -> list[Client]:
         load = self.workload
         count = load.stage_steps(stage) * load.sequences
-        return [Client(i, f"c{i}", cap, count, count, count * load.length, cap) for i, cap in enumerate(self.caps)]
+        return [whole_client(i, cap, count, load.length) for i, cap in enumerate(self.caps)]
+
+
+class RankWorker:
+    """What rank 0 is asked, every rank does."""
+
+    def __init__(self, runtime: Runtime, topology: Topology) -> None:
+        self.runtime, self.topology = runtime, topology
+
+    def open(self, folder: str, workload: dict[str, Any], bitwise: bool) -> None:
+        self.rank = FederatedRank(Path(folder), Workload.from_json(workload), bitwise, self.runtime, self.topology)
+
+    def round(self, stage: str) -> dict[str, Any]:
+        return self.rank.round(stage)
+
+    def save(self, file: str) -> None:
+        if self.runtime.is_main:
+            self.rank.save(Path(file))
 
 
 def main() -> int:
     channel = take_channel()
     config = TopologyConfig(device="cpu")
     runtime = init_runtime(detect_launch(), config)
-    topology = build_topology(config, runtime)
-    rank: FederatedRank | None = None
+    worker = RankWorker(runtime, build_topology(config, runtime))
+    # Rank 0 alone has a channel: it reads a request for all of them; at the end of its input all of them end.
     while (request := runtime.run_on_rank0(next_request)) is not None:
-        if request["do"] == "open":
-            workload = Workload.from_json(request["workload"])
-            rank = FederatedRank(Path(request["folder"]), workload, request["bitwise"], runtime, topology)
-            answer(channel, runtime, None)
-        else:
-            assert rank is not None, request
-            answer(channel, runtime, serve(rank, request))
+        answer = reply(worker, request)
+        if runtime.is_main:
+            channel.write(answer)
     return 0
 
 
@@ -100,20 +114,6 @@ def next_request() -> Request | None:
     """The next line of standard input; None at its end."""
     request: Request | None = json.loads(sys.stdin.readline() or "null")
     return request
-
-
-def serve(rank: FederatedRank, request: Request) -> Any:
-    if request["do"] == "round":
-        return rank.round(request["stage"])
-    assert request["do"] == "save", request
-    if rank.runtime.is_main:
-        rank.save(Path(request["file"]))
-    return None
-
-
-def answer(channel: TextIO, runtime: Runtime, result: Any) -> None:
-    if runtime.is_main:
-        channel.write(json.dumps({"result": result}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Layer worker: one stack of expert layers in a process of its own: `python -m fedmoe_ds.bench.baselines.layer_worker`."""
+"""Layer worker: one stack of expert layers in a process of its own, see `bench.harness.worker`."""
 
 from __future__ import annotations
 
 import datetime
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from safetensors.torch import save_file
 
 from fedmoe_ds.bench.baselines.deepspeed_layer import DeepSpeedStack
 from fedmoe_ds.bench.baselines.layer_stack import OurStack
-from fedmoe_ds.bench.harness.program import Request, take_channel
 from fedmoe_ds.bench.harness.system import OURS, Clock
-from fedmoe_ds.bench.harness.worker import serve
 from fedmoe_ds.bench.harness.workload import Workload
 from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.distributed.launcher import free_port
@@ -25,27 +22,26 @@ from fedmoe_ds.machine import peak_mib
 
 
 class LayerWorker:
-    """Answers `open`, `run`, `save` and `peak` for one stack."""
+    """Runs one stack."""
 
-    def __init__(self) -> None:
-        self.stack: OurStack | DeepSpeedStack | None = None
+    def open(self, system: str, folder: str, workload: dict[str, Any]) -> None:
+        self.stack = open_stack(system, Path(folder), Workload.from_json(workload))
 
-    def answer(self, request: Request) -> Any:
-        if request["do"] == "open":
-            workload = Workload.from_json(request["workload"])
-            self.stack = open_stack(request["system"], Path(request["folder"]), workload)
-            return None
-        assert self.stack is not None, request
-        if request["do"] == "peak":
-            return peak_mib()
-        if request["do"] == "run":
-            clock = Clock()
-            self.stack.run()
-            return {**asdict(clock.stop()), "padding": self.stack.padding}
-        assert request["do"] == "save", request
+    def run(self) -> dict[str, float]:
+        clock = Clock()
+        self.stack.run()
+        return {**asdict(clock.stop()), "padding": self.stack.padding}
+
+    def save(self, file: str) -> None:
         found = {"y": self.stack.run(), "factors": self.stack.factors_CT(), **self.stack.gradients()}
-        save_file({name: value.contiguous() for name, value in found.items()}, request["file"])
-        return None
+        save_file({name: value.contiguous() for name, value in found.items()}, file)
+
+    def peak(self) -> float:
+        return peak_mib()
+
+
+def make_worker(name: str) -> LayerWorker:
+    return LayerWorker()
 
 
 def open_stack(system: str, folder: Path, workload: Workload) -> OurStack | DeepSpeedStack:
@@ -57,15 +53,3 @@ def open_stack(system: str, folder: Path, workload: Workload) -> OurStack | Deep
     process_groups.create_groups(1)
     _, hosted = load_model(folder, torch.float32, 1, 0, torch.device("cpu"))
     return DeepSpeedStack(hosted, workload)
-
-
-def main() -> None:
-    channel = take_channel()
-    torch.set_num_threads(1)
-    serve(LayerWorker().answer, iter(sys.stdin), channel.write)
-    channel.flush()
-    os._exit(0)  # no atexit handler may wait for peers
-
-
-if __name__ == "__main__":
-    main()

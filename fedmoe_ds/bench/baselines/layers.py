@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import statistics
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmoe_ds.bench.baselines.federated import workload_facts
-from fedmoe_ds.bench.harness.program import Program, Start, module_command, programs
-from fedmoe_ds.bench.harness.repeats import paired
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.process import scratch_folder
+from fedmoe_ds.bench.harness.program import Program, alternate, workers
+from fedmoe_ds.bench.harness.repeats import make_row, paired
 from fedmoe_ds.bench.harness.shapes import write_model
-from fedmoe_ds.bench.harness.system import OURS
+from fedmoe_ds.bench.harness.system import OURS, DisagreementError
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.bench.wave.measure import DisagreementError
-from fedmoe_ds.machine import machine_facts
 
 PART = "layers"
 DEEPSPEED = "deepspeed.moe.layer.MoE"
@@ -29,16 +24,14 @@ NAMES = {OURS: f"{OURS} layers", DEEPSPEED: DEEPSPEED}
 AGREEMENT = 1e-4
 """Of the largest number of an output or gradient."""
 
-Note = Callable[[str], None]
-
 
 def run_layers(workloads: list[Workload], rounds: int, note: Note) -> list[Row]:
     """Measure all workloads. Raises DisagreementError where the layers do not compute the same."""
     rows = []
     for workload in workloads:
-        with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
-            write_normalised(workload, Path(folder))
-            rows += _measure(Path(folder), workload, rounds, note)
+        with scratch_folder() as folder:
+            write_normalised(workload, folder)
+            rows += _measure(folder, workload, rounds, note)
     return rows
 
 
@@ -50,19 +43,13 @@ def write_normalised(workload: Workload, folder: Path) -> None:
 
 
 def _measure(folder: Path, workload: Workload, rounds: int, note: Note) -> list[Row]:
-    command = module_command("fedmoe_ds.bench.baselines.layer_worker")
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
-    with programs({name: [Start(command)] for name in NAMES}) as running:
+    with workers("fedmoe_ds.bench.baselines.layer_worker", NAMES) as running:
         for name, program in running.items():
             note(f"{workload.shape.name}: {NAMES[name]}: loading")
             program.ask(do="open", system=name, folder=str(folder), workload=workload.to_json())
-        check_agreement(_tensors(folder, running))
-        for turn in range(rounds):
-            note(f"{workload.shape.name}: layers, round {turn + 1} of {rounds}")
-            for name, program in running.items():
-                found[name].append(program.ask(do="run"))
-        peaks = {name: program.ask(do="peak") for name, program in running.items()}
-    return [_row(workload, name, found, peaks[name]) for name in NAMES]
+        check_tensors(_tensors(folder, running))  # also the warm-up: what allocates and chooses kernels is not timed
+        found = alternate(running, rounds, note, f"{workload.shape.name}: layers, ", do="run")
+        return [_row(workload, name, found, program.ask(do="peak")) for name, program in running.items()]
 
 
 def _tensors(folder: Path, running: dict[str, Program]) -> dict[str, dict[str, Tensor]]:
@@ -74,7 +61,7 @@ def _tensors(folder: Path, running: dict[str, Program]) -> dict[str, dict[str, T
     return found
 
 
-def check_agreement(tensors: dict[str, dict[str, Tensor]]) -> None:
+def check_tensors(tensors: dict[str, dict[str, Tensor]]) -> None:
     """Outputs of the first layer, and the gradients of the first client's adapters there, agree. Raises DisagreementError."""
     reference, ours = next(iter(tensors.items()))
     for name, theirs in tensors.items():
@@ -95,18 +82,11 @@ def _row(workload: Workload, name: str, found: dict[str, list[dict[str, float]]]
         "tokens_per_s": [rows / spent for spent in seconds[name]],
         "ratio": paired(seconds[name], seconds[next(iter(found))]),
     }
-    row: dict[str, Any] = {
-        "shape": workload.shape.name,
-        "system": NAMES[name],
+    facts = {
         "part": PART,
-        "peak_mib": peak,
-        "floor_share": None,
-        **{figure: statistics.median(values) for figure, values in samples.items()},
-        "samples": samples,
         "padding": found[name][-1]["padding"],
         "wall_seconds": seconds[name],
         "cpu_seconds": [one["cpu"] for one in found[name]],
-        **workload_facts(workload),
-        **machine_facts(),
     }
+    row = make_row(workload.shape.name, NAMES[name], peak, samples, **facts, **workload.facts())
     return {**row, "steps": 1, "tokens": rows}

@@ -7,9 +7,7 @@ it. `bench plan` measures other shapes.
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ import torch
 
 from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.bench.calibration.kernels import typical
+from fedmoe_ds.bench.harness.inputs import load_bare, predicted
+from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local_training import WaveTrainer
@@ -26,8 +26,7 @@ from fedmoe_ds.clients.optimizer import squared_norms
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
-from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.foundation.loading import CONFIG_FILE, load_model
+from fedmoe_ds.foundation.loading import CONFIG_FILE
 from fedmoe_ds.machine import peak_mib, resident_mib
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows as ClientRows
@@ -85,12 +84,8 @@ class Bench:
             write_model(shape, 0, folder)
         self.shape, self.ep_size = shape, ep_size
         self.job = resolve(_config(folder, attention, RANKS.get(shape.name, 8)))
-        model, layers = load_model(folder, torch.float32, ep_size, rank, CPU)
-        places = hosted_layout(layers)
-        size = self.job.size
-        self.foundation = Foundation(
-            model, None, layers, size.top_k, size.experts, size.hidden, size.vocabulary, "", folder
-        )  # fmt: skip
+        self.foundation = load_bare(folder, ep_size=ep_size, rank=rank)
+        places, model = hosted_layout(self.foundation.layers), self.foundation.model
         blocks = self.job.method.blocks(adapter_blocks(model, places, self.job.config.adapters, self.job.method.rescaler))
         pool = Pool(group, ep_size, places.num_experts, 2, merge=False, shard=rank)
         bank = Bank(blocks, places.num_experts // ep_size, 2, pool.wave_clients, CPU)
@@ -107,7 +102,7 @@ class Bench:
         """A pass of one client per rank, several times."""
         clients = [Client(i, "c", cap, sequences, sequences, sequences * length, cap) for i in range(self.ep_size)]
         data = self._data(sequences, length)
-        self.trainer.seconds = []
+        self.trainer.seconds = []  # one entry per step; the first one warms up
         self.trainer.train([[client] for client in clients], 1, self.start, self.personal, lambda _: data)
         return self._sample(True, sequences, length, cap, self.trainer.seconds[1:])
 
@@ -133,10 +128,7 @@ class Bench:
         return Sample(amounts, statistics.median(seconds), exchanges, numbers * work.number_bytes)
 
     def _data(self, sequences: int, length: int) -> Sequences:
-        ids = generator(0, "calibrate", sequences, length).integers(2, self.shape.vocab, (sequences, length))
-        mask = np.ones(ids.shape, dtype=bool)
-        mask[:, 0] = False
-        return Sequences(list(ids), list(mask))
+        return predicted(generator(0, "calibrate", sequences, length).integers(2, self.shape.vocab, (sequences, length)))
 
 
 class TimedTrainer(WaveTrainer):
@@ -162,7 +154,7 @@ def _config(folder: Path, attention: list[str], rank: int) -> Config:
 
 
 def pass_samples_together(group: Any, ep_size: int, rank: int, folder: Path) -> list[Sample]:
-    """The same for one of several real ranks; `folder` holds the models of `write_models`.
+    """As `pass_samples` for one of several real ranks; `folder` holds the models of `write_models`.
 
     With a group they are one cluster; without one (ep_size 1) they are strangers that happen to compute at the same time.
     """
@@ -182,13 +174,12 @@ def write_models(folder: Path) -> None:
         write_model(shape, 0, folder / shape.name)
 
 
-def pass_samples(note: Callable[[str], None]) -> list[Sample]:
+def pass_samples() -> list[Sample]:
     """Training and forward passes over all shapes, batches and a few caps."""
     samples = []
     for i, shape in enumerate(SHAPES):
-        note(f"passes: D {shape.hidden}, F {shape.ffn}, L {shape.layers}, E {shape.experts}")
-        with tempfile.TemporaryDirectory(prefix="fedmoe-calibrate-") as folder:
-            bench = Bench(shape, ATTENTION[i % len(ATTENTION)], Path(folder))
+        with scratch_folder("fedmoe-calibrate-") as folder:
+            bench = Bench(shape, ATTENTION[i % len(ATTENTION)], folder)
             for sequences, length in BATCHES:  # first passes choose kernels and allocate
                 bench.train(sequences, length, shape.top_k)
             for j, (sequences, length) in enumerate(BATCHES):
@@ -201,8 +192,8 @@ def pass_samples(note: Callable[[str], None]) -> list[Sample]:
 def activation_slack() -> float:
     """Memory of passes of unequal clients over what their tensors add up to, in a process that has trained nothing yet."""
     sequences, length = 8, 192
-    with tempfile.TemporaryDirectory(prefix="fedmoe-calibrate-") as folder:
-        bench = Bench(SHAPES[3], ATTENTION[2], Path(folder))
+    with scratch_folder("fedmoe-calibrate-") as folder:
+        bench = Bench(SHAPES[3], ATTENTION[2], folder)
         config, job = bench.job.config, bench.job
         bench.train(1, 32, 1)  # touches adapters and moments
         before = resident_mib()
@@ -220,8 +211,8 @@ def stage_samples() -> dict[str, list[tuple[int, int, float]]]:
     """(blocks, trainable numbers, seconds) of every stage of a round, for few and for many numbers."""
     found: dict[str, list[tuple[int, int, float]]] = {stage: [] for stage in STAGES}
     for shape in (SHAPES[0], SHAPES[3]):
-        with tempfile.TemporaryDirectory(prefix="fedmoe-calibrate-") as folder:
-            for stage, sample in _stages(Bench(shape, ATTENTION[2], Path(folder))).items():
+        with scratch_folder("fedmoe-calibrate-") as folder:
+            for stage, sample in _stages(Bench(shape, ATTENTION[2], folder)).items():
                 found[stage].append(sample)
     return found
 

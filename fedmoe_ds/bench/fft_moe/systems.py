@@ -15,19 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.bench.fft_moe.workload import HIDDEN, VOCAB, PoolWorkload
+from fedmoe_ds.bench.fft_moe.workload import DENSE, POOL_PREFIX, PoolWorkload
+from fedmoe_ds.bench.harness.inputs import in_order, load_bare, whole_client
 from fedmoe_ds.bench.harness.system import Clock
-from fedmoe_ds.clients.batches import local_batches
-from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig, MoEAdapterConfig
-from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
 from fedmoe_ds.federation.run_spec import resolve_spec
-from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.foundation.dense import feed_forward_sites
-from fedmoe_ds.foundation.loading import load_model
+from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.methods import RoundContext, method_for
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.dispatcher import Pool
@@ -69,7 +65,7 @@ class ExpertPool:
     def __init__(self, folder: Path, workload: PoolWorkload, experts: int) -> None:
         keep_freed_memory()  # as every training run does
         self.workload, device = workload, torch.device("cpu")
-        foundation = _foundation(folder)
+        foundation = load_bare(folder, dense=True)
         adapters = AdapterConfig(
             attention=[], moe=MoEAdapterConfig(experts=experts, width=workload.width, top_k=workload.top_k)
         )
@@ -96,10 +92,8 @@ class ExpertPool:
         """One wave from fresh adapters."""
         load, cap = self.workload, self.workload.top_k
         count = load.steps * load.sequences
-        clients = [
-            Client(i, f"c{i}", cap, count, count, count * load.length, cap, steps=load.steps) for i in range(load.clients)
-        ]
-        data = {client.index: self._sequences(client) for client in clients}
+        clients = [whole_client(i, cap, count, load.length, steps=load.steps) for i in range(load.clients)]
+        data = {one.index: in_order(load.token_ids(one.index), one, self.local, load.seed) for one in clients}
         self.trainer.restart()
         clock = Clock()
         updates = [update for _, update in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
@@ -116,23 +110,13 @@ class ExpertPool:
             "optimizer_bytes": _nbytes(self.trainer.optimizer.first) + _nbytes(self.trainer.optimizer.second),
         }
 
-    def _sequences(self, client: Client) -> Sequences:
-        """The client's data laid out so that its addressed shuffling brings them up in the workload's order."""
-        order = np.concatenate(local_batches(client, self.local, self.workload.seed, 0))
-        ids = self.workload.token_ids(client.index).reshape(len(order), -1)
-        stored = np.empty_like(ids)
-        stored[order] = ids
-        mask = np.ones(ids.shape, dtype=bool)
-        mask[:, 0] = False
-        return Sequences(list(stored), list(mask))
-
 
 class Dense:
     """The same sequences through the frozen foundation alone: forward, and backward down to the embeddings."""
 
     def __init__(self, folder: Path, workload: PoolWorkload) -> None:
         keep_freed_memory()
-        self.model: Any = _foundation(folder).model
+        self.model: Any = load_bare(folder, dense=True).model
         self.workload = workload
 
     def measure(self) -> Measured:
@@ -164,17 +148,21 @@ def _nbytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _foundation(folder: Path) -> Foundation:
-    model, layers = load_model(folder, torch.float32, 1, 0, torch.device("cpu"))
-    return Foundation(
-        model=model,
-        tokenizer=None,
-        layers=layers,
-        top_k=0,
-        num_experts=0,
-        hidden_size=HIDDEN,
-        vocab_size=VOCAB,
-        fingerprint="",
-        path=folder,
-        sites=feed_forward_sites(model),
-    )
+class PoolWorker:
+    """The dense foundation or one pool size in a process of its own, see `bench.harness.worker`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def open(self, folder: str, workload: dict[str, Any]) -> None:
+        load, pool = PoolWorkload(**workload), self.name.removeprefix(POOL_PREFIX)
+        self.system = Dense(Path(folder), load) if self.name == DENSE else ExpertPool(Path(folder), load, int(pool))
+
+    def measure(self) -> Measured:
+        return self.system.measure()
+
+    def peak(self) -> float:
+        return peak_mib()
+
+
+make_worker = PoolWorker

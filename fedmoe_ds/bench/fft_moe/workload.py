@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.bench.harness.checks import check_least
+from fedmoe_ds.bench.harness.shapes import check_positions, save_random, sizes
 from fedmoe_ds.randomness import generator
 
 DENSE = "dense foundation"
 POOL_PREFIX = "experts "
 
 # The dense model: D 128, four layers, a feed-forward block of twice the width.
-HIDDEN, FFN, LAYERS, HEADS, VOCAB, POSITIONS = 128, 256, 4, 4, 2048, 512
+HIDDEN, FFN, LAYERS, HEADS, VOCAB = 128, 256, 4, 4, 2048
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,9 @@ class PoolWorkload:
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("--steps", self.steps, 1),
-            ("--clients", self.clients, 1),
-            ("--sequences", self.sequences, 1),
-            ("--length", self.length, 2),
-            ("--seed", self.seed, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name}: {value}: too small; use {least} or more")
-        if self.length > POSITIONS:
-            raise UserError(f"--length: {self.length}: the measured model has {POSITIONS} positions; use {POSITIONS} or less")
+        for name, least in (("steps", 1), ("clients", 1), ("sequences", 1), ("length", 2), ("seed", 0)):
+            check_least(f"--{name}", getattr(self, name), least)
+        check_positions(self.length)
 
     @property
     def tokens(self) -> int:
@@ -64,25 +57,6 @@ class PoolWorkload:
 
 def write_dense_model(seed: int, folder: Path) -> None:
     """Save the random dense model as a Hugging Face folder."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=False,
-        initializer_range=0.1,  # so that losses differ from sequence to sequence
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    disable_progress_bar()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
+    save_random(LlamaForCausalLM, LlamaConfig(**sizes(VOCAB, HIDDEN, FFN, LAYERS, HEADS)), seed, folder)

@@ -1,23 +1,18 @@
-"""Planned run: one real job (`launch/train.py` under torchrun) with the peak memory of every rank, watched from outside."""
+"""Jobs: real runs of launch/train.py under torchrun, with the peak memory of every rank, watched from outside."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.distributed.launcher import free_port
+import psutil  # type: ignore[import-untyped]
+
+from fedmoe_ds.bench.harness.process import process_tree, run_to_end, torchrun
 
 SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
-_LOOK_S = 0.05
-_TAIL = 3000
 
 
 @dataclass(frozen=True)
@@ -31,83 +26,68 @@ class Finished:
         return [event for event in self.events if event["event"] == "round"]
 
 
-def run_job(tree: dict[str, Any], folder: Path, ranks: int, timeout_s: float = 300.0) -> Finished:
-    """Run a configuration to its end. Raises RuntimeError with the end of its output where it fails."""
+def metrics_file(tree: dict[str, Any]) -> Path:
+    """Where a run of this configuration tells what happens."""
+    return Path(tree["output"], tree["name"], "metrics.jsonl")
+
+
+def run_job(
+    tree: dict[str, Any],
+    folder: Path,
+    ranks: int,
+    timeout_s: float = 300.0,
+    look: Callable[[int], None] | None = None,
+    every_s: float = 0.05,
+) -> Finished:
+    """Run a configuration to its end; meanwhile `look` is called with the first process's id as well.
+
+    Raises:
+        RuntimeError: the run failed, or takes too long; with the end of its output.
+    """
     config = folder / f"{tree['name']}.yaml"
     config.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, str(SCRIPT), "--config", str(config)]
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-        command = [sys.executable, *launcher, *command[1:]]
-    log = folder / f"{tree['name']}.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=_environment())
-        try:
-            peak = _watch(process, time.monotonic() + timeout_s)
-        finally:
-            end_family(process)
-    if process.returncode:
-        tail = log.read_text(errors="replace")[-_TAIL:]
-        raise RuntimeError(f"{tree['name']} on {ranks} ranks ended with exit code {process.returncode}:\n{tail}")
-    metrics = Path(tree["output"]) / tree["name"] / "metrics.jsonl"
-    return Finished([json.loads(line) for line in metrics.read_text().splitlines()], peak)
+    watch = _PeakWatch()
+
+    def both(pid: int) -> None:
+        watch.look(pid)
+        if look is not None:
+            look(pid)
+
+    command = [*torchrun(ranks), str(SCRIPT), "--config", str(config)]
+    run_to_end(f"{tree['name']} on {ranks} ranks", command, timeout_s, both, every_s)
+    return Finished([json.loads(line) for line in metrics_file(tree).read_text().splitlines()], watch.peak)
 
 
-def end_family(process: subprocess.Popen[Any]) -> None:
-    """End a process that is still there and all below it: torchrun gives its ranks sessions, so no group holds them all."""
-    if process.poll() is None:
-        for pid in _family(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+class _PeakWatch:
+    """Peak resident bytes by rank of the processes below one."""
 
+    def __init__(self) -> None:
+        self.peak: dict[int, int] = {}
+        self._ranks: dict[int, int] = {}
 
-def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-
-
-def _watch(process: subprocess.Popen[bytes], until: float) -> dict[int, int]:
-    """Peak resident bytes by rank, until the job ends."""
-    peak: dict[int, int] = {}
-    ranks: dict[int, int] = {}
-    while process.poll() is None:
-        assert time.monotonic() < until, "a measured job takes too long"
-        for pid in _family(process.pid):
-            if pid not in ranks and (rank := _rank(pid)) is not None:
-                ranks[pid] = rank
-        for pid, rank in ranks.items():
-            peak[rank] = max(peak.get(rank, 0), _high_water(pid))
-        time.sleep(_LOOK_S)
-    return peak
-
-
-def _family(pid: int) -> list[int]:
-    """A process and all below it."""
-    found = [pid]
-    for parent in found:
-        try:
-            for thread in (Path("/proc") / str(parent) / "task").iterdir():
-                found += [int(child) for child in (thread / "children").read_text().split()]
-        except OSError:  # it has just ended
-            continue
-    return found
+    def look(self, pid: int) -> None:
+        for one in process_tree(pid):
+            if one not in self._ranks and (rank := _rank(one)) is not None:
+                self._ranks[one] = rank
+        for one, rank in self._ranks.items():
+            self.peak[rank] = max(self.peak.get(rank, 0), _high_water(one))
 
 
 def _rank(pid: int) -> int | None:
     """The rank of a process that runs the training script; None for launchers and helpers."""
     try:
-        words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
-        variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
-    except OSError:
+        process = psutil.Process(pid)
+        words, variables = process.cmdline(), process.environ()
+    except (psutil.Error, OSError):
         return None
-    if len(words) < 2 or Path(os.fsdecode(words[1])).name not in (SCRIPT.name, "-u"):
+    # torchrun starts a rank as `python -u SCRIPT`; whoever has no RANK is the only one.
+    if len(words) < 2 or Path(words[1]).name not in (SCRIPT.name, "-u"):
         return None
-    places = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
-    return places[0] if places else 0
+    return int(variables.get("RANK", 0))
 
 
 def _high_water(pid: int) -> int:
+    """The system's own mark, which no peak between two looks escapes; psutil does not have it."""
     try:
         status = (Path("/proc") / str(pid) / "status").read_text()
     except OSError:

@@ -1,96 +1,115 @@
-"""Process: the benchmark's end of a worker."""
+"""Process: how a measurement starts a process, waits for its end, and ends all that is below it."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
 
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.distributed.launcher import free_port
 
-_VARIABLES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_TAIL = 3000
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+_TAIL = 3000  # of an output, in bytes: enough for a traceback
 
 
-class Worker:
-    """A child process that answers requests. Its output is kept, and shown when it dies."""
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's, for a process of one thread that no launcher has started; with more variables."""
+    # A measurement may itself have been started by a launcher: its children must not join that world.
+    return {name: value for name, value in os.environ.items() if name not in _LAUNCHER} | _ONE_THREAD | dict(variables or {})
 
-    def __init__(self, role: str, variables: Mapping[str, str] | None = None) -> None:
-        self.role = role
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
-        inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fedmoe_ds.bench.harness.worker", role],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={**inherited, **_VARIABLES, **(variables or {})},
-        )
 
-    def send(self, **request: Any) -> None:
-        """Send a request without waiting for the answer."""
-        assert self._process.stdin is not None
+def torchrun(ranks: int) -> list[str]:
+    """What starts a script, or `-m` and a module, on several ranks of this machine; this interpreter alone for one rank."""
+    if ranks == 1:
+        return [sys.executable]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return [sys.executable, *launcher]
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """A module of this package under this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str = "fedmoe-bench-") -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder)
+
+
+def start(
+    command: list[str], log: IO[bytes], env: Mapping[str, str] | None = None, talk: bool = False
+) -> subprocess.Popen[str]:
+    """Start a command whose output goes to the log; with `talk`, standard input and output are pipes.
+
+    `env` is `environment()` where nothing is given.
+    """
+    pipe, out = (subprocess.PIPE, subprocess.PIPE) if talk else (subprocess.DEVNULL, log)
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=out, stderr=log, text=True, env=environment() if env is None else dict(env)
+    )
+
+
+def run_to_end(
+    name: str,
+    command: list[str],
+    timeout_s: float,
+    look: Callable[[int], None] | None = None,
+    every_s: float = 0.05,
+) -> None:
+    """Run a command to its end; meanwhile `look` is called with its process id again and again.
+
+    Raises:
+        RuntimeError: it failed, or takes too long; with the end of its output.
+    """
+    with tempfile.TemporaryFile() as log:  # no pipe: nobody reads it meanwhile, and a full one would stop the command
+        process, until = start(command, log), time.monotonic() + timeout_s
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death() from None
-
-    def receive(self) -> Any:
-        """The answer to the oldest open request. Raises UserError where the worker found one, RuntimeError where it died."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._death()
-        reply = json.loads(line)
-        if "user_error" in reply:
-            raise UserError(reply["user_error"])
-        return reply["result"]
-
-    def ask(self, **request: Any) -> Any:
-        self.send(**request)
-        return self.receive()
-
-    def close(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._log):
-            if pipe is not None:
-                with _ignore_broken_pipe():
-                    pipe.close()
-
-    def _death(self) -> RuntimeError:
-        code = self._process.wait()
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - _TAIL))
-        tail = self._log.read().decode(errors="replace")
-        return RuntimeError(f"benchmark worker '{self.role}' ended with exit code {code}:\n{tail}")
+            while process.poll() is None:
+                if time.monotonic() > until:
+                    raise RuntimeError(f"{name} has not ended after {timeout_s:.0f} s:\n{tail(log)}")
+                if look is not None:
+                    look(process.pid)
+                time.sleep(every_s)
+        finally:
+            kill_process_tree(process)
+        if process.returncode:
+            raise RuntimeError(f"{name} ended with exit code {process.returncode}:\n{tail(log)}")
 
 
-@contextmanager
-def _ignore_broken_pipe() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        return
+def tail(log: IO[bytes]) -> str:
+    """The end of an output."""
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - _TAIL))
+    return log.read().decode(errors="replace")
 
 
-@contextmanager
-def workers(roles: list[str], device: str = "cpu") -> Iterator[dict[str, Worker]]:
-    """Start one worker per role, and end them all on the way out."""
-    started: dict[str, Worker] = {}
-    try:
-        for role in roles:
-            started[role] = Worker(role, {"DS_ACCELERATOR": device})
-        yield started
-    finally:
-        for worker in started.values():
-            worker.close()
+def kill_process_tree(process: subprocess.Popen[str]) -> None:
+    """End a process that is still there and all below it: torchrun gives its ranks sessions, so no group holds them all."""
+    if process.poll() is None:
+        for pid in process_tree(process.pid):  # parents first: a launcher must not take the end of its ranks for a failure
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def process_tree(pid: int) -> list[int]:
+    """A process and all below it. Read from /proc: psutil goes through all processes of the machine, which a look at a
+    measured job every few milliseconds would be noticed by."""
+    found = [pid]
+    for parent in found:
+        try:
+            for thread in (Path("/proc") / str(parent) / "task").iterdir():
+                found += [int(child) for child in (thread / "children").read_text().split()]
+        except OSError:  # it has just ended
+            continue
+    return found

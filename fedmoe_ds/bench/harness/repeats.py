@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from scipy import stats  # type: ignore[import-untyped]
 
 from fedmoe_ds.bench.harness.table import Row, Table
+from fedmoe_ds.machine import machine_facts
 
 CONFIDENCE = 0.95
 UNKNOWN = " †"
@@ -24,6 +25,16 @@ Answer = Literal["yes", "no", "not decided"]
 Form = Callable[[float], str]
 Runs = Sequence[Sequence[float]]
 """The repetitions of a figure, run by run of a benchmark."""
+
+
+def make_row(
+    shape: str, system: str, peak_mib: float | None, samples: Mapping[str, Sequence[float]] | None = None, **facts: Any
+) -> Row:
+    """A row with the figures that every row has, the medians of the repeated ones, more facts, and the machine."""
+    row: Row = {"shape": shape, "system": system, "tokens_per_s": None, "peak_mib": peak_mib, "floor_share": None}
+    if samples is not None:
+        row |= {**{name: statistics.median(found) for name, found in samples.items()}, "samples": samples}
+    return {**row, **facts, **machine_facts()}
 
 
 def paired(left: Sequence[float], right: Sequence[float]) -> list[float]:

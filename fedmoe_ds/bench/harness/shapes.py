@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.bench.harness.checks import check_known
+from fedmoe_ds.errors import UserError
 
 # Wide enough that loss and routing depend on every expert and adapter: a wrong one is plainly seen in the loss.
 _INITIALIZER_RANGE = 0.1
+_POSITIONS = 512
+_SPECIAL_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -47,35 +50,63 @@ SHAPES = {
 
 def find_shape(name: str) -> Shape:
     """The shape with this name. Raises UserError when there is none."""
-    if name not in SHAPES:
-        raise UserError(f"--shape: {name}: unknown shape{nearest(name, SHAPES)}")
+    check_known("--shape", "shape", name, SHAPES)
     return SHAPES[name]
+
+
+def check_positions(length: int) -> None:
+    """Raises UserError for sequences that are longer than the models can take."""
+    if length > _POSITIONS:
+        raise UserError(f"--length: {length}: the measured models have {_POSITIONS} positions; use {_POSITIONS} or less")
 
 
 def write_model(shape: Shape, seed: int, folder: Path, shard_size: str = "100MB", dtype: str = "float32") -> None:
     """Save a random model of this shape as a Hugging Face folder of sharded safetensors; random numbers are float32."""
-    import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
     config = OlmoeConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        **sizes(shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads),
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
-        max_position_embeddings=512,
         norm_topk_prob=False,
-        tie_word_embeddings=False,
-        initializer_range=_INITIALIZER_RANGE,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
     )
+    save_random(OlmoeForCausalLM, config, seed, folder, shard_size, dtype)
+
+
+def sizes(vocab: int, hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
+    """What the configurations of all measured models have in common."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": _POSITIONS,
+        "tie_word_embeddings": False,
+        "initializer_range": _INITIALIZER_RANGE,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+
+
+def save_random(kind: Any, config: Any, seed: int, folder: Path, shard_size: str = "100MB", dtype: str = "float32") -> None:
+    """Save a model of a class of transformers with random weights, without a trace in the state of this process."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        OlmoeForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+        kind(config).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+
+
+def write_with_tokenizer(shape: Shape, seed: int, folder: Path, texts: list[str]) -> Shape:
+    """Save a model with a tokenizer that is trained on texts. Returns its shape: the vocabulary holds every byte."""
+    from fedmoe_ds.data.tokenizer import BYTES, train_tokenizer
+
+    shape = replace(shape, vocab=max(shape.vocab, BYTES + _SPECIAL_TOKENS))
+    write_model(shape, seed, folder)
+    train_tokenizer(texts, shape.vocab).save_pretrained(folder)
+    return shape

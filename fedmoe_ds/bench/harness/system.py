@@ -1,16 +1,58 @@
-"""System: one way to train a workload, as the wave benchmark sees it."""
+"""System: one way to train a workload: how it is called, what it answers, and when two of them compute the same.
+
+Flower's environment imports this file.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from fedmoe_ds.bench.harness.checks import check_known
 
 OURS = "fedmoe_ds"
 BITWISE = "fedmoe_ds bitwise"
 HALF_MOMENTS = "fedmoe_ds bf16 moments"
 PEER_PREFIX = "peft "
 FLOOR = "floor"
+
+MODES = {"fast": [OURS], "bitwise": [BITWISE], "both": [OURS, BITWISE]}
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+"""Of experts, in transformers."""
+AGREEMENT = {"float32": 1e-4, "bfloat16": 3e-2}
+"""How far losses of two systems may be apart, by the type of the frozen weights: bfloat16 has three digits, and systems round
+in different places."""
+
+
+class DisagreementError(Exception):
+    """Two systems do not compute the same thing, so their speeds must not be compared."""
+
+
+def system_names(mode: str, peers: Sequence[str]) -> list[str]:
+    """The systems of a run, ours first. Raises UserError for an unknown mode or peer."""
+    check_known("--mode", "mode", mode, MODES)
+    check_known("--peers", "experts implementation", peers, IMPLEMENTATIONS)
+    return [*MODES[mode], *(PEER_PREFIX + peer for peer in dict.fromkeys(peers))]
+
+
+def check_agreement(losses: Mapping[str, Sequence[Sequence[float]]], tolerance: float = AGREEMENT["float32"]) -> None:
+    """Every system's losses per client equal those of the first system. Raises DisagreementError.
+
+    Of a wave they are the first and the last warm-up step's: the first compares the forward pass, the last gradients and
+    optimizer as well. Differences are relative above 1: AdamW's first step turns rounding noise in tiny gradients into steps of
+    full size.
+    """
+    reference = next(iter(losses))
+    for name, found in losses.items():
+        for client, (ours, theirs) in enumerate(zip(losses[reference], found, strict=True)):
+            gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(ours, theirs, strict=True)]
+            if not all(gap <= tolerance for gap in gaps):  # nan fails as well
+                raise DisagreementError(
+                    f"client {client}: {reference} has the losses {ours}, {name} has {theirs}; "
+                    f"they differ by more than {tolerance:.0e}: not the same computation"
+                )
 
 
 @dataclass(frozen=True)

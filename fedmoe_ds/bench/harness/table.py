@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import machine_facts
@@ -31,17 +33,16 @@ class Table:
     words: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: list[Row], columns: list[Column], lines: list[str] | None = None) -> Table:
+    def of(cls, rows: list[Row], columns: Sequence[Column], lines: Iterable[str] = (), words: tuple[str, ...] = ()) -> Table:
         """One line per row."""
-        return cls([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], lines or [])
+        return cls([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], list(lines), words)
 
     def text(self) -> str:
         """For a terminal; columns of figures are flush right."""
-        every = [self.header, *self.cells]
-        widths = [max(len(line[i]) for line in every) for i in range(len(self.header))]
-        forms = [f"{'<' if name in self.words else '>'}{width}" for name, width in zip(self.header, widths, strict=True)]
-        shown = [visible("  ".join(map(format, line, forms)).rstrip()) for line in every]
-        return "\n".join([*shown, *self.lines])
+        cells = [[visible(cell) for cell in line] for line in (self.header, *self.cells)]
+        sides = ["left" if name in self.words else "right" for name in self.header]
+        shown = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=sides)
+        return "\n".join([*shown.splitlines(), *self.lines])
 
     def markdown(self) -> str:
         """For a page."""
@@ -58,6 +59,11 @@ def percent(share: float | None) -> str:
 def whole(number: float | None) -> str:
     """A rounded number; empty where there is none."""
     return "" if number is None else f"{number:.0f}"
+
+
+def one_decimal(share: float) -> str:
+    """A small share as a percentage."""
+    return f"{100 * share:.1f} %"
 
 
 def two_digits(number: float) -> str:

@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.bench.harness.shapes import Shape
-from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.bench.harness.checks import check_known, check_least
+from fedmoe_ds.bench.harness.shapes import Shape, check_positions, find_shape
+from fedmoe_ds.bench.harness.system import AGREEMENT
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels.lora_products import Kernels, check_kernels
 from fedmoe_ds.randomness import generator, torch_generator
 
 WARM_UP_STEPS = 2
 """Enough for the second loss to depend on every gradient and on the optimizer."""
-
-AGREEMENT = {"float32": 1e-4, "bfloat16": 3e-2}
-"""How far losses of two systems may be apart, by the type of the frozen weights: bfloat16 has three digits, and systems round
-in different places."""
 
 _LORA_B_BOUND = 0.1  # not zero as at a start from scratch: the very first loss shall depend on A, B and their scale
 
@@ -48,25 +46,15 @@ class Workload:
     moments: Literal["float32", "bfloat16"] = "float32"  # of our optimizer
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("--steps", self.steps, 1),
-            ("--sequences", self.sequences, 1),
-            ("--length", self.length, 2),
-            ("--seed", self.seed, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name}: {value}: too small; use {least} or more")
-        if self.dtype not in AGREEMENT:
-            raise UserError(f"--dtype: {self.dtype}: unknown type{nearest(self.dtype, AGREEMENT)}")
-        if self.device not in ("cpu", "cuda"):
-            raise UserError(f"--device: {self.device}: unknown device{nearest(self.device, ('cpu', 'cuda'))}")
+        for name, least in (("steps", 1), ("sequences", 1), ("length", 2), ("seed", 0)):
+            check_least(f"--{name}", getattr(self, name), least)
+        check_known("--dtype", "type", self.dtype, AGREEMENT)
+        check_known("--device", "device", self.device, ("cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device: cuda: no CUDA device is visible; leave it out")
-        if self.kernels not in get_args(Kernels):
-            raise UserError(f"--kernels: {self.kernels}: unknown kernels{nearest(self.kernels, get_args(Kernels))}")
+        check_known("--kernels", "kernels", self.kernels, get_args(Kernels))
         check_kernels(self.kernels, self.rank, torch.device(self.device))
-        if self.length > 512:
-            raise UserError(f"--length: {self.length}: the measured models have 512 positions; use 512 or less")
+        check_positions(self.length)
 
     @property
     def tokens(self) -> int:
@@ -87,6 +75,12 @@ class Workload:
         bound = 1.0 / math.sqrt(shape[-1]) if key.endswith("lora_A") else _LORA_B_BOUND
         return torch.empty(shape).uniform_(-bound, bound, generator=torch_generator(self.seed, "bench-adapters", key))
 
+    def facts(self) -> dict[str, Any]:
+        """What a row says about the work."""
+        names = ("sequences", "length", "steps", "seed", "tokens")
+        wave = {"clients": len(self.caps), "caps": list(self.caps), **{name: getattr(self, name) for name in names}}
+        return {**wave, **self.shape.facts()}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -94,3 +88,9 @@ class Workload:
     def from_json(cls, tree: dict[str, Any]) -> Workload:
         lists = {name: tuple(tree[name]) for name in ("caps", "attention")}
         return cls(**{**tree, **lists, "shape": Shape(**tree["shape"])})
+
+
+def make_workloads(shapes: list[str], sequences: list[int], **settings: Any) -> list[Workload]:
+    """One workload per shape name and number of sequences in a step."""
+    counts = dict.fromkeys(sequences)
+    return [Workload(find_shape(name), sequences=n, **settings) for name in dict.fromkeys(shapes) for n in counts]

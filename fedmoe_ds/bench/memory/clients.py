@@ -7,50 +7,48 @@ Ours is measured with moments in bfloat16 as well.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fedmoe_ds.bench.harness.ranks import answers
+from fedmoe_ds.bench.harness.checks import check_least
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.process import scratch_folder
+from fedmoe_ds.bench.harness.ranks import run_on_ranks
+from fedmoe_ds.bench.harness.repeats import make_row
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
 from fedmoe_ds.bench.harness.system import OURS
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.machine import machine_facts
 
 PART = "clients"
-CHILD = "fedmoe_ds.bench.memory.one_system"
 STEPS = 2
-
-Note = Callable[[str], None]
 
 
 def check(clients: Sequence[int]) -> None:
     """Raises UserError for numbers of clients that give no slope."""
-    if min(clients) < 1:
-        raise UserError(f"--clients: {min(clients)}: too small; use 1 or more")
+    check_least("--clients", clients)
     if len(set(clients)) < 2:
         raise UserError(f"--clients: {clients[0]}: one number gives no slope; name two or more")
 
 
-def measure(
+def measure_clients(
     shape: Shape, systems: list[str], clients: list[int], sequences: int, length: int, seed: int, note: Note
 ) -> list[Row]:
     """One row per system of ours and number of clients, one per peer; rows of a system share slope and count."""
     rows = []
-    with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
-        write_model(shape, seed, Path(folder))
+    with scratch_folder() as folder:
+        write_model(shape, seed, folder)
         for system in systems:
             found = {}
+            # A peer trains one client after the other: it never has more than one in flight.
             for count in clients if system.startswith(OURS) else [1]:
                 note(f"{shape.name}: {system}: {count} in flight")
                 workload = Workload(shape, STEPS, sequences, length, seed, caps=(shape.top_k,) * count)
-                request = {"system": system, "folder": folder, "workload": workload.to_json()}
-                (found[count],) = answers(CHILD, request)
+                request = {"system": system, "folder": str(folder), "workload": workload.to_json()}
+                (found[count],) = run_on_ranks("fedmoe_ds.bench.memory.one_system", request)
             rows += [_row(shape, system, count, found, sequences, length) for count in found]
     return rows
 
@@ -62,13 +60,8 @@ def slope(found: dict[int, float]) -> float | None:
 
 def _row(shape: Shape, system: str, count: int, found: dict[int, dict[str, Any]], sequences: int, length: int) -> Row:
     here = found[count]
-    return {
+    facts = {
         "part": PART,
-        "shape": shape.name,
-        "system": system,
-        "tokens_per_s": None,
-        "peak_mib": here["peak_mib"],
-        "floor_share": None,
         "clients": count,
         "loaded_mib": here["loaded_mib"],
         "resident_mib": here["resident_mib"],
@@ -76,6 +69,5 @@ def _row(shape: Shape, system: str, count: int, found: dict[int, dict[str, Any]]
         "counted_mib": here["counted_mib"],
         "sequences": sequences,
         "length": length,
-        **shape.facts(),
-        **machine_facts(),
     }
+    return make_row(shape.name, system, here["peak_mib"], **facts, **shape.facts())

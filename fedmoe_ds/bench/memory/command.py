@@ -1,42 +1,60 @@
-"""`launch/bench.py memory`: a client in flight, two hundred rounds, and a foundation on one host, in MiB."""
+"""`launch/bench.py memory`: bytes of a client in flight, of two hundred rounds, and of a foundation held by two ranks.
+
+Every figure comes from real processes, seen from the system's side: resident, proportional (PSS: a page that n processes map
+counts 1 / n in each) and private memory.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
 
-from fedmoe_ds.bench.harness.command import Command, Note, add_seed
+from fedmoe_ds.bench.harness.checks import check_known
+from fedmoe_ds.bench.harness.command import SEED, Command, Note, option
 from fedmoe_ds.bench.harness.repeats import ONCE
-from fedmoe_ds.bench.harness.system import OURS
-from fedmoe_ds.bench.harness.table import Column, Row, Table, whole
-from fedmoe_ds.bench.memory import clients as memory_clients
-from fedmoe_ds.bench.memory import host as memory_host
-from fedmoe_ds.bench.memory import measure as memory
-from fedmoe_ds.bench.memory import rounds as memory_rounds
+from fedmoe_ds.bench.harness.shapes import find_shape
+from fedmoe_ds.bench.harness.system import HALF_MOMENTS, OURS, system_names
+from fedmoe_ds.bench.harness.table import Column, Row, whole
+from fedmoe_ds.bench.memory import clients, host, rounds
 
-
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--parts", nargs="+", default=list(memory.PARTS), help="what to measure (default: all)")
-    parser.add_argument("--shape", default="e32", help="of the clients in flight: e32, e64 or tiny")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="in flight, a process for each number")
-    parser.add_argument("--mode", default="both", help="ours: fast, bitwise or both")
-    parser.add_argument("--peers", nargs="*", default=["eager", "grouped_mm"], help="experts implementations of transformers")
-    parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--rounds", type=int, default=200, help="rounds of the long run")
-    parser.add_argument("--host-shape", default="load", help="of the foundation that two ranks hold: load or load-tiny")
-    add_seed(parser)
+PARTS = (clients.PART, rounds.PART, host.PART)
+OPTIONS = (
+    option("--parts", list(PARTS), "what to measure (default: all)"),
+    option("--shape", "e32", "of the clients in flight: e32, e64 or tiny"),
+    option("--clients", [1, 2, 4, 8], "in flight, a process for each number"),
+    option("--mode", "both", "ours: fast, bitwise or both"),
+    option("--peers", ["eager", "grouped_mm"], "experts implementations of transformers", nargs="*"),
+    option("--sequences", 1, "sequences per client and step"),
+    option("--length", 128, "tokens per sequence"),
+    option("--rounds", 200, "rounds of the long run"),
+    option("--host-shape", "load", "of the foundation that two ranks hold: load or load-tiny"),
+    SEED,
+)
 
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
-    names = ("parts", "shape", "mode", "peers", "clients", "sequences", "length", "rounds", "host_shape", "seed")
-    return memory.run_memory(memory.Asked(**{name: getattr(args, name) for name in names}), note)
+    """Rows of all parts that are asked for. Raises UserError for whatever the user can fix, before anything is started."""
+    check_known("--parts", "part", args.parts, PARTS)
+    shape, host_shape = find_shape(args.shape), find_shape(args.host_shape)
+    ours, peers = system_names(args.mode, []), system_names(args.mode, args.peers)
+    clients.check(args.clients)
+    rounds.check(args.rounds)
+    rows: list[Row] = []
+    if clients.PART in args.parts:
+        systems = [*ours, HALF_MOMENTS, *peers[len(ours) :]]
+        counts = sorted(set(args.clients))
+        rows += clients.measure_clients(shape, systems, counts, args.sequences, args.length, args.seed, note)
+    if rounds.PART in args.parts:
+        rows += rounds.measure_rounds(args.rounds, args.seed, note)
+    if host.PART in args.parts:
+        rows += host.measure_host(host_shape, args.seed, note)
+    return rows
 
 
 def _setting(row: Row) -> str:
-    if row["part"] == memory_clients.PART:
+    if row["part"] == clients.PART:
         return f"{row['clients']} in flight"
-    if row["part"] == memory_rounds.PART:
+    if row["part"] == rounds.PART:
         return f"{row['rounds']} rounds"
     return f"{row['start']}, rank {row['rank']} of {row['ranks']}"
 
@@ -53,14 +71,15 @@ COLUMNS: list[Column] = [
 ]
 
 
-def show(rows: list[Row]) -> Table:
-    """Peak and resident memory; below, what a client costs, whether memory is flat, and how often weights are in memory."""
-    table = Table.of(rows, COLUMNS, [*_clients(rows), *_rounds(rows), *_host(rows)])
-    return Table(table.header, table.cells, table.lines, words=("part", "shape", "system", "setting"))
+def lines(rows: list[Row]) -> Iterator[str]:
+    """What a client costs, whether memory is flat, and how often weights are in memory."""
+    yield from _clients(rows)
+    yield from _rounds(rows)
+    yield from _host(rows)
 
 
 def _clients(rows: list[Row]) -> Iterator[str]:
-    mine = {row["system"]: row for row in rows if row["part"] == memory_clients.PART}
+    mine = {row["system"]: row for row in rows if row["part"] == clients.PART}
     for system, row in mine.items():
         head = f"{row['shape']}: {system}"
         if row["slope_mib"] is None:
@@ -76,7 +95,7 @@ def _clients(rows: list[Row]) -> Iterator[str]:
 
 def _rounds(rows: list[Row]) -> Iterator[str]:
     for row in rows:
-        if row["part"] == memory_rounds.PART:
+        if row["part"] == rounds.PART:
             first, last = row["settled_mib"], row["resident_mib"]
             yield (
                 f"{row['shape']}: {first:.1f} MiB after round {row['settled_round']}, {last:.1f} after round {row['rounds']}: "
@@ -85,8 +104,8 @@ def _rounds(rows: list[Row]) -> Iterator[str]:
 
 
 def _host(rows: list[Row]) -> Iterator[str]:
-    for start in (memory_host.SHARED, memory_host.AGAIN, memory_host.COPIES):
-        mine = [row for row in rows if row["part"] == memory_host.PART and row["start"] == start]
+    for start in (host.SHARED, host.AGAIN, host.COPIES):
+        mine = [row for row in rows if row["part"] == host.PART and row["start"] == start]
         if mine:
             weights, added = mine[0]["weights_mib"], sum(row["pss_growth_mib"] for row in mine)
             mapped, seconds = sum(row["mapped_pss_mib"] for row in mine), max(row["load_s"] for row in mine)
@@ -101,6 +120,5 @@ ABOUT = (
     f"activations by count; {OURS} maps a foundation that several ranks of a host hold from one file, so that it is there "
     "once. Every figure is one measurement; the growth per client is a slope over four of them."
 )
-COMMAND = Command(
-    "memory", "a client in flight, two hundred rounds, and a foundation on one host, in MiB", options, run, show, about=ABOUT
-)
+HELP = "a client in flight, two hundred rounds, and a foundation on one host, in MiB"
+COMMAND = Command("memory", HELP, OPTIONS, run, COLUMNS, words=("part", "shape", "system", "setting"), lines=lines, about=ABOUT)

@@ -1,28 +1,47 @@
-"""Load: peak host memory per rank while a model is loaded at several expert-parallel sizes, in real processes."""
+"""`launch/bench.py load`: peak host memory per rank while a model is loaded, at several expert-parallel sizes."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import argparse
 
-from fedmoe_ds.bench.harness.process import Worker
+from fedmoe_ds.bench.harness.command import SEED, Command, Note, option
+from fedmoe_ds.bench.harness.process import scratch_folder
+from fedmoe_ds.bench.harness.ranks import run_on_ranks
+from fedmoe_ds.bench.harness.repeats import make_row
 from fedmoe_ds.bench.harness.shapes import Shape, find_shape, write_model
 from fedmoe_ds.bench.harness.system import OURS
-from fedmoe_ds.bench.harness.table import Row
-from fedmoe_ds.distributed.launcher import free_port
+from fedmoe_ds.bench.harness.table import Column, Row, whole
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.machine import machine_facts
 
+COLUMNS: list[Column] = [
+    ("ep_size", lambda row: str(row["ep_size"])),
+    ("rank", lambda row: str(row["rank"])),
+    ("peak MiB", lambda row: whole(row["peak_mib"])),
+    ("growth", lambda row: whole(row["growth_mib"])),
+    ("dense", lambda row: whole(row["dense_mib"])),
+    ("own experts", lambda row: whole(row["own_experts_mib"])),
+    ("whole model", lambda row: whole(row["model_mib"])),
+]
+
+ABOUT = (
+    "Peak memory of every rank while the experts of a model are spread over ranks, each in a process of its own. The "
+    "floor is what a rank keeps: the dense part and its own experts. Every figure is one measurement."
+)
+OPTIONS = (
+    option("--ep-size", [1, 2, 4], "expert-parallel sizes"),
+    option("--shape", "load", "load (about 600 MiB) or load-tiny"),
+    SEED,
+)
 # One batch of mapped file pages (64 MiB, see foundation.loading) and what Python needs for names and modules.
 ALLOWANCE_MIB = 64 + 48
-
-Note = Callable[[str], None]
 
 
 class TooMuchMemoryError(Exception):
     """A rank held more than the dense part and its own experts."""
+
+
+def run(args: argparse.Namespace, note: Note) -> list[Row]:
+    return run_load(args.ep_size, args.shape, args.seed, note)
 
 
 def run_load(ep_sizes: list[int], shape_name: str, seed: int, note: Note) -> list[Row]:
@@ -38,12 +57,14 @@ def run_load(ep_sizes: list[int], shape_name: str, seed: int, note: Note) -> lis
             fits = [size for size in range(1, shape.experts + 1) if shape.experts % size == 0]
             raise UserError(f"--ep-size: {ep_size}: it does not divide the {shape.experts} experts; use one of {fits}")
     rows = []
-    with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
+    with scratch_folder() as folder:
         note(f"{shape.name}: writing the model")
-        write_model(shape, seed, Path(folder))
+        write_model(shape, seed, folder)
         for ep_size in dict.fromkeys(ep_sizes):
             note(f"{shape.name}: loading at ep_size {ep_size}")
-            rows += [_row(shape, ep_size, rank, found) for rank, found in enumerate(_measure(Path(folder), ep_size))]
+            request = {"part": "load", "folder": str(folder), "ep_size": ep_size}
+            found = run_on_ranks("fedmoe_ds.bench.memory.one_rank", request, ep_size)
+            rows += [_row(shape, ep_size, rank, one) for rank, one in enumerate(found)]
     for row in rows:
         check_bound(row)
     return rows
@@ -58,31 +79,10 @@ def check_bound(row: Row) -> None:
         )
 
 
-def _measure(folder: Path, ep_size: int) -> list[dict[str, float]]:
-    port = str(free_port())
-    ranks: list[Worker] = []
-    try:
-        for rank in range(ep_size):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ep_size)}
-            ranks.append(Worker("load", {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}))
-        for worker in ranks:
-            worker.send(folder=str(folder), ep_size=ep_size)
-        return [worker.receive() for worker in ranks]
-    finally:
-        for worker in ranks:
-            worker.close()
-
-
-def _row(shape: Shape, ep_size: int, rank: int, found: dict[str, float]) -> Row:
-    row: dict[str, Any] = {
-        "shape": shape.name,
-        "system": OURS,
-        "tokens_per_s": None,
-        "peak_mib": found["peak_mib"],
-        "floor_share": None,
-        "ep_size": ep_size,
-        "rank": rank,
-        "growth_mib": found["peak_mib"] - found["before_mib"],
-    }
+def _row(shape: Shape, ep_size: int, rank: int, found: Row) -> Row:
     sizes = {key: found[key] for key in ("dense_mib", "own_experts_mib", "model_mib")}
-    return {**row, **sizes, **shape.facts(), **machine_facts()}
+    grown = found["peak_mib"] - found["before_mib"]
+    return make_row(shape.name, OURS, found["peak_mib"], ep_size=ep_size, rank=rank, growth_mib=grown, **sizes, **shape.facts())
+
+
+COMMAND = Command("load", "peak host memory per rank while a model is loaded", OPTIONS, run, COLUMNS, about=ABOUT)

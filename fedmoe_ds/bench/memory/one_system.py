@@ -1,36 +1,33 @@
-"""One system with its clients, in a process of its own: `python -m fedmoe_ds.bench.memory.one_system REQUEST FOLDER`."""
+"""One system with its clients, in a process of its own, see `bench.harness.ranks`."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.harness.ranks import answer_file
+from fedmoe_ds.bench.harness.ranks import leave_answer, read_request
 from fedmoe_ds.bench.harness.system import BITWISE, HALF_MOMENTS, OURS
-from fedmoe_ds.bench.harness.worker import open_system
 from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.bench.wave.worker import open_system
 from fedmoe_ds.machine import peak_mib, resident_mib
 
 
 def main() -> None:
     import torch
 
-    request, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    answer_file(folder, 0).write_text(json.dumps(measure(request)))
+    leave_answer(measure(**read_request()))
     os._exit(0)  # no atexit handler may wait for peers
 
 
-def measure(request: dict[str, Any]) -> dict[str, Any]:
+def measure(system: str, folder: str, workload: dict[str, Any]) -> dict[str, Any]:
     """Load, train two waves, and return MiB: once loaded, at the peak of training, and after it."""
-    system, model, workload = request["system"], Path(request["folder"]), Workload.from_json(request["workload"])
+    model, load = Path(folder), Workload.from_json(workload)
     if system == HALF_MOMENTS:
-        system, workload = OURS, replace(workload, moments="bfloat16")
-    running = open_system(system, model, workload)
+        system, load = OURS, replace(load, moments="bfloat16")
+    running = open_system(system, model, load)
     loaded = resident_mib()
     for stage in ("warm-up", "timed"):  # the second wave finds memory as the first one has left it
         running.train(stage)
@@ -38,7 +35,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     resident = resident_mib()  # which may take a page more than the peak before it
     answer = {"loaded_mib": loaded, "peak_mib": max(peak, resident), "resident_mib": resident}
     ours = system in (OURS, BITWISE)
-    return {**answer, "counted_mib": counted(model, workload, system == BITWISE) if ours else None}
+    return {**answer, "counted_mib": counted(model, load, system == BITWISE) if ours else None}
 
 
 def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]:

@@ -6,24 +6,20 @@ From `SETTLED` on, memory is flat or it leaks.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from fedmoe_ds.bench.harness.jobs import SCRIPT, end_family
-from fedmoe_ds.bench.harness.ranks import environment
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.jobs import metrics_file, run_job
+from fedmoe_ds.bench.harness.process import scratch_folder
+from fedmoe_ds.bench.harness.repeats import make_row
 from fedmoe_ds.bench.harness.system import OURS
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.memory.clients import slope
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.machine import machine_facts
 
 PART = "rounds"
 SETTLED = 20
@@ -31,11 +27,8 @@ SETTLED = 20
 FLAT_SHARE, FLAT_MIB = 0.01, 5.0
 PRESET = "nano-olmoe"
 _CHECKPOINTS = 4
-_LOOK_S = 0.02
+_LOOK_S = 0.02  # less than a round takes: each one is seen
 _LIMIT_S = 900.0
-_TAIL = 3000
-
-Note = Callable[[str], None]
 
 
 def check(rounds: int) -> None:
@@ -44,30 +37,25 @@ def check(rounds: int) -> None:
         raise UserError(f"--rounds: {rounds}: memory settles in {SETTLED} of them; use {2 * SETTLED} or more")
 
 
-def measure(rounds: int, seed: int, note: Note) -> list[Row]:
+def measure_rounds(rounds: int, seed: int, note: Note) -> list[Row]:
     """One row: resident memory after every round, its growth after the first ones, and whether that is flat."""
     note(f"{PRESET}: {rounds} rounds")
-    with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
-        samples = watch(tree(rounds, seed, folder), Path(folder))
+    with scratch_folder() as folder:
+        samples = watch(tree(rounds, seed, str(folder)), folder)
     after = [mib for _, mib in samples]
     settled = [(number, mib) for number, mib in samples if number >= SETTLED]
     growth = after[-1] - settled[0][1]
-    row = {
+    facts: Row = {
         "part": PART,
-        "shape": PRESET,
-        "system": OURS,
-        "tokens_per_s": None,
-        "peak_mib": max(after),
-        "floor_share": None,
         "rounds": rounds,
         "settled_round": settled[0][0],
         "settled_mib": settled[0][1],
         "resident_mib": after[-1],
         "kib_per_round": 1024 * (slope(dict(settled)) or 0.0),
         "flat": is_flat(growth, settled[0][1]),
-        "samples": [[number, round(mib, 2)] for number, mib in samples],
     }
-    return [{**row, **machine_facts()}]
+    row = make_row(PRESET, OURS, max(after), **facts)
+    return [{**row, "samples": [[number, round(mib, 2)] for number, mib in samples]}]
 
 
 def is_flat(growth_mib: float, settled_mib: float) -> bool:
@@ -97,38 +85,18 @@ def watch(config: dict[str, Any], folder: Path) -> list[tuple[int, float]]:
     Raises:
         RuntimeError: the run failed; with the end of its output.
     """
-    path, log = folder / "rounds.yaml", folder / "rounds.log"
-    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    metrics = Path(config["output"]) / config["name"] / "metrics.jsonl"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--config", str(path)], stdout=out, stderr=out, env=environment()
-        )
-        try:
-            samples = _samples(process, metrics)
-        finally:
-            end_family(process)
-    if process.returncode:
-        raise RuntimeError(f"the run ended with {process.returncode}:\n{log.read_text(errors='replace')[-_TAIL:]}")
-    assert samples and samples[-1][0] == config["federation"]["rounds"], "the last round was not seen"
-    return samples
-
-
-def _samples(process: subprocess.Popen[bytes], metrics: Path) -> list[tuple[int, float]]:
     samples: list[tuple[int, float]] = []
-    until, seen = time.monotonic() + _LIMIT_S, 0
-    running = psutil.Process(process.pid)
-    while process.poll() is None:
-        assert time.monotonic() < until, "the run takes too long"
+    metrics = metrics_file(config)
+
+    def look(pid: int) -> None:
         count = finished_rounds(metrics)
-        if count > seen:
-            seen = count
-            try:
-                samples.append((count, running.memory_info().rss / 2**20))
-            except psutil.NoSuchProcess:
-                break
-        time.sleep(_LOOK_S)
-    process.wait()
+        if count > (samples[-1][0] if samples else 0):
+            # The run may end between the look at its log and the look at its memory.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                samples.append((count, psutil.Process(pid).memory_info().rss / 2**20))
+
+    run_job(config, folder, 1, _LIMIT_S, look, _LOOK_S)
+    assert samples and samples[-1][0] == config["federation"]["rounds"], "the last round was not seen"
     return samples
 
 

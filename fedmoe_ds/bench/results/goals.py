@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedmoe_ds.bench.harness.table import one_decimal
 from fedmoe_ds.bench.results.targets import (
     GPU_SHAPE,
     Target,
@@ -15,15 +16,7 @@ from fedmoe_ds.bench.results.targets import (
     of_round,
     over_floor,
 )
-from fedmoe_ds.bench.rounds import budget as round_budget
-from fedmoe_ds.bench.rounds import overhead as round_overhead
-from fedmoe_ds.bench.rounds import shares as round_shares
-from fedmoe_ds.bench.rounds import weak as round_weak
-
-
-def share(value: float) -> str:
-    """One digit more than in other tables: some limits are a few per cent."""
-    return f"{100 * value:.1f} %"
+from fedmoe_ds.bench.rounds import budget, overhead, shares, weak
 
 
 def off_one(ratio: float) -> float:
@@ -56,12 +49,12 @@ TARGETS = (
     Target("floor-e64", f"e64: {_FLOOR}", "<=", 1.3, WAVES, over_floor("e64")),
     Target("bitwise-e32", f"e32: {_BITWISE}", "<=", 1.25, WAVES, bitwise_over_fast("e32")),
     Target("bitwise-e64", f"e64: {_BITWISE}", "<=", 1.25, WAVES, bitwise_over_fast("e64")),
-    Target("budget", _BUDGET, "<=", 0.15, ROUND, of_round(round_budget.PART, off_one), share),
-    Target("outside", _OUTSIDE, "<=", 0.05, ROUND, of_round(round_shares.PART), share),
-    Target("centralised", _CENTRALISED, "<=", 1.15, ROUND, of_round(round_overhead.PART)),
-    Target("weak", _WEAK, ">=", 0.9, ROUND, of_round(round_weak.PART)),
-    Target("bandwidth", _BANDWIDTH, ">=", 0.7, AGGREGATE, bandwidth_share, share),
-    Target("gpu-share", _GPU_SHARE, ">=", 0.4, gpu_waves, gpu_share, share),
+    Target("budget", _BUDGET, "<=", 0.15, ROUND, of_round(budget.PART, off_one), one_decimal),
+    Target("outside", _OUTSIDE, "<=", 0.05, ROUND, of_round(shares.PART), one_decimal),
+    Target("centralised", _CENTRALISED, "<=", 1.15, ROUND, of_round(overhead.PART)),
+    Target("weak", _WEAK, ">=", 0.9, ROUND, of_round(weak.PART)),
+    Target("bandwidth", _BANDWIDTH, ">=", 0.7, AGGREGATE, bandwidth_share, one_decimal),
+    Target("gpu-share", _GPU_SHARE, ">=", 0.4, gpu_waves, gpu_share, one_decimal),
     Target("gpu-peft-512", f"{_GPU_PEFT}, 512 tokens", ">=", 5.0, gpu_waves, ahead_of_peers(GPU_SHAPE, "bfloat16", 512)),
     Target("gpu-peft-8192", f"{_GPU_PEFT}, 8192 tokens", ">=", 2.0, gpu_waves, ahead_of_peers(GPU_SHAPE, "bfloat16", 8192)),
 )

@@ -11,11 +11,11 @@ from fedmoe_ds.bench.harness.command import Note, Report
 from fedmoe_ds.bench.harness.document import Document, Machine, read_documents
 from fedmoe_ds.bench.harness.repeats import CONFIDENCE, UNKNOWN, with_range
 from fedmoe_ds.bench.harness.shapes import find_shape
+from fedmoe_ds.bench.harness.system import AGREEMENT
 from fedmoe_ds.bench.harness.table import Table
-from fedmoe_ds.bench.harness.workload import AGREEMENT
 from fedmoe_ds.bench.results.suite import SUITE
 from fedmoe_ds.bench.results.targets import SHAPES, Stored, ahead_of_peers, measured_by
-from fedmoe_ds.bench.results.targets_command import add_folder, read_reasons, targets_table
+from fedmoe_ds.bench.results.targets_command import OPTIONS, read_reasons, targets_table
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.report import formats
 
@@ -130,4 +130,4 @@ def run(args: argparse.Namespace, note: Note) -> tuple[str, int]:
     return page_markdown(read_documents(args.folder), read_reasons(args.reasons)), 0
 
 
-REPORT = Report("page", "docs/performance.md, from stored results", add_folder, run)
+REPORT = Report("page", "docs/performance.md, from stored results", OPTIONS, run)

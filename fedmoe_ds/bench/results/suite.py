@@ -1,26 +1,27 @@
-"""Suite: the measurements behind the table of targets, each with its command line, and the run of all of them.
+"""`launch/bench.py all`: the measurements behind the table of targets, one after the other, then the table.
 
 Every measurement is a process of its own, one after the other: nothing is timed beside anything else.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe_ds.bench.harness.jobs import end_family
+from fedmoe_ds.bench.harness.command import Note, Report, option
+from fedmoe_ds.bench.harness.document import read_documents
+from fedmoe_ds.bench.harness.process import kill_process_tree, start
+from fedmoe_ds.bench.results.targets_command import REASONS_OPTION, read_reasons, targets_table
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.report import formats
 from fedmoe_ds.storage.files import open_plain
 
 SCRIPT = Path(__file__).parents[3] / "launch" / "bench.py"
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,31 @@ def _run(name: str, arguments: list[str], folder: Path) -> str | None:
     target, log = folder / f"{name}.json", folder / f"{name}.log"
     target.unlink(missing_ok=True)
     with open(open_plain(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as out:
-        process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments, "--json", str(target)], stdout=out, stderr=out)
+        # The command decides on threads and devices itself: a wave may be for a GPU.
+        process = start([sys.executable, str(SCRIPT), *arguments, "--json", str(target)], out, os.environ)
         try:
             code = process.wait()
         finally:
-            end_family(process)
+            kill_process_tree(process)
     if code == 0:
         log.unlink()
         return None
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return f"exit code {code}: {lines[-1].strip() if lines else 'it said nothing'}"
+
+
+def run(args: argparse.Namespace, note: Note) -> tuple[str, int]:
+    reasons = read_reasons(args.reasons)
+    names = chosen(args.only)
+    make_folder(args.output)
+    failed = run_suite(names, args.output, args.quick, note)
+    return targets_table(read_documents(args.output), reasons).text() + "\n", 1 if failed else 0
+
+
+OPTIONS = (
+    option("--output", None, "folder of the results; made where missing", type=Path, required=True, metavar="FOLDER"),
+    option("--only", None, f"some of: {', '.join(SUITE)}; or subcommands", nargs="+", metavar="NAME"),
+    option("--quick", False, "as little work as goes through everything; figures mean nothing"),
+    REASONS_OPTION,
+)
+REPORT = Report("all", "every measurement behind the targets, one after the other", OPTIONS, run)

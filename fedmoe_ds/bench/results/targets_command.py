@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fedmoe_ds.bench.harness.command import Note, Report
+from fedmoe_ds.bench.harness.command import Note, Report, option
 from fedmoe_ds.bench.harness.document import Document, read_documents
 from fedmoe_ds.bench.harness.repeats import with_range
 from fedmoe_ds.bench.harness.table import Table
@@ -20,17 +20,8 @@ REASONS = FOLDER / "reasons.yaml"
 NO_REASON = "missed, no reason given"
 HEADER = ["target", "wanted", "measured", "repetitions", "met", "peer or reference", "note"]
 WORDS = ("target", "peer or reference", "note")
-
-
-def add_folder(parser: argparse.ArgumentParser) -> None:
-    """The folder of stored results."""
-    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, metavar="FOLDER", help=f"default: {FOLDER}")
-    add_reasons(parser)
-
-
-def add_reasons(parser: argparse.ArgumentParser) -> None:
-    """The file of reasons."""
-    parser.add_argument("--reasons", type=Path, default=REASONS, help=f"why targets are missed (default: {REASONS})")
+REASONS_OPTION = option("--reasons", REASONS, f"why targets are missed (default: {REASONS})")
+OPTIONS = (option("folder", FOLDER, f"default: {FOLDER}", nargs="?", metavar="FOLDER"), REASONS_OPTION)
 
 
 def read_reasons(path: Path) -> dict[str, str]:
@@ -91,4 +82,4 @@ def run(args: argparse.Namespace, note: Note) -> tuple[str, int]:
     return table.text() + "\n", 0
 
 
-REPORT = Report("targets", "what is wanted beside what was measured, from stored results", add_folder, run)
+REPORT = Report("targets", "what is wanted beside what was measured, from stored results", OPTIONS, run)

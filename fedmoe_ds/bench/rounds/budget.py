@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.harness.process import Worker, workers
-from fedmoe_ds.bench.harness.repeats import paired
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.program import Program, workers
+from fedmoe_ds.bench.harness.repeats import make_row, paired
 from fedmoe_ds.bench.harness.system import OURS
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.bench.wave.measure import WORKER, open_at_once
 from fedmoe_ds.config import Config
-from fedmoe_ds.machine import machine_facts
 from fedmoe_ds.planner import Job, resolve
 from fedmoe_ds.planner.work import PassWork, Rows
 
 PART = "k"
 TOLERANCE = 0.15
 
-Note = Callable[[str], None]
-
 
 def measure_budget(loads: list[Workload], folder: Path, rounds: int, note: Note) -> list[Row]:
     """One row per workload, all of one shape, whose model is in the folder. Waves at either k alternate."""
     rows = []
-    with workers(["small", "large"]) as running:
+    with workers(WORKER, ["small", "large"]) as running:
         for load in loads:
             note(f"{load.shape.name}: {PART}: {load.sequences} x {load.length} tokens per client and step")
             pair = {cap: (running[name], same_cap(load, cap)) for name, cap in (("small", 1), ("large", load.shape.top_k))}
@@ -41,18 +39,16 @@ def same_cap(load: Workload, cap: int) -> Workload:
     return replace(load, caps=(cap,) * len(load.caps))
 
 
-def _alternate(pair: dict[int, tuple[Worker, Workload]], folder: Path, rounds: int) -> dict[int, list[float]]:
+def _alternate(pair: dict[int, tuple[Program, Workload]], folder: Path, rounds: int) -> dict[int, list[float]]:
     """Wall seconds of the timed waves by k."""
-    for worker, load in pair.values():
-        worker.send(do="open", system=OURS, folder=str(folder), workload=load.to_json())
-    for worker, _ in pair.values():
-        worker.receive()
-    for worker, _ in pair.values():
-        worker.ask(do="train", stage="warm-up")
+    open_at_once(folder, {str(cap): one for cap, one in pair.items()}, OURS)
+    # The first wave chooses kernels and touches fresh memory, which no later one does: it is not timed.
+    for program, _ in pair.values():
+        program.ask(do="train", stage="warm-up")
     seconds: dict[int, list[float]] = {cap: [] for cap in pair}
     for _ in range(rounds):
-        for cap, (worker, _) in pair.items():
-            seconds[cap].append(worker.ask(do="train", stage="timed")["time"]["wall"])
+        for cap, (program, _) in pair.items():
+            seconds[cap].append(program.ask(do="train", stage="timed")["time"]["wall"])
     return seconds
 
 
@@ -61,25 +57,18 @@ def budget_row(load: Workload, seconds: dict[int, list[float]], job: Job, peak: 
     small, large = seconds[1], seconds[load.shape.top_k]
     times, flops = paired(small, large), wave_flops(load, job, 1) / wave_flops(load, job, load.shape.top_k)
     samples = {"time_ratio": times, "value": [time / flops for time in times]}
-    return {
+    facts = {
         "part": PART,
-        "shape": load.shape.name,
-        "system": OURS,
         "figure": f"k 1 over k {load.shape.top_k}, {load.sequences} x {load.length} tokens: time over FLOPs",
-        **{figure: statistics.median(found) for figure, found in samples.items()},
-        "samples": samples,
         "target": 1.0 + TOLERANCE,
         "flops_ratio": flops,
         "small_wall_seconds": small,
         "large_wall_seconds": large,
         "tokens_per_s": load.tokens / statistics.median(small),
-        "peak_mib": peak,
-        "floor_share": None,
         "clients": len(load.caps),
         **{name: getattr(load, name) for name in ("steps", "sequences", "length", "seed")},
-        **load.shape.facts(),
-        **machine_facts(),
     }
+    return make_row(load.shape.name, OURS, peak, samples, **facts, **load.shape.facts())
 
 
 def wave_flops(load: Workload, job: Job, cap: int) -> float:

@@ -1,97 +1,121 @@
-"""`launch/bench.py round`: where the time of whole rounds goes, and what being federated costs."""
+"""`launch/bench.py round`: where the time of whole rounds goes, and what being federated costs, part by part."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 
-from fedmoe_ds.bench.harness.command import Command, Note, add_seed
-from fedmoe_ds.bench.harness.repeats import decide, run_of, shown, with_notes
-from fedmoe_ds.bench.harness.shapes import find_shape
-from fedmoe_ds.bench.harness.table import Row, Table, two_digits
-from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.bench.rounds import budget as round_budget
-from fedmoe_ds.bench.rounds import measure as rounds
-from fedmoe_ds.bench.rounds import shares as round_shares
-from fedmoe_ds.bench.rounds import weak as round_weak
-from fedmoe_ds.bench.rounds.jobs import PHASES, RoundWorkload
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.bench.harness.checks import check_known, check_least
+from fedmoe_ds.bench.harness.command import SEED, Command, Note, option, values_of
+from fedmoe_ds.bench.harness.process import scratch_folder
+from fedmoe_ds.bench.harness.repeats import decide, run_of, shown
+from fedmoe_ds.bench.harness.shapes import find_shape, write_model
+from fedmoe_ds.bench.harness.table import Row, Table, one_decimal, two_digits
+from fedmoe_ds.bench.harness.workload import Workload, make_workloads
+from fedmoe_ds.bench.rounds import budget, overhead, shares, weak
+from fedmoe_ds.bench.rounds.jobs import PHASES, RoundJobs, RoundWorkload
 
+PARTS = (shares.PART, overhead.PART, budget.PART, weak.PART)
 WORDS = ("part", "shape", "system", "figure")
 HEADER = [*WORDS, "value", "with evaluation", "target", "met"]
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--parts", nargs="+", default=list(rounds.PARTS), help="what to measure (default: all)")
-    parser.add_argument("--shape", default="e32", help="of the runs: e32, e64 or tiny")
-    parser.add_argument("--clients", type=int, default=8, help="clients of the federation on one rank")
-    parser.add_argument("--steps", type=int, default=20, help="local steps per client and round")
-    parser.add_argument("--sequences", type=int, default=1, help="sequences per client and step")
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--rounds", type=int, default=4, help="timed rounds of a run, waves in part k; medians are reported")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="part overhead: alternating runs of every system, one timed round each"
-    )
+ABOUT = (
+    "Whole rounds of real runs of launch/train.py, from one round event of metrics.jsonl to the next, without the first. The "
+    "floor of a round is its passes and optimizer steps; that of a federated run is a centralised one of the same tokens. "
+    "*Value* leaves evaluation out, which is a setting; *with evaluation* has the shares of a round with the default one."
+)
+OPTIONS = (
+    option("--parts", list(PARTS), "what to measure (default: all)"),
+    option("--shape", "e32", "of the runs: e32, e64 or tiny"),
+    option("--clients", 8, "clients of the federation on one rank"),
+    option("--steps", 20, "local steps per client and round"),
+    option("--sequences", 1, "sequences per client and step"),
+    option("--length", 128, "tokens per sequence"),
+    option("--rounds", 4, "timed rounds of a run, waves in part k; medians are reported"),
+    option("--repeats", 3, "part overhead: alternating runs of every system, one timed round each"),
     # Fewer steps to a round make what is paid once per round weigh more, never less.
-    parser.add_argument("--overhead-steps", type=int, default=10, help="part overhead: local steps per client and round")
-    parser.add_argument("--k-shape", nargs="+", default=["e32", "e64"], help="shapes of part k")
-    parser.add_argument("--k-sequences", type=int, nargs="+", default=[1, 4], help="sequences per client and step in part k")
-    parser.add_argument("--k-steps", type=int, default=5, help="steps of a wave in part k")
-    add_seed(parser)
+    option("--overhead-steps", 10, "part overhead: local steps per client and round"),
+    option("--k-shape", ["e32", "e64"], "shapes of part k"),
+    option("--k-sequences", [1, 4], "sequences per client and step in part k"),
+    option("--k-steps", 5, "steps of a wave in part k"),
+    SEED,
+)
 
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
-    rounds.check_parts(args.parts)
+    check_known("--parts", "part", args.parts, PARTS)
     for name in ("overhead_steps", "k_steps", "k_sequences"):
-        check_positive(f"--{name.replace('_', '-')}", getattr(args, name))
-    settings = {name: getattr(args, name) for name in ("length", "seed")}
-    names = ("clients", "steps", "sequences", "rounds")
-    load = RoundWorkload(find_shape(args.shape), **{name: getattr(args, name) for name in names}, **settings)
-    budgets = [
-        Workload(find_shape(name), args.k_steps, count, **settings)
-        for name in dict.fromkeys(args.k_shape)
-        for count in dict.fromkeys(args.k_sequences)
-    ]
+        check_least(f"--{name.replace('_', '-')}", getattr(args, name))
+    settings = values_of(args, "length", "seed")
+    load = RoundWorkload(find_shape(args.shape), **values_of(args, "clients", "steps", "sequences", "rounds"), **settings)
+    waves = make_workloads(args.k_shape, args.k_sequences, steps=args.k_steps, **settings)
     short = replace(load, steps=args.overhead_steps, rounds=1)
-    rows = rounds.run_rounds(load, short, args.parts, args.repeats, note)
-    return rows + (rounds.run_budget(budgets, args.rounds, note) if round_budget.PART in args.parts else [])
+    rows = run_rounds(load, short, args.parts, args.repeats, note)
+    return rows + (run_budget(waves, args.rounds, note) if budget.PART in args.parts else [])
 
 
-def check_positive(option: str, given: int | list[int]) -> None:
-    """Raises UserError for a number below 1."""
-    for number in given if isinstance(given, list) else [given]:
-        if number < 1:
-            raise UserError(f"{option}: {number}: too small; use 1 or more")
+def run_rounds(load: RoundWorkload, short: RoundWorkload, parts: list[str], repeats: int, note: Note) -> list[Row]:
+    """The parts that are made of real runs, on one model; `short` is the workload of part overhead.
+
+    Raises:
+        UserError: no repeats.
+        DisagreementError: losses of systems differ.
+    """
+    check_least("--repeats", repeats)
+    rows: list[Row] = []
+    if not set(parts) - {budget.PART}:
+        return rows
+    with scratch_folder("fedmoe-round-") as folder:
+        note(f"{load.shape.name}: writing the model")
+        jobs = RoundJobs.prepare(load, folder)
+        if shares.PART in parts:
+            rows += shares.measure_shares(jobs, note)
+        if overhead.PART in parts:
+            rows += overhead.measure_overhead(replace(jobs, load=replace(short, shape=jobs.load.shape)), repeats, note)
+        if weak.PART in parts:
+            rows += weak.measure_weak(jobs, note)
+    return rows
 
 
-def show(rows: list[Row]) -> Table:
+def run_budget(loads: list[Workload], rounds: int, note: Note) -> list[Row]:
+    """The part about k, for workloads of any shapes; those of one shape share its model."""
+    rows: list[Row] = []
+    for shape in dict.fromkeys(load.shape for load in loads):
+        mine = [load for load in loads if load.shape == shape]
+        with scratch_folder("fedmoe-round-") as folder:
+            write_model(shape, mine[0].seed, folder)
+            rows += budget.measure_budget(mine, folder, rounds, note)
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
     """One line per figure; below the shares of a round, those of its phases."""
     cells = []
     for row in rows:
         cells.append(_cells(row))
-        if row["part"] == round_shares.PART:
+        if row["part"] == shares.PART:
             cells += [_phase(row, name) for name in PHASES]
-    return with_notes(Table(HEADER, cells, [line for row in rows for line in _lines(row)], WORDS))
+    return Table(HEADER, cells, [line for row in rows for line in _lines(row)], WORDS)
 
 
 def _cells(row: Row) -> list[str]:
-    shares = row["part"] == round_shares.PART
-    evaluation = shown(row, "with_evaluation", share) if shares else ""
-    value = two_digits(1.0) if _is_base(row) else shown(row, "value", share if shares else two_digits)
+    of_shares = row["part"] == shares.PART
+    evaluation = shown(row, "with_evaluation", one_decimal) if of_shares else ""
+    value = two_digits(1.0) if _is_base(row) else shown(row, "value", one_decimal if of_shares else two_digits)
     met = "" if row["target"] is None else decide([run_of(row, "value")], lambda value: _reached(row, value))
     return [*[row[name] for name in WORDS], value, evaluation, _target(row), met]
 
 
 def _is_base(row: Row) -> bool:
     """What the others are compared with: its ratio is one by definition."""
-    return bool(row["system"] == round_weak.ALONE or row.get("against") == row["system"])
+    return bool(row["system"] == weak.ALONE or row.get("against") == row["system"])
 
 
 def _reached(row: Row, value: float) -> bool:
-    if row["part"] == round_budget.PART:
-        return abs(value - 1.0) <= round_budget.TOLERANCE
+    if row["part"] == budget.PART:
+        return abs(value - 1.0) <= budget.TOLERANCE
     limit = float(row["target"])
-    if row["part"] == round_weak.PART:
+    if row["part"] == weak.PART:
         return value >= limit
     return value <= limit
 
@@ -99,52 +123,40 @@ def _reached(row: Row, value: float) -> bool:
 def _target(row: Row) -> str:
     if row["target"] is None:
         return ""
-    if row["part"] == round_budget.PART:
-        return f"1 +- {round_budget.TOLERANCE:.2f}"
-    form = share if row["part"] == round_shares.PART else two_digits
-    return f"{'>=' if row['part'] == round_weak.PART else '<='} {form(row['target'])}"
+    if row["part"] == budget.PART:
+        return f"1 +- {budget.TOLERANCE:.2f}"
+    form = one_decimal if row["part"] == shares.PART else two_digits
+    return f"{'>=' if row['part'] == weak.PART else '<='} {form(row['target'])}"
 
 
 def _phase(row: Row, name: str) -> list[str]:
     """One phase of a round; without evaluation, evaluation has no share."""
     cells = []
-    for shares, samples in (
+    for figure, samples in (
         ("shares_without_evaluation", "phase_samples"),
         ("shares", "phase_samples_with_evaluation"),
     ):
-        found = {"value": row[shares][name], "samples": {"value": row.get(samples, {}).get(name)}}
-        cells.append(shown(found, "value", share))
+        found = {"value": row[figure][name], "samples": {"value": row.get(samples, {}).get(name)}}
+        cells.append(shown(found, "value", one_decimal))
     without = "" if name == "evaluate" else cells[0]
-    return [row["part"], row["shape"], row["system"], round_shares.NAMES[name], without, cells[1], "", ""]
+    return [row["part"], row["shape"], row["system"], shares.NAMES[name], without, cells[1], "", ""]
 
 
-def _lines(row: Row) -> list[str]:
+def _lines(row: Row) -> Iterator[str]:
     """Sentences about a row: the absolute figures behind its ratio."""
     head = f"{row['shape']}: {row['system']}"
-    if row["part"] == round_shares.PART:
-        return [
+    if row["part"] == shares.PART:
+        yield (
             f"{head}: a round of {row['clients']} clients x {row['steps']} steps takes {row['round_s']:.2f} s, "
-            f"{share(row['shares']['evaluate'])} of it evaluation, which is left out of the shares beside it"
-        ]
-    if row["part"] == round_budget.PART:
+            f"{one_decimal(row['shares']['evaluate'])} of it evaluation, which is left out of the shares beside it"
+        )
+    if row["part"] == budget.PART:
         where = f"{row['shape']}: {row['sequences']} x {row['length']} tokens"
         times = shown(row, "time_ratio", two_digits)
-        return [f"{where}: k 1 takes {times} of the time of k {row['top_k']}, {row['flops_ratio']:.2f} of its FLOPs"]
+        yield f"{where}: k 1 takes {times} of the time of k {row['top_k']}, {row['flops_ratio']:.2f} of its FLOPs"
     if "of_machine" in row:
-        return [f"{head}: {row['of_machine']:.2f} of what the machine has for two processes"]
-    return []
+        yield f"{head}: {row['of_machine']:.2f} of what the machine has for two processes"
 
 
-def share(value: float) -> str:
-    """One digit more than in other tables: shares are small."""
-    return f"{100 * value:.1f} %"
-
-
-ABOUT = (
-    "Whole rounds of real runs of launch/train.py, from one round event of metrics.jsonl to the next, without the first. The "
-    "floor of a round is its passes and optimizer steps; that of a federated run is a centralised one of the same tokens. "
-    "*Value* leaves evaluation out, which is a setting; *with evaluation* has the shares of a round with the default one."
-)
-COMMAND = Command(
-    "round", "where the time of whole rounds goes, and what being federated costs", options, run, show, about=ABOUT
-)
+HELP = "where the time of whole rounds goes, and what being federated costs"
+COMMAND = Command("round", HELP, OPTIONS, run, table=table, about=ABOUT)

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.bench.harness.checks import check_least
 from fedmoe_ds.bench.harness.jobs import run_job
-from fedmoe_ds.bench.harness.shapes import Shape, write_model
+from fedmoe_ds.bench.harness.shapes import Shape, check_positions, write_with_tokenizer
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.data import stdlib
-from fedmoe_ds.data.tokenizer import BYTES, train_tokenizer
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.machine import machine_facts
 from fedmoe_ds.studies.scaling.measured import timed_rounds
 
 TRAINING = ("passes", "optimizer")
@@ -28,8 +27,6 @@ PHASES = (*WAVE, "fold", "aggregate", "schedule", "checkpoint", "other", "evalua
 
 _QUIET = {"every": 1_000_000, "max_sequences": 1, "client_sequences": 0}
 _MAX_SAMPLES = 64
-_SPECIAL = 2
-SMALLEST_VOCABULARY = BYTES + _SPECIAL
 
 Sections = Mapping[str, dict[str, Any]]
 """Keys of a configuration by section."""
@@ -49,17 +46,15 @@ class RoundWorkload:
 
     def __post_init__(self) -> None:
         for name, least in (("clients", 1), ("steps", 1), ("sequences", 1), ("length", 8), ("rounds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}: {getattr(self, name)}: too small; use {least} or more")
-        if self.length > 512:
-            raise UserError(f"--length: {self.length}: the measured models have 512 positions; use 512 or less")
+            check_least(f"--{name}", getattr(self, name), least)
+        check_positions(self.length)
         if self.sequences > _MAX_SAMPLES // 2:
             raise UserError(f"--sequences: {self.sequences}: a client has {_MAX_SAMPLES}; use {_MAX_SAMPLES // 2} or less")
 
     def facts(self) -> Row:
-        """What every row says about the workload and the machine."""
+        """What every row says about the workload."""
         names = ("clients", "steps", "sequences", "length", "rounds", "seed")
-        return {**{name: getattr(self, name) for name in names}, **self.shape.facts(), **machine_facts()}
+        return {**{name: getattr(self, name) for name in names}, **self.shape.facts()}
 
 
 @dataclass(frozen=True)
@@ -100,12 +95,9 @@ class RoundJobs:
 
         The vocabulary of the tiny shape is raised to that of a tokenizer of bytes.
         """
-        shape = replace(load.shape, vocab=max(load.shape.vocab, SMALLEST_VOCABULARY))
-        jobs = cls(replace(load, shape=shape), folder)
-        write_model(shape, load.seed, jobs.model)
         texts = [document.text for document in stdlib.split(stdlib.documents())[0]]
-        train_tokenizer(texts, shape.vocab).save_pretrained(jobs.model)
-        return jobs
+        shape = write_with_tokenizer(load.shape, load.seed, folder / "model", texts)
+        return cls(replace(load, shape=shape), folder)
 
     @property
     def model(self) -> Path:
@@ -124,7 +116,7 @@ class RoundJobs:
             "output": str(self.folder / "runs"),
             "seed": load.seed,
             "foundation": {"path": str(self.model), "cache": str(self.folder / "cache")},
-            "federation": {"rounds": load.rounds + 1},
+            "federation": {"rounds": load.rounds + 1},  # the first one is not timed
             "local": {"steps": load.steps, "batch_size": load.sequences},
             "data": {"sequence_length": load.length, "max_samples": _MAX_SAMPLES, "partition": {"clients": load.clients}},
             "execution": {"reproducible": "fast"},

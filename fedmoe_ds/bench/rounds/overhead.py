@@ -10,17 +10,17 @@ are random, and its losses are compared with ours before it is timed.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmoe_ds.bench.harness.process import Worker, workers
-from fedmoe_ds.bench.harness.repeats import paired
-from fedmoe_ds.bench.harness.system import OURS, PEER_PREFIX
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.program import Program, workers
+from fedmoe_ds.bench.harness.repeats import make_row, paired
+from fedmoe_ds.bench.harness.system import OURS, PEER_PREFIX, check_agreement
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
 from fedmoe_ds.bench.rounds.jobs import RoundJobs
-from fedmoe_ds.bench.wave.measure import check_agreement
+from fedmoe_ds.bench.wave.measure import WORKER, open_at_once
 
 PART = "overhead"
 TARGET = 1.15
@@ -30,8 +30,6 @@ METHODS = {OURS: "fedit", f"{OURS} flame": "flame", CENTRALISED: "centralised", 
 FEDERATED = tuple(METHODS)[:2]
 CENTRALISED_BASES = {CENTRALISED: "a centralised run's", WHOLE_WAVES: "that of one with a wave's batches"}
 PEER = f"{PEER_PREFIX}grouped_mm"
-
-Note = Callable[[str], None]
 
 
 @dataclass
@@ -56,7 +54,7 @@ def measure_overhead(jobs: RoundJobs, repeats: int, note: Note) -> list[Row]:
     """One row per system, in times of the centralised run."""
     costs = {system: Cost() for system in (*METHODS, PEER)}
     name = jobs.load.shape.name
-    with workers([PEER]) as running:
+    with workers(WORKER, [PEER]) as running:
         peer = running[PEER]
         note(f"{name}: {PART}: {PEER}: loading, agreement of losses")
         open_peer(peer, jobs)
@@ -88,23 +86,17 @@ def _row(jobs: RoundJobs, costs: dict[str, Cost], system: str, base: str) -> Row
     """Medians. `round_s` is for the tokens of a whole round, whatever the system was timed on."""
     load, cost = jobs.load, costs[system]
     ratios, federated = paired(cost.seconds, costs[base].seconds), system in FEDERATED
-    return {
+    facts = {
         "part": PART,
-        "shape": load.shape.name,
-        "system": system,
         "figure": f"{METHODS.get(system, 'one adapter')}: time over {CENTRALISED_BASES[base]}",
-        "value": statistics.median(ratios),
         "target": TARGET if federated else None,
-        "samples": {"value": ratios},
         "against": base,
         "round_s": cost.median * load.clients * load.steps * load.sequences * load.length,
         "token_seconds": cost.seconds,
         "round_tokens": cost.tokens,
         "tokens_per_s": 1.0 / cost.median,
-        "peak_mib": cost.peak_mib,
-        "floor_share": None,
-        **load.facts(),
     }
+    return make_row(load.shape.name, system, cost.peak_mib, {"value": ratios}, **facts, **load.facts())
 
 
 def _run(jobs: RoundJobs, system: str, turn: int, cost: Cost) -> None:
@@ -119,6 +111,7 @@ def _run(jobs: RoundJobs, system: str, turn: int, cost: Cost) -> None:
 
 
 def _everybody(jobs: RoundJobs) -> dict[str, Any]:
+    # One more than is timed: the first one warms up.
     return {"rounds": jobs.load.rounds + 1, "tiers": [{"top_k": jobs.load.shape.top_k, "share": 1.0}]}
 
 
@@ -128,18 +121,15 @@ def peer_workload(jobs: RoundJobs) -> Workload:
     return Workload(load.shape, load.steps, load.sequences, load.length, load.seed, caps=(load.shape.top_k,))
 
 
-def open_peer(peer: Worker, jobs: RoundJobs) -> None:
+def open_peer(peer: Program, jobs: RoundJobs) -> None:
     """Load the peer, and our trainer beside it for a comparison of what they compute. Raises DisagreementError."""
-    request = {"folder": str(jobs.model), "workload": peer_workload(jobs).to_json()}
-    with workers([OURS]) as running:
+    workload = peer_workload(jobs)
+    with workers(WORKER, [OURS]) as running:  # ours ends with the comparison: nothing shall idle beside timed runs
         both = {OURS: running[OURS], PEER: peer}
-        for system, worker in both.items():
-            worker.send(do="open", system=system, **request)
-        for worker in both.values():
-            worker.receive()
-        check_agreement({name: worker.ask(do="train", stage="warm-up")["losses"] for name, worker in both.items()})
+        open_at_once(jobs.model, {name: (program, workload) for name, program in both.items()})
+        check_agreement({name: program.ask(do="train", stage="warm-up")["losses"] for name, program in both.items()})
 
 
-def _train_peer(peer: Worker, jobs: RoundJobs, cost: Cost) -> None:
+def _train_peer(peer: Program, jobs: RoundJobs, cost: Cost) -> None:
     seconds, tokens = peer.ask(do="train", stage="timed")["time"]["wall"], peer_workload(jobs).tokens
     cost.add([seconds / tokens], [tokens], peer.ask(do="peak"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.repeats import make_row
 from fedmoe_ds.bench.harness.system import BITWISE, OURS
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.rounds.jobs import PHASES, TRAINING, RoundJobs, Timed, medians
@@ -26,8 +27,6 @@ NAMES = {
 }
 MODES = {"fast": OURS, "bitwise": BITWISE}
 
-Note = Callable[[str], None]
-
 
 def measure_shares(jobs: RoundJobs, note: Note) -> list[Row]:
     """One row per mode; shares of a round with the default evaluation, and without any."""
@@ -43,30 +42,23 @@ def measure_shares(jobs: RoundJobs, note: Note) -> list[Row]:
 def shares_row(jobs: RoundJobs, system: str, done: Timed) -> Row:
     """A row from the median phases of the timed rounds; what a round has beside training is counted without evaluation."""
     spent = medians(done.rounds)
-    with_all, without = shares(spent), shares({**spent, "evaluate": 0.0})
     alone = [shares({**one.phases, "evaluate": 0.0}) for one in done.rounds]
     whole = [shares(one.phases) for one in done.rounds]
     samples = {"value": [_outside(one) for one in alone], "with_evaluation": [_outside(one) for one in whole]}
     samples["evaluation"] = [one["evaluate"] for one in whole]
-    return {
+    facts = {
         "part": PART,
-        "shape": jobs.load.shape.name,
-        "system": system,
         "figure": "everything but forward, backward and optimizer",
-        **{figure: statistics.median(found) for figure, found in samples.items()},
         "target": TARGET,
-        "samples": samples,
         "phase_samples": {name: [one[name] for one in alone] for name in PHASES},
         "phase_samples_with_evaluation": {name: [one[name] for one in whole] for name in PHASES},
-        "shares": with_all,
-        "shares_without_evaluation": without,
+        "shares": shares(spent),
+        "shares_without_evaluation": shares({**spent, "evaluate": 0.0}),
         "phase_seconds": spent,
         "round_s": statistics.median(one.seconds for one in done.rounds),
         "tokens_per_s": 1.0 / statistics.median(done.token_seconds()),
-        "peak_mib": done.peak_mib,
-        "floor_share": None,
-        **jobs.load.facts(),
     }
+    return make_row(jobs.load.shape.name, system, done.peak_mib, samples, **facts, **jobs.load.facts())
 
 
 def _outside(found: dict[str, float]) -> float:

@@ -8,22 +8,21 @@ at the same time and know nothing of each other.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 
-from fedmoe_ds.bench.harness.process import Worker, workers
-from fedmoe_ds.bench.harness.repeats import paired
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.program import Program, ask_at_once, workers
+from fedmoe_ds.bench.harness.repeats import make_row, paired
 from fedmoe_ds.bench.harness.system import OURS
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
 from fedmoe_ds.bench.rounds.jobs import RoundJobs, Timed
+from fedmoe_ds.bench.wave.measure import WORKER, open_at_once
 
 PART = "weak"
 TARGET = 0.9
 RANKS = 2
 TURNS = 2
 ALONE, STRANGERS = f"{OURS}, 1 rank", f"{RANKS} unrelated processes"
-
-Note = Callable[[str], None]
 
 
 def measure_weak(jobs: RoundJobs, note: Note) -> list[Row]:
@@ -61,40 +60,30 @@ def weak_rows(jobs: RoundJobs, alone: Timed, together: Timed, machine: list[floa
 
 def _row(jobs: RoundJobs, system: str, ranks: int, values: list[float], token_seconds: list[float] | None, peak: float) -> Row:
     samples = {"value": values} | ({"tokens_per_s": [1.0 / one for one in token_seconds]} if token_seconds else {})
-    return {
+    facts = {
         "part": PART,
-        "shape": jobs.load.shape.name,
-        "system": system,
         "figure": f"{ranks} ranks: tokens/s per rank over one rank's",
-        "value": statistics.median(values),
         "target": None,
-        "samples": samples,
-        "tokens_per_s": statistics.median(samples["tokens_per_s"]) if token_seconds else None,
-        "peak_mib": peak,
-        "floor_share": None,
         "ranks": ranks,
         **jobs.load.facts(),
         "clients": jobs.load.clients * ranks,
     }
+    return make_row(jobs.load.shape.name, system, peak, samples, **facts)
 
 
 def machine_efficiency(jobs: RoundJobs, rounds: int = 4) -> tuple[list[float], float]:
     """(time of a wave alone over that of two at once in alternating rounds, peak MiB)."""
     load = jobs.load
     workload = Workload(load.shape, min(load.steps, 4), load.sequences, load.length, load.seed)
-    with workers(["first", "second"]) as running:
+    with workers(WORKER, ["first", "second"]) as running:
+        open_at_once(jobs.model, {name: (program, workload) for name, program in running.items()}, OURS)
         both = list(running.values())
-        for worker in both:
-            worker.send(do="open", system=OURS, folder=str(jobs.model), workload=workload.to_json())
-        for worker in both:
-            worker.receive()
         _seconds(both, "warm-up")
+        # Alone and together in turn: a ratio is of two waves that are seconds apart.
         ratios = [_seconds(both[:1], "timed") / _seconds(both, "timed") for _ in range(rounds)]
         return ratios, both[0].ask(do="peak")
 
 
-def _seconds(running: list[Worker], stage: str) -> float:
+def _seconds(running: list[Program], stage: str) -> float:
     """Mean wall seconds of waves that start at the same time."""
-    for worker in running:
-        worker.send(do="train", stage=stage)
-    return statistics.fmean(worker.receive()["time"]["wall"] for worker in running)
+    return statistics.fmean(done["time"]["wall"] for done in ask_at_once(running, do="train", stage=stage))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from fedmoe_ds.bench.harness.inputs import in_order, load_bare, whole_client
 from fedmoe_ds.bench.harness.system import Clock, Outcome
 from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig
@@ -17,8 +16,6 @@ from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
 from fedmoe_ds.federation.run_spec import resolve_spec
-from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.methods import method_for
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.dispatcher import Pool
@@ -35,7 +32,7 @@ class Fused:
         keep_freed_memory()  # as every training run does
         device = torch.device(workload.device)
         self.workload = workload
-        foundation = _foundation(folder, workload)
+        foundation = load_bare(folder, workload.dtype, workload.device)
         config = _config(workload, bitwise)
         self.spec = spec = resolve_spec(config, method_for(config), workload.device, foundation.outline)
         experts, clients = workload.shape.experts, len(workload.caps)
@@ -55,7 +52,7 @@ class Fused:
     def train(self, stage: str) -> Outcome:
         load = self.workload
         count = load.stage_steps(stage) * load.sequences
-        clients = [Client(i, f"c{i}", cap, count, count, count * load.length, cap) for i, cap in enumerate(load.caps)]
+        clients = [whole_client(i, cap, count, load.length) for i, cap in enumerate(load.caps)]
         data = {client.index: self._sequences(stage, client) for client in clients}
         clock = Clock(load.device)
         updates = [update for _, update in self.trainer.train([clients], 0, self.start, {}, data.__getitem__)]
@@ -65,14 +62,7 @@ class Fused:
         return Outcome(span, losses, [update.counts_LE.tolist() for update in updates])  # type: ignore[arg-type]
 
     def _sequences(self, stage: str, client: Client) -> Sequences:
-        """The client's data laid out so that its addressed shuffling brings them up in the workload's order."""
-        order = np.concatenate(local_batches(client, self.local, self.workload.seed, 0))
-        ids = self.workload.token_ids(stage, client.index).reshape(len(order), -1)
-        stored = np.empty_like(ids)
-        stored[order] = ids
-        mask = np.ones(ids.shape, dtype=bool)
-        mask[:, 0] = False
-        return Sequences(list(stored), list(mask))
+        return in_order(self.workload.token_ids(stage, client.index), client, self.local, self.workload.seed)
 
 
 def _config(load: Workload, bitwise: bool) -> Config:
@@ -85,20 +75,4 @@ def _config(load: Workload, bitwise: bool) -> Config:
         local=local,
         execution=ExecutionConfig(reproducible="bitwise" if bitwise else "fast"),
         method=MethodConfig(name="fedit"),
-    )
-
-
-def _foundation(folder: Path, workload: Workload) -> Foundation:
-    shape = workload.shape
-    model, layers = load_model(folder, getattr(torch, workload.dtype), 1, 0, torch.device(workload.device))
-    return Foundation(
-        model=model,
-        tokenizer=None,
-        layers=layers,
-        top_k=shape.top_k,
-        num_experts=shape.experts,
-        hidden_size=shape.hidden,
-        vocab_size=shape.vocab,
-        fingerprint="",
-        path=folder,
     )

@@ -2,67 +2,43 @@
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fedmoe_ds.bench.harness.process import Worker, workers
-from fedmoe_ds.bench.harness.repeats import paired
-from fedmoe_ds.bench.harness.shapes import find_shape, write_model
-from fedmoe_ds.bench.harness.system import BITWISE, FLOOR, OURS, PEER_PREFIX, Timing
+from fedmoe_ds.bench.harness.checks import check_least
+from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.bench.harness.process import scratch_folder
+from fedmoe_ds.bench.harness.program import Program, workers
+from fedmoe_ds.bench.harness.repeats import make_row, paired
+from fedmoe_ds.bench.harness.shapes import write_model
+from fedmoe_ds.bench.harness.system import AGREEMENT, FLOOR, OURS, Timing, check_agreement
 from fedmoe_ds.bench.harness.table import Row
-from fedmoe_ds.bench.harness.workload import AGREEMENT, Workload
-from fedmoe_ds.bench.wave.peft import IMPLEMENTATIONS
-from fedmoe_ds.errors import UserError, nearest
-from fedmoe_ds.machine import machine_facts
+from fedmoe_ds.bench.harness.workload import Workload
 
+WORKER = "fedmoe_ds.bench.wave.worker"
 SLOW_S = 45.0
 """A peer whose warm-up takes longer is not timed again: that much work needs no repetition."""
 _SHARDS = {"cpu": "100MB", "cuda": "5GB"}
-MODES = {"fast": [OURS], "bitwise": [BITWISE], "both": [OURS, BITWISE]}
 
-Note = Callable[[str], None]
 Spans = dict[str, list[Timing]]
-
-
-class DisagreementError(Exception):
-    """Two systems do not compute the same thing, so their speeds must not be compared."""
-
-
-def system_names(mode: str, peers: list[str]) -> list[str]:
-    """The systems of a run, ours first. Raises UserError for an unknown mode or peer."""
-    if mode not in MODES:
-        raise UserError(f"--mode: {mode}: unknown mode{nearest(mode, MODES)}")
-    for peer in peers:
-        if peer not in IMPLEMENTATIONS:
-            raise UserError(f"--peers: {peer}: unknown experts implementation{nearest(peer, IMPLEMENTATIONS)}")
-    return [*MODES[mode], *(PEER_PREFIX + peer for peer in dict.fromkeys(peers))]
 
 
 def run_wave(workloads: list[Workload], systems: list[str], rounds: int, note: Note) -> list[Row]:
     """Measure all workloads. Raises UserError, or DisagreementError when losses differ."""
-    if rounds < 1:
-        raise UserError(f"--rounds: {rounds}: too small; use 1 or more")
+    check_least("--rounds", rounds)
     rows = []
     for workload in workloads:
-        with tempfile.TemporaryDirectory(prefix="fedmoe-bench-") as folder:
-            write_model(workload.shape, workload.seed, Path(folder), _SHARDS[workload.device], workload.dtype)
-            rows += _measure(Path(folder), workload, systems, rounds, note)
+        with scratch_folder() as folder:
+            write_model(workload.shape, workload.seed, folder, _SHARDS[workload.device], workload.dtype)
+            rows += _measure(folder, workload, systems, rounds, note)
     return rows
 
 
-def make_workloads(shapes: list[str], sequences: list[int], **settings: Any) -> list[Workload]:
-    """One workload per shape name and number of sequences in a step."""
-    counts = dict.fromkeys(sequences)
-    return [Workload(find_shape(name), sequences=n, **settings) for name in dict.fromkeys(shapes) for n in counts]
-
-
 def _measure(folder: Path, workload: Workload, systems: list[str], rounds: int, note: Note) -> list[Row]:
-    with workers([*systems, FLOOR], workload.device) as running:
+    with workers(WORKER, [*systems, FLOOR], workload.device) as running:
         spans: Spans = {name: [] for name in (*systems, FLOOR)}
         _warm_up(folder, workload, {name: running[name] for name in systems}, spans, note)
+        # Systems take turns: a machine that becomes slower slows all of them, and ratios within a round stay.
         quick = [name for name in systems if not spans[name]]
         for turn in range(rounds):
             note(f"{workload.shape.name}: round {turn + 1} of {rounds}")
@@ -70,7 +46,7 @@ def _measure(folder: Path, workload: Workload, systems: list[str], rounds: int, 
         return _rows(workload, spans, {name: running[name] for name in systems})
 
 
-def _warm_up(folder: Path, workload: Workload, running: dict[str, Worker], spans: Spans, note: Note) -> None:
+def _warm_up(folder: Path, workload: Workload, running: dict[str, Program], spans: Spans, note: Note) -> None:
     """Load every system and compare what they compute; a slow one has its measurement with that."""
     losses: dict[str, list[tuple[float, float]]] = {}
     for name, worker in running.items():
@@ -83,71 +59,42 @@ def _warm_up(folder: Path, workload: Workload, running: dict[str, Worker], spans
     check_agreement(losses, AGREEMENT[workload.dtype])
 
 
-def _round(running: dict[str, Worker], floor: Worker, workload: Workload, spans: Spans) -> None:
+def _round(running: dict[str, Program], floor: Program, workload: Workload, spans: Spans) -> None:
     """One timed wave of every system, and the floor of the same routing."""
     rows_CLE: list[list[list[int]]] = []
     for name, worker in running.items():
         outcome = worker.ask(do="train", stage="timed")
         spans[name].append(Timing(**outcome["time"]))
         rows_CLE = outcome["rows"] or rows_CLE
+    # The floor multiplies what our wave has routed, so it comes last, and is opened when that is known.
     if not spans[FLOOR]:
         floor.ask(do="open", workload=workload.to_json(), rows=rows_CLE)
-        floor.ask(do="measure")
+        floor.ask(do="measure")  # its first products touch fresh memory
     spans[FLOOR].append(Timing(**floor.ask(do="measure")))
 
 
-def check_agreement(losses: dict[str, list[tuple[float, float]]], tolerance: float = AGREEMENT["float32"]) -> None:
-    """Every system's losses per client, at the first and at the last warm-up step, equal those of the first system.
-
-    The first loss compares the forward pass, the last one gradients and optimizer as well. Differences are relative above 1:
-    AdamW's first step turns rounding noise in tiny gradients into steps of full size.
-    """
-    reference = next(iter(losses))
-    for name, found in losses.items():
-        assert len(found) == len(losses[reference])
-        for client, (ours, theirs) in enumerate(zip(losses[reference], found, strict=True)):
-            gaps = [abs(a - b) / max(1.0, abs(a)) for a, b in zip(ours, theirs, strict=True)]
-            if not all(gap <= tolerance for gap in gaps):  # nan fails as well
-                raise DisagreementError(
-                    f"client {client}: {reference} has the losses {ours}, {name} has {theirs} (first and last warm-up step); "
-                    f"they differ by more than {tolerance:.0e}: not the same computation"
-                )
+def open_at_once(folder: Path, opened: Mapping[str, tuple[Program, Workload]], system: str | None = None) -> None:
+    """Load systems by name in their processes at the same time; `system` where the names are not those of systems."""
+    for name, (program, workload) in opened.items():
+        program.send(do="open", system=system or name, folder=str(folder), workload=workload.to_json())
+    for program, _ in opened.values():
+        program.receive()
 
 
-def _rows(workload: Workload, spans: Spans, running: dict[str, Worker]) -> list[Row]:
+def _rows(workload: Workload, spans: Spans, running: dict[str, Program]) -> list[Row]:
     wall = {name: [span.wall for span in found] for name, found in spans.items()}
     cpu = {name: [span.cpu for span in found] for name, found in spans.items()}
     ours, floor = next(iter(running)), cpu if workload.device == "cpu" else wall
-    facts = {**workload.shape.facts(), **machine_facts()}
-    wave = {
-        "clients": len(workload.caps),
-        "caps": list(workload.caps),
-        "sequences": workload.sequences,
-        "length": workload.length,
-        "steps": workload.steps,
-        "seed": workload.seed,
-        "dtype": workload.dtype,
-        "device": workload.device,
-        "kernels": workload.kernels,
-        "tokens": workload.tokens,
-    }
     rows = []
-    for name, worker in running.items():
+    for name, program in running.items():
         samples = {
             "tokens_per_s": [workload.tokens / seconds for seconds in wall[name]],
             "floor_share": paired(floor[FLOOR], floor[name]),
             "ratio": paired(wall[name], wall[ours]),
             "cpu_ratio": paired(cpu[name], cpu[ours]),
         }
-        row = {
-            "shape": workload.shape.name,
-            "system": name,
-            "peak_mib": worker.ask(do="peak"),
-            **{figure: statistics.median(found) for figure, found in samples.items()},
-            "samples": samples,
-            "wall_seconds": wall[name],
-            "cpu_seconds": cpu[name],
-            "floor_cpu_seconds": cpu[FLOOR],
-        }
-        rows.append({**row, **wave, **facts})
+        seconds = {"wall_seconds": wall[name], "cpu_seconds": cpu[name], "floor_cpu_seconds": cpu[FLOOR]}
+        kinds = {"dtype": workload.dtype, "device": workload.device, "kernels": workload.kernels}
+        peak = program.ask(do="peak")
+        rows.append(make_row(workload.shape.name, name, peak, samples, **seconds, **workload.facts(), **kinds))
     return rows

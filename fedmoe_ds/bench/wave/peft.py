@@ -22,7 +22,6 @@ from fedmoe_ds.bench.harness.workload import Workload
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import available_mib
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 _MODULES = {"gate_up_proj": "experts.gate_up", "down_proj": "experts.down"}
 _LORA = re.compile(r".*layers\.(\d+)\.(?:self_attn\.(\w+)|(mlp\.experts)(\.base_layer)?)\.(lora_[AB])\.default\.weight")
 

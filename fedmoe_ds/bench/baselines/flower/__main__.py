@@ -13,7 +13,7 @@ from typing import Any
 from flwr.simulation import run_simulation
 
 from fedmoe_ds.bench.baselines.flower import client, server
-from fedmoe_ds.bench.harness.program import take_channel
+from fedmoe_ds.bench.harness.worker import take_channel
 
 
 def main() -> None:

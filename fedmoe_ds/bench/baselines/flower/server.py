@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedmoe_ds.bench.baselines.flower.client import IMPLEMENTATION
-from fedmoe_ds.bench.harness.program import Request
+from fedmoe_ds.bench.harness.worker import Request
 from fedmoe_ds.bench.harness.workload import Workload
 from fedmoe_ds.bench.wave.peft import Peft
 from fedmoe_ds.machine import peak_mib

@@ -1,25 +1,24 @@
-"""Calibrate rank: one of several real processes that time collectives together. `python -m fedmoe_ds.bench.calibration.rank`.
+"""Child: what calibration measures in processes of their own, alone or on several ranks, see `bench.harness.ranks`.
 
 The calls are those of training: passes of a cluster with its token all-to-alls, the all-reduce of aggregation, the control
-plane. The argument is a folder with the models. Rank 0 prints one JSON line: samples of passes, and for every collective rows
-of [bytes handed over, seconds of one call].
+plane.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fedmoe_ds.bench.calibration.waves import pass_samples_together
+from fedmoe_ds.bench.calibration.kernels import known_units
+from fedmoe_ds.bench.calibration.waves import activation_slack, pass_samples, pass_samples_together, stage_samples, write_models
+from fedmoe_ds.bench.harness.ranks import leave_answer, read_request
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.distributed.collectives import all_reduce_sum
@@ -34,7 +33,7 @@ def timed(runtime: Runtime, action: Callable[[], object], repeats: int) -> float
     """Median seconds of one call, after a few to warm up."""
     for _ in range(5):
         action()
-    runtime.gather(None)
+    runtime.gather(None)  # all ranks start at once
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -43,7 +42,7 @@ def timed(runtime: Runtime, action: Callable[[], object], repeats: int) -> float
     return statistics.median(seconds)
 
 
-def measure(runtime: Runtime) -> dict[str, list[tuple[int, float]]]:
+def collectives(runtime: Runtime) -> dict[str, list[tuple[int, float]]]:
     size = runtime.world_size
     group, _ = process_groups.create_groups(size)
     found: dict[str, list[tuple[int, float]]] = {"all_reduce": [], "control": []}
@@ -64,16 +63,29 @@ def passes(runtime: Runtime, folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {"together": [asdict(sample) for sample in together], "apart": [asdict(sample) for sample in apart]}
 
 
-def _number(value: Any) -> float:
-    assert isinstance(value, np.number), type(value)
-    return float(value)
+def cluster(folder: str) -> dict[str, Any]:
+    """Samples of passes, and for every collective rows of (bytes handed over, seconds of one call)."""
+    runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu"), 1)
+    return {**passes(runtime, Path(folder)), **collectives(runtime)}
+
+
+def alone() -> dict[str, Any]:
+    """Passes and stages of a round, and units that are known by themselves."""
+    samples, known = pass_samples(), known_units()
+    return {"samples": [asdict(sample) for sample in samples], "stages": stage_samples(), "known": known}
+
+
+PARTS: dict[str, Callable[..., Any]] = {
+    "models": lambda folder: write_models(Path(folder)),
+    "cluster": cluster,
+    "waves": alone,
+    "slack": activation_slack,
+}
 
 
 def main() -> int:
-    runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu"), 1)
-    found: dict[str, Any] = {**passes(runtime, Path(sys.argv[1])), **measure(runtime)}
-    if runtime.is_main:
-        sys.stdout.write(json.dumps(found, default=_number) + "\n")
+    request = read_request()
+    leave_answer(PARTS[request.pop("part")](**request), int(os.environ.get("RANK", "0")))
     return 0
 
 

@@ -1,8 +1,0 @@
-"""The subcommands of launch/bench.py that measure nothing themselves, one file each."""
-
-from __future__ import annotations
-
-from fedmoe_ds.bench.harness.command import Report
-from fedmoe_ds.bench.results import everything, page, targets_command
-
-REPORTS: dict[str, Report] = {module.REPORT.name: module.REPORT for module in (page, targets_command, everything)}
