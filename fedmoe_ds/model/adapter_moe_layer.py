@@ -34,6 +34,7 @@ class SelectedSoftmax:
     num_expert_groups: int | None = None
     num_limited_groups: int | None = None
     score_func: str = "softmax"
+    # Softmax over all, divided by the sum of the selected ones, is the softmax over the selected logits: g_m of the legend.
     route_norm: bool = True
     route_scale: float = 1.0
     group_score_func: str = "max"
@@ -49,11 +50,13 @@ class AdapterMoELayer(nn.Module):
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         run, bank = self.execution.running(), self.execution.bank
+        # A dense model has no router to freeze, so this one is always in the bank and always trained.
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
         logits_TE = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments).flatten(0, -2)
         routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, run.allowed_TE)
         record_routing(self.execution, self.layer, routing, logits_TE)
         y_TD = routed_forward(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts())
+        # The rescaler covers the adapters' sum alone: while V is zero, the layer is the foundation's whatever s_i is.
         frozen_BSD: Tensor = self.frozen(hidden_BSD)
         return frozen_BSD + rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
 
