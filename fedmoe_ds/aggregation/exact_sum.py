@@ -1,4 +1,4 @@
-"""Sums whose result does not depend on the order of their terms, whatever the size of the weights.
+"""Exact sums, whose result does not depend on the order of their terms, whatever the size of the weights.
 
 Legend: head the axes that have a weight of their own ([L, E] or [L]), item the axes that share one. A row is what shares one.
 

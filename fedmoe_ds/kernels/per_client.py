@@ -5,7 +5,7 @@ Legend: B sequences, S positions, D input width, O output width, C client slots.
 A pass holds the rows of one client or of several, one contiguous segment of sequences each. The functions here run one product
 per segment and add parameter gradients straight into the bank: no autograd leaf per client, no zero gradients for clients that
 are not in the pass. Sums over a client's rows run in row order, so that the rows of padding, whose gradients are zero and whose
-number depends on who else is in the pass, leave no trace.
+number depends on who else is in the pass, change no bit.
 """
 
 from __future__ import annotations

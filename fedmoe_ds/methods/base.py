@@ -1,4 +1,4 @@
-"""What a method is: a handful of pure functions, and a few words on what it needs.
+"""Base of all methods, and what a method is: a handful of pure functions, and a few words on what it needs.
 
 Legend: L layers, E experts of the model, R adapter rank.
 

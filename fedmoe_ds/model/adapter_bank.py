@@ -1,4 +1,4 @@
-"""Bank: every trainable of every client in flight, stacked.
+"""Adapter bank: every trainable of every client in flight, stacked.
 
 Legend: L layers, E experts held by this rank, C clients in flight, R adapter rank.
 

@@ -1,4 +1,4 @@
-"""The layer in the place of a dense model's feed-forward block: the frozen block, and a pool of adapter experts beside it.
+"""Adapter MoE layer: a dense model's frozen feed-forward block, and a pool of adapter experts whose output is added to its.
 
 Legend: B sequences, S positions, T = B * S token rows, D model width, E experts.
 
@@ -42,7 +42,7 @@ class SelectedSoftmax:
 
 
 class AdapterMoELayer(nn.Module):
-    """A frozen feed-forward block with every client's adapter experts beside it."""
+    """A frozen feed-forward block, to whose output every client's adapter experts are added."""
 
     def __init__(self, frozen: nn.Module, layer: int, rule: SelectedSoftmax, execution: Execution) -> None:
         super().__init__()

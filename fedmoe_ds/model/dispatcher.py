@@ -1,4 +1,4 @@
-"""Dispatch: routed rows travel to the ranks that hold their experts, and back.
+"""Dispatcher: routed rows travel to the ranks that hold their experts, and back.
 
 Legend: T token rows at home, N routed rows, D model width, E experts of the model, P expert-parallel ranks, S client segments
 of a pass.

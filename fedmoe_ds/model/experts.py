@@ -1,4 +1,4 @@
-"""The expert feed-forward: frozen base plus per-(client, expert) LoRA, or whole weights per client; forward and backward.
+"""Experts, their feed-forward: frozen base plus per-(client, expert) LoRA, or whole weights per client; forward and backward.
 
 Legend: N rows (token, expert slots) sorted by group, E experts of this rank, C clients of the wave, D model width,
 F expert width, R adapter rank.

@@ -1,4 +1,4 @@
-"""The hosted model as clients use it: one pass over a batch, with the negative log-likelihood of every target.
+"""Forward: the hosted model as clients use it, one pass over a batch, with the negative log-likelihood of every target.
 
 Legend: B sequences or images, S positions, D model width, N targets (next tokens, or classes), V vocabulary or classes.
 """

@@ -1,4 +1,4 @@
-"""LoRA on attention projections, one adapter per client.
+"""LoRA attention: adapters on attention projections, one per client.
 
 Legend: B sequences, S positions, T = B * S rows sorted by client, C client slots, D input width, O output width, R adapter
 rank.

@@ -1,4 +1,4 @@
-"""The layer that takes the place of a hosted MoE block: DeepSpeed's expert shard, our routing, dispatch and adapters.
+"""MoE layer, in the place of a hosted MoE block: DeepSpeed's expert shard, our routing, dispatch and adapters.
 
 Legend: B sequences, S positions, T = B * S token rows, D model width, E experts, C client slots.
 """

@@ -1,4 +1,4 @@
-"""Routing with a per-client cap on the number of active experts.
+"""Router: top-k with a per-client cap on the number of active experts.
 
 Legend: T token rows, E experts of the model, K the model's own top-k.
 

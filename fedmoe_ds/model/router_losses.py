@@ -1,4 +1,4 @@
-"""Auxiliary router losses, from raw logits, with padding left out.
+"""Router losses: auxiliary, from raw logits, with padding left out.
 
 Legend: T token rows, E experts, K top-k.
 
