@@ -1,4 +1,4 @@
-"""Sums whose result does not depend on the order of their terms, whatever the size of the weights.
+"""Exact sums, whose result does not depend on the order of their terms, whatever the size of the weights.
 
 Legend: head the axes that have a weight of their own ([L, E] or [L]), item the axes that share one. A row is what shares one.
 
@@ -27,6 +27,7 @@ from fedmoe_ds.kernels.sums import loops_for
 DIGIT_BITS = 48
 ORIGIN = -39
 """The unit of the high digit of window 0 is 2^-39."""
+# Windows of a float32 (2^-149 to 2^128) times a weight (2^-700 to 2^700) lie between -17 and 18, so -64 cannot be one of them.
 EMPTY = -64
 """The window of a row without any term; below all others."""
 MOST_TERMS = 2**16 - 1
@@ -77,17 +78,23 @@ class Sum(ABC):
         if loops is not None:
             loops.fold(self.limbs, self.windows, value, factor)
             return
+        # First the window, then the term: what the sum holds is cut to the new window's digits before anything is added to it.
         self.raise_to(_needed(value, factor))
+        # A power of two scales exactly, so the factor may carry it: the product rounds as it would without.
+        # A row that is still empty takes zeros only; 2^-unit of EMPTY lies beyond float64.
         scale = torch.where(self.windows > EMPTY, factor * power_of_two(-_unit(self.windows)), 0.0)
         scale = _spread(scale, value)
+        # 0 times infinity is NaN: a client without weight must add zero whatever its value has become.
         self._take(torch.where(scale == 0.0, 0.0, value.double()), scale)
 
     def raise_to(self, windows: Tensor) -> None:
         """Let every row's window, int64 [*head], be at least this one."""
         by = windows - self.windows
+        # An empty row has no digits to move.
         rows = (by > 0) & (self.windows > EMPTY)
         if bool(rows.any()):
             self._shift(rows, by)
+        # In place: the windows of all blocks lie in one tensor that the collectives reduce.
         torch.maximum(self.windows, windows, out=self.windows)
 
     def value(self) -> Tensor:
@@ -97,6 +104,7 @@ class Sum(ABC):
 
     def mean(self, weight: Sum, old: Tensor) -> Tensor:
         """float32 [*head, *item]: this sum over `weight`, a sum of [*head]; `old` where that is zero."""
+        # Values and weights have windows of their own; their ratio needs the distance of the two alone.
         apart = torch.where(self.windows > EMPTY, weight.windows - self.windows, 0)
         divisor = weight.scaled() * power_of_two(DIGIT_BITS * apart)
         loops = loops_for(old)
@@ -116,13 +124,17 @@ class ExactSum(Sum):
 
     def _take(self, value: Tensor, factor: Tensor) -> None:
         scaled = value * factor
+        # |scaled| < 2^47 by the choice of the window, so rounding, the difference and the cast are all exact.
         high = scaled.round()
         self.limbs[0] += high.to(torch.int64)
+        # The rest is at most half a unit, so this digit too stays within 2^47. What lies below it is dropped; how much that is
+        # depends on the term alone, hence the same sum in any order.
         self.limbs[1] += ((scaled - high) * 2.0**DIGIT_BITS).round_().to(torch.int64)
 
     def _shift(self, rows: Tensor, by: Tensor) -> None:
         high, low = self.limbs.unbind(0)
         kept = high[rows]
+        # One window up, the high digit becomes the low one and the low one is forgotten; further up both are.
         low[rows] = torch.where(_spread(by[rows] == 1, kept), kept, 0)
         high[rows] = 0
 
@@ -140,12 +152,14 @@ class FloatSum(Sum):
 
     def _shift(self, rows: Tensor, by: Tensor) -> None:
         kept = self.limbs[0][rows]
+        # Scaling by a power of two: exact unless the old sum is too small to count beside the new term.
         self.limbs[0][rows] = (kept * _spread(power_of_two(-DIGIT_BITS * by[rows]), kept)).float()
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
     """2^exponents in float64, of integers: exact, and zero below 2^-1022."""
     assert exponents.dtype == torch.int64
+    # Written into the exponent bits: exact on every device, which a library's pow does not promise.
     return torch.where(exponents < -1022, 0, (exponents.clamp(max=1023) + 1023) << 52).view(torch.float64)
 
 
@@ -155,6 +169,7 @@ def _needed(value: Tensor, factor: Tensor) -> Tensor:
     used = factor != 0.0
     if not bool(largest[used].isfinite().all()):
         raise ArithmeticError("a weighted value is not finite")
+    # frexp gives |x| < 2^e for each factor, so the product is below 2^(sum of exponents): a bound that needs no product.
     exponents = torch.frexp(largest).exponent.long() + torch.frexp(factor).exponent.long()
     return torch.where(used & (largest > 0), (exponents - ORIGIN).div(DIGIT_BITS, rounding_mode="floor"), EMPTY)
 

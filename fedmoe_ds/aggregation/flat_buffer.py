@@ -1,4 +1,4 @@
-"""Flat: sums that travel together lie together.
+"""Flat buffer: sums that travel together lie together.
 
 One allocation holds the tensors of all blocks, one after the other, so that a collective over all of them works in place:
 nothing is packed before it and nothing is copied back after it. Dense blocks come first, because they travel once more than
@@ -39,6 +39,7 @@ class Flat:
         cls, shapes: Sequence[tuple[BlockSpec, tuple[Shape, ...]]], dtype: torch.dtype, device: torch.device | None = None
     ) -> Flat:
         """Room for the tensors of each block, in this order within its kind."""
+        # False sorts before True: dense blocks first. The sort is stable, so blocks of a kind keep their order on every rank.
         ordered = sorted(shapes, key=lambda pair: pair[0].expert)
         counts = [math.prod(shape) for _, each in ordered for shape in each]
         memory = torch.zeros(sum(counts), dtype=dtype, device=device)
@@ -49,6 +50,8 @@ class Flat:
 
     def reduce(self, cluster: Summing, shard: Summing) -> None:
         """Dense sums meet inside the cluster, then ONE sum over the ranks with the same expert shard takes everything."""
+        # A client's dense part is on its home rank alone, so the ranks of a cluster hold sums of different clients until they
+        # meet here. Each then has its cluster's sum, and the second collective counts every cluster once.
         if self.dense.numel():
             cluster.sum(self.dense)
         if self.memory.numel():

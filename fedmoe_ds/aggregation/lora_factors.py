@@ -1,4 +1,4 @@
-"""Collection: every participant's own LoRA factors, for server steps that need more than their mean.
+"""LoRA factors: those of every participant by itself, for server steps that need more than their mean.
 
 Legend: P participants of the round in canonical order, L layers, E experts of this rank, R adapter rank, I and O widths.
 
@@ -47,6 +47,7 @@ class FactorPair:
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """(B [O, PR], A [PR, I]) with the shares on A: their product is sum_k p_k B_k A_k, and is never formed."""
+        # On A alone: on both factors the shares would enter the product squared.
         a_QI = (self.a_PRI * self.share_P.view(-1, 1, 1)).flatten(0, 1)
         return self.b_POR.transpose(0, 1).flatten(1), a_QI
 
@@ -69,6 +70,7 @@ class Collection:
         }
         full = [(spec, ((*heads[spec.name], *spec.item),)) for spec in halves]
         self._flat_factors = Flat.zeros(full, torch.float32, device)
+        # Weights are float64, as methods give them; factors are float32, as clients hold them.
         self._flat_weights = Flat.zeros([(spec, (heads[spec.name],)) for spec in halves], torch.float64, device)
         self.factors = {name: part for name, (part,) in self._flat_factors.parts.items()}
         self.weights = {name: part for name, (part,) in self._flat_weights.parts.items()}
@@ -95,10 +97,12 @@ class Collection:
         for a, b in self.pairs:
             for place in np.ndindex(*self.weights[a.name].shape[1:]):
                 weight_P = self.weights[a.name][(slice(None), *place)]
+                # Nobody took part: the global pair stays, and a share would be 0 / 0.
                 if not bool((weight_P > 0).any()):
                     continue
                 expert = first_expert + place[1] if a.expert else None
                 key = a.key(a.layers[place[0]], expert).removesuffix(".lora_A")
+                # Float64: server steps multiply the factors and decompose the products.
                 a_PRI, b_POR = (self.factors[half.name][(slice(None), *place)].double() for half in (a, b))
                 old_a_RI, old_b_OR = (current[half.name][place].double() for half in (a, b))
                 yield a, b, place, FactorPair(key, a_PRI, b_POR, weight_P, old_a_RI, old_b_OR)

@@ -34,9 +34,11 @@ class RoundSums:
         controls: bool = False,
         device: torch.device | None = None,
     ) -> None:
+        # Factors that are collected are not averaged as well: the mean of A and B would not be used.
         averaged = specs if participants is None else [spec for spec in specs if spec.pair is None]
         self.statistics = Statistics(averaged, experts, exact, device)
         self.collection = None if participants is None else Collection(specs, experts, participants, device)
+        # Sums of their own: control variates weigh 1 / N, whatever the method weighs a client by.
         self.controls = Statistics(specs, experts, exact, device) if controls else None
 
     def add(self, place: int, spec: BlockSpec, value: Tensor, weight: np.ndarray) -> None:
@@ -60,6 +62,7 @@ class RoundSums:
 
     def reduce(self, topology: Topology) -> None:
         """Combine all clusters."""
+        # The same order on all ranks: every part consists of collectives.
         for part in (self.statistics, self.collection, self.controls):
             if part is not None:
                 part.reduce(topology.sum_cluster, topology.sum_shard)

@@ -55,9 +55,11 @@ class ServerOptimizer:
             old, mean: [L, E, *item] or [L, *item].
             trained: bool [L, E] or [L]: where anybody trained.
         """
+        # old + (mean - old) need not round to mean: plain averaging returns the mean's own bits.
         if self.plain:
             return mean
         change = mean.double() - old.double()
+        # Per (layer, expert): a round without a pseudo-gradient is no step, neither for an expert nor for its moments.
         where = trained.view(*trained.shape, *([1] * len(spec.item)))
         direction = self._direction(spec, change, where, banks)
         return torch.where(where, old.double() + self.config.lr * direction, old.double()).float()
@@ -71,12 +73,14 @@ class ServerOptimizer:
             momentum = first.double() * config.beta1 + change
             first.copy_(torch.where(where, momentum, first.double()))
             return momentum
+        # No bias correction: algorithm 2 has none.
         momentum = first.double() * config.beta1 + change * (1.0 - config.beta1)
         first.copy_(torch.where(where, momentum, first.double()))
         second, square = banks[VARIANCE].client(spec.name, 0), change * change
         if config.optimizer == "fedadam":
             variance = second.double() * config.beta2 + square * (1.0 - config.beta2)
         else:
+            # Yogi: v changes by at most (1 - beta2) D^2, so small changes after large ones do not shrink it at once.
             variance = second.double() - (second.double() - square).sign() * square * (1.0 - config.beta2)
         second.copy_(torch.where(where, variance, second.double()))
         return momentum / (variance.sqrt() + config.tau)

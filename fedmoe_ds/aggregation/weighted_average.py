@@ -1,10 +1,10 @@
-"""Statistics: what a round's clients add up to.
+"""Weighted average: what a round's clients add up to, and the mean of it.
 
 Legend: L layers, E experts of this rank, item the shape of one adapter tensor.
 
 A client contributes (weight x value, weight) per (layer, expert) for expert blocks and per block for dense ones. These sums
 merge in any order, so waves, clusters and an interrupted round all combine by addition, once all of them have the same windows
-(`exact.py`): a few bytes per (layer, expert), agreed on before the sums travel. The weighted mean keeps the old global value
+(`exact_sum.py`): a few bytes per (layer, expert), agreed on before the sums travel. The weighted mean keeps the old value
 wherever the weights sum to zero: nobody took part there. A weight says nothing of use: where a method weighs a client by its
 data alone, experts that it never used count as it holds them (weight decay has moved them).
 """
@@ -36,6 +36,7 @@ class Statistics:
     def __init__(self, specs: list[BlockSpec], experts: int, exact: bool, device: torch.device | None = None) -> None:
         kind: type[Sum] = ExactSum if exact else FloatSum
         self.exact = exact
+        # The order of `specs` is the same on all ranks, and so is the layout of what travels.
         self.specs = [spec for spec in specs if spec.trained and not spec.personal]
         self.heads: dict[str, tuple[int, ...]] = {
             spec.name: (len(spec.layers), experts) if spec.expert else (len(spec.layers),) for spec in self.specs
@@ -62,6 +63,7 @@ class Statistics:
         Raises:
             UserError: a weight or a weighted value that no sum can hold.
         """
+        # `~(a <= w <= b)` and not `w < a or w > b`: NaN fails both comparisons and is caught by the first form alone.
         beyond = weight[(weight != 0) & ~((weight >= 2.0**-WEIGHT_BITS) & (weight <= 2.0**WEIGHT_BITS))]
         if beyond.size:
             raise UserError(
@@ -73,15 +75,18 @@ class Statistics:
             self.values[name].add_product(value, factor)
         except ArithmeticError as error:
             raise UserError(f"aggregation: {name}: {error}; lower local.lr") from None
+        # The weights go through the same kind of sum: numerator and denominator are then both free of order.
         self.weights[name].add_product(torch.ones_like(factor, dtype=torch.float32), factor)
 
     def reduce(self, cluster: Summing, shard: Summing) -> None:
         """Combine all clusters, in place: the windows first, then everything in one sum."""
         if cluster.size == shard.size == 1:
             return
+        # Digits of different windows must not be added. A copy travels: the own windows say by how much a sum is to move.
         agreed = self._empty_windows()
         agreed.memory.copy_(self.windows.memory)
         agreed.largest(cluster, shard)
+        # A local decision: nothing below it but the last line is a collective, so ranks may differ here.
         if not torch.equal(agreed.memory, self.windows.memory):
             for name, (of_value, of_weight) in agreed.parts.items():
                 self.values[name].raise_to(of_value[0])

@@ -49,4 +49,5 @@ class Assignment:
 
 def leading(rank: int, full: int) -> np.ndarray | None:
     """The first `rank` of `full` LoRA rows as a mask; None when these are all."""
+    # None and not a mask of ones: a client of full rank then shares the global rows without a masked copy.
     return None if rank >= full else np.arange(full) < rank

@@ -1,4 +1,4 @@
-"""Local steps: which sequences a client trains on, step by step. Known to every rank without reading any data."""
+"""Batches: which sequences a client trains on, step by step. Known to every rank without reading any data."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def local_batches(client: Client, config: LocalConfig, seed: int, round_index: i
     """Sequence indices of every step. Each pass over the data is an addressed permutation; steps run over its boundaries."""
     size, steps = batch_size(client, config), step_count(client, config)
     epochs = math.ceil(steps * size / client.sequences)
+    # Addressed by (round, client, pass), no running stream: a resumed round and any other rank draw the same order.
     order = np.concatenate(
         [generator(seed, "batches", round_index, client.index, e).permutation(client.sequences) for e in range(epochs)]
     )

@@ -51,6 +51,7 @@ def make_clients(data: FederatedData, config: FederationConfig, tiers: list[Tier
     order = np.arange(count)
     if config.assignment == "shuffled":
         order = generator(seed, "tiers").permutation(count)
+    # Every client stands at the middle of its 1 / count; the minimum catches a last bound that rounding leaves below 1.
     tier_of = np.minimum(np.searchsorted(bounds, (np.arange(count) + 0.5) / count), len(tiers) - 1)
     dealt = dict(zip(order.tolist(), (tiers[t] for t in tier_of), strict=True))
     return [
@@ -80,4 +81,5 @@ def tiers_of(clients: Iterable[Client]) -> dict[str, list[Client]]:
 
 def richest(clients: Iterable[Client]) -> Client:
     """The client with the largest budget, the first of them."""
+    # -index: among equal budgets the first client, whatever order they come in.
     return max(clients, key=lambda client: (client.budget, -client.index))

@@ -41,6 +41,7 @@ class ClientView:
     def blocks(self, trained: bool = True) -> Iterator[BlockSpec]:
         """The blocks that this rank holds for the client; by default those that it trains."""
         for spec in self.bank.specs.values():
+            # On a rank that is not the client's home the view has expert blocks alone, so loops over it do the rank's share.
             if spec.expert in self.slots and (spec.trained or not trained):
                 yield spec
 
@@ -60,4 +61,5 @@ class ClientView:
         """Same shape: what the client started the round from (rows that it does not hold are zero)."""
         value = self.start.client(spec.name, 0)
         mask = self.assignment.mask(spec, value.device)
+        # What a client of lower rank never got is no part of its start: differences to it are zero in those rows.
         return value if mask is None else torch.where(mask, value, 0.0)

@@ -42,6 +42,7 @@ class LocalTrainingHooks:
     assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
     observer: Callable[[Client, Assignment], RoutingObserver | None] = lambda client, assignment: None
     observes: tuple[str, ...] = ()
+    # In order: the method's change of the gradients first, then the correction of client drift.
     adjust: tuple[Callable[[ClientView], None], ...] = ()
     measure: Callable[[ClientView], dict[str, Tensor]] = lambda view: {}
     remember: tuple[Callable[[ClientView, float], dict[str, Tensor]], ...] = ()

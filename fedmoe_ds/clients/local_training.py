@@ -1,4 +1,4 @@
-"""Wave: the fused local training of the clients in flight on one cluster.
+"""Local training: that of a wave, the clients in flight on one cluster, fused into common passes.
 
 Legend: C client slots of the wave, H home slots per rank, L layers, E experts of the model, N gradient norms.
 
@@ -83,6 +83,7 @@ class WaveTrainer:
         self.model, self.execution, self.hooks = model, model.execution, hooks or LocalTrainingHooks()
         self.local, self.micro, self.seed = local, micro_batch_size, seed
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
+        # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
         self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
         self.layers = layers
         self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
@@ -113,11 +114,13 @@ class WaveTrainer:
         self._load(works, views, start, personal)
         self.timer.lap("set_up")
         counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts)
+        # The steps of the longest client, on every rank: where a rank's own have finished, rows of others still arrive.
         for step in range(max((len(w.batches) for home in works for w in home), default=0)):
             self._forward_backward(step, works, counts)
             self.timer.lap("passes")
             self._optimize(step, round_index, works, views)
             self.timer.lap("optimizer")
+        # Observers and scale factors belong to this wave; an evaluation that follows must not see them.
         self.execution.wave = InTraining()
         updates = self._updates(works, views, counts, time.monotonic() - began)
         self.timer.lap("reports")
@@ -137,6 +140,7 @@ class WaveTrainer:
 
     @torch.no_grad()
     def _load(self, works: list[list[_Work]], views: list[list[ClientView]], start: Bank, personal: dict[str, Tensor]) -> None:
+        # A step clears what it has used; what a wave that ran out of memory has left behind is cleared here.
         self.bank.zero_grad()
         self.optimizer.reset()
         for name, spec in self.bank.specs.items():
@@ -172,6 +176,7 @@ class WaveTrainer:
             for micro in range(max((w.micro_batches(step, self.micro) for w in everyone), default=0)):
                 self._pass([w for w in everyone if micro < w.micro_batches(step, self.micro)], step, micro, None, counts)
             return
+        # The same slot on all ranks at a time, so a rank's rows in a pass are one client's (see `make_plan`).
         for slot in range(self.pool.home_clients):
             here = [home[slot] for home in works if slot < len(home)]
             for micro in range(max((w.micro_batches(step, self.micro) for w in here), default=0)):
@@ -185,6 +190,7 @@ class WaveTrainer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            # The loop's order and this choice depend on sizes alone, so every rank of the cluster would name the same client.
             largest = max(everyone, key=lambda work: len(work.batches[step]))
             count = min(len(largest.batches[step]), self.micro or len(largest.batches[step]))
             raise OutOfMemory(largest.client, count) from None
@@ -193,13 +199,16 @@ class WaveTrainer:
         rows = [self._rows(work, step, micro) for work in works]
         batch = self.model.batch(rows)
         result = self.model.forward(batch, slot, self._factors(works))
+        # A rank without rows needs a loss as well: its backward pass has to meet the others' in every layer's all-to-all.
         loss = result.hidden_BSD.sum() * 0.0 if not works else result.nll_N.new_zeros(())
         for work, part, own in zip(works, rows, segment_sums(result.nll_N, batch), strict=True):
             whole = self._step_sums(work, step)
+            # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
             task = own / whole[0]
             work.losses[step] += float(task.detach())
             work.tokens += part.tokens
             work.targets += part.targets
+            # Auxiliary losses are means over the rows of a pass; a micro-batch counts by its share of the step's tokens.
             loss = loss + task + self._auxiliary(result.run.losses, work.slot) * (part.tokens / whole[1])
         loss.backward()  # type: ignore[no-untyped-call]
         counts.add(result.run, self.layers)
@@ -239,13 +248,16 @@ class WaveTrainer:
         """One optimizer step for every client of the wave that has not finished."""
         for work, view in _flat(works, views):
             if step < len(work.batches):
+                # Before the norms are taken: clipping acts on the corrected gradient (see `client_drift`).
                 for adjust in self.hooks.adjust:
                     adjust(view)
+        # A collective: all ranks call it in every step, also those whose clients have finished.
         norms = self._global_norms() if self.local.clip is not None else None
         for work, view in _flat(works, views):
             if step >= len(work.batches):
                 continue
             factor = 1.0
+            # A NaN norm compares as False and the step is taken as it is; the client is then found not finite and left out.
             if norms is not None and norms[view.slots[True]] > (self.local.clip or 0.0):
                 factor = (self.local.clip or 0.0) / norms[view.slots[True]]
             lr = learning_rate(self.local, step, len(work.batches))
@@ -259,8 +271,10 @@ class WaveTrainer:
         size, group = self.pool.ep_size, self.pool.group
         expert_PNEC = all_gather(squared_norms(self.bank, expert=True), group, size)
         dense_PN1H = all_gather(squared_norms(self.bank, expert=False), group, size)
+        # Ranks times local experts is global expert order: the same order of summands for every expert-parallel size.
         expert_CN = expert_PNEC.permute(3, 1, 0, 2).flatten(1)
         dense_CN = dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
+        # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
         return [float(row.sum().sqrt()) for row in torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)]
 
     def _updates(

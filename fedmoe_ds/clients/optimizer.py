@@ -5,7 +5,8 @@ a client that has finished is not touched at all: no decay, no momentum drift. A
 a loop differently where an operation multiplies and adds in one go. Such operations, which save half of the memory traffic, are
 therefore used only where every item fills whole vectors; elsewhere each operation rounds by itself.
 
-Moments may be kept in bfloat16 (`local.moments`): a step computes in float32 and rounds what it keeps (`rounding.py`).
+Moments may be kept in bfloat16 (`local.moments`): a step computes in float32 and rounds what it keeps
+(`stochastic_rounding.py`).
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class ClientOptimizer:
             value, grad = self.bank.values[name].select(axis, slot), self.bank.grads[name].select(axis, slot)
             moments = [state[name].select(axis, slot) for state in (self.first, self.second) if state]
             keys = self._keys(name, step, address)
+            # The native step multiplies the clipping factor in and clears the gradient in the same pass over memory.
             if self.config.optimizer == "adamw" and rows.serves(value, grad):
                 self._adamw_native(name, value, grad, moments, keys, step, lr, clip_factor)
                 continue
@@ -99,6 +101,7 @@ class ClientOptimizer:
                 self._plain(name, value, grad, moments, step, lr)
             else:
                 self._plain_rounding(name, value, grad, moments, keys, step, lr)
+            # This client's part alone, right after its use: the next step adds to it, micro-batch by micro-batch.
             grad.zero_()
 
     def _keys(self, name: str, step: int, address: tuple[int, int] | None) -> Keys | None:
@@ -124,6 +127,7 @@ class ClientOptimizer:
         for row in range(len(value)):
             layer = slice(row, row + 1)
             kept = [moment[layer] for moment in moments]
+            # The step uses the moments in float32; they are rounded once, when it is done.
             wide = [moment.float() for moment in kept]
             self._plain(name, value[layer], grad[layer], wide, step, lr)
             store(kept, wide, keys[layer])
@@ -160,6 +164,7 @@ class ClientOptimizer:
             clip=clip,
             keep=1.0 - lr * self._decay(name),
             betas=(beta1, beta2),
+            # Bias corrections follow the client's own step count, not the wave's.
             root=math.sqrt(1.0 - beta2**step),
             eps=self.config.eps,
             rate=lr / (1.0 - beta1**step),
@@ -170,6 +175,7 @@ class ClientOptimizer:
         beta1, beta2 = self.config.betas
         if decay:
             value.mul_(1.0 - lr * decay)
+        # Decay comes first and by itself (decoupled): it never enters the moments.
         first.lerp_(grad, 1.0 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
         denominator = second.sqrt().div_(math.sqrt(1.0 - beta2**step)).add_(self.config.eps)
@@ -187,6 +193,7 @@ class ClientOptimizer:
         value.sub_((first * (lr / (1.0 - beta1**step))).div_(denominator))
 
     def _sgd(self, value: Tensor, grad: Tensor, buffer: Tensor | None, lr: float, decay: float) -> None:
+        # Clones here and below: the rate is multiplied into `update` in place and must reach neither gradient nor buffer.
         update = grad.clone() if not decay else grad + value * decay
         if buffer is not None:
             update = buffer.mul_(self.config.momentum).add_(update).clone()
@@ -205,6 +212,7 @@ def squared_norms(bank: Bank, expert: bool) -> Tensor:
             grad = bank.grads[name]
             square = torch.linalg.vector_norm(grad.view(-1, math.prod(spec.item)), dim=-1, dtype=torch.float64).square()
             rows.append(square.view(len(spec.layers), -1, clients))
+    # A run may train expert blocks only, or dense ones only; the gather needs a tensor of the right shape all the same.
     if not rows:
         device = next(iter(bank.values.values())).device
         return torch.zeros(0, 1, clients, dtype=torch.float64, device=device)

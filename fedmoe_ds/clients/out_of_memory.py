@@ -1,4 +1,4 @@
-"""Shortage: a client whose pass did not fit into memory."""
+"""Out of memory: a client whose pass did not fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class OutOfMemory(Exception):
 
     Attributes:
         client: of those in the pass, on all ranks of the cluster, the one with the most sequences.
-        sequences: of its in that pass.
+        sequences: how many of its sequences that pass held.
     """
 
     def __init__(self, client: Client, sequences: int) -> None:
@@ -33,6 +33,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory() -> None:
     """Give back what a failed pass has held."""
+    # Tracebacks and autograd graphs form reference cycles, which only the collector frees.
     gc.collect()
     if torch.cuda.is_available():
+        # PyTorch keeps freed blocks in the sizes of the failed pass; the next try may need others.
         torch.cuda.empty_cache()

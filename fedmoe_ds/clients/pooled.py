@@ -31,6 +31,7 @@ class PooledData:
         ids, masks = [row for part in parts for row in part.input_ids], [row for part in parts for row in part.loss_mask]
         pixels = [part.pixels for part in parts if part.pixels is not None]
         labels = [part.labels for part in parts if part.labels is not None]
+        # A federation is of one task, so either all parts have pixels or none has.
         if pixels:
             return Sequences.of_images(np.concatenate(pixels), np.concatenate(labels))
         return Sequences(ids, masks)
@@ -54,6 +55,7 @@ def pooled_batches(
     clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int
 ) -> list[np.ndarray]:
     """Sequence indices of every step of the pooled client, among all sequences in canonical order; the last may be smaller."""
+    # `accumulate` with an initial value gives one sum more than there are clients: the total, which zip drops.
     first = dict(zip([c.index for c in clients], accumulate([c.sequences for c in clients], initial=0), strict=False))
     own = [np.concatenate(local_batches(member, local, seed, round_index)) + first[member.index] for member in members]
     visits = generator(seed, "pooled", round_index).permutation(np.concatenate(own))

@@ -1,12 +1,12 @@
-"""Rounding: float32 to bfloat16 at random, up or down with the chances that make the mean right.
+"""Stochastic rounding: float32 to bfloat16 at random, up or down with the chances that make the mean right.
 
 To the nearest, a moving average stands still as soon as a step changes it by less than half of its last digit: with eight bits
 and beta2 = 0.999 the second moment of AdamW does after some 256 steps. At random (Gupta et al., arXiv 1502.02551) it goes on
 moving, in the mean as it does in float32.
 
 The random bits of a number are a hash of its address (seed, round, client, block, the client's own step; layer, global expert;
-place within the item). No stream is used up, so neither slot, company, expert-parallel size nor a resume changes a bit.
-`kernels/rows.cpp` has the same hash and the same rounding.
+place within the item). No stream is used up, so no slot, no other client in flight, no expert-parallel size and no resume
+changes a bit. `kernels/rows.cpp` has the same hash and the same rounding.
 
 Legend: L layers, E experts held by this rank, N numbers of an item.
 """
@@ -26,6 +26,7 @@ from fedmoe_ds.randomness import address_key
 Keys = NDArray[np.uint64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+# The bits that bfloat16 drops, and the pattern of infinity: larger magnitudes are NaN.
 _LOW, _HIGH = 0xFFFF, 0x7F800000
 
 
@@ -43,6 +44,7 @@ class Rounding:
     def keys(self, spec: BlockSpec, round_index: int, client: int, step: int) -> Keys:
         """64 bits per item of a client's block at the client's own `step`: [L, E], or [L] for dense blocks."""
         base = address_key(self.seed, "moments", round_index, client, spec.name, step) % (1 << 64)
+        # Layer in the upper half, global expert in the lower: one 64-bit number per item, none twice.
         layers_L = np.arange(len(spec.layers), dtype=np.uint64) << np.uint64(32)
         if not spec.expert:
             return _mixed(base, layers_L)
@@ -52,6 +54,7 @@ class Rounding:
 
 def _mixed(base: int, numbers: Keys) -> Keys:
     """SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): its output number `numbers` when it starts from `base`."""
+    # uint64 arrays wrap around without a warning, as the published generator wants.
     x = np.uint64(base) + numbers * _GAMMA
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -67,12 +70,14 @@ def random_bits(keys: Keys, count: int, device: torch.device | None = None) -> T
     low, high = (torch.from_numpy(half.astype(np.uint32).view(np.int32)).to(device) for half in (keys, keys >> np.uint64(32)))
     x = torch.arange(count, dtype=torch.int32, device=device) + low.unsqueeze(-1)  # int32 wraps around, as uint32 does
     x = _shifted(x, 16).mul_(0x7FEB352D)
+    # torch multiplies no unsigned 32-bit integers: the factor is the negative int32 of the same bits.
     x = _shifted(x, 15).bitwise_xor_(high.unsqueeze(-1)).mul_(0x846CA68B - (1 << 32))
     return _shifted(x, 16)
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """x ^ (x >> by), in place, with zeros from the left."""
+    # int32 shifts copy the sign to the left; the mask takes those copies off again.
     return x.bitwise_xor_((x >> by).bitwise_and_((1 << (32 - by)) - 1))
 
 
@@ -83,8 +88,11 @@ def rounded(value: Tensor, bits: Tensor) -> Tensor:
     number is infinity, as it is for rounding to the nearest.
     """
     pattern = value.view(torch.int32)
+    # A carry out of the lower 16 bits has the chance fraction / 2^16: the mean is right. The sign is a bit of its own, so
+    # negative numbers are rounded by magnitude in the same way.
     up = (pattern + (bits & _LOW)) >> 16
     is_nan = (pattern & 0x7FFFFFFF) > _HIGH  # its fraction would carry into the sign
+    # 0x40 sets a bit of the fraction that is kept: a NaN whose payload lies in the dropped half would turn into infinity.
     return torch.where(is_nan, (pattern >> 16) | 0x40, up).to(torch.int16).view(torch.bfloat16)
 
 

@@ -63,6 +63,7 @@ def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) 
     if not given:
         raise UserError("federation.tiers: []: at least one tier is needed; drop the key for the default tiers")
     for i, tier in enumerate(given):
+        # Refused and not cut: the run would otherwise report a budget that no client had.
         limits = (("top_k", full.top_k, "activates", "experts per token"), ("rank", full.rank, "has", "LoRA rows"),
                   ("experts", full.experts, "has", "experts per layer"))  # fmt: skip
         for key, most, verb, unit in limits:
@@ -77,6 +78,7 @@ def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) 
 
 def _decide(tier: TierConfig, full: Capacity, spends: str) -> Tier:
     share = tier.top_k / full.top_k
+    # Rounded down, a budget is an upper bound, but at least 1: a client without a row or an expert would train nothing.
     rank = tier.rank or max(1, int(full.rank * share))
     experts = tier.experts or max(1, int(full.experts * share))
     return Tier(
@@ -94,6 +96,7 @@ Budget = tuple[int, int, int]
 
 def tier_labels(budgets: Iterable[Budget]) -> dict[Budget, str]:
     """Every different budget, the largest first, with its label; no two labels are equal."""
+    # Only what tells tiers of one top-k apart is said, so labels of ordinary runs stay plain numbers.
     ordered = sorted(set(budgets), reverse=True)
     return {budget: _label(budget, [other for other in ordered if other[0] == budget[0]]) for budget in ordered}
 

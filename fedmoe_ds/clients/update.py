@@ -1,4 +1,4 @@
-"""ClientUpdate: what a client tells after local training, the same on every rank of its cluster.
+"""Update: what a client reports after local training, the same on every rank of its cluster.
 
 Legend: C client slots of the wave, H home slots per rank, L layers, E experts of the model, P ranks of the cluster.
 """
@@ -70,6 +70,7 @@ class Counts:
         """Add what the layers of one pass counted."""
         for row, layer in enumerate(layers):
             self.routed[:, row] += run.counts[layer].cpu()
+            # Only a method that holds rows back writes `trained`; for all others the two counts are the same.
             if layer in run.trained:
                 self.selective = True
                 self.trained[:, row] += run.trained[layer].cpu()
@@ -109,11 +110,13 @@ class Gatherer:
         """Per client: measures of expert blocks joined over the ranks, [L, E]; those of dense blocks from its home, [L]."""
         found: list[dict[str, np.ndarray]] = []
         for view in views:
+            # Expert and dense part by themselves: the first is joined over all ranks, the second exists at home alone.
             expert = measure(ClientView(view.client, view.assignment, view.bank, view.start, {True: view.slots[True]}, {}))
             result = {name: self._join(value).numpy() for name, value in sorted(expert.items())}
             home = view.slots[True] // self.pool.home_clients
             # A rank that is not the client's home takes part with another client's numbers, which are not used.
             stand_in = ClientView(view.client, view.assignment, view.bank, view.start, {False: view.slots.get(False, 0)}, {})
+            # Sorted: each name is a collective, and all ranks must come to them in one order.
             for name, value in sorted(measure(stand_in).items()):
                 parts = all_gather(value.to(self.device), self.pool.group, self.pool.ep_size)
                 result[name] = parts[home].cpu().numpy()
@@ -129,6 +132,7 @@ class Gatherer:
         bad_C = torch.zeros(self.pool.wave_clients, dtype=torch.int64, device=self.device)
         for name, spec in bank.specs.items():
             items = bank.broadcast(name).flatten(-len(spec.item))  # extremes of an item are NaN where there is one
+            # Strict comparisons under `not`: NaN fails them and is flagged.
             flags = ~((items.amax(-1) < LARGEST_VALUE) & (items.amin(-1) > -LARGEST_VALUE)).flatten(1).all(1)
             offset = 0 if spec.expert else self.shard * self.pool.home_clients
             bad_C[offset : offset + len(flags)] += flags

@@ -20,6 +20,7 @@ from pathlib import Path
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage import cache
 
+# Not -ffast-math: it lets the compiler reorder sums, and bits depend on their order. Without errno, sqrt is one instruction.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"]
 LIBRARY, SUM = "library.so", "sha256"
 """Files of an entry: the library, and its sha256."""
@@ -50,6 +51,7 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
         return None
     source, flags = Path(__file__).with_name(f"{name}.cpp"), [*FLAGS, *more_flags]
     try:
+        # Another compiler makes other code from the same source, so its version is part of the entry's name.
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
         recipe = hashlib.sha256(source.read_bytes() + " ".join(flags).encode() + version).hexdigest()
         entry, command = f"{name}-{recipe[:24]}-{processor_key()[:24]}", [compiler, *flags, str(source), "-o"]
@@ -59,6 +61,7 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
             cache.pass_over(f"compiled kernels are not kept ({error}): every process builds its own")
             with tempfile.TemporaryDirectory(prefix="fedmoe-native-") as working:
                 found, code = _found_or_built(Path(working) / "native" / entry, command)
+    # A compiler that fails is as good as none: the run goes on with torch's operations and says so.
     except (OSError, subprocess.CalledProcessError):
         return None
     _loaded[name] = Built(recipe, code)
@@ -85,9 +88,11 @@ def _found_or_built(entry: Path, command: list[str]) -> tuple[ctypes.CDLL, str]:
         with cache.draft(entry, good) as content:
             subprocess.run([*command, str(content / LIBRARY)], capture_output=True, check=True)
             (content / SUM).write_text(hashlib.sha256((content / LIBRARY).read_bytes()).hexdigest())
+    # Read back before it is loaded: what runs is what was hashed, also where the disk or another writer changed it meanwhile.
     digest = _digest(entry)
     if digest is None:
         raise OSError(f"{entry}: what was built does not stay as it was written")
+    # CDLL and not PyDLL: the lock of the interpreter is released in a call, so the watchdog's thread runs on.
     return ctypes.CDLL(str(entry / LIBRARY)), digest
 
 
@@ -112,4 +117,5 @@ def processor() -> bytes:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
         return os.uname().machine.encode()
+    # A set: every core repeats its lines, and how many cores there are decides no code.
     return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))

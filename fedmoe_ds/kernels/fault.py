@@ -1,4 +1,4 @@
-"""Fault: a mapped file that gets shorter under a running process ends it with one line (fault.cpp) instead of a bare SIGBUS.
+"""Fault handler: a mapped file that shrinks under a running process ends it with one line (fault.cpp), not a bare SIGBUS.
 
 Weights and data are mapped from files. Sizes and checksums are checked before, but a file that is truncated later (by hand, or
 by a file system that fails) is only noticed by the processor. A handler that is never called costs nothing.
@@ -20,6 +20,7 @@ def guard(who: str) -> None:
     """
     found = library("fault")
     if found is None:
+        # 2 is the file descriptor of standard error: it stays valid where sys.stderr has been replaced.
         faulthandler.enable(2)
         return
     after = (

@@ -23,11 +23,11 @@ from fedmoe_ds.kernels import matrix, rows
 
 INDEPENDENT = ("mixtral", "olmoe", "qwen3_moe")
 """Model types in which, with these layers, no row's bits depend on the other rows of a pass: linear maps, RMS norms, rotary
-embeddings, softmax routing, and experts that are all in the pool. Tests train each of them in varying company."""
+embeddings, softmax routing, and experts that are all in the pool. Tests train each with one and with many clients in a pass."""
 
 
 def is_batch_invariant(model_type: str, dtype: str, device: str) -> bool:
-    """Whether clients may share a pass without leaving traces in each other's bits, on this kind of device."""
+    """Whether clients may share a pass without a change to each other's bits, on this kind of device."""
     compiled = matrix.available() and rows.available()
     return model_type in INDEPENDENT and dtype in ("float32", "bfloat16") and device == "cpu" and compiled
 
@@ -41,6 +41,7 @@ def frozen_rows(x: Tensor, weight_OI: Tensor, transposed: bool) -> Tensor:
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        # x is not saved: dx = dy W needs the frozen weight alone, and there is no gradient for W.
         ctx.weight_OI = weight_OI
         return frozen_rows(x, weight_OI, transposed=True)
 
@@ -58,6 +59,7 @@ class FrozenLinear(nn.Linear):
     """A linear layer whose parameters are not trained; they stay the same objects."""
 
     def __init__(self, linear: nn.Linear) -> None:
+        # Not Linear's own constructor, which would allocate and fill a second weight.
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -70,6 +72,7 @@ class FrozenLinear(nn.Linear):
 class _RowNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        # The kernel takes pointers to dense rows; 1 / rms is kept so that the backward pass need not sum again.
         x = x.contiguous()
         y, inverse_T = rows.norm(x, weight_D, eps)
         ctx.save_for_backward(x, inverse_T)
@@ -90,6 +93,7 @@ class RowNorm(nn.Module):
         self.weight, self.variance_epsilon = weight, eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        # No copy where the model is float32; in a bfloat16 model rows and norms are float32 between products.
         weight_D = self.weight.float()
         return _RowNorm.apply(hidden_states, weight_D, self.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -120,6 +124,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x_BHSK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, back: bool) -> Tensor:
+    # Usually no copy: the heads are views of [B, S, H, K], where a row's heads lie next to each other.
     x_BSHK = x_BHSK.transpose(1, 2).contiguous()
     return rows.rotate(x_BSHK.flatten(0, 1), cosine_TK, sine_TK, back).view(x_BSHK.shape).transpose(1, 2)
 
@@ -132,6 +137,7 @@ def batch_invariant_rotary(original: Rotary) -> Rotary:
 
     @functools.wraps(original)
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        # Some families rotate only a part of a head, or lay their axes out otherwise: these keep their own function.
         whole = q.shape[-1] == k.shape[-1] == cos.shape[-1]
         if unsqueeze_dim != 1 or not whole or not rows.serves(q, k, cos, sin):
             return original(q, k, cos, sin, unsqueeze_dim)
@@ -155,6 +161,7 @@ def replace_frozen(model: Any) -> None:
     """Put layers that treat every row by itself into a frozen model, where kernels serve its weights. Safe to call again."""
     if row_dtype(model) != torch.float32:
         return
+    # A list: modules are replaced while the loop runs.
     for name, module in list(model.named_modules()):
         new = _batch_invariant(module)
         if new is not None:
@@ -165,6 +172,7 @@ def replace_frozen(model: Any) -> None:
 
 
 def _batch_invariant(module: nn.Module) -> nn.Module | None:
+    # `type is` and not isinstance: a subclass may compute something else, and a layer replaced before stays as it is.
     if type(module) is nn.Linear and matrix.serves(module.weight) and not module.weight.requires_grad:
         return FrozenLinear(module)
     if type(module) is nn.Embedding and module.weight.dtype == torch.bfloat16:

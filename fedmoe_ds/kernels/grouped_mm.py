@@ -32,6 +32,7 @@ def aligned(width: int, dtype: torch.dtype) -> bool:
 
 def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """y = x W_g^T for the rows of each group; `ends_G` (int32) are the groups' end rows. Returns [N, O]."""
+    # First the kernel whose rows do not depend on each other; it takes bfloat16 weights with float32 rows, torch does not.
     y_NO = matrix.grouped_product(x_NI, weight_GOI, ends_G, transposed=True)
     if y_NO is not None:
         return y_NO
@@ -39,6 +40,7 @@ def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     if aligned(x_NI.shape[1], x_NI.dtype) and aligned(weight_GOI.shape[1], x_NI.dtype):
         return products_of_rows(x_NI, weight_GOI.transpose(-2, -1), ends_G, _most_groups(x_NI.device))
     y_NO = x_NI.new_empty(x_NI.shape[0], weight_GOI.shape[1])
+    # A loop over groups where a row is no multiple of 16 bytes: slower, but of any width.
     for group, (start, stop) in enumerate(_spans(ends_G)):
         torch.mm(x_NI[start:stop], weight_GOI[group].t(), out=y_NO[start:stop])
     return y_NO
@@ -74,6 +76,7 @@ def products_of_rows(x_NI: Tensor, weight_GIO: Tensor, ends_G: Tensor, most: int
         return F.grouped_mm(x_NI, weight_GIO, offs=ends_G)
     y_NO = x_NI.new_empty(x_NI.shape[0], weight_GIO.shape[2])
     for groups, rows in _chunks(ends_G, most):
+        # Ends count from the chunk's first row, because torch sees this chunk alone.
         y_NO[rows] = F.grouped_mm(x_NI[rows], weight_GIO[groups], offs=ends_G[groups] - rows.start)
     return y_NO
 
@@ -82,6 +85,7 @@ def products_over_rows(y_NO: Tensor, x_NI: Tensor, ends_G: Tensor, most: int) ->
     """Y_g^T X_g through torch's grouped kernel, at most `most` groups at a time."""
     if ends_G.shape[0] <= most:
         return F.grouped_mm(y_NO.t(), x_NI, offs=ends_G)
+    # Zeros: chunks without rows are skipped below, and their groups' gradients are zero.
     out_GOI = y_NO.new_zeros(ends_G.shape[0], y_NO.shape[1], x_NI.shape[1])
     for groups, rows in _chunks(ends_G, most):
         out_GOI[groups] = F.grouped_mm(y_NO[rows].t(), x_NI[rows], offs=ends_G[groups] - rows.start)
@@ -95,6 +99,7 @@ def _most_groups(device: torch.device) -> int:
 def _chunks(ends_G: Tensor, most: int) -> Iterator[tuple[slice, slice]]:
     """(groups, their rows) of every chunk that has rows. Rows are cut on the host, so this waits for the device."""
     count = ends_G.shape[0]
+    # One transfer for all chunks: only the last end of each decides where rows are cut.
     lasts = [*range(most - 1, count - 1, most), count - 1]
     start = 0
     for first, stop in zip(range(0, count, most), ends_G[lasts].tolist(), strict=True):

@@ -1,10 +1,10 @@
-"""Low-rank products of row groups: what LoRA adds to the expert products, forward and backward.
+"""LoRA products: low-rank products of row groups, what LoRA adds to the expert products, forward and backward.
 
 Legend: N rows, G groups, I input width, O output width, R adapter rank.
 
 With A [G, R, I], B [G, O, R] and a scale s, rows of group g see  y += (s x A_g^T) B_g^T. Implementations of one interface:
 `NativeProducts` (float32 on CPU, lowrank.cpp), `GroupedProducts` (torch's grouped kernel; any device and dtype), and
-`TritonProducts` (CUDA, lowrank_triton.py), which only who asks for it gets: no device has run it yet.
+`TritonProducts` (CUDA, lora_triton.py), which only who asks for it gets: no device has run it yet.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def products_for(rank: int, dtype: torch.dtype, device: torch.device, kernels: K
         from fedmoe_ds.kernels.lora_triton import TritonProducts  # Triton is there only with CUDA builds of torch
 
         return TritonProducts()
+    # `torch` asks for torch's kernels on a CPU too, to compare or to exclude our own.
     suits = kernels == "auto" and device.type == "cpu" and dtype == torch.float32 and rank in RANKS
     found = compiled() if suits else None
     return GroupedProducts(rank, dtype) if found is None else NativeProducts(found)
@@ -77,6 +78,7 @@ def compiled() -> ctypes.CDLL | None:
     """lowrank.cpp, or None without a compiler."""
     found = library("lowrank")
     for name in ("project", "expand", "back_project", "back_expand", "grad_a", "grad_b") if found is not None else ():
+        # Without argtypes ctypes would pass integers as 32 bits and refuse floats.
         scaled = [FLOAT] if name in ("project", "back_project") else []
         getattr(found, name).argtypes = [*[POINTER] * 4, *[SIZE] * 4, *scaled]
     return found
@@ -92,6 +94,7 @@ class GroupedProducts:
         return grouped_mm(x_NI, a_GRI, ends_G).mul_(scale)
 
     def expand_(self, y_NO: Tensor, m_NR: Tensor, b_GOR: Tensor, ends_G: Tensor) -> None:
+        # torch's grouped kernel cannot add to its target, so the delta exists for a moment.
         y_NO.add_(grouped_mm(m_NR, b_GOR, ends_G))
 
     def back_project(self, dy_NO: Tensor, b_GOR: Tensor, ends_G: Tensor, scale: float) -> Tensor:
@@ -141,9 +144,11 @@ class NativeProducts:
         self, name: str, tensors: tuple[Tensor, ...], grouped: Tensor, ends_G: Tensor, width: int, rank: int, *scale: float
     ) -> None:
         for tensor in tensors:
+            # Rows are dense. Group weights may lie apart: a client's slice of the bank strides over the other clients' items.
             assert tensor.dtype == torch.float32 and (tensor is grouped or tensor.is_contiguous()), (name, tensor.shape)
         assert grouped.shape[0] == 0 or grouped[0].is_contiguous(), (name, grouped.stride())
         pointers = [tensor.data_ptr() for tensor in tensors]
         function = getattr(self.library, name)
         status = function(*pointers, ends_G.data_ptr(), ends_G.shape[0], grouped.stride(0), width, rank, *scale)
+        # 1 is a rank without a compiled loop; `products_for` has asked RANKS before.
         assert status == 0, (name, rank)

@@ -1,4 +1,4 @@
-"""Low-rank products of row groups as Triton kernels, for CUDA.
+"""LoRA products of row groups as Triton kernels, for CUDA.
 
 Legend: N rows, G groups, W a width (input or output), R adapter rank; ROWS, WIDE, RANK are the sides of a tile.
 
@@ -42,16 +42,20 @@ def rows_to_rank(
     """m = scale x V_g^T. Program (g, j) takes every J-th tile of the group's rows."""
     group = tl.program_id(0)
     start, stop = group_span(ends, group)
+    # 64 bits: a group's offset in a bank of all clients can exceed 2^31 numbers.
     v += group.to(tl.int64) * v_group
     r = tl.arange(0, RANK)
+    # The host knows the average group only; a program steps through as many tiles as its own group has.
     for first in range(start + tl.program_id(1) * ROWS, stop, tl.num_programs(1) * ROWS):
         n = (first + tl.arange(0, ROWS)).to(tl.int64)
         sum_NR = tl.zeros((ROWS, RANK), tl.float32)
+        # Widths and ranks need not fill their tiles: masked places load as zero and add nothing.
         for left in range(0, width, WIDE):
             w = left + tl.arange(0, WIDE)
             x_NW = tl.load(x + n[:, None] * x_row + w[None, :], mask=(n[:, None] < stop) & (w[None, :] < width), other=0.0)
             v_places = v + w[:, None] * v_wide + r[None, :] * v_rank
             v_WR = tl.load(v_places, mask=(w[:, None] < width) & (r[None, :] < rank), other=0.0)
+            # ieee: tl.dot would take TF32 for float32 rows, which keeps 10 bits of the fraction.
             sum_NR = tl.dot(x_NW, v_WR.to(x_NW.dtype), sum_NR, input_precision="ieee")
         m_NR = (sum_NR * scale).to(m.dtype.element_ty)
         tl.store(m + n[:, None] * rank + r[None, :], m_NR, mask=(n[:, None] < stop) & (r[None, :] < rank))
@@ -76,6 +80,7 @@ def rank_to_rows(
     """y += m V_g. Program (g, c, j) keeps one block of columns of V_g and takes every J-th tile of the group's rows."""
     group = tl.program_id(0)
     start, stop = group_span(ends, group)
+    # An empty group reads no weights.
     if start == stop:
         return
     r, w = tl.arange(0, RANK), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
@@ -86,6 +91,7 @@ def rank_to_rows(
         n = (first + tl.arange(0, ROWS)).to(tl.int64)
         m_NR = tl.load(m + n[:, None] * rank + r[None, :], mask=(n[:, None] < stop) & (r[None, :] < rank), other=0.0)
         y_places, inside = y + n[:, None] * y_row + w[None, :], (n[:, None] < stop) & (w[None, :] < width)
+        # The target starts the sum, in float32, and is rounded once at the end.
         y_NW = tl.load(y_places, mask=inside, other=0.0).to(tl.float32)
         y_NW = tl.dot(m_NR, v_RW, y_NW, input_precision="ieee")
         tl.store(y_places, y_NW.to(y.dtype.element_ty), mask=inside)
@@ -121,12 +127,14 @@ def sum_over_rows(
         sum_RW = tl.dot(tl.trans(m_NR), x_NW, sum_RW, input_precision="ieee")
     places = dv + group.to(tl.int64) * dv_group + r[:, None] * dv_rank + w[None, :] * dv_wide
     inside = (r[:, None] < rank) & (w[None, :] < width)
+    # Read, add, write without atomics: no other program has this group and block of columns.
     tl.store(places, tl.load(places, mask=inside, other=0.0) + sum_RW, mask=inside)
 
 
 @triton.jit
 def group_span(ends: tl.tensor, group: tl.tensor) -> tl.tensor:
     """First row of a group, and the row behind its last."""
+    # The first group starts at 0; the mask keeps the load before the array from happening.
     return tl.load(ends + group - 1, mask=group > 0, other=0), tl.load(ends + group)
 
 
@@ -186,6 +194,7 @@ def _sum_(dv_GRW: Tensor, m_NR: Tensor, x_NW: Tensor, ends_G: Tensor) -> None:
 
 def _check(rows_NW: Tensor, m_NR: Tensor | None = None) -> None:
     assert rows_NW.shape[1] == 1 or rows_NW.stride(1) == 1, rows_NW.stride()
+    # The kernels address row n of m as n * rank.
     assert m_NR is None or (m_NR.is_contiguous() and m_NR.dtype == rows_NW.dtype), (m_NR.stride(), m_NR.dtype)
 
 

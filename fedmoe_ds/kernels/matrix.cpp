@@ -293,7 +293,7 @@ struct Pairing {
       for (int64_t k = 0; k < K; ++k) panel.as<uint16_t>()[(k / 2 * kPanel + j) * 2 + k % 2] = w[j * K + k];
   }
 
-  // Two rows of weights become one row of words; the last of an odd number of rows has zeros for company.
+  // Two rows of weights become one row of words; the last of an odd number of rows is paired with zeros.
   void fill(const uint16_t* w, int64_t N, int64_t K, int64_t columns) {
     Word* to = panel.as<Word>();
     for (int64_t k = 0; k < K; k += 2, w += 2 * N, to += kPanel) {

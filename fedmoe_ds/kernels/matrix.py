@@ -1,4 +1,4 @@
-"""Matrix products whose rows do not depend on each other's company, by matrix.cpp.
+"""Matrix products whose rows do not depend on the other rows of a call, by matrix.cpp.
 
 Legend: N rows, G groups, I input width, O output width.
 
@@ -39,9 +39,11 @@ def serves(weight: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
     """x W^T for a weight [O, I] where `transposed`, else x W for a weight [I, O]; x is [..., I]. Contiguous weights only."""
+    # No copy of a frozen weight in every call: torch's product takes strides as they are.
     if not weight.is_contiguous():
         return None
     rows = x.numel() // max(x.shape[-1], 1)
+    # A plain product is a grouped one of one group: the same loop, hence the same bits for a row either way.
     ends_G = torch.tensor([rows], dtype=torch.int32)
     y_NO = grouped_product(x.reshape(rows, x.shape[-1]), weight.unsqueeze(0), ends_G, transposed)
     return None if y_NO is None else y_NO.view(*x.shape[:-1], y_NO.shape[1])
@@ -49,12 +51,14 @@ def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
 
 def grouped_product(x_NI: Tensor, weight_GAB: Tensor, ends_G: Tensor, transposed: bool) -> Tensor | None:
     """`product` for every group of rows with its own weight; `ends_G` (int32) are the groups' end rows."""
+    # Each group's weight must be dense; the groups may lie apart.
     dense = weight_GAB.shape[0] == 0 or weight_GAB[0].is_contiguous()
     if not (dense and x_NI.dtype == torch.float32 and ends_G.dtype == torch.int32 and serves(weight_GAB)):
         return None
     x_NI = x_NI.contiguous()
     wide_in, wide_out = x_NI.shape[1], weight_GAB.shape[1 if transposed else 2]
     assert weight_GAB.shape[2 if transposed else 1] == wide_in and ends_G.is_contiguous(), (x_NI.shape, weight_GAB.shape)
+    # Not zeroed: the ends cover all rows, and the kernel writes every element of them.
     y_NO = x_NI.new_empty(x_NI.shape[0], wide_out)
     pointers = [tensor.data_ptr() for tensor in (x_NI, weight_GAB, y_NO, ends_G)]
     run = getattr(_library(), _WEIGHTS[weight_GAB.dtype])

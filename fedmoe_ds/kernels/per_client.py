@@ -5,7 +5,7 @@ Legend: B sequences, S positions, D input width, O output width, C client slots.
 A pass holds the rows of one client or of several, one contiguous segment of sequences each. The functions here run one product
 per segment and add parameter gradients straight into the bank: no autograd leaf per client, no zero gradients for clients that
 are not in the pass. Sums over a client's rows run in row order, so that the rows of padding, whose gradients are zero and whose
-number depends on who else is in the pass, leave no trace.
+number depends on who else is in the pass, change no bit.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class _ClientLinear(torch.autograd.Function):
         ctx: Any, x_BSD: Tensor, anchor: Tensor, weight_COD: Tensor, grad_COD: Tensor, segments: list[Segment]
     ) -> Tensor:
         ctx.save_for_backward(x_BSD)
+        # Bank tensors are attributes and not saved: they are no inputs of autograd, and their gradients go into the bank.
         ctx.weight_COD, ctx.grad_COD, ctx.segments = weight_COD, grad_COD, segments
         y_BSO = _rows(x_BSD, weight_COD.shape[1], segments)
         for seg in segments:
@@ -57,6 +58,8 @@ class _ClientLinear(torch.autograd.Function):
         for seg in ctx.segments:
             dy_TO = dy_BSO[seg.start : seg.stop].flatten(0, -2)
             x_TD = x_BSD[seg.start : seg.stop].flatten(0, -2)
+            # dy^T x with x in the place of the weight: the kernel's chain runs over the rows in their order, and padding rows,
+            # whose dy is zero, change no bit of it.
             ctx.grad_COD[seg.slot].add_(frozen_rows(dy_TO.t(), x_TD, transposed=False))
             if dx_BSD is not None:
                 weight_OD = ctx.weight_COD[seg.slot].to(x_BSD.dtype)
@@ -74,6 +77,7 @@ def client_linear(x_BSD: Tensor, anchor: Tensor, weight_COD: Tensor, grad_COD: T
 
 def _in_order(values_BS: Tensor) -> Tensor:
     """Their sum, one after the other: zeros in between change nothing."""
+    # cumsum runs one after the other where sum would pair terms by the length, which depends on the other clients' padding.
     return values_BS.flatten().double().cumsum(0)[-1].float()
 
 

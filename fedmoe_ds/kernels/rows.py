@@ -1,4 +1,4 @@
-"""Work on rows between matrix products, and the AdamW step of a client, by rows.cpp: float32 on the CPU.
+"""Rows: what happens to them between matrix products, and the AdamW step of a client, by rows.cpp: float32 on the CPU.
 
 Legend: T or N rows, H heads, K head width, D model width, F expert width.
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedmoe_ds.kernels.compiling import FLOAT, POINTER, SIZE, library
 
+# Declared, because ctypes would pass Python integers as 32 bits and refuse floats.
 _ARGUMENTS = {
     "norm": [*[POINTER] * 4, SIZE, SIZE, FLOAT],
     "norm_backward": [*[POINTER] * 5, SIZE, SIZE],
@@ -50,6 +51,7 @@ def serves(*tensors: Tensor) -> bool:
 
 def _run(name: str, tensors: tuple[Tensor, ...], *numbers: float) -> None:
     for tensor in tensors:
+        # C sees pointers only: a wrong type or stride would not fail, it would read other numbers.
         assert tensor.dtype == torch.float32 and tensor.is_contiguous(), (name, tensor.dtype, tensor.stride())
     getattr(_library(), name)(*[tensor.data_ptr() for tensor in tensors], *numbers)
 
@@ -74,6 +76,7 @@ def rotate(x_THK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, back: bool = False
     rows, heads, width = x_THK.shape
     assert width % 2 == 0 and cosine_TK.shape == sine_TK.shape == (rows, width), (x_THK.shape, cosine_TK.shape)
     y_THK = torch.empty_like(x_THK)
+    # A rotation's gradient is the rotation back: the same loop with the other sign of the sine.
     _run("rotate", (x_THK, cosine_TK, sine_TK, y_THK), rows, heads, width, -1.0 if back else 1.0)
     return y_THK
 
@@ -136,10 +139,12 @@ def adamw(
     With `keys` (`fedmoe_ds.clients.stochastic_rounding`), one per item, moments are bfloat16 and rounded at random; without,
     float32.
     """
+    # Numbers of one item; a block without items (no experts here, no layers) has nothing to step.
     size = value[(0,) * (value.dim() - item_axes)].numel() if value.numel() else 0
     if size == 0:
         return
     head = value.shape[: value.dim() - item_axes]
+    # A client's slice of a bank: its items lie one stride apart, across layers and experts alike.
     stride = value.stride(len(head) - 1)
     for axis in range(len(head) - 1):
         assert value.stride(axis) == value.stride(axis + 1) * head[axis + 1], "items must be evenly spaced"
@@ -150,6 +155,7 @@ def adamw(
     items = value.numel() // size
     found = _library()
     assert found is not None, "ask `serves` first"
+    # 1 - beta is taken here, in float64: in float32, 1 - beta2 would be off by 5e-5 of itself.
     numbers = (items, stride, size, clip, keep, 1.0 - betas[0], betas[1], 1.0 - betas[1], root, eps, rate)
     if keys is None:
         found.adamw(*pointers, *numbers)

@@ -1,9 +1,9 @@
-// Weighted sums and their means, single-threaded: one pass over memory each. Compiled for the processor at hand by compiled.py.
+// Weighted sums and their means, single-threaded: one pass over memory each. Compiled by compiling.py.
 //
 // Legend: N rows that have a weight of their own (layer and expert), W numbers of a row (`width`). Rows of an input lie `stride`
 // numbers apart, those of sums and results W.
-// exact.py says what digits and windows are, and does the same in torch: both give the same bits. Powers of two scale exactly, so
-// a weight may carry them.
+// exact_sum.py says what digits and windows are, and does the same in torch: both give the same bits. Powers of two scale
+// exactly, so a weight may carry them.
 
 #include <algorithm>
 #include <cmath>

@@ -44,6 +44,7 @@ class Loops:
         """Add weight, float64 [*head], times value, float32 [*head, *item]; rows may lie apart. As `Sum.add_product`."""
         weight, rows = weight.contiguous(), _rows(value, weight.dim())
         assert weight.dtype == torch.float64 and sums.is_contiguous() and sums.shape[1:] == value.shape
+        # Windows are raised in place by the loop, so the caller's own tensor must go in, not a copy.
         assert windows.dtype == torch.int64 and windows.is_contiguous() and windows.shape == weight.shape
         if self._call("fold", sums, [sums, windows, rows, weight], rows):
             raise ArithmeticError("a weighted value is not finite")
@@ -52,14 +53,17 @@ class Loops:
         """float32 [*head, *item]: sums over float64 [*head], both in units of the windows; `old` where that is zero."""
         divisor, rows = divisor.contiguous(), _rows(old, divisor.dim())
         assert divisor.dtype == torch.float64 and sums.is_contiguous() and sums.shape[1:] == old.shape
+        # Contiguous whatever the strides of `old` are: a slice of a bank goes in, a tensor of its own comes out.
         result = torch.empty(old.shape)
         self._call("mean", sums, [result, sums, rows, divisor], rows)
         return result
 
     def _call(self, name: str, sums: Tensor, tensors: list[Tensor], rows: Tensor) -> int:
+        # `stride(0)` tells the loop how far rows lie apart; only the sums themselves must be dense.
         sizes = (rows.shape[0], rows.shape[1], rows.stride(0))
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
         function = getattr(self.library, f"{name}_{_KINDS[sums.dtype]}")
+        # The default result of ctypes is a 32-bit int.
         function.restype = ctypes.c_int64 if name == "fold" else None
         return function(*pointers, *map(ctypes.c_int64, sizes)) or 0
 

@@ -1,4 +1,4 @@
-"""What a method is: a handful of pure functions, and a few words on what it needs.
+"""Base of all methods, and what a method is: a handful of pure functions, and a few words on what it needs.
 
 Legend: L layers, E experts of the model, R adapter rank.
 
@@ -122,6 +122,7 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
+    # Not ClassVar, like the three below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     selective: bool = False
@@ -134,6 +135,7 @@ class Method:
 
     def __init__(self, params: Any) -> None:
         self.params = params
+        # Until a run has resolved its model: checks of a configuration come first and ask nothing of it.
         self.facts = ModelFacts(1, 1, 1, 0)
 
     # Before anything is trained
@@ -163,6 +165,7 @@ class Method:
 
     def assign(self, client: Client, context: RoundContext) -> Assignment:
         """What the client does in this round."""
+        # Leading rows: a smaller rank is then a prefix of a larger one, so clients of all ranks overlap in the mean.
         return Assignment(client.cap, leading(client.rank, self.facts.rank))
 
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
@@ -186,6 +189,7 @@ class Method:
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """The client's weight in the mean of a block: float64 [L, E] or [L]. `data_share` = |D_i| / sum_j |D_j|."""
+        # The same for all experts, used or not: FedAvg. The mean divides by the sum of weights, so a share need not sum to one.
         shape = update.counts_LE.shape if spec.expert else (len(spec.layers),)
         return np.full(shape, data_share)
 
@@ -202,6 +206,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"adapters.expert_training: {adapters.expert_training}: method {name} works on LoRA pairs; "
             "use adapters.expert_training=lora"
         )
+    # Adapter experts (`adapters.moe`) are no LoRA pairs; attention may still bring some.
     if "lora" in method.needs and not adapters.attention and (not adapters.experts or adapters.moe is not None):
         raise UserError(
             f"adapters.attention: []: method {name} works on LoRA pairs and there would be none; name attention projections"
@@ -214,6 +219,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         )
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
+    # Server optimizers step along mean - global: without a mean there is nothing to step along.
     if method.collects or method.pooled or not method.averages:
         refuse_server_step(name, server)
     if config.local.drift == "scaffold" and (method.collects or method.pooled):
@@ -226,6 +232,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
 def _check_micro_batches(method: Method, name: str, config: Config) -> None:
     """Micro-batches promise the same mathematics; what is no mean over the rows of a step cannot be added up from them."""
     micro, step = config.execution.micro_batch_size, config.local.batch_size
+    # One micro-batch per step is the whole step.
     if micro is None or micro >= step:
         return
     owners = [f"method {name}"] * method.whole_steps + ["local.balance_loss"] * (config.local.balance_loss > 0)
@@ -240,6 +247,7 @@ def check_idle(params: MethodParams, config: Config) -> None:
     """Raise UserError where a parameter is set and does nothing."""
     for key, why in params.idle(config).items():
         value, default = getattr(params, key), type(params).model_fields[key].default
+        # Compared with the default and not with what the user wrote: a run saves all keys, and its own file must resume.
         if value != default:
             raise UserError(f"method.{key}: {value}: has no effect {why}; drop the key")
 
@@ -258,6 +266,7 @@ def refuse_server_step(name: str, server: ServerConfig) -> None:
 def _check_ranks(method: Method, name: str, config: Config) -> None:
     bought = method.spends if config.federation.budget == "method" else config.federation.budget
     for i, tier in enumerate(config.federation.tiers or []):
+        # A key without effect is refused: the tier's label would promise a budget that no client spends.
         if tier.experts is not None and bought != "experts":
             raise UserError(
                 f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts per batch; drop the "
@@ -294,6 +303,8 @@ def present(spec: BlockSpec, update: ClientUpdate) -> np.ndarray:
 
 def product_norms(a_GRI: Tensor, b_GOR: Tensor) -> Tensor:
     """||B A||_F of every pair of a batch, float64 [...], from the R x R Gram matrices: B A is never formed."""
+    # ||B A||_F^2 = tr(A A^T B^T B), which for two symmetric matrices is the sum of their elementwise product. Gram matrices
+    # square the numbers, hence float64; the clamp takes off what rounding leaves below zero.
     a, b = a_GRI.double(), b_GOR.double()
     gram_a, gram_b = a @ a.mT, b.mT @ b
     return torch.sqrt(torch.clamp((gram_a * gram_b).sum((-2, -1)), min=0.0))

@@ -1,4 +1,4 @@
-"""Drift: corrections of client drift on the client side, for any method whose server averages what the clients train.
+"""Client drift: its correction on the client side, for any method whose server averages what the clients train.
 
 FedProx (Li et al., arXiv 1812.06127): every step adds mu (w - w_global) to the gradient.
 SCAFFOLD (Karimireddy et al., arXiv 1910.06378, option II): every step adds c - c_i, with
@@ -28,6 +28,7 @@ class FedProx:
     def adjust(self, view: ClientView) -> None:
         """grad += mu (w - w_global)."""
         for spec in shared_blocks(view.blocks()):
+            # `received` is zero in rows that the client does not hold, and so is its value: no pull there.
             view.grad(spec).add_((view.value(spec) - view.received(spec)).mul_(self.mu))
 
 
@@ -41,7 +42,9 @@ class Scaffold:
     def adjust(self, view: ClientView) -> None:
         """grad += c - c_i."""
         for spec in shared_blocks(view.blocks()):
+            # Slot 0: the server's bank has one client slot.
             correction = self.control.client(spec.name, 0) - view.client_state[control_block(spec).name]
+            # c covers all rows of the global adapter, so it is cut to the client's: other rows must get no gradient.
             view.grad(spec).add_(_held(view, spec, correction))
 
     @torch.no_grad()
@@ -50,6 +53,7 @@ class Scaffold:
         result = {}
         for spec in shared_blocks(view.blocks()):
             name = control_block(spec).name
+            # A new tensor, so dividing in place touches neither the client's nor the global values.
             slope = (view.received(spec) - view.value(spec)).div_(rates)
             change = slope - self.control.client(spec.name, 0)
             result[name] = view.client_state[name] + _held(view, spec, change)

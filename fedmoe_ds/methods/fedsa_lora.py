@@ -29,4 +29,5 @@ class FedSALoRA(Method):
     personal_models = True
 
     def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+        # Axis 1 counts ranks in B [out, R]; blocks without a rank axis, such as a trained router, are shared.
         return [replace(spec, personal=True) if spec.rank_axis == 1 else spec for spec in specs]

@@ -27,4 +27,5 @@ class FFALoRA(Method):
     needs = frozenset({"lora"})
 
     def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+        # Axis 0 counts ranks in A [R, in]. Not trained: no optimizer and no aggregation, so A keeps its drawn value.
         return [replace(spec, trained=False) if spec.rank_axis == 0 else spec for spec in specs]

@@ -52,6 +52,7 @@ class FFTMoEParams(MethodParams):
     auxiliary: Literal["none", "switch", "adaptive", "global"] = "adaptive"
     coefficient: float = Field(1e-2, ge=0, description="lambda_0")
     gamma: float = Field(0.5, ge=0, description="adaptive: exponent of k_max / k_n")
+    # Above zero: KL(P || q) is infinite where q is zero and P is not.
     epsilon: float = Field(0.05, gt=0, description="global: floor of the target, as a share of 1 / M")
 
     def idle(self, config: Config) -> dict[str, str]:
@@ -78,6 +79,7 @@ class FFTMoE(Method):
 
     def __init__(self, params: FFTMoEParams) -> None:
         super().__init__(params)
+        # f, P and CV(f) are no means over rows, so micro-batches would add up to another loss.
         self.whole_steps = params.auxiliary != "none" and params.coefficient > 0
 
     def check_config(self, config: Config) -> None:
@@ -88,6 +90,7 @@ class FFTMoE(Method):
             )
 
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
+        # Layers are called by the model's own indices; targets are rows of the layers that have experts.
         weight, place = self.params.coefficient, {layer: row for row, layer in enumerate(self.facts.layers)}
         if self.params.auxiliary == "none" or weight == 0:
             return None
@@ -98,6 +101,7 @@ class FFTMoE(Method):
             )
         if self.params.auxiliary == "switch":
             return RoutingObserver(loss=lambda layer, own, _, valid_T: weight * balance_loss(own, valid_T))
+        # The same for the whole round; CV(f) is taken from every batch.
         device = (self.facts.top_k / assignment.cap) ** self.params.gamma
         return RoutingObserver(
             loss=lambda layer, own, _, valid_T: weight * device * (1.0 + unevenness(own)) * balance_loss(own, valid_T)
@@ -109,6 +113,7 @@ class FFTMoE(Method):
         even = 1.0 / shape[1]
         if utilisation_LE is None:
             return torch.full(shape, even)
+        # A layer that nobody used in the last round has a sum of zero; its share is then zero everywhere and q uniform.
         share_LE = utilisation_LE / np.maximum(utilisation_LE.sum(1, keepdims=True), 1)
         target_LE = np.maximum(even - share_LE, 0.0) + self.params.epsilon * even
         return torch.from_numpy(target_LE / target_LE.sum(1, keepdims=True)).float()
@@ -116,13 +121,17 @@ class FFTMoE(Method):
 
 def unevenness(own: Routing) -> float:
     """CV(f): standard deviation over mean of the shares of routed slots; 0 where use is even."""
+    # Kept slots, as in the balance loss; integers, so no gradient reaches the router through lambda_n.
     counts_E = torch.bincount(own.experts_TK[own.kept_TK], minlength=own.probs_TE.shape[1]).double()
+    # The population's deviation: all experts are there, they are no sample.
     return float(counts_E.std(correction=0) / counts_E.mean()) if bool(counts_E.any()) else 0.0
 
 
 def divergence(own: Routing, valid_T: Tensor, target_E: Tensor) -> Tensor:
     """KL(P || q) of the mean router probability P from the target q; 0 for a batch without rows."""
     if not bool(valid_T.any()):
+        # Times zero, so that backward has a path where there is nothing to learn from.
         return own.probs_TE.sum() * 0.0
     mean_E = own.probs_TE[valid_T].mean(0)
+    # xlogy: 0 log 0 is 0, where softmax has underflowed.
     return torch.xlogy(mean_E, mean_E / target_E.to(mean_E.device)).sum()

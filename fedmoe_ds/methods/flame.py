@@ -42,7 +42,7 @@ from fedmoe_ds.methods import (
 class FlameParams(MethodParams):
     """FLAME's switches, with the values of its ablations."""
 
-    # A client trains on fewer than 2^32 tokens, so f^20 > 2^-640, which sums still hold whatever the data share (exact.py).
+    # A client trains on fewer than 2^32 tokens, so f^20 > 2^-640, which sums still hold whatever the data share.
     temperature: float = Field(2.0, ge=0, le=20, description="t; the paper recommends 2 to 4, 0 is FedAvg")
     rescaler: Literal["none", "static", "learnable"] = "learnable"
     rescaler_init: Literal["one", "ratio"] = "one"
@@ -73,6 +73,7 @@ class Flame(Method):
 
     def __init__(self, params: FlameParams) -> None:
         super().__init__(params)
+        # Only a learnt rescaler is a block of the bank; the static one is a constant of the assignment.
         self.rescaler = params.rescaler_scope if params.rescaler == "learnable" else None
 
     def check(self, facts: ModelFacts) -> None:
@@ -86,6 +87,7 @@ class Flame(Method):
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
         if spec.name == RESCALER and self.params.rescaler_init == "ratio":
+            # k / k_i is the client's own, so a personal block starts from it and not from a global initial value.
             return self.facts.top_k / client.cap
         return super().initial(spec, client)
 
@@ -93,12 +95,15 @@ class Flame(Method):
         assignment = super().assign(client, context)
         if self.params.rescaler != "static":
             return assignment
+        # Evaluation asks for a tier's assignment too, so its figures have the same factor.
         return replace(assignment, rescale=self.facts.top_k / client.cap)
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """gamma = f^t |D_i| (FLAME's activation-aware aggregation; |D_i| as a share, which cancels in the mean)."""
         if not spec.expert:
             return super().weights(spec, update, data_share)
+        # Counts are of kept slots: at most one per token and expert, so f is in [0, 1]. A client without tokens has f = 0.
         frequency_LE = update.counts_LE / max(update.tokens, 1)
+        # 0^0 is 1 in NumPy: with t = 0 experts that a client never used count as well, which is FedAvg.
         weights_LE: np.ndarray = np.power(frequency_LE, self.params.temperature) * data_share
         return weights_LE

@@ -49,4 +49,5 @@ class FLoRA(Method):
             )
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
+        # B = 0, so the fresh pair adds nothing: the merged weight alone is the model that clients start from.
         return Combined(fresh_a_RI, torch.zeros_like(pair.b_OR), absorbed=pair.stacked())

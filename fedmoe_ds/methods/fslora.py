@@ -37,12 +37,16 @@ class FSLoRA(Method):
 
     def assign(self, client: Client, context: RoundContext) -> Assignment:
         full = self.facts.rank
+        # Round 0 is the evaluation of a tier, with all coordinates; so is a client that can afford all of them, with S = I.
         if context.round == 0 or client.rank >= full:
             return Assignment(client.cap)
+        # Addressed by round and client: every rank draws the same subset, and a resumed round the same again.
         draw = generator(self.facts.seed, "sketch", context.round, client.index)
         rows_R = np.zeros(full, dtype=bool)
         rows_R[draw.choice(full, size=client.rank, replace=False)] = True
+        # R / r makes up for the coordinates left out: E[S] = I, so the sketched gradient is right in the mean.
         return Assignment(client.cap, rows_R, scale=full / client.rank)
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
+        # Ones also where the client routed no row: it counts as a change of zero.
         return np.ones_like(super().weights(spec, update, data_share))

@@ -42,6 +42,7 @@ from fedmoe_ds.methods import (
     product_norms,
 )
 
+# One number for the whole model, personal, so that it is saved and travels with the client's other state.
 RANK = BlockSpec("hetlora.rank", (-1,), (1,), personal=True, trained=False)
 
 
@@ -86,6 +87,7 @@ class HetLoRA(Method):
 
     def assign(self, client: Client, context: RoundContext) -> Assignment:
         own = context.client_state.get(RANK.name) if context.round > 0 else None  # round 0: the tier, not the client
+        # A float block holds it; ranks are far below 2^24, so the conversion is exact.
         rank = client.rank if own is None else int(own.item())
         return Assignment(client.cap, leading(rank, self.facts.rank))
 
@@ -98,6 +100,7 @@ class HetLoRA(Method):
             tail_a, tail_b, rows = *self._tail(view, view.value(a), view.value(b)), self._rows(view)
             norm_a, norm_b = _norm(tail_a), _norm(tail_b)
             both = (norm_a > 0) & (norm_b > 0)
+            # d/dA of ||B|| ||A|| is ||B|| A / ||A||. At a norm of zero it has a kink, and zero is a subgradient there.
             pull_a = torch.where(both, norm_b / norm_a, 0.0).float() * self.params.penalty
             pull_b = torch.where(both, norm_a / norm_b, 0.0).float() * self.params.penalty
             view.grad(a)[..., rows, :].add_(tail_a * pull_a[..., None, None])
@@ -116,8 +119,10 @@ class HetLoRA(Method):
     def remember(self, update: ClientUpdate) -> dict[str, Tensor]:
         """Self-pruning. A tail that was zero before cannot get smaller."""
         rank = update.assignment.rank(self.facts.rank)
+        # Over all adapters and layers; measures are gathered, as expert adapters lie on other ranks too.
         before, after = (sum(v.sum() for k, v in update.measured.items() if k.endswith(end)) for end in (".before", ".after"))
         if self.params.pruning and after < before:
+            # min: a client that began below min_rank stays at its rank and is not raised.
             rank = max(min(self.params.min_rank, rank), math.floor(self.params.gamma * rank))
         return {RANK.name: torch.tensor([[float(rank)]])}
 
@@ -130,10 +135,12 @@ class HetLoRA(Method):
 
     def _rows(self, view: ClientView) -> slice:
         rank = view.assignment.rank(self.facts.rank)
+        # The tail ends at the client's rank: rows behind it are zero and not its own.
         return slice(math.floor(self.params.gamma * rank), rank)
 
     def _tail(self, view: ClientView, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
         rows = self._rows(view)
+        # Dense copies: the norm then adds up in the order of the tail itself, whatever slice of a bank it was.
         return a_RI[..., rows, :].contiguous(), b_OR[..., :, rows].contiguous()
 
     def _tail_product(self, view: ClientView, a_RI: Tensor, b_OR: Tensor) -> Tensor:

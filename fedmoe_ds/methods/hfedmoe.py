@@ -48,6 +48,7 @@ from fedmoe_ds.methods import (
     leading,
 )
 
+# Methods import from fedmoe_ds.methods alone, which does not export the router's block; this is its canonical name.
 ROUTER = "router.weight"
 
 
@@ -106,26 +107,36 @@ class HFedMoE(Method):
 
     def select(self, routing: Routing, valid_T: Tensor, budget: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(bool [E] of at most `budget` experts, sums): equations 3 to 5, 14 and 15 for one batch."""
+        # Sigmoid routers' scores do not sum to one; the entropy-like term below needs a distribution. Float64: sums over tokens
+        # are compared with tau later.
         score_TE = (routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20))[valid_T].double()
         mean_E = score_TE.mean(0)
         mix = self.params.cumulative
         importance_E = mix * mean_E + (1.0 - mix) * score_TE.amax(0)
         information_E = importance_E
         if self.params.rank_by == "information":
+            # xlogy: a score of zero contributes nothing, where log would give NaN.
             information_E = importance_E - self.params.beta * torch.xlogy(score_TE, score_TE / mean_E).mean(0)
+        # An expert without kept rows cannot be trained, so it must not take a place in the budget.
         used_E = torch.bincount(routing.experts_TK[routing.kept_TK], minlength=len(mean_E)) > 0
+        # Stable: equal experts are taken in order of their ids, on every rank and device.
         ranked_E = information_E.masked_fill(~used_E, float("-inf")).sort(descending=True, stable=True).indices
         active_E = torch.zeros_like(used_E)
         active_E[ranked_E[:budget]] = True
+        # Where fewer experts are used than the budget allows, the first places also hold some at -inf. Usage adds up over
+        # tokens and importance over batches; `weights` divides by these.
         return active_E & used_E, {"usage": score_TE.sum(0), "importance": importance_E}
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
+        # Data-size weights for attention, and for the router as well where `gate` says so.
         if not spec.expert and (spec.name != ROUTER or self.params.gate == "data"):
             return super().weights(spec, update, data_share)
         usage_LE = update.observed["usage"] / max(update.tokens, 1)
+        # `>=` as printed in (17): at tau = 0 every expert is averaged.
         used_LE = usage_LE >= self.tau
         if spec.name == ROUTER:
             importance_LE = update.observed["importance"] / max(update.steps, 1)
+            # Per layer: each layer's router has an alpha of its own, as each has usage and importance of its own.
             alpha_L: np.ndarray = (usage_LE * importance_LE * used_LE).sum(1)
             return alpha_L
         if self.params.participation == "trained":

@@ -27,4 +27,5 @@ class LocalOnly(Method):
             raise UserError(f"local.drift: {config.local.drift}: method local-only has no global model to drift from; use none")
 
     def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
+        # Personal blocks are never averaged, and with none left over nothing is sent.
         return [replace(spec, personal=True) for spec in specs]

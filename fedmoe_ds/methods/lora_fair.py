@@ -55,13 +55,16 @@ class LoRAFair(Method):
         a_RI, b_OR = (pair.a_PRI * share).sum(0), (pair.b_POR * share).sum(0)
         b_OQ, a_QI = pair.stacked()
         length = b_OR.norm()
+        # W = 0 or not, a cosine with B = 0 is undefined, and there is no length to measure a step by.
         if length == 0:
             return Combined(a_RI, b_OR)
         best = residual = torch.zeros_like(b_OR)
         least, slope = self.problem(residual, b_OR, a_RI, b_OQ, a_QI)
         for _ in range(self.params.server_steps):
+            # The cosine's slope shrinks as 1 / ||B||: times ||B||^2, a step is a share of ||B|| whatever the adapter's size.
             residual = residual - self.params.server_lr * length**2 * slope
             value, slope = self.problem(residual, b_OR, a_RI, b_OQ, a_QI)
+            # Strictly: where nothing improves, dB stays zero and the result is FedIT's.
             if value < least:
                 best, least = residual, value
         return Combined(a_RI, b_OR + best)
@@ -70,8 +73,10 @@ class LoRAFair(Method):
         """The server's objective and its gradient in dB [O, R]; the norm's is taken as zero at dB = 0."""
         total, gram_a = b_OR + residual, a_RI @ a_RI.T
         target = b_OQ @ (a_QI @ a_RI.T)  # W A^T
+        # <B A, B' A'> = <B^T B', A A'^T>: sums over R x R or Q x Q, never over O x I.
         w_norm = torch.sqrt(((b_OQ.T @ b_OQ) * (a_QI @ a_QI.T)).sum())
         m_norm = torch.sqrt(((total.T @ total) * gram_a).sum())
+        # A zero matrix has no direction: the cosine is undefined, and dB stays where it is.
         if w_norm == 0 or m_norm == 0:
             return torch.zeros_like(w_norm), torch.zeros_like(residual)
         cosine = (target * total).sum() / (w_norm * m_norm)

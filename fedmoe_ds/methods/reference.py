@@ -1,4 +1,4 @@
-"""The page of methods, docs/methods.md: a table of what each does, its parameters, and how to add one."""
+"""Reference: the page docs/methods.md, a table of what each does, its parameters, and how to add one."""
 
 from __future__ import annotations
 
@@ -96,6 +96,7 @@ A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may m
 
 def methods_markdown() -> str:
     """Return docs/methods.md for the methods of this package."""
+    # Only our own: what else is installed here must not enter the page, or the test that compares it would fail.
     found = {point.name: point.load() for point in entry_points(group=GROUP) if point.value.startswith("fedmoe_ds.")}
     parts = [_INTRODUCTION, _table(found), _COMBINATIONS]
     parts += ["## Parameters\n", "They stand beside `method.name`.\n"]
@@ -107,6 +108,7 @@ def _exports() -> str:
     lines = ["| name | what it is |", "|---|---|"]
     for name in methods.__all__:
         thing = getattr(methods, name)
+        # The first line of a docstring is the whole entry, so it has to say what the thing is.
         text = (inspect.getdoc(thing) or "").partition("\n")[0] if callable(thing) else f"the string `{thing}`"
         lines.append(f"| `{name}` | {_cell(text)} |")
     return "\n".join(lines) + "\n"
@@ -144,4 +146,5 @@ def _row(key: str, field: FieldInfo) -> str:
 
 
 def _cell(text: str) -> str:
+    # A bar would end the table's cell, and `<name>` would be taken for HTML.
     return text.replace("|", "\\|").replace("<", "&lt;")

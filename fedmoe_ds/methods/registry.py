@@ -24,6 +24,7 @@ def load_method(config: MethodConfig) -> Method:
     """Find the method by name and check its parameters. Raises UserError with the nearest name or key."""
     method = _method_class(config.name)
     given = config.model_dump(exclude={"name"})
+    # Before pydantic sees them: its message knows neither the method's name nor the nearest key.
     for key in given:
         if key not in method.Params.model_fields:
             known = nearest(key, method.Params.model_fields)
@@ -34,6 +35,7 @@ def load_method(config: MethodConfig) -> Method:
     try:
         return method(method.Params(**given))
     except ValidationError as error:
+        # One line for the first mistake; the others show up when it is corrected.
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"method.{key}: {first['input']!r}: {first['msg']}; see docs/methods.md") from None
@@ -52,6 +54,7 @@ def _method_class(name: str) -> type[Method]:
         ) from None
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise UserError(f"method.name: {name}: {found[name].value} is no subclass of fedmoe_ds.methods.Method")
+    # Asked before the class is used: a method written for an older version is refused and not run with half of its rules.
     for old, new in _RENAMED.items():
         if hasattr(method, old):
             raise UserError(f"method.name: {name}: {found[name].value} defines `{old}`, which is called `{new}` now; rename it")

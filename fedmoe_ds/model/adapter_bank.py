@@ -1,4 +1,4 @@
-"""Bank: every trainable of every client in flight, stacked.
+"""Adapter bank: every trainable of every client in flight, stacked.
 
 Legend: L layers, E experts held by this rank, C clients in flight, R adapter rank.
 
@@ -106,11 +106,13 @@ class Bank:
         self.values: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
         for spec in specs:
+            # Clients come after experts: a layer of an expert block, flattened, is in (expert, client) order, as groups are.
             axis = (experts, self.expert_clients) if spec.expert else (clients,)
             shape = (len(spec.layers), *axis, *spec.item)
             self.values[spec.name] = torch.zeros(shape, device=device)
             if with_grad:
                 self.grads[spec.name] = torch.zeros(shape, device=device)
+        # A block may skip layers (a dense first block, attention of some layers), so a layer's index is no row number.
         self._row = {spec.name: {layer: i for i, layer in enumerate(spec.layers)} for spec in specs}
 
     def __contains__(self, name: str) -> bool:
@@ -126,6 +128,7 @@ class Bank:
 
     def _index(self, name: str, layer: int) -> int:
         row = self._row[name]
+        # A block of layers (-1,) has one row that serves every layer, for instance a client's only rescaler.
         return row[layer] if layer in row else row[-1]
 
     def client(self, name: str, slot: int) -> Tensor:
@@ -138,6 +141,7 @@ class Bank:
 
     def zero_grad(self) -> None:
         for grad in self.grads.values():
+            # In place: kernels add into these very tensors, through views of single layers.
             grad.zero_()
 
     def nbytes(self) -> int:
@@ -154,5 +158,6 @@ class Bank:
                 if not spec.expert:
                     yield spec.key(layer), spec, part[i]
                     continue
+                # Local experts become global ids, so names are the same for any expert-parallel size.
                 for e in range(part.shape[1]):
                     yield spec.key(layer, first_expert + e), spec, part[i, e]

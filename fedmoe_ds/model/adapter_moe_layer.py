@@ -1,4 +1,4 @@
-"""The layer in the place of a dense model's feed-forward block: the frozen block, and a pool of adapter experts beside it.
+"""Adapter MoE layer: a dense model's frozen feed-forward block, and a pool of adapter experts whose output is added to its.
 
 Legend: B sequences, S positions, T = B * S token rows, D model width, E experts.
 
@@ -34,6 +34,7 @@ class SelectedSoftmax:
     num_expert_groups: int | None = None
     num_limited_groups: int | None = None
     score_func: str = "softmax"
+    # Softmax over all, divided by the sum of the selected ones, is the softmax over the selected logits: g_m of the legend.
     route_norm: bool = True
     route_scale: float = 1.0
     group_score_func: str = "max"
@@ -41,7 +42,7 @@ class SelectedSoftmax:
 
 
 class AdapterMoELayer(nn.Module):
-    """A frozen feed-forward block with every client's adapter experts beside it."""
+    """A frozen feed-forward block, to whose output every client's adapter experts are added."""
 
     def __init__(self, frozen: nn.Module, layer: int, rule: SelectedSoftmax, execution: Execution) -> None:
         super().__init__()
@@ -49,11 +50,13 @@ class AdapterMoELayer(nn.Module):
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         run, bank = self.execution.running(), self.execution.bank
+        # A dense model has no router to freeze, so this one is always in the bank and always trained.
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
         logits_TE = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments).flatten(0, -2)
         routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, run.allowed_TE)
         record_routing(self.execution, self.layer, routing, logits_TE)
         y_TD = routed_forward(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts())
+        # The rescaler covers the adapters' sum alone: while V is zero, the layer is the foundation's whatever s_i is.
         frozen_BSD: Tensor = self.frozen(hidden_BSD)
         return frozen_BSD + rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
 

@@ -103,11 +103,14 @@ def _stack_text(rows: list[Rows], num_experts: int, device: torch.device) -> Bat
     ids = [seq for part in rows for seq in part.input_ids]
     masks = [mask for part in rows for mask in part.loss_mask]
     shape = (max(len(ids), 1), max((len(seq) for seq in ids), default=1))
+    # With no rows, one token that is not valid: the pass then has a shape, and nothing of it is routed or predicted.
     input_ids, valid = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     predict = np.zeros(shape, dtype=bool)
     for b, (seq, mask) in enumerate(zip(ids, masks, strict=True)):
         input_ids[b, : len(seq)], valid[b, : len(seq)] = seq, True
+        # The hidden state at s predicts token s + 1, so the mask of targets moves one to the left.
         predict[b, : len(seq) - 1] = mask[1:]
+    # Sequence by sequence, then by position: the order in which boolean indexing by `predict` picks the hidden states.
     labels = np.concatenate([seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)] or [np.zeros(0, np.int64)])
     return _batch(rows, num_experts, device, input_ids, valid, predict, labels, None)
 
@@ -120,6 +123,7 @@ def _stack_images(rows: list[Rows], num_experts: int, device: torch.device, imag
     assert pixels_BCHW.shape[1:] == images.shape, (pixels_BCHW.shape, images.shape)
     valid = np.full((len(pixels_BCHW), images.positions), bool(rows))
     predict = np.zeros_like(valid)
+    # bool(rows) is False for the stand-in alone.
     predict[:, CLASS_TOKEN] = bool(rows)
     no_ids = np.zeros((len(pixels_BCHW), 0), dtype=np.int64)
     labels_N = np.concatenate(labels or [np.zeros(0, np.int64)])
@@ -139,6 +143,7 @@ def _batch(
     segments, slot, cap = _segments(rows, valid.shape)
     allowed = None
     if any(part.allowed_E is not None for part in rows):
+        # One client with a mask gives all rows one: a mask is data of its row, and rows of other clients allow everything.
         everyone = torch.ones(num_experts, dtype=torch.bool)
         per_part = [part.allowed_E if part.allowed_E is not None else everyone for part in rows]
         repeats = torch.tensor([len(part) * valid.shape[1] for part in rows])
@@ -158,6 +163,7 @@ def _batch(
 
 
 def _segments(rows: list[Rows], shape: tuple[int, ...]) -> tuple[list[Segment], np.ndarray, np.ndarray]:
+    # Cap 1 for the stand-in: routing asks for 1 <= cap <= K.
     slot, cap = np.zeros(shape[0], dtype=np.int64), np.ones(shape[0], dtype=np.int64)
     segments, start = [], 0
     for part in rows:

@@ -28,9 +28,11 @@ class BottleneckExperts:
     def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
         """One block. Returns y [N, D] and what `backward` needs."""
         ends_G = block.lora_ends_G
+        # Values are float32 in the bank, rows may be bfloat16: products are taken in the rows' type.
         h_NH = grouped_mm(x_ND, block.pick(self.inner).to(x_ND.dtype), ends_G)
         pa_NH = F.gelu(h_NH).mul_(p_N.unsqueeze(-1))
         y_ND = grouped_mm(pa_NH, block.pick(self.outer).to(x_ND.dtype), ends_G)
+        # The activation is computed again in the backward pass; h, which gelu's derivative needs, is kept.
         return y_ND, Saved(x_ND, p_N, h_NH, None, None)
 
     def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
@@ -39,6 +41,7 @@ class BottleneckExperts:
         a_NH = F.gelu(h_NH)
         dpa_NH = grouped_mm_t(dy_ND, block.pick(self.outer).to(dy_ND.dtype), ends_G)
         block.pick(self.grads[1]).add_(grouped_outer(dy_ND, a_NH * saved.p_N.unsqueeze(-1), ends_G))
+        # Before the next line multiplies the routing weight into dpa.
         dp_N = (dpa_NH * a_NH).sum(-1)
         dh_NH = torch.ops.aten.gelu_backward(dpa_NH.mul_(saved.p_N.unsqueeze(-1)), h_NH)
         block.pick(self.grads[0]).add_(grouped_outer(dh_NH, saved.x_ND, ends_G))

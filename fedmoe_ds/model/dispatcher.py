@@ -1,4 +1,4 @@
-"""Dispatch: routed rows travel to the ranks that hold their experts, and back.
+"""Dispatcher: routed rows travel to the ranks that hold their experts, and back.
 
 Legend: T token rows at home, N routed rows, D model width, E experts of the model, P expert-parallel ranks, S client segments
 of a pass.
@@ -58,6 +58,7 @@ class Plan:
     slots_N: Tensor  # its position in the flattened [T, K]
     by_token_N: Tensor  # rows sorted by token, for the weighted sum
     token_starts_T: Tensor  # first entry of each token in by_token_N
+    # Rows per peer, as lists on the host: the all-to-all takes its split sizes from there.
     send: list[int]
     receive: list[int]
     merge_N: Tensor | None  # order that merges what several peers sent (fast mode)
@@ -76,20 +77,25 @@ def make_plan(routing: Routing, segment_T: Tensor, slot: int | None, pool: Pool)
     """
     top_k = routing.kept_TK.shape[1]
     flat_N = routing.kept_TK.flatten().nonzero().squeeze(1)
+    # With a common slot all rows of a rank are one client's, so the expert alone tells groups apart.
     groups = 1 if slot is not None else pool.home_clients
     key_N = routing.experts_TK.flatten()[flat_N] * groups
     if slot is None:
         key_N = key_N + segment_T[flat_N // top_k]
+    # Stable: rows of one group stay in token order, so sums over a client's rows run in the same order on every topology.
     key_N, order_N = key_N.sort(stable=True)
     slots_N = flat_N[order_N]
     tokens_N = slots_N // top_k
     counts_PES = torch.bincount(key_N, minlength=pool.num_experts * groups)
     counts_PES = counts_PES.view(pool.ep_size, pool.local_experts, groups)
+    # Every rank of the group comes here in every pass, with rows or without: the exchange of rows needs its counts.
     received_PES = _exchange_counts(counts_PES, pool)
     send, receive = counts_PES.sum((1, 2)).tolist(), received_PES.sum((1, 2)).tolist()
+    # Stable again: a token's rows stay in expert order, so its sum is taken in one order wherever the experts are.
     by_token_N = tokens_N.argsort(stable=True)
     per_token_T = torch.bincount(tokens_N, minlength=segment_T.shape[0])
     merge_N, unmerge_N, blocks = _blocks(received_PES, receive, slot, pool)
+    # Exclusive prefix sums; a token without rows gets an empty range and with it a sum of zero.
     return Plan(tokens_N, slots_N, by_token_N, per_token_T.cumsum(0) - per_token_T, send, receive, merge_N, unmerge_N, blocks)
 
 
@@ -107,6 +113,7 @@ def _blocks(
     if slot is not None:
         blocks, start = [], 0
         for peer, rows in enumerate(receive):
+            # grouped_mm takes int32 ends.
             ends = received_PES[peer, :, 0].cumsum(0).to(torch.int32)
             blocks.append(ffn.Block(start, start + rows, pool.wave_slot(peer, slot), ends, ends))
             start += rows
@@ -115,9 +122,12 @@ def _blocks(
     by_expert_EC = received_PES.transpose(0, 1).reshape(pool.local_experts, -1)
     ends_G = by_expert_EC.flatten().cumsum(0).to(torch.int32)
     ends_E = by_expert_EC.sum(1).cumsum(0).to(torch.int32)
+    # One block for all: base weights are shared, so an expert's product runs over the rows of all clients at once.
     block = ffn.Block(0, sum(receive), None, ends_E, ends_G)
     if pool.ep_size == 1:
         return None, None, [block]
+    # Rows arrive in (peer, expert, slot) order and are wanted in (expert, peer, slot) order. Every arrived row gets the number
+    # of its group in the wanted order; a stable sort of these numbers is the merge.
     group_PES = torch.arange(received_PES.numel(), device=received_PES.device)
     group_PES = group_PES.view(pool.local_experts, pool.ep_size, -1).transpose(0, 1).reshape(-1)
     merge_N = group_PES.repeat_interleave(received_PES.flatten()).argsort(stable=True)
@@ -139,6 +149,7 @@ class _ExpertPass(torch.autograd.Function):
         pool: Pool,
         experts: ffn.Experts,
     ) -> Tensor:
+        # Two exchanges, rows and then their weights: the experts apply the weight themselves, before the down projection.
         rows_ND = _to_experts(_gather(x_TD, plan.tokens_N), plan, pool)
         p_N = _to_experts(weight_N.to(x_TD.dtype).unsqueeze(-1), plan, pool).squeeze(-1)
         saved, parts = [], []
@@ -147,11 +158,14 @@ class _ExpertPass(torch.autograd.Function):
             part, kept = experts.forward(block, rows_ND[rows], p_N[rows])
             parts.append(part)
             saved.append(kept)
+        # Kept as attributes: save_for_backward takes tensors alone, and none of these is an input or output of this function.
         ctx.plan, ctx.pool, ctx.experts, ctx.saved = plan, pool, experts, saved
         return _sum_by_token(_to_home(_join(parts), plan, pool), plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # `need_dx` is the same on all ranks of the group: layers are, and an idle rank's stand-in needs a gradient where rows
+        # do. Otherwise the exchange at the end would wait forever.
         plan, pool, need_dx = ctx.plan, ctx.pool, ctx.needs_input_grad[0]
         dy_ND = _to_experts(_gather(grads[0], plan.tokens_N), plan, pool)
         dx_parts: list[Tensor] = []
@@ -162,6 +176,7 @@ class _ExpertPass(torch.autograd.Function):
             if dx is not None:
                 dx_parts.append(dx)
             dp_parts.append(dp)
+        # Activations are freed before the gradients travel, not when autograd drops the node.
         ctx.saved = None
         dp_N = _to_home(_join(dp_parts).unsqueeze(-1), plan, pool).squeeze(-1)
         dx_TD = _sum_by_token(_to_home(_join(dx_parts), plan, pool), plan) if need_dx else None
@@ -212,6 +227,8 @@ def _to_home(rows: Tensor, plan: Plan, pool: Pool) -> Tensor:
 
 def _sum_by_token(rows_ND: Tensor, plan: Plan) -> Tensor:
     """Sum of each token's rows, in expert order; zero for a token without rows."""
+    # A rank without routed rows (idle, or all of them padding) has exchanged like the others, and its result is zero.
     if rows_ND.shape[0] == 0:
         return rows_ND.new_zeros(plan.token_starts_T.shape[0], rows_ND.shape[1])
+    # embedding_bag adds up one row after the other as listed; index_add_ would not promise an order on a GPU.
     return torch.embedding_bag(rows_ND, plan.by_token_N, plan.token_starts_T, mode=0)[0]

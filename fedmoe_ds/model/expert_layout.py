@@ -59,6 +59,8 @@ def adapter_layout(sites: list[FeedForwardSite], moe: MoEAdapterConfig, ep_size:
     """Adapter experts beside the feed-forward blocks of a dense model; `check_shards` has passed."""
     assert moe.experts % ep_size == 0, (moe.experts, ep_size)
     local = moe.experts // ep_size
+    # Contiguous ids, as DeepSpeed shards hosted experts: the first id and the count describe a rank.
     held = range(shard * local, (shard + 1) * local)
     indices = [site.index for site in sites]
+    # Renormalised: the adapters' router takes its softmax over the selected experts.
     return ExpertLayout(indices, moe.experts, moe.top_k, held, True, sites[0].hidden_size, moe.width, matrices=2)

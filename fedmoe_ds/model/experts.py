@@ -1,4 +1,4 @@
-"""The expert feed-forward: frozen base plus per-(client, expert) LoRA, or whole weights per client; forward and backward.
+"""Experts, their feed-forward: frozen base plus per-(client, expert) LoRA, or whole weights per client; forward and backward.
 
 Legend: N rows (token, expert slots) sorted by group, E experts of this rank, C clients of the wave, D model width,
 F expert width, R adapter rank.
@@ -49,6 +49,7 @@ class Lora:
             return self.scale
         if block.slot is not None:
             return self.scale * self.factors[block.slot]
+        # Groups are experts x clients in that order, so the clients' factors repeat once per expert.
         ends_G = block.lora_ends_G.long()
         rows_G = torch.diff(ends_G, prepend=ends_G.new_zeros(1))
         per_group_G = torch.tensor(self.factors, device=ends_G.device).repeat(len(ends_G) // len(self.factors))
@@ -93,16 +94,19 @@ class FrozenExperts:
     def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
         """One block. Returns y [N, D] and what `backward` needs."""
         lora = self.lora
+        # The base product groups by expert alone: rows of all clients share the frozen weights and one larger product.
         h_N2F = grouped_mm(x_ND, self.w13, block.expert_ends_E)
         m13_NR = m2_NR = None
         if lora is not None:
             m13_NR = _project(lora, x_ND, block.pick(lora.a13), block)
+            # Added in place, before the activation: the native kernels need no [N, 2F] delta of the adapters' own.
             lora.products.expand_(h_N2F, m13_NR, block.pick(lora.b13), block.lora_ends_G)
         pa_NF = _weighted_activation(self.unit, h_N2F, p_N)
         y_ND = grouped_mm(pa_NF, self.w2, block.expert_ends_E)
         if lora is not None:
             m2_NR = _project(lora, pa_NF, block.pick(lora.a2), block)
             lora.products.expand_(y_ND, m2_NR, block.pick(lora.b2), block.lora_ends_G)
+        # h is kept and pa is not: pa is one elementwise pass over h, and keeping both would add half of h again.
         return y_ND, Saved(x_ND, p_N, h_N2F, m13_NR, m2_NR)
 
     def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
@@ -111,8 +115,10 @@ class FrozenExperts:
         dpa_NF = grouped_mm_t(dy_ND, self.w2, block.expert_ends_E)
         if lora is not None and saved.m2_NR is not None:
             pa_NF = _weighted_activation(self.unit, saved.h_N2F, saved.p_N)
+            # Before the activation's backward: LoRA's own part of the gradient of pa is added to dpa here.
             _lora_backward(block, lora, 1, pa_NF, saved.m2_NR, dy_ND, dpa_NF)
         dh_N2F, dp_N = _activation_backward(self.unit, saved.h_N2F, saved.p_N, dpa_NF)
+        # Without need_dx nothing below this layer is trained, and the widest product of the backward pass is saved.
         dx_ND = grouped_mm_t(dh_N2F, self.w13, block.expert_ends_E) if need_dx else None
         if lora is not None and saved.m13_NR is not None:
             _lora_backward(block, lora, 0, saved.x_ND, saved.m13_NR, dh_N2F, dx_ND)
@@ -127,6 +133,7 @@ class OwnExperts:
 
     def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
         """As `FrozenExperts.forward`."""
+        # Weights differ by client here, so the groups are (expert, client) where adapters' groups are.
         h_N2F = grouped_mm(x_ND, block.pick(self.w13), block.lora_ends_G)
         pa_NF = _weighted_activation(self.unit, h_N2F, p_N)
         return grouped_mm(pa_NF, block.pick(self.w2), block.lora_ends_G), Saved(x_ND, p_N, h_N2F, None, None)
@@ -154,6 +161,7 @@ def _project(lora: Lora, x_NI: Tensor, a_GRI: Tensor, block: Block) -> Tensor:
     scale = lora.scale_of(block)
     if isinstance(scale, float):
         return lora.products.project(x_NI, a_GRI, block.lora_ends_G, scale)
+    # The kernels take one scale for all rows; unequal ones are applied to the middle, which is only R wide.
     return lora.products.project(x_NI, a_GRI, block.lora_ends_G, 1.0).mul_(scale)
 
 
@@ -163,6 +171,7 @@ def _lora_backward(
     """Add the gradients of one (A, B) pair to the bank, and that of its input to `dx`. `m` is the scaled middle."""
     a, b = (lora.a13, lora.b13) if which == 0 else (lora.a2, lora.b2)
     ends, scale = block.lora_ends_G, lora.scale_of(block)
+    # m carries the scale already, and dm gets it below: each of dA and dB then holds it exactly once.
     lora.products.grad_b_(block.pick(lora.grads[2 * which + 1]), m_NR, dy_NO, ends)
     if isinstance(scale, float):
         dm_NR = lora.products.back_project(dy_NO, block.pick(b), ends, scale)
@@ -187,6 +196,7 @@ def _weighted_activation(unit: GatedUnit, h_N2F: Tensor, p_N: Tensor) -> Tensor:
 
 def _activation_backward(unit: GatedUnit, h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
     """(dh [N, 2F], dp [N]) from the gradient of p a, which may be overwritten."""
+    # The kernels take one pass over memory; the torch path below takes one per operation.
     native = rows.serves(h_N2F, p_N, dpa_NF)
     if not unit.plain:
         return rows.gated_backward(h_N2F, p_N.contiguous(), dpa_NF, unit.shape) if native else unit.backward(h_N2F, p_N, dpa_NF)
@@ -194,9 +204,12 @@ def _activation_backward(unit: GatedUnit, h_N2F: Tensor, p_N: Tensor, dpa_NF: Te
         return rows.swiglu_backward(h_N2F, p_N.contiguous(), dpa_NF)
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
     width, silu_NF = gate_NF.shape[1], F.silu(gate_NF)
+    # First: dp needs dpa without the weight, and the next line multiplies the weight into it.
     dp_N = (dpa_NF * (silu_NF * up_NF)).sum(-1)
     da_NF = dpa_NF.mul_(p_N.unsqueeze(-1))
     dh_N2F = torch.empty_like(h_N2F)
+    # Both halves are written into one tensor, because the next product reads gate and up side by side.
+    # The up half comes first: the gate half's line overwrites da.
     torch.mul(da_NF, silu_NF, out=dh_N2F[:, width:])
     torch.ops.aten.silu_backward.grad_input(da_NF.mul_(up_NF), gate_NF, grad_input=dh_N2F[:, :width])
     return dh_N2F, dp_N

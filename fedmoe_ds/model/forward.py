@@ -1,4 +1,4 @@
-"""The hosted model as clients use it: one pass over a batch, with the negative log-likelihood of every target.
+"""Forward: the hosted model as clients use it, one pass over a batch, with the negative log-likelihood of every target.
 
 Legend: B sequences or images, S positions, D model width, N targets (next tokens, or classes), V vocabulary or classes.
 """
@@ -46,16 +46,20 @@ class AdaptedModel:
         state is read out to.
         """
         run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C)
+        # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model
         if self.foundation.task == "image_classification":
             hidden_BSD = model.base_model(pixel_values=batch.pixels_BCHW).last_hidden_state
             head = model.classifier
         else:
+            # The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed.
             hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             head = model.get_output_embeddings()
+        # Float32: a log-softmax over a vocabulary loses its small differences in bfloat16.
         logits_NV = head(hidden_BSD[batch.predict_BS]).float()
         nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
+        # Detached: logits serve accuracies, and would otherwise keep the graph for as long as somebody holds the result.
         return PassResult(nll_N, logits_NV.detach(), hidden_BSD, run)
 
 

@@ -1,4 +1,4 @@
-"""Layout: which blocks a run trains, their initial values, and the layers that read them.
+"""Installation: which blocks a run trains, their initial values, and the layers that read them.
 
 Initial values follow PEFT: A is uniform in +-1/sqrt(fan_in), B is zero, so that the first forward pass is the foundation's.
 Every tensor is drawn from its own address (seed, canonical key), so neither expert-parallel size nor layer order matters.
@@ -37,6 +37,7 @@ def adapter_blocks(
         else:
             shapes = {GATE_UP_A: (rank, width), GATE_UP_B: (2 * ffn, rank), DOWN_A: (rank, ffn), DOWN_B: (width, rank)}
         blocks += [BlockSpec(name, layers, item, expert=True) for name, item in shapes.items()]
+    # The order of blocks is part of a run: gradient norms are summed, and sums laid out, in it.
     blocks += _attention_blocks(find_projections(model, config.attention), rank)
     if config.router == "train" or config.moe is not None:
         blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
@@ -47,6 +48,7 @@ def adapter_blocks(
 
 
 def _attention_blocks(projections: list[Projection], rank: int) -> list[BlockSpec]:
+    # A block stacks one projection over the layers that have it, so that the optimizer takes them in one step.
     by_name: dict[str, list[Projection]] = {}
     for projection in projections:
         by_name.setdefault(projection.name, []).append(projection)
@@ -68,9 +70,11 @@ def initial_bank(
     """
     bank = Bank(blocks, len(held), clients=1, device=device, with_grad=False)
     copied = _copied_values(foundation, held.start)
+    # Each tensor by its own key: a rank fills in only the experts it holds, and their bits do not depend on which these are.
     for key, spec, value in bank.items(held.start, with_personal=True):
         if key in copied:
             value.copy_(copied[key])
+        # What is not named here stays zero: B, V and rescalers before a method sets them.
         elif spec.name.endswith("lora_A") or spec.name in (INNER, ROUTER):
             value.copy_(drawn_a(seed, key, value.shape))
     return bank
@@ -119,6 +123,7 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     for projection in find_projections(model, config.attention):
         base = model.get_submodule(projection.path)
         assert isinstance(base, nn.Linear)
+        # The projection stays inside the adapter as `base`, where `base_weights` finds the weight that FLoRA merges into.
         _replace(model, projection.path, ClientLoRALinear(base, projection, execution))
 
 

@@ -1,4 +1,4 @@
-"""LoRA on attention projections, one adapter per client.
+"""LoRA attention: adapters on attention projections, one per client.
 
 Legend: B sequences, S positions, T = B * S rows sorted by client, C client slots, D input width, O output width, R adapter
 rank.
@@ -19,6 +19,7 @@ from fedmoe_ds.kernels.frozen_layers import frozen_rows
 from fedmoe_ds.kernels.lora_products import LowRankProducts
 from fedmoe_ds.model.pass_context import Execution
 
+# As in `model.layers.3.self_attn.q_proj`: families agree on layers.<n> and on a module name with `att` in it.
 _PROJECTION = re.compile(r"(?:^|.*\.)layers\.(\d+)\.\w*att\w*\.(\w+)")
 
 
@@ -48,6 +49,7 @@ def find_projections(model: nn.Module, names: list[str]) -> list[Projection]:
         match = _PROJECTION.fullmatch(path)
         if match and isinstance(module, nn.Linear):
             found.append(Projection(path, int(match[1]), match[2], module.in_features, module.out_features))
+    # All projections are looked for before the names are compared, so that a wrong name is answered with those that exist.
     present = {projection.name for projection in found}
     for name in names:
         if name not in present:
@@ -74,6 +76,7 @@ class _Adapters:
         """A product to rank R, times each client's scale."""
         if self.factors is None:
             return product(rows_TI, weight, self.ends_C, self.scale)
+        # A slot without sequences in this pass has the end of the slot before it, so its group is empty.
         rows_C = torch.diff(self.ends_C.long(), prepend=self.ends_C.new_zeros(1).long())
         factors_C = torch.tensor(self.factors, device=self.ends_C.device) * self.scale
         m_TR = product(rows_TI, weight, self.ends_C, 1.0)
@@ -85,10 +88,12 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, anchor: Tensor, weight_OD: Tensor, adapters: _Adapters) -> Tensor:
+        # The kernels walk rows by pointer and width.
         x_TD = x_TD.contiguous()
         m_TR = adapters.scaled(adapters.products.project, x_TD, adapters.a_CRD)
         y_TO = frozen_rows(x_TD, weight_OD, transposed=True)
         adapters.products.expand_(y_TO, m_TR, adapters.b_COR, adapters.ends_C)
+        # m has R columns only: keeping it is cheaper than projecting x once more.
         ctx.save_for_backward(x_TD, m_TR)
         ctx.weight_OD, ctx.adapters = weight_OD, adapters
         return y_TO
@@ -100,6 +105,7 @@ class _AdaptedProduct(torch.autograd.Function):
         adapters.products.grad_b_(adapters.grad_b_COR, m_TR, dy_TO, ends_C)
         dm_TR = adapters.scaled(adapters.products.back_project, dy_TO, adapters.b_COR)
         adapters.products.grad_a_(adapters.grad_a_CRD, dm_TR, x_TD, ends_C)
+        # The first layer's input comes from a frozen embedding; its gradient would be thrown away.
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         dx_TD = frozen_rows(dy_TO, ctx.weight_OD, transposed=False)
@@ -126,6 +132,7 @@ class ClientLoRALinear(nn.Module):
         y_TO: Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
             x_TD, self.execution.anchor, self.base.weight, adapters
         )
+        # The bias is frozen, so it stays outside the autograd function.
         y_TO = y_TO if self.base.bias is None else y_TO + self.base.bias
         return y_TO.view(*x_BSD.shape[:-1], -1)
 
@@ -138,5 +145,6 @@ class ClientLoRALinear(nn.Module):
             [read(name, layer) for name in (self.projection.block_a, self.projection.block_b)]
             for read in (bank.value, bank.grad)
         )
+        # A dense block: attention adapters live on the client's home rank alone, so slots and factors here are those of home.
         products = self.execution.products_for(a.shape[1], dtype, self.base.weight.device)
         return _Adapters(a, b, grad_a, grad_b, ends_C, self.execution.scale, self.execution.wave.home_factors, products)

@@ -1,4 +1,4 @@
-"""The layer that takes the place of a hosted MoE block: DeepSpeed's expert shard, our routing, dispatch and adapters.
+"""MoE layer, in the place of a hosted MoE block: DeepSpeed's expert shard, our routing, dispatch and adapters.
 
 Legend: B sequences, S positions, T = B * S token rows, D model width, E experts, C client slots.
 """
@@ -39,11 +39,14 @@ class FederatedMoELayer(nn.Module):
     def forward(self, hidden_BSD: Tensor) -> Any:
         run = self.execution.running()
         x_TD = hidden_BSD.flatten(0, -2)
+        # [B, S, D] goes in, not [T, D]: a trained router is per client, and clients are cut by sequences.
         logits_TE = self._logits(hidden_BSD, run).flatten(0, -2)
         routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, run.allowed_TE)
+        # Before the experts run: it stores which of them the method lets this batch train.
         record_routing(self.execution, self.layer, routing, logits_TE)
         y_TD = routed_forward(self.execution, self.layer, x_TD, routing, self._experts(x_TD.dtype))
         y_BSD = rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
+        # Shared experts are added after the rescaler: s_i stands before the sum over routed experts alone.
         return autoep.finalize_output(self.host, y_BSD, x_TD, hidden_BSD)
 
     def _logits(self, hidden_BSD: Tensor, run: Pass) -> Tensor:
@@ -59,6 +62,7 @@ class FederatedMoELayer(nn.Module):
     def _experts(self, dtype: torch.dtype) -> experts.Experts:
         bank = self.execution.bank
         if GATE_UP in bank:
+            # Full fine-tuning: every client has a copy of its own in the bank, and the hosted weights only gave it its start.
             w13, w2 = (bank.value(name, self.layer) for name in (GATE_UP, DOWN))
             return experts.OwnExperts(w13, w2, [bank.grad(name, self.layer) for name in (GATE_UP, DOWN)], self.unit)
         return experts.FrozenExperts(self.w13_EFD, self.w2_EDF, self._lora(dtype), self.unit)
@@ -82,5 +86,6 @@ def rescaled(execution: Execution, layer: int, y_BSD: Tensor) -> Tensor:
         y_BSD = client_scale(y_BSD, execution.anchor, scale, grad, run.segments)
     if run.rescale_C is None or not run.segments:  # the stand-in row of an idle rank belongs to no client
         return y_BSD
+    # Segments are contiguous and cover the pass, so joining them gives the rows back in order.
     parts = [y_BSD[seg.start : seg.stop] * run.rescale_C[seg.slot] for seg in run.segments]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Execution: what the layers of a model read while a pass runs.
+"""Pass context: what the layers of a model read while a pass runs.
 
 A model has one `Execution`; the hosted layers and the attention adapters hold a reference to it. Nothing here is global, and
 nothing about a client is an attribute of a layer: caps, masks, slots and adapters change from pass to pass.
@@ -53,12 +53,14 @@ class Pass:
 
     def row_ends(self, rows: int, clients: int) -> Tensor:
         """int32 [C]: the end row of every home slot's rows in a tensor of `rows` rows; empty for slots without a segment."""
+        # All projections of a pass ask for the same ends; they are made and moved to the device once.
         if rows not in self._ends:
             width = rows // max(max((seg.stop for seg in self.segments), default=0), 1)
             assert all(a.slot < b.slot for a, b in itertools.pairwise(self.segments)), (
                 "clients stand in the order of their slots"
             )
             stops = {seg.slot: seg.stop * width for seg in self.segments}
+            # A slot without a segment repeats the end before it: an empty group, which every kernel skips.
             ends, last = [], 0
             for slot in range(clients):
                 last = stops.get(slot, last)
@@ -120,9 +122,12 @@ class Execution:
     balance: float = 0.0
     z: float = 0.0
     kernels: Kernels = "auto"
+    # An evaluation sees no observers and no scale factors: the global model belongs to no client.
     wave: InTraining = field(default_factory=InTraining)
     current: Pass | None = None
     products: LowRankProducts | None = None
+    # A scalar leaf that requires a gradient, which nobody reads. As an input of the custom functions it keeps them in the graph
+    # where their rows need no gradient, so that adapters of the first layer are reached.
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
     def products_for(self, rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:

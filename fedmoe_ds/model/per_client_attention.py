@@ -1,10 +1,10 @@
-"""Attending: scaled dot-product attention of one pass, every client's sequences at their own length.
+"""Per-client attention: scaled dot-product attention of one pass, every client's sequences at their own length.
 
 Legend: B sequences, H heads, S positions of the pass, K head width.
 
 A pass pads all sequences to its longest one. How a kernel cuts its work into blocks depends on that length, and with it the
-last bits of a result. Where the clients of a pass must not leave traces in each other, their sequences are therefore cut back
-to the longest of their own. Neighbours of equal length share a call; usually that is the whole pass.
+last bits of a result. The clients of a pass must not change each other's bits, so the sequences of each are cut back to the
+longest of its own. Neighbours of equal length share a call; usually that is the whole pass.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def use_per_client_attention(model: Any, execution: Execution) -> None:
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     for module in model.modules():
+        # The mark of transformers' attention modules, which hand themselves to the function that is registered here.
         if hasattr(module, "is_causal"):
             object.__setattr__(module, _EXECUTION, execution)
     model.set_attn_implementation(NAME)
@@ -42,6 +43,7 @@ def _attend(
     execution: Execution = getattr(module, _EXECUTION)
     whole = query.shape[2]
     parts = own_lengths(execution.running(), query.shape[0], whole)
+    # The usual case: all clients are as long as the pass, and no tensor is copied.
     if len(parts) == 1 and parts[0][2] == whole:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     found = []
@@ -51,6 +53,7 @@ def _attend(
         if mask is not None:
             mask = (mask if mask.shape[0] == 1 else mask[start:stop])[..., :length, :length]
         y_BSHK, _ = sdpa_attention_forward(module, q, k, v, mask, **options)
+        # Zeros where the sequence was cut: padding, which is neither routed nor a target, so its values reach nobody.
         found.append(F.pad(y_BSHK, (0, 0, 0, 0, 0, whole - length)))
     return torch.cat(found), None
 
@@ -58,6 +61,7 @@ def _attend(
 def own_lengths(run: Pass, sequences: int, positions: int) -> list[tuple[int, int, int]]:
     """(first sequence, end, length) of neighbouring clients whose longest sequences are equally long."""
     spans = [(seg.start, seg.stop, min(seg.longest, positions)) for seg in run.segments]
+    # The stand-in row of an idle rank: no client, but attention has to give a result of its shape.
     if not spans:
         return [(0, sequences, positions)]
     parts = []

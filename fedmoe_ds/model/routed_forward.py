@@ -30,9 +30,11 @@ def routed_forward(execution: Execution, layer: int, x_TD: Tensor, routing: Rout
     active_TK = _active_slots(execution, layer, routing)
     if active_TK is None:
         return _through_pool(execution, run, x_TD, routing, experts)
+    # The two masks part the kept slots: every routed row is computed once, with autograd or without.
     held_back_TK = routing.kept_TK & ~active_TK
     y_TD = _through_pool(execution, run, x_TD, replace(routing, kept_TK=routing.kept_TK & active_TK), experts)
     with torch.no_grad():
+        # Nothing is saved here, so held-back rows cost no memory for the backward pass and no product in it.
         held_TD = _through_pool(execution, run, x_TD, replace(routing, kept_TK=held_back_TK), experts)
     return y_TD + held_TD
 
@@ -47,6 +49,7 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
     run = execution.running()
     run.counts[layer] = _count(execution, run, routing, routing.kept_TK)
     found_losses: dict[int, Tensor] = {}
+    # Emptied, not added to: activation checkpointing runs the layer a second time in the backward pass.
     run.observed[layer] = {}
     for seg, rows in _own_rows(run, logits_TE.shape[0]):
         observer = execution.wave.observers.get(seg.slot)
@@ -59,10 +62,12 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
             run.observed[layer][seg.slot] = sums if active_E is None else {**sums, ACTIVE: active_E}
         loss = _auxiliary(execution, own, own_TE, valid_T)
         if observer is not None and observer.loss is not None:
+            # With autograd, unlike `observe`: the method's loss trains the router (and, through the logits, what lies below).
             extra = observer.loss(layer, own, own_TE, valid_T)
             loss = extra if loss is None else (loss if extra is None else loss + extra)
         if loss is not None:
             found_losses[seg.slot] = loss
+    # No entry for a layer without losses: the mean over layers looks up every client in each entry.
     if found_losses:
         run.losses[layer] = found_losses
 
@@ -78,6 +83,7 @@ def _active_slots(execution: Execution, layer: int, routing: Routing) -> Tensor 
     # Every rank of the cluster must take the same number of trips, whether or not it has rows in this pass.
     if not execution.wave.selective:
         return None
+    # Clients whose observer names no experts train all that they are routed to.
     active_TK = torch.ones_like(routing.kept_TK)
     for seg, rows in _own_rows(run, routing.kept_TK.shape[0]):
         if seg.slot in masks:
@@ -90,6 +96,7 @@ def _active_slots(execution: Execution, layer: int, routing: Routing) -> Tensor 
 def _count(execution: Execution, run: Pass, routing: Routing, slots_TK: Tensor) -> Tensor:
     """[H, E] int64: routed rows per home slot and expert."""
     experts, home = execution.pool.num_experts, execution.pool.home_clients
+    # One count over (slot, expert) keys instead of one per client: the number of clients costs nothing.
     key_TK = run.slot_T.unsqueeze(-1) * experts + routing.experts_TK
     return torch.bincount(key_TK[slots_TK], minlength=home * experts).view(home, experts)
 
@@ -107,6 +114,7 @@ def _auxiliary(execution: Execution, own: Routing, logits_TE: Tensor, valid_T: T
 
 def _own_rows(run: Pass, rows: int) -> Iterator[tuple[Segment, slice]]:
     """Each client's segment and its token rows."""
+    # Token rows per sequence: every sequence of a pass is padded to one length.
     width = rows // max(max((seg.stop for seg in run.segments), default=0), 1)
     for seg in run.segments:
         yield seg, slice(seg.start * width, seg.stop * width)

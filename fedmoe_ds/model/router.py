@@ -1,4 +1,4 @@
-"""Routing with a per-client cap on the number of active experts.
+"""Router: top-k with a per-client cap on the number of active experts.
 
 Legend: T token rows, E experts of the model, K the model's own top-k.
 
@@ -75,20 +75,29 @@ def route(logits_TE: Tensor, spec: RouterSpec, cap_T: Tensor, valid_T: Tensor, a
         valid_T: bool, False for padding.
         allowed_TE: bool expert mask per row; None allows all.
     """
+    # Scores are float32 whatever the rows are, as in the hosted router: the order of near-equal experts must not change.
     scores_TE = logits_TE.float().softmax(-1) if spec.score_func == "softmax" else logits_TE.float().sigmoid()
+    # Selection has no gradient; the router learns through the gathered weights and the auxiliary losses alone.
     with torch.no_grad():
         choice_TE = scores_TE.detach()
         if spec.e_score_correction_bias is not None:
+            # The bias decides who is chosen and never what it weighs (auxiliary-loss-free balancing, DeepSeek-V3).
             choice_TE = choice_TE + spec.e_score_correction_bias
         if spec.num_expert_groups is not None:
             choice_TE = _limit_groups(choice_TE, spec)
+        # After the group limit, so that a client's mask does not change which groups the model itself would choose.
         if allowed_TE is not None:
             choice_TE = choice_TE.masked_fill(~allowed_TE, float("-inf"))
+        # topk sorts, best first, and the cap relies on it. The shape keeps all K slots, so rows of any cap share a call.
         best_TK, experts_TK = choice_TE.topk(spec.top_k, dim=-1)
         slots_K = torch.arange(spec.top_k, device=logits_TE.device)
+        # Slots count from 0, so `<` keeps exactly cap of them, the largest. Where fewer than K experts are eligible, topk
+        # fills up with masked ones, at -inf; those are dropped here.
         kept_TK = (slots_K < cap_T.unsqueeze(-1)) & valid_T.unsqueeze(-1) & best_TK.isfinite()
+    # Zero before the normalisation: the kept weights of a capped row then sum to one by themselves.
     weights_TK = scores_TE.gather(1, experts_TK) * kept_TK
     if spec.route_norm:
+        # The hosted router's own epsilon; a padding row, all of whose weights are zero, stays zero and does not become NaN.
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return Routing(scores_TE, weights_TK * spec.route_scale, experts_TK, kept_TK)
 
@@ -97,6 +106,7 @@ def _limit_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
     """Node-limited routing: only the best `num_limited_groups` expert groups of a row stay eligible."""
     assert spec.num_expert_groups is not None and spec.num_limited_groups is not None
     grouped = choice_TE.view(choice_TE.shape[0], spec.num_expert_groups, -1)
+    # DeepSeek-V2 scores a group by its best expert, DeepSeek-V3 by the sum of its two best.
     by_max = spec.group_score_func == "max"
     score = grouped.amax(-1) if by_max else grouped.topk(2, dim=-1).values.sum(-1)
     best = score.topk(spec.num_limited_groups, dim=-1).indices

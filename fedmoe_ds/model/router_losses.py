@@ -1,4 +1,4 @@
-"""Auxiliary router losses, from raw logits, with padding left out.
+"""Router losses: auxiliary, from raw logits, with padding left out.
 
 Legend: T token rows, E experts, K top-k.
 
@@ -22,9 +22,12 @@ def balance_loss(routing: Routing, valid_T: Tensor) -> Tensor:
     """
     num_experts = routing.probs_TE.shape[1]
     with torch.no_grad():
+        # Kept slots only: a capped client is judged by the experts that it really uses.
         counts_E = torch.bincount(routing.experts_TK[routing.kept_TK], minlength=num_experts)
         share_E = counts_E / counts_E.sum().clamp(min=1)
+    # Sigmoid scores do not sum to one, softmax scores do; the normalised form serves both.
     probs_TE = routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20)
+    # Times zero and not a constant zero: the loss then keeps its place in the graph and backward finds a path.
     mean_E = probs_TE[valid_T].mean(0) if bool(valid_T.any()) else probs_TE.sum(0) * 0.0
     return num_experts * (share_E * mean_E).sum()
 
