@@ -23,13 +23,14 @@ from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
-from fedmoe_ds.foundation.loading import CONFIG_FILE, Skeleton, WeightFiles, first_line, read_config
+from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import Memory
-from fedmoe_ds.foundation.meta_model import is_there
+from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, read_config
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
+from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json
 

@@ -15,7 +15,7 @@ from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import machine_facts
 
-# One batch of mapped file pages (64 MiB, see foundation.loading) and what Python needs for names and modules.
+# One batch of mapped file pages (64 MiB, see foundation.weight_files) and what Python needs for names and modules.
 ALLOWANCE_MIB = 64 + 48
 
 Note = Callable[[str], None]

@@ -129,8 +129,3 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"foundation.preset: {name}: unknown preset{nearest(name, PRESETS)}")
     return PRESETS[name]
-
-
-def preset_config(name: str) -> Any:
-    """Return the transformers configuration of a preset; raises `UserError` for an unknown name."""
-    return find_preset(name).config()
