@@ -28,8 +28,8 @@ from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.control import Control, check_mpi, make_control
 from fedmoe_ds.distributed.launcher import Launch, free_port, known_rank
 from fedmoe_ds.distributed.stop_request import unwind_on_interrupt
-from fedmoe_ds.distributed.watchdog import start as watchdog
 from fedmoe_ds.distributed.watchdog.rank_health import Limits
+from fedmoe_ds.distributed.watchdog.start import current_watchdog, start_watchdog
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
     control = _join("nccl" if use_cuda else "gloo", launch, topology.control, timeout)
     try:
-        watch = watchdog.start(control, limits, launch.local_rank)
+        watch = start_watchdog(control, limits, launch.local_rank)
     except (OSError, RuntimeError) as error:
         here, there = f"rank {launch.rank} on {socket.gethostname()}", os.environ["MASTER_ADDR"]
         raise LostError(
@@ -173,7 +173,7 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except (UserError, LostError) as error:
         code, words = error.exit_code, str(error)
-        if known_rank() == 0 or (watchdog.current() is None and isinstance(error, LostError)):
+        if known_rank() == 0 or (current_watchdog() is None and isinstance(error, LostError)):
             terminal.note(f"error: {error}")
     except KeyboardInterrupt:
         code, words = EXIT_INTERRUPTED, "stopped by SIGINT"
@@ -189,7 +189,7 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
 
 def _hear_why() -> None:
     """A collective failed: usually a peer is gone, and the watchdog will say which and end this process."""
-    watch = watchdog.current()
+    watch = current_watchdog()
     if watch is not None and activity.failed is not None:
         watch.over.wait(watch.limits.silence + 5.0)
         if watch.over.is_set():
@@ -199,7 +199,7 @@ def _hear_why() -> None:
 def _leave(code: int, words: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    watch = watchdog.current()
+    watch = current_watchdog()
     if watch is not None:
         watch.announce_exit(code, words)
     if known_rank() != 0 and (code == EXIT_USER_ERROR or (code == EXIT_LOST and watch is not None)):

@@ -34,7 +34,7 @@ _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - names what must be told, binds n
 _watch: Watchdog | None = None
 
 
-def start(control: Control, limits: Limits, local_rank: int) -> Watchdog | None:
+def start_watchdog(control: Control, limits: Limits, local_rank: int) -> Watchdog | None:
     """Start this process's watchdog, together with all ranks; None in a world of one.
 
     Args:
@@ -55,9 +55,9 @@ def start(control: Control, limits: Limits, local_rank: int) -> Watchdog | None:
     me = peers[control.rank]
     if control.rank == 0:
         listeners, notes = _listen(master, [theirs["master"] for theirs in told])
-        door = Listener(listeners, secret(), range(1, control.size))
-        _gather(control, {"places": [listener.getsockname()[:2] for listener in listeners], "token": door.token})
-        _watch = MainWatchdog(me, limits, peers[1:], door, notes)
+        rank_listener = Listener(listeners, secret(), range(1, control.size))
+        _gather(control, {"places": [listener.getsockname()[:2] for listener in listeners], "token": rank_listener.token})
+        _watch = MainWatchdog(me, limits, peers[1:], rank_listener, notes)
     else:
         way = _gather(control, None)[0]
         view = told[control.rank]["master"]
@@ -90,6 +90,6 @@ def _gather(control: Control, value: Any) -> list[Any]:
     return [json.loads(payload) for payload in control.gather(json.dumps(value).encode())]
 
 
-def current() -> Watchdog | None:
+def current_watchdog() -> Watchdog | None:
     """The watchdog of this process, if it has one."""
     return _watch
