@@ -155,6 +155,7 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
         UserError: a language model without a tokenizer.
     """
     layers, folder = skeleton.layers, skeleton.folder
+    # A foundation has one top_k and one number of experts for all of its layers.
     assert len({(layer.top_k, layer.num_experts) for layer in layers}) <= 1
     model: Any = skeleton.bind(memory, device)
     known, size = outline(model, layers), model_size(model, layers)
@@ -179,6 +180,7 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over the model's config and the name, size and SHA-256 of each of its weight files."""
     digest = hashlib.sha256()
     config = read_json(folder / CONFIG_FILE, constants=True)
+    # The values count, not how the file is laid out.
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in WeightFiles(folder).paths:
         digest.update(f"\n{file.name} {file.stat().st_size} {_file_sha256(file)}".encode())

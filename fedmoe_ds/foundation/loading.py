@@ -2,7 +2,7 @@
 
 The model is built on the meta device, its experts are hosted there, and only then memory is provided: one copy of
 every dense tensor and 1/ep_size of every expert tensor. Each read goes from the safetensors file into that memory. Whoever
-wants other memory than this process's own (`sharing.py`) takes the steps of `load_model` one by one.
+wants other memory than this process's own (`host_sharing.py`) takes the steps of `load_model` one by one.
 
 Shape suffixes: L local experts, D hidden size, F expert FFN size, G = 2F.
 """
@@ -81,7 +81,9 @@ class Skeleton:
         for layer in self.layers:
             layer.bind(*(memory[name] for name in _expert_names(layer)))
             layer.bind_counter(device)
+        # Tied names had no slots: only now they become the tensor that they share.
         self.model.tie_weights()
+        # Buffers outside the state dict (rotary tables) were computed on the CPU when the model was built.
         _move_buffers(self.model, device)
         left = [name for name, tensor in _all_tensors(self.model) if tensor.is_meta]
         assert not left, f"never loaded: {left}"
@@ -130,10 +132,12 @@ def _expert_reads(layer: HostedLayer, files: WeightFiles, w13_LGD: Tensor, w2_LD
     reads = []
     for local, expert in enumerate(layer.experts):
         if fused:
+            # Only these rows of the fused tensor are read: the other experts belong to other ranks.
             rows = slice(expert, expert + 1)
             reads.append(Read(f"{source}gate_up_proj", w13_LGD[local : local + 1], rows))
             reads.append(Read(f"{source}down_proj", w2_LDF[local : local + 1], rows))
         else:
+            # Views: what is read lands in the two halves of w13.
             gate_FD, up_FD = w13_LGD[local].chunk(2)
             reads.append(Read(f"{source}{expert}.gate_proj.weight", gate_FD))
             reads.append(Read(f"{source}{expert}.up_proj.weight", up_FD))

@@ -105,6 +105,7 @@ class WeightFiles:
             raise UserError(
                 f"foundation.path: {path}: tensor '{stored}' cannot be read: {first_line(error)}; get the whole model"
             ) from error
+        # float8 is a floating point type to torch, but its scales lie in tensors of their own.
         if not source.is_floating_point() or source.itemsize < 2:
             raise UserError(
                 f"foundation.path: {path}: tensor '{stored}' is {source.dtype}; give weights that are not quantised"
@@ -130,6 +131,7 @@ def _indexed(index: Path) -> dict[str, Path]:
             raise UserError(
                 f"foundation.path: {index}: weight_map: '{name}': {file}: no file of this folder; get the file again"
             )
+    # All files, also those that hold nothing for this rank: the model is whole, or every rank refuses it.
     for file in sorted(set(places.values())):
         _check_file(index.parent / file)
     return {name: index.parent / file for name, file in places.items()}
@@ -139,6 +141,7 @@ def _check_file(path: Path) -> None:
     """Raise UserError unless a weight file can be read, before all ranks begin to."""
     if not path.is_file():
         raise UserError(f"foundation.path: {path}: missing weight file; get the whole model")
+    # access() asks for the real user unless told otherwise; open() asks for the effective one.
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise UserError(f"foundation.path: {path}: cannot be read; give this user the right to read it")
 
