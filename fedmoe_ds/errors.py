@@ -29,6 +29,7 @@ class OneLineError(Exception):
     """An error whose message is one line that prints, whatever names it quotes."""
 
     def __init__(self, message: str) -> None:
+        # Shortened first: escapes make a text longer, and a cut could split one.
         super().__init__(visible(_shortened(" ".join(message.split()))))
 
 
@@ -51,6 +52,7 @@ def _shortened(text: str) -> str:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the closest choice, or the list of choices when none is close."""
+    # Sorted: every rank says the same, whatever the order of a set.
     options = sorted(choices)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:

@@ -26,7 +26,7 @@ def peak_mib() -> float:
     if found is not None:
         return int(found.split()[0]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024  # bytes on macOS, KiB elsewhere
 
 
 def device_peak_mib() -> float:
@@ -39,7 +39,7 @@ def device_peak_mib() -> float:
 def resident_mib() -> float:
     """Resident memory now, and the point from which `peak_mib` counts where the system can reset its mark."""
     if _CLEAR.exists():
-        _CLEAR.write_text("5")
+        _CLEAR.write_text("5")  # resets VmHWM to the present size (proc(5))
     return peak_mib()
 
 
@@ -48,6 +48,7 @@ def available_mib() -> float:
     found = _field(_MEMORY, "MemAvailable:")
     if found is not None:
         return int(found.split()[0]) / 1024
+    # Without /proc only the size of the whole memory is known.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -14,6 +14,7 @@ import torch
 
 def address_key(seed: int, purpose: str, *address: int | str) -> int:
     """Return the 128-bit integer that stands for one address."""
+    # A separator, so that ("a", "bc") and ("ab", "c") are different addresses.
     text = "\x1f".join([str(seed), purpose, *map(str, address)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
 

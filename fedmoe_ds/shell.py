@@ -12,6 +12,7 @@ def quoted(word: str) -> str:
     if word.isprintable():
         return shlex.quote(word)
     letters = (chr(byte) if 32 <= byte < 127 and chr(byte) not in "'\\" else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    # The one kind of quotes in which bash reads escapes.
     return f"$'{''.join(letters)}'"
 
 

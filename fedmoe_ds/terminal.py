@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from typing import TextIO
 
+# Candidates only: `_escape` keeps those that print.
 _DOUBTFUL = re.compile(r"[^ -~]")
 _DOUBTFUL_IN_LINES = re.compile(r"[^ -~\n]")
 

@@ -17,7 +17,7 @@ from fedmoe_ds.config import FoundationConfig
 from fedmoe_ds.data import Sequences, digits
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.foundation import Foundation, load_foundation
-from fedmoe_ds.foundation.builtin.presets import preset_config
+from fedmoe_ds.foundation.builtin.presets import find_preset
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows, make_batch
@@ -34,7 +34,7 @@ VOCAB = 300
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
     folder = tmp_path_factory.mktemp("vit")
     torch.manual_seed(0)
-    AutoModelForImageClassification.from_config(preset_config("nano-vit")).save_pretrained(folder)
+    AutoModelForImageClassification.from_config(find_preset("nano-vit").config()).save_pretrained(folder)
     return load_foundation(folder, FoundationConfig(), 1, 0, "cpu")
 
 

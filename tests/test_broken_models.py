@@ -25,7 +25,7 @@ from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import load_shared_foundation
 from fedmoe_ds.foundation import load_foundation, planned_sparse, planned_task
-from fedmoe_ds.foundation.loading import WeightFiles
+from fedmoe_ds.foundation.weight_files import WeightFiles
 
 WEIGHTS, INDEX, CONFIG, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -22,7 +22,7 @@ from fedmoe_ds.checkpoint.reader import PRIVATE, Snapshot, newest_intact
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.builtin import pretrain
-from fedmoe_ds.foundation.builtin.presets import preset_config
+from fedmoe_ds.foundation.builtin.presets import find_preset
 from fedmoe_ds.foundation.mapped_weights import MappedWeights, Slot
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.file_modes import follow_umask, umask
@@ -84,7 +84,7 @@ def test_what_a_run_in_this_process_writes(mask: int, tmp_path: Path) -> None:
     """A pre-trained foundation, prepared data, checkpoints, the run folder, mapped weights, absences, a study's folder."""
     with masked(mask):
         with cache.draft(tmp_path / "cache" / "foundations" / "key", bool) as draft:  # to train would take long
-            pretrain._save([OlmoeForCausalLM(preset_config("nano-olmoe"))], {}, draft)
+            pretrain._save([OlmoeForCausalLM(find_preset("nano-olmoe").config())], {}, draft)
         (tmp_path / "inputs").mkdir()
         federations.write_inputs(tmp_path / "inputs")
         config = federations.make_config(

@@ -30,7 +30,7 @@ from fedmoe_ds.config.tree import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import Foundation, autoep, load_foundation, loading, resolve_foundation
+from fedmoe_ds.foundation import Foundation, autoep, load_foundation, loading, resolve_foundation, weight_files
 from fedmoe_ds.foundation.families import FAMILIES as FAMILY_TABLE
 from fedmoe_ds.model.lora_attention import find_projections
 
@@ -202,7 +202,7 @@ def every_family_at_every_size(rank: int, root: Path) -> list[Any]:
 
 def peak_growth(root: Path, rank: int) -> tuple[int, int]:
     """Host memory that loading a model with 64 MiB of experts over 4 ranks takes at its peak, and the allowed bytes."""
-    loading._BYTES_PER_OPEN = 2**20
+    weight_files._BYTES_PER_OPEN = 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the peak restarts at the present size
     before = status_bytes("VmHWM")
     model, layers = loading.load_model(root / "large", torch.float32, 4, rank, torch.device("cpu"))

@@ -17,7 +17,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import load_foundation, planned_task, resolve_foundation
 from fedmoe_ds.foundation.builtin import pretrain
 from fedmoe_ds.foundation.builtin.images import faded
-from fedmoe_ds.foundation.builtin.presets import PRESETS, preset_config
+from fedmoe_ds.foundation.builtin.presets import PRESETS, find_preset
 from fedmoe_ds.storage import cache
 
 STEPS = 60
@@ -171,7 +171,7 @@ def test_another_process_was_faster(tmp_path: Path) -> None:
 
 
 def test_preset_shapes() -> None:
-    tiny = preset_config("tiny-olmoe")
+    tiny = find_preset("tiny-olmoe").config()
     assert (tiny.vocab_size, tiny.hidden_size, tiny.num_experts, tiny.num_experts_per_tok) == (2048, 128, 16, 8)
     assert not tiny.tie_word_embeddings and not tiny.norm_topk_prob
     assert PRESETS["tiny-olmoe"].record() == PRESETS["tiny-olmoe"].arguments, "the key of OLMoE presets has no family"

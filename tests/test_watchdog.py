@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strangers import WORDS, ZEROS, Crowd, connect, is_closed
@@ -25,9 +24,8 @@ from worlds import LIMITS, Endings, endings, until, world
 from fedmoe_ds.distributed import address
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.address import resolved
-from fedmoe_ds.distributed.watchdog import handshake
-from fedmoe_ds.distributed.watchdog import listener as doors
-from fedmoe_ds.distributed.watchdog import start as watchdog
+from fedmoe_ds.distributed.watchdog import handshake, start
+from fedmoe_ds.distributed.watchdog import listener as listener_module
 from fedmoe_ds.distributed.watchdog import watchdog as watches
 from fedmoe_ds.distributed.watchdog.json_socket import LONGEST, GarbledError, JsonSocket
 from fedmoe_ds.distributed.watchdog.listener import Listener, listen
@@ -63,7 +61,7 @@ def test_strangers_change_nothing_but_a_counted_warning(
             with pytest.raises(ConnectionRefusedError):
                 connect("127.0.0.1", ranks.port)
         assert crowd.counts["came"] > 400
-        assert endings.all == [] and every(watch.thread.is_alive() for watch in ranks.watches.values())
+        assert endings.all == [] and all(watch.thread.is_alive() for watch in ranks.watches.values())
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1, warnings
     assert warnings[0].startswith("warning: watchdog: ") and "connections that were no rank's were turned away (" in warnings[0]
@@ -71,14 +69,14 @@ def test_strangers_change_nothing_but_a_counted_warning(
 
 
 @contextmanager
-def a_door(*ranks: int) -> Iterator[tuple[Listener, int]]:
-    (listener,) = listen(["127.0.0.1"])
-    door = Listener([listener], TOKEN, ranks)
+def a_listener(*ranks: int) -> Iterator[tuple[Listener, int]]:
+    (bound,) = listen(["127.0.0.1"])
+    listener = Listener([bound], TOKEN, ranks)
     try:
-        yield door, listener.getsockname()[1]
+        yield listener, bound.getsockname()[1]
     finally:
-        if door.is_open:
-            door.close()
+        if listener.is_open:
+            listener.close()
 
 
 def challenge_of(stranger: socket.socket) -> str:
@@ -86,106 +84,107 @@ def challenge_of(stranger: socket.socket) -> str:
 
 
 def test_a_recorded_hello_is_worth_nothing() -> None:
-    with a_door(1, 2) as (door, port):
+    with a_listener(1, 2) as (listener, port):
         first = connect("127.0.0.1", port)
-        door.step()
+        listener.step()
         asked = challenge_of(first)
         hello = {"hello": 1, "challenge": ZEROS, "proof": handshake.proof(TOKEN, "rank", (asked, ZEROS), 1)}
         record = json.dumps(hello).encode() + b"\n"
         again = connect("127.0.0.1", port)
         again.sendall(record)
-        door.step(), door.step()
-        assert door.turned_away == {"with a wrong proof": 1}
+        listener.step(), listener.step()
+        assert listener.turned_away == {"with a wrong proof": 1}
         first.sendall(record)
-        ((rank, _),) = door.step()
-        assert rank == 1 and door.expected == {2}
+        ((rank, _),) = listener.step()
+        assert rank == 1 and listener.expected == {2}
 
 
 def test_a_rank_comes_once() -> None:
-    with a_door(1, 2) as (door, port):
+    with a_listener(1, 2) as (listener, port):
         lines = [in_thread(lambda rank=rank: handshake.join([("127.0.0.1", port)], rank, TOKEN, 1.0)) for rank in (1, 1, 7)]
         came = []
-        until(lambda: came.extend(door.step()) or door.turned_away["as a rank that is not missing"] >= 2)
-        assert [rank for rank, _ in came] == [1] and door.expected == {2}
+        until(lambda: came.extend(listener.step()) or listener.turned_away["as a rank that is not missing"] >= 2)
+        assert [rank for rank, _ in came] == [1] and listener.expected == {2}
         assert len(lines) == 3
 
 
 def test_places_are_limited_and_the_oldest_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(doors, "time", type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])}))
-    monkeypatch.setattr(doors, "SPARE", 4)
-    with a_door(1) as (door, port):
+    monkeypatch.setattr(listener_module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])}))
+    monkeypatch.setattr(listener_module, "SPARE", 4)
+    with a_listener(1) as (listener, port):
         idle = [connect("127.0.0.1", port) for _ in range(12)]
         for _ in range(5):
-            door.step()
-        assert len(door._guests) == 5 and not door.turned_away and 0 < door.wait_s <= 0.1  # the first places, and then a rest
+            listener.step()
+        # The first places are taken, and then the listener rests.
+        assert len(listener._guests) == 5 and not listener.turned_away and 0 < listener.wait_s <= 0.1
         clock[0] += 0.11
         for _ in range(5):
-            door.step()
-        assert len(door._guests) == 5 and door.turned_away == {"pushed out": 5}
+            listener.step()
+        assert len(listener._guests) == 5 and listener.turned_away == {"pushed out": 5}
         assert [is_closed(one, 0.1) for one in idle[:6]] == [True] * 5 + [False]
-        clock[0] += doors.HELLO_S + 0.1
-        door.step()
-        assert door.turned_away["silent for 5 s"] == 5
+        clock[0] += listener_module.HELLO_S + 0.1
+        listener.step()
+        assert listener.turned_away["silent for 5 s"] == 5
         joined = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 5.0))
         came = []
-        until(lambda: clock.__setitem__(0, clock[0] + 0.2) or came.extend(door.step()) or came)
-        assert [rank for rank, _ in came] == [1] and not door.is_open
+        until(lambda: clock.__setitem__(0, clock[0] + 0.2) or came.extend(listener.step()) or came)
+        assert [rank for rank, _ in came] == [1] and not listener.is_open
         clock[0] += 60.0
-        assert door.wait_s > 1.0  # rank 0 has no reason to hurry any more
+        assert listener.wait_s > 1.0  # rank 0 has no reason to hurry any more
         joined()
 
 
 def test_a_door_that_closes_while_it_rests_is_waited_for_no_longer() -> None:
-    with a_door(1) as (door, _):
-        door._rest(time.monotonic() + 0.01)
+    with a_listener(1) as (listener, _):
+        listener._rest(time.monotonic() + 0.01)
         time.sleep(0.02)
-        assert door.wait_s == 0.0
-        door.close()
-        assert door.wait_s > 1.0
+        assert listener.wait_s == 0.0
+        listener.close()
+        assert listener.wait_s > 1.0
 
 
 def test_a_hello_in_many_small_pieces_is_no_rank() -> None:
-    with a_door(1) as (door, port):
+    with a_listener(1) as (listener, port):
         stranger = connect("127.0.0.1", port)
-        door.step()
+        listener.step()
         for _ in range(20):
             if not is_closed(stranger, 0.001):
                 stranger.send(b" ")
-            door.step()
-        assert door.turned_away == {"with something else than a hello": 1}
+            listener.step()
+        assert listener.turned_away == {"with something else than a hello": 1}
 
 
 def test_without_descriptors_the_door_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doors, "_REST_S", 0.0)
-    with a_door(1) as (door, port):
+    monkeypatch.setattr(listener_module, "_REST_S", 0.0)
+    with a_listener(1) as (listener, port):
         waiting = [connect("127.0.0.1", port) for _ in range(3)]  # the kernel has let them in
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = os.dup(0)
         os.close(free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
         try:
-            assert door.step() == [] and door.refusals == 1 and door.is_open
+            assert listener.step() == [] and listener.refusals == 1 and listener.is_open
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        door.step()
-        assert len(door._guests) == 3 and every(challenge_of(one) for one in waiting)
-        door.close()
-        assert "the system refused 1 times to let one in (ulimit -n)" in (door.warning() or "")
+        listener.step()
+        assert len(listener._guests) == 3 and all(challenge_of(one) for one in waiting)
+        listener.close()
+        assert "the system refused 1 times to let one in (ulimit -n)" in (listener.warning() or "")
 
 
 def test_warnings_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(doors, "time", type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])}))
-    with a_door(1) as (door, _):
+    monkeypatch.setattr(listener_module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])}))
+    with a_listener(1) as (listener, _):
         lines = []
         for _second in range(150):
-            door.turned_away["without a word"] += 100
+            listener.turned_away["without a word"] += 100
             clock[0] += 1.0
-            lines.append(door.warning())
-        door.close()
-        lines.append(door.warning())
-        assert len([line for line in lines if line is not None]) == 3 and door.warning() is None
+            lines.append(listener.warning())
+        listener.close()
+        lines.append(listener.warning())
+        assert len([line for line in lines if line is not None]) == 3 and listener.warning() is None
         assert lines[-1] is not None and "15000 connections" in lines[-1] and "(15000 without a word)" in lines[-1]
 
 
@@ -240,11 +239,11 @@ def test_a_rank_gives_up_on_who_is_silent_or_hangs_up() -> None:
 
 
 def test_a_rank_that_was_pushed_out_comes_again() -> None:
-    with a_door(1) as (door, port):
+    with a_listener(1) as (listener, port):
         joining = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 5.0))
-        until(lambda: door.step() or door._guests)
-        door._turn_away(next(iter(door._guests.values())), "pushed out")
-        until(lambda: door.step())
+        until(lambda: listener.step() or listener._guests)
+        listener._turn_away(next(iter(listener._guests.values())), "pushed out")
+        until(lambda: listener.step())
         line, _ = joining()
         assert line.socket.fileno() > 0
 
@@ -420,8 +419,8 @@ def test_messages_arrive_in_whatever_pieces(sent: list[dict[str, Any]], data: st
     content = b"".join(json.dumps(message).encode() + b"\n" for message in sent)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=6)))
     line, heard = JsonSocket(theirs), []
-    for start, stop in zip([0, *cuts], [*cuts, len(content)], strict=True):
-        ours.sendall(content[start:stop])
+    for first, last in zip([0, *cuts], [*cuts, len(content)], strict=True):
+        ours.sendall(content[first:last])
         heard += line.receive() or []
     ours.close()
     assert heard == sent and line.receive() is None
@@ -435,7 +434,7 @@ def test_any_bytes_are_messages_or_garbled(content: bytes) -> None:
     with ours, theirs:
         ours.sendall(content + b"\n")
         try:
-            assert every(isinstance(message, dict) for message in JsonSocket(theirs).receive() or [])
+            assert all(isinstance(message, dict) for message in JsonSocket(theirs).receive() or [])
         except GarbledError:
             return
 
@@ -528,7 +527,7 @@ def test_rank_0_listens_where_master_addr_leads(
     master: str, bound: set[str], endings: Endings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with world(2, monkeypatch, master) as ranks:
-        assert {listener.getsockname()[0] for listener in ranks.watches[0].listener.listeners} == bound
+        assert {one.getsockname()[0] for one in ranks.watches[0].listener.listeners} == bound
         if master == "0.0.0.0":  # noqa: S104 - the same
             (note,) = ranks.watches[0].notes
             assert note.startswith("warning: watchdog: MASTER_ADDR: 0.0.0.0: not all ranks know an address of ")
@@ -552,7 +551,7 @@ def test_ranks_that_know_different_addresses_all_come_in(endings: Endings, monke
         with order:
             return next(views)
 
-    monkeypatch.setattr(watchdog, "resolved", view)
+    monkeypatch.setattr(start, "resolved", view)
     monkeypatch.setattr(address, "is_loopback", lambda text: text == "127.0.1.1")
     with world(3, monkeypatch, "node0") as ranks:
         assert {one.getsockname()[0] for one in ranks.watches[0].listener.listeners} == {"127.0.0.8", "127.0.0.9"}
@@ -583,13 +582,14 @@ def test_the_limit_on_open_files_is_raised_only_as_far_as_needed(monkeypatch: py
         asked.clear()
         monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
         monkeypatch.setattr(resource, "setrlimit", lambda which, wanted: asked.append(wanted))
-        note = doors.allow_connections(world_size)
+        note = listener_module.allow_connections(world_size)
         assert asked == expected and (note is None if told is None else (note or "").startswith(told))
 
 
 def test_a_world_of_one_has_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "_watch", None)
-    assert watchdog.start(type("Alone", (), {"size": 1, "rank": 0})(), LIMITS, 0) is None and watchdog.current() is None
+    monkeypatch.setattr(start, "_watch", None)
+    alone: Any = type("Alone", (), {"size": 1, "rank": 0})()
+    assert start.start_watchdog(alone, LIMITS, 0) is None and start.current_watchdog() is None
 
 
 def in_thread(action: Callable[[], Any]) -> Callable[[], Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedmoe_ds.distributed.watchdog import start as watchdog
+from fedmoe_ds.distributed.watchdog import start
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Process
 from fedmoe_ds.distributed.watchdog.watchdog import Watchdog
 
@@ -56,7 +56,7 @@ def endings(monkeypatch: pytest.MonkeyPatch) -> Endings:
 
     monkeypatch.setattr(threading, "excepthook", lambda args, real=threading.excepthook: _report(args, real))
     monkeypatch.setattr(Watchdog, "end", end)
-    monkeypatch.setattr(watchdog, "_watch", None)
+    monkeypatch.setattr(start, "_watch", None)
     return found
 
 
@@ -104,7 +104,7 @@ class World:
 
     def _start(self, rank: int) -> None:
         try:
-            self.watches[rank] = watchdog.start(self._meeting.rank(rank), LIMITS, rank)
+            self.watches[rank] = start.start_watchdog(self._meeting.rank(rank), LIMITS, rank)
         except Exception as error:
             self.failures[rank] = error
 

@@ -62,11 +62,13 @@ class Personal:
         if not self.specs:
             return
         everyone = {int(i) for part in runtime.gather(sorted(set().union(*self._fresh.values()))) for i in part}
+        # All ranks sum tensors of one shape, in one order of clients, whoever trained them.
         indices = sorted(everyone)
         for name, spec in self.specs.items():
             mine = [i for i, index in enumerate(indices) if index in self._fresh[spec.expert]]
             updates = torch.zeros((len(indices), *self.values[name].shape[1:]))
             updates[mine] = self.values[name][[indices[i] for i in mine]]
+            # A zero may be a value, so a second sum tells whose blocks were stored anywhere.
             known = torch.zeros(len(indices))
             known[mine] = 1.0
             for tensor in (updates, known):
@@ -80,6 +82,7 @@ class Personal:
         if not spec.expert:
             runtime.control.sum(tensor)
             return
+        # Over NCCL only tensors on the device travel.
         there = tensor.to(runtime.device)
         tensor.copy_(topology.sum_shard.sum(there))
 

@@ -1,8 +1,8 @@
-"""Checkpoints: everything a run needs to continue, readable on any topology.
+"""Checkpoint reader: everything a run needs to continue, readable on any topology.
 
 A checkpoint is a folder: adapters by layer and global expert id in safetensors (one file per expert shard), personal client
 state, the sums of an interrupted round if there is one, the configuration, and `manifest.json` with a sha256 per file, which
-catches what a disk does later. `checkpoint_writer.py` writes all of it or nothing. No pickle anywhere.
+catches what a disk does later. `writer.py` writes all of it or nothing. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedmoe_ds.storage.strict_json import parse_json, tree_sha256
 FORMAT = 2
 MANIFEST = "manifest.json"
 PRIVATE = ("personal-", "sums-")
-"""Files that hold what is a client's own, or may: the sums of an unfinished round can be those of one client. See `modes`."""
+"""Files of what is a client's own (`file_modes`): the sums of an unfinished round, too, can be those of one client."""
 _FOLDER = re.compile(r"round-([0-9]{5,})(-partial)?")
 
 
@@ -58,7 +58,7 @@ def _even(rows: list[list[int]]) -> list[list[int]]:
     return rows
 
 
-_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]  # fits int64
 _Counts = Annotated[list[list[_Count]], AfterValidator(_even)]
 """Routed rows per (layer, expert)."""
 
@@ -86,6 +86,7 @@ class _Partial(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    # Keys of a JSON object are text: these become indices of clients again.
     done: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], _Report]
     activation: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}( [re][0-9]{1,9}){0,2}$")], _Counts]
     seconds: Annotated[float, Field(ge=0, le=1e15)]
@@ -163,11 +164,14 @@ def find_damage(path: Path) -> str | None:
         raise _closed(path / MANIFEST, error) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no JSON, or no such tree
         return f"{MANIFEST} is missing or unreadable"
+    # Nothing that the manifest says is used before its own checksum holds.
     if checksum(manifest) != promised:
         return f"{MANIFEST} does not match its checksum"
+    # With an empty list of files every check below would hold.
     if not any(_holds_tensors(name) for name in files):
         return f"{MANIFEST} lists no tensors"
     for name, expected in files.items():
+        # A path in the list could lead out of this folder.
         if not is_plain_name(name):
             return f"{MANIFEST} lists {name!r}, which is no name of a file in this folder"
         try:
@@ -215,6 +219,7 @@ def read_snapshot(path: Path) -> Snapshot:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _foreign(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    # The raw values go on, not the validated model: a report has more fields than `_Report` names.
     return Snapshot(**{name: manifest[name] for name in _Manifest.model_fields})
 
 
@@ -235,6 +240,7 @@ class TensorReader:
         self._stack = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
         listed = read_snapshot(path).files if files is None else files
+        # The manifest's list, not the folder's: a file that was put beside it is never opened.
         for name in sorted(name for name in listed if name.startswith(prefix) and _holds_tensors(name)):
             try:
                 opened = self._stack.enter_context(safe_open(path / name, framework="pt"))

@@ -39,6 +39,7 @@ class SkippedClients:
 
     def add(self, round_index: int, client: int) -> None:
         """Write one down; any rank may, at the moment of its failure. Raises OSError."""
+        # Appended in one write: several ranks may run out of memory at the same moment.
         handle = open_plain(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             # The newline before it ends a line that a full disk has cut short.
@@ -52,6 +53,7 @@ def read_lines(folder: Path) -> list[str]:
     """The file's lines, none where there is no file. Raises UserError where it cannot be read."""
     path = folder / NAME
     try:
+        # A torn line must not hide the others: `_parse` passes over what it cannot read.
         return path.read_text(errors="replace").splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"output: {path}: cannot be read: {error.strerror or error}; mend its permissions") from None

@@ -66,6 +66,7 @@ def save(
     writer: CheckpointWriter, topology: Topology, state: State, identity: dict[str, Any], config: str, position: int
 ) -> None:
     """Begin a checkpoint of this state; see `CheckpointWriter.begin`. `position` is the length of metrics.jsonl."""
+    # Every cluster holds the same state; the first one writes it.
     tensors: dict[str, dict[str, Tensor]] = {}
     if topology.cluster == 0:
         shard, count = topology.shard, topology.layout.ep_size
@@ -95,6 +96,7 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
 
     Raises UserError where that round's sums are those of another version.
     """
+    # First of all, as long as nothing of `state` has been overwritten.
     if snapshot.partial is not None and snapshot.partial.get("sums") != SUMS_LAYOUT:
         raise UserError(
             f"checkpoint: {path}: its round {snapshot.round + 1} is unfinished and was added up by another version; "
@@ -102,6 +104,7 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
         )
     first = _first_expert(state.adapters, topology)
     with checkpoint.TensorReader(path, "adapters", snapshot.files) as reader:
+        # `items` gives views, so reading into them fills the adapters themselves.
         for key, _, value in state.adapters.items(first):
             reader.read_into(key, value)
     if state.personal:
@@ -122,6 +125,7 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
         activation if topology.rank == 0 else {},  # counts are summed over ranks when the round ends
         snapshot.partial["seconds"],
     )
+    # On one cluster alone: the end of the round adds up the clusters, and a second copy would count twice.
     if topology.cluster == 0:
         with checkpoint.TensorReader(path, "sums", snapshot.files) as reader:
             for key, value in _sum_places(sums, topology, include_dense=topology.shard == 0):

@@ -82,6 +82,7 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, runtime: Runtime, keep: int, background: bool) -> None:
         self.root, self.runtime, self.keep, self.background = root, runtime, keep, background
+        # On rank 0 one thread writes its tensors while the other waits for the notes of all ranks.
         self._threads = ThreadPoolExecutor(2, "checkpoint")
         self._job: _Job | None = None
 
@@ -99,6 +100,7 @@ class CheckpointWriter:
         target = self.root / folder_name(snapshot.round, snapshot.partial is not None)
         working, notes = (self.root / f"{_UNFINISHED}{kind}{target.name}" for kind in ("", "sums-"))
         job = _Job(snapshot, texts, working, notes, target, began)
+        # It returns on every rank after rank 0 has made the folders, so no rank writes too early.
         self.runtime.run_on_rank0(lambda: self._guarded(lambda: _fresh_folders(working, notes)))
         job.files = [name for part in self.runtime.gather(list(tensors)) for name in part]
         waits = not self.background or snapshot.partial is not None  # a run that was asked to stop has nothing else to do
@@ -174,6 +176,7 @@ class CheckpointWriter:
 def _on_host(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
     if not copy:
         return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    # Training goes on, and changes the tensors while the copy is being written.
     return {key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
 
@@ -199,9 +202,11 @@ def _write_tensors(job: _Job, tensors: Files) -> Sums:
             save_file(content, path)
         except Exception as error:  # safetensors wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
+        # Until `_open_up` the folder is closed to others, so nobody reads the file before its mode is right.
         (keep_private if name.startswith(PRIVATE) else follow_umask)(path)
         sync(path)
         sums[name] = sha256_of(path)
+        # Renamed when it is whole: rank 0 may read it at any moment.
         early = job.notes / f"{_UNFINISHED}{name}"
         early.write_text(sums[name])
         early.rename(job.notes / name)
@@ -222,12 +227,15 @@ def _publish(job: _Job, sums: Sums) -> None:
         path.write_text(text)
         sync(path)
         sums[name] = sha256_of(path)
+    # Files, then their folder, then the rename, then the folder above: a crash in between leaves no half checkpoint
+    # under a final name.
     (job.working / MANIFEST).write_text(_manifest(job.snapshot, sums))
     sync(job.working / MANIFEST)
     sync(job.working)
     _open_up(job.working)
     if os.path.lexists(job.target):  # a damaged one, or the same interrupted round saved again
         replaced = job.target.with_name(f"{_UNFINISHED}replaced-{job.target.name}")
+        # rename() replaces no folder that has something in it.
         _fresh_folders(replaced)
         job.target.rename(replaced / job.target.name)
     job.working.rename(job.target)

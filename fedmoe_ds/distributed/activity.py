@@ -55,17 +55,21 @@ class Activity:
         if self.waiting is not None:
             yield
             return
+        # `since` comes before `waiting`: the watchdog's thread reads both without a lock, and must never see this
+        # collective with an older time, which would look like a long wait.
         began = self.since = time.monotonic()
         self.failed = None
         self.waiting = f"{name} over {where}"
         try:
             yield
         except BaseException:
+            # `run_entry` reads it: an exception out of a collective usually means that a peer is gone.
             self.failed = self.waiting
             raise
         finally:
             self.since = time.monotonic()
             self.waiting = None
+        # Only a collective that came to its end is counted; `since` is now the moment of that end.
         tally = self.tallies.setdefault(name, Tally())
         tally.calls, tally.seconds, tally.bytes = tally.calls + 1, tally.seconds + self.since - began, tally.bytes + size
 

@@ -26,8 +26,8 @@ _ELSEWHERE = "203.0.113.1"
 def choose_rendezvous(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
     """Where all ranks of an MPI world meet: an address of rank 0's host, and a TCP port.
 
-    Rank 0's MASTER_ADDR and MASTER_PORT are taken as they are. Otherwise every host knocks at all addresses that rank 0's
-    host has, and the first is taken that all of them reach.
+    Rank 0's MASTER_ADDR and MASTER_PORT are taken as they are. Otherwise every other host tries to connect to each
+    address of rank 0's host, and the first that all of them reach is taken.
 
     Args:
         world: all ranks.
@@ -38,12 +38,13 @@ def choose_rendezvous(world: MPI.Comm, local: MPI.Comm) -> tuple[str, int]:
     from fedmoe_ds.distributed.mpi import gather_json  # numpy: only where there is MPI
 
     env = os.environ
-    with socket.socket() as door:
-        door.bind(("", 0))
+    # The port stays bound until all hosts have tried it: no other process of this host can be given it meanwhile.
+    with socket.socket() as listener:
+        listener.bind(("", 0))
         given = env.get("MASTER_ADDR") or ("127.0.0.1" if local.size == world.size else None)
         if given is None:
-            door.listen(4096)  # the kernel opens; nobody needs to stand at the door
-        port = door.getsockname()[1]
+            listener.listen(4096)  # the kernel completes connections by itself: nobody has to accept them
+        port = listener.getsockname()[1]
         offer = {"given": given, "own": own_addresses(), "port": port, "host": socket.gethostname()}
         offer |= {"meeting": int(env.get("MASTER_PORT") or port)}
         theirs = gather_json(world, offer)[0]
@@ -55,6 +56,7 @@ def _reached_by_all(world: MPI.Comm, local: MPI.Comm, addresses: list[str], port
     from fedmoe_ds.distributed.mpi import gather_json
 
     beside_rank_0 = any(gather_json(local, world.rank == 0))
+    # One rank per host tries for all. Rank 0's own host does not: it reaches each of its addresses, which says nothing.
     knocks = local.rank == 0 and not beside_rank_0
     reached = [not knocks or _answers(address, port) for address in addresses]
     common = [all(answers) for answers in zip(*gather_json(world, reached), strict=True)]
@@ -109,7 +111,7 @@ def resolved(name: str) -> list[str]:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):  # the latter: no such name can be
         return []
-    texts = {str(entry[4][0]): None for entry in found}
+    texts = {str(entry[4][0]): None for entry in found}  # keys of a dict: no repetitions, in the same order
     addresses = [(text, ipaddress.ip_address(text)) for text in texts]
     return [text for text, ip in addresses if not (ip.is_unspecified or (ip.version == 6 and ip.is_link_local))]
 

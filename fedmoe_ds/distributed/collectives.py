@@ -17,6 +17,7 @@ from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.control import Control
 
 Group = torch_dist.ProcessGroup | None
+# By id: groups live as long as the process, so no id is given out twice.
 _NAMES: dict[int, str] = {}
 
 
@@ -43,7 +44,7 @@ def all_gather(part: Tensor, group: Group, size: int) -> Tensor:
         return part.unsqueeze(0)
     parts = [torch.empty_like(part) for _ in range(size)]
     with activity.collective("all_gather", _name(group), part.nbytes):
-        ds_comm.all_gather(parts, part.contiguous(), group=group)
+        ds_comm.all_gather(parts, part.contiguous(), group=group)  # the backends refuse strided tensors
     return torch.stack(parts)
 
 
@@ -107,4 +108,5 @@ class ControlSumming:
             return tensor
         if tensor.device.type == "cpu":
             return reduce(tensor)
+        # The sum is made in a copy; callers rely on their own tensor being changed, as with NCCL.
         return tensor.copy_(reduce(tensor.cpu()))

@@ -84,10 +84,12 @@ class TorchControl:
 
     def gather(self, payload: bytes) -> list[bytes]:
         with activity.collective("gather", self.name, len(payload)):
+            # The lengths first: all_gather takes tensors of one shape, so each payload is padded to the longest.
             sizes = torch.zeros(self.size, dtype=torch.int64)
             sizes[self.rank] = len(payload)
             torch_dist.all_reduce(sizes, group=self.group)
             mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+            # frombuffer wants writable memory, hence the copy, and refuses an empty buffer.
             mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else 0
             parts = [torch.empty_like(mine) for _ in range(self.size)]
             torch_dist.all_gather(parts, mine, group=self.group)
@@ -164,6 +166,7 @@ def make_control(kind: str, launcher: str, rank: int, world_size: int, timeout: 
         return MpiControl(mpi_world(rank, world_size, "topology.control"), "the world")
     if world_size == 1:
         return Alone()
+    # Not the world's own group: that may be NCCL, which carries no tensors of the CPU.
     group = torch_dist.new_group(backend="gloo", timeout=timeout)
     return TorchControl(group, list(range(world_size)), "the world", timeout)
 

@@ -33,12 +33,15 @@ def detect_launch() -> Launch:
     """Read rank and world from the environment. Raises UserError for a silent one-rank world under SLURM or MPI."""
     launch = _detect()
     if launch.world_size > 1:
+        # gloo reads its interface when the first group is made, so it has to be in the environment before.
         set_gloo_interface()
     return launch
 
 
 def _detect() -> Launch:
     env = os.environ
+    # These two come first: torchrun, deepspeed and the supervisor set them inside allocations of SLURM, too. Only
+    # DeepSpeed's launcher sets CROSS_RANK.
     if "RANK" in env and "WORLD_SIZE" in env:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
         return Launch(launcher, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
@@ -64,6 +67,7 @@ def _detect_mpi(promised: int) -> Launch:
             f"mpirun: {promised}: it promised {promised} ranks but mpi4py sees {world.size}; mpirun and mpi4py use different "
             "MPI libraries: put the matching mpirun first in PATH"
         )
+    # Ranks that can share memory, that is those of one host, whatever mpirun calls them.
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     address, port = choose_rendezvous(world, local)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
@@ -82,6 +86,7 @@ def _detect_slurm() -> Launch:
     if "MASTER_ADDR" not in env:
         single = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")) == "1"
         env["MASTER_ADDR"] = "127.0.0.1" if single else _node_address(_first_node())
+    # Every task computes the same port from the ids of job and step: there is nobody yet to ask.
     env.setdefault("MASTER_PORT", str(slurm_port(int(env["SLURM_JOB_ID"]), int(env.get("SLURM_STEP_ID", 0)))))
     return Launch("srun", int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)))
 
@@ -102,7 +107,7 @@ def _first_node() -> str:
             if (first := _scontrol("show", "hostnames", env[name]).split()[0]) in inside:
                 return first
     head = re.match(r"(\[[^\]]*\]|[^,\[])+", nodes)  # up to the first comma outside of brackets
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", head[0]) if head else nodes
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", head[0]) if head else nodes  # node[03-07,12] -> node03
 
 
 def _node_address(name: str) -> str:

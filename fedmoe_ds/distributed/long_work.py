@@ -46,10 +46,12 @@ class LongWork:
         with heard_by(self._look_up):
             result, failure = attempt(action)
         told = self._exchange(True, failure)
+        # A rank that has finished goes on exchanging, because the others still do so at their stop points.
         while not all(done for done, _ in told):
             told = self._exchange(True, failure)
         failures = [text for _, text in told if text is not None]
         if failures:
+            # The lowest rank's, so that all ranks raise the same text.
             raise UserError(failures[0])
         return result  # type: ignore[return-value]
 
@@ -59,6 +61,7 @@ class LongWork:
 
     def _look_up(self) -> None:
         """A stop point of the work on this rank."""
+        # A rank that was asked to stop does not wait for its time; the exchange ends when the others come to theirs.
         if self.stop.requested or time.monotonic() >= self._due:
             self._exchange(False, None)
             self._due = time.monotonic() + _EVERY_S

@@ -38,6 +38,7 @@ def join_world(backend: str, timeout: datetime.timedelta) -> None:
     global _limit
     _limit = timeout
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # `init_runtime` has set all variables that DeepSpeed would otherwise ask MPI for.
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
@@ -46,6 +47,7 @@ def _limited_groups() -> Iterator[None]:
     """Give every group that is created the world's limit: DeepSpeed passes none on, so its groups would have torch's own, half
     an hour with gloo and ten minutes with NCCL."""
     create = torch_dist.new_group
+    # DeepSpeed looks new_group up in this module at each call, so the patch reaches it.
     torch_dist.new_group = functools.partial(create, timeout=_limit)
     try:
         yield

@@ -28,8 +28,8 @@ from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.control import Control, check_mpi, make_control
 from fedmoe_ds.distributed.launcher import Launch, free_port, known_rank
 from fedmoe_ds.distributed.stop_request import unwind_on_interrupt
-from fedmoe_ds.distributed.watchdog import start as watchdog
 from fedmoe_ds.distributed.watchdog.rank_health import Limits
+from fedmoe_ds.distributed.watchdog.start import current_watchdog, start_watchdog
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, LostError, UserError
 
 T = TypeVar("T")
@@ -114,15 +114,16 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     os.environ.setdefault("LOCAL_SIZE", str(launch.world_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    # Runs of one rank share a machine, so each takes a free port; several ranks need one that all of them know.
     os.environ.setdefault("MASTER_PORT", str(free_port()) if launch.world_size == 1 else "29500")
     place = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(place)
-    # The watchdog speaks first, because it knows who is missing; torch's own limit is the second net.
+    # Longer than the watchdog's limits: the watchdog ends the job first, because it knows who is missing.
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
     control = _join("nccl" if use_cuda else "gloo", launch, topology.control, timeout)
     try:
-        watch = watchdog.start(control, limits, launch.local_rank)
+        watch = start_watchdog(control, limits, launch.local_rank)
     except (OSError, RuntimeError) as error:
         here, there = f"rank {launch.rank} on {socket.gethostname()}", os.environ["MASTER_ADDR"]
         raise LostError(
@@ -165,7 +166,7 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
     exit code 130; other errors keep their traceback.
 
     The exit is immediate after a failure, so that no atexit handler can wait for peers that are gone. A launcher ends all ranks
-    as soon as one has failed; the others therefore hold back until rank 0 has had its say.
+    as soon as one has failed, so the others wait until rank 0 has written its line.
     """
     code, words = 1, ""
     try:
@@ -173,7 +174,8 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except (UserError, LostError) as error:
         code, words = error.exit_code, str(error)
-        if known_rank() == 0 or (watchdog.current() is None and isinstance(error, LostError)):
+        # Without a watchdog this rank has never met rank 0, which may not exist: it speaks for itself.
+        if known_rank() == 0 or (current_watchdog() is None and isinstance(error, LostError)):
             terminal.note(f"error: {error}")
     except KeyboardInterrupt:
         code, words = EXIT_INTERRUPTED, "stopped by SIGINT"
@@ -189,17 +191,20 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
 
 def _hear_why() -> None:
     """A collective failed: usually a peer is gone, and the watchdog will say which and end this process."""
-    watch = watchdog.current()
+    watch = current_watchdog()
     if watch is not None and activity.failed is not None:
+        # Rank 0 needs up to the limit on silence to notice the loss. Once the job is over, this process is ended by its
+        # watchdog within the sleep; a traceback before that would hide the one line that says who is gone.
         watch.over.wait(watch.limits.silence + 5.0)
         if watch.over.is_set():
             time.sleep(60.0)
 
 
 def _leave(code: int, words: str) -> NoReturn:
+    # os._exit at the end flushes nothing.
     sys.stdout.flush()
     sys.stderr.flush()
-    watch = watchdog.current()
+    watch = current_watchdog()
     if watch is not None:
         watch.announce_exit(code, words)
     if known_rank() != 0 and (code == EXIT_USER_ERROR or (code == EXIT_LOST and watch is not None)):
@@ -209,6 +214,7 @@ def _leave(code: int, words: str) -> NoReturn:
     if watch is not None:
         watch.stop()
     if code in (0, EXIT_STOPPED) and torch_dist.is_initialized():
+        # Never after a failure: this waits for peers, and they may be gone.
         torch_dist.destroy_process_group()
     if code in (0, EXIT_STOPPED) and "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].Finalize()  # mpirun takes a rank that ends without it for one that has failed

@@ -61,6 +61,7 @@ def heard_by(listener: Callable[[], None]) -> Iterator[None]:
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits; stop points between its pieces. Raises OSError as reading does."""
     content, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    # Unbuffered, into one buffer: the bytes are copied once.
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             content.update(buffer[:count])
@@ -73,6 +74,7 @@ def run_waiting(action: Callable[[], T]) -> T:
 
     After a stop it is left alone, in a thread that ends with the process: only for what is safe to end at any moment.
     """
+    # Without a listener a stop request cannot be noticed, so a thread would be of no use.
     if _listener.get() is None:
         return action()
     results: list[T] = []
@@ -81,7 +83,7 @@ def run_waiting(action: Callable[[], T]) -> T:
     def work() -> None:
         try:
             results.append(action())
-        except BaseException as error:
+        except BaseException as error:  # raised again in the thread that waits
             failures.append(error)
 
     thread = threading.Thread(target=work, name="long work", daemon=True)

@@ -39,7 +39,7 @@ class StopRequest:
             if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._receive)
         self._pipe = os.pipe()
-        os.set_blocking(self._pipe[1], False)
+        os.set_blocking(self._pipe[1], False)  # set_wakeup_fd refuses a descriptor that blocks
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._leave_early, args=(self._pipe[0],), name="early stop", daemon=True).start()
         return self
@@ -52,6 +52,7 @@ class StopRequest:
             self._pipe = None
 
     def _leave_early(self, source: int) -> None:
+        # Empty when `begun` has closed the other end: the loop does not run then.
         for number in os.read(source, 1):
             if number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 text = f"stopped by {signal.Signals(number).name} before anything was begun; start the same command again\n"
@@ -62,6 +63,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.name is None and number == signal.SIGINT and self._pipe is None and known_rank() == 0:
+            # A handler may interrupt a print, and Python's buffered streams refuse to be entered twice: hence os.write.
             os.write(2, f"SIGINT: the run ends {_WHEN.get(activity.phase, _AFTER_WAVE)}\n".encode())
         self.name = name
 

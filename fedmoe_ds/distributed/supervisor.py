@@ -80,6 +80,7 @@ class Supervisor:
     def _wait(self) -> int:
         deadline = None
         while any(process.poll() is None for process in self._processes):
+            # The others usually end by themselves, with a better reason than a kill: they get the watchdog's time for it.
             failed = any(process.poll() not in (None, 0, EXIT_STOPPED) for process in self._processes)
             if failed and deadline is None:
                 deadline = time.monotonic() + self.patience_s
@@ -104,6 +105,7 @@ class Supervisor:
     def _pass_on(self, number: signal.Signals) -> None:
         for process in self._processes:
             if process.poll() is None:
+                # Ranks have no handler for SIGHUP, which would end them without a checkpoint; SIGUSR1 asks for one.
                 process.send_signal(number if number == signal.SIGTERM else signal.SIGUSR1)
 
 

@@ -129,15 +129,18 @@ def build_topology(config: TopologyConfig, runtime: Runtime) -> Topology:
         UserError: the world does not fit the layout, or aggregation over MPI is asked for where there is no MPI.
     """
     layout = check_layout(config, runtime.world_size)
+    # Creating groups waits for every rank, so it is named like any other collective that can hang.
     with activity.collective("new_group", "the world"):
         ep_group, edp_group = process_groups.create_groups(config.ep_size)
     cluster, shard = layout.cluster(runtime.rank), layout.shard(runtime.rank)
+    # The watchdog blames a rank for a stuck collective only if it belongs to that group (`Peer.belongs`).
     activity.groups = [f"cluster {cluster}", f"shard {shard}"]
     name_group(ep_group, f"cluster {cluster}")
     name_group(edp_group, f"shard {shard}")
     hosts = [str(host) for host in runtime.gather(socket.gethostname())]
     sums: tuple[Summing, Summing] = TorchSumming(ep_group, layout.ep_size), TorchSumming(edp_group, layout.clusters)
     if config.aggregation == "mpi":
+        # Splits are collective over the world: every rank makes both, in this order.
         world = MpiControl(mpi_world(runtime.rank, runtime.world_size, "topology.aggregation"), "the world")
         inside, across = world.split(cluster, f"cluster {cluster}"), world.split(shard, f"shard {shard}")
         sums = ControlSumming(inside), ControlSumming(across)

@@ -1,4 +1,4 @@
-"""Experts hosted by DeepSpeed AutoEP. Every private DeepSpeed call of the package is in this module.
+"""AutoEP: experts hosted by DeepSpeed AutoEP. Every private call of AutoEP in the package is in this module.
 
 AutoEP (`deepspeed.module_inject.auto_ep`) replaces the mixture-of-experts blocks of a Hugging Face model by layers
 that own 1/ep_size of the experts. Its classes are no public interface, hence the narrow DeepSpeed range in
@@ -169,6 +169,7 @@ def _gated_unit(model: nn.Module, module: Any) -> GatedUnit:
     name, alpha, limit = experts.activation, float(experts.activation_alpha), float(experts.activation_limit)
     unit = gated_unit(name, alpha, limit)
     if unit is not None:  # a name is no promise: another DeepSpeed may compute something else under it
+        # Beyond the limit on both sides, so that the clamping is compared as well.
         line = torch.linspace(-1.5 * limit, 1.5 * limit, 31)
         pairs_N2 = torch.cartesian_prod(line, line)
         theirs_N1 = EXPERT_ACTIVATIONS[name].fn(pairs_N2[:, :1], pairs_N2[:, 1:], alpha, limit)

@@ -1,4 +1,4 @@
-"""Positions: the longest sequence that a model is made for, from its transformers configuration.
+"""Context length: the longest sequence that a model is made for, from its transformers configuration.
 
 `max_position_embeddings` says it, and scaled rotary embeddings may say more: with linear, dynamic and YaRN scaling (Peng et
 al., arXiv 2309.00071) a configuration gives the length of the original training, and the factor that it was stretched by. A
@@ -27,5 +27,6 @@ def _scalings(config: Any) -> Iterator[Mapping[str, Any]]:
     """The parameters of rotary embeddings that are stretched; some models have one set for each kind of layer."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for scaling in (found, *found.values()):
+        # Configurations from before `rope_type` call it `type`.
         if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type", "default")) != "default":
             yield scaling

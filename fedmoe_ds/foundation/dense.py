@@ -47,6 +47,7 @@ def feed_forward_sites(model: Any) -> list[FeedForwardSite]:
     """The feed-forward blocks of a dense model in depth order, also while other modules stand there."""
     assert is_dense(model), model.config.model_type
     config = model.config
+    # By rule, not by search: other modules may already stand in the places of the blocks.
     prefix = model.base_model_prefix
     return [
         FeedForwardSite(f"{prefix}.layers.{index}.mlp", index, config.hidden_size, config.intermediate_size)
@@ -68,7 +69,7 @@ def image_input(config: Any) -> ImageInput:
     """What a ViT takes, from its transformers configuration."""
     height, width = _pair(config.image_size)
     patch_height, patch_width = _pair(config.patch_size)
-    positions = (height // patch_height) * (width // patch_width) + 1
+    positions = (height // patch_height) * (width // patch_width) + 1  # the class token is one more
     return ImageInput(config.num_channels, height, width, config.num_labels, positions)
 
 

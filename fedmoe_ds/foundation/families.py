@@ -58,6 +58,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen2_moe": Family(normalised="norm_topk_prob"),
+    # As Mixtral, its router always normalises, and reads no attribute that could say otherwise.
     "qwen3_5_moe_text": Family(),
     "qwen3_moe": Family(normalised="norm_topk_prob"),
 }

@@ -23,13 +23,14 @@ from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
-from fedmoe_ds.foundation.loading import CONFIG_FILE, Skeleton, WeightFiles, first_line, read_config
+from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import Memory
-from fedmoe_ds.foundation.meta_model import is_there
+from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, read_config
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
+from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json
 
@@ -154,6 +155,7 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
         UserError: a language model without a tokenizer.
     """
     layers, folder = skeleton.layers, skeleton.folder
+    # A foundation has one top_k and one number of experts for all of its layers.
     assert len({(layer.top_k, layer.num_experts) for layer in layers}) <= 1
     model: Any = skeleton.bind(memory, device)
     known, size = outline(model, layers), model_size(model, layers)
@@ -178,6 +180,7 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over the model's config and the name, size and SHA-256 of each of its weight files."""
     digest = hashlib.sha256()
     config = read_json(folder / CONFIG_FILE, constants=True)
+    # The values count, not how the file is laid out.
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in WeightFiles(folder).paths:
         digest.update(f"\n{file.name} {file.stat().st_size} {_file_sha256(file)}".encode())

@@ -38,6 +38,7 @@ class GatedUnit:
     def weighted(self, h_N2F: Tensor, p_N: Tensor) -> Tensor:
         """p a, [N, F], by PyTorch's operations. The halves are strided views, so each row is an inner loop of its own."""
         gate_NF, up_NF, share_NF, _ = self._parts(h_N2F)
+        # In place: the shares are this call's own, so no further [N, F] is needed.
         return share_NF.mul_(gate_NF).mul_(up_NF).mul_(p_N.unsqueeze(-1))
 
     def backward(self, h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,12 +49,14 @@ class GatedUnit:
         da_NF = dpa_NF * p_N.unsqueeze(-1)
         raw_gate_NF, raw_up_NF = h_N2F.chunk(2, dim=-1)
         dgate_NF = da_NF * up_NF * (share_NF + unit_NF * (1 - share_NF) * slope_NF)
+        # `>`, not `>=`: at the limit itself the gradient passes, as in the backward pass of torch.clamp.
         dgate_NF = dgate_NF.masked_fill_(raw_gate_NF > self.limit, 0)
         dup_NF = (da_NF * unit_NF).masked_fill_(raw_up_NF.abs() > self.limit, 0)
         return torch.cat([dgate_NF, dup_NF], dim=1), dp_N
 
     def _parts(self, h_N2F: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """g, u + shift, sigmoid(z) and dz/dg, where z = g (slope + cubic g^2)."""
+        # A clone: `backward` needs to know which numbers were cut off.
         cut_N2F, inner_N2F = h_N2F.clone(), torch.empty_like(h_N2F)
         gate_NF, up_NF = cut_N2F.chunk(2, dim=-1)
         gate_NF.clamp_(max=self.limit)

@@ -1,9 +1,9 @@
-"""Sharing: what several ranks of a host hold alike is in its memory once.
+"""Host sharing: what several ranks of a host hold alike is in its memory once.
 
 The dense part is the same on every rank, an expert shard on every rank with the same place in its cluster. Where two or more
-ranks of a host hold such a part, the first of them sees to its file (`mapped.py`) in the cache folder, and all of them map
-it. What only one rank of a host holds is in that rank's own memory; so is everything where the cache folder cannot be written,
-and then the run says so.
+ranks of a host hold such a part, the first of them sees to its file (`mapped_weights.py`) in the cache folder, and all of
+them map it. What only one rank of a host holds is in that rank's own memory; so is everything where the cache folder cannot be
+written, and then the run says so.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def load_shared(
     """
     parts = _parts(skeleton, fingerprint, ep_size, hosts, root, world.rank)
     mine = [part for part in parts if part.shared and part.leader == world.rank]
+    # Collective, also for ranks that lead nothing: nobody maps a file before its leader has written it.
     told = world.gather(world.run_on_all_ranks(lambda: {_name(part): _written(part, skeleton) for part in mine}))
     failures: list[str] = []
     memory = world.run_on_all_ranks(lambda: _take(skeleton, parts, told, failures))

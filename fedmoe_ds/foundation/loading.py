@@ -2,144 +2,27 @@
 
 The model is built on the meta device, its experts are hosted there, and only then memory is provided: one copy of
 every dense tensor and 1/ep_size of every expert tensor. Each read goes from the safetensors file into that memory. Whoever
-wants other memory than this process's own (`sharing.py`) takes the steps of `load_model` one by one.
+wants other memory than this process's own (`host_sharing.py`) takes the steps of `load_model` one by one.
 
 Shape suffixes: L local experts, D hidden size, F expert FFN size, G = 2F.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.mapped_weights import Memory, Slot
-from fedmoe_ds.foundation.meta_model import CONFIG_FILE, build_on_meta, first_line, host_model, read_config
-from fedmoe_ds.foundation.tensor_names import UNUSED, present_name
-from fedmoe_ds.storage.files import is_plain_name
-from fedmoe_ds.storage.strict_json import read_json
-
-__all__ = [
-    "CONFIG_FILE",
-    "Read",
-    "Skeleton",
-    "WeightFiles",
-    "build_on_meta",
-    "first_line",
-    "host_model",
-    "load_model",
-    "read_config",
-]
-
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_LONGEST_NAME = 255
-"""Bytes of a file's name, on any file system that Linux has."""
-
-# Every page read from a mapped file counts as resident memory until the file is closed: reopen after this many bytes.
-_BYTES_PER_OPEN = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Read:
-    """One tensor (or some of its leading rows) of the checkpoint and the memory that receives it."""
-
-    name: str
-    target: Tensor
-    rows: slice | None = None
-
-
-class WeightFiles:
-    """Which safetensors file of a model folder holds which tensor, under the names of the transformers 5 model."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError: there are no weights or two sets of them, the index is damaged, or a file of it is missing."""
-        self.folder = folder
-        index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
-        if index.is_file():
-            stored = _indexed(index)
-            if single.is_file() and single not in stored.values():
-                raise UserError(
-                    f"foundation.path: {folder}: holds both {WEIGHTS_FILE} and {INDEX_FILE} of other files; remove the "
-                    "one that is not of this model"
-                )
-        elif single.is_file():
-            with _open(single) as file:
-                stored = dict.fromkeys(file.keys(), single)
-        else:
-            raise UserError(f"foundation.path: {folder}: {_without_weights(folder)}")
-        self.list = index if index.is_file() else single
-        self.where = {present_name(name): (path, name) for name, path in stored.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.where
-
-    @property
-    def paths(self) -> list[Path]:
-        """All weight files, in name order."""
-        return sorted({path for path, _ in self.where.values()})
-
-    def load(self, reads: list[Read]) -> None:
-        """Fill every target, file by file, converting to its dtype and device.
-
-        Raises:
-            UserError: a tensor or file is missing, damaged, quantised, of another shape, or has a number that is not finite.
-        """
-        missing = sorted({read.name for read in reads if read.name not in self.where})
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UserError(f"foundation.path: {self.list}: no tensor '{missing[0]}'{more}; get the whole model")
-        for path, batch in self._batches(reads):
-            with _open(path) as file:
-                for read in batch:
-                    stop_point()
-                    self._copy(file, path, read)
-
-    def _batches(self, reads: list[Read]) -> Iterator[tuple[Path, list[Read]]]:
-        by_file: dict[Path, list[Read]] = {}
-        for read in reads:
-            by_file.setdefault(self.where[read.name][0], []).append(read)
-        for path in sorted(by_file):
-            batch: list[Read] = []
-            size = 0
-            for read in by_file[path]:
-                batch.append(read)
-                size += read.target.nbytes
-                if size >= _BYTES_PER_OPEN:
-                    yield path, batch
-                    batch, size = [], 0
-            yield path, batch
-
-    def _copy(self, file: Any, path: Path, read: Read) -> None:
-        stored = self.where[read.name][1]
-        try:
-            source: Tensor = file.get_tensor(stored) if read.rows is None else file.get_slice(stored)[read.rows]
-        except SafetensorError as error:
-            raise UserError(
-                f"foundation.path: {path}: tensor '{stored}' cannot be read: {first_line(error)}; get the whole model"
-            ) from error
-        if not source.is_floating_point() or source.itemsize < 2:
-            raise UserError(
-                f"foundation.path: {path}: tensor '{stored}' is {source.dtype}; give weights that are not quantised"
-            )
-        if source.shape != read.target.shape:
-            raise UserError(
-                f"foundation.path: {path}: tensor '{stored}' has shape {tuple(source.shape)}, {CONFIG_FILE} implies "
-                f"{tuple(read.target.shape)}; config and weights belong to different models"
-            )
-        if source.numel() and not all(bound.isfinite() for bound in source.aminmax()):  # one pass, and no memory
-            raise UserError(f"foundation.path: {path}: tensor '{stored}' has numbers that are not finite; get the file again")
-        read.target.copy_(source)
+from fedmoe_ds.foundation.meta_model import CONFIG_FILE, build_on_meta, host_model, read_config
+from fedmoe_ds.foundation.tensor_names import UNUSED
+from fedmoe_ds.foundation.weight_files import INDEX_FILE, WEIGHTS_FILE, Read, WeightFiles
 
 
 class Skeleton:
@@ -198,7 +81,9 @@ class Skeleton:
         for layer in self.layers:
             layer.bind(*(memory[name] for name in _expert_names(layer)))
             layer.bind_counter(device)
+        # Tied names had no slots: only now they become the tensor that they share.
         self.model.tie_weights()
+        # Buffers outside the state dict (rotary tables) were computed on the CPU when the model was built.
         _move_buffers(self.model, device)
         left = [name for name, tensor in _all_tensors(self.model) if tensor.is_meta]
         assert not left, f"never loaded: {left}"
@@ -247,10 +132,12 @@ def _expert_reads(layer: HostedLayer, files: WeightFiles, w13_LGD: Tensor, w2_LD
     reads = []
     for local, expert in enumerate(layer.experts):
         if fused:
+            # Only these rows of the fused tensor are read: the other experts belong to other ranks.
             rows = slice(expert, expert + 1)
             reads.append(Read(f"{source}gate_up_proj", w13_LGD[local : local + 1], rows))
             reads.append(Read(f"{source}down_proj", w2_LDF[local : local + 1], rows))
         else:
+            # Views: what is read lands in the two halves of w13.
             gate_FD, up_FD = w13_LGD[local].chunk(2)
             reads.append(Read(f"{source}{expert}.gate_proj.weight", gate_FD))
             reads.append(Read(f"{source}{expert}.up_proj.weight", up_FD))
@@ -313,44 +200,6 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _indexed(index: Path) -> dict[str, Path]:
-    """The file of every tensor, from an index; all of them are there and can be read."""
-    tree = _read_json(index)
-    places = tree.get("weight_map") if isinstance(tree, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"foundation.path: {index}: holds no weight_map; get the file again")
-    for name, file in places.items():
-        if not is_plain_name(file) or len(os.fsencode(file)) > _LONGEST_NAME:
-            raise UserError(
-                f"foundation.path: {index}: weight_map: '{name}': {file}: no file of this folder; get the file again"
-            )
-    for file in sorted(set(places.values())):
-        _check_file(index.parent / file)
-    return {name: index.parent / file for name, file in places.items()}
-
-
-def _check_file(path: Path) -> None:
-    """Raise UserError unless a weight file can be read, before all ranks begin to."""
-    if not path.is_file():
-        raise UserError(f"foundation.path: {path}: missing weight file; get the whole model")
-    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise UserError(f"foundation.path: {path}: cannot be read; give this user the right to read it")
-
-
-def _without_weights(folder: Path) -> str:
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    other = f"; {pickled[0]} is not read" if pickled else ""
-    return f"holds no {WEIGHTS_FILE}{other}; save the model with safetensors (save_pretrained does)"
-
-
-def _open(path: Path) -> Any:
-    _check_file(path)
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"foundation.path: {path}: damaged weight file: {first_line(error)}; get the file again") from error
-
-
 def _check_depth(folder: Path, config: Any, tensors: int) -> None:
     """Every layer has tensors: what cannot be there need not be built first."""
     layers = getattr(config, "num_hidden_layers", None)
@@ -359,10 +208,3 @@ def _check_depth(folder: Path, config: Any, tensors: int) -> None:
             f"foundation.path: {folder}: {CONFIG_FILE}: num_hidden_layers: {layers}: the weights have {tensors} tensors; "
             "config and weights belong to different models"
         )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"foundation.path: {path}: cannot be read: {first_line(error)}; get the file again") from error

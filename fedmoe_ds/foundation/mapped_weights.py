@@ -1,4 +1,4 @@
-"""Mapped: a file of tensors in their final layout, written once per machine, mapped by every process that wants them.
+"""Mapped weights: a file of tensors in their final layout, written once per machine, mapped by every process that wants them.
 
 The mapping is copy-on-write. As long as processes only read, their pages are those of the page cache: one copy for all of them.
 A process that writes (FLoRA merges products into frozen weights) gets its own copy of those pages, and nobody else sees it.
@@ -68,7 +68,7 @@ class MappedWeights:
         end = 0
         for slot in slots:
             self._offsets.append(end)
-            end += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
+            end += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT  # rounded up
         self.nbytes = end
         places = zip(slots, self._offsets, strict=True)
         self._content: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Meta: a model of a folder's configuration without memory, and its experts hosted."""
+"""Meta model: a model of a folder's configuration without memory, and its experts hosted."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
     factory: Any = AutoModelForImageClassification
     if type_task(config.model_type) == "causal_lm":
         factory = AutoModelForCausalLM
-        config.use_cache = False
+        config.use_cache = False  # nothing here generates text token by token
         config.output_router_logits = False  # the hosted router reports its logits itself, not through transformers
     try:
+        # Some buffers (rotary tables) are in no checkpoint: they are computed here, in real memory.
         with init_empty_weights(include_buffers=False):
             model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:
@@ -86,6 +87,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
             f"foundation.path: {folder}: model_type '{config.model_type}' is no causal language model and no ViT: "
             f"{first_line(error)}"
         ) from error
+    # from_config leaves it empty; messages of other modules name the folder by it.
     model.config._name_or_path = str(folder)
     return model
 

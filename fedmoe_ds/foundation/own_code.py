@@ -51,6 +51,7 @@ def code_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         content = file.read_bytes()
+        # The length in front keeps the border between two files in its place.
         digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 

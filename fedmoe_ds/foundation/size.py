@@ -39,6 +39,7 @@ def model_size(model: Any, layers: list[HostedLayer]) -> ModelSize:
     first = layers[0]
     return ModelSize(
         dense_parameters=total - held,
+        # Every rank holds the same number of experts: hosting refuses any other split.
         pool_parameters=held * first.ep_size,
         bytes_per_parameter=first.w13.element_size(),
         layers=len(layers),

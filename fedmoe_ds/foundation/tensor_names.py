@@ -1,4 +1,4 @@
-"""Names: what tensors are called in checkpoints, and in the model of transformers 5."""
+"""Tensor names: what tensors are called in checkpoints, and in the model of transformers 5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizing: the tokenizer in a model folder, or why there is none that fits."""
+"""Tokenizer: the one in a model folder, or why there is none that fits."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def _trouble(folder: Path, error: BaseException) -> str:
     if not there:
         return _NONE
     missing = [name for name, module in _PACKAGES.items() if not _installed(module)]
+    # `_FILES` has tokenizer.json first, and with that one no package is missing.
     if there[0] in _SENTENCEPIECE and missing:
         return (
             f"its tokenizer {there[0]} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
@@ -84,6 +85,7 @@ def _installed(module: str) -> bool:
 
 
 def _check_ids(folder: Path, count: int, highest: int, vocab_size: int) -> None:
+    # Ids may have gaps, so the highest one counts as well as how many there are.
     if count <= vocab_size and highest < vocab_size:
         return
     what = f"{count} tokens" if count > vocab_size else f"a token with id {highest}"

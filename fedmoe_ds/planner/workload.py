@@ -26,7 +26,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.foundation import cache_folder
-from fedmoe_ds.foundation.loading import build_on_meta, host_model
+from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
 from fedmoe_ds.foundation.tokenizer import has_tokenizer, load_tokenizer

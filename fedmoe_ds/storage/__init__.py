@@ -1,1 +1,1 @@
-"""Storage: files, folders, locks and caches that survive crashes and strangers on one disk."""
+"""Storage: files, folders, locks and caches that survive crashes and other users of one disk."""

@@ -1,9 +1,9 @@
 """Cache: what later starts find again, entries `<root>/<kind>/<key>`: how they appear, whom they are trusted from, how they go.
 
 An entry is a folder. It appears in one rename, whole or not at all. It is used where nobody but this user and root can have
-written it, as owner and mode say of all that is in it and of the folders from the root down (`modes.doubt`); a checksum that
-lies beside data tells what a disk did, not who wrote them. What is in doubt, or damaged, is passed over, told once, and made
-anew. The folders above the root are the user's business: nobody else should be able to rename in them.
+written it, as owner and mode say of all that is in it and of the folders from the root down (`file_modes.doubt`); a checksum
+that lies beside data tells what a disk did, not who wrote them. What is in doubt, or damaged, is passed over, told once, and
+made anew. The folders above the root are the user's business: nobody else should be able to rename in them.
 
 A writer works in a draft, a folder beside the entry, and holds a lock (flock) in it. The kernel releases the lock with the
 process, however that ends, so a draft without one has lost its writer, and whoever uses the cache next removes it. Not covered,
@@ -90,6 +90,7 @@ def usable(entry: Path, intact: Callable[[], bool]) -> bool:
     """
     if not entry.is_dir():
         return False
+    # Owner and mode before checksums: who can write an entry can write its checksums, too.
     reason = next(filter(None, map(doubt, (entry, *entry.rglob("*")))), None)
     if reason is None and not intact():
         reason = f"{entry} is damaged"
@@ -115,6 +116,7 @@ def draft(entry: Path, good: Callable[[], bool], flush: bool = True) -> Iterator
     _make(folder, private)
     _sweep(folder)
     with _locked_draft(folder) as own:
+        # A folder below the draft: the lock's file must not become part of the entry.
         content = own / "content"
         content.mkdir(0o700)
         yield content
@@ -187,12 +189,14 @@ def _locked_draft(folder: Path) -> Iterator[Path]:
         except OSError:
             own.rmdir()
             raise
+        # Between open and lock another process may have taken this draft for a dead writer's, and removed it.
         if _take(handle) is not False and (own / _LOCK).exists():
             break
         os.close(handle)
     try:
         yield own
     finally:
+        # While the lock is still held: nobody else sweeps the same folder.
         shutil.rmtree(own, ignore_errors=True)
         os.close(handle)
 
@@ -210,6 +214,7 @@ def _take(handle: int) -> bool | None:
 
 def _publish(content: Path, entry: Path, good: Callable[[], bool]) -> None:
     """Move a finished folder to its place. Others may do the same: what they have put there stays if it is good."""
+    # The usual case needs no lock: rename() takes the place of nothing, or of an empty folder, in one step.
     if _moved(content, entry):
         return
     with _alone(entry.parent):
@@ -227,6 +232,7 @@ def _moved(content: Path, entry: Path) -> bool:
     try:
         content.rename(entry)
     except OSError as error:
+        # A folder with content (two codes, by file system), or a file, is in its place.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         return False
@@ -266,6 +272,7 @@ def _remove_unlocked(own: Path) -> None:
         own.rmdir()  # its writer has ended, or makes another one
         return
     try:
+        # Only with the lock in hand: where a file system has none, a draft may still be written.
         if _take(handle):
             shutil.rmtree(own, ignore_errors=True)
     finally:

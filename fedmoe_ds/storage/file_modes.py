@@ -1,9 +1,9 @@
-"""Modes: who may read what this package writes, and who may have written what it finds.
+"""File modes: who may read what this package writes, and who may have written what it finds.
 
 * Results follow the user's umask, for files that libraries make as for our own: metrics with clients' names, reports, global
   adapters. With a umask of 027 a group may read them.
 * What is a client's own is this user's alone, whatever the umask: prepared text and images in the cache; in checkpoints the
-  personal adapters, the clients' memories, and the sums of an unfinished round, which may be those of one client.
+  personal adapters, the clients' state, and the sums of an unfinished round, which may be those of one client.
 * The rest of the cache follows the umask as far as reading goes, but nobody else may write: who writes there decides what runs.
 
 safetensors and `tempfile.mkdtemp` keep to the one user what they make, hence `follow_umask`. What only ranks may know
@@ -66,6 +66,7 @@ def umask() -> int:
         found = None
     if found is not None:
         return int(found[1], 8)
+    # The strictest mask, for what other threads create in this moment.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -27,10 +27,11 @@ def write_whole(path: Path, text: str) -> None:
         OSError: the folder cannot be written, the disk is full, or a folder, pipe or device is there; nothing is left behind.
     """
     check_replaceable(path)
+    # In the same folder, because a rename is one step only within one file system.
     handle, draft = tempfile.mkstemp(prefix=".draft-", suffix=".tmp", dir=path.parent)
     try:
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            os.fchmod(handle, 0o666 & ~umask())
+            os.fchmod(handle, 0o666 & ~umask())  # mkstemp lets this user alone read
             file.write(text)
         os.replace(draft, path)
     except BaseException:

@@ -97,6 +97,7 @@ class FolderLock:
 
     def confirm(self) -> None:
         """Raise UserError where somebody else has taken the folder in the same moment, without a lock between the two."""
+        # `since` is known only if this start could write its entry; without one there is nothing to compare.
         if self._handle is not None and "since" in self._me and (who := _read(self.path)).get("job") != self._me["job"]:
             raise self._refusal(words(who))
 
@@ -107,7 +108,9 @@ class FolderLock:
             return
         self._left.set()
         if self._beats is not None:
+            # No sign of life may follow the word that the holder has left.
             self._beats.join()
+        # Another job may have taken over while this process was stopped: then the entry is its own.
         if _read(self.path).get("job") == self._me["job"]:
             _write(handle, {**self._me, "left": round(time.time())})
         os.close(handle)
@@ -143,6 +146,7 @@ class FolderLock:
     def _beat(self, handle: int) -> None:
         while not self._left.wait(BEAT_S):
             with contextlib.suppress(OSError):
+                # By descriptor: a file that somebody has put in its place is not touched.
                 os.utime(handle)
 
     def _say(self, who: Who) -> None:

@@ -30,10 +30,12 @@ def parse_json(content: str | bytes, constants: bool = False, halves: bool = Fal
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        # A byte order mark: the codec drops it from bytes, a text may still begin with one.
         value = json.loads(text.removeprefix("\ufeff"), parse_constant=None if constants else _no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(trouble(error)) from None
     check_depth(text, value)
+    # The escape may be half of a whole pair: it only tells that the value is worth a closer look.
     if not halves and _SURROGATE.search(text) and not _is_text(value):
         raise ValueError("half of a surrogate pair, which is no character")
     return value
@@ -62,6 +64,7 @@ def trouble(error: ValueError | RecursionError) -> str:
 
 def check_depth(text: str, value: Any) -> None:
     """Raise ValueError where `value`, which `text` says, is nested deeper than `DEEPEST` levels."""
+    # An upper bound that costs little: most texts have too few brackets to be nested so deep.
     if text.count("[") + text.count("{") > DEEPEST and _is_deeper(value):
         raise ValueError(_TOO_DEEP)
 

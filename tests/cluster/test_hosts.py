@@ -178,12 +178,12 @@ def test_gloo_is_led_to_the_network(master: str, expected: str, hosts: Hosts) ->
 
 
 WATCH = """
-from fedmoe_ds import watchdog
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.runtime import init_runtime
-listen = watchdog.listen
-watchdog.listen = lambda addresses: [one for one in listen(addresses) if print("listens", one.getsockname()[0]) is None]
+from fedmoe_ds.distributed.watchdog import start
+listen = start.listen
+start.listen = lambda addresses: [one for one in listen(addresses) if print("listens", one.getsockname()[0]) is None]
 runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu"))
 print("together", len(runtime.gather(None)), *runtime.notes)
 """

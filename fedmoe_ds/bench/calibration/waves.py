@@ -26,7 +26,7 @@ from fedmoe_ds.clients.optimizer import squared_norms
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
-from fedmoe_ds.foundation.loading import CONFIG_FILE
+from fedmoe_ds.foundation.meta_model import CONFIG_FILE
 from fedmoe_ds.machine import peak_mib, resident_mib
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows as ClientRows

@@ -32,7 +32,7 @@ OPTIONS = (
     option("--shape", "load", "load (about 600 MiB) or load-tiny"),
     SEED,
 )
-# One batch of mapped file pages (64 MiB, see foundation.loading) and what Python needs for names and modules.
+# One batch of mapped file pages (64 MiB, see foundation.weight_files) and what Python needs for names and modules.
 ALLOWANCE_MIB = 64 + 48
 
 

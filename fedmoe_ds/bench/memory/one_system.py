@@ -44,7 +44,7 @@ def counted(folder: Path, workload: Workload, bitwise: bool) -> dict[str, float]
 
     from fedmoe_ds.config import Config
     from fedmoe_ds.federation.run_spec import resolve_spec
-    from fedmoe_ds.foundation.loading import build_on_meta, host_model
+    from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
     from fedmoe_ds.foundation.outline import outline
     from fedmoe_ds.methods import method_for
     from fedmoe_ds.planner.memory import PASS, estimate

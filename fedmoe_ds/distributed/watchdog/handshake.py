@@ -7,8 +7,8 @@
 Challenges are fresh for every connection, so that a recorded answer is worth nothing. Rank 0 hears nothing else before the
 proof, and a rank obeys nobody who has not proved to be rank 0: whoever takes its port over after its death cannot steer it.
 
-This keeps strangers out who can open a connection. It does not keep out who can read or change the job's own packets: the token
-itself reaches the ranks over `control.gather`, that is gloo or MPI, which encrypt nothing and ask nobody who he is.
+This keeps out other programs that can open a connection. It does not keep out who can read or change the job's own packets: the
+token itself reaches the ranks over `control.gather`, that is gloo or MPI, which encrypt nothing and ask nobody who he is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedmoe_ds.distributed.watchdog.json_socket import GarbledError, JsonSocket
 JOIN_S = 30.0
 """How long a rank tries to get in."""
 _AGAIN_S = 0.1
-"""Between two tries: a crowd of strangers at the door may have pushed this rank out."""
+"""Between two tries: many other connections at once may have pushed this rank out of the listener's places."""
 
 
 class HandshakeError(ConnectionError):
@@ -46,6 +46,7 @@ def secret() -> str:
 
 def proof(token: str, side: str, challenges: tuple[str, str], rank: int) -> str:
     """That `side` (`rank` or `rank 0`) knows the token; `challenges` are rank 0's and the rank's."""
+    # `side` is part of the text, so that a proof cannot be sent back to the side that made it.
     text = json.dumps([side, *challenges, rank])
     return hmac.new(bytes.fromhex(token), text.encode(), "sha256").hexdigest()
 
@@ -69,6 +70,7 @@ def join(
     deadline = time.monotonic() + limit_s
     while True:
         connection, (address, port) = _connect(places, deadline)
+        # Messages are short and rare: Nagle's algorithm would hold one back until the one before is acknowledged.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line = JsonSocket(connection)
         try:
@@ -90,6 +92,7 @@ def _connect(places: Sequence[tuple[str, int]], deadline: float) -> tuple[socket
     for number, place in enumerate(places, 1):
         share_s = (deadline - time.monotonic()) / (len(places) - number + 1)  # an address may be one that swallows packets
         try:
+            # Never 0, which would mean a socket that does not wait at all.
             return socket.create_connection(place, timeout=max(0.1, share_s)), place
         except OSError:
             if number == len(places):

@@ -1,8 +1,8 @@
-"""Listener: where ranks come in to rank 0, and what strangers meet there.
+"""Listener: rank 0 accepts connections, and keeps those that prove to be ranks.
 
 Any process that reaches the port can open a connection. Until it has proved to be a rank (`handshake`), it may hold one of a
-limited number of places, for a few seconds, and say one short line; everything else ends it. When all ranks are in, the door is
-closed for good. What was turned away is counted, and told in one line.
+limited number of places, for a few seconds, and send one short line; anything else ends it. When all ranks are connected, the
+listener closes for good. Refused connections are counted, and reported in one line.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _HELLO_BYTES = 1024
 _HELLO_READS = 16
 """Pieces in which a hello may arrive; a rank sends it in one."""
 _WINDOW_S = 0.1
-"""In each such time at most as many are let in as there are places: so long has even the first one that a crowd pushes out."""
+"""In each such window at most as many are accepted as there are places: a burst pushes out none of its own window."""
 _BATCH = 32
-"""Connections that are let in before those that have come are heard again."""
+"""Connections that are accepted before those that are open are read again."""
 _REST_S = 0.5
-"""Pause after the system has refused to let one in: usually no descriptor is free."""
+"""Pause after the system has refused to accept one: usually no descriptor is free."""
 _WARN_EVERY_S = 60.0
 _BACKLOG = 4096
 
 
 class _StrangerError(Exception):
-    """The connection is no rank's; the text says how it was turned away."""
+    """The connection is no rank's; the text says why it was refused."""
 
 
 @dataclass
 class _Guest:
-    """A connection of nobody known."""
+    """A connection that has not proved to be a rank."""
 
     line: JsonSocket
     challenge: str
@@ -62,12 +62,13 @@ class Listener:
         self.listeners, self.token, self.expected = listeners, token, set(ranks)
         self.places = len(self.expected) + SPARE
         self.turned_away: Counter[str] = Counter()
-        self.refusals = 0  # of the system, to let one in
+        self.refusals = 0  # of the system, to accept one
         self.is_open = True
         self._guests: dict[JsonSocket, _Guest] = {}  # the oldest first
         self._window, self._entered = time.monotonic(), 0
         self._resting_until: float | None = None
         self._warned, self._told = time.monotonic(), 0
+        # epoll, because its descriptor can be waited for in turn, by the selector of the main watchdog.
         self._selector = selectors.EpollSelector()
         for listener in listeners:
             listener.setblocking(False)
@@ -78,11 +79,11 @@ class Listener:
 
     @property
     def wait_s(self) -> float:
-        """Seconds after which the door wants a turn, though nobody may have come."""
+        """Seconds after which `step` is due even if nothing has arrived."""
         return HELLO_S if self._resting_until is None else max(0.0, self._resting_until - time.monotonic())
 
     def step(self) -> list[tuple[int, JsonSocket]]:
-        """Hear who has come; the ranks that have proved to be such, with their connections. Never waits."""
+        """Read and accept what is there; returns the ranks that have proved to be such, with their connections. Never waits."""
         if not self.is_open:
             return []
         now = time.monotonic()
@@ -96,9 +97,10 @@ class Listener:
         ]
         for guest in [guest for guest in self._guests.values() if now - guest.since > HELLO_S]:
             self._turn_away(guest, f"silent for {HELLO_S:g} s")  # heard first: this process itself may have been held up
-        for knocked in ready:
-            if isinstance(knocked, socket.socket) and self.expected and self._resting_until is None:
-                self._let_in(knocked, now)
+        for source in ready:
+            # The listener before this one may have used up the window: then all of them rest.
+            if isinstance(source, socket.socket) and self.expected and self._resting_until is None:
+                self._let_in(source, now)
         if not self.expected:
             self.close()
         return came
@@ -114,7 +116,7 @@ class Listener:
                 connection, _ = listener.accept()
             except BlockingIOError:
                 return
-            except ConnectionAbortedError:  # it has left while it was waiting
+            except ConnectionAbortedError:  # closed by its peer while it waited in the queue
                 continue
             except OSError:  # EMFILE, ENFILE, ENOBUFS, ENOMEM: what the oldest one holds may be what is missing
                 self.refusals += 1
@@ -126,12 +128,13 @@ class Listener:
             self._greet(connection, now)
 
     def _rest(self, until: float) -> None:
-        """Let nobody in until then; those who knock wait in the kernel's queue."""
+        """Accept nothing until then; new connections wait in the kernel's queue."""
         self._resting_until = until
         for listener in self.listeners:
             self._selector.unregister(listener)
 
     def _greet(self, connection: socket.socket, now: float) -> None:
+        # The oldest makes room: it has had the longest time to prove itself.
         if len(self._guests) >= self.places:
             self._turn_away(next(iter(self._guests.values())), "pushed out")
         guest = _Guest(JsonSocket(connection, _HELLO_BYTES), handshake.secret(), now)
@@ -145,16 +148,17 @@ class Listener:
         guest.line.send({"challenge": guest.challenge})
 
     def _hear(self, guest: _Guest) -> tuple[int, JsonSocket] | None:
-        """The rank that has proved to be one; a stranger is turned away at the first word that is no hello."""
+        """The rank that has proved to be one; any other connection is closed at the first message that is no hello."""
         try:
             hello = self._hello(guest)
-        except _StrangerError as stranger:
-            self._turn_away(guest, str(stranger))
+        except _StrangerError as reason:
+            self._turn_away(guest, str(reason))
             return None
         if hello is None:
             return None
         self._forget(guest)
         self.expected.discard(hello.hello)
+        # Only a proved rank may send more than a hello's worth of bytes.
         guest.line.longest = LONGEST
         challenges = guest.challenge, hello.challenge
         guest.line.send({"welcome": handshake.proof(self.token, "rank 0", challenges, hello.hello)})
@@ -172,6 +176,7 @@ class Listener:
             (hello,) = [messages.check(messages.hello, message) for message in said]
         except ValueError:  # no message, no hello, or not exactly one
             raise _StrangerError("with something else than a hello") from None
+        # The proof before the rank: without the token nobody learns which ranks are missing.
         if not handshake.is_proof(hello.proof, self.token, "rank", (guest.challenge, hello.challenge), hello.hello):
             raise _StrangerError("with a wrong proof")
         if hello.hello not in self.expected:
@@ -197,7 +202,7 @@ class Listener:
             listener.close()
 
     def warning(self) -> str | None:
-        """One line about those who were turned away: now and then while the door is open, and when it has been closed."""
+        """One line about refused connections: once in a while as long as the listener is open, and when it has been closed."""
         count, now = self.turned_away.total() + self.refusals, time.monotonic()
         if count == self._told or (self.is_open and now - self._warned < _WARN_EVERY_S):
             return None
@@ -229,7 +234,7 @@ def listen_everywhere() -> socket.socket:
     """A listener on all interfaces."""
     try:
         listener = socket.socket(socket.AF_INET6)
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 comes in on the same port
         listener.bind(("::", 0))
     except OSError:  # a kernel without IPv6
         listener = socket.socket()

@@ -21,11 +21,11 @@ _SAY_FIRST_S = 3.0
 
 
 class MainWatchdog(Watchdog):
-    """Rank 0's.
+    """The watchdog of rank 0.
 
     Args:
         peers: the other ranks.
-        listener: where they come in.
+        listener: where they connect.
     """
 
     def __init__(self, me: Peer, limits: Limits, peers: Sequence[Peer], listener: Listener, notes: Sequence[str] = ()) -> None:
@@ -39,6 +39,7 @@ class MainWatchdog(Watchdog):
         self._failure: tuple[float, str, int] | None = None
 
     def step(self) -> None:
+        # At most one beat: the others expect a sign of life from rank 0 as well.
         for key, _ in self.selector.select(min(self.limits.beat, self.listener.wait_s)):
             if key.data is not None:
                 self._hear(key.data)
@@ -55,6 +56,7 @@ class MainWatchdog(Watchdog):
             self.peers[rank].heard = time.monotonic()
             self.selector.register(line, selectors.EVENT_READ, rank)
             if self._leaving is not None:
+                # It came in after rank 0 had announced its exit, so it has not heard of that.
                 line.send(self._leaving)
         if not self.listener.is_open:
             self.selector.unregister(self.listener)
@@ -63,8 +65,10 @@ class MainWatchdog(Watchdog):
             say(warning)
 
     def _judge(self) -> None:
+        # Another rank has met a mistake, and rank 0 has not told the same one itself within its time.
         if self._failure is not None and self._leaving is None and time.monotonic() - self._failure[0] > _SAY_FIRST_S:
             self._over(self._failure[1], self._failure[2])
+        # Rank 0 is no silent rank to itself, but it may be the one that a stuck collective waits for.
         self.me.hear(activity.state())
         if self._leaving is not None:
             return
@@ -92,6 +96,7 @@ class MainWatchdog(Watchdog):
     def _lose(self, peer: Peer, verdict: str) -> None:
         self.selector.unregister(self.lines[peer.rank])
         self.lines[peer.rank].close()
+        # After an announced exit, its own or rank 0's, the end of a connection is expected.
         if not peer.left and self._leaving is None:
             self._over(verdict, EXIT_LOST)
 
@@ -112,10 +117,12 @@ class MainWatchdog(Watchdog):
         self.end(text, 1, speaks=True)
 
     def _tell(self, message: dict[str, Any]) -> None:
+        # A copy: the main thread announces its exit while the watchdog's thread may add a line.
         for line in list(self.lines.values()):
             line.send(message)
 
     def announce_exit(self, code: int, text: str) -> None:
+        # A failure with a reason ends the job for all. Without one (success, a stop) every rank ends by itself.
         self._leaving = {"over": int(code)} if code != 0 and text else {"bye": int(code)}
         self._tell(self._leaving)
         time.sleep(SPREAD_S if text else 0.0)

@@ -1,4 +1,4 @@
-"""Messages: what ranks and rank 0 say to each other over a line, and the check of what was heard.
+"""Messages: what ranks and rank 0 send to each other over a `JsonSocket`, and the check of what was heard.
 
 Nothing of a message is used before it has been checked: a wrong type ends in a `GarbledError`, which says what is wrong.
 """
@@ -13,6 +13,7 @@ from fedmoe_ds.distributed.watchdog.json_socket import GarbledError
 
 Hex: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """256 bits: a nonce or a proof."""
+# os._exit takes a C int and raises for more.
 Code: TypeAlias = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 T = TypeVar("T")
 
@@ -24,13 +25,13 @@ class Message(BaseModel):
 
 
 class Challenge(Message):
-    """Rank 0's first word to whoever comes."""
+    """Rank 0's first message on a new connection."""
 
     challenge: Hex
 
 
 class Hello(Message):
-    """Who comes, a challenge in return, and the answer to rank 0's."""
+    """Which rank connects, a challenge in return, and the answer to rank 0's."""
 
     hello: int
     challenge: Hex
@@ -54,7 +55,7 @@ class State(Message):
 
 
 class Alive(Message):
-    """A sign of life."""
+    """A heartbeat."""
 
     alive: State
 

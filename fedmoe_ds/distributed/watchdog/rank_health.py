@@ -1,4 +1,4 @@
-"""Peers: what a rank knows about another one, and what can be said when something is wrong with it.
+"""Rank health: what a rank knows about another one, and the verdict when something is wrong with it.
 
 Everything is judged by this process's own monotonic clock: hosts' times of day may disagree.
 """
@@ -27,7 +27,7 @@ class Limits:
     @property
     def beat(self) -> float:
         """Pause between two signs of life; in a large world longer, so that rank 0 reads no more than 400 a second."""
-        return min(max(0.25, self.ranks / 400), self.silence / 5)
+        return min(max(0.25, self.ranks / 400), self.silence / 5)  # five beats fit into the limit
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Peer:
     def belongs(self, collective: str) -> bool:
         """Whether it takes part in a collective, as far as it has said which groups it is in."""
         group, groups = collective.partition(" over ")[2], self.state.get("groups") or []
+        # A rank that has not told its groups yet may be a member of any.
         return not groups or group in groups or group == "the world"
 
     def hear(self, state: dict[str, Any]) -> None:
@@ -126,11 +127,13 @@ def silence_message(found: list[Peer], limits: Limits) -> str:
 def stuck(peers: list[Peer], limits: Limits) -> str | None:
     """The verdict on ranks that wait in one collective for too long, naming those that are not in it."""
     here = [peer for peer in peers if not peer.left]
+    # `for_s` was true when it was heard last; a rank that waited then may have gone on waiting since.
     late = [p for p in here if p.state["waiting"] and p.state["for_s"] + time.monotonic() - p.heard > limits.waiting]
     if not late:
         return None
     waiting = late[0].state["waiting"]
     absent = [peer for peer in here if peer.state["waiting"] != waiting and peer.belongs(waiting)]
+    # Ranks that compute before ranks that wait elsewhere, which may be victims of the same one; the longest first.
     absent.sort(key=lambda peer: (peer.state["waiting"] is not None, -peer.state["for_s"]))
     missing = ", ".join(f"{p.name} ({p.doing} for {p.state['for_s']:.0f} s)" for p in absent[:4])
     more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""

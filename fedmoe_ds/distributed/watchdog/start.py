@@ -7,9 +7,9 @@ somebody who will not come. In each case rank 0 says so in one line, tells every
 rank 0 itself is gone, every host's first rank says that.
 
 The threads (`main`, `worker`) only read sockets and `activity`, so they keep working while the main thread waits in a
-collective. Strangers who open connections get no further than the `listener`; ranks and rank 0 prove themselves to each other
-in the `handshake`. The token for that travels to the ranks over `control.gather`, that is gloo or MPI, as port and address do:
-whoever can read or change the job's own packets is trusted.
+collective. Other programs that open connections get no further than the `listener`; ranks and rank 0 prove themselves to each
+other in the `handshake`. The token for that travels to the ranks over `control.gather`, that is gloo or MPI, as port and
+address do: whoever can read or change the job's own packets is trusted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - names what must be told, binds n
 _watch: Watchdog | None = None
 
 
-def start(control: Control, limits: Limits, local_rank: int) -> Watchdog | None:
+def start_watchdog(control: Control, limits: Limits, local_rank: int) -> Watchdog | None:
     """Start this process's watchdog, together with all ranks; None in a world of one.
 
     Args:
@@ -55,15 +55,18 @@ def start(control: Control, limits: Limits, local_rank: int) -> Watchdog | None:
     me = peers[control.rank]
     if control.rank == 0:
         listeners, notes = _listen(master, [theirs["master"] for theirs in told])
-        door = Listener(listeners, secret(), range(1, control.size))
-        _gather(control, {"places": [listener.getsockname()[:2] for listener in listeners], "token": door.token})
-        _watch = MainWatchdog(me, limits, peers[1:], door, notes)
+        rank_listener = Listener(listeners, secret(), range(1, control.size))
+        _gather(control, {"places": [listener.getsockname()[:2] for listener in listeners], "token": rank_listener.token})
+        _watch = MainWatchdog(me, limits, peers[1:], rank_listener, notes)
     else:
+        # The same gather as rank 0's above: it is collective, so every rank takes part, with or without something to say.
         way = _gather(control, None)[0]
         view = told[control.rank]["master"]
+        # An address of all interfaces can be bound, not connected to.
         places = [(master if address in _EVERYWHERE else address, port) for address, port in way["places"]]
         places.sort(key=lambda place: place[0] not in view)  # first what this host knows
         line, heard = join(places, control.rank, way["token"])
+        # One line per host is enough if rank 0 is lost. On rank 0's own host local rank 0 is lost with it, so rank 1 speaks.
         _watch = WorkerWatchdog(me, limits, peers, line, heard, speaks=local_rank == 0 or control.rank == 1)
     _watch.thread.start()
     return _watch
@@ -90,6 +93,6 @@ def _gather(control: Control, value: Any) -> list[Any]:
     return [json.loads(payload) for payload in control.gather(json.dumps(value).encode())]
 
 
-def current() -> Watchdog | None:
+def current_watchdog() -> Watchdog | None:
     """The watchdog of this process, if it has one."""
     return _watch

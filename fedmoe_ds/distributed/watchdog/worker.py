@@ -19,7 +19,7 @@ _LONGEST_TEXT = 4000
 
 
 class WorkerWatchdog(Watchdog):
-    """One other rank's.
+    """The watchdog of a rank other than 0.
 
     Args:
         peers: all ranks, rank 0 first. Rank 0 may ask for processes of theirs to be killed, and for no others.
@@ -44,6 +44,7 @@ class WorkerWatchdog(Watchdog):
             self._listen()
         except GarbledError as error:
             self.end(garbled(self.main, str(error)), EXIT_LOST, self.speaks)
+        # A rank that has announced its exit judges nobody any more: rank 0 may have ended before it.
         if self._leaving is None and not self._left.is_set() and silent([self.main], self.limits):
             known = [] if self.main.process is None else [self.main.process]
             self.end(silence_message([self.main], self.limits), EXIT_LOST, self.speaks, known)
@@ -57,7 +58,7 @@ class WorkerWatchdog(Watchdog):
         for message in arrived or ():
             self._message(message)
         if arrived is not None:
-            time.sleep(self.limits.beat / 2)  # rank 0 is talkative: do not answer each word
+            time.sleep(self.limits.beat / 2)  # each step sends a sign of life: one per message of rank 0 would be too many
         elif self.main.left or self._leaving is not None:
             self._left.set()
         else:

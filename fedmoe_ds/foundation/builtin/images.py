@@ -1,4 +1,4 @@
-"""Pre-training of a built-in image classifier on the digits that no client is given.
+"""Images: pre-training of a built-in image classifier on the digits that no client is given.
 
 The foundation sees faded prints: ink at a part of its darkness. Clients' digits are at full contrast, so it knows what digits
 look like and still has something to learn from the federation.

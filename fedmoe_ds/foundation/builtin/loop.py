@@ -1,4 +1,4 @@
-"""The training loop of built-in foundations: AdamW, warm-up and cosine decay, batches by addressed draws, reproducible bits."""
+"""Training loop of built-in foundations: AdamW, warm-up and cosine decay, batches by addressed draws, reproducible bits."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def train_new(
     Raises:
         StopError: asked to stop, between two steps; what was trained is in `state`.
     """
+    # No devices: pre-training runs on the CPU, whatever the run uses, so its bits are the same.
     with _isolated(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(address_key(seed, "pretrain-init") % 2**63)
         model = create()
@@ -71,6 +72,7 @@ def _train(
         group["initial_lr"] = config.lr  # what LambdaLR notes at a beginning, and asks for later
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config.steps), last_epoch=len(losses) - 1)
     start, done = time.monotonic(), len(losses)
+    # Batches of steps already done are skipped, not kept: their order follows from the seed alone.
     for step, batch_B in enumerate(islice(_batches(samples, config, seed), done, None), start=done + 1):
         _stop_or_go_on(model, optimizer, losses, state)
         loss = batch_loss(model, torch.from_numpy(batch_B))
@@ -90,6 +92,7 @@ def _stop_or_go_on(model: Any, optimizer: torch.optim.Optimizer, losses: list[fl
     try:
         stop_point()
     except StopError as stop:
+        # Before the first step there is nothing that a new start would not make again at once.
         if losses:
             stop.kept = state.save(model, optimizer, losses)
         raise

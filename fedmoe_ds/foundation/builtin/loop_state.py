@@ -1,4 +1,4 @@
-"""Training state: an unfinished pre-training in the cache, from which the next start goes on to the same bits.
+"""Loop state: an unfinished pre-training in the cache, from which the next start goes on to the same bits.
 
 An entry of one file: a line of JSON (format, key of the content that is being made, SHA-256 of the rest), then safetensors:
 parameters, buffers, AdamW's moments and step counts, torch's generator, and the loss of every step, whose number is the step.
@@ -44,11 +44,14 @@ class TrainingState:
     def save(self, model: Any, optimizer: torch.optim.Optimizer, losses: list[float]) -> str:
         """Keep a training after `len(losses)` steps; what became of it, in words for the user. Never raises for a full disk."""
         state = _state(model, optimizer)
+        # safetensors takes no strided tensors, and none that share memory.
         tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+        # Losses are floats of Python, whose bits float64 keeps.
         tensors |= {_LOSSES: torch.tensor(losses, dtype=torch.float64), _GENERATOR: torch.get_rng_state()}
         content = save(tensors)
         head = {"format": FORMAT, "key": self.key, "sha256": hashlib.sha256(content).hexdigest()}
         try:
+            # What is there never stays: it is of fewer steps, or was not usable.
             with cache.draft(self.entry, good=lambda: False) as draft:
                 (draft / FILE).write_bytes(json.dumps(head).encode() + b"\n" + content)
         except OSError as error:

@@ -1,5 +1,7 @@
-"""Built-in foundations, small enough for a laptop: OLMoE (https://arxiv.org/abs/2409.02060), and dense models without experts,
-Llama (https://arxiv.org/abs/2302.13971) and ViT (https://arxiv.org/abs/2010.11929) for the 8x8 digits.
+"""Presets: built-in foundations, small enough for a laptop.
+
+OLMoE (https://arxiv.org/abs/2409.02060), and dense models without experts: Llama (https://arxiv.org/abs/2302.13971), and ViT
+(https://arxiv.org/abs/2010.11929) for the 8x8 digits.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": EOS_TOKEN_ID,
     "bos_token_id": None,
 }
+# As in the published model: the chosen weights are not scaled to sum to one.
 _OLMOE: dict[str, Any] = {**_TEXT, "norm_topk_prob": False}
 _DIGITS: dict[str, Any] = {
     "num_channels": digits.SHAPE[0],
@@ -129,8 +132,3 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"foundation.preset: {name}: unknown preset{nearest(name, PRESETS)}")
     return PRESETS[name]
-
-
-def preset_config(name: str) -> Any:
-    """Return the transformers configuration of a preset; raises `UserError` for an unknown name."""
-    return find_preset(name).config()

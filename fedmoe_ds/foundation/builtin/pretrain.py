@@ -56,10 +56,12 @@ def pretrain_preset(name: str, config: PretrainConfig, seed: int, root: Path, pr
         if _usable(folder):
             progress(f"foundation: {name} found in {folder}")
             return folder
+        # Another start may have trained the same in the meantime: its folder stays, and this one is thrown away.
         with cache.draft(folder, lambda: _usable(folder)) as draft:
             trained, facts = train(state)
             record = {"preset": name, "pretrain": config.model_dump(), "seed": seed, **facts}
             _save(trained, record, draft)
+    # Not earlier: until the folder is in its place, the state is all that is left of the training.
     state.remove()
     progress(f"foundation: {name} saved in {folder}")
     return folder
@@ -81,6 +83,7 @@ def content_key(model: dict[str, Any], config: PretrainConfig, seed: int, docume
     """Hash of everything that determines the weights of a language model; `model` is the preset's record."""
     text = hashlib.sha256()
     for document in documents:
+        # JSON keeps the borders between the three: no two documents give the same bytes.
         text.update(json.dumps([document.group, document.name, document.text]).encode())
     content = {
         "format": FORMAT_VERSION,
@@ -117,6 +120,7 @@ def _save(trained: list[Any], record: dict[str, Any], folder: Path) -> None:
     for part in trained:
         part.save_pretrained(folder)
     transformers.utils.logging.enable_progress_bar()
+    # The record is written last, so it is not among the files whose sums it holds.
     sums = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
     (folder / RECORD_FILE).write_text(json.dumps(cache.sealed({**record, "sha256": sums}), indent=1))
 

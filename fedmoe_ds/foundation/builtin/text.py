@@ -1,4 +1,4 @@
-"""Pre-training of a built-in language model on documents.
+"""Text: pre-training of a built-in language model on documents.
 
 Shape suffixes: N sequences, B batch, S sequence length (tokens).
 """
