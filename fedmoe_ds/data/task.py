@@ -53,6 +53,7 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
             f"{source}: labelled images, and the foundation is a causal language model; "
             "use foundation.preset=tiny-vit or a text source"
         )
+    # Text has no further settings to refuse, and no size to compare.
     if task == "causal_lm":
         return
     if source_task(config) != task:
