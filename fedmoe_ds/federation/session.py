@@ -86,7 +86,7 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
         journal.close()
         return Ending(summary(folder, Outcome(source["ended"]["digest"], None), runtime), 0)
     tools = DeepSpeedTools(config.deepspeed, parts, journal)  # a package may be missing: before anything is written
-    # Loading may take minutes, in which another host may have taken the folder; nothing is written before this.
+    # Loading may take minutes, in which another host may have taken the folder; nothing of a run is written before this.
     runtime.run_on_rank0(lock.confirm)
     begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()

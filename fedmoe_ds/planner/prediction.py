@@ -172,7 +172,7 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     times = 2 if job.config.local.drift == "scaffold" else 1
     seconds = 0.0
     for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
-        # A block is summed only where somebody has one: without adapters on attention there are no dense sums.
+        # Without dense blocks (no adapters on attention, say) the ranks of a cluster have nothing to sum.
         if heads:
             seconds += network.all_reduce(group, times, WINDOW_BYTES * heads)
             seconds += network.all_reduce(group, times, (numbers + heads) * each)

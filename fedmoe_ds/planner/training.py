@@ -91,7 +91,6 @@ class WaveModel:
 
     def cost(self, client: Client, round_index: int) -> ClientCost:
         """What a client costs wherever it trains."""
-        # Kept over waves and clusters: the search asks for the same client many times.
         if client.index not in self.costs:
             steps, micro = self.job.steps(client, round_index), self.job.config.execution.micro_batch_size
             rows = Rows(steps.samples, steps.longest, steps.targets)

@@ -1,7 +1,7 @@
 """Events: the types of what readers take from `metrics.jsonl` (docs/outputs.md says what it means).
 
 A record may come from another version or from somebody else, so the type of a field that is read is checked here, once, and
-not by whoever goes on to compute with it. Fields and events that are not listed are passed over. Only what an event is sorted
+not where it is computed with. Fields and events that are not listed are passed over. Only what an event is sorted
 by is required: older versions have not written everything.
 """
 

@@ -85,7 +85,7 @@ def _facts(history: History) -> Markup:
         ("Seed", str(run.get("seed", formats.MISSING))),
         ("Reproducible", str(run.get("reproducible", formats.MISSING))),
         ("Foundation", str(run.get("foundation") or formats.MISSING)),
-        # Shown only where it happened: whoever reads the page should know that foreign code ran.
+        # Shown only where it happened: readers should know that foreign code ran.
         *([("Tokenizer ran own code", str(run["foundation_code"]))] if run.get("foundation_code") else []),
     ]
     return tag("dl", *(tag("div", tag("dt", term), tag("dd", value, data_t=value)) for term, value in facts), cls="facts")
