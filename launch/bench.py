@@ -44,6 +44,7 @@ def measure(args: argparse.Namespace) -> int:
     from fedmoe_ds.bench.harness.command import command_line
 
     chosen = COMMANDS[args.command]
+    # Before a measurement that may take hours.
     table.check_writable(args.json)
     rows = chosen.run(args, note)
     show(chosen.show(rows).text())

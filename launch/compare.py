@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    # Copied before the next line: the runs get the user's own choice of accelerator.
     environment = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this process trains nothing; the runs choose for themselves
     from fedmoe_ds.studies.compare import Request, compare

@@ -51,6 +51,7 @@ def main() -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: {value}: must be 1 or more")
+    # Before a search that may take minutes.
     check_writable(args.json)
     hardware = load_hardware(args.hardware)
     world = world_of(args.nodes, args.gpus_per_node, args.ranks, hardware)

@@ -42,11 +42,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    # Copied before the next line: the runs get the user's own choice of accelerator.
     environment = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this process trains nothing; the runs choose for themselves
     from fedmoe_ds.studies.scaling import Request, scale
 
     code, text = scale(Request(**vars(args)), Path(__file__).with_name("train.py"), environment, note)
+    # --point collects nothing.
     if text:
         show(text)
     return code

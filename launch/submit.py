@@ -36,6 +36,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    # Copied before the next line: sbatch passes it on to the job.
     environment = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this process trains nothing; the job chooses for itself
     from fedmoe_ds.planner.slurm import Request, check, compose, log_folder, submit

@@ -43,6 +43,7 @@ def main() -> int:
     launch = detect_launch()
     config = load_config(args.config, args.overrides)
     if args.print_config or args.dry_run:
+        # Under a launcher every rank comes here; one of them prints.
         if launch.rank == 0:
             from fedmoe_ds.planner.dry_run import describe, resolved
 
@@ -53,13 +54,13 @@ def main() -> int:
         return supervise(args, config, launch)
     runtime = init_runtime(launch, config.topology, config.execution.threads)
     STOP.begun()  # a signal is remembered from here on, and served as soon as there is something to save
-    from fedmoe_ds.federation.session import (
-        train,  # imports DeepSpeed, which reads the choice of accelerator that was made above
-    )
+    # Imports DeepSpeed, which reads the choice of accelerator that init_runtime has made.
+    from fedmoe_ds.federation.session import train
 
     ending = train(config, runtime, args.resume, STOP)
     if runtime.is_main:
         show("\n".join(ending.lines))
+        # Before the barrier: what the launcher cuts off must be out already.
         sys.stdout.flush()
     runtime.barrier()  # a launcher may end everybody as soon as one rank has left
     return ending.exit_code

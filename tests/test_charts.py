@@ -22,10 +22,11 @@ from test_compare import comparison_of
 
 from fedmoe_ds.report import final_table, formats
 from fedmoe_ds.report.activation import expert_section
+from fedmoe_ds.report.axis import Axis, whole_ticks
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.html import page
 from fedmoe_ds.report.sections import convergence_section, results_section, time_section
-from fedmoe_ds.report.svg import Axis, Column, Series, bar_rows, dense_columns, line_chart, stacked_columns, whole_ticks
+from fedmoe_ds.report.svg import Column, Series, bar_rows, dense_columns, line_chart, stacked_columns
 from fedmoe_ds.studies.compare.plot import TITLE, picture
 from fedmoe_ds.studies.compare.plot import draw as draw_comparison
 from fedmoe_ds.studies.figure import styled

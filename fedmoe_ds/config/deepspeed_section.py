@@ -78,6 +78,7 @@ class DeepSpeedSection(Section):
     activation_checkpointing: ActivationCheckpointingSection = ActivationCheckpointingSection()
 
 
+# Our own tree holds the section as a plain dict; only here do its keys have types.
 class _Root(BaseModel):
     """Puts the section at its place in the tree, so that messages carry the full dotted key."""
 
@@ -86,6 +87,7 @@ class _Root(BaseModel):
 
 ALLOWED: tuple[str, ...] = tuple(DeepSpeedSection.model_fields)
 
+# By reason and not by key: the reference prints one row per reason.
 _REASONS: dict[str, tuple[str, ...]] = {
     "its optimizer shards and gathers across the world, that is across clients; set foundation.dtype": (
         "bf16",
@@ -168,6 +170,7 @@ REFUSED_INSIDE: dict[str, str] = {
     "activation_checkpointing.profile": f"{_PRINTED}use flops_profiler, or read the phases of every round in metrics.jsonl",
 }
 """Keys of sections that pass."""
+# The configuration is saved with the run and shown in its report, so no key of it may hold a secret.
 _SECRET = "deepspeed.comet.api_key: a secret would be saved with the run; set the environment variable COMET_API_KEY"  # noqa: S105  (a message)
 
 
@@ -175,6 +178,7 @@ def deepspeed_problems(section: dict[str, Any]) -> list[str]:
     """Return one line per entry of the section that cannot pass, in the order of the section."""
     problems = []
     for key, value in section.items():
+        # Refused before unknown: a key that DeepSpeed knows deserves its reason, not a spelling hint.
         if key in REFUSED:
             problems.append(f"deepspeed.{key}: {shown(value)}: {REFUSED[key]}")
         elif key not in ALLOWED:
@@ -185,12 +189,14 @@ def deepspeed_problems(section: dict[str, Any]) -> list[str]:
             inside = {f"{key}.{name}": found for name, found in value.items()} if isinstance(value, dict) else {}
             refused = {name: found for name, found in inside.items() if name in REFUSED_INSIDE}
             problems += [f"deepspeed.{name}: {shown(found)}: {REFUSED_INSIDE[name]}" for name, found in refused.items()]
+            # One line per mistake: the typed check would report a refused inner key as unknown once more.
             problems += [] if refused else _type_problems(key, value)
     return problems
 
 
 def without_effect(section: dict[str, Any], checkpointing: bool) -> list[str]:
     """One line if the section says how to recompute layers where none is recomputed."""
+    # The section says how to recompute; whether is for execution.activation_checkpointing to say.
     if "activation_checkpointing" not in section or checkpointing:
         return []
     return [
@@ -211,6 +217,7 @@ def checked_deepspeed_section(section: dict[str, Any]) -> dict[str, Any]:
 
 def _type_problems(key: str, value: Any) -> list[str]:
     try:
+        # The checked copy is dropped: it would pass our defaults on to DeepSpeed as if the user had set them.
         _Root.model_validate({"deepspeed": {key: value}})
     except ValidationError as error:
         return explained(error, _Root)

@@ -29,6 +29,7 @@ def _default(config: Config, section: str, key: str) -> Any:
 def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """(section, keys, why they do nothing)."""
     adapters, federation, local, server = config.adapters, config.federation, config.local, config.server
+    # Adapter experts and whole experts are trained without LoRA, so rank and alpha would have nothing to scale.
     on_experts = adapters.experts and adapters.moe is None and adapters.expert_training == "lora"
     if not on_experts and not adapters.attention:
         yield "adapters", ("rank", "alpha"), "there is no LoRA"
@@ -43,5 +44,6 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     if local.drift != "fedprox":
         yield "local", ("proximal",), f"local.drift is {local.drift}"
     if server.optimizer in ("fedavg", "fedavgm"):
+        # FedAvgM has momentum but no second moment.
         first = ("beta1",) if server.optimizer == "fedavg" else ()
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"

@@ -41,14 +41,17 @@ def dump_config(config: Config) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:  # a device has no end
+            # LARGEST counts characters; UTF-8 has at most four bytes for one. One byte more tells that there is more.
             text = file.read(4 * LARGEST + 1).decode("utf-8")
     except FileNotFoundError:
+        # The folder's own files are the likely spellings.
         names = [other.name for other in path.parent.glob("*.y*ml")]
         raise UserError(f"config: {path}: no such file{nearest(path.name, names)}") from None
     except OSError as error:
         raise UserError(f"config: {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"config: {path}: is not UTF-8 text; give a YAML file") from None
+    # An empty file is null: a run with all defaults.
     raw = parse_yaml(text, str(path))
     if raw is not None and not isinstance(raw, dict):
         raise UserError(f"config: {path}: holds {shown(raw)}; expected a mapping of {', '.join(Config.model_fields)}")
@@ -62,6 +65,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"override: {override}: is no override; write key=value, e.g. federation.rounds=20")
     value = parse_yaml(text, f"override: {override}")
     keys = dotted.split(".")
+    # Bounded like a file: each part of a dotted key would make one more level.
     if len(keys) > DEEPEST or not dotted.isprintable():
         raise UserError(f"override: {override}: is no key of the configuration; write key=value, e.g. federation.rounds=20")
     here: Any = raw
@@ -76,11 +80,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _slot(container: Any, key: str, override: str, above: Sequence[str]) -> Any:
     """Return the index of `key` in a mapping (where a missing key becomes null) or a list."""
     if isinstance(container, dict):
+        # An unknown key is set all the same: the check of the whole tree names it, with the nearest spelling.
         container.setdefault(key, None)
         return key
     dotted = ".".join(above)
     if not isinstance(container, list):
         raise UserError(f"override: {override}: {dotted} holds {shown(container)}, not a section; set {dotted} itself")
+    # str.isdigit also takes digits that int refuses, and int raises for very long ones.
     if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(container)):
         raise UserError(f"override: {override}: {dotted} has items 0 to {len(container) - 1}, not '{key}'")
     return int(key)
@@ -96,9 +102,11 @@ def _checked(raw: dict[str, Any]) -> Config:
     section = filled.get("deepspeed")
     problems = deepspeed_problems(section) if isinstance(section, dict) else []
     try:
+        # After all overrides: one of them may mend what the file has wrong.
         config = Config.model_validate(filled)
     except ValidationError as error:
         raise first_of(explained(error, Config) + problems) from None
+    # Needs a valid tree, so it comes after the problems of the section alone.
     problems = problems or without_effect(config.deepspeed, config.execution.activation_checkpointing)
     if problems:
         raise first_of(problems)

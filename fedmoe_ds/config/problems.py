@@ -18,6 +18,7 @@ _LONGEST_VALUE = 60
 def shown(value: Any) -> str:
     """Return a value as YAML on one line, shortened."""
     text = inline_yaml(value)
+    # A value may be a whole section; the message must stay one line.
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 
@@ -33,6 +34,7 @@ def explained(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    # pydantic adds "[key]" for the key of a mapping; nobody can write that in a file.
     location = [part for part in detail["loc"] if part != "[key]"]
     dotted = ".".join(map(str, location))
     kind = detail["type"]
@@ -44,6 +46,7 @@ def _line(detail: ErrorDetails, model: type[BaseModel]) -> str:
         message = str(detail["ctx"]["error"])
         return f"{dotted}: {message}" if dotted else message
     value, expected = detail["input"], expected_at(location, model)
+    # YAML read a number or a truth value where text was meant, such as `name: 2024`.
     is_bare_scalar = isinstance(value, int | float) and expected.startswith("string")
     fix = "; put it in quotes" if is_bare_scalar else ""
     return f"{dotted}: {shown(value)}: expected {expected}{fix}"
@@ -54,6 +57,7 @@ def _suggestion(location: Sequence[int | str], model: type[BaseModel]) -> str:
     key = str(location[-1])
     hint = nearest(key, keys_at(location[:-1], model))
     if "did you mean" not in hint:
+        # A well-spelt key in the wrong section is likelier than a misspelt one in the right section.
         elsewhere = [dotted for dotted in all_keys(model) if dotted.rpartition(".")[2] == key]
         if elsewhere:
             return f"; did you mean {' or '.join(repr(dotted) for dotted in elsewhere)}?"

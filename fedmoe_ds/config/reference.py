@@ -40,6 +40,7 @@ def config_schema_markdown() -> str:
     top = [(name, field) for name, field in Config.model_fields.items() if not section_of(field.annotation)]
     parts = [_INTRODUCTION, "## Run\n", _table([row for row in top if row[0] != "deepspeed"])]
     for name, field in Config.model_fields.items():
+        # A section's docstring is its introduction, so text and code cannot drift apart.
         section = section_of(field.annotation)
         if section:
             parts += [f"## {name}\n", inspect.cleandoc(section.__doc__ or "") + "\n"]
@@ -65,4 +66,5 @@ def _refusals() -> str:
 
 
 def _cell(text: str) -> str:
+    # An unescaped bar would end the cell; GitHub would take `<name>` for a tag and hide it.
     return text.replace("|", "\\|").replace("<", "&lt;")

@@ -21,6 +21,7 @@ _NAMES: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: 
 
 def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Return the type in words with its bounds, e.g. `integer >= 1 or null`."""
+    # null comes last, whatever the order in the annotation: "integer >= 1 or null".
     variants = [arg for arg in _variants(annotation) if arg is not types.NoneType]
     nullable = len(variants) < len(_variants(annotation))
     return " or ".join(_plain_text(variant, metadata) for variant in variants) + (" or null" if nullable else "")
@@ -45,6 +46,7 @@ def all_keys(model: type[BaseModel] = Config) -> list[str]:
 
 
 def _variants(annotation: Any) -> tuple[Any, ...]:
+    # `int | None` is a UnionType, Optional[int] a Union: pydantic hands over either.
     is_union = get_origin(annotation) in (types.UnionType, Union)
     return get_args(annotation) if is_union else (annotation,)
 
@@ -81,6 +83,7 @@ def _bounds(metadata: Sequence[Any]) -> str:
             case annotated_types.Lt(limit):
                 words.append(f"< {limit}")
             case annotated_types.MinLen(limit) | annotated_types.MaxLen(limit):
+                # Least and most length are one fact to a reader: "of length 2".
                 lengths.append(limit)
     if lengths:
         exact = len(lengths) == 2 and lengths[0] == lengths[1]
@@ -93,12 +96,14 @@ def _resolve(location: Sequence[int | str], model: type[BaseModel]) -> tuple[Any
     annotation: Any = model
     metadata: Sequence[Any] = ()
     for part in location:
+        # Our unions are all "something or null", so the first variant that is not null is the only one.
         annotation = next(variant for variant in _variants(annotation) if variant is not types.NoneType)
         section = section_of(annotation)
         if section:
             field = section.model_fields.get(str(part))
             annotation, metadata = (field.annotation, field.metadata) if field else (Any, ())
         else:
+            # A list's items or a mapping's values: the last type argument either way.
             annotation, metadata = (get_args(annotation) or (Any,))[-1], ()
     return annotation, metadata
 

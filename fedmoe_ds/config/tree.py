@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Section(BaseModel):
     """Base of all sections: strict types, no unknown keys, immutable."""
 
+    # strict: YAML has types, so "4" for 4 is a mistake. frozen: what was checked and saved is what runs.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -66,12 +67,14 @@ class AdapterConfig(Section):
     def _adapter_experts_take_the_place_of_lora(cls, given: Any) -> Any:
         """FFT-MoE trains experts and router "in place of LoRA": attention gets some only where it is asked for."""
         if isinstance(given, dict) and given.get("moe") is not None:
+            # Before validation: afterwards nobody could tell a default from the same value given by the user.
             return {"attention": [], **given}
         return given
 
     @model_validator(mode="after")
     def _check_expert_training(self) -> AdapterConfig:
         if self.moe is not None and not self.experts:
+            # A key that could have no effect is refused: silence would let a user believe in it.
             raise ValueError("adapters.experts: false: adapters.moe adds experts, and they are trained; use true, or drop moe")
         if self.expert_training == "full" and (self.moe is not None or not self.experts):
             why = "adapter experts are always trained whole" if self.moe is not None else "adapters.experts is false"
@@ -89,7 +92,9 @@ class TopologyConfig(Section):
         "auto", description="what carries host-side messages; auto: MPI where mpirun started the ranks, else torch (gloo)"
     )
     aggregation: Literal["torch", "mpi"] = Field("torch", description="what carries the sums of a round")
+    # Long enough for a slow cluster's waves: the others wait for it in the aggregation.
     timeout_s: float = Field(1800.0, gt=0, description="longest wait in one collective, seconds; then the job ends")
+    # Apart from timeout_s: a dead host is noticed within a minute, however long a wait may be.
     silence_s: float = Field(60.0, ge=2, description="a rank that gives no sign of life for so long ends the job")
 
 
@@ -116,6 +121,7 @@ class FederationConfig(Section):
         description="draw clients with equal chances, in proportion to their samples, or to their top_k; weights in the mean "
         "stay, so with `size` samples count twice: in the draw and in the mean",
     )
+    # null and not a list: the default follows from the foundation's own top_k.
     tiers: list[TierConfig] | None = Field(None, description="default: top_k = K, K/2, ..., 1 with equal shares")
     budget: Literal["method", "top_k", "rank", "both"] = Field(
         "method", description="what a tier's budget buys; method: what its paper says"
@@ -139,6 +145,7 @@ class LocalConfig(Section):
     moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="what optimizer state is kept in; bfloat16 is rounded at random, steps compute in float32"
     )
+    # A list and not a tuple: strict pydantic takes no YAML sequence for a tuple.
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     clip: float | None = Field(1.0, gt=0, description="per-client gradient norm bound over all of its adapters")
@@ -163,6 +170,7 @@ class ServerConfig(Section):
 class MethodConfig(BaseModel):
     """`name` picks the method; the other keys are its own parameters, checked by the method itself."""
 
+    # Parameters of methods live with the methods, so that a new method needs no change here.
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     name: str = "flame"
 
@@ -253,6 +261,7 @@ class Config(Section):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
+        # No separator and no leading dot: the name must not lead out of `output` or hide the run.
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(f"{name}: a run's name is a folder; use letters, digits, '.', '_' and '-'")
         return name
@@ -264,6 +273,7 @@ class Config(Section):
             raise ValueError(
                 "adapters: nothing would be trained; set experts=true, name attention projections, or router=train"
             )
+        # Of a hosted mixture top_k is compared with the model, which is not known yet.
         if adapters.moe is not None and adapters.moe.top_k > adapters.moe.experts:
             raise ValueError(
                 f"adapters.moe.top_k: {adapters.moe.top_k}: more than the {adapters.moe.experts} experts; use at most these"
@@ -272,6 +282,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_scaffold_optimizer(self) -> Config:
+        # Karimireddy et al., arXiv 1910.06378, option II: c_i+ = c_i - c + (x - y_i) / (K lr) holds for plain steps only.
         if self.local.drift == "scaffold" and (self.local.optimizer != "sgd" or self.local.momentum > 0):
             raise ValueError(
                 "local.drift: scaffold: its control variates are mean gradients, so clients must take plain gradient steps; "
@@ -281,6 +292,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_moments(self) -> Config:
+        # bfloat16 would change nothing there: the key belongs to the run's identity and must not lie.
         if self.local.moments == "bfloat16" and self.local.optimizer == "sgd" and self.local.momentum == 0:
             raise ValueError(
                 "local.moments: bfloat16: sgd without momentum keeps no moments; use local.momentum above 0, "

@@ -40,6 +40,7 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes a string when YAML 1.1 or 1.2 would read it as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
+        # A value that occurs twice is written twice: nobody edits `&id001` with pleasure.
         return True
 
     def represent_list(self, data: Iterable[Any]) -> yaml.SequenceNode:
@@ -53,6 +54,7 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar(_PREFIX + "str", data, style='"' if visible(data, lines=True) != data else None)
 
 
+# Emptied, and not only added to: PyYAML's own 1.1 rules would come first. The dumper keeps them, to quote for both.
 _Loader.yaml_implicit_resolvers = {}
 for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
     for _class in (_Loader, _Dumper):
@@ -81,6 +83,7 @@ def parse_yaml(text: str, where: str) -> Any:
     if len(text) > LARGEST:
         raise UserError(f"{where}: has more than {LARGEST} characters; it is no configuration of this program")
     try:
+        # Before PyYAML sees the text; deep block nesting ends in its RecursionError, or in _Conversion.
         if _DEEP.search(text):
             raise RecursionError
         node = yaml.compose(text, Loader=_Loader)
@@ -117,10 +120,12 @@ class _Conversion:
 
     def plain(self, node: yaml.Node, path: tuple[str, ...], above: tuple[yaml.Node, ...]) -> Any:
         """Convert one node; `above` are its ancestors, because an alias may point at one of them."""
+        # Only ancestors matter: an alias to a finished sibling is legal.
         if node in above:
             self._fail(node, path, "a YAML alias contains itself")
         if len(above) > DEEPEST:
             self._fail(node, path[:3], f"nested deeper than {DEEPEST} levels; make it flat")
+        # Counted per visit and not per node: an alias is visited wherever it stands, which bounds alias bombs.
         self._spend(node, path, 1)
         above = (*above, node)
         if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
@@ -135,6 +140,7 @@ class _Conversion:
         result: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
+            # A sequence or mapping as key has no dotted name, and Python could not hash it.
             if not isinstance(key_node, yaml.ScalarNode):
                 self._fail(key_node, path, "a key must be text")
             key = self._text(key_node, path)
@@ -156,9 +162,11 @@ class _Conversion:
                 case "bool":
                     return {"true": True, "false": False}[text.lower()]
                 case "int":
+                    # int(text, 0) would refuse 010, which YAML 1.2 reads as ten.
                     value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
                     if value.bit_length() <= _WIDEST:
                         return value
+                    # Falls through to the error at the end, as a value that is no number does.
                     kind = f"integer of at most {_WIDEST} bits"
                 case "float":
                     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))

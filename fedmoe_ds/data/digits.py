@@ -40,6 +40,7 @@ class Images:
 
     def digest(self) -> str:
         """Return a sha256 over all pixels and labels."""
+        # Shape first: equal bytes cut into other images must not hash alike. Fixed byte order: equal on any machine.
         content = hashlib.sha256(np.array(self.pixels_NCHW.shape, dtype="<i8").tobytes())
         content.update(self.pixels_NCHW.astype("<f4", copy=False).tobytes())
         content.update(self.labels_N.astype("<i8", copy=False).tobytes())
@@ -58,6 +59,7 @@ def split() -> tuple[Images, Images]:
 
 @cache
 def _load() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    # Imported late: only image runs need scikit-learn.
     from sklearn.datasets import load_digits
 
     data = load_digits()

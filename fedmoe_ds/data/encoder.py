@@ -52,6 +52,7 @@ class Encoder:
         found: list[list[int]] = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
+        # The usual tokenizer serves almost every text; only a text with a special id is encoded once more.
         encoded = [Encoded(ids, False) for ids in found]
         suspects = [row for row, ids in enumerate(found) if not self._special.keys().isdisjoint(ids)]
         if suspects:
@@ -75,10 +76,12 @@ class Encoder:
         """The same tokenizer with its special tokens under names that no text holds, and the ids that are text as well."""
         from tokenizers import Tokenizer
 
+        # A copy through JSON: the caller's tokenizer keeps its names.
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         unknown = _unknown_id(state["model"])
         state |= {"post_processor": None, "truncation": None, "padding": None}
         _rename(state, {name: _secret(name) for name in self._special.values()})
+        # The model's own id for unknown text, and single letters, may come out of plain text.
         allowed = {token for token, name in self._special.items() if len(name) == 1 or token == unknown}
         return Tokenizer.from_str(json.dumps(state)), allowed
 
@@ -90,6 +93,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
 
 
 def _secret(name: str) -> str:
+    # A noncharacter of Unicode around a digest: no text that is exchanged holds it, and no two names collide.
     return f"\U0010fffe{hashlib.sha256(name.encode()).hexdigest()}\U0010fffe"
 
 
@@ -108,7 +112,9 @@ def _rename(state: dict[str, Any], names: dict[str, str]) -> None:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if "merges" in model:
+        # Files of older `tokenizers` hold a merge as one string, newer ones as a pair.
         pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+        # A merge that makes or uses a renamed piece refers to a name that is gone; the library would refuse the file.
         model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
 
 

@@ -85,6 +85,7 @@ class FederatedData:
 
     def train(self, client: int) -> Sequences:
         """Return the training sequences (or images) of one client (its index in `names`)."""
+        # Owners lie in pairs, train then hold-out (see _write); the global hold-out is the last one.
         return self._store.read(2 * self._checked(client))
 
     def holdout(self, client: int) -> Sequences:
@@ -114,6 +115,7 @@ def prepare(
         check_task("image_classification", config)
         return _prepare_images(config, seed, cache_dir)
     check_task("causal_lm", config)
+    # The encoder first: a tokenizer that does not serve is told before a large source is read.
     encoder = Encoder(tokenizer, own_code=code is not None)
     source = open_source(config)
     folder = cache_dir / _content_key(config, seed, tokenizer, source, code)
@@ -150,6 +152,7 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
         "seed": seed,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        # Absent where there is no code, so that caches of earlier versions are still found.
         **({} if code is None else {"code": code}),
     }
     return tree_sha256(parts)[:32]

@@ -27,6 +27,7 @@ def group_names(values: Iterable[Any], column: str, words: list[str] | None = No
     known: dict[Any, str] = {}
     names = []
     for row, value in enumerate(values):
+        # The type belongs to the key: True, 1 and 1.0 are equal in Python and may have different names.
         key = (type(value), value) if isinstance(value, str | int | float) else None
         if key not in known:
             name = group_name(value, words)
@@ -35,6 +36,7 @@ def group_names(values: Iterable[Any], column: str, words: list[str] | None = No
                     f"data.partition.column: {column}: row {row + 1} holds {value!r:.40}, no group's name; mend or drop the row"
                 )
             known[key] = name
+        # Names are shared: a column of a million rows and ten groups holds ten strings.
         names.append(known[key])
     _check_distinguishable(set(names), column)
     return names
@@ -42,6 +44,7 @@ def group_names(values: Iterable[Any], column: str, words: list[str] | None = No
 
 def group_name(value: Any, words: list[str] | None = None) -> str | None:
     """Return the name that a value stands for, or None where it stands for none."""
+    # Before int: a bool is one in Python.
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, float):
@@ -52,6 +55,7 @@ def group_name(value: Any, words: list[str] | None = None) -> str | None:
         value = words[value]
     if not isinstance(value, str):
         return None
+    # NFC: the same accented letter in two spellings is one client.
     name = " ".join(unicodedata.normalize("NFC", value).split())
     return name if name and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name) else None
 
@@ -59,6 +63,7 @@ def group_name(value: Any, words: list[str] | None = None) -> str | None:
 def _check_distinguishable(names: set[str], column: str) -> None:
     seen: dict[str, str] = {"": ""}  # no name may look like nothing
     for name in sorted(names):
+        # Cf: format characters, such as zero-width joiners and marks of direction.
         visible = " ".join("".join(letter for letter in name if unicodedata.category(letter) != "Cf").split())
         if (other := seen.setdefault(visible, name)) != name:
             raise UserError(

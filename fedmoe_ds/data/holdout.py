@@ -23,6 +23,7 @@ def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
     """
     names, stratum = np.unique(np.asarray(strata), return_inverse=True)
     sizes = np.bincount(stratum, minlength=len(names))
+    # Every stratum keeps a sample, so one at least must have two.
     if int((sizes - 1).sum()) == 0:
         raise UserError(
             f"data.global_holdout: {share}: the data have {len(strata)} sample(s) in {len(names)} group(s), so holding "
@@ -30,6 +31,7 @@ def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
         )
     # Of all names for this draw, this one leaves the quickstart's hold-out, and so its digest, as they were without a draw.
     quotas = allocate(sizes, share, generator(seed, "global-holdout-rounding"))
+    # One address per stratum: another group in the data does not change what this one holds out.
     drawn = [
         generator(seed, "global-holdout", str(name)).permutation(np.flatnonzero(stratum == index))[: quotas[index]]
         for index, name in enumerate(names)
@@ -45,12 +47,14 @@ def allocate(sizes: Rows, share: float, rng: np.random.Generator) -> Rows:
     their sum is the wanted one, and the expectation of each is the ideal one: nobody is passed over for a name or a size.
     """
     ideal = _ideal(sizes, share)
+    # Without the tolerance a sum such as 2.9999999996 would lose a sample to its rounding error.
     quotas = np.floor(ideal + _ROUNDING).astype(np.int64)
     fractions = np.clip(ideal - quotas, 0.0, None)
     missing = round(fractions.sum())
     if missing > 0:
         order = rng.permutation(len(sizes))
         ends = np.cumsum(fractions[order])
+        # The last end is scaled to `missing`, so that just as many marks fall on the line.
         marks = np.floor(ends * (missing / ends[-1]) + rng.random())
         quotas[order] += np.diff(marks, prepend=0.0).astype(np.int64)
     return quotas
@@ -75,6 +79,7 @@ def split_client(samples: int, share: float, seed: int, name: str) -> tuple[Rows
 
     The hold-out has about `share` of the samples, at least one; a client with a single sample keeps it for training.
     """
+    # The upper bound comes last: a single sample gives 0.
     held = min(max(round(share * samples), 1), samples - 1)
     order = generator(seed, "client-holdout", name).permutation(samples)
     return np.sort(order[held:]), order[:held]
@@ -84,5 +89,6 @@ def cap(samples: int, limit: int | None, seed: int, name: str) -> Rows:
     """Return the indices (ascending) of at most `limit` samples of one client, drawn at random."""
     if limit is None or samples <= limit:
         return np.arange(samples)
+    # A prefix of one permutation: a larger limit keeps all that a smaller one had.
     rows: Rows = np.sort(generator(seed, "max-samples", name).permutation(samples)[:limit])
     return rows

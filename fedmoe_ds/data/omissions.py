@@ -46,6 +46,7 @@ class Omissions:
         for kind, client in found:
             if client is not None:
                 clients.setdefault(client, Counter())[kind] += 1
+        # Sorted below: the counts are stored and compared, whatever order the rows came in.
         total = Counter(kind for kind, _ in found)
         return cls(rows, dict(sorted(total.items())), {name: dict(sorted(clients[name].items())) for name in sorted(clients)})
 
@@ -73,6 +74,7 @@ def describe(counted: Mapping[str, Any]) -> str | None:
     parts = [f"{left_out} of {counted['rows']} samples left out ({why})"] if left_out else []
     parts += [f"{total[kind]} of {counted['rows']} {MEANING[kind]}" for kind in (CUT, NAMED) if kind in total]
     sums = {name: sum(kinds.values()) for name, kinds in counted["clients"].items()}
+    # By name among equals, so that the line is the same in every run.
     most = sorted(sums, key=lambda name: (-sums[name], name))[:SHOWN]
     if most:
         others = f" and {len(sums) - SHOWN} more clients" if len(sums) > SHOWN else ""

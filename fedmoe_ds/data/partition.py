@@ -34,6 +34,7 @@ def largest_groups(groups: Sequence[str], weights: Sequence[int], clients: int |
             f"data.partition.clients: {clients}: more than the {len(totals)} groups that the data have; "
             f"use at most {len(totals)} clients or another partition.kind"
         )
+    # A hash decides among equals, not the name: the alphabet prefers nobody.
     ranked = sorted(totals, key=lambda group: (-totals[group], address_key(seed, "largest-groups", group)))
     return sorted(ranked[:clients])
 
@@ -54,6 +55,7 @@ def deal(labels: Sequence[str], config: PartitionConfig, seed: int) -> dict[str,
         parts = np.split(order, np.cumsum(power_law_sizes(len(labels), clients, config.alpha))[:-1])
     else:
         parts = np.array_split(order, clients)
+    # Zero-padded names sort as their numbers, and canonical order is that of names.
     width = max(3, len(str(clients - 1)))
     return {f"client-{index:0{width}d}": np.sort(part) for index, part in enumerate(parts)}
 
@@ -61,10 +63,12 @@ def deal(labels: Sequence[str], config: PartitionConfig, seed: int) -> dict[str,
 def power_law_sizes(samples: int, clients: int, alpha: float) -> list[int]:
     """Return client sizes proportional to rank^-alpha: at least one each, summing to `samples`, largest first."""
     assert samples >= clients >= 1
+    # One sample each is set aside first; only the others follow the power law.
     share = np.arange(1, clients + 1, dtype=np.float64) ** -alpha
     ideal = share / share.sum() * (samples - clients)
     sizes = np.floor(ideal).astype(np.int64)
     remainder = samples - clients - int(sizes.sum())
+    # Largest remainders (Hamilton); stable, so that equal ones go to the larger client on every machine.
     largest_first = np.argsort(-(ideal - sizes), kind="stable")
     sizes[largest_first[:remainder]] += 1
     return sorted((int(size) + 1 for size in sizes), reverse=True)
@@ -99,10 +103,13 @@ def _dirichlet(labels: Sequence[str], order: Rows, config: PartitionConfig, clie
     code_N = np.asarray([codes[labels[row]] for row in order])
     rows_of_label = [order[code_N == code] for code in range(len(codes))]
     for attempt in range(DIRICHLET_SEEDS):
+        # A seed's draws come from one generator, as in flwr-datasets; only then follows the next seed.
         draws = np.random.default_rng(address_key(seed, "partition-dirichlet", attempt))
         for _ in range(DRAWS_PER_SEED):
             share_LC = draws.dirichlet(np.full(clients, config.alpha), size=len(codes))
+            # Cuts are rounded, not sizes: the pieces of a label always add up to all of it.
             cuts_LC = (np.cumsum(share_LC, axis=1) * np.bincount(code_N)[:, None]).astype(np.int64)
+            # The last cut is left out: rounding could put it one short of the label's end.
             pieces = [np.split(rows, cuts[:-1]) for rows, cuts in zip(rows_of_label, cuts_LC, strict=True)]
             parts = [np.concatenate(of_client) for of_client in zip(*pieces, strict=True)]
             if min(map(len, parts)) >= config.min_samples:

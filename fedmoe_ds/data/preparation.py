@@ -64,6 +64,7 @@ def assemble(source: Source, config: DataConfig, seed: int, encoder: Encoder) ->
     labels = _row_labels(table, columns, config, group_column)
     wanted: list[str] = []
     if natural:
+        # Groups are chosen before anything is tokenised: only the rows of the chosen ones are.
         wanted = partition.largest_groups(labels, _weights(table, columns, config), config.partition.clients, seed)
         kept = _rows_in(labels, set(wanted))
         table, labels = table.select(kept), [labels[row] for row in kept]
@@ -72,6 +73,7 @@ def assemble(source: Source, config: DataConfig, seed: int, encoder: Encoder) ->
     _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, left_out)
     units = _units(samples, labels, config, by_group=group_column is not None or natural)
     prepared, owners = _deal(units, config, seed)
+    # Natural: the client of a left-out row is known from its label. Else only dealt rows have a client.
     owner_of = dict(enumerate(labels)) if natural else owners
     found = [(kind, owner_of.get(row)) for row, kind in samples.omissions]
     return replace(prepared, omissions=Omissions.of(len(table), found))
@@ -96,9 +98,11 @@ def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Pre
 def _deal(units: _Units, config: DataConfig, seed: int) -> tuple[Prepared, dict[int, str]]:
     """Hold out, deal to clients, cap and split; return that, and the client of every dealt row where a unit is one row."""
     held = holdout.draw_global(units.labels if units.stratified else [ALL] * len(units.labels), config.global_holdout, seed)
+    # The global hold-out leaves first, so that no client trains on it, however samples are dealt.
     rest = np.setdiff1d(np.arange(len(units.labels)), held)
     dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
     train, held_by_client, counts = [], [], []
+    # Canonical order: that of every per-client array of a run.
     for name in sorted(dealt):
         stop_point()
         sequences, label_count = _client(name, units, rest[dealt[name]], config, seed)
@@ -123,6 +127,7 @@ def _row_labels(table: Table, columns: dict[str, str], config: DataConfig, group
     kind, column = config.partition.kind, config.partition.column
     if column is not None:
         templates.require_column(column, table.names, "data.partition.column")
+    # A class is what a Dirichlet partition skews; a natural one asks who wrote the text, not what it is about.
     elif "label" in columns and kind != "natural":
         column = columns["label"]
     else:
@@ -177,6 +182,7 @@ def _units(samples: templates.Samples, row_labels: list[str], config: DataConfig
     members: dict[str, list[NDArray[np.int64]]] = {}
     for label, document in zip(labels, samples.tokens, strict=True):
         members.setdefault(label, []).append(document)
+    # Sorted: the order of packed sequences, and with it every later draw, is that of names and not of rows.
     for label in sorted(members):
         chunks = templates.pack(members[label], config.sequence_length)
         tokens.extend(chunks)
@@ -197,6 +203,7 @@ def _finished(units: _Units, rows: NDArray[np.int64], sequence_length: int) -> S
 def _client(name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int) -> tuple[Sequences, Counter[str]]:
     """Return one client's sequences after the cap, and how many of its units carry each label."""
     if units.packed:
+        # Units that are sequences are capped before they are copied; documents must be packed first.
         rows = rows[holdout.cap(len(rows), config.max_samples, seed, name)]
     counts = Counter(units.labels[row] for row in rows)
     sequences = _finished(units, rows, config.sequence_length)
@@ -209,6 +216,7 @@ def _client(name: str, units: _Units, rows: NDArray[np.int64], config: DataConfi
 def _distribution(counts: list[Counter[str]]) -> dict[str, Any]:
     """Return labels by falling total and counts[client][label]; labels beyond `MAX_LABELS` are pooled as "other"."""
     totals: Counter[str] = sum(counts, Counter())
+    # By label among equals: the stored distribution is the same in every run.
     ranked = sorted(totals, key=lambda label: (-totals[label], label))
     shown = ranked if len(ranked) <= MAX_LABELS else ranked[: MAX_LABELS - 1]
     table = [[count[label] for label in shown] for count in counts]

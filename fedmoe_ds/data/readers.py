@@ -33,7 +33,9 @@ from fedmoe_ds.storage.strict_json import check_depth, trouble
 def read_jsonl(path: Path, wanted: Collection[str]) -> Table:
     """Return the wanted columns of a JSONL file; an absent key is a missing value. Raises UserError with the line's number."""
     rows = _Rows(path, wanted)
+    # Python's decoder would keep the last of two equal keys, and take NaN.
     decode = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant).decode
+    # Binary lines: decoding line by line keeps the number of a line that is not UTF-8.
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             text = _text(raw, path, number)
@@ -86,6 +88,7 @@ def read_parquet(path: Path, wanted: Collection[str]) -> Table:
                         parts.append(as_written(batch.column(name)))
             columns = {name: Column(parts) for name, parts in chunks.items()}
             return Table(list(schema.names), columns, file.metadata.num_rows, _classes(schema))
+    # Our own one-line errors pass; what follows would wrap them once more.
     except UserError:
         raise
     except Exception as error:  # whatever a parser raises, the file is what the user can mend
@@ -111,6 +114,7 @@ class _Rows:
 
     def add(self, row: dict[str, Any], number: int) -> None:
         """Take the row of line `number`."""
+        # Rows of JSONL may bring a new key at any time; the columns so far have missing values there.
         if not row.keys() <= self.names.keys():
             self.names.update(dict.fromkeys(row))
         for name, values in self._values.items():
@@ -134,6 +138,7 @@ class _Rows:
 
     def _packed(self, name: str, values: list[Any]) -> Any:
         try:
+            # Large strings have 64-bit offsets: a chunk of documents may exceed 2 GiB.
             return pa.array(values, type=pa.large_string())
         except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):  # other values than text, or no text
             for value, number in zip(values, self._numbers, strict=True):
@@ -148,8 +153,10 @@ class _Rows:
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (number of its first line, fields) of every row that is not empty."""
     with path.open("rb") as file, _long_fields():
+        # strict: otherwise a quote that never ends would silently take in the rest of the file.
         reader = csv.reader(_lines(file, path), strict=True)
         while True:
+            # Taken before the row is read: a quoted field may span many lines.
             number = reader.line_num + 1
             try:
                 fields = next(reader)
@@ -167,6 +174,7 @@ def _lines(file: Any, path: Path) -> Iterator[str]:
     """Yield lines with their ends: LF, CR LF, or CR alone."""
     number = 0
     for raw in file:
+        # bytes.splitlines knows LF, CR LF and CR only; str.splitlines would cut a text at U+2028, too.
         for line in raw.splitlines(keepends=True):
             number += 1
             yield _text(line, path, number)

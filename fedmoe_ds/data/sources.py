@@ -80,12 +80,14 @@ class StdlibSource:
 
     @cached_property
     def _documents(self) -> list[stdlib.Document]:
+        # Read once per process: the digest and the table need the same documents.
         return stdlib.split(stdlib.documents())[1]
 
     def digest(self) -> str:
         content = hashlib.sha256()
         for document in self._documents:
             for part in (document.group, document.name, document.text):
+                # Every part is hashed on its own: moving a character from a name to a text must change the digest.
                 content.update(hashlib.sha256(part.encode()).digest())
         return content.hexdigest()
 
@@ -142,9 +144,11 @@ class HubSource:
                 ) from error
 
     def digest(self) -> str:
+        # The features belong to it: the words of a ClassLabel are labels that no row shows.
         content = hashlib.sha256(repr(self._rows.features).encode())
         for batch in self._rows.with_format("arrow").iter(batch_size=1000):
             stop_point()
+            # Values and not Arrow's buffers: their padding and offsets differ between equal tables.
             content.update(json.dumps(batch.to_pydict(), default=repr, sort_keys=True).encode())
         return content.hexdigest()
 
@@ -168,6 +172,7 @@ def quiet_datasets() -> Iterator[None]:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        # Only what was on is switched on again: the user may have disabled the bars.
         if shown:
             datasets.enable_progress_bars()
 

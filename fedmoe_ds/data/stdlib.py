@@ -38,6 +38,7 @@ def documents() -> list[Document]:
     depends on the interpreter's minor version and on what its distributor ships, and on nothing else.
     """
     root = Path(sysconfig.get_path("stdlib"))
+    # rglob gives the order of the file system, which differs between machines.
     found = sorted(_read(root), key=lambda document: (document.group, document.name))
     if not found:
         raise UserError(f"data.source: stdlib: no Python source under {root}; use an interpreter that ships its .py files")
@@ -49,6 +50,7 @@ def split(corpus: Iterable[Document]) -> tuple[list[Document], list[Document]]:
     halves: tuple[list[Document], list[Document]] = ([], [])
     for document in corpus:
         digest = hashlib.sha256(f"{SPLIT_SALT}:{document.group}".encode()).digest()
+        # The whole group goes one way: modules of one package share names and phrases.
         halves[digest[0] & 1].append(document)
     return halves
 
@@ -59,6 +61,7 @@ def _read(root: Path) -> Iterator[Document]:
         folders = relative.parts[:-1]
         if SKIPPED_FOLDERS.intersection(folders) or (folders and folders[0].startswith("config-")):
             continue
+        # Bytes first: the size that counts is that of the file, whatever its encoding.
         content = path.read_bytes()
         if len(content) < MIN_BYTES:
             continue
@@ -66,6 +69,7 @@ def _read(root: Path) -> Iterator[Document]:
             text = content.decode("utf-8")
         except UnicodeDecodeError:
             continue
+        # A module at the top level is a group of its own, under its name without the ending.
         if not _generated(text):
             yield Document(group=relative.parts[0].removesuffix(".py"), name=relative.as_posix(), text=text)
 

@@ -119,11 +119,13 @@ class Store:
 
     def read(self, owner: int) -> Sequences:
         """Return one owner's sequences or images as views of the memory map."""
+        # zero_copy_only below: a silent copy would put a rank's whole data into its own memory.
         batch = self._reader.get_batch(owner)
         if (shape := self.header.get(IMAGE_SHAPE)) is not None:
             pixels_NCHW = batch.column("pixels").values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
             return Sequences.of_images(pixels_NCHW, batch.column("labels").to_numpy(zero_copy_only=True))
         tokens, targets = batch.column("tokens"), batch.column("targets")
+        # Tokens and targets have the same lengths, so one list of offsets serves both.
         bounds = tokens.offsets.to_numpy().tolist()
         ids = tokens.values.to_numpy(zero_copy_only=True)
         mask = targets.values.to_numpy(zero_copy_only=True).view(np.bool_)
@@ -141,6 +143,7 @@ def fingerprint(owners: Iterable[Sequences]) -> str:
             content.update(owner.pixels.astype("<f4", copy=False).tobytes())
             content.update(owner.labels.astype("<i8", copy=False).tobytes())
             continue
+        # Lengths first: the same tokens cut into other sequences are other data. Byte order and widths are fixed.
         content.update(np.array([len(owner), *map(len, owner.input_ids)], dtype="<i8").tobytes())
         for ids, mask in zip(owner.input_ids, owner.loss_mask, strict=True):
             content.update(ids.astype("<i8", copy=False).tobytes())
@@ -152,6 +155,7 @@ def intact(folder: Path) -> bool:
     """Whether the files in `folder` are complete and still have the checksums that the header promises."""
     try:
         header = read_json(folder / HEADER)
+        # The header is checked whole before its checksum is believed: a readable one may come from anywhere.
         promised = _Header.model_validate(header).checksum
         return promised == file_sha256(folder / DATA) and cache.seal_holds(header)
     except (OSError, ValueError):
@@ -165,6 +169,7 @@ def usable(folder: Path) -> bool:
     """
     found = cache.usable(folder, lambda: intact(folder))
     for path in (folder.parent, folder, folder / DATA, folder / HEADER) if found else ():
+        # Only their owner may change modes; what root has put there for everybody stays as it is.
         if path.stat().st_uid == os.geteuid() and path.stat().st_mode & 0o077:
             keep_private(path)
     return found
@@ -182,6 +187,7 @@ def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any
             for owner in owners:
                 stop_point()
                 writer.write_batch(_batch(owner))
+        # The fingerprint is over the content, the checksum over the file: the first outlives a change of format.
         sums = {"fingerprint": fingerprint(owners), "checksum": file_sha256(draft / DATA)}
         (draft / HEADER).write_text(json.dumps(cache.sealed(header | sums), indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -201,6 +207,7 @@ def _batch(owner: Sequences) -> pa.RecordBatch:
         pixels = pa.LargeListArray.from_arrays(bounds, pa.array(owner.pixels.reshape(-1)))
         return pa.record_batch([pixels, pa.array(owner.labels)], schema=IMAGE_SCHEMA)
     bounds = pa.array(np.cumsum([0, *map(len, owner.input_ids)]), type=pa.int64())
+    # An empty array first, for an owner without any sequence: concatenate refuses an empty list.
     ids = np.concatenate([np.empty(0, np.int64), *owner.input_ids])
     mask = np.concatenate([np.empty(0, np.bool_), *owner.loss_mask]).view(np.uint8)
     lists = [pa.LargeListArray.from_arrays(bounds, pa.array(values)) for values in (ids, mask)]

@@ -35,10 +35,12 @@ class Column:
 
     def select(self, rows: NDArray[np.int64]) -> Column:
         """Return the values at `rows`, which ascend."""
+        # Rows ascend, so each chunk's share of them is one slice.
         bounds = np.searchsorted(rows, self._ends)
         chosen = []
         for index, chunk in enumerate(self._chunks):
             inside = rows[bounds[index] : bounds[index + 1]] - self._ends[index]
+            # A selected chunk keeps its kind: text stays in Arrow, without a detour through Python objects.
             chosen.append([chunk[row] for row in inside] if isinstance(chunk, list) else chunk.take(pa.array(inside)))
         return Column(chosen)
 
@@ -96,6 +98,7 @@ def as_written(values: pa.Array) -> Any:
     Raises ValueError for text that is not UTF-8.
     """
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        # Arrow does not check UTF-8 when it reads; a bad byte would show up much later, without its place.
         values.validate(full=True)
         return values
     return values.to_pylist()

@@ -53,6 +53,7 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
             f"{source}: labelled images, and the foundation is a causal language model; "
             "use foundation.preset=tiny-vit or a text source"
         )
+    # Text has no further settings to refuse, and no size to compare.
     if task == "causal_lm":
         return
     if source_task(config) != task:
@@ -69,7 +70,7 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
 
 
 def _refuse_text_settings(config: DataConfig) -> None:
-    """An image set has its labels, and nothing to tokenise: whoever sets these expects something that will not happen."""
+    """Refuse keys that only text has: an image set has its labels and nothing to tokenise, so they would have no effect."""
     plain = DataConfig()
     for name in ("template", "columns", "label_names"):
         if (value := getattr(config, name)) != getattr(plain, name):

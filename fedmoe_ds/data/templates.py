@@ -68,6 +68,7 @@ def resolve_columns(table: Table, config: DataConfig) -> dict[str, str]:
     """Return template field -> column, from `data.columns` first and from the well-known names otherwise."""
     fields = FIELDS[config.template]
     present = table.names
+    # data.columns may use either name of a field: `context` is Dolly's word for `input`.
     aliases = {alias: field for field, names in fields.items() for alias in names}
     given: dict[str, str] = {}
     for key, column in config.columns.items():
@@ -114,7 +115,9 @@ def _words(value: Any, names: list[str], column: str, row: int) -> str:
             return value.strip()
         if INTEGER.fullmatch(value) is None:
             raise UserError(f"{where}: not among the label names {', '.join(names)}; complete data.label_names")
+        # A column of a CSV file: all of its values are text.
         value = int(value)
+    # A bool is an int in Python, and no class number.
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{where}: neither an integer nor a word; mend or drop the row")
     if not names:
@@ -147,6 +150,7 @@ def encode(table: Table, columns: dict[str, str], config: DataConfig, encoder: E
             encoded.omissions.append((row, NAMED))
         ids = np.array(pieces.prompt + pieces.answer, dtype=np.int64)
         kept = len(ids) if config.template == "text" else config.sequence_length
+        # The first token has nothing before it to be predicted from, also where there is no prompt.
         first = max(len(pieces.prompt), 1)
         # An answer may lose its end, a label may not: half of its words would be another label.
         needed = len(ids) if config.template == "classification" else first + 1
@@ -166,6 +170,7 @@ def encode(table: Table, columns: dict[str, str], config: DataConfig, encoder: E
 
 def pack(documents: Sequence[NDArray[np.int64]], sequence_length: int) -> list[NDArray[np.int64]]:
     """Concatenate and cut into sequences of `sequence_length` tokens; the last has 2 or more tokens or is left out."""
+    # Every document ends with its end-of-text token, so a sequence may hold several of them.
     stream = np.concatenate(documents)
     chunks = [stream[start : start + sequence_length] for start in range(0, len(stream), sequence_length)]
     return chunks if len(chunks[-1]) >= 2 else chunks[:-1]
@@ -198,6 +203,7 @@ def _instructions(table: Table, columns: dict[str, str], config: DataConfig, enc
     instructions = _batches(table[columns["instruction"]])
     inputs = _batches(table[columns["input"]]) if "input" in columns else None
     for batch, answers in zip(instructions, _batches(table[columns["output"]]), strict=True):
+        # All three columns are batched alike, so the batches stay in step.
         extra = next(inputs) if inputs is not None else [""] * len(batch)
         prompts = encoder([_prompt(*pair) for pair in zip(batch, extra, strict=True)])
         for prompt, text, answer in zip(prompts, answers, encoder(answers), strict=True):
@@ -213,6 +219,7 @@ def _prompt(instruction: str, extra: str) -> str:
 def _classes(table: Table, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Iterator[Pieces]:
     words = label_words(table, columns["label"], config.label_names)
     vocabulary = sorted(set(words))
+    # With the space before it: that is how the word is tokenised after "Label:".
     labels: dict[str, Encoded] = dict(zip(vocabulary, encoder([f" {word}" for word in vocabulary]), strict=True))
     ((question, _),) = encoder(["\nLabel:"])
     row = 0
@@ -220,7 +227,7 @@ def _classes(table: Table, columns: dict[str, str], config: DataConfig, encoder:
         for ids, named in encoder(texts):
             label = labels[words[row]]
             answer = label.ids + encoder.end
-            # The text gives way, not the label: a long article is still a sample.
+            # The text is cut, not the label: a long article is still a sample.
             room = max(config.sequence_length - len(encoder.start) - len(question) - len(answer), 0)
             prompt = encoder.start + ids[:room] + question
             yield Pieces(prompt, answer, cut=len(ids) > room, named=named or label.named)

@@ -25,11 +25,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     assert vocab_size >= BYTES + 2, f"a byte-level vocabulary needs {BYTES + 2} entries, got {vocab_size}"
     backend = Tokenizer(models.BPE())
+    # No space in front: what is encoded decodes to the same text.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, END_OF_TEXT],
+        # All 256 bytes, sorted: any text can be encoded, and ids do not depend on the order of a set.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
-from fedmoe_ds.checkpoint import state as states
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
-from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_absences
+from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_skipped
+from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, TrainingData
 from fedmoe_ds.clients.local_training import WaveTrainer
@@ -69,7 +69,7 @@ class Parts:
     trainer: WaveTrainer
     evaluator: Evaluator
     server: Server
-    state: states.State
+    state: State
     identity: dict[str, Any]
     config_text: str
     checkpoints: Path
@@ -106,6 +106,7 @@ class Parts:
         if self.spec.method.personal_models:
             for key, spec, value in self.state.personal.items(self.first_expert):
                 if spec.trained:
+                    # Control variates and other untrained client state are means to an end, not a result.
                     yield f"personal.{key}", value
 
 
@@ -135,16 +136,18 @@ def load_shared_foundation(
 ) -> Foundation:
     """Rank 0 finds or pre-trains the model; then every rank loads its part, into memory that ranks of one host share."""
     work, trust = LongWork(runtime, stop or StopRequest()), config.foundation.trust_remote_code
+    # One writer of the cache: the other ranks would pre-train the same model beside it.
     folder = work.run_on_rank0(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
     if (line := work.run_on_all_ranks(lambda: told(Path(folder), trust))) is not None:
         progress.note(line)
     ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
     if device.type != "cpu":
+        # A device's memory is its own, so there is nothing that ranks of a host could share.
         return work.run_on_all_ranks(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
     skeleton = work.run_on_all_ranks(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
     first = hosts.index(hosts[runtime.rank])  # reads all weights to tell them from others, for its host
     digest = runtime.gather(work.run_on_all_ranks(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
-    shared = work.run_on_all_ranks(lambda: cache_folder(config.foundation, host_sharing.FOLDER))
+    shared = work.run_on_all_ranks(lambda: cache_folder(config.foundation, host_sharing.FOLDER))  # it may refuse: on all ranks
     memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note)
     return work.run_on_all_ranks(lambda: assemble(skeleton, memory, digest, device, trust))
 
@@ -157,6 +160,7 @@ def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation, s
         folder = cache_folder(config.foundation, "data")
         return str(prepare_data(config.data, config.seed, tokenizer, folder, code).path)
 
+    # A path and not the data: the store is mapped, so ranks of a host share its pages.
     path = work.run_on_rank0(prepared)
     return work.run_on_all_ranks(lambda: FederatedData.open(path))
 
@@ -167,13 +171,14 @@ def _assemble(
     config, method, blocks, device = spec.config, spec.method, spec.blocks, runtime.device
     execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
     install(foundation, config.adapters, execution)
+    # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
     if spec.bitwise and spec.shares_passes:
         use_per_client_attention(foundation.model, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
     adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device)
     server = Server(spec, foundation, clients)
-    state = states.State(0, adapters, _personal(spec, adapters, clients), server.initial_state(device))
+    state = State(0, adapters, _personal(spec, adapters, clients), server.initial_state(device))
     model, micro, hooks = (
         AdaptedModel(foundation, execution),
         config.execution.micro_batch_size,
@@ -182,6 +187,7 @@ def _assemble(
     trainer = WaveTrainer(model, spec.expert_layout.layers, config.local, micro, config.seed, hooks)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
     ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, spec.bitwise), spec.bitwise)
+    # After kernels_of: that loads the kernels whose code is compared here.
     check_code(runtime.gather(code_of(device)), topology.hosts, spec.bitwise)
     folder = Path(config.output) / config.name
     return Parts(
@@ -200,7 +206,7 @@ def _assemble(
         identity=ours,
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",
-        skipped=SkippedClients(folder, memory_settings(config, ours), runtime.run_on_rank0(lambda: read_absences(folder))),
+        skipped=SkippedClients(folder, memory_settings(config, ours), runtime.run_on_rank0(lambda: read_skipped(folder))),
     )
 
 
@@ -223,7 +229,7 @@ def _personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
     return Personal(own + controls, adapters.experts, len(clients), initial)
 
 
-def training_hooks(spec: RunSpec, state: states.State, clients: list[Client]) -> LocalTrainingHooks:
+def training_hooks(spec: RunSpec, state: State, clients: list[Client]) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
     method, local, seed = spec.method, spec.config.local, spec.config.seed
 
@@ -233,11 +239,13 @@ def training_hooks(spec: RunSpec, state: states.State, clients: list[Client]) ->
     def pooled(client: Client, round_index: int) -> list[np.ndarray]:
         return pooled_batches(clients, spec.drawn_among(clients, round_index), local, seed, round_index)
 
+    # At most one correction: each defines where a client's steps should point.
     drift = {
         "none": None,
         "fedprox": FedProx(local.proximal),
         "scaffold": Scaffold(state.server[CONTROL]) if local.drift == "scaffold" else None,
     }[local.drift]
+    # A method that does not override it is left out, so that no wave pays for an empty call in every step.
     adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
     return LocalTrainingHooks(
         assign=lambda client, round_index: method.assign(client, context(client, round_index)),
@@ -254,8 +262,10 @@ def training_hooks(spec: RunSpec, state: states.State, clients: list[Client]) ->
 def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.device) -> Execution:
     config, experts, ep_size = spec.config, spec.expert_layout.num_experts, topology.layout.ep_size
     drawn = participant_count(clients, config.federation.participation)
+    # Sized once for the largest wave: a buffer that grew later could fail in the middle of a run.
     home = home_clients(config.execution.clients_in_flight, drawn, ep_size)
     pool = Pool(topology.ep_group, ep_size, experts, home, merge=spec.shares_passes, shard=topology.shard)
+    # Expert blocks have slots for all clients of the wave, dense ones only for those at home on this rank.
     bank = Bank(spec.blocks, experts // ep_size, home, pool.wave_clients, device)
     return Execution(
         bank,

@@ -47,12 +47,16 @@ class CostModel:
     ) -> CostModel:
         """Of a run that trains these blocks. Routers of adapter experts are no part of the model: they are added to it."""
         expert = 2.0 * expert_layout.matrices * expert_layout.width * expert_layout.ffn * len(expert_layout.layers)
+        # Keyed by whether a block belongs to experts.
         rows, weights = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
         for spec in blocks:
             if spec.rank_axis is not None:
+                # Per LoRA row: its length is the item's other axis. 2 FLOPs for each of its numbers.
                 rows[spec.expert] += 2.0 * len(spec.layers) * spec.item[1 - spec.rank_axis]
+            # Vectors (the rescaler) cost nothing next to matrices.
             elif spec.trained and len(spec.item) > 1:
                 weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item)
+        # The input embedding is a look-up, no product.
         dense = 2.0 * max(model.dense_parameters - model.vocabulary * model.hidden, 1)
         dense += weights[False] if model.experts == 0 else 0.0
         return cls(dense, expert, rows[False], rows[True], len(expert_layout.layers), positions, weights[False], weights[True])
@@ -69,6 +73,7 @@ class CostModel:
             routed, trained: (row, expert) slots over all layers that were computed, and that took part in the backward pass.
         """
         forward, backward = routed / self.layers, trained / self.layers
+        # 2: forward and the gradient of the input. LoRA rows take 3: their own gradient, too.
         dense = tokens * (2 * self.dense + self.dense_weights + 3 * rank * self.dense_row)
         lora = rank * self.expert_row
         return dense + forward * (self.expert + lora) + backward * (self.expert + self.expert_weights + 2 * lora)
@@ -78,6 +83,7 @@ class CostModel:
 
         Targets stand for token rows: what only leads up to them (an instruction) is not counted.
         """
+        # A mean: the schedule knows sizes, not the batches.
         per_sequence = client.targets / client.sequences
         tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions
         routed = tokens * client.cap * self.layers

@@ -70,6 +70,7 @@ def _monitor(section: dict[str, Any], runtime: Runtime) -> MonitorMaster | None:
     def start() -> MonitorMaster:
         for name in wanted:
             package = _MONITORS[name]
+            # Asked beforehand: DeepSpeed's writers turn a missing package into a warning or an error of their own.
             if package is not None and importlib.util.find_spec(package) is None:
                 raise UserError(
                     f"deepspeed.{name}.enabled: true: it needs the package {package}, which is not installed: pip install "
@@ -104,6 +105,7 @@ class _PassProfile:
         self.target = folder / (options.get("output_file") or "flops.txt")
         if not self.target.parent.is_dir():
             raise UserError(f"deepspeed.flops_profiler.output_file: {self.target.parent}: no such folder; make it first")
+        # Rank 0's part of the model: every rank of a cluster has the same dense part.
         self.profiler = FlopsProfiler(model)
         model.base_model.register_forward_pre_hook(self._before)
 
@@ -136,9 +138,11 @@ def _use_deepspeed_checkpointing(section: dict[str, Any], parts: Parts) -> None:
     options = section["activation_checkpointing"]
     deepspeed.checkpointing.configure(
         None,
+        # Only these two: partitioning activations needs a tensor-parallel group, and there is none.
         checkpoint_in_cpu=options.get("cpu_checkpointing", False),
         synchronize=options.get("synchronize_checkpoint_boundary", False),
     )
     for module in parts.foundation.model.modules():
+        # transformers calls this function for the layers that execution.activation_checkpointing has switched on.
         if getattr(module, "gradient_checkpointing", None) is True:
             module._gradient_checkpointing_func = deepspeed.checkpointing.non_reentrant_checkpoint

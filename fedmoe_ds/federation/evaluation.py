@@ -45,6 +45,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
+        # exp(709.8) is the largest that a float64 holds; a diverged run has a huge perplexity, not an error.
         return math.exp(min(self.loss, 700.0))
 
 
@@ -107,6 +108,7 @@ class Evaluator:
     ) -> list[Score]:
         """One model for the tier: global adapters, personal blocks at the mean over its clients."""
         for name in (name for name, spec in personal.specs.items() if name in self.bank):
+            # float64, so that the mean of many equal float32 values is that value.
             mean = personal.values[name][[client.index for client in members]].double().mean(0)
             self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
         rows = [pooled(members[0], "global", self._run(self._global_batches(), how))]
@@ -134,6 +136,7 @@ class Evaluator:
     def _global_batches(self) -> list[ReadBatch]:
         held = self.data.global_holdout()
         count = len(held) if self.config.max_sequences is None else min(len(held), self.config.max_sequences)
+        # The default binds `start` now; without it all batches would read the last slice.
         size = self.config.batch_size
         return [lambda s=start: held.select(range(s, min(s + size, count))) for start in range(0, count, size)]  # type: ignore[misc]
 
@@ -148,8 +151,10 @@ class Evaluator:
         world, rank = self.runtime.world_size, self.runtime.rank
         trained_bank, trained_pool = self.execution.bank, self.execution.pool
         self.execution.bank = self._received(how)
+        # One slot and one client on every rank: each rank scores batches of its own, with the same adapters.
         self.execution.pool = replace(trained_pool, home_clients=1, merge=False, shared=True)
         try:
+            # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
             for turn in range(math.ceil(len(batches) / world)):
                 place = turn * world + rank
                 self._pass(batches[place] if place < len(batches) else None, place, how, sums_3N)
@@ -159,6 +164,7 @@ class Evaluator:
 
     def _received(self, how: Assignment) -> Bank:
         """The global adapters as a client with this assignment receives them."""
+        # All rows: the global bank itself, without a copy.
         if how.rows_R is None:
             return self.bank
         specs = list(self.bank.specs.values())
@@ -173,6 +179,7 @@ class Evaluator:
         if read is not None:
             sequences = read()
             rows.append(Rows.of(0, how.cap, sequences, range(len(sequences)), images=self.model.foundation.images))
+        # Without a batch this makes the stand-in row that takes part in the all-to-alls.
         batch = self.model.batch(rows)
         result = self.model.forward(batch, 0, None if how.rescale is None else [how.rescale])
         if read is not None:

@@ -38,6 +38,7 @@ def identity(
 ) -> Identity:
     """That of a start; `kernels` are its own (`kernels_of`)."""
     known = of_settings(json.loads(config.model_dump_json()))
+    # Resolved: `auto` depends on the machine, so a checkpoint must say what it meant.
     known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
     known["topology"] = {"device": next(foundation.model.parameters()).device.type}
     contents = {"foundation.code": foundation.code, "foundation": foundation.fingerprint, "data": data.fingerprint}
@@ -53,7 +54,9 @@ def of_settings(tree: dict[str, Any]) -> Identity:
     return {
         "seed": tree["seed"],
         **{name: tree[name] for name in ("adapters", "local", "method", "server")},
+        # More rounds may be asked for at any time; all that happened so far stays the same.
         "federation": {key: value for key, value in tree["federation"].items() if key != "rounds"},
+        # Path, preset and cache do not count: the fingerprint stands for the weights themselves.
         "foundation.dtype": tree["foundation"]["dtype"],
         "foundation.code": None,
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
@@ -116,6 +119,7 @@ def check_code(code: list[dict[str, str]], hosts: list[str], bitwise: bool) -> N
     processors = [theirs.get("processor") for theirs in code]
     for rank in range(len(code)) if bitwise else ():
         _check_alike(rank, 0, sources, hosts)
+        # Against the first rank with an equal processor: a compiler may well make other code for another one.
         _check_alike(rank, processors.index(processors[rank]), code, hosts)
 
 
@@ -142,6 +146,7 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     Returns:
         A line about what could not be compared, if there is anything.
     """
+    # Entries that the manifest lacks are taken from the configuration beside it.
     tree = _settings(folder)
     _check_types(written, ours, folder)
     theirs = {**of_settings(tree), **written} if tree else dict(written)
@@ -150,9 +155,11 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
             theirs[name] = {**of_settings(tree).get(name, {}), **value}
     unknown = []
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
+        # A method's parameters count whole: one that only one side has is a difference.
         if isinstance(ours[name], dict) and name != "method":
             there = theirs.get(name, {})
             unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
+            # Keys that the checkpoint does not say are told, not refused.
             _compare(name, {key: value for key, value in ours[name].items() if key in there}, there)
         elif name not in theirs:
             unknown.append(name)
@@ -169,6 +176,7 @@ def _check_types(written: Identity, ours: Identity, folder: Path) -> None:
     """Refuse an identity whose entries have other types than ours: nothing of this package has written it."""
     for name, value in ours.items():
         there = written.get(name)
+        # None is legal on either side: `foundation.code` of a tokenizer without code.
         if there is not None and value is not None and not isinstance(there, type(value)):
             raise UserError(
                 f"checkpoint: {folder}: identity.{name}: {there}: not written by this program; remove this checkpoint to go on "

@@ -37,6 +37,7 @@ class Journal:
         self.progress = Progress(enabled=runtime.is_main)
         self.monitor: Any = None  # a DeepSpeed MonitorMaster, if the configuration asks for one
         self._log: MetricsLog | None = None
+        # On rank 0 alone, but a folder that cannot be written is every rank's error.
         self._write(self._open)
 
     def _open(self) -> None:
@@ -57,6 +58,7 @@ class Journal:
                     "--resume auto"
                 ) from None
 
+        # Collective on purpose: without it the other ranks would wait for rank 0 in the next collective, in vain.
         return self.runtime.run_on_rank0(guarded)
 
     def event(self, event: str, **fields: Any) -> None:
@@ -87,6 +89,7 @@ class Journal:
     def client(self, update: ClientUpdate, status: str, flops: float, personal: Personal) -> dict[str, Any]:
         """What metrics say about one client in one round."""
         first, last = update.losses or (None, None)
+        # The mean over layers: one number per client and round keeps the record small.
         rescaler = float(personal.values[RESCALER][update.client.index].mean()) if RESCALER in personal.values else None
         return {
             "client": update.client.name,
@@ -133,6 +136,7 @@ class Journal:
 
         self._write(write)
         if self.monitor is not None:
+            # One curve per tier; a monitor with one per client is unreadable.
             shown = [row for row in rows if row.split != "client"]
             names = [f"perplexity/{row.split}/k{row.label}".replace(" ", "-") for row in shown]
             self._monitored([(name, row.perplexity, round_index) for name, row in zip(names, shown, strict=True)])
@@ -162,6 +166,7 @@ class Journal:
                 self.log.write("client", round=round_index, **client)
             for label in sorted(partial.activation, key=tier_order):
                 counts_LE = partial.activation[label]
+                # A tier whose clients were all left out has no shares.
                 if counts_LE.sum():
                     tier = {"tier": tier_top_k(label), "tier_label": label}
                     share = counts_LE / counts_LE.sum(1, keepdims=True).clip(1)
@@ -175,9 +180,11 @@ class Journal:
                 tokens=tokens,
                 targets=targets,
                 seconds=seconds,
+                # Training, and what an interrupted start spent on this round; evaluation is no part of the speed.
                 tokens_per_s=tokens / max(timer.phases.get("train", 0.0) + partial.seconds, 1e-9),
                 phases=timer.phases,
                 wave_seconds=waves_timer.phases,
+                # Taking resets the tallies: each round reports its own.
                 collectives=activity.take(),
                 waves=waves,
             )
@@ -191,6 +198,7 @@ class Journal:
         self.progress.end_round(text)
 
     def _monitored(self, events: list[tuple[str, float, int]]) -> None:
+        # DeepSpeed's writers exist on rank 0 only; a full disk ends the run as everywhere.
         self._write(lambda: self.monitor.write_events(events))
 
     def not_averaged(self, round_index: int, blocks: list[str]) -> None:

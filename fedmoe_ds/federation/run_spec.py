@@ -91,6 +91,7 @@ class RunSpec:
 
 def is_bitwise(config: Config, device: str) -> bool:
     """Whether a run on this kind of device (`cpu` or `cuda`) promises equal bits on any topology."""
+    # auto: on a device bitwise mode puts every client into a pass of its own, so fast is the default there.
     mode = config.execution.reproducible
     return mode == "bitwise" or (mode == "auto" and device == "cpu")
 
@@ -110,6 +111,7 @@ def check_start(config: Config, device: str) -> tuple[Config, Method]:
     """
     method = method_for(config)
     config = with_defaults(config, method)
+    # After the method's own defaults: what is checked is what will run.
     check_plan(config, is_bitwise(config, device))
     return config, method
 
@@ -125,6 +127,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     expert_layout = resolve_expert_layout(config, model, ep_size, shard)
     if is_bitwise(config, device):
         check_widths(expert_layout)
+    # Before check and blocks: both are answered from these facts.
     method.facts = facts_of(config, expert_layout)
     method.check(method.facts)
     tiers = resolve_tiers(
@@ -166,6 +169,7 @@ def check_plan(config: Config, bitwise: bool) -> None:
             "of a row; use threads=1, or reproducible=fast"
         )
     task = planned_task(config.foundation)
+    # None: a hub id that is not downloaded yet; resolve_spec checks it again with the model at hand.
     if task is not None:
         check_task(task, config.data)
     check_length(config, planned_config(config.foundation))

@@ -22,10 +22,12 @@ def participants(
         sampling: `uniform`, or in proportion to `size` (samples) or `budget` (top_k). Aggregation weights stay what they are:
             with `size` and weights by data size a client's samples count twice, in the draw and in the mean.
     """
+    # A count and not one coin per client: the schedule and the planner rely on its size.
     count = participant_count(len(clients), participation)
     chances = None
     if sampling != "uniform":
         mass = np.array([client.samples if sampling == "size" else client.top_k for client in clients], dtype=np.float64)
         chances = mass / mass.sum()
     chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False, p=chances)
+    # Canonical order: a client's place here is its place among the collected factors.
     return [clients[i] for i in sorted(chosen.tolist())]

@@ -18,6 +18,7 @@ from fedmoe_ds.federation.cost import CostModel
 def home_clients(in_flight: int | None, participants_per_round: int, ep_size: int) -> int:
     """Client slots per rank: the clients in flight on a cluster, dealt to its ranks."""
     most = participants_per_round if in_flight is None else min(in_flight, participants_per_round)
+    # Rounded up: a slot may stay empty, but every client of a wave needs one.
     return max(1, math.ceil(most / ep_size))
 
 
@@ -31,7 +32,9 @@ def schedule(
     Returns, for each cluster, its waves.
     """
     predicted = {client.index: cost.client(client, local) for client in chosen}
+    # Longest first (Graham's LPT rule) takes at most 4/3 of the best makespan. By index among equals.
     ordered = sorted(chosen, key=lambda client: (-predicted[client.index], client.index))
+    # Ties go to the lower cluster, so that every rank deals alike.
     heap = [(0.0, cluster) for cluster in range(clusters)]
     dealt: list[list[Client]] = [[] for _ in range(clusters)]
     for client in ordered:

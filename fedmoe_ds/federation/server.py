@@ -52,6 +52,7 @@ class Server:
         self.scale = self.config.adapters.alpha / self.config.adapters.rank
         if self.exact:
             check_terms(self.config, len(clients))
+        # Over all clients, not those of a round: fixed weights, of which only the ratio counts in a mean.
         self.total_samples = sum(client.samples for client in clients)
         self.optimizer = ServerOptimizer(self.config.server)
         self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
@@ -83,12 +84,14 @@ class Server:
     def fold(self, sums: RoundSums, place: int, view: ClientView, update: ClientUpdate) -> None:
         """Add one finished client; `place` is its place among the round's participants."""
         share = update.client.samples / self.total_samples
+        # Weights are per global expert; the sums of this rank are about its own experts.
         held = slice(self.first_expert, self.first_expert + self.experts)
         for spec in shared_blocks(view.blocks()):
             weight = self.method.weights(spec, update, share)
             part = weight[:, held] if spec.expert else weight
             sums.add(place, spec, self._contribution(view, spec), part)
             if self.scaffold:
+                # The server's c moves by 1 / N of every change, N being all clients, drawn or not (SCAFFOLD, algorithm 1).
                 change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]
                 sums.add_control(spec, change, np.full(part.shape, 1.0 / len(self.clients)))
 
@@ -96,14 +99,17 @@ class Server:
         mask = view.assignment.mask(spec, view.value(spec).device)
         if mask is None or self.method.missing_rows == "zero":
             return view.value(spec)
+        # Rows that the client does not hold count as unchanged, so they do not pull the mean to zero.
         return torch.where(mask, view.value(spec), view.start.client(spec.name, 0))
 
     @torch.no_grad()
     def step(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int) -> None:
         """Replace the global adapters (and the server's own state) by those of the next round."""
+        # Clones: the steps below overwrite the adapters that they are computed from.
         old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
         means = sums.statistics.average(adapters)
         for spec in sums.statistics.specs:
+            # Where no client had weight there is no mean; a momentum step there would move untrained experts.
             trained = sums.statistics.weight(spec.name) > 0
             new = self.optimizer.step(spec, old[spec.name], means[spec.name], trained, own)
             adapters.client(spec.name, 0).copy_(new)
@@ -115,13 +121,16 @@ class Server:
     def _combine(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], old: dict[str, Tensor], round_index: int) -> None:
         assert sums.collection is not None
         for a, b, place, pair in sums.collection.adapters(old, self.first_expert):
+            # Drawn by address and not by a generator's state: every rank and every resumed start draws the same.
             fresh = drawn_a(self.config.seed, f"{pair.key}.lora_A", torch.Size(a.item), round_index).double()
             combined = self.method.combine(pair, fresh.to(pair.a_RI.device))
+            # Combined in float64, kept in float32: the factors are rounded once per round.
             adapters.client(a.name, 0)[place] = combined.a_RI.float()
             adapters.client(b.name, 0)[place] = combined.b_OR.float()
             if combined.absorbed is not None:
                 b_OQ, a_QI = combined.absorbed
                 weight_OI = own[BASE].client(base_block(a, b).name, 0)[place]
+                # Added in float64 and rounded once: the weight collects the products of many rounds.
                 weight_OI.copy_(weight_OI.double() + self.scale * (b_OQ @ a_QI))
         if BASE in own:
             self.load_base(own)

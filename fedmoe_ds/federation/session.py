@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import platform
 import socket
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedmoe_ds.checkpoint import reader as checkpoint
-from fedmoe_ds.checkpoint import state as states
+from fedmoe_ds.checkpoint import state
+from fedmoe_ds.checkpoint.reader import Snapshot, newest_intact, read_snapshot
 from fedmoe_ds.checkpoint.writer import remove_unfinished
-from fedmoe_ds.clients.client import tiers_of
-from fedmoe_ds.config import Config, idle_keys
+from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.stop_points import StopError
 from fedmoe_ds.distributed.stop_request import StopRequest
-from fedmoe_ds.distributed.topology import Topology, build_topology
+from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.identity import check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation, Outcome
+from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line
 from fedmoe_ds.kernels import fault
-from fedmoe_ds.kernels.frozen_layers import row_dtype
-from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.storage import cache
@@ -65,8 +59,10 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
 def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, lock: FolderLock) -> Ending:
     began = time.monotonic()
     activity.enter("load")
+    # Before any file is mapped: a mapped file that shrinks then ends the rank with its name, not with a bus error.
     fault.guard(f"rank {runtime.rank} on {socket.gethostname()}")
     folder = Path(config.output) / config.name
+    # The lock comes first: what another job is still writing must not be taken for what this start continues.
     source = runtime.run_on_rank0(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
     journal = Journal(folder, runtime)
     for note in [*runtime.notes, *source["unlocked"], *source["notes"]]:
@@ -78,16 +74,19 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
         journal.close()
         lines = [f"{stopped}; start the same command again to continue"]
         return Ending(lines if runtime.is_main else [], EXIT_STOPPED)
+    # Gathered on all ranks: every host may pass over entries of its own.
     if (ignored := cache.line(runtime.gather(cache.passed_over()))) is not None:
         journal.note(ignored)
     journal.note(start_line(parts))
     if (omitted := parts.data.omissions.line()) is not None:
         journal.note(omitted)
     if source["ended"] is not None and source["ended"]["rounds"] == config.federation.rounds:
+        # Nothing to train, but changed settings are refused all the same: the digest is not theirs.
         runtime.run_on_all_ranks(lambda: open_snapshot(Path(source["checkpoint"]), parts))
         journal.close()
         return Ending(summary(folder, Outcome(source["ended"]["digest"], None), runtime), 0)
     tools = DeepSpeedTools(config.deepspeed, parts, journal)  # a package may be missing: before anything is written
+    # Loading may take minutes, in which another host may have taken the folder; nothing of a run is written before this.
     runtime.run_on_rank0(lock.confirm)
     begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()
@@ -116,7 +115,8 @@ def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
         raise UserError(
             f"output: {root}: cannot be written: {error.strerror or error}; choose another output or name"
         ) from None
-    found, notes = checkpoint.newest_intact(root)
+    # Looked for with --resume never, too: a folder that has only checkpoints holds a run as well.
+    found, notes = newest_intact(root)
     trained, ended = recorded(folder / "metrics.jsonl")
     if resume == "never":
         if trained or found is not None or notes:
@@ -129,6 +129,7 @@ def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
             f"--resume: {folder}: the run has finished and no intact checkpoint of it is left: nothing to continue; "
             "set another name"
         )
+    # Only under the lock: the drafts are those of killed writers.
     remove_unfinished(root)
     if found is None and (notes or trained):
         notes.append("no intact checkpoint is left; beginning again")
@@ -159,6 +160,7 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
     for note in notes:
         journal.note(note)
     activity.enter("load", snapshot.round)
+    # What came after the checkpoint is trained and recorded again: no round may be there twice.
     journal.truncate(snapshot.metrics_position)
     journal.config(parts.config_text)
     journal.event(
@@ -171,38 +173,42 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
     journal.note(f"resumed from {path.name}")
 
 
-def open_snapshot(path: Path, parts: Parts) -> tuple[checkpoint.Snapshot, list[str]]:
+def open_snapshot(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     """What a checkpoint says, and notes about it, on every rank. Raises UserError where this start cannot continue it."""
     try:
-        snapshot = checkpoint.read_snapshot(path)
+        snapshot = read_snapshot(path)
     except OSError as error:
         raise unreadable(path, parts, error) from None
     notes = check_identity(snapshot.identity, path, parts.identity, parts.config)
     rounds = parts.config.federation.rounds
+    # An interrupted round counts: its sums are there, and dropping them would lose what clients have trained.
     if snapshot.round + (snapshot.partial is not None) > rounds:
         done = f"is in the middle of round {snapshot.round + 1}" if snapshot.partial else f"has {snapshot.round} rounds"
         least = snapshot.round + (snapshot.partial is not None)
         raise UserError(
             f"federation.rounds: {rounds}: the checkpoint to continue {done}; set {least} or more, or use another name"
         )
+    # The run is finished: there only keys that still change something may differ.
     if snapshot.round == rounds:
         check_no_effect(path, parts.config)
     return snapshot, notes
 
 
-def restore(path: Path, parts: Parts) -> tuple[checkpoint.Snapshot, list[str]]:
+def restore(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     """Read a checkpoint into the state of the run, on every rank."""
     snapshot, notes = open_snapshot(path, parts)
+    # Before the first tensor is read: a failure afterwards would leave the state half restored.
     _check_progress(path, snapshot, parts)
     try:
-        states.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
+        state.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
+        # Merged weights are the server's state, but the model computes with its own copy of them.
         parts.server.load_base(parts.state.server)
     except OSError as error:
         raise unreadable(path, parts, error) from None
     return snapshot, notes
 
 
-def _check_progress(path: Path, snapshot: checkpoint.Snapshot, parts: Parts) -> None:
+def _check_progress(path: Path, snapshot: Snapshot, parts: Parts) -> None:
     """Refuse counts of another model's experts, and reports of clients that there are not."""
     partial = snapshot.partial or {"activation": {}, "done": {}}
     for counts in (snapshot.utilisation, *partial["activation"].values()):
@@ -225,80 +231,6 @@ def unreadable(path: Path, parts: Parts, error: OSError) -> UserError:
         f"output: {path}: rank {parts.runtime.rank} cannot read it: {error.strerror or error}; "
         "put the runs on a file system that all ranks share"
     )
-
-
-def start_line(parts: Parts) -> str:
-    """Who runs what, in one line, the grouped kernel included."""
-    layout, launch = parts.topology.layout, parts.runtime.launch
-    dtype, device = row_dtype(parts.foundation.model), parts.runtime.device
-    config = parts.config
-    kernel = products_for(config.adapters.rank, dtype, device, config.execution.adapter_kernels).name
-    paired = any(spec.expert and spec.pair for spec in parts.spec.blocks)
-    products = f"; adapter products by {kernel}" if paired else ""
-    mode = "bitwise" if parts.spec.bitwise else "fast"
-    return (
-        f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
-        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_without_effect(config)}"
-    )
-
-
-def _without_effect(config: Config) -> str:
-    idle = idle_keys(config)
-    return f"; without effect: {', '.join(idle)}" if idle else ""
-
-
-def rank_table(parts: Parts) -> list[dict[str, int | str]]:
-    topology: Topology = parts.topology
-    return topology.layout.table(parts.spec.expert_layout.num_experts, topology.hosts)
-
-
-def run_facts(parts: Parts) -> dict[str, Any]:
-    """The `run` event."""
-    config, foundation = parts.config, parts.foundation
-    packages = ("torch", "deepspeed", "transformers", "fedmoe-ds")
-    return {
-        "name": config.name,
-        "method": config.method.name,
-        "without_effect": idle_keys(config),
-        "world_size": parts.runtime.world_size,
-        "launcher": parts.runtime.launch.launcher,
-        "clusters": parts.topology.layout.clusters,
-        "ep_size": config.topology.ep_size,
-        "clients": len(parts.clients),
-        "num_experts": parts.spec.expert_layout.num_experts,
-        "top_k": parts.spec.expert_layout.top_k,
-        "layers": len(parts.spec.expert_layout.layers),
-        "tiers": sorted({client.top_k for client in parts.clients}, reverse=True),
-        "budgets": budgets(parts),
-        "foundation": foundation.fingerprint,
-        "foundation_code": foundation.code,
-        "seed": config.seed,
-        "reproducible": "bitwise" if parts.spec.bitwise else "fast",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "device": str(parts.runtime.device) if parts.runtime.device.type == "cpu" else torch.cuda.get_device_name(),
-        "topology": rank_table(parts),
-    }
-
-
-def budgets(parts: Parts) -> list[dict[str, Any]]:
-    """What the clients of every tier have to spend, the largest tier first."""
-    return [
-        {"tier_label": tier, "top_k": first.top_k, "active_experts": first.cap, "rank": first.rank,
-         "experts": first.experts, "clients": 1 + len(others)}
-        for tier, (first, *others) in tiers_of(parts.clients).items()
-    ]  # fmt: skip
-
-
-def data_facts(parts: Parts) -> dict[str, Any]:
-    """The `data` event."""
-    clients = [
-        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.targets, "targets": c.targets,
-         "top_k": c.top_k, "tier_label": c.tier}
-        for c in parts.clients
-    ]  # fmt: skip
-    data = parts.data
-    told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
-    return {"clients": clients, **told}
 
 
 def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:

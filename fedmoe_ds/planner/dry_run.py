@@ -1,4 +1,4 @@
-"""Plan: topology, schedule and memory of a configuration, without weights, training or a process group."""
+"""Dry run: topology, schedule and memory of a configuration, without weights, training or a process group."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ def resolved(config: Config) -> str:
 def describe(config: Config, world_size: int) -> list[str]:
     """Describe the run on `world_size` ranks. Raises UserError for everything that a real start would refuse."""
     layout = check_layout(config.topology, world_size)
+    # A start would load the tokenizer, so a folder without one is refused here, too.
     job = resolve(config, assume=False)
     config = job.config
     rows = layout.table(job.expert_layout.num_experts, ["?"] * world_size)
     ranks = [{key: value for key, value in row.items() if key != "host"} for row in rows]
+    # Host names are known to a started job only.
     shown = summarised([[str(value) for value in row.values()] for row in ranks], _MOST_RANKS)
     chosen = job.participants(1)
     plan = schedule(chosen, job.cost, config.local, layout.clusters, layout.ep_size, config.execution.clients_in_flight)
     home = home_clients(config.execution.clients_in_flight, len(chosen), layout.ep_size)
+    # Full sequences of the largest budget: an upper bound, before any batch is drawn.
     memory = estimate(job, home, job.length, together=home if job.shares_passes else 1)
     memory |= outlasting(job, len(job.clients), len(chosen))
     return [

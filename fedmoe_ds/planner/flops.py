@@ -23,6 +23,7 @@ def tier_flops(job: Job, tokens: int | None = None) -> list[TierFlops]:
     """Every tier of the job, largest first. `tokens` are the rows of a sequence (default: the configured length)."""
     rows, cost = job.length if tokens is None else tokens, job.cost
     found = []
+    # By label: several tiers of one budget differ in their shares of clients only.
     for tier in sorted({tier.label: tier for tier in job.tiers}.values(), key=lambda tier: tier_order(tier.label)):
         dense = rows * (cost.dense + tier.rank * cost.dense_row)
         found.append(TierFlops(tier.label, tier.cap, tier.rank, dense, rows * cost.forward(tier.cap, tier.rank)))

@@ -61,6 +61,7 @@ class Compute(_Part):
 
     def slower(self, factor: float) -> Compute:
         """Everything takes `factor` times as long."""
+        # Written field by field: a new field must decide whether it is a rate or a time.
         return Compute(
             flops_per_s={dtype: rate / factor for dtype, rate in self.flops_per_s.items()},
             bytes_per_s=self.bytes_per_s / factor,
@@ -115,12 +116,14 @@ class Hardware(_Part):
 
     def available(self, ranks_per_host: int) -> float:
         """Bytes that one rank may hold."""
+        # On CPU all ranks of a host live in its one memory.
         return self.memory_bytes / ranks_per_host if self.shared_memory else self.memory_bytes
 
     def crowded(self, ranks_per_host: int) -> Compute:
         """What a rank computes with while the others of its host do the same."""
         if ranks_per_host == 1:
             return self.compute
+        # Cores in use share caches and memory channels even while every rank has its own.
         return self.compute.slower(self.compute.crowding if ranks_per_host <= self.slots else self.compute.oversubscription)
 
     def origin(self, hosts: int) -> str:
@@ -130,11 +133,6 @@ class Hardware(_Part):
         return "measured here" if hosts == 1 else "measured here, links between hosts assumed"
 
 
-def table_names() -> list[str]:
-    """The machines of hardware.yaml."""
-    return list(_table())
-
-
 def load_hardware(name: str | Path) -> Hardware:
     """A machine of the table, or the one described by a calibration file.
 
@@ -142,6 +140,7 @@ def load_hardware(name: str | Path) -> Hardware:
         UserError: neither a name of the table nor a readable calibration.
     """
     table = _table()
+    # The table first: a file called `h100` must be given with its folder.
     if str(name) in table:
         return _assumed(str(name), table[str(name)])
     path = Path(name)
@@ -150,6 +149,7 @@ def load_hardware(name: str | Path) -> Hardware:
     try:
         return Hardware.model_validate_json(path.read_bytes())
     except (OSError, ValidationError, UnicodeDecodeError) as error:
+        # pydantic's text has many lines; a message has one.
         reason = str(error).replace("\n", " ")[:200]
         raise UserError(
             f"--hardware: {path}: not a calibration of this version ({reason}); make one with "
@@ -165,6 +165,7 @@ def _table() -> dict[str, Any]:
 def _assumed(name: str, entry: dict[str, Any]) -> Hardware:
     """A table entry: peak figures times the efficiencies that are assumed for it."""
     efficiency = entry["assumed"]
+    # Peak figures are a vendor's; the efficiencies are assumptions, kept apart so that a reader can tell them.
     peaks = {dtype: tera * 1e12 * efficiency["product"] for dtype, tera in entry["peak_tflops"].items()}
     compute = Compute(
         flops_per_s=peaks,
@@ -182,6 +183,7 @@ def _assumed(name: str, entry: dict[str, Any]) -> Hardware:
     )
     links = Links(intra=intra, inter=inter)
     message = efficiency["control_us"] * 1e-6
+    # Host-side messages are small: their latency counts, and a nominal bandwidth will do.
     slow = Link(alpha_s=message, peer_s=message / 2, bytes_per_s=1e9)
     host = Links(intra=slow, inter=slow)
     return Hardware(

@@ -39,12 +39,15 @@ def estimate(spec: RunSpec, home_clients: int, length: int, together: int, activ
     """
     config, model, ep_size = spec.config, spec.size, spec.config.topology.ep_size
     expert, dense = parameters_per_client(spec.blocks, spec.expert_layout.num_experts // ep_size)
+    # Experts are sharded, so a rank holds its part for every client of the wave; dense adapters only for its own.
     in_flight = home_clients * ep_size * expert + home_clients * dense
+    # Bitwise sums keep two int64 digits of every number.
     sum_bytes = 16 if spec.bitwise else 4
     return {
         "dense part": model.dense_parameters * model.bytes_per_parameter,
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
         "global adapters": (expert + dense) * FP32,
+        # Values and gradients.
         "adapters in flight": in_flight * FP32 * 2,
         "client optimizer": in_flight * moment_bytes(config.local),
         "round sums": (expert + dense) * sum_bytes,
@@ -61,7 +64,9 @@ def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
     held = spec.expert_layout.num_experts // config.topology.ep_size
     personal = [block for block in blocks if block.personal] + method.client_state(blocks)
     if config.local.drift == "scaffold":
+        # A control variate per client, as large as what it corrects.
         personal += shared_blocks(blocks)
+    # The server's own control variate besides its moments.
     server = len(server_moments(config.server)) + (config.local.drift == "scaffold")
     halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
     merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
@@ -72,6 +77,7 @@ def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
         "server state": server * shared + sum(parameters_per_client(merged, held)),
     }
     if config.checkpoint.background:
+        # Only what changes: frozen weights are in no checkpoint.
         adapters = sum(parameters_per_client([block for block in blocks if not block.personal], held))
         found[COPY] = adapters + found["personal state"] + found["server state"]
     return {name: count * FP32 for name, count in found.items() if count}
@@ -91,8 +97,10 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
     active = expert_layout.top_k if active is None else active
     routed = active * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * expert_layout.num_experts
     per_layer = tokens * (dense + routed)
+    # On its way: rows sent and rows received.
     travelling = 2 if config.topology.ep_size > 1 else 0
     backward = tokens * active * ((3 + travelling) * model.hidden + 3 * inner)
+    # With checkpointing one layer at a time is recomputed; only every layer's input is kept.
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
     logits = 4 * tokens * model.vocabulary

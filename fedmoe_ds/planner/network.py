@@ -34,12 +34,14 @@ class Group:
     @classmethod
     def cluster(cls, world: World, ep_size: int) -> Group:
         """The widest spread cluster of the world."""
+        # Clusters may straddle hosts unequally; all meet at the aggregation, so the slowest decides.
         worst = max((world.hosts_of(c * ep_size, ep_size) for c in range(world.ranks // ep_size)), default=1)
         return cls(ep_size, worst)
 
     @classmethod
     def shard(cls, world: World, ep_size: int) -> Group:
         """The ranks of one expert shard, in all clusters."""
+        # Shard 0 stands for all: the others are the same pattern, moved by a few ranks.
         return cls(world.ranks // ep_size, world.hosts_of(0, world.ranks // ep_size, ep_size))
 
     @classmethod
@@ -64,6 +66,7 @@ class Network:
 
     def _book(self, name: str, calls: float, size: float, each: float) -> float:
         seconds = calls * each * self._crowding
+        # Calls of one rank: every rank of a group books the same ones.
         self.traffic.setdefault(name, Traffic()).add(calls, calls * size, seconds)
         return seconds
 
@@ -73,10 +76,12 @@ class Network:
             return 0.0
         links, peers = self.hardware.network.all_to_all, group.size - 1
         link = _slowest(links, group)
+        # Peers on the same host, apart from this rank.
         near = min(peers, math.ceil(group.size / group.hosts) - 1)
         each = size / group.size
         moving = near * each / links.intra.bytes_per_s
         if group.hosts > 1:
+            # Both links work at the same time, so the slower one counts and not the sum.
             moving = max(moving, (peers - near) * each / links.inter.bytes_per_s)
         return self._book("all_to_all", calls, size, link.alpha_s + link.peer_s * (peers - 1) + moving)
 
@@ -94,6 +99,7 @@ class Network:
             return 0.0
         link = _slowest(self.hardware.network.all_reduce, group)
         share = 2.0 * (group.size - 1) / group.size
+        # Latency grows with the depth of a tree; bytes are those of a ring.
         turns = math.ceil(math.log2(group.size))
         each = link.alpha_s + link.peer_s * (turns - 1) + share * size / link.bytes_per_s
         return self._book("all_reduce", calls, size, each)

@@ -1,4 +1,4 @@
-"""Study: a whole plan of one configuration in one world, as lines and as data."""
+"""Plan: everything about one configuration in one world, as lines and as data."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.topology import check_layout
 from fedmoe_ds.planner import text
+from fedmoe_ds.planner.evaluation import evaluation_seconds
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_fits, check_world, idle_clusters
-from fedmoe_ds.planner.prediction import Prediction, evaluation_seconds, predict_job
+from fedmoe_ds.planner.prediction import Prediction, predict_job
 from fedmoe_ds.planner.search import Choice, Refusal, search
 from fedmoe_ds.planner.verify import Verified, verify
 from fedmoe_ds.planner.workload import Job, resolve
@@ -36,6 +37,7 @@ class Plan:
     @property
     def seed_seconds(self) -> float:
         """All rounds of one seed, each like round 1, and evaluation as often as the configuration asks for it."""
+        # Round 1 stands for all rounds but in its evaluation, which comes as often as it is configured.
         trained = self.prediction.round_seconds - self.prediction.seconds["evaluate"]
         return self.job.config.federation.rounds * trained + self.evaluation_s
 
@@ -53,6 +55,7 @@ class Plan:
             text.study_lines(self.world, self.hardware, self.seed_seconds, config.federation.rounds, self.seeds),
             text.verify_lines(self.verified, self.world) if self.verified else [],
         ]
+        # An empty line between parts, none after the last.
         return [line for part in parts if part for line in [*part, ""]][:-1]
 
     def data(self) -> dict[str, Any]:
@@ -77,6 +80,7 @@ class Plan:
             ],
             "refused": [refusal.reason for refusal in self.refusals],
             "seed_s": self.seed_seconds,
+            # Ranks are paid for while they wait, so all of them count for the whole time.
             "rank_hours": self.seed_seconds / 3600 * self.world.ranks * self.seeds,
         }  # fmt: skip
 
@@ -94,6 +98,7 @@ def plan(
     """
     layout = check_layout(config.topology, world.ranks)
     job = resolve(config, kind=hardware.kind)
+    # Before any prediction, which would divide experts unevenly.
     check_world(job, config.topology.ep_size, world)
     flight = config.execution.clients_in_flight
     first = predict_job(job, layout.ep_size, flight, world, hardware)

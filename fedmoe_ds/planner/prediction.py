@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import home_clients, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
+from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
 from fedmoe_ds.planner.memory import COPY, PASS, estimate, outlasting, parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
-from fedmoe_ds.planner.training import Spent, WaveModel, exchanged
-from fedmoe_ds.planner.work import PassWork, Rows, stage_seconds
-from fedmoe_ds.planner.workload import Job, Lengths, resolve
+from fedmoe_ds.planner.training import Spent, WaveModel
+from fedmoe_ds.planner.work import stage_seconds
+from fedmoe_ds.planner.workload import Job, resolve
 from fedmoe_ds.planner.world import World
 
 REPORT_BYTES = 400
@@ -67,6 +64,7 @@ class Prediction:
     def balance(self) -> float:
         """Most over mean of the clusters' work; idle clusters count."""
         mean = sum(self.work) / len(self.work)
+        # No work at all is in balance.
         return max(self.work) / mean if mean else 1.0
 
 
@@ -96,10 +94,11 @@ def predict_job(
     spent, traffic = _slowest(model, network, plan, round_index)
     network.traffic = traffic
     train = _shared_cores(spent, world, hardware, clusters)
+    # Clusters meet only at the aggregation, so a round waits for the slowest one.
     slowest = max(spent, key=lambda cluster: cluster.total)
     seconds = {"schedule": _schedule(job, hardware, len(chosen)), "train": train}
     seconds["aggregate"] = _aggregate(job, network, hardware, ep_size, len(chosen))
-    seconds["evaluate"] = _evaluate(job, network, hardware, ep_size, Evaluation.of(job, round_index))
+    seconds["evaluate"] = one_evaluation_seconds(job, network, hardware, ep_size, Evaluation.of(job, round_index))
     split = dict(slowest.parts)
     if train > slowest.total:
         split["other clusters on the same cores"] = train - slowest.total
@@ -120,6 +119,7 @@ def _slowest(
     """Every cluster's training, and the traffic of the slowest one."""
     found: list[tuple[Spent, dict[str, Traffic]]] = []
     for waves in plan:
+        # Booked per cluster: the prediction shows one rank's bytes, not the sum of all.
         network.traffic = {}
         total = Spent()
         for wave in waves:
@@ -136,6 +136,7 @@ def _shared_cores(spent: list[Spent], world: World, hardware: Hardware, clusters
     alone = max(cluster.total for cluster in spent)
     if hardware.kind != "cpu" or world.ranks_per_host <= hardware.slots:
         return alone
+    # At least one: a cluster may be larger than a host.
     per_host = max(1, clusters // world.hosts)
     hosts = [spent[start : start + per_host] for start in range(0, clusters, per_host)]
     # Carrying messages takes the cores too; `network` has their time already stretched by the ranks that share a core.
@@ -152,6 +153,7 @@ def _share(hardware: Hardware, world: World) -> float:
 
 
 def _schedule(job: Job, hardware: Hardware, participants: int) -> float:
+    # Calls of the schedule itself, counted once and per participant.
     return (50 + 20 * participants) * hardware.compute.call_s
 
 
@@ -164,10 +166,13 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     expert, dense = parameters_per_client(averaged, held)
     weights = sum(len(spec.layers) * (held if spec.expert else 1) for spec in averaged)
     dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
+    # Two int64 digits of a number, or one float32.
     each = 16 if job.bitwise else 4
+    # SCAFFOLD sums the changes of control variates beside the adapters.
     times = 2 if job.config.local.drift == "scaffold" else 1
     seconds = 0.0
     for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
+        # Without dense blocks (no adapters on attention, say) the ranks of a cluster have nothing to sum.
         if heads:
             seconds += network.all_reduce(group, times, WINDOW_BYTES * heads)
             seconds += network.all_reduce(group, times, (numbers + heads) * each)
@@ -195,83 +200,6 @@ def _collect(job: Job, network: Network, ep_size: int, participants: int) -> flo
             seconds += network.all_reduce(group, 1, 4 * participants * sum(parameters_per_client(specs, held)))
             seconds += network.all_reduce(group, 1, 8 * participants * weights)
     return seconds
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is evaluated after a round; `plain`: the foundation, before the first one.
-
-    Attributes:
-        due: whether anything is.
-        per_client: whether every client's own hold-out is scored, too.
-    """
-
-    due: bool
-    per_client: bool
-    plain: bool
-
-    @classmethod
-    def of(cls, job: Job, round_index: int) -> Evaluation:
-        config, ends = job.config.evaluation, round_index in (0, job.config.federation.rounds)
-        due = ends or round_index % config.every == 0
-        asked = ends or (config.clients_every > 0 and round_index % config.clients_every == 0)
-        return cls(due, due and asked and config.client_sequences > 0, round_index == 0)
-
-
-def evaluation_seconds(job: Job, ep_size: int, world: World, hardware: Hardware) -> float:
-    """Seconds of all evaluations of a run, the foundation's included."""
-    network = Network(hardware, world)
-    kinds = Counter(Evaluation.of(job, index) for index in range(job.config.federation.rounds + 1))
-    return sum(count * _evaluate(job, network, hardware, ep_size, kind) for kind, count in kinds.items())
-
-
-def _evaluate(job: Job, network: Network, hardware: Hardware, ep_size: int, asked: Evaluation) -> float:
-    """Every tier on the global hold-out; where asked for, every client on its own."""
-    if not asked.due:
-        return 0.0
-    config, personal = job.config.evaluation, job.method.personal_models and not asked.plain
-    shared = _batches(job.data.global_holdout.head(config.max_sequences), config.batch_size)
-    own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
-    owners = [lengths for lengths in own if len(lengths.rows)]
-    seconds = 0.0
-    for members in tiers_of(job.clients).values():
-        runs = len(members) if personal else 1
-        seconds += runs * _scored(job, network, hardware, ep_size, shared, members[0].cap)
-        if owners:
-            mine = owners[: len(members)] if job.method.personal_models else owners
-            seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
-    return seconds + network.control(Group.everyone(network.world), 1, 8)
-
-
-def _batches(lengths: Lengths, size: int) -> list[Lengths]:
-    starts = range(0, len(lengths.rows), size)
-    return [Lengths(lengths.rows[s : s + size], lengths.targets[s : s + size]) for s in starts]
-
-
-def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batches: list[Lengths], cap: int) -> float:
-    """Forward passes over batches that are dealt to all ranks of the world, turn by turn."""
-    world, dtype = network.world, job.config.foundation.dtype
-    compute = hardware.crowded(world.ranks_per_host)
-    work = PassWork(job, training=False)
-    turns = math.ceil(len(batches) / world.ranks)
-    samples = np.array([len(batch.rows) for batch in batches], dtype=np.float64)
-    longest = np.array([batch.rows.max() for batch in batches], dtype=np.float64)
-    targets = np.array([batch.targets.sum() for batch in batches], dtype=np.float64)
-    rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap
-    home = np.asarray(work.home(Rows(samples, longest, targets)).seconds(compute, dtype, work.score_flops))
-    home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))
-    fixed = work.fixed().seconds(compute, dtype)
-    local = job.expert_layout.num_experts // ep_size
-    arriving = rows.reshape(turns, -1, ep_size).mean(2).repeat(ep_size, 1)
-    busy = home + fixed + np.asarray(work.experts(arriving, ep_size, local).seconds(compute, dtype))
-    cores = hardware.slots if hardware.kind == "cpu" else world.ranks_per_host
-    crowded = busy.reshape(turns, world.hosts, -1).sum(2).max(1) / cores
-    seconds = float(np.maximum(busy.max(1), crowded).sum())
-    group, expert_layout = Group.cluster(world, ep_size), job.expert_layout
-    calls, numbers = exchanged(job, False, float(rows.sum()) / world.ranks / turns)
-    size = numbers * max(job.size.bytes_per_parameter, 2) + len(expert_layout.layers) * expert_layout.num_experts * 8
-    seconds += network.all_to_all(group, calls * turns, size / calls)
-    return seconds + network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
 
 
 def shared_passes(plan: list[list[Wave]]) -> set[tuple[int, float]]:
@@ -309,6 +237,7 @@ def predict_memory(
     elif plan is not None:
         passes = {*shared_passes(plan)} or passes
     held = (estimate(spec, home, job.length, *each) for each in passes)
+    # The pass with the largest activations decides; everything else is the same in all of them.
     found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
     found[PASS] = int(found[PASS] * hardware.activation_slack)
     found |= outlasting(spec, len(job.clients), participants)

@@ -44,6 +44,7 @@ def search(job: Job, world: World, hardware: Hardware) -> tuple[list[Choice], li
     available = hardware.available(world.ranks_per_host)
     for ep_size in legal_sizes(world.ranks, job.expert_layout.num_experts):
         for flight in _flights(drawn, ep_size, world.ranks // ep_size):
+            # Memory first: it is exact arithmetic, and a prediction of seconds draws and schedules a round.
             needed = sum(predict_memory(job, ep_size, flight, hardware, drawn).values())
             try:
                 check_fits(needed, available, ep_size, flight)
@@ -54,11 +55,13 @@ def search(job: Job, world: World, hardware: Hardware) -> tuple[list[Choice], li
     if not choices:
         least = min(refusals, key=lambda refusal: refusal.needed)
         raise UserError(f"no topology of {world.ranks} ranks fits; the smallest: {least.reason}")
+    # Among equally fast ones the one that needs less memory.
     return sorted(choices, key=lambda choice: (choice.prediction.round_seconds, choice.prediction.memory_total)), refusals
 
 
 def _flights(drawn: int, ep_size: int, clusters: int) -> list[int]:
     """Numbers of clients in flight worth a try: one per rank, doubled, up to all that a cluster can get."""
+    # More slots than a cluster gets clients would only take memory.
     most = max(1, -(-drawn // clusters))
     found, flight = [], ep_size
     while flight < most:

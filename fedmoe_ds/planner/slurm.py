@@ -1,4 +1,4 @@
-"""Submission: a run as a SLURM job: checked, written as a batch script, submitted.
+"""SLURM: a run as a batch job: checked, written as a batch script, submitted.
 
 The script is `slurm/train.sbatch` with another header: what happens in a job is written down once, in the file that people
 copy. Not submitit: it pickles a Python function and owns signals and requeueing inside of the tasks, whereas here srun starts
@@ -96,6 +96,7 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
     """
     head, marker, body = (home / "slurm" / "train.sbatch").read_text().partition(END_OF_HEADER)
     assert marker, "slurm/train.sbatch has lost the line that ends its header"
+    # A dict keeps the template's order, and a request's option replaces the template's own.
     options: dict[str, str | None] = {
         match[1]: match[2] for match in re.finditer(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", head, re.MULTILINE)
     }
@@ -107,13 +108,16 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
     for name in ("partition", "time", "account"):
         if (value := getattr(request, name)) is not None:
             options[name] = value
+    # Last, so that a site's own options win over the template's.
     options |= dict(_option(text) for text in request.sbatch)
     for key, value in options.items():
         if value is not None:
             _check_line(key, value)
+    # sbatch takes quotes off a value as a shell does; a name with spaces needs them.
     lines = [f"#SBATCH --{key}" + ("" if value is None else f"={shlex.quote(value)}") for key, value in options.items()]
     words = command_line(["--config", str(request.config.resolve()), *request.overrides])
     places = {"FEDMOE_HOME": home, "FEDMOE_LOGS": folder, "FEDMOE_PYTHON": sys.executable}
+    # Absolute paths: SLURM runs a copy of the script, in its own spool folder.
     exports = [f"export {name}={quoted(str(place))}" for name, place in places.items()]
     first = ["#!/bin/bash", "# Written by launch/submit.py from slurm/train.sbatch; sbatch this file to submit the same again."]
     return "\n".join([*first, *lines, *exports, f'set -- {words} "$@"', ""]) + marker + body
@@ -126,6 +130,7 @@ def _option(text: str) -> tuple[str, str | None]:
         raise UserError(f"--sbatch: {text}: is no option of sbatch; write key=value, for instance qos=high")
     if key in FLAGS:
         raise UserError(f"--sbatch: {text}: has a flag of its own; use {FLAGS[key]}")
+    # The script restarts and finds its files by these; another value would break it silently.
     if key in FIXED:
         raise UserError(f"--sbatch: {text}: the script relies on it; leave it out")
     return key, value if equals else None
@@ -148,6 +153,7 @@ def submit(request: Request, home: Path, environment: Mapping[str, str]) -> Subm
     Raises:
         UserError: a mistake in the configuration or in the request, no sbatch here, or sbatch refuses.
     """
+    # Everything is checked here: a mistake found in the job would cost its time in the queue.
     config = check(request)
     folder = log_folder(config)
     script = compose(request, config, home, folder)
@@ -174,6 +180,8 @@ def _sbatch(path: Path, environment: Mapping[str, str]) -> str:
             "sbatch: not found: this machine is no client of SLURM; submit from a login node, or --dry-run"
         ) from None
     if done.returncode:
+        # sbatch says `sbatch: error: ...`; the first line has the cause.
         said = [line.partition("error: ")[2] or line for line in done.stderr.splitlines()] or [f"exit code {done.returncode}"]
         raise UserError(f"sbatch: {path}: {said[0]}; change the options, or look at the script")
+    # --parsable prints `job` or, with several clusters, `job;cluster`.
     return done.stdout.strip().split(";")[0]

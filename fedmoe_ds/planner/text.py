@@ -22,6 +22,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
     lines = []
     for line in [header, *rows]:
+        # Names of users may hold control characters.
         cells = [visible(cell).rjust(width) for cell, width in zip(line, widths, strict=True)]
         cells[0] = visible(line[0]).ljust(widths[0])
         lines.append("  " + "  ".join(cells).rstrip())
@@ -67,6 +68,7 @@ def data_lines(job: Job) -> list[str]:
 def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -> list[str]:
     """Clusters with their ranks, hosts and work."""
     clusters = world.ranks // ep_size
+    # `or 1.0`: where no cluster has work, nothing is divided by zero.
     mean = sum(prediction.work) / clusters or 1.0
     rows = []
     for cluster, work in enumerate(prediction.work):
@@ -129,6 +131,7 @@ def flops_lines(job: Job, tiers: list[TierFlops]) -> list[str]:
         [f"k={t.label}", str(t.cap), str(t.rank), f"{t.total / 1e9:.4g} B", f"{100 * (1 - t.total / most):.1f} %"]
         for t in tiers
     ]
+    # That of the largest tier: with a smaller LoRA rank an expert costs less.
     slope = (tiers[0].total - tiers[0].dense) / tiers[0].cap
     return [
         f"FLOPs per tier, forward pass of one sequence of {job.length} rows: {tiers[0].dense / 1e9:.4g} B dense + "

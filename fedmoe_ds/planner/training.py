@@ -96,6 +96,7 @@ class WaveModel:
             rows = Rows(steps.samples, steps.longest, steps.targets)
             home = self.work.home(rows).seconds(self.compute, self.dtype, self.work.score_flops)
             passes = np.ones(len(steps)) if micro is None else np.ceil(steps.samples / micro)
+            # Every row goes to `cap` experts: caps are kept by the router, not by chance.
             routed = (steps.rows * client.cap).astype(np.float64)
             self.costs[client.index] = ClientCost(np.asarray(home), routed, passes)
         return self.costs[client.index]
@@ -114,6 +115,7 @@ class WaveModel:
         if self.shared:
             self._lockstep(spent, costs, steps, blocks=1)
             return
+        # One client per rank at a time; a pass of bitwise mode then has one block of rows per peer.
         for slot in range(max(map(len, costs), default=0)):
             alone = [home[slot : slot + 1] for home in costs]
             self._lockstep(spent, alone, steps, blocks=self.ep_size)
@@ -122,14 +124,18 @@ class WaveModel:
         """Passes that all ranks run together: `costs` are the clients of each rank that take part."""
         home_PN = np.stack([_total([cost.home for cost in home], steps) for home in costs])
         routed_N = sum((_total([cost.routed for cost in home], steps) for home in costs), np.zeros(steps))
+        # The longest decides: ranks without rows join with empty ones, so that collectives meet.
         passes_N = np.max([_padded(cost.passes, steps) for home in costs for cost in home], axis=0, initial=0.0)
         fixed = self.work.fixed().seconds(self.compute, self.dtype)
         local = self.job.expert_layout.num_experts // self.ep_size
+        # Routed rows of the whole wave, even over the ranks of the cluster.
         per_pass_N = routed_N / self.ep_size / np.maximum(passes_N, 1)
         experts_N = self.work.experts(per_pass_N, blocks, local).seconds(self.compute, self.dtype) * passes_N
         busy_PN = home_PN + experts_N + fixed * passes_N
+        # The slowest rank, or where ranks share cores, all the work over the cores.
         critical_N = np.maximum(busy_PN.max(0), busy_PN.sum(0) / self.cores)
         spent.add("compute", float(busy_PN.mean(0).sum()))
+        # The mean is compute and the rest waiting: their sum is the critical path.
         spent.add("waiting", float((critical_N - busy_PN.mean(0)).sum()))
         spent.work += float(busy_PN.sum())
         self._exchanges(spent, float(passes_N.sum()), float(routed_N.sum()) / self.ep_size)
@@ -153,6 +159,7 @@ class WaveModel:
         norms = 0.0
         if self.job.config.local.clip is not None:
             norms = stage_seconds(self.compute, "norm", self.in_flight * steps, self.blocks * steps)
+            # Norms travel as float64.
             bytes_ = 8 * (self.expert_norms + self.dense_norms)
             spent.add("norms", self.network.all_gather(self.group, 2 * steps, bytes_ / 2))
         self._busy(spent, "optimizer", [shared + norms + mine for mine in own])
@@ -170,6 +177,7 @@ class WaveModel:
 
     def _before_and_after(self, spent: Spent, clients: int, most_at_home: int) -> None:
         """The wave moves in, reports, and is folded into the sums."""
+        # In float32 numbers, whatever type moments are kept in.
         moments = moment_bytes(self.job.config.local) / FP32
         ranks = [1.0] * self.ep_size
         moved = stage_seconds(self.compute, "move", self.in_flight * (2 + moments), self.blocks)
@@ -183,6 +191,7 @@ class WaveModel:
         counts = self.home_clients * len(expert_layout.layers) * expert_layout.num_experts * 8
         reports = self.network.all_gather(self.group, 2, counts)
         reports += self.network.all_gather(self.group, 2, 8 * self.ep_size * self.home_clients)
+        # Only methods that measure something gather it.
         if type(self.job.method).measure is not Method.measure:
             reports += self.network.all_gather(self.group, 2 * clients, counts / max(self.home_clients, 1))
         reports += self.network.control(self.group, 1, 1)

@@ -1,7 +1,7 @@
 """Verify: build the process groups of a world of any size in this one process, and compare them with the layout.
 
 torch's `fake` backend makes a process believe that it is rank r of n; nothing travels. All groups go through the code of a real
-start: `topology.build_topology` and `foundation.hosting.create_groups`, hence DeepSpeed's own group creation.
+start: `topology.build_topology` and `distributed.process_groups.create_groups`, hence DeepSpeed's own group creation.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Echo:
         self.name, self.rank, self.size, self.ep_size = name, rank, size, ep_size
 
     def gather(self, payload: bytes) -> list[bytes]:
+        # Enough for building groups: there all ranks say the same.
         return [payload] * self.size
 
     def sum(self, total: Tensor) -> Tensor:
@@ -84,6 +85,7 @@ def verify(config: TopologyConfig, layout: ParallelLayout, num_experts: int, ran
     chosen = sample_ranks(layout) if ranks is None else ranks
     began = time.monotonic()
     groups = [_check_world(config, layout, rank) for rank in chosen]
+    # Every rank must create every group, its own or not: torch's new_group is collective.
     assert len(set(groups)) == 1, groups
     return Verified(chosen, groups[0], (time.monotonic() - began) / len(chosen))
 
@@ -137,10 +139,13 @@ def _fake_world(rank: int, world_size: int) -> Iterator[None]:
         return real(ranks, *rest, **settings)
 
     torch_dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    # Patched at the source: DeepSpeed creates its groups with the same call.
     torch_dist.new_group = noting
     _created.clear()
+    # DeepSpeed keeps groups in module variables; the next world must not find those of this one.
     before = dict(vars(ds_groups))
     try:
+        # As in join_world: DeepSpeed would compile a kernel for half a minute that nothing here calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("fake", auto_mpi_discovery=False, verbose=False)
         yield

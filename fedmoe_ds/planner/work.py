@@ -115,15 +115,18 @@ class PassWork:
     def score_flops(self) -> float:
         """FLOPs of one attention score and its share of the values: forward 4 K, backward twice that (K: head width)."""
         width = self.job.size.hidden / self.job.heads
+        # Two products of 2 K each: query with key, and score with value.
         return 4.0 * width * (3.0 + self.recompute if self.training else 1.0)
 
     def _times(self, training_factor: float) -> float:
+        # Recomputing adds one forward pass to the backward one.
         return training_factor + self.recompute if self.training else 1.0
 
     def fixed(self) -> Work:
         """What a pass is, rows or not: calls, and the frozen dense weights that it reads."""
         job, layers = self.job, self.job.size.layers
         per_pass, per_layer, per_projection, _ = TRAIN_CALLS if self.training else FORWARD_CALLS
+        # Framework calls do not depend on rows: small passes are dominated by them.
         calls = per_pass + layers * (per_layer + per_projection * job.projections)
         return Work(calls, 0.0, self._times(2) * (job.body + job.head) * job.size.bytes_per_parameter)
 
@@ -133,6 +136,7 @@ class PassWork:
         layers, padded = size.layers, rows.samples * rows.longest
         lora = job.cost.dense_row * adapters.rank
         flops = padded * 2.0 * job.body * self._times(2)
+        # Logits exist for target rows only.
         flops += rows.targets * 2.0 * job.head * self._times(2)
         # Routers: their gradients where they are trained; those of adapter experts are no part of the body.
         own = self._times(2) if adapters.moe is not None else 0.0
@@ -164,8 +168,10 @@ class PassWork:
         )
         calls = (blocks - 1) * (TRAIN_CALLS if self.training else FORWARD_CALLS)[3]
         possible = local_experts * blocks
+        # Expected number of groups with at least one row, if rows fell at random (Poisson); expm1 for tiny loads.
         touched = possible * -np.expm1(-routed / possible)
         read = touched * weights * self._times(2) * job.size.bytes_per_parameter
+        # An empty group is skipped and costs nothing.
         groups = touched * (PRODUCTS + WEIGHT_PRODUCTS * (whole > 0) if self.training else PRODUCTS / 2)
         return Work(calls, flops, numbers * self.number_bytes + read, groups, 0.0, routed * lora * self._times(3)) * layers
 
@@ -173,6 +179,7 @@ class PassWork:
 def stage_seconds(compute: Compute, stage: Stage, numbers: float, blocks: float = 0.0) -> float:
     """Seconds of a stage of a round over trainable numbers, in so many blocks."""
     number, block = compute.number_s.get(stage), compute.block_s.get(stage)
+    # A calibration's seconds where there are some, else an estimate from bytes.
     number = STAGE_BYTES[stage] / compute.bytes_per_s if number is None else number
     block = STAGE_CALLS[stage] * compute.call_s if block is None else block
     return float(numbers * number + blocks * block)

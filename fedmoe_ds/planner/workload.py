@@ -1,4 +1,4 @@
-"""Job: everything about a run that does not depend on the world: shapes, clients and the lengths of their data.
+"""Workload: everything about a run that does not depend on the world: shapes, clients and the lengths of their data.
 
 Nothing is loaded: the model is built on the meta device from its config.json. A folder with only that file is enough; clients
 then are assumed, because without the model's tokenizer nobody can count their tokens.
@@ -106,6 +106,7 @@ class Job(RunSpec):
 
     def steps(self, client: Client, round_index: int) -> Steps:
         """What a client trains on in a round, step by step."""
+        # The same batches are asked for under every topology of a search.
         key = (client.index, round_index)
         if key not in self._steps:
             self._steps[key] = _steps_of(self, client, round_index)
@@ -129,9 +130,11 @@ def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
     local, seed = job.config.local, job.config.seed
     if job.method.pooled:
         drawn = job.drawn_among(job.clients, round_index)
+        # The pooled client's batches index into the data of all clients, in canonical order.
         lengths, batches = _everything(job), pooled_batches(job.clients, drawn, local, seed, round_index)
     else:
         lengths, batches = job.data.train(client.index), local_batches(client, local, seed, round_index)
+    # Drawn as the clients draw them, so that padding and targets are those of the run.
     columns = [
         [len(batch), int(lengths.rows[batch].max()), int(lengths.rows[batch].sum()), int(lengths.targets[batch].sum())]
         for batch in batches
@@ -157,6 +160,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     config, method = check_start(config, kind)
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, _DTYPES[config.foundation.dtype])
+    # As one rank with all experts (ep_size 1): the planner divides them itself, by every size that it tries.
     spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0)))
     clients, data = _clients(spec, folder, assume)
     if (ignored := cache.line([cache.passed_over()])) is not None:
@@ -164,6 +168,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
             progress.note(ignored)
     size, images = spec.size, spec.images
     head = model.config.num_labels * size.hidden if images else size.vocabulary * size.hidden
+    # Tied weights are counted once, as the output matrix.
     embedding = 0 if images or model.config.tie_word_embeddings else size.vocabulary * size.hidden
     return Job(
         **vars(spec),
@@ -190,6 +195,7 @@ def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], D
     if (line := told(folder, trust)) is not None:
         with Progress() as progress:
             progress.note(line)
+    # Prepared as a start does it, into the same cache: the start then finds it.
     tokenizer, code = load_tokenizer(folder, spec.size.vocabulary, trust) if images is None else None, running(folder, trust)
     data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation, "data"), code)
     return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images)
@@ -199,6 +205,7 @@ def _counted(data: FederatedData, images: ImageInput | None) -> Data:
     found: dict[int, Lengths] = {}
 
     def train(client: int) -> Lengths:
+        # Lengths of all clients are small; their sequences stay in the memory map.
         if client not in found:
             found[client] = Lengths.of(data.train(client), images)
         return found[client]
@@ -236,6 +243,7 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[l
     length = config.data.sequence_length
     each = np.full(count, sequences)
     federation: Any = _AssumedFederation([f"client-{i}" for i in range(count)], each, each, each * length)
+    # One object for all: assumed clients are equal.
     everyone = Lengths.full(sequences, length)
     held_out = max(1, round(count * sequences * config.data.global_holdout))
     note = f"assumed: every client has {sequences} sequences of {length} tokens (no tokenizer in {folder})"

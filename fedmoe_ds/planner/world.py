@@ -27,6 +27,7 @@ class World:
 
     def hosts_of(self, first: int, size: int, stride: int = 1) -> int:
         """Number of hosts over which the ranks first, first + stride, ... are spread."""
+        # Enumerated: a stride may skip hosts, so neither end of the range tells.
         return len({self.host(first + i * stride) for i in range(size)})
 
 
@@ -41,11 +42,13 @@ def world_of(hosts: int | None, per_host: int | None, ranks: int | None, hardwar
     if ranks is None:
         return World(hosts or 1, per_host or hardware.slots)
     each = per_host or _each(hosts, ranks, hardware)
+    # Every host has as many ranks: the models of links and of shared cores rest on it.
     if ranks % each or (hosts is not None and hosts * each != ranks):
         raise UserError(
             f"--ranks: {ranks}: not {hosts or 'a whole number of'} hosts of {each} ranks; use a multiple of {each}, or change "
             "--nodes or --gpus-per-node"
         )
+    # On CPU more ranks than cores are slow but work; a device serves one rank.
     if per_host is None and hardware.kind == "cuda" and each > hardware.slots:
         raise UserError(
             f"--ranks: {ranks}: {each} ranks on each of {ranks // each} hosts, and {hardware.name} has {hardware.slots} "
@@ -57,6 +60,7 @@ def world_of(hosts: int | None, per_host: int | None, ranks: int | None, hardwar
 def _each(hosts: int | None, ranks: int, hardware: Hardware) -> int:
     """Ranks of a host where only hosts or ranks are known."""
     if hosts is None:
+        # A calibration describes this one machine; a table entry a host of a cluster.
         return ranks if hardware.measured else min(ranks, hardware.slots)
     if ranks % hosts:
         raise UserError(f"--ranks: {ranks}: cannot be dealt evenly to {hosts} hosts; use a multiple of {hosts}")

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report import formats
+from fedmoe_ds.report.axis import whole_ticks
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.markup import Markup, tag
-from fedmoe_ds.report.svg import thinned, tier_colours, tier_mark, whole_ticks
+from fedmoe_ds.report.svg import thinned, tier_colours, tier_mark
 
 MOST_ROUNDS = 24
 WIDTH, LEFT, BOTTOM = 480.0, 34.0, 38.0
@@ -19,6 +20,7 @@ Cells = list[list[int]]
 
 def expert_section(history: History) -> Markup:
     """All panels for the last recorded round, and the data of the other rounds for the slider."""
+    # Records of layers without any expert have nothing to draw.
     recorded = sorted({round_ for (round_, _), event in history.experts.items() if any(event["activation"])})
     if not recorded:
         return tag("p", "No expert activations have been recorded yet.", cls="empty")
@@ -26,6 +28,7 @@ def expert_section(history: History) -> Markup:
     kept = {key: event for key, event in history.experts.items() if key[0] in rounds and any(event["activation"])}
     frames = {key: _hundredths(event["activation"]) for key, event in kept.items()}
     tiers = sorted({tier for _, tier in frames}, key=tier_order)
+    # One peak for all tiers and rounds: equal colours mean equal shares, also when the slider moves.
     peak = max((cell for frame in frames.values() for layer in frame for cell in layer), default=100) or 100
     colours = tier_colours(history.tiers)
     panels = [_panel(tier, rounds, frames, peak, colours[tier]) for tier in tiers]
@@ -41,6 +44,7 @@ def expert_section(history: History) -> Markup:
 
 def _hundredths(activation: Sequence[Sequence[float | None]]) -> Cells:
     """Shares of routed slots [L][E] as hundredths of the even share 1/E."""
+    # Whole hundredths: the page holds a number per cell and round, and two digits are what one can see.
     return [[round(100 * len(layer) * (share or 0.0)) for share in layer] for layer in activation]
 
 
@@ -50,6 +54,7 @@ def _flat(frame: Cells | None) -> list[int] | None:
 
 def _embedded(data: object) -> Markup:
     """JSON that no HTML parser can end early."""
+    # `</script>` inside a string would end the element; \u003c means the same in JSON.
     return Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
 
 
@@ -67,19 +72,23 @@ def _scale(peak: int) -> Markup:
     """The colour scale; its square root makes room for the many experts around the even share."""
     even = 100 * (100 / peak) ** 0.5 if peak >= 100 else 100.0
     marks = [tag("span", "0", style="left:0%"), tag("span", "1 × even share", style=f"left:{even:.1f}%")]
+    # Beyond that, both labels would overlap.
     if even < 68:
         marks.append(tag("span", f"{formats.number(peak / 100)} ×", style="left:100%"))
     return tag("div", tag("div", cls="ramp"), tag("div", *marks, cls="ramp-marks"), cls="ramp-frame")
 
 
 def _level(cell: int, peak: int) -> str:
+    # The same square root as in the scale; report.css mixes two colour ramps, hence 200.
     return f"--v:{200 * (cell / peak) ** 0.5:.0f}%"
 
 
 def _panel(tier: str, rounds: Sequence[int], frames: dict[tuple[int, str], Cells], peak: int, css: str) -> Markup:
+    # A tier may be absent from the last round: none of its clients was drawn.
     newest = max(r for r in rounds if (r, tier) in frames)
     frame = frames[newest, tier]
     layers, experts = len(frame), max(len(layer) for layer in frame)
+    # Many layers get thinner rows, so that the panel stays about as high as wide.
     tall = min(26.0 if layers > 2 else 40.0, max(9.0, 170.0 / layers))
     wide = (WIDTH - LEFT) / experts
     cells = [

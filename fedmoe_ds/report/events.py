@@ -1,7 +1,7 @@
 """Events: the types of what readers take from `metrics.jsonl` (docs/outputs.md says what it means).
 
 A record may come from another version or from somebody else, so the type of a field that is read is checked here, once, and
-not by whoever goes on to compute with it. Fields and events that are not listed are passed over. Only what an event is sorted
+not where it is computed with. Fields and events that are not listed are passed over. Only what an event is sorted
 by is required: older versions have not written everything.
 """
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 _LAST_SECOND = 253402300799
 """Of the year 9999: a date can have no later one."""
 
+# Bounded everywhere: sums of what a foreign file holds must not become infinite, nor its dates invalid.
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Round = Annotated[int, Field(ge=0, le=10**6)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -28,6 +29,7 @@ Label = Annotated[str, Field(pattern=r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?
 class _Fields(BaseModel):
     """What is null may as well be absent: a number that was not finite, or a field that does not apply."""
 
+    # Unknown fields are those of newer versions; a wrong type is an error even where it could be converted.
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
@@ -51,6 +53,7 @@ class _OfTier(_Tiered):
 
     def _names(self) -> list[str | int | None]:
         names = ("tier_label", "tier", "top_k")
+        # In the order in which `history.tier_of` looks.
         return [getattr(self, name) for name in names if name in self.model_fields_set]
 
 
@@ -136,6 +139,7 @@ class _Eval(_OfTier):
 class _Trained(_Tiered):
     round: Round
     client: str
+    # Absent in records of versions that left nobody out.
     status: str = "ok"
     steps: Count | None = None
     tokens: Count | None = None
@@ -166,6 +170,7 @@ class _Round(_Fields):
 
 class _Experts(_OfTier):
     round: Round
+    # A share; a little above 1 is rounding.
     activation: list[list[Annotated[float, Field(ge=0, le=1.001)] | None]]
 
 
@@ -191,6 +196,7 @@ _KINDS: dict[str, type[_Fields]] = {
 
 def wrong_field(event: Mapping[str, Any]) -> str | None:
     """The first field of an event that its readers cannot take, and why; None if there is none."""
+    # An event of a newer version is not for these readers.
     kind = _KINDS.get(event["event"])
     if kind is None:
         return None
@@ -198,6 +204,7 @@ def wrong_field(event: Mapping[str, Any]) -> str | None:
         kind.model_validate(event)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        # The first problem only: one line tells the user where to look.
         place = ".".join([event["event"], *map(str, first["loc"])])
         return f"{place}: {first['msg']}"
     return None

@@ -28,6 +28,7 @@ def count(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # Four digits are as short as "1.23 k" and exact.
         if value >= (1e4 if unit == "k" else scale):
             return f"{number(value / scale)}{NARROW_SPACE}{unit}"
     return f"{value:,.0f}".replace(",", NARROW_SPACE)
@@ -38,6 +39,7 @@ def percent(share: float | None, digits: int = 1) -> str:
     if share is None or not math.isfinite(share):
         return MISSING
     least = 10.0**-digits
+    # A share that is not zero must not read 0.0 %.
     if 0 < 100 * share < least / 2:
         return f"<{NARROW_SPACE}{least:.{digits}f}{NARROW_SPACE}%"
     return f"{100 * share:.{digits}f}{NARROW_SPACE}%".replace("-", "−")
@@ -52,6 +54,7 @@ def wilson(share: float, targets: int) -> tuple[float, float]:
     spread = Z_95 * Z_95 / targets
     middle = (share + spread / 2) / (1 + spread)
     reach = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / targets + spread / (4 * targets))
+    # Rounding may carry the ends a hair beyond 0 and 1.
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
@@ -60,6 +63,7 @@ def share_digits(share: float, targets: int | None, most: int = 2) -> int:
     if not targets or not 0 <= share <= 1:
         return most
     low, high = wilson(share, targets)
+    # 50 and not 100: half of the interval, in percent.
     return min(most, max(0, math.ceil(-math.log10(50 * (high - low)))))
 
 
@@ -100,10 +104,12 @@ def duration(seconds: float | None) -> str:
     """Seconds as 120 ms, 4.2 s, 3 min 12 s, 1 h 02 min."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING
+    # The bounds lie where rounding would otherwise give 1000 ms, 60.0 s.
     if seconds < 0.9995:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
+    # Rounded once, before minutes are split off: never "3 min 60 s".
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"

@@ -34,6 +34,7 @@ def _sentence(history: History) -> str:
     run = history.run
     if not run:
         return "Nothing has been recorded yet."
+    # A record of an older version, or one that was cut, may lack any of these.
     clients = run.get("clients") or len(history.client_names())
     tiers, rounds = formats.many(len(history.tiers), "budget tier"), formats.many(history.last_round, "round")
     ranks = run.get("world_size") or len(history.topology)
@@ -65,6 +66,7 @@ def _tile(result: TierResult, css: str) -> Markup:
 
 def _facts(history: History) -> Markup:
     run, rounds = history.run, list(history.rounds.values())
+    # `or 0`: a null field, such as a figure that was not finite, counts as nothing.
     tokens = sum(event.get("tokens") or 0 for event in rounds)
     busy = sum((event.get("phases") or {}).get("train") or 0.0 for event in rounds)
     experts, top_k, layers = run.get("num_experts"), run.get("top_k"), run.get("layers")
@@ -83,6 +85,7 @@ def _facts(history: History) -> Markup:
         ("Seed", str(run.get("seed", formats.MISSING))),
         ("Reproducible", str(run.get("reproducible", formats.MISSING))),
         ("Foundation", str(run.get("foundation") or formats.MISSING)),
+        # Shown only where it happened: readers should know that foreign code ran.
         *([("Tokenizer ran own code", str(run["foundation_code"]))] if run.get("foundation_code") else []),
     ]
     return tag("dl", *(tag("div", tag("dt", term), tag("dd", value, data_t=value)) for term, value in facts), cls="facts")

@@ -15,6 +15,7 @@ SPLITS = ("global", "clients")
 
 def tier_of(event: Event) -> str:
     """The label of the tier that an event is about; files of before have its top-k only, under either name."""
+    # In the order in which `events` checks the names.
     return str(event.get("tier_label", event.get("tier", event.get("top_k"))))
 
 
@@ -54,6 +55,7 @@ def tier_results(evaluations: Iterable[Event]) -> list[TierResult]:
 
     Events of other kinds and the evaluations of single clients are passed over.
     """
+    # By round: a round that was evaluated twice, before and after a resume, counts with its later row.
     cells: dict[tuple[str, str], dict[int, Event]] = {}
     for row in evaluations:
         if row.get("event", "eval") == "eval" and row.get("split") in SPLITS:
@@ -64,6 +66,7 @@ def tier_results(evaluations: Iterable[Event]) -> list[TierResult]:
 
 def _result(split: str, tier: str, by_round: Mapping[int, Event]) -> TierResult:
     last = max(by_round)
+    # A run that has only the foundation's evaluation has no `after` yet.
     return TierResult(split, tier, before=by_round.get(0, {}), after=by_round[last] if last > 0 else {})
 
 
@@ -98,8 +101,10 @@ class History:
                 self.end = event
             case "resume":
                 self.resumes.append(event)
+                # A run that goes on has not ended: more rounds were asked for after its end.
                 self.end = None
             case "eval":
+                # The client belongs to the key; pooled rows have none.
                 key = (event["round"], event["split"], tier_of(event), event.get("client") or "")
                 self.evaluations[key] = event
             case "client":
@@ -112,6 +117,7 @@ class History:
     @property
     def tiers(self) -> list[str]:
         """Every tier that the run names or that an event mentions, highest first."""
+        # Older records list top-k values only.
         budgets = self.run.get("budgets")
         seen = {str(cap) for cap in self.run.get("tiers") or []} if budgets is None else {tier_of(budget) for budget in budgets}
         seen |= {tier_of(client) for client in self.data.get("clients") or []}
@@ -128,6 +134,7 @@ class History:
     @property
     def last_round(self) -> int:
         """The last completed round; 0 before the first."""
+        # From what is recorded, not from the configuration: the run may still be going.
         return max(self.rounds, default=0)
 
     def curve(self, split: str, tier: str, metric: str) -> list[tuple[int, float | None]]:
@@ -138,4 +145,5 @@ class History:
     def client_names(self) -> list[str]:
         """All clients, those with data first in their order, then any that only trained."""
         names = [client["name"] for client in self.data.get("clients") or []]
+        # A dict keeps the order of the data and drops names seen before.
         return list(dict.fromkeys([*names, *(name for _, name in self.clients)]))

@@ -65,7 +65,9 @@ def page(history: History, config: str | None) -> str:
     ]
     links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
     bodies = [tag("section", tag("h2", title), body, id=anchor) for anchor, title, body in sections]
+    # string.Template and not str.format: style and script are full of braces.
     return Template(_part("report.html")).substitute(
+        # The name may hold control characters: a record can come from anybody.
         title=html.escape(visible(history.run.get("name") or "run")),
         style=_part("report.css"),
         script=_part("report.js"),

@@ -21,6 +21,7 @@ class Markup(str):
 def tag(name: str, /, *children: str | None, **attributes: str | float | bool | None) -> Markup:
     """One element. `cls` is class, `for_` is for, `data_t` is data-t; None and False attributes are left out."""
     head = name + "".join(_attribute(key, value) for key, value in attributes.items())
+    # Elements without an end tag: browsers would take one for a second element or an error.
     if name in VOID:
         return Markup(f"<{head}>")
     return Markup(f"<{head}>{join(children)}</{name}>")
@@ -43,6 +44,7 @@ def _attribute(key: str, value: str | float | bool | None) -> str:
     name = "class" if key == "cls" else key.rstrip("_").replace("_", "-")
     if value is True:
         return f" {name}"
+    # Six digits are finer than a pixel, and a page has very many coordinates.
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return f' {name}="{_text(text)}"'
 
@@ -58,6 +60,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, cls: str = "", 
 
 
 def _cell(kind: str, value: str, is_text: bool) -> Markup:
+    # Finished cells carry attributes of their own, such as the number to sort by.
     if isinstance(value, Markup) and value.startswith(f"<{kind}"):
         return value
     return tag(kind, value, cls=None if is_text else "num", scope="col" if kind == "th" else None)

@@ -31,7 +31,9 @@ class MetricsLog:
         """Raises OSError: the file cannot be written, or is a link, a pipe or a device."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        # O_APPEND: a write goes to the end whatever the position. Readable, to find a torn last line.
         handle = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        # Unbuffered: what `write` returned from is with the kernel, and survives a killed process.
         self._file = open(handle, "a+b", buffering=0)  # noqa: SIM115  (lives as long as the run)
         self._drop_torn_line()
 
@@ -60,8 +62,10 @@ class MetricsLog:
         rest = memoryview(encoded)
         try:
             while rest:
+                # A raw write may take a part only, for instance on a disk that is nearly full.
                 rest = rest[self._file.write(rest) :]
         except OSError:
+            # The torn line goes at once: the next start must not find half an event.
             self._file.truncate(self._end)
             raise
         self._end += len(encoded)
@@ -69,6 +73,7 @@ class MetricsLog:
     def position(self) -> int:
         """Bytes written so far, after they have reached the disk: what a checkpoint stores for `truncate`."""
         self._check_alone()
+        # The position goes into a checkpoint, so the bytes before it must outlive a power cut.
         os.fsync(self._file.fileno())
         return self._size()
 
@@ -84,6 +89,7 @@ class MetricsLog:
                 f"{self.path}: {self._size()} bytes: shorter than the {position} bytes its checkpoint has seen; "
                 "restore the file, or start under another run name"
             )
+        # A position of an older checkpoint may lie within a line only if the file was edited.
         self._file.truncate(position)
         self._drop_torn_line()
 
@@ -103,6 +109,7 @@ class MetricsLog:
 
     def _check_alone(self) -> None:
         """Raise UserError where the file is not as this writer has left it: two jobs in one folder, or an editor."""
+        # fstat of our handle against lstat of the name: an editor that saves puts another file in its place.
         here = os.fstat(self._file.fileno())
         try:
             replaced = not os.path.samestat(here, os.lstat(self.path))
@@ -126,6 +133,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name the folder of a run that has started") from None
+    # Cut before splitting: an unfinished last line would be reported as damaged.
     complete = content[: content.rfind(b"\n") + 1]
     return [_event(path, number, line) for number, line in enumerate(complete.splitlines(), start=1) if line.strip()]
 
@@ -145,6 +153,7 @@ def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
 def _plain(value: object) -> object:
     """The JSON value that stands for `value`."""
     if isinstance(value, np.ndarray | np.generic):
+        # numpy's float32 is no float; tolist gives Python's own numbers.
         value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None

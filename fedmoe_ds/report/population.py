@@ -29,11 +29,13 @@ def data_section(history: History) -> Markup:
     if not clients:
         return tag("p", "The run has not recorded how its data are dealt yet.", cls="empty")
     colours = tier_colours(history.tiers)
+    # The largest tier first, and within it the most data: the shape of both distributions shows.
     order = sorted(range(len(clients)), key=lambda index: (tier_order(tier_of(clients[index])), -_targets(clients[index])))
     bars = _bars(clients, order, colours, _target_bars(clients, colours), "targets")
     views = [("targets", tag("div", _tier_legend(clients, colours), bars))]
     distribution = history.data.get("distribution") or {}
     counts = distribution.get("counts") or []
+    # Clients with a single label each say nothing more than their names do.
     if len(counts) == len(clients) and any(sum(1 for n in row if n) > 1 for row in counts):
         labels = _Labels(distribution["labels"], counts)
         samples = tag("div", legend(labels.legend()), _bars(clients, order, colours, labels.samples, "samples"))
@@ -98,7 +100,9 @@ class _Labels:
         self._names, self._counts = [str(name) for name in names], counts
         totals = [sum(row[label] for row in counts) for label in range(len(names))]
         order = sorted(range(len(names)), key=lambda label: -totals[label])
+        # The last colour is kept for "other labels" where there are any.
         own = LABEL_COLOURS if len(names) <= LABEL_COLOURS else LABEL_COLOURS - 1
+        # Chosen by size, shown in the data's order: colours stay put between two views.
         self._shown, self._rest = sorted(order[:own]), order[own:]
 
     def legend(self) -> list[tuple[str, str]]:
@@ -137,6 +141,7 @@ def _bars(
         head = f"{client['name']}\ntop-k {tier_of(client)}"
         return Column(
             head,
+            # Tips of targets begin with the client's name already.
             [(css, size, tip if tip.startswith(client["name"]) else f"{head}\n{tip}") for css, size, tip in parts(index)],
         )
 
@@ -146,6 +151,7 @@ def _bars(
         rows = []
         for index, bar in zip(order, columns, strict=True):
             client = clients[index]
+            # Bars of shares are all equally long, so the figure tells the size.
             figure = formats.count(client.get("samples")) if shares else formats.count(bar.total)
             rows.append((client["name"], tier_mark(colours[tier_of(client)], tier_of(client)), bar, figure))
         return tag(
@@ -167,6 +173,7 @@ def client_section(history: History) -> Markup:
         return tag("p", "No client has finished a round yet.", cls="empty")
     colours = tier_colours(history.tiers)
     described = {client["name"]: client for client in history.data.get("clients") or []}
+    # Every known client gets a row, those that were never drawn as well.
     reports: dict[str, list[Event]] = {name: [] for name in names}
     for _, report in sorted(history.clients.items()):
         reports[report["client"]].append(report)
@@ -211,6 +218,7 @@ def _lost(history: History) -> Markup | None:
 
 def _client_row(name: str, described: Event, reports: Sequence[Event], colours: dict[str, str]) -> list[str]:
     known = described or (reports[-1] if reports else {})
+    # A record may be cut before a client's tier is known.
     tier, top_k = (tier_of(known), known["top_k"]) if known.get("top_k") else (None, 0)
     first = reports[0].get("loss_first") if reports else None
     last = reports[-1].get("loss_last") if reports else None
@@ -230,6 +238,7 @@ def _client_row(name: str, described: Event, reports: Sequence[Event], colours: 
 
 
 def _figure(value: float | None, form: Callable[[float | None], str]) -> Markup:
+    # The raw number goes with the cell: report.js sorts by it, not by "12.3 k".
     return tag("td", form(value), cls="num", data_v=None if value is None else f"{value:.9g}")
 
 

@@ -28,6 +28,7 @@ class Progress:
     def __init__(self, enabled: bool = True, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self._enabled = enabled
         self._interval = interval
+        # No markup and no emoji: names of users are shown as they are.
         self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False)
         self._bar: Bar | None = None
         self._round = self._rounds = 0
@@ -35,6 +36,7 @@ class Progress:
         self._began = self._last_line = time.monotonic()
         self._tokens = self._seconds = 0.0
         if enabled and self._console.is_terminal:
+            # A bar in a log file would be thousands of lines of control characters.
             self._bar = _new_bar(self._console)
             self._task = self._bar.add_task("starting", total=1.0, start=False, visible=False, state="")
 
@@ -74,10 +76,12 @@ class Progress:
         self._seconds += seconds
         # Aggregation and evaluation still follow: counted as one more wave, so that the bar does not wait at the end.
         done = self._round - 1 + wave / (waves + 1)
+        # Over all waves so far: a single wave's speed jumps with its clients' lengths.
         speed = f"{self._tokens / self._seconds:,.0f} tokens/s" if self._seconds > 0 else ""
         state = f"wave {wave}/{waves}  {speed}  ETA {_clock(self._remaining(done))}"
         if self._bar is not None:
             self._show(done, state)
+        # In a log, a line every few seconds is enough; waves may be much shorter.
         elif time.monotonic() - self._last_line >= self._interval:
             self._last_line = time.monotonic()
             self.note(f"round {self._round}/{self._rounds}  {state}")
@@ -106,6 +110,7 @@ class Progress:
 
     def _remaining(self, done: float) -> float:
         """Seconds left at the pace of this process, `done` rounds (with a fraction) being complete."""
+        # Rounds of this process only: those before a resume took no time of it.
         paced = done - (self._first_round - 1)
         return (time.monotonic() - self._began) / paced * (self._rounds - done) if paced > 0 else 0.0
 
@@ -167,6 +172,7 @@ def _interval(result: TierResult) -> str:
 
 
 def _text(value: float | str | None, form: str) -> str:
+    # Missing is one thing, null another: null was recorded because it was not finite.
     if value == MISSING:
         return MISSING
     if value is None:

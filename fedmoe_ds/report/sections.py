@@ -84,6 +84,7 @@ def _curves(history: History, split: str) -> Markup:
         found = []
         for tier in history.tiers:
             points = history.curve(split, tier, metric)
+            # The pooled rows: "" is no client.
             rows = [history.evaluations[x, split, tier, ""] for x, _ in points]
             tips = [f"round {row['round']}\ntop-k {tier}\n{metric} {form(row)}" for row in rows]
             if points:
@@ -111,9 +112,12 @@ def time_section(history: History) -> Markup:
     if not rounds:
         return tag("p", "No round has finished yet.", cls="empty")
     named = {phase for _, event in rounds for phase in event.get("phases") or {}}
+    # Known phases in the order of a round; a phase of another version comes after them.
     phases = [*(phase for phase in PHASES if phase in named), *sorted(named - set(PHASES))]
+    # By place in the full list: a phase keeps its colour where another one is absent.
     colours = {phase: f"p{min(index, 7)}" for index, phase in enumerate([*PHASES, *sorted(named - set(PHASES))])}
     longest = max(sum(spent or 0.0 for spent in (event.get("phases") or {}).values()) for _, event in rounds)
+    # The largest unit in which the longest round is more than 3: small numbers without many zeros.
     unit, scale = next(((unit, scale) for unit, scale in TIME_UNITS if longest > 3 * scale), TIME_UNITS[-1])
     columns = [(number, Column(str(number), _phase_parts(number, event, phases, colours, scale))) for number, event in rounds]
     totals = {phase: sum((event.get("phases") or {}).get(phase) or 0.0 for _, event in rounds) for phase in phases}
@@ -165,7 +169,9 @@ def topology_section(history: History) -> Markup:
         return tag("p", "The run has not recorded its topology.", cls="empty")
     clusters = sorted({rank["cluster"] for rank in ranks})
     shards = sorted({rank["shard"] for rank in ranks})
+    # All clusters hold the same experts in the same shard, so any rank of it will do.
     experts = {rank["shard"]: rank.get("experts") for rank in ranks}
+    # By position and not by row: a cut or edited table may lack ranks.
     place = {(rank["cluster"], rank["shard"]): rank for rank in ranks}
     head = [
         "",
@@ -214,6 +220,7 @@ def config_section(history: History, config: str | None) -> Markup:
         if config is not None
         else tag("p", "The run folder holds no config.yaml (a link is not read).", cls="empty")
     )
+    # Collapsed: most readers come for the results.
     parts = [tag("details", tag("summary", "Full configuration (config.yaml)"), text)]
     if versions:
         parts.append(tag("details", tag("summary", "Software versions"), tag("div", shown, cls="scroll")))

@@ -2,97 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fedmoe_ds.report import formats
+from fedmoe_ds.report.axis import LARGEST, LEAST, Axis, whole_ticks
 from fedmoe_ds.report.markup import Markup, join, tag
 
 WIDTH, HEIGHT = 480.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 52.0, 28.0, 42.0
 LABEL_GAP = 15.0
 MARKERS = ("circle", "square", "diamond", "triangle")
-TICKS = 9
 MOST_POINTS = 400
 """More than this a chart of this width cannot show."""
 T = TypeVar("T")
-LARGEST, LEAST = sys.float_info.max, 1e-300
-"""What is smaller than `LEAST` counts as zero: a span of its size would be no number any more."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A closed range of values on a linear or logarithmic axis."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    @classmethod
-    def around(cls, values: Sequence[float], *, log: bool = False, zero: bool = False, most: float = LARGEST) -> Axis:
-        """The range of finite `values` with a little air: not below zero, unless a value is, and not above `most`.
-
-        Values that are (nearly) one get air of their own size, zeros the range from 0 to 1. `zero` starts the axis at 0.
-        """
-        low, high = (min(values), max(values)) if values else (1.0, 2.0)
-        return cls._logarithmic(low, high) if log else cls._linear(low, high, zero, most)
-
-    @classmethod
-    def _logarithmic(cls, low: float, high: float) -> Axis:
-        bottom, top = math.log(low), math.log(high)
-        little = math.log(1.02)
-        air = max(0.06 * (top - bottom), little)
-        return cls(math.exp(max(bottom - air, math.log(LEAST) - little)), math.exp(min(top + air, math.log(LARGEST))), True)
-
-    @classmethod
-    def _linear(cls, low: float, high: float, zero: bool, most: float) -> Axis:
-        size = max(abs(low), abs(high))
-        if size < LEAST:
-            return cls(0.0, min(1.0, most))
-        air = 0.06 * high - 0.06 * low  # the difference itself may be too large for a number
-        if air < 6e-6 * size:
-            air = 0.05 * size
-        bottom = max(low - air, -LARGEST) if low < 0 else 0.0 if zero else max(low - air, 0.0)
-        return cls(bottom, min(high + air, most))
-
-    def place(self, value: float, start: float, end: float) -> float:
-        """The coordinate of `value` when the axis runs from `start` to `end`."""
-        if self.log:
-            share = (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
-        else:
-            share = (value / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
-        return start + share * (end - start)
-
-    def ticks(self) -> list[float]:
-        """Round values inside the range, about five; 1-2-5 per decade, or some of the decades, on a wide logarithmic axis."""
-        if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
-            if len(decades) > TICKS:
-                stride = math.ceil(len(decades) / TICKS)
-                return [10.0**e for e in decades if e % stride == 0 and self.low <= 10.0**e <= self.high]
-            for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-                inside = [m * 10.0**e for e in decades for m in steps if self.low <= m * 10.0**e <= self.high]
-                if len(inside) >= 4:
-                    return inside
-        step = _nice_step(self.high / 5 - self.low / 5)
-        first = math.ceil(self.low / step - 1e-9)
-        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
-
-
-def _nice_step(raw: float) -> float:
-    power = 10.0 ** math.floor(math.log10(raw))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-
-
-def whole_ticks(first: int, last: int, most: int = 8) -> list[int]:
-    """At most about `most` evenly spaced whole numbers from `first` to `last`, on multiples of 1, 2, 5, 10, ..."""
-    steps = (m * 10**e for e in itertools.count() for m in (1, 2, 5))
-    step = next(s for s in steps if (last - first) / s <= most)
-    return list(range(-(-first // step) * step, last + 1, step))
 
 
 def thinned(items: Sequence[T], most: int = MOST_POINTS) -> list[T]:
@@ -100,6 +25,7 @@ def thinned(items: Sequence[T], most: int = MOST_POINTS) -> list[T]:
     if len(items) <= most:
         return list(items)
     step = (len(items) - 1) / (most - 1)
+    # Rounded places from first to last: a slice with a step would drop the last point, the one people look for.
     return [items[round(index * step)] for index in range(most)]
 
 
@@ -133,13 +59,16 @@ def line_chart(
     Values that are missing, not finite, or on a logarithmic axis not positive leave a gap. `zero` starts y at 0; no y is larger
     than `most`. Of a line with more than `MOST_POINTS` points, evenly spaced ones are drawn, and the title says so.
     """
+    # Before thinning: the title tells how many there were.
     longest = max((len(line.points) for line in series), default=0)
     title += shown_of(longest, x_label)
     series = [replace(line, points=thinned(line.points), tips=thinned(line.tips)) for line in series]
+    # Axes come from what is drawn: one infinite loss must not flatten the rest.
     usable = [point for line in series for point in _usable(line, log)]
     if not usable:
         return tag("p", f"{title}: nothing to draw.", cls="empty")
     first, last = min(x for x, _ in usable), max(x for x, _ in usable)
+    # A single round has no width; half a round on either side puts it in the middle.
     x_axis = Axis(float(first), float(last)) if last > first else Axis(first - 0.5, last + 0.5)
     y_axis = Axis.around([y for _, y in usable], log=log, zero=zero, most=most)
 
@@ -163,6 +92,7 @@ def _is_drawn(y: float, log: bool) -> bool:
 
 def _line(line: Series, marker: str, at: Callable[[float, float], tuple[float, float]], log: bool) -> Markup:
     path, pen_down, dots = "", False, []
+    # More markers would run into each other and hide the line.
     sparse = len(line.points) <= 40
     for (x, y), tip in zip(line.points, line.tips, strict=True):
         if y is None or not _is_drawn(y, log):
@@ -172,6 +102,7 @@ def _line(line: Series, marker: str, at: Callable[[float, float], tuple[float, f
         path += f"{'L' if pen_down else 'M'}{across:.1f} {down:.1f}"
         pen_down = True
         dots.append(_marker(marker, across, down) if sparse else None)
+        # An invisible circle, larger than the marker: a tooltip needs something to hit.
         dots.append(tag("circle", cx=f"{across:.1f}", cy=f"{down:.1f}", r=9, cls="hit", data_t=tip))
     return tag("g", tag("path", d=path, cls="line"), *dots, cls=line.css)
 
@@ -193,6 +124,7 @@ def _end_labels(ends: list[tuple[Series, tuple[float, float]]]) -> list[Markup]:
     heights: list[float] = []
     for _, (_, y) in ends:
         heights.append(max(y, heights[-1] + LABEL_GAP) if heights else y)
+    # First pushed down in order, then the last ones back up where they left the chart.
     overflow = heights[-1] - (HEIGHT - BOTTOM) if heights else 0.0
     for index in reversed(range(len(heights))):
         below = heights[index + 1] - LABEL_GAP if index + 1 < len(heights) else heights[index] - max(0.0, overflow)
@@ -214,6 +146,7 @@ def _frame(
     """Title, axes, grid and labels around a plot."""
     floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     grid = [tag("line", x1=LEFT, x2=right, y1=f"{y:.1f}", y2=f"{y:.1f}", cls="grid") for y, _ in y_ticks]
+    # 4 below the line: the middle of the digits, since SVG places text by its baseline.
     rows = [tag("text", text, x=LEFT - 8, y=f"{y + 4:.1f}", cls="tick left") for y, text in y_ticks]
     columns = [tag("text", text, x=f"{x:.1f}", y=floor + 18, cls="tick middle") for x, text in x_ticks]
     labels = [
@@ -252,8 +185,10 @@ def stacked_columns(columns: Sequence[tuple[int, Column]], *, title: str, x_labe
     columns = thinned(columns)
     if not columns:
         return tag("p", f"{title}: nothing to draw.", cls="empty")
+    # Stacked lengths only compare from a common zero.
     axis = Axis.around([column.total for _, column in columns], zero=True)
     first, last = columns[0][0], columns[-1][0]
+    # By number and not by count: rounds that are missing leave their place empty.
     slot = (WIDTH - LEFT - RIGHT) / (last - first + 1)
     width = min(0.78 * slot, 56.0)
 
@@ -276,6 +211,7 @@ def dense_columns(columns: Sequence[Column], strip: Sequence[str]) -> Markup:
     """Many thin columns that fill any width, no text inside; `strip` colours a line below, one class per column."""
     if not columns:
         return tag("p", "Nothing to draw.", cls="empty")
+    # 1 where all are empty: nothing is drawn, and nothing is divided by zero.
     high = max((column.total for column in columns), default=0.0) or 1.0
     rects = []
     for x, (column, css) in enumerate(zip(columns, strip, strict=True)):
@@ -290,9 +226,11 @@ def dense_columns(columns: Sequence[Column], strip: Sequence[str]) -> Markup:
         "svg",
         *rects,
         viewBox=box,
+        # Stretched to any width: hence no text inside, which would be stretched, too.
         preserveAspectRatio="none",
         role="img",
         cls="dense",
+        # At least two pixels a column; the frame scrolls instead.
         style=f"min-width:{2 * len(columns)}px",
     )
 
@@ -326,6 +264,7 @@ def bar_rows(rows: Sequence[tuple[str, Markup, Column, str]]) -> Markup:
 def tier_colours(tiers: Sequence[str]) -> dict[str, str]:
     """A colour class per tier (the highest first), spread over the eight steps of the ordinal palette, the strong end first."""
     last = max(1, len(tiers) - 1)
+    # Spread over the palette: two tiers get its two ends, which are easy to tell apart.
     return {tier: f"t{round(index * 7 / last)}" for index, tier in enumerate(tiers)}
 
 

@@ -1,0 +1,94 @@
+"""Start events: what a start records before its first round: the start line, the `run` event and the `data` event."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from fedmoe_ds.clients.client import tiers_of
+from fedmoe_ds.config import Config, idle_keys
+from fedmoe_ds.distributed.topology import Topology
+from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.kernels.frozen_layers import row_dtype
+from fedmoe_ds.kernels.lora_products import products_for
+
+
+def start_line(parts: Parts) -> str:
+    """Who runs what, in one line, the grouped kernel included."""
+    layout, launch = parts.topology.layout, parts.runtime.launch
+    dtype, device = row_dtype(parts.foundation.model), parts.runtime.device
+    config = parts.config
+    kernel = products_for(config.adapters.rank, dtype, device, config.execution.adapter_kernels).name
+    # Only LoRA pairs on experts go through the adapter kernels; whole experts have none.
+    paired = any(spec.expert and spec.pair for spec in parts.spec.blocks)
+    products = f"; adapter products by {kernel}" if paired else ""
+    mode = "bitwise" if parts.spec.bitwise else "fast"
+    return (
+        f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
+        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_without_effect(config)}"
+    )
+
+
+def _without_effect(config: Config) -> str:
+    idle = idle_keys(config)
+    return f"; without effect: {', '.join(idle)}" if idle else ""
+
+
+def rank_table(parts: Parts) -> list[dict[str, int | str]]:
+    topology: Topology = parts.topology
+    return topology.layout.table(parts.spec.expert_layout.num_experts, topology.hosts)
+
+
+def run_facts(parts: Parts) -> dict[str, Any]:
+    """The `run` event."""
+    config, foundation = parts.config, parts.foundation
+    packages = ("torch", "deepspeed", "transformers", "fedmoe-ds")
+    return {
+        "name": config.name,
+        "method": config.method.name,
+        "without_effect": idle_keys(config),
+        "world_size": parts.runtime.world_size,
+        "launcher": parts.runtime.launch.launcher,
+        "clusters": parts.topology.layout.clusters,
+        "ep_size": config.topology.ep_size,
+        "clients": len(parts.clients),
+        "num_experts": parts.spec.expert_layout.num_experts,
+        "top_k": parts.spec.expert_layout.top_k,
+        "layers": len(parts.spec.expert_layout.layers),
+        # Top-k only: readers of earlier versions know this field; `budgets` has the whole tiers.
+        "tiers": sorted({client.top_k for client in parts.clients}, reverse=True),
+        "budgets": budgets(parts),
+        "foundation": foundation.fingerprint,
+        "foundation_code": foundation.code,
+        "seed": config.seed,
+        "reproducible": "bitwise" if parts.spec.bitwise else "fast",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        # The name of a CPU says little about its kernels; kernels.instructions in the identity does.
+        "device": str(parts.runtime.device) if parts.runtime.device.type == "cpu" else torch.cuda.get_device_name(),
+        "topology": rank_table(parts),
+    }
+
+
+def budgets(parts: Parts) -> list[dict[str, Any]]:
+    """What the clients of every tier have to spend, the largest tier first."""
+    return [
+        {"tier_label": tier, "top_k": first.top_k, "active_experts": first.cap, "rank": first.rank,
+         "experts": first.experts, "clients": 1 + len(others)}
+        for tier, (first, *others) in tiers_of(parts.clients).items()
+    ]  # fmt: skip
+
+
+def data_facts(parts: Parts) -> dict[str, Any]:
+    """The `data` event."""
+    clients = [
+        # `tokens` is the old name of `targets`: it is an interface.
+        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.targets, "targets": c.targets,
+         "top_k": c.top_k, "tier_label": c.tier}
+        for c in parts.clients
+    ]  # fmt: skip
+    data = parts.data
+    told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
+    return {"clients": clients, **told}

@@ -1,0 +1,98 @@
+"""Evaluation: seconds of scoring the budget tiers, after one round and over a whole run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmoe_ds.clients.client import tiers_of
+from fedmoe_ds.planner.hardware import Hardware
+from fedmoe_ds.planner.network import Group, Network
+from fedmoe_ds.planner.training import exchanged
+from fedmoe_ds.planner.work import PassWork, Rows
+from fedmoe_ds.planner.workload import Job, Lengths
+from fedmoe_ds.planner.world import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated after a round; `plain`: the foundation, before the first one.
+
+    Attributes:
+        due: whether anything is.
+        per_client: whether every client's own hold-out is scored, too.
+    """
+
+    due: bool
+    per_client: bool
+    plain: bool
+
+    @classmethod
+    def of(cls, job: Job, round_index: int) -> Evaluation:
+        config, ends = job.config.evaluation, round_index in (0, job.config.federation.rounds)
+        due = ends or round_index % config.every == 0
+        asked = ends or (config.clients_every > 0 and round_index % config.clients_every == 0)
+        return cls(due, due and asked and config.client_sequences > 0, round_index == 0)
+
+
+def evaluation_seconds(job: Job, ep_size: int, world: World, hardware: Hardware) -> float:
+    """Seconds of all evaluations of a run, the foundation's included."""
+    network = Network(hardware, world)
+    kinds = Counter(Evaluation.of(job, index) for index in range(job.config.federation.rounds + 1))
+    return sum(count * one_evaluation_seconds(job, network, hardware, ep_size, kind) for kind, count in kinds.items())
+
+
+def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_size: int, asked: Evaluation) -> float:
+    """Seconds of one evaluation: every tier on the global hold-out; where asked for, every client on its own."""
+    if not asked.due:
+        return 0.0
+    config, personal = job.config.evaluation, job.method.personal_models and not asked.plain
+    shared = _batches(job.data.global_holdout.head(config.max_sequences), config.batch_size)
+    own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
+    owners = [lengths for lengths in own if len(lengths.rows)]
+    seconds = 0.0
+    for members in tiers_of(job.clients).values():
+        runs = len(members) if personal else 1
+        seconds += runs * _scored(job, network, hardware, ep_size, shared, members[0].cap)
+        if owners:
+            # Personal models see their own clients' data only; the first so many owners stand for them.
+            mine = owners[: len(members)] if job.method.personal_models else owners
+            seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
+    return seconds + network.control(Group.everyone(network.world), 1, 8)
+
+
+def _batches(lengths: Lengths, size: int) -> list[Lengths]:
+    starts = range(0, len(lengths.rows), size)
+    return [Lengths(lengths.rows[s : s + size], lengths.targets[s : s + size]) for s in starts]
+
+
+def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batches: list[Lengths], cap: int) -> float:
+    """Forward passes over batches that are dealt to all ranks of the world, turn by turn."""
+    world, dtype = network.world, job.config.foundation.dtype
+    compute = hardware.crowded(world.ranks_per_host)
+    work = PassWork(job, training=False)
+    turns = math.ceil(len(batches) / world.ranks)
+    samples = np.array([len(batch.rows) for batch in batches], dtype=np.float64)
+    # A batch is padded to its longest sequence.
+    longest = np.array([batch.rows.max() for batch in batches], dtype=np.float64)
+    targets = np.array([batch.targets.sum() for batch in batches], dtype=np.float64)
+    rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap
+    home = np.asarray(work.home(Rows(samples, longest, targets)).seconds(compute, dtype, work.score_flops))
+    home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))
+    fixed = work.fixed().seconds(compute, dtype)
+    local = job.expert_layout.num_experts // ep_size
+    # Routed rows are taken to be even over the ranks of a cluster.
+    arriving = rows.reshape(turns, -1, ep_size).mean(2).repeat(ep_size, 1)
+    busy = home + fixed + np.asarray(work.experts(arriving, ep_size, local).seconds(compute, dtype))
+    cores = hardware.slots if hardware.kind == "cpu" else world.ranks_per_host
+    # A host is done when its cores have done the work of all its ranks.
+    crowded = busy.reshape(turns, world.hosts, -1).sum(2).max(1) / cores
+    seconds = float(np.maximum(busy.max(1), crowded).sum())
+    group, expert_layout = Group.cluster(world, ep_size), job.expert_layout
+    calls, numbers = exchanged(job, False, float(rows.sum()) / world.ranks / turns)
+    size = numbers * max(job.size.bytes_per_parameter, 2) + len(expert_layout.layers) * expert_layout.num_experts * 8
+    seconds += network.all_to_all(group, calls * turns, size / calls)
+    return seconds + network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
