@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every import every
 
 from fedmoe_ds.bench.fft_moe.command import check_first_losses, run_pool
 from fedmoe_ds.bench.fft_moe.systems import Dense, ExpertPool
@@ -58,7 +59,7 @@ def test_wave_writes_its_rows(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()[-2:]
     assert [line.split(":")[0] for line in lines] == [f"tiny, {tokens} tokens per client and step" for tokens in (48, 24)]
-    assert all("(one timing) times as fast as peft grouped_mm" in line for line in lines)
+    assert every("(one timing) times as fast as peft grouped_mm" in line for line in lines)
     rows = read_rows(target)
     assert [row["system"] for row in rows] == ["fedmoe_ds", "peft grouped_mm"] * 2
     assert [row["sequences"] for row in rows] == [2, 2, 1, 1]
@@ -80,7 +81,7 @@ def test_load_writes_its_rows(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = read_rows(target)
     assert [(row["ep_size"], row["rank"]) for row in rows] == [(2, 0), (2, 1)]
-    assert all(row["system"] == "fedmoe_ds" and row["shape"] == "load-tiny" and row["peak_mib"] > 50 for row in rows)
+    assert every(row["system"] == "fedmoe_ds" and row["shape"] == "load-tiny" and row["peak_mib"] > 50 for row in rows)
     for row in rows:
         assert row["own_experts_mib"] == pytest.approx(2 * 8 * 3 * 64 * 64 * 4 / 2**20)
         assert row["model_mib"] == pytest.approx(row["dense_mib"] + 2 * row["own_experts_mib"])
@@ -113,7 +114,7 @@ def test_pools_start_as_the_dense_foundation(tmp_path: Path, bitwise: bool) -> N
     systems = {DENSE: Dense(tmp_path, workload), "experts 16": ExpertPool(tmp_path, workload, 16)}
     for _ in range(2):  # every wave starts afresh
         losses = {name: system.measure()["losses"] for name, system in systems.items()}
-        assert all(len(set(found)) == 3 for found in losses.values())
+        assert every(len(set(found)) == 3 for found in losses.values())
         check_first_losses(losses)
     with pytest.raises(DisagreementError, match="not the same computation"):
         check_first_losses({**losses, "experts 16": [loss + 1e-2 for loss in losses[DENSE]]})
@@ -195,7 +196,7 @@ def test_the_floor_of_a_device_counts_what_the_other_multiplies() -> None:
     flops += sum(2.0 * left.numel() * right.shape[2] for left, right, _ in floor.batched)
     assert device.flops == floor.flops() == 2 * flops > 0
     spans = [device.measure(repeats=2) for _ in range(2)]
-    assert all(span.wall > 0 and span.cpu == 0 for span in spans)
+    assert every(span.wall > 0 and span.cpu == 0 for span in spans)
 
 
 def test_devices_of_a_wave() -> None:
@@ -216,4 +217,4 @@ def test_wave_on_a_device(kernels: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = read_rows(target)
     assert [(row["system"], row["device"], row["kernels"]) for row in rows] == [(name, "cuda", kernels) for name in SYSTEMS]
-    assert all(row["floor_share"] > 0 and row["peak_mib"] > 0 for row in rows)
+    assert every(row["floor_share"] > 0 and row["peak_mib"] > 0 for row in rows)

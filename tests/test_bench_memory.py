@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from every import every
 
 from fedmoe_ds.bench.harness.shapes import SHAPES, write_model
 from fedmoe_ds.bench.harness.workload import Workload
@@ -97,7 +98,7 @@ def test_the_command(tmp_path: Path) -> None:
     ours = [name for name in ("fedmoe_ds", "fedmoe_ds bitwise", "fedmoe_ds bf16 moments") for _ in range(2)]
     assert [row["system"] for row in clients] == [*ours, "peft grouped_mm"] and clients[-1]["slope_mib"] is None
     assert [row["clients"] for row in clients] == [1, 3, 1, 3, 1, 3, 1]
-    assert all(row["peak_mib"] >= row["resident_mib"] > 50 and row["peak_mib"] >= row["loaded_mib"] for row in clients)
+    assert every(row["peak_mib"] >= row["resident_mib"] > 50 and row["peak_mib"] >= row["loaded_mib"] for row in clients)
     (run,) = [row for row in rows if row["part"] == "rounds"]
     assert run["samples"][-1][0] == run["rounds"] == 40 and run["settled_round"] >= 20
     host = {(row["start"], row["rank"]): row for row in rows if row["part"] == "host"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from every import every
 from federations import make_config, run_alone, write_inputs
 
 from fedmoe_ds.bench.harness.command import add_options
@@ -141,7 +142,7 @@ def test_the_table_says_what_was_met() -> None:
     shares = shares_row(JOBS, BITWISE, Timed(done, 70.0))
     alone, together = Timed([round_time(10.0)] * 2, 80.0), Timed([round_time(10.0, tokens=800)] * 2, 90.0)
     table = COMMAND.show([shares, *weak.weak_rows(JOBS, alone, together, [1.0, 1.0], 60.0)])
-    assert len(table.cells) == 1 + len(PHASES) + 3 and all(len(cells) == len(table.header) for cells in table.cells)
+    assert len(table.cells) == 1 + len(PHASES) + 3 and every(len(cells) == len(table.header) for cells in table.cells)
     assert table.cells[0][:3] == ["shares", "tiny", BITWISE] and table.cells[0][-2:] == ["<= 5.0 %", "yes"]
     assert table.cells[-2][-2:] == [">= 0.90", "yes"] and table.cells[-1][-2:] == ["", ""]
     assert table.cells[1][3:6] == ["forward and backward", "90.5 % (90.0 % to 90.9 %)", "75.0 %"]

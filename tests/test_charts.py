@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+from every import every
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.axis import Axis as PlotAxis
@@ -50,7 +51,7 @@ def drawn(markup: str) -> ElementTree.Element:
     for element in root.iter():
         numbers = [element.get(name, "0") for name in COORDINATES]
         numbers += re.findall(r"[^\sMLZ]+", element.get("d", ""))
-        assert all(re.fullmatch(r"-?\d+(\.\d+)?%?", number) for number in numbers), (element.tag, element.attrib)
+        assert every(re.fullmatch(r"-?\d+(\.\d+)?%?", number) for number in numbers), (element.tag, element.attrib)
     return root
 
 
@@ -91,7 +92,7 @@ def test_an_axis_of_shares_stays_among_shares(share: float) -> None:
 @given(st.integers(-(10**12), 10**12), st.integers(0, 10**12))
 def test_whole_ticks_are_few(first: int, length: int) -> None:
     ticks = whole_ticks(first, first + length)
-    assert len(ticks) <= 9 and all(first <= tick <= first + length for tick in ticks)
+    assert len(ticks) <= 9 and every(first <= tick <= first + length for tick in ticks)
 
 
 @settings(max_examples=150)
@@ -125,7 +126,7 @@ def test_columns_and_bars(stacks: list[list[float]]) -> None:
     drawn(dense_columns(columns, ["t0"] * len(columns)))
     bars = drawn(bar_rows([(column.label, "", column, "1") for column in columns]))  # type: ignore[misc]
     widths = [float(re.findall(r"width:([^%]+)%", bar.get("style", ""))[0]) for bar in bars.iter("i")]
-    assert all(0 < width <= 100.001 or width == 0 for width in widths)
+    assert every(0 < width <= 100.001 or width == 0 for width in widths)
 
 
 def evaluated(perplexities: list[float | None], accuracies: list[float | None]) -> History:
@@ -149,7 +150,7 @@ def test_the_sections_of_the_report(rows: list[tuple[float | None, float | None]
         drawn(re.sub(r"<input[^>]*>", "", section(history)))
     expert_section(history)
     accuracy = drawn(convergence_section(history).split("<figure>")[-1].split("</figure>")[0])
-    assert all(0 <= float(mark) <= 100 for mark in labels(accuracy)), "percent"
+    assert every(0 <= float(mark) <= 100 for mark in labels(accuracy)), "percent"
     assert max(map(len, final_table([{**row, "event": "eval"} for row in history.evaluations.values()]).splitlines())) < 140
 
 
@@ -329,7 +330,7 @@ def test_a_scaling_study_over_many_values_has_room_for_its_words_and_whiskers() 
         words = words_of(figure)
     assert {"measured", "ideal", "predicted", "train", "other", "in all-to-all", "1024"} <= set(words)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert len(titles) == 5 and all(titles)
+    assert len(titles) == 5 and every(titles)
     (measured, _ideal) = figure.axes[0].containers
     (bars,) = measured.lines[2]
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from every import every
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import REPOSITORY, SCRIPT, changed, read_events
@@ -121,7 +122,7 @@ def test_a_run_takes_base_own_keys_overrides_and_entry_in_this_order(request_: R
     own_keys = [config.method.model_dump() for config in runs.values()]
     assert [keys["temperature"] for keys in own_keys] == [3.0, 0.0, 3.0, 3.0]
     assert [keys["rescaler"] for keys in own_keys] == ["learnable"] * 3 + ["none"]
-    assert all(config.output == str(request_.output) for config in runs.values())
+    assert every(config.output == str(request_.output) for config in runs.values())
 
 
 def test_the_runs_of_a_seed_differ_in_their_method_only(request_: Request) -> None:
@@ -324,7 +325,7 @@ def test_noise_decides_nothing_as_often_as_promised() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_holm_against_its_definition(p_values: list[float]) -> None:
     corrected = holm(p_values)
-    assert all(p <= c <= 1 for p, c in zip(p_values, corrected, strict=True))
+    assert every(p <= c <= 1 for p, c in zip(p_values, corrected, strict=True))
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     for level in (0.01, 0.05, 0.2):
         rejected: set[int] = set()
@@ -526,7 +527,7 @@ def test_the_shipped_study_is_sound() -> None:
     protocol = read_protocol(configs / "compare-study.yaml")
     base = load_config(configs / "compare.yaml")
     tiers = {tier.top_k for tier in base.federation.tiers or []}
-    assert tiers == {8, 4, 2, 1} and all(set(entry.tiers) <= tiers for entry in protocol.expectations)
+    assert tiers == {8, 4, 2, 1} and every(set(entry.tiers) <= tiers for entry in protocol.expectations)
     labels = [label for label, entry in protocol.methods.items() if entry.name == "flame"]
     variants = parse_variants(",".join(["flame", *labels]), protocol, configs / "methods")
     runs = plan_runs(configs / "compare.yaml", variants, 1, Path("runs"), [])

@@ -18,7 +18,7 @@ from transformers import (
     ViTConfig,
 )
 
-from fedmoe_ds.config.tree import Config
+from fedmoe_ds.config.schema import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import check_length, check_plan
 from fedmoe_ds.foundation.builtin.presets import PRESETS

@@ -22,7 +22,7 @@ from launching import Job, changed
 from torch import nn
 
 from fedmoe_ds.config import Config
-from fedmoe_ds.config.tree import PretrainConfig
+from fedmoe_ds.config.schema import PretrainConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.distributed import long_work
 from fedmoe_ds.distributed.long_work import LongWork

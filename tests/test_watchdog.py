@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strangers import WORDS, ZEROS, Crowd, connect, is_closed
@@ -61,7 +62,7 @@ def test_strangers_change_nothing_but_a_counted_warning(
             with pytest.raises(ConnectionRefusedError):
                 connect("127.0.0.1", ranks.port)
         assert crowd.counts["came"] > 400
-        assert endings.all == [] and all(watch.thread.is_alive() for watch in ranks.watches.values())
+        assert endings.all == [] and every(watch.thread.is_alive() for watch in ranks.watches.values())
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1, warnings
     assert warnings[0].startswith("warning: watchdog: ") and "connections that were no rank's were turned away (" in warnings[0]
@@ -168,7 +169,7 @@ def test_without_descriptors_the_door_rests(monkeypatch: pytest.MonkeyPatch) -> 
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         listener.step()
-        assert len(listener._guests) == 3 and all(challenge_of(one) for one in waiting)
+        assert len(listener._guests) == 3 and every(challenge_of(one) for one in waiting)
         listener.close()
         assert "the system refused 1 times to let one in (ulimit -n)" in (listener.warning() or "")
 
@@ -434,7 +435,7 @@ def test_any_bytes_are_messages_or_garbled(content: bytes) -> None:
     with ours, theirs:
         ours.sendall(content + b"\n")
         try:
-            assert all(isinstance(message, dict) for message in JsonSocket(theirs).receive() or [])
+            assert every(isinstance(message, dict) for message in JsonSocket(theirs).receive() or [])
         except GarbledError:
             return
 

@@ -4,7 +4,7 @@ from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
 from fedmoe_ds.config.idle import idle_keys
 from fedmoe_ds.config.loading import dump_config, load_config
 from fedmoe_ds.config.reference import config_schema_markdown
-from fedmoe_ds.config.tree import (
+from fedmoe_ds.config.schema import (
     AdapterConfig,
     CheckpointConfig,
     Config,

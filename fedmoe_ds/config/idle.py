@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fedmoe_ds.config.tree import Config
+from fedmoe_ds.config.schema import Config
 
 
 def idle_keys(config: Config) -> list[str]:

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from fedmoe_ds.config.deepspeed_section import deepspeed_problems, without_effect
 from fedmoe_ds.config.problems import explained, first_of, shown
-from fedmoe_ds.config.schema import expected_at
-from fedmoe_ds.config.tree import Config
+from fedmoe_ds.config.schema import Config
+from fedmoe_ds.config.type_names import expected_at
 from fedmoe_ds.config.yaml12 import DEEPEST, LARGEST, dump_yaml, parse_yaml
 from fedmoe_ds.errors import UserError, nearest
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedmoe_ds.config.schema import all_keys, expected_at, keys_at
+from fedmoe_ds.config.type_names import all_keys, expected_at, keys_at
 from fedmoe_ds.config.yaml12 import inline_yaml
 from fedmoe_ds.errors import UserError, nearest
 

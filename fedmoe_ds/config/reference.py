@@ -7,8 +7,8 @@ import inspect
 from pydantic.fields import FieldInfo
 
 from fedmoe_ds.config.deepspeed_section import ALLOWED, REFUSED
-from fedmoe_ds.config.schema import section_of, type_text, walk
-from fedmoe_ds.config.tree import Config
+from fedmoe_ds.config.schema import Config
+from fedmoe_ds.config.type_names import section_of, type_text, walk
 from fedmoe_ds.config.yaml12 import inline_yaml
 
 _INTRODUCTION = """\

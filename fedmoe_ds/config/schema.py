@@ -1,122 +1,301 @@
-"""What the tree accepts, in words: its keys, and the expected type of any of them.
+"""Schema: the one typed configuration tree of a run, all keys with their defaults.
 
-Error messages and the reference are both made of this, so they cannot drift apart.
+Every section is a frozen pydantic model that refuses unknown keys and wrong types; cross-field rules that need no model and
+no data are checked here, the others where the needed fact becomes known (top_k against the foundation, clients against data).
 """
 
 from __future__ import annotations
 
-import inspect
-import types
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+import re
+from typing import Any, Literal
 
-import annotated_types
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
-from fedmoe_ds.config.tree import Config
-
-_NAMES: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "true or false", Any: "anything"}
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
-def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """Return the type in words with its bounds, e.g. `integer >= 1 or null`."""
-    # null comes last, whatever the order in the annotation: "integer >= 1 or null".
-    variants = [arg for arg in _variants(annotation) if arg is not types.NoneType]
-    nullable = len(variants) < len(_variants(annotation))
-    return " or ".join(_plain_text(variant, metadata) for variant in variants) + (" or null" if nullable else "")
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys, immutable."""
+
+    # strict: YAML has types, so "4" for 4 is a mistake. frozen: what was checked and saved is what runs.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def expected_at(location: Sequence[int | str], model: type[BaseModel] = Config) -> str:
-    """Return the type in words of the value at `location` below `model`, e.g. ("federation", "tiers", 0, "top_k")."""
-    annotation, metadata = _resolve(location, model)
-    return type_text(annotation, metadata)
+class PretrainConfig(Section):
+    """How the built-in foundation is pre-trained on the spot (ignored with `foundation.path`)."""
+
+    steps: int = Field(450, ge=0, description="optimizer steps; 0 keeps the random initialisation")
+    batch_size: int = Field(8, ge=1, description="sequences per step")
+    lr: float = Field(3e-3, gt=0, description="peak AdamW learning rate, cosine to zero")
+    threads: int = Field(1, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
 
 
-def keys_at(location: Sequence[int | str], model: type[BaseModel] = Config) -> list[str]:
-    """Return the keys of the section at `location` below `model`; empty if it is no section."""
-    annotation, _ = _resolve(location, model)
-    section = section_of(annotation)
-    return list(section.model_fields) if section else []
+class FoundationConfig(Section):
+    """The frozen model: a sparse mixture of experts, or a dense one with adapter experts beside it."""
+
+    preset: str | None = Field("tiny-olmoe", description="built-in foundation; ignored when `path` is given")
+    path: str | None = Field(None, description="Hugging Face model folder or hub id")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="storage type of the frozen weights")
+    pretrain: PretrainConfig = PretrainConfig()
+    trust_remote_code: bool = Field(
+        False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
+    )
+    cache: str | None = Field(None, description="cache folder; default $FEDMOE_CACHE or ~/.cache/fedmoe_ds")
 
 
-def all_keys(model: type[BaseModel] = Config) -> list[str]:
-    """Return every dotted key of the tree."""
-    return [key for key, _ in walk(model, "")]
+class MoEAdapterConfig(Section):
+    """Adapter experts beside every feed-forward block of a dense foundation (FFT-MoE)."""
+
+    experts: int = Field(8, ge=1, description="M, experts per block; divisible by ep_size")
+    width: int = Field(16, ge=1, description="bottleneck width of an expert")
+    top_k: int = Field(4, ge=1, description="most active experts per token: the largest budget")
 
 
-def _variants(annotation: Any) -> tuple[Any, ...]:
-    # `int | None` is a UnionType, Optional[int] a Union: pydantic hands over either.
-    is_union = get_origin(annotation) in (types.UnionType, Union)
-    return get_args(annotation) if is_union else (annotation,)
+class AdapterConfig(Section):
+    """What a client trains: LoRA on experts and attention and the router; beside a dense foundation, whole adapter experts."""
+
+    rank: int = Field(8, ge=1, description="LoRA rank R")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
+    experts: bool = Field(True, description="train every expert's gate_up and down projection")
+    expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
+    attention: list[str] = Field(
+        ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"
+    )
+    router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
+    moe: MoEAdapterConfig | None = Field(None, description="adapter experts; needs a dense foundation, which needs them")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_experts_take_the_place_of_lora(cls, given: Any) -> Any:
+        """FFT-MoE trains experts and router "in place of LoRA": attention gets some only where it is asked for."""
+        if isinstance(given, dict) and given.get("moe") is not None:
+            # Before validation: afterwards nobody could tell a default from the same value given by the user.
+            return {"attention": [], **given}
+        return given
+
+    @model_validator(mode="after")
+    def _check_expert_training(self) -> AdapterConfig:
+        if self.moe is not None and not self.experts:
+            # A key that could have no effect is refused: silence would let a user believe in it.
+            raise ValueError("adapters.experts: false: adapters.moe adds experts, and they are trained; use true, or drop moe")
+        if self.expert_training == "full" and (self.moe is not None or not self.experts):
+            why = "adapter experts are always trained whole" if self.moe is not None else "adapters.experts is false"
+            raise ValueError(f"adapters.expert_training: full: {why}; drop the key")
+        return self
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    return annotation if inspect.isclass(annotation) and issubclass(annotation, BaseModel) else None
+class TopologyConfig(Section):
+    """world = clusters x ep_size."""
+
+    ep_size: int = Field(1, ge=1, description="ranks that share one expert pool")
+    clusters: int | None = Field(None, ge=1, description="if given, checked against world / ep_size")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    control: Literal["auto", "torch", "mpi"] = Field(
+        "auto", description="what carries host-side messages; auto: MPI where mpirun started the ranks, else torch (gloo)"
+    )
+    aggregation: Literal["torch", "mpi"] = Field("torch", description="what carries the sums of a round")
+    # Long enough for a slow cluster's waves: the others wait for it in the aggregation.
+    timeout_s: float = Field(1800.0, gt=0, description="longest wait in one collective, seconds; then the job ends")
+    # Apart from timeout_s: a dead host is noticed within a minute, however long a wait may be.
+    silence_s: float = Field(60.0, ge=2, description="a rank that gives no sign of life for so long ends the job")
 
 
-def _plain_text(annotation: Any, metadata: Sequence[Any]) -> str:
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is list or annotation is list:
-        return "list" + (f" of {type_text(args[0])}" if args else "") + _bounds(metadata)
-    if origin is dict or annotation is dict:
-        return "mapping" + (f" of string to {type_text(args[1])}" if args else "")
-    section = section_of(annotation)
-    if section:
-        return f"section ({', '.join(section.model_fields)})"
-    return _NAMES[annotation] + _bounds(metadata)
+class TierConfig(Section):
+    """One budget tier: the FLOPs of `top_k` active experts per token, and the share of clients that live under it.
+
+    FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
+    may train, take the fraction top_k / K of theirs, unless the tier says another number.
+    """
+
+    top_k: int = Field(ge=1)
+    share: float = Field(gt=0)
+    rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
+    experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
 
 
-def _bounds(metadata: Sequence[Any]) -> str:
-    words: list[str] = []
-    lengths: list[int] = []
-    for bound in metadata:
-        match bound:
-            case annotated_types.Ge(limit):
-                words.append(f">= {limit}")
-            case annotated_types.Gt(limit):
-                words.append(f"> {limit}")
-            case annotated_types.Le(limit):
-                words.append(f"<= {limit}")
-            case annotated_types.Lt(limit):
-                words.append(f"< {limit}")
-            case annotated_types.MinLen(limit) | annotated_types.MaxLen(limit):
-                # Least and most length are one fact to a reader: "of length 2".
-                lengths.append(limit)
-    if lengths:
-        exact = len(lengths) == 2 and lengths[0] == lengths[1]
-        words.append(f"of length {lengths[0]}" if exact else f"of length {' to '.join(map(str, lengths))} or more")
-    return " " + " and ".join(words) if words else ""
+class FederationConfig(Section):
+    """Rounds, participants and budget tiers."""
+
+    rounds: int = Field(3, ge=1)
+    participation: float = Field(1.0, gt=0, le=1, description="fraction of clients drawn each round, at least one")
+    sampling: Literal["uniform", "size", "budget"] = Field(
+        "uniform",
+        description="draw clients with equal chances, in proportion to their samples, or to their top_k; weights in the mean "
+        "stay, so with `size` samples count twice: in the draw and in the mean",
+    )
+    # null and not a list: the default follows from the foundation's own top_k.
+    tiers: list[TierConfig] | None = Field(None, description="default: top_k = K, K/2, ..., 1 with equal shares")
+    budget: Literal["method", "top_k", "rank", "both"] = Field(
+        "method", description="what a tier's budget buys; method: what its paper says"
+    )
+    assignment: Literal["shuffled", "in_order"] = Field("shuffled", description="how clients are dealt to tiers")
 
 
-def _resolve(location: Sequence[int | str], model: type[BaseModel]) -> tuple[Any, Sequence[Any]]:
-    """Follow `location` through sections, lists and mappings; return the annotation found there and its bounds."""
-    annotation: Any = model
-    metadata: Sequence[Any] = ()
-    for part in location:
-        # Our unions are all "something or null", so the first variant that is not null is the only one.
-        annotation = next(variant for variant in _variants(annotation) if variant is not types.NoneType)
-        section = section_of(annotation)
-        if section:
-            field = section.model_fields.get(str(part))
-            annotation, metadata = (field.annotation, field.metadata) if field else (Any, ())
-        else:
-            # A list's items or a mapping's values: the last type argument either way.
-            annotation, metadata = (get_args(annotation) or (Any,))[-1], ()
-    return annotation, metadata
+class LocalConfig(Section):
+    """Local training of one client in one round."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the client's data, rounded up to whole steps")
+    steps: int | None = Field(None, ge=1, description="exact number of steps for everyone; overrides epochs")
+    max_steps: int | None = Field(None, ge=1, description="upper bound on the step count that epochs gives")
+    batch_size: int = Field(4, ge=1, description="sequences per step")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over the client's own steps")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
+    weight_decay: float = Field(0.0, ge=0, description="of all that a client trains, experts that it never used included")
+    momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what optimizer state is kept in; bfloat16 is rounded at random, steps compute in float32"
+    )
+    # A list and not a tuple: strict pydantic takes no YAML sequence for a tuple.
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="per-client gradient norm bound over all of its adapters")
+    drift: Literal["none", "fedprox", "scaffold"] = Field(
+        "none", description="correction of client drift; scaffold: variates are mean steps, clipped ones where clip acts"
+    )
+    proximal: float = Field(0.01, ge=0, description="FedProx mu")
+    balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss of a step")
+    z_loss: float = Field(0.0, ge=0, description="coefficient of the router z-loss")
 
 
-def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every key below a model; the keys of a list's items are written `list.N.key`."""
-    for name, field in model.model_fields.items():
-        section = section_of(field.annotation)
-        if section:
-            yield from walk(section, f"{prefix}{name}.")
-            continue
-        yield prefix + name, field
-        for variant in _variants(field.annotation):
-            item = section_of(next(iter(get_args(variant)), None))
-            if item:
-                yield from walk(item, f"{prefix}{name}.N.")
+class ServerConfig(Section):
+    """What the server does with the mean of a round (Reddi et al., arXiv 2003.00295); fedavg takes it as it is."""
+
+    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    lr: float = Field(1.0, gt=0, description="server learning rate on mean - global; about 0.01 for fedadam and fedyogi")
+    beta1: float = Field(0.9, ge=0, lt=1, description="momentum")
+    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi)")
+    tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root of the second moment")
+
+
+class MethodConfig(BaseModel):
+    """`name` picks the method; the other keys are its own parameters, checked by the method itself."""
+
+    # Parameters of methods live with the methods, so that a new method needs no change here.
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str = "flame"
+
+
+class PartitionConfig(Section):
+    """How samples are dealt to clients."""
+
+    kind: Literal["natural", "iid", "dirichlet", "quantity"] = "natural"
+    clients: int | None = Field(None, ge=1, description="number of clients; natural: keeps the largest groups")
+    alpha: float = Field(0.5, gt=0, description="Dirichlet alpha (dirichlet), or the skew exponent (quantity)")
+    column: str | None = Field(
+        None,
+        description="group or label column (natural, dirichlet); text is composed (NFC) and its white space made single "
+        "spaces, whole numbers are written in digits, anything else names no group",
+    )
+    min_samples: int = Field(1, ge=1, description="dirichlet: redraw until each client has this many")
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it becomes sequences."""
+
+    source: str = Field("stdlib", description="'stdlib', 'digits' (images), a .jsonl/.csv/.parquet file, or a hub data set id")
+    split: str = Field("train", description="split of a hub data set")
+    template: Literal["text", "instruction", "classification"] = "text"
+    columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
+    label_names: list[str] = Field(
+        default_factory=list, description="classification: the words of integer labels, or of their digits"
+    )
+    sequence_length: int = Field(128, ge=8, description="tokens per sequence; at most the positions of the foundation")
+    max_samples: int | None = Field(None, ge=1, description="use at most this many samples per client")
+    holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
+    global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
+    partition: PartitionConfig = PartitionConfig()
+
+
+class ExecutionConfig(Section):
+    """How the same mathematics is run."""
+
+    reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
+    clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole step")
+    threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
+    activation_checkpointing: bool = False
+    adapter_kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="low-rank products; auto: own C++ on CPU, torch's grouped products on CUDA; triton: checked in Triton's "
+        "interpreter and compiled for sm_80 and sm_90, never timed on a device",
+    )
+
+
+class EvaluationConfig(Section):
+    """Perplexity and next-token accuracy at every budget tier."""
+
+    every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
+    batch_size: int = Field(8, ge=1)
+    max_sequences: int | None = Field(64, ge=1, description="cap on the global hold-out; null: all of it")
+    client_sequences: int = Field(2, ge=0, description="hold-out sequences per client; 0: no per-client evaluation")
+    clients_every: int = Field(0, ge=0, description="rounds between per-client evaluations; 0: foundation and last")
+
+
+class CheckpointConfig(Section):
+    """Round checkpoints."""
+
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    every: int = Field(1, ge=1, description="rounds between checkpoints; the last round is always saved")
+    background: bool = Field(True, description="write a copy while the next round trains; false: wait for the disk")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("run", min_length=1, description="the run lives in <output>/<name>")
+    output: str = Field("runs", description="folder of all runs; on a file system that all ranks share")
+    seed: int = Field(0, ge=0, description="every random draw is addressed by it")
+    foundation: FoundationConfig = FoundationConfig()
+    adapters: AdapterConfig = AdapterConfig()
+    topology: TopologyConfig = TopologyConfig()
+    federation: FederationConfig = FederationConfig()
+    local: LocalConfig = LocalConfig()
+    method: MethodConfig = MethodConfig()
+    server: ServerConfig = ServerConfig()
+    data: DataConfig = DataConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed where it makes sense")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        # No separator and no leading dot: the name must not lead out of `output` or hide the run.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"{name}: a run's name is a folder; use letters, digits, '.', '_' and '-'")
+        return name
+
+    @model_validator(mode="after")
+    def _check_trainables(self) -> Config:
+        adapters = self.adapters
+        if not adapters.experts and not adapters.attention and adapters.router == "frozen":
+            raise ValueError(
+                "adapters: nothing would be trained; set experts=true, name attention projections, or router=train"
+            )
+        # Of a hosted mixture top_k is compared with the model, which is not known yet.
+        if adapters.moe is not None and adapters.moe.top_k > adapters.moe.experts:
+            raise ValueError(
+                f"adapters.moe.top_k: {adapters.moe.top_k}: more than the {adapters.moe.experts} experts; use at most these"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_scaffold_optimizer(self) -> Config:
+        # Karimireddy et al., arXiv 1910.06378, option II: c_i+ = c_i - c + (x - y_i) / (K lr) holds for plain steps only.
+        if self.local.drift == "scaffold" and (self.local.optimizer != "sgd" or self.local.momentum > 0):
+            raise ValueError(
+                "local.drift: scaffold: its control variates are mean gradients, so clients must take plain gradient steps; "
+                "use local.optimizer=sgd and local.momentum=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_moments(self) -> Config:
+        # bfloat16 would change nothing there: the key belongs to the run's identity and must not lie.
+        if self.local.moments == "bfloat16" and self.local.optimizer == "sgd" and self.local.momentum == 0:
+            raise ValueError(
+                "local.moments: bfloat16: sgd without momentum keeps no moments; use local.momentum above 0, "
+                "local.optimizer=adamw, or local.moments=float32"
+            )
+        return self

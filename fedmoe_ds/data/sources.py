@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fedmoe_ds.config.tree import DataConfig
+from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.readers import READERS, in_one_line
 from fedmoe_ds.data.table import Column, Table

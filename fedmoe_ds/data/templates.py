@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.config.tree import DataConfig
+from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data.encoder import Encoded, Encoder
 from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM
 from fedmoe_ds.data.table import Column, Table

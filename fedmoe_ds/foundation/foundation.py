@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from torch import nn
 
-from fedmoe_ds.config.tree import FoundationConfig
+from fedmoe_ds.config.schema import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.distributed.stop_points import file_sha256, run_waiting
 from fedmoe_ds.errors import UserError

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pydantic.fields import FieldInfo
 
 from fedmoe_ds import methods
-from fedmoe_ds.config.schema import type_text, walk
+from fedmoe_ds.config.type_names import type_text, walk
 from fedmoe_ds.config.yaml12 import inline_yaml
 from fedmoe_ds.methods.base import Method
 from fedmoe_ds.methods.registry import GROUP

@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from fedmoe_ds.config.tree import PretrainConfig
+from fedmoe_ds.config.schema import PretrainConfig
 from fedmoe_ds.data import digits, stdlib
 from fedmoe_ds.distributed.stop_points import file_sha256
 from fedmoe_ds.errors import UserError
