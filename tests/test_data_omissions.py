@@ -66,7 +66,9 @@ def test_every_row_is_there_whole_or_counted(kind: str, tokenizer: PreTrainedTok
         assert told.rows == len(rows) and told.total == {k: n for k, n in expected.items() if n}
         assert len(sequences(data)) == told.rows - told.left_out
         full = [ids for ids in sequences(data) if len(ids) == LENGTH]
-        assert len(full) == expected[CUT] and every(ids[-1] != tokenizer.eos_token_id for ids in full)
+        assert len(full) == expected[CUT] and all(  # none where nothing is cut
+            ids[-1] != tokenizer.eos_token_id for ids in full
+        )
         for index, name in enumerate(data.names):
             own = told.clients.get(name, {})
             if kind == "natural":

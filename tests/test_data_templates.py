@@ -37,7 +37,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]] | Data
 
 def targets(samples: templates.Samples, tokenizer: PreTrainedTokenizerFast, index: int = 0) -> str:
     """The text of the target tokens."""
-    return str(tokenizer.decode(samples.tokens[index][samples.targets[index]]))
+    return str(tokenizer.decode(samples.tokens[index][samples.loss_mask[index]]))
 
 
 def test_text_ends_every_document_and_drops_empty_ones(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -136,7 +136,7 @@ def test_a_leading_token_is_added_where_the_tokenizer_adds_one(tokenizer: PreTra
     row = {"instruction": "a", "output": "b"}
     with_start, without = (encode(t, [row], template="instruction") for t in (leading, tokenizer))
     assert with_start.tokens[0][0] == EOS != without.tokens[0][0]
-    assert not with_start.targets[0][0] and targets(with_start, leading) == "b<|endoftext|>"
+    assert not with_start.loss_mask[0][0] and targets(with_start, leading) == "b<|endoftext|>"
 
 
 @pytest.mark.parametrize(

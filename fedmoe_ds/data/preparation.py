@@ -175,7 +175,7 @@ def _units(samples: templates.Samples, row_labels: list[str], config: DataConfig
     """Return what is dealt; with `by_group`, the documents of a group are packed together before anything is drawn."""
     labels = [row_labels[row] for row in samples.rows]
     if config.template != "text" or not by_group:
-        content = Sequences(samples.tokens, samples.targets)
+        content = Sequences(samples.tokens, samples.loss_mask)
         return _Units(content, labels, packed=config.template != "text", stratified=by_group, rows=samples.rows)
     tokens: list[NDArray[np.int64]] = []
     packed_labels: list[str] = []
@@ -187,8 +187,8 @@ def _units(samples: templates.Samples, row_labels: list[str], config: DataConfig
         chunks = templates.pack(members[label], config.sequence_length)
         tokens.extend(chunks)
         packed_labels.extend([label] * len(chunks))
-    targets = [templates.all_but_first(chunk) for chunk in tokens]
-    return _Units(Sequences(tokens, targets), packed_labels, packed=True, stratified=True)
+    masks = [templates.all_but_first(chunk) for chunk in tokens]
+    return _Units(Sequences(tokens, masks), packed_labels, packed=True, stratified=True)
 
 
 def _finished(units: _Units, rows: NDArray[np.int64], sequence_length: int) -> Sequences:

@@ -48,12 +48,12 @@ NULLABLE = OPTIONAL | {"output"}
 class Samples:
     """Encoded rows, in row order.
 
-    `tokens[i]` int64 [length], `targets[i]` bool [length], `rows[i]` the row it came from. `omissions` holds (row, kind) of
-    every row that is left out, cut, or told for another reason.
+    `tokens[i]` int64 [length], `loss_mask[i]` bool [length], True at targets, `rows[i]` the row it came from. `omissions`
+    holds (row, kind) of every row that is left out, cut, or told for another reason.
     """
 
     tokens: list[NDArray[np.int64]]
-    targets: list[NDArray[np.bool_]]
+    loss_mask: list[NDArray[np.bool_]]
     rows: list[int]
     omissions: list[tuple[int, str]]
 
@@ -160,10 +160,10 @@ def encode(table: Table, columns: dict[str, str], config: DataConfig, encoder: E
             continue
         if pieces.cut or len(ids) > kept:
             encoded.omissions.append((row, CUT))
-        targets = np.zeros(min(len(ids), kept), dtype=np.bool_)
-        targets[first:] = True
+        mask = np.zeros(min(len(ids), kept), dtype=np.bool_)
+        mask[first:] = True
         encoded.tokens.append(ids[:kept])
-        encoded.targets.append(targets)
+        encoded.loss_mask.append(mask)
         encoded.rows.append(row)
     return encoded
 
@@ -177,10 +177,10 @@ def pack(documents: Sequence[NDArray[np.int64]], sequence_length: int) -> list[N
 
 
 def all_but_first(tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return the targets of a packed sequence."""
-    targets = np.ones(len(tokens), dtype=np.bool_)
-    targets[0] = False
-    return targets
+    """Return the loss mask of a packed sequence."""
+    mask = np.ones(len(tokens), dtype=np.bool_)
+    mask[0] = False
+    return mask
 
 
 class Pieces(NamedTuple):
