@@ -435,7 +435,7 @@ def test_any_bytes_are_messages_or_garbled(content: bytes) -> None:
     with ours, theirs:
         ours.sendall(content + b"\n")
         try:
-            assert every(isinstance(message, dict) for message in JsonSocket(theirs).receive() or [])
+            assert all(isinstance(message, dict) for message in JsonSocket(theirs).receive() or [])
         except GarbledError:
             return
 
