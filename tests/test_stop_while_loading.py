@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from every import every
 from federations import alone, make_config, read_events, run_alone, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,7 +91,7 @@ def test_stopped_after_any_steps(
         done = stop
         assert state.entry.exists() == (stop > 0)
     assert train(state) == undisturbed
-    assert len(notes) == sum(stop > 0 for stop in stops) and every("goes on after step" in note for note in notes)
+    assert len(notes) == sum(stop > 0 for stop in stops) and all("goes on after step" in note for note in notes)
 
 
 @pytest.fixture(scope="module")
