@@ -20,12 +20,11 @@ from fedmoe_ds.terminal import note, show
 def main() -> int:
     from fedmoe_ds.bench.commands import COMMANDS
     from fedmoe_ds.bench.harness.command import JSON, Command, Report, add_options
-    from fedmoe_ds.bench.results import page, suite, targets_command
+    from fedmoe_ds.bench.results.reports import REPORTS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="command", required=True)
-    reports = {module.REPORT.name: module.REPORT for module in (page, targets_command, suite)}
-    offered: list[Command | Report] = [*COMMANDS.values(), *reports.values()]
+    offered: list[Command | Report] = [*COMMANDS.values(), *REPORTS.values()]
     for command in offered:
         subparser = parsers.add_parser(command.name, help=command.help)
         add_options(subparser, [*command.options, *([JSON] if command.name in COMMANDS else [])])
@@ -33,7 +32,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an ordinary end: children are ended, too
     if args.command in COMMANDS:
         return measure(args)
-    text, code = reports[args.command].run(args, note)
+    text, code = REPORTS[args.command].run(args, note)
     show(text.removesuffix("\n"))
     return code
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import statistics
 import tokenize
-import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -79,15 +78,3 @@ def test_comments_say_why() -> None:
             tokens = [token.string for token in tokenize.generate_tokens(file.readline) if token.type == tokenize.COMMENT]
         found += sum(not any(mark in text for mark in marks) for text in tokens)
     assert 100 * found / lines >= COMMENTS
-
-
-def test_every_package_has_a_layer() -> None:
-    (contract,) = [
-        one
-        for one in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-        if one["id"] == "packages"
-    ]
-    layers = {name.strip() for layer in contract["layers"] for name in layer.split("|")}
-    assert layers == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} | {
-        path.stem for path in PACKAGE.glob("*.py")
-    } - {"__init__"}

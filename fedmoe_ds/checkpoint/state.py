@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
-from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.checkpoint.reader import Snapshot, TensorReader
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.errors import UserError
@@ -87,11 +87,11 @@ def save(
             "sums": SUMS_LAYOUT,
         }
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
-    snapshot = checkpoint.Snapshot(state.round, identity, position, partial, used)
+    snapshot = Snapshot(state.round, identity, position, partial, used)
     writer.begin(snapshot, tensors, {"config.yaml": config})
 
 
-def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: Topology, sums: RoundSums) -> None:
+def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, sums: RoundSums) -> None:
     """Read a checkpoint into `state`, whatever topology wrote it; `sums` receives those of an unfinished round.
 
     Raises UserError where that round's sums are those of another version.
@@ -103,16 +103,16 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
             "remove this folder: the run goes on from the round before"
         )
     first = _first_expert(state.adapters, topology)
-    with checkpoint.TensorReader(path, "adapters", snapshot.files) as reader:
+    with TensorReader(path, "adapters", snapshot.files) as reader:
         # `items` gives views, so reading into them fills the adapters themselves.
         for key, _, value in state.adapters.items(first):
             reader.read_into(key, value)
     if state.personal:
-        with checkpoint.TensorReader(path, "personal", snapshot.files) as reader:
+        with TensorReader(path, "personal", snapshot.files) as reader:
             for key, _, value in state.personal.items(first):
                 reader.read_into(key, value)
     for name, bank in state.server.items():
-        with checkpoint.TensorReader(path, f"server.{name}-", snapshot.files) as reader:
+        with TensorReader(path, f"server.{name}-", snapshot.files) as reader:
             for key, _, value in bank.items(_first_expert(bank, topology)):
                 reader.read_into(key, value)
     state.round = snapshot.round
@@ -127,7 +127,7 @@ def restore(path: Path, snapshot: checkpoint.Snapshot, state: State, topology: T
     )
     # On one cluster alone: the end of the round adds up the clusters, and a second copy would count twice.
     if topology.cluster == 0:
-        with checkpoint.TensorReader(path, "sums", snapshot.files) as reader:
+        with TensorReader(path, "sums", snapshot.files) as reader:
             for key, value in _sum_places(sums, topology, include_dense=topology.shard == 0):
                 reader.read_into(key, value)
     state.sums = sums

@@ -70,7 +70,7 @@ def _monitor(section: dict[str, Any], runtime: Runtime) -> MonitorMaster | None:
     def start() -> MonitorMaster:
         for name in wanted:
             package = _MONITORS[name]
-            # Asked beforehand: DeepSpeed's writers turn a missing package into a warning or an error of their own.
+            # Asked beforehand: DeepSpeed's writers print advice of their own and end with an ImportError.
             if package is not None and importlib.util.find_spec(package) is None:
                 raise UserError(
                     f"deepspeed.{name}.enabled: true: it needs the package {package}, which is not installed: pip install "

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmoe_ds.aggregation.postprocessors import OK
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
@@ -154,8 +155,8 @@ class Journal:
         waves: int,
     ) -> None:
         """Client, expert and round rows of a finished round; `waves_timer` tells the phases inside its waves."""
-        dropped = [client["client"] for client in clients if client["status"] != "ok"]
-        reasons = sorted({client["status"] for client in clients} - {"ok"})
+        dropped = [client["client"] for client in clients if client["status"] != OK]
+        reasons = sorted({client["status"] for client in clients} - {OK})
         tokens = sum(client["tokens"] for client in clients)
         # An unfinished round of an older version has clients that did not count them.
         targets = sum(client["targets"] for client in clients) if all("targets" in client for client in clients) else None

@@ -10,13 +10,14 @@ wave that is running: what the finished clients added up to is saved, and the ne
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from fedmoe_ds.aggregation.postprocessors import OK, Postprocessor, keep_out_non_finite, postprocess
 from fedmoe_ds.aggregation.round_sums import RoundSums
-from fedmoe_ds.checkpoint import state as states
+from fedmoe_ds.checkpoint import state
 from fedmoe_ds.checkpoint.digest import global_digest
 from fedmoe_ds.checkpoint.state import PartialRound
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
@@ -59,9 +60,11 @@ class _Round:
     waves: list[Wave] = field(default_factory=list)
     busiest: int = 0
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where each client stands among the chosen ones."""
         # Sums are exact in any order, but methods that collect updates need places that no schedule decides.
-        self.places = {client.index: place for place, client in enumerate(self.chosen)}
+        return {client.index: place for place, client in enumerate(self.chosen)}
 
     @property
     def unfinished(self) -> bool:
@@ -292,7 +295,7 @@ class Federation:
         activity.enter("checkpoint")
         parts = self.parts
         position = parts.runtime.run_on_rank0(self.journal.position)
-        states.save(self.writer, parts.topology, self.state, parts.identity, parts.config_text, position)
+        state.save(self.writer, parts.topology, self.state, parts.identity, parts.config_text, position)
 
     def _finish_checkpoint(self) -> None:
         """Wait for the checkpoint that is being written, if there is one."""

@@ -18,7 +18,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from fedmoe_ds.distributed.collectives import all_to_all
-from fedmoe_ds.model import experts as ffn
+from fedmoe_ds.model.experts import Block, Experts
 from fedmoe_ds.model.router import Routing
 
 
@@ -63,7 +63,7 @@ class Plan:
     receive: list[int]
     merge_N: Tensor | None  # order that merges what several peers sent (fast mode)
     unmerge_N: Tensor | None
-    blocks: list[ffn.Block]
+    blocks: list[Block]
 
 
 def make_plan(routing: Routing, segment_T: Tensor, slot: int | None, pool: Pool) -> Plan:
@@ -109,13 +109,13 @@ def _exchange_counts(counts_PES: Tensor, pool: Pool) -> Tensor:
 
 def _blocks(
     received_PES: Tensor, receive: list[int], slot: int | None, pool: Pool
-) -> tuple[Tensor | None, Tensor | None, list[ffn.Block]]:
+) -> tuple[Tensor | None, Tensor | None, list[Block]]:
     if slot is not None:
         blocks, start = [], 0
         for peer, rows in enumerate(receive):
             # grouped_mm takes int32 ends.
             ends = received_PES[peer, :, 0].cumsum(0).to(torch.int32)
-            blocks.append(ffn.Block(start, start + rows, pool.wave_slot(peer, slot), ends, ends))
+            blocks.append(Block(start, start + rows, pool.wave_slot(peer, slot), ends, ends))
             start += rows
         return None, None, blocks
     # [P, E, S] -> [E, P, S]: for each expert, the wave slots of all peers in order.
@@ -123,7 +123,7 @@ def _blocks(
     ends_G = by_expert_EC.flatten().cumsum(0).to(torch.int32)
     ends_E = by_expert_EC.sum(1).cumsum(0).to(torch.int32)
     # One block for all: base weights are shared, so an expert's product runs over the rows of all clients at once.
-    block = ffn.Block(0, sum(receive), None, ends_E, ends_G)
+    block = Block(0, sum(receive), None, ends_E, ends_G)
     if pool.ep_size == 1:
         return None, None, [block]
     # Rows arrive in (peer, expert, slot) order and are wanted in (expert, peer, slot) order. Every arrived row gets the number
@@ -147,7 +147,7 @@ class _ExpertPass(torch.autograd.Function):
         anchor: Tensor,
         plan: Plan,
         pool: Pool,
-        experts: ffn.Experts,
+        experts: Experts,
     ) -> Tensor:
         # Two exchanges, rows and then their weights: the experts apply the weight themselves, before the down projection.
         rows_ND = _to_experts(_gather(x_TD, plan.tokens_N), plan, pool)
@@ -189,7 +189,7 @@ def expert_pass(
     anchor: Tensor,
     plan: Plan,
     pool: Pool,
-    experts: ffn.Experts,
+    experts: Experts,
 ) -> Tensor:
     """y_t = sum over the kept experts j of t of  p_tj E_j(x_t).  Returns [T, D].
 
