@@ -38,7 +38,8 @@ adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k feder
 federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts federation.budget
 federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
-local.balance_loss local.z_loss method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
+local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
+method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
 execution.reproducible execution.micro_batch_size evaluation.max_sequences evaluation.client_sequences
 """
 """In the identity by their value: nothing need be loaded to see that."""
@@ -260,6 +261,16 @@ def test_another_content_is_refused(key: str, world: World) -> None:
     line = str(caught.value)
     assert line.startswith(f"--resume: {key}" if key not in BESIDES else f"--resume: {section}."), line
     assert "or another name" in line or "use another name" in line, line
+
+
+def test_other_rounds_are_refused_where_rates_follow_from_them(world: World) -> None:
+    scheduled = with_defaults(world.config({"local": {"rounds_schedule": "cosine"}}), world.parts.spec.method)
+    facts = (world.parts.foundation, world.parts.data, world.parts.identity["kernels"], True)
+    written, longer = identity(scheduled, *facts), scheduled.federation.model_copy(update={"rounds": 5})
+    ours = identity(scheduled.model_copy(update={"federation": longer}), *facts)
+    with pytest.raises(UserError, match=r"--resume: federation\.rounds: 5: .* with 2; the rate .*local\.rounds_schedule"):
+        check_identity(written, world.root / "no-config", ours, scheduled)
+    assert check_identity(written, world.root / "no-config", written, scheduled) == []
 
 
 @pytest.mark.parametrize("key", NEUTRAL.split())

@@ -56,6 +56,9 @@ class AdapterConfig(Section):
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
     experts: bool = Field(True, description="train every expert's gate_up and down projection")
     expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="LoRA dropout on the input of attention's adapters, in steps of 1/65536; never on experts"
+    )
     attention: list[str] = Field(
         ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"
     )
@@ -139,6 +142,10 @@ class LocalConfig(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over the client's own steps")
+    rounds_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the rate that a round starts from: across federation.rounds, from lr to final_lr"
+    )
+    final_lr: float = Field(1e-6, gt=0, description="rate of the last round, with rounds_schedule linear or cosine")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
     weight_decay: float = Field(0.0, ge=0, description="of all that a client trains, experts that it never used included")
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")

@@ -43,6 +43,7 @@ from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
+from fedmoe_ds.model.adapter_dropout import AdapterDropout
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import initial_bank, install
@@ -184,7 +185,7 @@ def _assemble(
         config.execution.micro_batch_size,
         training_hooks(spec, state, clients),
     )
-    trainer = WaveTrainer(model, spec.expert_layout.layers, config.local, micro, config.seed, hooks)
+    trainer = WaveTrainer(model, spec.expert_layout.layers, config.local, micro, config.seed, hooks, config.federation.rounds)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
     ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, spec.bitwise), spec.bitwise)
     # After kernels_of: that loads the kernels whose code is compared here.
@@ -275,6 +276,7 @@ def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.de
         balance=config.local.balance_loss,
         z=config.local.z_loss,
         kernels=config.execution.adapter_kernels,
+        dropout=AdapterDropout(config.adapters.dropout, config.seed) if config.adapters.dropout else None,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmoe_ds.data import ImageInput, Sequences
 from fedmoe_ds.kernels.per_client import Segment
+from fedmoe_ds.model.adapter_dropout import Address
 
 CLASS_TOKEN = 0
 """Position of an image whose hidden state is read out."""
@@ -35,6 +36,7 @@ class Rows:
     pixels: np.ndarray | None = None  # float32 [B, C, H, W]
     labels: np.ndarray | None = None  # int64 [B]
     positions: int = 1
+    drawn_at: Address | None = None  # where dropout draws; None outside training
 
     @classmethod
     def of(
@@ -45,12 +47,13 @@ class Rows:
         chosen: Iterable[int],
         allowed_E: Tensor | None = None,
         images: ImageInput | None = None,
+        drawn_at: Address | None = None,
     ) -> Rows:
         """The samples `chosen` of an owner, whatever they are; `images` is the foundation's, None for text."""
         part = data.select(chosen)
         assert (part.labels is None) == (images is None), "data and foundation are checked to be of one task"
         positions = 1 if images is None else images.positions
-        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_E, part.pixels, part.labels, positions)
+        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_E, part.pixels, part.labels, positions, drawn_at)
 
     def __len__(self) -> int:
         return len(self.input_ids) if self.labels is None else len(self.labels)
@@ -88,6 +91,7 @@ class Batch:
     labels_N: Tensor  # those targets, in row order
     targets: list[int]  # per segment
     pixels_BCHW: Tensor | None = None
+    drawn_at: list[Address] | None = None  # per segment; None outside training
 
 
 def make_batch(rows: list[Rows], num_experts: int, device: torch.device, images: ImageInput | None = None) -> Batch:
@@ -159,7 +163,14 @@ def _batch(
         torch.from_numpy(labels).to(device),
         [part.targets for part in rows],
         pixels_BCHW,
+        _addresses(rows),
     )
+
+
+def _addresses(rows: list[Rows]) -> list[Address] | None:
+    found = [part.drawn_at for part in rows if part.drawn_at is not None]
+    assert len(found) in (0, len(rows)), "all clients of a pass train, or none"
+    return found or None
 
 
 def _segments(rows: list[Rows], shape: tuple[int, ...]) -> tuple[list[Segment], np.ndarray, np.ndarray]:

@@ -45,7 +45,7 @@ class AdaptedModel:
         The loss is the same for both tasks: cross-entropy of the next token, or of the class that the class token's hidden
         state is read out to.
         """
-        run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C)
+        run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C, batch.drawn_at)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model

@@ -103,8 +103,10 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
     # With checkpointing one layer at a time is recomputed; only every layer's input is kept.
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
+    # Dropout keeps no mask; while a projection computes there are its mask, what is let through, and that part's gradient.
+    dropped = 3 * tokens * model.hidden if config.adapters.dropout and config.adapters.attention else 0
     logits = 4 * tokens * model.vocabulary
-    return int((kept_layers * per_layer + checkpoints + backward + logits) * spec.row_bytes)
+    return int((kept_layers * per_layer + checkpoints + backward + dropped + logits) * spec.row_bytes)
 
 
 def format_bytes(count: float) -> str:

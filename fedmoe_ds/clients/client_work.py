@@ -1,0 +1,60 @@
+"""Client work: what one client's local training in one round consists of, and what it has found so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.lr_schedule import learning_rate, round_rate
+from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.data import Sequences
+from fedmoe_ds.model.adapter_dropout import Address
+
+
+@dataclass
+class ClientWork:
+    """One client's local training, on any rank.
+
+    Attributes:
+        slot: its home slot.
+        batches: indices of the sequences of every step.
+        round_index, rounds: this round and how many the run has, from 1.
+        data: on its home rank only.
+        losses: mean over the targets of every step so far.
+        tokens, targets: passed so far.
+        observed: the method's sums over the round's batches, [L, E] each.
+    """
+
+    client: Client
+    slot: int
+    assignment: Assignment
+    batches: list[np.ndarray]
+    round_index: int
+    rounds: int
+    data: Sequences | None = None
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    targets: int = 0
+    observed: dict[str, Tensor] = field(default_factory=dict)
+
+    def micro_batches(self, step: int, size: int | None) -> int:
+        """Passes of a step, of so many sequences each (None: all of them)."""
+        if step >= len(self.batches):
+            return 0
+        return math.ceil(len(self.batches[step]) / (size or len(self.batches[step])))
+
+    def chosen(self, step: int, micro: int, size: int | None) -> tuple[np.ndarray, Address]:
+        """The sequences of one pass, and where their draws are addressed."""
+        first = micro * (size or len(self.batches[step]))
+        chosen = self.batches[step][first:][:size]
+        return chosen, (self.round_index, self.client.index, step, first)
+
+    def rates(self, local: LocalConfig) -> list[float]:
+        """Learning rates of all its steps."""
+        peak, steps = round_rate(local, self.round_index, self.rounds), len(self.batches)
+        return [learning_rate(local, peak, step, steps) for step in range(steps)]
