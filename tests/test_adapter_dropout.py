@@ -26,7 +26,7 @@ from fedmoe_ds.model.pass_context import Execution, Pass
 
 CPU = torch.device("cpu")
 WIDTH = 12
-HERE = (3, "q_proj")
+HERE = (3, "attention.q_proj")
 AT: Address = (1, 7, 0, 0)
 
 
@@ -61,7 +61,7 @@ def test_every_part_of_an_address_counts() -> None:
     dropout, found = AdapterDropout(0.5, seed=0), set()
     for address in (AT, (2, 7, 0, 0), (1, 8, 0, 0), (1, 7, 1, 0), (1, 7, 0, 1)):
         found.add(kept(dropout, [1], [8], [address], 8).numpy().tobytes())
-    for place in ((4, "q_proj"), (3, "v_proj")):
+    for place in ((4, "attention.q_proj"), (3, "attention.v_proj")):
         found.add(dropout.kept(segments_of([1], [8]), [AT], place, torch.Size([8, WIDTH]), CPU).numpy().tobytes())
     found.add(kept(AdapterDropout(0.5, seed=1), [1], [8], [AT], 8).numpy().tobytes())
     assert len(found) == 8
@@ -83,7 +83,7 @@ class Layer:
 
     def __init__(self, probability: float, drawn: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.projection = Projection("q_proj", HERE[0], HERE[1], WIDTH, 10)
+        self.projection = Projection("q_proj", "attention", HERE[0], "q_proj", WIDTH, 10)
         blocks = [
             BlockSpec(self.projection.block_a, (HERE[0],), (4, WIDTH)),
             BlockSpec(self.projection.block_b, (HERE[0],), (10, 4)),
@@ -158,7 +158,9 @@ def test_an_evaluation_leaves_nothing_out() -> None:
 
 def test_dropout_without_attention_adapters_is_named() -> None:
     tree = {"adapters": {"dropout": 0.1, "attention": []}}
-    assert idle_keys(Config.model_validate(tree)) == ["adapters.dropout=0.1 (there is no LoRA on attention)"]
+    assert idle_keys(Config.model_validate(tree)) == [
+        "adapters.dropout=0.1 (there is no LoRA on projections, and experts have no dropout)"
+    ]
     assert idle_keys(Config.model_validate({"local": {"final_lr": 1e-5}})) == [
         "local.final_lr=1e-05 (local.rounds_schedule is constant)"
     ]

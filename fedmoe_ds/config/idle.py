@@ -33,8 +33,8 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     on_experts = adapters.experts and adapters.moe is None and adapters.expert_training == "lora"
     if not on_experts and not adapters.projections:
         yield "adapters", ("rank", "alpha"), "there is no LoRA"
-    if not adapters.attention:
-        yield "adapters", ("dropout",), "there is no LoRA on attention"
+    if not adapters.projections:
+        yield "adapters", ("dropout",), "there is no LoRA on projections, and experts have no dropout"
     if federation.participation == 1.0:
         yield "federation", ("sampling",), "federation.participation is 1: all are drawn"
     if local.steps is not None:

@@ -59,7 +59,7 @@ class AdapterConfig(Section):
     )
     expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="LoRA dropout on the input of attention's adapters, in steps of 1/65536; never on experts"
+        0.0, ge=0, lt=1, description="LoRA dropout on the input of adapters of projections, in steps of 1/65536; not on experts"
     )
     attention: list[str] = Field(
         ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"

@@ -1,4 +1,4 @@
-"""Adapter dropout: which inputs of an attention adapter a training pass leaves out, drawn by address.
+"""Adapter dropout: which inputs of a projection's adapter a training pass leaves out, drawn by address.
 
     y = W x + s B A (m * x) / (1 - p)        m is 1 with probability 1 - p; as in PEFT's LoRA layers, W sees all of x
 
@@ -48,7 +48,7 @@ class AdapterDropout:
         shape: torch.Size,
         device: torch.device,
     ) -> Tensor:
-        """bool [T, D] for rows of this shape: what a projection, (layer, name), lets through. False in padding.
+        """bool [T, D] for rows of this shape: what a projection (layer, `part.name`) lets through. False in padding.
 
         Args:
             addresses: of each segment.

@@ -168,7 +168,7 @@ class ClientLoRALinear(nn.Module):
         return self.execution.bank.value(self.projection.block_a, self.projection.layer).shape[0]
 
     def _kept(self, run: Pass, x_TD: Tensor) -> Callable[[], Tensor] | None:
-        dropout, place = self.execution.dropout, (self.projection.layer, self.projection.name)
+        dropout, place = self.execution.dropout, (self.projection.layer, f"{self.projection.part}.{self.projection.name}")
         if dropout is None or run.drawn_at is None:
             return None
         return partial(dropout.kept, run.segments, run.drawn_at, place, x_TD.shape, x_TD.device)

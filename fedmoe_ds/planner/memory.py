@@ -104,7 +104,7 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
     # Dropout keeps no mask; while a projection computes there are its mask, what is let through, and that part's gradient.
-    dropped = 3 * tokens * model.hidden if config.adapters.dropout and config.adapters.attention else 0
+    dropped = 3 * tokens * model.hidden if config.adapters.dropout and config.adapters.projections else 0
     logits = 4 * tokens * model.vocabulary
     return int((kept_layers * per_layer + checkpoints + backward + dropped + logits) * spec.row_bytes)
 
