@@ -9,7 +9,6 @@ unless bits are promised and the kernels do not keep rows apart (`RunSpec.shares
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.batches import local_batches
+from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
@@ -41,22 +40,26 @@ Wave = list[list[Client]]
 
 @dataclass
 class _Work:
-    """One client's local training on any rank; `data` only on its home rank."""
+    """One client's local training on any rank; `data` only on its home rank. `bounds`: see `pass_bounds`, for every step."""
 
     client: Client
     slot: int
     assignment: Assignment
     batches: list[np.ndarray]
+    bounds: list[list[int]]
     data: Sequences | None = None
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
     targets: int = 0
     observed: dict[str, Tensor] = field(default_factory=dict)  # [L, E] sums over the round's batches
 
-    def micro_batches(self, step: int, size: int | None) -> int:
-        if step >= len(self.batches):
-            return 0
-        return math.ceil(len(self.batches[step]) / (size or len(self.batches[step])))
+    def micro_batches(self, step: int) -> int:
+        return len(self.bounds[step]) - 1 if step < len(self.batches) else 0
+
+    def chosen(self, step: int, micro: int) -> np.ndarray:
+        """Its sequences in one pass of a step."""
+        first, end = self.bounds[step][micro : micro + 2]
+        return self.batches[step][first:end]
 
 
 class WaveTrainer:
@@ -69,6 +72,7 @@ class WaveTrainer:
         micro_batch_size: sequences of a client in one pass; None for all of a step.
         seed: run seed.
         hooks: what the method prescribes per client.
+        packing: where samples are packed, what cuts a step into passes.
     """
 
     def __init__(
@@ -79,9 +83,11 @@ class WaveTrainer:
         micro_batch_size: int | None,
         seed: int,
         hooks: LocalTrainingHooks | None = None,
+        packing: Packing | None = None,
     ) -> None:
+        assert model.packing == (packing is not None)
         self.model, self.execution, self.hooks = model, model.execution, hooks or LocalTrainingHooks()
-        self.local, self.micro, self.seed = local, micro_batch_size, seed
+        self.local, self.micro, self.seed, self.packing = local, micro_batch_size, seed, packing
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
         self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
@@ -129,7 +135,8 @@ class WaveTrainer:
     def _work(self, client: Client, slot: int, round_index: int) -> _Work:
         given = self.hooks.batches
         batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
-        return _Work(client, slot, self.hooks.assign(client, round_index), batches)
+        bounds = [pass_bounds(batch, self.micro, self.packing, client.index) for batch in batches]
+        return _Work(client, slot, self.hooks.assign(client, round_index), batches, bounds)
 
     def _view(self, work: _Work, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
         slots = {True: shard * self.pool.home_clients + work.slot}
@@ -173,14 +180,14 @@ class WaveTrainer:
         """All passes of one local step, in an order that every rank of the cluster knows."""
         if self.pool.merge:
             everyone = [work for home in works for work in home]
-            for micro in range(max((w.micro_batches(step, self.micro) for w in everyone), default=0)):
-                self._pass([w for w in everyone if micro < w.micro_batches(step, self.micro)], step, micro, None, counts)
+            for micro in range(max((w.micro_batches(step) for w in everyone), default=0)):
+                self._pass([w for w in everyone if micro < w.micro_batches(step)], step, micro, None, counts)
             return
         # The same slot on all ranks at a time, so a rank's rows in a pass are one client's (see `make_plan`).
         for slot in range(self.pool.home_clients):
             here = [home[slot] for home in works if slot < len(home)]
-            for micro in range(max((w.micro_batches(step, self.micro) for w in here), default=0)):
-                self._pass([w for w in here if micro < w.micro_batches(step, self.micro)], step, micro, slot, counts)
+            for micro in range(max((w.micro_batches(step) for w in here), default=0)):
+                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, slot, counts)
 
     def _pass(self, everyone: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
@@ -192,8 +199,7 @@ class WaveTrainer:
                 raise
             # The loop's order and this choice depend on sizes alone, so every rank of the cluster would name the same client.
             largest = max(everyone, key=lambda work: len(work.batches[step]))
-            count = min(len(largest.batches[step]), self.micro or len(largest.batches[step]))
-            raise OutOfMemory(largest.client, count) from None
+            raise OutOfMemory(largest.client, largest.bounds[step][1]) from None
 
     def _run(self, works: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         rows = [self._rows(work, step, micro) for work in works]
@@ -223,8 +229,7 @@ class WaveTrainer:
         assert work.data is not None
         if len(work.losses) == step:
             work.losses.append(0.0)
-        size = self.micro or len(work.batches[step])
-        chosen = work.batches[step][micro * size : (micro + 1) * size]
+        chosen = work.chosen(step, micro)
         allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
         return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, self.model.foundation.images)
 

@@ -17,6 +17,7 @@ from fedmoe_ds.kernels.lora_products import Kernels, LowRankProducts, products_f
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Routing
 
 
@@ -32,6 +33,7 @@ class Pass:
         valid_T: bool, False for padding.
         allowed_TE: expert mask per row, or None.
         rescale_C: fixed factor on the expert output per home slot, or None (FLAME's static rescaler; evaluation of a tier).
+        packed: where the samples are, if each sequence is one token of a packed pass; None where a sequence is a sample.
         counts: routed rows per (home slot, expert), by layer; written by the layers.
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
@@ -45,6 +47,7 @@ class Pass:
     valid_T: Tensor
     allowed_TE: Tensor | None = None
     rescale_C: list[float] | None = None
+    packed: PackedSamples | None = None
     counts: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
