@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
-from fedmoe_ds.model.adapter_dropout import AdapterDropout, Address
+from fedmoe_ds.model.adapter_dropout import AdapterDropout, Address, Drawn
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.lora_attention import ClientLoRALinear, Projection
 from fedmoe_ds.model.pass_context import Execution, Pass
@@ -35,35 +35,40 @@ def segments_of(counts: list[int], longest: list[int]) -> list[Segment]:
     return [Segment(i, end - count, end, n) for i, (count, end, n) in enumerate(zip(counts, ends, longest, strict=True))]
 
 
-def kept(dropout: AdapterDropout, counts: list[int], longest: list[int], addresses: list[Address], length: int) -> Tensor:
-    """[B, S, D] of a pass with these clients."""
-    segments = segments_of(counts, longest)
-    shape = torch.Size([sum(counts) * length, WIDTH])
-    return dropout.kept(segments, addresses, HERE, shape, CPU).view(-1, length, WIDTH)
+def kept(dropout: AdapterDropout, drawn: list[Drawn], length: int, packed: bool = False) -> Tensor:
+    """[T, D] of a pass with these clients, padded to a length, or packed."""
+    counts = [sum(one.lengths) if packed else len(one.lengths) for one in drawn]
+    segments = segments_of(counts, [max(one.lengths) for one in drawn])
+    return dropout.kept(segments, drawn, HERE, torch.Size([sum(counts) * (1 if packed else length), WIDTH]), CPU)
 
 
 @settings(max_examples=60)
 @given(st.data())
 def test_draws_belong_to_their_address(data: st.DataObject) -> None:
-    """Whatever else is in the pass, however long it is, and however the step is cut: a sequence's draws are its own."""
+    """Whatever else is in the pass, however long it is, packed or not, and however the step is cut."""
     dropout = AdapterDropout(data.draw(st.floats(0.01, 0.99)), seed=data.draw(st.integers(0, 5)))
-    count, longest = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
-    whole = kept(dropout, [count], [longest], [AT], longest)
-    other, length = data.draw(st.integers(1, 3)), longest + data.draw(st.integers(0, 4))
-    first = data.draw(st.integers(0, count - 1))
-    shorter = data.draw(st.integers(1, longest))
-    part = kept(dropout, [other, count - first], [length, shorter], [(1, 2, 0, 0), (*AT[:3], first)], length)[other:]
-    assert torch.equal(part[:, :shorter], whole[first:, :shorter])
-    assert not part[:, shorter:].any(), "nothing is let through where there is only padding"
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+    whole = kept(dropout, [Drawn(AT, lengths)], 9).view(-1, 9, WIDTH)
+    other = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    first, length = data.draw(st.integers(0, len(lengths) - 1)), data.draw(st.integers(9, 12))
+    drawn = [Drawn((1, 2, 0, 0), other), Drawn((*AT[:3], first), lengths[first:])]
+    padded = kept(dropout, drawn, length).view(-1, length, WIDTH)[len(other) :]
+    packed = kept(dropout, drawn, 1, packed=True)[sum(other) :].split(lengths[first:])
+    for place, (one, count) in enumerate(zip(packed, lengths[first:], strict=True)):
+        assert torch.equal(padded[place, :count], whole[first + place, :count]) and torch.equal(
+            one, whole[first + place, :count]
+        )
+        assert not padded[place, count:].any(), "nothing is let through where there is only padding"
 
 
 def test_every_part_of_an_address_counts() -> None:
     dropout, found = AdapterDropout(0.5, seed=0), set()
     for address in (AT, (2, 7, 0, 0), (1, 8, 0, 0), (1, 7, 1, 0), (1, 7, 0, 1)):
-        found.add(kept(dropout, [1], [8], [address], 8).numpy().tobytes())
+        found.add(kept(dropout, [Drawn(address, [8])], 8).numpy().tobytes())
     for place in ((4, "attention.q_proj"), (3, "attention.v_proj")):
-        found.add(dropout.kept(segments_of([1], [8]), [AT], place, torch.Size([8, WIDTH]), CPU).numpy().tobytes())
-    found.add(kept(AdapterDropout(0.5, seed=1), [1], [8], [AT], 8).numpy().tobytes())
+        mask = dropout.kept(segments_of([1], [8]), [Drawn(AT, [8])], place, torch.Size([8, WIDTH]), CPU)
+        found.add(mask.numpy().tobytes())
+    found.add(kept(AdapterDropout(0.5, seed=1), [Drawn(AT, [8])], 8).numpy().tobytes())
     assert len(found) == 8
 
 
@@ -72,7 +77,7 @@ def test_the_expectation_is_the_input(probability: float) -> None:
     dropout = AdapterDropout(probability, seed=0)
     left_out = dropout.left_out / 65536
     assert abs(left_out - probability) <= 1 / 65536 and 0 < left_out < 1
-    share = float(kept(dropout, [40], [200], [AT], 200).double().mean())
+    share = float(kept(dropout, [Drawn(AT, [200] * 40)], 200).double().mean())
     deviation = (left_out * (1 - left_out) / (40 * 200 * WIDTH)) ** 0.5
     assert share == pytest.approx(1 - left_out, abs=5 * deviation)
     assert dropout.gain * (1 - left_out) == pytest.approx(1.0, rel=1e-12)
@@ -95,9 +100,9 @@ class Layer:
         self.base = nn.Linear(WIDTH, 10, bias=False).requires_grad_(False)
         self.dropout = AdapterDropout(probability, seed=0) if probability else None
         execution = Execution(self.bank, Pool(None, 1, 1, 2, merge=True), 2.0, dropout=self.dropout)
-        self.segments, self.addresses = segments_of([2, 1], [5, 4]), [AT, (1, 9, 0, 0)]
+        self.segments, self.drawn_at = segments_of([2, 1], [5, 4]), [Drawn(AT, [5, 5]), Drawn((1, 9, 0, 0), [4])]
         rows = torch.zeros(15, dtype=torch.int64)
-        execution.current = Pass(self.segments, None, rows, rows, rows.bool(), drawn_at=self.addresses if drawn else None)
+        execution.current = Pass(self.segments, None, rows, rows, rows.bool(), drawn_at=self.drawn_at if drawn else None)
         self.layer = ClientLoRALinear(self.base, self.projection, execution)
         self.x_BSD = torch.randn(3, 5, WIDTH, generator=generator).requires_grad_()
         self.dy_BSO = torch.randn(3, 5, 10, generator=generator)
@@ -125,7 +130,7 @@ def test_peft_computes_the_same_from_the_same_mask() -> None:
     ours = Layer(0.25)
     y_BSO, dx_BSD = ours.run()
     assert ours.dropout is not None
-    mask = ours.dropout.kept(ours.segments, ours.addresses, HERE, torch.Size([15, WIDTH]), CPU).view(3, 5, WIDTH)
+    mask = ours.dropout.kept(ours.segments, ours.drawn_at, HERE, torch.Size([15, WIDTH]), CPU).view(3, 5, WIDTH)
     assert 0 < int(mask[:2].sum()) < mask[:2].numel()
     for slot, rows in enumerate((slice(0, 2), slice(2, 3))):
         config = LoraConfig(r=4, lora_alpha=8.0, lora_dropout=0.25, target_modules=["q_proj"])

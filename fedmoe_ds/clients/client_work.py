@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +22,7 @@ class ClientWork:
     Attributes:
         slot: its home slot.
         batches: indices of the sequences of every step.
+        bounds: where the passes of every step begin in it, and the end of the last one (`pass_bounds`).
         round_index, rounds: this round and how many the run has, from 1.
         data: on its home rank only.
         losses: mean over the targets of every step so far.
@@ -34,6 +34,7 @@ class ClientWork:
     slot: int
     assignment: Assignment
     batches: list[np.ndarray]
+    bounds: list[list[int]]
     round_index: int
     rounds: int
     data: Sequences | None = None
@@ -42,17 +43,14 @@ class ClientWork:
     targets: int = 0
     observed: dict[str, Tensor] = field(default_factory=dict)
 
-    def micro_batches(self, step: int, size: int | None) -> int:
-        """Passes of a step, of so many sequences each (None: all of them)."""
-        if step >= len(self.batches):
-            return 0
-        return math.ceil(len(self.batches[step]) / (size or len(self.batches[step])))
+    def micro_batches(self, step: int) -> int:
+        """Passes of a step."""
+        return len(self.bounds[step]) - 1 if step < len(self.batches) else 0
 
-    def chosen(self, step: int, micro: int, size: int | None) -> tuple[np.ndarray, Address]:
-        """The sequences of one pass, and where their draws are addressed."""
-        first = micro * (size or len(self.batches[step]))
-        chosen = self.batches[step][first:][:size]
-        return chosen, (self.round_index, self.client.index, step, first)
+    def chosen(self, step: int, micro: int) -> tuple[np.ndarray, Address]:
+        """Its sequences in one pass of a step, and where their draws are addressed."""
+        first, end = self.bounds[step][micro : micro + 2]
+        return self.batches[step][first:end], (self.round_index, self.client.index, step, first)
 
     def rates(self, local: LocalConfig) -> list[float]:
         """Learning rates of all its steps."""

@@ -14,7 +14,7 @@ import time
 import torch
 from torch import Tensor
 
-from fedmoe_ds.clients.batches import local_batches
+from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.client_work import ClientWork
@@ -45,6 +45,7 @@ class WaveTrainer:
         seed: run seed.
         hooks: what the method prescribes per client.
         rounds: of the run; a learning rate scheduled across rounds needs it.
+        packing: where samples are packed, what cuts a step into passes.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class WaveTrainer:
         seed: int,
         hooks: LocalTrainingHooks | None = None,
         rounds: int = 1,
+        packing: Packing | None = None,
     ) -> None:
+        assert model.packing == (packing is not None)
         self.model, self.execution, self.hooks = model, model.execution, hooks or LocalTrainingHooks()
-        self.local, self.micro, self.seed, self.rounds = local, micro_batch_size, seed, rounds
+        self.local, self.micro, self.seed, self.rounds, self.packing = local, micro_batch_size, seed, rounds, packing
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
         self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
@@ -106,7 +109,9 @@ class WaveTrainer:
     def _work(self, client: Client, slot: int, round_index: int) -> ClientWork:
         given = self.hooks.batches
         batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
-        return ClientWork(client, slot, self.hooks.assign(client, round_index), batches, round_index, self.rounds)
+        bounds = [pass_bounds(batch, self.micro, self.packing, client.index) for batch in batches]
+        assignment = self.hooks.assign(client, round_index)
+        return ClientWork(client, slot, assignment, batches, bounds, round_index, self.rounds)
 
     def _view(self, work: ClientWork, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
         slots = {True: shard * self.pool.home_clients + work.slot}
@@ -152,14 +157,14 @@ class WaveTrainer:
         """All passes of one local step, in an order that every rank of the cluster knows."""
         if self.pool.merge:
             everyone = [work for home in works for work in home]
-            for micro in range(max((w.micro_batches(step, self.micro) for w in everyone), default=0)):
-                self._pass([w for w in everyone if micro < w.micro_batches(step, self.micro)], step, micro, None, counts)
+            for micro in range(max((w.micro_batches(step) for w in everyone), default=0)):
+                self._pass([w for w in everyone if micro < w.micro_batches(step)], step, micro, None, counts)
             return
         # The same slot on all ranks at a time, so a rank's rows in a pass are one client's (see `make_plan`).
         for slot in range(self.pool.home_clients):
             here = [home[slot] for home in works if slot < len(home)]
-            for micro in range(max((w.micro_batches(step, self.micro) for w in here), default=0)):
-                self._pass([w for w in here if micro < w.micro_batches(step, self.micro)], step, micro, slot, counts)
+            for micro in range(max((w.micro_batches(step) for w in here), default=0)):
+                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, slot, counts)
 
     def _pass(self, everyone: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
@@ -171,8 +176,7 @@ class WaveTrainer:
                 raise
             # The loop's order and this choice depend on sizes alone, so every rank of the cluster would name the same client.
             largest = max(everyone, key=lambda work: len(work.batches[step]))
-            count = min(len(largest.batches[step]), self.micro or len(largest.batches[step]))
-            raise OutOfMemory(largest.client, count) from None
+            raise OutOfMemory(largest.client, largest.bounds[step][1]) from None
 
     def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         rows = [self._rows(work, step, micro) for work in works]
@@ -202,7 +206,7 @@ class WaveTrainer:
         assert work.data is not None
         if len(work.losses) == step:
             work.losses.append(0.0)
-        chosen, address = work.chosen(step, micro, self.micro)
+        chosen, address = work.chosen(step, micro)
         allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
         images = self.model.foundation.images
         return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, images, address)

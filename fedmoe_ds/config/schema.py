@@ -234,7 +234,14 @@ class ExecutionConfig(Section):
 
     reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
     clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole step")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="sequences per client in one pass; null: whole step; with packing, as many tokens as full ones have",
+    )
+    packing: bool = Field(
+        False, description="lay the samples of a pass end to end, without padding; each attends to itself alone"
+    )
     threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(

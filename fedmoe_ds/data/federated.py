@@ -88,6 +88,10 @@ class FederatedData:
         # Owners lie in pairs, train then hold-out (see _write); the global hold-out is the last one.
         return self._store.read(2 * self._checked(client))
 
+    def train_lengths(self, client: int) -> NDArray[np.int64]:
+        """Return the tokens of each training sequence of one client; nothing else of them is read."""
+        return self._store.lengths(2 * self._checked(client))
+
     def holdout(self, client: int) -> Sequences:
         """Return the hold-out of one client, in random order; empty where the client has a single sample."""
         return self._store.read(2 * self._checked(client) + 1)

@@ -49,7 +49,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
     """What a tree of keys says about it. `auto` says nothing: what it meant depends on the machine."""
     local, execution = tree["local"], tree["execution"]
     largest = local["batch_size"]  # a wider pass than the batch is the whole batch
-    modes = {"micro_batch_size": min(execution["micro_batch_size"] or largest, largest)}
+    modes = {"micro_batch_size": min(execution["micro_batch_size"] or largest, largest), "packing": execution["packing"]}
     device, scheduled = tree["topology"]["device"], local["rounds_schedule"] != "constant"
     return {
         "seed": tree["seed"],
@@ -69,7 +69,8 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     """What decides which clients there are and how much a pass of theirs needs."""
     execution = config.execution
     passes = {"micro_batch_size": execution.micro_batch_size, "activation_checkpointing": execution.activation_checkpointing}
-    return {**{name: identity[name] for name in _FIRST}, **passes}
+    # Absent where nothing is packed, so that absences of earlier versions still count.
+    return {**{name: identity[name] for name in _FIRST}, **passes, **({"packing": True} if execution.packing else {})}
 
 
 def kernels_of(

@@ -20,6 +20,8 @@ from fedmoe_ds.federation.no_experts import as_meant, named
 from fedmoe_ds.federation.sampling import participants
 from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.foundation.dense import type_task
+from fedmoe_ds.foundation.families import packs
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
@@ -130,6 +132,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     # Once more: of a hub id nobody knew before whether it has experts.
     config = as_meant(config, bool(model.layers))
     check_needs(method, config.method.name, config)
+    check_packing(config, model.model.config)
     expert_layout = resolve_expert_layout(config, model, ep_size, shard)
     if is_bitwise(config, device):
         check_widths(expert_layout)
@@ -178,7 +181,9 @@ def check_plan(config: Config, bitwise: bool) -> None:
     # None: a hub id that is not downloaded yet; resolve_spec checks it again with the model at hand.
     if task is not None:
         check_task(task, config.data)
-    check_length(config, planned_config(config.foundation))
+    planned = planned_config(config.foundation)
+    check_length(config, planned)
+    check_packing(config, planned)
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
         check_adapters(config, sparse)
@@ -203,6 +208,27 @@ def check_length(config: Config, model: Any) -> None:
         raise UserError(
             f"data.sequence_length: {config.data.sequence_length}: the foundation "
             f"({config.foundation.path or config.foundation.preset}) has {longest} positions; use at most {longest}"
+        )
+
+
+def check_packing(config: Config, model: Any) -> None:
+    """Samples can be packed, and are not already. `model` is its transformers configuration, None if unknown yet.
+
+    Raises UserError.
+    """
+    if not config.execution.packing:
+        return
+    if model is not None and not packs(model.model_type):
+        why = (
+            "images are all of one size"
+            if type_task(model.model_type) != "causal_lm"
+            else "its layers mix tokens not in attention alone"
+        )
+        raise UserError(f"execution.packing: true: the foundation is a '{model.model_type}' model, and {why}; use false")
+    if config.data.template == "text":
+        raise UserError(
+            "execution.packing: true: documents (data.template=text) are cut into full sequences already, so nothing would be "
+            "saved; use false"
         )
 
 

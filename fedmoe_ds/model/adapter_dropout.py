@@ -6,10 +6,13 @@ A number's draw belongs to (seed, round, client, the client's step, layer, proje
 position, feature). It depends on no other client, no micro-batch, no rank and no resume, and a layer that is computed again,
 for its backward pass or by activation checkpointing, draws the same. Nothing of a mask is kept.
 
-Legend: B sequences, S positions of the pass, T = B * S rows, D input width.
+Legend: B sequences, S positions of the pass, N positions of a sequence, T rows, D input width.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +23,14 @@ from fedmoe_ds.randomness import address_key
 
 Address = tuple[int, int, int, int]
 """(round, client, step, place of the first sequence in the step) of one client's rows in a pass."""
+
+
+class Drawn(NamedTuple):
+    """Where one client's rows in a pass draw, and the lengths of its sequences there."""
+
+    address: Address
+    lengths: list[int]
+
 
 _LEVELS, _SEQUENCE = 1 << 16, 1 << 128
 
@@ -43,7 +54,7 @@ class AdapterDropout:
     def kept(
         self,
         segments: list[Segment],
-        addresses: list[Address],
+        drawn_at: list[Drawn],
         projection: tuple[int, str],
         shape: torch.Size,
         device: torch.device,
@@ -51,22 +62,30 @@ class AdapterDropout:
         """bool [T, D] for rows of this shape: what a projection (layer, `part.name`) lets through. False in padding.
 
         Args:
-            addresses: of each segment.
+            drawn_at: of each segment.
         """
-        sequences, width = segments[-1].stop, shape[-1]
-        kept_BSD = np.zeros((sequences, shape[0] // sequences, width), dtype=bool)
-        for segment, (round_index, client, step, first) in zip(segments, addresses, strict=True):
-            key = address_key(self.seed, "adapter-dropout", round_index, client, step, *projection)
+        kept_TD = np.zeros(shape, dtype=bool)
+        positions = shape[0] // segments[-1].stop
+        for segment, (address, lengths) in zip(segments, drawn_at, strict=True):
+            *client, first = address
+            key = address_key(self.seed, "adapter-dropout", *client, *projection)
             # Sequences are 2^128 blocks of the counter apart, so that one hash serves all of the step.
             stream = np.random.Philox(key=key, counter=first * _SEQUENCE)
-            numbers = min(segment.longest, kept_BSD.shape[1]) * width
-            for kept_SD in kept_BSD[segment.start : segment.stop]:
-                # A word has four draws. Row by row: how long the client's longest sequence is changes no earlier draw.
-                words = stream.random_raw(-(-numbers // 4))
-                draws_SD = words.astype("<u8", copy=False).view("<u2")[:numbers].reshape(-1, width)
-                kept_SD[: len(draws_SD)] = draws_SD >= self.left_out
-                stream.advance(_SEQUENCE - -(-len(words) // 4))  # a block has four words
-        return torch.from_numpy(kept_BSD.reshape(-1, width)).to(device)
+            for start, length in zip(_starts(segment, lengths, positions), lengths, strict=True):
+                # A word has four draws, a block four words.
+                words = stream.random_raw(-(-length * shape[1] // 4))
+                draws = words.astype("<u8", copy=False).view("<u2")[: length * shape[1]]
+                kept_TD[start : start + length] = draws.reshape(length, -1) >= self.left_out
+                stream.advance(_SEQUENCE - -(-len(words) // 4))
+        return torch.from_numpy(kept_TD).to(device)
+
+
+def _starts(segment: Segment, lengths: list[int], positions: int) -> list[int]:
+    """First rows of a segment's sequences: padded to the positions of the pass, or end to end (`model/packing.py`)."""
+    if segment.stop - segment.start == len(lengths):
+        return [place * positions for place in range(segment.start, segment.stop)]
+    assert segment.stop - segment.start == sum(lengths), "packed: a token each"
+    return list(accumulate(lengths[:-1], initial=segment.start))
 
 
 def left_through(x_TD: Tensor, kept_TD: Tensor | None) -> Tensor:

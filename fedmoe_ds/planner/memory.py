@@ -86,8 +86,9 @@ def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
 def activations(spec: RunSpec, clients: int, length: int, active: float | None = None) -> int:
     """Bytes of a pass of so many clients with `active` experts each and full sequences: what is kept, and one layer's backward.
 
-    The rows that arrive at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the
-    gradients of its rows, results and inner values; with expert parallelism also what is on its way.
+    Packed samples are no more tokens than so many full sequences: for them, too, this is an upper bound. The rows that arrive
+    at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the gradients of its rows,
+    results and inner values; with expert parallelism also what is on its way.
     """
     config, model, expert_layout = spec.config, spec.size, spec.expert_layout
     sequences = config.execution.micro_batch_size or config.local.batch_size

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmoe_ds.clients.batches import local_batches
+from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
 from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.tiers import Tier
@@ -115,19 +115,20 @@ class Job(RunSpec):
 
 @dataclass(frozen=True)
 class Steps:
-    """One client's local steps in a round, [n] each: samples, longest sample, token rows, targets."""
+    """One client's local steps in a round, [n] each: samples, longest sample, token rows, targets, passes."""
 
     samples: Counts
     longest: Counts
     rows: Counts
     targets: Counts
+    passes: Counts
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
 def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
-    local, seed = job.config.local, job.config.seed
+    local, seed, execution = job.config.local, job.config.seed, job.config.execution
     if job.method.pooled:
         drawn = job.drawn_among(job.clients, round_index)
         # The pooled client's batches index into the data of all clients, in canonical order.
@@ -135,11 +136,18 @@ def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
     else:
         lengths, batches = job.data.train(client.index), local_batches(client, local, seed, round_index)
     # Drawn as the clients draw them, so that padding and targets are those of the run.
+    packing = Packing(job.length, lambda _: lengths.rows) if execution.packing else None
     columns = [
-        [len(batch), int(lengths.rows[batch].max()), int(lengths.rows[batch].sum()), int(lengths.targets[batch].sum())]
+        [
+            len(batch),
+            int(lengths.rows[batch].max()),
+            int(lengths.rows[batch].sum()),
+            int(lengths.targets[batch].sum()),
+            len(pass_bounds(batch, execution.micro_batch_size, packing)) - 1,
+        ]
         for batch in batches
     ]
-    return Steps(*np.array(columns, dtype=np.int64).reshape(-1, 4).T)
+    return Steps(*np.array(columns, dtype=np.int64).reshape(-1, 5).T)
 
 
 def _everything(job: Job) -> Lengths:
