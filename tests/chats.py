@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-TEXT = ["user assistant system model INST a test of sad pets the end <|>/_\n", "You are helpful.", "What is 2 + 2?\nIt is 4. é"]
+TEXT = [
+    "user assistant system model INST a test of sad pets the end <|>/_\n",
+    "You are helpful.",
+    "What is 2 + 2?\nIt is 4. é",
+    "end\n\n\nend\n\n\na",
+]
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,12 @@ MISTRAL = Style(
     bos="<s>",
 )
 GEMMA = Style(
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
-    "{% if m.role == 'assistant' %}GEN{{ m.content | trim + '<end_of_turn>' }}END{% else %}{{ m.content | trim + '<end_of_turn>' }}"
-    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    "{% if m.role == 'assistant' %}GEN{{ m.content | trim + '<end_of_turn>' }}END"
+    "{% else %}{{ m.content | trim + '<end_of_turn>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
     ("<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
     sentencepiece=True,
     bos="<bos>",
@@ -68,7 +76,8 @@ GEMMA = Style(
 DEEPSEEK = Style(
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
-    "{% elif m.role == 'assistant' %}{{ '<｜Assistant｜>' }}GEN{{ m.content + '<｜end▁of▁sentence｜>' }}END{% endif %}{% endfor %}"
+    "{% elif m.role == 'assistant' %}{{ '<｜Assistant｜>' }}GEN{{ m.content + '<｜end▁of▁sentence｜>' }}END{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}",
     ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
     bos="<｜begin▁of▁sentence｜>",
@@ -94,9 +103,12 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     if style.sentencepiece:
         backend.normalizer = normalizers.Replace(" ", "▁")
         backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        alphabet = [*"abcdefghijklmnopqrstuvwxyzINSTYW24[]/?.+|<>_é\n▁"]
+        alphabet = [*(set(string.printable) - {" "}), *"é▁"]
     else:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # Llama 3 keeps line breaks together, whatever follows.
+        split = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s+(?!\S)| ?[^\s]+|\s+"), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name != "llama3")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level]) if name == "llama3" else byte_level
         backend.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(

@@ -12,7 +12,7 @@ import pytest
 from chats import STYLES, turns
 from every import every
 from federations import alone, make_config, read_events, write_inputs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -70,6 +70,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, style: chats.Style, messages:
     return ids
 
 
+SAFE = turns("a", "b")
 WORDS = st.text(st.sampled_from("abet st.\n<|>/_é2I[]"), min_size=1, max_size=14).filter(str.strip)
 
 
@@ -82,15 +83,19 @@ def test_masks_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
     @settings(max_examples=25, deadline=None, database=None)
     @given(st.lists(WORDS, min_size=2, max_size=7), st.none() | WORDS)
+    @example(["a", "\n\nb", "c", "d"], "You are helpful.")
     def check(contents: list[str], system: str | None) -> None:
         messages = turns(*contents, system=system if name != "gemma" else None)
         ids, mask = reference(tokenizer, style, messages)
-        by_marks, by_prefixes = (encode(tokenizer, [{"messages": messages}], **kind) for kind in (marked, {}))
+        # A second row that serves: where no conversation does, the run is refused.
+        by_marks, by_prefixes = (
+            encode(tokenizer, [{"messages": m} for m in (messages, SAFE)], **kind) for kind in (marked, {})
+        )
         assert by_marks.tokens[0].tolist() == ids and by_marks.loss_mask[0].tolist() == [bool(bit) for bit in mask]
         last = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
         prompts = [prompt_ids(tokenizer, style, messages[:index]) for index in last]
         exact = all(ids[: len(prompt)] == prompt for prompt in prompts)
-        assert by_prefixes.rows == [0] * exact and by_prefixes.omissions == [(0, UNMARKED)] * (not exact)
+        assert by_prefixes.rows == [0, 1][not exact :] and by_prefixes.omissions == [(0, UNMARKED)] * (not exact)
         kept.append(exact)
         if exact:
             assert by_prefixes.tokens[0].tolist() == ids
@@ -100,6 +105,8 @@ def test_masks_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
     check()
     assert sum(kept) >= len(kept) / 3
+    # Line breaks at the beginning of an answer melt into the one before them; Llama 3 and others trim them.
+    assert (len(kept) > sum(kept)) >= (name == "chatml")
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "deepseek"])
@@ -130,13 +137,14 @@ def test_names_of_special_tokens_in_turns_stay_text(name: str) -> None:
     @settings(max_examples=20, deadline=None, database=None)
     @given(st.lists(st.tuples(WORDS, st.sampled_from(specials), WORDS), min_size=2, max_size=5))
     def check(contents: list[tuple[str, str, str]]) -> None:
-        messages = turns(*("x" + "".join(parts) + "x" for parts in contents))
+        # A letter around each: no template trims it, and no answer is a question.
+        messages = turns(*("xy"[n % 2] + "".join(parts) + "xy"[n % 2] for n, parts in enumerate(contents)))
         samples = encode(tokenizer, [{"messages": messages}])
         harmless = turns(*("x" + before + "?" + after + "x" for before, _, after in contents))
         plain = encode(tokenizer, [{"messages": harmless}])
-        assert samples.omissions == [(0, NAMED)] and plain.rows == [0], "content never begins or ends with a space"
-        count = {special: sum(int((one.tokens[0] == ids[special]).sum()) for one in (samples,)) for special in specials}
-        assert count == {special: int((plain.tokens[0] == ids[special]).sum()) for special in specials}
+        assert samples.omissions == [(0, NAMED)] and plain.rows == [0]
+        for special in specials:
+            assert (samples.tokens[0] == ids[special]).sum() == (plain.tokens[0] == ids[special]).sum(), special
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(samples.tokens[0]).strip() == text.strip() or "strftime_now" in STYLES[name].text
         # What is learned is the answers, names and all.
@@ -276,12 +284,12 @@ def bad(row: Any) -> list[dict[str, Any]]:
         ([{"prompt": None, "completion": "b"}], {}, r"data\.columns\.prompt: row 1: column 'prompt': is missing"),
         ([{"messages": turns("a", "b", system="x"), "system": "y"}], {}, r"data\.columns\.system: row 1: .*as well"),
         ([{"messages": SAID, "tools": [5]}], {}, r"data\.columns\.tools: row 1: .*not a list of tools"),
-        ([{"instruction": "a", "output": "b"}], {"template": "chat"}, r"no such columns for template 'chat'.*data\.template=instruct"),
+        ([{"instruction": "a", "output": "b"}], {"template": "chat"}, r"for template 'chat'.*data\.template=instruct"),
         ([{"messages": SAID}], {"template": "text"}, r"text: no such column .*or set data\.template=chat"),
-        ([{"messages": SAID, "prompt": "a", "completion": "b"}],
-         {"columns": {"messages": "messages", "prompt": "prompt", "completion": "completion"}}, r"a row is one conversation"),
+        ([{"messages": SAID, "prompt": "a", "completion": "b"}], {"columns": {"messages": "messages", "prompt": "prompt"}},
+         r"a row is one conversation"),
         ([{"text": "a"}], {"chat_template": "x.jinja"}, r"data\.chat_template: the data are read as text"),
-        ([{"messages": SAID}], {"chat_template": "/nowhere/x.jinja"}, r"data\.chat_template: /nowhere/x\.jinja: cannot be read"),
+        ([{"messages": SAID}], {"chat_template": "/nowhere/x.jinja"}, r"chat_template: /nowhere/x\.jinja: cannot be read"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(rows: list[dict[str, Any]], data: dict[str, Any], message: str) -> None:
@@ -326,7 +334,11 @@ def test_a_run_on_messages(tmp_path: Path, capfd: pytest.CaptureFixture[str], mo
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
     chat = [{"messages": turns(row["instruction"], row["output"]), "group": row["group"]} for row in rows]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
-    tree = make_config(tmp_path, "chat", {"federation": {"rounds": 1}, "local": {"max_steps": 2}, "data": {"template": "auto"}})
+    tree = make_config(
+        tmp_path,
+        "chat",
+        {"federation": {"rounds": 1}, "local": {"max_steps": 2}, "data": {"template": "auto", "sequence_length": 96}},
+    )
     planned = describe(tree, 1)
     runtime, topology = alone()
     monkeypatch.setattr(session, "build_topology", lambda *_: topology)
@@ -337,6 +349,6 @@ def test_a_run_on_messages(tmp_path: Path, capfd: pytest.CaptureFixture[str], mo
     assert reading["template"] == "chat" and reading["columns"] == {"messages": "messages"}
     assert reading["chat_template"]["origin"] == "ChatML" and len(reading["chat_template"]["sha256"]) == 64
     line = "data: chats of messages, written by ChatML, because the tokenizer has no chat template"
-    assert line in planned and line in " ".join(capfd.readouterr().err.split())
+    assert line in " ".join(planned) and line in " ".join(capfd.readouterr().err.split())
     steps = [event["steps"] for event in events if event["event"] == "client"]
     assert steps and set(steps) == {2}

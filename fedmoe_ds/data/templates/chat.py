@@ -96,6 +96,28 @@ class _Chat:
             raise UnmarkedError
         self.named, self.placed = again.ids != self.placed.ids, again
 
+    def check_prompts(self, encoder: Encoder) -> None:
+        """Raise UnmarkedError unless every prompt alone has the tokens that it has in the whole.
+
+        A tokenizer may split the end of a text otherwise than the same characters before other ones. What stands before a
+        special token does not matter to what follows, so the prompt's text since the last one is compared.
+        """
+        ids, offsets, text = self.placed.ids, self.placed.offsets, self.written.text
+        parts, expected = list[str](), list[list[int]]()
+        for start, _ in self.written.spans:
+            stop = sum(end <= start for _, end in offsets)
+            first = next((index for index in range(stop - 1, 0, -1) if ids[index] in encoder.names), 0)
+            parts.append(text[offsets[first][0] : start] if stop else "")
+            expected.append(ids[first:stop])
+        alone = [one.ids for one in encoder.placed(parts)]
+        if self.named and alone != expected:
+            # Behind the first token of each part all names are text.
+            own = [[(0, len(encoder.names[part[0]]))] if part and part[0] in encoder.names else [] for part in expected]
+            found = [encoder.placed_apart(part, places) for part, places in zip(parts, own, strict=True)]
+            alone = [one.ids if one is not None else [] for one in found]
+        if alone != expected:
+            raise UnmarkedError
+
     def _may_hold_names(self, encoder: Encoder) -> bool:
         found = Counter(name for token in self.placed.ids if (name := encoder.names.get(token)) is not None)
         text = self.written.text
@@ -129,7 +151,10 @@ def _own_names(chat: Conversation, text: str, template: ChatTemplate) -> list[Sp
 def _add(samples: Samples, row: int, one: _Chat, template: ChatTemplate, encoder: Encoder, length: int) -> None:
     try:
         one.separate_names(template, encoder)
-        ends, mask = targets(one.placed, one.written, exact=not template.has_marks)
+        exact = not template.has_marks
+        ends, mask = targets(one.placed, one.written, exact)
+        if exact:
+            one.check_prompts(encoder)
     except (RefusedError, UnmarkedError):
         samples.omissions.append((row, UNMARKED))
         return
