@@ -45,7 +45,8 @@ execution.reproducible execution.micro_batch_size evaluation.max_sequences evalu
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
 foundation.path data.source data.template data.columns data.sequence_length data.max_samples data.holdout data.global_holdout
-data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
+data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels data.prompt.preset
+data.prompt.end_of_text
 """
 """In it by what they lead to: other weights, other sequences, other kernels."""
 NEUTRAL = """
@@ -62,8 +63,16 @@ ELSEWHERE = {
     "deepspeed": "test_deepspeed_tools.py",
     "execution.threads": "refused at every start in bitwise mode",
     "foundation.trust_remote_code": "test_own_code.py",
+    "data.chat_template": "test_data_chat.py",
+    "data.prompt.preamble": "test_data_prompts.py",
+    "data.prompt.preamble_with_input": "test_data_prompts.py",
+    "data.prompt.instruction_header": "test_data_prompts.py",
+    "data.prompt.input": "test_data_prompts.py",
+    "data.prompt.input_header": "test_data_prompts.py",
+    "data.prompt.response_header": "test_data_prompts.py",
+    "data.prompt.answer_lead": "test_data_prompts.py",
 }
-"""Neutral, and shown to be in another world than that of one process."""
+"""Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
 OTHER: dict[str, Any] = {
     "adapters.attention": ["q_proj"],
@@ -79,6 +88,8 @@ OTHER: dict[str, Any] = {
     "execution.reproducible": "fast",
     "execution.adapter_kernels": "torch",
     "data.template": "text",
+    "data.prompt.preset": "alpaca",
+    "data.prompt.end_of_text": False,
     "data.columns": {"output": "group"},
     "data.sequence_length": 24,
     "data.holdout": 0.6,

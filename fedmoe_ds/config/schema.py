@@ -11,12 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys, immutable."""
-
-    # strict: YAML has types, so "4" for 4 is a mistake. frozen: what was checked and saved is what runs.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from fedmoe_ds.config.prompt import PromptConfig
+from fedmoe_ds.config.section import Section
 
 
 class PretrainConfig(Section):
@@ -217,7 +213,11 @@ class DataConfig(Section):
 
     source: str = Field("stdlib", description="'stdlib', 'digits' (images), a .jsonl/.csv/.parquet file, or a hub data set id")
     split: str = Field("train", description="split of a hub data set")
-    template: Literal["text", "instruction", "classification"] = "text"
+    template: Literal["auto", "text", "chat", "instruction", "classification"] = Field(
+        "auto", description="what a row is; auto: text where there is a column `text`, chat where the columns are a chat's"
+    )
+    prompt: PromptConfig = PromptConfig()
+    chat_template: str | None = Field(None, description="file of a Jinja chat template, in place of the tokenizer's own")
     columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
     label_names: list[str] = Field(
         default_factory=list, description="classification: the words of integer labels, or of their digits"
@@ -227,6 +227,15 @@ class DataConfig(Section):
     holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
     partition: PartitionConfig = PartitionConfig()
+
+    @model_validator(mode="after")
+    def _check_template(self) -> DataConfig:
+        # Keys of another template would have no effect.
+        if self.prompt != PromptConfig() and self.template != "instruction":
+            raise ValueError(f"prompt: for data.template=instruction only, and it is {self.template}; drop the key")
+        if self.chat_template is not None and self.template not in ("auto", "chat"):
+            raise ValueError(f"chat_template: for data.template=chat only, and it is {self.template}; drop the key")
+        return self
 
 
 class ExecutionConfig(Section):

@@ -22,6 +22,7 @@ from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
+from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.foundation import resolve_foundation
@@ -64,13 +65,14 @@ class Lengths:
 @dataclass(frozen=True)
 class Data:
     """Who has how much. `assumed` says what was taken for granted where nothing could be counted, `omissions` what samples
-    are left out or cut; each is one line or None."""
+    are left out or cut, `reading` how rows were read where that is a choice; each is one line or None."""
 
     train: Callable[[int], Lengths]
     holdout: Callable[[int], Lengths]
     global_holdout: Lengths
     assumed: str | None = None
     omissions: str | None = None
+    reading: str | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ def _counted(data: FederatedData, images: ImageInput | None) -> Data:
         lambda client: Lengths.of(data.holdout(client), images),
         Lengths.of(data.global_holdout(), images),
         omissions=data.omissions.line(),
+        reading=reading_line(data.reading),
     )
 
 
