@@ -17,8 +17,9 @@ pytestmark = pytest.mark.timeout(600)
 
 PARTIAL: dict[str, Any] = {"federation": {"participation": 0.8}}
 FAST: dict[str, Any] = {"execution": {"reproducible": "fast"}}
+DROPOUT: dict[str, Any] = {"adapters": {"dropout": 0.2}}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
+    "base": DROPOUT,
     "router": {
         "adapters": {"router": "train"},
         "local": {"balance_loss": 0.01, "z_loss": 0.001},
@@ -27,8 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank 2": {"adapters": {"rank": 2}},
     "no attention": {"adapters": {"attention": []}, "execution": {"micro_batch_size": None}},
     "bfloat16 moments": {"local": {"moments": "bfloat16"}},
-    "checkpointing": {"execution": {"activation_checkpointing": True}},
-    "fast": FAST,
+    "checkpointing": {"execution": {"activation_checkpointing": True}, **DROPOUT},
+    "fast": {**FAST, **DROPOUT},
 }
 
 

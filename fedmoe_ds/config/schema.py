@@ -11,12 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys, immutable."""
-
-    # strict: YAML has types, so "4" for 4 is a mistake. frozen: what was checked and saved is what runs.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from fedmoe_ds.config.prompt import PromptConfig
+from fedmoe_ds.config.section import Section
 
 
 class PretrainConfig(Section):
@@ -29,7 +25,7 @@ class PretrainConfig(Section):
 
 
 class FoundationConfig(Section):
-    """The frozen model: a sparse mixture of experts, or a dense one with adapter experts beside it."""
+    """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
 
     preset: str | None = Field("tiny-olmoe", description="built-in foundation; ignored when `path` is given")
     path: str | None = Field(None, description="Hugging Face model folder or hub id")
@@ -50,17 +46,33 @@ class MoEAdapterConfig(Section):
 
 
 class AdapterConfig(Section):
-    """What a client trains: LoRA on experts and attention and the router; beside a dense foundation, whole adapter experts."""
+    """What a client trains: LoRA on experts, attention or a dense feed-forward block, the router, whole adapter experts."""
 
     rank: int = Field(8, ge=1, description="LoRA rank R")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
-    experts: bool = Field(True, description="train every expert's gate_up and down projection")
+    experts: bool = Field(
+        True, description="train every expert's gate_up and down projection; where a dense foundation has none, false is meant"
+    )
     expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="LoRA dropout on the input of adapters of projections, in steps of 1/65536; not on experts"
+    )
     attention: list[str] = Field(
         ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"
     )
+    feed_forward: list[str] = Field(
+        default_factory=list,
+        description="feed-forward projections of a dense foundation with LoRA: gate_proj, up_proj, down_proj (ViT: fc1, fc2)",
+    )
     router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
-    moe: MoEAdapterConfig | None = Field(None, description="adapter experts; needs a dense foundation, which needs them")
+    moe: MoEAdapterConfig | None = Field(
+        None, description="adapter experts beside a dense foundation; null on one: plain LoRA on the projections above"
+    )
+
+    @property
+    def projections(self) -> list[str]:
+        """All projections with LoRA, by name."""
+        return [*self.attention, *self.feed_forward]
 
     @model_validator(mode="before")
     @classmethod
@@ -102,10 +114,11 @@ class TierConfig(Section):
     """One budget tier: the FLOPs of `top_k` active experts per token, and the share of clients that live under it.
 
     FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
-    may train, take the fraction top_k / K of theirs, unless the tier says another number.
+    may train, take the fraction top_k / K of theirs, unless the tier says another number. Without experts (plain LoRA on a
+    dense foundation) K is 1, and tiers differ by rank.
     """
 
-    top_k: int = Field(ge=1)
+    top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
     share: float = Field(gt=0)
     rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
     experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
@@ -122,7 +135,9 @@ class FederationConfig(Section):
         "stay, so with `size` samples count twice: in the draw and in the mean",
     )
     # null and not a list: the default follows from the foundation's own top_k.
-    tiers: list[TierConfig] | None = Field(None, description="default: top_k = K, K/2, ..., 1 with equal shares")
+    tiers: list[TierConfig] | None = Field(
+        None, description="default: top_k = K, K/2, ..., 1 with equal shares; without experts one tier"
+    )
     budget: Literal["method", "top_k", "rank", "both"] = Field(
         "method", description="what a tier's budget buys; method: what its paper says"
     )
@@ -139,6 +154,10 @@ class LocalConfig(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over the client's own steps")
+    rounds_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the rate that a round starts from: across federation.rounds, from lr to final_lr"
+    )
+    final_lr: float = Field(1e-6, gt=0, description="rate of the last round, with rounds_schedule linear or cosine")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
     weight_decay: float = Field(0.0, ge=0, description="of all that a client trains, experts that it never used included")
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
@@ -194,7 +213,11 @@ class DataConfig(Section):
 
     source: str = Field("stdlib", description="'stdlib', 'digits' (images), a .jsonl/.csv/.parquet file, or a hub data set id")
     split: str = Field("train", description="split of a hub data set")
-    template: Literal["text", "instruction", "classification"] = "text"
+    template: Literal["auto", "text", "chat", "instruction", "classification"] = Field(
+        "auto", description="what a row is; auto: text where there is a column `text`, chat where the columns are a chat's"
+    )
+    prompt: PromptConfig = PromptConfig()
+    chat_template: str | None = Field(None, description="file of a Jinja chat template, in place of the tokenizer's own")
     columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
     label_names: list[str] = Field(
         default_factory=list, description="classification: the words of integer labels, or of their digits"
@@ -205,13 +228,29 @@ class DataConfig(Section):
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
     partition: PartitionConfig = PartitionConfig()
 
+    @model_validator(mode="after")
+    def _check_template(self) -> DataConfig:
+        # Keys of another template would have no effect.
+        if self.prompt != PromptConfig() and self.template != "instruction":
+            raise ValueError(f"prompt: for data.template=instruction only, and it is {self.template}; drop the key")
+        if self.chat_template is not None and self.template not in ("auto", "chat"):
+            raise ValueError(f"chat_template: for data.template=chat only, and it is {self.template}; drop the key")
+        return self
+
 
 class ExecutionConfig(Section):
     """How the same mathematics is run."""
 
     reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
     clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole step")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="sequences per client in one pass; null: whole step; with packing, as many tokens as full ones have",
+    )
+    packing: bool = Field(
+        False, description="lay the samples of a pass end to end, without padding; each attends to itself alone"
+    )
     threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(
@@ -269,7 +308,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_trainables(self) -> Config:
         adapters = self.adapters
-        if not adapters.experts and not adapters.attention and adapters.router == "frozen":
+        if not adapters.experts and not adapters.projections and adapters.router == "frozen":
             raise ValueError(
                 "adapters: nothing would be trained; set experts=true, name attention projections, or router=train"
             )

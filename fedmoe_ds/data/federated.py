@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmoe_ds.config.prompt import PromptConfig
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data import digits
 from fedmoe_ds.data.encoder import Encoder
@@ -24,6 +25,8 @@ from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.sources import Source, open_source
 from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, usable, write_store
 from fedmoe_ds.data.task import check_task
+from fedmoe_ds.data.templates.chat_template import template_text
+from fedmoe_ds.data.templates.reading import Reading
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.strict_json import tree_sha256
 
@@ -34,6 +37,7 @@ __all__ = ["FederatedData", "Sequences", "prepare"]
 
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
 FORMAT = 2
+READING = "reading"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class FederatedData:
     counts the targets of one epoch: target tokens, or images. `distribution` is {"labels": [...], "counts":
     [client][label]}, in units dealt to the client, its hold-out included. `sequence_length` is 1 for images, because how
     many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text. `omissions` counts
-    samples that were left out or cut. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels.
+    samples that were left out or cut. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels. `reading`
+    says how rows became tokens: template, columns, and the text of a prompt or a chat template.
     """
 
     names: list[str]
@@ -59,6 +64,7 @@ class FederatedData:
     path: Path
     _store: Store = field(repr=False, compare=False)
     image_shape: tuple[int, int, int] | None = None
+    reading: Reading = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path | str) -> FederatedData:
@@ -78,6 +84,8 @@ class FederatedData:
             fields[key] = np.array(header[key], dtype=np.int64)
         if (shape := header.get(IMAGE_SHAPE)) is not None:
             fields["image_shape"] = tuple(shape)
+        # Data that an earlier version prepared do not say it.
+        fields["reading"] = header.get(READING, {})
         return cls(**fields, path=path, _store=store)
 
     def __len__(self) -> int:
@@ -87,6 +95,10 @@ class FederatedData:
         """Return the training sequences (or images) of one client (its index in `names`)."""
         # Owners lie in pairs, train then hold-out (see _write); the global hold-out is the last one.
         return self._store.read(2 * self._checked(client))
+
+    def train_lengths(self, client: int) -> NDArray[np.int64]:
+        """Return the tokens of each training sequence of one client; nothing else of them is read."""
+        return self._store.lengths(2 * self._checked(client))
 
     def holdout(self, client: int) -> Sequences:
         """Return the hold-out of one client, in random order; empty where the client has a single sample."""
@@ -146,7 +158,7 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
     parts = {
         "format": FORMAT,
         # The digest stands for the source: the same file under another path is the same data.
-        "config": config.model_dump(mode="json", exclude={"source", "split"}),
+        "config": config.model_dump(mode="json", exclude={"source", "split", "chat_template", *_unused(config)}),
         "kind": type(source).__name__,
         "source": source.digest(),
         "seed": seed,
@@ -154,8 +166,15 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         # Absent where there is no code, so that caches of earlier versions are still found.
         **({} if code is None else {"code": code}),
+        # What the file or the tokenizer holds, not where it lies.
+        **({"chat": template_text(config, tokenizer)} if config.template in ("auto", "chat") else {}),
     }
     return tree_sha256(parts)[:32]
+
+
+def _unused(config: DataConfig) -> set[str]:
+    """Keys that say what every run did before they were there, so that caches of earlier versions are still found."""
+    return {"prompt"} if config.prompt == PromptConfig() else set()
 
 
 def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
@@ -182,5 +201,6 @@ def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:
         "distribution": prepared.distribution,
         **extra,
         "omissions": prepared.omissions.as_dict(),
+        READING: prepared.reading,
     }
     write_store(folder, [*owners, prepared.global_holdout], header)

@@ -8,7 +8,7 @@ prepares.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class Prepared:
     global_holdout: Sequences
     distribution: dict[str, Any]
     omissions: Omissions
+    reading: templates.Reading = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def assemble(source: Source, config: DataConfig, seed: int, encoder: Encoder) ->
     group_column, natural = source.group_column, config.partition.kind == "natural"
     grouping = {column for column in (config.partition.column, group_column) if column is not None}
     table = source.table(templates.candidates(config) | grouping)
+    # From here on the template is the one that the columns say.
+    config = templates.resolve_template(table, config)
     columns = templates.resolve_columns(table, config)
     templates.check_rows(table, columns, config)
     labels = _row_labels(table, columns, config, group_column)
@@ -76,7 +79,8 @@ def assemble(source: Source, config: DataConfig, seed: int, encoder: Encoder) ->
     # Natural: the client of a left-out row is known from its label. Else only dealt rows have a client.
     owner_of = dict(enumerate(labels)) if natural else owners
     found = [(kind, owner_of.get(row)) for row, kind in samples.omissions]
-    return replace(prepared, omissions=Omissions.of(len(table), found))
+    reading = templates.reading_of(table, columns, config, encoder)
+    return replace(prepared, omissions=Omissions.of(len(table), found), reading=reading)
 
 
 def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Prepared:

@@ -132,6 +132,11 @@ class Store:
         spans = list(itertools.pairwise(bounds))
         return Sequences([ids[a:b] for a, b in spans], [mask[a:b] for a, b in spans])
 
+    def lengths(self, owner: int) -> NDArray[np.int64]:
+        """Return the tokens of each of an owner's sequences, from the offsets alone."""
+        assert IMAGE_SHAPE not in self.header, "images have no length"
+        return np.diff(self._reader.get_batch(owner).column("tokens").offsets.to_numpy())
+
 
 def fingerprint(owners: Iterable[Sequences]) -> str:
     """Return the sha256 over all tokens and targets, or pixels and labels, owner by owner, whatever the file format."""
