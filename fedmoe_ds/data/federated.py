@@ -117,7 +117,7 @@ def prepare(
     check_task("causal_lm", config)
     # The encoder first: a tokenizer that does not serve is told before a large source is read.
     encoder = Encoder(tokenizer, own_code=code is not None)
-    source = open_source(config)
+    source = open_source(config, cache_dir.parent)
     folder = cache_dir / _content_key(config, seed, tokenizer, source, code)
 
     def prepared() -> Prepared:

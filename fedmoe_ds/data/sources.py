@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedmoe_ds.config.schema import DataConfig
-from fedmoe_ds.data import stdlib
+from fedmoe_ds.data import stdlib, wheels
 from fedmoe_ds.data.readers import READERS, in_one_line
+from fedmoe_ds.data.real import real_source
 from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.distributed.stop_points import file_sha256, run_waiting, stop_point
 from fedmoe_ds.errors import UserError
@@ -47,10 +48,17 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: DataConfig) -> Source:
-    """Return the source that `data.source` names; nothing is read yet, but a missing file is found."""
+def open_source(config: DataConfig, cache: Path) -> Source:
+    """Return the source that `data.source` names; nothing is read yet, but a missing file is found.
+
+    `cache` is the root of the cache folder: files out of wheels are kept there.
+    """
     if config.source == "stdlib":
         return StdlibSource()
+    if (real := real_source(config, cache)) is not None:
+        return real
+    if config.source.startswith(wheels.PREFIX):
+        config = config.model_copy(update={"source": str(wheels.local_file(config.source, cache))})
     path = Path(config.source).expanduser()
     if path.suffix in READERS:
         if not _is_there(path, Path.is_file):
