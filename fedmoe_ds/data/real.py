@@ -86,8 +86,9 @@ def real_source(config: DataConfig, cache: Path) -> RealSource | None:
     if config.source == "newsgroups":
         if (split := config.split) not in _SPLITS:
             raise UserError(f"data.split: {split}: newsgroups has {' and '.join(_SPLITS)}; use one of them")
-        columns = ("label", "text")
-        return RealSource("newsgroups", ORANGE, columns, "label", split, lambda archive: _newsgroups(archive, split), cache)
+        return RealSource(
+            "newsgroups", ORANGE, ("label", "text"), "label", split, lambda archive: _newsgroups(archive, split), cache
+        )
     return None
 
 

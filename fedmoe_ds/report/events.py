@@ -81,6 +81,7 @@ class _Run(_Fields):
     budgets: list[_OfTier] | None = None
     foundation: str | None = None
     foundation_code: str | None = None
+    foundation_converted: str | None = None
     reproducible: str | None = None
     versions: dict[str, str] | None = None
     topology: list[_Place] | None = None
