@@ -31,7 +31,7 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     adapters, federation, local, server = config.adapters, config.federation, config.local, config.server
     # Adapter experts and whole experts are trained without LoRA, so rank and alpha would have nothing to scale.
     on_experts = adapters.experts and adapters.moe is None and adapters.expert_training == "lora"
-    if not on_experts and not adapters.attention:
+    if not on_experts and not adapters.projections:
         yield "adapters", ("rank", "alpha"), "there is no LoRA"
     if federation.participation == 1.0:
         yield "federation", ("sampling",), "federation.participation is 1: all are drawn"

@@ -29,7 +29,7 @@ class PretrainConfig(Section):
 
 
 class FoundationConfig(Section):
-    """The frozen model: a sparse mixture of experts, or a dense one with adapter experts beside it."""
+    """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
 
     preset: str | None = Field("tiny-olmoe", description="built-in foundation; ignored when `path` is given")
     path: str | None = Field(None, description="Hugging Face model folder or hub id")
@@ -50,17 +50,30 @@ class MoEAdapterConfig(Section):
 
 
 class AdapterConfig(Section):
-    """What a client trains: LoRA on experts and attention and the router; beside a dense foundation, whole adapter experts."""
+    """What a client trains: LoRA on experts, attention or a dense feed-forward block, the router, whole adapter experts."""
 
     rank: int = Field(8, ge=1, description="LoRA rank R")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
-    experts: bool = Field(True, description="train every expert's gate_up and down projection")
+    experts: bool = Field(
+        True, description="train every expert's gate_up and down projection; where a dense foundation has none, false is meant"
+    )
     expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
     attention: list[str] = Field(
         ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"
     )
+    feed_forward: list[str] = Field(
+        default_factory=list,
+        description="feed-forward projections of a dense foundation with LoRA: gate_proj, up_proj, down_proj (ViT: fc1, fc2)",
+    )
     router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
-    moe: MoEAdapterConfig | None = Field(None, description="adapter experts; needs a dense foundation, which needs them")
+    moe: MoEAdapterConfig | None = Field(
+        None, description="adapter experts beside a dense foundation; null on one: plain LoRA on the projections above"
+    )
+
+    @property
+    def projections(self) -> list[str]:
+        """All projections with LoRA, by name."""
+        return [*self.attention, *self.feed_forward]
 
     @model_validator(mode="before")
     @classmethod
@@ -102,10 +115,11 @@ class TierConfig(Section):
     """One budget tier: the FLOPs of `top_k` active experts per token, and the share of clients that live under it.
 
     FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
-    may train, take the fraction top_k / K of theirs, unless the tier says another number.
+    may train, take the fraction top_k / K of theirs, unless the tier says another number. Without experts (plain LoRA on a
+    dense foundation) K is 1, and tiers differ by rank.
     """
 
-    top_k: int = Field(ge=1)
+    top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
     share: float = Field(gt=0)
     rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
     experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
@@ -122,7 +136,9 @@ class FederationConfig(Section):
         "stay, so with `size` samples count twice: in the draw and in the mean",
     )
     # null and not a list: the default follows from the foundation's own top_k.
-    tiers: list[TierConfig] | None = Field(None, description="default: top_k = K, K/2, ..., 1 with equal shares")
+    tiers: list[TierConfig] | None = Field(
+        None, description="default: top_k = K, K/2, ..., 1 with equal shares; without experts one tier"
+    )
     budget: Literal["method", "top_k", "rank", "both"] = Field(
         "method", description="what a tier's budget buys; method: what its paper says"
     )
@@ -269,7 +285,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_trainables(self) -> Config:
         adapters = self.adapters
-        if not adapters.experts and not adapters.attention and adapters.router == "frozen":
+        if not adapters.experts and not adapters.projections and adapters.router == "frozen":
             raise ValueError(
                 "adapters: nothing would be trained; set experts=true, name attention projections, or router=train"
             )

@@ -23,14 +23,23 @@ def start_line(parts: Parts) -> str:
     dtype, device = row_dtype(parts.foundation.model), parts.runtime.device
     config = parts.config
     kernel = products_for(config.adapters.rank, dtype, device, config.execution.adapter_kernels).name
-    # Only LoRA pairs on experts go through the adapter kernels; whole experts have none.
-    paired = any(spec.expert and spec.pair for spec in parts.spec.blocks)
+    # Only LoRA pairs go through the adapter kernels; whole experts have none.
+    paired = any(spec.pair for spec in parts.spec.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
     mode = "bitwise" if parts.spec.bitwise else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
-        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_without_effect(config)}"
+        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_trained(parts)}{_without_effect(config)}"
     )
+
+
+def _trained(parts: Parts) -> str:
+    """What plain LoRA trains: a user who named a dense model alone is told what was chosen."""
+    config, same = parts.config, parts.spec.method.without_experts
+    if parts.spec.expert_layout.num_experts:
+        return ""
+    equal = f", where {config.method.name} is {same}" if same else ""
+    return f"; LoRA of rank {config.adapters.rank} on {', '.join(config.adapters.projections)} (no experts{equal})"
 
 
 def _without_effect(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""LoRA attention: adapters on attention projections, one per client.
+"""LoRA attention: adapters on projections of attention, and of a dense feed-forward block, one per client.
 
 Legend: B sequences, S positions, T = B * S rows sorted by client, C client slots, D input width, O output width, R adapter
 rank.
@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels.frozen_layers import frozen_rows
 from fedmoe_ds.kernels.lora_products import LowRankProducts
 from fedmoe_ds.model.pass_context import Execution
 
-# As in `model.layers.3.self_attn.q_proj`: families agree on layers.<n> and on a module name with `att` in it.
-_PROJECTION = re.compile(r"(?:^|.*\.)layers\.(\d+)\.\w*att\w*\.(\w+)")
+# As in `model.layers.3.self_attn.q_proj`: families agree on layers.<n>, on a module name with `att` in it, and on `mlp`.
+_PROJECTION = re.compile(r"(?:^|.*\.)layers\.(\d+)\.(?:(\w*att\w*)|mlp)\.(\w+)")
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One attention projection of the model."""
+    """One projection of the model: `part` is `attention` or `feed_forward`, as the configuration calls its section."""
 
     path: str
+    part: str
     layer: int
     name: str
     width_in: int
@@ -35,28 +37,43 @@ class Projection:
 
     @property
     def block_a(self) -> str:
-        return f"attention.{self.name}.lora_A"
+        return f"{self.part}.{self.name}.lora_A"
 
     @property
     def block_b(self) -> str:
-        return f"attention.{self.name}.lora_B"
+        return f"{self.part}.{self.name}.lora_B"
+
+    @property
+    def weight_key(self) -> str:
+        """Canonical name of the frozen weight, as a server keeps it that moves products into it."""
+        return f"layers.{self.layer}.{self.part}.{self.name}.base"
 
 
-def find_projections(model: nn.Module, names: list[str]) -> list[Projection]:
-    """The model's attention projections with these names. Raises UserError when a name is not in the model."""
+def find_projections(model: nn.Module, config: AdapterConfig) -> list[Projection]:
+    """The projections that get LoRA, attention's first; asked before other modules stand in their places.
+
+    Raises UserError when a name is not in the model.
+    """
+    wanted = {"attention": config.attention, "feed_forward": config.feed_forward}
     found = []
     for path, module in model.named_modules():
         match = _PROJECTION.fullmatch(path)
         if match and isinstance(module, nn.Linear):
-            found.append(Projection(path, int(match[1]), match[2], module.in_features, module.out_features))
+            part = "attention" if match[2] else "feed_forward"
+            found.append(Projection(path, part, int(match[1]), match[3], module.in_features, module.out_features))
     # All projections are looked for before the names are compared, so that a wrong name is answered with those that exist.
-    present = {projection.name for projection in found}
-    for name in names:
-        if name not in present:
-            raise UserError(
-                f"adapters.attention: {name}: the model has no such attention projection; choose among {sorted(present)}"
-            )
-    return [projection for projection in found if projection.name in names]
+    chosen = []
+    for part, names in wanted.items():
+        there = [projection for projection in found if projection.part == part]
+        present = {projection.name for projection in there}
+        for name in names:
+            if name not in present:
+                kind = part.replace("_", "-")
+                raise UserError(
+                    f"adapters.{part}: {name}: the model has no such {kind} projection; choose among {sorted(present)}"
+                )
+        chosen += [projection for projection in there if projection.name in names]
+    return chosen
 
 
 @dataclass(frozen=True)

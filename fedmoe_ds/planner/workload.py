@@ -79,7 +79,7 @@ class Job(RunSpec):
 
     Attributes:
         heads: attention heads of a layer.
-        projections: attention projections with LoRA, per layer.
+        projections: projections with LoRA, per layer.
         head: numbers of the output matrix; `body`: of everything dense but it, the input embedding and the norms' worth.
         clients: of the federation.
     """
@@ -174,7 +174,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
         **vars(spec),
         clients=clients,
         heads=model.config.num_attention_heads,
-        projections=len(find_projections(model, config.adapters.attention)) / size.layers,
+        projections=len(find_projections(model, config.adapters)) / size.layers,
         head=head,
         body=size.dense_parameters - head - embedding,
         data=data,
