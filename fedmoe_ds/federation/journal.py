@@ -131,6 +131,8 @@ class Journal:
                 fields: dict[str, Any] = {"round": round_index, "tier": row.tier, "tier_label": row.label, "split": row.split}
                 fields |= {"perplexity": row.perplexity, "accuracy": row.accuracy, "loss": row.loss}
                 fields["targets"] = fields["tokens"] = row.targets  # the old name, too: it is an interface
+                if row.metrics:
+                    fields |= {**row.metrics, "samples": row.samples}
                 if row.client is not None:
                     fields["client"] = row.client
                 self.log.write("eval", **fields)
@@ -139,10 +141,15 @@ class Journal:
         if self.monitor is not None:
             # One curve per tier; a monitor with one per client is unreadable.
             shown = [row for row in rows if row.split != "client"]
-            names = [f"perplexity/{row.split}/k{row.label}".replace(" ", "-") for row in shown]
-            self._monitored([(name, row.perplexity, round_index) for name, row in zip(names, shown, strict=True)])
+            figures = [(row, {"perplexity": row.perplexity, **row.metrics}) for row in shown]
+            curves = [(f"{name}/{row.split}/k{row.label}", value) for row, found in figures for name, value in found.items()]
+            self._monitored([(name.replace(" ", "-"), value, round_index) for name, value in curves])
         head = "foundation" if round_index == 0 else f"round {round_index}"
-        tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in rows if row.split == "global")
+        pooled = [row for row in rows if row.split == "global"]
+        tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in pooled)
+        for name in pooled[0].metrics if pooled else ():
+            shares = "  ".join(f"k={row.label}: {row.metrics[name]:.1%}" for row in pooled)
+            tiers += f"; {name.replace('_', ' ')} {shares}"
         self.note(f"{head}: perplexity {tiers}")
 
     def round(
