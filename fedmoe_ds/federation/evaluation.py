@@ -19,8 +19,10 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.federation.generation import Generation, as_text, greedy
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.task_metrics import TaskMetrics
+from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
@@ -99,8 +101,7 @@ class Evaluator:
         rows = []
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
         for members in self.tiers.values():
-            how = self.method.assign(members[0], RoundContext(0, personal.dense(members[0].index)))
-            how = how if not plain else replace(how, rows_R=None, rescale=None)
+            how = self._assigned(members[0], personal, plain)
             if not self.method.personal_models:
                 rows += self._tier_rows(members, how, personal, owners, plain)
                 continue
@@ -111,6 +112,52 @@ class Evaluator:
             else:
                 rows += self._personal_rows(members, how, personal, own)
         return rows
+
+    @torch.no_grad()
+    def generations(self, personal: Personal, plain: bool) -> list[Generation]:
+        """Greedy answers to the first samples of the global hold-out by the model of the largest tier, the same on every rank.
+
+        Where clients keep models of their own it is that of the tier's first client.
+        """
+        held = self.data.global_holdout()
+        count = min(self.config.generations, len(held))
+        if not count:
+            return []
+        member, *_ = members = next(iter(self.tiers.values()))
+        own = self.method.personal_models and not plain
+        if own:
+            self._load_own(member, personal)
+        else:
+            self._load_mean(members, personal, plain)
+        part = held.select(range(count))
+        found = self._generated(part, self._assigned(member, personal, plain))
+        whose = {"tier": member.top_k, "label": member.tier, "client": member.name if own else None}
+        return as_text(part, self.tasks.answers(part), found, self.model.foundation.tokenizer, whose)
+
+    def _generated(self, part: Sequences, how: Assignment) -> list[list[int]]:
+        """The tokens of every sample's answer. Batches are dealt to ranks as those of `_run`."""
+        size, world = self.config.batch_size, self.runtime.world_size
+        longest = longest_sequence(self.model.foundation.model.config)
+        found: dict[str, list[int]] = {}
+        with self._receiving(how):
+            for turn in range(math.ceil(len(part) / (size * world))):
+                first = (turn * world + self.runtime.rank) * size
+                mine = part.select(range(min(first, len(part)), min(first + size, len(part))))
+                answers = greedy(
+                    mine,
+                    self.tasks.answers(mine),
+                    self.config.max_new_tokens,
+                    longest,
+                    lambda asked: self._pass(asked, how),
+                    lambda here: any(self.runtime.gather(here)),
+                )
+                found |= {str(first + i): tokens for i, tokens in enumerate(answers)}
+        everyone = {place: tokens for ours in self.runtime.gather(found) for place, tokens in ours.items()}
+        return [everyone[str(place)] for place in range(len(part))]
+
+    def _assigned(self, member: Client, personal: Personal, plain: bool) -> Assignment:
+        how = self.method.assign(member, RoundContext(0, personal.dense(member.index)))
+        return how if not plain else replace(how, rows_R=None, rescale=None)
 
     def _tier_rows(
         self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client], plain: bool
@@ -171,9 +218,8 @@ class Evaluator:
             # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
             for turn in range(math.ceil(len(batches) / world)):
                 place = turn * world + rank
-                found = self._score(batches[place]() if place < len(batches) else None, how)
-                if found is not None:
-                    sums_KN[:, place] = found
+                mine = [place] if place < len(batches) else []
+                sums_KN[:, mine] = self._score([batches[at]() for at in mine], how)
         return self.runtime.control.sum(sums_KN)  # disjoint entries: adding zeros is exact
 
     @contextmanager
@@ -200,23 +246,22 @@ class Evaluator:
             bank.client(spec.name, 0).copy_(value if mask is None else torch.where(mask, value, 0.0))
         return bank
 
-    def _score(self, part: Sequences | None, how: Assignment) -> Tensor | None:
-        """[K]: the sums of one batch; a rank without one takes part in the same passes, and has none."""
+    def _score(self, parts: list[Sequences], how: Assignment) -> Tensor:
+        """[K, parts]: the sums of the parts of one pass; a rank without any takes part in the same passes."""
+        result = self._pass(parts, how)
+        right_MB = self.tasks.right(parts, result, lambda asked: self._pass(asked, how))
+        by_part = [torch.split(values_N, result.targets) for values_N in (result.nll_N.double(), result.correct_N)]
+        sums_KP = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(parts), dtype=torch.float64)
+        first = 0
+        for place, (part, nll, correct) in enumerate(zip(parts, *by_part, strict=True)):
+            right = [sum(right_B[first : first + len(part)]) for right_B in right_MB]
+            figures = [float(nll.sum()), int(correct.sum()), len(correct), len(part), *right]
+            sums_KP[:, place] = torch.tensor(figures, dtype=torch.float64)
+            first += len(part)
+        return sums_KP
 
-        def forward(asked: Sequences | None) -> PassResult:
-            return self._pass(asked, how)
-
-        result = forward(part)
-        right = self.tasks.right(part, result, forward)
-        if part is None:
-            return None
-        return torch.tensor(
-            [float(result.nll_N.double().sum()), int(result.correct_N.sum()), len(result.correct_N), len(part), *right],
-            dtype=torch.float64,
-        )
-
-    def _pass(self, part: Sequences | None, how: Assignment) -> PassResult:
-        # Without sequences this makes the stand-in row that takes part in the all-to-alls.
+    def _pass(self, parts: list[Sequences], how: Assignment) -> PassResult:
         images = self.model.foundation.images
-        rows = [] if part is None else [Rows.of(0, how.cap, part, range(len(part)), images=images)]
+        # Rows of their own for every part. Without any this makes the stand-in row that takes part in the all-to-alls.
+        rows = [Rows.of(0, how.cap, part, range(len(part)), images=images) for part in parts]
         return self.model.forward(self.model.batch(rows), 0, None if how.rescale is None else [how.rescale])

@@ -18,6 +18,7 @@ from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.evaluation import Score
+from fedmoe_ds.federation.generation import Generation
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.storage.files import write_whole
@@ -151,6 +152,17 @@ class Journal:
             shares = "  ".join(f"k={row.label}: {row.metrics[name]:.1%}" for row in pooled)
             tiers += f"; {name.replace('_', ' ')} {shares}"
         self.note(f"{head}: perplexity {tiers}")
+
+    def generations(self, round_index: int, rows: list[Generation]) -> None:
+        """Answers as text. What clients have written is in them, so no line of progress shows any."""
+
+        def write() -> None:
+            for row in rows:
+                fields = {"round": round_index, "tier": row.tier, "tier_label": row.label, "sample": row.sample}
+                fields |= {"prompt": row.prompt, "reference": row.reference, "answer": row.answer}
+                self.log.write("generation", **fields, exact=row.exact, ended=row.ended, client=row.client)
+
+        self._write(write)
 
     def round(
         self,

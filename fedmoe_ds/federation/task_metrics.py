@@ -9,7 +9,7 @@ nothing is generated. No normalisation comes in: an answer in other letters, or 
 after the prompt, the sum over its tokens, end-of-text included: `acc` of lm-evaluation-harness, which leaves that token out.
 Each candidate is a pass over the batch; of equal ones the first in order counts.
 
-Legend: N targets of a batch, B its samples.
+Legend: N targets of a pass, B its samples, C candidates, M metrics.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 
 from fedmoe_ds.config import Config, EvaluationConfig
 from fedmoe_ds.data import FederatedData, Sequences, Task
-from fedmoe_ds.data.answers import AnswerReader, check_prompts, choices
+from fedmoe_ds.data.answers import Answer, AnswerReader, check_prompts, choices
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.model.forward import PassResult
 
-Forward = Callable[[Sequences | None], PassResult]
-"""One pass over samples; every rank of a cluster calls it as often, with None where it has none."""
+Forward = Callable[[list[Sequences]], PassResult]
+"""One pass over samples in parts; every rank of a cluster calls it as often, with no part where it has none."""
 
 
 @dataclass(frozen=True)
@@ -54,41 +54,44 @@ class TaskMetrics:
             check_room(data.sequence_length, candidates, longest_sequence(foundation.model.config))
         return cls(list(dict.fromkeys(config.metrics)), reader, [tuple(tokens) for tokens in candidates])
 
-    def right(self, part: Sequences | None, result: PassResult, forward: Forward) -> list[int]:
-        """How many samples each metric counts as right; collective passes, with None for a rank that has no samples.
+    def answers(self, part: Sequences) -> list[Answer]:
+        """The answer of every sample."""
+        assert self.reader is not None, "no key asks for answers"
+        return self.reader.each(part)
+
+    def right(self, parts: list[Sequences], result: PassResult, forward: Forward) -> list[list[bool]]:
+        """Whether each metric counts a sample as right, metric by metric, over the samples of all parts in their order.
 
         Args:
-            result: of the pass over `part` itself.
+            parts: in the pass; none on a rank that only takes part in it.
+            result: of the pass.
         """
         ways = {"exact_match": self._exact, "ranked_choice": self._ranked}
-        return [ways[name](part, result, forward) for name in self.names]
+        return [ways[name](parts, result, forward) for name in self.names]
 
-    def _exact(self, part: Sequences | None, result: PassResult, forward: Forward) -> int:
+    def _exact(self, parts: list[Sequences], result: PassResult, forward: Forward) -> list[bool]:
         """Samples whose answer greedy decoding gives."""
-        if part is None:
-            return 0
-        assert self.reader is not None
-        # Back onto the sequences: targets stand in row order.
-        per_sample = torch.split(result.correct_N.cpu(), [int(mask.sum()) for mask in part.loss_mask])
-        right = 0
-        for correct_N, mask, answer in zip(per_sample, part.loss_mask, self.reader.each(part), strict=True):
+        masks = [mask for part in parts for mask in part.loss_mask]
+        answers = [answer for part in parts for answer in self.answers(part)]
+        # Back onto the samples: targets stand in row order.
+        per_sample = torch.split(result.correct_N.cpu(), [int(mask.sum()) for mask in masks])
+        right = []
+        for correct_N, mask, answer in zip(per_sample, masks, answers, strict=True):
             first = int(mask[: answer.start].sum())
-            right += bool(correct_N[first : first + len(answer.tokens)].all())
+            right.append(bool(correct_N[first : first + len(answer.tokens)].all()))
         return right
 
-    def _ranked(self, part: Sequences | None, result: PassResult, forward: Forward) -> int:
+    def _ranked(self, parts: list[Sequences], result: PassResult, forward: Forward) -> list[bool]:
         """Samples whose answer is the likeliest of the candidates."""
-        assert self.reader is not None
-        reader, nll_CB = self.reader, []
+        assert self.reader is not None, "no key asks for answers"
+        nll_CB = []
         for tokens in self.candidates:
-            asked = forward(None if part is None else reader.asked(part, tokens))
-            if part is not None:
-                nll_CB.append([float(nll.sum()) for nll in torch.split(asked.nll_N.double().cpu(), len(tokens))])
-        if part is None:
-            return 0
+            asked = forward([self.reader.asked(part, tokens) for part in parts])
+            nll_CB.append([float(nll.sum()) for nll in torch.split(asked.nll_N.double().cpu(), len(tokens))] if parts else [])
+        answers = [answer.tokens for part in parts for answer in self.answers(part)]
         # argmin takes the first of equal ones.
-        best_B = np.array(nll_CB).argmin(0)
-        return sum(self.candidates[best] == answer.tokens for best, answer in zip(best_B, reader.each(part), strict=True))
+        best_B = np.array(nll_CB).argmin(0) if answers else []
+        return [self.candidates[best] == tokens for best, tokens in zip(best_B, answers, strict=True)]
 
 
 def check_room(length: int, candidates: Sequence[Sequence[int]], longest: int | None) -> None:
