@@ -13,7 +13,7 @@ from fedmoe_ds.config.schema import Config
 
 
 def idle_keys(config: Config) -> list[str]:
-    """One text `key=value (reason)` for every key of adapters, federation, local and server that is set and does nothing."""
+    """One text `key=value (reason)` for every key that is set, in the sections below, and does nothing."""
     return [
         f"{section}.{key}={getattr(getattr(config, section), key)} ({reason})"
         for section, keys, reason in _idle(config)
@@ -47,3 +47,5 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         # FedAvgM has momentum but no second moment.
         first = ("beta1",) if server.optimizer == "fedavg" else ()
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
+    if config.data.validation is not None:
+        yield "data", ("global_holdout",), "data.validation is given"
