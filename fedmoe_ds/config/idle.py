@@ -13,7 +13,7 @@ from fedmoe_ds.config.schema import Config
 
 
 def idle_keys(config: Config) -> list[str]:
-    """One text `key=value (reason)` for every key of these sections that is set and does nothing."""
+    """One text `key=value (reason)` for every key that is set, in the sections below, and does nothing."""
     return [
         f"{section}.{key}={getattr(getattr(config, section), key)} ({reason})"
         for section, keys, reason in _idle(config)
@@ -50,3 +50,5 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
     if evaluation.generations == 0:
         yield "evaluation", ("max_new_tokens",), "evaluation.generations is 0"
+    if config.data.validation is not None:
+        yield "data", ("global_holdout",), "data.validation is given"

