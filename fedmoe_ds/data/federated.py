@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.config.prompt import PromptConfig
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data import digits
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
-from fedmoe_ds.data.sources import Source, open_source
+from fedmoe_ds.data.sources import Source, Sources, open_sources
 from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, usable, write_store
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.data.templates.chat_template import template_text
@@ -38,6 +37,12 @@ __all__ = ["FederatedData", "Sequences", "prepare"]
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
 FORMAT = 2
 READING = "reading"
+_FIRST_KEYS = frozenset(
+    {"template", "columns", "label_names", "sequence_length", "max_samples", "holdout", "global_holdout", "partition"}
+)
+"""Keys that are part of every content key, whatever their value."""
+_BY_CONTENT = ("source", "split", "validation", "chat_template")
+"""Keys that name something whose content is in the key."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,10 @@ class FederatedData:
         return self._store.read(2 * self._checked(client) + 1)
 
     def global_holdout(self) -> Sequences:
-        """Return the hold-out drawn before partitioning, in random order, so that any prefix is representative."""
+        """Return the hold-out of everybody, in random order, so that any prefix is representative.
+
+        It is drawn before partitioning, or what `data.validation` names.
+        """
         return self._store.read(2 * len(self.names))
 
     def _checked(self, client: int) -> int:
@@ -129,11 +137,11 @@ def prepare(
     check_task("causal_lm", config)
     # The encoder first: a tokenizer that does not serve is told before a large source is read.
     encoder = Encoder(tokenizer, own_code=code is not None)
-    source = open_source(config)
-    folder = cache_dir / _content_key(config, seed, tokenizer, source, code)
+    sources = open_sources(config, cache_dir.parent)
+    folder = cache_dir / _content_key(config, seed, tokenizer, sources, code)
 
     def prepared() -> Prepared:
-        return assemble(source, config, seed, encoder)
+        return assemble(sources, config, seed, encoder)
 
     return _found_or_made(folder, prepared, {"sequence_length": config.sequence_length})
 
@@ -154,13 +162,13 @@ def _found_or_made(folder: Path, prepared: Callable[[], Prepared], header: dict[
     return FederatedData.open(folder)
 
 
-def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, source: Source, code: str | None) -> str:
+def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, sources: Sources, code: str | None) -> str:
     parts = {
         "format": FORMAT,
         # The digest stands for the source: the same file under another path is the same data.
-        "config": config.model_dump(mode="json", exclude={"source", "split", "chat_template", *_unused(config)}),
-        "kind": type(source).__name__,
-        "source": source.digest(),
+        "config": config.model_dump(mode="json", exclude={*_BY_CONTENT, *_at_default(config)}),
+        "kind": type(sources.train).__name__,
+        "source": sources.train.digest(),
         "seed": seed,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
@@ -168,13 +176,20 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
         **({} if code is None else {"code": code}),
         # What the file or the tokenizer holds, not where it lies.
         **({"chat": template_text(config, tokenizer)} if config.template in ("auto", "chat") else {}),
+        **({} if sources.validation is None else {"validation": _named(sources.validation)}),
     }
     return tree_sha256(parts)[:32]
 
 
-def _unused(config: DataConfig) -> set[str]:
-    """Keys that say what every run did before they were there, so that caches of earlier versions are still found."""
-    return {"prompt"} if config.prompt == PromptConfig() else set()
+def _named(source: Source) -> list[str]:
+    return [type(source).__name__, source.digest()]
+
+
+def _at_default(config: DataConfig) -> set[str]:
+    """Later keys that say what was always done: they are no part of a content key, so that older caches are still found."""
+    plain = DataConfig()
+    later = type(config).model_fields.keys() - _FIRST_KEYS
+    return {name for name in later if getattr(config, name) == getattr(plain, name)}
 
 
 def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:

@@ -37,7 +37,7 @@ from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.server import BASE, CONTROL, Server
-from fedmoe_ds.foundation import Foundation, host_sharing, load_foundation, resolve_foundation
+from fedmoe_ds.foundation import Foundation, conversion, host_sharing, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.kernels.lora_products import check_kernels
@@ -140,8 +140,9 @@ def load_shared_foundation(
     work, trust = LongWork(runtime, stop or StopRequest()), config.foundation.trust_remote_code
     # One writer of the cache: the other ranks would pre-train the same model beside it.
     folder = work.run_on_rank0(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
-    if (line := work.run_on_all_ranks(lambda: told(Path(folder), trust))) is not None:
-        progress.note(line)
+    for line in work.run_on_all_ranks(lambda: (told(Path(folder), trust), conversion.told(Path(folder)))):
+        if line is not None:
+            progress.note(line)
     ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
     if device.type != "cpu":
         # A device's memory is its own, so there is nothing that ranks of a host could share.

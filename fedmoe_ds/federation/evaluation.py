@@ -1,4 +1,4 @@
-"""Evaluation: perplexity and next-token accuracy of the global model at every budget tier.
+"""Evaluation: perplexity, next-token accuracy and task metrics of the global model at every budget tier.
 
 Batches are cut before they are dealt to ranks, and per-batch sums are added in batch order, so the figures do not depend on the
 topology. Every rank runs the same number of passes; one without a batch joins with a stand-in row.
@@ -7,8 +7,9 @@ topology. Every rank runs the same number of passes; one without a batch joins w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,14 +19,19 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.federation.generation import Generation, as_text, greedy
 from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.federation.task_metrics import TaskMetrics
+from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
-from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.forward import AdaptedModel, PassResult
 from fedmoe_ds.model.moe_layer import RESCALER
 
 ReadBatch = Callable[[], Sequences]
+NLL, CORRECT, TARGETS, SAMPLES = range(4)
+"""Rows of the sums over a batch; those of the task metrics follow, one for each: how many samples it counts as right."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Score:
     """One evaluation row of the tier `label` (see `fedmoe_ds.clients.tiers`), whose top-k is `tier`.
 
     Loss is the mean negative log-likelihood per target, in nats; it and the accuracy are NaN where there is no target.
+    `metrics`: of each task metric that is asked for, the share of the `samples` that it counts as right.
     """
 
     tier: int
@@ -42,6 +49,8 @@ class Score:
     accuracy: float
     targets: int
     client: str | None = None
+    samples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -49,11 +58,12 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-def pooled(member: Client, split: str, sums_3N: Tensor, client: str | None = None) -> Score:
-    """Pool per-batch (nll, correct, targets) into one row of the tier that `member` is of."""
-    nll, correct, targets = (float(value) for value in sums_3N.sum(1))
+def pooled(member: Client, split: str, sums_KN: Tensor, names: list[str], client: str | None = None) -> Score:
+    """Pool the sums of batches into one row of the tier that `member` is of; `names` are those of the task metrics."""
+    nll, correct, targets, samples, *right = (float(value) for value in sums_KN.sum(1))
     loss, accuracy = (nll / targets, correct / targets) if targets else (math.nan, math.nan)
-    return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client)
+    metrics = {name: count / samples if samples else math.nan for name, count in zip(names, right, strict=True)}
+    return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client, int(samples), metrics)
 
 
 class Evaluator:
@@ -80,6 +90,7 @@ class Evaluator:
         self.model, self.execution, self.runtime, self.bank = model, model.execution, runtime, bank
         self.data, self.clients, self.tiers = data, clients, tiers_of(clients)
         self.method, self.config = spec.method, spec.config.evaluation
+        self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool) -> list[Score]:
         """Rows for every tier: split `global`, and with `per_client` also `client` (one per client) and `clients` (pooled).
@@ -90,8 +101,7 @@ class Evaluator:
         rows = []
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
         for members in self.tiers.values():
-            how = self.method.assign(members[0], RoundContext(0, personal.dense(members[0].index)))
-            how = how if not plain else replace(how, rows_R=None, rescale=None)
+            how = self._assigned(members[0], personal, plain)
             if not self.method.personal_models:
                 rows += self._tier_rows(members, how, personal, owners, plain)
                 continue
@@ -103,35 +113,90 @@ class Evaluator:
                 rows += self._personal_rows(members, how, personal, own)
         return rows
 
+    @torch.no_grad()
+    def generations(self, personal: Personal, plain: bool) -> list[Generation]:
+        """Greedy answers to the first samples of the global hold-out by the model of the largest tier, the same on every rank.
+
+        Where clients keep models of their own it is that of the tier's first client.
+        """
+        held = self.data.global_holdout()
+        count = min(self.config.generations, len(held))
+        if not count:
+            return []
+        member, *_ = members = next(iter(self.tiers.values()))
+        own = self.method.personal_models and not plain
+        if own:
+            self._load_own(member, personal)
+        else:
+            self._load_mean(members, personal, plain)
+        part = held.select(range(count))
+        found = self._generated(part, self._assigned(member, personal, plain))
+        whose = {"tier": member.top_k, "label": member.tier, "client": member.name if own else None}
+        return as_text(part, self.tasks.answers(part), found, self.model.foundation.tokenizer, whose)
+
+    def _generated(self, part: Sequences, how: Assignment) -> list[list[int]]:
+        """The tokens of every sample's answer. Batches are dealt to ranks as those of `_run`."""
+        size, world = self.config.batch_size, self.runtime.world_size
+        longest = longest_sequence(self.model.foundation.model.config)
+        found: dict[str, list[int]] = {}
+        with self._receiving(how):
+            for turn in range(math.ceil(len(part) / (size * world))):
+                first = (turn * world + self.runtime.rank) * size
+                mine = part.select(range(min(first, len(part)), min(first + size, len(part))))
+                answers = greedy(
+                    mine,
+                    self.tasks.answers(mine),
+                    self.config.max_new_tokens,
+                    longest,
+                    lambda asked: self._pass(asked, how),
+                    lambda here: any(self.runtime.gather(here)),
+                )
+                found |= {str(first + i): tokens for i, tokens in enumerate(answers)}
+        everyone = {place: tokens for ours in self.runtime.gather(found) for place, tokens in ours.items()}
+        return [everyone[str(place)] for place in range(len(part))]
+
+    def _assigned(self, member: Client, personal: Personal, plain: bool) -> Assignment:
+        how = self.method.assign(member, RoundContext(0, personal.dense(member.index)))
+        return how if not plain else replace(how, rows_R=None, rescale=None)
+
     def _tier_rows(
         self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client], plain: bool
     ) -> list[Score]:
         """One model for the tier: global adapters, personal blocks at the mean over its clients."""
-        for name in (name for name, spec in personal.specs.items() if name in self.bank):
-            # float64, so that the mean of many equal float32 values is that value.
-            mean = personal.values[name][[client.index for client in members]].double().mean(0)
-            self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
-        rows = [pooled(members[0], "global", self._run(self._global_batches(), how))]
+        self._load_mean(members, personal, plain)
+        rows = [self._pooled(members[0], "global", self._run(self._global_batches(), how))]
         if owners:
-            sums_3N = self._run([self._client_batch(client) for client in owners], how)
-            rows.append(pooled(members[0], "clients", sums_3N))
-            rows += [pooled(members[0], "client", sums_3N[:, i : i + 1], c.name) for i, c in enumerate(owners)]
+            sums_KN = self._run([self._client_batch(client) for client in owners], how)
+            rows.append(self._pooled(members[0], "clients", sums_KN))
+            rows += [self._pooled(members[0], "client", sums_KN[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
 
     def _personal_rows(self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client]) -> list[Score]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
         shared, own = [], {}
         for client in members:
-            for name in (name for name in personal.specs if name in self.bank):
-                self.bank.client(name, 0).copy_(personal.values[name][client.index])
+            self._load_own(client, personal)
             shared.append(self._run(self._global_batches(), how))
             if client in owners:
                 own[client.name] = self._run([self._client_batch(client)], how)
-        rows = [pooled(members[0], "global", torch.cat(shared, 1))]
+        rows = [self._pooled(members[0], "global", torch.cat(shared, 1))]
         if own:
-            rows.append(pooled(members[0], "clients", torch.cat(list(own.values()), 1)))
-            rows += [pooled(members[0], "client", sums_3N, name) for name, sums_3N in own.items()]
+            rows.append(self._pooled(members[0], "clients", torch.cat(list(own.values()), 1)))
+            rows += [self._pooled(members[0], "client", sums_KN, name) for name, sums_KN in own.items()]
         return rows
+
+    def _load_mean(self, members: list[Client], personal: Personal, plain: bool) -> None:
+        for name in (name for name, spec in personal.specs.items() if name in self.bank):
+            # float64, so that the mean of many equal float32 values is that value.
+            mean = personal.values[name][[client.index for client in members]].double().mean(0)
+            self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
+
+    def _load_own(self, client: Client, personal: Personal) -> None:
+        for name in (name for name in personal.specs if name in self.bank):
+            self.bank.client(name, 0).copy_(personal.values[name][client.index])
+
+    def _pooled(self, member: Client, split: str, sums_KN: Tensor, client: str | None = None) -> Score:
+        return pooled(member, split, sums_KN, self.tasks.names, client)
 
     def _global_batches(self) -> list[ReadBatch]:
         held = self.data.global_holdout()
@@ -146,21 +211,28 @@ class Evaluator:
 
     @torch.no_grad()
     def _run(self, batches: list[ReadBatch], how: Assignment) -> Tensor:
-        """[3, N batches]: (nll, correct, targets) under one assignment, identical on every rank."""
-        sums_3N = torch.zeros(3, len(batches), dtype=torch.float64)
+        """[K, N batches]: NLL, CORRECT and so on under one assignment, identical on every rank."""
+        sums_KN = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(batches), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
+        with self._receiving(how):
+            # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
+            for turn in range(math.ceil(len(batches) / world)):
+                place = turn * world + rank
+                mine = [place] if place < len(batches) else []
+                sums_KN[:, mine] = self._score([batches[at]() for at in mine], how)
+        return self.runtime.control.sum(sums_KN)  # disjoint entries: adding zeros is exact
+
+    @contextmanager
+    def _receiving(self, how: Assignment) -> Iterator[None]:
+        """The model with the global adapters as a client with this assignment receives them."""
         trained_bank, trained_pool = self.execution.bank, self.execution.pool
         self.execution.bank = self._received(how)
         # One slot and one client on every rank: each rank scores batches of its own, with the same adapters.
         self.execution.pool = replace(trained_pool, home_clients=1, merge=False, shared=True)
         try:
-            # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
-            for turn in range(math.ceil(len(batches) / world)):
-                place = turn * world + rank
-                self._pass(batches[place] if place < len(batches) else None, place, how, sums_3N)
+            yield
         finally:
             self.execution.bank, self.execution.pool = trained_bank, trained_pool
-        return self.runtime.control.sum(sums_3N)  # disjoint entries: adding zeros is exact
 
     def _received(self, how: Assignment) -> Bank:
         """The global adapters as a client with this assignment receives them."""
@@ -174,15 +246,22 @@ class Evaluator:
             bank.client(spec.name, 0).copy_(value if mask is None else torch.where(mask, value, 0.0))
         return bank
 
-    def _pass(self, read: ReadBatch | None, place: int, how: Assignment, sums_3N: Tensor) -> None:
-        rows = []
-        if read is not None:
-            sequences = read()
-            rows.append(Rows.of(0, how.cap, sequences, range(len(sequences)), images=self.model.foundation.images))
-        # Without a batch this makes the stand-in row that takes part in the all-to-alls.
-        batch = self.model.batch(rows)
-        result = self.model.forward(batch, 0, None if how.rescale is None else [how.rescale])
-        if read is not None:
-            sums_3N[0, place] = float(result.nll_N.double().sum())
-            correct_N = result.logits_NV.argmax(-1) == batch.labels_N
-            sums_3N[1, place], sums_3N[2, place] = int(correct_N.sum()), len(correct_N)
+    def _score(self, parts: list[Sequences], how: Assignment) -> Tensor:
+        """[K, parts]: the sums of the parts of one pass; a rank without any takes part in the same passes."""
+        result = self._pass(parts, how)
+        right_MB = self.tasks.right(parts, result, lambda asked: self._pass(asked, how))
+        by_part = [torch.split(values_N, result.targets) for values_N in (result.nll_N.double(), result.correct_N)]
+        sums_KP = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(parts), dtype=torch.float64)
+        first = 0
+        for place, (part, nll, correct) in enumerate(zip(parts, *by_part, strict=True)):
+            right = [sum(right_B[first : first + len(part)]) for right_B in right_MB]
+            figures = [float(nll.sum()), int(correct.sum()), len(correct), len(part), *right]
+            sums_KP[:, place] = torch.tensor(figures, dtype=torch.float64)
+            first += len(part)
+        return sums_KP
+
+    def _pass(self, parts: list[Sequences], how: Assignment) -> PassResult:
+        images = self.model.foundation.images
+        # Rows of their own for every part. Without any this makes the stand-in row that takes part in the all-to-alls.
+        rows = [Rows.of(0, how.cap, part, range(len(part)), images=images) for part in parts]
+        return self.model.forward(self.model.batch(rows), 0, None if how.rescale is None else [how.rescale])

@@ -18,6 +18,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.no_experts import as_meant, named
 from fedmoe_ds.federation.sampling import participants
+from fedmoe_ds.federation.task_metrics import check_task_metrics
 from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.foundation.dense import type_task
@@ -128,6 +129,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
         UserError: model, data, adapters, tiers and mode do not go together.
     """
     check_task(model.task, config.data, model.images)
+    check_task_metrics(config, model.task)
     check_length(config, model.model.config)
     # Once more: of a hub id nobody knew before whether it has experts.
     config = as_meant(config, bool(model.layers))
@@ -181,6 +183,7 @@ def check_plan(config: Config, bitwise: bool) -> None:
     # None: a hub id that is not downloaded yet; resolve_spec checks it again with the model at hand.
     if task is not None:
         check_task(task, config.data)
+        check_task_metrics(config, task)
     planned = planned_config(config.foundation)
     check_length(config, planned)
     check_packing(config, planned)

@@ -12,6 +12,7 @@ from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.foundation import conversion
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 
@@ -72,6 +73,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "budgets": budgets(parts),
         "foundation": foundation.fingerprint,
         "foundation_code": foundation.code,
+        "foundation_converted": conversion.told(foundation.path),
         "seed": config.seed,
         "reproducible": "bitwise" if parts.spec.bitwise else "fast",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

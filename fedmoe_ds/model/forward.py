@@ -19,12 +19,20 @@ from fedmoe_ds.model.pass_context import Execution, Pass
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outcome of one forward pass: per target (row order) its negative log-likelihood and the logits behind it."""
+    """Outcome of one forward pass: per target (row order) its negative log-likelihood, the logits behind it, and the label;
+    `targets` are counts per segment."""
 
     nll_N: Tensor
     logits_NV: Tensor
+    labels_N: Tensor
+    targets: list[int]
     hidden_BSD: Tensor
     run: Pass
+
+    @property
+    def correct_N(self) -> Tensor:
+        """Whether the likeliest token (or class) of every target is the right one."""
+        return self.logits_NV.argmax(-1) == self.labels_N
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class AdaptedModel:
         logits_NV = head(hidden_BSD[batch.predict_BS]).float()
         nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
         # Detached: logits serve accuracies, and would otherwise keep the graph for as long as somebody holds the result.
-        return PassResult(nll_N, logits_NV.detach(), hidden_BSD, run)
+        return PassResult(nll_N, logits_NV.detach(), batch.labels_N, batch.targets, hidden_BSD, run)
 
 
 def segment_sums(values_N: Tensor, batch: Batch) -> list[Tensor]:

@@ -24,27 +24,30 @@ def label_words(table: Table, column: str, names: list[str]) -> list[str]:
     label, because a CSV file has no other way to write one.
     """
     names = names or table.classes.get(column, [])
-    return [_words(value, names, column, row) for row, value in enumerate(table[column])]
+    return [_words(value, names, column, table, row) for row, value in enumerate(table[column])]
 
 
-def _words(value: Any, names: list[str], column: str, row: int) -> str:
-    where = f"data.label_names: row {row + 1}, column '{column}': label {value!r}"
+def _words(value: Any, names: list[str], column: str, table: Table, row: int) -> str:
+    # Words are looked up for every row, so the place is worked out for a bad one only.
+    def where() -> str:
+        return f"data.label_names: {table.place(row)}, column '{column}': label {value!r}"
+
     if isinstance(value, str):
         if not value.strip():
-            raise UserError(f"{where}: is empty; mend or drop the row")
+            raise UserError(f"{where()}: is empty; mend or drop the row")
         if not names or value in names:
             return value.strip()
         if INTEGER.fullmatch(value) is None:
-            raise UserError(f"{where}: not among the label names {', '.join(names)}; complete data.label_names")
+            raise UserError(f"{where()}: not among the label names {', '.join(names)}; complete data.label_names")
         # A column of a CSV file: all of its values are text.
         value = int(value)
     # A bool is an int in Python, and no class number.
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{where}: neither an integer nor a word; mend or drop the row")
+        raise UserError(f"{where()}: neither an integer nor a word; mend or drop the row")
     if not names:
-        raise UserError(f"{where}: an integer without words; name the labels in data.label_names")
+        raise UserError(f"{where()}: an integer without words; name the labels in data.label_names")
     if not 0 <= value < len(names):
-        raise UserError(f"{where}: outside 0..{len(names) - 1}; complete data.label_names or drop the row")
+        raise UserError(f"{where()}: outside 0..{len(names) - 1}; complete data.label_names or drop the row")
     return names[value]
 
 

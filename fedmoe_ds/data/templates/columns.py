@@ -163,5 +163,5 @@ def check_rows(table: Table, columns: dict[str, str], config: DataConfig) -> Non
                 continue
             what = "is missing" if value is None else f"holds {value!r:.40}, not text"
             raise UserError(
-                f"data.columns.{field}: row {row + 1}: column '{column}' {what}; mend the row or map another column"
+                f"data.columns.{field}: {table.place(row)}: column '{column}' {what}; mend the row or map another column"
             )

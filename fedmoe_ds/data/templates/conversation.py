@@ -54,9 +54,8 @@ class Reader:
             try:
                 yield _conversation(dict(zip(fields, values, strict=True)))
             except _BadTurnError as bad:
-                raise UserError(
-                    f"data.columns.{bad.field}: row {row + 1}: column '{self._columns[bad.field]}': {bad}; mend or drop the row"
-                ) from None
+                where = f"data.columns.{bad.field}: {self._table.place(row)}: column '{self._columns[bad.field]}'"
+                raise UserError(f"{where}: {bad}; mend or drop the row") from None
 
 
 class _BadTurnError(Exception):
