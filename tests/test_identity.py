@@ -44,13 +44,13 @@ execution.reproducible execution.micro_batch_size evaluation.max_sequences evalu
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
 foundation.path data.source data.template data.columns data.sequence_length data.max_samples data.holdout data.global_holdout
-data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
+data.validation data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
 """
 """In it by what they lead to: other weights, other sequences, other kernels."""
 NEUTRAL = """
 name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
-data.split data.label_names data.partition.alpha data.partition.min_samples execution.clients_in_flight
+data.split data.label_names data.encoding data.partition.alpha data.partition.min_samples execution.clients_in_flight
 execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every checkpoint.keep
 checkpoint.every checkpoint.background
 """
@@ -61,6 +61,7 @@ ELSEWHERE = {
     "deepspeed": "test_deepspeed_tools.py",
     "execution.threads": "refused at every start in bitwise mode",
     "foundation.trust_remote_code": "test_own_code.py",
+    "data.separator": "test_data_sources.py",
 }
 """Neutral, and shown to be in another world than that of one process."""
 
@@ -87,6 +88,7 @@ OTHER: dict[str, Any] = {
     "data.partition.clients": 3,
     "data.partition.column": "kind",
     "data.split": "test",
+    "data.encoding": "ascii",
     "data.label_names": ["yes", "no"],
 }
 """Another value, where the type does not suggest one."""
@@ -248,9 +250,9 @@ def test_another_value_is_refused(key: str, world: World) -> None:
 
 @pytest.mark.parametrize("key", BY_CONTENT.split())
 def test_another_content_is_refused(key: str, world: World) -> None:
-    value = {"foundation.path": str(world.root / "model-2"), "data.source": str(world.root / "other.jsonl")}.get(
-        key
-    ) or OTHER.get(key)
+    other = str(world.root / "other.jsonl")
+    paths = {"foundation.path": str(world.root / "model-2"), "data.source": other, "data.validation": other}
+    value = paths.get(key) or OTHER.get(key)
     config = world.config(BESIDES.get(key, {}), nested(key, value if value is not None else another(key, KEYS[key], 0.1)))
     runtime, topology = alone()
     parts = load_parts(config, runtime, topology, Journal(world.root / "scratch", runtime).progress)
