@@ -45,14 +45,14 @@ execution.reproducible execution.micro_batch_size evaluation.max_sequences evalu
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
 foundation.path data.source data.template data.columns data.sequence_length data.max_samples data.holdout data.global_holdout
-data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels data.prompt.preset
-data.prompt.end_of_text
+data.validation data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
+data.prompt.preset data.prompt.end_of_text
 """
 """In it by what they lead to: other weights, other sequences, other kernels."""
 NEUTRAL = """
 name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
-data.split data.label_names data.partition.alpha data.partition.min_samples execution.clients_in_flight
+data.split data.label_names data.encoding data.partition.alpha data.partition.min_samples execution.clients_in_flight
 execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """
@@ -71,6 +71,7 @@ ELSEWHERE = {
     "data.prompt.input_header": "test_data_prompts.py",
     "data.prompt.response_header": "test_data_prompts.py",
     "data.prompt.answer_lead": "test_data_prompts.py",
+    "data.separator": "test_data_sources.py",
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
@@ -99,6 +100,7 @@ OTHER: dict[str, Any] = {
     "data.partition.clients": 3,
     "data.partition.column": "kind",
     "data.split": "test",
+    "data.encoding": "ascii",
     "data.label_names": ["yes", "no"],
     "evaluation.metrics": ["exact_match"],
 }
@@ -261,9 +263,9 @@ def test_another_value_is_refused(key: str, world: World) -> None:
 
 @pytest.mark.parametrize("key", BY_CONTENT.split())
 def test_another_content_is_refused(key: str, world: World) -> None:
-    value = {"foundation.path": str(world.root / "model-2"), "data.source": str(world.root / "other.jsonl")}.get(
-        key
-    ) or OTHER.get(key)
+    other = str(world.root / "other.jsonl")
+    paths = {"foundation.path": str(world.root / "model-2"), "data.source": other, "data.validation": other}
+    value = paths.get(key) or OTHER.get(key)
     config = world.config(BESIDES.get(key, {}), nested(key, value if value is not None else another(key, KEYS[key], 0.1)))
     runtime, topology = alone()
     parts = load_parts(config, runtime, topology, Journal(world.root / "scratch", runtime).progress)
