@@ -39,7 +39,7 @@ federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.t
 federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
 local.balance_loss local.z_loss method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
-execution.reproducible execution.micro_batch_size evaluation.max_sequences evaluation.client_sequences
+execution.reproducible execution.micro_batch_size execution.packing evaluation.max_sequences evaluation.client_sequences
 """
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
