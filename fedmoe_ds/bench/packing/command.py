@@ -29,8 +29,8 @@ COLUMNS: list[Column] = [
 
 ABOUT = (
     "Eight clients in one wave train LoRA on experts and attention of a random OLMoE-shaped model on samples of 30 to 60 "
-    "tokens. *Packed* and *unpacked* take the same optimizer steps on the same samples. *whole steps*: all samples of a step in "
-    "one pass; a number: `execution.micro_batch_size`, the full sequences (of 512 tokens) that a pass has memory for. Unpacked, "
+    "tokens. *Packed* and *unpacked* take the same optimizer steps on the same samples. *whole steps*: a step in one pass; a "
+    "number: `execution.micro_batch_size`, the full sequences (of 512 tokens) that a pass has memory for. Unpacked, "
     "a sample takes the place of one; a pass is padded to its longest sample, not to a full sequence. *Padding* is the share "
     "of a pass's token rows."
 )
