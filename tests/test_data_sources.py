@@ -407,6 +407,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         r"^data\.separator: ;: without effect: none .* \.csv, \.tsv; drop",
     ),
     "encoding of stdlib": ({}, {"source": "stdlib", "encoding": "cp1252"}, r"^data\.encoding: cp1252: without effect"),
+    "separator of nothing": ({"a_csv": b"text\na\n"}, {"separator": '"'}, r"^data\.separator: '\"': separates no fields"),
     "no match": ({}, {"source": "{}/*.jsonl"}, r"^data\.source: .*/\*\.jsonl: no file matches; mend the pattern"),
     "match of no kind": ({"d__a_jsonl": GOOD, "d__b_md": b""}, {"source": "{}/d/*"}, r"d/b\.md: unknown kind of file '\.md'"),
     "match of a folder": ({"d__e__a_jsonl": GOOD}, {"source": "{}/d/*"}, r"d/e: no regular file"),
@@ -520,8 +521,7 @@ def test_mistakes_with_saved_data_sets(tokenizer: PreTrainedTokenizerFast, tmp_p
         ("data.source=5", r"data\.source: 5: expected a name, or a list of at least one"),
         ("data.source=[]", r"data\.source: \[\]: expected a name"),
         ("data.validation=[a.csv, 3]", r"data\.validation: \['a\.csv', 3\]: expected a name"),
-        ("data.separator=ab", r"data\.separator: 'ab': expected one character"),
-        ("data.separator='\"'", r"data\.separator: '\"': expected one character"),
+        ("data.separator=ab", r"data\.separator: ab: expected string of length 1 or null"),
     ],
 )
 def test_mistakes_in_the_keys(override: str, line: str, tmp_path: Path) -> None:

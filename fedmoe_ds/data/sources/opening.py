@@ -103,7 +103,9 @@ def _is_a_path(given: str) -> bool:
 
 
 def _file(config: DataConfig, key: str) -> DataFile:
-    """How the files of a configuration are read; the path comes later. Raises UserError for an encoding that is none."""
+    """How the files of a configuration are read; the path comes later. Raises UserError for impossible keys."""
     if not known_encoding(config.encoding):
         raise UserError(f"data.encoding: {config.encoding}: no text encoding of Python; use its name, such as utf-8 or cp1252")
+    if config.separator is not None and config.separator in '"\r\n\0':
+        raise UserError(f"data.separator: {config.separator!r}: separates no fields; use another character")
     return DataFile(Path(), key, config.separator, config.encoding)
