@@ -23,11 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config import load_config
+from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.config.schema import DataConfig, PartitionConfig
-from fedmoe_ds.data import federated
+from fedmoe_ds.config.yaml12 import parse_yaml
+from fedmoe_ds.data import federated, templates
 from fedmoe_ds.data.federated import FederatedData, prepare
-from fedmoe_ds.data.readers import DataFile, data_file
+from fedmoe_ds.data.readers import COMPRESSIONS, READERS, DataFile, data_file
 from fedmoe_ds.data.sources import FileSource, open_source
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
@@ -564,3 +565,25 @@ def test_many_small_files_are_few_chunks(tmp_path: Path) -> None:
     assert len(table["text"]._chunks) == len(table["client"]._chunks) == 1 and len(table) == 150
     chosen = table.select(np.array([0, 149]))
     assert list(chosen["text"]) == ["0 0", "9 2"] and list(chosen["client"]) == ["c0", "c9"]
+
+
+# The page -----------------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+
+
+def test_the_page_has_every_kind_of_file_and_every_field() -> None:
+    kinds = set(re.findall(r"`(\.\w+)`", "".join(re.findall(r"^\| (`\..*?) \|", PAGE, re.MULTILINE))))
+    assert kinds == set(READERS) and not [ending for ending in COMPRESSIONS if f"`{ending}`" not in PAGE]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \| (yes|no) \|$", PAGE, re.MULTILINE)
+    fields: dict[str, dict[str, tuple[str, ...]]] = {}
+    for template, field, names, needed in rows:
+        fields.setdefault(template, {})[field] = tuple(re.findall(r"`(\w+)`", names))
+        assert (needed == "no") == (field in templates.OPTIONAL), field
+    assert fields == templates.FIELDS
+
+
+def test_the_examples_of_the_page_are_configurations() -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    read = [Config.model_validate(parse_yaml(example, "data.md")).data for example in examples]
+    assert len(read) >= 6 and not [data for data in read if data == DataConfig()]
