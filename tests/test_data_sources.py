@@ -409,6 +409,18 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     ),
     "encoding of stdlib": ({}, {"source": "stdlib", "encoding": "cp1252"}, r"^data\.encoding: cp1252: without effect"),
     "separator of nothing": ({"a_csv": b"text\na\n"}, {"separator": '"'}, r"^data\.separator: '\"': separates no fields"),
+    "Excel": ({"a_xlsx": b"PK"}, {}, r"a\.xlsx: unknown kind of file '\.xlsx'; save it as CSV or Parquet; use files that"),
+    "tar": ({"a_tar_gz": PACKED}, {}, r"a\.tar\.gz: unknown kind of file '\.tar\.gz'; unpack it; use files that end in"),
+    "no file of a kind": (
+        {},
+        {"source": "a.xlsx"},
+        r"^data\.source: a\.xlsx: no such file or folder, or of an unknown kind '\.xlsx'",
+    ),
+    "no group": (
+        {"d__a_jsonl": LINES, "d__b_jsonl": GOOD},
+        {"source": "{}/d/*", "partition": {"column": "who"}},
+        r"^data\.partition\.column: who: row 1 of .*b\.jsonl holds None, no group's name",
+    ),
     "no match": ({}, {"source": "{}/*.jsonl"}, r"^data\.source: .*/\*\.jsonl: no file matches; mend the pattern"),
     "match of no kind": ({"d__a_jsonl": GOOD, "d__b_md": b""}, {"source": "{}/d/*"}, r"d/b\.md: unknown kind of file '\.md'"),
     "match of a folder": ({"d__e__a_jsonl": GOOD}, {"source": "{}/d/*"}, r"d/e: no regular file"),
@@ -491,7 +503,7 @@ def test_a_mistake_is_one_line(case: str, tokenizer: PreTrainedTokenizerFast, tm
     source = tmp_path / next(iter(contents), "none").replace("__", "/").replace("_", ".")
     filled = json.loads(json.dumps({"source": str(source), **keys}).replace("{}", str(tmp_path)))
     with pytest.raises(UserError, match=line) as caught:
-        prepare(DataConfig(partition=SHARED, **filled), 0, tokenizer, tmp_path / "cache")
+        prepare(DataConfig(**{"partition": SHARED, **filled}), 0, tokenizer, tmp_path / "cache")
     assert str(caught.value).startswith("data.")
 
 

@@ -20,6 +20,13 @@ CLIENT = "client"
 _FIRST_KINDS = frozenset({".jsonl", ".csv", ".parquet"})
 _MAY_LACK = frozenset({".jsonl", ".ndjson", ".json"})
 """Kinds whose rows need not have every column: an absent key is a missing value."""
+_UNPACK, _EXPORT = "unpack it", "save it as CSV or Parquet"
+WAYS = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".xz", ".7z", ".lz4"), _UNPACK),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".sqlite", ".db", ".orc", ".avro", ".pkl", ".pickle", ".npz"), _EXPORT),
+    **dict.fromkeys((".pdf", ".docx", ".doc", ".html", ".xml", ".md", ".yaml", ".py"), "save its text as .txt or .jsonl"),
+}
+"""What helps with the commonest kinds of files that have no reader."""
 KINDS = (
     f"{', '.join(ending for ending in READERS if ending in TEXTUAL)}, each also packed ({', '.join(COMPRESSIONS)}), "
     f"{' or '.join(ending for ending in READERS if ending not in TEXTUAL)}"
@@ -209,7 +216,8 @@ def _readable(file: DataFile, way: str = "") -> DataFile:
         raise file.error("no regular file" + way)
     if not _has_reader(file):
         ending = "".join(file.path.suffixes[-2:]) if file.packed else file.path.suffix
-        raise file.error(f"unknown kind of file '{ending}'{way or '; ' + use()}")
+        help_first = f"; {WAYS[file.ending]}" if file.ending in WAYS else ""
+        raise file.error(f"unknown kind of file '{ending}'{help_first}{way or '; ' + use()}")
     return file
 
 

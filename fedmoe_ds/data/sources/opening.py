@@ -9,15 +9,13 @@ from typing import NamedTuple
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data.readers import COMPRESSIONS, READERS, SEPARATORS, TEXTUAL, DataFile, known_encoding
 from fedmoe_ds.data.sources.hub import HubSource, SavedSource
-from fedmoe_ds.data.sources.local_files import FileSource, FilesSource, exists, listed_source, local_source, use
+from fedmoe_ds.data.sources.local_files import WAYS, FileSource, FilesSource, exists, listed_source, local_source, use
 from fedmoe_ds.data.sources.source import Source, StdlibSource
 from fedmoe_ds.errors import UserError
 
 SOURCE, VALIDATION = "data.source", "data.validation"
 # A hub id may hold dots, so only endings that are surely files count as files that do not exist.
-OTHER_FILES = frozenset(
-    {*COMPRESSIONS, *READERS, ".zip", ".xz", ".tar", ".xls", ".xlsx", ".py", ".md", ".ipynb", ".xml", ".html"}
-)
+OTHER_FILES = frozenset({*COMPRESSIONS, *READERS, *WAYS})
 
 
 class Sources(NamedTuple):
@@ -93,7 +91,7 @@ def _open_validation(config: DataConfig, train: Source) -> Source:
     return SavedSource(train.folder, given, key=VALIDATION)
 
 
-def shown(given: str | list[str] | None) -> str:
+def source_name(given: str | list[str] | None) -> str:
     """Return what the configuration says, for a message."""
     return given if isinstance(given, str) else ", ".join(given or ())
 
