@@ -358,6 +358,11 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "a number": ({"a_json": b" 3 "}, {}, r"a\.json:1: a single value, not an array of objects"),
     "array of texts": ({"a_json": b'["a", "b"]'}, {}, r"a\.json:1: no JSON object where one of the array should begin"),
     "array cut off": ({"a_json": b'[{"text": "a"},\n {"text": "b'}, {}, r"a\.json:2: not valid JSON \(Unterminated string"),
+    "a later object": (
+        {"a_json": b'[{"text": "a"},\n\n {"text": "b",\n "c": tru}]'},
+        {},
+        r"a\.json:4: not valid JSON \(Expecting value",
+    ),
     "array without end": ({"a_json": b'[{"text": "a"}'}, {}, r"a\.json:1: not valid JSON \(neither a comma nor"),
     "comma too much": ({"a_json": b'[{"text": "a"},\n]'}, {}, r"a\.json:2: no JSON object where"),
     "text after an array": ({"a_json": b"[] 1"}, {}, r"a\.json:1: not valid JSON \(more text after the array's end"),
@@ -486,7 +491,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "split of a file": (
         {"a_jsonl": LINES},
         {"validation": "test"},
-        r"^data\.validation: test: no such file, and only a hub data set",
+        r"^data\.validation: test: no file, and only a hub data set",
     ),
     "broken validation": (
         {"a_jsonl": LINES, "v_json": b"["},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -75,12 +76,12 @@ def _open_validation(config: DataConfig, train: Source) -> Source:
     # The name of a split first, where there are splits: a name alone is no path to a file.
     named = isinstance(train, HubSource | SavedSource) and not _is_a_path(given)
     path = Path(given).expanduser()
-    source = None if named or path.is_dir() else local_source(given, replace(file, path=path))
+    source = None if named or os.path.isdir(path) else local_source(given, replace(file, path=path))
     if source is not None:
         return source
     if not named:
         raise UserError(
-            f"data.validation: {given}: no such file, and only a hub data set or a DatasetDict has splits; {use()}, a glob "
+            f"data.validation: {given}: no file, and only a hub data set or a DatasetDict has splits; {use()}, a glob "
             "or a list of them"
         )
     assert isinstance(train, HubSource | SavedSource)
