@@ -224,6 +224,54 @@ def test_json_in_any_coat_is_what_its_lines_are(
         assert repr(read(folder / "u.json", encoding="utf-16")) == repr(expected)
 
 
+def strictly(content: bytes) -> list[dict[str, Any]] | None:
+    """The rows of an array as Python's parser reads it in one go, or None where it is no strict JSON."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(found)) < len(found):
+            raise ValueError("key twice")
+        return dict(found)
+
+    def constant(word: str) -> Any:
+        raise ValueError(word)
+
+    try:
+        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            return None
+        json.dumps([row.get("text") for row in rows], ensure_ascii=False).encode()
+    except ValueError:
+        return None
+    return [{"text": row.get("text")} for row in rows] if any("text" in row for row in rows) else []
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from(["text", "b"]), VALUE, max_size=2), min_size=1, max_size=4),
+    place=st.floats(0, 1),
+    put=st.sampled_from([b"", b'"', b",", b"]", b"}", b"{", b"\\", b"\n", b"\xff", b"NaN", b"1e", b"tru", b"[" * 300]),
+    cut=st.sampled_from([0, 1, 4, 99]),
+    piece=st.integers(1, 40),
+)
+def test_a_spoiled_array_is_read_as_by_a_plain_parser_or_not_at_all(
+    rows: list[dict[str, Any]], place: float, put: bytes, cut: int, piece: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = json.dumps(rows, indent=1).encode()
+    at = int(place * len(content))
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_bytes(content[:at] + put + content[at + cut :])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_file, "_PIECE", piece)
+        try:
+            table = FileSource(DataFile(path)).table({"text"})
+            found = [{"text": value} for value in table["text"]] if "text" in table.columns else []
+        except UserError as error:
+            assert re.search(r"a\.json(:\d+)?: ", str(error)) and "\n" not in str(error)
+            assert strictly(path.read_bytes()) is None
+        else:
+            assert repr(found) == repr(strictly(path.read_bytes()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5),
