@@ -23,11 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config import load_config
+from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.config.schema import DataConfig, PartitionConfig
-from fedmoe_ds.data import federated
+from fedmoe_ds.config.yaml12 import parse_yaml
+from fedmoe_ds.data import federated, templates
 from fedmoe_ds.data.federated import FederatedData, prepare
-from fedmoe_ds.data.readers import DataFile, data_file
+from fedmoe_ds.data.readers import COMPRESSIONS, READERS, DataFile, data_file
 from fedmoe_ds.data.sources import FileSource, open_source
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
@@ -223,6 +224,54 @@ def test_json_in_any_coat_is_what_its_lines_are(
         assert repr(read(folder / "u.json", encoding="utf-16")) == repr(expected)
 
 
+def strictly(content: bytes) -> list[dict[str, Any]] | None:
+    """The rows of an array as Python's parser reads it in one go, or None where it is no strict JSON."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(found)) < len(found):
+            raise ValueError("key twice")
+        return dict(found)
+
+    def constant(word: str) -> Any:
+        raise ValueError(word)
+
+    try:
+        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            return None
+        json.dumps([row.get("text") for row in rows], ensure_ascii=False).encode()
+    except ValueError:
+        return None
+    return [{"text": row.get("text")} for row in rows] if any("text" in row for row in rows) else []
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from(["text", "b"]), VALUE, max_size=2), min_size=1, max_size=4),
+    place=st.floats(0, 1),
+    put=st.sampled_from([b"", b'"', b",", b"]", b"}", b"{", b"\\", b"\n", b"\xff", b"NaN", b"1e", b"tru", b"[" * 300]),
+    cut=st.sampled_from([0, 1, 4, 99]),
+    piece=st.integers(1, 40),
+)
+def test_a_spoiled_array_is_read_as_by_a_plain_parser_or_not_at_all(
+    rows: list[dict[str, Any]], place: float, put: bytes, cut: int, piece: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = json.dumps(rows, indent=1).encode()
+    at = int(place * len(content))
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_bytes(content[:at] + put + content[at + cut :])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_file, "_PIECE", piece)
+        try:
+            table = FileSource(DataFile(path)).table({"text"})
+            found = [{"text": value} for value in table["text"]] if "text" in table.columns else []
+        except UserError as error:
+            assert re.search(r"a\.json(:\d+)?: ", str(error)) and "\n" not in str(error)
+            assert strictly(path.read_bytes()) is None
+        else:
+            assert repr(found) == repr(strictly(path.read_bytes()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5),
@@ -357,6 +406,11 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "a number": ({"a_json": b" 3 "}, {}, r"a\.json:1: a single value, not an array of objects"),
     "array of texts": ({"a_json": b'["a", "b"]'}, {}, r"a\.json:1: no JSON object where one of the array should begin"),
     "array cut off": ({"a_json": b'[{"text": "a"},\n {"text": "b'}, {}, r"a\.json:2: not valid JSON \(Unterminated string"),
+    "a later object": (
+        {"a_json": b'[{"text": "a"},\n\n {"text": "b",\n "c": tru}]'},
+        {},
+        r"a\.json:4: not valid JSON \(Expecting value",
+    ),
     "array without end": ({"a_json": b'[{"text": "a"}'}, {}, r"a\.json:1: not valid JSON \(neither a comma nor"),
     "comma too much": ({"a_json": b'[{"text": "a"},\n]'}, {}, r"a\.json:2: no JSON object where"),
     "text after an array": ({"a_json": b"[] 1"}, {}, r"a\.json:1: not valid JSON \(more text after the array's end"),
@@ -407,6 +461,19 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         r"^data\.separator: ;: without effect: none .* \.csv, \.tsv; drop",
     ),
     "encoding of stdlib": ({}, {"source": "stdlib", "encoding": "cp1252"}, r"^data\.encoding: cp1252: without effect"),
+    "separator of nothing": ({"a_csv": b"text\na\n"}, {"separator": '"'}, r"^data\.separator: '\"': separates no fields"),
+    "Excel": ({"a_xlsx": b"PK"}, {}, r"a\.xlsx: unknown kind of file '\.xlsx'; save it as CSV or Parquet; use files that"),
+    "tar": ({"a_tar_gz": PACKED}, {}, r"a\.tar\.gz: unknown kind of file '\.tar\.gz'; unpack it; use files that end in"),
+    "no file of a kind": (
+        {},
+        {"source": "a.xlsx"},
+        r"^data\.source: a\.xlsx: no such file or folder, or of an unknown kind '\.xlsx'",
+    ),
+    "no group": (
+        {"d__a_jsonl": LINES, "d__b_jsonl": GOOD},
+        {"source": "{}/d/*", "partition": {"column": "who"}},
+        r"^data\.partition\.column: who: row 1 of .*b\.jsonl holds None, no group's name",
+    ),
     "no match": ({}, {"source": "{}/*.jsonl"}, r"^data\.source: .*/\*\.jsonl: no file matches; mend the pattern"),
     "match of no kind": ({"d__a_jsonl": GOOD, "d__b_md": b""}, {"source": "{}/d/*"}, r"d/b\.md: unknown kind of file '\.md'"),
     "match of a folder": ({"d__e__a_jsonl": GOOD}, {"source": "{}/d/*"}, r"d/e: no regular file"),
@@ -472,7 +539,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "split of a file": (
         {"a_jsonl": LINES},
         {"validation": "test"},
-        r"^data\.validation: test: no such file, and only a hub data set",
+        r"^data\.validation: test: no file, and only a hub data set",
     ),
     "broken validation": (
         {"a_jsonl": LINES, "v_json": b"["},
@@ -489,7 +556,7 @@ def test_a_mistake_is_one_line(case: str, tokenizer: PreTrainedTokenizerFast, tm
     source = tmp_path / next(iter(contents), "none").replace("__", "/").replace("_", ".")
     filled = json.loads(json.dumps({"source": str(source), **keys}).replace("{}", str(tmp_path)))
     with pytest.raises(UserError, match=line) as caught:
-        prepare(DataConfig(partition=SHARED, **filled), 0, tokenizer, tmp_path / "cache")
+        prepare(DataConfig(**{"partition": SHARED, **filled}), 0, tokenizer, tmp_path / "cache")
     assert str(caught.value).startswith("data.")
 
 
@@ -520,8 +587,7 @@ def test_mistakes_with_saved_data_sets(tokenizer: PreTrainedTokenizerFast, tmp_p
         ("data.source=5", r"data\.source: 5: expected a name, or a list of at least one"),
         ("data.source=[]", r"data\.source: \[\]: expected a name"),
         ("data.validation=[a.csv, 3]", r"data\.validation: \['a\.csv', 3\]: expected a name"),
-        ("data.separator=ab", r"data\.separator: 'ab': expected one character"),
-        ("data.separator='\"'", r"data\.separator: '\"': expected one character"),
+        ("data.separator=ab", r"data\.separator: ab: expected string of length 1 or null"),
     ],
 )
 def test_mistakes_in_the_keys(override: str, line: str, tmp_path: Path) -> None:
@@ -564,3 +630,25 @@ def test_many_small_files_are_few_chunks(tmp_path: Path) -> None:
     assert len(table["text"]._chunks) == len(table["client"]._chunks) == 1 and len(table) == 150
     chosen = table.select(np.array([0, 149]))
     assert list(chosen["text"]) == ["0 0", "9 2"] and list(chosen["client"]) == ["c0", "c9"]
+
+
+# The page -----------------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+
+
+def test_the_page_has_every_kind_of_file_and_every_field() -> None:
+    kinds = set(re.findall(r"`(\.\w+)`", "".join(re.findall(r"^\| (`\..*?) \|", PAGE, re.MULTILINE))))
+    assert kinds == set(READERS) and not [ending for ending in COMPRESSIONS if f"`{ending}`" not in PAGE]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \| (yes|no) \|$", PAGE, re.MULTILINE)
+    fields: dict[str, dict[str, tuple[str, ...]]] = {}
+    for template, field, names, needed in rows:
+        fields.setdefault(template, {})[field] = tuple(re.findall(r"`(\w+)`", names))
+        assert (needed == "no") == (field in templates.OPTIONAL), field
+    assert fields == templates.FIELDS
+
+
+def test_the_examples_of_the_page_are_configurations() -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    read = [Config.model_validate(parse_yaml(example, "data.md")).data for example in examples]
+    assert len(read) >= 6 and not [data for data in read if data == DataConfig()]

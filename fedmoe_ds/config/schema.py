@@ -218,7 +218,7 @@ class DataConfig(Section):
         "id (docs/data.md)",
     )
     split: str = Field("train", description="split of a hub data set or of a DatasetDict")
-    separator: str | None = Field(None, description="what separates the fields of CSV files; default a comma, in .tsv a tab")
+    separator: str | None = Field(None, min_length=1, max_length=1, description="of CSV; default a comma, in .tsv a tab")
     encoding: str = Field("utf-8", description="of files that are text: a codec of Python, such as cp1252")
     template: Literal["auto", "text", "chat", "instruction", "classification"] = Field(
         "auto", description="what a row is; auto: text where there is a column `text`, chat where the columns are a chat's"
@@ -235,8 +235,7 @@ class DataConfig(Section):
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
     validation: str | list[str] | None = Field(
         None,
-        description="the global hold-out in place of a drawn one: a file, a glob or a list of files, or another split of the "
-        "same data set",
+        description="the global hold-out in place of a drawn one: files as in `source`, or another split of the same data set",
     )
     partition: PartitionConfig = PartitionConfig()
 
@@ -247,13 +246,6 @@ class DataConfig(Section):
         names = given if isinstance(given, list) else [given]
         if given is not None and (not names or not all(isinstance(name, str) and name for name in names)):
             raise ValueError(f"{given!r:.60}: expected a name, or a list of at least one")
-        return given
-
-    @field_validator("separator")
-    @classmethod
-    def _is_one_character(cls, given: str | None) -> str | None:
-        if given is not None and (len(given) != 1 or given in '"\r\n\0'):
-            raise ValueError(f'{given!r:.60}: expected one character, no quote, no line end; a tab is "\\t" in double quotes')
         return given
 
     @model_validator(mode="after")

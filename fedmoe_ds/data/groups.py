@@ -13,7 +13,7 @@ and two names that differ only in invisible characters, because nobody could tel
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fedmoe_ds.errors import UserError
@@ -22,8 +22,22 @@ EXACT = 2**53
 """Beyond it, neighbouring whole numbers are the same floating-point number."""
 
 
-def group_names(values: Iterable[Any], column: str, words: list[str] | None = None) -> list[str]:
-    """Return the name of every row's group; `words` are those of a `ClassLabel`. Raises UserError as said above."""
+def row_number(row: int) -> str:
+    """What a message calls a row where nothing else is known: its number from 1."""
+    return f"row {row + 1}"
+
+
+def group_names(
+    values: Iterable[Any], column: str, words: list[str] | None = None, place: Callable[[int], str] = row_number
+) -> list[str]:
+    """Return the name of every row's group.
+
+    Args:
+        words: those of a `ClassLabel`.
+        place: what a message calls a row.
+    Raises:
+        UserError: as said above.
+    """
     known: dict[Any, str] = {}
     names = []
     for row, value in enumerate(values):
@@ -33,7 +47,7 @@ def group_names(values: Iterable[Any], column: str, words: list[str] | None = No
             name = group_name(value, words)
             if name is None:
                 raise UserError(
-                    f"data.partition.column: {column}: row {row + 1} holds {value!r:.40}, no group's name; mend or drop the row"
+                    f"data.partition.column: {column}: {place(row)} holds {value!r:.40}, no group's name; mend or drop the row"
                 )
             known[key] = name
         # Names are shared: a column of a million rows and ten groups holds ten strings.

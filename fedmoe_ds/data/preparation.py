@@ -18,7 +18,7 @@ from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data import digits, groups, holdout, partition, templates
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import LEFT_OUT, Omissions
-from fedmoe_ds.data.sources import Source, Sources, shown
+from fedmoe_ds.data.sources import Source, Sources, source_name
 from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.distributed.stop_points import stop_point
@@ -101,7 +101,7 @@ def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder) 
 
 def _validation(source: Source, config: DataConfig, seed: int, encoder: Encoder) -> _Validation:
     """Encode the validation's rows with the template and the columns of everything else."""
-    where = f"data.validation: {shown(config.validation)}"
+    where = f"data.validation: {source_name(config.validation)}"
     table = source.table(templates.candidates(config))
     try:
         columns = templates.resolve_columns(table, config)
@@ -183,7 +183,7 @@ def _row_labels(table: Table, columns: dict[str, str], config: DataConfig, group
         return [ALL] * len(table)
     if column == columns.get("label"):
         return groups.group_names(templates.label_words(table, column, config.label_names), column)
-    return groups.group_names(table[column], column, table.classes.get(column))
+    return groups.group_names(table[column], column, table.classes.get(column), table.place)
 
 
 def _weights(table: Table, columns: dict[str, str], config: DataConfig) -> list[int]:

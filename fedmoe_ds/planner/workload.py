@@ -258,6 +258,8 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[l
     everyone = Lengths.full(sequences, length)
     held_out = max(1, round(count * sequences * config.data.global_holdout))
     note = f"assumed: every client has {sequences} sequences of {length} tokens (no tokenizer in {folder})"
+    if config.data.validation is not None:  # its rows cannot be counted either
+        note += ", and data.validation as many as data.global_holdout would draw"
     own = Lengths.full(config.evaluation.client_sequences, length)
     data = Data(lambda _: everyone, lambda _: own, Lengths.full(held_out, length), note)
     return make_clients(federation, config.federation, tiers, config.seed), data

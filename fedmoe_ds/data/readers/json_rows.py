@@ -101,18 +101,16 @@ class _Cursor:
                 value, end = _DECODER.raw_decode(self._text, self._place)
                 check_depth(self._text[self._place : end], value)
             except (ValueError, RecursionError) as error:
-                # The value may only go on in the next piece: then it is wrong near the end, or a text has no end.
-                if not (isinstance(error, json.JSONDecodeError) and self._is_unfinished(error) and self._more()):
-                    line = self.line
-                    if isinstance(error, json.JSONDecodeError):
-                        line += self._text.count("\n", self._place, error.pos)
+                line, unfinished = self.line, False
+                if isinstance(error, json.JSONDecodeError):
+                    line += self._text.count("\n", self._place, error.pos)
+                    # The value may only go on in the next piece: then it is wrong near the end, or a text has no end.
+                    unfinished = error.msg.startswith("Unterminated string") or len(self._text) - error.pos < _LONGEST_WORD
+                if not (unfinished and self._more()):
                     raise self._file.error(f"not valid JSON ({_what(error)}); mend the file", line) from error
             else:
                 self._advance(end)
                 return value
-
-    def _is_unfinished(self, error: json.JSONDecodeError) -> bool:
-        return error.msg.startswith("Unterminated string") or len(self._text) - error.pos < _LONGEST_WORD
 
     def _advance(self, place: int) -> None:
         self.line += self._text.count("\n", self._place, place)

@@ -2,7 +2,7 @@
 
 from fedmoe_ds.data.sources.hub import HubSource, SavedSource, quiet_datasets
 from fedmoe_ds.data.sources.local_files import FileSource, FilesSource
-from fedmoe_ds.data.sources.opening import Sources, open_source, open_sources, shown
+from fedmoe_ds.data.sources.opening import Sources, open_source, open_sources, source_name
 from fedmoe_ds.data.sources.source import Source, StdlibSource
 
 __all__ = [
@@ -16,5 +16,5 @@ __all__ = [
     "open_source",
     "open_sources",
     "quiet_datasets",
-    "shown",
+    "source_name",
 ]

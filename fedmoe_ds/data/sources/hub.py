@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,9 +75,8 @@ class SavedSource:
     @classmethod
     def is_one(cls, folder: Path) -> bool:
         """Whether a folder looks like it."""
-        return (folder / "dataset_dict.json").is_file() or (
-            (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-        )
+        there = {name for name in ("dataset_dict.json", "state.json", "dataset_info.json") if os.path.isfile(folder / name)}
+        return "dataset_dict.json" in there or len(there) == 2
 
     @cached_property
     def _rows(self) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,13 @@ CLIENT = "client"
 _FIRST_KINDS = frozenset({".jsonl", ".csv", ".parquet"})
 _MAY_LACK = frozenset({".jsonl", ".ndjson", ".json"})
 """Kinds whose rows need not have every column: an absent key is a missing value."""
+_UNPACK, _EXPORT = "unpack it", "save it as CSV or Parquet"
+WAYS = {
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".xz", ".7z", ".lz4"), _UNPACK),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".sqlite", ".db", ".orc", ".avro", ".pkl", ".pickle", ".npz"), _EXPORT),
+    **dict.fromkeys((".pdf", ".docx", ".doc", ".html", ".xml", ".md", ".yaml", ".py"), "save its text as .txt or .jsonl"),
+}
+"""What helps with the commonest kinds of files that have no reader."""
 KINDS = (
     f"{', '.join(ending for ending in READERS if ending in TEXTUAL)}, each also packed ({', '.join(COMPRESSIONS)}), "
     f"{' or '.join(ending for ending in READERS if ending not in TEXTUAL)}"
@@ -118,7 +126,7 @@ def local_source(given: str, file: DataFile) -> FileSource | FilesSource | None:
     """
     path = file.path
     if exists(path, file):
-        if path.is_dir():
+        if os.path.isdir(path):
             return _folder(file)
         return FileSource(_readable(file))
     if glob.has_magic(given):
@@ -136,7 +144,7 @@ def listed_source(given: Sequence[str], file: DataFile) -> FilesSource:
     found: list[str] = []
     for item in given:
         path = Path(item).expanduser()
-        one = None if path.is_dir() else local_source(item, replace(file, path=path))
+        one = None if os.path.isdir(path) else local_source(item, replace(file, path=path))
         if one is None:
             raise UserError(f"{file.key}: {item}: neither a file nor a glob, which is what a list holds; {use()}")
         found += [str(part.path) for part in one.files]
@@ -178,7 +186,7 @@ def _folder(file: DataFile) -> FilesSource:
     clients: list[str] = []
     owners: dict[str, Path] = {}
     for entry in _entries(file):
-        folder = entry.path.is_dir() and not entry.path.name.startswith(".")
+        folder = os.path.isdir(entry.path) and not entry.path.name.startswith(".")
         inside, client = (_entries(entry), entry.path.name) if folder else ([entry], entry.name)
         files += [_readable(one, way) for one in inside]
         clients += [client] * len(inside)
@@ -205,11 +213,13 @@ def _readable(file: DataFile, way: str = "") -> DataFile:
     """Return the file. Raises UserError where no reader takes it."""
     if file.path.name.startswith("."):
         raise file.error("hidden" + (way or "; rename it"))
-    if not file.path.is_file():
+    # os.path and not pathlib: what may not be looked at is told where it is opened.
+    if not os.path.isfile(file.path):
         raise file.error("no regular file" + way)
     if not _has_reader(file):
         ending = "".join(file.path.suffixes[-2:]) if file.packed else file.path.suffix
-        raise file.error(f"unknown kind of file '{ending}'{way or '; ' + use()}")
+        help_first = f"; {WAYS[file.ending]}" if file.ending in WAYS else ""
+        raise file.error(f"unknown kind of file '{ending}'{help_first}{way or '; ' + use()}")
     return file
 
 

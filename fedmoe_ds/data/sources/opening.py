@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data.readers import COMPRESSIONS, READERS, SEPARATORS, TEXTUAL, DataFile, known_encoding
 from fedmoe_ds.data.sources.hub import HubSource, SavedSource
-from fedmoe_ds.data.sources.local_files import FileSource, FilesSource, exists, listed_source, local_source, use
+from fedmoe_ds.data.sources.local_files import WAYS, FileSource, FilesSource, exists, listed_source, local_source, use
 from fedmoe_ds.data.sources.real import RealSource, real_source
 from fedmoe_ds.data.sources.source import Source, StdlibSource
 from fedmoe_ds.data.wheels import PREFIX, local_file
@@ -17,9 +18,7 @@ from fedmoe_ds.errors import UserError
 
 SOURCE, VALIDATION = "data.source", "data.validation"
 # A hub id may hold dots, so only endings that are surely files count as files that do not exist.
-OTHER_FILES = frozenset(
-    {*COMPRESSIONS, *READERS, ".zip", ".xz", ".tar", ".xls", ".xlsx", ".py", ".md", ".ipynb", ".xml", ".html"}
-)
+OTHER_FILES = frozenset({*COMPRESSIONS, *READERS, *WAYS})
 
 
 class Sources(NamedTuple):
@@ -84,12 +83,12 @@ def _open_validation(config: DataConfig, train: Source) -> Source:
     # The name of a split first, where there are splits: a name alone is no path to a file.
     named = isinstance(train, HubSource | SavedSource) and not _is_a_path(given)
     path = Path(given).expanduser()
-    source = None if named or path.is_dir() else local_source(given, replace(file, path=path))
+    source = None if named or os.path.isdir(path) else local_source(given, replace(file, path=path))
     if source is not None:
         return source
     if not named:
         raise UserError(
-            f"data.validation: {given}: no such file, and only a hub data set or a DatasetDict has splits; {use()}, a glob "
+            f"data.validation: {given}: no file, and only a hub data set or a DatasetDict has splits; {use()}, a glob "
             "or a list of them"
         )
     assert isinstance(train, HubSource | SavedSource)
@@ -108,7 +107,7 @@ def _out_of_wheels(config: DataConfig, cache: Path) -> DataConfig:
     )
 
 
-def shown(given: str | list[str] | None) -> str:
+def source_name(given: str | list[str] | None) -> str:
     """Return what the configuration says, for a message."""
     return given if isinstance(given, str) else ", ".join(given or ())
 
@@ -118,7 +117,9 @@ def _is_a_path(given: str) -> bool:
 
 
 def _file(config: DataConfig, key: str) -> DataFile:
-    """How the files of a configuration are read; the path comes later. Raises UserError for an encoding that is none."""
+    """How the files of a configuration are read; the path comes later. Raises UserError for impossible keys."""
     if not known_encoding(config.encoding):
         raise UserError(f"data.encoding: {config.encoding}: no text encoding of Python; use its name, such as utf-8 or cp1252")
+    if config.separator is not None and config.separator in '"\r\n\0':
+        raise UserError(f"data.separator: {config.separator!r}: separates no fields; use another character")
     return DataFile(Path(), key, config.separator, config.encoding)

@@ -12,6 +12,7 @@ from typing import Any
 from fedmoe_ds.clients.tiers import tier_top_k
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.problems import shown
+from fedmoe_ds.data.sources import source_name
 from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.compare import reading
 from fedmoe_ds.studies.compare.aggregate import HIGHER_IS_BETTER, Comparison
@@ -146,7 +147,7 @@ def _setting(study: Study) -> str:
     clients = config.data.partition.clients
     facts = [
         f"Everything else is `{study.base}`" + (f" with `{overrides}`" if overrides else "") + ": ",
-        f"foundation {reading.model(config)}, data {config.data.source} ({config.data.partition.kind} partition",
+        f"foundation {reading.model(config)}, data {source_name(config.data.source)} ({config.data.partition.kind} partition",
         f", {clients} clients" if clients else "",
         f"), {config.federation.rounds} rounds, ",
         reading.steps(config),
