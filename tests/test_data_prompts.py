@@ -119,9 +119,9 @@ def test_the_rules_of_instructions_hold_for_every_prompt(preset: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"prompt": "alpaca"}, r"prompt: for data\.template=instruction only, and it is auto"),
-        ({"prompt": "alpaca", "template": "chat"}, r"prompt: for data\.template=instruction only, and it is chat"),
-        ({"chat_template": "a", "template": "text"}, r"chat_template: for data\.template=chat only"),
+        ({"prompt": "alpaca"}, r"data\.prompt: only data\.template=instruction has one, and it is auto"),
+        ({"prompt": "alpaca", "template": "chat"}, r"data\.prompt: only data\.template=instruction has one, and it is chat"),
+        ({"chat_template": "a", "template": "text"}, r"data\.chat_template: a: only data\.template=chat has one"),
         ({"prompt": {"preset": "flowertune-general", "input_header": " "}, "template": "instruction"}, r"input_header: the in"),
     ],
 )  # fmt: skip
