@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import chats
 import numpy as np
 import pytest
 from chats import STYLES, turns
+from datasets import Dataset
 from every import every
 from federations import alone, make_config, read_events, write_inputs
 from hypothesis import example, given, settings
@@ -326,6 +328,23 @@ def test_the_template_is_part_of_the_cache_key(tmp_path: Path) -> None:
     ]
     assert found[0].path == found[1].path != found[2].path and found[0].fingerprint != found[2].fingerprint
     assert found[2].reading["chat_template"]["text"] == CALLS
+
+
+def test_files_of_every_kind_hold_the_same_chats(tmp_path: Path) -> None:
+    """Parquet fills the keys that a turn lacks with null, and CSV has text only."""
+    rows = [{"messages": turns(f"What is {n}?", "a"), "id": "x"} for n in range(6)]
+    rows += [{"messages": TOOLS, "id": "x"}] * 2
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages", "id"], *([json.dumps(row["messages"]), row["id"]] for row in rows)])
+    extra: dict[str, Any] = {"partition": PartitionConfig(kind="iid", clients=2), **with_template("calls", CALLS, tmp_path)}
+    found = [
+        prepare(DataConfig(source=str(tmp_path / f"a.{kind}"), **extra), 0, chats.tokenizer("chatml"), tmp_path / "cache")
+        for kind in ("jsonl", "parquet", "csv")
+    ]
+    assert len({data.fingerprint for data in found}) == 1 and found[0].omissions.total == {}
 
 
 def test_a_run_on_messages(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

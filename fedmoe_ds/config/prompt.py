@@ -106,7 +106,7 @@ class PromptConfig(Section):
         way, plain = self.resolved().input, ("if_any", "always")
         for key in ("input_header", "preamble_with_input"):
             if getattr(self, key) is not None and way not in plain:
-                raise ValueError(f"{key}: the input is not joined to the instruction (input: {way}); drop the key")
+                raise ValueError(f"data.prompt.{key}: the input is not joined to the instruction (input: {way}); drop the key")
         return self
 
     def resolved(self) -> Prompt:

@@ -252,9 +252,12 @@ class DataConfig(Section):
     def _check_template(self) -> DataConfig:
         # Keys of another template would have no effect.
         if self.prompt != PromptConfig() and self.template != "instruction":
-            raise ValueError(f"prompt: for data.template=instruction only, and it is {self.template}; drop the key")
+            raise ValueError(f"data.prompt: only data.template=instruction has one, and it is {self.template}; drop the key")
         if self.chat_template is not None and self.template not in ("auto", "chat"):
-            raise ValueError(f"chat_template: for data.template=chat only, and it is {self.template}; drop the key")
+            raise ValueError(
+                f"data.chat_template: {self.chat_template}: only data.template=chat has one, and it is {self.template}; "
+                "drop the key"
+            )
         return self
 
 
