@@ -263,6 +263,6 @@ def test_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["system"] for row in rows] == ["unpacked, whole steps", "packed, whole steps", "unpacked, 1", "packed, 1"]
     assert [row["passes"] for row in rows[:3]] == [1, 1, 6] and 2 <= rows[3]["passes"] < 6
     assert [row["padding"] > 0 for row in rows] == [True, False, True, False]
-    assert "micro_batch_size=1: packed runs" in command.COMMAND.show(rows).text()
+    assert "2 clients in flight, micro_batch_size=1: packed runs" in command.COMMAND.show(rows).text()
     with pytest.raises(UserError, match=r"^--longest: 70: use 64 or less"):
         PackingWorkload(find_shape("tiny"), 1, 1, 2, 30, 70, 64, 0)
