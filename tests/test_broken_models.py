@@ -131,11 +131,6 @@ def move_to_another_shard(tree: dict[str, Any]) -> None:
     places[NORM] = next(file for file in places.values() if file != places[NORM])
 
 
-def pytorch_only(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
 def tokenizer_of(size: int) -> Break:
     def replace(folder: Path) -> None:
         train_tokenizer([" ".join(map(str, range(3000)))], size).save_pretrained(folder)
@@ -191,7 +186,6 @@ CASES: dict[str, tuple[str, Break, str]] = {
     "unknown activation": ("whole", config(hidden_act="swoosh"), r"config\.json.*swoosh"),
     "quantised": ("whole", config(quantization_config={"quant_method": "fp8"}), r"the weights are quantised; give a model"),
     "no weights": ("whole", remove(WEIGHTS), r"holds no model\.safetensors; save the model with safetensors"),
-    "pytorch only": ("whole", pytorch_only, r"pytorch_model\.bin.*safetensors"),
     "empty weights": ("whole", write(WEIGHTS, ""), r"model\.safetensors: damaged weight file: .*; get the file again"),
     "cut weights": ("whole", cut(WEIGHTS), r"model\.safetensors: damaged weight file: "),
     "corrupt header": ("whole", header, r"model\.safetensors: damaged weight file: "),

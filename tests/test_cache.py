@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import hashlib
 import os
 import resource
 import shutil
@@ -21,10 +22,11 @@ import torch
 from every import every
 
 from fedmoe_ds.config import PretrainConfig
-from fedmoe_ds.data import federated
+from fedmoe_ds.data import federated, wheels
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared
 from fedmoe_ds.data.store import Sequences
+from fedmoe_ds.data.wheels import Wheel
 from fedmoe_ds.errors import EXIT_LOST, UserError
 from fedmoe_ds.foundation.builtin import pretrain
 from fedmoe_ds.foundation.mapped_weights import MappedWeights, Memory, Slot
@@ -62,11 +64,22 @@ def use_shared(root: Path) -> Memory:
     return weights.map()
 
 
+def use_wheels(root: Path) -> Path:
+    def bring(wheel: Wheel, folder: Path, where: str) -> Path:
+        (folder / "brought.whl").write_bytes(b"x" * LARGE)
+        return folder / "brought.whl"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wheels, "_download", bring)
+        return Wheel("a", "1", hashlib.sha256(b"x" * LARGE).hexdigest()).fetch(root, "data.source: a")
+
+
 USES: dict[str, Callable[[Path], Any]] = {
     "data": use_data,
     "native": use_native,
     "foundations": use_foundations,
     "shared": use_shared,
+    "wheels": use_wheels,
 }
 """Find an entry or make it, as a run does."""
 

@@ -14,7 +14,7 @@ from fedmoe_ds.shell import command_line
 from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.plan import parse_variants, plan_runs
 from fedmoe_ds.studies.compare.protocol import read_protocol
-from fedmoe_ds.studies.compare.record import check_same_ground, read_record
+from fedmoe_ds.studies.compare.record import Record, aligned, check_same_ground, read_record
 from fedmoe_ds.studies.compare.report import Study, results_text, write_report
 from fedmoe_ds.studies.report_files import check_copy
 from fedmoe_ds.studies.run import Run, check_saved
@@ -60,9 +60,9 @@ def compare(request: Request, script: Path, environment: Mapping[str, str], note
     with locked(request.output) as lock:
         check_saved(runs)
         # Here as well as after the runs: hours of training should not end in a refusal that could be foreseen.
-        check_same_ground([read_record(run) for run in runs if run.finished])
+        check_same_ground(_records(runs))
         outcome = Runner(script, environment, note, request.jobs, result=_perplexities).run(runs, lock)
-        records = [read_record(run) for run in runs if run.finished]
+        records = _records(runs)
         check_same_ground(records)
         study = Study(
             command=_command(request),
@@ -79,6 +79,10 @@ def compare(request: Request, script: Path, environment: Mapping[str, str], note
     return exit_code(outcome, runs, len(records)), "\n\n".join(
         part for part in (results_text(study), f"report: {path}") if part
     )
+
+
+def _records(runs: Sequence[Run]) -> list[Record]:
+    return aligned([read_record(run) for run in runs if run.finished])
 
 
 def exit_code(outcome: Outcome, runs: Sequence[Run], finished: int) -> int:

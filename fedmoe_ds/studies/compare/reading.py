@@ -18,6 +18,10 @@ pooled. A figure is mean ± sample standard deviation over seeds. A seed changes
 mostly the difference between tasks; methods are told apart by pairs of runs with the same seed. TFLOP: forward and backward
 operations of one client in one round, averaged over the clients of the tier."""
 
+WITHOUT_EXPERTS = """\
+Plain LoRA on a dense foundation has no experts, so nothing to divide among tiers: beside methods with a single tier it stands
+there, with all that it trains."""
+
 COUNTED = """\
 FLOPs follow from k, rank and shapes. That these orderings hold is arithmetic, which no training could have refuted: they are no
 results, and no test is made of them."""

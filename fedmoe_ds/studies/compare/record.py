@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fedmoe_ds.clients.tiers import tier_top_k
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report.history import SPLITS, TASK_METRICS, Event, History, tier_of, tier_results
 from fedmoe_ds.report.tasks import across_clients
@@ -28,7 +29,7 @@ class Record:
     `before` and `after` hold per tier the figures of the foundation and of the last round: those of the global hold-out, with
     `clients_` those of all clients' hold-outs pooled, with `worst_` the mean over the worst tenth of the clients. `flops` are
     forward and backward floating-point operations of one client in one round, averaged over the rounds and the clients of the
-    tier that trained.
+    tier that trained. `experts`: whether there are any; plain LoRA on a dense foundation has none.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Record:
     after: Mapping[str, Figures]
     ground: Mapping[str, Any]
     versions: Mapping[str, str]
+    experts: bool = True
 
 
 def read_record(run: Run) -> Record:
@@ -58,7 +60,30 @@ def read_record(run: Run) -> Record:
         figures.update(_flops(history, tier))
     versions = {str(key): str(value) for key, value in (history.run.get("versions") or {}).items()}
     digest = str(history.end.get("digest"))
-    return Record(run.label, run.seed, run.name, digest, before, after, _ground(history), versions)
+    experts = history.run.get("num_experts") != 0
+    return Record(run.label, run.seed, run.name, digest, before, after, _ground(history), versions, experts)
+
+
+def aligned(records: Sequence[Record]) -> list[Record]:
+    """The same with runs without experts beside those that have some, where each has a single tier.
+
+    Plain LoRA has top-k 1 by name only: its clients compute with all that they train, as those of the largest tier do.
+    """
+    tiers = {tier for record in records if record.experts for tier in record.after}
+    if len(tiers) != 1:
+        return list(records)
+    (tier,) = tiers
+    return [record if record.experts or len(record.after) != 1 else _at(record, tier) for record in records]
+
+
+def _at(record: Record, tier: str) -> Record:
+    """A record with a single tier under that tier's name."""
+    (own,) = record.after
+    clients = [{**client, "top_k": tier_top_k(tier)} for client in record.ground["clients"]]
+    held = {name.replace(f"k={own}", f"k={tier}"): count for name, count in record.ground["hold-outs"].items()}
+    ground = {**record.ground, "clients": clients, "hold-outs": held}
+    before = {tier: record.before[own]} if own in record.before else {}
+    return replace(record, before=before, after={tier: record.after[own]}, ground=ground)
 
 
 def _scores(event: Event, prefix: str) -> Figures:

@@ -96,7 +96,8 @@ def text(study: Study, svg: str) -> str:
             markdown(["run", "why"], rows, text_columns=2),
         ]
     if comparison.tiers:
-        parts += ["## Results", reading.COLUMNS, reading.holdouts(study.base_config, study.comparison.records)]
+        without = [] if all(record.experts for record in study.comparison.records) else [reading.WITHOUT_EXPERTS]
+        parts += ["## Results", reading.COLUMNS, *without, reading.holdouts(study.base_config, study.comparison.records)]
         parts += [reading.tests(study.comparison, study.verdicts), f"![Perplexity per tier and method]({svg})"]
     for tier in comparison.tiers:
         tasks = task_table(comparison, tier)
