@@ -170,3 +170,15 @@ def test_every_piece_changes_the_tokens(piece: str) -> None:
     changed = PromptConfig(**{piece: PIECES[piece]})
     usual, other = (encode(tokenizer, [ROW], template="instruction", prompt=prompt) for prompt in (PromptConfig(), changed))
     assert usual.tokens[0].tolist() != other.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_in_the_docs(preset: str) -> None:
+    """To the letter, because it must be repeated at inference."""
+    pages = "".join(path.read_text() for path in (Path(__file__).parents[1] / "docs").glob("*.md"))
+    prompt = PRESETS[preset]
+    end = "{end of text}" if prompt.end_of_text else ""
+    joined = prompt.input in ("if_any", "always")
+    for extra in ("{input}", "") if joined else ("{input}",):
+        text = f"{prompt.question('{instruction}', extra)}{prompt.answer_lead}{{output}}{end}"
+        assert f"```text\n{text}\n```" in pages, text

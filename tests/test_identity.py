@@ -45,7 +45,7 @@ execution.reproducible execution.micro_batch_size evaluation.max_sequences evalu
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
 foundation.path data.source data.template data.columns data.sequence_length data.max_samples data.holdout data.global_holdout
-data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels data.prompt.preset
+data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
 data.prompt.end_of_text
 """
 """In it by what they lead to: other weights, other sequences, other kernels."""
@@ -64,6 +64,7 @@ ELSEWHERE = {
     "execution.threads": "refused at every start in bitwise mode",
     "foundation.trust_remote_code": "test_own_code.py",
     "data.chat_template": "test_data_chat.py",
+    "data.prompt.preset": "test_data_prompts.py",
     "data.prompt.preamble": "test_data_prompts.py",
     "data.prompt.preamble_with_input": "test_data_prompts.py",
     "data.prompt.instruction_header": "test_data_prompts.py",
@@ -88,7 +89,6 @@ OTHER: dict[str, Any] = {
     "execution.reproducible": "fast",
     "execution.adapter_kernels": "torch",
     "data.template": "text",
-    "data.prompt.preset": "alpaca",
     "data.prompt.end_of_text": False,
     "data.columns": {"output": "group"},
     "data.sequence_length": 24,

@@ -39,12 +39,13 @@ def encode_chats(table: Table, columns: dict[str, str], config: DataConfig, enco
     while batch := list(islice(chats, BATCH)):
         written = [_written(chat, template, refusals) for chat in batch]
         # One call for the batch: the library encodes its texts in parallel.
+        known = dict[str, list[int]]()
         placed = iter(encoder.placed([one.text for one in written if isinstance(one, Written)]))
         for chat, one in zip(batch, written, strict=True):
             if isinstance(one, str):
                 samples.omissions.append((row, one))
             else:
-                _add(samples, row, _Chat(chat, one, next(placed)), template, encoder, config.sequence_length)
+                _add(samples, row, _Chat(chat, one, next(placed)), template, encoder, config.sequence_length, known)
             row += 1
     _check_some(samples, refusals, row)
     return samples
@@ -96,11 +97,12 @@ class _Chat:
             raise UnmarkedError
         self.named, self.placed = again.ids != self.placed.ids, again
 
-    def check_prompts(self, encoder: Encoder) -> None:
+    def check_prompts(self, encoder: Encoder, known: dict[str, list[int]]) -> None:
         """Raise UnmarkedError unless every prompt alone has the tokens that it has in the whole.
 
         A tokenizer may split the end of a text otherwise than the same characters before other ones. What stands before a
-        special token does not matter to what follows, so the prompt's text since the last one is compared.
+        special token does not matter to what follows, so the prompt's text since the last one is compared. It is the same
+        in most conversations, so its ids are kept in `known`.
         """
         ids, offsets, text = self.placed.ids, self.placed.offsets, self.written.text
         parts, expected = list[str](), list[list[int]]()
@@ -109,7 +111,9 @@ class _Chat:
             first = next((index for index in range(stop - 1, 0, -1) if ids[index] in encoder.names), 0)
             parts.append(text[offsets[first][0] : start] if stop else "")
             expected.append(ids[first:stop])
-        alone = [one.ids for one in encoder.placed(parts)]
+        if new := list({part for part in parts if part not in known}):
+            known.update(zip(new, (one.ids for one in encoder.placed(new)), strict=True))
+        alone = [known[part] for part in parts]
         if self.named and alone != expected:
             # Behind the first token of each part all names are text.
             own = [[(0, len(encoder.names[part[0]]))] if part and part[0] in encoder.names else [] for part in expected]
@@ -148,13 +152,15 @@ def _own_names(chat: Conversation, text: str, template: ChatTemplate) -> list[Sp
     return own
 
 
-def _add(samples: Samples, row: int, one: _Chat, template: ChatTemplate, encoder: Encoder, length: int) -> None:
+def _add(
+    samples: Samples, row: int, one: _Chat, template: ChatTemplate, encoder: Encoder, length: int, known: dict[str, list[int]]
+) -> None:
     try:
         one.separate_names(template, encoder)
         exact = not template.has_marks
         ends, mask = targets(one.placed, one.written, exact)
         if exact:
-            one.check_prompts(encoder)
+            one.check_prompts(encoder, known)
     except (RefusedError, UnmarkedError):
         samples.omissions.append((row, UNMARKED))
         return

@@ -117,7 +117,8 @@ class ChatTemplate:
         return len(before)
 
     def _end(self, chat: Conversation, index: int, text: str, start: int) -> int:
-        upto = self._render(chat, chat.messages[: index + 1])[0]
+        last = index + 1 == len(chat.messages)
+        upto = text if last else self._render(chat, chat.messages[: index + 1])[0]
         if text.startswith(upto) and len(upto) > start:
             # What follows the end-of-turn token, a line break as a rule, is never generated.
             stripped = text[: len(upto)].rstrip()
