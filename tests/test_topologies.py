@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no attention": {"adapters": {"attention": []}, "execution": {"micro_batch_size": None}},
     "bfloat16 moments": {"local": {"moments": "bfloat16"}},
     "checkpointing": {"execution": {"activation_checkpointing": True}, **DROPOUT},
+    "packed": {"execution": {"packing": True, "micro_batch_size": 1}, **DROPOUT},
     "fast": {**FAST, **DROPOUT},
 }
 
@@ -48,6 +49,7 @@ ON_FOUR = [
     Job(2, "router"),
     Job(4, "bfloat16 moments", 2),
     Job(4, "fast", 2),
+    Job(2, "packed", 2),
 ]
 MORE_ON_FOUR = [
     Job(4, "base"),
@@ -57,13 +59,14 @@ MORE_ON_FOUR = [
     Job(2, "no attention"),
     Job(2, "fast"),
 ]
-ON_TWO = [Job(1, "base"), Job(2, "base"), Job(1, "base", 1), Job(2, "base", 2), Job(2, "bfloat16 moments", 1)]
+ON_TWO = [Job(1, "base"), Job(2, "base"), Job(1, "base", 1), Job(2, "base", 2), Job(2, "bfloat16 moments", 1), Job(2, "packed")]
 ON_ONE = [
     Job(1, "base", 1),
     Job(1, "base", 2),
     Job(1, "base", None),
     Job(1, "bfloat16 moments", 1),
     Job(1, "checkpointing"),
+    Job(1, "packed", 1),
     Job(1, "fast"),
 ]
 

@@ -135,7 +135,8 @@ class Store:
     def lengths(self, owner: int) -> NDArray[np.int64]:
         """Return the tokens of each of an owner's sequences, from the offsets alone."""
         assert IMAGE_SHAPE not in self.header, "images have no length"
-        return np.diff(self._reader.get_batch(owner).column("tokens").offsets.to_numpy())
+        lengths: NDArray[np.int64] = np.diff(self._reader.get_batch(owner).column("tokens").offsets.to_numpy())
+        return lengths
 
 
 def fingerprint(owners: Iterable[Sequences]) -> str:

@@ -219,12 +219,9 @@ def check_packing(config: Config, model: Any) -> None:
     if not config.execution.packing:
         return
     if model is not None and not packs(model.model_type):
-        why = (
-            "images are all of one size"
-            if type_task(model.model_type) != "causal_lm"
-            else "its layers mix tokens not in attention alone"
-        )
-        raise UserError(f"execution.packing: true: the foundation is a '{model.model_type}' model, and {why}; use false")
+        text = type_task(model.model_type) == "causal_lm"
+        why = "in some of its layers tokens meet outside plain attention" if text else "images need no padding"
+        raise UserError(f"execution.packing: true: the foundation is a '{model.model_type}' model: {why}; use false")
     if config.data.template == "text":
         raise UserError(
             "execution.packing: true: documents (data.template=text) are cut into full sequences already, so nothing would be "

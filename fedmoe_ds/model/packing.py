@@ -92,7 +92,7 @@ class PackedSamples:
         sizes = [samples * width for samples, width in self.groups]
         rows_PHK: Tensor = _Apart.apply(heads_TH1K.squeeze(2), self.place_T, sum(sizes))  # type: ignore[no-untyped-call]
         # A split, not slices: the gradient of each slice would be a tensor of all P rows.
-        parts = rows_PHK.split(sizes)
+        parts = torch.split(rows_PHK, sizes)
         return [part.view(*group, *part.shape[1:]).transpose(1, 2) for part, group in zip(parts, self.groups, strict=True)]
 
     def together(self, found: list[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from fedmoe_ds.bench.packing.systems import WHOLE, settings_of, system_name
 from fedmoe_ds.bench.packing.workload import PackingWorkload
 
 COLUMNS: list[Column] = [
+    ("clients", lambda row: str(row["clients"])),
     ("system", lambda row: row["system"]),
     ("passes", lambda row: str(row["passes"])),
     ("padding", lambda row: percent(row["padding"])),
@@ -28,16 +29,16 @@ COLUMNS: list[Column] = [
 ]
 
 ABOUT = (
-    "Eight clients in one wave train LoRA on experts and attention of a random OLMoE-shaped model on samples of 30 to 60 "
-    "tokens. *Packed* and *unpacked* take the same optimizer steps on the same samples. *whole steps*: all samples of a step in "
-    "one pass; a number: `execution.micro_batch_size`, the full sequences (of 512 tokens) that a pass has memory for. Unpacked, "
+    "Clients in one wave train LoRA on experts and attention of a random OLMoE-shaped model on samples of 30 to 60 "
+    "tokens. *Packed* and *unpacked* take the same optimizer steps on the same samples. *whole steps*: a step in one pass; a "
+    "number: `execution.micro_batch_size`, the full sequences (of 512 tokens) that a pass has memory for. Unpacked, "
     "a sample takes the place of one; a pass is padded to its longest sample, not to a full sequence. *Padding* is the share "
     "of a pass's token rows."
 )
 
 OPTIONS = (
     option("--shape", "e32", "e32, e64 or tiny"),
-    option("--clients", 8, "clients in flight"),
+    option("--clients", [1, 8], "clients in flight, one number or several"),
     option("--samples", 32, "samples per client and step"),
     option("--shortest", 30, "tokens of the shortest sample"),
     option("--longest", 60, "tokens of the longest sample"),
@@ -50,8 +51,9 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
-    names = ("clients", "steps", "samples", "shortest", "longest", "length", "seed")
-    return run_packing(PackingWorkload(find_shape(args.shape), **values_of(args, *names)), args.micro, args.rounds, note)
+    shape, wave = find_shape(args.shape), values_of(args, "steps", "samples", "shortest", "longest", "length", "seed")
+    loads = [PackingWorkload(shape, clients, **wave) for clients in dict.fromkeys(args.clients)]
+    return [row for load in loads for row in run_packing(load, args.micro, args.rounds, note)]
 
 
 def run_packing(workload: PackingWorkload, micro: list[int], rounds: int, note: Note) -> list[Row]:
@@ -69,11 +71,11 @@ def run_packing(workload: PackingWorkload, micro: list[int], rounds: int, note: 
     with scratch_folder() as folder, workers("fedmoe_ds.bench.packing.systems", names) as running:
         write_model(workload.shape, workload.seed, folder)
         for name, program in running.items():
-            note(f"{name}: loading and warm-up")
+            note(f"{workload.clients} clients: {name}: loading and warm-up")
             program.ask(do="open", folder=str(folder), workload=workload.to_json())
         # The compared wave is the warm-up as well: it is not timed.
         check_agreement({name: program.ask(do="measure")["losses"] for name, program in running.items()})
-        return _rows(workload, alternate(running, rounds, note, do="measure"), running)
+        return _rows(workload, alternate(running, rounds, note, f"{workload.clients} clients: ", do="measure"), running)
 
 
 def _rows(workload: PackingWorkload, found: dict[str, list[dict[str, Any]]], running: dict[str, Program]) -> list[Row]:
@@ -99,7 +101,8 @@ def lines(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         if not row["packing"]:
             size = WHOLE if row["micro_batch_size"] is None else f"micro_batch_size={row['micro_batch_size']}"
-            yield f"{size}: packed runs {shown(row, 'ratio', two_digits)} times as fast"
+            times = f"{shown(row, 'ratio', two_digits)} times as fast"
+            yield f"{row['clients']} clients in flight, {size}: packed runs {times}"
 
 
 HELP = "the same steps on short samples, packed and unpacked"
