@@ -60,7 +60,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+RANKS: dict[str, Any] = {"tiers": [{"rank": rank, "share": 1.0} for rank in (4, 2, 1)]}
+PLAIN: dict[str, dict[str, Any]] = {
+    "plain-fedit": {"method": {"name": "fedit"}, "federation": {"tiers": None}},
+    "plain-hetlora": {"method": {"name": "hetlora"}, "federation": RANKS},
+    "plain-flora": {"method": {"name": "flora"}, "federation": RANKS},
+    "plain-scaffold": {
+        "method": {"name": "fslora"},
+        "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05},
+        "federation": RANKS,
+    },
+}
+"""On the Llama beside the OLMoE, without experts: every rank is a cluster of its own."""
+ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
+
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
-    return make_config(root, f"{variant}-{tag}", SMALL, VARIANTS[variant], *changes)
+    plain = {**ON_LLAMA, "foundation": {"path": str(root / "llama")}} if variant in PLAIN else {}
+    return make_config(root, f"{variant}-{tag}", SMALL, plain, (VARIANTS | PLAIN)[variant], *changes)

@@ -77,6 +77,8 @@ def draw(parts: Parts, round_index: int) -> list[Client]:
 
 def client_rank(parts: Parts, client: Client) -> int:
     """The LoRA rank of a client's tier, if ranks are what a budget buys."""
+    if not parts.spec.expert_layout.num_experts:
+        return client.rank
     given = {tier.top_k: tier.rank for tier in parts.config.federation.tiers or []}
     return given.get(client.top_k) or max(1, parts.config.adapters.rank * client.top_k // parts.spec.expert_layout.top_k)
 

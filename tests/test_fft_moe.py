@@ -327,7 +327,7 @@ REFUSALS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "two pools": ([OLMOE], r"adapters\.moe: tiny-olmoe has experts of its own; drop the section, or use a dense foundation"),
     "no pool": (
         [LLAMA, NO_POOL, FLAME],
-        r"foundation: tiny-llama: method flame needs a mixture of experts .*; use a sparse one",
+        r"adapters\.attention: \[\]: tiny-llama is dense and has no experts, so nothing would be trained; name projections",
     ),
     "no section": ([LLAMA, NO_POOL], r"adapters\.moe: null: FFT-MoE trains adapter experts .*; add the section"),
     "text for a ViT": (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from dense_inputs import EXPERTS, TOP_K, dense_config, write_dense
@@ -20,6 +21,7 @@ from reference_dense import Running as DenseRunning
 from reference_dense import Settings as DenseSettings
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from fedmoe_ds.planner.work import PassWork, Rows
 from fedmoe_ds.planner.workload import Job, resolve
@@ -95,6 +97,20 @@ def test_sparse_models(root: Path, kind: str, selective: bool) -> None:
     assert cost - 4 * LENGTH * norms(reference.model) == pytest.approx(found, rel=1e-12)
     if not selective:
         assert planned(job) == pytest.approx(cost, rel=1e-12)
+
+
+def test_plain_lora_on_dense_models(root: Path) -> None:
+    change = {"feed_forward": ["gate_proj", "up_proj", "down_proj"], "attention": ALL}
+    job = resolve(make_config(root, "plain", {"foundation": {"path": str(root / "llama")}, "adapters": change}))
+    lora = peft.LoraConfig(r=job.config.adapters.rank, target_modules=[*ALL, *change["feed_forward"]])
+    loaded: Any = AutoModelForCausalLM.from_pretrained(root / "llama", attn_implementation="eager")
+    model = peft.get_peft_model(loaded, lora)
+    tokens = (torch.arange(LENGTH) + 5)[None]
+    found = counted(model, lambda: model(input_ids=tokens).logits.sum())
+    cost = job.cost.spent(LENGTH, 0, 0, job.config.adapters.rank)
+    frozen = sum(parameter.numel() for parameter in loaded.parameters() if parameter.dim() == 1)
+    assert cost - 4 * LENGTH * frozen == pytest.approx(found, rel=1e-12)
+    assert planned(job) == pytest.approx(cost, rel=1e-12)
 
 
 class Pooled(DenseReference):

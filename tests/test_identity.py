@@ -34,9 +34,10 @@ from fedmoe_ds.methods import load_method, with_defaults
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
-adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation federation.sampling
-federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts federation.budget
-federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr local.schedule
+adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation
+federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
+federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
+local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
 local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
 method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
@@ -77,6 +78,7 @@ ELSEWHERE = {
 
 OTHER: dict[str, Any] = {
     "adapters.attention": ["q_proj"],
+    "adapters.feed_forward": ["gate_proj"],
     "foundation.preset": "nano-olmoe",
     "topology.clusters": 1,
     "topology.device": "cpu",

@@ -44,7 +44,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "router": {"attention": ["q_proj"], "router": "train"},
     "full": {"attention": [], "router": "train", "expert_training": "full"},
     "attention": {"experts": False, "attention": ["k_proj", "o_proj"]},
-    "beside": {"attention": ["q_proj"], "moe": {"experts": 8, "width": 8, "top_k": 4}},
+    "beside": {"attention": ["q_proj"], "feed_forward": ["up_proj"], "moe": {"experts": 8, "width": 8, "top_k": 4}},
+    "plain": {"attention": ["v_proj"], "feed_forward": ["gate_proj", "down_proj"]},
 }
 DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}}
 SERVERS = ["fedavg", "fedavgm", "fedadam", "fedyogi"]
@@ -90,21 +91,26 @@ class Case(NamedTuple):
 
     def refused(self) -> bool:
         """Whether this has no meaning; the words are in `test_methods_refusals.py`."""
-        sparse = self.adapters != "beside"
+        plain = self.adapters == "plain"
         return (
             (self.method in NO_MEAN and self.server != "fedavg")
             or (self.method in NO_MEAN - {"local-only"} and self.drift == "scaffold")
             or (self.method == "local-only" and self.drift != "none")
             or (self.method in PAIRS and self.adapters == "full")
-            or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention"))
-            or (self.method == "fft-moe" and sparse)
+            or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
+            or (self.method == "fft-moe" and self.adapters != "beside")
+            or (plain and self.sampling == "budget")
         )
 
     def changes(self) -> list[dict[str, Any]]:
         server = {"optimizer": self.server, **({} if self.server == "fedavg" else SERVER)}
+        plain, (own, told) = self.adapters == "plain", METHODS[self.method]
+        # FLAME has no parameters where there are no experts; ranks are what tiers can differ by there.
+        own = {} if plain and self.method == "flame" else own
+        ranks = {"tiers": [{"rank": rank, "share": 1.0} for rank in (4, 2, 1)]} if plain and told.buys == "rank" else {}
         return [
             SMALL,
-            {"method": {"name": self.method, **METHODS[self.method][0]}, "adapters": ADAPTERS[self.adapters]},
+            {"method": {"name": self.method, **own}, "adapters": ADAPTERS[self.adapters], "federation": ranks},
             {"local": {"drift": self.drift, **DRIFTS[self.drift]}, "server": _used(server)},
             {"federation": {"sampling": self.sampling}},
         ]
@@ -152,7 +158,7 @@ def write_models(folder: Path) -> Path:
 
 
 def config_of(root: Path, case: Case, tag: str, *changes: dict[str, Any]) -> Any:
-    model = "llama" if case.adapters == "beside" else "model"
+    model = "llama" if case.adapters in ("beside", "plain") else "model"
     name = "-".join([*case, tag]).replace(" ", "-")
     return make_config(root, name, {"foundation": {"path": str(root / model)}}, *case.changes(), *changes)
 
@@ -191,6 +197,13 @@ def test_rounds_of_every_combination_are_the_plain_ones(root: Path, method: str)
 SAME = [
     Case("fedit", d, s, SAMPLINGS[i % 3], list(ADAPTERS)[i % 5]) for i, (d, s) in enumerate(itertools.product(DRIFTS, SERVERS))
 ]
+
+
+def test_flame_without_experts_is_fedit_to_the_bit(root: Path) -> None:
+    ours, theirs = (
+        trained(config_of(root, Case(name, "none", "fedavg", "size", "plain"), "same")) for name in ("flame", "fedit")
+    )
+    assert ours.keys() == theirs.keys() and not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
 @pytest.mark.parametrize("case", SAME, ids="-".join)
@@ -265,12 +278,12 @@ def compare(root: Path, case: Case) -> None:
 
 
 def reference_of(parts: Parts, case: Case) -> FedIT:
-    told = METHODS[case.method][1]
+    told = METHODS["fedit" if (case.method, case.adapters) == ("flame", "plain") else case.method][1]
     correction = {"none": [], "fedprox": [FedProx], "scaffold": [Scaffold]}[case.drift]
     kind: type[FedIT] = type(case.method, (*correction, told.kind), {})
     server = ServerRule(case.server, **({} if case.server == "fedavg" else SERVER))
     start = initial(parts)
-    if parts.spec.method.rescaler is not None:
+    if "rescaler" in parts.execution.bank:
         start["model.rescaler"] = torch.ones(1, dtype=torch.float64)
     ranks = {client.index: client_rank(parts, client) for client in parts.clients}
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense_inputs import write_dense
 from distributed import run_distributed
-from federations import Result, alone, finish, joined, run_alone, write_inputs
+from federations import Result, alone, finish, joined, run_alone
 from method_variants import variant_config
 
 from fedmoe_ds.config import Config
@@ -28,8 +29,9 @@ pytestmark = pytest.mark.timeout(600)
 
 LONGER: dict[str, Any] = {"federation": {"rounds": 3}, "execution": {"clients_in_flight": 2}, "evaluation": {"every": 1}}
 PRUNING: dict[str, Any] = {"method": {"gamma": 0.5, "penalty": 20.0}}
-STATEFUL = ["flame", "hfedmoe", "hetlora", "flexlora", "flora", "fedsa-lora", "local-only", "scaffold", "fedadam", "moments"]
-TWO_RANKS = {variant: 1 + place % 2 for place, variant in enumerate(STATEFUL)}
+SPARSE = ["flame", "hfedmoe", "hetlora", "flexlora", "flora", "fedsa-lora", "local-only", "scaffold", "fedadam", "moments"]
+STATEFUL = [*SPARSE, "plain-flora", "plain-scaffold"]
+TWO_RANKS = {variant: 1 + place % 2 if variant in SPARSE else 1 for place, variant in enumerate(STATEFUL)}
 """Expert-parallel size in a world of two ranks: two clusters, or one that shares the experts."""
 
 
@@ -64,7 +66,7 @@ def start(config: Config, runtime: Runtime, topology: Topology, resume: str) -> 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    write_inputs(folder)
+    write_dense(folder, ("llama",))
     return folder
 
 

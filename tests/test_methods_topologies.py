@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense_inputs import write_dense
 from distributed import run_distributed
-from federations import Result, alone, build, finish, joined, leave_out, write_inputs
-from method_variants import VARIANTS, variant_config
+from federations import Result, alone, build, finish, joined, leave_out
+from method_variants import PLAIN, VARIANTS, variant_config
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.runtime import Runtime
@@ -38,7 +39,7 @@ def work(rank: int, root: Path, ep_sizes: list[int]) -> dict[tuple[str, int], Ou
     runtime, found = joined(rank), {}
     for ep_size in ep_sizes:
         place = {"topology": {"ep_size": ep_size}}
-        for variant in VARIANTS:
+        for variant in [*VARIANTS, *(PLAIN if ep_size == 1 else ())]:
             config = variant_config(root, variant, f"{runtime.world_size}-{ep_size}", THINNED, place)
             result = thinned(config, runtime, build_topology(config.topology, runtime))
             found[variant, ep_size] = (result.digest, result.scores())
@@ -48,23 +49,26 @@ def work(rank: int, root: Path, ep_sizes: list[int]) -> dict[tuple[str, int], Ou
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    write_inputs(folder)
+    write_dense(folder, ("llama",))
     return folder
 
 
 @pytest.fixture(scope="module")
 def single(root: Path) -> dict[str, Result]:
-    return {variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone()) for variant in VARIANTS}
+    return {
+        variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone()) for variant in VARIANTS | PLAIN
+    }
 
 
 def test_methods_differ(single: dict[str, Result]) -> None:
-    assert len({result.digest for result in single.values()}) == len(VARIANTS)
+    assert len({result.digest for result in single.values()}) == len(single)
     for variant, result in single.items():
         reports = [event for event in result.events if event["event"] == "client"]
         assert {event["status"] for event in reports if event["round"] <= 2} == {"ok"}, variant
         trained = [event["round"] for event in reports if event["round"] > 2 and event["status"] == "ok"]
         assert trained == [3], "one client in round 3, nobody in round 4"
-        before, *_, after = (event["loss"] for event in result.events if event["event"] == "eval" and event["tier"] == 8)
+        most = 1 if variant in PLAIN else 8
+        before, *_, after = (event["loss"] for event in result.events if event["event"] == "eval" and event["tier"] == most)
         assert before != after, variant
 
 
@@ -84,6 +88,9 @@ def test_what_clients_do_differs_by_tier(single: dict[str, Result]) -> None:
     assert bought("fedyogi") == {8: {(8, None)}, 4: {(4, 2)}, 1: {(1, 1)}}
     assert bought("hfedmoe") == {tier: {(8, None)} for tier in (8, 4, 1)}
     assert bought("centralised") == {8: {(8, None)}}
+    assert bought("plain-fedit") == {1: {(1, None)}} and bought("plain-flora") == {1: {(1, None), (1, 2), (1, 1)}}
+    labels = {event["tier_label"] for event in single["plain-flora"].events if event["event"] == "eval"}
+    assert labels == {"1 r4", "1 r2", "1 r1"} and not [e for e in single["plain-flora"].events if e["event"] == "experts"]
 
 
 def test_one_client_at_a_time(root: Path, single: dict[str, Result]) -> None:
@@ -97,7 +104,7 @@ def test_one_client_at_a_time(root: Path, single: dict[str, Result]) -> None:
 
 def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
     """Batched across clients: factors of the LoRA scale, unequal rows, held-back and whole experts; equal predictions."""
-    for variant in ("fslora", "hetlora", "hfedmoe", "hfedmoe-full", "scaffold"):
+    for variant in ("fslora", "hetlora", "hfedmoe", "hfedmoe-full", "scaffold", "plain-scaffold"):
         result = single[variant]
         config = variant_config(root, variant, "fast", THINNED, ALL_AT_ONCE, {"execution": {"reproducible": "fast"}})
         fast = thinned(config, *alone())
@@ -106,7 +113,7 @@ def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
             assert ours[4] == pytest.approx(theirs[4], rel=1e-4), (variant, ours, theirs)
 
 
-@pytest.mark.parametrize(("world_size", "ep_sizes"), [(2, [2, 1]), pytest.param(4, [2], marks=pytest.mark.cluster)])
+@pytest.mark.parametrize(("world_size", "ep_sizes"), [(2, [2, 1]), pytest.param(4, [2, 1], marks=pytest.mark.cluster)])
 def test_topologies(root: Path, single: dict[str, Result], world_size: int, ep_sizes: list[int]) -> None:
     for found in run_distributed(work, world_size, root, ep_sizes, timeout_s=540.0):
         for (variant, ep_size), (digest, scores) in found.items():

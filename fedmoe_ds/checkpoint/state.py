@@ -91,6 +91,11 @@ def save(
     writer.begin(snapshot, tensors, {"config.yaml": config})
 
 
+def _counts_LE(rows: list[list[int]]) -> np.ndarray:
+    """Counts out of a manifest; [0, 0] where there are no experts, which an empty list does not say."""
+    return np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 0)
+
+
 def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, sums: RoundSums) -> None:
     """Read a checkpoint into `state`, whatever topology wrote it; `sums` receives those of an unfinished round.
 
@@ -116,10 +121,10 @@ def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, su
             for key, _, value in bank.items(_first_expert(bank, topology)):
                 reader.read_into(key, value)
     state.round = snapshot.round
-    state.utilisation_LE = None if snapshot.utilisation is None else np.array(snapshot.utilisation, dtype=np.int64)
+    state.utilisation_LE = None if snapshot.utilisation is None else _counts_LE(snapshot.utilisation)
     if snapshot.partial is None:
         return
-    activation = {tier: np.array(counts, dtype=np.int64) for tier, counts in snapshot.partial["activation"].items()}
+    activation = {tier: _counts_LE(counts) for tier, counts in snapshot.partial["activation"].items()}
     state.partial = PartialRound(
         {int(index): report for index, report in snapshot.partial["done"].items()},
         activation if topology.rank == 0 else {},  # counts are summed over ranks when the round ends

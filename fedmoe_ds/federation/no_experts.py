@@ -39,7 +39,10 @@ def plain_lora(config: Config) -> bool:
 
 
 def _check_method(config: Config) -> None:
-    if "experts" in load_method(config.method).needs:
+    method = load_method(config.method)
+    # A method may know better what it lacks here (FFT-MoE: a section).
+    method.check_config(config)
+    if "experts" in method.needs:
         raise UserError(
             f"method.name: {config.method.name}: it trains experts and {named(config)} is dense; use a foundation with experts "
             "(tiny-olmoe), another method (fedit), or adapter experts (method fft-moe with an adapters.moe section)"

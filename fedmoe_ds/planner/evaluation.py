@@ -92,8 +92,10 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     # A host is done when its cores have done the work of all its ranks.
     crowded = busy.reshape(turns, world.hosts, -1).sum(2).max(1) / cores
     seconds = float(np.maximum(busy.max(1), crowded).sum())
+    seconds += network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
     group, expert_layout = Group.cluster(world, ep_size), job.expert_layout
+    if not expert_layout.layers:
+        return seconds
     calls, numbers = exchanged(job, False, float(rows.sum()) / world.ranks / turns)
     size = numbers * max(job.size.bytes_per_parameter, 2) + len(expert_layout.layers) * expert_layout.num_experts * 8
-    seconds += network.all_to_all(group, calls * turns, size / calls)
-    return seconds + network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
+    return seconds + network.all_to_all(group, calls * turns, size / calls)

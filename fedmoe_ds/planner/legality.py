@@ -22,8 +22,8 @@ def check_world(job: Job, ep_size: int, world: World) -> ParallelLayout:
 
 
 def legal_sizes(world_size: int, num_experts: int) -> list[int]:
-    """Every ep_size that divides both the world and the experts of a layer, ascending."""
-    most = min(world_size, num_experts)
+    """Every ep_size that divides both the world and the experts of a layer, ascending; 1 alone where there are no experts."""
+    most = min(world_size, max(num_experts, 1))
     # Both must divide: ranks into clusters, and experts of a layer into equal shards.
     return [size for size in range(1, most + 1) if world_size % size == 0 and num_experts % size == 0]
 

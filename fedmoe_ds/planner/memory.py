@@ -94,20 +94,29 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
     sequences = config.execution.micro_batch_size or config.local.batch_size
     tokens = clients * sequences * length
     dense = 12 * model.hidden + 4 * config.adapters.rank
+    if not expert_layout.layers:
+        # The frozen block keeps what its own backward needs, and every pair its rows of rank R.
+        dense += 4 * model.ffn + config.adapters.rank * len(lora_pairs(spec.blocks))
+        return _kept(spec, tokens, dense, tokens * 3 * (model.hidden + model.ffn))
     inner = (expert_layout.matrices - 1) * expert_layout.ffn  # gate and up rows, or one bottleneck
     active = expert_layout.top_k if active is None else active
     routed = active * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * expert_layout.num_experts
-    per_layer = tokens * (dense + routed)
     # On its way: rows sent and rows received.
     travelling = 2 if config.topology.ep_size > 1 else 0
-    backward = tokens * active * ((3 + travelling) * model.hidden + 3 * inner)
+    return _kept(spec, tokens, dense + routed, tokens * active * ((3 + travelling) * model.hidden + 3 * inner))
+
+
+def _kept(spec: RunSpec, tokens: int, per_row: float, backward: float) -> int:
+    """Bytes, from the numbers that a layer keeps of a token row, and those that its backward pass needs beside them."""
+    config, model = spec.config, spec.size
     # With checkpointing one layer at a time is recomputed; only every layer's input is kept.
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
     # Dropout keeps no mask; while a projection computes there are its mask, what is let through, and that part's gradient.
-    dropped = 3 * tokens * model.hidden if config.adapters.dropout and config.adapters.projections else 0
+    widest = max(model.hidden, model.ffn if config.adapters.feed_forward else 0)
+    dropped = 3 * tokens * widest if config.adapters.dropout and config.adapters.projections else 0
     logits = 4 * tokens * model.vocabulary
-    return int((kept_layers * per_layer + checkpoints + backward + dropped + logits) * spec.row_bytes)
+    return int((kept_layers * tokens * per_row + checkpoints + backward + dropped + logits) * spec.row_bytes)
 
 
 def format_bytes(count: float) -> str:

@@ -53,7 +53,11 @@ def heading(job: Job, world: World, hardware: Hardware) -> list[str]:
         f"world: {world.hosts} hosts x {world.ranks_per_host} = {world.ranks} ranks on {hardware.name} "
         f"({hardware.origin(world.hosts)})",
         f"foundation: {dense:.4g} M dense + {pool:.4g} M expert parameters in {config.foundation.dtype}, "
-        f"{len(expert_layout.layers)} layers x {expert_layout.num_experts} experts, top-{expert_layout.top_k}",
+        + (
+            f"{len(expert_layout.layers)} layers x {expert_layout.num_experts} experts, top-{expert_layout.top_k}"
+            if expert_layout.layers
+            else f"{job.size.layers} layers without experts"
+        ),
         f"federation: {len(job.clients)} clients, {drawn} per round, {config.federation.rounds} rounds; method "
         f"{config.method.name}, {'bitwise' if job.bitwise else 'fast'}",
     ]
@@ -76,8 +80,9 @@ def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -
         hosts = sorted({world.host(first), world.host(last)})
         rows.append([str(cluster), _span(first, last), _span(hosts[0], hosts[-1]), f"{work / mean:.3f}"])
     local = job.expert_layout.num_experts // ep_size
+    experts = f", {local} experts per rank and layer" if local else ""
     return [
-        f"topology: {clusters} clusters x ep_size {ep_size}, {local} experts per rank and layer; work of the busiest cluster / "
+        f"topology: {clusters} clusters x ep_size {ep_size}{experts}; work of the busiest cluster / "
         f"mean: {prediction.balance:.3f}; {prediction.waves} waves",
         *aligned(["cluster", "ranks", "hosts", "work / mean"], summarised(rows)),
     ]
@@ -133,9 +138,9 @@ def flops_lines(job: Job, tiers: list[TierFlops]) -> list[str]:
     ]
     # That of the largest tier: with a smaller LoRA rank an expert costs less.
     slope = (tiers[0].total - tiers[0].dense) / tiers[0].cap
+    experts = f" + {slope / 1e9:.4g} B per active expert" if job.expert_layout.layers else ""
     return [
-        f"FLOPs per tier, forward pass of one sequence of {job.length} rows: {tiers[0].dense / 1e9:.4g} B dense + "
-        f"{slope / 1e9:.4g} B per active expert:",
+        f"FLOPs per tier, forward pass of one sequence of {job.length} rows: {tiers[0].dense / 1e9:.4g} B dense{experts}:",
         *aligned(["tier", "active experts", "LoRA rank", "FLOPs", "saved"], rows),
     ]
 

@@ -35,6 +35,10 @@ TRAIN_NUMBERS = {
     "slot": 204.0,  # per token row and slot of its top-k
     "target": 9.7,  # x V per target
 }
+# The same of a layer without experts, counted on Llama; "ffn" is x F per token row.
+DENSE_TRAIN_CALLS = (28.0, 77.0, 8.0)
+DENSE_FORWARD_CALLS = (29.0, 36.0, 3.0)
+DENSE_NUMBERS = {"row": 57.0, "ffn": 21.0, "projection": 6.0}
 FORWARD_SHARE = 0.45
 """Of these numbers, how many the forward pass alone moves."""
 FORWARD_SCORE = 0.35
@@ -135,7 +139,8 @@ class PassWork:
     def fixed(self) -> Work:
         """What a pass is, rows or not: calls, and the frozen dense weights that it reads."""
         job, layers = self.job, self.job.size.layers
-        per_pass, per_layer, per_projection, _ = TRAIN_CALLS if self.training else FORWARD_CALLS
+        sparse, dense = (TRAIN_CALLS, DENSE_TRAIN_CALLS) if self.training else (FORWARD_CALLS, DENSE_FORWARD_CALLS)
+        per_pass, per_layer, per_projection = sparse[:3] if job.expert_layout.layers else dense
         # Framework calls do not depend on rows: small passes are dominated by them.
         calls = per_pass + layers * (per_layer + per_projection * job.projections)
         return Work(calls, 0.0, self._times(2) * (job.body + job.head) * job.size.bytes_per_parameter)
@@ -152,12 +157,17 @@ class PassWork:
         own = self._times(2) if adapters.moe is not None else 0.0
         flops += padded * job.cost.dense_weights * (own + self.training)
         share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
-        n = TRAIN_NUMBERS
-        per_row = size.hidden * (n["row"] + n["projection"] * job.projections) + n["expert"] * job.expert_layout.num_experts
-        per_row += n["slot"] * job.expert_layout.top_k
-        numbers = padded * layers * per_row + rows.targets * n["target"] * (job.head / size.hidden)
+        numbers = padded * layers * self._numbers_per_row() + rows.targets * TRAIN_NUMBERS["target"] * (job.head / size.hidden)
         scores = padded * rows.longest * job.heads * layers * (1.0 if self.training else FORWARD_SCORE)
         return Work(0.0, flops, numbers * share * self.number_bytes, 0.0, scores, padded * lora * self._times(3))
+
+    def _numbers_per_row(self) -> float:
+        """What one token row moves in one layer, outside of matrix products and experts."""
+        job, n = self.job, TRAIN_NUMBERS if self.job.expert_layout.layers else DENSE_NUMBERS
+        per_row = job.size.hidden * (n["row"] + n["projection"] * job.projections)
+        if not job.expert_layout.layers:
+            return per_row + n["ffn"] * job.size.ffn
+        return per_row + n["expert"] * job.expert_layout.num_experts + n["slot"] * job.expert_layout.top_k
 
     def experts(self, routed: Amount, blocks: float, local_experts: int) -> Work:
         """What a rank computes for the rows that arrive at its experts.
@@ -168,6 +178,8 @@ class PassWork:
         """
         job, expert_layout = self.job, self.job.expert_layout
         layers = len(expert_layout.layers)
+        if not layers:
+            return Work()
         weights = expert_layout.matrices * expert_layout.width * expert_layout.ffn
         lora = job.cost.expert_row * job.config.adapters.rank / layers
         whole = job.cost.expert_weights / layers if self.training else 0.0

@@ -70,10 +70,11 @@ def _facts(history: History) -> Markup:
     tokens = sum(event.get("tokens") or 0 for event in rounds)
     busy = sum((event.get("phases") or {}).get("train") or 0.0 for event in rounds)
     experts, top_k, layers = run.get("num_experts"), run.get("top_k"), run.get("layers")
+    none = "dense, LoRA without experts" if experts == 0 else formats.MISSING
     facts = [
         (
             "Model",
-            f"{experts} experts, top-{top_k}, {formats.many(layers or 0, 'layer')}" if experts else formats.MISSING,
+            f"{experts} experts, top-{top_k}, {formats.many(layers or 0, 'layer')}" if experts else none,
         ),
         ("Tokens trained", formats.count(tokens)),
         ("Training speed", f"{formats.count(tokens / busy)} tokens/s" if busy else formats.MISSING),

@@ -52,12 +52,13 @@ def write_report(run_folder: Path) -> Path:
 
 
 def page(history: History, config: str | None) -> str:
-    """The whole document as text."""
+    """The whole document as text. A run without experts says so, and has no section about them."""
+    experts = ("experts", "Expert activation", _with_lead(EXPERT_LEAD, expert_section(history)))
     sections = [
         ("results", "Results", results_section(history)),
         ("convergence", "Convergence per tier", convergence_section(history)),
         ("data", "How the data lie on clients", data_section(history)),
-        ("experts", "Expert activation", _with_lead(EXPERT_LEAD, expert_section(history))),
+        *([] if history.run.get("num_experts") == 0 else [experts]),
         ("time", "Where the time went", time_section(history)),
         ("clients", "Clients", client_section(history)),
         ("topology", "Topology", topology_section(history)),
