@@ -127,6 +127,7 @@ def test_two_steps(name: str, root: Path) -> None:
     )
     result = run_alone(standing_in(name, root, *quick))
     clients = [event for event in result.events if event["event"] == "client"]
+    assert [event["lr"] for event in result.events if event["event"] == "round"] == [1e-6], "of one round, the last"
     assert len(clients) == PUBLISHED[name].per_round
     assert every(event["steps"] == 2 and event["targets"] > 0 and event["status"] == "ok" for event in clients)
     trained = [key for key, value in result.adapters.items() if key.endswith("lora_B") and abs(value).max() > 0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.lr_schedule import learning_rate, round_rate
+from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.model.adapter_dropout import Address
@@ -23,7 +23,7 @@ class ClientWork:
         slot: its home slot.
         batches: indices of the sequences of every step.
         bounds: where the passes of every step begin in it, and the end of the last one (`pass_bounds`).
-        round_index, rounds: this round and how many the run has, from 1.
+        round_index, lr: of the round: its number, and its peak learning rate.
         data: on its home rank only.
         losses: mean over the targets of every step so far.
         tokens, targets: passed so far.
@@ -36,7 +36,7 @@ class ClientWork:
     batches: list[np.ndarray]
     bounds: list[list[int]]
     round_index: int
-    rounds: int
+    lr: float
     data: Sequences | None = None
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -54,5 +54,5 @@ class ClientWork:
 
     def rates(self, local: LocalConfig) -> list[float]:
         """Learning rates of all its steps."""
-        peak, steps = round_rate(local, self.round_index, self.rounds), len(self.batches)
-        return [learning_rate(local, peak, step, steps) for step in range(steps)]
+        steps = len(self.batches)
+        return [learning_rate(local, self.lr, step, steps) for step in range(steps)]

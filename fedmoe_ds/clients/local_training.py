@@ -19,6 +19,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.client_work import ClientWork
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
+from fedmoe_ds.clients.lr_schedule import round_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
@@ -106,12 +107,16 @@ class WaveTrainer:
         self.timer.lap("reports")
         return [(view, update) for (_, view), update in zip(_flat(works, views), updates, strict=True)]
 
+    def round_rate(self, round_index: int) -> float:
+        """What the learning rates of a round's clients start from."""
+        return round_rate(self.local, round_index, self.rounds)
+
     def _work(self, client: Client, slot: int, round_index: int) -> ClientWork:
         given = self.hooks.batches
         batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
         bounds = [pass_bounds(batch, self.micro, self.packing, client.index) for batch in batches]
         assignment = self.hooks.assign(client, round_index)
-        return ClientWork(client, slot, assignment, batches, bounds, round_index, self.rounds)
+        return ClientWork(client, slot, assignment, batches, bounds, round_index, self.round_rate(round_index))
 
     def _view(self, work: ClientWork, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
         slots = {True: shard * self.pool.home_clients + work.slot}

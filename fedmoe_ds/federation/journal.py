@@ -25,6 +25,7 @@ from fedmoe_ds.storage.files import write_whole
 
 if TYPE_CHECKING:
     from fedmoe_ds.checkpoint.state import PartialRound
+    from fedmoe_ds.clients.local_training import WaveTrainer
     from fedmoe_ds.distributed.phase_timer import PhaseTimer
 
 
@@ -170,10 +171,10 @@ class Journal:
         clients: list[dict[str, Any]],
         partial: PartialRound,
         timer: PhaseTimer,
-        waves_timer: PhaseTimer,
+        trainer: WaveTrainer,
         waves: int,
     ) -> None:
-        """Client, expert and round rows of a finished round; `waves_timer` tells the phases inside its waves."""
+        """Client, expert and round rows of a finished round; the trainer tells the phases inside its waves, and its rate."""
         dropped = [client["client"] for client in clients if client["status"] != OK]
         reasons = sorted({client["status"] for client in clients} - {OK})
         tokens = sum(client["tokens"] for client in clients)
@@ -203,10 +204,11 @@ class Journal:
                 # Training, and what an interrupted start spent on this round; evaluation is no part of the speed.
                 tokens_per_s=tokens / max(timer.phases.get("train", 0.0) + partial.seconds, 1e-9),
                 phases=timer.phases,
-                wave_seconds=waves_timer.phases,
+                wave_seconds=trainer.timer.phases,
                 # Taking resets the tallies: each round reports its own.
                 collectives=activity.take(),
                 waves=waves,
+                lr=trainer.round_rate(round_index),
             )
 
         self._write(write)

@@ -267,7 +267,7 @@ class Federation:
 
     def _report(self, work: _Round) -> None:
         done = [work.partial.done[client.index] for client in work.chosen]
-        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer.timer, work.busiest)
+        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest)
 
     def _tell_averaged(self, round_index: int, sums: RoundSums, partial: PartialRound) -> None:
         """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""

@@ -113,7 +113,8 @@ def _kept(spec: RunSpec, tokens: int, per_row: float, backward: float) -> int:
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
     # Dropout keeps no mask; while a projection computes there are its mask, what is let through, and that part's gradient.
-    dropped = 3 * tokens * model.hidden if config.adapters.dropout and config.adapters.projections else 0
+    widest = max(model.hidden, model.ffn if config.adapters.feed_forward else 0)
+    dropped = 3 * tokens * widest if config.adapters.dropout and config.adapters.projections else 0
     logits = 4 * tokens * model.vocabulary
     return int((kept_layers * tokens * per_row + checkpoints + backward + dropped + logits) * spec.row_bytes)
 
