@@ -311,3 +311,23 @@ def test_progress_bars_are_left_as_they_were(
     prepare(config, 0, tokenizer, tmp_path)
     assert not datasets.are_progress_bars_disabled()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_column_gives_every_client_its_tier(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{**row, "plan": 4 if row["who"] < "user3" else 2} for row in ROWS]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = DataConfig(source=str(source), partition=PartitionConfig(column="who", clients=4), sequence_length=32)
+    data = prepare(config, 0, tokenizer, tmp_path, tier_column="plan")
+    assert data.tiers is not None and len(data.tiers) == 4
+    assert every(tier == ("4" if name < "user3" else "2") for name, tier in zip(data.names, data.tiers, strict=True))
+    plain = prepare(config, 0, tokenizer, tmp_path)
+    assert plain.tiers is None and plain.fingerprint == data.fingerprint, "tiers change no sequence"
+    rows[5]["plan"] = 1
+    write_jsonl(source, rows)
+    where = r"^federation\.tier_column: "
+    with pytest.raises(UserError, match=where + r"plan: client user0 has rows of tiers '4' and '1'; give it one of them"):
+        prepare(config, 0, tokenizer, tmp_path, tier_column="plan")
+    with pytest.raises(UserError, match=where + r"plans: no such column; .*did you mean 'plan'"):
+        prepare(config, 0, tokenizer, tmp_path, tier_column="plans")
+    with pytest.raises(UserError, match=where + r"plan: needs data\.partition\.kind=natural"):
+        prepare(config.model_copy(update={"partition": IID}), 0, tokenizer, tmp_path, tier_column="plan")

@@ -35,6 +35,7 @@ HEADER = "header.json"
 SCHEMA = pa.schema([("tokens", pa.large_list(pa.int64())), ("targets", pa.large_list(pa.uint8()))])
 IMAGE_SCHEMA = pa.schema([("pixels", pa.large_list(pa.float32())), ("labels", pa.int64())])
 IMAGE_SHAPE = "image_shape"  # in the header of a store of images: [C, H, W]
+TIERS = "tiers"  # in the header where the data say of which tier each client is
 
 
 Counts = list[Annotated[int, Field(ge=0, lt=2**63)]]
@@ -62,12 +63,15 @@ class _Header(BaseModel):
     fingerprint: str
     omissions: _Omissions
     image_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)] | None = None
+    tiers: list[str] | None = None
     checksum: str
 
     @model_validator(mode="after")
     def _counts_every_client(self) -> _Header:
         if {len(self.samples), len(self.train_sequences), len(self.train_tokens)} != {len(self.names)}:
             raise ValueError("expected one count per client")
+        if self.tiers is not None and len(self.tiers) != len(self.names):
+            raise ValueError("expected one tier per client")
         return self
 
 

@@ -1,7 +1,8 @@
 """Evaluation: perplexity and next-token accuracy of the global model at every budget tier.
 
 Batches are cut before they are dealt to ranks, and per-batch sums are added in batch order, so the figures do not depend on the
-topology. Every rank runs the same number of passes; one without a batch joins with a stand-in row.
+topology. Every rank runs the same number of passes; one without a batch joins with a stand-in row. Clients' hold-outs are small:
+several share a pass wherever clients in training do, and the sums of each are those of a pass of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
+from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.federation.run_spec import RunSpec
@@ -25,7 +27,8 @@ from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.moe_layer import RESCALER
 
-ReadBatch = Callable[[], Sequences]
+ReadPart = Callable[[], Sequences]
+"""Reads what one row of figures is about: a batch of the global hold-out, or what is scored of one client's."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,27 @@ def pooled(member: Client, split: str, sums_3N: Tensor, client: str | None = Non
     return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client)
 
 
+def most_together(config: Config, home: int) -> int:
+    """Sequences of clients' hold-outs in one pass: as many as a pass of training holds, with `home` clients at home on a rank."""
+    step = config.local.batch_size
+    return max(config.evaluation.batch_size, home * min(config.execution.micro_batch_size or step, step))
+
+
+def passes(sizes: list[int], longest: list[int], limit: int) -> list[list[int]]:
+    """Cut parts of so many sequences into passes of at most `limit` sequences, or of a single larger part.
+
+    Parts whose longest sequences are about equally long come together: a pass is padded to the longest of all.
+    """
+    found, total = list[list[int]](), limit
+    for place in sorted(range(len(sizes)), key=lambda place: longest[place]):
+        if not found or total + sizes[place] > limit:
+            found.append([])
+            total = 0
+        found[-1].append(place)
+        total += sizes[place]
+    return found
+
+
 class Evaluator:
     """Scores the global adapters at each tier: as a client receives them whose budget is what the tier's clients began with.
 
@@ -79,7 +103,8 @@ class Evaluator:
     ) -> None:
         self.model, self.execution, self.runtime, self.bank = model, model.execution, runtime, bank
         self.data, self.clients, self.tiers = data, clients, tiers_of(clients)
-        self.method, self.config = spec.method, spec.config.evaluation
+        self.method, self.config, self.shares_passes = spec.method, spec.config.evaluation, spec.shares_passes
+        self.together = most_together(spec.config, model.execution.pool.home_clients)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool) -> list[Score]:
         """Rows for every tier: split `global`, and with `per_client` also `client` (one per client) and `clients` (pooled).
@@ -89,6 +114,7 @@ class Evaluator:
         """
         rows = []
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
+        owning = {client.index for client in owners}
         for members in self.tiers.values():
             how = self.method.assign(members[0], RoundContext(0, personal.dense(members[0].index)))
             how = how if not plain else replace(how, rows_R=None, rescale=None)
@@ -96,7 +122,7 @@ class Evaluator:
                 rows += self._tier_rows(members, how, personal, owners, plain)
                 continue
             # A client's own model exists at its own tier only; the foundation is scored there for the same clients.
-            own = [client for client in owners if client in members]
+            own = [client for client in members if client.index in owning]
             if plain:
                 rows += self._tier_rows(members, how, personal, own, plain)
             else:
@@ -111,9 +137,9 @@ class Evaluator:
             # float64, so that the mean of many equal float32 values is that value.
             mean = personal.values[name][[client.index for client in members]].double().mean(0)
             self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
-        rows = [pooled(members[0], "global", self._run(self._global_batches(), how))]
+        rows = [pooled(members[0], "global", self._run(*self._global_parts(), how))]
         if owners:
-            sums_3N = self._run([self._client_batch(client) for client in owners], how)
+            sums_3N = self._run(*self._client_parts(owners), how)
             rows.append(pooled(members[0], "clients", sums_3N))
             rows += [pooled(members[0], "client", sums_3N[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
@@ -121,33 +147,52 @@ class Evaluator:
     def _personal_rows(self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client]) -> list[Score]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
         shared, own = [], {}
+        parts, cut = self._global_parts()
+        scored = {client.index for client in owners}
         for client in members:
             for name in (name for name in personal.specs if name in self.bank):
                 self.bank.client(name, 0).copy_(personal.values[name][client.index])
-            shared.append(self._run(self._global_batches(), how))
-            if client in owners:
-                own[client.name] = self._run([self._client_batch(client)], how)
+            last = [self._client_part(client)] if client.index in scored else []
+            # Its own hold-out in the turn after the last one of the global: ranks without a batch of that one have time for it.
+            sums_3N = self._run([*parts, *last], [*cut, *([len(parts)] for _ in last)], how)
+            shared.append(sums_3N[:, : len(parts)])
+            if last:
+                own[client.name] = sums_3N[:, len(parts) :]
         rows = [pooled(members[0], "global", torch.cat(shared, 1))]
         if own:
             rows.append(pooled(members[0], "clients", torch.cat(list(own.values()), 1)))
             rows += [pooled(members[0], "client", sums_3N, name) for name, sums_3N in own.items()]
         return rows
 
-    def _global_batches(self) -> list[ReadBatch]:
+    def _global_parts(self) -> tuple[list[ReadPart], list[list[int]]]:
+        """Batches of the global hold-out, a pass each."""
         held = self.data.global_holdout()
         count = len(held) if self.config.max_sequences is None else min(len(held), self.config.max_sequences)
         # The default binds `start` now; without it all batches would read the last slice.
         size = self.config.batch_size
-        return [lambda s=start: held.select(range(s, min(s + size, count))) for start in range(0, count, size)]  # type: ignore[misc]
+        parts: list[ReadPart] = [
+            lambda s=start: held.select(range(s, min(s + size, count)))  # type: ignore[misc]
+            for start in range(0, count, size)
+        ]
+        return parts, [[place] for place in range(len(parts))]
 
-    def _client_batch(self, client: Client) -> ReadBatch:
+    def _client_part(self, client: Client) -> ReadPart:
         most = self.config.client_sequences
         return lambda: (held := self.data.holdout(client.index)).select(range(min(most, len(held))))
 
+    def _client_parts(self, owners: list[Client]) -> tuple[list[ReadPart], list[list[int]]]:
+        """What is scored of each client, several of them in a pass where that changes no bit."""
+        parts = [self._client_part(client) for client in owners]
+        if not self.shares_passes:
+            return parts, [[place] for place in range(len(parts))]
+        own = [part() for part in parts]  # views of a memory map
+        longest = [max(map(len, sequences.input_ids), default=0) for sequences in own]
+        return parts, passes([len(sequences) for sequences in own], longest, self.together)
+
     @torch.no_grad()
-    def _run(self, batches: list[ReadBatch], how: Assignment) -> Tensor:
-        """[3, N batches]: (nll, correct, targets) under one assignment, identical on every rank."""
-        sums_3N = torch.zeros(3, len(batches), dtype=torch.float64)
+    def _run(self, parts: list[ReadPart], cut: list[list[int]], how: Assignment) -> Tensor:
+        """[3, N parts]: (nll, correct, targets) under one assignment, identical on every rank; `cut` says which share a pass."""
+        sums_3N = torch.zeros(3, len(parts), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
         trained_bank, trained_pool = self.execution.bank, self.execution.pool
         self.execution.bank = self._received(how)
@@ -155,9 +200,9 @@ class Evaluator:
         self.execution.pool = replace(trained_pool, home_clients=1, merge=False, shared=True)
         try:
             # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
-            for turn in range(math.ceil(len(batches) / world)):
+            for turn in range(math.ceil(len(cut) / world)):
                 place = turn * world + rank
-                self._pass(batches[place] if place < len(batches) else None, place, how, sums_3N)
+                self._pass(parts, cut[place] if place < len(cut) else [], how, sums_3N)
         finally:
             self.execution.bank, self.execution.pool = trained_bank, trained_pool
         return self.runtime.control.sum(sums_3N)  # disjoint entries: adding zeros is exact
@@ -174,15 +219,17 @@ class Evaluator:
             bank.client(spec.name, 0).copy_(value if mask is None else torch.where(mask, value, 0.0))
         return bank
 
-    def _pass(self, read: ReadBatch | None, place: int, how: Assignment, sums_3N: Tensor) -> None:
-        rows = []
-        if read is not None:
-            sequences = read()
-            rows.append(Rows.of(0, how.cap, sequences, range(len(sequences)), images=self.model.foundation.images))
-        # Without a batch this makes the stand-in row that takes part in the all-to-alls.
+    def _pass(self, parts: list[ReadPart], chosen: list[int], how: Assignment, sums_3N: Tensor) -> None:
+        read = [parts[place]() for place in chosen]
+        images = self.model.foundation.images
+        # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it.
+        rows = [Rows.of(0, how.cap, sequences, range(len(sequences)), images=images) for sequences in read]
+        # Without a part this makes the stand-in row that takes part in the all-to-alls.
         batch = self.model.batch(rows)
         result = self.model.forward(batch, 0, None if how.rescale is None else [how.rescale])
-        if read is not None:
-            sums_3N[0, place] = float(result.nll_N.double().sum())
-            correct_N = result.logits_NV.argmax(-1) == batch.labels_N
-            sums_3N[1, place], sums_3N[2, place] = int(correct_N.sum()), len(correct_N)
+        if not rows:
+            return
+        right_N = result.logits_NV.argmax(-1) == batch.labels_N
+        by_part = zip(torch.split(result.nll_N, batch.targets), torch.split(right_N, batch.targets), strict=True)
+        for place, (nll, right) in zip(chosen, by_part, strict=True):
+            sums_3N[:, place] = torch.tensor([float(nll.double().sum()), int(right.sum()), len(right)], dtype=torch.float64)
