@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from fedmoe_ds.config.schema import DataConfig, PartitionConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.federated import FederatedData, Sequences, prepare
+from fedmoe_ds.data.store import fingerprint
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage import cache
@@ -331,3 +332,33 @@ def test_a_column_gives_every_client_its_tier(tokenizer: PreTrainedTokenizerFast
         prepare(config, 0, tokenizer, tmp_path, tier_column="plans")
     with pytest.raises(UserError, match=where + r"plan: needs data\.partition\.kind=natural"):
         prepare(config.model_copy(update={"partition": IID}), 0, tokenizer, tmp_path, tier_column="plan")
+
+
+def test_seeds_share_the_sequences_and_store_their_own_deal(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {i}", "output": f"document {i} " * 5} for i in range(60)]
+    config = DataConfig(source=str(write_jsonl(tmp_path / "rows.jsonl", rows)), template="instruction", partition=IID)
+    place = tmp_path / "cache"
+    first, second = (prepare(config, seed, tokenizer, place) for seed in (0, 1))
+    (units,) = place.glob("units-*")
+    assert len(list(place.iterdir())) == 3 and first.fingerprint != second.fingerprint
+
+    def content(data: FederatedData) -> list[bytes]:
+        return [
+            ids.tobytes() + mask.tobytes()
+            for owner in owners(data)
+            for ids, mask in zip(owner.input_ids, owner.loss_mask, strict=True)
+        ]
+
+    assert sorted(content(first)) == sorted(content(second)) and len(content(first)) == 60
+    assert fingerprint([first.train(0)]) != fingerprint([first.train(1)])
+    # What the deal says is the content's digest, wherever that is stored: a copy has the same.
+    order = [owner for client in range(4) for owner in (first.train(client), first.holdout(client))]
+    assert fingerprint([*order, first.global_holdout()]) == first.fingerprint
+    before = content(first)
+    (units / "sequences.arrow").write_bytes(b"damaged")
+    again = prepare(config, 0, tokenizer, place)
+    assert content(again) == before and "is damaged" in (cache.line([cache.passed_over()]) or "")
+    few = prepare(config.model_copy(update={"max_samples": 3}), 0, tokenizer, tmp_path / "few")
+    assert len(few) == 4 and not list((tmp_path / "few").glob("units-*")), "a few of many are copied"
+    check_invariants(again)
+    check_invariants(few)

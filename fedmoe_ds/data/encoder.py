@@ -93,7 +93,7 @@ class Encoder:
         flat = np.fromiter(chain.from_iterable(found), dtype=np.int64, count=int(ends[-1]) if len(found) else 0)
         # All texts at once: looking at every id in Python would take as long as the tokenizer does.
         places = np.flatnonzero(np.isin(flat, self._special_ids))
-        return np.unique(np.searchsorted(ends, places, side="right")).tolist()
+        return [int(row) for row in np.unique(np.searchsorted(ends, places, side="right"))]
 
     @cached_property
     def _plain(self) -> tuple[Tokenizer, set[int]]:

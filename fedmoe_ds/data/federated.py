@@ -23,9 +23,10 @@ from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.progress import told_to
 from fedmoe_ds.data.sources import Source, open_source
-from fedmoe_ds.data.store import IMAGE_SHAPE, TIERS, Sequences, Store, storage_error, usable, write_store
+from fedmoe_ds.data.store import IMAGE_SHAPE, TIERS, UNITS, Sequences, Store, storage_error, usable, write_store, write_units
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage.cleaning import MADE_FROM
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["FederatedData", "Sequences", "prepare"]
 
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,14 @@ def prepare(
         with told_to(note):
             return assemble(source, config, seed, encoder, tier_column)
 
-    return _found_or_made(folder, prepared, {"sequence_length": config.sequence_length})
+    header = {"sequence_length": config.sequence_length, MADE_FROM: f"{config.source} as {config.template}"}
+    return _found_or_made(folder, prepared, header)
 
 
 def _prepare_images(config: DataConfig, seed: int, cache_dir: Path) -> FederatedData:
     images = digits.split()[1]
     folder = cache_dir / _image_key(config, seed, images)
-    header = {"sequence_length": 1, IMAGE_SHAPE: list(digits.SHAPE)}
+    header = {"sequence_length": 1, IMAGE_SHAPE: list(digits.SHAPE), MADE_FROM: digits.NAME}
     return _found_or_made(folder, lambda: assemble_images(images, config, seed), header)
 
 
@@ -206,4 +208,12 @@ def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:
         "omissions": prepared.omissions.as_dict(),
         **({} if prepared.tiers is None else {TIERS: prepared.tiers}),
     }
-    write_store(folder, [*owners, prepared.global_holdout], header)
+    owners.append(prepared.global_holdout)
+    shared, used = prepared.shared, sum(map(len, owners))
+    # Of few of many (max_samples), a copy is smaller than the whole; images are few, and have one deal for all.
+    if shared is None or shared.content.labels is not None or used * 2 < len(shared.content):
+        write_store(folder, owners, header)
+        return
+    name = write_units(folder.parent, shared.content, extra)
+    dealt = f"{extra.get(MADE_FROM, '')}, dealt to {len(prepared.names)} clients out of {name}"
+    write_store(folder, owners, {**header, UNITS: name, MADE_FROM: dealt}, shared.rows)

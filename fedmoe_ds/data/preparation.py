@@ -39,6 +39,16 @@ class Prepared:
     distribution: dict[str, Any]
     omissions: Omissions
     tiers: list[str] | None = None
+    shared: Shared | None = None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Units that are finished sequences, and which of them each owner has: train and hold-out of every client in the order of
+    `names`, then the global hold-out. Another seed deals the same units, so they are stored once."""
+
+    content: Sequences
+    rows: list[NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -106,11 +116,13 @@ def _deal(units: _Units, config: DataConfig, seed: int) -> tuple[Prepared, dict[
     rest = np.setdiff1d(np.arange(len(units.labels)), held)
     dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
     train, held_by_client, counts = [], [], []
+    owned: list[NDArray[np.int64]] = []
     # Canonical order: that of every per-client array of a run.
     for name in sorted(dealt):
         stop_point()
-        sequences, label_count = _client(name, units, rest[dealt[name]], config, seed)
+        rows, sequences, label_count = _client(name, units, rest[dealt[name]], config, seed)
         kept_rows, held_rows = holdout.split_client(len(sequences), config.holdout, seed, name)
+        owned += [rows[kept_rows], rows[held_rows]] if units.packed else []
         train.append(sequences.select(kept_rows))
         held_by_client.append(sequences.select(held_rows))
         counts.append(label_count)
@@ -122,6 +134,7 @@ def _deal(units: _Units, config: DataConfig, seed: int) -> tuple[Prepared, dict[
         global_holdout=_finished(units, held, config.sequence_length),
         distribution=_distribution(counts),
         omissions=Omissions(),
+        shared=Shared(units.content, [*owned, held]) if units.packed else None,
     )
     return prepared, owners
 
@@ -218,8 +231,10 @@ def _finished(units: _Units, rows: NDArray[np.int64], sequence_length: int) -> S
     return Sequences(chunks, [templates.all_but_first(chunk) for chunk in chunks])
 
 
-def _client(name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int) -> tuple[Sequences, Counter[str]]:
-    """Return one client's sequences after the cap, and how many of its units carry each label."""
+def _client(
+    name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int
+) -> tuple[NDArray[np.int64], Sequences, Counter[str]]:
+    """Return one client's units and its sequences after the cap, and how many of its units carry each label."""
     if units.packed:
         # Units that are sequences are capped before they are copied; documents must be packed first.
         rows = rows[holdout.cap(len(rows), config.max_samples, seed, name)]
@@ -228,7 +243,7 @@ def _client(name: str, units: _Units, rows: NDArray[np.int64], config: DataConfi
     if not units.packed:
         sequences = sequences.select(holdout.cap(len(sequences), config.max_samples, seed, name))
     assert len(sequences) > 0, f"client {name} was dealt units but has no sequence"
-    return sequences, counts
+    return rows, sequences, counts
 
 
 def _distribution(counts: list[Counter[str]]) -> dict[str, Any]:

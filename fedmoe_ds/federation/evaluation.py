@@ -1,8 +1,8 @@
 """Evaluation: perplexity and next-token accuracy of the global model at every budget tier.
 
 Batches are cut before they are dealt to ranks, and per-batch sums are added in batch order, so the figures do not depend on the
-topology. Every rank runs the same number of passes; one without a batch joins with a stand-in row. Clients' hold-outs are small:
-several share a pass wherever clients in training do, and the sums of each are those of a pass of its own.
+topology. Every rank runs the same number of passes; one without a batch joins with a stand-in row. Small hold-outs of
+clients share a pass wherever clients in training do, and the sums of each are those of a pass of its own.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def pooled(member: Client, split: str, sums_3N: Tensor, client: str | None = Non
 
 
 def most_together(config: Config, home: int) -> int:
-    """Sequences of clients' hold-outs in one pass: as many as a pass of training holds, with `home` clients at home on a rank."""
+    """Sequences of clients' hold-outs in one pass: as many as a pass of training has with `home` clients on a rank."""
     step = config.local.batch_size
     return max(config.evaluation.batch_size, home * min(config.execution.micro_batch_size or step, step))
 
@@ -191,7 +191,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _run(self, parts: list[ReadPart], cut: list[list[int]], how: Assignment) -> Tensor:
-        """[3, N parts]: (nll, correct, targets) under one assignment, identical on every rank; `cut` says which share a pass."""
+        """[3, N parts]: (nll, correct, targets) under one assignment, the same on every rank; `cut` says which share a pass."""
         sums_3N = torch.zeros(3, len(parts), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
         trained_bank, trained_pool = self.execution.bank, self.execution.pool
