@@ -9,7 +9,16 @@ import pytest
 import torch
 from every import every
 from federations import MODEL, make_config, run_alone, write_inputs
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from fedmoe_ds.config import Config, ExecutionConfig
 from fedmoe_ds.federation.run_spec import shares_passes
@@ -25,25 +34,44 @@ OTHERS: dict[str, Any] = {
         **COMMON, intermediate_size=32, moe_intermediate_size=16, num_experts=16, head_dim=16, norm_topk_prob=True
     ),
 }
+# Two heads share keys and values, and a window shorter than a sequence: what real models of these families have.
+FEW = {key: COMMON[key] for key in COMMON if key != "num_experts_per_tok"} | {"num_key_value_heads": 1, "intermediate_size": 48}
+DENSE: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**FEW, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**FEW, sliding_window=7),
+    "olmo2": lambda: Olmo2Config(**FEW),
+    "qwen2": lambda: Qwen2Config(**FEW),
+    "qwen3": lambda: Qwen3Config(**FEW, head_dim=16),
+}
+ON_EXPERTS: dict[str, Any] = {"local": {"balance_loss": 0.01}, "adapters": {"router": "train"}}
+PLAIN: dict[str, Any] = {"method": {"name": "fedit"}, "adapters": {"feed_forward": ["gate_proj", "up_proj", "down_proj"]}}
 
 
 def test_olmoe_is_tested_elsewhere() -> None:
     """tests/test_topologies.py and test_isolation.py train it with one, two and all clients in flight."""
-    assert {*OTHERS, "olmoe"} == set(INDEPENDENT)
+    assert {*OTHERS, *DENSE, "olmoe"} == set(INDEPENDENT)
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("mixtral", "float32"), ("qwen3_moe", "float32"), ("olmoe", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("mixtral", "float32"),
+        ("qwen3_moe", "float32"),
+        ("olmoe", "bfloat16"),
+        ("llama", "bfloat16"),
+        *((family, "float32") for family in DENSE),
+    ],
+)
 def test_company_leaves_no_trace(tmp_path: Path, family: str, dtype: str) -> None:
     write_inputs(tmp_path, (13, 9, 5))
-    if family in OTHERS:
+    if family in OTHERS or family in DENSE:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(OTHERS[family]()).save_pretrained(tmp_path / "model")
+        AutoModelForCausalLM.from_config((OTHERS | DENSE)[family]()).save_pretrained(tmp_path / "model")
     change: dict[str, Any] = {
         "federation": {"rounds": 1},
-        "local": {"balance_loss": 0.01},
         "execution": {"micro_batch_size": None},
-        "adapters": {"router": "train"},
         "foundation": {"dtype": dtype},
+        **(PLAIN if family in DENSE else ON_EXPERTS),
     }
     results = [
         run_alone(make_config(tmp_path, f"flight-{flight}", change, {"execution": {"clients_in_flight": flight}}))
@@ -57,6 +85,7 @@ def test_company_leaves_no_trace(tmp_path: Path, family: str, dtype: str) -> Non
 
 def test_who_may_share_a_pass() -> None:
     fast, exact = (Config(execution=ExecutionConfig(reproducible=mode)) for mode in ("fast", "bitwise"))
+    assert shares_passes(exact, "llama", "cpu") and not shares_passes(exact, "vit", "cpu"), "plain LoRA"
     half = exact.model_copy(update={"foundation": exact.foundation.model_copy(update={"dtype": "bfloat16"})})
     assert shares_passes(exact, "olmoe", "cpu") and shares_passes(fast, "deepseek_v3", "cuda")
     assert not shares_passes(exact, "deepseek_v3", "cpu"), "its shared experts and sigmoid scores are not kept apart"

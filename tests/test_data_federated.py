@@ -233,7 +233,7 @@ def test_malformed_jsonl_names_file_and_line(
         ("a.parquet", b"PAR1 no parquet", r"a\.parquet: not readable as parquet"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ["b"]}\n', r"row 2: column 'text' holds \['b'\], not text"),
         ("a.jsonl", b"", r"a\.jsonl: no rows"),
-        ("a.txt", b"text", r"a\.txt: unknown kind of file '\.txt'; use .*\.jsonl, \.csv, \.parquet"),
+        ("a.xml", b"text", r"a\.xml: unknown kind of file '\.xml'; use .*\.jsonl, .*\.csv, .*\.parquet"),
     ],
 )
 def test_unreadable_files(name: str, content: bytes, message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

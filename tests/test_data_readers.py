@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedmoe_ds.config.schema import DataConfig, PartitionConfig
 from fedmoe_ds.data.federated import FederatedData, prepare
-from fedmoe_ds.data.readers import READERS
+from fedmoe_ds.data.readers import DataFile
 from fedmoe_ds.data.sources import FileSource, quiet_datasets
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
@@ -194,7 +194,7 @@ PLAIN: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 
 
 def ours(path: Path) -> list[dict[str, Any]]:
-    table = FileSource(path).table(WANTED)
+    table = FileSource(DataFile(path)).table(WANTED)
     columns = {name: list(table[name]) if name in table.columns else [None] * len(table) for name in WANTED}
     return [{name: columns[name][row] for name in WANTED} for row in range(len(table))]
 
@@ -203,7 +203,7 @@ def typed(rows: list[dict[str, Any]]) -> str:
     return repr(rows)  # True is no 1, and NaN is NaN
 
 
-@pytest.mark.parametrize("ending", READERS)
+@pytest.mark.parametrize("ending", WRITERS)
 def test_a_thousand_files_give_what_a_plain_reader_gives(ending: str, tmp_path: Path, capfd: Capture) -> None:
     read = refused = 0
     for seed in range(FILES):

@@ -48,7 +48,7 @@ class Tier:
 
 
 def default_tiers(top_k: int) -> list[TierConfig]:
-    """K, K/2, ..., 1 with equal shares (FLAME's tiers for K = 8)."""
+    """K, K/2, ..., 1 with equal shares (FLAME's tiers for K = 8); without experts K is 1, and there is one tier."""
     caps = []
     while top_k >= 1:
         caps.append(top_k)
@@ -83,14 +83,15 @@ def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) 
 
 
 def _decide(tier: TierConfig, full: Capacity, spends: str) -> Tier:
-    share = tier.top_k / full.top_k
+    top_k = tier.top_k or full.top_k
+    share = top_k / full.top_k
     # Rounded down, a budget is an upper bound, but at least 1: a client without a row or an expert would train nothing.
     rank = tier.rank or max(1, int(full.rank * share))
     experts = tier.experts or max(1, int(full.experts * share))
     return Tier(
-        tier.top_k,
+        top_k,
         tier.share or 1.0,
-        cap=tier.top_k if spends in ("top_k", "both") else full.top_k,
+        cap=top_k if spends in ("top_k", "both") else full.top_k,
         rank=rank if spends in ("rank", "both") else full.rank,
         experts=experts if spends == "experts" else full.experts,
         clients=tuple(group_name(name) or name for name in tier.clients or ()),

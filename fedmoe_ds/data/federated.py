@@ -22,9 +22,11 @@ from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.progress import told_to
-from fedmoe_ds.data.sources import Source, open_source
+from fedmoe_ds.data.sources import Source, Sources, open_sources
 from fedmoe_ds.data.store import IMAGE_SHAPE, TIERS, UNITS, Sequences, Store, storage_error, usable, write_store, write_units
 from fedmoe_ds.data.task import check_task
+from fedmoe_ds.data.templates.chat_template import template_text
+from fedmoe_ds.data.templates.reading import Reading
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.cleaning import MADE_FROM
 from fedmoe_ds.storage.strict_json import tree_sha256
@@ -36,6 +38,13 @@ __all__ = ["FederatedData", "Sequences", "prepare"]
 
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
 FORMAT = 3
+READING = "reading"
+_FIRST_KEYS = frozenset(
+    {"template", "columns", "label_names", "sequence_length", "max_samples", "holdout", "global_holdout", "partition"}
+)
+"""Keys that are part of every content key, whatever their value."""
+_BY_CONTENT = ("source", "split", "validation", "chat_template")
+"""Keys that name something whose content is in the key."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class FederatedData:
     [client][label]}, in units dealt to the client, its hold-out included. `sequence_length` is 1 for images, because how
     many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text. `omissions` counts
     samples that were left out or cut. `tiers` are the labels of the clients' tiers, None where the data do not say them.
-    `fingerprint` is a sha256 over all tokens and targets, or pixels and labels.
+    `fingerprint` is a sha256 over all tokens and targets, or pixels and labels. `reading` says how rows became tokens:
+    template, columns, and the text of a prompt or a chat template.
     """
 
     names: list[str]
@@ -63,6 +73,7 @@ class FederatedData:
     _store: Store = field(repr=False, compare=False)
     image_shape: tuple[int, int, int] | None = None
     tiers: list[str] | None = None
+    reading: Reading = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path | str) -> FederatedData:
@@ -83,6 +94,8 @@ class FederatedData:
         if (shape := header.get(IMAGE_SHAPE)) is not None:
             fields["image_shape"] = tuple(shape)
         fields["tiers"] = header.get(TIERS)
+        # Data that an earlier version prepared do not say it.
+        fields["reading"] = header.get(READING, {})
         return cls(**fields, path=path, _store=store)
 
     def __len__(self) -> int:
@@ -93,12 +106,19 @@ class FederatedData:
         # Owners lie in pairs, train then hold-out (see _write); the global hold-out is the last one.
         return self._store.read(2 * self._checked(client))
 
+    def train_lengths(self, client: int) -> NDArray[np.int64]:
+        """Return the tokens of each training sequence of one client; nothing else of them is read."""
+        return self._store.lengths(2 * self._checked(client))
+
     def holdout(self, client: int) -> Sequences:
         """Return the hold-out of one client, in random order; empty where the client has a single sample."""
         return self._store.read(2 * self._checked(client) + 1)
 
     def global_holdout(self) -> Sequences:
-        """Return the hold-out drawn before partitioning, in random order, so that any prefix is representative."""
+        """Return the hold-out of everybody, in random order, so that any prefix is representative.
+
+        It is drawn before partitioning, or what `data.validation` names.
+        """
         return self._store.read(2 * len(self.names))
 
     def _checked(self, client: int) -> int:
@@ -131,12 +151,12 @@ def prepare(
     check_task("causal_lm", config)
     # The encoder first: a tokenizer that does not serve is told before a large source is read.
     encoder = Encoder(tokenizer, own_code=code is not None)
-    source = open_source(config)
-    folder = cache_dir / _content_key(config, seed, tokenizer, source, code, tier_column)
+    sources = open_sources(config, cache_dir.parent)
+    folder = cache_dir / _content_key(config, seed, tokenizer, sources, code, tier_column)
 
     def prepared() -> Prepared:
         with told_to(note):
-            return assemble(source, config, seed, encoder, tier_column)
+            return assemble(sources, config, seed, encoder, tier_column)
 
     header = {"sequence_length": config.sequence_length, MADE_FROM: f"{config.source} as {config.template}"}
     return _found_or_made(folder, prepared, header)
@@ -162,24 +182,38 @@ def _content_key(
     config: DataConfig,
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
-    source: Source,
+    sources: Sources,
     code: str | None,
     tier_column: str | None,
 ) -> str:
     parts = {
         "format": FORMAT,
         # The digest stands for the source: the same file under another path is the same data.
-        "config": config.model_dump(mode="json", exclude={"source", "split"}),
-        "kind": type(source).__name__,
-        "source": source.digest(),
+        "config": config.model_dump(mode="json", exclude={*_BY_CONTENT, *_at_default(config)}),
+        "kind": type(sources.train).__name__,
+        "source": sources.train.digest(),
         "seed": seed,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         # Absent where there is no code, so that caches of earlier versions are still found.
         **({} if code is None else {"code": code}),
         **({} if tier_column is None else {"tier_column": tier_column}),
+        # What the file or the tokenizer holds, not where it lies.
+        **({"chat": template_text(config, tokenizer)} if config.template in ("auto", "chat") else {}),
+        **({} if sources.validation is None else {"validation": _named(sources.validation)}),
     }
     return tree_sha256(parts)[:32]
+
+
+def _named(source: Source) -> list[str]:
+    return [type(source).__name__, source.digest()]
+
+
+def _at_default(config: DataConfig) -> set[str]:
+    """Later keys that say what was always done: they are no part of a content key, so that older caches are still found."""
+    plain = DataConfig()
+    later = type(config).model_fields.keys() - _FIRST_KEYS
+    return {name for name in later if getattr(config, name) == getattr(plain, name)}
 
 
 def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
@@ -207,6 +241,7 @@ def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:
         **extra,
         "omissions": prepared.omissions.as_dict(),
         **({} if prepared.tiers is None else {TIERS: prepared.tiers}),
+        READING: prepared.reading,
     }
     owners.append(prepared.global_holdout)
     shared, used = prepared.shared, sum(map(len, owners))

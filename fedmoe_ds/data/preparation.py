@@ -8,7 +8,7 @@ prepares.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data import digits, groups, holdout, partition, templates
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import LEFT_OUT, Omissions
-from fedmoe_ds.data.sources import Source
+from fedmoe_ds.data.sources import Source, Sources, shown
 from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.randomness import generator
 
 MAX_LABELS = 30
 ALL = "all"
@@ -40,6 +41,7 @@ class Prepared:
     omissions: Omissions
     tiers: list[str] | None = None
     shared: Shared | None = None
+    reading: templates.Reading = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,36 @@ class _Units:
     rows: list[int] | None = None
 
 
-def assemble(source: Source, config: DataConfig, seed: int, encoder: Encoder, tier_column: str | None = None) -> Prepared:
+@dataclass(frozen=True)
+class _Validation:
+    """The hold-out that the configuration names: its content, a random order of it, and the rows that were read for it."""
+
+    content: Sequences
+    order: NDArray[np.int64]
+    rows: int
+    omissions: list[tuple[int, str]]
+
+    @property
+    def shuffled(self) -> Sequences:
+        return self.content.select(self.order)
+
+
+def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder, tier_column: str | None = None) -> Prepared:
     """Return all clients' data, with what `tier_column` says about each client where it is given.
 
     Raises UserError for missing columns, malformed rows, too few samples, and clients that would be empty.
     """
+    source = sources.train
     group_column, natural = source.group_column, config.partition.kind == "natural"
     grouping = {column for column in (config.partition.column, group_column) if column is not None}
     grouping |= set() if tier_column is None else {tier_column}
     table = source.table(templates.candidates(config) | grouping)
+    # From here on the template is the one that the columns say.
+    config = templates.resolve_template(table, config)
     columns = templates.resolve_columns(table, config)
     templates.check_rows(table, columns, config)
+    # Early: it is small as a rule, and a mistake in it need not wait for the encoding of everything else.
+    validation = None if sources.validation is None else _validation(sources.validation, config, seed, encoder)
     labels = _row_labels(table, columns, config, group_column)
     wanted: list[str] = []
     if natural:
@@ -85,12 +106,36 @@ def assemble(source: Source, config: DataConfig, seed: int, encoder: Encoder, ti
     left_out = sum(kind in LEFT_OUT for _, kind in samples.omissions)
     _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, left_out)
     units = _units(samples, labels, config, by_group=group_column is not None or natural)
-    prepared, owners = _deal(units, config, seed)
+    prepared, owners = _deal(units, config, seed, validation)
     # Natural: the client of a left-out row is known from its label. Else only dealt rows have a client.
     owner_of = dict(enumerate(labels)) if natural else owners
     found = [(kind, owner_of.get(row)) for row, kind in samples.omissions]
-    omissions = Omissions.of(len(table), found)
-    return replace(prepared, omissions=omissions, tiers=None if tiers is None else [tiers[name] for name in prepared.names])
+    read = len(table)
+    if validation is not None:
+        found += [(kind, None) for _, kind in validation.omissions]
+        read += validation.rows
+    named = None if tiers is None else [tiers[name] for name in prepared.names]
+    reading = templates.reading_of(table, columns, config, encoder)
+    return replace(prepared, omissions=Omissions.of(read, found), reading=reading, tiers=named)
+
+
+def _validation(source: Source, config: DataConfig, seed: int, encoder: Encoder) -> _Validation:
+    """Encode the validation's rows with the template and the columns of everything else."""
+    where = f"data.validation: {shown(config.validation)}"
+    table = source.table(templates.candidates(config))
+    try:
+        columns = templates.resolve_columns(table, config)
+        templates.check_rows(table, columns, config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    samples = templates.encode(table, columns, config, encoder)
+    if not samples.rows:
+        raise UserError(f"{where}: all {len(table)} samples are empty or do not fit; raise sequence_length or mend them")
+    units = _Units(Sequences(samples.tokens, samples.loss_mask), [], packed=config.template != "text", stratified=False)
+    content = _finished(units, np.arange(len(samples.rows)), config.sequence_length)
+    # In random order: an evaluation may take the first sequences only.
+    order = generator(seed, "validation-order").permutation(len(content))
+    return _Validation(content, order, len(table), samples.omissions)
 
 
 def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Prepared:
@@ -109,9 +154,12 @@ def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Pre
     return replace(_deal(units, config, seed)[0], omissions=Omissions(rows=len(rows)))
 
 
-def _deal(units: _Units, config: DataConfig, seed: int) -> tuple[Prepared, dict[int, str]]:
+def _deal(
+    units: _Units, config: DataConfig, seed: int, validation: _Validation | None = None
+) -> tuple[Prepared, dict[int, str]]:
     """Hold out, deal to clients, cap and split; return that, and the client of every dealt row where a unit is one row."""
-    held = holdout.draw_global(units.labels if units.stratified else [ALL] * len(units.labels), config.global_holdout, seed)
+    strata = units.labels if units.stratified else [ALL] * len(units.labels)
+    held = np.empty(0, np.int64) if validation is not None else holdout.draw_global(strata, config.global_holdout, seed)
     # The global hold-out leaves first, so that no client trains on it, however samples are dealt.
     rest = np.setdiff1d(np.arange(len(units.labels)), held)
     dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
@@ -131,12 +179,21 @@ def _deal(units: _Units, config: DataConfig, seed: int) -> tuple[Prepared, dict[
         names=sorted(dealt),
         train=train,
         holdout=held_by_client,
-        global_holdout=_finished(units, held, config.sequence_length),
+        global_holdout=_finished(units, held, config.sequence_length) if validation is None else validation.shuffled,
         distribution=_distribution(counts),
         omissions=Omissions(),
-        shared=Shared(units.content, [*owned, held]) if units.packed else None,
+        shared=_shared(units, [*owned, held], validation) if units.packed else None,
     )
     return prepared, owners
+
+
+def _shared(units: _Units, rows: list[NDArray[np.int64]], validation: _Validation | None) -> Shared:
+    """Units and what each owner has of them; a validation of its own stands behind the units."""
+    if validation is None:
+        return Shared(units.content, rows)
+    ours, theirs = units.content, validation.content
+    content = Sequences(ours.input_ids + theirs.input_ids, ours.loss_mask + theirs.loss_mask)
+    return Shared(content, [*rows[:-1], validation.order + len(ours)])
 
 
 def _row_labels(table: Table, columns: dict[str, str], config: DataConfig, group_column: str | None) -> list[str]:

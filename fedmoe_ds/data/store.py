@@ -174,6 +174,21 @@ class Store:
             self._views[number] = tokens.offsets.to_numpy(), values, targets.view(np.bool_)
         return self._views[number]
 
+    def lengths(self, owner: int) -> NDArray[np.int64]:
+        """Return the tokens of each of an owner's sequences, from the offsets alone."""
+        assert IMAGE_SHAPE not in self.header, "images have no length"
+        if self._units is not None:
+            return self._units.lengths_of(self._rows(owner))
+        lengths: NDArray[np.int64] = np.diff(self._reader.get_batch(owner).column("tokens").offsets.to_numpy())
+        return lengths
+
+    def lengths_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens of the sequences with these numbers; this store is one of units."""
+        batches = range(self._reader.num_record_batches)
+        every = [np.diff(self._unit_batch(number)[0]) for number in batches]
+        lengths: NDArray[np.int64] = np.concatenate([np.empty(0, np.int64), *every])[rows]
+        return lengths
+
 
 def fingerprint(owners: Iterable[Sequences]) -> str:
     """Return the sha256 over all tokens and targets, or pixels and labels, owner by owner, whatever the file format."""

@@ -61,7 +61,7 @@ class ParallelLayout:
         rows: list[dict[str, int | str]] = []
         for rank in range(self.world_size):
             held = self.experts(rank, num_experts)
-            span = f"{held.start}-{held.stop - 1}"
+            span = f"{held.start}-{held.stop - 1}" if held else "none"
             rows.append(
                 {
                     "rank": rank,

@@ -19,6 +19,7 @@ from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_skipped
 from fedmoe_ds.checkpoint.state import State
+from fedmoe_ds.clients.batches import Packing
 from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, TrainingData
 from fedmoe_ds.clients.local_training import WaveTrainer
@@ -36,13 +37,14 @@ from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.server import BASE, CONTROL, Server
-from fedmoe_ds.foundation import Foundation, host_sharing, load_foundation, resolve_foundation
+from fedmoe_ds.foundation import Foundation, conversion, host_sharing, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
+from fedmoe_ds.model.adapter_dropout import AdapterDropout
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import initial_bank, install
@@ -138,8 +140,9 @@ def load_shared_foundation(
     work, trust = LongWork(runtime, stop or StopRequest()), config.foundation.trust_remote_code
     # One writer of the cache: the other ranks would pre-train the same model beside it.
     folder = work.run_on_rank0(lambda: str(resolve_foundation(config.foundation, config.seed, progress.note)))
-    if (line := work.run_on_all_ranks(lambda: told(Path(folder), trust))) is not None:
-        progress.note(line)
+    for line in work.run_on_all_ranks(lambda: (told(Path(folder), trust), conversion.told(Path(folder)))):
+        if line is not None:
+            progress.note(line)
     ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
     if device.type != "cpu":
         # A device's memory is its own, so there is nothing that ranks of a host could share.
@@ -174,7 +177,7 @@ def _assemble(
     execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
     install(foundation, config.adapters, execution)
     # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
-    if spec.bitwise and spec.shares_passes:
+    if (spec.bitwise and spec.shares_passes) or config.execution.packing:
         use_per_client_attention(foundation.model, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
@@ -182,11 +185,14 @@ def _assemble(
     server = Server(spec, foundation, clients)
     state = State(0, adapters, _personal(spec, adapters, clients), server.initial_state(device))
     model, micro, hooks = (
-        AdaptedModel(foundation, execution),
+        AdaptedModel(foundation, execution, config.execution.packing),
         config.execution.micro_batch_size,
         training_hooks(spec, state, clients),
     )
-    trainer = WaveTrainer(model, spec.expert_layout.layers, config.local, micro, config.seed, hooks)
+    training_data: TrainingData = PooledData(data) if method.pooled else data
+    packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
+    layers, rounds = spec.expert_layout.layers, config.federation.rounds
+    trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
     ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, spec.bitwise), spec.bitwise)
     # After kernels_of: that loads the kernels whose code is compared here.
@@ -198,7 +204,7 @@ def _assemble(
         topology=topology,
         foundation=foundation,
         data=data,
-        training_data=PooledData(data) if method.pooled else data,
+        training_data=training_data,
         clients=clients,
         execution=execution,
         trainer=trainer,
@@ -277,6 +283,7 @@ def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.de
         balance=config.local.balance_loss,
         z=config.local.z_loss,
         kernels=config.execution.adapter_kernels,
+        dropout=AdapterDropout(config.adapters.dropout, config.seed) if config.adapters.dropout else None,
     )
 
 

@@ -27,7 +27,7 @@ class CostModel:
     Attributes:
         dense, expert: weights outside the experts, and of one active expert in every layer.
         dense_row, expert_row: one LoRA row (rank 1) on all dense adapters, and on one active expert in every layer.
-        layers: mixture layers, over which routed rows are counted.
+        layers: mixture layers, over which routed rows are counted; 0 where there are no experts, and no routed rows.
         positions: token rows per token of the data (images: rows per image).
         dense_weights, expert_weights: the gradients of those of the weights that are trained themselves.
     """
@@ -72,7 +72,8 @@ class CostModel:
             tokens: token rows it trained on.
             routed, trained: (row, expert) slots over all layers that were computed, and that took part in the backward pass.
         """
-        forward, backward = routed / self.layers, trained / self.layers
+        layers = max(self.layers, 1)
+        forward, backward = routed / layers, trained / layers
         # 2: forward and the gradient of the input. LoRA rows take 3: their own gradient, too.
         dense = tokens * (2 * self.dense + self.dense_weights + 3 * rank * self.dense_row)
         lora = rank * self.expert_row

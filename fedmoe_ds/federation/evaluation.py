@@ -1,4 +1,4 @@
-"""Evaluation: perplexity and next-token accuracy of the global model at every budget tier.
+"""Evaluation: perplexity, next-token accuracy and task metrics of the global model at every budget tier.
 
 Batches are cut before they are dealt to ranks, and per-batch sums are added in batch order, so the figures do not depend on the
 topology. Every rank runs the same number of passes; one without a batch joins with a stand-in row. Small hold-outs of
@@ -8,8 +8,9 @@ clients share a pass wherever clients in training do, and the sums of each are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,15 +21,20 @@ from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.federation.generation import Generation, as_text, greedy
 from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.federation.task_metrics import TaskMetrics
+from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
-from fedmoe_ds.model.forward import AdaptedModel
+from fedmoe_ds.model.forward import AdaptedModel, PassResult
 from fedmoe_ds.model.moe_layer import RESCALER
 
 ReadPart = Callable[[], Sequences]
 """Reads what one row of figures is about: a batch of the global hold-out, or what is scored of one client's."""
+NLL, CORRECT, TARGETS, SAMPLES = range(4)
+"""Rows of the sums over a part; those of the task metrics follow, one for each: how many samples it counts as right."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Score:
     """One evaluation row of the tier `label` (see `fedmoe_ds.clients.tiers`), whose top-k is `tier`.
 
     Loss is the mean negative log-likelihood per target, in nats; it and the accuracy are NaN where there is no target.
+    `metrics`: of each task metric that is asked for, the share of the `samples` that it counts as right.
     """
 
     tier: int
@@ -45,6 +52,8 @@ class Score:
     accuracy: float
     targets: int
     client: str | None = None
+    samples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -52,11 +61,12 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-def pooled(member: Client, split: str, sums_3N: Tensor, client: str | None = None) -> Score:
-    """Pool per-batch (nll, correct, targets) into one row of the tier that `member` is of."""
-    nll, correct, targets = (float(value) for value in sums_3N.sum(1))
+def pooled(member: Client, split: str, sums_KN: Tensor, names: Iterable[str], client: str | None = None) -> Score:
+    """Pool the sums of batches into one row of the tier that `member` is of; `names` are those of the task metrics."""
+    nll, correct, targets, samples, *right = (float(value) for value in sums_KN.sum(1))
     loss, accuracy = (nll / targets, correct / targets) if targets else (math.nan, math.nan)
-    return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client)
+    metrics = {name: count / samples if samples else math.nan for name, count in zip(names, right, strict=True)}
+    return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client, int(samples), metrics)
 
 
 def most_together(config: Config, home: int) -> int:
@@ -105,6 +115,7 @@ class Evaluator:
         self.data, self.clients, self.tiers = data, clients, tiers_of(clients)
         self.method, self.config, self.shares_passes = spec.method, spec.config.evaluation, spec.shares_passes
         self.together = most_together(spec.config, model.execution.pool.home_clients)
+        self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool) -> list[Score]:
         """Rows for every tier: split `global`, and with `per_client` also `client` (one per client) and `clients` (pooled).
@@ -116,8 +127,7 @@ class Evaluator:
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
         owning = {client.index for client in owners}
         for members in self.tiers.values():
-            how = self.method.assign(members[0], RoundContext(0, personal.dense(members[0].index)))
-            how = how if not plain else replace(how, rows_R=None, rescale=None)
+            how = self._assigned(members[0], personal, plain)
             if not self.method.personal_models:
                 rows += self._tier_rows(members, how, personal, owners, plain)
                 continue
@@ -129,19 +139,62 @@ class Evaluator:
                 rows += self._personal_rows(members, how, personal, own)
         return rows
 
+    @torch.no_grad()
+    def generations(self, personal: Personal, plain: bool) -> list[Generation]:
+        """Greedy answers to the first samples of the global hold-out by the model of the largest tier, the same on every rank.
+
+        Where clients keep models of their own it is that of the tier's first client.
+        """
+        held = self.data.global_holdout()
+        count = min(self.config.generations, len(held))
+        if not count:
+            return []
+        member, *_ = members = next(iter(self.tiers.values()))
+        own = self.method.personal_models and not plain
+        if own:
+            self._load_own(member, personal)
+        else:
+            self._load_mean(members, personal, plain)
+        part = held.select(range(count))
+        found = self._generated(part, self._assigned(member, personal, plain))
+        whose = {"tier": member.top_k, "label": member.tier, "client": member.name if own else None}
+        return as_text(part, self.tasks.answers(part), found, self.model.foundation.tokenizer, whose)
+
+    def _generated(self, part: Sequences, how: Assignment) -> list[list[int]]:
+        """The tokens of every sample's answer. Batches are dealt to ranks as those of `_run`."""
+        size, world = self.config.batch_size, self.runtime.world_size
+        longest = longest_sequence(self.model.foundation.model.config)
+        found: dict[str, list[int]] = {}
+        with self._receiving(how):
+            for turn in range(math.ceil(len(part) / (size * world))):
+                first = (turn * world + self.runtime.rank) * size
+                mine = part.select(range(min(first, len(part)), min(first + size, len(part))))
+                answers = greedy(
+                    mine,
+                    self.tasks.answers(mine),
+                    self.config.max_new_tokens,
+                    longest,
+                    lambda asked: self._pass(asked, how),
+                    lambda here: any(self.runtime.gather(here)),
+                )
+                found |= {str(first + i): tokens for i, tokens in enumerate(answers)}
+        everyone = {place: tokens for ours in self.runtime.gather(found) for place, tokens in ours.items()}
+        return [everyone[str(place)] for place in range(len(part))]
+
+    def _assigned(self, member: Client, personal: Personal, plain: bool) -> Assignment:
+        how = self.method.assign(member, RoundContext(0, personal.dense(member.index)))
+        return how if not plain else replace(how, rows_R=None, rescale=None)
+
     def _tier_rows(
         self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client], plain: bool
     ) -> list[Score]:
         """One model for the tier: global adapters, personal blocks at the mean over its clients."""
-        for name in (name for name, spec in personal.specs.items() if name in self.bank):
-            # float64, so that the mean of many equal float32 values is that value.
-            mean = personal.values[name][[client.index for client in members]].double().mean(0)
-            self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
-        rows = [pooled(members[0], "global", self._run(*self._global_parts(), how))]
+        self._load_mean(members, personal, plain)
+        rows = [self._pooled(members[0], "global", self._run(*self._global_parts(), how))]
         if owners:
-            sums_3N = self._run(*self._client_parts(owners), how)
-            rows.append(pooled(members[0], "clients", sums_3N))
-            rows += [pooled(members[0], "client", sums_3N[:, i : i + 1], c.name) for i, c in enumerate(owners)]
+            sums_KN = self._run(*self._client_parts(owners), how)
+            rows.append(self._pooled(members[0], "clients", sums_KN))
+            rows += [self._pooled(members[0], "client", sums_KN[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
 
     def _personal_rows(self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client]) -> list[Score]:
@@ -150,19 +203,31 @@ class Evaluator:
         parts, cut = self._global_parts()
         scored = {client.index for client in owners}
         for client in members:
-            for name in (name for name in personal.specs if name in self.bank):
-                self.bank.client(name, 0).copy_(personal.values[name][client.index])
+            self._load_own(client, personal)
             last = [self._client_part(client)] if client.index in scored else []
             # Its own hold-out in the turn after the last one of the global: ranks without a batch of that one have time for it.
-            sums_3N = self._run([*parts, *last], [*cut, *([len(parts)] for _ in last)], how)
-            shared.append(sums_3N[:, : len(parts)])
+            sums_KN = self._run([*parts, *last], [*cut, *([len(parts)] for _ in last)], how)
+            shared.append(sums_KN[:, : len(parts)])
             if last:
-                own[client.name] = sums_3N[:, len(parts) :]
-        rows = [pooled(members[0], "global", torch.cat(shared, 1))]
+                own[client.name] = sums_KN[:, len(parts) :]
+        rows = [self._pooled(members[0], "global", torch.cat(shared, 1))]
         if own:
-            rows.append(pooled(members[0], "clients", torch.cat(list(own.values()), 1)))
-            rows += [pooled(members[0], "client", sums_3N, name) for name, sums_3N in own.items()]
+            rows.append(self._pooled(members[0], "clients", torch.cat(list(own.values()), 1)))
+            rows += [self._pooled(members[0], "client", sums_KN, name) for name, sums_KN in own.items()]
         return rows
+
+    def _load_mean(self, members: list[Client], personal: Personal, plain: bool) -> None:
+        for name in (name for name, spec in personal.specs.items() if name in self.bank):
+            # float64, so that the mean of many equal float32 values is that value.
+            mean = personal.values[name][[client.index for client in members]].double().mean(0)
+            self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
+
+    def _load_own(self, client: Client, personal: Personal) -> None:
+        for name in (name for name in personal.specs if name in self.bank):
+            self.bank.client(name, 0).copy_(personal.values[name][client.index])
+
+    def _pooled(self, member: Client, split: str, sums_KN: Tensor, client: str | None = None) -> Score:
+        return pooled(member, split, sums_KN, self.tasks.names, client)
 
     def _global_parts(self) -> tuple[list[ReadPart], list[list[int]]]:
         """Batches of the global hold-out, a pass each."""
@@ -191,21 +256,28 @@ class Evaluator:
 
     @torch.no_grad()
     def _run(self, parts: list[ReadPart], cut: list[list[int]], how: Assignment) -> Tensor:
-        """[3, N parts]: (nll, correct, targets) under one assignment, the same on every rank; `cut` says which share a pass."""
-        sums_3N = torch.zeros(3, len(parts), dtype=torch.float64)
+        """[K, N parts]: NLL and so on under one assignment, the same on every rank; `cut` says which parts share a pass."""
+        sums_KN = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(parts), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
+        with self._receiving(how):
+            # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
+            for turn in range(math.ceil(len(cut) / world)):
+                place = turn * world + rank
+                mine = cut[place] if place < len(cut) else []
+                sums_KN[:, mine] = self._score([parts[at]() for at in mine], how)
+        return self.runtime.control.sum(sums_KN)  # disjoint entries: adding zeros is exact
+
+    @contextmanager
+    def _receiving(self, how: Assignment) -> Iterator[None]:
+        """The model with the global adapters as a client with this assignment receives them."""
         trained_bank, trained_pool = self.execution.bank, self.execution.pool
         self.execution.bank = self._received(how)
         # One slot and one client on every rank: each rank scores batches of its own, with the same adapters.
         self.execution.pool = replace(trained_pool, home_clients=1, merge=False, shared=True)
         try:
-            # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
-            for turn in range(math.ceil(len(cut) / world)):
-                place = turn * world + rank
-                self._pass(parts, cut[place] if place < len(cut) else [], how, sums_3N)
+            yield
         finally:
             self.execution.bank, self.execution.pool = trained_bank, trained_pool
-        return self.runtime.control.sum(sums_3N)  # disjoint entries: adding zeros is exact
 
     def _received(self, how: Assignment) -> Bank:
         """The global adapters as a client with this assignment receives them."""
@@ -219,17 +291,23 @@ class Evaluator:
             bank.client(spec.name, 0).copy_(value if mask is None else torch.where(mask, value, 0.0))
         return bank
 
-    def _pass(self, parts: list[ReadPart], chosen: list[int], how: Assignment, sums_3N: Tensor) -> None:
-        read = [parts[place]() for place in chosen]
+    def _score(self, parts: list[Sequences], how: Assignment) -> Tensor:
+        """[K, parts]: the sums of the parts of one pass; a rank without any takes part in the same passes."""
+        result = self._pass(parts, how)
+        right_MB = self.tasks.right(parts, result, lambda asked: self._pass(asked, how))
+        by_part = [torch.split(values_N, result.targets) for values_N in (result.nll_N.double(), result.correct_N)]
+        sums_KP = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(parts), dtype=torch.float64)
+        first = 0
+        for place, (part, nll, correct) in enumerate(zip(parts, *by_part, strict=True)):
+            right = [sum(right_B[first : first + len(part)]) for right_B in right_MB]
+            figures = [float(nll.sum()), int(correct.sum()), len(correct), len(part), *right]
+            sums_KP[:, place] = torch.tensor(figures, dtype=torch.float64)
+            first += len(part)
+        return sums_KP
+
+    def _pass(self, parts: list[Sequences], how: Assignment) -> PassResult:
         images = self.model.foundation.images
-        # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it.
-        rows = [Rows.of(0, how.cap, sequences, range(len(sequences)), images=images) for sequences in read]
-        # Without a part this makes the stand-in row that takes part in the all-to-alls.
-        batch = self.model.batch(rows)
-        result = self.model.forward(batch, 0, None if how.rescale is None else [how.rescale])
-        if not rows:
-            return
-        right_N = result.logits_NV.argmax(-1) == batch.labels_N
-        by_part = zip(torch.split(result.nll_N, batch.targets), torch.split(right_N, batch.targets), strict=True)
-        for place, (nll, right) in zip(chosen, by_part, strict=True):
-            sums_3N[:, place] = torch.tensor([float(nll.double().sum()), int(right.sum()), len(right)], dtype=torch.float64)
+        # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it. Without
+        # any this makes the stand-in row that takes part in the all-to-alls.
+        rows = [Rows.of(0, how.cap, part, range(len(part)), images=images) for part in parts]
+        return self.model.forward(self.model.batch(rows), 0, None if how.rescale is None else [how.rescale])

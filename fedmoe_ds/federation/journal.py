@@ -18,6 +18,7 @@ from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.evaluation import Score
+from fedmoe_ds.federation.generation import Generation
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.storage.files import write_whole
@@ -131,6 +132,8 @@ class Journal:
                 fields: dict[str, Any] = {"round": round_index, "tier": row.tier, "tier_label": row.label, "split": row.split}
                 fields |= {"perplexity": row.perplexity, "accuracy": row.accuracy, "loss": row.loss}
                 fields["targets"] = fields["tokens"] = row.targets  # the old name, too: it is an interface
+                if row.metrics:
+                    fields |= {**row.metrics, "samples": row.samples}
                 if row.client is not None:
                     fields["client"] = row.client
                 self.log.write("eval", **fields)
@@ -139,11 +142,27 @@ class Journal:
         if self.monitor is not None:
             # One curve per tier; a monitor with one per client is unreadable.
             shown = [row for row in rows if row.split != "client"]
-            names = [f"perplexity/{row.split}/k{row.label}".replace(" ", "-") for row in shown]
-            self._monitored([(name, row.perplexity, round_index) for name, row in zip(names, shown, strict=True)])
+            figures = [(row, {"perplexity": row.perplexity, **row.metrics}) for row in shown]
+            curves = [(f"{name}/{row.split}/k{row.label}", value) for row, found in figures for name, value in found.items()]
+            self._monitored([(name.replace(" ", "-"), value, round_index) for name, value in curves])
         head = "foundation" if round_index == 0 else f"round {round_index}"
-        tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in rows if row.split == "global")
+        pooled = [row for row in rows if row.split == "global"]
+        tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in pooled)
+        for name in pooled[0].metrics if pooled else ():
+            shares = "  ".join(f"k={row.label}: {row.metrics[name]:.1%}" for row in pooled)
+            tiers += f"; {name.replace('_', ' ')} {shares}"
         self.note(f"{head}: perplexity {tiers}")
+
+    def generations(self, round_index: int, rows: list[Generation]) -> None:
+        """Answers as text. What clients have written is in them, so no line of progress shows any."""
+
+        def write() -> None:
+            for row in rows:
+                fields = {"round": round_index, "tier": row.tier, "tier_label": row.label, "sample": row.sample}
+                fields |= {"prompt": row.prompt, "reference": row.reference, "answer": row.answer}
+                self.log.write("generation", **fields, exact=row.exact, ended=row.ended, client=row.client)
+
+        self._write(write)
 
     def round(
         self,

@@ -280,14 +280,13 @@ class Federation:
 
     def _evaluate(self, round_index: int) -> None:
         activity.enter("evaluate", round_index)
-        config = self.parts.config.evaluation
-        last = round_index in (0, self.parts.config.federation.rounds)
-        per_client = config.client_sequences > 0 and (
-            last or (config.clients_every and round_index % config.clients_every == 0)
-        )
-        self.journal.evaluation(
-            round_index, self.parts.evaluator.scores(self.state.personal, bool(per_client), round_index == 0)
-        )
+        config, evaluator, plain = self.parts.config.evaluation, self.parts.evaluator, round_index == 0
+        ends = plain or round_index == self.parts.config.federation.rounds
+        every = config.clients_every
+        per_client = config.client_sequences > 0 and (ends or (every > 0 and round_index % every == 0))
+        self.journal.evaluation(round_index, evaluator.scores(self.state.personal, per_client, plain))
+        if ends:
+            self.journal.generations(round_index, evaluator.generations(self.state.personal, plain))
 
     def _save(self) -> None:
         """Begin a checkpoint of the state as it is now."""

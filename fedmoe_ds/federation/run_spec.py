@@ -16,16 +16,21 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.cost import CostModel
+from fedmoe_ds.federation.no_experts import as_meant, named
 from fedmoe_ds.federation.sampling import participants
+from fedmoe_ds.federation.task_metrics import check_task_metrics
 from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.foundation.dense import type_task
+from fedmoe_ds.foundation.families import packs
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
+from fedmoe_ds.methods.base import check_needs
 from fedmoe_ds.model.adapter_bank import BlockSpec
-from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, hosted_layout
+from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, empty_layout, hosted_layout
 from fedmoe_ds.model.install import adapter_blocks
 
 ROW = 4
@@ -37,7 +42,7 @@ class RunSpec:
     """One configuration on one kind of device, resolved.
 
     Attributes:
-        config: with the method's own defaults filled in.
+        config: with the method's own defaults filled in, and resolved for a model without experts.
         method: it knows the model's facts.
         device: kind of device, `cpu` or `cuda`.
         model_type: transformers' name of the model's family.
@@ -109,6 +114,7 @@ def check_start(config: Config, device: str) -> tuple[Config, Method]:
     Raises:
         UserError: method, mode, foundation, data and adapters do not go together.
     """
+    config = as_meant(config, planned_sparse(config.foundation))
     method = method_for(config)
     config = with_defaults(config, method)
     # After the method's own defaults: what is checked is what will run.
@@ -123,7 +129,12 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
         UserError: model, data, adapters, tiers and mode do not go together.
     """
     check_task(model.task, config.data, model.images)
+    check_task_metrics(config, model.task)
     check_length(config, model.model.config)
+    # Once more: of a hub id nobody knew before whether it has experts.
+    config = as_meant(config, bool(model.layers))
+    check_needs(method, config.method.name, config)
+    check_packing(config, model.model.config)
     expert_layout = resolve_expert_layout(config, model, ep_size, shard)
     if is_bitwise(config, device):
         check_widths(expert_layout)
@@ -172,7 +183,10 @@ def check_plan(config: Config, bitwise: bool) -> None:
     # None: a hub id that is not downloaded yet; resolve_spec checks it again with the model at hand.
     if task is not None:
         check_task(task, config.data)
-    check_length(config, planned_config(config.foundation))
+        check_task_metrics(config, task)
+    planned = planned_config(config.foundation)
+    check_length(config, planned)
+    check_packing(config, planned)
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
         check_adapters(config, sparse)
@@ -200,25 +214,44 @@ def check_length(config: Config, model: Any) -> None:
         )
 
 
+def check_packing(config: Config, model: Any) -> None:
+    """Samples can be packed, and are not already. `model` is its transformers configuration, None if unknown yet.
+
+    Raises UserError.
+    """
+    if not config.execution.packing:
+        return
+    if model is not None and not packs(model.model_type):
+        text = type_task(model.model_type) == "causal_lm"
+        why = "in some of its layers tokens meet outside plain attention" if text else "images need no padding"
+        raise UserError(f"execution.packing: true: the foundation is a '{model.model_type}' model: {why}; use false")
+    if config.data.template == "text":
+        raise UserError(
+            "execution.packing: true: documents (data.template=text) are cut into full sequences already, so nothing would be "
+            "saved; use false"
+        )
+
+
 def check_adapters(config: Config, sparse: bool) -> None:
-    """Adapter experts stand beside dense models and nowhere else. Raises UserError."""
-    named = config.foundation.path or config.foundation.preset
+    """Adapter experts, and LoRA on feed-forward projections, stand beside dense models and nowhere else. Raises UserError."""
     if sparse and config.adapters.moe is not None:
         raise UserError(
-            f"adapters.moe: {named} has experts of its own; drop the section, or use a dense foundation (tiny-llama)"
+            f"adapters.moe: {named(config)} has experts of its own; drop the section, or use a dense foundation (tiny-llama)"
         )
-    if not sparse and config.adapters.moe is None:
+    if sparse and config.adapters.feed_forward:
         raise UserError(
-            f"foundation: {named}: method {config.method.name} needs a mixture of experts and this model is dense; use "
-            "a sparse one (tiny-olmoe), or put adapter experts beside it with an adapters.moe section (method fft-moe)"
+            f"adapters.feed_forward: {config.adapters.feed_forward[0]}: {named(config)} has experts in place of a feed-forward "
+            "block; drop the key: adapters.experts trains them"
         )
 
 
 def resolve_expert_layout(config: Config, model: Outline, ep_size: int, shard: int) -> ExpertLayout:
     """Where the experts of a run are. Raises UserError when the model and `adapters.moe` do not go together."""
     check_adapters(config, bool(model.layers))
-    if config.adapters.moe is None:
+    if model.layers:
         return hosted_layout(model.layers)
+    if config.adapters.moe is None:
+        return empty_layout(model.sites)
     return adapter_layout(model.sites, config.adapters.moe, ep_size, shard)
 
 

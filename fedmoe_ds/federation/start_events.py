@@ -12,6 +12,7 @@ from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.foundation import conversion
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 
@@ -22,14 +23,23 @@ def start_line(parts: Parts) -> str:
     dtype, device = row_dtype(parts.foundation.model), parts.runtime.device
     config = parts.config
     kernel = products_for(config.adapters.rank, dtype, device, config.execution.adapter_kernels).name
-    # Only LoRA pairs on experts go through the adapter kernels; whole experts have none.
-    paired = any(spec.expert and spec.pair for spec in parts.spec.blocks)
+    # Only LoRA pairs go through the adapter kernels; whole experts have none.
+    paired = any(spec.pair for spec in parts.spec.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
     mode = "bitwise" if parts.spec.bitwise else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
-        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_without_effect(config)}"
+        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_trained(parts)}{_without_effect(config)}"
     )
+
+
+def _trained(parts: Parts) -> str:
+    """What plain LoRA trains: a user who named a dense model alone is told what was chosen."""
+    config, same = parts.config, parts.spec.method.without_experts
+    if parts.spec.expert_layout.num_experts:
+        return ""
+    equal = f", where {config.method.name} is {same}" if same else ""
+    return f"; LoRA of rank {config.adapters.rank} on {', '.join(config.adapters.projections)} (no experts{equal})"
 
 
 def _without_effect(config: Config) -> str:
@@ -63,6 +73,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "budgets": budgets(parts),
         "foundation": foundation.fingerprint,
         "foundation_code": foundation.code,
+        "foundation_converted": conversion.told(foundation.path),
         "seed": config.seed,
         "reproducible": "bitwise" if parts.spec.bitwise else "fast",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -91,4 +102,5 @@ def data_facts(parts: Parts) -> dict[str, Any]:
     ]  # fmt: skip
     data = parts.data
     told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
-    return {"clients": clients, **told}
+    # Absent for images, and for data that an earlier version has prepared.
+    return {"clients": clients, **told, **({"reading": data.reading} if data.reading else {})}

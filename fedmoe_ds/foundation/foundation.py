@@ -20,14 +20,16 @@ from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.distributed.stop_points import file_sha256, run_waiting
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.autoep import HostedLayer
-from fedmoe_ds.foundation.builtin.presets import find_preset
+from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
+from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
 from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import Memory
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, read_config
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
+from fedmoe_ds.foundation.published import PUBLISHED, Published, published_model
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.foundation.weight_files import WeightFiles
@@ -35,7 +37,8 @@ from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_HUB_FILES = ["*.safetensors", "*.json"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
+_HUB_PICKLED = ["*.bin"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def planned_config(config: FoundationConfig) -> Any | None:
         UserError: an unknown preset, or a model folder without a usable configuration.
     """
     if config.path is None:
-        return None if config.preset is None else find_preset(config.preset).config()
+        return None if config.preset is None else _preset(config.preset).config()
     folder = Path(config.path).expanduser()
     return read_config(folder) if (folder / CONFIG_FILE).is_file() else None
 
@@ -90,7 +93,7 @@ def planned_task(config: FoundationConfig) -> Task | None:
         UserError: an unknown preset, or a model folder without a usable configuration.
     """
     if config.path is None:
-        return None if config.preset is None else find_preset(config.preset).task
+        return None if config.preset is None else type_task(_preset(config.preset).family)
     folder = Path(config.path).expanduser()
     return type_task(read_config(folder).model_type) if is_there(folder / CONFIG_FILE, Path.is_file) else None
 
@@ -98,22 +101,33 @@ def planned_task(config: FoundationConfig) -> Task | None:
 def planned_sparse(config: FoundationConfig) -> bool | None:
     """Whether the foundation of a run has experts of its own, before anything is loaded; None where nobody can know yet."""
     if config.path is None:
-        return None if config.preset is None else find_preset(config.preset).family not in DENSE
+        return None if config.preset is None else _preset(config.preset).family not in DENSE
     folder = Path(config.path).expanduser()
     return read_config(folder).model_type not in DENSE if is_there(folder / CONFIG_FILE, Path.is_file) else None
 
 
 def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
-    """Return a local model folder: the given one, a hub snapshot, or a preset pre-trained on the spot. Rank 0 only.
+    """Return a local model folder of safetensors: the given one, a hub snapshot, what these are converted into, or a preset,
+    pre-trained on the spot or out of a wheel. Rank 0 only.
 
     Raises:
-        UserError: neither path nor preset, an unknown preset, no such folder or hub id, or an unwritable cache.
+        UserError: neither path nor preset, an unknown preset, no such folder or hub id, a layout that is not read, no network
+            for a published preset, or an unwritable cache.
     """
     if config.path is not None:
-        return _resolve_path(config.path, config.trust_remote_code)
+        return _check_folder(
+            converted(_resolve_path(config.path, config.trust_remote_code), cache.root(config.cache), progress)
+        )
     if config.preset is None:
         raise UserError("foundation: neither path nor preset is set; set one of them")
-    return pretrain_preset(config.preset, config.pretrain, seed, cache.root(config.cache), progress)
+    root = cache.root(config.cache)
+    if config.preset in PUBLISHED:
+        return published_model(config.preset, root, progress)
+    return pretrain_preset(config.preset, config.pretrain, seed, root, progress)
+
+
+def _preset(name: str) -> Preset | Published:
+    return PUBLISHED[name] if name in PUBLISHED else find_preset(name, PUBLISHED)
 
 
 def cache_folder(config: FoundationConfig, kind: str) -> Path:
@@ -198,11 +212,14 @@ def _file_sha256(file: Path) -> str:
 def _resolve_path(path: str, trust: bool) -> Path:
     folder = Path(path).expanduser()
     if is_there(folder):
-        return _check_folder(folder)
+        return folder
     # A hub id is 'name' or 'owner/name'; everything else was meant as a folder.
     if path.startswith((".", "~", "/")) or path.endswith("/") or path.count("/") > 1:
         raise UserError(f"foundation.path: {path}: no such folder; give a Hugging Face model folder or hub id")
-    return _download(path, [*_HUB_FILES, "*.py"] if trust else _HUB_FILES)
+    files = [*_HUB_FILES, "*.py"] if trust else _HUB_FILES
+    snapshot = _download(path, files)
+    # Most models have both kinds of weights: the pickled ones are fetched where there are no others.
+    return snapshot if any(snapshot.glob("*.safetensors")) else _download(path, [*files, *_HUB_PICKLED])
 
 
 def _download(hub_id: str, files: list[str]) -> Path:

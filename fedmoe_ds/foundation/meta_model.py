@@ -66,7 +66,10 @@ def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
     """Build the model of `folder/config.json` with its parameters on the meta device and its buffers on the CPU."""
     config = read_config(folder)
     if getattr(config, "quantization_config", None):
-        raise UserError(f"foundation.path: {folder}: the weights are quantised; give a model that is not")
+        raise UserError(
+            f"foundation.path: {folder}: the weights are quantised; give a model that is not: "
+            "the one it was made of, or for bitsandbytes what AutoModelForCausalLM.from_pretrained(folder).dequantize() saves"
+        )
     factory: Any = AutoModelForImageClassification
     if type_task(config.model_type) == "causal_lm":
         factory = AutoModelForCausalLM

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedmoe_ds.kernels import matrix, rows
 
-INDEPENDENT = ("mixtral", "olmoe", "qwen3_moe")
+INDEPENDENT = ("llama", "mistral", "mixtral", "olmo2", "olmoe", "qwen2", "qwen3", "qwen3_moe")
 """Model types in which, with these layers, no row's bits depend on the other rows of a pass: linear maps, RMS norms, rotary
 embeddings, softmax routing, and experts that are all in the pool. Tests train each with one and with many clients in a pass."""
 

@@ -114,6 +114,7 @@ class Method:
         averages: whether anything is averaged at all.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
+        without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
     Params: ClassVar[type[MethodParams]] = MethodParams
@@ -132,6 +133,7 @@ class Method:
     averages: ClassVar[bool] = True
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    without_experts: ClassVar[str | None] = None
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -207,7 +209,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             "use adapters.expert_training=lora"
         )
     # Adapter experts (`adapters.moe`) are no LoRA pairs; attention may still bring some.
-    if "lora" in method.needs and not adapters.attention and (not adapters.experts or adapters.moe is not None):
+    if "lora" in method.needs and not adapters.projections and (not adapters.experts or adapters.moe is not None):
         raise UserError(
             f"adapters.attention: []: method {name} works on LoRA pairs and there would be none; name attention projections"
         )

@@ -9,7 +9,8 @@ learnt with the LoRA; experts are averaged with weights gamma_i^j = (f_i^j)^t |D
 Our completions, each kept in the configuration where it is a choice:
 - S_i counts tokens, so that f is in [0, 1] and does not depend on batch shapes (the paper says "local training steps").
 - The weighted mean is normalised by the sum of weights; an expert that nobody activated keeps its value.
-- Adapters that are not per expert (attention, router) use the plain weight |D_i|.
+- Adapters that are not per expert (attention, router) use the plain weight |D_i|. A model without experts has no others, and no
+  expert output to rescale: there FLAME is FedIT, and its own parameters are refused.
 - The learnable rescaler starts at 1 (`rescaler_init: one`) or at k / k_i (`ratio`), is one scalar per client
   (`rescaler_scope: client`, the literal reading of the single index) or one per client and layer, and stays personal: it is
   stored with the client and never averaged. Evaluation of a tier uses the mean over that tier's clients.
@@ -71,12 +72,16 @@ class Flame(Method):
         completion="f per token; s personal, one per client; initial s; unused experts keep their value",
     )
 
+    without_experts = "fedit"
+
     def __init__(self, params: FlameParams) -> None:
         super().__init__(params)
         # Only a learnt rescaler is a block of the bank; the static one is a constant of the assignment.
         self.rescaler = params.rescaler_scope if params.rescaler == "learnable" else None
 
     def check(self, facts: ModelFacts) -> None:
+        if not facts.num_experts:
+            self._refuse_parameters()
         found = {"rescaler": "static", "rescaler_init": "ratio"}.items()
         key, value = next(((key, value) for key, value in found if getattr(self.params, key) == value), ("", ""))
         if facts.renormalised and key and self.params.rescaler != "none":
@@ -84,6 +89,11 @@ class Flame(Method):
                 f"method.{key}: {value}: this model renormalises its top-k weights, so fewer experts do not shrink "
                 "the output; use rescaler=none, or learnable with rescaler_init=one"
             )
+
+    def _refuse_parameters(self) -> None:
+        for key, field in type(self.params).model_fields.items():
+            if (value := getattr(self.params, key)) != field.default:
+                raise UserError(f"method.{key}: {value}: has no effect on a model without experts; drop the key")
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
         if spec.name == RESCALER and self.params.rescaler_init == "ratio":

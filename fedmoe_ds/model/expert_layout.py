@@ -1,4 +1,4 @@
-"""Expert layout: where a run's experts are: in the model's own mixture layers, or in adapters beside dense blocks."""
+"""Expert layout: where a run's experts are: in the model's own mixture layers, in adapters beside dense blocks, or nowhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedmoe_ds.foundation import FeedForwardSite, HostedLayer
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """The expert pool of a run, the same in every layer.
+    """The expert pool of a run, the same in every layer. Without experts it has no layers, and `top_k` is 1.
 
     Attributes:
         layers: indices of the model's layers with experts, in depth order.
@@ -45,6 +45,11 @@ def hosted_layout(layers: list[HostedLayer]) -> ExpertLayout:
         first.hidden_size,
         first.ffn_hidden_size,
     )
+
+
+def empty_layout(sites: list[FeedForwardSite]) -> ExpertLayout:
+    """A dense model without adapter experts. Its top-k of 1 is that of a row that nothing routes."""
+    return ExpertLayout([], 0, 1, range(0), False, sites[0].hidden_size, sites[0].ffn_hidden_size)
 
 
 def check_shards(moe: MoEAdapterConfig, ep_size: int) -> None:

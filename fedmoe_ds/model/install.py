@@ -38,20 +38,21 @@ def adapter_blocks(
             shapes = {GATE_UP_A: (rank, width), GATE_UP_B: (2 * ffn, rank), DOWN_A: (rank, ffn), DOWN_B: (width, rank)}
         blocks += [BlockSpec(name, layers, item, expert=True) for name, item in shapes.items()]
     # The order of blocks is part of a run: gradient norms are summed, and sums laid out, in it.
-    blocks += _attention_blocks(find_projections(model, config.attention), rank)
+    blocks += _projection_blocks(find_projections(model, config), rank)
     if config.router == "train" or config.moe is not None:
         blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
-    if rescaler is not None:
+    # Without experts there is no output for it to scale.
+    if rescaler is not None and layers:
         where = layers if rescaler == "layer" else (-1,)
         blocks.append(BlockSpec(RESCALER, where, (1,), personal=True, decay=False))
     return blocks
 
 
-def _attention_blocks(projections: list[Projection], rank: int) -> list[BlockSpec]:
+def _projection_blocks(projections: list[Projection], rank: int) -> list[BlockSpec]:
     # A block stacks one projection over the layers that have it, so that the optimizer takes them in one step.
     by_name: dict[str, list[Projection]] = {}
     for projection in projections:
-        by_name.setdefault(projection.name, []).append(projection)
+        by_name.setdefault(projection.block_a, []).append(projection)
     blocks = []
     for group in by_name.values():
         assert len({(p.width_in, p.width_out) for p in group}) == 1, "one shape per projection name"
@@ -106,25 +107,27 @@ def base_weights(foundation: Foundation, first_expert: int) -> dict[str, torch.T
             found[f"{place}.gate_up.base"], found[f"{place}.down.base"] = hosted.w13[e], hosted.w2[e]
     for module in foundation.model.modules():
         if isinstance(module, ClientLoRALinear):
-            found[f"layers.{module.projection.layer}.attention.{module.projection.name}.base"] = module.base.weight
+            found[module.projection.weight_key] = module.base.weight
     return found
 
 
 def install(foundation: Foundation, config: AdapterConfig, execution: Execution) -> None:
-    """Put the federated layers and the attention adapters into the model. They read `execution` while a pass runs."""
+    """Put the federated layers and the adapters of projections into the model. They read `execution` while a pass runs."""
     model = foundation.model
     replace_frozen(model)
     for hosted in foundation.layers:
         _replace(model, hosted.name, FederatedMoELayer(hosted, execution))
-    for site in foundation.sites:
-        assert config.moe is not None, "checked when the layout was resolved"
-        rule = SelectedSoftmax(config.moe.experts, config.moe.top_k)
-        site.replace(model, AdapterMoELayer(site.module(model), site.index, rule, execution))
-    for projection in find_projections(model, config.attention):
+    for projection in find_projections(model, config):
         base = model.get_submodule(projection.path)
         assert isinstance(base, nn.Linear)
         # The projection stays inside the adapter as `base`, where `base_weights` finds the weight that FLoRA merges into.
         _replace(model, projection.path, ClientLoRALinear(base, projection, execution))
+    # After the projections: a feed-forward block is wrapped with the adapters that it may have by now.
+    if config.moe is None:
+        return
+    for site in foundation.sites:
+        rule = SelectedSoftmax(config.moe.experts, config.moe.top_k)
+        site.replace(model, AdapterMoELayer(site.module(model), site.index, rule, execution))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -91,7 +91,8 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     longest = np.array([batch.rows.max() for batch in batches], dtype=np.float64)
     targets = np.array([batch.targets.sum() for batch in batches], dtype=np.float64)
     rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap
-    home = np.asarray(work.home(Rows(samples, longest, targets)).seconds(compute, dtype, work.score_flops))
+    packed = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) if job.config.execution.packing else None
+    home = np.asarray(work.home(Rows(samples, longest, targets, packed)).seconds(compute, dtype, work.score_flops))
     home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))
     fixed = work.fixed().seconds(compute, dtype)
     local = job.expert_layout.num_experts // ep_size

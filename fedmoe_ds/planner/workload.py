@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmoe_ds.clients.batches import local_batches
+from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
 from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
+from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.foundation import resolve_foundation
@@ -64,13 +65,14 @@ class Lengths:
 @dataclass(frozen=True)
 class Data:
     """Who has how much. `assumed` says what was taken for granted where nothing could be counted, `omissions` what samples
-    are left out or cut; each is one line or None."""
+    are left out or cut, `reading` how rows were read where that is a choice; each is one line or None."""
 
     train: Callable[[int], Lengths]
     holdout: Callable[[int], Lengths]
     global_holdout: Lengths
     assumed: str | None = None
     omissions: str | None = None
+    reading: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Job(RunSpec):
 
     Attributes:
         heads: attention heads of a layer.
-        projections: attention projections with LoRA, per layer.
+        projections: projections with LoRA, per layer.
         head: numbers of the output matrix; `body`: of everything dense but it, the input embedding and the norms' worth.
         clients: of the federation.
     """
@@ -115,19 +117,20 @@ class Job(RunSpec):
 
 @dataclass(frozen=True)
 class Steps:
-    """One client's local steps in a round, [n] each: samples, longest sample, token rows, targets."""
+    """One client's local steps in a round, [n] each: samples, longest sample, token rows, targets, passes."""
 
     samples: Counts
     longest: Counts
     rows: Counts
     targets: Counts
+    passes: Counts
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
 def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
-    local, seed = job.config.local, job.config.seed
+    local, seed, execution = job.config.local, job.config.seed, job.config.execution
     if job.method.pooled:
         drawn = job.drawn_among(job.clients, round_index)
         # The pooled client's batches index into the data of all clients, in canonical order.
@@ -135,11 +138,18 @@ def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
     else:
         lengths, batches = job.data.train(client.index), local_batches(client, local, seed, round_index)
     # Drawn as the clients draw them, so that padding and targets are those of the run.
+    packing = Packing(job.length, lambda _: lengths.rows) if execution.packing else None
     columns = [
-        [len(batch), int(lengths.rows[batch].max()), int(lengths.rows[batch].sum()), int(lengths.targets[batch].sum())]
+        [
+            len(batch),
+            int(lengths.rows[batch].max()),
+            int(lengths.rows[batch].sum()),
+            int(lengths.targets[batch].sum()),
+            len(pass_bounds(batch, execution.micro_batch_size, packing)) - 1,
+        ]
         for batch in batches
     ]
-    return Steps(*np.array(columns, dtype=np.int64).reshape(-1, 4).T)
+    return Steps(*np.array(columns, dtype=np.int64).reshape(-1, 5).T)
 
 
 def _everything(job: Job) -> Lengths:
@@ -174,7 +184,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
         **vars(spec),
         clients=clients,
         heads=model.config.num_attention_heads,
-        projections=len(find_projections(model, config.adapters.attention)) / size.layers,
+        projections=len(find_projections(model, config.adapters)) / size.layers,
         head=head,
         body=size.dense_parameters - head - embedding,
         data=data,
@@ -217,6 +227,7 @@ def _counted(data: FederatedData, images: ImageInput | None) -> Data:
         lambda client: Lengths.of(data.holdout(client), images),
         Lengths.of(data.global_holdout(), images),
         omissions=data.omissions.line(),
+        reading=reading_line(data.reading),
     )
 
 

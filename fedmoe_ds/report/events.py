@@ -81,6 +81,7 @@ class _Run(_Fields):
     budgets: list[_OfTier] | None = None
     foundation: str | None = None
     foundation_code: str | None = None
+    foundation_converted: str | None = None
     reproducible: str | None = None
     versions: dict[str, str] | None = None
     topology: list[_Place] | None = None
@@ -132,8 +133,22 @@ class _Eval(_OfTier):
     loss: Number | None = None
     perplexity: Amount | None = None
     accuracy: Number | None = None
+    exact_match: Number | None = None
+    ranked_choice: Number | None = None
+    samples: Count | None = None
     targets: Count | None = None
     tokens: Count | None = None
+
+
+class _Generation(_OfTier):
+    round: Round
+    sample: Count
+    client: str | None = None
+    prompt: str | None = None
+    reference: str | None = None
+    answer: str | None = None
+    exact: bool | None = None
+    ended: bool | None = None
 
 
 class _Trained(_Tiered):
@@ -187,6 +202,7 @@ _KINDS: dict[str, type[_Fields]] = {
     "resume": _Resume,
     "data": _Data,
     "eval": _Eval,
+    "generation": _Generation,
     "client": _Trained,
     "round": _Round,
     "experts": _Experts,

@@ -75,11 +75,16 @@ def targets_of(event: Mapping[str, Any]) -> int | None:
 
 def accuracy(event: Mapping[str, Any]) -> str:
     """The accuracy of an evaluation with its 95 % interval: 66 % (55 to 76)."""
-    share, targets = event.get("accuracy"), targets_of(event)
-    if share is None or not targets or not 0 <= share <= 1:
-        return score(event, "accuracy", percent)
-    digits = share_digits(share, targets)
-    low, high = (f"{100 * end:.{digits}f}" for end in wilson(share, targets))
+    return counted_share(event, "accuracy", targets_of(event))
+
+
+def counted_share(event: Mapping[str, Any], field: str, count: int | None) -> str:
+    """The share `field` of `count` independent cases, with its 95 % interval."""
+    share = event.get(field)
+    if share is None or not count or not 0 <= share <= 1:
+        return score(event, field, percent)
+    digits = share_digits(share, count)
+    low, high = (f"{100 * end:.{digits}f}" for end in wilson(share, count))
     return f"{percent(share, digits)} ({low} to {high})"
 
 

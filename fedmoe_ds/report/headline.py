@@ -86,6 +86,11 @@ def _facts(history: History) -> Markup:
         ("Reproducible", str(run.get("reproducible", formats.MISSING))),
         ("Foundation", str(run.get("foundation") or formats.MISSING)),
         # Shown only where it happened: readers should know that foreign code ran.
+        *(
+            [("Weights", str(run["foundation_converted"]).removeprefix("foundation: "))]
+            if run.get("foundation_converted")
+            else []
+        ),
         *([("Tokenizer ran own code", str(run["foundation_code"]))] if run.get("foundation_code") else []),
     ]
     return tag("dl", *(tag("div", tag("dt", term), tag("dd", value, data_t=value)) for term, value in facts), cls="facts")

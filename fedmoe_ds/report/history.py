@@ -11,6 +11,8 @@ from fedmoe_ds.report import formats
 
 Event = Mapping[str, Any]
 SPLITS = ("global", "clients")
+TASK_METRICS = {"exact_match": "exact match", "ranked_choice": "ranked choice"}
+"""Optional fields of `eval` that are shares of its `samples`, and what they are called."""
 
 
 def tier_of(event: Event) -> str:
@@ -44,10 +46,20 @@ class TierResult:
         return after - before if before is not None and after is not None else None
 
     @property
+    def metrics(self) -> list[str]:
+        """The task metrics of the two, in fixed order."""
+        return [name for name in TASK_METRICS if name in self.before or name in self.after]
+
+    @property
     def digits(self) -> int:
         """Decimals of the accuracies in percent that mean something, for the number of targets behind them."""
         rows = [row for row in (self.before, self.after) if row.get("accuracy") is not None]
         return min((formats.share_digits(row["accuracy"], formats.targets_of(row)) for row in rows), default=0)
+
+    def task_digits(self, metric: str) -> int:
+        """The same of a task metric, for its number of samples."""
+        rows = [row for row in (self.before, self.after) if row.get(metric) is not None]
+        return min((formats.share_digits(row[metric], row.get("samples")) for row in rows), default=0)
 
 
 def tier_results(evaluations: Iterable[Event]) -> list[TierResult]:
@@ -82,6 +94,7 @@ class History:
     clients: dict[tuple[int, str], Event] = field(default_factory=dict)
     rounds: dict[int, Event] = field(default_factory=dict)
     experts: dict[tuple[int, str], Event] = field(default_factory=dict)
+    generations: dict[tuple[int, int], Event] = field(default_factory=dict)
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
@@ -113,6 +126,8 @@ class History:
                 self.rounds[event["round"]] = event
             case "experts":
                 self.experts[event["round"], tier_of(event)] = event
+            case "generation":
+                self.generations[event["round"], event["sample"]] = event
 
     @property
     def tiers(self) -> list[str]:

@@ -20,6 +20,7 @@ from fedmoe_ds.report.sections import (
     time_section,
     topology_section,
 )
+from fedmoe_ds.report.tasks import generation_section
 from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.terminal import visible
 
@@ -56,6 +57,7 @@ def page(history: History, config: str | None) -> str:
     sections = [
         ("results", "Results", results_section(history)),
         ("convergence", "Convergence per tier", convergence_section(history)),
+        ("answers", "Answers before and after", generation_section(history)),
         ("data", "How the data lie on clients", data_section(history)),
         ("experts", "Expert activation", _with_lead(EXPERT_LEAD, expert_section(history))),
         ("time", "Where the time went", time_section(history)),
@@ -63,8 +65,10 @@ def page(history: History, config: str | None) -> str:
         ("topology", "Topology", topology_section(history)),
         ("config", "Configuration", config_section(history, config)),
     ]
-    links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
-    bodies = [tag("section", tag("h2", title), body, id=anchor) for anchor, title, body in sections]
+    # Answers are text of clients: most runs show none, and then nothing speaks of them.
+    shown = [(anchor, title, body) for anchor, title, body in sections if body is not None]
+    links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in shown]
+    bodies = [tag("section", tag("h2", title), body, id=anchor) for anchor, title, body in shown]
     # string.Template and not str.format: style and script are full of braces.
     return Template(_part("report.html")).substitute(
         # The name may hold control characters: a record can come from anybody.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.data.omissions import MEANING, describe
 from fedmoe_ds.report import formats
-from fedmoe_ds.report.history import Event, History, tier_of
+from fedmoe_ds.report.history import TASK_METRICS, Event, History, tier_of
 from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag
 from fedmoe_ds.report.svg import Column, bar_rows, dense_columns, shown_of, thinned, tier_colours, tier_mark
 
@@ -192,9 +192,10 @@ def client_section(history: History) -> Markup:
     ]
     rows = [_client_row(name, described.get(name, {}), reports[name], colours) for name in names]
     if scored:
-        head += ["perplexity before", "after"]
         own = _own_evaluations(history)
-        rows = [[*row, *_before_after(own.get(name, []))] for row, name in zip(rows, names, strict=True)]
+        tasks = [name for name in TASK_METRICS if any(name in event for events in own.values() for event in events)]
+        head += ["perplexity before", "after", *(text for name in tasks for text in (f"{TASK_METRICS[name]} before", "after"))]
+        rows = [[*row, *_before_after(own.get(name, []), tasks)] for row, name in zip(rows, names, strict=True)]
     body = table(head, rows, cls="sortable")
     filter_ = tag("input", type="search", placeholder=f"Filter {len(names)} clients", aria_label="Filter clients", cls="filter")
     lead = tag("p", CLIENT_LEAD, cls="lead")
@@ -255,9 +256,10 @@ def _own_evaluations(history: History) -> dict[str, list[Event]]:
     return own
 
 
-def _before_after(evaluations: Sequence[Event]) -> list[Markup]:
+def _before_after(evaluations: Sequence[Event], tasks: Sequence[str]) -> list[Markup]:
     ends = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-    return [_figure(event.get("perplexity"), formats.number) for event in ends]
+    cells = [_figure(event.get("perplexity"), formats.number) for event in ends]
+    return cells + [_figure(event.get(name), formats.percent) for name in tasks for event in ends]
 
 
 def rounds_table(history: History) -> Markup:

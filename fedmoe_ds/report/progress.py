@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from fedmoe_ds.report.formats import targets_of, wilson
-from fedmoe_ds.report.history import Event, TierResult, tier_results
+from fedmoe_ds.report.history import TASK_METRICS, Event, TierResult, tier_results
 from fedmoe_ds.terminal import visible
 
 MISSING = "-"
@@ -134,14 +134,17 @@ def _clock(seconds: float) -> str:
 def final_table(rows: Iterable[Event]) -> str:
     """Tiers x before/after as plain text, one line per (hold-out, tier).
 
-    Accuracies have the decimals that their numbers of targets can tell; the last column is Wilson's 95 % interval.
+    Accuracies have the decimals that their numbers of targets can tell; the column after them is Wilson's 95 % interval. Task
+    metrics follow where there are any, with the interval for their numbers of samples.
 
     Args:
         rows: `eval` events (fields as in docs/outputs.md); other events are passed over, so `read_metrics(...)` fits.
     """
+    results = tier_results(rows)
+    metrics = [name for name in TASK_METRICS if any(name in result.metrics for result in results)]
     head = ("hold-out", "top-k", "perplexity before", "after", "ratio", "accuracy before", "after", "change", "95 % of after")
-    lines = [head]
-    for result in tier_results(rows):
+    lines = [(*head, *(text for name in metrics for text in (f"{TASK_METRICS[name]} before", "after", "95 % of after")))]
+    for result in results:
         lines.append(
             (
                 result.split,
@@ -152,10 +155,11 @@ def final_table(rows: Iterable[Event]) -> str:
                 _text(result.before.get("accuracy", MISSING), f"{{:.{result.digits}%}}"),
                 _text(result.after.get("accuracy", MISSING), f"{{:.{result.digits}%}}"),
                 _text(MISSING if result.gain is None else 100 * result.gain, f"{{:+.{result.digits}f}}"),
-                _interval(result),
+                _interval(result.after, "accuracy", targets_of(result.after), result.digits),
+                *(cell for name in metrics for cell in _task_cells(result, name)),
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     ruled = [lines[0], tuple("-" * width for width in widths), *lines[1:]]
     return "\n".join("  ".join(_aligned(line, widths)) for line in ruled)
 
@@ -164,11 +168,18 @@ def _aligned(line: tuple[str, ...], widths: list[int]) -> list[str]:
     return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
 
 
-def _interval(result: TierResult) -> str:
-    share, targets = result.after.get("accuracy"), targets_of(result.after)
-    if share is None or not targets or not 0 <= share <= 1:
+def _task_cells(result: TierResult, name: str) -> list[str]:
+    """Before, after, and the interval of a task metric."""
+    digits = result.task_digits(name)
+    shares = [_text(event.get(name, MISSING), f"{{:.{digits}%}}") for event in (result.before, result.after)]
+    return [*shares, _interval(result.after, name, result.after.get("samples"), digits)]
+
+
+def _interval(event: Event, field: str, count: int | None, digits: int) -> str:
+    share = event.get(field)
+    if share is None or not count or not 0 <= share <= 1:
         return MISSING
-    return "-".join(f"{100 * end:.{result.digits}f}" for end in wilson(share, targets)) + "%"
+    return "-".join(f"{100 * end:.{digits}f}" for end in wilson(share, count)) + "%"
 
 
 def _text(value: float | str | None, form: str) -> str:

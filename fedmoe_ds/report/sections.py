@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedmoe_ds.report import formats
-from fedmoe_ds.report.history import Event, History, TierResult, tier_results
+from fedmoe_ds.report.history import TASK_METRICS, Event, History, TierResult, tier_results
 from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag
 from fedmoe_ds.report.population import rounds_table
 from fedmoe_ds.report.svg import Column, Series, line_chart, stacked_columns, tier_colours, tier_mark
+from fedmoe_ds.report.tasks import HOLD_OUT, across_table, task_table
 
 TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
 PHASES = ("schedule", "train", "aggregate", "evaluate", "checkpoint")
-HOLD_OUT = {"global": "Global hold-out", "clients": "Clients' hold-outs"}
 
 
 def results_section(history: History) -> Markup:
@@ -40,7 +40,8 @@ def results_section(history: History) -> Markup:
     lead += " In brackets: the 95 % interval of the accuracy for its number of targets, taken as independent."
     if any(" " in result.tier for result in results):
         lead += " Tiers of one top-k differ in what else they buy: r is the LoRA rank, e the experts trained per batch."
-    return tag("div", tag("p", lead, cls="lead"), tag("div", table(head, rows, text_columns=2), cls="scroll"))
+    body = tag("div", table(head, rows, text_columns=2), cls="scroll")
+    return tag("div", tag("p", lead, cls="lead"), body, task_table(history), across_table(history))
 
 
 def _result_row(result: TierResult, css: str) -> list[str]:
@@ -99,7 +100,18 @@ def _curves(history: History, split: str) -> Markup:
         lines("accuracy", formats.accuracy),
         title="Next-token accuracy, % (higher is better)", x_label="round", form=lambda y: _tick(100 * y), most=1.0,
     )  # fmt: skip
-    return tag("div", tag("figure", perplexity), tag("figure", accuracy), cls="pair")
+    return tag("div", tag("figure", perplexity), tag("figure", accuracy), *_task_curves(history, lines), cls="pair")
+
+
+def _task_curves(history: History, lines: Callable[[str, Callable[[Event], str]], list[Series]]) -> list[Markup]:
+    """A figure for every task metric that the run has."""
+    found = []
+    for name in (name for name in TASK_METRICS if any(name in event for event in history.evaluations.values())):
+        series = lines(name, lambda row, name=name: formats.counted_share(row, name, row.get("samples")))  # type: ignore[misc]
+        title = f"{TASK_METRICS[name].capitalize()}, % of samples (higher is better)"
+        chart = line_chart(series, title=title, x_label="round", form=lambda y: _tick(100 * y), most=1.0)
+        found.append(tag("figure", chart))
+    return found
 
 
 def _tick(value: float) -> str:

@@ -2,7 +2,7 @@
 
 Python's parser ends in four kinds of exceptions, and it lets pass what breaks whoever goes on with it: nesting that no other
 function can follow, NaN, numbers beyond a float, half of a surrogate pair. Data files have stricter rules of their own
-(`data/readers.py`); what is common to both is here.
+(`data/readers/json_rows.py`); what is common to both is here.
 """
 
 from __future__ import annotations

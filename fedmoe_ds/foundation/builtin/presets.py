@@ -6,6 +6,7 @@ OLMoE (https://arxiv.org/abs/2409.02060), and dense models without experts: Llam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,12 +124,12 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def find_preset(name: str) -> Preset:
-    """Return a preset by name.
+def find_preset(name: str, others: Iterable[str] = ()) -> Preset:
+    """Return a built-in preset by name; `others` are the names of presets that are not built in.
 
     Raises:
         UserError: no preset has this name.
     """
     if name not in PRESETS:
-        raise UserError(f"foundation.preset: {name}: unknown preset{nearest(name, PRESETS)}")
+        raise UserError(f"foundation.preset: {name}: unknown preset{nearest(name, [*PRESETS, *others])}")
     return PRESETS[name]

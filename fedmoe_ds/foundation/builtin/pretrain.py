@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,19 +16,17 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from fedmoe_ds.config.schema import PretrainConfig
 from fedmoe_ds.data import digits, stdlib
-from fedmoe_ds.distributed.stop_points import file_sha256
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import folder_record
 from fedmoe_ds.foundation.builtin.images import INK_SHARE, train_on_images
 from fedmoe_ds.foundation.builtin.loop import Progress
 from fedmoe_ds.foundation.builtin.loop_state import TrainingState
 from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.text import SEQUENCE_LENGTH, train_on_text
 from fedmoe_ds.storage import cache
-from fedmoe_ds.storage.strict_json import read_json, tree_sha256
+from fedmoe_ds.storage.strict_json import tree_sha256
 
 FORMAT_VERSION = 2
 IMAGE_FORMAT_VERSION = 1
@@ -52,7 +49,7 @@ def pretrain_preset(name: str, config: PretrainConfig, seed: int, root: Path, pr
     key, train = _plan(find_preset(name), config, seed, progress)
     folder = cache.place(root, "foundations") / key
     state = TrainingState(folder.with_name(f"{key}.unfinished"), key, progress)
-    with _storing(folder):
+    with folder_record.storing(folder):
         if _usable(folder):
             progress(f"foundation: {name} found in {folder}")
             return folder
@@ -120,31 +117,8 @@ def _save(trained: list[Any], record: dict[str, Any], folder: Path) -> None:
     for part in trained:
         part.save_pretrained(folder)
     transformers.utils.logging.enable_progress_bar()
-    # The record is written last, so it is not among the files whose sums it holds.
-    sums = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
-    (folder / RECORD_FILE).write_text(json.dumps(cache.sealed({**record, "sha256": sums}), indent=1))
+    folder_record.write(folder / RECORD_FILE, record)
 
 
 def _usable(folder: Path) -> bool:
-    return cache.usable(folder, lambda: _intact(folder))
-
-
-def _intact(folder: Path) -> bool:
-    """Whether the files are as they were saved; what earlier versions have saved does not tell."""
-    try:
-        record = read_json(folder / RECORD_FILE)
-        sums: dict[str, str] = record.get("sha256", {})
-        return cache.seal_holds(record) and all(file_sha256(folder / name) == promised for name, promised in sums.items())
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
-
-
-@contextmanager
-def _storing(folder: Path) -> Iterator[None]:
-    """The one line for a cache that cannot be read or written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"foundation.cache: {folder.parent}: cannot be written: {error}; free space or choose another folder"
-        ) from error
+    return folder_record.usable(folder / RECORD_FILE)

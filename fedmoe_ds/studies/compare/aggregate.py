@@ -18,7 +18,7 @@ from fedmoe_ds.studies.spread import Spread
 
 FOUNDATION = "foundation"
 # Whether more of it is better; floating-point operations are a cost that the budget sets, so no method is best at them.
-HIGHER_IS_BETTER = {"perplexity": False, "clients_perplexity": False, "accuracy": True, "clients_accuracy": True}
+HIGHER_IS_BETTER = {figure: "perplexity" not in figure for figure in FIGURES if figure != "flops"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ class Comparison:
             if after:
                 lines.append(Line(label, _spreads(after), len(after)))
         return lines
+
+    def before_after(self, label: str, tier: str, figure: str) -> tuple[Spread, Spread] | None:
+        """A method's figure in the foundation and after the last round, over the seeds that have both; None without one."""
+        mine = [record for record in self.records if record.label == label]
+        ends = [(r.seed, r.before.get(tier, {}).get(figure), r.after.get(tier, {}).get(figure)) for r in mine]
+        known = sorted((seed, before, after) for seed, before, after in ends if before is not None and after is not None)
+        if not known:
+            return None
+        return Spread({seed: before for seed, before, _ in known}), Spread({seed: after for seed, _, after in known})
 
     def complete(self, tier: str, figure: str) -> list[str]:
         """The methods that have this figure in every seed, in the order of --methods: means over other seeds say nothing."""

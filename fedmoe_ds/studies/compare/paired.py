@@ -44,6 +44,13 @@ def t_test(differences: Sequence[float]) -> float | None:
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half of the width of the 95 % t-interval of a mean; None with fewer than two values."""
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(1.0 - ALPHA / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Corrected p-values: the chance that any true null of the family is rejected stays below the level they are held against.
 

@@ -22,6 +22,11 @@ COUNTED = """\
 FLOPs follow from k, rank and shapes. That these orderings hold is arithmetic, which no training could have refuted: they are no
 results, and no test is made of them."""
 
+TASKS = """\
+Task metrics are shares of hold-out samples that are answered right, before (the foundation) and after the last round: mean ±
+half of the 95 % t-interval over seeds, that of the change over the seeds' own changes. Exact match: greedy decoding gives the
+reference answer, token by token. Ranked choice: of all answers in the data the right one is the likeliest."""
+
 EQUAL = (
     "The last column has the FLOPs of the left side in those of the right one, *equal* where they agree within "
     f"{100 * EQUAL_FLOPS:g} % in every seed; no other ordering is one at equal FLOPs."

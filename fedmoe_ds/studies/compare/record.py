@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.report.history import SPLITS, Event, History, tier_of, tier_results
+from fedmoe_ds.report.history import SPLITS, TASK_METRICS, Event, History, tier_of, tier_results
+from fedmoe_ds.report.tasks import across_clients
 from fedmoe_ds.studies.run import Run
 
-FIGURES = ("perplexity", "accuracy", "clients_perplexity", "clients_accuracy", "flops")
+# Infinite is worse than anything; a share that is not finite is nothing.
+_BROKEN = {"perplexity": math.inf, "accuracy": math.nan} | dict.fromkeys(TASK_METRICS, math.nan)
+_WORST = tuple(f"worst_{name}" for name in TASK_METRICS)
+FIGURES = (*_BROKEN, *(f"clients_{name}" for name in _BROKEN), *_WORST, "flops")
 Figures = dict[str, float]
 """A figure that was not recorded is absent; one that was recorded as not finite is infinity (perplexity) or NaN."""
 
@@ -21,8 +25,10 @@ Figures = dict[str, float]
 class Record:
     """What a finished run says.
 
-    `before` and `after` hold per tier the figures of the foundation and of the last round; `flops` are forward and backward
-    floating-point operations of one client in one round, averaged over the rounds and the clients of the tier that trained.
+    `before` and `after` hold per tier the figures of the foundation and of the last round: those of the global hold-out, with
+    `clients_` those of all clients' hold-outs pooled, with `worst_` the mean over the worst tenth of the clients. `flops` are
+    forward and backward floating-point operations of one client in one round, averaged over the rounds and the clients of the
+    tier that trained.
     """
 
     label: str
@@ -45,6 +51,9 @@ def read_record(run: Run) -> Record:
         prefix = "" if result.split == "global" else "clients_"
         before.setdefault(result.tier, {}).update(_scores(result.before, prefix))
         after.setdefault(result.tier, {}).update(_scores(result.after, prefix))
+        if result.split == "clients":
+            before[result.tier].update(_worst(history, result.tier, result.before.get("round")))
+            after[result.tier].update(_worst(history, result.tier, result.after.get("round")))
     for tier, figures in after.items():
         figures.update(_flops(history, tier))
     versions = {str(key): str(value) for key, value in (history.run.get("versions") or {}).items()}
@@ -53,8 +62,16 @@ def read_record(run: Run) -> Record:
 
 
 def _scores(event: Event, prefix: str) -> Figures:
-    broken = {"perplexity": math.inf, "accuracy": math.nan}
-    return {prefix + name: broken[name] if event[name] is None else float(event[name]) for name in broken if name in event}
+    return {
+        prefix + name: worst if event[name] is None else float(event[name]) for name, worst in _BROKEN.items() if name in event
+    }
+
+
+def _worst(history: History, tier: str, round_index: int | None) -> Figures:
+    """The task metrics of the worst tenth of the clients, whose hold-outs are scored one by one in this round."""
+    events = [event for key, event in history.evaluations.items() if key[:3] == (round_index, "client", tier)]
+    found = {f"worst_{name}": across_clients(events, name) for name in TASK_METRICS}
+    return {name: summary.worst_tenth for name, summary in found.items() if summary is not None}
 
 
 def _flops(history: History, tier: str) -> Figures:

@@ -18,7 +18,7 @@ from fedmoe_ds.studies.compare.aggregate import HIGHER_IS_BETTER, Comparison
 from fedmoe_ds.studies.compare.plan import Variant
 from fedmoe_ds.studies.compare.plot import picture
 from fedmoe_ds.studies.compare.protocol import Expectation
-from fedmoe_ds.studies.compare.table import tier_table, verdict_table
+from fedmoe_ds.studies.compare.table import task_table, tier_table, verdict_table
 from fedmoe_ds.studies.compare.verdict import Answer, Verdict, judge
 from fedmoe_ds.studies.report_files import write_files
 from fedmoe_ds.studies.run import Run, differences
@@ -75,7 +75,7 @@ def results_text(study: Study) -> str:
     comparison = study.comparison
     parts = []
     for tier in comparison.tiers:
-        parts += [f"top-k {tier}", tier_table(comparison, tier), _order(comparison, tier)]
+        parts += [f"top-k {tier}", tier_table(comparison, tier), task_table(comparison, tier), _order(comparison, tier)]
     tested = [verdict for verdict in study.verdicts if verdict.answer != "not tested"]
     for title, verdicts in (("Published orderings", measured(tested)), ("By count alone", counted(tested))):
         parts += [title, verdict_table(verdicts, sources=False)] if verdicts else []
@@ -98,7 +98,9 @@ def text(study: Study, svg: str) -> str:
         parts += ["## Results", reading.COLUMNS, reading.holdouts(study.base_config, study.comparison.records)]
         parts += [reading.tests(study.comparison, study.verdicts), f"![Perplexity per tier and method]({svg})"]
     for tier in comparison.tiers:
-        parts += [f"### top-k {tier}", tier_table(comparison, tier), _order(comparison, tier)]
+        tasks = task_table(comparison, tier)
+        parts += [f"### top-k {tier}", tier_table(comparison, tier), *([reading.TASKS, tasks] if tasks else [])]
+        parts += [_order(comparison, tier)]
     results, counts = measured(study.verdicts), counted(study.verdicts)
     if results:
         parts += ["## Published orderings", _verdict_lead(results), verdict_table(results)]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 
 from fedmoe_ds.report import formats
+from fedmoe_ds.report.history import TASK_METRICS
 from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.compare.aggregate import FOUNDATION, Comparison, Line
+from fedmoe_ds.studies.compare.paired import half_interval
 from fedmoe_ds.studies.compare.verdict import Verdict
 from fedmoe_ds.studies.spread import with_spread
 
 MISSING = "-"
 _NAMES = {"perplexity": "perplexity", "clients_perplexity": "clients' perplexity", "accuracy": "accuracy", "flops": "TFLOP"}
+_SPLITS = {"": "global", "clients_": "clients, pooled", "worst_": "worst tenth of the clients"}
+_TASKS = {prefix + name: (words, split) for name, words in TASK_METRICS.items() for prefix, split in _SPLITS.items()}
 _HEAD = ("method", "perplexity", "clients' hold-outs", "accuracy", "TFLOP", "of {first}")
 
 
@@ -44,6 +49,27 @@ def tier_table(comparison: Comparison, tier: str) -> str:
 
     head = [text.format(first=comparison.labels[0]) for text in _HEAD]
     return markdown(head, [row(line) for line in lines])
+
+
+def task_table(comparison: Comparison, tier: str) -> str:
+    """Task metrics before and after, with 95 % t-intervals over seeds; empty where the runs have none.
+
+    The change is paired by seed: foundation and method have answered the same samples.
+    """
+    rows = []
+    for label in comparison.labels:
+        for figure, (words, split) in _TASKS.items():
+            if (ends := comparison.before_after(label, tier, figure)) is not None:
+                before, after = (list(end.values.values()) for end in ends)
+                changes = [new - old for old, new in zip(before, after, strict=True)]
+                rows.append([label, words, split, _share(before), _share(after), _share(changes, "+"), str(len(changes))])
+    head = ["method", "metric", "hold-out", "foundation, %", "after, %", "change, points", "seeds"]
+    return markdown(head, rows, text_columns=3) if rows else ""
+
+
+def _share(values: Sequence[float], sign: str = "") -> str:
+    mean, half = 100 * statistics.fmean(values), half_interval(values)
+    return f"{mean:{sign}.1f}" if half is None else f"{mean:{sign}.1f} ± {100 * half:.1f}"
 
 
 def _cell(comparison: Comparison, line: Line, tier: str, figure: str, form: Callable[[float], str]) -> str:

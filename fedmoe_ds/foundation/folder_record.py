@@ -1,0 +1,49 @@
+"""Folder record: the JSON file beside a model in the cache that says how it was made, and by which its files are checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fedmoe_ds.distributed.stop_points import file_sha256
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage import cache
+from fedmoe_ds.storage.strict_json import read_json
+
+
+def write(file: Path, facts: dict[str, Any]) -> None:
+    """Write the record of a folder that is complete otherwise: the facts, and the SHA-256 of every file."""
+    # The record is written last, so it is not among the files whose sums it holds.
+    sums = {path.name: file_sha256(path) for path in sorted(file.parent.iterdir())}
+    file.write_text(json.dumps(cache.sealed({**facts, "sha256": sums}), indent=1))
+
+
+def usable(file: Path) -> bool:
+    """Whether the folder of a record is there, from this user, and as it was written; see `cache.usable`."""
+    return cache.usable(file.parent, lambda: _intact(file))
+
+
+def _intact(file: Path) -> bool:
+    """Whether the files are as they were saved; what earlier versions have saved does not tell."""
+    try:
+        record = read_json(file)
+        sums: dict[str, str] = record.get("sha256", {})
+        return cache.seal_holds(record) and all(file_sha256(file.parent / name) == promised for name, promised in sums.items())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
+@contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """The one line for a cache that cannot be read or written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"foundation.cache: {folder.parent}: cannot be written: {error}; free space or choose another folder"
+        ) from error
