@@ -7,7 +7,7 @@ topology. Every rank runs the same number of passes; one without a batch joins w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -58,7 +58,7 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-def pooled(member: Client, split: str, sums_KN: Tensor, names: list[str], client: str | None = None) -> Score:
+def pooled(member: Client, split: str, sums_KN: Tensor, names: Iterable[str], client: str | None = None) -> Score:
     """Pool the sums of batches into one row of the tier that `member` is of; `names` are those of the task metrics."""
     nll, correct, targets, samples, *right = (float(value) for value in sums_KN.sum(1))
     loss, accuracy = (nll / targets, correct / targets) if targets else (math.nan, math.nan)
