@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data.encoder import Encoded, Encoder
 from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM
+from fedmoe_ds.data.progress import counted
 from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.errors import UserError, nearest
 
@@ -145,7 +146,8 @@ def check_rows(table: Table, columns: dict[str, str], config: DataConfig) -> Non
 def encode(table: Table, columns: dict[str, str], config: DataConfig, encoder: Encoder) -> Samples:
     """Return the encoded rows of `table`; a text row is a whole document, any other row is one finished sequence."""
     encoded = Samples([], [], [], [])
-    for row, pieces in enumerate(_ENCODERS[config.template](table, columns, config, encoder)):
+    encoders = _ENCODERS[config.template](table, columns, config, encoder)
+    for row, pieces in enumerate(counted(encoders, len(table), "samples tokenized")):
         if pieces.named:
             encoded.omissions.append((row, NAMED))
         ids = np.array(pieces.prompt + pieces.answer, dtype=np.int64)

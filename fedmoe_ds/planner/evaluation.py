@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe_ds.clients.client import tiers_of
+from fedmoe_ds.federation.evaluation import most_together, passes
+from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.network import Group, Network
 from fedmoe_ds.planner.training import exchanged
@@ -59,6 +61,7 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
     shared = _batches(job.data.global_holdout.head(config.max_sequences), config.batch_size)
     own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
     owners = [lengths for lengths in own if len(lengths.rows)]
+    home = home_clients(job.config.execution.clients_in_flight, len(job.participants(1)), ep_size)
     seconds = 0.0
     for members in tiers_of(job.clients).values():
         runs = len(members) if personal else 1
@@ -66,6 +69,10 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
         if owners:
             # Personal models see their own clients' data only; the first so many owners stand for them.
             mine = owners[: len(members)] if job.method.personal_models else owners
+            if not personal and job.shares_passes:
+                longest = [int(part.rows.max()) for part in mine]
+                cut = passes([len(part.rows) for part in mine], longest, most_together(job.config, home))
+                mine = [_together([mine[place] for place in chosen]) for chosen in cut]
             seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
     seconds *= 1 + job.data.candidates
     if asked.generations and config.generations:
@@ -84,6 +91,10 @@ def _generated(job: Job, network: Network, hardware: Hardware, ep_size: int) -> 
     seconds = _scored(job, network, hardware, ep_size, batches, members[0].cap)
     turns = math.ceil(len(batches) / network.world.ranks)
     return config.max_new_tokens * (seconds + turns * network.control(Group.everyone(network.world), 1, 8))
+
+
+def _together(parts: list[Lengths]) -> Lengths:
+    return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate([part.targets for part in parts]))
 
 
 def _batches(lengths: Lengths, size: int) -> list[Lengths]:

@@ -195,12 +195,14 @@ def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], D
     config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
     if assume and images is None and not has_tokenizer(folder, trust):
         return _assumed_clients(config, folder, spec.tiers)
+    progress = Progress()
     if (line := told(folder, trust)) is not None:
-        with Progress() as progress:
-            progress.note(line)
+        progress.note(line)
     # Prepared as a start does it, into the same cache: the start then finds it.
     tokenizer, code = load_tokenizer(folder, spec.size.vocabulary, trust) if images is None else None, running(folder, trust)
-    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation, "data"), code)
+    place, column = cache_folder(config.foundation, "data"), config.federation.tier_column
+    data = prepare(config.data, config.seed, tokenizer, place, code, progress.note, column)
+    progress.close()
     longest = longest_sequence(planned_config(config.foundation))
     candidates = len(candidates_of(config.evaluation, tokenizer, data, longest))
     return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images, candidates)
@@ -232,11 +234,19 @@ class _AssumedFederation:
     samples: Counts
     train_sequences: Counts
     train_tokens: Counts
+    tiers: None = None
 
 
 def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[list[Client], Data]:
     """Equal clients with full sequences. Raises UserError where the configuration leaves their number or size open."""
-    count, local = config.data.partition.clients, config.local
+    named = sorted(name for tier in tiers for name in tier.clients)
+    count, local = config.data.partition.clients or len(named) or None, config.local
+    if named and count != len(named):
+        raise UserError(f"data.partition.clients: {count}: federation.tiers name {len(named)} clients; name each in one tier")
+    if (column := config.federation.tier_column) is not None:
+        raise UserError(
+            f"federation.tier_column: {column}: {folder} holds no tokenizer, so the data are not read; give every tier a share"
+        )
     steps = local.steps or local.max_steps
     sequences = config.data.max_samples or (None if steps is None else steps * local.batch_size)
     for key, value in (("data.partition.clients", count), ("local.steps", sequences)):
@@ -248,7 +258,7 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[l
     assert count is not None and sequences is not None
     length = config.data.sequence_length
     each = np.full(count, sequences)
-    federation: Any = _AssumedFederation([f"client-{i}" for i in range(count)], each, each, each * length)
+    federation: Any = _AssumedFederation(named or [f"client-{i}" for i in range(count)], each, each, each * length)
     # One object for all: assumed clients are equal.
     everyone = Lengths.full(sequences, length)
     held_out = max(1, round(count * sequences * config.data.global_holdout))
