@@ -1,4 +1,8 @@
-"""Evaluation: seconds of scoring the budget tiers, after one round and over a whole run."""
+"""Evaluation: seconds of scoring the budget tiers, after one round and over a whole run.
+
+Exact match comes with the accuracy. A ranked choice is one more pass for each candidate, taken to be as long as the reference.
+Generated answers are taken to be as long as they may be, with the whole reference in every pass: an upper bound.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +30,20 @@ class Evaluation:
     Attributes:
         due: whether anything is.
         per_client: whether every client's own hold-out is scored, too.
+        generations: whether answers are generated, if there are to be any.
     """
 
     due: bool
     per_client: bool
     plain: bool
+    generations: bool = False
 
     @classmethod
     def of(cls, job: Job, round_index: int) -> Evaluation:
         config, ends = job.config.evaluation, round_index in (0, job.config.federation.rounds)
         due = ends or round_index % config.every == 0
         asked = ends or (config.clients_every > 0 and round_index % config.clients_every == 0)
-        return cls(due, due and asked and config.client_sequences > 0, round_index == 0)
+        return cls(due, due and asked and config.client_sequences > 0, round_index == 0, ends)
 
 
 def evaluation_seconds(job: Job, ep_size: int, world: World, hardware: Hardware) -> float:
@@ -68,7 +74,23 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
                 cut = passes([len(part.rows) for part in mine], longest, most_together(job.config, home))
                 mine = [_together([mine[place] for place in chosen]) for chosen in cut]
             seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
+    seconds *= 1 + job.data.candidates
+    if asked.generations and config.generations:
+        seconds += _generated(job, network, hardware, ep_size)
     return seconds + network.control(Group.everyone(network.world), 1, 8)
+
+
+def _generated(job: Job, network: Network, hardware: Hardware, ep_size: int) -> float:
+    """One pass for each token of an answer, by the largest tier, and the ranks' agreement to go on."""
+    config, members = job.config.evaluation, next(iter(tiers_of(job.clients).values()))
+    samples = job.data.global_holdout.head(config.generations)
+    asked = Lengths(samples.rows + config.max_new_tokens, np.ones_like(samples.targets))
+    batches = _batches(asked, config.batch_size)
+    if not batches:
+        return 0.0
+    seconds = _scored(job, network, hardware, ep_size, batches, members[0].cap)
+    turns = math.ceil(len(batches) / network.world.ranks)
+    return config.max_new_tokens * (seconds + turns * network.control(Group.everyone(network.world), 1, 8))
 
 
 def _together(parts: list[Lengths]) -> Lengths:

@@ -25,8 +25,10 @@ from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.federation.task_metrics import candidates_of
 from fedmoe_ds.foundation import resolve_foundation
-from fedmoe_ds.foundation.foundation import cache_folder
+from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.foundation.foundation import cache_folder, planned_config
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
@@ -65,7 +67,8 @@ class Lengths:
 @dataclass(frozen=True)
 class Data:
     """Who has how much. `assumed` says what was taken for granted where nothing could be counted, `omissions` what samples
-    are left out or cut, `reading` how rows were read where that is a choice; each is one line or None."""
+    are left out or cut, `reading` how rows were read where that is a choice; each is one line or None. `candidates` is how
+    many answers a sample is ranked against."""
 
     train: Callable[[int], Lengths]
     holdout: Callable[[int], Lengths]
@@ -73,6 +76,7 @@ class Data:
     assumed: str | None = None
     omissions: str | None = None
     reading: str | None = None
+    candidates: int = 0
 
 
 @dataclass(frozen=True)
@@ -210,10 +214,12 @@ def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], D
     place, column = cache_folder(config.foundation, "data"), config.federation.tier_column
     data = prepare(config.data, config.seed, tokenizer, place, code, progress.note, column)
     progress.close()
-    return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images)
+    longest = longest_sequence(planned_config(config.foundation))
+    candidates = len(candidates_of(config.evaluation, tokenizer, data, longest))
+    return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images, candidates)
 
 
-def _counted(data: FederatedData, images: ImageInput | None) -> Data:
+def _counted(data: FederatedData, images: ImageInput | None, candidates: int) -> Data:
     found: dict[int, Lengths] = {}
 
     def train(client: int) -> Lengths:
@@ -228,6 +234,7 @@ def _counted(data: FederatedData, images: ImageInput | None) -> Data:
         Lengths.of(data.global_holdout(), images),
         omissions=data.omissions.line(),
         reading=reading_line(data.reading),
+        candidates=candidates,
     )
 
 
@@ -268,6 +275,8 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[l
     everyone = Lengths.full(sequences, length)
     held_out = max(1, round(count * sequences * config.data.global_holdout))
     note = f"assumed: every client has {sequences} sequences of {length} tokens (no tokenizer in {folder})"
+    if "ranked_choice" in config.evaluation.metrics:
+        note += "; nor can answers, so the passes of ranked_choice are left out"
     own = Lengths.full(config.evaluation.client_sequences, length)
     data = Data(lambda _: everyone, lambda _: own, Lengths.full(held_out, length), note)
     return make_clients(federation, config.federation, tiers, config.seed), data
