@@ -36,6 +36,7 @@ REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
 adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation
 federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
+federation.tiers.clients federation.tier_column
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
 local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
@@ -250,7 +251,8 @@ def test_another_value_is_refused(key: str, world: World) -> None:
     base = world.config()
     if key.startswith("federation.tiers."):
         here, old = "federation.tiers", "None"
-        tier = {"top_k": 2, "share": 1.0, key.rpartition(".")[2]: 1}
+        changed: dict[str, Any] = {"clients": ["a"]} if key.endswith("clients") else {"share": 1.0, key.rpartition(".")[2]: 1}
+        tier = {"top_k": 2, **changed}
         config = world.config({"federation": {"tiers": [tier]}})
     elif key.startswith("adapters.moe."):
         # Attention as it was: without the key, adapter experts would come without LoRA, which is a difference of its own.

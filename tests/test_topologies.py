@@ -15,7 +15,10 @@ from federations import Result, joined, make_config, run_alone, run_joined, writ
 
 pytestmark = pytest.mark.timeout(600)
 
-PARTIAL: dict[str, Any] = {"federation": {"participation": 0.8}}
+PARTIAL: dict[str, Any] = {
+    "federation": {"participation": 0.8},
+    "evaluation": {"metrics": ["exact_match"], "generations": 3, "max_new_tokens": 2},
+}
 FAST: dict[str, Any] = {"execution": {"reproducible": "fast"}}
 DROPOUT: dict[str, Any] = {"adapters": {"dropout": 0.2}}
 VARIANTS: dict[str, dict[str, Any]] = {

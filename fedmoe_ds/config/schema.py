@@ -111,7 +111,7 @@ class TopologyConfig(Section):
 
 
 class TierConfig(Section):
-    """One budget tier: the FLOPs of `top_k` active experts per token, and the share of clients that live under it.
+    """One budget tier: the FLOPs of `top_k` active experts per token, and the share or names of the clients under it.
 
     FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
     may train, take the fraction top_k / K of theirs, unless the tier says another number. Without experts (plain LoRA on a
@@ -119,7 +119,10 @@ class TierConfig(Section):
     """
 
     top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
-    share: float = Field(gt=0)
+    share: float | None = Field(None, gt=0, description="share of the clients; needed unless they are named")
+    clients: list[str] | None = Field(
+        None, min_length=1, description="the tier's clients by name; then every tier names its own, and none has a share"
+    )
     rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
     experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
 
@@ -141,7 +144,10 @@ class FederationConfig(Section):
     budget: Literal["method", "top_k", "rank", "both"] = Field(
         "method", description="what a tier's budget buys; method: what its paper says"
     )
-    assignment: Literal["shuffled", "in_order"] = Field("shuffled", description="how clients are dealt to tiers")
+    assignment: Literal["shuffled", "in_order"] = Field("shuffled", description="how clients are dealt to tiers by share")
+    tier_column: str | None = Field(
+        None, description="column of the data that holds each client's tier, as outputs call it (4, or 4 r2); natural partition"
+    )
 
 
 class LocalConfig(Section):

@@ -28,13 +28,18 @@ def row_number(row: int) -> str:
 
 
 def group_names(
-    values: Iterable[Any], column: str, words: list[str] | None = None, place: Callable[[int], str] = row_number
+    values: Iterable[Any],
+    column: str,
+    words: list[str] | None = None,
+    place: Callable[[int], str] = row_number,
+    key_name: str = "data.partition.column",
 ) -> list[str]:
     """Return the name of every row's group.
 
     Args:
         words: those of a `ClassLabel`.
         place: what a message calls a row.
+        key_name: the key that names the column.
     Raises:
         UserError: as said above.
     """
@@ -47,12 +52,12 @@ def group_names(
             name = group_name(value, words)
             if name is None:
                 raise UserError(
-                    f"data.partition.column: {column}: {place(row)} holds {value!r:.40}, no group's name; mend or drop the row"
+                    f"{key_name}: {column}: {place(row)} holds {value!r:.40}, no group's name; mend or drop the row"
                 )
             known[key] = name
         # Names are shared: a column of a million rows and ten groups holds ten strings.
         names.append(known[key])
-    _check_distinguishable(set(names), column)
+    _check_distinguishable(set(names), column, key_name)
     return names
 
 
@@ -74,13 +79,13 @@ def group_name(value: Any, words: list[str] | None = None) -> str | None:
     return name if name and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name) else None
 
 
-def _check_distinguishable(names: set[str], column: str) -> None:
+def _check_distinguishable(names: set[str], column: str, key_name: str) -> None:
     seen: dict[str, str] = {"": ""}  # no name may look like nothing
     for name in sorted(names):
         # Cf: format characters, such as zero-width joiners and marks of direction.
         visible = " ".join("".join(letter for letter in name if unicodedata.category(letter) != "Cf").split())
         if (other := seen.setdefault(visible, name)) != name:
             raise UserError(
-                f"data.partition.column: {column}: the names {other!a} and {name!a} differ only in invisible characters; "
+                f"{key_name}: {column}: the names {other!a} and {name!a} differ only in invisible characters; "
                 "change one of them"
             )

@@ -5,7 +5,7 @@ First what needs nothing (method, layout), then the foundation, the data, the ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def load_parts(
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
-    data = load_shared_data(config, runtime, foundation, stop)
+    data = load_shared_data(config, runtime, foundation, stop, progress.note)
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
     parts = _assemble(spec, runtime, topology, foundation, data, clients)
     parts.stop = stop
@@ -155,13 +155,15 @@ def load_shared_foundation(
     return work.run_on_all_ranks(lambda: assemble(skeleton, memory, digest, device, trust))
 
 
-def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation, stop: StopRequest) -> FederatedData:
+def load_shared_data(
+    config: Config, runtime: Runtime, foundation: Foundation, stop: StopRequest, note: Callable[[str], None] | None = None
+) -> FederatedData:
     """Rank 0 tokenises and partitions; every rank maps the result and reads its own clients' rows."""
     work, tokenizer, code = LongWork(runtime, stop), foundation.tokenizer, foundation.code
 
     def prepared() -> str:
         folder = cache_folder(config.foundation, "data")
-        return str(prepare_data(config.data, config.seed, tokenizer, folder, code).path)
+        return str(prepare_data(config.data, config.seed, tokenizer, folder, code, note, config.federation.tier_column).path)
 
     # A path and not the data: the store is mapped, so ranks of a host share its pages.
     path = work.run_on_rank0(prepared)

@@ -25,6 +25,7 @@ from fedmoe_ds.kernels.compiling import loaded, processor, processor_key
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.storage.strict_json import tree_sha256
 
 Identity = dict[str, Any]
 YARDSTICK = ("max_sequences", "client_sequences")
@@ -42,6 +43,8 @@ def identity(
     known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
     known["topology"] = {"device": next(foundation.model.parameters()).device.type}
     contents = {"foundation.code": foundation.code, "foundation": foundation.fingerprint, "data": data.fingerprint}
+    if data.tiers is not None:  # no token shows what the column of tiers says
+        contents["federation.tier_column"] = tree_sha256({"tiers": data.tiers})
     return {**known, "kernels": dict(kernels), **contents}
 
 
@@ -55,7 +58,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "seed": tree["seed"],
         **{name: tree[name] for name in ("adapters", "local", "method", "server")},
         # More rounds may be asked for at any time and all that happened so far stays the same, unless rates follow from them.
-        "federation": {key: value for key, value in tree["federation"].items() if key != "rounds" or scheduled},
+        "federation": {key: value for key, value in _tiers_alike(tree["federation"]).items() if key != "rounds" or scheduled},
         # Path, preset and cache do not count: the fingerprint stands for the weights themselves.
         "foundation.dtype": tree["foundation"]["dtype"],
         "foundation.code": None,
@@ -63,6 +66,15 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
     }
+
+
+def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
+    """Tiers without the keys that they do not use: they are compared whole, and earlier versions did not have all keys."""
+    tiers = federation["tiers"]
+    if not isinstance(tiers, list):
+        return federation
+    plain = [{key: value for key, value in tier.items() if (key, value) != ("clients", None)} for tier in tiers]
+    return {**federation, "tiers": plain}
 
 
 def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:

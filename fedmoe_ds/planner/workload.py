@@ -25,8 +25,10 @@ from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.federation.task_metrics import candidates_of
 from fedmoe_ds.foundation import resolve_foundation
-from fedmoe_ds.foundation.foundation import cache_folder
+from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.foundation.foundation import cache_folder, planned_config
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
@@ -65,7 +67,8 @@ class Lengths:
 @dataclass(frozen=True)
 class Data:
     """Who has how much. `assumed` says what was taken for granted where nothing could be counted, `omissions` what samples
-    are left out or cut, `reading` how rows were read where that is a choice; each is one line or None."""
+    are left out or cut, `reading` how rows were read where that is a choice; each is one line or None. `candidates` is how
+    many answers a sample is ranked against."""
 
     train: Callable[[int], Lengths]
     holdout: Callable[[int], Lengths]
@@ -73,6 +76,7 @@ class Data:
     assumed: str | None = None
     omissions: str | None = None
     reading: str | None = None
+    candidates: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,16 +206,20 @@ def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], D
     config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
     if assume and images is None and not has_tokenizer(folder, trust):
         return _assumed_clients(config, folder, spec.tiers)
+    progress = Progress()
     if (line := told(folder, trust)) is not None:
-        with Progress() as progress:
-            progress.note(line)
+        progress.note(line)
     # Prepared as a start does it, into the same cache: the start then finds it.
     tokenizer, code = load_tokenizer(folder, spec.size.vocabulary, trust) if images is None else None, running(folder, trust)
-    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation, "data"), code)
-    return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images)
+    place, column = cache_folder(config.foundation, "data"), config.federation.tier_column
+    data = prepare(config.data, config.seed, tokenizer, place, code, progress.note, column)
+    progress.close()
+    longest = longest_sequence(planned_config(config.foundation))
+    candidates = len(candidates_of(config.evaluation, tokenizer, data, longest))
+    return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images, candidates)
 
 
-def _counted(data: FederatedData, images: ImageInput | None) -> Data:
+def _counted(data: FederatedData, images: ImageInput | None, candidates: int) -> Data:
     found: dict[int, Lengths] = {}
 
     def train(client: int) -> Lengths:
@@ -226,6 +234,7 @@ def _counted(data: FederatedData, images: ImageInput | None) -> Data:
         Lengths.of(data.global_holdout(), images),
         omissions=data.omissions.line(),
         reading=reading_line(data.reading),
+        candidates=candidates,
     )
 
 
@@ -237,11 +246,19 @@ class _AssumedFederation:
     samples: Counts
     train_sequences: Counts
     train_tokens: Counts
+    tiers: None = None
 
 
 def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[list[Client], Data]:
     """Equal clients with full sequences. Raises UserError where the configuration leaves their number or size open."""
-    count, local = config.data.partition.clients, config.local
+    named = sorted(name for tier in tiers for name in tier.clients)
+    count, local = config.data.partition.clients or len(named) or None, config.local
+    if named and count != len(named):
+        raise UserError(f"data.partition.clients: {count}: federation.tiers name {len(named)} clients; name each in one tier")
+    if (column := config.federation.tier_column) is not None:
+        raise UserError(
+            f"federation.tier_column: {column}: {folder} holds no tokenizer, so the data are not read; give every tier a share"
+        )
     steps = local.steps or local.max_steps
     sequences = config.data.max_samples or (None if steps is None else steps * local.batch_size)
     for key, value in (("data.partition.clients", count), ("local.steps", sequences)):
@@ -253,13 +270,15 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[l
     assert count is not None and sequences is not None
     length = config.data.sequence_length
     each = np.full(count, sequences)
-    federation: Any = _AssumedFederation([f"client-{i}" for i in range(count)], each, each, each * length)
+    federation: Any = _AssumedFederation(named or [f"client-{i}" for i in range(count)], each, each, each * length)
     # One object for all: assumed clients are equal.
     everyone = Lengths.full(sequences, length)
     held_out = max(1, round(count * sequences * config.data.global_holdout))
     note = f"assumed: every client has {sequences} sequences of {length} tokens (no tokenizer in {folder})"
     if config.data.validation is not None:  # its rows cannot be counted either
         note += ", and data.validation as many as data.global_holdout would draw"
+    if "ranked_choice" in config.evaluation.metrics:
+        note += "; nor can answers, so the passes of ranked_choice are left out"
     own = Lengths.full(config.evaluation.client_sequences, length)
     data = Data(lambda _: everyone, lambda _: own, Lengths.full(held_out, length), note)
     return make_clients(federation, config.federation, tiers, config.seed), data

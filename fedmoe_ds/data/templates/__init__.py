@@ -22,6 +22,7 @@ import numpy as np
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM
+from fedmoe_ds.data.progress import counted
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.templates.chat import encode_chats
 from fedmoe_ds.data.templates.classification import classes, label_words
@@ -58,7 +59,8 @@ def encode(table: Table, columns: dict[str, str], config: DataConfig, encoder: E
     if config.template == "chat":
         return encode_chats(table, columns, config, encoder)
     encoded = Samples([], [], [], [])
-    for row, pieces in enumerate(_ENCODERS[config.template](table, columns, config, encoder)):
+    encoders = _ENCODERS[config.template](table, columns, config, encoder)
+    for row, pieces in enumerate(counted(encoders, len(table), "samples tokenized")):
         if pieces.named:
             encoded.omissions.append((row, NAMED))
         ids = np.array(pieces.prompt + pieces.answer, dtype=np.int64)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data.encoder import Encoder, Placed
 from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM, REFUSED, UNMARKED
+from fedmoe_ds.data.progress import counted
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.templates.chat_template import ChatTemplate, RefusedError, Span, UnmarkedError, Written, chat_template
 from fedmoe_ds.data.templates.conversation import Conversation, Reader
@@ -35,7 +36,7 @@ def encode_chats(table: Table, columns: dict[str, str], config: DataConfig, enco
     template = chat_template(config, encoder.tokenizer, bool(encoder.start))
     samples, refusals = Samples([], [], [], []), list[str]()
     row = 0
-    chats = iter(Reader(table, columns))
+    chats = counted(Reader(table, columns), len(table), "conversations tokenized")
     while batch := list(islice(chats, BATCH)):
         written = [_written(chat, template, refusals) for chat in batch]
         # One call for the batch: the library encodes its texts in parallel.
