@@ -30,11 +30,11 @@ from fedmoe_ds.report import MetricsLog
 from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.compare import Request, compare
 from fedmoe_ds.studies.compare.aggregate import Comparison
-from fedmoe_ds.studies.compare.paired import ALPHA, PairedTest, family_tests, holm, smallest_effect, t_test
+from fedmoe_ds.studies.compare.paired import ALPHA, PairedTest, family_tests, half_interval, holm, smallest_effect, t_test
 from fedmoe_ds.studies.compare.plan import parse_variants, plan_runs
 from fedmoe_ds.studies.compare.protocol import Expectation, read_protocol
 from fedmoe_ds.studies.compare.record import Record, check_same_ground, read_record
-from fedmoe_ds.studies.compare.table import number, p_value, tier_table, verdict_table
+from fedmoe_ds.studies.compare.table import number, p_value, task_table, tier_table, verdict_table
 from fedmoe_ds.studies.compare.verdict import judge
 from fedmoe_ds.studies.run import Run, check_saved
 from fedmoe_ds.studies.runner import Runner, locked
@@ -428,6 +428,40 @@ def test_tables_mark_what_is_not_beaten_and_line_up(request_: Request) -> None:
     assert cells[0][1:] == ["50.00 ± 0", "50.00 ± 0", "12 % ± 0 %", "-", "-"]
     assert cells[1][1] == "**30.50 ± 0.71**" and cells[2][1] == "32.50 ± 0.71"
     assert [row[4:] for row in cells[1:]] == [["3.00", "100 %"], ["6.00", "200 %"]]
+
+
+def test_task_metrics_before_and_after(request_: Request) -> None:
+    """Changes are paired by seed; intervals are t-intervals over seeds; runs without task metrics have no such table."""
+    assert task_table(comparison_of({"a": [1.0, 2.0]}), "2") == ""
+    for run, share in zip(plan(request_), (0.5, 0.75, 0.25, 0.25), strict=True):
+        record_run(run, 20.0)
+        with MetricsLog(run.folder / "metrics.jsonl") as log:
+            log.truncate(0)
+            log.write("run", foundation="f0")
+            for round_, values in ((0, (0.1, 0.3)), (2, (share, 1.0))):
+                for name, value in zip(("x", "y"), values, strict=True):
+                    scores = {"perplexity": 2.0, "exact_match": value, "samples": 4, "client": name}
+                    log.write("eval", round=round_, tier=2, split="client", **scores)
+                pooled = {"perplexity": 2.0, "exact_match": sum(values) / 2, "samples": 8}
+                log.write("eval", round=round_, tier=2, split="clients", **pooled)
+            log.write("end", rounds=2, digest="ab" * 32)
+    records = [read_record(run) for run in plan(request_)]
+    comparison = Comparison(["flame", "flame-t0"], 2, records)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in task_table(comparison, "2").splitlines()[2:]]
+    half = half_interval([0.5, 0.75])
+    assert half == pytest.approx(stats.t.interval(0.95, 1, 0.625, stats.sem([0.5, 0.75]))[1] - 0.625)
+    worst = "worst tenth of the clients"
+    assert table[1] == [
+        "flame",
+        "exact match",
+        worst,
+        "10.0 ± 0.0",
+        f"62.5 ± {100 * half:.1f}",
+        f"+52.5 ± {100 * half:.1f}",
+        "2",
+    ]
+    assert table[2][:2] == ["flame-t0", "exact match"] and table[3][4:] == ["25.0 ± 0.0", "+15.0 ± 0.0", "2"]
+    assert table[0][2:4] == ["clients, pooled", "20.0 ± 0.0"] and len(table) == 4
 
 
 def test_numbers_and_cells() -> None:

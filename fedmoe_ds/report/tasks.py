@@ -130,7 +130,7 @@ def generation_section(history: History) -> Markup | None:
         rows.append([tag("td", tag("pre", text)) for text in texts])
     tier = tier_of(next(iter(history.generations.values())))
     head = ["prompt", "reference", "before", f"after round {last}" if last else "after"]
-    body = tag("div", table(head, rows, text_columns=4), cls="scroll")
+    body = tag("div", table(head, rows, text_columns=4, cls="answers"), cls="scroll")
     return tag("div", tag("p", f"{GENERATION_LEAD} Tier: top-k {tier}.", cls="lead"), body)
 
 
