@@ -84,7 +84,7 @@ OURS = {
     "storage/cache.py": "of its own tree",
     "config/reference.py": "of the package",
     "data/encoder.py": "what the tokenizer itself has said",
-    "data/readers.py": "stricter, with lines",
+    "data/readers/json_rows.py": "a look at the first line; what is read is stricter, with lines",
     "federation/identity.py": "of its own configuration",
     "distributed/watchdog/json_socket.py": "what ranks say to each other",
     "distributed/mpi.py": "what ranks say to each other",

@@ -218,8 +218,8 @@ def _readable(file: DataFile, way: str = "") -> DataFile:
         raise file.error("no regular file" + way)
     if not _has_reader(file):
         ending = "".join(file.path.suffixes[-2:]) if file.packed else file.path.suffix
-        help_first = f"; {WAYS[file.ending]}" if file.ending in WAYS else ""
-        raise file.error(f"unknown kind of file '{ending}'{help_first}{way or '; ' + use()}")
+        helps = f"; {WAYS[file.ending]}" if file.ending in WAYS else ""
+        raise file.error(f"unknown kind of file '{ending}'{way or helps + '; ' + use()}")
     return file
 
 
