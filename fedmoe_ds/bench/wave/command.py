@@ -33,7 +33,7 @@ ABOUT = (
 
 
 OPTIONS = (
-    option("--shape", ["e32", "e64"], "e32, e64, olmoe-7b or tiny (default: e32 e64)"),
+    option("--shape", ["e32", "e64"], "e32, e64, olmoe-7b, tiny, or dense: plain LoRA on a Llama (default: e32 e64)"),
     option("--steps", 2, "local steps per client in a timed wave"),
     option("--rounds", 5, "alternating repeats; medians are reported"),
     option("--mode", None, "ours: fast, bitwise or both (default: both; on a GPU fast alone)"),
