@@ -135,7 +135,7 @@ def test_fused_waves_and_peft_compute_the_same(tiny: tuple[Path, Workload], bitw
 
 
 def test_plain_lora_and_peft_compute_the_same(tmp_path: Path) -> None:
-    (workload,) = make_workloads(["dense-tiny"], [2], steps=1, length=24, seed=0)
+    (workload,) = make_workloads(["dense-tiny"], [2], dense=True, steps=1, length=24, seed=0)
     write_model(workload.shape, workload.seed, tmp_path)
     peer, expected = Peft(tmp_path, workload, "eager"), workload.shape.layers * (2 + 3) * 2
     assert len(peer.start) == expected, "q and v of attention, all of the feed-forward block, A and B"

@@ -50,9 +50,9 @@ SHAPES = {
 }
 
 
-def find_shape(name: str) -> Shape:
-    """The shape with this name. Raises UserError when there is none."""
-    check_known("--shape", "shape", name, SHAPES)
+def find_shape(name: str, dense: bool = False) -> Shape:
+    """The shape with this name. Raises UserError when there is none, or it has no experts and `dense` does not allow that."""
+    check_known("--shape", "shape", name, [known for known, shape in SHAPES.items() if dense or shape.experts])
     return SHAPES[name]
 
 

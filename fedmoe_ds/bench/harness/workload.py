@@ -95,9 +95,9 @@ class Workload:
         return cls(**{**tree, **lists, "shape": Shape(**tree["shape"])})
 
 
-def make_workloads(shapes: list[str], sequences: list[int], **settings: Any) -> list[Workload]:
-    """One workload per shape name and number of sequences in a step."""
-    found = [find_shape(name) for name in dict.fromkeys(shapes)]
+def make_workloads(shapes: list[str], sequences: list[int], dense: bool = False, **settings: Any) -> list[Workload]:
+    """One workload per shape name and number of sequences in a step; `dense` allows shapes without experts."""
+    found = [find_shape(name, dense) for name in dict.fromkeys(shapes)]
     counts = dict.fromkeys(sequences)
     return [Workload(shape, sequences=n, caps=_caps(shape), **settings) for shape in found for n in counts]
 

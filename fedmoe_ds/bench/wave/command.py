@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
     if args.device == "cuda" and args.mode not in (None, "fast"):
         raise UserError(f"--mode: {args.mode}: bitwise is measured on CPUs alone; use fast")
     mode = args.mode or ("both" if args.device == "cpu" else "fast")
-    return run_wave(make_workloads(args.shape, **settings), system_names(mode, args.peers), args.rounds, note)
+    return run_wave(make_workloads(args.shape, dense=True, **settings), system_names(mode, args.peers), args.rounds, note)
 
 
 def lines(rows: list[Row]) -> Iterator[str]:
