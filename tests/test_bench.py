@@ -134,6 +134,18 @@ def test_fused_waves_and_peft_compute_the_same(tiny: tuple[Path, Workload], bitw
     assert rows_per_client == [cap * per_cap for cap in workload.caps]
 
 
+def test_plain_lora_and_peft_compute_the_same(tmp_path: Path) -> None:
+    (workload,) = make_workloads(["dense-tiny"], [2], dense=True, steps=1, length=24, seed=0)
+    write_model(workload.shape, workload.seed, tmp_path)
+    peer, expected = Peft(tmp_path, workload, "eager"), workload.shape.layers * (2 + 3) * 2
+    assert len(peer.start) == expected, "q and v of attention, all of the feed-forward block, A and B"
+    theirs = peer.train("warm-up").losses
+    for bitwise in (False, True):
+        mine = Fused(tmp_path, workload, bitwise).train("warm-up").losses
+        for a, b in zip(mine, theirs, strict=True):
+            assert a == pytest.approx(b, abs=1e-5)
+
+
 @pytest.mark.parametrize("change", [{"alpha": 8.0}, {"caps": (8, 8, 4, 4, 2, 2, 1, 2)}, {"lr": 2e-3}])
 def test_agreement_sees_a_different_computation(tiny: tuple[Path, Workload], change: dict[str, Any]) -> None:
     folder, workload = tiny

@@ -1,4 +1,4 @@
-"""Shapes: the random-weight OLMoE models that are measured (https://arxiv.org/abs/2409.02060)."""
+"""Shapes: the random models that are measured: OLMoE (arXiv 2409.02060), and Llama (arXiv 2302.13971) without experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPECIAL_TOKENS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one model; `top_k` is the model's own K."""
+    """Sizes of one model; `top_k` is the model's own K. Without experts it is a Llama, `ffn` wide."""
 
     name: str
     experts: int
@@ -40,6 +40,8 @@ SHAPES = {
         Shape("e64", experts=64, hidden=512, ffn=256, layers=4, heads=8, vocab=2048),
         # OLMoE-1B-7B, for a GPU.
         Shape("olmoe-7b", experts=64, hidden=2048, ffn=1024, layers=16, heads=16, vocab=50304),
+        Shape("dense", experts=0, hidden=256, ffn=768, layers=4, heads=4, vocab=2048, top_k=1),
+        Shape("dense-tiny", experts=0, hidden=32, ffn=48, layers=2, heads=2, vocab=128, top_k=1),
         Shape("tiny", experts=16, hidden=32, ffn=16, layers=2, heads=2, vocab=128),
         # About 600 MiB in float32, most of it experts.
         Shape("load", experts=64, hidden=512, ffn=512, layers=3, heads=8, vocab=4096),
@@ -48,9 +50,9 @@ SHAPES = {
 }
 
 
-def find_shape(name: str) -> Shape:
-    """The shape with this name. Raises UserError when there is none."""
-    check_known("--shape", "shape", name, SHAPES)
+def find_shape(name: str, dense: bool = False) -> Shape:
+    """The shape with this name. Raises UserError when there is none, or it has no experts and `dense` does not allow that."""
+    check_known("--shape", "shape", name, [known for known, shape in SHAPES.items() if dense or shape.experts])
     return SHAPES[name]
 
 
@@ -62,10 +64,14 @@ def check_positions(length: int) -> None:
 
 def write_model(shape: Shape, seed: int, folder: Path, shard_size: str = "100MB", dtype: str = "float32") -> None:
     """Save a random model of this shape as a Hugging Face folder of sharded safetensors; random numbers are float32."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
+    common = sizes(shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads)
+    if not shape.experts:
+        save_random(LlamaForCausalLM, LlamaConfig(**common), seed, folder, shard_size, dtype)
+        return
     config = OlmoeConfig(
-        **sizes(shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads),
+        **common,
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=False,

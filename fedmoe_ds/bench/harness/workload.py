@@ -57,6 +57,11 @@ class Workload:
         check_positions(self.length)
 
     @property
+    def feed_forward(self) -> tuple[str, ...]:
+        """Feed-forward projections with LoRA: those of a model without experts."""
+        return () if self.shape.experts else ("gate_proj", "up_proj", "down_proj")
+
+    @property
     def tokens(self) -> int:
         """Token rows of the timed wave."""
         return len(self.caps) * self.steps * self.sequences * self.length
@@ -90,7 +95,13 @@ class Workload:
         return cls(**{**tree, **lists, "shape": Shape(**tree["shape"])})
 
 
-def make_workloads(shapes: list[str], sequences: list[int], **settings: Any) -> list[Workload]:
-    """One workload per shape name and number of sequences in a step."""
+def make_workloads(shapes: list[str], sequences: list[int], dense: bool = False, **settings: Any) -> list[Workload]:
+    """One workload per shape name and number of sequences in a step; `dense` allows shapes without experts."""
+    found = [find_shape(name, dense) for name in dict.fromkeys(shapes)]
     counts = dict.fromkeys(sequences)
-    return [Workload(find_shape(name), sequences=n, **settings) for name in dict.fromkeys(shapes) for n in counts]
+    return [Workload(shape, sequences=n, caps=_caps(shape), **settings) for shape in found for n in counts]
+
+
+def _caps(shape: Shape) -> tuple[int, ...]:
+    """Eight clients; without experts there is nothing to cap."""
+    return Workload.caps if shape.experts else (1,) * len(Workload.caps)

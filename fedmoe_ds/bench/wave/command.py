@@ -33,7 +33,7 @@ ABOUT = (
 
 
 OPTIONS = (
-    option("--shape", ["e32", "e64"], "e32, e64, olmoe-7b or tiny (default: e32 e64)"),
+    option("--shape", ["e32", "e64"], "e32, e64, olmoe-7b, tiny, or dense: plain LoRA on a Llama (default: e32 e64)"),
     option("--steps", 2, "local steps per client in a timed wave"),
     option("--rounds", 5, "alternating repeats; medians are reported"),
     option("--mode", None, "ours: fast, bitwise or both (default: both; on a GPU fast alone)"),
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
     if args.device == "cuda" and args.mode not in (None, "fast"):
         raise UserError(f"--mode: {args.mode}: bitwise is measured on CPUs alone; use fast")
     mode = args.mode or ("both" if args.device == "cpu" else "fast")
-    return run_wave(make_workloads(args.shape, **settings), system_names(mode, args.peers), args.rounds, note)
+    return run_wave(make_workloads(args.shape, dense=True, **settings), system_names(mode, args.peers), args.rounds, note)
 
 
 def lines(rows: list[Row]) -> Iterator[str]:

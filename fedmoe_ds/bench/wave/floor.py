@@ -38,13 +38,16 @@ class Floor:
     def __init__(self, workload: Workload, rows_CLE: np.ndarray) -> None:
         self.workload = workload
         self.tokens = len(workload.caps) * workload.sequences * workload.length
+        if not workload.shape.experts:
+            rows_CLE = np.zeros((len(workload.caps), workload.shape.layers, 0))
         rows_LEC = np.rint(rows_CLE.transpose(1, 2, 0) / workload.steps).astype(int)
         self.dtype = getattr(torch, workload.dtype)
         memory = Memory(int(max(rows_LEC.sum((1, 2)).max(), self.tokens)))
+        block = self._experts if workload.shape.experts else self._feed_forward
         self.products: list[Product] = []
         self.batched: list[Product] = []
         for layer, rows_EC in enumerate(rows_LEC):
-            self.products += [*self._attention(memory, first=layer == 0), *self._experts(memory, rows_EC)]
+            self.products += [*self._attention(memory, first=layer == 0), *block(memory, rows_EC)]
             self.batched += self._scores(memory)
         targets = self.tokens // workload.length * (workload.length - 1)
         self.products += _frozen(memory, workload.shape.hidden, workload.shape.vocab, [(0, 0, targets)], dtype=self.dtype)
@@ -72,10 +75,22 @@ class Floor:
             yield from _trained(memory, wide_in, rank, by_group)
             yield from _trained(memory, wide_out, rank, by_group)
 
+    def _feed_forward(self, memory: Memory, _: np.ndarray) -> Iterator[Product]:
+        shape, rank = self.workload.shape, self.workload.rank
+        for wide_in, wide_out in ((shape.hidden, shape.ffn), (shape.hidden, shape.ffn), (shape.ffn, shape.hidden)):
+            yield from _frozen(memory, wide_in, wide_out, [(0, 0, self.tokens)], dtype=self.dtype)
+            yield from _trained(memory, wide_in, rank, self._per_client)
+            yield from _trained(memory, wide_out, rank, self._per_client)
+
+    @property
+    def _per_client(self) -> Spans:
+        load = self.workload
+        return _spans(np.full(len(load.caps), load.sequences * load.length))
+
     def _attention(self, memory: Memory, first: bool) -> Iterator[Product]:
         load, width = self.workload, self.workload.shape.hidden
         everything = [(0, 0, self.tokens)]
-        per_client = _spans(np.full(len(load.caps), load.sequences * load.length))
+        per_client = self._per_client
         for _ in "qkv":
             yield from _frozen(memory, width, width, everything, need_dx=not first, dtype=self.dtype)
         yield from _frozen(memory, width, width, everything, dtype=self.dtype)

@@ -32,9 +32,10 @@ class Fused:
         keep_freed_memory()  # as every training run does
         device = torch.device(workload.device)
         self.workload = workload
-        foundation = load_bare(folder, workload.dtype, workload.device)
+        foundation = load_bare(folder, workload.dtype, workload.device, dense=not workload.shape.experts)
         config = _config(workload, bitwise)
         self.spec = spec = resolve_spec(config, method_for(config), workload.device, foundation.outline)
+        config = spec.config
         experts, clients = workload.shape.experts, len(workload.caps)
         pool = Pool(None, 1, experts, clients, merge=spec.shares_passes)
         bank = Bank(spec.blocks, experts, clients, clients, device)
@@ -71,7 +72,9 @@ def _config(load: Workload, bitwise: bool) -> Config:
     return Config(
         seed=load.seed,
         foundation=FoundationConfig.model_validate({"dtype": load.dtype}),
-        adapters=AdapterConfig(rank=load.rank, alpha=load.alpha, attention=list(load.attention)),
+        adapters=AdapterConfig(
+            rank=load.rank, alpha=load.alpha, attention=list(load.attention), feed_forward=list(load.feed_forward)
+        ),
         local=local,
         execution=ExecutionConfig(reproducible="bitwise" if bitwise else "fast"),
         method=MethodConfig(name="fedit"),

@@ -11,7 +11,7 @@ from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.bench.harness.program import Program, workers
 from fedmoe_ds.bench.harness.repeats import make_row, paired
 from fedmoe_ds.bench.harness.shapes import write_model
-from fedmoe_ds.bench.harness.system import AGREEMENT, FLOOR, OURS, Timing, check_agreement
+from fedmoe_ds.bench.harness.system import AGREEMENT, FLOOR, OURS, PEER_PREFIX, Timing, check_agreement
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
 
@@ -30,8 +30,14 @@ def run_wave(workloads: list[Workload], systems: list[str], rounds: int, note: N
     for workload in workloads:
         with scratch_folder() as folder:
             write_model(workload.shape, workload.seed, folder, _SHARDS[workload.device], workload.dtype)
-            rows += _measure(folder, workload, systems, rounds, note)
+            rows += _measure(folder, workload, _for(workload, systems), rounds, note)
     return rows
+
+
+def _for(workload: Workload, systems: list[str]) -> list[str]:
+    """Without experts all experts implementations of a peer are one system."""
+    peers = [name for name in systems if name.startswith(PEER_PREFIX)]
+    return systems if workload.shape.experts else [name for name in systems if name not in peers[1:]]
 
 
 def _measure(folder: Path, workload: Workload, systems: list[str], rounds: int, note: Note) -> list[Row]:

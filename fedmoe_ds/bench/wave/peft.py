@@ -1,6 +1,6 @@
 """Peers: the same workload as a user would run it today, with transformers and PEFT, one client after the other.
 
-Adapters are PEFT's own: `target_parameters` for the fused expert matrices, `target_modules` for attention. At every forward
+Adapters are PEFT's own: `target_parameters` for the fused expert matrices, `target_modules` for projections. At every forward
 pass of an expert layer PEFT adds (alpha / rank) B A of all experts to a copy of the frozen stack; we apply alpha / rank to the
 rank-wide middle of each row instead. In exact arithmetic both are the same function of the same A and B.
 
@@ -23,7 +23,9 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import available_mib
 
 _MODULES = {"gate_up_proj": "experts.gate_up", "down_proj": "experts.down"}
-_LORA = re.compile(r".*layers\.(\d+)\.(?:self_attn\.(\w+)|(mlp\.experts)(\.base_layer)?)\.(lora_[AB])\.default\.weight")
+_LORA = re.compile(
+    r".*layers\.(\d+)\.(?:(self_attn|mlp)\.(\w+_proj)|(mlp\.experts)(\.base_layer)?)\.(lora_[AB])\.default\.weight"
+)
 
 
 class Peft:
@@ -46,13 +48,13 @@ class Peft:
         lora = LoraConfig(
             r=workload.rank,
             lora_alpha=workload.alpha,
-            target_modules=list(workload.attention),
-            target_parameters=[f"mlp.experts.{name}" for name in _MODULES],
+            target_modules=[*workload.attention, *workload.feed_forward],
+            target_parameters=[f"mlp.experts.{name}" for name in _MODULES] if workload.shape.experts else None,
         )
         self.workload = workload
         self.model: Any = get_peft_model(base, lora).train().to(workload.device)
         self.routers = [module for module in self.model.modules() if hasattr(module, "norm_topk_prob")]
-        assert len(self.routers) == workload.shape.layers
+        assert len(self.routers) == (workload.shape.layers if workload.shape.experts else 0)
         start = {name: _initial(name, value, self.model, workload) for name, value in self._trainables()}
         self.start = {name: value.to(workload.device) for name, value in start.items()}
 
@@ -89,9 +91,10 @@ def _initial(name: str, value: Tensor, model: Any, workload: Workload) -> Tensor
     """The workload's values under a PEFT parameter name. Raises for a name that has no counterpart here."""
     match = _LORA.fullmatch(name)
     assert match is not None, name
-    layer, projection, experts, _, which = match.groups()
+    layer, block, projection, experts, _, which = match.groups()
     if experts is None:
-        return workload.initial_value(f"layers.{layer}.attention.{projection}.{which}", value.shape)
+        part = {"self_attn": "attention", "mlp": "feed_forward"}[block]
+        return workload.initial_value(f"layers.{layer}.{part}.{projection}.{which}", value.shape)
     wrapper = model.get_submodule(name.removesuffix(f".{which}.default.weight"))
     kind = _MODULES[wrapper.parameter_name]
     head, _, tail = kind.partition(".")
