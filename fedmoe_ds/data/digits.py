@@ -49,11 +49,15 @@ class Images:
 
 def split() -> tuple[Images, Images]:
     """Return (pretraining, federated), each in scikit-learn's order; no image is in both, by the hash of its pixels."""
-    grey_NHW, labels_N = _load()
+    return divided(*_load(), INK)
+
+
+def divided(grey_NHW: NDArray[np.uint8], labels_N: NDArray[np.int64], ink: int) -> tuple[Images, Images]:
+    """Return (pretraining, federated) of grey images whose darkest value is `ink`, in their order; see `split`."""
     salt = f"{SPLIT_SALT}:".encode()
     first_N = np.array([hashlib.sha256(salt + grey_HW.tobytes()).digest()[0] for grey_HW in grey_NHW])
     chosen_N = first_N < 256 * PRETRAIN_SHARE
-    pixels_NCHW = (grey_NHW.astype(np.float32) * (2 / INK) - 1).reshape(-1, *SHAPE)
+    pixels_NCHW = (grey_NHW.astype(np.float32) * (2 / ink) - 1)[:, None]
     return Images(pixels_NCHW[chosen_N], labels_N[chosen_N]), Images(pixels_NCHW[~chosen_N], labels_N[~chosen_N])
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data import digits
 from fedmoe_ds.data.encoder import Encoder
+from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
 from fedmoe_ds.data.progress import told_to
@@ -163,9 +164,10 @@ def prepare(
 
 
 def _prepare_images(config: DataConfig, seed: int, cache_dir: Path) -> FederatedData:
-    images = digits.split()[1]
+    given = IMAGE_SETS[str(config.source)]
+    images = given.split(cache_dir.parent)[1]
     folder = cache_dir / _image_key(config, seed, images)
-    header = {"sequence_length": 1, IMAGE_SHAPE: list(digits.SHAPE), MADE_FROM: digits.NAME}
+    header = {"sequence_length": 1, IMAGE_SHAPE: list(given.shape), MADE_FROM: str(config.source)}
     return _found_or_made(folder, lambda: assemble_images(images, config, seed), header)
 
 
@@ -222,7 +224,7 @@ def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
     parts = {
         "format": FORMAT,
         "config": config.model_dump(mode="json", include=sections),
-        "kind": digits.NAME,
+        "kind": config.source,
         "source": images.digest(),
         "seed": seed,
     }

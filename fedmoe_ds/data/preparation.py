@@ -225,7 +225,7 @@ def _tiers(table: Table, labels: list[str], column: str, natural: bool) -> dict[
         raise UserError(f"{where}: {column}: needs data.partition.kind=natural: rows that are dealt at random name no client")
     templates.require_column(column, table.names, where)
     tiers: dict[str, str] = {}
-    names = groups.group_names(table[column], column, table.classes.get(column), where)
+    names = groups.group_names(table[column], column, table.classes.get(column), table.place, where)
     for client, tier in zip(labels, names, strict=True):
         if (other := tiers.setdefault(client, tier)) != tier:
             raise UserError(f"{where}: {column}: client {client} has rows of tiers '{other}' and '{tier}'; give it one of them")

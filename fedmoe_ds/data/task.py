@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data import digits
+from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.errors import UserError
 
 Task = Literal["causal_lm", "image_classification"]
@@ -33,7 +34,7 @@ class ImageInput:
 
 def source_task(config: DataConfig) -> Task:
     """The task that `data.source` serves; every source but the image sets is text."""
-    return "image_classification" if config.source == digits.NAME else "causal_lm"
+    return "image_classification" if isinstance(config.source, str) and config.source in IMAGE_SETS else "causal_lm"
 
 
 def check_task(task: Task, config: DataConfig, images: ImageInput | None = None) -> None:
@@ -51,7 +52,7 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
     if task == "causal_lm" and source_task(config) != task:
         raise UserError(
             f"{source}: labelled images, and the foundation is a causal language model; "
-            "use foundation.preset=tiny-vit or a text source"
+            f"use foundation.preset={IMAGE_SETS[str(config.source)].preset} or a text source"
         )
     # Text has no further settings to refuse, and no size to compare.
     if task == "causal_lm":
@@ -59,13 +60,15 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
     if source_task(config) != task:
         raise UserError(
             f"{source}: plain text, and the foundation is an image classifier, which needs labelled images; "
-            f"use data.source={digits.NAME} or a language model"
+            f"use data.source={' or '.join(IMAGE_SETS)}, or a language model"
         )
     _refuse_text_settings(config)
-    if images is not None and (images.shape, images.classes) != (digits.SHAPE, digits.CLASSES):
+    given = IMAGE_SETS[str(config.source)]
+    if images is not None and (images.shape, images.classes) != (given.shape, given.classes):
         raise UserError(
-            f"{source}: images [channels, height, width] {list(digits.SHAPE)} in {digits.CLASSES} classes, and the "
-            f"foundation takes {list(images.shape)} in {images.classes}; use foundation.preset=tiny-vit or a model of this size"
+            f"{source}: images [channels, height, width] {list(given.shape)} in {given.classes} classes, and the "
+            f"foundation takes {list(images.shape)} in {images.classes}; use foundation.preset={given.preset} or a model "
+            "of this size"
         )
 
 

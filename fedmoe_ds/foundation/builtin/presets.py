@@ -1,7 +1,7 @@
 """Presets: built-in foundations, small enough for a laptop.
 
 OLMoE (https://arxiv.org/abs/2409.02060), and dense models without experts: Llama (https://arxiv.org/abs/2302.13971), and ViT
-(https://arxiv.org/abs/2010.11929) for the 8x8 digits.
+(https://arxiv.org/abs/2010.11929) for the 8x8 digits and MNIST.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from transformers import LlamaConfig, OlmoeConfig, ViTConfig
 
 from fedmoe_ds.data import Task, digits
+from fedmoe_ds.data.mnist import IMAGE_SETS, ImageSet
 from fedmoe_ds.errors import UserError, nearest
 
 PAD_TOKEN_ID = 0
@@ -50,6 +51,11 @@ class Preset:
     @property
     def task(self) -> Task:
         return "image_classification" if self.family == "vit" else "causal_lm"
+
+    @property
+    def images(self) -> ImageSet:
+        """What a vision transformer is pre-trained on: the set with images of its size."""
+        return next(given for given in IMAGE_SETS.values() if given.shape[1] == self.arguments["image_size"])
 
     def config(self) -> Any:
         """A new transformers configuration."""
@@ -116,6 +122,18 @@ PRESETS: dict[str, Preset] = {
     "tiny-vit": Preset(
         "vit",
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, **_DIGITS},
+    ),
+    "tiny-vit-28": Preset(
+        "vit",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            **_DIGITS,
+            "image_size": 28,
+            "patch_size": 4,
+        },
     ),
     "nano-vit": Preset(
         "vit",

@@ -46,7 +46,7 @@ def pretrain_preset(name: str, config: PretrainConfig, seed: int, root: Path, pr
         UserError: unknown preset, or a cache folder that cannot be written.
         StopError: asked to stop between two steps.
     """
-    key, train = _plan(find_preset(name), config, seed, progress)
+    key, train = _plan(find_preset(name), config, seed, root, progress)
     folder = cache.place(root, "foundations") / key
     state = TrainingState(folder.with_name(f"{key}.unfinished"), key, progress)
     with folder_record.storing(folder):
@@ -64,10 +64,10 @@ def pretrain_preset(name: str, config: PretrainConfig, seed: int, root: Path, pr
     return folder
 
 
-def _plan(preset: Preset, config: PretrainConfig, seed: int, progress: Progress) -> tuple[str, Train]:
+def _plan(preset: Preset, config: PretrainConfig, seed: int, root: Path, progress: Progress) -> tuple[str, Train]:
     """The cache key of a preset, and how to train it."""
     if preset.task == "image_classification":
-        images, _ = digits.split()
+        images, _ = preset.images.split(root)
         key = image_key(preset.record(), config, seed, images)
         return key, lambda state: train_on_images(preset, config, seed, images, progress, state)
     documents, _ = stdlib.split(stdlib.documents())
