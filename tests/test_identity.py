@@ -54,7 +54,8 @@ data.prompt.end_of_text
 NEUTRAL = """
 name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
-data.split data.label_names data.encoding data.partition.alpha data.partition.min_samples execution.clients_in_flight
+data.show_samples data.split data.label_names data.encoding data.partition.alpha data.partition.min_samples
+execution.clients_in_flight
 execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """

@@ -243,6 +243,9 @@ class DataConfig(Section):
         None,
         description="the global hold-out in place of a drawn one: files as in `source`, or another split of the same data set",
     )
+    show_samples: int = Field(
+        0, ge=0, le=100, description="training samples per tier whose text goes into run and report; clients have written it"
+    )
     partition: PartitionConfig = PartitionConfig()
 
     @field_validator("source", "validation", mode="before")

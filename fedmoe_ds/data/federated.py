@@ -44,8 +44,8 @@ _FIRST_KEYS = frozenset(
     {"template", "columns", "label_names", "sequence_length", "max_samples", "holdout", "global_holdout", "partition"}
 )
 """Keys that are part of every content key, whatever their value."""
-_BY_CONTENT = ("source", "split", "validation", "chat_template")
-"""Keys that name something whose content is in the key."""
+_BY_CONTENT = ("source", "split", "validation", "chat_template", "show_samples")
+"""Keys that name something whose content is in the key, or that change no sequence."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def prepare(
     """
     if tokenizer is None:
         check_task("image_classification", config)
+        if config.show_samples:
+            raise UserError(f"data.show_samples: {config.show_samples}: images have no text; drop the key")
         if tier_column is not None:
             raise UserError(f"federation.tier_column: {tier_column}: images have no columns; name clients in federation.tiers")
         return _prepare_images(config, seed, cache_dir)

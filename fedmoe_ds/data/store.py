@@ -128,6 +128,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         """Open `folder`; raises OSError, ValueError or KeyError where it is missing or damaged."""
         self.header: dict[str, Any] = read_json(folder / HEADER)
+        self._lengths: NDArray[np.int64] | None = None
         self._views: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]] = {}
         hold(folder)
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / DATA)))
@@ -184,10 +185,11 @@ class Store:
 
     def lengths_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens of the sequences with these numbers; this store is one of units."""
-        batches = range(self._reader.num_record_batches)
-        every = [np.diff(self._unit_batch(number)[0]) for number in batches]
-        lengths: NDArray[np.int64] = np.concatenate([np.empty(0, np.int64), *every])[rows]
-        return lengths
+        if self._lengths is None:
+            batches = range(self._reader.num_record_batches)
+            every = [np.diff(self._unit_batch(number)[0]) for number in batches]
+            self._lengths = np.concatenate([np.empty(0, np.int64), *every])
+        return self._lengths[rows]
 
 
 def fingerprint(owners: Iterable[Sequences]) -> str:

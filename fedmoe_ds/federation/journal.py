@@ -155,6 +155,17 @@ class Journal:
             tiers += f"; {name.replace('_', ' ')} {shares}"
         self.note(f"{head}: perplexity {tiers}")
 
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        """Samples as text; the record becomes this user's alone, as with answers."""
+
+        def write() -> None:
+            keep_private(self.log.path)
+            for row in rows:
+                self.log.write("sample", **row)
+
+        if rows:
+            self._write(write)
+
     def generations(self, round_index: int, rows: list[Generation]) -> None:
         """Answers as text. What clients have written is in them: the record becomes this user's alone, and no line of progress
         shows any."""

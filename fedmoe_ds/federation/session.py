@@ -24,6 +24,7 @@ from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.identity import check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation, Outcome
+from fedmoe_ds.federation.samples import shown_samples
 from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line
 from fedmoe_ds.kernels import fault
 from fedmoe_ds.machine import peak_mib
@@ -157,6 +158,7 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         journal.config(parts.config_text)
         journal.event("run", **run_facts(parts))
         journal.event("data", **data_facts(parts))
+        journal.samples(shown_samples(parts))
         return
     path = Path(source)
     snapshot, notes = parts.runtime.run_on_all_ranks(lambda: restore(path, parts))

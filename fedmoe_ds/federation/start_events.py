@@ -12,6 +12,7 @@ from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.federation.samples import length_counts
 from fedmoe_ds.foundation import conversion
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
@@ -103,4 +104,4 @@ def data_facts(parts: Parts) -> dict[str, Any]:
     data = parts.data
     told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
     # Absent for images, and for data that an earlier version has prepared.
-    return {"clients": clients, **told, **({"reading": data.reading} if data.reading else {})}
+    return {"clients": clients, "lengths": length_counts(parts), **told, **({"reading": data.reading} if data.reading else {})}

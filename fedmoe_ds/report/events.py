@@ -120,10 +120,28 @@ class _Omissions(_Fields):
     clients: dict[str, dict[str, Count]]
 
 
+class _Lengths(_Fields):
+    width: Annotated[int, Field(ge=1, le=2**31)]
+    counts: dict[Label, list[Count]]
+
+
+class _Piece(_Fields):
+    text: str
+    target: bool
+
+
+class _Sample(_OfTier):
+    client: str
+    pieces: list[_Piece] | None = None
+    tokens: Count | None = None
+    targets: Count | None = None
+
+
 class _Data(_Fields):
     clients: list[_Client] | None = None
     distribution: _Distribution | None = None
     omissions: _Omissions | None = None
+    lengths: _Lengths | None = None
 
 
 class _Eval(_OfTier):
@@ -201,6 +219,7 @@ _KINDS: dict[str, type[_Fields]] = {
     "run": _Run,
     "resume": _Resume,
     "data": _Data,
+    "sample": _Sample,
     "eval": _Eval,
     "generation": _Generation,
     "client": _Trained,

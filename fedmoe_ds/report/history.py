@@ -95,6 +95,7 @@ class History:
     rounds: dict[int, Event] = field(default_factory=dict)
     experts: dict[tuple[int, str], Event] = field(default_factory=dict)
     generations: dict[tuple[int, int], Event] = field(default_factory=dict)
+    samples: list[Event] = field(default_factory=list)
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
@@ -110,6 +111,8 @@ class History:
                 self.run = event
             case "data":
                 self.data = event
+            case "sample":
+                self.samples.append(event)
             case "end":
                 self.end = event
             case "resume":

@@ -13,6 +13,7 @@ from fedmoe_ds.report.history import History
 from fedmoe_ds.report.markup import Markup, join, tag
 from fedmoe_ds.report.metrics import read_metrics
 from fedmoe_ds.report.population import client_section, data_section
+from fedmoe_ds.report.samples import sample_section
 from fedmoe_ds.report.sections import (
     config_section,
     convergence_section,
@@ -48,8 +49,8 @@ def write_report(run_folder: Path) -> Path:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"{config_file}: cannot be read: {reason}; restore it, or remove it") from None
     target = run_folder / "report.html"
-    # Answers hold what clients have written.
-    write_whole(target, page(history, config), private=bool(history.generations))
+    # Answers and samples hold what clients have written.
+    write_whole(target, page(history, config), private=bool(history.generations or history.samples))
     return target
 
 
@@ -61,13 +62,14 @@ def page(history: History, config: str | None) -> str:
         ("convergence", "Convergence per tier", convergence_section(history)),
         ("answers", "Answers before and after", generation_section(history)),
         ("data", "How the data lie on clients", data_section(history)),
+        ("samples", "What clients learn from", sample_section(history)),
         *([] if history.run.get("num_experts") == 0 else [experts]),
         ("time", "Where the time went", time_section(history)),
         ("clients", "Clients", client_section(history)),
         ("topology", "Topology", topology_section(history)),
         ("config", "Configuration", config_section(history, config)),
     ]
-    # Answers are text of clients: most runs show none, and then nothing speaks of them.
+    # Answers and samples are text of clients: most runs show none, and then nothing speaks of them.
     shown = [(anchor, title, body) for anchor, title, body in sections if body is not None]
     links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in shown]
     bodies = [tag("section", tag("h2", title), body, id=anchor) for anchor, title, body in shown]

@@ -9,6 +9,7 @@ from fedmoe_ds.data.omissions import MEANING, describe
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import TASK_METRICS, Event, History, tier_of
 from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag
+from fedmoe_ds.report.samples import length_table
 from fedmoe_ds.report.svg import Column, bar_rows, dense_columns, shown_of, thinned, tier_colours, tier_mark
 
 NAMED_ROWS = 40
@@ -42,7 +43,7 @@ def data_section(history: History) -> Markup:
         shares = tag("div", legend(labels.legend()), _bars(clients, order, colours, labels.shares, "share of samples"))
         views = [("samples by label", samples), ("label shares", shares), *views]
     lead = tag("p", _spread(clients), cls="lead")
-    return tag("div", lead, _omitted(history), choices("what the bars show", views))
+    return tag("div", lead, _omitted(history), choices("what the bars show", views), length_table(history))
 
 
 def _omitted(history: History) -> Markup | None:
