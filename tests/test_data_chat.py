@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data import templates
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.federated import prepare

@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, check_task, digits, prepare
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError

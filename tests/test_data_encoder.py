@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data.encoder import Encoder, special_tokens
 from fedmoe_ds.data.federated import prepare
 from fedmoe_ds.data.tokenizer import train_tokenizer

@@ -16,7 +16,7 @@ import pytest
 from every import every
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.federated import FederatedData, Sequences, prepare
 from fedmoe_ds.data.store import fingerprint

@@ -11,7 +11,7 @@ import pandas
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data.federated import prepare
 from fedmoe_ds.data.groups import group_name, group_names
 from fedmoe_ds.data.tokenizer import train_tokenizer

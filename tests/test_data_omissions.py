@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.federated import FederatedData, prepare
 from fedmoe_ds.data.omissions import CUT, EMPTY, LEFT_OUT, MEANING, NO_ROOM, Omissions

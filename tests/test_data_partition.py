@@ -12,7 +12,7 @@ from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.config.schema import PartitionConfig
+from fedmoe_ds.config.data_section import PartitionConfig
 from fedmoe_ds.data import holdout
 from fedmoe_ds.data.partition import deal, largest_groups, power_law_sizes
 from fedmoe_ds.errors import UserError

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from test_data_chat import encode
 
 from fedmoe_ds.config import load_config
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.config.prompt import PRESETS, PromptConfig
-from fedmoe_ds.config.schema import DataConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM
 from fedmoe_ds.errors import UserError

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data.federated import FederatedData, prepare
 from fedmoe_ds.data.readers import DataFile
 from fedmoe_ds.data.sources import FileSource, quiet_datasets

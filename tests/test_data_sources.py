@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from fedmoe_ds.config import Config, load_config
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import federated, templates
 from fedmoe_ds.data.federated import FederatedData, prepare

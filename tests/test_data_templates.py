@@ -11,7 +11,7 @@ from every import every
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import templates
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import CUT, EMPTY, NO_ROOM

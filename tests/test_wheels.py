@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import wheels
 from fedmoe_ds.data.sources import open_sources
 from fedmoe_ds.data.sources.real import RealSource, real_source

@@ -1,5 +1,6 @@
 """The configuration of a run: the tree of its keys, loading it from YAML, and the reference of all keys."""
 
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
 from fedmoe_ds.config.idle import idle_keys
 from fedmoe_ds.config.loading import dump_config, load_config
@@ -8,7 +9,6 @@ from fedmoe_ds.config.schema import (
     AdapterConfig,
     CheckpointConfig,
     Config,
-    DataConfig,
     EvaluationConfig,
     ExecutionConfig,
     FederationConfig,
@@ -16,7 +16,6 @@ from fedmoe_ds.config.schema import (
     LocalConfig,
     MethodConfig,
     MoEAdapterConfig,
-    PartitionConfig,
     PretrainConfig,
     ServerConfig,
     TierConfig,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.mnist import IMAGE_SETS

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.config.schema import PartitionConfig
+from fedmoe_ds.config.data_section import PartitionConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.randomness import address_key, generator
 

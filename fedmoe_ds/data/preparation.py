@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits, groups, holdout, partition, templates
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import LEFT_OUT, Omissions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits
 from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.errors import UserError

@@ -20,7 +20,7 @@ from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.bench.harness.repeats import make_row
 from fedmoe_ds.bench.harness.system import OURS
 from fedmoe_ds.bench.harness.table import Column, Row, whole
-from fedmoe_ds.config.schema import DataConfig, PartitionConfig
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data import prepare, stdlib
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError

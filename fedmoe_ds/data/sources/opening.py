@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.readers import COMPRESSIONS, READERS, SEPARATORS, TEXTUAL, DataFile, known_encoding
 from fedmoe_ds.data.sources.hub import HubSource, SavedSource
 from fedmoe_ds.data.sources.local_files import WAYS, FileSource, FilesSource, exists, listed_source, local_source, use

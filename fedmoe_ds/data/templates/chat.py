@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.encoder import Encoder, Placed
 from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM, REFUSED, UNMARKED
 from fedmoe_ds.data.progress import counted

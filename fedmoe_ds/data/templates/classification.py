@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.encoder import Encoded, Encoder
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.templates.samples import Pieces, batches

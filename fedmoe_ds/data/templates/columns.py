@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.templates.classification import label_words
 from fedmoe_ds.data.templates.conversation import Reader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.templates.samples import Pieces, batches

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fedmoe_ds.config.schema import DataConfig
+from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.templates.chat_template import chat_template
