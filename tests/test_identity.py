@@ -26,7 +26,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts
-from fedmoe_ds.federation.identity import agreed, check_code, check_identity, identity
+from fedmoe_ds.federation.identity import _compare_contents, agreed, check_code, check_identity, identity
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_plan
@@ -334,6 +334,16 @@ def test_a_checkpoint_of_an_earlier_version(world: World) -> None:
         theirs = identity(changed, world.parts.foundation, world.parts.data, ours["kernels"], True)
         with pytest.raises(UserError, match=rf"--resume: {key}: {value}: "):
             check_identity(written, world.saved, theirs, changed)
+
+
+def test_the_template_of_an_earlier_version_explains_nothing() -> None:
+    """It wrote `text` where nothing was set; another key must have changed the data."""
+    tree, written = (Config.model_validate({"data": data}).model_dump() for data in ({"holdout": 0.2}, {"template": "text"}))
+    tree["data"]["label_names"], written["data"]["label_names"] = ["a"], []
+    with pytest.raises(
+        UserError, match=r"--resume: data\.label_names: \['a'\]: the checkpoint was trained on other data \(\[\]\)"
+    ):
+        _compare_contents("data", "a" * 64, "b" * 64, tree, written)
 
 
 def test_compiled_code_of_ranks() -> None:

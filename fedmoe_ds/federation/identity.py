@@ -28,6 +28,8 @@ from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 Identity = dict[str, Any]
+_NO_REASON = [("data.template", *pair) for kind in ("text", "chat") for pair in (("auto", kind), (kind, "auto"))]
+"""Differences that lead to the same data: earlier versions wrote down `text` where nothing was set."""
 YARDSTICK = ("max_sequences", "client_sequences")
 """Keys of `evaluation` that decide on which sequences a score is measured: the rounds of one record are compared."""
 _FIRST = ("foundation", "data", "seed", "adapters", "local", "method", "server", "federation")
@@ -262,5 +264,6 @@ def _compare_contents(name: str, ours: str, theirs: str, tree: dict[str, Any], w
         "data": ("was trained on other data", "restore them, or use another name"),
     }[name]
     changed = differences({name: tree[name]}, {name: written[name]} if written else {name: tree[name]})
-    key, mine, other = next((found for found in changed if found[0] != "foundation.cache"), (name, ours[:12], theirs[:12]))
+    told = (found for found in changed if found[0] != "foundation.cache" and found not in _NO_REASON)
+    key, mine, other = next(told, (name, ours[:12], theirs[:12]))
     raise UserError(f"--resume: {key}: {mine}: the checkpoint {kind} ({other}); {way}")
