@@ -160,14 +160,9 @@ class WaveTrainer:
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""
-        if self.pool.merge:
-            everyone = [work for home in works for work in home]
-            for micro in range(max((w.micro_batches(step) for w in everyone), default=0)):
-                self._pass([w for w in everyone if micro < w.micro_batches(step)], step, micro, None, counts)
-            return
-        # The same slot on all ranks at a time, so a rank's rows in a pass are one client's (see `make_plan`).
-        for slot in range(self.pool.home_clients):
-            here = [home[slot] for home in works if slot < len(home)]
+        # Unless they share passes, the same slot on all ranks at a time: a rank's rows are then one client's (see `make_plan`).
+        for slot in [None] if self.pool.merge else range(self.pool.home_clients):
+            here = [work for home in works for work in home if slot in (None, work.slot)]
             for micro in range(max((w.micro_batches(step) for w in here), default=0)):
                 self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, slot, counts)
 

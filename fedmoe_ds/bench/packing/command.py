@@ -38,7 +38,7 @@ ABOUT = (
 
 OPTIONS = (
     option("--shape", "e32", "e32, e64 or tiny"),
-    option("--clients", [1, 8], "clients in flight, one number or several"),
+    option("--clients", [1], "clients in flight, one number or several"),
     option("--samples", 32, "samples per client and step"),
     option("--shortest", 30, "tokens of the shortest sample"),
     option("--longest", 60, "tokens of the longest sample"),
