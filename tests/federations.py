@@ -76,9 +76,10 @@ class Result:
     parts: Parts
 
     def scores(self) -> list[tuple[Any, ...]]:
-        """Every evaluation row, exact."""
-        keys = ("round", "tier", "split", "client", "loss", "accuracy", "tokens")
-        return [tuple(event.get(key) for key in keys) for event in self.events if event["event"] == "eval"]
+        """Every evaluation row and generated answer, exact."""
+        keys = ("round", "tier", "split", "client", "loss", "accuracy", "tokens", "exact_match", "samples", "answer")
+        rows = [event for event in self.events if event["event"] in ("eval", "generation")]
+        return [tuple(event.get(key) for key in keys) for event in rows]
 
 
 def write_inputs(root: Path, samples: tuple[int, ...] = SAMPLES, **model: Any) -> None:

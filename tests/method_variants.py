@@ -39,7 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fedsa-lora": {"method": {"name": "fedsa-lora"}, "evaluation": EACH_CLIENT},
     "local-only": {"method": {"name": "local-only"}, "evaluation": EACH_CLIENT},
     "centralised": {"method": {"name": "centralised"}},
-    "moments": {"method": {"name": "fedit"}, "local": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "moments": "bfloat16"}},
+    "moments": {
+        "method": {"name": "fedit"},
+        "adapters": {"dropout": 0.1},
+        "local": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "moments": "bfloat16", "rounds_schedule": "cosine"},
+    },
     "fedprox": {"method": {"name": "fedit"}, "local": {"drift": "fedprox"}},
     "scaffold": {"method": {"name": "fedit"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
     "scaffold-rows": {"method": {"name": "fslora"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedmoe_ds.clients.batches import batch_size, local_batches, step_count
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.lr_schedule import learning_rate
+from fedmoe_ds.clients.lr_schedule import learning_rate, round_rate
 from fedmoe_ds.clients.pooled import pooled_batches, pooled_client
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.federation.cost import CostModel
@@ -106,21 +106,43 @@ def test_order_differs_by_round_client_and_seed_only() -> None:
 
 def test_learning_rates() -> None:
     constant = LocalConfig(lr=0.1)
-    assert [learning_rate(constant, s, 4) for s in range(4)] == [0.1] * 4
+    assert [learning_rate(constant, 0.1, s, 4) for s in range(4)] == [0.1] * 4
     linear = LocalConfig(lr=0.1, schedule="linear", warmup=0.5)
-    assert [learning_rate(linear, s, 4) for s in range(4)] == pytest.approx([0.05, 0.1, 0.1, 0.05])
+    assert [learning_rate(linear, 0.1, s, 4) for s in range(4)] == pytest.approx([0.05, 0.1, 0.1, 0.05])
     cosine = LocalConfig(lr=0.1, schedule="cosine")
-    assert [learning_rate(cosine, s, 4) for s in range(4)] == pytest.approx(
+    assert [learning_rate(cosine, 0.1, s, 4) for s in range(4)] == pytest.approx(
         [0.05 * (1 + math.cos(math.pi * s / 4)) for s in range(4)]
     )
-    assert learning_rate(LocalConfig(lr=0.1, schedule="cosine", warmup=0.9), 0, 1) == pytest.approx(0.1)
+    assert learning_rate(LocalConfig(lr=0.1, schedule="cosine", warmup=0.9), 0.1, 0, 1) == pytest.approx(0.1)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["constant", "linear", "cosine"]), st.floats(0, 0.99), st.integers(1, 50))
 def test_learning_rates_stay_in_range(schedule: Any, warmup: float, steps: int) -> None:
     config = LocalConfig(lr=0.1, schedule=schedule, warmup=warmup)
-    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    rates = [learning_rate(config, 0.1, step, steps) for step in range(steps)]
     assert every(0 < rate <= 0.1 + 1e-12 for rate in rates), "every step moves something"
     peak = int(np.argmax(rates))
     assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_rates_across_rounds_are_those_of_flowertune() -> None:
+    """Its 200 rounds: 5e-5 to 1e-6 by its own formula, written out; a local schedule starts from the round's rate."""
+    tuned = LocalConfig(lr=5e-5, rounds_schedule="cosine", final_lr=1e-6)
+    rates = [round_rate(tuned, t, 200) for t in range(1, 201)]
+    assert rates == pytest.approx([1e-6 + 0.5 * 4.9e-5 * (1 + math.cos(math.pi * t / 200)) for t in range(1, 201)], rel=1e-12)
+    assert rates[0] == pytest.approx(5e-5, rel=1e-3) and rates[99] == pytest.approx(2.55e-5) and rates[-1] == 1e-6
+    linear = LocalConfig(lr=0.4, rounds_schedule="linear", final_lr=0.1)
+    assert [round_rate(linear, t, 3) for t in (1, 2, 3)] == pytest.approx([0.3, 0.2, 0.1])
+    assert [round_rate(LocalConfig(lr=0.1), t, 3) for t in (1, 2, 3)] == [0.1] * 3
+    assert [learning_rate(linear, 0.3, step, 2) for step in (0, 1)] == [0.3, 0.3]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["linear", "cosine"]), st.floats(1e-8, 1.0), st.floats(1e-8, 1.0), st.integers(1, 300))
+def test_rates_across_rounds_fall_to_the_final_one(schedule: Any, lr: float, final: float, rounds: int) -> None:
+    config = LocalConfig(lr=lr, rounds_schedule=schedule, final_lr=final)
+    rates = [round_rate(config, t, rounds) for t in range(1, rounds + 1)]
+    low, high = min(lr, final), max(lr, final)
+    assert every(low * (1 - 1e-9) <= rate <= high * (1 + 1e-9) for rate in rates)
+    assert rates == sorted(rates, reverse=lr >= final) and rates[-1] == pytest.approx(final)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,3 +134,43 @@ def test_explicit_numbers_are_checked_too(key: str, value: int, message: str) ->
     tier = TierConfig.model_validate({"top_k": 4, "share": 1.0, key: value})
     with pytest.raises(UserError, match=f"^federation.tiers.0.{key}: {value}: {message}$"):
         resolve_tiers(FederationConfig(tiers=[tier]), FULL, "top_k")
+
+
+def named(*pairs: tuple[int, list[str]]) -> list[TierConfig]:
+    return [TierConfig(top_k=top_k, clients=clients) for top_k, clients in pairs]
+
+
+def test_named_clients_have_the_tier_that_names_them() -> None:
+    tiers = named((8, ["client-0002"]), (2, ["client-0000", " client-0001 "]))
+    assert [client.top_k for client in deal(3, tiers, seed=4)] == [2, 2, 8], "whatever the seed, and whatever spaces a name has"
+
+
+@pytest.mark.parametrize(
+    ("tiers", "federation", "message"),
+    [
+        (
+            named((8, ["client-0000", "client-0009"])),
+            {},
+            r"tiers\.0\.clients: client-0009: no client has this name; did",
+        ),
+        (named((8, ["client-0000"]), (4, ["client-0000"])), {}, r"tiers\.1\.clients: client-0000: tier 0 names it, too"),
+        (named((8, ["client-0000"])), {}, r"tiers: client client-0001 and 1 more: in no tier; name every client"),
+        ([*named((8, ["client-0000"])), TierConfig(top_k=4)], {}, r"tiers\.1\.clients: missing: other tiers name theirs"),
+        ([TierConfig(top_k=4, share=1.0, clients=["client-0000"])], {}, r"tiers\.0\.share: 1\.0: .* names its clients; drop"),
+        ([TierConfig(top_k=4)], {}, r"tiers\.0\.share: missing; give it as number > 0, or name"),
+        (named((8, ["client-0000"])), {"assignment": "in_order"}, r"assignment: in_order: nobody is dealt"),
+        (named((8, ["client-0000"])), {"tier_column": "plan"}, r"tier_column: plan: federation\.tiers\.N\.clients names the"),
+    ],
+)
+def test_clients_without_one_tier_are_refused(tiers: list[TierConfig], federation: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^federation\.{message}"):
+        deal(3, tiers, **federation)
+
+
+def test_a_column_says_the_label_of_the_tier() -> None:
+    config = FederationConfig(tiers=[TierConfig(top_k=4, rank=2), TierConfig(top_k=4, rank=1)], tier_column="plan")
+    tiers = resolve_tiers(config, FULL, "rank")
+    clients = make_clients(replace(make_data(3), tiers=["4 r1", "4 r2", "4 r1"]), config, tiers, 0)
+    assert [client.rank for client in clients] == [1, 2, 1]
+    with pytest.raises(UserError, match=r"^federation\.tier_column: plan: client client-0001 has tier '4', and .* 4 r2, 4 r1;"):
+        make_clients(replace(make_data(2), tiers=["4 r1", "4"]), config, tiers, 0)

@@ -111,7 +111,7 @@ def test_keys_are_text_and_aliases_are_copied() -> None:
         ("federtion.rounds=3", ["federtion: unknown key; did you mean 'federation'?"]),
         ("rounds=3", ["rounds: unknown key; did you mean 'federation.rounds'?"]),
         ("topology.zzz=3", ["topology.zzz: unknown key; choose one of aggregation, clusters, control, device, ep_size"]),
-        ("federation.tiers=[{top_k: 1, shares: 1}]", ["federation.tiers.0.share: missing; give it as number > 0"]),
+        ("federation.tiers=[{top_k: 1, shares: 1}]", ["federation.tiers.0.shares: unknown key; did you mean 'share'?"]),
         ("federation.rounds=many", ["federation.rounds: many: expected integer >= 1"]),
         ("federation.rounds=2.5", ["federation.rounds: 2.5: expected integer >= 1"]),
         ("federation.rounds=1e1", ["federation.rounds: 10.0: expected integer"]),
@@ -128,7 +128,12 @@ def test_keys_are_text_and_aliases_are_copied() -> None:
         ("local.optimizer=adam", ["local.optimizer: adam: expected one of adamw, sgd"]),
         ("adapters.experts=yes", ["adapters.experts: 'yes': expected true or false"]),
         ("adapters.attention=q_proj", ["adapters.attention: q_proj: expected list of string"]),
-        ("federation=3", ["federation: 3: expected section (rounds, participation, sampling, tiers, budget, assignment)"]),
+        (
+            "federation=3",
+            [
+                "federation: 3: expected section (rounds, participation, sampling, tiers, budget, assignment, tier_column)"
+            ],
+        ),
         ("data.columns.text=3", ["data.columns.text: 3: expected string; put it in quotes"]),
         ("name=2024", ["name: 2024: expected string of length 1 or more; put it in quotes"]),
         ("name=''", ["name: '': expected string of length 1 or more"]),
@@ -329,7 +334,15 @@ free = st.recursive(
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 names = st.text(characters, min_size=1, max_size=12)
 counts = st.integers(min_value=1)
-tiers = st.fixed_dictionaries({"top_k": counts, "share": positive, "rank": st.none() | counts, "experts": st.none() | counts})
+tiers = st.fixed_dictionaries(
+    {
+        "top_k": counts,
+        "share": positive,
+        "clients": st.none() | st.lists(texts, min_size=1, max_size=2),
+        "rank": st.none() | counts,
+        "experts": st.none() | counts,
+    }
+)
 values: dict[str, st.SearchStrategy[Any]] = {
     "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,11}", fullmatch=True),
     "seed": st.integers(min_value=0),

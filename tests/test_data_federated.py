@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from fedmoe_ds.config.schema import DataConfig, PartitionConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.federated import FederatedData, Sequences, prepare
+from fedmoe_ds.data.store import fingerprint
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage import cache
@@ -311,3 +312,53 @@ def test_progress_bars_are_left_as_they_were(
     prepare(config, 0, tokenizer, tmp_path)
     assert not datasets.are_progress_bars_disabled()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_column_gives_every_client_its_tier(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{**row, "plan": 4 if row["who"] < "user3" else 2} for row in ROWS]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = DataConfig(source=str(source), partition=PartitionConfig(column="who", clients=4), sequence_length=32)
+    data = prepare(config, 0, tokenizer, tmp_path, tier_column="plan")
+    assert data.tiers is not None and len(data.tiers) == 4
+    assert every(tier == ("4" if name < "user3" else "2") for name, tier in zip(data.names, data.tiers, strict=True))
+    plain = prepare(config, 0, tokenizer, tmp_path)
+    assert plain.tiers is None and plain.fingerprint == data.fingerprint, "tiers change no sequence"
+    rows[5]["plan"] = 1
+    write_jsonl(source, rows)
+    where = r"^federation\.tier_column: "
+    with pytest.raises(UserError, match=where + r"plan: client user0 has rows of tiers '4' and '1'; give it one of them"):
+        prepare(config, 0, tokenizer, tmp_path, tier_column="plan")
+    with pytest.raises(UserError, match=where + r"plans: no such column; .*did you mean 'plan'"):
+        prepare(config, 0, tokenizer, tmp_path, tier_column="plans")
+    with pytest.raises(UserError, match=where + r"plan: needs data\.partition\.kind=natural"):
+        prepare(config.model_copy(update={"partition": IID}), 0, tokenizer, tmp_path, tier_column="plan")
+
+
+def test_seeds_share_the_sequences_and_store_their_own_deal(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {i}", "output": f"document {i} " * 5} for i in range(60)]
+    config = DataConfig(source=str(write_jsonl(tmp_path / "rows.jsonl", rows)), template="instruction", partition=IID)
+    place = tmp_path / "cache"
+    first, second = (prepare(config, seed, tokenizer, place) for seed in (0, 1))
+    (units,) = place.glob("units-*")
+    assert len(list(place.iterdir())) == 3 and first.fingerprint != second.fingerprint
+
+    def content(data: FederatedData) -> list[bytes]:
+        return [
+            ids.tobytes() + mask.tobytes()
+            for owner in owners(data)
+            for ids, mask in zip(owner.input_ids, owner.loss_mask, strict=True)
+        ]
+
+    assert sorted(content(first)) == sorted(content(second)) and len(content(first)) == 60
+    assert fingerprint([first.train(0)]) != fingerprint([first.train(1)])
+    # What the deal says is the content's digest, wherever that is stored: a copy has the same.
+    order = [owner for client in range(4) for owner in (first.train(client), first.holdout(client))]
+    assert fingerprint([*order, first.global_holdout()]) == first.fingerprint
+    before = content(first)
+    (units / "sequences.arrow").write_bytes(b"damaged")
+    again = prepare(config, 0, tokenizer, place)
+    assert content(again) == before and "is damaged" in (cache.line([cache.passed_over()]) or "")
+    few = prepare(config.model_copy(update={"max_samples": 3}), 0, tokenizer, tmp_path / "few")
+    assert len(few) == 4 and not list((tmp_path / "few").glob("units-*")), "a few of many are copied"
+    check_invariants(again)
+    check_invariants(few)

@@ -30,6 +30,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def encode(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]] | Dataset, **config: Any) -> templates.Samples:
     data = DataConfig(**config)
     table = Table.of_dataset(rows if isinstance(rows, Dataset) else Dataset.from_list(rows), templates.candidates(data))
+    data = templates.resolve_template(table, data)
     columns = templates.resolve_columns(table, data)
     templates.check_rows(table, columns, data)
     return templates.encode(table, columns, data, Encoder(tokenizer))

@@ -36,21 +36,24 @@ REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
 adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation federation.sampling
 federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts federation.budget
+federation.tiers.clients federation.tier_column
 federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
-local.balance_loss local.z_loss method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
-execution.reproducible execution.micro_batch_size evaluation.max_sequences evaluation.client_sequences
+local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
+method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
+execution.reproducible execution.micro_batch_size execution.packing evaluation.max_sequences evaluation.client_sequences
 """
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
 foundation.path data.source data.template data.columns data.sequence_length data.max_samples data.holdout data.global_holdout
-data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
+data.validation data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
+data.prompt.preset data.prompt.end_of_text
 """
 """In it by what they lead to: other weights, other sequences, other kernels."""
 NEUTRAL = """
 name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
-data.split data.label_names data.partition.alpha data.partition.min_samples execution.clients_in_flight
+data.split data.label_names data.encoding data.partition.alpha data.partition.min_samples execution.clients_in_flight
 execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """
@@ -61,8 +64,17 @@ ELSEWHERE = {
     "deepspeed": "test_deepspeed_tools.py",
     "execution.threads": "refused at every start in bitwise mode",
     "foundation.trust_remote_code": "test_own_code.py",
+    "data.chat_template": "test_data_chat.py",
+    "data.prompt.preamble": "test_data_prompts.py",
+    "data.prompt.preamble_with_input": "test_data_prompts.py",
+    "data.prompt.instruction_header": "test_data_prompts.py",
+    "data.prompt.input": "test_data_prompts.py",
+    "data.prompt.input_header": "test_data_prompts.py",
+    "data.prompt.response_header": "test_data_prompts.py",
+    "data.prompt.answer_lead": "test_data_prompts.py",
+    "data.separator": "test_data_sources.py",
 }
-"""Neutral, and shown to be in another world than that of one process."""
+"""Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
 OTHER: dict[str, Any] = {
     "adapters.attention": ["q_proj"],
@@ -78,6 +90,8 @@ OTHER: dict[str, Any] = {
     "execution.reproducible": "fast",
     "execution.adapter_kernels": "torch",
     "data.template": "text",
+    "data.prompt.preset": "alpaca",
+    "data.prompt.end_of_text": False,
     "data.columns": {"output": "group"},
     "data.sequence_length": 24,
     "data.holdout": 0.6,
@@ -87,6 +101,7 @@ OTHER: dict[str, Any] = {
     "data.partition.clients": 3,
     "data.partition.column": "kind",
     "data.split": "test",
+    "data.encoding": "ascii",
     "data.label_names": ["yes", "no"],
     "evaluation.metrics": ["exact_match"],
 }
@@ -234,7 +249,8 @@ def test_another_value_is_refused(key: str, world: World) -> None:
     base = world.config()
     if key.startswith("federation.tiers."):
         here, old = "federation.tiers", "None"
-        tier = {"top_k": 2, "share": 1.0, key.rpartition(".")[2]: 1}
+        changed: dict[str, Any] = {"clients": ["a"]} if key.endswith("clients") else {"share": 1.0, key.rpartition(".")[2]: 1}
+        tier = {"top_k": 2, **changed}
         config = world.config({"federation": {"tiers": [tier]}})
     elif key.startswith("adapters.moe."):
         # Attention as it was: without the key, adapter experts would come without LoRA, which is a difference of its own.
@@ -249,9 +265,9 @@ def test_another_value_is_refused(key: str, world: World) -> None:
 
 @pytest.mark.parametrize("key", BY_CONTENT.split())
 def test_another_content_is_refused(key: str, world: World) -> None:
-    value = {"foundation.path": str(world.root / "model-2"), "data.source": str(world.root / "other.jsonl")}.get(
-        key
-    ) or OTHER.get(key)
+    other = str(world.root / "other.jsonl")
+    paths = {"foundation.path": str(world.root / "model-2"), "data.source": other, "data.validation": other}
+    value = paths.get(key) or OTHER.get(key)
     config = world.config(BESIDES.get(key, {}), nested(key, value if value is not None else another(key, KEYS[key], 0.1)))
     runtime, topology = alone()
     parts = load_parts(config, runtime, topology, Journal(world.root / "scratch", runtime).progress)
@@ -261,6 +277,16 @@ def test_another_content_is_refused(key: str, world: World) -> None:
     line = str(caught.value)
     assert line.startswith(f"--resume: {key}" if key not in BESIDES else f"--resume: {section}."), line
     assert "or another name" in line or "use another name" in line, line
+
+
+def test_other_rounds_are_refused_where_rates_follow_from_them(world: World) -> None:
+    scheduled = with_defaults(world.config({"local": {"rounds_schedule": "cosine"}}), world.parts.spec.method)
+    facts = (world.parts.foundation, world.parts.data, world.parts.identity["kernels"], True)
+    written, longer = identity(scheduled, *facts), scheduled.federation.model_copy(update={"rounds": 5})
+    ours = identity(scheduled.model_copy(update={"federation": longer}), *facts)
+    with pytest.raises(UserError, match=r"--resume: federation\.rounds: 5: .* with 2; the rate .*local\.rounds_schedule"):
+        check_identity(written, world.root / "no-config", ours, scheduled)
+    assert check_identity(written, world.root / "no-config", written, scheduled) == []
 
 
 @pytest.mark.parametrize("key", NEUTRAL.split())

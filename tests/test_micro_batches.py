@@ -25,7 +25,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
     **{name: [variant, PLAIN] for name, variant in VARIANTS.items() if name != "moments" and not name.startswith("scaffold")},
     **{name: [VARIANTS[name], PLAIN, {"local": {"momentum": 0.0}}] for name in ("scaffold", "scaffold-rows")},
     "clip": [VARIANTS["flame"], GATE, {"local": {**PLAIN["local"], "clip": 0.05}}],
-    "z-loss": [VARIANTS["flame"], GATE, PLAIN, {"local": {"z_loss": 0.3}}],
+    "z-loss": [VARIANTS["flame"], GATE, PLAIN, {"local": {"z_loss": 0.3}, "adapters": {"dropout": 0.2}}],
     "balance": [VARIANTS["flame"], GATE, PLAIN, {"local": {"balance_loss": 0.3}}],
     "recomputed": [VARIANTS["flame"], GATE, PLAIN, {"execution": {"activation_checkpointing": True}}],
     "full": [VARIANTS["fedit"], PLAIN, {"adapters": {"expert_training": "full"}}],

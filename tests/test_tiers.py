@@ -17,6 +17,7 @@ from test_methods_resume import StopsAfter, start
 from fedmoe_ds.clients.client import richest
 from fedmoe_ds.clients.tiers import tier_labels, tier_order, tier_top_k
 from fedmoe_ds.config import Config
+from fedmoe_ds.federation.evaluation import passes
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.planner.flops import tier_flops
@@ -114,6 +115,26 @@ def test_a_tier_is_evaluated_with_the_rank_that_it_buys(ranks: Result) -> None:
         assert [(e["split"], e.get("client"), e["loss"], e["accuracy"]) for e in rows] == expected, label
         assert {e["tier"] for e in rows} == {tier_top_k(label)}
     assert len({str(found[label]) for label in LABELS[1:]}) == 3, "unequal ranks predict differently"
+
+
+def test_clients_share_passes_of_an_evaluation_and_no_bit_changes(ranks: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, personal = ranks.parts.evaluator, ranks.parts.state.personal
+    sizes, run = [], evaluator._pass
+
+    def noting(parts: Any, how: Any) -> Any:
+        sizes.append(len(parts))
+        return run(parts, how)
+
+    monkeypatch.setattr(evaluator, "_pass", noting)
+    together = evaluator.scores(personal, True, False)
+    largest = max(sizes)
+    monkeypatch.setattr(evaluator, "shares_passes", False)
+    sizes.clear()
+    assert evaluator.scores(personal, True, False) == together
+    assert largest > 1 == max(sizes)
+    assert passes([2, 2, 1, 5, 1], [9, 3, 9, 3, 4], 4) == [[1], [3], [4, 0, 2]], (
+        "equal lengths are neighbours; a larger part is alone"
+    )
 
 
 @pytest.mark.parametrize(("run", "labels"), [("ranks", LABELS), ("experts", ["8 e9", "8 e3"])])

@@ -15,10 +15,14 @@ from federations import Result, joined, make_config, run_alone, run_joined, writ
 
 pytestmark = pytest.mark.timeout(600)
 
-PARTIAL: dict[str, Any] = {"federation": {"participation": 0.8}}
+PARTIAL: dict[str, Any] = {
+    "federation": {"participation": 0.8},
+    "evaluation": {"metrics": ["exact_match"], "generations": 3, "max_new_tokens": 2},
+}
 FAST: dict[str, Any] = {"execution": {"reproducible": "fast"}}
+DROPOUT: dict[str, Any] = {"adapters": {"dropout": 0.2}}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
+    "base": DROPOUT,
     "router": {
         "adapters": {"router": "train"},
         "local": {"balance_loss": 0.01, "z_loss": 0.001},
@@ -27,8 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank 2": {"adapters": {"rank": 2}},
     "no attention": {"adapters": {"attention": []}, "execution": {"micro_batch_size": None}},
     "bfloat16 moments": {"local": {"moments": "bfloat16"}},
-    "checkpointing": {"execution": {"activation_checkpointing": True}},
-    "fast": FAST,
+    "checkpointing": {"execution": {"activation_checkpointing": True}, **DROPOUT},
+    "packed": {"execution": {"packing": True, "micro_batch_size": 1}, **DROPOUT},
+    "fast": {**FAST, **DROPOUT},
 }
 
 
@@ -47,6 +52,7 @@ ON_FOUR = [
     Job(2, "router"),
     Job(4, "bfloat16 moments", 2),
     Job(4, "fast", 2),
+    Job(2, "packed", 2),
 ]
 MORE_ON_FOUR = [
     Job(4, "base"),
@@ -56,13 +62,14 @@ MORE_ON_FOUR = [
     Job(2, "no attention"),
     Job(2, "fast"),
 ]
-ON_TWO = [Job(1, "base"), Job(2, "base"), Job(1, "base", 1), Job(2, "base", 2), Job(2, "bfloat16 moments", 1)]
+ON_TWO = [Job(1, "base"), Job(2, "base"), Job(1, "base", 1), Job(2, "base", 2), Job(2, "bfloat16 moments", 1), Job(2, "packed")]
 ON_ONE = [
     Job(1, "base", 1),
     Job(1, "base", 2),
     Job(1, "base", None),
     Job(1, "bfloat16 moments", 1),
     Job(1, "checkpointing"),
+    Job(1, "packed", 1),
     Job(1, "fast"),
 ]
 

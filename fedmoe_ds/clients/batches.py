@@ -1,11 +1,16 @@
-"""Batches: which sequences a client trains on, step by step. Known to every rank without reading any data."""
+"""Batches: which sequences a client trains on, step by step, and pass by pass. Known to every rank without reading any data;
+where samples are packed, with their lengths.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.config import LocalConfig
@@ -38,3 +43,41 @@ def local_batches(client: Client, config: LocalConfig, seed: int, round_index: i
         [generator(seed, "batches", round_index, client.index, e).permutation(client.sequences) for e in range(epochs)]
     )
     return [order[s * size : (s + 1) * size] for s in range(steps)]
+
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What cuts the steps of packed samples into passes.
+
+    Attributes:
+        sequence_length: tokens of a full sequence (`data.sequence_length`).
+        lengths: of every training sequence of a client, by its index.
+    """
+
+    sequence_length: int
+    lengths: Callable[[int], Counts]
+
+
+def pass_bounds(batch: np.ndarray, size: int | None, packing: Packing | None = None, client: int = 0) -> list[int]:
+    """Where the passes over a step's samples begin in it, and the end of the last one.
+
+    Args:
+        size: sequences in a pass, None for all. Packed, a pass takes as many whole samples, in their order, as fit into the
+            tokens of that many full sequences.
+        client: whose samples they are.
+    """
+    if size is None or size >= len(batch):
+        return [0, len(batch)]
+    if packing is None:
+        return [*range(0, len(batch), size), len(batch)]
+    room, used, bounds = size * packing.sequence_length, 0, [0]
+    for place, length in enumerate(packing.lengths(client)[batch].tolist()):
+        # No sample is longer than a sequence, so a pass that begins with it has room for it.
+        if used + length > room:
+            bounds.append(place)
+            used = 0
+        used += length
+    return [*bounds, len(batch)]

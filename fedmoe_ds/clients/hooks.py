@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
@@ -19,9 +20,11 @@ ReadClient = Callable[[int], Sequences]
 
 
 class TrainingData(Protocol):
-    """Where clients' sequences come from."""
+    """Where clients' sequences come from; their lengths alone are known without reading them."""
 
     def train(self, client: int) -> Sequences: ...
+
+    def train_lengths(self, client: int) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,20 @@ unless bits are promised and the kernels do not keep rows apart (`RunSpec.shares
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.clients.assignment import Assignment
-from fedmoe_ds.clients.batches import local_batches
+from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.client_work import ClientWork
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
-from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.collectives import all_gather
 from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.model.adapter_bank import Bank
@@ -37,26 +32,6 @@ from fedmoe_ds.model.pass_context import InTraining
 
 Wave = list[list[Client]]
 """One wave of one cluster: the clients at home on each of its ranks."""
-
-
-@dataclass
-class _Work:
-    """One client's local training on any rank; `data` only on its home rank."""
-
-    client: Client
-    slot: int
-    assignment: Assignment
-    batches: list[np.ndarray]
-    data: Sequences | None = None
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    targets: int = 0
-    observed: dict[str, Tensor] = field(default_factory=dict)  # [L, E] sums over the round's batches
-
-    def micro_batches(self, step: int, size: int | None) -> int:
-        if step >= len(self.batches):
-            return 0
-        return math.ceil(len(self.batches[step]) / (size or len(self.batches[step])))
 
 
 class WaveTrainer:
@@ -69,6 +44,8 @@ class WaveTrainer:
         micro_batch_size: sequences of a client in one pass; None for all of a step.
         seed: run seed.
         hooks: what the method prescribes per client.
+        rounds: of the run; a learning rate scheduled across rounds needs it.
+        packing: where samples are packed, what cuts a step into passes.
     """
 
     def __init__(
@@ -79,9 +56,12 @@ class WaveTrainer:
         micro_batch_size: int | None,
         seed: int,
         hooks: LocalTrainingHooks | None = None,
+        rounds: int = 1,
+        packing: Packing | None = None,
     ) -> None:
+        assert model.packing == (packing is not None)
         self.model, self.execution, self.hooks = model, model.execution, hooks or LocalTrainingHooks()
-        self.local, self.micro, self.seed = local, micro_batch_size, seed
+        self.local, self.micro, self.seed, self.rounds, self.packing = local, micro_batch_size, seed, rounds, packing
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
         self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
@@ -126,12 +106,14 @@ class WaveTrainer:
         self.timer.lap("reports")
         return [(view, update) for (_, view), update in zip(_flat(works, views), updates, strict=True)]
 
-    def _work(self, client: Client, slot: int, round_index: int) -> _Work:
+    def _work(self, client: Client, slot: int, round_index: int) -> ClientWork:
         given = self.hooks.batches
         batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
-        return _Work(client, slot, self.hooks.assign(client, round_index), batches)
+        bounds = [pass_bounds(batch, self.micro, self.packing, client.index) for batch in batches]
+        assignment = self.hooks.assign(client, round_index)
+        return ClientWork(client, slot, assignment, batches, bounds, round_index, self.rounds)
 
-    def _view(self, work: _Work, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
+    def _view(self, work: ClientWork, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
         slots = {True: shard * self.pool.home_clients + work.slot}
         if shard == self.shard:
             slots[False] = work.slot
@@ -139,7 +121,9 @@ class WaveTrainer:
         return ClientView(work.client, work.assignment, self.bank, start, slots, state)
 
     @torch.no_grad()
-    def _load(self, works: list[list[_Work]], views: list[list[ClientView]], start: Bank, personal: dict[str, Tensor]) -> None:
+    def _load(
+        self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank, personal: dict[str, Tensor]
+    ) -> None:
         # A step clears what it has used; what a wave that ran out of memory has left behind is cleared here.
         self.bank.zero_grad()
         self.optimizer.reset()
@@ -154,7 +138,7 @@ class WaveTrainer:
                     view.value(spec).copy_(view.received(spec))
         self.execution.wave = self._in_training(works)
 
-    def _in_training(self, works: list[list[_Work]]) -> InTraining:
+    def _in_training(self, works: list[list[ClientWork]]) -> InTraining:
         home = self.pool.home_clients
         factors = [1.0] * self.pool.wave_clients
         for shard, mine in enumerate(works):
@@ -169,20 +153,20 @@ class WaveTrainer:
             None if plain else factors[self.shard * home : (self.shard + 1) * home],
         )
 
-    def _forward_backward(self, step: int, works: list[list[_Work]], counts: Counts) -> None:
+    def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""
         if self.pool.merge:
             everyone = [work for home in works for work in home]
-            for micro in range(max((w.micro_batches(step, self.micro) for w in everyone), default=0)):
-                self._pass([w for w in everyone if micro < w.micro_batches(step, self.micro)], step, micro, None, counts)
+            for micro in range(max((w.micro_batches(step) for w in everyone), default=0)):
+                self._pass([w for w in everyone if micro < w.micro_batches(step)], step, micro, None, counts)
             return
         # The same slot on all ranks at a time, so a rank's rows in a pass are one client's (see `make_plan`).
         for slot in range(self.pool.home_clients):
             here = [home[slot] for home in works if slot < len(home)]
-            for micro in range(max((w.micro_batches(step, self.micro) for w in here), default=0)):
-                self._pass([w for w in here if micro < w.micro_batches(step, self.micro)], step, micro, slot, counts)
+            for micro in range(max((w.micro_batches(step) for w in here), default=0)):
+                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, slot, counts)
 
-    def _pass(self, everyone: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+    def _pass(self, everyone: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
         works = [work for work in everyone if work.data is not None]
         try:
@@ -192,10 +176,9 @@ class WaveTrainer:
                 raise
             # The loop's order and this choice depend on sizes alone, so every rank of the cluster would name the same client.
             largest = max(everyone, key=lambda work: len(work.batches[step]))
-            count = min(len(largest.batches[step]), self.micro or len(largest.batches[step]))
-            raise OutOfMemory(largest.client, count) from None
+            raise OutOfMemory(largest.client, largest.bounds[step][1]) from None
 
-    def _run(self, works: list[_Work], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         rows = [self._rows(work, step, micro) for work in works]
         batch = self.model.batch(rows)
         result = self.model.forward(batch, slot, self._factors(works))
@@ -215,20 +198,20 @@ class WaveTrainer:
         for work in works:
             self._observed(work, result.run.observed)
 
-    def _factors(self, works: list[_Work]) -> list[float] | None:
+    def _factors(self, works: list[ClientWork]) -> list[float] | None:
         factors = {work.slot: work.assignment.rescale for work in works if work.assignment.rescale is not None}
         return [factors.get(slot, 1.0) for slot in range(self.pool.home_clients)] if factors else None
 
-    def _rows(self, work: _Work, step: int, micro: int) -> Rows:
+    def _rows(self, work: ClientWork, step: int, micro: int) -> Rows:
         assert work.data is not None
         if len(work.losses) == step:
             work.losses.append(0.0)
-        size = self.micro or len(work.batches[step])
-        chosen = work.batches[step][micro * size : (micro + 1) * size]
+        chosen, address = work.chosen(step, micro)
         allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
-        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, self.model.foundation.images)
+        images = self.model.foundation.images
+        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, images, address)
 
-    def _step_sums(self, work: _Work, step: int) -> tuple[int, int]:
+    def _step_sums(self, work: ClientWork, step: int) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
         assert work.data is not None
         whole = Rows.of(work.slot, work.assignment.cap, work.data, work.batches[step], images=self.model.foundation.images)
@@ -238,13 +221,13 @@ class WaveTrainer:
         found = [by_slot[slot] for by_slot in losses.values()]
         return torch.stack(found).mean() if found else 0.0
 
-    def _observed(self, work: _Work, observed: dict[int, dict[int, dict[str, Tensor]]]) -> None:
+    def _observed(self, work: ClientWork, observed: dict[int, dict[int, dict[str, Tensor]]]) -> None:
         for row, layer in enumerate(self.layers):
             for name in self.hooks.observes:
                 empty = torch.zeros(len(self.layers), self.pool.num_experts, dtype=torch.float64)
                 work.observed.setdefault(name, empty)[row] += observed[layer][work.slot][name].double().cpu()
 
-    def _optimize(self, step: int, round_index: int, works: list[list[_Work]], views: list[list[ClientView]]) -> None:
+    def _optimize(self, step: int, round_index: int, works: list[list[ClientWork]], views: list[list[ClientView]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
         for work, view in _flat(works, views):
             if step < len(work.batches):
@@ -260,7 +243,7 @@ class WaveTrainer:
             # A NaN norm compares as False and the step is taken as it is; the client is then found not finite and left out.
             if norms is not None and norms[view.slots[True]] > (self.local.clip or 0.0):
                 factor = (self.local.clip or 0.0) / norms[view.slots[True]]
-            lr = learning_rate(self.local, step, len(work.batches))
+            lr = work.rates(self.local)[step]
             address = (round_index, work.client.index)
             self.optimizer.step(self.expert_blocks, view.slots[True], step + 1, lr, factor, address)
             if False in view.slots:
@@ -278,7 +261,7 @@ class WaveTrainer:
         return [float(row.sum().sqrt()) for row in torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)]
 
     def _updates(
-        self, works: list[list[_Work]], views: list[list[ClientView]], counts: Counts, seconds: float
+        self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float
     ) -> list[ClientUpdate]:
         gatherer = Gatherer(self.pool, self.bank.device)
         mine = works[self.shard]
@@ -311,10 +294,10 @@ class WaveTrainer:
             )
         return updates
 
-    def _remembered(self, work: _Work, view: ClientView) -> dict[str, Tensor]:
-        rates = sum(learning_rate(self.local, step, len(work.batches)) for step in range(len(work.batches)))
+    def _remembered(self, work: ClientWork, view: ClientView) -> dict[str, Tensor]:
+        rates = sum(work.rates(self.local))
         return {name: value for remember in self.hooks.remember for name, value in remember(view, rates).items()}
 
 
-def _flat(works: list[list[_Work]], views: list[list[ClientView]]) -> list[tuple[_Work, ClientView]]:
+def _flat(works: list[list[ClientWork]], views: list[list[ClientView]]) -> list[tuple[ClientWork, ClientView]]:
     return [pair for home in zip(works, views, strict=True) for pair in zip(*home, strict=True)]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client, richest
@@ -35,6 +36,11 @@ class PooledData:
         if pixels:
             return Sequences.of_images(np.concatenate(pixels), np.concatenate(labels))
         return Sequences(ids, masks)
+
+    def train_lengths(self, client: int) -> NDArray[np.int64]:
+        """Tokens of each of them."""
+        assert client == 0, client
+        return np.concatenate([self.data.train_lengths(index) for index in range(len(self.data))])
 
 
 def pooled_client(clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int) -> Client:

@@ -2,6 +2,9 @@
 
 A tier is called by its top-k, `4`. Where tiers of one top-k buy unequal LoRA ranks or numbers of experts, these are said too:
 `4 r2` trains two LoRA rows, `4 e8` eight experts per batch.
+
+Clients come to their tiers in one of three ways: by the tiers' shares, dealt in random order; by name (`clients` of a tier);
+or by a column of the data that holds the label of their tier.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedmoe_ds.config import FederationConfig, TierConfig
+from fedmoe_ds.data.groups import group_name
 from fedmoe_ds.errors import UserError
 
 BudgetKind = Literal["top_k", "rank", "experts"]
@@ -28,7 +32,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Tier:
-    """A budget tier with everything decided, see `Client`; `label` is what outputs call it."""
+    """A budget tier with everything decided, see `Client`; `label` is what outputs call it, `clients` who is named for it."""
 
     top_k: int
     share: float
@@ -36,6 +40,7 @@ class Tier:
     rank: int
     experts: int
     label: str = ""
+    clients: tuple[str, ...] = ()
 
     @property
     def budget(self) -> Budget:
@@ -57,7 +62,7 @@ def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) 
     Args:
         spends: what the method spends a budget on; `federation.budget` overrides it.
     Raises:
-        UserError: no tier, or a number beyond the model's.
+        UserError: no tier, a number beyond the model's, or clients that are given to tiers in no way, or in two.
     """
     given = config.tiers if config.tiers is not None else default_tiers(full.top_k)
     if not given:
@@ -70,6 +75,7 @@ def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) 
             value = getattr(tier, key)
             if value is not None and value > most:
                 raise UserError(f"federation.tiers.{i}.{key}: {value}: the model {verb} {most} {unit}; use 1 to {most}")
+    _check_dealing(config)
     bought = spends if config.budget == "method" else config.budget
     tiers = [_decide(tier, full, bought) for tier in given]
     labels = tier_labels(tier.budget for tier in tiers)
@@ -84,11 +90,37 @@ def _decide(tier: TierConfig, full: Capacity, spends: str) -> Tier:
     experts = tier.experts or max(1, int(full.experts * share))
     return Tier(
         top_k,
-        tier.share,
+        tier.share or 1.0,
         cap=top_k if spends in ("top_k", "both") else full.top_k,
         rank=rank if spends in ("rank", "both") else full.rank,
         experts=experts if spends == "experts" else full.experts,
+        clients=tuple(group_name(name) or name for name in tier.clients or ()),
     )
+
+
+def _check_dealing(config: FederationConfig) -> None:
+    """Shares, names or a column: one of them says which clients a tier has."""
+    tiers, column = config.tiers or [], config.tier_column
+    named = any(tier.clients for tier in tiers)
+    if named and column is not None:
+        raise UserError(f"federation.tier_column: {column}: federation.tiers.N.clients names the clients; drop one of the two")
+    why = "names its clients" if named else f"has its clients by federation.tier_column={column}"
+    given = named or column is not None
+    for i, tier in enumerate(tiers):
+        if given and tier.share is not None:
+            raise UserError(f"federation.tiers.{i}.share: {tier.share}: a tier of this run {why}; drop the share")
+        if named and not tier.clients:
+            raise UserError(f"federation.tiers.{i}.clients: missing: other tiers name theirs; name them here, too")
+        if not given and tier.share is None:
+            raise UserError(f"federation.tiers.{i}.share: missing; give it as number > 0, or name the tier's clients")
+    if given and config.assignment != "shuffled":
+        raise UserError(f"federation.assignment: {config.assignment}: nobody is dealt, every tier {why}; drop the key")
+    seen: dict[str, int] = {}
+    for i, tier in enumerate(tiers):
+        for name in tier.clients or ():
+            # Under the name that the data would have: two spellings of a name are one client.
+            if (other := seen.setdefault(group_name(name) or name, i)) != i:
+                raise UserError(f"federation.tiers.{i}.clients: {name}: tier {other} names it, too; leave it in one of them")
 
 
 Budget = tuple[int, int, int]

@@ -18,11 +18,11 @@ from fedmoe_ds.config.schema import (
     MoEAdapterConfig,
     PartitionConfig,
     PretrainConfig,
-    Section,
     ServerConfig,
     TierConfig,
     TopologyConfig,
 )
+from fedmoe_ds.config.section import Section
 
 __all__ = [
     "AdapterConfig",

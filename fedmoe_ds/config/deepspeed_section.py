@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from fedmoe_ds.config.problems import explained, first_of, shown
-from fedmoe_ds.config.schema import Section
+from fedmoe_ds.config.section import Section
 from fedmoe_ds.errors import nearest
 
 

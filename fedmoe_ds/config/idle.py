@@ -34,6 +34,8 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     on_experts = adapters.experts and adapters.moe is None and adapters.expert_training == "lora"
     if not on_experts and not adapters.projections:
         yield "adapters", ("rank", "alpha"), "there is no LoRA"
+    if not adapters.projections:
+        yield "adapters", ("dropout",), "there is no LoRA on projections, and experts have no dropout"
     if federation.participation == 1.0:
         yield "federation", ("sampling",), "federation.participation is 1: all are drawn"
     if local.steps is not None:
@@ -42,6 +44,8 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         yield "local", ("momentum",), "local.optimizer is adamw"
     else:
         yield "local", ("betas", "eps"), f"local.optimizer is {local.optimizer}"
+    if local.rounds_schedule == "constant":
+        yield "local", ("final_lr",), "local.rounds_schedule is constant"
     if local.drift != "fedprox":
         yield "local", ("proximal",), f"local.drift is {local.drift}"
     if server.optimizer in ("fedavg", "fedavgm"):

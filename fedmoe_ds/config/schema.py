@@ -11,12 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys, immutable."""
-
-    # strict: YAML has types, so "4" for 4 is a mistake. frozen: what was checked and saved is what runs.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from fedmoe_ds.config.prompt import PromptConfig
+from fedmoe_ds.config.section import Section
 
 
 class PretrainConfig(Section):
@@ -58,6 +54,9 @@ class AdapterConfig(Section):
         True, description="train every expert's gate_up and down projection; where a dense foundation has none, false is meant"
     )
     expert_training: Literal["lora", "full"] = Field("lora", description="LoRA on the experts, or their whole weights")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="LoRA dropout on the input of adapters of projections, in steps of 1/65536; not on experts"
+    )
     attention: list[str] = Field(
         ["q_proj", "v_proj"], description="attention projections with LoRA; [] for none, which is the default with `moe`"
     )
@@ -112,7 +111,7 @@ class TopologyConfig(Section):
 
 
 class TierConfig(Section):
-    """One budget tier: the FLOPs of `top_k` active experts per token, and the share of clients that live under it.
+    """One budget tier: the FLOPs of `top_k` active experts per token, and the share or names of the clients under it.
 
     FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
     may train, take the fraction top_k / K of theirs, unless the tier says another number. Without experts (plain LoRA on a
@@ -120,7 +119,10 @@ class TierConfig(Section):
     """
 
     top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
-    share: float = Field(gt=0)
+    share: float | None = Field(None, gt=0, description="share of the clients; needed unless they are named")
+    clients: list[str] | None = Field(
+        None, min_length=1, description="the tier's clients by name; then every tier names its own, and none has a share"
+    )
     rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
     experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
 
@@ -142,7 +144,10 @@ class FederationConfig(Section):
     budget: Literal["method", "top_k", "rank", "both"] = Field(
         "method", description="what a tier's budget buys; method: what its paper says"
     )
-    assignment: Literal["shuffled", "in_order"] = Field("shuffled", description="how clients are dealt to tiers")
+    assignment: Literal["shuffled", "in_order"] = Field("shuffled", description="how clients are dealt to tiers by share")
+    tier_column: str | None = Field(
+        None, description="column of the data that holds each client's tier, as outputs call it (4, or 4 r2); natural partition"
+    )
 
 
 class LocalConfig(Section):
@@ -155,6 +160,10 @@ class LocalConfig(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over the client's own steps")
+    rounds_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the rate that a round starts from: across federation.rounds, from lr to final_lr"
+    )
+    final_lr: float = Field(1e-6, gt=0, description="rate of the last round, with rounds_schedule linear or cosine")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
     weight_decay: float = Field(0.0, ge=0, description="of all that a client trains, experts that it never used included")
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
@@ -217,7 +226,11 @@ class DataConfig(Section):
     split: str = Field("train", description="split of a hub data set or of a DatasetDict")
     separator: str | None = Field(None, description="what separates the fields of CSV files; default a comma, in .tsv a tab")
     encoding: str = Field("utf-8", description="of files that are text: a codec of Python, such as cp1252")
-    template: Literal["text", "instruction", "classification"] = "text"
+    template: Literal["auto", "text", "chat", "instruction", "classification"] = Field(
+        "auto", description="what a row is; auto: text where there is a column `text`, chat where the columns are a chat's"
+    )
+    prompt: PromptConfig = PromptConfig()
+    chat_template: str | None = Field(None, description="file of a Jinja chat template, in place of the tokenizer's own")
     columns: dict[str, str] = Field(default_factory=dict, description="template field -> column, where names differ")
     label_names: list[str] = Field(
         default_factory=list, description="classification: the words of integer labels, or of their digits"
@@ -249,13 +262,29 @@ class DataConfig(Section):
             raise ValueError(f'{given!r:.60}: expected one character, no quote, no line end; a tab is "\\t" in double quotes')
         return given
 
+    @model_validator(mode="after")
+    def _check_template(self) -> DataConfig:
+        # Keys of another template would have no effect.
+        if self.prompt != PromptConfig() and self.template != "instruction":
+            raise ValueError(f"prompt: for data.template=instruction only, and it is {self.template}; drop the key")
+        if self.chat_template is not None and self.template not in ("auto", "chat"):
+            raise ValueError(f"chat_template: for data.template=chat only, and it is {self.template}; drop the key")
+        return self
+
 
 class ExecutionConfig(Section):
     """How the same mathematics is run."""
 
     reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
     clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per client in one pass; null: whole step")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="sequences per client in one pass; null: whole step; with packing, as many tokens as full ones have",
+    )
+    packing: bool = Field(
+        False, description="lay the samples of a pass end to end, without padding; each attends to itself alone"
+    )
     threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(

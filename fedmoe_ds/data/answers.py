@@ -59,11 +59,11 @@ class AnswerReader:
         # A gap between targets is a prompt: another turn of the user.
         gaps = np.flatnonzero(np.diff(targets) > 1)
         start, stop = int(targets[gaps[-1] + 1] if len(gaps) else targets[0]), int(targets[-1]) + 1
-        # Decoding ends at the first end-of-text token; a template may have targets after it, such as a line break.
-        ended = np.flatnonzero(ids_S[start:stop] == self.end)
+        ends = {self.end, int(ids_S[stop - 1])} & (self.special | {self.end})
+        # Decoding stops at the first of them; a template may have targets after it, such as a line break.
+        ended = np.flatnonzero(np.isin(ids_S[start:stop], sorted(ends)))
         stop = start + int(ended[0]) + 1 if len(ended) else stop
-        tokens = tuple(int(token) for token in ids_S[start:stop])
-        return Answer(start, stop, tokens, frozenset({self.end, tokens[-1]} & (self.special | {self.end})))
+        return Answer(start, stop, tuple(int(token) for token in ids_S[start:stop]), frozenset(ends))
 
     def each(self, part: Sequences) -> list[Answer]:
         """The answer of every sequence."""
@@ -82,10 +82,15 @@ def check_prompts(part: Sequences, key: str) -> None:
     """Raise UserError where samples have no prompt before their answer: `key` asks for a metric that needs one."""
     # Position 0 is never a target, so the targets of a document begin at 1.
     if any(int(np.argmax(mask)) <= 1 for mask in part.loss_mask):
-        raise UserError(
-            f"{key}: the samples have no prompt and no answer (data.template: text): nothing is asked, so no answer can be "
-            "right; use data.template=instruction, classification or chat, or drop the key"
-        )
+        raise no_prompt(key)
+
+
+def no_prompt(key: str) -> UserError:
+    """The line for samples that are documents."""
+    return UserError(
+        f"{key}: samples of data.template=text are documents: nothing is asked, so no answer can be right; use another "
+        "template, or drop the key"
+    )
 
 
 def choices(data: FederatedData, reader: AnswerReader) -> list[tuple[int, ...]]:

@@ -22,10 +22,14 @@ from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
+from fedmoe_ds.data.progress import told_to
 from fedmoe_ds.data.sources import Source, Sources, open_sources
-from fedmoe_ds.data.store import IMAGE_SHAPE, Sequences, Store, storage_error, usable, write_store
+from fedmoe_ds.data.store import IMAGE_SHAPE, TIERS, UNITS, Sequences, Store, storage_error, usable, write_store, write_units
 from fedmoe_ds.data.task import check_task
+from fedmoe_ds.data.templates.chat_template import template_text
+from fedmoe_ds.data.templates.reading import Reading
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage.cleaning import MADE_FROM
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 if TYPE_CHECKING:
@@ -34,11 +38,14 @@ if TYPE_CHECKING:
 __all__ = ["FederatedData", "Sequences", "prepare"]
 
 # Part of the cache key: raise it whenever equal inputs would give other sequences or another layout.
-FORMAT = 2
+FORMAT = 3
+READING = "reading"
 _FIRST_KEYS = frozenset(
     {"template", "columns", "label_names", "sequence_length", "max_samples", "holdout", "global_holdout", "partition"}
 )
 """Keys that are part of every content key, whatever their value."""
+_BY_CONTENT = ("source", "split", "validation", "chat_template")
+"""Keys that name something whose content is in the key."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,9 @@ class FederatedData:
     counts the targets of one epoch: target tokens, or images. `distribution` is {"labels": [...], "counts":
     [client][label]}, in units dealt to the client, its hold-out included. `sequence_length` is 1 for images, because how
     many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text. `omissions` counts
-    samples that were left out or cut. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels.
+    samples that were left out or cut. `tiers` are the labels of the clients' tiers, None where the data do not say them.
+    `fingerprint` is a sha256 over all tokens and targets, or pixels and labels. `reading` says how rows became tokens:
+    template, columns, and the text of a prompt or a chat template.
     """
 
     names: list[str]
@@ -64,6 +73,8 @@ class FederatedData:
     path: Path
     _store: Store = field(repr=False, compare=False)
     image_shape: tuple[int, int, int] | None = None
+    tiers: list[str] | None = None
+    reading: Reading = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path | str) -> FederatedData:
@@ -83,6 +94,9 @@ class FederatedData:
             fields[key] = np.array(header[key], dtype=np.int64)
         if (shape := header.get(IMAGE_SHAPE)) is not None:
             fields["image_shape"] = tuple(shape)
+        fields["tiers"] = header.get(TIERS)
+        # Data that an earlier version prepared do not say it.
+        fields["reading"] = header.get(READING, {})
         return cls(**fields, path=path, _store=store)
 
     def __len__(self) -> int:
@@ -92,6 +106,10 @@ class FederatedData:
         """Return the training sequences (or images) of one client (its index in `names`)."""
         # Owners lie in pairs, train then hold-out (see _write); the global hold-out is the last one.
         return self._store.read(2 * self._checked(client))
+
+    def train_lengths(self, client: int) -> NDArray[np.int64]:
+        """Return the tokens of each training sequence of one client; nothing else of them is read."""
+        return self._store.lengths(2 * self._checked(client))
 
     def holdout(self, client: int) -> Sequences:
         """Return the hold-out of one client, in random order; empty where the client has a single sample."""
@@ -110,35 +128,46 @@ class FederatedData:
 
 
 def prepare(
-    config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast | None, cache_dir: Path, code: str | None = None
+    config: DataConfig,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast | None,
+    cache_dir: Path,
+    code: str | None = None,
+    note: Callable[[str], None] | None = None,
+    tier_column: str | None = None,
 ) -> FederatedData:
     """Return the federated data of a run, from `cache_dir/<content hash>` or made now; call it on one rank only.
 
     The result is a function of (config, seed, tokenizer, content of the source); `tokenizer` is None for an image
     foundation, and `code` the digest of Python code of its own that it runs. A damaged cache entry is reported and made again.
+    `note` takes lines of progress, every few seconds; `tier_column` is the column that says of which tier a client is.
     Raises UserError for whatever is wrong with the source, its columns, its rows, the partition or the cache folder, and for
     data of another task than the foundation's.
     """
     if tokenizer is None:
         check_task("image_classification", config)
+        if tier_column is not None:
+            raise UserError(f"federation.tier_column: {tier_column}: images have no columns; name clients in federation.tiers")
         return _prepare_images(config, seed, cache_dir)
     check_task("causal_lm", config)
     # The encoder first: a tokenizer that does not serve is told before a large source is read.
     encoder = Encoder(tokenizer, own_code=code is not None)
     sources = open_sources(config, cache_dir.parent)
-    folder = cache_dir / _content_key(config, seed, tokenizer, sources, code)
+    folder = cache_dir / _content_key(config, seed, tokenizer, sources, code, tier_column)
 
     def prepared() -> Prepared:
-        return assemble(sources, config, seed, encoder)
+        with told_to(note):
+            return assemble(sources, config, seed, encoder, tier_column)
 
-    return _found_or_made(folder, prepared, {"sequence_length": config.sequence_length})
+    header = {"sequence_length": config.sequence_length, MADE_FROM: f"{config.source} as {config.template}"}
+    return _found_or_made(folder, prepared, header)
 
 
 def _prepare_images(config: DataConfig, seed: int, cache_dir: Path) -> FederatedData:
     given = IMAGE_SETS[str(config.source)]
     images = given.split(cache_dir.parent)[1]
     folder = cache_dir / _image_key(config, seed, images)
-    header = {"sequence_length": 1, IMAGE_SHAPE: list(given.shape)}
+    header = {"sequence_length": 1, IMAGE_SHAPE: list(given.shape), MADE_FROM: config.source}
     return _found_or_made(folder, lambda: assemble_images(images, config, seed), header)
 
 
@@ -151,11 +180,18 @@ def _found_or_made(folder: Path, prepared: Callable[[], Prepared], header: dict[
     return FederatedData.open(folder)
 
 
-def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, sources: Sources, code: str | None) -> str:
+def _content_key(
+    config: DataConfig,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    sources: Sources,
+    code: str | None,
+    tier_column: str | None,
+) -> str:
     parts = {
         "format": FORMAT,
         # The digest stands for the source: the same file under another path is the same data.
-        "config": config.model_dump(mode="json", exclude={"source", "split", "validation"} | _at_default(config)),
+        "config": config.model_dump(mode="json", exclude={*_BY_CONTENT, *_at_default(config)}),
         "kind": type(sources.train).__name__,
         "source": sources.train.digest(),
         "seed": seed,
@@ -163,6 +199,9 @@ def _content_key(config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFa
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         # Absent where there is no code, so that caches of earlier versions are still found.
         **({} if code is None else {"code": code}),
+        **({} if tier_column is None else {"tier_column": tier_column}),
+        # What the file or the tokenizer holds, not where it lies.
+        **({"chat": template_text(config, tokenizer)} if config.template in ("auto", "chat") else {}),
         **({} if sources.validation is None else {"validation": _named(sources.validation)}),
     }
     return tree_sha256(parts)[:32]
@@ -203,5 +242,15 @@ def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:
         "distribution": prepared.distribution,
         **extra,
         "omissions": prepared.omissions.as_dict(),
+        **({} if prepared.tiers is None else {TIERS: prepared.tiers}),
+        READING: prepared.reading,
     }
-    write_store(folder, [*owners, prepared.global_holdout], header)
+    owners.append(prepared.global_holdout)
+    shared, used = prepared.shared, sum(map(len, owners))
+    # Of few of many (max_samples), a copy is smaller than the whole; images are few, and have one deal for all.
+    if shared is None or shared.content.labels is not None or used * 2 < len(shared.content):
+        write_store(folder, owners, header)
+        return
+    name = write_units(folder.parent, shared.content, extra)
+    dealt = f"{extra.get(MADE_FROM, '')}, dealt to {len(prepared.names)} clients out of {name}"
+    write_store(folder, owners, {**header, UNITS: name, MADE_FROM: dealt}, shared.rows)

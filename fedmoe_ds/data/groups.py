@@ -22,7 +22,9 @@ EXACT = 2**53
 """Beyond it, neighbouring whole numbers are the same floating-point number."""
 
 
-def group_names(values: Iterable[Any], column: str, words: list[str] | None = None) -> list[str]:
+def group_names(
+    values: Iterable[Any], column: str, words: list[str] | None = None, key_name: str = "data.partition.column"
+) -> list[str]:
     """Return the name of every row's group; `words` are those of a `ClassLabel`. Raises UserError as said above."""
     known: dict[Any, str] = {}
     names = []
@@ -33,12 +35,12 @@ def group_names(values: Iterable[Any], column: str, words: list[str] | None = No
             name = group_name(value, words)
             if name is None:
                 raise UserError(
-                    f"data.partition.column: {column}: row {row + 1} holds {value!r:.40}, no group's name; mend or drop the row"
+                    f"{key_name}: {column}: row {row + 1} holds {value!r:.40}, no group's name; mend or drop the row"
                 )
             known[key] = name
         # Names are shared: a column of a million rows and ten groups holds ten strings.
         names.append(known[key])
-    _check_distinguishable(set(names), column)
+    _check_distinguishable(set(names), column, key_name)
     return names
 
 
@@ -60,13 +62,13 @@ def group_name(value: Any, words: list[str] | None = None) -> str | None:
     return name if name and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name) else None
 
 
-def _check_distinguishable(names: set[str], column: str) -> None:
+def _check_distinguishable(names: set[str], column: str, key_name: str) -> None:
     seen: dict[str, str] = {"": ""}  # no name may look like nothing
     for name in sorted(names):
         # Cf: format characters, such as zero-width joiners and marks of direction.
         visible = " ".join("".join(letter for letter in name if unicodedata.category(letter) != "Cf").split())
         if (other := seen.setdefault(visible, name)) != name:
             raise UserError(
-                f"data.partition.column: {column}: the names {other!a} and {name!a} differ only in invisible characters; "
+                f"{key_name}: {column}: the names {other!a} and {name!a} differ only in invisible characters; "
                 "change one of them"
             )

@@ -11,6 +11,8 @@ from fedmoe_ds.terminal import visible
 
 EMPTY = "empty"
 NO_ROOM = "no_room"
+REFUSED = "refused"
+UNMARKED = "unmarked"
 CUT = "cut"
 NAMED = "special_names"
 """Left whole, but told as well: its text holds the name of a special token, which stays text."""
@@ -18,10 +20,12 @@ NAMED = "special_names"
 MEANING = {
     EMPTY: "with an empty text or answer",
     NO_ROOM: "whose prompt (or label) leaves no room in data.sequence_length",
+    REFUSED: "that the chat template refuses",
+    UNMARKED: "in which the chat template's text does not tell prompt and answer apart",
     CUT: "cut at data.sequence_length",
     NAMED: "with the name of a special token in the text, kept as plain text",
 }
-LEFT_OUT = (EMPTY, NO_ROOM)
+LEFT_OUT = (EMPTY, NO_ROOM, REFUSED, UNMARKED)
 SHOWN = 3
 
 Counts = Mapping[str, int]

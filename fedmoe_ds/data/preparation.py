@@ -8,7 +8,7 @@ prepares.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,18 @@ class Prepared:
     global_holdout: Sequences
     distribution: dict[str, Any]
     omissions: Omissions
+    tiers: list[str] | None = None
+    shared: Shared | None = None
+    reading: templates.Reading = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Units that are finished sequences, and which of them each owner has: train and hold-out of every client in the order of
+    `names`, then the global hold-out. Another seed deals the same units, so they are stored once."""
+
+    content: Sequences
+    rows: list[NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -54,26 +66,34 @@ class _Units:
 
 @dataclass(frozen=True)
 class _Validation:
-    """The hold-out that the configuration names: its content in random order, and the rows that were read for it."""
+    """The hold-out that the configuration names: its content, a random order of it, and the rows that were read for it."""
 
     content: Sequences
+    order: NDArray[np.int64]
     rows: int
     omissions: list[tuple[int, str]]
 
+    @property
+    def shuffled(self) -> Sequences:
+        return self.content.select(self.order)
 
-def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder) -> Prepared:
-    """Return all clients' data.
+
+def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder, tier_column: str | None = None) -> Prepared:
+    """Return all clients' data, with what `tier_column` says about each client where it is given.
 
     Raises UserError for missing columns, malformed rows, too few samples, and clients that would be empty.
     """
     source = sources.train
-    # First: it is small as a rule, and a mistake in it need not wait for the encoding of everything else.
-    validation = None if sources.validation is None else _validation(sources.validation, config, seed, encoder)
     group_column, natural = source.group_column, config.partition.kind == "natural"
     grouping = {column for column in (config.partition.column, group_column) if column is not None}
+    grouping |= set() if tier_column is None else {tier_column}
     table = source.table(templates.candidates(config) | grouping)
+    # From here on the template is the one that the columns say.
+    config = templates.resolve_template(table, config)
     columns = templates.resolve_columns(table, config)
     templates.check_rows(table, columns, config)
+    # Early: it is small as a rule, and a mistake in it need not wait for the encoding of everything else.
+    validation = None if sources.validation is None else _validation(sources.validation, config, seed, encoder)
     labels = _row_labels(table, columns, config, group_column)
     wanted: list[str] = []
     if natural:
@@ -81,6 +101,7 @@ def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder) 
         wanted = partition.largest_groups(labels, _weights(table, columns, config), config.partition.clients, seed)
         kept = _rows_in(labels, set(wanted))
         table, labels = table.select(kept), [labels[row] for row in kept]
+    tiers = None if tier_column is None else _tiers(table, labels, tier_column, natural)
     samples = templates.encode(table, columns, config, encoder)
     left_out = sum(kind in LEFT_OUT for _, kind in samples.omissions)
     _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, left_out)
@@ -89,10 +110,13 @@ def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder) 
     # Natural: the client of a left-out row is known from its label. Else only dealt rows have a client.
     owner_of = dict(enumerate(labels)) if natural else owners
     found = [(kind, owner_of.get(row)) for row, kind in samples.omissions]
-    if validation is None:
-        return replace(prepared, omissions=Omissions.of(len(table), found))
-    found += [(kind, None) for _, kind in validation.omissions]
-    return replace(prepared, omissions=Omissions.of(len(table) + validation.rows, found))
+    read = len(table)
+    if validation is not None:
+        found += [(kind, None) for _, kind in validation.omissions]
+        read += validation.rows
+    named = None if tiers is None else [tiers[name] for name in prepared.names]
+    reading = templates.reading_of(table, columns, config, encoder)
+    return replace(prepared, omissions=Omissions.of(read, found), reading=reading, tiers=named)
 
 
 def _validation(source: Source, config: DataConfig, seed: int, encoder: Encoder) -> _Validation:
@@ -110,8 +134,8 @@ def _validation(source: Source, config: DataConfig, seed: int, encoder: Encoder)
     units = _Units(Sequences(samples.tokens, samples.loss_mask), [], packed=config.template != "text", stratified=False)
     content = _finished(units, np.arange(len(samples.rows)), config.sequence_length)
     # In random order: an evaluation may take the first sequences only.
-    content = content.select(generator(seed, "validation-order").permutation(len(content)))
-    return _Validation(content, len(table), samples.omissions)
+    order = generator(seed, "validation-order").permutation(len(content))
+    return _Validation(content, order, len(table), samples.omissions)
 
 
 def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Prepared:
@@ -140,11 +164,13 @@ def _deal(
     rest = np.setdiff1d(np.arange(len(units.labels)), held)
     dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
     train, held_by_client, counts = [], [], []
+    owned: list[NDArray[np.int64]] = []
     # Canonical order: that of every per-client array of a run.
     for name in sorted(dealt):
         stop_point()
-        sequences, label_count = _client(name, units, rest[dealt[name]], config, seed)
+        rows, sequences, label_count = _client(name, units, rest[dealt[name]], config, seed)
         kept_rows, held_rows = holdout.split_client(len(sequences), config.holdout, seed, name)
+        owned += [rows[kept_rows], rows[held_rows]] if units.packed else []
         train.append(sequences.select(kept_rows))
         held_by_client.append(sequences.select(held_rows))
         counts.append(label_count)
@@ -153,11 +179,21 @@ def _deal(
         names=sorted(dealt),
         train=train,
         holdout=held_by_client,
-        global_holdout=_finished(units, held, config.sequence_length) if validation is None else validation.content,
+        global_holdout=_finished(units, held, config.sequence_length) if validation is None else validation.shuffled,
         distribution=_distribution(counts),
         omissions=Omissions(),
+        shared=_shared(units, [*owned, held], validation) if units.packed else None,
     )
     return prepared, owners
+
+
+def _shared(units: _Units, rows: list[NDArray[np.int64]], validation: _Validation | None) -> Shared:
+    """Units and what each owner has of them; a validation of its own stands behind the units."""
+    if validation is None:
+        return Shared(units.content, rows)
+    ours, theirs = units.content, validation.content
+    content = Sequences(ours.input_ids + theirs.input_ids, ours.loss_mask + theirs.loss_mask)
+    return Shared(content, [*rows[:-1], validation.order + len(ours)])
 
 
 def _row_labels(table: Table, columns: dict[str, str], config: DataConfig, group_column: str | None) -> list[str]:
@@ -180,6 +216,20 @@ def _row_labels(table: Table, columns: dict[str, str], config: DataConfig, group
     if column == columns.get("label"):
         return groups.group_names(templates.label_words(table, column, config.label_names), column)
     return groups.group_names(table[column], column, table.classes.get(column))
+
+
+def _tiers(table: Table, labels: list[str], column: str, natural: bool) -> dict[str, str]:
+    """Return what a column says about each client; all rows of a client say the same."""
+    where = "federation.tier_column"
+    if not natural:
+        raise UserError(f"{where}: {column}: needs data.partition.kind=natural: rows that are dealt at random name no client")
+    templates.require_column(column, table.names, where)
+    tiers: dict[str, str] = {}
+    names = groups.group_names(table[column], column, table.classes.get(column), where)
+    for client, tier in zip(labels, names, strict=True):
+        if (other := tiers.setdefault(client, tier)) != tier:
+            raise UserError(f"{where}: {column}: client {client} has rows of tiers '{other}' and '{tier}'; give it one of them")
+    return tiers
 
 
 def _weights(table: Table, columns: dict[str, str], config: DataConfig) -> list[int]:
@@ -238,8 +288,10 @@ def _finished(units: _Units, rows: NDArray[np.int64], sequence_length: int) -> S
     return Sequences(chunks, [templates.all_but_first(chunk) for chunk in chunks])
 
 
-def _client(name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int) -> tuple[Sequences, Counter[str]]:
-    """Return one client's sequences after the cap, and how many of its units carry each label."""
+def _client(
+    name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int
+) -> tuple[NDArray[np.int64], Sequences, Counter[str]]:
+    """Return one client's units and its sequences after the cap, and how many of its units carry each label."""
     if units.packed:
         # Units that are sequences are capped before they are copied; documents must be packed first.
         rows = rows[holdout.cap(len(rows), config.max_samples, seed, name)]
@@ -248,7 +300,7 @@ def _client(name: str, units: _Units, rows: NDArray[np.int64], config: DataConfi
     if not units.packed:
         sequences = sequences.select(holdout.cap(len(sequences), config.max_samples, seed, name))
     assert len(sequences) > 0, f"client {name} was dealt units but has no sequence"
-    return sequences, counts
+    return rows, sequences, counts
 
 
 def _distribution(counts: list[Counter[str]]) -> dict[str, Any]:

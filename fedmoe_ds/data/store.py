@@ -1,5 +1,8 @@
 """Prepared sequences or images on disk: one Arrow file with one record batch per owner, and a JSON header beside it.
 
+Where the deal leaves sequences as they are, a store holds row numbers in place of them, and names the store of all sequences:
+an entry beside it that is called by its content, so every deal of the same sequences, with any seed, names the same one.
+
 An owner is a client's training set, a client's hold-out, or the global hold-out. A record batch can be read without
 touching the others, and its values are handed out as views of the memory map. A store is an entry of the cache, for this user
 alone: what clients have written is in it.
@@ -27,6 +30,7 @@ from fedmoe_ds.distributed.stop_points import file_sha256, stop_point
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.file_modes import keep_private
+from fedmoe_ds.storage.in_use import hold
 from fedmoe_ds.storage.strict_json import read_json
 
 DATA = "sequences.arrow"
@@ -35,6 +39,11 @@ HEADER = "header.json"
 SCHEMA = pa.schema([("tokens", pa.large_list(pa.int64())), ("targets", pa.large_list(pa.uint8()))])
 IMAGE_SCHEMA = pa.schema([("pixels", pa.large_list(pa.float32())), ("labels", pa.int64())])
 IMAGE_SHAPE = "image_shape"  # in the header of a store of images: [C, H, W]
+UNITS = "units"  # in the header of a store of row numbers: the name of the entry that has the sequences
+_UNITS_NAME = "units-"
+_UNITS_PER_BATCH = 4096
+ROWS_SCHEMA = pa.schema([("rows", pa.int64())])
+TIERS = "tiers"  # in the header where the data say of which tier each client is
 
 
 Counts = list[Annotated[int, Field(ge=0, lt=2**63)]]
@@ -62,12 +71,16 @@ class _Header(BaseModel):
     fingerprint: str
     omissions: _Omissions
     image_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)] | None = None
+    tiers: list[str] | None = None
+    units: Annotated[str, Field(pattern="^units-[0-9a-f]{32}$")] | None = None
     checksum: str
 
     @model_validator(mode="after")
     def _counts_every_client(self) -> _Header:
         if {len(self.samples), len(self.train_sequences), len(self.train_tokens)} != {len(self.names)}:
             raise ValueError("expected one count per client")
+        if self.tiers is not None and len(self.tiers) != len(self.names):
+            raise ValueError("expected one tier per client")
         return self
 
 
@@ -115,10 +128,16 @@ class Store:
     def __init__(self, folder: Path) -> None:
         """Open `folder`; raises OSError, ValueError or KeyError where it is missing or damaged."""
         self.header: dict[str, Any] = read_json(folder / HEADER)
+        self._views: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]] = {}
+        hold(folder)
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / DATA)))
+        # Beside it and nowhere else, whatever the header says.
+        self._units = Store(folder.with_name(Path(name).name)) if (name := self.header.get(UNITS)) is not None else None
 
     def read(self, owner: int) -> Sequences:
         """Return one owner's sequences or images as views of the memory map."""
+        if self._units is not None:
+            return self._units.pick(self._rows(owner))
         # zero_copy_only below: a silent copy would put a rank's whole data into its own memory.
         batch = self._reader.get_batch(owner)
         if (shape := self.header.get(IMAGE_SHAPE)) is not None:
@@ -131,6 +150,44 @@ class Store:
         mask = targets.values.to_numpy(zero_copy_only=True).view(np.bool_)
         spans = list(itertools.pairwise(bounds))
         return Sequences([ids[a:b] for a, b in spans], [mask[a:b] for a, b in spans])
+
+    def pick(self, rows: NDArray[np.int64]) -> Sequences:
+        """Return the sequences with these numbers, in that order; this store is one of units."""
+        ids, masks = [], []
+        for row in rows.tolist():
+            bounds, tokens, targets = self._unit_batch(row // _UNITS_PER_BATCH)
+            place = row % _UNITS_PER_BATCH
+            ids.append(tokens[bounds[place] : bounds[place + 1]])
+            masks.append(targets[bounds[place] : bounds[place + 1]])
+        return Sequences(ids, masks)
+
+    def _rows(self, owner: int) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = self._reader.get_batch(owner).column("rows").to_numpy(zero_copy_only=True)
+        return rows
+
+    def _unit_batch(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Bounds of a batch's sequences, its tokens and its targets: views of the memory map, made once."""
+        if number not in self._views:
+            batch = self._reader.get_batch(number)
+            tokens, targets = batch.column("tokens"), batch.column("targets").values.to_numpy(zero_copy_only=True)
+            values = tokens.values.to_numpy(zero_copy_only=True)
+            self._views[number] = tokens.offsets.to_numpy(), values, targets.view(np.bool_)
+        return self._views[number]
+
+    def lengths(self, owner: int) -> NDArray[np.int64]:
+        """Return the tokens of each of an owner's sequences, from the offsets alone."""
+        assert IMAGE_SHAPE not in self.header, "images have no length"
+        if self._units is not None:
+            return self._units.lengths_of(self._rows(owner))
+        lengths: NDArray[np.int64] = np.diff(self._reader.get_batch(owner).column("tokens").offsets.to_numpy())
+        return lengths
+
+    def lengths_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens of the sequences with these numbers; this store is one of units."""
+        batches = range(self._reader.num_record_batches)
+        every = [np.diff(self._unit_batch(number)[0]) for number in batches]
+        lengths: NDArray[np.int64] = np.concatenate([np.empty(0, np.int64), *every])[rows]
+        return lengths
 
 
 def fingerprint(owners: Iterable[Sequences]) -> str:
@@ -167,7 +224,7 @@ def usable(folder: Path) -> bool:
 
     What earlier versions have left readable to others is closed.
     """
-    found = cache.usable(folder, lambda: intact(folder))
+    found = cache.usable(folder, lambda: intact(folder)) and _has_units(folder)
     for path in (folder.parent, folder, folder / DATA, folder / HEADER) if found else ():
         # Only their owner may change modes; what root has put there for everybody stays as it is.
         if path.stat().st_uid == os.geteuid() and path.stat().st_mode & 0o077:
@@ -175,18 +232,38 @@ def usable(folder: Path) -> bool:
     return found
 
 
-def write_store(folder: Path, owners: Sequence[Sequences], header: dict[str, Any]) -> None:
-    """Write a store and let it appear at `folder` in one step.
+def _has_units(folder: Path) -> bool:
+    """Whether the sequences that a store names are there as well; they may have been damaged, or cleaned away."""
+    name = read_json(folder / HEADER).get(UNITS)
+    return name is None or usable(folder.with_name(name))
+
+
+def write_units(parent: Path, units: Sequences, header: dict[str, Any]) -> str:
+    """Write the store of all sequences unless it is there, and return its name, which its content decides."""
+    name = f"{_UNITS_NAME}{fingerprint([units])[:32]}"
+    if not usable(parent / name):
+        starts = range(0, len(units), _UNITS_PER_BATCH)
+        batches = [units.select(range(start, min(start + _UNITS_PER_BATCH, len(units)))) for start in starts]
+        none: dict[str, Any] = {"names": [], "samples": [], "train_sequences": [], "train_tokens": [], "distribution": {}}
+        omissions = {"rows": len(units), "total": {}, "clients": {}}
+        write_store(parent / name, batches, header | none | {"omissions": omissions})
+    return name
+
+
+def write_store(
+    folder: Path, owners: Sequence[Sequences], header: dict[str, Any], rows: Sequence[NDArray[np.int64]] | None = None
+) -> None:
+    """Write a store and let it appear at `folder` in one step; with `rows`, of numbers into the store that the header names.
 
     The fingerprint and the file's checksum are added to the header. Raises OSError where the disk is full, and leaves
     nothing behind then. Where another process was faster, its store stays: equal names mean equal content.
     """
     with cache.draft(folder, lambda: usable(folder)) as draft:
-        schema = SCHEMA if header.get(IMAGE_SHAPE) is None else IMAGE_SCHEMA
+        schema = ROWS_SCHEMA if rows is not None else SCHEMA if header.get(IMAGE_SHAPE) is None else IMAGE_SCHEMA
         with pa.OSFile(str(draft / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for owner in owners:
+            for owner in owners if rows is None else rows:
                 stop_point()
-                writer.write_batch(_batch(owner))
+                writer.write_batch(_batch(owner) if isinstance(owner, Sequences) else pa.record_batch([owner], schema=schema))
         # The fingerprint is over the content, the checksum over the file: the first outlives a change of format.
         sums = {"fingerprint": fingerprint(owners), "checksum": file_sha256(draft / DATA)}
         (draft / HEADER).write_text(json.dumps(cache.sealed(header | sums), indent=1, ensure_ascii=False), encoding="utf-8")

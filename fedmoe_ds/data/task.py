@@ -75,8 +75,10 @@ def check_task(task: Task, config: DataConfig, images: ImageInput | None = None)
 def _refuse_text_settings(config: DataConfig) -> None:
     """Refuse keys that only text has: an image set has its labels and nothing to tokenise, so they would have no effect."""
     plain = DataConfig()
-    for name in ("template", "columns", "label_names", "separator", "encoding", "validation"):
-        if (value := getattr(config, name)) != getattr(plain, name):
+    # Saved configurations of earlier versions say `text`, which was the default.
+    legal = {"template": ("auto", "text")}
+    for name in ("template", "prompt", "chat_template", "columns", "label_names", "separator", "encoding", "validation"):
+        if (value := getattr(config, name)) not in legal.get(name, (getattr(plain, name),)):
             raise UserError(f"data.{name}: {value}: for text only, and data.source is '{config.source}'; drop the key")
     column = config.partition.column
     if column not in (None, digits.LABEL):

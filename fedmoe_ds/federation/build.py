@@ -5,7 +5,7 @@ First what needs nothing (method, layout), then the foundation, the data, the ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_skipped
 from fedmoe_ds.checkpoint.state import State
+from fedmoe_ds.clients.batches import Packing
 from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, TrainingData
 from fedmoe_ds.clients.local_training import WaveTrainer
@@ -43,6 +44,7 @@ from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
+from fedmoe_ds.model.adapter_dropout import AdapterDropout
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import initial_bank, install
@@ -124,7 +126,7 @@ def load_parts(
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
-    data = load_shared_data(config, runtime, foundation, stop)
+    data = load_shared_data(config, runtime, foundation, stop, progress.note)
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
     parts = _assemble(spec, runtime, topology, foundation, data, clients)
     parts.stop = stop
@@ -153,13 +155,15 @@ def load_shared_foundation(
     return work.run_on_all_ranks(lambda: assemble(skeleton, memory, digest, device, trust))
 
 
-def load_shared_data(config: Config, runtime: Runtime, foundation: Foundation, stop: StopRequest) -> FederatedData:
+def load_shared_data(
+    config: Config, runtime: Runtime, foundation: Foundation, stop: StopRequest, note: Callable[[str], None] | None = None
+) -> FederatedData:
     """Rank 0 tokenises and partitions; every rank maps the result and reads its own clients' rows."""
     work, tokenizer, code = LongWork(runtime, stop), foundation.tokenizer, foundation.code
 
     def prepared() -> str:
         folder = cache_folder(config.foundation, "data")
-        return str(prepare_data(config.data, config.seed, tokenizer, folder, code).path)
+        return str(prepare_data(config.data, config.seed, tokenizer, folder, code, note, config.federation.tier_column).path)
 
     # A path and not the data: the store is mapped, so ranks of a host share its pages.
     path = work.run_on_rank0(prepared)
@@ -173,7 +177,7 @@ def _assemble(
     execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
     install(foundation, config.adapters, execution)
     # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
-    if spec.bitwise and spec.shares_passes:
+    if (spec.bitwise and spec.shares_passes) or config.execution.packing:
         use_per_client_attention(foundation.model, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
@@ -181,11 +185,14 @@ def _assemble(
     server = Server(spec, foundation, clients)
     state = State(0, adapters, _personal(spec, adapters, clients), server.initial_state(device))
     model, micro, hooks = (
-        AdaptedModel(foundation, execution),
+        AdaptedModel(foundation, execution, config.execution.packing),
         config.execution.micro_batch_size,
         training_hooks(spec, state, clients),
     )
-    trainer = WaveTrainer(model, spec.expert_layout.layers, config.local, micro, config.seed, hooks)
+    training_data: TrainingData = PooledData(data) if method.pooled else data
+    packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
+    layers, rounds = spec.expert_layout.layers, config.federation.rounds
+    trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
     ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, spec.bitwise), spec.bitwise)
     # After kernels_of: that loads the kernels whose code is compared here.
@@ -197,7 +204,7 @@ def _assemble(
         topology=topology,
         foundation=foundation,
         data=data,
-        training_data=PooledData(data) if method.pooled else data,
+        training_data=training_data,
         clients=clients,
         execution=execution,
         trainer=trainer,
@@ -276,6 +283,7 @@ def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.de
         balance=config.local.balance_loss,
         z=config.local.z_loss,
         kernels=config.execution.adapter_kernels,
+        dropout=AdapterDropout(config.adapters.dropout, config.seed) if config.adapters.dropout else None,
     )
 
 

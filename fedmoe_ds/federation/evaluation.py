@@ -1,13 +1,14 @@
 """Evaluation: perplexity, next-token accuracy and task metrics of the global model at every budget tier.
 
 Batches are cut before they are dealt to ranks, and per-batch sums are added in batch order, so the figures do not depend on the
-topology. Every rank runs the same number of passes; one without a batch joins with a stand-in row.
+topology. Every rank runs the same number of passes; one without a batch joins with a stand-in row. Small hold-outs of
+clients share a pass wherever clients in training do, and the sums of each are those of a pass of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
+from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.federation.generation import Generation, as_text, greedy
@@ -29,9 +31,10 @@ from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, PassResult
 from fedmoe_ds.model.moe_layer import RESCALER
 
-ReadBatch = Callable[[], Sequences]
+ReadPart = Callable[[], Sequences]
+"""Reads what one row of figures is about: a batch of the global hold-out, or what is scored of one client's."""
 NLL, CORRECT, TARGETS, SAMPLES = range(4)
-"""Rows of the sums over a batch; those of the task metrics follow, one for each: how many samples it counts as right."""
+"""Rows of the sums over a part; those of the task metrics follow, one for each: how many samples it counts as right."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,33 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-def pooled(member: Client, split: str, sums_KN: Tensor, names: list[str], client: str | None = None) -> Score:
+def pooled(member: Client, split: str, sums_KN: Tensor, names: Iterable[str], client: str | None = None) -> Score:
     """Pool the sums of batches into one row of the tier that `member` is of; `names` are those of the task metrics."""
     nll, correct, targets, samples, *right = (float(value) for value in sums_KN.sum(1))
     loss, accuracy = (nll / targets, correct / targets) if targets else (math.nan, math.nan)
     metrics = {name: count / samples if samples else math.nan for name, count in zip(names, right, strict=True)}
     return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client, int(samples), metrics)
+
+
+def most_together(config: Config, home: int) -> int:
+    """Sequences of clients' hold-outs in one pass: as many as a pass of training has with `home` clients on a rank."""
+    step = config.local.batch_size
+    return max(config.evaluation.batch_size, home * min(config.execution.micro_batch_size or step, step))
+
+
+def passes(sizes: list[int], longest: list[int], limit: int) -> list[list[int]]:
+    """Cut parts of so many sequences into passes of at most `limit` sequences, or of a single larger part.
+
+    Parts whose longest sequences are about equally long come together: a pass is padded to the longest of all.
+    """
+    found, total = list[list[int]](), limit
+    for place in sorted(range(len(sizes)), key=lambda place: longest[place]):
+        if not found or total + sizes[place] > limit:
+            found.append([])
+            total = 0
+        found[-1].append(place)
+        total += sizes[place]
+    return found
 
 
 class Evaluator:
@@ -89,7 +113,8 @@ class Evaluator:
     ) -> None:
         self.model, self.execution, self.runtime, self.bank = model, model.execution, runtime, bank
         self.data, self.clients, self.tiers = data, clients, tiers_of(clients)
-        self.method, self.config = spec.method, spec.config.evaluation
+        self.method, self.config, self.shares_passes = spec.method, spec.config.evaluation, spec.shares_passes
+        self.together = most_together(spec.config, model.execution.pool.home_clients)
         self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool) -> list[Score]:
@@ -100,13 +125,14 @@ class Evaluator:
         """
         rows = []
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
+        owning = {client.index for client in owners}
         for members in self.tiers.values():
             how = self._assigned(members[0], personal, plain)
             if not self.method.personal_models:
                 rows += self._tier_rows(members, how, personal, owners, plain)
                 continue
             # A client's own model exists at its own tier only; the foundation is scored there for the same clients.
-            own = [client for client in owners if client in members]
+            own = [client for client in members if client.index in owning]
             if plain:
                 rows += self._tier_rows(members, how, personal, own, plain)
             else:
@@ -164,9 +190,9 @@ class Evaluator:
     ) -> list[Score]:
         """One model for the tier: global adapters, personal blocks at the mean over its clients."""
         self._load_mean(members, personal, plain)
-        rows = [self._pooled(members[0], "global", self._run(self._global_batches(), how))]
+        rows = [self._pooled(members[0], "global", self._run(*self._global_parts(), how))]
         if owners:
-            sums_KN = self._run([self._client_batch(client) for client in owners], how)
+            sums_KN = self._run(*self._client_parts(owners), how)
             rows.append(self._pooled(members[0], "clients", sums_KN))
             rows += [self._pooled(members[0], "client", sums_KN[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
@@ -174,11 +200,16 @@ class Evaluator:
     def _personal_rows(self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client]) -> list[Score]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
         shared, own = [], {}
+        parts, cut = self._global_parts()
+        scored = {client.index for client in owners}
         for client in members:
             self._load_own(client, personal)
-            shared.append(self._run(self._global_batches(), how))
-            if client in owners:
-                own[client.name] = self._run([self._client_batch(client)], how)
+            last = [self._client_part(client)] if client.index in scored else []
+            # Its own hold-out in the turn after the last one of the global: ranks without a batch of that one have time for it.
+            sums_KN = self._run([*parts, *last], [*cut, *([len(parts)] for _ in last)], how)
+            shared.append(sums_KN[:, : len(parts)])
+            if last:
+                own[client.name] = sums_KN[:, len(parts) :]
         rows = [self._pooled(members[0], "global", torch.cat(shared, 1))]
         if own:
             rows.append(self._pooled(members[0], "clients", torch.cat(list(own.values()), 1)))
@@ -198,28 +229,42 @@ class Evaluator:
     def _pooled(self, member: Client, split: str, sums_KN: Tensor, client: str | None = None) -> Score:
         return pooled(member, split, sums_KN, self.tasks.names, client)
 
-    def _global_batches(self) -> list[ReadBatch]:
+    def _global_parts(self) -> tuple[list[ReadPart], list[list[int]]]:
+        """Batches of the global hold-out, a pass each."""
         held = self.data.global_holdout()
         count = len(held) if self.config.max_sequences is None else min(len(held), self.config.max_sequences)
         # The default binds `start` now; without it all batches would read the last slice.
         size = self.config.batch_size
-        return [lambda s=start: held.select(range(s, min(s + size, count))) for start in range(0, count, size)]  # type: ignore[misc]
+        parts: list[ReadPart] = [
+            lambda s=start: held.select(range(s, min(s + size, count)))  # type: ignore[misc]
+            for start in range(0, count, size)
+        ]
+        return parts, [[place] for place in range(len(parts))]
 
-    def _client_batch(self, client: Client) -> ReadBatch:
+    def _client_part(self, client: Client) -> ReadPart:
         most = self.config.client_sequences
         return lambda: (held := self.data.holdout(client.index)).select(range(min(most, len(held))))
 
+    def _client_parts(self, owners: list[Client]) -> tuple[list[ReadPart], list[list[int]]]:
+        """What is scored of each client, several of them in a pass where that changes no bit."""
+        parts = [self._client_part(client) for client in owners]
+        if not self.shares_passes:
+            return parts, [[place] for place in range(len(parts))]
+        own = [part() for part in parts]  # views of a memory map
+        longest = [max(map(len, sequences.input_ids), default=0) for sequences in own]
+        return parts, passes([len(sequences) for sequences in own], longest, self.together)
+
     @torch.no_grad()
-    def _run(self, batches: list[ReadBatch], how: Assignment) -> Tensor:
-        """[K, N batches]: NLL, CORRECT and so on under one assignment, identical on every rank."""
-        sums_KN = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(batches), dtype=torch.float64)
+    def _run(self, parts: list[ReadPart], cut: list[list[int]], how: Assignment) -> Tensor:
+        """[K, N parts]: NLL and so on under one assignment, the same on every rank; `cut` says which parts share a pass."""
+        sums_KN = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(parts), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
         with self._receiving(how):
             # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
-            for turn in range(math.ceil(len(batches) / world)):
+            for turn in range(math.ceil(len(cut) / world)):
                 place = turn * world + rank
-                mine = [place] if place < len(batches) else []
-                sums_KN[:, mine] = self._score([batches[at]() for at in mine], how)
+                mine = cut[place] if place < len(cut) else []
+                sums_KN[:, mine] = self._score([parts[at]() for at in mine], how)
         return self.runtime.control.sum(sums_KN)  # disjoint entries: adding zeros is exact
 
     @contextmanager
@@ -262,6 +307,7 @@ class Evaluator:
 
     def _pass(self, parts: list[Sequences], how: Assignment) -> PassResult:
         images = self.model.foundation.images
-        # Rows of their own for every part. Without any this makes the stand-in row that takes part in the all-to-alls.
+        # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it. Without
+        # any this makes the stand-in row that takes part in the all-to-alls.
         rows = [Rows.of(0, how.cap, part, range(len(part)), images=images) for part in parts]
         return self.model.forward(self.model.batch(rows), 0, None if how.rescale is None else [how.rescale])

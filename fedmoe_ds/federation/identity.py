@@ -25,6 +25,7 @@ from fedmoe_ds.kernels.compiling import loaded, processor, processor_key
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.storage.strict_json import tree_sha256
 
 Identity = dict[str, Any]
 YARDSTICK = ("max_sequences", "client_sequences")
@@ -42,6 +43,8 @@ def identity(
     known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
     known["topology"] = {"device": next(foundation.model.parameters()).device.type}
     contents = {"foundation.code": foundation.code, "foundation": foundation.fingerprint, "data": data.fingerprint}
+    if data.tiers is not None:  # no token shows what the column of tiers says
+        contents["federation.tier_column"] = tree_sha256({"tiers": data.tiers})
     return {**known, "kernels": dict(kernels), **contents}
 
 
@@ -49,13 +52,13 @@ def of_settings(tree: dict[str, Any]) -> Identity:
     """What a tree of keys says about it. `auto` says nothing: what it meant depends on the machine."""
     local, execution = tree["local"], tree["execution"]
     largest = local["batch_size"]  # a wider pass than the batch is the whole batch
-    modes = {"micro_batch_size": min(execution["micro_batch_size"] or largest, largest)}
-    device = tree["topology"]["device"]
+    modes = {"micro_batch_size": min(execution["micro_batch_size"] or largest, largest), "packing": execution["packing"]}
+    device, scheduled = tree["topology"]["device"], local["rounds_schedule"] != "constant"
     return {
         "seed": tree["seed"],
         **{name: tree[name] for name in ("adapters", "local", "method", "server")},
-        # More rounds may be asked for at any time; all that happened so far stays the same.
-        "federation": {key: value for key, value in tree["federation"].items() if key != "rounds"},
+        # More rounds may be asked for at any time and all that happened so far stays the same, unless rates follow from them.
+        "federation": {key: value for key, value in _tiers_alike(tree["federation"]).items() if key != "rounds" or scheduled},
         # Path, preset and cache do not count: the fingerprint stands for the weights themselves.
         "foundation.dtype": tree["foundation"]["dtype"],
         "foundation.code": None,
@@ -65,11 +68,21 @@ def of_settings(tree: dict[str, Any]) -> Identity:
     }
 
 
+def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
+    """Tiers without the keys that they do not use: they are compared whole, and earlier versions did not have all keys."""
+    tiers = federation["tiers"]
+    if not isinstance(tiers, list):
+        return federation
+    plain = [{key: value for key, value in tier.items() if (key, value) != ("clients", None)} for tier in tiers]
+    return {**federation, "tiers": plain}
+
+
 def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     """What decides which clients there are and how much a pass of theirs needs."""
     execution = config.execution
     passes = {"micro_batch_size": execution.micro_batch_size, "activation_checkpointing": execution.activation_checkpointing}
-    return {**{name: identity[name] for name in _FIRST}, **passes}
+    # Absent where nothing is packed, so that absences of earlier versions still count.
+    return {**{name: identity[name] for name in _FIRST}, **passes, **({"packing": True} if execution.packing else {})}
 
 
 def kernels_of(
@@ -235,6 +248,8 @@ def _compare(name: str, ours: Any, theirs: Any) -> None:
     found = (ours, theirs) if name == "kernels" else ({name: ours}, {name: theirs})
     for key, mine, other in differences(*found):
         way = "resume on a machine of that kind" if name == "kernels" else "set it back"
+        if key == "federation.rounds":
+            way = "the rate of every round follows from it (local.rounds_schedule), so set it back"
         raise UserError(f"--resume: {key}: {mine}: the checkpoint was written with {other}; {way}, or use another name")
 
 

@@ -21,6 +21,7 @@ from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.federation.generation import Generation
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.report import MetricsLog, Progress, write_report
+from fedmoe_ds.storage.file_modes import keep_private
 from fedmoe_ds.storage.files import write_whole
 
 if TYPE_CHECKING:
@@ -154,9 +155,12 @@ class Journal:
         self.note(f"{head}: perplexity {tiers}")
 
     def generations(self, round_index: int, rows: list[Generation]) -> None:
-        """Answers as text. What clients have written is in them, so no line of progress shows any."""
+        """Answers as text. What clients have written is in them: the record becomes this user's alone, and no line of progress
+        shows any."""
 
         def write() -> None:
+            if rows:
+                keep_private(self.log.path)
             for row in rows:
                 fields = {"round": round_index, "tier": row.tier, "tier_label": row.label, "sample": row.sample}
                 fields |= {"prompt": row.prompt, "reference": row.reference, "answer": row.answer}

@@ -21,6 +21,8 @@ from fedmoe_ds.federation.sampling import participants
 from fedmoe_ds.federation.task_metrics import check_task_metrics
 from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.foundation.dense import type_task
+from fedmoe_ds.foundation.families import packs
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
@@ -132,6 +134,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     # Once more: of a hub id nobody knew before whether it has experts.
     config = as_meant(config, bool(model.layers))
     check_needs(method, config.method.name, config)
+    check_packing(config, model.model.config)
     expert_layout = resolve_expert_layout(config, model, ep_size, shard)
     if is_bitwise(config, device):
         check_widths(expert_layout)
@@ -181,7 +184,9 @@ def check_plan(config: Config, bitwise: bool) -> None:
     if task is not None:
         check_task(task, config.data)
         check_task_metrics(config, task)
-    check_length(config, planned_config(config.foundation))
+    planned = planned_config(config.foundation)
+    check_length(config, planned)
+    check_packing(config, planned)
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
         check_adapters(config, sparse)
@@ -206,6 +211,24 @@ def check_length(config: Config, model: Any) -> None:
         raise UserError(
             f"data.sequence_length: {config.data.sequence_length}: the foundation "
             f"({config.foundation.path or config.foundation.preset}) has {longest} positions; use at most {longest}"
+        )
+
+
+def check_packing(config: Config, model: Any) -> None:
+    """Samples can be packed, and are not already. `model` is its transformers configuration, None if unknown yet.
+
+    Raises UserError.
+    """
+    if not config.execution.packing:
+        return
+    if model is not None and not packs(model.model_type):
+        text = type_task(model.model_type) == "causal_lm"
+        why = "in some of its layers tokens meet outside plain attention" if text else "images need no padding"
+        raise UserError(f"execution.packing: true: the foundation is a '{model.model_type}' model: {why}; use false")
+    if config.data.template == "text":
+        raise UserError(
+            "execution.packing: true: documents (data.template=text) are cut into full sequences already, so nothing would be "
+            "saved; use false"
         )
 
 

@@ -12,6 +12,7 @@ from fedmoe_ds.checkpoint import state
 from fedmoe_ds.checkpoint.reader import Snapshot, newest_intact, read_snapshot
 from fedmoe_ds.checkpoint.writer import remove_unfinished
 from fedmoe_ds.config import Config
+from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.stop_points import StopError
@@ -78,6 +79,8 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     if (ignored := cache.line(runtime.gather(cache.passed_over()))) is not None:
         journal.note(ignored)
     journal.note(start_line(parts))
+    if (read := reading_line(parts.data.reading)) is not None:
+        journal.note(read)
     if (omitted := parts.data.omissions.line()) is not None:
         journal.note(omitted)
     if source["ended"] is not None and source["ended"]["rounds"] == config.federation.rounds:

@@ -102,4 +102,5 @@ def data_facts(parts: Parts) -> dict[str, Any]:
     ]  # fmt: skip
     data = parts.data
     told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
-    return {"clients": clients, **told}
+    # Absent for images, and for data that an earlier version has prepared.
+    return {"clients": clients, **told, **({"reading": data.reading} if data.reading else {})}

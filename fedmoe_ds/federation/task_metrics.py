@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedmoe_ds.config import Config, EvaluationConfig
 from fedmoe_ds.data import FederatedData, Sequences, Task
-from fedmoe_ds.data.answers import Answer, AnswerReader, check_prompts, choices
+from fedmoe_ds.data.answers import Answer, AnswerReader, check_prompts, choices, no_prompt
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation
@@ -37,22 +38,20 @@ Forward = Callable[[list[Sequences]], PassResult]
 class TaskMetrics:
     """The task metrics that a run asks for; `candidates` are those of `ranked_choice`, token by token."""
 
-    names: list[str]
+    names: Sequence[str]
     reader: AnswerReader | None = None
     candidates: Sequence[tuple[int, ...]] = ()
 
     @classmethod
     def of(cls, config: EvaluationConfig, foundation: Foundation, data: FederatedData, runtime: Runtime) -> TaskMetrics:
         """Collective. Raises UserError, the same on every rank, where the data do not have what a metric needs."""
-        if (key := answer_key(config)) is None:
+        if answer_key(config) is None:
             return cls([])
-        reader = AnswerReader.of(foundation.tokenizer)
-        runtime.run_on_rank0(lambda: check_prompts(data.global_holdout(), key))
-        candidates: list[list[int]] = []
-        if "ranked_choice" in config.metrics:
-            candidates = runtime.run_on_rank0(lambda: choices(data, reader))
-            check_room(data.sequence_length, candidates, longest_sequence(foundation.model.config))
-        return cls(list(dict.fromkeys(config.metrics)), reader, [tuple(tokens) for tokens in candidates])
+        # Rank 0 alone reads the answers of all clients.
+        longest = longest_sequence(foundation.model.config)
+        candidates = runtime.run_on_rank0(lambda: candidates_of(config, foundation.tokenizer, data, longest))
+        names = list(dict.fromkeys(config.metrics))
+        return cls(names, AnswerReader.of(foundation.tokenizer), [tuple(tokens) for tokens in candidates])
 
     def answers(self, part: Sequences) -> list[Answer]:
         """The answer of every sample."""
@@ -94,22 +93,38 @@ class TaskMetrics:
         return [self.candidates[best] == tokens for best, tokens in zip(best_B, answers, strict=True)]
 
 
-def check_room(length: int, candidates: Sequence[Sequence[int]], longest: int | None) -> None:
-    """Raise UserError where a prompt with the longest candidate may need more positions than the model has."""
-    sizes = [len(tokens) for tokens in candidates]
+def candidates_of(config: EvaluationConfig, tokenizer: Any, data: FederatedData, longest: int | None) -> list[tuple[int, ...]]:
+    """What a sample's answer is ranked against; none where nothing asks for it. `longest`: positions that the model has.
+
+    Raises:
+        UserError: as `TaskMetrics.of`, or where a prompt with the longest candidate may need more positions.
+    """
+    key = answer_key(config)
+    if key is None:
+        return []
+    check_prompts(data.global_holdout(), key)
+    if "ranked_choice" not in config.metrics:
+        return []
+    found = choices(data, AnswerReader.of(tokenizer))
+    sizes = [len(tokens) for tokens in found]
     most = None if longest is None else longest - max(sizes) + min(sizes)
-    if most is not None and length > most:
+    if most is not None and data.sequence_length > most:
         raise UserError(
-            f"data.sequence_length: {length}: evaluation.metrics: ranked_choice puts longer answers after the prompts, and the "
-            f"foundation has {longest} positions; use at most {most}"
+            f"data.sequence_length: {data.sequence_length}: evaluation.metrics: ranked_choice puts longer answers after the "
+            f"prompts, and the foundation has {longest} positions; use at most {most}"
         )
+    return found
 
 
 def check_task_metrics(config: Config, task: Task) -> None:
-    """Raise UserError where data of this kind have no answers."""
+    """Raise UserError where data of this kind have no answers, as far as the configuration tells."""
     key = answer_key(config.evaluation)
-    if key is not None and task != "causal_lm":
+    if key is None:
+        return
+    if task != "causal_lm":
         raise UserError(f"{key}: images have a class and no answer in words, and accuracy tells it; drop the key")
+    if config.data.template == "text":
+        raise no_prompt(key)
 
 
 def answer_key(config: EvaluationConfig) -> str | None:

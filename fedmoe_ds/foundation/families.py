@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.dense import DECODERS
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Family:
             asks for it.
         methods: values of `topk_method` that the layer knows; None where it does not read it.
         settings: what else AutoEP has to be told.
+        packs: whether tokens meet in attention alone, through transformers' interface: then samples can be packed.
     """
 
     score_func: str = "softmax"
@@ -33,6 +35,7 @@ class Family:
     grouped: bool | str = False
     methods: tuple[str, ...] | None = None
     settings: dict[str, Any] | None = None
+    packs: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -40,7 +43,8 @@ FAMILIES: dict[str, Family] = {
         normalised=False, scaled=True, grouped="group_limited_greedy", methods=("greedy", "group_limited_greedy")
     ),
     "deepseek_v3": Family("sigmoid", normalised="norm_topk_prob", scaled=True, grouped=True),
-    "minimax_m3_vl_text": Family("sigmoid", scaled=True),
+    # Its attention chooses blocks of keys by an index of its own, over what it takes for one sequence.
+    "minimax_m3_vl_text": Family("sigmoid", scaled=True, packs=False),
     "mixtral": Family(),
     # AutoEP has no preset for OLMoE. Its block has Mixtral's shape; whether top-k weights are normalised is in its config.
     "olmoe": Family(
@@ -58,8 +62,9 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen2_moe": Family(normalised="norm_topk_prob"),
-    # As Mixtral, its router always normalises, and reads no attribute that could say otherwise.
-    "qwen3_5_moe_text": Family(),
+    # As Mixtral, its router always normalises, and reads no attribute that could say otherwise. Many of its layers are
+    # recurrent over the sequence.
+    "qwen3_5_moe_text": Family(packs=False),
     "qwen3_moe": Family(normalised="norm_topk_prob"),
 }
 
@@ -97,6 +102,11 @@ def family_settings(config: Any) -> dict[str, Any]:
         "routed_scaling_factor": float(config.routed_scaling_factor) if family.scaled else 1.0,
         **({} if activation is None else {"expert_activation": activation}),
     }
+
+
+def packs(model_type: str) -> bool:
+    """Whether the samples of a pass can be packed in a model of this type, sparse or dense."""
+    return FAMILIES[model_type].packs if model_type in FAMILIES else model_type in DECODERS
 
 
 def routes_in_groups(config: Any) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fedmoe_ds.data import ImageInput, Sequences
 from fedmoe_ds.kernels.per_client import Segment
+from fedmoe_ds.model.adapter_dropout import Address, Drawn
+from fedmoe_ds.model.packing import PackedSamples
 
 CLASS_TOKEN = 0
 """Position of an image whose hidden state is read out."""
@@ -35,6 +37,7 @@ class Rows:
     pixels: np.ndarray | None = None  # float32 [B, C, H, W]
     labels: np.ndarray | None = None  # int64 [B]
     positions: int = 1
+    drawn_at: Address | None = None  # where dropout draws; None outside training
 
     @classmethod
     def of(
@@ -45,15 +48,21 @@ class Rows:
         chosen: Iterable[int],
         allowed_E: Tensor | None = None,
         images: ImageInput | None = None,
+        drawn_at: Address | None = None,
     ) -> Rows:
         """The samples `chosen` of an owner, whatever they are; `images` is the foundation's, None for text."""
         part = data.select(chosen)
         assert (part.labels is None) == (images is None), "data and foundation are checked to be of one task"
         positions = 1 if images is None else images.positions
-        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_E, part.pixels, part.labels, positions)
+        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_E, part.pixels, part.labels, positions, drawn_at)
 
     def __len__(self) -> int:
         return len(self.input_ids) if self.labels is None else len(self.labels)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of every sequence, or image."""
+        return [len(ids) for ids in self.input_ids] if self.labels is None else [self.positions] * len(self.labels)
 
     @property
     def longest(self) -> int:
@@ -75,7 +84,8 @@ class Rows:
 class Batch:
     """One batch. Padding is on the right: causal attention never looks at it, and it is neither routed nor a target.
 
-    Images need no padding; only the stand-in of an idle rank is not valid then.
+    Images need no padding; only the stand-in of an idle rank is not valid then. A packed batch needs none either: it is [T, 1],
+    one sequence per token of its samples, and `packed` says which tokens are a sample.
     """
 
     input_ids: Tensor  # [B, S]; images: [B, 0]
@@ -88,14 +98,22 @@ class Batch:
     labels_N: Tensor  # those targets, in row order
     targets: list[int]  # per segment
     pixels_BCHW: Tensor | None = None
+    packed: PackedSamples | None = None
+    drawn_at: list[Drawn] | None = None  # per segment; None outside training
 
 
-def make_batch(rows: list[Rows], num_experts: int, device: torch.device, images: ImageInput | None = None) -> Batch:
+def make_batch(
+    rows: list[Rows], num_experts: int, device: torch.device, images: ImageInput | None = None, packing: bool = False
+) -> Batch:
     """Stack the rows of several clients; with none, a single padding token stands in, so that an idle rank still takes part.
 
     Args:
         images: the foundation's, None for text; the stand-in is then an empty image.
+        packing: lay the sequences end to end; text only.
     """
+    # The stand-in has nothing to pack.
+    if packing and rows:
+        return _pack_text(rows, num_experts, device)
     return _stack_text(rows, num_experts, device) if images is None else _stack_images(rows, num_experts, device, images)
 
 
@@ -113,6 +131,16 @@ def _stack_text(rows: list[Rows], num_experts: int, device: torch.device) -> Bat
     # Sequence by sequence, then by position: the order in which boolean indexing by `predict` picks the hidden states.
     labels = np.concatenate([seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)] or [np.zeros(0, np.int64)])
     return _batch(rows, num_experts, device, input_ids, valid, predict, labels, None)
+
+
+def _pack_text(rows: list[Rows], num_experts: int, device: torch.device) -> Batch:
+    ids = [seq for part in rows for seq in part.input_ids]
+    masks = [mask for part in rows for mask in part.loss_mask]
+    # As in `_stack_text`, sample by sample: a sample's last hidden state predicts nothing, not the token after it.
+    predict = np.concatenate([np.append(mask[1:], False) for mask in masks])[:, None]
+    labels = np.concatenate([seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)])
+    input_ids, packed = np.concatenate(ids)[:, None], PackedSamples.of([len(seq) for seq in ids], device)
+    return _batch(rows, num_experts, device, input_ids, np.ones_like(predict), predict, labels, None, packed)
 
 
 def _stack_images(rows: list[Rows], num_experts: int, device: torch.device, images: ImageInput) -> Batch:
@@ -139,14 +167,16 @@ def _batch(
     predict: np.ndarray,
     labels: np.ndarray,
     pixels_BCHW: Tensor | None,
+    packed: PackedSamples | None = None,
 ) -> Batch:
-    segments, slot, cap = _segments(rows, valid.shape)
+    counts = [len(part) if packed is None else part.tokens for part in rows]
+    segments, slot, cap = _segments(rows, counts, valid.shape)
     allowed = None
     if any(part.allowed_E is not None for part in rows):
         # One client with a mask gives all rows one: a mask is data of its row, and rows of other clients allow everything.
         everyone = torch.ones(num_experts, dtype=torch.bool)
         per_part = [part.allowed_E if part.allowed_E is not None else everyone for part in rows]
-        repeats = torch.tensor([len(part) * valid.shape[1] for part in rows])
+        repeats = torch.tensor([count * valid.shape[1] for count in counts])
         allowed = torch.stack(per_part).repeat_interleave(repeats, 0).to(device)
     return Batch(
         torch.from_numpy(input_ids).to(device),
@@ -159,15 +189,23 @@ def _batch(
         torch.from_numpy(labels).to(device),
         [part.targets for part in rows],
         pixels_BCHW,
+        packed,
+        _drawn(rows),
     )
 
 
-def _segments(rows: list[Rows], shape: tuple[int, ...]) -> tuple[list[Segment], np.ndarray, np.ndarray]:
+def _drawn(rows: list[Rows]) -> list[Drawn] | None:
+    found = [Drawn(part.drawn_at, part.lengths) for part in rows if part.drawn_at is not None]
+    assert len(found) in (0, len(rows)), "all clients of a pass train, or none"
+    return found or None
+
+
+def _segments(rows: list[Rows], counts: list[int], shape: tuple[int, ...]) -> tuple[list[Segment], np.ndarray, np.ndarray]:
     # Cap 1 for the stand-in: routing asks for 1 <= cap <= K.
     slot, cap = np.zeros(shape[0], dtype=np.int64), np.ones(shape[0], dtype=np.int64)
     segments, start = [], 0
-    for part in rows:
-        stop = start + len(part)
+    for part, count in zip(rows, counts, strict=True):
+        stop = start + count
         segments.append(Segment(part.slot, start, stop, part.longest))
         slot[start:stop], cap[start:stop] = part.slot, part.cap
         start = stop

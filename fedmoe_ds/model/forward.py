@@ -37,15 +37,16 @@ class PassResult:
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """The frozen model with the federated layers installed, and what those layers read."""
+    """The frozen model with the federated layers installed, and what those layers read; `packing` lays samples end to end."""
 
     foundation: Foundation
     execution: Execution
+    packing: bool = False
 
     def batch(self, rows: list[Rows]) -> Batch:
         """Rows of clients as one batch on the model's device."""
         execution = self.execution
-        return make_batch(rows, execution.pool.num_experts, execution.bank.device, self.foundation.images)
+        return make_batch(rows, execution.pool.num_experts, execution.bank.device, self.foundation.images, self.packing)
 
     def forward(self, batch: Batch, slot: int | None, rescale_C: list[float] | None = None) -> PassResult:
         """Run the model once. `slot` is the common home slot (bitwise) or None (fast); logits exist for target rows only.
@@ -53,7 +54,8 @@ class AdaptedModel:
         The loss is the same for both tasks: cross-entropy of the next token, or of the class that the class token's hidden
         state is read out to.
         """
-        run = Pass(batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, rescale_C)
+        rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE)
+        run = Pass(*rows, rescale_C, batch.packed, batch.drawn_at)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model
@@ -62,7 +64,8 @@ class AdaptedModel:
             head = model.classifier
         else:
             # The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed.
-            hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            at = {} if batch.packed is None else {"position_ids": batch.packed.position_T1}
+            hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False, **at).last_hidden_state
             head = model.get_output_embeddings()
         # Float32: a log-softmax over a vocabulary loses its small differences in bfloat16.
         logits_NV = head(hidden_BSD[batch.predict_BS]).float()

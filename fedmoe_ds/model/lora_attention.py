@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels.frozen_layers import frozen_rows
 from fedmoe_ds.kernels.lora_products import LowRankProducts
-from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.adapter_dropout import left_through
+from fedmoe_ds.model.pass_context import Execution, Pass
 
 # As in `model.layers.3.self_attn.q_proj`: families agree on layers.<n>, on a module name with `att` in it, and on `mlp`.
 _PROJECTION = re.compile(r"(?:^|.*\.)layers\.(\d+)\.(?:(\w*att\w*)|mlp)\.(\w+)")
@@ -88,6 +90,7 @@ class _Adapters:
     scale: float
     factors: list[float] | None
     products: LowRankProducts
+    kept: Callable[[], Tensor] | None = None  # draws dropout's mask [T, D]; the same whenever it is called
 
     def scaled(self, product: Callable[..., Tensor], rows_TI: Tensor, weight: Tensor) -> Tensor:
         """A product to rank R, times each client's scale."""
@@ -107,7 +110,8 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, anchor: Tensor, weight_OD: Tensor, adapters: _Adapters) -> Tensor:
         # The kernels walk rows by pointer and width.
         x_TD = x_TD.contiguous()
-        m_TR = adapters.scaled(adapters.products.project, x_TD, adapters.a_CRD)
+        kept_TD = None if adapters.kept is None else adapters.kept()
+        m_TR = adapters.scaled(adapters.products.project, left_through(x_TD, kept_TD), adapters.a_CRD)
         y_TO = frozen_rows(x_TD, weight_OD, transposed=True)
         adapters.products.expand_(y_TO, m_TR, adapters.b_COR, adapters.ends_C)
         # m has R columns only: keeping it is cheaper than projecting x once more.
@@ -121,12 +125,19 @@ class _AdaptedProduct(torch.autograd.Function):
         (x_TD, m_TR), dy_TO, ends_C = ctx.saved_tensors, grads[0].contiguous(), adapters.ends_C
         adapters.products.grad_b_(adapters.grad_b_COR, m_TR, dy_TO, ends_C)
         dm_TR = adapters.scaled(adapters.products.back_project, dy_TO, adapters.b_COR)
-        adapters.products.grad_a_(adapters.grad_a_CRD, dm_TR, x_TD, ends_C)
+        # Drawn again: one pass over x costs less than a mask per projection that is kept until here.
+        kept_TD = None if adapters.kept is None else adapters.kept()
+        adapters.products.grad_a_(adapters.grad_a_CRD, dm_TR, left_through(x_TD, kept_TD), ends_C)
         # The first layer's input comes from a frozen embedding; its gradient would be thrown away.
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         dx_TD = frozen_rows(dy_TO, ctx.weight_OD, transposed=False)
-        adapters.products.back_expand_(dx_TD, dm_TR, adapters.a_CRD, ends_C)
+        if kept_TD is None:
+            adapters.products.back_expand_(dx_TD, dm_TR, adapters.a_CRD, ends_C)
+        else:
+            through_TD = torch.zeros_like(dx_TD)
+            adapters.products.back_expand_(through_TD, dm_TR, adapters.a_CRD, ends_C)
+            dx_TD.add_(left_through(through_TD, kept_TD))
         return dx_TD, None, None, None
 
 
@@ -145,7 +156,7 @@ class ClientLoRALinear(nn.Module):
             y_BSO: Tensor = self.base(x_BSD) + 0.0 * self.execution.anchor
             return y_BSO
         x_TD = x_BSD.flatten(0, -2)
-        adapters = self._adapters(run.row_ends(len(x_TD), self._clients()), x_TD.dtype)
+        adapters = self._adapters(run.row_ends(len(x_TD), self._clients()), x_TD.dtype, self._kept(run, x_TD))
         y_TO: Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
             x_TD, self.execution.anchor, self.base.weight, adapters
         )
@@ -156,7 +167,13 @@ class ClientLoRALinear(nn.Module):
     def _clients(self) -> int:
         return self.execution.bank.value(self.projection.block_a, self.projection.layer).shape[0]
 
-    def _adapters(self, ends_C: Tensor, dtype: torch.dtype) -> _Adapters:
+    def _kept(self, run: Pass, x_TD: Tensor) -> Callable[[], Tensor] | None:
+        dropout, place = self.execution.dropout, (self.projection.layer, f"{self.projection.part}.{self.projection.name}")
+        if dropout is None or run.drawn_at is None:
+            return None
+        return partial(dropout.kept, run.segments, run.drawn_at, place, x_TD.shape, x_TD.device)
+
+    def _adapters(self, ends_C: Tensor, dtype: torch.dtype, kept: Callable[[], Tensor] | None) -> _Adapters:
         bank, layer = self.execution.bank, self.projection.layer
         (a, b), (grad_a, grad_b) = (
             [read(name, layer) for name in (self.projection.block_a, self.projection.block_b)]
@@ -164,4 +181,7 @@ class ClientLoRALinear(nn.Module):
         )
         # A dense block: attention adapters live on the client's home rank alone, so slots and factors here are those of home.
         products = self.execution.products_for(a.shape[1], dtype, self.base.weight.device)
-        return _Adapters(a, b, grad_a, grad_b, ends_C, self.execution.scale, self.execution.wave.home_factors, products)
+        scale = self.execution.scale
+        if kept is not None and self.execution.dropout is not None:
+            scale *= self.execution.dropout.gain  # on the middle, which is R wide, and not on x
+        return _Adapters(a, b, grad_a, grad_b, ends_C, scale, self.execution.wave.home_factors, products, kept)

@@ -16,7 +16,9 @@ from torch import Tensor
 from fedmoe_ds.kernels.lora_products import Kernels, LowRankProducts, products_for
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Routing
 
 
@@ -32,6 +34,8 @@ class Pass:
         valid_T: bool, False for padding.
         allowed_TE: expert mask per row, or None.
         rescale_C: fixed factor on the expert output per home slot, or None (FLAME's static rescaler; evaluation of a tier).
+        packed: where the samples are, if each sequence is one token of a packed pass; None where a sequence is a sample.
+        drawn_at: where each segment's dropout is drawn; None in an evaluation, which has none.
         counts: routed rows per (home slot, expert), by layer; written by the layers.
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
@@ -45,6 +49,8 @@ class Pass:
     valid_T: Tensor
     allowed_TE: Tensor | None = None
     rescale_C: list[float] | None = None
+    packed: PackedSamples | None = None
+    drawn_at: list[Drawn] | None = None
     counts: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
@@ -56,7 +62,8 @@ class Pass:
         # All projections of a pass ask for the same ends; they are made and moved to the device once.
         if rows not in self._ends:
             width = rows // max(max((seg.stop for seg in self.segments), default=0), 1)
-            assert all(a.slot < b.slot for a, b in itertools.pairwise(self.segments)), (
+            # Equal ones are parts of an evaluation, which reads one client's adapters for all of them.
+            assert all(a.slot <= b.slot for a, b in itertools.pairwise(self.segments)), (
                 "clients stand in the order of their slots"
             )
             stops = {seg.slot: seg.stop * width for seg in self.segments}
@@ -112,6 +119,7 @@ class Execution:
         rescaler: whether the bank's learnable rescaler multiplies the expert output.
         balance, z: coefficients of the auxiliary losses.
         kernels: what computes the adapters' products.
+        dropout: of the attention adapters' inputs in training, if there is any.
         wave: what holds for the clients in training; evaluation puts an empty one in its place.
     """
 
@@ -122,6 +130,7 @@ class Execution:
     balance: float = 0.0
     z: float = 0.0
     kernels: Kernels = "auto"
+    dropout: AdapterDropout | None = None
     # An evaluation sees no observers and no scale factors: the global model belongs to no client.
     wave: InTraining = field(default_factory=InTraining)
     current: Pass | None = None

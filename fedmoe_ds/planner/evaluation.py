@@ -1,4 +1,8 @@
-"""Evaluation: seconds of scoring the budget tiers, after one round and over a whole run."""
+"""Evaluation: seconds of scoring the budget tiers, after one round and over a whole run.
+
+Exact match comes with the accuracy. A ranked choice is one more pass for each candidate, taken to be as long as the reference.
+Generated answers are taken to be as long as they may be, with the whole reference in every pass: an upper bound.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe_ds.clients.client import tiers_of
+from fedmoe_ds.federation.evaluation import most_together, passes
+from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.network import Group, Network
 from fedmoe_ds.planner.training import exchanged
@@ -24,18 +30,20 @@ class Evaluation:
     Attributes:
         due: whether anything is.
         per_client: whether every client's own hold-out is scored, too.
+        generations: whether answers are generated, if there are to be any.
     """
 
     due: bool
     per_client: bool
     plain: bool
+    generations: bool = False
 
     @classmethod
     def of(cls, job: Job, round_index: int) -> Evaluation:
         config, ends = job.config.evaluation, round_index in (0, job.config.federation.rounds)
         due = ends or round_index % config.every == 0
         asked = ends or (config.clients_every > 0 and round_index % config.clients_every == 0)
-        return cls(due, due and asked and config.client_sequences > 0, round_index == 0)
+        return cls(due, due and asked and config.client_sequences > 0, round_index == 0, ends)
 
 
 def evaluation_seconds(job: Job, ep_size: int, world: World, hardware: Hardware) -> float:
@@ -53,6 +61,7 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
     shared = _batches(job.data.global_holdout.head(config.max_sequences), config.batch_size)
     own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
     owners = [lengths for lengths in own if len(lengths.rows)]
+    home = home_clients(job.config.execution.clients_in_flight, len(job.participants(1)), ep_size)
     seconds = 0.0
     for members in tiers_of(job.clients).values():
         runs = len(members) if personal else 1
@@ -60,8 +69,32 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
         if owners:
             # Personal models see their own clients' data only; the first so many owners stand for them.
             mine = owners[: len(members)] if job.method.personal_models else owners
+            if not personal and job.shares_passes:
+                longest = [int(part.rows.max()) for part in mine]
+                cut = passes([len(part.rows) for part in mine], longest, most_together(job.config, home))
+                mine = [_together([mine[place] for place in chosen]) for chosen in cut]
             seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
+    seconds *= 1 + job.data.candidates
+    if asked.generations and config.generations:
+        seconds += _generated(job, network, hardware, ep_size)
     return seconds + network.control(Group.everyone(network.world), 1, 8)
+
+
+def _generated(job: Job, network: Network, hardware: Hardware, ep_size: int) -> float:
+    """One pass for each token of an answer, by the largest tier, and the ranks' agreement to go on."""
+    config, members = job.config.evaluation, next(iter(tiers_of(job.clients).values()))
+    samples = job.data.global_holdout.head(config.generations)
+    asked = Lengths(samples.rows + config.max_new_tokens, np.ones_like(samples.targets))
+    batches = _batches(asked, config.batch_size)
+    if not batches:
+        return 0.0
+    seconds = _scored(job, network, hardware, ep_size, batches, members[0].cap)
+    turns = math.ceil(len(batches) / network.world.ranks)
+    return config.max_new_tokens * (seconds + turns * network.control(Group.everyone(network.world), 1, 8))
+
+
+def _together(parts: list[Lengths]) -> Lengths:
+    return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate([part.targets for part in parts]))
 
 
 def _batches(lengths: Lengths, size: int) -> list[Lengths]:
@@ -80,7 +113,8 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     longest = np.array([batch.rows.max() for batch in batches], dtype=np.float64)
     targets = np.array([batch.targets.sum() for batch in batches], dtype=np.float64)
     rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap
-    home = np.asarray(work.home(Rows(samples, longest, targets)).seconds(compute, dtype, work.score_flops))
+    packed = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) if job.config.execution.packing else None
+    home = np.asarray(work.home(Rows(samples, longest, targets, packed)).seconds(compute, dtype, work.score_flops))
     home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))
     fixed = work.fixed().seconds(compute, dtype)
     local = job.expert_layout.num_experts // ep_size

@@ -86,8 +86,9 @@ def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
 def activations(spec: RunSpec, clients: int, length: int, active: float | None = None) -> int:
     """Bytes of a pass of so many clients with `active` experts each and full sequences: what is kept, and one layer's backward.
 
-    The rows that arrive at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the
-    gradients of its rows, results and inner values; with expert parallelism also what is on its way.
+    Packed samples are no more tokens than so many full sequences: for them, too, this is an upper bound. The rows that arrive
+    at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the gradients of its rows,
+    results and inner values; with expert parallelism also what is on its way.
     """
     config, model, expert_layout = spec.config, spec.size, spec.expert_layout
     sequences = config.execution.micro_batch_size or config.local.batch_size
@@ -103,8 +104,10 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
     # With checkpointing one layer at a time is recomputed; only every layer's input is kept.
     kept_layers = 1 if config.execution.activation_checkpointing else model.layers
     checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
+    # Dropout keeps no mask; while a projection computes there are its mask, what is let through, and that part's gradient.
+    dropped = 3 * tokens * model.hidden if config.adapters.dropout and config.adapters.projections else 0
     logits = 4 * tokens * model.vocabulary
-    return int((kept_layers * per_layer + checkpoints + backward + logits) * spec.row_bytes)
+    return int((kept_layers * per_layer + checkpoints + backward + dropped + logits) * spec.row_bytes)
 
 
 def format_bytes(count: float) -> str:

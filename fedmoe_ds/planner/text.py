@@ -62,7 +62,7 @@ def heading(job: Job, world: World, hardware: Hardware) -> list[str]:
 
 def data_lines(job: Job) -> list[str]:
     """What is to be told about the data: what was assumed, what is left out or cut."""
-    return [line for line in (job.data.assumed, job.data.omissions) if line]
+    return [line for line in (job.data.assumed, job.data.reading, job.data.omissions) if line]
 
 
 def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -> list[str]:

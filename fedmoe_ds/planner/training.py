@@ -92,13 +92,12 @@ class WaveModel:
     def cost(self, client: Client, round_index: int) -> ClientCost:
         """What a client costs wherever it trains."""
         if client.index not in self.costs:
-            steps, micro = self.job.steps(client, round_index), self.job.config.execution.micro_batch_size
-            rows = Rows(steps.samples, steps.longest, steps.targets)
+            steps, packing = self.job.steps(client, round_index), self.job.config.execution.packing
+            rows = Rows(steps.samples, steps.longest, steps.targets, steps.rows if packing else None)
             home = self.work.home(rows).seconds(self.compute, self.dtype, self.work.score_flops)
-            passes = np.ones(len(steps)) if micro is None else np.ceil(steps.samples / micro)
             # Every row goes to `cap` experts: caps are kept by the router, not by chance.
             routed = (steps.rows * client.cap).astype(np.float64)
-            self.costs[client.index] = ClientCost(np.asarray(home), routed, passes)
+            self.costs[client.index] = ClientCost(np.asarray(home), routed, steps.passes.astype(np.float64))
         return self.costs[client.index]
 
     def wave(self, wave: Wave, round_index: int) -> Spent:

@@ -92,11 +92,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a rank brings to a pass: samples, the longest of them, targets."""
+    """What a rank brings to a pass: samples, the longest of them, targets; and the token rows of packed samples.
+
+    Packed samples need no padding outside attention. The calls that lay them out for it are not counted, and its scores are
+    taken to be as many as if all were as long as the longest: an upper bound.
+    """
 
     samples: Amount
     longest: Amount
     targets: Amount
+    packed: Amount | None = None
+
+    @property
+    def rows(self) -> Amount:
+        """Token rows that the blocks see."""
+        return self.samples * self.longest if self.packed is None else self.packed
 
 
 class PassWork:
@@ -133,7 +143,7 @@ class PassWork:
     def home(self, rows: Rows) -> Work:
         """What a rank computes for its own rows: everything but the experts, and but what is fixed per pass."""
         job, size, adapters = self.job, self.job.size, self.job.config.adapters
-        layers, padded = size.layers, rows.samples * rows.longest
+        layers, padded = size.layers, rows.rows
         lora = job.cost.dense_row * adapters.rank
         flops = padded * 2.0 * job.body * self._times(2)
         # Logits exist for target rows only.

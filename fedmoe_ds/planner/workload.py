@@ -16,16 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmoe_ds.clients.batches import local_batches
+from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
 from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
+from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.federation.task_metrics import candidates_of
 from fedmoe_ds.foundation import resolve_foundation
-from fedmoe_ds.foundation.foundation import cache_folder
+from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.foundation.foundation import cache_folder, planned_config
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
@@ -64,13 +67,16 @@ class Lengths:
 @dataclass(frozen=True)
 class Data:
     """Who has how much. `assumed` says what was taken for granted where nothing could be counted, `omissions` what samples
-    are left out or cut; each is one line or None."""
+    are left out or cut, `reading` how rows were read where that is a choice; each is one line or None. `candidates` is how
+    many answers a sample is ranked against."""
 
     train: Callable[[int], Lengths]
     holdout: Callable[[int], Lengths]
     global_holdout: Lengths
     assumed: str | None = None
     omissions: str | None = None
+    reading: str | None = None
+    candidates: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,19 +121,20 @@ class Job(RunSpec):
 
 @dataclass(frozen=True)
 class Steps:
-    """One client's local steps in a round, [n] each: samples, longest sample, token rows, targets."""
+    """One client's local steps in a round, [n] each: samples, longest sample, token rows, targets, passes."""
 
     samples: Counts
     longest: Counts
     rows: Counts
     targets: Counts
+    passes: Counts
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
 def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
-    local, seed = job.config.local, job.config.seed
+    local, seed, execution = job.config.local, job.config.seed, job.config.execution
     if job.method.pooled:
         drawn = job.drawn_among(job.clients, round_index)
         # The pooled client's batches index into the data of all clients, in canonical order.
@@ -135,11 +142,18 @@ def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
     else:
         lengths, batches = job.data.train(client.index), local_batches(client, local, seed, round_index)
     # Drawn as the clients draw them, so that padding and targets are those of the run.
+    packing = Packing(job.length, lambda _: lengths.rows) if execution.packing else None
     columns = [
-        [len(batch), int(lengths.rows[batch].max()), int(lengths.rows[batch].sum()), int(lengths.targets[batch].sum())]
+        [
+            len(batch),
+            int(lengths.rows[batch].max()),
+            int(lengths.rows[batch].sum()),
+            int(lengths.targets[batch].sum()),
+            len(pass_bounds(batch, execution.micro_batch_size, packing)) - 1,
+        ]
         for batch in batches
     ]
-    return Steps(*np.array(columns, dtype=np.int64).reshape(-1, 4).T)
+    return Steps(*np.array(columns, dtype=np.int64).reshape(-1, 5).T)
 
 
 def _everything(job: Job) -> Lengths:
@@ -192,16 +206,20 @@ def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], D
     config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
     if assume and images is None and not has_tokenizer(folder, trust):
         return _assumed_clients(config, folder, spec.tiers)
+    progress = Progress()
     if (line := told(folder, trust)) is not None:
-        with Progress() as progress:
-            progress.note(line)
+        progress.note(line)
     # Prepared as a start does it, into the same cache: the start then finds it.
     tokenizer, code = load_tokenizer(folder, spec.size.vocabulary, trust) if images is None else None, running(folder, trust)
-    data = prepare(config.data, config.seed, tokenizer, cache_folder(config.foundation, "data"), code)
-    return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images)
+    place, column = cache_folder(config.foundation, "data"), config.federation.tier_column
+    data = prepare(config.data, config.seed, tokenizer, place, code, progress.note, column)
+    progress.close()
+    longest = longest_sequence(planned_config(config.foundation))
+    candidates = len(candidates_of(config.evaluation, tokenizer, data, longest))
+    return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images, candidates)
 
 
-def _counted(data: FederatedData, images: ImageInput | None) -> Data:
+def _counted(data: FederatedData, images: ImageInput | None, candidates: int) -> Data:
     found: dict[int, Lengths] = {}
 
     def train(client: int) -> Lengths:
@@ -215,6 +233,8 @@ def _counted(data: FederatedData, images: ImageInput | None) -> Data:
         lambda client: Lengths.of(data.holdout(client), images),
         Lengths.of(data.global_holdout(), images),
         omissions=data.omissions.line(),
+        reading=reading_line(data.reading),
+        candidates=candidates,
     )
 
 
@@ -226,11 +246,19 @@ class _AssumedFederation:
     samples: Counts
     train_sequences: Counts
     train_tokens: Counts
+    tiers: None = None
 
 
 def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[list[Client], Data]:
     """Equal clients with full sequences. Raises UserError where the configuration leaves their number or size open."""
-    count, local = config.data.partition.clients, config.local
+    named = sorted(name for tier in tiers for name in tier.clients)
+    count, local = config.data.partition.clients or len(named) or None, config.local
+    if named and count != len(named):
+        raise UserError(f"data.partition.clients: {count}: federation.tiers name {len(named)} clients; name each in one tier")
+    if (column := config.federation.tier_column) is not None:
+        raise UserError(
+            f"federation.tier_column: {column}: {folder} holds no tokenizer, so the data are not read; give every tier a share"
+        )
     steps = local.steps or local.max_steps
     sequences = config.data.max_samples or (None if steps is None else steps * local.batch_size)
     for key, value in (("data.partition.clients", count), ("local.steps", sequences)):
@@ -242,11 +270,13 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[l
     assert count is not None and sequences is not None
     length = config.data.sequence_length
     each = np.full(count, sequences)
-    federation: Any = _AssumedFederation([f"client-{i}" for i in range(count)], each, each, each * length)
+    federation: Any = _AssumedFederation(named or [f"client-{i}" for i in range(count)], each, each, each * length)
     # One object for all: assumed clients are equal.
     everyone = Lengths.full(sequences, length)
     held_out = max(1, round(count * sequences * config.data.global_holdout))
     note = f"assumed: every client has {sequences} sequences of {length} tokens (no tokenizer in {folder})"
+    if "ranked_choice" in config.evaluation.metrics:
+        note += "; nor can answers, so the passes of ranked_choice are left out"
     own = Lengths.full(config.evaluation.client_sequences, length)
     data = Data(lambda _: everyone, lambda _: own, Lengths.full(held_out, length), note)
     return make_clients(federation, config.federation, tiers, config.seed), data

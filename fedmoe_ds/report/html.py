@@ -48,7 +48,8 @@ def write_report(run_folder: Path) -> Path:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"{config_file}: cannot be read: {reason}; restore it, or remove it") from None
     target = run_folder / "report.html"
-    write_whole(target, page(history, config))
+    # Answers hold what clients have written.
+    write_whole(target, page(history, config), private=bool(history.generations))
     return target
 
 

@@ -28,13 +28,14 @@ from typing import Any
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.file_modes import doubt, keep_from_writers, keep_private
 from fedmoe_ds.storage.files import remove, sync
+from fedmoe_ds.storage.in_use import hold
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 KINDS = {"data": True, "native": True, "foundations": False, "shared": False, "wheels": False}
 """The folders below a root, and whether only this user may read what is there: clients' data, and code, which he alone runs."""
 
 _DEFAULT = "~/.cache/fedmoe_ds"
-_DRAFT, _REPLACED, _LOCK = ".draft-", ".replaced-", "lock"
+_DRAFT, REPLACED, _LOCK = ".draft-", ".replaced-", "lock"
 _SEAL = "seal"
 _EARLIER = (".staging-", ".partial-", "tmp")
 """Drafts of earlier versions hold no lock; after a day nobody works on them any more."""
@@ -73,7 +74,7 @@ def place(root: Path, kind: str) -> Path:
         if reason is None and (base is root or _can_be_made(folder)):
             if reasons:
                 pass_over(f"{reasons[0]}: not used; entries are kept in {base}")
-            _sweep(folder)
+            sweep(folder)
             return folder
         reasons += [reason] if reason is not None else []
     raise UserError(
@@ -88,7 +89,8 @@ def usable(entry: Path, intact: Callable[[], bool]) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    if not entry.is_dir():
+    # Held before it is looked at: cleaning (`cleaning`) leaves what is in use.
+    if not entry.is_dir() or not hold(entry):
         return False
     # Owner and mode before checksums: who can write an entry can write its checksums, too.
     reason = next(filter(None, map(doubt, (entry, *entry.rglob("*")))), None)
@@ -114,7 +116,7 @@ def draft(entry: Path, good: Callable[[], bool], flush: bool = True) -> Iterator
     folder = entry.parent
     private = KINDS.get(folder.name, True)
     _make(folder, private)
-    _sweep(folder)
+    sweep(folder)
     with _locked_draft(folder) as own:
         # A folder below the draft: the lock's file must not become part of the entry.
         content = own / "content"
@@ -124,6 +126,7 @@ def draft(entry: Path, good: Callable[[], bool], flush: bool = True) -> Iterator
             (keep_private if private else keep_from_writers)(path)
             if flush:
                 sync(path)
+        hold(content)  # the lock goes with the folder: the entry is in use from its first moment
         _publish(content, entry, good)
 
 
@@ -221,7 +224,7 @@ def _publish(content: Path, entry: Path, good: Callable[[], bool]) -> None:
         for _ in range(8):  # more than once only where there are no locks
             if good() or _moved(content, entry):
                 return
-            old = entry.with_name(f"{_REPLACED}{uuid.uuid4().hex}")
+            old = entry.with_name(f"{REPLACED}{uuid.uuid4().hex}")
             with suppress(FileNotFoundError):
                 entry.rename(old)  # within its folder, whose owner may do that even with another user's entry
                 remove(old)
@@ -251,17 +254,17 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed writers have left behind."""
+def sweep(folder: Path) -> None:
+    """Remove what killed writers have left behind in the folder of a kind."""
     try:
-        found = [path for path in folder.iterdir() if path.name.startswith((_DRAFT, _REPLACED, *_EARLIER))]
+        found = [path for path in folder.iterdir() if path.name.startswith((_DRAFT, REPLACED, *_EARLIER))]
     except OSError:
         return
     for path in found:
         with suppress(OSError):
             if path.name.startswith(_DRAFT):
                 _remove_unlocked(path)
-            elif path.name.startswith(_REPLACED) or time.time() - path.stat().st_mtime > _EARLIER_S:
+            elif path.name.startswith(REPLACED) or time.time() - path.stat().st_mtime > _EARLIER_S:
                 remove(path)
 
 

@@ -3,7 +3,8 @@
 * Results follow the user's umask, for files that libraries make as for our own: metrics with clients' names, reports, global
   adapters. With a umask of 027 a group may read them.
 * What is a client's own is this user's alone, whatever the umask: prepared text and images in the cache; in checkpoints the
-  personal adapters, the clients' state, and the sums of an unfinished round, which may be those of one client.
+  personal adapters, the clients' state, and the sums of an unfinished round, which may be those of one client; metrics and
+  report of a run that shows answers (`evaluation.generations`).
 * The rest of the cache follows the umask as far as reading goes, but nobody else may write: who writes there decides what runs.
 
 safetensors and `tempfile.mkdtemp` keep to the one user what they make, hence `follow_umask`. What only ranks may know

@@ -18,8 +18,9 @@ from pathlib import Path
 from fedmoe_ds.storage.file_modes import umask
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Let a text file appear in one step, in the place of an older one or of a symbolic link, with the mode that `open` gives.
+def write_whole(path: Path, text: str, private: bool = False) -> None:
+    """Let a text file appear in one step, in the place of an older one or of a symbolic link, with the mode that `open` gives;
+    a `private` one is this user's alone.
 
     What UTF-8 cannot hold (half of a surrogate pair) is written as its escape.
 
@@ -31,7 +32,9 @@ def write_whole(path: Path, text: str) -> None:
     handle, draft = tempfile.mkstemp(prefix=".draft-", suffix=".tmp", dir=path.parent)
     try:
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            os.fchmod(handle, 0o666 & ~umask())  # mkstemp lets this user alone read
+            # mkstemp lets this user alone read.
+            if not private:
+                os.fchmod(handle, 0o666 & ~umask())
             file.write(text)
         os.replace(draft, path)
     except BaseException:

@@ -40,9 +40,9 @@ def module_command(module: str, *arguments: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def scratch_folder(prefix: str = "fedmoe-bench-") -> Iterator[Path]:
-    """A folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+def scratch_folder(prefix: str = "fedmoe-bench-", parent: Path | None = None) -> Iterator[Path]:
+    """A folder that is gone afterwards, in the usual place for such or in `parent`."""
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder:
         yield Path(folder)
 
 

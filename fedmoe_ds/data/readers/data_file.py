@@ -148,10 +148,12 @@ class _Unpacked(io.RawIOBase):
 def known_encoding(name: str) -> bool:
     """Whether Python has this codec, and it makes text of bytes."""
     try:
-        # Decoding, not only a look-up: rot13 and base64 are codecs as well, and no encodings of text.
-        b"".decode(name)
         codecs.getincrementaldecoder(name)
-    except (LookupError, ValueError):  # ValueError: a name with a zero byte, a codec that takes nothing
+        # Not only looked up: rot13 and base64 are codecs as well, and do not make text of bytes.
+        b"a".decode(name)
+    except UnicodeError:  # a single byte is no text in UTF-16
+        return True
+    except (LookupError, ValueError):  # ValueError: a name with a zero byte
         return False
     return True
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from fedmoe_ds.config.problems import explained, first_of
-from fedmoe_ds.config.schema import Section
+from fedmoe_ds.config.section import Section
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.errors import UserError
 
