@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -170,13 +172,15 @@ def data(kit: Kit) -> Callable[[random.Random, Path], None]:
     lines = (kit.root / "data.jsonl").read_bytes()
     table = pa.Table.from_pylist(rows)
     pq.write_table(table, kit.root / "data.parquet")
+    pyarrow.feather.write_feather(table, kit.root / "data.arrow", compression="uncompressed")
     columns = list(rows[0])
     sheet = "\n".join([",".join(columns), *(",".join(f'"{row[name]}"' for name in columns) for row in rows)]).encode()
     binary = (kit.root / "data.parquet").read_bytes()
+    files = {".jsonl": lines, ".csv": sheet, ".parquet": binary, ".arrow": (kit.root / "data.arrow").read_bytes()}
+    files |= {".json": json.dumps(rows).encode(), ".jsonl.gz": gzip.compress(lines)}
     section = kit.config.data.model_dump()
 
     def content(draw: random.Random, suffix: str) -> bytes:
-        sound = {".jsonl": lines, ".csv": sheet, ".parquet": binary}[suffix]
         if draw.random() < 0.5 and suffix == ".jsonl":
             place = draw.randrange(len(rows))
             return "\n".join([*map(emit, rows[:place]), damage(draw, rows[place]), *map(emit, rows[place + 1 :])]).encode()
@@ -186,10 +190,10 @@ def data(kit: Kit) -> Callable[[random.Random, Path], None]:
             changed = table.set_column(columns.index(name), name, pa.array(odd, pa.uint64() if odd[0] == 2**63 else None))
             pq.write_table(changed, kit.root / "odd.parquet")
             return (kit.root / "odd.parquet").read_bytes()
-        return shuffle_bytes(draw, sound, [lines, sheet, binary])
+        return shuffle_bytes(draw, files[suffix], list(files.values()))
 
     def case(draw: random.Random, folder: Path) -> None:
-        suffix = draw.choice((".jsonl", ".jsonl", ".csv", ".parquet"))
+        suffix = draw.choice((".jsonl", *files))
         path = folder / f"data{suffix}"
         path.write_bytes(content(draw, suffix))
         odd = {"partition": {"kind": draw.choice(("natural", "iid", "dirichlet")), "column": "group", "clients": 3}}
