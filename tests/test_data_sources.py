@@ -26,10 +26,11 @@ from transformers import PreTrainedTokenizerFast
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.yaml12 import parse_yaml
-from fedmoe_ds.data import federated, templates
+from fedmoe_ds.data import federated
 from fedmoe_ds.data.federated import FederatedData, prepare
 from fedmoe_ds.data.readers import COMPRESSIONS, READERS, DataFile, data_file
 from fedmoe_ds.data.sources import FileSource, open_source
+from fedmoe_ds.data.templates import columns
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 
@@ -644,8 +645,8 @@ def test_the_page_has_every_kind_of_file_and_every_field() -> None:
     fields: dict[str, dict[str, tuple[str, ...]]] = {}
     for template, field, names, needed in rows:
         fields.setdefault(template, {})[field] = tuple(re.findall(r"`(\w+)`", names))
-        assert (needed == "no") == (field in templates.OPTIONAL), field
-    assert fields == templates.FIELDS
+        assert (needed == "no") == (field in columns.OPTIONAL), field
+    assert fields == columns.FIELDS
 
 
 def test_the_examples_of_the_page_are_configurations() -> None:
