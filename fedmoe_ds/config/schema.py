@@ -16,7 +16,7 @@ from fedmoe_ds.config.section import Section
 
 
 class PretrainConfig(Section):
-    """How the built-in foundation is pre-trained on the spot (ignored with `foundation.path`)."""
+    """How the built-in foundation is pre-trained on the spot (ignored with `foundation.path` and smollm2-135m)."""
 
     steps: int = Field(450, ge=0, description="optimizer steps; 0 keeps the random initialisation")
     batch_size: int = Field(8, ge=1, description="sequences per step")
@@ -27,7 +27,7 @@ class PretrainConfig(Section):
 class FoundationConfig(Section):
     """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
 
-    preset: str | None = Field("tiny-olmoe", description="built-in foundation; ignored when `path` is given")
+    preset: str | None = Field("tiny-olmoe", description="built-in foundation, or smollm2-135m (fetched); ignored with `path`")
     path: str | None = Field(None, description="Hugging Face model folder or hub id")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="storage type of the frozen weights")
     pretrain: PretrainConfig = PretrainConfig()

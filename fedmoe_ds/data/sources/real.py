@@ -85,6 +85,8 @@ def real_source(config: DataConfig, cache: Path) -> RealSource | None:
     if not isinstance(config.source, str):
         return None
     name, _, rest = config.source.partition(":")
+    if name in ("evals", "sotu") and config.split != DataConfig().split:
+        raise UserError(f"data.split: {config.split}: {name} has no splits; drop the key")
     if name == "evals":
         tasks = tuple(dict.fromkeys(task.strip() for task in rest.split(","))) if rest else ()
         columns = ("task", "instruction", "output", "messages")
