@@ -138,12 +138,6 @@ def tokenizer_of(size: int) -> Break:
     return replace
 
 
-def sentencepiece_only(folder: Path) -> None:
-    remove(TOKENIZER)(folder)
-    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-
-
 def token_ids_beyond(folder: Path) -> None:
     tree = json.loads((folder / TOKENIZER).read_text())
     words = tree["model"]["vocab"]
@@ -286,7 +280,6 @@ CASES: dict[str, tuple[str, Break, str]] = {
     "tokenizer is a folder": ("whole", folder_in_place(TOKENIZER), r"tokenizer.*; save"),
     "empty tokenizer settings": ("whole", write("tokenizer_config.json", ""), r"its tokenizer cannot be loaded: \S.*; save"),
     "cut tokenizer settings": ("whole", cut("tokenizer_config.json"), r"its tokenizer cannot be loaded: \S.*; save"),
-    "sentencepiece": ("whole", sentencepiece_only, r"tokenizer\.model needs .*pip install sentencepiece protobuf"),
     "larger tokenizer": ("whole", tokenizer_of(600), r"the tokenizer has 600 tokens, the model only 320; .*different models"),
     "token beyond the model": ("whole", token_ids_beyond, r"the tokenizer has .*5000.* the model only 320"),
 }
@@ -367,7 +360,6 @@ def test_a_second_copy_of_a_tensor_does_not_count(sound: Path, tmp_path: Path) -
 
 COMMAND = {
     "missing shard": 2,
-    "sentencepiece": 1,
     "no tokenizer": 2,
 }
 """Broken folders that the real command is given, and on how many ranks."""

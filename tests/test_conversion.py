@@ -23,6 +23,7 @@ from fedmoe_ds.config.schema import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import conversion, load_foundation, planned_task, resolve_foundation
+from fedmoe_ds.foundation import tokenizer as tokenizer_module
 from fedmoe_ds.storage import cache
 
 TEXT = [
@@ -323,6 +324,14 @@ def test_a_sentencepiece_tokenizer_alone_serves(kind: str, tmp_path: Path) -> No
     assert [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] == [
         reference.encode(text) for text in texts
     ]
+
+
+def test_a_sentencepiece_tokenizer_without_its_packages_says_which(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"needs the packages")
+    monkeypatch.setattr(tokenizer_module, "_installed", lambda module: False)
+    with pytest.raises(UserError, match=r"tokenizer\.model needs .*pip install sentencepiece protobuf"):
+        logits(folder)
 
 
 def test_tied_and_half_precision_weights_are_read(tmp_path: Path) -> None:

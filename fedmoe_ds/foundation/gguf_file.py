@@ -76,10 +76,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
     # A folder with this file alone: nothing else that lies beside it may have a say.
     with tempfile.TemporaryDirectory(prefix="fedmoe-gguf-") as alone, _quiet():
         (Path(alone) / file.name).symlink_to(file.resolve())
-        options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+        options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **options)
-            tokenizer = None if beside else AutoTokenizer.from_pretrained(alone, **options)
+            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, trust_remote_code=False, **options)
+            tokenizer = None if beside else AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **options)
         except Exception as error:  # transformers raises all kinds, for an unknown architecture as for a damaged file
             raise UserError(
                 f"foundation.path: {file}: transformers cannot read it: {first_line(error)}; give its Hugging Face folder"
