@@ -187,9 +187,11 @@ def packing_config(template: str = "instruction") -> Config:
 def test_documents_are_packed_already(root: Path) -> None:
     with pytest.raises(UserError, match=r"^execution.packing: true: documents \(data.template=text\) .*; use false"):
         check_packing(packing_config("text"), None)
-    change = {"execution": {"packing": True}, "data": {"template": "text", "columns": {"text": "output"}}}
-    with pytest.raises(UserError, match=r"^execution.packing: true: documents"):
-        resolve(make_config(root, "documents", change))
+    # With `auto` only the data say that they are documents.
+    for template in ("text", "auto"):
+        change = {"execution": {"packing": True}, "data": {"template": template, "columns": {"text": "output"}}}
+        with pytest.raises(UserError, match=r"^execution.packing: true: documents"):
+            resolve(make_config(root, "documents", change))
     check_packing(Config.model_validate({"data": {"template": "text"}}), dense.FAMILIES["vit"][0]())
 
 

@@ -33,7 +33,7 @@ from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
-from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_start, resolve_spec
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.server import BASE, CONTROL, Server
@@ -127,6 +127,7 @@ def load_parts(
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
     data = load_shared_data(config, runtime, foundation, stop, progress.note)
+    check_packed_samples(config, data.reading.get("template"))
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
     parts = _assemble(spec, runtime, topology, foundation, data, clients)
     parts.stop = stop

@@ -225,7 +225,12 @@ def check_packing(config: Config, model: Any) -> None:
         text = type_task(model.model_type) == "causal_lm"
         why = "in some of its layers tokens meet outside plain attention" if text else "images need no padding"
         raise UserError(f"execution.packing: true: the foundation is a '{model.model_type}' model: {why}; use false")
-    if config.data.template == "text":
+    check_packed_samples(config, config.data.template)
+
+
+def check_packed_samples(config: Config, template: str | None) -> None:
+    """Samples of this template can be packed. Raises UserError; with data.template=auto only the data tell the template."""
+    if config.execution.packing and template == "text":
         raise UserError(
             "execution.packing: true: documents (data.template=text) are cut into full sequences already, so nothing would be "
             "saved; use false"

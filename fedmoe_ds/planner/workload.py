@@ -24,7 +24,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_start, resolve_spec
 from fedmoe_ds.federation.task_metrics import candidates_of
 from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.context_length import longest_sequence
@@ -214,6 +214,7 @@ def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], D
     place, column = cache_folder(config.foundation, "data"), config.federation.tier_column
     data = prepare(config.data, config.seed, tokenizer, place, code, progress.note, column)
     progress.close()
+    check_packed_samples(config, data.reading.get("template"))
     longest = longest_sequence(planned_config(config.foundation))
     candidates = len(candidates_of(config.evaluation, tokenizer, data, longest))
     return make_clients(data, config.federation, spec.tiers, config.seed), _counted(data, images, candidates)
