@@ -16,9 +16,12 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def requirements() -> list[Requirement]:
-    """What the package requires, and what its tests require."""
+    """What the package requires, what its extras do, and what its tests do."""
     project = tomllib.loads(PROJECT.read_text())["project"]
-    return [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["dev"])]
+    extras = [text for texts in project["optional-dependencies"].values() for text in texts]
+    found = [Requirement(text) for text in (*project["dependencies"], *extras)]
+    # The tests' own extra names the other extras, which are in the list by themselves.
+    return [each for each in found if each.name != project["name"]]
 
 
 def bound(requirement: Requirement, operator: str) -> str:
