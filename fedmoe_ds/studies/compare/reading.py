@@ -14,9 +14,9 @@ COLUMNS = """\
 A tier names the FLOPs of top-k active experts per token; each method spends them as it does, and is evaluated as its clients
 of that tier train: with k active experts, or with all of them and a smaller rank. Perplexity and accuracy are next-token
 figures on the global hold-out after the last round; clients' hold-outs are the perplexity on what the clients held back,
-pooled. A figure is mean ± sample standard deviation over seeds. A seed changes the data and a foundation that is pre-trained here
-as well, so this spread is mostly the difference between tasks; methods are told apart by pairs of runs with the same seed. TFLOP:
-forward and backward operations of one client in one round, averaged over the clients of the tier."""
+pooled. A figure is mean ± sample standard deviation over seeds. A seed changes the data, and a foundation that is pre-trained
+here, as well, so this spread is mostly the difference between tasks; methods are told apart by pairs of runs with the same
+seed. TFLOP: forward and backward operations of one client in one round, averaged over the clients of the tier."""
 
 WITHOUT_EXPERTS = """\
 Plain LoRA on a dense foundation has no experts, so nothing to divide among tiers: beside methods with a single tier it stands
