@@ -21,7 +21,7 @@ from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_dropout import AdapterDropout, Address, Drawn
 from fedmoe_ds.model.dispatcher import Pool
-from fedmoe_ds.model.lora_attention import ClientLoRALinear, Projection
+from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection
 from fedmoe_ds.model.pass_context import Execution, Pass
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation, autoep, load_foundation, loading, resolve_foundation, weight_files
 from fedmoe_ds.foundation.families import FAMILIES as FAMILY_TABLE
-from fedmoe_ds.model.lora_attention import find_projections
+from fedmoe_ds.model.lora_linear import find_projections
 
 VOCAB, HIDDEN, FFN, EXPERTS = 320, 32, 16, 8
 TOLERANCE = 1e-5

@@ -17,7 +17,7 @@ from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
 from fedmoe_ds.model.expert_layout import ExpertLayout
-from fedmoe_ds.model.lora_attention import ClientLoRALinear, Projection, find_projections
+from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection, find_projections
 from fedmoe_ds.model.moe_layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
 from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.randomness import torch_generator

@@ -34,7 +34,7 @@ from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
 from fedmoe_ds.foundation.tokenizer import has_tokenizer, load_tokenizer
 from fedmoe_ds.kernels import fault
-from fedmoe_ds.model.lora_attention import find_projections
+from fedmoe_ds.model.lora_linear import find_projections
 from fedmoe_ds.report import Progress
 from fedmoe_ds.storage import cache
 

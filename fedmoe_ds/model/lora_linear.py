@@ -1,4 +1,4 @@
-"""LoRA attention: adapters on projections of attention, and of a dense feed-forward block, one per client.
+"""LoRA linear layers: adapters on projections of attention, and of a dense feed-forward block, one per client.
 
 Legend: B sequences, S positions, T = B * S rows sorted by client, C client slots, D input width, O output width, R adapter
 rank.
