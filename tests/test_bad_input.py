@@ -165,13 +165,8 @@ def test_a_model_without_experts(nano: dict[str, Any], foundation: Path, tmp_pat
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=512, **shape)).save_pretrained(model)
     AutoTokenizer.from_pretrained(foundation).save_pretrained(model)
-    config = changed(nano, output=str(tmp_path), foundation={"path": str(model)})
-    assert_names(
-        run(config, tmp_path).mistake(),
-        f"foundation: {model}: method flame needs a mixture of experts and this model is dense",
-        "use a sparse one",
-        "adapters.moe",
-    )
+    config = changed(nano, output=str(tmp_path), foundation={"path": str(model)}, method={"name": "hfedmoe"})
+    assert_names(run(config, tmp_path).mistake(), "method.name: hfedmoe", str(model), "is dense", "another method (fedit)")
 
 
 def test_a_checkpoint_of_another_model_and_of_other_settings(

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from fedmoe_ds.config.schema import FoundationConfig
+from fedmoe_ds.config.schema import AdapterConfig, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.errors import UserError
@@ -295,7 +295,7 @@ def test_the_number_of_a_layer_is_behind_its_list(models: Path, monkeypatch: pyt
     wrapped = Wrapped()
     hosted = autoep.host_experts(wrapped, 1, 0)
     assert [(layer.name, layer.index) for layer in hosted] == [("model.1.layers.0.mlp", 0), ("model.1.layers.1.mlp", 1)]
-    assert [projection.layer for projection in find_projections(wrapped, ["q_proj"])] == [0, 1]
+    assert [projection.layer for projection in find_projections(wrapped, AdapterConfig(attention=["q_proj"]))] == [0, 1]
 
 
 def load(folder: Path, ep_size: int = 1) -> Foundation:

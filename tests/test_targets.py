@@ -79,6 +79,9 @@ def test_the_report_uses_the_words(result: Result) -> None:
     page, history = write_report(folder).read_text(), History.of(result.events)
     total = sum(client.targets for client in result.parts.clients)
     assert f"hold {formats.count(total)} training targets" in page
+    # Lengths of sequences are tokens, and say so in a table of their own.
+    told = bool((history.data.pop("lengths", None) or {}).get("counts"))
+    assert ("by their tokens" in page) == told == (result.parts.foundation.images is None)
     section = str(data_section(history))
     assert " targets" in section and " tokens" not in section
     for client in history.data["clients"]:

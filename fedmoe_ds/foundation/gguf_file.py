@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line
+from fedmoe_ds.storage.strict_json import read_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -117,7 +118,7 @@ def _text(metadata: Any, key: str) -> str | None:
 
 def _mend_config(path: Path) -> None:
     """Drop what is about the file, and write float32 numbers as who made the model wrote them: 1e-05 for 9.999999747e-06."""
-    tree = json.loads(path.read_text())
+    tree = read_json(path, constants=True)
     kept = {key: _shortest(value) for key, value in tree.items() if key not in _FORGOTTEN}
     path.write_text(json.dumps(kept, indent=2, sort_keys=True))
 

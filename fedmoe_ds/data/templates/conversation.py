@@ -7,13 +7,13 @@ CSV has it. All of them become turns as a chat template expects them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.storage.strict_json import parse_json
 
 ASSISTANT = "assistant"
 # ShareGPT's names, and those of its descendants, beside the roles that templates know.
@@ -105,8 +105,8 @@ def _turns(value: Any, field: str) -> list[Turn]:
 
 def _from_json(text: str, field: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         raise _BadTurnError(field, f"holds {text!r:.40}, neither a list of turns nor JSON of one") from None
 
 
