@@ -462,6 +462,8 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         r"^data\.separator: ;: without effect: none .* \.csv, \.tsv; drop",
     ),
     "encoding of stdlib": ({}, {"source": "stdlib", "encoding": "cp1252"}, r"^data\.encoding: cp1252: without effect"),
+    "split of stdlib": ({}, {"source": "stdlib", "split": "test"}, r"^data\.split: test: stdlib has no splits; drop the key"),
+    "splits of a file": ({"a_jsonl": LINES}, {"split": "test"}, r"^data\.split: test: .*a\.jsonl has no splits; drop the key"),
     "separator of nothing": ({"a_csv": b"text\na\n"}, {"separator": '"'}, r"^data\.separator: '\"': separates no fields"),
     "Excel": ({"a_xlsx": b"PK"}, {}, r"a\.xlsx: unknown kind of file '\.xlsx'; save it as CSV or Parquet; use files that"),
     "tar": ({"a_tar_gz": PACKED}, {}, r"a\.tar\.gz: unknown kind of file '\.tar\.gz'; unpack it; use files that end in"),

@@ -54,7 +54,7 @@ data.prompt.end_of_text
 NEUTRAL = """
 name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
-data.show_samples data.split data.label_names data.encoding data.partition.alpha data.partition.min_samples
+data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
 execution.clients_in_flight
 execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
@@ -76,6 +76,7 @@ ELSEWHERE = {
     "data.prompt.response_header": "test_data_prompts.py",
     "data.prompt.answer_lead": "test_data_prompts.py",
     "data.separator": "test_data_sources.py",
+    "data.split": "test_data_sources.py",
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
@@ -103,7 +104,6 @@ OTHER: dict[str, Any] = {
     "data.partition.kind": "iid",
     "data.partition.clients": 3,
     "data.partition.column": "kind",
-    "data.split": "test",
     "data.encoding": "ascii",
     "data.label_names": ["yes", "no"],
     "evaluation.metrics": ["exact_match"],

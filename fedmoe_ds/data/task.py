@@ -77,7 +77,8 @@ def _refuse_text_settings(config: DataConfig) -> None:
     plain = DataConfig()
     # Saved configurations of earlier versions say `text`, which was the default.
     legal = {"template": ("auto", "text")}
-    for name in ("template", "prompt", "chat_template", "columns", "label_names", "separator", "encoding", "validation"):
+    keys = ("template", "prompt", "chat_template", "columns", "label_names", "separator", "encoding", "validation", "split")
+    for name in keys:
         if (value := getattr(config, name)) not in legal.get(name, (getattr(plain, name),)):
             raise UserError(f"data.{name}: {value}: for text only, and data.source is '{config.source}'; drop the key")
     column = config.partition.column

@@ -48,6 +48,8 @@ def open_sources(config: DataConfig, cache: Path) -> Sources:
                 f"data.{key}: {value}: without effect: none of the data is a file that ends in {', '.join(sorted(kinds))}; "
                 "drop the key"
             )
+    if config.split != plain.split and isinstance(train, FileSource | FilesSource | StdlibSource):
+        raise UserError(f"data.split: {config.split}: {source_name(config.source)} has no splits; drop the key")
     return Sources(train, validation)
 
 
