@@ -73,6 +73,7 @@ def check_invariants(data: FederatedData) -> None:
         train = data.train(client)
         assert len(train) == data.train_sequences[client] == data.samples[client] >= 1
         assert sum(int(mask.sum()) for mask in train.loss_mask) == data.train_tokens[client]
+        assert sum(map(len, train.input_ids)) == data.train_rows[client] >= data.train_tokens[client]
     assert np.array(data.distribution["counts"]).shape == (len(data.names), len(data.distribution["labels"]))
 
 

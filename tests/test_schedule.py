@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from every import every
@@ -54,6 +55,13 @@ def test_clusters_are_balanced(chosen: list[Client], world: tuple[int, int]) -> 
     plan = schedule(chosen, COST, LOCAL, world[0], world[1], None)
     loads = [sum(COST.client(c, LOCAL) for wave in waves for home in wave for c in home) for waves in plan]
     assert max(loads) - min(loads) <= max(COST.client(client, LOCAL) for client in chosen) * (1 + 1e-9)
+
+
+def test_clients_with_long_answers_are_no_dearer_than_those_with_long_prompts() -> None:
+    """Eight clients of one length; one learns ten times as many of its tokens. Each cluster gets four of them."""
+    chosen = [replace(make_client(i, 40, 1), targets=40 * (30 if i == 5 else 3), rows=40 * 50) for i in range(8)]
+    plan = schedule(chosen, COST, LOCAL, 2, 1, None)
+    assert [sum(len(home) for wave in waves for home in wave) for waves in plan] == [4, 4]
 
 
 @settings(max_examples=100, deadline=None)

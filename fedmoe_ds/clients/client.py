@@ -25,6 +25,7 @@ class Client:
         rank: LoRA rank that it trains.
         experts: experts per layer that one of its batches may train.
         steps: exact local steps, where they are not derived from the sequences (the pooled client of centralised training).
+        rows: token rows (or images) of one epoch, which predict its cost; None: as many as targets.
         tier: what outputs call its tier, see `fedmoe_ds.clients.tiers`; clients of one tier have one budget.
     """
 
@@ -39,6 +40,7 @@ class Client:
     experts: int = 1
     steps: int | None = None
     tier: str = ""
+    rows: int | None = None
 
     @property
     def budget(self) -> Budget:
@@ -68,6 +70,7 @@ def make_clients(data: FederatedData, config: FederationConfig, tiers: list[Tier
             tier.rank,
             tier.experts,
             tier=tier.label,
+            rows=int(data.train_rows[i]),
         )
         for i, (name, tier) in enumerate(zip(data.names, dealt, strict=True))
     ]

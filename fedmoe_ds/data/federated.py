@@ -54,10 +54,11 @@ class FederatedData:
 
     `names` are in canonical (sorted) order, which is the order of every per-client array. `samples`, int64 [n_clients],
     is |D_i| after hold-outs (a sample of packed text is one sequence, so it equals `train_sequences`). `train_tokens`
-    counts the targets of one epoch: target tokens, or images. `distribution` is {"labels": [...], "counts":
-    [client][label]}, in units dealt to the client, its hold-out included. `sequence_length` is 1 for images, because how
-    many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text. `omissions` counts
-    samples that were left out or cut. `tiers` are the labels of the clients' tiers, None where the data do not say them.
+    counts the targets of one epoch: target tokens, or images; `train_rows` all of its tokens, or images. `distribution` is
+    {"labels": [...], "counts": [client][label]}, in units dealt to the client, its hold-out included. `sequence_length` is 1
+    for images, because how many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text.
+    `omissions` counts samples that were left out or cut. `tiers` are the labels of the clients' tiers, None where the data do
+    not say them.
     `fingerprint` is a sha256 over all tokens and targets, or pixels and labels. `reading` says how rows became tokens:
     template, columns, and the text of a prompt or a chat template.
     """
@@ -66,6 +67,7 @@ class FederatedData:
     samples: NDArray[np.int64]
     train_sequences: NDArray[np.int64]
     train_tokens: NDArray[np.int64]
+    train_rows: NDArray[np.int64]
     distribution: dict[str, Any]
     sequence_length: int
     fingerprint: str
@@ -90,7 +92,7 @@ class FederatedData:
         header = store.header
         fields = {key: header[key] for key in ("names", "distribution", "sequence_length", "fingerprint")}
         fields["omissions"] = Omissions(**header["omissions"])
-        for key in ("samples", "train_sequences", "train_tokens"):
+        for key in ("samples", "train_sequences", "train_tokens", "train_rows"):
             fields[key] = np.array(header[key], dtype=np.int64)
         if (shape := header.get(IMAGE_SHAPE)) is not None:
             fields["image_shape"] = tuple(shape)
@@ -241,6 +243,7 @@ def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:
         "samples": counts,
         "train_sequences": counts,
         "train_tokens": [sequences.target_count() for sequences in prepared.train],
+        "train_rows": [sequences.row_count() for sequences in prepared.train],
         "distribution": prepared.distribution,
         **extra,
         "omissions": prepared.omissions.as_dict(),

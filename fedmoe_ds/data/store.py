@@ -66,6 +66,7 @@ class _Header(BaseModel):
     samples: Counts
     train_sequences: Counts
     train_tokens: Counts
+    train_rows: Counts
     distribution: dict[str, Any]
     sequence_length: Annotated[int, Field(ge=1)]
     fingerprint: str
@@ -77,7 +78,7 @@ class _Header(BaseModel):
 
     @model_validator(mode="after")
     def _counts_every_client(self) -> _Header:
-        if {len(self.samples), len(self.train_sequences), len(self.train_tokens)} != {len(self.names)}:
+        if {len(self.samples), len(self.train_sequences), len(self.train_tokens), len(self.train_rows)} != {len(self.names)}:
             raise ValueError("expected one count per client")
         if self.tiers is not None and len(self.tiers) != len(self.names):
             raise ValueError("expected one tier per client")
@@ -120,6 +121,10 @@ class Sequences:
     def target_count(self) -> int:
         """Return the number of targets: of target tokens, or of images."""
         return sum(int(mask.sum()) for mask in self.loss_mask) if self.labels is None else len(self.labels)
+
+    def row_count(self) -> int:
+        """Return the number of token rows: of tokens, or of images, whose positions are the foundation's to say."""
+        return sum(map(len, self.input_ids)) if self.labels is None else len(self.labels)
 
 
 class Store:
@@ -246,7 +251,8 @@ def write_units(parent: Path, units: Sequences, header: dict[str, Any]) -> str:
     if not usable(parent / name):
         starts = range(0, len(units), _UNITS_PER_BATCH)
         batches = [units.select(range(start, min(start + _UNITS_PER_BATCH, len(units)))) for start in starts]
-        none: dict[str, Any] = {"names": [], "samples": [], "train_sequences": [], "train_tokens": [], "distribution": {}}
+        counts: dict[str, Any] = {key: [] for key in ("names", "samples", "train_sequences", "train_tokens", "train_rows")}
+        none = counts | {"distribution": {}}
         omissions = {"rows": len(units), "total": {}, "clients": {}}
         write_store(parent / name, batches, header | none | {"omissions": omissions})
     return name

@@ -80,12 +80,11 @@ class CostModel:
         return dense + forward * (self.expert + lora) + backward * (self.expert + self.expert_weights + 2 * lora)
 
     def client(self, client: Client, local: LocalConfig) -> float:
-        """Predicted FLOPs of one client in one round, all of its routed rows trained.
-
-        Targets stand for token rows: what only leads up to them (an instruction) is not counted.
-        """
+        """Predicted FLOPs of one client in one round, all of its routed rows trained."""
+        # Rows and not targets: of an instruction's tokens few are targets, and how few differs tenfold between tasks.
+        rows = client.targets if client.rows is None else client.rows
         # A mean: the schedule knows sizes, not the batches.
-        per_sequence = client.targets / client.sequences
+        per_sequence = rows / client.sequences
         tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions
         routed = tokens * client.cap * self.layers
         return self.spent(tokens, routed, routed, client.rank)

@@ -247,6 +247,7 @@ class _AssumedFederation:
     samples: Counts
     train_sequences: Counts
     train_tokens: Counts
+    train_rows: Counts
     tiers: None = None
 
 
@@ -271,7 +272,9 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[l
     assert count is not None and sequences is not None
     length = config.data.sequence_length
     each = np.full(count, sequences)
-    federation: Any = _AssumedFederation(named or [f"client-{i}" for i in range(count)], each, each, each * length)
+    federation: Any = _AssumedFederation(
+        named or [f"client-{i}" for i in range(count)], each, each, each * length, each * length
+    )
     # One object for all: assumed clients are equal.
     everyone = Lengths.full(sequences, length)
     held_out = max(1, round(count * sequences * config.data.global_holdout))
