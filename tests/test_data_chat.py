@@ -193,6 +193,22 @@ def test_prompt_and_completion_as_text_and_a_system_column() -> None:
         assert np.array_equal(found.tokens[0], twin.tokens[0]) and np.array_equal(found.loss_mask[0], twin.loss_mask[0])
 
 
+def test_a_text_may_be_json() -> None:
+    """Prompts that begin like a list of turns and completions that are other JSON are texts."""
+    tokenizer = chats.tokenizer("chatml")
+    for prompt, answer in (('[{"id": 1}] What is this?', '[{"name": "Ann", "age": 3}]'), ("List them", '[{"name": "Ann"}]')):
+        twin = encode(tokenizer, [{"messages": turns(prompt, answer)}])
+        found = encode(tokenizer, [{"prompt": prompt, "completion": answer}])
+        assert np.array_equal(found.tokens[0], twin.tokens[0]) and np.array_equal(found.loss_mask[0], twin.loss_mask[0])
+
+
+def test_a_completion_has_weights_too() -> None:
+    after = [{"role": "assistant", "content": "no", "weight": 0}, *turns("Sure?"), {"role": "assistant", "content": "yes"}]
+    tokenizer = chats.tokenizer("chatml")
+    found = encode(tokenizer, [{"prompt": turns("Is it?"), "completion": after}])
+    assert tokenizer.decode(found.tokens[0][found.loss_mask[0]]) == "yes<|im_end|>"
+
+
 def test_what_is_left_out_is_counted() -> None:
     rows = [
         {"messages": turns("a", "b")},
@@ -227,6 +243,16 @@ def test_tools_are_written_by_the_template_or_the_chat_is_left_out(tmp_path: Pat
     learned = tokenizer.decode(found.tokens[0][found.loss_mask[0]])
     assert learned == 'add {"a": 2}<|im_end|>It is 4.<|im_end|>'
     assert encode(tokenizer, [{"messages": SAID}, {"messages": TOOLS}]).omissions == [(1, REFUSED)]
+
+
+def test_a_turn_that_the_template_passes_over_leaves_the_chat_out(tmp_path: Path) -> None:
+    """Else an instruction would vanish, and the answer to it be learned."""
+    deaf = CALLS.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}")
+    told = [{"role": "system", "content": "Answer in French."}, *turns("a", "b")]
+    found = encode(
+        chats.tokenizer("chatml"), [{"messages": turns("a", "b")}, {"messages": told}], **with_template("deaf", deaf, tmp_path)
+    )
+    assert found.rows == [0] and found.omissions == [(1, REFUSED)]
 
 
 def test_a_model_without_a_template_gets_chatml(tmp_path: Path) -> None:
@@ -283,6 +309,9 @@ def bad(row: Any) -> list[dict[str, Any]]:
         (bad([{"role": "user", "content": 5}]), {}, r"turn 1: content 5: neither text nor a list"),
         (bad([{"role": "user", "content": [{"type": "image_url"}]}]), {}, r"a part .*image_url.*: not text"),
         (bad([{"role": "assistant", "tool_calls": [{"id": "a"}]}]), {}, r"tool call .*: without a function and its name"),
+        (bad([{"role": "assistant", "content": "a", "tool_calls": True}]), {}, r"turn 1: tool_calls True: not a list"),
+        (bad([{"role": "assistant", "content": "a", "weight": "0"}]), {}, r"turn 1: weight '0': neither 0 nor 1"),
+        ([{"messages": SAID}], {"chat_template": "~nobody.here/x.jinja"}, r"chat_template: .*: no such user's home"),
         ([{"prompt": None, "completion": "b"}], {}, r"data\.columns\.prompt: row 1: column 'prompt': is missing"),
         ([{"messages": turns("a", "b", system="x"), "system": "y"}], {}, r"data\.columns\.system: row 1: .*as well"),
         ([{"messages": SAID, "tools": [5]}], {}, r"data\.columns\.tools: row 1: .*not a list of tools"),

@@ -538,6 +538,11 @@ MISTAKES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         {"validation": "{}/v.csv"},
         r"^data\.validation: .*v\.csv: all 1 samples are empty",
     ),
+    "trained and held out": (
+        {"d__a_jsonl": GOOD, "d__dev_jsonl": GOOD},
+        {"source": "{}/d/*.jsonl", "validation": "{}/d/dev.jsonl"},
+        r"^data\.validation: .*dev\.jsonl: clients train on this file as well; take it out of data\.source",
+    ),
     "no validation": ({"a_jsonl": LINES}, {"validation": "{}/v.csv"}, r"^data\.validation: .*v\.csv: no such file"),
     "split of a file": (
         {"a_jsonl": LINES},

@@ -8,6 +8,7 @@ prepares.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,12 +97,14 @@ def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder, 
     validation = None if sources.validation is None else _validation(sources.validation, config, seed, encoder)
     labels = _row_labels(table, columns, config, group_column)
     wanted: list[str] = []
+    whole, kept = table, list(range(len(table)))
     if natural:
         # Groups are chosen before anything is tokenised: only the rows of the chosen ones are.
         wanted = partition.largest_groups(labels, _weights(table, columns, config), config.partition.clients, seed)
         kept = _rows_in(labels, set(wanted))
         table, labels = table.select(kept), [labels[row] for row in kept]
-    tiers = None if tier_column is None else _tiers(table, labels, tier_column, natural)
+    # Messages name the rows of the files, which are not those that were chosen.
+    tiers = None if tier_column is None else _tiers(table, labels, tier_column, natural, lambda row: whole.place(kept[row]))
     samples = templates.encode(table, columns, config, encoder)
     left_out = sum(kind in LEFT_OUT for _, kind in samples.omissions)
     _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, left_out)
@@ -218,14 +221,14 @@ def _row_labels(table: Table, columns: dict[str, str], config: DataConfig, group
     return groups.group_names(table[column], column, table.classes.get(column), table.place)
 
 
-def _tiers(table: Table, labels: list[str], column: str, natural: bool) -> dict[str, str]:
+def _tiers(table: Table, labels: list[str], column: str, natural: bool, place: Callable[[int], str]) -> dict[str, str]:
     """Return what a column says about each client; all rows of a client say the same."""
     where = "federation.tier_column"
     if not natural:
         raise UserError(f"{where}: {column}: needs data.partition.kind=natural: rows that are dealt at random name no client")
     templates.require_column(column, table.names, where)
     tiers: dict[str, str] = {}
-    names = groups.group_names(table[column], column, table.classes.get(column), table.place, where)
+    names = groups.group_names(table[column], column, table.classes.get(column), place, where)
     for client, tier in zip(labels, names, strict=True):
         if (other := tiers.setdefault(client, tier)) != tier:
             raise UserError(f"{where}: {column}: client {client} has rows of tiers '{other}' and '{tier}'; give it one of them")

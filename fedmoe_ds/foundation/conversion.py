@@ -10,6 +10,7 @@ refused with the command that helps.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -50,14 +51,18 @@ def converted(path: Path, root: Path, note: Note) -> Path:
     Raises:
         UserError: a layout that is not read, or damaged files.
     """
-    if path.is_file():
+    if _is(path, Path.is_file):
         if path.suffix != GGUF:
             raise UserError(f"foundation.path: {path}: a file; give the model's folder, or a {GGUF} file")
         return _from_gguf(path, root, note)
+    # What is no folder, or holds no names for this user, is told by who reads the folder next.
+    if not _is(path, Path.is_dir) or not os.access(path, os.R_OK | os.X_OK):
+        return path
     if any((path / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE)):
         return path
     if any((path / name).is_file() for name in (PICKLED_FILE, PICKLED_INDEX)):
-        return _from_pickled(path, root, note)
+        # Without its configuration it is no model: known before many GB are written.
+        return _from_pickled(path, root, note) if (path / CONFIG_FILE).is_file() else path
     ggufs = sorted(path.glob(f"*{GGUF}"))
     if len(ggufs) == 1:
         return _from_gguf(ggufs[0], root, note)
@@ -75,8 +80,22 @@ def told(folder: Path) -> str | None:
     file = folder / RECORD_FILE
     if not file.is_file():
         return None
-    said = read_json(file).get("said")
+    try:
+        record = read_json(file)
+    except (OSError, ValueError):
+        return None
+    # A file of this name may lie in anybody's model folder: only what a conversion has sealed speaks here.
+    if not isinstance(record, dict) or "libraries" not in record or not cache.seal_holds(record):
+        return None
+    said = record.get("said")
     return f"foundation: {said}" if isinstance(said, str) else None
+
+
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path)
+    except OSError:  # a folder above it that may not be entered
+        return False
 
 
 def store(key: dict[str, Any], said: str, make: Callable[[Path], None], root: Path, note: Note) -> Path:

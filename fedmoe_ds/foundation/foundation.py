@@ -34,6 +34,7 @@ from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.storage import cache
+from fedmoe_ds.storage.files import expanded
 from fedmoe_ds.storage.strict_json import read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,7 +83,7 @@ def planned_config(config: FoundationConfig) -> Any | None:
     """
     if config.path is None:
         return None if config.preset is None else _preset(config.preset).config()
-    folder = Path(config.path).expanduser()
+    folder = expanded(config.path, "foundation.path")
     return read_config(folder) if (folder / CONFIG_FILE).is_file() else None
 
 
@@ -94,7 +95,7 @@ def planned_task(config: FoundationConfig) -> Task | None:
     """
     if config.path is None:
         return None if config.preset is None else type_task(_preset(config.preset).family)
-    folder = Path(config.path).expanduser()
+    folder = expanded(config.path, "foundation.path")
     return type_task(read_config(folder).model_type) if is_there(folder / CONFIG_FILE, Path.is_file) else None
 
 
@@ -102,7 +103,7 @@ def planned_sparse(config: FoundationConfig) -> bool | None:
     """Whether the foundation of a run has experts of its own, before anything is loaded; None where nobody can know yet."""
     if config.path is None:
         return None if config.preset is None else _preset(config.preset).family not in DENSE
-    folder = Path(config.path).expanduser()
+    folder = expanded(config.path, "foundation.path")
     return read_config(folder).model_type not in DENSE if is_there(folder / CONFIG_FILE, Path.is_file) else None
 
 
@@ -145,7 +146,7 @@ def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_r
     Raises:
         UserError: the folder is missing or holds no model of a known family, or ep_size does not divide its experts.
     """
-    return Skeleton(_check_folder(Path(path).expanduser()), _DTYPES[config.dtype], ep_size, ep_rank)
+    return Skeleton(_check_folder(expanded(str(path), "foundation.path")), _DTYPES[config.dtype], ep_size, ep_rank)
 
 
 def load_foundation(
@@ -210,7 +211,7 @@ def _file_sha256(file: Path) -> str:
 
 
 def _resolve_path(path: str, trust: bool) -> Path:
-    folder = Path(path).expanduser()
+    folder = expanded(str(path), "foundation.path")
     if is_there(folder):
         return folder
     # A hub id is 'name' or 'owner/name'; everything else was meant as a folder.

@@ -42,6 +42,7 @@ _KNOWN = frozenset(
     {"gpt-2", "gpt2", "llama3", "llama-v3", "llama-bpe", "qwen2", "deepseek-r1-qwen", "tekken", "gpt-4o", "dbrx"}
 )
 """Splits that transformers sets, or that are its default (GPT-2's)."""
+_GPT2 = frozenset({"gpt-2", "gpt2"})
 _FORGOTTEN = ("quantization_config", "_name_or_path", "_model_name_or_path")
 
 
@@ -99,7 +100,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
 def _set_split(tokenizer: Any, metadata: Any, file: Path) -> None:
     """Split text before merges as the file says."""
     kind, name = (_text(metadata, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind != "gpt2" or name in _KNOWN:  # SentencePiece's have no such step
+    # Older transformers have no table of splits: there every text is cut as GPT-2 does.
+    known = _KNOWN if find_spec("transformers.integrations.gguf") is not None else _GPT2
+    if kind != "gpt2" or name in known:  # SentencePiece's have no such step
         return
     if name not in _DIGITS:
         raise UserError(

@@ -7,6 +7,7 @@ symbolic link is neither followed nor removed, nor is anything that somebody els
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -39,7 +40,12 @@ class Entry:
 
 def entries(root: Path, kind: str | None = None) -> list[Entry]:
     """All entries below a root, or those of one kind, the largest first. Raises UserError where the root cannot be read."""
-    found = [_entry(name, path) for name, folder in _folders(root, kind) for path in _plain_folders(folder)]
+    found = []
+    for name, folder in _folders(root, kind):
+        for path in _plain_folders(folder):
+            # Another cleaning, or a start that replaces a damaged entry, may be faster.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(_entry(name, path))
     return sorted(found, key=lambda entry: (-entry.size, entry.path))
 
 

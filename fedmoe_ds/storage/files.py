@@ -15,7 +15,16 @@ import stat
 import tempfile
 from pathlib import Path
 
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.file_modes import umask
+
+
+def expanded(given: str, key: str) -> Path:
+    """Return a path of the user's, with `~` as the home it stands for. Raises UserError for nobody's home."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}: {given}: no such user's home; give another path") from None
 
 
 def write_whole(path: Path, text: str, private: bool = False) -> None:

@@ -84,7 +84,8 @@ class SavedSource:
 
         with quiet_datasets():
             try:
-                found = datasets.load_from_disk(str(self.folder))
+                # Mapped, whatever the environment says of small data: the digest is that of its files.
+                found = datasets.load_from_disk(str(self.folder), keep_in_memory=False)
             except Exception as error:  # whatever of it is missing or damaged, writing it again helps
                 raise UserError(
                     f"{self.key}: {self.folder}: cannot be loaded: {in_one_line(root_cause(error))}; save it again with "
@@ -106,6 +107,7 @@ class SavedSource:
     def digest(self) -> str:
         # What is saved again has another state.json, and the same rows in the same files.
         files = sorted(Path(entry["filename"]) for entry in self._rows.cache_files)
+        assert files or not len(self._rows), "rows without files would all have one digest"
         try:
             return tree_sha256([repr(self._rows.features), [file_sha256(path) for path in files]])
         except OSError as error:

@@ -14,6 +14,7 @@ from fedmoe_ds.data.sources.source import with_rows
 from fedmoe_ds.data.table import Column, Table
 from fedmoe_ds.distributed.stop_points import file_sha256, stop_point
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage.files import expanded
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 CLIENT = "client"
@@ -143,7 +144,7 @@ def listed_source(given: Sequence[str], file: DataFile) -> FilesSource:
     """Return the files of a list of paths and globs, in the list's order. Raises UserError as `local_source` does."""
     found: list[str] = []
     for item in given:
-        path = Path(item).expanduser()
+        path = expanded(item, file.key)
         one = None if os.path.isdir(path) else local_source(item, replace(file, path=path))
         if one is None:
             raise UserError(f"{file.key}: {item}: neither a file nor a glob, which is what a list holds; {use()}")

@@ -15,6 +15,7 @@ from fedmoe_ds.data.sources.real import RealSource, real_source
 from fedmoe_ds.data.sources.source import Source, StdlibSource
 from fedmoe_ds.data.wheels import PREFIX, local_file
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage.files import expanded
 
 SOURCE, VALIDATION = "data.source", "data.validation"
 # A hub id may hold dots, so only endings that are surely files count as files that do not exist.
@@ -39,8 +40,11 @@ def open_sources(config: DataConfig, cache: Path) -> Sources:
     config = _out_of_wheels(config, cache)
     train = real_source(config, cache) or open_source(config)
     validation = None if config.validation is None else _open_validation(config, train)
-    files = [file for source in (train, validation) if isinstance(source, FileSource | FilesSource) for file in source.files]
-    plain = DataConfig()
+    learned, held = _files_of(train), _files_of(validation)
+    both = {file.path.resolve() for file in learned} & {file.path.resolve() for file in held}
+    if both:
+        raise UserError(f"data.validation: {min(both)}: clients train on this file as well; take it out of data.source")
+    files, plain = [*learned, *held], DataConfig()
     for key, kinds in (("separator", frozenset(SEPARATORS)), ("encoding", TEXTUAL)):
         value = getattr(config, key)
         if value != getattr(plain, key) and not any(file.ending in kinds for file in files):
@@ -60,7 +64,7 @@ def open_source(config: DataConfig) -> Source:
         return listed_source(given, file)
     if given == "stdlib":
         return StdlibSource()
-    path = Path(given).expanduser()
+    path = expanded(given, SOURCE)
     if exists(path, file) and SavedSource.is_one(path):
         # Not "whether it was given": a run's own config.yaml gives every key.
         return SavedSource(path, None if config.split == DataConfig().split else config.split)
@@ -84,7 +88,7 @@ def _open_validation(config: DataConfig, train: Source) -> Source:
         return train.another(given)
     # The name of a split first, where there are splits: a name alone is no path to a file.
     named = isinstance(train, HubSource | SavedSource) and not _is_a_path(given)
-    path = Path(given).expanduser()
+    path = expanded(given, VALIDATION)
     source = None if named or os.path.isdir(path) else local_source(given, replace(file, path=path))
     if source is not None:
         return source
@@ -94,11 +98,16 @@ def _open_validation(config: DataConfig, train: Source) -> Source:
             "or a list of them"
         )
     assert isinstance(train, HubSource | SavedSource)
-    if given == (train.split or DataConfig().split):
+    # A part of a split is of the split: train[:5%].
+    if given.partition("[")[0] == (train.split or DataConfig().split).partition("[")[0]:
         raise UserError(f"data.validation: {given}: the split that clients train on; name another one")
     if isinstance(train, HubSource):
         return HubSource(train.name, given, key=VALIDATION)
     return SavedSource(train.folder, given, key=VALIDATION)
+
+
+def _files_of(source: Source | None) -> list[DataFile]:
+    return list(source.files) if isinstance(source, FileSource | FilesSource) else []
 
 
 def _out_of_wheels(config: DataConfig, cache: Path) -> DataConfig:

@@ -11,12 +11,12 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data.templates.conversation import ASSISTANT, Conversation, Turn
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage.files import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,7 +92,7 @@ class ChatTemplate:
             written = Written(text, [span for span in spans if span[0] < span[1]])
         else:
             written = self._by_prefixes(chat)
-        _check_tools(chat, written.text)
+        _check_whole(chat, written.text)
         return written
 
     def text_of(self, chat: Conversation) -> str:
@@ -190,7 +190,7 @@ def template_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Any
     """The template's text as it is written down: in the file, or as the tokenizer has it; None: nowhere."""
     if config.chat_template is None:
         return tokenizer.chat_template
-    path = Path(config.chat_template).expanduser()
+    path = expanded(config.chat_template, "data.chat_template")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -209,13 +209,16 @@ def _check_syntax(template: ChatTemplate, config: DataConfig) -> None:
         raise UserError(f"data.chat_template: {where}: no Jinja template: {str(error).splitlines()[0]}; mend it") from None
 
 
-def _check_tools(chat: Conversation, text: str) -> None:
-    """A template that passes over tools would teach answers that come from nowhere."""
+def _check_whole(chat: Conversation, text: str) -> None:
+    """A template that passes over turns or tool calls would teach answers that come from nowhere."""
     for turn in chat.messages:
-        spoken = turn["content"].strip() if turn["role"] in ("tool", "function", "ipython") else ""
+        # Of an assistant's turn a template may leave thinking out.
+        spoken = turn["content"].strip() if turn["role"] != ASSISTANT else ""
         names = [call["function"]["name"] for call in turn.get("tool_calls", [])]
-        if not all(name in text for name in names) or (spoken and spoken not in text and _quoted(spoken) not in text):
-            raise RefusedError("it passes over tool calls or tool turns")
+        if spoken and spoken not in text and _quoted(spoken) not in text:
+            raise RefusedError(f"it passes over a turn of role {turn['role']}")
+        if not all(name in text for name in names):
+            raise RefusedError("it passes over tool calls")
 
 
 def _quoted(text: str) -> str:

@@ -154,12 +154,14 @@ def check_rows(table: Table, columns: dict[str, str], config: DataConfig) -> Non
         for _ in Reader(table, columns):
             pass
         return
+    # Where the input is the question, a row without one asks nothing.
+    nullable = NULLABLE - ({"input"} if config.prompt.resolved().input == "only" else set())
     for field, column in columns.items():
         if field == "label":
             label_words(table, column, config.label_names)
             continue
         for row, value in enumerate(table[column]):
-            if isinstance(value, str) or (value is None and field in NULLABLE):
+            if isinstance(value, str) or (value is None and field in nullable):
                 continue
             what = "is missing" if value is None else f"holds {value!r:.40}, not text"
             raise UserError(

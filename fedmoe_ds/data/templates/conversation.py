@@ -69,11 +69,11 @@ class _BadTurnError(Exception):
 def _conversation(row: dict[str, Any]) -> Conversation:
     if "messages" in row:
         turns = _turns(row["messages"], "messages")
-        learned = [turn["role"] == ASSISTANT and turn.pop("weight", 1) != 0 for turn in turns]
+        learned = _learned(turns, "messages")
     else:
         before, after = _side(row["prompt"], "prompt", "user"), _side(row["completion"], "completion", ASSISTANT)
         # The prompt may hold answers of the assistant; only the completion is learned, as in TRL.
-        learned = [False] * len(before) + [turn["role"] == ASSISTANT for turn in after]
+        learned = [False] * len(_learned(before, "prompt")) + _learned(after, "completion")
         turns = before + after
     system = row.get("system")
     if system is not None and not isinstance(system, str):
@@ -85,12 +85,34 @@ def _conversation(row: dict[str, Any]) -> Conversation:
     return Conversation(turns, learned, _tools(row.get("tools")))
 
 
+def _learned(turns: list[Turn], field: str) -> list[bool]:
+    """Whether each turn is an answer to learn; OpenAI's `weight`, 0 or 1, takes one out and is taken off the turn."""
+    learned = []
+    for index, turn in enumerate(turns):
+        weight = turn.pop("weight", 1)
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise _BadTurnError(field, f"turn {index + 1}: weight {weight!r:.40}: neither 0 nor 1")
+        learned.append(turn["role"] == ASSISTANT and weight == 1)
+    return learned
+
+
 def _side(value: Any, field: str, role: str) -> list[Turn]:
-    if isinstance(value, str) and not value.lstrip().startswith("[{"):
+    if isinstance(value, str) and not _says_turns(value):
         return [{"role": role, "content": value}]
     if value is None and field == "prompt":
         raise _BadTurnError(field, "is missing")
     return _turns(value, field)
+
+
+def _says_turns(text: str) -> bool:
+    """Whether a text is the JSON of turns: a text may be any other JSON, or begin like it."""
+    if not text.lstrip().startswith("[{"):
+        return False
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return False
+    return all(isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in value)
 
 
 def _turns(value: Any, field: str) -> list[Turn]:
@@ -121,7 +143,10 @@ def _turn(given: Any, where: str, field: str) -> Turn:
     if not isinstance(named, str) or named.lower() not in ROLES:
         known = "" if not isinstance(named, str) else nearest(named, list(ROLES))
         raise _BadTurnError(field, f"{where}: role {named!r:.40}: not one of {', '.join(ROLES)}{known}")
-    if calls := turn.get("tool_calls"):
+    calls = turn.pop("tool_calls", None) or []
+    if not isinstance(calls, list):
+        raise _BadTurnError(field, f"{where}: tool_calls {calls!r:.40}: not a list")
+    if calls:
         turn["tool_calls"] = [_call(call, where, field) for call in calls]
     return {"role": ROLES[named.lower()], "content": _text(spoken, where, field), **turn}
 
