@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from fedmoe_ds.config import Config, ExecutionConfig
 from fedmoe_ds.federation.run_spec import shares_passes
 from fedmoe_ds.kernels.frozen_layers import INDEPENDENT
 from fedmoe_ds.kernels.per_client import Segment
+from fedmoe_ds.model import per_client_attention
 from fedmoe_ds.model.pass_context import Pass
 from fedmoe_ds.model.per_client_attention import own_lengths
 
@@ -91,6 +93,24 @@ def test_who_may_share_a_pass() -> None:
     assert not shares_passes(exact, "deepseek_v3", "cpu"), "its shared experts and sigmoid scores are not kept apart"
     assert not shares_passes(exact, "olmoe", "cuda")
     assert shares_passes(half, "olmoe", "cpu") and not shares_passes(half, "qwen2_moe", "cpu")
+
+
+def test_a_client_below_the_window_has_no_mask_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone it has none, and a kernel with a mask adds up in another order."""
+    seen = []
+
+    def kernel(module: Any, q: torch.Tensor, k: Any, v: Any, mask: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        seen.append((q.shape[2], mask is not None))
+        return q.transpose(1, 2), None
+
+    empty, module = torch.zeros(0), torch.nn.Module()
+    run = Pass([Segment(0, 0, 1, 9), Segment(1, 1, 2, 4)], None, empty, empty, empty)
+    object.__setattr__(module, per_client_attention._EXECUTION, SimpleNamespace(running=lambda: run))
+    monkeypatch.setattr(per_client_attention, "sdpa_attention_forward", kernel)
+    heads, mask = torch.zeros(2, 1, 9, 8), torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    per_client_attention._attend(module, heads, heads, heads, mask, sliding_window=6)
+    per_client_attention._attend(module, heads, heads, heads, mask, sliding_window=4)
+    assert seen == [(9, True), (4, False), (9, True), (4, True)]
 
 
 def test_neighbours_of_equal_length_share_a_call() -> None:

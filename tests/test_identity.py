@@ -26,7 +26,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts
-from fedmoe_ds.federation.identity import _compare_contents, agreed, check_code, check_identity, identity
+from fedmoe_ds.federation.identity import _compare_contents, agreed, check_code, check_identity, identity, of_settings
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_plan
@@ -244,6 +244,16 @@ def refusal(world: World, config: Config, parts: Parts) -> str:
     with pytest.raises(UserError) as caught:
         check_identity(written, world.saved, ours, config)
     return str(caught.value)
+
+
+def test_packed_passes_are_cut_by_the_sequence_length() -> None:
+    """The tokens may be the same with another one, and the passes not."""
+    packed = {"execution": {"packing": True, "micro_batch_size": 1}}
+    trees = [json.loads(Config.model_validate({**packed, "data": {"sequence_length": n}}).model_dump_json()) for n in (96, 128)]
+    assert of_settings(trees[0]) != of_settings(trees[1])
+    for tree in trees:
+        tree["execution"]["micro_batch_size"] = None
+    assert of_settings(trees[0]) == of_settings(trees[1])
 
 
 @pytest.mark.parametrize("key", REFUSED.split())

@@ -20,7 +20,7 @@ from transformers import (
 
 from fedmoe_ds.config.schema import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.run_spec import check_length, check_plan
+from fedmoe_ds.federation.run_spec import check_length, check_plan, check_rotations
 from fedmoe_ds.foundation.builtin.presets import PRESETS
 from fedmoe_ds.foundation.context_length import longest_sequence
 
@@ -54,6 +54,19 @@ def test_the_longest_sequence_is_taken_and_one_more_is_refused(model: Any, longe
     if longest is not None:
         with pytest.raises(UserError, match=rf"^data\.sequence_length: {longest + 1}: .* has {longest} positions; use at most"):
             check_length(config(longest + 1), model)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_neighbours_are_refused_in_bitwise_mode(kind: str) -> None:
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": 3.0, "rope_theta": 1e4, "original_max_position_embeddings": N}
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16} if kind == "longrope" else {}
+    model = LlamaConfig(max_position_embeddings=N, num_attention_heads=4, hidden_size=128, rope_parameters=scaling | factors)
+    at, beyond = (Config.model_validate({"data": {"sequence_length": length}}) for length in (N, N + 8))
+    check_rotations(at, model, bitwise=True)
+    check_rotations(beyond, model, bitwise=False)
+    check_rotations(beyond, LlamaConfig(max_position_embeddings=N, rope_parameters=YARN | {"rope_theta": 1e4}), bitwise=True)
+    with pytest.raises(UserError, match=rf"^data\.sequence_length: {N + 8}: beyond {N} positions .*reproducible=fast"):
+        check_rotations(beyond, model, bitwise=True)
 
 
 @pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if preset.task == "causal_lm"])

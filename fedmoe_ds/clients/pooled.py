@@ -24,6 +24,7 @@ class PooledData:
 
     def __init__(self, data: FederatedData) -> None:
         self.data = data
+        self._lengths: NDArray[np.int64] | None = None
 
     def train(self, client: int) -> Sequences:
         """All training sequences, clients in canonical order."""
@@ -40,7 +41,9 @@ class PooledData:
     def train_lengths(self, client: int) -> NDArray[np.int64]:
         """Tokens of each of them."""
         assert client == 0, client
-        return np.concatenate([self.data.train_lengths(index) for index in range(len(self.data))])
+        if self._lengths is None:  # asked for at every step
+            self._lengths = np.concatenate([self.data.train_lengths(index) for index in range(len(self.data))])
+        return self._lengths
 
 
 def pooled_client(clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int) -> Client:

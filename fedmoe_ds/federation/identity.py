@@ -55,6 +55,9 @@ def of_settings(tree: dict[str, Any]) -> Identity:
     local, execution = tree["local"], tree["execution"]
     largest = local["batch_size"]  # a wider pass than the batch is the whole batch
     modes = {"micro_batch_size": min(execution["micro_batch_size"] or largest, largest), "packing": execution["packing"]}
+    if modes["packing"] and modes["micro_batch_size"] < largest:
+        # What a packed pass has memory for is counted in tokens of full sequences.
+        modes["pass_tokens"] = modes["micro_batch_size"] * tree["data"]["sequence_length"]
     device, scheduled = tree["topology"]["device"], local["rounds_schedule"] != "constant"
     return {
         "seed": tree["seed"],
@@ -204,7 +207,7 @@ def check_no_effect(folder: Path, config: Config) -> None:
     written = _settings(folder)
     places = ("name", "output", "foundation.", "data.", "topology.")  # the contents of model and data have been compared
     for key, mine, other in differences(json.loads(config.model_dump_json()), written) if written else ():
-        if not key.startswith(places):
+        if not key.startswith(places) or key == "data.show_samples":
             raise UserError(
                 f"--resume: {key}: {mine}: the run has trained its {config.federation.rounds} rounds with {other}, and "
                 "nothing is left for it to change; set it back, raise federation.rounds, or use another name"

@@ -20,7 +20,7 @@ from fedmoe_ds.federation.no_experts import as_meant, named
 from fedmoe_ds.federation.sampling import participants
 from fedmoe_ds.federation.task_metrics import check_task_metrics
 from fedmoe_ds.foundation import planned_sparse, planned_task
-from fedmoe_ds.foundation.context_length import longest_sequence
+from fedmoe_ds.foundation.context_length import longest_alone, longest_sequence
 from fedmoe_ds.foundation.dense import type_task
 from fedmoe_ds.foundation.families import packs
 from fedmoe_ds.foundation.foundation import planned_config
@@ -131,6 +131,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     check_task(model.task, config.data, model.images)
     check_task_metrics(config, model.task)
     check_length(config, model.model.config)
+    check_rotations(config, model.model.config, is_bitwise(config, device))
     # Once more: of a hub id nobody knew before whether it has experts.
     config = as_meant(config, bool(model.layers))
     check_needs(method, config.method.name, config)
@@ -186,6 +187,7 @@ def check_plan(config: Config, bitwise: bool) -> None:
         check_task_metrics(config, task)
     planned = planned_config(config.foundation)
     check_length(config, planned)
+    check_rotations(config, planned, bitwise)
     check_packing(config, planned)
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
@@ -211,6 +213,17 @@ def check_length(config: Config, model: Any) -> None:
         raise UserError(
             f"data.sequence_length: {config.data.sequence_length}: the foundation "
             f"({config.foundation.path or config.foundation.preset}) has {longest} positions; use at most {longest}"
+        )
+
+
+def check_rotations(config: Config, model: Any, bitwise: bool) -> None:
+    """In bitwise mode no client's rotary embeddings depend on another's length. Raises UserError."""
+    longest = longest_alone(model) if bitwise else None
+    if longest is not None and config.data.sequence_length > longest:
+        raise UserError(
+            f"data.sequence_length: {config.data.sequence_length}: beyond {longest} positions the foundation's rotary "
+            f"embeddings depend on the longest sequence of a pass, so bits would depend on neighbours; use at most {longest}, "
+            "or execution.reproducible=fast"
         )
 
 

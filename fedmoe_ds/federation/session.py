@@ -176,6 +176,13 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         topology=rank_table(parts),
     )
     journal.note(f"resumed from {path.name}")
+    # Asked for after the start: they are of the data, which are the same.
+    if parts.config.data.show_samples and not parts.runtime.run_on_rank0(lambda: _has_samples(journal.log.path)):
+        journal.samples(shown_samples(parts))
+
+
+def _has_samples(metrics: Path) -> bool:
+    return any(event["event"] == "sample" for event in read_metrics(metrics))
 
 
 def open_snapshot(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:

@@ -23,6 +23,25 @@ def longest_sequence(config: Any) -> int | None:
     return max(limits)
 
 
+def longest_alone(config: Any) -> int | None:
+    """Return the most positions of a sequence whose rotations depend on nothing but itself, or None for no limit.
+
+    Dynamic and LongRoPE scaling of transformers look at the longest sequence of a pass, and dynamic scaling remembers it:
+    beyond the original length a client's rotations would depend on who else is in the pass, and on who was before.
+    """
+    limits = [
+        # Phi's configurations say the original length beside the parameters.
+        int(
+            scaling.get("original_max_position_embeddings")
+            or getattr(config, "original_max_position_embeddings", None)
+            or config.max_position_embeddings
+        )
+        for scaling in _scalings(config)
+        if scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
+
+
 def _scalings(config: Any) -> Iterator[Mapping[str, Any]]:
     """The parameters of rotary embeddings that are stretched; some models have one set for each kind of layer."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

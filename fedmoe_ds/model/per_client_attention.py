@@ -61,10 +61,11 @@ def _attend(
     # The usual case: all clients are as long as the pass, and no tensor is copied.
     if len(parts) == 1 and parts[0][2] == whole:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
-    found = []
+    found, window = [], options.get("sliding_window")
     for start, stop, length in parts:
         q, k, v = (heads[start:stop, :, :length] for heads in (query, key, value))
-        mask = attention_mask
+        # A client that is shorter than the window has no mask when it is alone, and must not get one from its neighbours.
+        mask = attention_mask if window is None or length >= window else None
         if mask is not None:
             mask = (mask if mask.shape[0] == 1 else mask[start:stop])[..., :length, :length]
         y_BSHK, _ = sdpa_attention_forward(module, q, k, v, mask, **options)
