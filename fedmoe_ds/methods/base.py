@@ -208,7 +208,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"adapters.expert_training: {adapters.expert_training}: method {name} works on LoRA pairs; "
             "use adapters.expert_training=lora"
         )
-    # Adapter experts (`adapters.moe`) are no LoRA pairs; attention may still bring some.
+    # Adapter experts (`adapters.moe`) are no LoRA pairs; projections may still bring some.
     if "lora" in method.needs and not adapters.projections and (not adapters.experts or adapters.moe is not None):
         raise UserError(
             f"adapters.attention: []: method {name} works on LoRA pairs and there would be none; name attention projections"

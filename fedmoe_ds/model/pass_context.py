@@ -1,6 +1,6 @@
 """Pass context: what the layers of a model read while a pass runs.
 
-A model has one `Execution`; the hosted layers and the attention adapters hold a reference to it. Nothing here is global, and
+A model has one `Execution`; the hosted layers and the adapters of projections hold a reference to it. Nothing here is global, and
 nothing about a client is an attribute of a layer: caps, masks, slots and adapters change from pass to pass.
 """
 
@@ -119,7 +119,7 @@ class Execution:
         rescaler: whether the bank's learnable rescaler multiplies the expert output.
         balance, z: coefficients of the auxiliary losses.
         kernels: what computes the adapters' products.
-        dropout: of the attention adapters' inputs in training, if there is any.
+        dropout: of the inputs of projections' adapters in training, if there is any.
         wave: what holds for the clients in training; evaluation puts an empty one in its place.
     """
 
