@@ -281,7 +281,8 @@ class Config(Section):
         adapters = self.adapters
         if not adapters.experts and not adapters.projections and adapters.router == "frozen":
             raise ValueError(
-                "adapters: nothing would be trained; set experts=true, name projections (attention, feed_forward), or router=train"
+                "adapters: nothing would be trained; set experts=true, name projections in attention or feed_forward, or "
+                "router=train"
             )
         # Of a hosted mixture top_k is compared with the model, which is not known yet.
         if adapters.moe is not None and adapters.moe.top_k > adapters.moe.experts:

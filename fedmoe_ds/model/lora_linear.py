@@ -179,7 +179,7 @@ class ClientLoRALinear(nn.Module):
             [read(name, layer) for name in (self.projection.block_a, self.projection.block_b)]
             for read in (bank.value, bank.grad)
         )
-        # A dense block: adapters of projections live on the client's home rank alone, so slots and factors here are those of home.
+        # Adapters of projections live on the client's home rank alone, so slots and factors here are those of home.
         products = self.execution.products_for(a.shape[1], dtype, self.base.weight.device)
         scale = self.execution.scale
         if kept is not None and self.execution.dropout is not None:

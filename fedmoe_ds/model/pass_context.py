@@ -1,7 +1,7 @@
 """Pass context: what the layers of a model read while a pass runs.
 
-A model has one `Execution`; the hosted layers and the adapters of projections hold a reference to it. Nothing here is global, and
-nothing about a client is an attribute of a layer: caps, masks, slots and adapters change from pass to pass.
+A model has one `Execution`; the hosted layers and the adapters of projections hold a reference to it. Nothing here is
+global, and nothing about a client is an attribute of a layer: caps, masks, slots and adapters change from pass to pass.
 """
 
 from __future__ import annotations
