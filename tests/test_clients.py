@@ -27,7 +27,7 @@ def make_data(count: int) -> FederatedData:
     """Sizes without any sequences behind them."""
     sizes = np.arange(1, count + 1, dtype=np.int64)
     names = [f"client-{i:04d}" for i in range(count)]
-    return FederatedData(names, sizes, sizes, sizes * 10, {}, 16, "", Omissions(), Path(), cast(Any, None))
+    return FederatedData(names, sizes, sizes, sizes * 10, sizes * 10, {}, 16, "", Omissions(), Path(), cast(Any, None))
 
 
 def deal(count: int, tiers: list[TierConfig], seed: int = 0, **federation: Any) -> list[Client]:
