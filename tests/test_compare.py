@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from launching import REPOSITORY, SCRIPT, changed, read_events
 from scipy import stats
 
-from fedmoe_ds.config import dump_config, load_config
+from fedmoe_ds.config import Config, dump_config, load_config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.no_experts import as_meant
 from fedmoe_ds.report import MetricsLog
 from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.compare import Request, compare
@@ -242,6 +243,22 @@ def test_a_folder_with_another_configuration_is_refused(request_: Request) -> No
     moved = request_.output.with_name("moved")
     request_.output.rename(moved)
     check_saved(plan(replace(request_, output=moved)))
+
+
+def test_a_study_of_plain_lora_continues(tmp_path: Path) -> None:
+    """A start saves what it has resolved: no experts on a dense model. Earlier versions saved the template `text`."""
+    dense = {"foundation": {"preset": "nano-llama"}, "method": {"name": "fedit"}}
+    config = Config.model_validate({**dense, "name": "x", "output": str(tmp_path)})
+    run = Run("plain", 0, config)
+    run.folder.mkdir(parents=True)
+    saved = as_meant(config, sparse=False)
+    for template in ("auto", "text"):
+        tree = saved.model_copy(update={"data": saved.data.model_copy(update={"template": template})})
+        (run.folder / "config.yaml").write_text(dump_config(tree))
+        check_saved([run])
+    (run.folder / "config.yaml").write_text(dump_config(saved.model_copy(update={"seed": 3})))
+    with pytest.raises(UserError, match=r"^seed: 0: .* was run with 3"):
+        check_saved([run])
 
 
 def test_runs_of_a_seed_with_another_foundation_or_data_are_refused(request_: Request) -> None:

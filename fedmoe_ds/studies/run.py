@@ -10,6 +10,8 @@ from typing import Any
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.config.problems import shown
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.no_experts import as_meant
+from fedmoe_ds.foundation import planned_sparse
 from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.report import read_metrics
 from fedmoe_ds.report.history import History
@@ -78,8 +80,13 @@ def check_saved(runs: Sequence[Run]) -> None:
 
 
 def _compared(config: Config) -> dict[str, Any]:
+    # As a start resolves it: without experts `adapters.experts` is saved as false.
+    config = as_meant(config, planned_sparse(config.foundation))
     # A folder of an older version may lack keys of its method that have got a default since.
-    return with_defaults(config, load_method(config.method)).model_dump(exclude=set(PLACE))
+    tree = with_defaults(config, load_method(config.method)).model_dump(exclude=set(PLACE))
+    if tree["data"]["template"] == "text":  # earlier versions' default; of the same data, what `auto` has always meant
+        tree["data"]["template"] = "auto"
+    return tree
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
