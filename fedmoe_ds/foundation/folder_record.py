@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from fedmoe_ds.distributed.stop_points import file_sha256
-from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json
 
@@ -36,14 +31,3 @@ def _intact(file: Path) -> bool:
         return cache.seal_holds(record) and all(file_sha256(file.parent / name) == promised for name, promised in sums.items())
     except (OSError, ValueError, TypeError, AttributeError):
         return False
-
-
-@contextmanager
-def storing(folder: Path) -> Iterator[None]:
-    """The one line for a cache that cannot be read or written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"foundation.cache: {folder.parent}: cannot be written: {error}; free space or choose another folder"
-        ) from error

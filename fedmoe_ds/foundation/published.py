@@ -5,7 +5,6 @@ SmolLM2-135M-Instruct (Apache-2.0): the wheel holds it as GGUF, quantised to Q4_
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from fedmoe_ds.data.wheels import SMOLLM2, Wheel
+from fedmoe_ds.distributed.stop_points import file_sha256
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.conversion import store
 from fedmoe_ds.foundation.gguf_file import convert_gguf
@@ -77,12 +77,10 @@ def published_model(name: str, root: Path, note: Callable[[str], None]) -> Path:
 
     def make(folder: Path) -> None:
         file = folder / Path(preset.member).name
-        with preset.wheel.open(root, where) as archive:
-            # A wheel with the pinned hash holds it.
-            with archive.open(preset.member) as inside, file.open("wb") as out:
-                shutil.copyfileobj(inside, out)
-            digest = hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
-        if digest != preset.sha256:
+        # A wheel with the pinned hash holds the member.
+        with preset.wheel.open(root, where) as archive, archive.open(preset.member) as inside, file.open("wb") as out:
+            shutil.copyfileobj(inside, out)
+        if (digest := file_sha256(file)) != preset.sha256:
             raise UserError(f"{where}: {preset.member} has sha256 {digest}, expected {preset.sha256}: not used")
         convert_gguf(file, folder)
         file.unlink()

@@ -130,6 +130,18 @@ def draft(entry: Path, good: Callable[[], bool], flush: bool = True) -> Iterator
         _publish(content, entry, good)
 
 
+@contextmanager
+def storing(entry: Path, *others: type[Exception]) -> Iterator[None]:
+    """The one line for a cache that cannot be read or written; `others` are what a library raises for that, too."""
+    kinds: tuple[type[Exception], ...] = (OSError, *others)
+    try:
+        yield
+    except kinds as error:
+        raise UserError(
+            f"foundation.cache: {entry.parent}: cannot be written: {error}; free space or choose another folder"
+        ) from error
+
+
 def sealed(tree: dict[str, Any]) -> dict[str, Any]:
     """What a JSON file of an entry should hold, with a checksum of itself."""
     return {**tree, _SEAL: tree_sha256(json.loads(json.dumps(tree)))}
@@ -138,6 +150,11 @@ def sealed(tree: dict[str, Any]) -> dict[str, Any]:
 def seal_holds(tree: dict[str, Any]) -> bool:
     """Whether it is what was written; earlier versions sealed nothing."""
     return _SEAL not in tree or tree[_SEAL] == tree_sha256({key: value for key, value in tree.items() if key != _SEAL})
+
+
+def has_seal(tree: dict[str, Any]) -> bool:
+    """Whether it has a seal, and that holds: it was written here."""
+    return _SEAL in tree and seal_holds(tree)
 
 
 def pass_over(reason: str) -> None:

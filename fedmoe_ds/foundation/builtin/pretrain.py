@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from fedmoe_ds.config.schema import PretrainConfig
 from fedmoe_ds.data import digits, stdlib
@@ -49,7 +50,7 @@ def pretrain_preset(name: str, config: PretrainConfig, seed: int, root: Path, pr
     key, train = _plan(find_preset(name), config, seed, root, progress)
     folder = cache.place(root, "foundations") / key
     state = TrainingState(folder.with_name(f"{key}.unfinished"), key, progress)
-    with folder_record.storing(folder):
+    with cache.storing(folder, SafetensorError):
         if _usable(folder):
             progress(f"foundation: {name} found in {folder}")
             return folder
