@@ -43,6 +43,11 @@ class Client:
     rows: int | None = None
 
     @property
+    def token_rows(self) -> int:
+        """Token rows (or images) of one epoch."""
+        return self.targets if self.rows is None else self.rows
+
+    @property
     def budget(self) -> Budget:
         return self.top_k, self.rank, self.experts
 

@@ -52,7 +52,6 @@ class ClientWork:
         first, end = self.bounds[step][micro : micro + 2]
         return self.batches[step][first:end], (self.round_index, self.client.index, step, first)
 
-    def rates(self, local: LocalConfig) -> list[float]:
-        """Learning rates of all its steps."""
-        steps = len(self.batches)
-        return [learning_rate(local, self.lr, step, steps) for step in range(steps)]
+    def rate(self, local: LocalConfig, step: int) -> float:
+        """Learning rate of one of its steps."""
+        return learning_rate(local, self.lr, step, len(self.batches))

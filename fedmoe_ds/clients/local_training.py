@@ -243,7 +243,7 @@ class WaveTrainer:
             # A NaN norm compares as False and the step is taken as it is; the client is then found not finite and left out.
             if norms is not None and norms[view.slots[True]] > (self.local.clip or 0.0):
                 factor = (self.local.clip or 0.0) / norms[view.slots[True]]
-            lr = work.rates(self.local)[step]
+            lr = work.rate(self.local, step)
             address = (round_index, work.client.index)
             self.optimizer.step(self.expert_blocks, view.slots[True], step + 1, lr, factor, address)
             if False in view.slots:
@@ -295,7 +295,7 @@ class WaveTrainer:
         return updates
 
     def _remembered(self, work: ClientWork, view: ClientView) -> dict[str, Tensor]:
-        rates = sum(work.rates(self.local))
+        rates = sum(work.rate(self.local, step) for step in range(len(work.batches)))
         return {name: value for remember in self.hooks.remember for name, value in remember(view, rates).items()}
 
 

@@ -56,7 +56,7 @@ def pooled_client(clients: list[Client], members: list[Client], local: LocalConf
         samples=sum(client.samples for client in clients),
         sequences=sum(client.sequences for client in clients),
         targets=sum(client.targets for client in clients),
-        rows=sum(client.targets if client.rows is None else client.rows for client in clients),
+        rows=sum(client.token_rows for client in clients),
         steps=len(pooled_batches(clients, members, local, seed, round_index)),
     )
 

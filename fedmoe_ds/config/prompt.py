@@ -5,7 +5,7 @@ A prompt is repeated to the letter at inference, so everything in it is a settin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -111,9 +111,8 @@ class PromptConfig(Section):
 
     def resolved(self) -> Prompt:
         """The preset with the pieces that are given."""
-        preset = PRESETS[self.preset]
         given = {field.name: getattr(self, field.name) for field in fields(Prompt) if getattr(self, field.name) is not None}
         if "preamble" in given:
             # One text for both cases, unless the other is given as well.
             given.setdefault("preamble_with_input", given["preamble"])
-        return Prompt(**{**{field.name: getattr(preset, field.name) for field in fields(Prompt)}, **given})
+        return replace(PRESETS[self.preset], **given)

@@ -82,9 +82,8 @@ class CostModel:
     def client(self, client: Client, local: LocalConfig) -> float:
         """Predicted FLOPs of one client in one round, all of its routed rows trained."""
         # Rows and not targets: of an instruction's tokens few are targets, and how few differs tenfold between tasks.
-        rows = client.targets if client.rows is None else client.rows
         # A mean: the schedule knows sizes, not the batches.
-        per_sequence = rows / client.sequences
+        per_sequence = client.token_rows / client.sequences
         tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions
         routed = tokens * client.cap * self.layers
         return self.spent(tokens, routed, routed, client.rank)

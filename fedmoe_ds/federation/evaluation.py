@@ -33,8 +33,9 @@ from fedmoe_ds.model.moe_layer import RESCALER
 
 ReadPart = Callable[[], Sequences]
 """Reads what one row of figures is about: a batch of the global hold-out, or what is scored of one client's."""
-NLL, CORRECT, TARGETS, SAMPLES = range(4)
-"""Rows of the sums over a part; those of the task metrics follow, one for each: how many samples it counts as right."""
+SUMS = 4
+"""Rows of the sums over a part: negative log-likelihood, right targets, targets, samples; those of the task metrics follow, one
+for each: how many samples it counts as right."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,8 @@ class Evaluator:
 
     @torch.no_grad()
     def _run(self, parts: list[ReadPart], cut: list[list[int]], how: Assignment) -> Tensor:
-        """[K, N parts]: NLL and so on under one assignment, the same on every rank; `cut` says which parts share a pass."""
-        sums_KN = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(parts), dtype=torch.float64)
+        """[K, N parts]: the sums under one assignment, the same on every rank; `cut` says which parts share a pass."""
+        sums_KN = torch.zeros(SUMS + len(self.tasks.names), len(parts), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
         with self._receiving(how):
             # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
@@ -296,7 +297,7 @@ class Evaluator:
         result = self._pass(parts, how)
         right_MB = self.tasks.right(parts, result, lambda asked: self._pass(asked, how))
         by_part = [torch.split(values_N, result.targets) for values_N in (result.nll_N.double(), result.correct_N)]
-        sums_KP = torch.zeros(SAMPLES + 1 + len(self.tasks.names), len(parts), dtype=torch.float64)
+        sums_KP = torch.zeros(SUMS + len(self.tasks.names), len(parts), dtype=torch.float64)
         first = 0
         for place, (part, nll, correct) in enumerate(zip(parts, *by_part, strict=True)):
             right = [sum(right_B[first : first + len(part)]) for right_B in right_MB]

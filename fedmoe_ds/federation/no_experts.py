@@ -33,11 +33,6 @@ def named(config: Config) -> str:
     return str(config.foundation.path or config.foundation.preset)
 
 
-def plain_lora(config: Config) -> bool:
-    """Whether a resolved configuration trains LoRA on projections and nothing else."""
-    return not config.adapters.experts and config.adapters.moe is None and config.adapters.router == "frozen"
-
-
 def _check_method(config: Config) -> None:
     method = load_method(config.method)
     # A method may know better what it lacks here (FFT-MoE: a section).

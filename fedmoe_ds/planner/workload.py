@@ -206,14 +206,13 @@ def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], D
     config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
     if assume and images is None and not has_tokenizer(folder, trust):
         return _assumed_clients(config, folder, spec.tiers)
-    progress = Progress()
-    if (line := told(folder, trust)) is not None:
-        progress.note(line)
-    # Prepared as a start does it, into the same cache: the start then finds it.
-    tokenizer, code = load_tokenizer(folder, spec.size.vocabulary, trust) if images is None else None, running(folder, trust)
-    place, column = cache_folder(config.foundation, "data"), config.federation.tier_column
-    data = prepare(config.data, config.seed, tokenizer, place, code, progress.note, column)
-    progress.close()
+    with Progress() as progress:
+        if (line := told(folder, trust)) is not None:
+            progress.note(line)
+        # Prepared as a start does it, into the same cache: the start then finds it.
+        tokenizer = load_tokenizer(folder, spec.size.vocabulary, trust) if images is None else None
+        place, column, code = cache_folder(config.foundation, "data"), config.federation.tier_column, running(folder, trust)
+        data = prepare(config.data, config.seed, tokenizer, place, code, progress.note, column)
     check_packed_samples(config, data.reading.get("template"))
     longest = longest_sequence(planned_config(config.foundation))
     candidates = len(candidates_of(config.evaluation, tokenizer, data, longest))
