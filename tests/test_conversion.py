@@ -347,3 +347,14 @@ def test_tied_and_half_precision_weights_are_read(tmp_path: Path) -> None:
     for name in ("tied", "half"):
         train_tokenizer(TEXT, VOCAB).save_pretrained(tmp_path / name)
     torch.testing.assert_close(logits(tmp_path / "half"), logits(tmp_path / "tied"), atol=0.02, rtol=0.02)
+
+
+def test_a_snapshot_of_the_hub_is_read(model: Path, folder: Path, tmp_path: Path) -> None:
+    """Its files are links into `blobs/`, as huggingface-hub lays them down."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0f"
+    folder.rename(blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    found, lines = resolve(snapshot, tmp_path / "cache")
+    assert found == snapshot and lines == [] and torch.equal(logits(found), logits(model))
