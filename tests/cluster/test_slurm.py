@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ LONG: dict[str, Any] = {
     "execution": {"clients_in_flight": 1},
     "evaluation": {"every": 9, "client_sequences": 0},
 }
+# A stop is asked for once more between a checkpoint's begin and the next round; a round of LONG trains for four seconds.
+SECOND_ROUND_BEGINS_S = 1.0
 TWO = ("--nodes=2", "--ntasks-per-node=1")
 
 
@@ -94,8 +97,10 @@ class Run:
         return int(self.slurm.job(self.number)["Restarts"])
 
     def round_done(self) -> None:
-        """Wait for the first round's end: the second has begun."""
+        """Wait until the second round trains: the first one's checkpoint is begun between its event and the next round."""
         self.slurm.until(lambda: self.events("round"), "first round")
+        self.slurm.until(lambda: list((self.folder / "run" / "checkpoints").glob("*round-00001")), "its checkpoint")
+        time.sleep(SECOND_ROUND_BEGINS_S)
 
     def assert_resumed_in_the_middle_of_a_round(self) -> None:
         (event,) = self.events("resume")
