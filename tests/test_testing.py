@@ -19,7 +19,7 @@ from fedmoe_ds.testing.method_check import check_functions
 
 sys.path.append(str(Path(__file__).parent / "third_party"))
 
-SHORT: dict[str, Any] = {"local": {"max_steps": 1}, "evaluation": {"client_sequences": 0}}
+SHORT: dict[str, Any] = {"federation": {"rounds": 1}, "local": {"max_steps": 1}, "evaluation": {"client_sequences": 0}}
 
 
 class Named(Method):
@@ -101,7 +101,7 @@ def test_ours_are_such_methods() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Nothing, "^two rounds of training changed no figure of the evaluation"),
+        (Nothing, "^training changed no figure of the evaluation"),
         (Infinite, "^round 1: the update of client-00.* was left out: non-finite"),
         (DrawsFreely, r"^with two clients in flight instead of all, the result has other bits \(\d+ of \d+ global adapters"),
     ],
@@ -119,7 +119,9 @@ def test_a_sound_method_in_this_process(tmp_path: Path) -> None:
     assert result.finished and result.config.method.model_dump() == {"name": "method-under-test", "exponent": 0.25}
     assert "method-under-test" not in method_names() and not any("fedmoe-method-" in entry for entry in sys.path)
     with pytest.raises(UserError, match=r"^method\.exponent: 2\.0: Input should be less than or equal to 1"):
-        check_method(tempered.Tempered, {"exponent": 2.0}, ranks=1, folder=tmp_path)
+        check_method(tempered.Tempered, {"exponent": 2.0}, ranks=1)
+    with pytest.raises(UserError, match=r"^folder: .*: holds runs already; give an empty or a new one"):
+        check_method(tempered.Tempered, ranks=1, folder=tmp_path)
     tree = tiny_federation(tmp_path, SHORT, {"local": {"max_steps": 2}})
     assert tree["local"]["max_steps"] == 2 and tree["evaluation"]["client_sequences"] == 0
 

@@ -27,6 +27,7 @@ from fedmoe_ds.api.started import start
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.stop_request import StopRequest
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import Method, MethodInfo
 from fedmoe_ds.testing.entry_point import announced
 from fedmoe_ds.testing.tiny_federation import tiny_federation
@@ -59,6 +60,8 @@ def check_method(
         UserError: the federation refuses the method or its parameters.
     """
     check_functions(method)
+    if folder is not None and (folder / "runs").exists():
+        raise UserError(f"folder: {folder}: holds runs already; give an empty or a new one")
     with announced(method, processes=ranks > 1) as name, tempfile.TemporaryDirectory(prefix="fedmoe-check-") as temporary:
         tried = _Trial(Path(temporary) if folder is None else folder, {"name": name, **(parameters or {})}, changes or {})
         whole = run(tried.config("whole"))
@@ -137,7 +140,7 @@ def check_figures(result: Result) -> None:
             raise MethodError(f"{where}: the loss is not finite")
         losses.setdefault((row["tier"], row["split"], row["client"]), set()).add(row["loss"])
     if all(len(values) == 1 for values in losses.values()):
-        raise MethodError("two rounds of training changed no figure of the evaluation: is anything trained, or averaged?")
+        raise MethodError("training changed no figure of the evaluation: is anything trained, or averaged?")
 
 
 class _StopInTraining(StopRequest):
