@@ -8,6 +8,7 @@ come to `start`. Modules of subcommands are imported there and not here: the lis
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,17 +36,19 @@ class Command:
         summary: one line for the list.
         listen: what is done about signals, before the imports that take seconds.
         light: it answers at once: there are no such imports.
+        on_cpu: it computes in one process, on the CPU, and starts no other.
     """
 
     module: str
     summary: str
     listen: Callable[[], object] = leave_on_interrupt
     light: bool = False
+    on_cpu: bool = False
 
 
 COMMANDS = {
     "train": Command("fedmoe_ds.commands.train", "fine-tune a federation, on any launcher's ranks", STOP.install),
-    "report": Command("fedmoe_ds.commands.report", "the page of a run, or of several side by side"),
+    "report": Command("fedmoe_ds.commands.report", "the page of a run, or of several side by side", on_cpu=True),
     "plan": Command("fedmoe_ds.commands.plan", "memory, time and the best topology of a run, before it is queued"),
     "submit": Command("fedmoe_ds.commands.submit", "check a run and submit it to SLURM"),
     "compare": Command("fedmoe_ds.commands.compare", "methods x seeds as runs, and one report about all of them"),
@@ -95,6 +98,8 @@ def start(name: str) -> NoReturn:
     command, words = COMMANDS[name], sys.argv[1:]
     command.listen()
     _forget_own_folder()
+    if command.on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported
     if command.light or any(word in HELP for word in _before_dashes(words)):
         # argparse shows its text and ends: nothing of what `run_entry` brings is needed for that.
         sys.exit(_told(lambda: _main_of(command)(words)))
