@@ -123,8 +123,13 @@ def test_the_best_round_is_kept_and_told(root: Path, plain: str, capsys: pytest.
     assert best_round(Path(config.output) / "plain") is None
 
 
-@pytest.mark.parametrize("moment", ["evaluated", "reported", "saving"])
-@pytest.mark.parametrize("round_index", [2, 3])
+MOMENTS = [(moment, round_index) for moment in ("evaluated", "reported", "saving") for round_index in (2, 3)]
+FIRST = [("evaluated", 2), ("saving", 2), ("reported", 3)]
+
+
+@pytest.mark.parametrize(
+    "moment, round_index", [*FIRST, *(pytest.param(*case, marks=pytest.mark.sweep) for case in MOMENTS if case not in FIRST)]
+)
 def test_a_kill_and_a_resume_choose_alike(root: Path, plain: str, moment: str, round_index: int) -> None:
     config = make_config(root, f"killed-{moment}-{round_index}", SMALL, BEST, {"checkpoint": {"every": 1}})
     with pytest.raises(KilledError):

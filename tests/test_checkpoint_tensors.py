@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense_inputs import dense_config, write_dense
 from federations import alone, make_config, write_inputs
-from method_variants import PLAIN, variant_config
+from method_variants import PLAIN, VARIANTS, variant_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -34,9 +34,19 @@ PAGE = Path(__file__).parents[1] / "docs" / "outputs.md"
 PLACEHOLDERS = {"<l>": r"(?:\d+)", "<e>": r"(?:\d+)", "<p>": r"(?P<projection>\w+)"}
 SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows": (1,)}
 KINDS = [
-    "flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "lora-fair", "ffa-lora", "fedsa-lora", "local-only",
-    "scaffold", "fedyogi", *PLAIN, "beside",
-]  # fmt: skip
+    "flame",
+    "flame-layers",
+    "hfedmoe-full",
+    "hetlora",
+    "flora",
+    "fedsa-lora",
+    "scaffold",
+    "fedyogi",
+    "plain-flora",
+    "beside",
+]
+"""Together they have every kind of tensor and file."""
+OTHERS = [variant for variant in (*VARIANTS, *PLAIN) if variant not in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -128,35 +138,37 @@ def tensors(path: Path) -> Iterator[tuple[str, str, Any]]:
                 yield file, name, opened.get_tensor(name)
 
 
-@pytest.fixture(scope="module")
-def used(root: Path) -> set[str]:
-    """The rows of the page that some tensor fits, after every tensor of every kind has been compared."""
-    patterns = set()
-    for variant in KINDS:
-        change: dict[str, Any] = {"federation": {"participation": 1.0}}
-        if variant == "beside":
-            config = dense_config(root, "llama", "beside", {"adapters": {"attention": ["q_proj"]}})
-        else:
-            config = variant_config(root, variant, "spec", change)
-        parts = begun(config)
-        path = saved(parts)
-        assert find_damage(path) is None
-        count = 0
-        for file, name, tensor in tensors(path):
-            shape, dtype = checked(file, name, parts, len(parts.participants(1)))
-            assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), f"{variant}: {file}: {name}"
-            patterns |= {row.pattern.pattern for row in ROWS if row.pattern.fullmatch(name)}
-            count += 1
-        assert count > 4, variant
-        names = [client.name for client in parts.clients]
-        personal = [file for file in read_snapshot(path).files if file.startswith(PRIVATE[0])]
-        assert client_names(path, read_snapshot(path).files) == (names if personal else None), variant
-        assert bool(personal) == bool(parts.state.personal)
-    return patterns
+def compare(root: Path, variant: str) -> set[str]:
+    """Every tensor of a checkpoint with the page; the rows of the page that fit one."""
+    if variant == "beside":
+        config = dense_config(root, "llama", "beside", {"adapters": {"attention": ["q_proj"]}})
+    else:
+        config = variant_config(root, variant, "spec", {"federation": {"participation": 1.0}})
+    parts = begun(config)
+    path = saved(parts)
+    assert find_damage(path) is None
+    fitting, count = set(), 0
+    for file, name, tensor in tensors(path):
+        shape, dtype = checked(file, name, parts, len(parts.participants(1)))
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), f"{variant}: {file}: {name}"
+        fitting |= {row.pattern.pattern for row in ROWS if row.pattern.fullmatch(name)}
+        count += 1
+    assert count > 4, variant
+    files = read_snapshot(path).files
+    names = [client.name for client in parts.clients] if parts.state.personal else None
+    assert client_names(path, files) == names and any(file.startswith(PRIVATE[0]) for file in files) == (names is not None)
+    return fitting
 
 
-def test_the_page_has_every_tensor_and_no_other(used: set[str]) -> None:
-    assert len(ROWS) == 20 and used == {row.pattern.pattern for row in ROWS}
+def test_the_page_has_every_tensor_and_no_other(root: Path) -> None:
+    assert len(ROWS) == 20
+    assert set().union(*(compare(root, variant) for variant in KINDS)) == {row.pattern.pattern for row in ROWS}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("variant", OTHERS)
+def test_the_tensors_of_every_other_method(root: Path, variant: str) -> None:
+    assert compare(root, variant)
 
 
 def test_a_gate_comes_first(root: Path) -> None:
@@ -220,10 +232,14 @@ def bases(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file, name, tensor in tensors(path) if file.startswith("server.base-")}
 
 
-def test_weights_without_a_product_are_not_written(merging: Path) -> None:
-    config = make_config(merging, "straight", MERGING)
-    parts, digest = train(config)
-    fresh = {key: value.clone() for key, _, value in begun(config).state.server[BASE].items(0)}
+@pytest.fixture(scope="module")
+def straight(merging: Path) -> tuple[Parts, str]:
+    return train(make_config(merging, "straight", MERGING))
+
+
+def test_weights_without_a_product_are_not_written(merging: Path, straight: tuple[Parts, str]) -> None:
+    parts, digest = straight
+    fresh = {key: value.clone() for key, _, value in begun(parts.config).state.server[BASE].items(0)}
     assert bases(parts.checkpoints / "round-00000") == {}
     before: set[str] = set()
     for round_index in (1, 2, 3):
@@ -242,13 +258,14 @@ def test_weights_without_a_product_are_not_written(merging: Path) -> None:
     assert bases(continued.checkpoints / "round-00003").keys() == before
 
 
-def test_a_checkpoint_of_before_is_continued(merging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_before_is_continued(
+    merging: Path, straight: tuple[Parts, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It holds all weights."""
-    _, digest = train(make_config(merging, "one-go", MERGING))
     with monkeypatch.context() as patch:
         patch.setattr("fedmoe_ds.model.adapter_bank.Bank.note_change", lambda bank, key: setattr(bank, "changed", None))
         parts, _ = train(make_config(merging, "old", MERGING, {"federation": {"rounds": 2}}))
         full = bases(parts.checkpoints / "round-00002")
         assert full.keys() == {key for key, _, _ in parts.state.server[BASE].items(0)}
     _, continued = train(make_config(merging, "old", MERGING), "auto")
-    assert continued == digest
+    assert continued == straight[1]
