@@ -4,18 +4,19 @@ Runs under plain python, deepspeed, torchrun, mpirun and srun; ranks and groups 
 the ranks of one machine from here, and start them again when one is lost: `--ranks 8 --max-restarts 3`.
 Exit codes: 0 finished, 2 a mistake in the input, 75 stopped with a checkpoint, or while loading, 76 a rank was lost (the last
 checkpoint is intact); after 75 and 76 the same command with --resume auto continues.
+`--log run.log` keeps what is said, with the time; `--log run-%r.log` one file per rank.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from fedmoe_ds.commands.program import STOP
 from fedmoe_ds.config import Config, load_config
-from fedmoe_ds.distributed.launcher import Launch, detect_launch
+from fedmoe_ds.distributed.launcher import Launch, detect_launch, known_rank
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.report.console import logging_options, show_ending, start_console
 from fedmoe_ds.terminal import note, show
 
 
@@ -32,12 +33,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print topology, schedule and memory; train nothing")
     parser.add_argument("--ranks", type=int, help="with --dry-run: plan for so many; else: start so many on this machine")
     parser.add_argument("--max-restarts", type=int, help="with --ranks: start again so often when a rank is lost (default: 0)")
+    logging_options(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    start_console(args, known_rank())  # before anything is said
     launch = detect_launch()
     config = load_config(args.config, args.overrides)
     if args.print_config or args.dry_run:
@@ -59,9 +62,7 @@ def main(argv: list[str]) -> int:
 
     ending = train(config, runtime, args.resume, STOP)
     if runtime.is_main:
-        show("\n".join(ending.lines))
-        # Before the barrier: what the launcher cuts off must be out already.
-        sys.stdout.flush()
+        show_ending(ending.lines)  # before the barrier: what the launcher cuts off must be out already
     runtime.barrier()  # a launcher may end everybody as soon as one rank has left
     return ending.exit_code
 

@@ -2,14 +2,13 @@
 
 from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
+from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig
 from fedmoe_ds.config.idle import idle_keys
 from fedmoe_ds.config.loading import dump_config, load_config
 from fedmoe_ds.config.reference import config_schema_markdown
 from fedmoe_ds.config.schema import (
     AdapterConfig,
-    CheckpointConfig,
     Config,
-    EvaluationConfig,
     ExecutionConfig,
     FederationConfig,
     FoundationConfig,

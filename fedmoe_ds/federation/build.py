@@ -20,7 +20,7 @@ from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_skipped
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.batches import Packing
-from fedmoe_ds.clients.client import Client, make_clients
+from fedmoe_ds.clients.client import Client, make_clients, tiers_of
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, TrainingData
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.pooled import PooledData, pooled_batches
@@ -31,6 +31,7 @@ from fedmoe_ds.distributed.long_work import LongWork
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.distributed.topology import Topology
+from fedmoe_ds.federation.best_round import check_best_tier
 from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_start, resolve_spec
@@ -129,6 +130,7 @@ def load_parts(
     data = load_shared_data(config, runtime, foundation, stop, progress.note)
     check_packed_samples(config, data.reading.get("template"))
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
+    check_best_tier(config.checkpoint, tiers_of(clients))
     parts = _assemble(spec, runtime, topology, foundation, data, clients)
     parts.stop = stop
     return parts

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.checkpoint import state
-from fedmoe_ds.checkpoint.reader import Snapshot, newest_intact, read_snapshot
+from fedmoe_ds.checkpoint.reader import Snapshot, newest_intact, progress_of, read_snapshot
 from fedmoe_ds.checkpoint.writer import remove_unfinished
 from fedmoe_ds.config import Config
 from fedmoe_ds.data.templates.reading import reading_line
@@ -23,12 +23,14 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.identity import check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.monitors import check_monitors, start_monitors
 from fedmoe_ds.federation.rounds import Federation, Outcome
 from fedmoe_ds.federation.samples import shown_samples
 from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line
 from fedmoe_ds.kernels import fault
 from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
+from fedmoe_ds.report.console import versions_line
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import make_folder
 from fedmoe_ds.storage.folder_lock import FolderLock
@@ -64,6 +66,8 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     # Before any file is mapped: a mapped file that shrinks then ends the rank with its name, not with a bus error.
     fault.guard(f"rank {runtime.rank} on {socket.gethostname()}")
     folder = Path(config.output) / config.name
+    # A package may be missing: said before anything is written, and before minutes of loading.
+    runtime.run_on_rank0(lambda: check_monitors(config.deepspeed))
     # The lock comes first: what another job is still writing must not be taken for what this start continues.
     source = runtime.run_on_rank0(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
     journal = Journal(folder, runtime)
@@ -80,6 +84,7 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     if (ignored := cache.line(runtime.gather(cache.passed_over()))) is not None:
         journal.note(ignored)
     journal.note(start_line(parts))
+    _tell_details(parts, journal)
     if (read := reading_line(parts.data.reading)) is not None:
         journal.note(read)
     if (omitted := parts.data.omissions.line()) is not None:
@@ -89,9 +94,10 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
         runtime.run_on_all_ranks(lambda: open_snapshot(Path(source["checkpoint"]), parts))
         journal.close()
         return Ending(summary(folder, Outcome(source["ended"]["digest"], None), runtime), 0)
-    tools = DeepSpeedTools(config.deepspeed, parts, journal)  # a package may be missing: before anything is written
+    tools = DeepSpeedTools(config.deepspeed, parts, folder)  # it may refuse a file: before anything is written
     # Loading may take minutes, in which another host may have taken the folder; nothing of a run is written before this.
     runtime.run_on_rank0(lock.confirm)
+    journal.monitor = start_monitors(config, folder, runtime, rounds_of(source["checkpoint"]))
     begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()
     tools.close(folder)
@@ -101,6 +107,19 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     journal.report()
     journal.close()
     return Ending(summary(folder, outcome, runtime), 0 if outcome.interrupted is None else EXIT_STOPPED)
+
+
+def _tell_details(parts: Parts, journal: Journal) -> None:
+    """What `--verbose` wants to know of a start: software, and which folders it reads."""
+    foundation = parts.config.foundation
+    journal.detail(versions_line())
+    journal.detail(f"cache: {cache.root(foundation.cache)}; foundation: {parts.foundation.path}; data: {parts.data.path}")
+
+
+def rounds_of(checkpoint: str | None) -> int | None:
+    """Rounds that a checkpoint folder has completed, by its name."""
+    progress = None if checkpoint is None else progress_of(Path(checkpoint))
+    return None if progress is None else progress[0]
 
 
 def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
