@@ -120,8 +120,8 @@ class Evaluator(ReceivedModel):
         self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool, tiers: Collection[str] | None = None) -> list[Score]:
-        """Rows for every tier, or those that are named: split `global`, and with `per_client` also `client` (one per client) and
-        `clients` (pooled).
+        """Rows for every tier, or those named: split `global`, and with `per_client` also `client` (one each) and `clients` (of
+        all together).
 
         `plain` evaluates the foundation itself: no rescaler. Where clients keep models of their own, every client's model is
         scored, at its own tier: `global` pools those of a tier on the global hold-out, `clients` each on its own.
