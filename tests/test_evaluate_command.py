@@ -26,8 +26,8 @@ from fedmoe_ds.results.scoring import Row, Scores
 FIELDS = ("tier", "tier_label", "split", "client", "perplexity", "accuracy", "loss", "targets", "exact_match", "ranked_choice")
 SHORT: dict[str, Any] = {
     "federation": {"rounds": 1},
-    "local": {"steps": 4},
-    "evaluation": {"generations": 0, "metrics": ["exact_match", "ranked_choice"]},
+    "local": {"steps": 2},
+    "evaluation": {"generations": 0, "metrics": ["exact_match", "ranked_choice"], "max_sequences": 6, "client_sequences": 2},
 }
 PERSONAL: dict[str, Any] = {"adapters": {"router": "frozen"}, "evaluation": {"metrics": []}}
 METHODS: dict[str, dict[str, Any]] = {

@@ -200,5 +200,5 @@ def _bare_spec(config: Config, foundation: Foundation, device: str) -> RunSpec:
     size = model_size(known.model, known.layers)
     tier = Tier(layout.top_k, 1.0, layout.top_k, config.adapters.rank, layout.num_experts, str(layout.top_k))
     cost = CostModel.of(size, layout, [], positions(known.images))
-    kind = foundation.model.config.model_type
+    kind: str = known.model.config.model_type
     return RunSpec(config, method, device, kind, size, layout, known.images, [tier], [], cost)
