@@ -93,7 +93,9 @@ class Change:
     first: int = 0
     layer: int | None = None
 
-    def blocks(self, learnt: Learnt, base: Callable[[slice], Tensor], rows: Iterator[slice], told: Rounding) -> Iterator[Tensor]:
+    def blocks(
+        self, learnt: Learnt, base: Callable[[slice], Tensor], rows: Iterator[slice], told: Rounding
+    ) -> Iterator[Tensor]:
         """The new matrix, block by block of its rows; `base` reads the old one."""
         pair = learnt.pair(self.key)
         stead = learnt.merged(f"{self.key}.base") if self.whole is None else learnt.find(self.whole)
