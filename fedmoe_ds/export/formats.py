@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedmoe_ds.export.lora import write_lora
+from fedmoe_ds.export.merged import write_merged
 from fedmoe_ds.export.written import Request, Written
 
 
@@ -21,4 +22,5 @@ class ExportFormat:
 FORMATS: dict[str, ExportFormat] = {
     "peft": ExportFormat(partial(write_lora, "peft"), takes_dtype=True),
     "peft-fused": ExportFormat(partial(write_lora, "peft-fused"), takes_dtype=True),
+    "merged": ExportFormat(write_merged),
 }

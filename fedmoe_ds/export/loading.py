@@ -56,8 +56,9 @@ def _served(request: Request, max_lora_rank: int) -> list[str]:
     if changes := override(request):
         vllm.append(f"--hf-overrides '{json.dumps(changes)}'")
         sglang.append(f"--json-model-override-args '{json.dumps(changes)}'")
-    return ["With vLLM:", _shell(vllm), "With SGLang:", _shell(sglang)]
+    return ["With vLLM:", shell(vllm), "With SGLang:", shell(sglang)]
 
 
-def _shell(lines: list[str]) -> str:
+def shell(lines: list[str]) -> str:
+    """A command, over several lines, as a code block."""
     return "```sh\n" + " \\\n  ".join(lines) + "\n```"
