@@ -1,6 +1,6 @@
 """Export: one of a run's models in a format that other tools load; `fedmoe_ds/export/command.py` says how.
 
-python launch/export.py RUN --format peft|peft-fused [--round N] [--tier K | --client NAME] [--out DIR]
+python launch/export.py RUN --format peft|peft-fused|merged [--round N] [--tier K | --client NAME] [--out DIR]
 """
 
 from __future__ import annotations

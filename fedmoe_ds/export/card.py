@@ -42,6 +42,7 @@ def card(request: Request, written: Written) -> str:
         "## Load it",
         written.loading,
         *_base(request),
+        *(["## Notes", *written.notes] if written.notes else []),
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -2,7 +2,7 @@
 
     fedmoe export RUN --format peft         LoRA, one key per expert: PEFT, vLLM, SGLang
     fedmoe export RUN --format peft-fused   LoRA, PEFT's target_parameters: to go on training with PEFT
-    fedmoe export RUN --format merged       a whole model with all that was learnt in its weights: whatever loads the base model
+    fedmoe export RUN --format merged       a whole model in Hugging Face's format: also what LoRA files have no place for
 
 RUN is a run folder, or one of its checkpoints. Nothing is trained, and one process on the CPU is enough, whatever topology
 wrote the checkpoint. The folder appears when all of it is written; its README.md says how it is loaded. The result is one line

@@ -66,7 +66,7 @@ def write_lora(fmt: Format, request: Request) -> Written:
     said = f"LoRA of rank {rank}, alpha {alpha:g}, {len(entries)} tensors"
     if served:
         said += f"; vLLM needs --max-lora-rank {needed}" if needed else f"; vLLM takes no rank above {VLLM_RANKS[-1]}"
-    return Written("peft", said, lora_loading(request, needed if served else None, fmt))
+    return Written("peft", said, lora_loading(request, needed if served else None, fmt == "peft-fused"))
 
 
 def rank_and_alpha(request: Request) -> tuple[int, float]:

@@ -1,6 +1,7 @@
 """Written: what a format is asked to write, and what it says of the result.
 
-A format is one function `write(Request) -> Written`. Its files go into a draft folder that appears under its name when all of them are there (`command.py`), which also has the card.
+A format is one function `write(Request) -> Written`. Its files go into a draft folder that appears under its name when all of
+them are there (`command.py`), which also has the card.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`launch/bench.py export`: OLMoE-1B-7B with random weights and adapters, merged into a whole model, and what that took.
 
-The run is not trained: its checkpoint holds drawn adapters and rescalers, as any finished run's would. Exporting is a process of
-its own, the one that `launch/export.py` is, whose peak memory the system keeps. Some weights are compared with sums of ours.
+The run is not trained: its checkpoint holds drawn adapters and rescalers, as any finished run's would. Exporting is a process
+of its own, the one that `launch/export.py` is, whose peak memory the system keeps. Some weights are compared with our sums.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedmoe_ds.bench.fullsize.command import LAYERS, NAME, RANKS, place, tree, write_head
+from fedmoe_ds.bench.fullsize.command import LAYERS, NAME, place, tree, write_head
 from fedmoe_ds.bench.fullsize.weights import full_size, weight_bytes, write_weights
 from fedmoe_ds.bench.harness.checks import check_least
 from fedmoe_ds.bench.harness.command import SEED, Command, Note, option
@@ -178,9 +178,10 @@ def lines(rows: list[Row]) -> Iterator[str]:
 
 
 ABOUT = (
-    "OLMoE-1B-7B at its full size with random weights in the hub's layout (bfloat16), and a run of FLAME with LoRA on all experts, "
-    "attention and a rescaler: one tier of it becomes a whole model in Hugging Face's format. Peak memory and time are those of "
-    "one process on one thread, imports included. One expert of every layer is compared with a sum in float64. One measurement."
+    "OLMoE-1B-7B at its full size with random weights in the hub's layout (bfloat16), and a run of FLAME with LoRA on all "
+    "experts, attention and a rescaler: one tier of it becomes a whole model in Hugging Face's format. Peak memory and time "
+    "are those of one process on one thread, imports included. One expert of every layer is compared with a sum in float64. One "
+    "measurement."
 )
 HELP = "OLMoE-1B-7B merged into a whole model: peak memory and time; 4 GiB of memory, 28 GiB of disk"
 COMMAND = Command("export", HELP, OPTIONS, run, COLUMNS, lines=lines, about=ABOUT)

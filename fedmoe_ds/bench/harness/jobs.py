@@ -87,7 +87,7 @@ def _rank(pid: int) -> int | None:
 
 
 def high_water(pid: int) -> int:
-    """Peak resident bytes of a process: the system's own mark, which no peak between two looks escapes; psutil does not have it."""
+    """Peak resident bytes of a process: the system's own mark, which no peak escapes between two looks. psutil has none."""
     try:
         status = (Path("/proc") / str(pid) / "status").read_text()
     except OSError:
