@@ -180,8 +180,8 @@ def lines(rows: list[Row]) -> Iterator[str]:
 ABOUT = (
     "OLMoE-1B-7B at its full size with random weights in the hub's layout (bfloat16), and a run of FLAME with LoRA on all "
     "experts, attention and a rescaler: one tier of it becomes a whole model in Hugging Face's format. Peak memory and time "
-    "are those of one process on one thread, imports included. One expert of every layer is compared with a sum in float64. One "
-    "measurement."
+    "are those of one process on one thread, imports included. One expert of every layer is compared with a sum in float64. "
+    "One measurement."
 )
 HELP = "OLMoE-1B-7B merged into a whole model: peak memory and time; 4 GiB of memory, 28 GiB of disk"
 COMMAND = Command("export", HELP, OPTIONS, run, COLUMNS, lines=lines, about=ABOUT)
