@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -169,6 +170,6 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _markdown_table(rows: list[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
+def _markdown_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
