@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -56,25 +57,30 @@ def write(run: TrainedRun, selection: Selection, out: Path) -> Written:
     if left:
         raise UserError(f"--format: merged: the base model has no weight that {left[0]} could move into; use --format peft")
     stream, told = WeightStream(files), Rounding()
-    _check_room(stream.tensors, out)
+    check_room(stream.tensors, out)
 
     def content(tensor: StoredTensor) -> Iterable[Tensor]:
-        return _content(tensor, stream, changes, learnt, told)
+        return merged_content(tensor, stream, changes, learnt, told)
 
     try:
         written = write_shards(out, stream.tensors, content)
-        written += _write_beside(run, selection, out)
+        written += write_beside(run, out, _config_changes(run, selection))
     except OSError as error:
         raise UserError(f"--out: {out}: cannot write: {error.strerror or error}; make room, or name another folder") from None
-    return Written(written, _notes(run, stream, told))
+    return Written(written, merging_notes(run, stream, told))
 
 
 def _check(run: TrainedRun, selection: Selection) -> None:
-    method = run.config.method.name
     if run.config.adapters.moe is not None:
         raise UserError(
             "--format: merged: adapter experts stand beside the base's layers and in none of them; use --format model"
         )
+    check_selection(run, selection)
+
+
+def check_selection(run: TrainedRun, selection: Selection) -> None:
+    """Raise UserError where no single model is meant, or one that no configuration can describe."""
+    method = run.config.method.name
     if run.spec.method.personal_models and selection.client is None:
         raise UserError(
             f"--format: merged: method {method} has a model for every client and none for all; name one by --client"
@@ -86,7 +92,8 @@ def _check(run: TrainedRun, selection: Selection) -> None:
         )
 
 
-def _check_room(tensors: list[StoredTensor], out: Path) -> None:
+def check_room(tensors: list[StoredTensor], out: Path) -> None:
+    """Raise UserError where a folder's disk has no room for these tensors."""
     needed, there = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(out).free
     if there < needed:
         raise UserError(
@@ -95,7 +102,9 @@ def _check_room(tensors: list[StoredTensor], out: Path) -> None:
         )
 
 
-def _content(tensor: StoredTensor, stream: WeightStream, changes: Changes, learnt: Learnt, told: Rounding) -> Iterator[Tensor]:
+def merged_content(
+    tensor: StoredTensor, stream: WeightStream, changes: Changes, learnt: Learnt, told: Rounding
+) -> Iterator[Tensor]:
     """A tensor of the export, block by block."""
     planned = changes.get(tensor.present)
     if planned is None:
@@ -108,8 +117,8 @@ def _content(tensor: StoredTensor, stream: WeightStream, changes: Changes, learn
             yield from change.blocks(learnt, old_OI.__getitem__, row_blocks(tensor.shape[1:], tensor.item_bytes), told)
 
 
-def _write_beside(run: TrainedRun, selection: Selection, out: Path) -> list[Path]:
-    """Configuration, tokenizer and what else a loader reads."""
+def write_beside(run: TrainedRun, out: Path, changes: dict[str, Any]) -> list[Path]:
+    """Configuration with these changes, tokenizer and what else a loader reads."""
     found = {path for pattern in _BESIDE for path in run.model.glob(pattern) if path.is_file()}
     written = []
     for path in sorted(found):
@@ -120,22 +129,26 @@ def _write_beside(run: TrainedRun, selection: Selection, out: Path) -> list[Path
         # The template that clients were asked in, in place of the tokenizer's own: transformers looks for this file first.
         shutil.copyfile(used, out / CHAT_TEMPLATE)
         written = sorted({*written, out / CHAT_TEMPLATE})
-    config = read_json(run.model / CONFIG_FILE, constants=True)
-    if run.outline.layers and selection.assignment.cap != run.spec.expert_layout.top_k:
-        config[TOP_K] = selection.assignment.cap
+    config = read_json(run.model / CONFIG_FILE, constants=True) | changes
     write_whole(out / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return [*written, out / CONFIG_FILE]
 
 
-def _notes(run: TrainedRun, stream: WeightStream, told: Rounding) -> list[str]:
+def _config_changes(run: TrainedRun, selection: Selection) -> dict[str, Any]:
+    """What a tier with fewer active experts has other than the base."""
+    cap = selection.assignment.cap
+    return {TOP_K: cap} if run.outline.layers and cap != run.spec.expert_layout.top_k else {}
+
+
+def merging_notes(run: TrainedRun, stream: WeightStream, told: Rounding) -> list[str]:
     """What the base's number format and missing files mean for this export."""
     notes = []
     if told.added:
         types = " and ".join(sorted({tensor.dtype for tensor in stream.tensors if tensor.item_bytes < 4}))
         notes.append(
             f"The base's weights are {types}, and so are these. The run computed its adapters in float32 beside the weights; "
-            f"merged, they are rounded with them: the norm of what rounding has changed is {told.share:.2g} of the norm of what "
-            "was added. Logits differ from the run's accordingly."
+            f"merged, they are rounded with them: the norm of what rounding has changed is {told.share:.2g} of the norm of "
+            "what was added. Logits differ from the run's accordingly."
         )
     if run.config.foundation.dtype == "bfloat16" and any(tensor.dtype == "F32" for tensor in stream.tensors):
         notes.append(

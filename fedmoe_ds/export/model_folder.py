@@ -8,12 +8,13 @@ No adapter format has a router, and no dense model of transformers has experts. 
 
 Legend: E experts, D model width, H width of an expert.
 
-A rescaler s (FLAME) is folded into the outer matrices: y = FFN(x) + s sum_m g_m V_m a_m is linear in V. What a tier may activate
-is `top_k` of the section `adapter_moe` in config.json.
+A rescaler s (FLAME) is folded into the outer matrices: y = FFN(x) + s sum_m g_m V_m a_m is linear in V. How many experts a tier
+activates is `top_k` of the section `adapter_moe` in config.json.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -25,15 +26,20 @@ import torch
 import transformers
 from torch import Tensor
 
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.export import modeling_fft_moe as modeling
 from fedmoe_ds.export.merge import Learnt, Rounding, plan_changes
-from fedmoe_ds.export.merged import Written, check_room, check_selection, merged_content, rounding_notes, write_beside
+from fedmoe_ds.export.merged import Written, check_room, check_selection, merged_content, merging_notes, write_beside
 from fedmoe_ds.export.shards import write_shards
+from fedmoe_ds.foundation.own_code import SETTINGS, tokenizer_classes
+from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.foundation.weight_stream import StoredTensor, WeightStream
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
 from fedmoe_ds.model.moe_layer import ROUTER
 from fedmoe_ds.results import Selection, TrainedRun
+from fedmoe_ds.storage.files import write_whole
+from fedmoe_ds.storage.strict_json import read_json
 
 CODE = Path(modeling.__file__)
 ENTRIES = {
@@ -52,8 +58,7 @@ def write(run: TrainedRun, selection: Selection, out: Path) -> Written:
     """Write the model of a tier or client into an empty folder.
 
     Raises:
-        UserError: a file of the base or of the checkpoint is damaged, or there is no room.
-        OSError: the folder cannot be written.
+        UserError: a file of the base or of the checkpoint is damaged, no single model is meant, or there is no room.
     """
     assert run.config.adapters.moe is not None, "a run without adapter experts is merged into its base"
     check_selection(run, selection)
@@ -70,10 +75,15 @@ def write(run: TrainedRun, selection: Selection, out: Path) -> Written:
         stored = base.get(tensor.name)
         return parts[tensor.name]() if stored is None else merged_content(stored, stream, changes, learnt, told)
 
-    written = write_shards(out, tensors, content)
-    written += write_beside(run, out, _config(run, selection))
-    shutil.copyfile(CODE, out / CODE.name)
-    return Written([*written, out / CODE.name], rounding_notes(stream, told))
+    try:
+        written = write_shards(out, tensors, content)
+        written += write_beside(run, out, _config(run, selection))
+        shutil.copyfile(CODE, out / CODE.name)
+        if run.outline.task == "causal_lm":
+            _name_tokenizer(run, out)
+    except OSError as error:
+        raise UserError(f"--out: {out}: cannot write: {error.strerror or error}; make room, or name another folder") from None
+    return Written(sorted({*written, out / CODE.name, *out.glob(SETTINGS)}), merging_notes(run, stream, told))
 
 
 def _wanted(run: TrainedRun, stream: WeightStream) -> list[StoredTensor]:
@@ -132,3 +142,17 @@ def _config(run: TrainedRun, selection: Selection) -> dict[str, Any]:
             "top_k": selection.assignment.cap,
         },
     }
+
+
+def _name_tokenizer(run: TrainedRun, out: Path) -> None:
+    """Say in the tokenizer's settings which class the run's tokenizer is of.
+
+    transformers goes by the model's type too, for some types against these settings; of this type it knows nothing.
+    """
+    if tokenizer_classes(out):  # code of its own names itself
+        return
+    tokenizer = load_tokenizer(run.model, run.spec.size.vocabulary, run.config.foundation.trust_remote_code)
+    file = out / SETTINGS
+    settings = read_json(file, constants=True) if file.is_file() else {}
+    settings["tokenizer_class"] = type(tokenizer).__name__
+    write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -2,18 +2,18 @@
 
     z = W_R x,   T(x) = the k largest of z,   g_m = softmax of z over T(x),   y = FFN(x) + sum_{m in T(x)} g_m V_m gelu(U_m x)
 
-Legend: B sequences or images, S positions, T = B * S token rows, D model width, E experts, H width of an expert, K active experts,
+Legend: B sequences or images, S positions, T = B * S token rows, D model width, E experts, H width of an expert, K active ones,
 N rows of one expert.
 
-This file lies in a model folder, next to `config.json` and the weights, and is all the code that the model needs beside torch and
-transformers 5:
+This file lies in a model folder, next to `config.json` and the weights, and is all the code that the model needs beside torch
+and transformers 5:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
 
-`config.json` is that of the dense model, with the section `adapter_moe`: `base`, the dense model's own `model_type`; `experts`, E;
-`width`, H; `top_k`, K. The model is of a class that is made here out of the dense model's own: every other tensor keeps its name,
-and generation, caches, data types and `save_pretrained` work as they do there.
+`config.json` is that of the dense model, with the section `adapter_moe`: `base`, the dense model's own `model_type`; `experts`,
+E; `width`, H; `top_k`, K. The model's class is made here out of the dense model's own: every other tensor keeps its name, and
+generation, caches, data types and `save_pretrained` work as they do there.
 """
 
 from __future__ import annotations
