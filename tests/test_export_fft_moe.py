@@ -242,7 +242,7 @@ def test_it_generates_saves_and_converts(exported: Exported, tmp_path: Path) -> 
 
 
 def test_a_new_model_adds_nothing(root: Path, tmp_path: Path) -> None:
-    """Without weights the experts begin as in a run: V is zero. The same goes for a file without them, and transformers says so."""
+    """Without weights the experts begin as in a run: V is zero. So they do where files lack them, and transformers says so."""
     moe = {"base": "llama", "experts": 4, "width": 8, "top_k": 2}
     classes = {"AutoConfig": "FFTMoEConfig", "AutoModelForCausalLM": "FFTMoEForCausalLM"}
     tree = json.loads((root / "llama" / "config.json").read_text())

@@ -120,6 +120,13 @@ def _active_experts(request: Request) -> list[str]:
     if not request.run.spec.expert_layout.num_experts:
         return []
     chosen, full = request.top_k, request.full_top_k
+    if request.run.config.adapters.moe is not None:
+        pool = request.run.spec.expert_layout.num_experts
+        words = (
+            f"Beside every feed-forward block are {pool} adapter experts with a router, {chosen} of them active per token; "
+            "`adapter_moe.top_k` in `config.json` says so."
+        )
+        return ["## Active experts", words]
     words = (
         f"It was trained and evaluated with {chosen} active experts per token, as many as the base model has."
         if chosen == full

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+from fedmoe_ds.export.model_folder import CODE
 from fedmoe_ds.export.written import Request
 
 HERE = "path/to/this/folder"
@@ -53,6 +54,24 @@ def model_loading(request: Request) -> str:
         parts += ["With vLLM:", _shell([f"vllm serve {HERE}"])]
         parts += ["With SGLang:", _shell([f"python -m sglang.launch_server --model-path {HERE}"])]
         parts += _harness([f"pretrained={HERE}"])
+    return "\n\n".join(parts)
+
+
+def own_code_loading(request: Request) -> str:
+    """Markdown for a whole model of a class that its folder brings along."""
+    model = _auto_class(request)
+    code = f'from transformers import {model}\n\nmodel = {model}.from_pretrained("{HERE}", trust_remote_code=True)'
+    parts = [
+        f"With transformers 5. `{CODE.name}` in this folder is Python code that runs when the model is loaded (it imports torch "
+        "and transformers and nothing else):",
+        f"```python\n{code}\n```",
+    ]
+    if _is_text(request):
+        parts += _harness([f"pretrained={HERE}", "trust_remote_code=True"])
+        parts.append(
+            "vLLM and SGLang do not know this architecture. Whether what they do with the code of transformers' models can serve "
+            "it was not tried: count on transformers alone."
+        )
     return "\n\n".join(parts)
 
 
