@@ -62,15 +62,15 @@ def own_code_loading(request: Request) -> str:
     model = _auto_class(request)
     code = f'from transformers import {model}\n\nmodel = {model}.from_pretrained("{HERE}", trust_remote_code=True)'
     parts = [
-        f"With transformers 5. `{CODE.name}` in this folder is Python code that runs when the model is loaded (it imports torch "
-        "and transformers and nothing else):",
+        f"With transformers 5. `{CODE.name}` in this folder is Python code that runs when the model is loaded; it imports "
+        "torch and transformers and nothing else:",
         f"```python\n{code}\n```",
     ]
     if _is_text(request):
         parts += _harness([f"pretrained={HERE}", "trust_remote_code=True"])
         parts.append(
-            "vLLM and SGLang do not know this architecture. Whether what they do with the code of transformers' models can serve "
-            "it was not tried: count on transformers alone."
+            "vLLM and SGLang do not know this architecture. Whether what they do with models of transformers' own code serves "
+            "it, too, was not tried: count on transformers alone."
         )
     return "\n\n".join(parts)
 
