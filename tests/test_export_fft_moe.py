@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.export import model_folder
+from fedmoe_ds.export import command, model_folder
 from fedmoe_ds.export.modeling_fft_moe import BASES, AdapterExperts, AdapterSettings
 from fedmoe_ds.foundation.dense import DENSE
 from fedmoe_ds.foundation.own_code import use_private_modules
@@ -289,6 +289,25 @@ def test_what_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
     assert BASES == DENSE
+
+
+def test_the_command_and_its_card(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    label, folder = list(exported.folders.items())[-1]
+    which = ["--tier", label] if label in exported.run.tiers else ["--client", exported.run.clients[int(label[-1])].name]
+    out = tmp_path / "out"
+    assert command.main([str(exported.run.folder), "--format", "merged", *which, "--out", str(out)]) == 0
+    assert ": a model with code of its own" in capsys.readouterr().out
+    files = {path.name for path in folder.iterdir()}
+    assert {path.name for path in out.iterdir()} - files == {"README.md"}
+    assert every((out / name).read_bytes() == (folder / name).read_bytes() for name in files)
+    card = (out / "README.md").read_text()
+    factory, cap = FACTORIES[exported.task].__name__, json.loads((out / "config.json").read_text())["adapter_moe"]["top_k"]
+    assert f'{factory}.from_pretrained("path/to/this/folder", trust_remote_code=True)' in card
+    assert f"adapter experts with a router, {cap} of them active per token" in card and "vllm serve" not in card
+    assert ("lm_eval --model hf --model_args pretrained=path/to/this/folder,trust_remote_code=True" in card) == (
+        exported.task == "causal_lm"
+    )
+    assert "client-0" not in card
 
 
 def test_no_model_of_a_tier_where_clients_have_their_own(root: Path, tmp_path: Path) -> None:
