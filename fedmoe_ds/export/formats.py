@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fedmoe_ds.export import merged, model_folder
-from fedmoe_ds.export.loading import model_loading, own_code_loading
 from fedmoe_ds.export.lora import write_lora
+from fedmoe_ds.export.merged import write_merged
+from fedmoe_ds.export.model_folder import write_model_folder
 from fedmoe_ds.export.written import Request, Written
 
 
@@ -22,11 +22,8 @@ class ExportFormat:
 
 def _write_model(request: Request) -> Written:
     """A whole model in Hugging Face's format; with adapter experts beside it, code of its own goes along."""
-    if request.run.config.adapters.moe is not None:
-        written = model_folder.write(request.run, request.selection, request.out)
-        return Written("transformers", "a model with code of its own", own_code_loading(request), tuple(written.notes))
-    written = merged.write(request.run, request.selection, request.out)
-    return Written("transformers", "a whole model", model_loading(request), tuple(written.notes))
+    beside = request.run.config.adapters.moe is not None
+    return write_model_folder(request) if beside else write_merged(request)
 
 
 FORMATS: dict[str, ExportFormat] = {

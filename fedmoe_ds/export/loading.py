@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 
-from fedmoe_ds.export.model_folder import CODE
 from fedmoe_ds.export.written import Request
 
 HERE = "path/to/this/folder"
@@ -51,27 +50,9 @@ def model_loading(request: Request) -> str:
     code = f'from transformers import {model}\n\nmodel = {model}.from_pretrained("{HERE}", dtype="auto")'
     parts = ["With transformers:", f"```python\n{code}\n```"]
     if _is_text(request):
-        parts += ["With vLLM:", _shell([f"vllm serve {HERE}"])]
-        parts += ["With SGLang:", _shell([f"python -m sglang.launch_server --model-path {HERE}"])]
+        parts += ["With vLLM:", shell([f"vllm serve {HERE}"])]
+        parts += ["With SGLang:", shell([f"python -m sglang.launch_server --model-path {HERE}"])]
         parts += _harness([f"pretrained={HERE}"])
-    return "\n\n".join(parts)
-
-
-def own_code_loading(request: Request) -> str:
-    """Markdown for a whole model of a class that its folder brings along."""
-    model = _auto_class(request)
-    code = f'from transformers import {model}\n\nmodel = {model}.from_pretrained("{HERE}", trust_remote_code=True)'
-    parts = [
-        f"With transformers 5. `{CODE.name}` in this folder is Python code that runs when the model is loaded; it imports "
-        "torch and transformers and nothing else:",
-        f"```python\n{code}\n```",
-    ]
-    if _is_text(request):
-        parts += _harness([f"pretrained={HERE}", "trust_remote_code=True"])
-        parts.append(
-            "vLLM and SGLang do not know this architecture. Whether what they do with models of transformers' own code serves "
-            "it, too, was not tried: count on transformers alone."
-        )
     return "\n\n".join(parts)
 
 
@@ -87,13 +68,14 @@ def _served(request: Request, vllm: list[str], sglang: list[str]) -> list[str]:
     if changes := override(request):
         vllm = [*vllm, f"--hf-overrides '{json.dumps(changes)}'"]
         sglang = [*sglang, f"--json-model-override-args '{json.dumps(changes)}'"]
-    return ["With vLLM:", _shell(vllm), "With SGLang:", _shell(sglang)]
+    return ["With vLLM:", shell(vllm), "With SGLang:", shell(sglang)]
 
 
 def _harness(arguments: list[str]) -> list[str]:
     command = [f"lm_eval --model hf --model_args {','.join(arguments)}", "--tasks arc_easy"]
-    return ["With lm-evaluation-harness:", _shell(command)]
+    return ["With lm-evaluation-harness:", shell(command)]
 
 
-def _shell(lines: list[str]) -> str:
+def shell(lines: list[str]) -> str:
+    """A command, over several lines, as a code block."""
     return "```sh\n" + " \\\n  ".join(lines) + "\n```"

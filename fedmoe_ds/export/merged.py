@@ -10,25 +10,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.loading import HERE, shell
 from fedmoe_ds.export.merge import Changes, Learnt, Rounding, plan_changes
 from fedmoe_ds.export.shards import write_shards
+from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.foundation.weight_stream import StoredTensor, WeightStream, row_blocks
-from fedmoe_ds.results import Selection, TrainedRun
 from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.storage.strict_json import read_json
 
 TOP_K = "num_experts_per_tok"
 """What all families of `foundation.families` call it."""
-CHAT_TEMPLATE = "chat_template.jinja"
 _BESIDE = (
     "generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
     "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
@@ -36,55 +35,38 @@ _BESIDE = (
 """What of the base's folder goes along: by name, since a folder may hold anything beside a model."""
 
 
-@dataclass(frozen=True)
-class Written:
-    """What an export has written, and what its reader has to know."""
-
-    files: list[Path]
-    notes: list[str] = field(default_factory=list)
-
-
-def write(run: TrainedRun, selection: Selection, out: Path) -> Written:
-    """Write the model of a tier or client into an empty folder.
+def write_merged(request: Request) -> Written:
+    """Write a model into an empty folder.
 
     Raises:
-        UserError: the model's architecture has no place for what was learnt, or the folder cannot be written.
+        UserError: the model's architecture has no place for what was learnt, or the disk has no room.
+        OSError: the folder cannot be written.
     """
-    _check(run, selection)
-    files, learnt = WeightFiles(run.model), Learnt(run, selection)
-    changes, carried = plan_changes(run, learnt, files)
+    _check(request)
+    files, learnt, told = WeightFiles(request.run.model), Learnt(request.run, request.selection), Rounding()
+    changes, carried = plan_changes(request.run, learnt, files)
     left = sorted(set(learnt.blocks) - carried)
     if left:
         raise UserError(f"--format: merged: the base model has no weight that {left[0]} could move into; use --format peft")
-    stream, told = WeightStream(files), Rounding()
-    check_room(stream.tensors, out)
+    stream = WeightStream(files)
+    check_room(stream.tensors, request.out)
 
     def content(tensor: StoredTensor) -> Iterable[Tensor]:
         return merged_content(tensor, stream, changes, learnt, told)
 
-    try:
-        written = write_shards(out, stream.tensors, content)
-        written += write_beside(run, out, _config_changes(run, selection))
-    except OSError as error:
-        raise UserError(f"--out: {out}: cannot write: {error.strerror or error}; make room, or name another folder") from None
-    return Written(written, merging_notes(run, stream, told))
+    shards = write_shards(request.out, stream.tensors, content)
+    write_beside(request, _config_changes(request))
+    size = sum(tensor.nbytes for tensor in stream.tensors)
+    said = f"{len(stream.tensors)} tensors of {size / 2**30:.2f} GiB in {len(shards)} files"
+    return Written("transformers", said, _loading(request), tuple(merging_notes(request, stream, told)))
 
 
-def _check(run: TrainedRun, selection: Selection) -> None:
+def _check(request: Request) -> None:
+    run, selection, method = request.run, request.selection, request.run.config.method.name
     if run.config.adapters.moe is not None:
-        raise UserError(
-            "--format: merged: adapter experts stand beside the base's layers and in none of them; use --format model"
-        )
-    check_selection(run, selection)
-
-
-def check_selection(run: TrainedRun, selection: Selection) -> None:
-    """Raise UserError where no single model is meant, or one that no configuration can describe."""
-    method = run.config.method.name
+        raise UserError("--format: merged: adapter experts stand beside the base's layers, which have no weights for them")
     if run.spec.method.personal_models and selection.client is None:
-        raise UserError(
-            f"--format: merged: method {method} has a model for every client and none for all; name one by --client"
-        )
+        raise UserError(f"--format: merged: method {method} has a model for every client and none for all; name a --client")
     if selection.assignment.allowed_E is not None:
         raise UserError(
             f"--tier: {selection.tier}: method {method} lets it use some of the experts alone, and no {CONFIG_FILE} can say "
@@ -97,8 +79,8 @@ def check_room(tensors: list[StoredTensor], out: Path) -> None:
     needed, there = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(out).free
     if there < needed:
         raise UserError(
-            f"--out: {out}: {there / 2**30:.1f} GiB are free, and the model takes {needed / 2**30:.1f}; make room, or name a "
-            "folder on another disk"
+            f"--out: {out.parent}: {there / 2**30:.1f} GiB are free, and the model takes {needed / 2**30:.1f}; make room, or "
+            "name a folder on another disk"
         )
 
 
@@ -117,44 +99,54 @@ def merged_content(
             yield from change.blocks(learnt, old_OI.__getitem__, row_blocks(tensor.shape[1:], tensor.item_bytes), told)
 
 
-def write_beside(run: TrainedRun, out: Path, changes: dict[str, Any]) -> list[Path]:
-    """Configuration with these changes, tokenizer and what else a loader reads."""
-    found = {path for pattern in _BESIDE for path in run.model.glob(pattern) if path.is_file()}
-    written = []
-    for path in sorted(found):
+def write_beside(request: Request, changes: dict[str, Any]) -> None:
+    """The base's configuration with these changes, tokenizer and what else a loader reads."""
+    base, out = request.run.model, request.out
+    for path in sorted({path for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()}):
         shutil.copyfile(path, out / path.name)
-        written.append(out / path.name)
-    used = run.config.data.chat_template
-    if used is not None and Path(used).is_file():
-        # The template that clients were asked in, in place of the tokenizer's own: transformers looks for this file first.
-        shutil.copyfile(used, out / CHAT_TEMPLATE)
-        written = sorted({*written, out / CHAT_TEMPLATE})
-    config = read_json(run.model / CONFIG_FILE, constants=True) | changes
+    config = read_json(base / CONFIG_FILE, constants=True) | changes
     write_whole(out / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return [*written, out / CONFIG_FILE]
 
 
-def _config_changes(run: TrainedRun, selection: Selection) -> dict[str, Any]:
+def _config_changes(request: Request) -> dict[str, Any]:
     """What a tier with fewer active experts has other than the base."""
-    cap = selection.assignment.cap
-    return {TOP_K: cap} if run.outline.layers and cap != run.spec.expert_layout.top_k else {}
+    less = request.run.outline.layers and request.top_k != request.full_top_k
+    return {TOP_K: request.top_k} if less else {}
 
 
-def merging_notes(run: TrainedRun, stream: WeightStream, told: Rounding) -> list[str]:
-    """What the base's number format and missing files mean for this export."""
-    notes = []
+def merging_notes(request: Request, stream: WeightStream, told: Rounding) -> Iterator[str]:
+    """What the number format of the base's files means for this export."""
     if told.added:
         types = " and ".join(sorted({tensor.dtype for tensor in stream.tensors if tensor.item_bytes < 4}))
-        notes.append(
-            f"The base's weights are {types}, and so are these. The run computed its adapters in float32 beside the weights; "
-            f"merged, they are rounded with them: the norm of what rounding has changed is {told.share:.2g} of the norm of "
-            "what was added. Logits differ from the run's accordingly."
+        yield (
+            f"rounding: the base's weights are {types}, and so are these; what rounding has changed has {told.share:.2g} of the "
+            "norm of what was added, and logits differ from the run's accordingly (--format peft rounds nothing)"
         )
-    if run.config.foundation.dtype == "bfloat16" and any(tensor.dtype == "F32" for tensor in stream.tensors):
-        notes.append(
-            "The run rounded the base's weights to bfloat16 when it read them; this folder has float32, as the base has."
-        )
-    used = run.config.data.chat_template
-    if used is not None and not Path(used).is_file():
-        notes.append("The chat template that the run was given is no longer there: this folder has the tokenizer's own.")
-    return notes
+    if request.run.config.foundation.dtype == "bfloat16" and any(tensor.dtype == "F32" for tensor in stream.tensors):
+        yield "the run read the base's weights in bfloat16; the export has them in float32, as the base's files do"
+
+
+def _loading(request: Request) -> str:
+    """Markdown for the card."""
+    if request.run.outline.task != "causal_lm":
+        return _python("AutoModelForImageClassification", "AutoImageProcessor")
+    parts = [
+        _python("AutoModelForCausalLM", "AutoTokenizer"),
+        "With vLLM or SGLang:",
+        shell([f"vllm serve {HERE}"]),
+        shell([f"python -m sglang.launch_server --model-path {HERE}"]),
+        "With lm-evaluation-harness:",
+        shell([f"lm_eval --model hf --model_args pretrained={HERE} --tasks arc_easy"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _python(model: str, beside: str) -> str:
+    return f"""With transformers, as the base model is:
+
+```python
+from transformers import {model}, {beside}
+
+model = {model}.from_pretrained("{HERE}", dtype="auto")
+{"tokenizer" if beside == "AutoTokenizer" else "processor"} = {beside}.from_pretrained("{HERE}")
+```"""

@@ -26,18 +26,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from fedmoe_ds.errors import UserError
 from fedmoe_ds.export import modeling_fft_moe as modeling
+from fedmoe_ds.export.loading import HERE, shell
 from fedmoe_ds.export.merge import Learnt, Rounding, plan_changes
-from fedmoe_ds.export.merged import Written, check_room, check_selection, merged_content, merging_notes, write_beside
+from fedmoe_ds.export.merged import check_room, merged_content, merging_notes, write_beside
 from fedmoe_ds.export.shards import write_shards
+from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.foundation.own_code import SETTINGS, tokenizer_classes
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.foundation.weight_stream import StoredTensor, WeightStream
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
 from fedmoe_ds.model.moe_layer import ROUTER
-from fedmoe_ds.results import Selection, TrainedRun
+from fedmoe_ds.results import TrainedRun
 from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.storage.strict_json import read_json
 
@@ -54,15 +55,16 @@ Parts = Callable[[], Iterable[Tensor]]
 """The content of a tensor, block by block."""
 
 
-def write(run: TrainedRun, selection: Selection, out: Path) -> Written:
-    """Write the model of a tier or client into an empty folder.
+def write_model_folder(request: Request) -> Written:
+    """Write a model with adapter experts into an empty folder.
 
     Raises:
-        UserError: a file of the base or of the checkpoint is damaged, no single model is meant, or there is no room.
+        UserError: a file of the base or of the checkpoint is damaged, or the disk has no room.
+        OSError: the folder cannot be written.
     """
+    run, out = request.run, request.out
     assert run.config.adapters.moe is not None, "a run without adapter experts is merged into its base"
-    check_selection(run, selection)
-    files, learnt, told = WeightFiles(run.model), Learnt(run, selection), Rounding()
+    files, learnt, told = WeightFiles(run.model), Learnt(run, request.selection), Rounding()
     stream, (changes, _) = WeightStream(files), plan_changes(run, learnt, files)
     base = {tensor.present: tensor for tensor in _wanted(run, stream)}
     experts = dict(_expert_tensors(run, learnt))
@@ -75,15 +77,14 @@ def write(run: TrainedRun, selection: Selection, out: Path) -> Written:
         stored = base.get(tensor.name)
         return parts[tensor.name]() if stored is None else merged_content(stored, stream, changes, learnt, told)
 
-    try:
-        written = write_shards(out, tensors, content)
-        written += write_beside(run, out, _config(run, selection))
-        shutil.copyfile(CODE, out / CODE.name)
-        if run.outline.task == "causal_lm":
-            _name_tokenizer(run, out)
-    except OSError as error:
-        raise UserError(f"--out: {out}: cannot write: {error.strerror or error}; make room, or name another folder") from None
-    return Written(sorted({*written, out / CODE.name, *out.glob(SETTINGS)}), merging_notes(run, stream, told))
+    shards = write_shards(out, tensors, content)
+    write_beside(request, _config(request))
+    shutil.copyfile(CODE, out / CODE.name)
+    if run.outline.task == "causal_lm":
+        _name_tokenizer(run, out)
+    size = sum(tensor.nbytes for tensor in tensors)
+    said = f"{len(tensors)} tensors of {size / 2**30:.2f} GiB in {len(shards)} files, and {CODE.name}"
+    return Written("transformers", said, _loading(request), tuple(merging_notes(request, stream, told)))
 
 
 def _wanted(run: TrainedRun, stream: WeightStream) -> list[StoredTensor]:
@@ -122,8 +123,9 @@ def _there(learnt: Learnt, name: str, layer: int, expert: int | None) -> Tensor:
     return value
 
 
-def _config(run: TrainedRun, selection: Selection) -> dict[str, Any]:
+def _config(request: Request) -> dict[str, Any]:
     """What config.json says other than the base's: the section of the experts, and the classes of the modelling file."""
+    run = request.run
     moe, (auto_class, entry) = run.config.adapters.moe, ENTRIES[run.outline.task]
     assert moe is not None
     classes = {"AutoConfig": modeling.FFTMoEConfig, auto_class: entry}
@@ -139,7 +141,7 @@ def _config(run: TrainedRun, selection: Selection) -> dict[str, Any]:
             "base": run.spec.model_type,
             "experts": moe.experts,
             "width": moe.width,
-            "top_k": selection.assignment.cap,
+            "top_k": request.top_k,
         },
     }
 
@@ -156,3 +158,23 @@ def _name_tokenizer(run: TrainedRun, out: Path) -> None:
     settings = read_json(file, constants=True) if file.is_file() else {}
     settings["tokenizer_class"] = type(tokenizer).__name__
     write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _loading(request: Request) -> str:
+    """Markdown for the card."""
+    auto_class, _ = ENTRIES[request.run.outline.task]
+    code = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{HERE}", trust_remote_code=True)'
+    parts = [
+        f"With transformers 5. `{CODE.name}` in this folder is Python code that runs when the model is loaded; it imports "
+        "torch and transformers and nothing else:",
+        f"```python\n{code}\n```",
+    ]
+    if request.run.outline.task == "causal_lm":
+        arguments = f"pretrained={HERE},trust_remote_code=True"
+        parts += [
+            "With lm-evaluation-harness:",
+            shell([f"lm_eval --model hf --model_args {arguments}", "--tasks arc_easy"]),
+            "vLLM and SGLang do not know this architecture. Whether what they do with models of transformers' own code serves "
+            "it, too, was not tried: count on transformers alone.",
+        ]
+    return "\n\n".join(parts)

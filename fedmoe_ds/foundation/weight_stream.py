@@ -93,7 +93,7 @@ class WeightStream:
             part: Tensor = self._file.get_slice(tensor.name)[rows] if tensor.shape else self._file.get_tensor(tensor.name)
         except SafetensorError as error:
             raise UserError(
-                f"foundation.path: {tensor.path}: tensor '{tensor.name}' cannot be read: {first_line(error)}; get the model again"
+                f"foundation.path: {tensor.path}: tensor '{tensor.name}' cannot be read: {first_line(error)}; get it again"
             ) from error
         self._read += part.nbytes
         return part
