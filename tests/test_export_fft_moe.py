@@ -7,8 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import pytest
 import torch
 from dense_inputs import IMAGES, TEXT, dense_config
 from every import every
-from federations import Result, run_alone, write_inputs
+from federations import write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trained import IDS, own_logits, random_run, run_folder, their_logits
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,13 +31,16 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
+    Qwen2Config,
     Qwen3Config,
     ViTConfig,
 )
 
-from fedmoe_ds.errors import UserError
-from fedmoe_ds.export import command, model_folder
+from fedmoe_ds.export import command
+from fedmoe_ds.export.model_folder import CODE, write_model_folder
 from fedmoe_ds.export.modeling_fft_moe import BASES, AdapterExperts, AdapterSettings
+from fedmoe_ds.export.written import Request
+from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.foundation.dense import DENSE
 from fedmoe_ds.foundation.own_code import use_private_modules
 from fedmoe_ds.results import Selection, TrainedRun, open_run
@@ -47,27 +51,23 @@ FACTORIES: dict[str, Any] = {
     "image_classification": AutoModelForImageClassification,
 }
 
-# Every base stands for one more thing: several files, tied embeddings with heads wider than D / heads, a window, images.
+# Every base stands for one more thing: several files, a tokenizer whose class follows from the model's type, tied embeddings
+# with heads wider than D / heads, a window, images.
 BASE_MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig(**TEXT), {"max_shard_size": "30KB"}),
+    "qwen2": (Qwen2Config(**TEXT), {}),
     "qwen3": (Qwen3Config(**TEXT, tie_word_embeddings=True, head_dim=24), {}),
     "mistral": (MistralConfig(**TEXT, sliding_window=8), {}),
     "vit": (ViTConfig(**IMAGES), {}),
-}
-SHORT: dict[str, Any] = {
-    "federation": {"rounds": 1},
-    # Far in two steps: V begins at zero, and a missing expert has to show.
-    "local": {"max_steps": 2, "lr": 5e-2},
-    "evaluation": {"client_sequences": 0, "max_sequences": 1},
 }
 # 64 experts of which a row takes three: most of them are chosen by nobody.
 MANY = {"experts": 64, "width": 8, "top_k": 3}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("qwen3", {}),
     "attention": ("llama", {"adapters": {"attention": ["q_proj", "v_proj"], "rank": 4, "moe": MANY}}),
-    "rescaled": ("mistral", {"method": {"name": "flame", "rescaler_scope": "layer"}}),
+    "rescaled": ("qwen2", {"method": {"name": "flame", "rescaler_scope": "layer"}}),
     "images": ("vit", {}),
-    "personal": ("llama", {"method": {"name": "local-only"}}),
+    "personal": ("mistral", {"method": {"name": "local-only"}}),
     "bfloat16": ("qwen3", {"foundation": {"dtype": "bfloat16"}}),
 }
 
@@ -77,10 +77,11 @@ class Exported:
     """A run, and the folders of its tiers' models (or of two clients' own) with what the run itself puts out there."""
 
     name: str
-    result: Result
+    parts: Parts
     run: TrainedRun
+    selections: dict[str, Selection]
     folders: dict[str, Path]
-    logits: dict[str, list[Tensor]]
+    logits: dict[str, Tensor]
 
     @property
     def task(self) -> str:
@@ -91,7 +92,7 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("model-folders")
     write_inputs(root)
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
@@ -102,12 +103,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         if name != "vit":
             tokenizer.save_pretrained(root / name)
     use_private_modules()
-    yield root
+    return root
 
 
 @pytest.fixture(scope="module")
 def exports(root: Path) -> Callable[[str], Exported]:
-    """Runs one of `RUNS` and exports it, once."""
+    """Makes one of `RUNS` and exports it, once."""
     return cache(partial(export, root))
 
 
@@ -118,127 +119,84 @@ def exported(request: pytest.FixtureRequest, exports: Callable[[str], Exported])
 
 def export(root: Path, name: str) -> Exported:
     base, changes = RUNS[name]
-    result = run_alone(dense_config(root, base, name, SHORT, changes))
-    run = open_run(root / "runs" / f"{base}-{name}")
-    selections = {label: run.select(label) for label in run.tiers}
-    if name == "personal":
-        selections = {f"client {i}": run.select(client=run.clients[i].name) for i in (0, 4)}
-    folders, logits = {}, {}
-    for label, selection in selections.items():
-        folders[label] = root / "folders" / f"{name}-{label.replace(' ', '-')}"
+    config = dense_config(root, base, name, changes)
+    parts, run = random_run(config), open_run(run_folder(config))
+    chosen = {label.replace(" ", "-"): run.select(label) for label in run.tiers}
+    if run.spec.method.personal_models:
+        chosen = {f"client-{i}": run.select(client=run.clients[i].name) for i in (0, 4)}
+    folders = {label: root / "folders" / f"{name}-{label}" for label in chosen}
+    for label, selection in chosen.items():
         folders[label].mkdir(parents=True)
-        model_folder.write(run, selection, folders[label])
-        logits[label] = engine_logits(result, selection)
-    return Exported(name, result, run, folders, logits)
+        write_model_folder(Request(run, selection, folders[label], base))
+    return Exported(name, parts, run, chosen, folders, {label: own_logits(parts, one) for label, one in chosen.items()})
 
 
-def samples(result: Result) -> Any:
-    """A few of the hold-out's, every token of which is a target."""
-    held = result.parts.data.global_holdout().select(range(3))
-    return held if held.labels is not None else replace(held, loss_mask=[np.arange(len(ids)) > 0 for ids in held.input_ids])
+def tolerance(name: str) -> float:
+    # bfloat16 has 8 bits, and the two add up in another order.
+    return 0.1 if name == "bfloat16" else TOLERANCE
 
 
-@torch.no_grad()
-def engine_logits(result: Result, selection: Selection) -> list[Tensor]:
-    """The run's own, sample by sample: of a text at every position that predicts."""
-    evaluator, part = result.parts.evaluator, samples(result)
-    personal, member = result.parts.state.personal, selection.members[0]
-    if selection.client is None:
-        evaluator._load_mean(list(selection.members), personal, False)
-    else:
-        evaluator._load_own(member, personal)
-    how = evaluator._assigned(member, personal, False)
-    with evaluator._receiving(how):
-        found = evaluator._pass([part], how).logits_NV
-    return list(found.split([len(ids) - 1 for ids in part.input_ids] if part.labels is None else 1))
-
-
-@torch.no_grad()
-def folder_logits(model: Any, result: Result) -> list[Tensor]:
-    """The same of a model of transformers, every sample by itself."""
-    part = samples(result)
-    if part.labels is not None:
-        return [model(pixel_values=torch.from_numpy(np.array(pixels))[None]).logits.float() for pixels in part.pixels]
-    return [model(input_ids=torch.from_numpy(np.array(ids))[None]).logits[0, :-1].float() for ids in part.input_ids]
-
-
-def furthest(found: list[Tensor], expected: list[Tensor]) -> float:
-    assert [one.shape for one in found] == [one.shape for one in expected]
-    return max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
+def apart(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one - other).abs().max())
 
 
 def test_logits_are_the_runs_at_every_tier(exported: Exported) -> None:
-    tolerance = 0.05 if exported.name == "bfloat16" else TOLERANCE
-    seen = []
     for label, expected in exported.logits.items():
         model = exported.load(label)
         assert next(model.parameters()).dtype == getattr(torch, exported.run.config.foundation.dtype)
         assert not model.training and model.config.model_type == "fft_moe"
-        found = folder_logits(model, exported.result)
-        assert furthest(found, expected) <= tolerance
-        seen.append(found)
+        assert apart(their_logits(model, exported.parts), expected) <= tolerance(exported.name)
     # What tells tiers and clients apart is in the folders.
-    assert len(seen) > 1 and every(furthest(one, seen[0]) > 10 * TOLERANCE for one in seen[1:])
+    first, *rest = exported.logits.values()
+    assert rest and every(apart(one, first) > 0.01 for one in rest)
 
 
 def test_what_is_in_a_folder(exported: Exported) -> None:
-    base, run = exported.run.model, exported.run
-    stored = {file: load_file(file) for folder in (base, *exported.folders.values()) for file in folder.glob("*.safetensors")}
-    of_base = {name: value for file, tensors in stored.items() if file.parent == base for name, value in tensors.items()}
-    projections = [f"{name}.weight" for name in run.config.adapters.attention]
+    base, run, auto = tensors_of(exported.run.model), exported.run, FACTORIES[exported.task].__name__
     for label, folder in exported.folders.items():
-        tensors = {name: value for file, held in stored.items() if file.parent == folder for name, value in held.items()}
-        added = {name for name in tensors if ".adapter_experts." in name}
-        assert len(added) == 2 * 3 and every(name.rpartition(".")[2] in ("router", "inner", "outer") for name in added)
-        kept = tensors.keys() - added
+        tensors = tensors_of(folder)
+        added = {name for name in tensors if ".mlp.adapter_experts." in name}
+        assert sorted(name.rpartition(".")[2] for name in added) == ["inner"] * 2 + ["outer"] * 2 + ["router"] * 2
         if exported.task == "causal_lm":
-            assert kept == of_base.keys()
-            same = {name for name in kept if torch.equal(tensors[name], of_base[name])}
-            assert kept - same == {name for name in kept if name.endswith(tuple(projections))} if projections else kept == same
+            # Files of ViT have the names from before transformers 5.
+            assert tensors.keys() - added == base.keys()
+            changed = {name for name in base if not torch.equal(tensors[name], base[name])}
+            assert changed == {name for name in base if name.split(".")[-2] in run.config.adapters.attention}
         config = json.loads((folder / "config.json").read_text())
-        cap = (
-            run.tiers[label][0].cap
-            if label in run.tiers
-            else run.select(client=run.clients[int(label[-1])].name).members[0].cap
-        )
-        assert config["adapter_moe"]["top_k"] == cap and config["architectures"] == [
-            config["auto_map"][FACTORIES[exported.task].__name__].partition(".")[2]
-        ]
-        assert (folder / "modeling_fft_moe.py").read_bytes() == model_folder.CODE.read_bytes()
-        texts = [path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".py", ".md", ".jinja")]
-        assert every("client-0" not in text for text in texts), "no client's name leaves the run"
+        assert config["adapter_moe"]["top_k"] == exported.selections[label].assignment.cap
+        assert config["auto_map"][auto] == f"modeling_fft_moe.{config['architectures'][0]}"
+        assert (folder / "modeling_fft_moe.py").read_bytes() == CODE.read_bytes()
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def test_the_tokenizer_is_the_runs(exported: Exported) -> None:
-    if exported.task != "causal_lm":
-        return
-    ours = exported.result.parts.foundation.tokenizer
-    for folder in exported.folders.values():
+    ours, text = exported.parts.foundation.tokenizer, "w0  w11\n### Response:\n é"
+    for folder in exported.folders.values() if ours is not None else ():
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        assert (
-            type(theirs) is type(ours)
-            and theirs("w0 w11 ### Response:\n")["input_ids"] == ours("w0 w11 ### Response:\n")["input_ids"]
-        )
+        assert type(theirs) is type(ours) and theirs(text)["input_ids"] == ours(text)["input_ids"]
 
 
 def test_it_generates_saves_and_converts(exported: Exported, tmp_path: Path) -> None:
     label = next(iter(exported.folders))
-    model = exported.load(label)
-    expected = folder_logits(model, exported.result)
-    if exported.task == "causal_lm":
-        ids = torch.from_numpy(np.array(samples(exported.result).input_ids[0]))[None, :5]
-        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
-        cached, whole = (model.generate(ids, use_cache=use_cache, **asked) for use_cache in (True, False))
-        assert cached.shape[1] > 5 and torch.equal(cached, whole)
+    model, factory = exported.load(label), FACTORIES[exported.task]
+    expected = their_logits(model, exported.parts)
     model.save_pretrained(tmp_path / "saved")
-    again = FACTORIES[exported.task].from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    assert furthest(folder_logits(again, exported.result), expected) == 0.0
-    if exported.name == "images":
-        return
+    again = factory.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert torch.equal(their_logits(again, exported.parts), expected)
     half = exported.load(label, dtype=torch.bfloat16)
     assert every(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
-    spread = max(float(one.abs().max()) for one in expected)
-    assert furthest(folder_logits(half, exported.result), expected) < 0.1 * spread
+    assert torch.isfinite(their_logits(half, exported.parts)).all()
+    if exported.task == "causal_lm":
+        ids = torch.from_numpy(IDS)[:1, :5]
+        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        for one in (model, half):
+            assert one.generate(ids, **asked).shape == (1, 13)
+        cached, whole = (model.generate(ids, use_cache=use_cache, **asked) for use_cache in (True, False))
+        assert torch.equal(cached, whole)
 
 
 def test_a_new_model_adds_nothing(root: Path, tmp_path: Path) -> None:
@@ -254,7 +212,7 @@ def test_a_new_model_adds_nothing(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     shutil.copytree(root / "llama", folder)
     (folder / "config.json").write_text(json.dumps(tree))
-    shutil.copyfile(model_folder.CODE, folder / model_folder.CODE.name)
+    shutil.copyfile(CODE, folder / CODE.name)
     ids, plain = torch.arange(2, 14)[None], AutoModelForCausalLM.from_pretrained(root / "llama")
     model, told = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert len(told["missing_keys"]) == 6 and not told["unexpected_keys"]
@@ -277,7 +235,7 @@ WRONG = {
 
 
 def test_what_is_refused(root: Path, tmp_path: Path) -> None:
-    shutil.copyfile(model_folder.CODE, tmp_path / model_folder.CODE.name)
+    shutil.copyfile(CODE, tmp_path / CODE.name)
     tree = json.loads((root / "llama" / "config.json").read_text())
     tree |= {"model_type": "fft_moe", "auto_map": {"AutoConfig": "modeling_fft_moe.FFTMoEConfig"}}
     for words, section in WRONG.items():
@@ -292,29 +250,19 @@ def test_what_is_refused(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_and_its_card(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    label, folder = list(exported.folders.items())[-1]
-    which = ["--tier", label] if label in exported.run.tiers else ["--client", exported.run.clients[int(label[-1])].name]
-    out = tmp_path / "out"
+    label, selection = list(exported.selections.items())[-1]
+    which = ["--tier", selection.tier] if selection.client is None else ["--client", selection.client.name]
+    out, factory = tmp_path / "out", FACTORIES[exported.task].__name__
     assert command.main([str(exported.run.folder), "--format", "merged", *which, "--out", str(out)]) == 0
-    assert ": a model with code of its own" in capsys.readouterr().out
-    files = {path.name for path in folder.iterdir()}
-    assert {path.name for path in out.iterdir()} - files == {"README.md"}
-    assert every((out / name).read_bytes() == (folder / name).read_bytes() for name in files)
+    assert "files, and modeling_fft_moe.py" in capsys.readouterr().out
+    files = {path.name for path in exported.folders[label].iterdir()}
+    assert {path.name for path in out.iterdir()} == files | {"README.md"}
+    assert every((out / name).read_bytes() == (exported.folders[label] / name).read_bytes() for name in files)
     card = (out / "README.md").read_text()
-    factory, cap = FACTORIES[exported.task].__name__, json.loads((out / "config.json").read_text())["adapter_moe"]["top_k"]
     assert f'{factory}.from_pretrained("path/to/this/folder", trust_remote_code=True)' in card
-    assert f"adapter experts with a router, {cap} of them active per token" in card and "vllm serve" not in card
-    assert ("lm_eval --model hf --model_args pretrained=path/to/this/folder,trust_remote_code=True" in card) == (
-        exported.task == "causal_lm"
-    )
-    assert "client-0" not in card
-
-
-def test_no_model_of_a_tier_where_clients_have_their_own(root: Path, tmp_path: Path) -> None:
-    run = open_run(root / "runs" / "llama-personal")
-    with pytest.raises(UserError, match="local-only has a model for every client and none for all; name one by --client"):
-        model_folder.write(run, run.select("4"), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert f"adapter experts with a router, {selection.assignment.cap} of them active per token" in card
+    assert ("pretrained=path/to/this/folder,trust_remote_code=True" in card) == (exported.task == "causal_lm")
+    assert "vllm serve" not in card and "client-0" not in card
 
 
 @settings(max_examples=40)
@@ -360,13 +308,13 @@ import json, sys
 sys.modules["fedmoe_ds"] = None  # importing it is an error
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
-for folder, kind, samples in json.load(open(sys.argv[1])):
-    factory = AutoModelForImageClassification if kind == "pixel_values" else AutoModelForCausalLM
+for folder, given, found in json.load(open(sys.argv[1])):
+    arrays = {name: torch.from_numpy(value) for name, value in np.load(given).items()}
+    factory = AutoModelForCausalLM if "input_ids" in arrays else AutoModelForImageClassification
     model = factory.from_pretrained(folder, trust_remote_code=True)
-    with torch.no_grad(), np.load(samples) as given:
-        found = [model(**{kind: torch.from_numpy(given[name])[None]}).logits[0].float().numpy() for name in given.files]
-    np.savez(samples + ".out.npz", *found)
-    if kind == "input_ids":
+    with torch.no_grad():
+        np.save(found, model(**arrays).logits.float().numpy())
+    if "input_ids" in arrays:
         text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("w0 w1", return_tensors="pt")
         assert model.generate(**text, max_new_tokens=3, do_sample=False).shape[1] > text["input_ids"].shape[1]
 assert sys.modules["fedmoe_ds"] is None and not [name for name in sys.modules if name.startswith("fedmoe_ds.")]
@@ -379,20 +327,26 @@ def test_nothing_of_this_package_is_needed(exports: Callable[[str], Exported], t
     jobs, expected = [], []
     for name in RUNS:
         made = exports(name)
-        part = samples(made.result)
-        given, kind = (part.input_ids, "input_ids") if part.labels is None else (list(part.pixels), "pixel_values")
+        np.savez(tmp_path / f"{name}.npz", **inputs(made.parts))
         for label, folder in made.folders.items():
             moved = tmp_path / f"{name}-{label}"
             shutil.copytree(folder, moved)
-            np.savez(tmp_path / f"{moved.name}.npz", *map(np.array, given))
-            jobs.append((str(moved), kind, f"{moved}.npz"))
-            expected.append((0.05 if name == "bfloat16" else TOLERANCE, made.logits[label]))
+            jobs.append((str(moved), f"{name}.npz", f"{moved}.npy"))
+            expected.append((tolerance(name), made.logits[label]))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", ALONE, "jobs.json"], cwd=tmp_path, env=environment, check=True, timeout=600)
-    for (_, kind, given_file), (tolerance, logits) in zip(jobs, expected, strict=True):
-        with np.load(given_file + ".out.npz") as out:
-            found = [torch.from_numpy(out[name]) for name in out.files]
-        found = [one[:-1] for one in found] if kind == "input_ids" else [one[None] for one in found]
-        assert furthest(found, logits) <= tolerance
+    for (_, given_file, found_file), (most, logits) in zip(jobs, expected, strict=True):
+        found = torch.from_numpy(np.load(found_file))
+        with np.load(tmp_path / given_file) as given_arrays:
+            found = found[:, :-1].flatten(0, 1) if "input_ids" in given_arrays else found
+        assert apart(found, logits) <= most
+
+
+def inputs(parts: Parts) -> dict[str, np.ndarray]:
+    """What `their_logits` gives to a model."""
+    if parts.foundation.images is None:
+        return {"input_ids": IDS}
+    held = parts.data.global_holdout()
+    return {"pixel_values": np.array(held.select(range(len(held))).pixels)}

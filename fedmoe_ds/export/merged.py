@@ -119,8 +119,8 @@ def merging_notes(request: Request, stream: WeightStream, told: Rounding) -> Ite
     if told.added:
         types = " and ".join(sorted({tensor.dtype for tensor in stream.tensors if tensor.item_bytes < 4}))
         yield (
-            f"rounding: the base's weights are {types}, and so are these; what rounding has changed has {told.share:.2g} of the "
-            "norm of what was added, and logits differ from the run's accordingly (--format peft rounds nothing)"
+            f"rounding: the base's weights are {types}, and so are these; what rounding has changed has {told.share:.2g} of "
+            "the norm of what was added, and logits differ from the run's accordingly (--format peft rounds nothing)"
         )
     if request.run.config.foundation.dtype == "bfloat16" and any(tensor.dtype == "F32" for tensor in stream.tensors):
         yield "the run read the base's weights in bfloat16; the export has them in float32, as the base's files do"
