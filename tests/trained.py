@@ -1,4 +1,4 @@
-"""Runs that were never trained: every adapter, personal block and merged weight drawn at random, saved as a checkpoint of round 1.
+"""Runs that were never trained: adapters, personal blocks and merged weights drawn at random, saved as a checkpoint of round 1.
 
 A distinct change per expert, two experts that nobody has trained, and the logits of every tier as evaluation computes them.
 """

@@ -37,7 +37,7 @@ def card(request: Request, written: Written) -> str:
         _markdown_table(_facts(request)),
         "## Scores",
         _scores(request),
-        *_active_experts(request),
+        *_active_experts(request, written),
         *_prompt(request),
         "## Load it",
         written.loading,
@@ -116,7 +116,7 @@ def _row(request: Request, last: int) -> dict[str, Any] | None:
     return found
 
 
-def _active_experts(request: Request) -> list[str]:
+def _active_experts(request: Request, written: Written) -> list[str]:
     if not request.run.spec.expert_layout.num_experts:
         return []
     chosen, full = request.top_k, request.full_top_k
@@ -126,13 +126,15 @@ def _active_experts(request: Request) -> list[str]:
             f"Beside every feed-forward block are {pool} adapter experts with a router, {chosen} of them active per token; "
             "`adapter_moe.top_k` in `config.json` says so."
         )
-        return ["## Active experts", words]
-    words = (
-        f"It was trained and evaluated with {chosen} active experts per token, as many as the base model has."
-        if chosen == full
-        else f"It is for {chosen} active experts per token, where the base model's configuration says {full}: whatever loads "
-        f"it must be told `num_experts_per_tok: {chosen}`, as below. With {full} it runs, too, and is another model."
-    )
+    elif chosen == full:
+        words = f"It was trained and evaluated with {chosen} active experts per token, as many as the base model has."
+    elif written.library == "transformers":
+        words = f"It is for {chosen} active experts per token; the base model has {full}. Its `config.json` says so."
+    else:
+        words = (
+            f"It is for {chosen} active experts per token, where the base model's configuration says {full}: whatever loads "
+            f"it must be told `num_experts_per_tok: {chosen}`, as below. With {full} it runs, too, and is another model."
+        )
     return ["## Active experts", words]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.export.loading import HERE, shell
+from fedmoe_ds.export.loading import model_loading
 from fedmoe_ds.export.merge import Changes, Learnt, Rounding, plan_changes
 from fedmoe_ds.export.shards import write_shards
 from fedmoe_ds.export.written import Request, Written
@@ -58,7 +58,7 @@ def write_merged(request: Request) -> Written:
     write_beside(request, _config_changes(request))
     size = sum(tensor.nbytes for tensor in stream.tensors)
     said = f"{len(stream.tensors)} tensors of {size / 2**30:.2f} GiB in {len(shards)} files"
-    return Written("transformers", said, _loading(request), tuple(merging_notes(request, stream, told)))
+    return Written("transformers", said, model_loading(request), tuple(merging_notes(request, stream, told)))
 
 
 def _check(request: Request) -> None:
@@ -124,29 +124,3 @@ def merging_notes(request: Request, stream: WeightStream, told: Rounding) -> Ite
         )
     if request.run.config.foundation.dtype == "bfloat16" and any(tensor.dtype == "F32" for tensor in stream.tensors):
         yield "the run read the base's weights in bfloat16; the export has them in float32, as the base's files do"
-
-
-def _loading(request: Request) -> str:
-    """Markdown for the card."""
-    if request.run.outline.task != "causal_lm":
-        return _python("AutoModelForImageClassification", "AutoImageProcessor")
-    parts = [
-        _python("AutoModelForCausalLM", "AutoTokenizer"),
-        "With vLLM or SGLang:",
-        shell([f"vllm serve {HERE}"]),
-        shell([f"python -m sglang.launch_server --model-path {HERE}"]),
-        "With lm-evaluation-harness:",
-        shell([f"lm_eval --model hf --model_args pretrained={HERE} --tasks arc_easy"]),
-    ]
-    return "\n\n".join(parts)
-
-
-def _python(model: str, beside: str) -> str:
-    return f"""With transformers, as the base model is:
-
-```python
-from transformers import {model}, {beside}
-
-model = {model}.from_pretrained("{HERE}", dtype="auto")
-{"tokenizer" if beside == "AutoTokenizer" else "processor"} = {beside}.from_pretrained("{HERE}")
-```"""

@@ -27,8 +27,8 @@ Blocks = Callable[[StoredTensor], Iterable[Tensor]]
 """The content of a tensor, block by block, in the order of its rows."""
 
 
-def write_shards(folder: Path, tensors: list[StoredTensor], content: Blocks, largest: int = LARGEST) -> list[Path]:
-    """Write all tensors under their names and types into files of at most `largest` bytes, with an index if there are several.
+def write_shards(folder: Path, tensors: list[StoredTensor], content: Blocks) -> list[Path]:
+    """Write all tensors under their names and types into files of at most `LARGEST` bytes, with an index if there are several.
 
     Args:
         folder: where they go; none of the files is there yet.
@@ -39,7 +39,7 @@ def write_shards(folder: Path, tensors: list[StoredTensor], content: Blocks, lar
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    groups = _grouped(tensors, largest)
+    groups = _grouped(tensors, LARGEST)
     paths = [folder / _name(number, len(groups)) for number in range(1, len(groups) + 1)]
     for path, group in zip(paths, groups, strict=True):
         write_tensors(path, group, content)
