@@ -168,6 +168,7 @@ def _loading(request: Request) -> str:
         f"With transformers 5. `{CODE.name}` in this folder is Python code that runs when the model is loaded; it imports "
         "torch and transformers and nothing else:",
         f"```python\n{code}\n```",
+        f"It computes in {request.run.config.foundation.dtype}, as the run did, unless `dtype` says otherwise.",
     ]
     if request.run.outline.task == "causal_lm":
         arguments = f"pretrained={HERE},trust_remote_code=True"
