@@ -113,6 +113,8 @@ def _model_class(name: str, auto_class: str, config_class: Any) -> Any:
         for layer in self.base_model.layers:
             layer.mlp.adapter_experts = AdapterExperts(config.hidden_size, settings)
             layer.mlp.register_forward_hook(_add_experts)
+        # transformers asks the model that is nearest to a module how it begins: here that is the one without the head.
+        self.base_model._init_weights = self._init_weights
         # Once more: the parent could not know of the experts.
         self.post_init()
 
