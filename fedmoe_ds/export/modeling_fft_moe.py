@@ -81,14 +81,14 @@ class AdapterExperts(nn.Module):
         weights_TK = (weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)).to(x_TD.dtype)
         y_TD = torch.zeros_like(x_TD)
         # Experts that nobody has chosen cost nothing.
-        for expert in experts_TK.unique().tolist():
+        for expert in sorted(set(experts_TK.flatten().tolist())):
             rows_N, places_N = torch.where(experts_TK == expert)
             a_NH = F.gelu(F.linear(x_TD[rows_N], self.inner[expert])) * weights_TK[rows_N, places_N].unsqueeze(-1)
             y_TD.index_add_(0, rows_N, F.linear(a_NH, self.outer[expert]).to(y_TD.dtype))
         return y_TD.view_as(x_BSD)
 
 
-def _add_experts(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_experts(block: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """A hook on the feed-forward block: with it the block's own tensors keep their names."""
     added: Tensor = block.adapter_experts(inputs[0])
     return output + added
@@ -158,7 +158,8 @@ class _Model:
     @classmethod
     def of(cls, config: Any) -> Any:
         """The class of a configuration's model."""
-        return _model_class(cls.__name__, cls.auto_class, type(config))
+        config_class: Any = type(config)
+        return _model_class(cls.__name__, cls.auto_class, config_class)
 
     @classmethod
     def from_pretrained(cls, folder: Any, *inputs: Any, config: Any = None, **options: Any) -> Any:
