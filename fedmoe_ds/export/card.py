@@ -121,7 +121,13 @@ def _active_experts(request: Request, written: Written) -> list[str]:
     if not request.run.spec.expert_layout.num_experts:
         return []
     chosen, full = request.top_k, request.full_top_k
-    if chosen == full:
+    if request.run.config.adapters.moe is not None:
+        pool = request.run.spec.expert_layout.num_experts
+        words = (
+            f"Beside every feed-forward block are {pool} adapter experts with a router, {chosen} of them active per token; "
+            "`adapter_moe.top_k` in `config.json` says so."
+        )
+    elif chosen == full:
         words = f"It was trained and evaluated with {chosen} active experts per token, as many as the base model has."
     elif written.library == "transformers":
         words = f"It is for {chosen} active experts per token; the base model has {full}. Its `config.json` says so."

@@ -55,8 +55,8 @@ def model_loading(request: Request) -> str:
     code = f'from transformers import {model}\n\nmodel = {model}.from_pretrained("{HERE}", dtype="auto")'
     parts = ["With transformers:", f"```python\n{code}\n```"]
     if _is_text(request):
-        parts += ["With vLLM:", _shell([f"vllm serve {HERE}"])]
-        parts += ["With SGLang:", _shell([f"python -m sglang.launch_server --model-path {HERE}"])]
+        parts += ["With vLLM:", shell([f"vllm serve {HERE}"])]
+        parts += ["With SGLang:", shell([f"python -m sglang.launch_server --model-path {HERE}"])]
         parts += _harness([f"pretrained={HERE}"])
     return "\n\n".join(parts)
 
@@ -73,13 +73,14 @@ def _served(request: Request, vllm: list[str], sglang: list[str]) -> list[str]:
     if changes := override(request):
         vllm = [*vllm, f"--hf-overrides '{json.dumps(changes)}'"]
         sglang = [*sglang, f"--json-model-override-args '{json.dumps(changes)}'"]
-    return ["With vLLM:", _shell(vllm), "With SGLang:", _shell(sglang)]
+    return ["With vLLM:", shell(vllm), "With SGLang:", shell(sglang)]
 
 
 def _harness(arguments: list[str]) -> list[str]:
     command = [f"lm_eval --model hf --model_args {','.join(arguments)}", "--tasks arc_easy"]
-    return ["With lm-evaluation-harness:", _shell(command)]
+    return ["With lm-evaluation-harness:", shell(command)]
 
 
-def _shell(lines: list[str]) -> str:
+def shell(lines: list[str]) -> str:
+    """A command, over several lines, as a code block."""
     return "```sh\n" + " \\\n  ".join(lines) + "\n```"
