@@ -29,6 +29,7 @@ from test_logits import Hosted, rows_of, sequences
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
+from fedmoe_ds import __version__
 from fedmoe_ds.adapter_formats import FORMATS, Format, names_of, read_adapter
 from fedmoe_ds.adapter_formats.module_names import NAMES
 from fedmoe_ds.checkpoint.reader import read_snapshot
@@ -326,6 +327,8 @@ def test_the_card_names_no_client(trained: Result, root: Path, tmp_path: Path) -
         "4 active experts per token, where the base model's configuration says 8",
         "--hf-overrides '{\"num_experts_per_tok\": 4}'",
         "peft=path/to/this/folder,num_experts_per_tok=4",
+        f"A LoRA adapter for `model`, trained by federated learning with fedmoe-ds {__version__}: budget tier 4 after 1 round.",
+        "| LoRA | rank 3 of the run's 6, scale 1.5 |",
         "| clients | 6 (2 of tier 8, 2 of tier 4, 2 of tier 2) |",
         f"| perplexity | {scores[0]['perplexity']:.6g} | {scores[1]['perplexity']:.6g} |",
         '"response_header": "\\n\\n### Response:\\n"',
