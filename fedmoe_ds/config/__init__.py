@@ -3,7 +3,7 @@
 from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
 from fedmoe_ds.config.idle import idle_keys
-from fedmoe_ds.config.loading import dump_config, load_config
+from fedmoe_ds.config.loading import dump_config, load_config, with_overrides
 from fedmoe_ds.config.reference import config_schema_markdown
 from fedmoe_ds.config.schema import (
     AdapterConfig,
@@ -46,4 +46,5 @@ __all__ = [
     "dump_config",
     "idle_keys",
     "load_config",
+    "with_overrides",
 ]

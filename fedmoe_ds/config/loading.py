@@ -33,6 +33,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return _checked(raw)
 
 
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a configuration after further `key=value` overrides. Raises UserError as `load_config` does."""
+    raw = config.model_dump()
+    for override in overrides:
+        _apply(raw, override)
+    return _checked(raw)
+
+
 def dump_config(config: Config) -> str:
     """Return the whole configuration as YAML, in the order of the tree; `load_config` reads it back unchanged."""
     return dump_yaml(config.model_dump())
