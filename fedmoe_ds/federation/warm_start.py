@@ -1,0 +1,271 @@
+"""Warm start: the initial global adapters of a federation are those of a former run, or of an adapter trained elsewhere.
+
+The model that the federation begins with is the old one:
+
+- A smaller rank gets further rows: zeros in B, so that they count nothing, and freshly drawn ones in A, so that they can learn
+  (with zeros in both, neither would ever get a gradient).
+- Another scale alpha / rank is folded into B; by a power of two this is exact.
+- Methods that move products into the frozen weights (FLoRA) do so with the product of the start, in float64, and begin with
+  fresh pairs, as they do in every round.
+- Blocks that the old adapters lack start as usual. Blocks that the new run does not train would be lost: they are refused.
+- What clients keep for themselves starts as usual, from the global value where it has one.
+
+Legend: R and Q adapter rank here and there, O and I output and input width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.checkpoint.digest import global_digest
+from fedmoe_ds.config import AdapterConfig, Config
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.federation.start_source import KEY, Source, block_of, find_start, open_source
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, shared_blocks
+from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
+from fedmoe_ds.model.moe_layer import DOWN, GATE_UP, RESCALER, ROUTER
+
+GONE = ""
+"""Digest of a start whose folder is gone: the checkpoint that is continued has its adapters, and knows the digest."""
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a run has begun with: `digest` over its initial global adapters, `facts` for the record, lines for the user."""
+
+    digest: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def locate(config: Config, resuming: bool) -> Path | None:
+    """The folder of the start; None where there is no start, or where it is gone and a checkpoint continues the run.
+
+    Rank 0 only. Raises UserError where nothing is there.
+    """
+    given = config.adapters.start
+    try:
+        return None if given is None else find_start(given)
+    except UserError:
+        if resuming:
+            return None
+        raise
+
+
+def open_start(folder: Path, spec: RunSpec, fingerprint: str | None) -> Source:
+    """The old adapters, once it is clear that the run can begin with all of them; `fingerprint` is None before weights exist.
+
+    Raises:
+        UserError: they belong to another model, or the run has no place for some of them.
+    """
+    source = open_source(folder, spec.blocks)
+    if fingerprint is not None and source.foundation not in (None, fingerprint):
+        raise UserError(
+            f"{KEY}: {spec.config.adapters.start}: {source.title} was trained on another model (fingerprint "
+            f"{str(source.foundation)[:12]}, this one is {fingerprint[:12]}); use that run's foundation"
+        )
+    _check_shared(source, spec)
+    _check_merged(source, spec)
+    _check_places(source, spec)
+    rank = spec.config.adapters.rank
+    if source.rank > rank and not spec.method.absorbs and any(spec.pair for spec in _taken(source, spec)):
+        raise UserError(
+            f"adapters.rank: {rank}: {source.title}, which {KEY} names, has LoRA rank {source.rank}, and a smaller one cannot "
+            f"hold it; set adapters.rank={source.rank} or more"
+        )
+    return source
+
+
+def _check_shared(source: Source, spec: RunSpec) -> None:
+    if not source.keys:
+        raise UserError(
+            f"{KEY}: {spec.config.adapters.start}: in {source.title} every client kept its own adapters, and there are no global "
+            "ones to start from; export the model of one client (--format peft --client NAME) and start from that"
+        )
+
+
+def _check_merged(source: Source, spec: RunSpec) -> None:
+    if source.merged and not spec.method.absorbs:
+        raise UserError(
+            f"{KEY}: {spec.config.adapters.start}: {source.title} has moved its products into the model's own weights, which no "
+            f"adapter of method {spec.config.method.name} can hold; export it (--format merged) and use that as foundation.path, "
+            "or continue with flora"
+        )
+
+
+def _check_places(source: Source, spec: RunSpec) -> None:
+    """Every tensor of the source has a place in this run."""
+    ours, places = {block.name for block in spec.blocks}, frozenset(_keys(spec.blocks, spec))
+    lost = sorted({block_of(key) for key in source.keys} - ours)
+    if lost:
+        parts = sorted({_stem(name) for name in lost})
+        raise UserError(
+            f"{KEY}: {spec.config.adapters.start}: {source.title} has adapted {', '.join(parts)}, which this run does not train "
+            f"and would lose; set {', '.join(_ways(lost, spec.config.adapters))}"
+        )
+    elsewhere = sorted(source.keys - places)
+    if elsewhere:
+        layout = spec.expert_layout
+        raise UserError(
+            f"{KEY}: {spec.config.adapters.start}: {source.title} has {elsewhere[0]}, and this model has no such place "
+            f"({spec.size.layers} layers, {layout.num_experts} experts); use the foundation that it was trained on"
+        )
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".lora_A").removesuffix(".lora_B").removesuffix(".weight")
+
+
+def _ways(lost: list[str], adapters: AdapterConfig) -> Iterator[str]:
+    """Keys that give the blocks a place."""
+    for part, own in (("attention", adapters.attention), ("feed_forward", adapters.feed_forward)):
+        found = {name.split(".")[1] for name in lost if name.startswith(f"{part}.")}
+        if found:
+            yield f"adapters.{part}=[{', '.join([*own, *sorted(found - {*own})])}]"
+    if {INNER, OUTER} & {*lost}:
+        yield "adapters.moe as it was there"
+    if {GATE_UP, DOWN} & {*lost}:
+        yield "adapters.expert_training=full"
+    if any(name.startswith("experts.") and ".lora_" in name for name in lost):
+        yield "adapters.expert_training=lora" if adapters.expert_training == "full" else "adapters.experts=true"
+    if ROUTER in lost:
+        yield "adapters.router=train"
+
+
+def _keys(blocks: Iterable[BlockSpec], spec: RunSpec) -> Iterator[str]:
+    """Canonical keys of blocks over all experts."""
+    for block in blocks:
+        for layer in block.layers:
+            if block.expert:
+                yield from (block.key(layer, expert) for expert in range(spec.expert_layout.num_experts))
+            else:
+                yield block.key(layer)
+
+
+def _taken(source: Source, spec: RunSpec) -> list[BlockSpec]:
+    there = {block_of(key) for key in source.keys}
+    return [block for block in spec.blocks if block.name in there]
+
+
+@torch.no_grad()
+def begin(source: Source, spec: RunSpec, bank: Bank, base: Bank | None) -> list[str]:
+    """Fill this rank's part of the initial adapters, and of the frozen weights that products move into.
+
+    Args:
+        bank: the initial global adapters, as they are without a start.
+        base: what `Server.initial_state` keeps of frozen weights; None for methods that merge nothing.
+    Returns:
+        Lines for the user.
+    Raises:
+        UserError: a tensor has another shape.
+    """
+    adapters, first = spec.config.adapters, spec.expert_layout.held.start
+    ratio = source.scale / (Fraction(adapters.alpha) / adapters.rank)
+    for key, block, value in bank.items(first, with_personal=True):
+        if key in source.keys and not (base is not None and block.pair):
+            value.copy_(_fitted(key, block, source.read(key), value, ratio))
+    if base is not None:
+        _merge(source, base, first)
+    return [_told(source, spec, ratio, merging=base is not None)]
+
+
+def _fitted(key: str, block: BlockSpec, old: Tensor, fresh: Tensor, ratio: Fraction) -> Tensor:
+    """An old tensor in the shape of this run's: `fresh` is what it would start with."""
+    axis = block.rank_axis
+    same = list(old.shape) == [*fresh.shape]
+    if axis is not None and old.dim() == 2:
+        same = old.shape[1 - axis] == fresh.shape[1 - axis] and old.shape[axis] <= fresh.shape[axis]
+    if not same:
+        raise UserError(
+            f"{KEY}: {key}: shape {tuple(old.shape)}, and this run needs {tuple(fresh.shape)}; use the foundation and the sizes "
+            "(adapters.rank, adapters.moe) that it was trained with"
+        )
+    if axis is None:
+        return old.float()
+    if axis == 0:
+        return torch.cat([old.float(), fresh.cpu()[len(old) :]])
+    b_OR = torch.zeros(fresh.shape)
+    b_OR[:, : old.shape[1]] = old.double() * float(ratio)
+    return b_OR
+
+
+def _merge(source: Source, base: Bank, first_expert: int) -> None:
+    """W <- W + (alpha / rank) B A, in float64 and rounded once; where the source has merged weights, these are W."""
+    for key, _, weight_OI in base.items(first_expert):
+        a, b = (f"{key.removesuffix('.base')}.{half}" for half in ("lora_A", "lora_B"))
+        if key in source.merged:
+            weight_OI.copy_(_sized(key, source.read_merged(key), weight_OI))
+        if a in source.keys and b in source.keys:
+            product_OI = _sized(key, source.read(b).double() @ source.read(a).double(), weight_OI)
+            weight_OI.copy_(weight_OI.double() + float(source.scale) * product_OI.to(weight_OI.device))
+
+
+def _sized(key: str, found: Tensor, place: Tensor) -> Tensor:
+    if found.shape != place.shape:
+        raise UserError(
+            f"{KEY}: {key}: shape {tuple(found.shape)}, and the model has {tuple(place.shape)}; use the foundation that it was "
+            "trained on"
+        )
+    return found
+
+
+def _told(source: Source, spec: RunSpec, ratio: Fraction, merging: bool) -> str:
+    """One line: what the run begins with, and what of it is not as it was."""
+    said = [f"starts from {source.title}"]
+    pairs = any(block.pair for block in _taken(source, spec))
+    if pairs and merging:
+        said.append("its products move into the frozen weights, and every pair is drawn anew")
+    elif pairs and source.rank < spec.config.adapters.rank:
+        said.append(f"its rank {source.rank} gets {spec.config.adapters.rank - source.rank} further rows")
+    if pairs and not merging and not _is_power_of_two(ratio):
+        said.append(f"its scale {float(source.scale):g} is {float(source.scale / ratio):g} here, so B is rounded once")
+    fresh = _fresh(source, spec)
+    if fresh:
+        said.append(f"{', '.join(fresh)} starts as usual: it has none")
+    if source.left:
+        said.append(f"{', '.join(source.left)} stays with its clients")
+    if source.foundation is None:
+        said.append("which model it was trained on, nothing tells")
+    elif source.dtype not in (None, spec.config.foundation.dtype):
+        said.append(f"it was trained on weights in {source.dtype}, here they are {spec.config.foundation.dtype}")
+    return f"{KEY}: {'; '.join(said)}"
+
+
+def _fresh(source: Source, spec: RunSpec) -> list[str]:
+    """Blocks, or a number of their places, that the source does not have."""
+    found: dict[str, list[int]] = {}
+    for block in spec.blocks:
+        if block.name == RESCALER:  # a client's own, and never a part of the start
+            continue
+        counts = found.setdefault(_stem(block.name), [0, 0])
+        for key in _keys([block], spec):
+            counts[0] += key not in source.keys
+            counts[1] += 1
+    return [stem if lacking == total else f"{stem} ({lacking} of {total})" for stem, (lacking, total) in found.items() if lacking]
+
+
+def _is_power_of_two(ratio: Fraction) -> bool:
+    return all(part & (part - 1) == 0 for part in (ratio.numerator, ratio.denominator))
+
+
+def started(
+    source: Source | None, lines: list[str], spec: RunSpec, banks: Iterable[Bank | None], runtime: Runtime, ep_size: int
+) -> WarmStart | None:
+    """What the run has begun with; collective. `source` None: its folder is gone, or there is no start."""
+    if source is None:
+        return None if spec.config.adapters.start is None else WarmStart(GONE)
+    first = spec.expert_layout.held.start
+    filled = [bank for bank in banks if bank is not None]
+    tensors = ((key, value) for bank in filled for key, _, value in bank.items(first, with_personal=True))
+    digest = global_digest(tensors, runtime, ep_size)
+    facts = {**source.facts, "sha256": digest, "fresh": _fresh(source, spec), "left": list(source.left)}
+    return WarmStart(digest, facts, lines)
