@@ -37,6 +37,7 @@ from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_s
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.server import BASE, CONTROL, Server
+from fedmoe_ds.federation.warm_start import Source, WarmStart, begin_from, locate, open_start
 from fedmoe_ds.foundation import Foundation, conversion, host_sharing, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told
@@ -58,6 +59,7 @@ class Parts:
     """Everything a `Federation` works with, on one rank.
 
     `training_data` are what rounds train on: the clients' own, or those of one client that has all where the method pools them.
+    `start` says what the adapters began as, where that was not the usual.
     """
 
     spec: RunSpec
@@ -76,6 +78,7 @@ class Parts:
     config_text: str
     checkpoints: Path
     skipped: SkippedClients
+    start: WarmStart | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -113,9 +116,14 @@ class Parts:
 
 
 def load_parts(
-    config: Config, runtime: Runtime, topology: Topology, progress: Progress, stop: StopRequest | None = None
+    config: Config,
+    runtime: Runtime,
+    topology: Topology,
+    progress: Progress,
+    stop: StopRequest | None = None,
+    resuming: bool = False,
 ) -> Parts:
-    """Load everything. `stop` is asked on the way, and by the rounds that follow.
+    """Load everything. `stop` is asked on the way, and by the rounds that follow; `resuming`: a checkpoint will be restored.
 
     Raises:
         UserError: the same one on every rank, for whatever the user can fix.
@@ -124,12 +132,16 @@ def load_parts(
     stop, device = stop or StopRequest(), runtime.device
     config, method = check_start(config, device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
+    start = runtime.run_on_rank0(lambda: locate(config.adapters.start, resuming))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
+    source = runtime.run_on_all_ranks(
+        lambda: None if start is None else open_start(Path(start), spec, foundation.fingerprint)
+    )
     data = load_shared_data(config, runtime, foundation, stop, progress.note)
     check_packed_samples(config, data.reading.get("template"))
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
-    parts = _assemble(spec, runtime, topology, foundation, data, clients)
+    parts = _assemble(spec, runtime, topology, foundation, data, clients, source)
     parts.stop = stop
     return parts
 
@@ -172,7 +184,13 @@ def load_shared_data(
 
 
 def _assemble(
-    spec: RunSpec, runtime: Runtime, topology: Topology, foundation: Foundation, data: FederatedData, clients: list[Client]
+    spec: RunSpec,
+    runtime: Runtime,
+    topology: Topology,
+    foundation: Foundation,
+    data: FederatedData,
+    clients: list[Client],
+    source: Source | None,
 ) -> Parts:
     config, method, blocks, device = spec.config, spec.method, spec.blocks, runtime.device
     execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
@@ -184,7 +202,11 @@ def _assemble(
         enable_checkpointing(foundation)
     adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device)
     server = Server(spec, foundation, clients)
-    state = State(0, adapters, _personal(spec, adapters, clients), server.initial_state(device))
+    own = server.initial_state(device)
+    # Before personal blocks are made: they begin as the global ones.
+    begun = begin_from(source, spec, adapters, own.get(BASE), runtime)
+    server.load_base(own)
+    state = State(0, adapters, _personal(spec, adapters, clients), own)
     model, micro, hooks = (
         AdaptedModel(foundation, execution, config.execution.packing),
         config.execution.micro_batch_size,
@@ -195,7 +217,8 @@ def _assemble(
     layers, rounds = spec.expert_layout.layers, config.federation.rounds
     trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
-    ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, spec.bitwise), spec.bitwise)
+    same = agreed(runtime.gather(kernels), topology.hosts, spec.bitwise)
+    ours = identity(config, foundation, data, same, spec.bitwise, None if begun is None else begun.digest)
     # After kernels_of: that loads the kernels whose code is compared here.
     check_code(runtime.gather(code_of(device)), topology.hosts, spec.bitwise)
     folder = Path(config.output) / config.name
@@ -216,6 +239,7 @@ def _assemble(
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",
         skipped=SkippedClients(folder, memory_settings(config, ours), runtime.run_on_rank0(lambda: read_skipped(folder))),
+        start=begun,
     )
 
 

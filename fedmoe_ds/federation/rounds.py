@@ -280,11 +280,14 @@ class Federation:
 
     def _evaluate(self, round_index: int) -> None:
         activity.enter("evaluate", round_index)
-        config, evaluator, plain = self.parts.config.evaluation, self.parts.evaluator, round_index == 0
-        ends = plain or round_index == self.parts.config.federation.rounds
+        config, evaluator, first = self.parts.config.evaluation, self.parts.evaluator, round_index == 0
+        # Adapters that others have trained are scored as clients receive them.
+        plain = first and self.parts.start is None
+        ends = first or round_index == self.parts.config.federation.rounds
         every = config.clients_every
         per_client = config.client_sequences > 0 and (ends or (every > 0 and round_index % every == 0))
-        self.journal.evaluation(round_index, evaluator.scores(self.state.personal, per_client, plain))
+        before = "foundation" if self.parts.start is None else "start"
+        self.journal.evaluation(round_index, evaluator.scores(self.state.personal, per_client, plain), before)
         if ends:
             self.journal.generations(round_index, evaluator.generations(self.state.personal, plain))
 

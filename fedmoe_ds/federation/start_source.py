@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from torch import Tensor
 from fedmoe_ds.adapter_formats import read_adapter
 from fedmoe_ds.checkpoint.reader import MANIFEST, Snapshot, TensorReader, find_damage, newest_intact, read_snapshot
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.federation.identity import START
 from fedmoe_ds.storage.files import expanded
 
-KEY = "adapters.start"
 PEFT_CONFIG = "adapter_config.json"
 _CHECKPOINTS = "checkpoints"
 
@@ -41,7 +39,7 @@ class Source:
     title: str
     facts: dict[str, Any]
     rank: int
-    scale: Fraction
+    scale: float
     keys: frozenset[str]
     read: Callable[[str], Tensor]
     merged: frozenset[str] = frozenset()
@@ -63,35 +61,35 @@ def block_of(key: str) -> str:
     return ".".join(name[:1] + name[2:] if name[:1] == ["experts"] and name[1].isdigit() else name)
 
 
-def find_start(given: str, damaged_too: bool = False) -> Path:
+def find_start(given: str, whole: bool = True) -> Path:
     """The folder to read: a checkpoint (of a run the newest intact one), or an adapter of PEFT's.
 
     Args:
-        damaged_too: leave checksums alone, which takes no time; for plans.
+        whole: look at the checksums of a checkpoint that is named.
     Raises:
         UserError: there is none of these, or it is damaged.
     """
-    folder = expanded(given, KEY)
+    folder = expanded(given, START)
     if not folder.is_dir():
-        raise UserError(f"{KEY}: {given}: no such folder; give a run, a checkpoint of one, or a folder with {PEFT_CONFIG}")
+        raise UserError(f"{START}: {given}: no such folder; give a run, a checkpoint of one, or a folder with {PEFT_CONFIG}")
     if (folder / PEFT_CONFIG).is_file():
         return folder
     if (folder / MANIFEST).is_file():
-        if not damaged_too and (damage := find_damage(folder)) is not None:
-            raise UserError(f"{KEY}: {given}: the checkpoint is damaged: {damage}; give another one of that run")
+        if whole and (damage := find_damage(folder)) is not None:
+            raise UserError(f"{START}: {given}: the checkpoint is damaged: {damage}; give another one of that run")
         return folder
     if not (folder / _CHECKPOINTS).is_dir():
         whole = "a model, which foundation.path takes" if (folder / "config.json").is_file() else "none of these"
-        raise UserError(f"{KEY}: {given}: expected a run, a checkpoint or a folder with {PEFT_CONFIG}, and it is {whole}")
+        raise UserError(f"{START}: {given}: expected a run, a checkpoint or a folder with {PEFT_CONFIG}, and it is {whole}")
     found, notes = newest_intact(folder / _CHECKPOINTS)
     if found is None:
         why = notes[0] if notes else "it has none yet"
-        raise UserError(f"{KEY}: {given}: this run holds no intact checkpoint ({why}); give another run")
+        raise UserError(f"{START}: {given}: this run holds no intact checkpoint ({why}); give another run")
     return found
 
 
-def open_source(folder: Path, blocks: list[BlockSpec]) -> Source:
-    """Open what `find_start` has found, on every rank; `blocks` are those of the new run.
+def open_source(folder: Path) -> Source:
+    """Open what `find_start` has found, on every rank.
 
     Raises:
         UserError: it cannot be read, or is not what it seems to be.
@@ -100,7 +98,7 @@ def open_source(folder: Path, blocks: list[BlockSpec]) -> Source:
         return _adapter(folder) if (folder / PEFT_CONFIG).is_file() else _checkpoint(folder)
     except OSError as error:
         raise UserError(
-            f"{KEY}: {folder}: cannot be read: {error.strerror or error}; put it on a file system that all ranks share"
+            f"{START}: {folder}: cannot be read: {error.strerror or error}; put it on a file system that all ranks share"
         ) from None
 
 
@@ -114,9 +112,9 @@ def _checkpoint(folder: Path) -> Source:
     own = sorted({block_of(key) for key in TensorReader(folder, "personal", snapshot.files)})
     try:
         rank, alpha = int(adapters["rank"]), float(adapters["alpha"])
-        scale = Fraction(alpha) / rank
+        scale = alpha / rank
     except (LookupError, TypeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{KEY}: {folder}: its {MANIFEST} does not tell rank and alpha; give another checkpoint") from None
+        raise UserError(f"{START}: {folder}: its {MANIFEST} does not tell rank and alpha; give another checkpoint") from None
     return Source(
         title=f"run {run} ({facts['method']}, round {snapshot.round})",
         facts=facts,
@@ -136,9 +134,12 @@ def _checkpoint(folder: Path) -> Source:
 def _settings(snapshot: Snapshot, folder: Path, section: str) -> Mapping[str, Any]:
     found = snapshot.identity.get(section)
     if not isinstance(found, dict):
-        raise UserError(f"{KEY}: {folder}: its {MANIFEST} does not tell {section}; give another checkpoint")
+        raise UserError(f"{START}: {folder}: its {MANIFEST} does not tell {section}; give another checkpoint")
     return found
 
 
 def _adapter(folder: Path) -> Source:
-    raise NotImplementedError
+    adapter = read_adapter(folder, START)
+    facts = {"kind": adapter.format, "name": folder.name, "base_model": adapter.base_model}
+    title = f"adapter {folder.name} ({adapter.format}, rank {adapter.rank})"
+    return Source(title, facts, adapter.rank, adapter.scale, frozenset(adapter.shapes), adapter.read)

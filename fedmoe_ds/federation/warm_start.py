@@ -15,9 +15,9 @@ Legend: R and Q adapter rank here and there, O and I output and input width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,16 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.checkpoint.digest import global_digest
-from fedmoe_ds.config import AdapterConfig, Config
+from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.identity import GONE, START
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.start_source import KEY, Source, block_of, find_start, open_source
-from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, shared_blocks
+from fedmoe_ds.federation.start_source import Source, block_of, find_start, open_source
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
 from fedmoe_ds.model.moe_layer import DOWN, GATE_UP, RESCALER, ROUTER
-
-GONE = ""
-"""Digest of a start whose folder is gone: the checkpoint that is continued has its adapters, and knows the digest."""
+from fedmoe_ds.storage.files import expanded
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,14 @@ class WarmStart:
     notes: list[str] = field(default_factory=list)
 
 
-def locate(config: Config, resuming: bool) -> Path | None:
-    """The folder of the start; None where there is no start, or where it is gone and a checkpoint continues the run.
+def locate(given: str | None, resuming: bool) -> str | None:
+    """The folder of the start; None where there is none, or where it is gone and a checkpoint continues the run.
 
-    Rank 0 only. Raises UserError where nothing is there.
+    Rank 0 only. Raises UserError.
     """
-    given = config.adapters.start
-    try:
-        return None if given is None else find_start(given)
-    except UserError:
-        if resuming:
-            return None
-        raise
+    if given is None or (resuming and not expanded(given, START).is_dir()):
+        return None
+    return str(find_start(given))
 
 
 def open_start(folder: Path, spec: RunSpec, fingerprint: str | None) -> Source:
@@ -67,19 +62,19 @@ def open_start(folder: Path, spec: RunSpec, fingerprint: str | None) -> Source:
     Raises:
         UserError: they belong to another model, or the run has no place for some of them.
     """
-    source = open_source(folder, spec.blocks)
+    source = open_source(folder)
     if fingerprint is not None and source.foundation not in (None, fingerprint):
         raise UserError(
-            f"{KEY}: {spec.config.adapters.start}: {source.title} was trained on another model (fingerprint "
+            f"{START}: {spec.config.adapters.start}: {source.title} was trained on another model (fingerprint "
             f"{str(source.foundation)[:12]}, this one is {fingerprint[:12]}); use that run's foundation"
         )
     _check_shared(source, spec)
     _check_merged(source, spec)
     _check_places(source, spec)
     rank = spec.config.adapters.rank
-    if source.rank > rank and not spec.method.absorbs and any(spec.pair for spec in _taken(source, spec)):
+    if source.rank > rank and not spec.method.absorbs and any(block.pair for block in _taken(source, spec)):
         raise UserError(
-            f"adapters.rank: {rank}: {source.title}, which {KEY} names, has LoRA rank {source.rank}, and a smaller one cannot "
+            f"adapters.rank: {rank}: {source.title}, which {START} names, has LoRA rank {source.rank}, and a smaller one cannot "
             f"hold it; set adapters.rank={source.rank} or more"
         )
     return source
@@ -88,7 +83,7 @@ def open_start(folder: Path, spec: RunSpec, fingerprint: str | None) -> Source:
 def _check_shared(source: Source, spec: RunSpec) -> None:
     if not source.keys:
         raise UserError(
-            f"{KEY}: {spec.config.adapters.start}: in {source.title} every client kept its own adapters, and there are no global "
+            f"{START}: {spec.config.adapters.start}: in {source.title} every client kept its own adapters, and there are no global "
             "ones to start from; export the model of one client (--format peft --client NAME) and start from that"
         )
 
@@ -96,7 +91,7 @@ def _check_shared(source: Source, spec: RunSpec) -> None:
 def _check_merged(source: Source, spec: RunSpec) -> None:
     if source.merged and not spec.method.absorbs:
         raise UserError(
-            f"{KEY}: {spec.config.adapters.start}: {source.title} has moved its products into the model's own weights, which no "
+            f"{START}: {spec.config.adapters.start}: {source.title} has moved its products into the model's own weights, which no "
             f"adapter of method {spec.config.method.name} can hold; export it (--format merged) and use that as foundation.path, "
             "or continue with flora"
         )
@@ -109,14 +104,14 @@ def _check_places(source: Source, spec: RunSpec) -> None:
     if lost:
         parts = sorted({_stem(name) for name in lost})
         raise UserError(
-            f"{KEY}: {spec.config.adapters.start}: {source.title} has adapted {', '.join(parts)}, which this run does not train "
+            f"{START}: {spec.config.adapters.start}: {source.title} has adapted {', '.join(parts)}, which this run does not train "
             f"and would lose; set {', '.join(_ways(lost, spec.config.adapters))}"
         )
     elsewhere = sorted(source.keys - places)
     if elsewhere:
         layout = spec.expert_layout
         raise UserError(
-            f"{KEY}: {spec.config.adapters.start}: {source.title} has {elsewhere[0]}, and this model has no such place "
+            f"{START}: {spec.config.adapters.start}: {source.title} has {elsewhere[0]}, and this model has no such place "
             f"({spec.size.layers} layers, {layout.num_experts} experts); use the foundation that it was trained on"
         )
 
@@ -156,29 +151,42 @@ def _taken(source: Source, spec: RunSpec) -> list[BlockSpec]:
     return [block for block in spec.blocks if block.name in there]
 
 
-@torch.no_grad()
-def begin(source: Source, spec: RunSpec, bank: Bank, base: Bank | None) -> list[str]:
-    """Fill this rank's part of the initial adapters, and of the frozen weights that products move into.
+def begin_from(source: Source | None, spec: RunSpec, bank: Bank, base: Bank | None, runtime: Runtime) -> WarmStart | None:
+    """Fill this rank's part of the initial adapters, and of the frozen weights that products move into. Collective.
 
     Args:
+        source: None where there is no start, or its folder is gone.
         bank: the initial global adapters, as they are without a start.
         base: what `Server.initial_state` keeps of frozen weights; None for methods that merge nothing.
-    Returns:
-        Lines for the user.
     Raises:
         UserError: a tensor has another shape.
     """
-    adapters, first = spec.config.adapters, spec.expert_layout.held.start
-    ratio = source.scale / (Fraction(adapters.alpha) / adapters.rank)
+    if source is None:
+        return None if spec.config.adapters.start is None else WarmStart(GONE)
+    runtime.run_on_all_ranks(lambda: _fill(source, spec, bank, base))
+    first = spec.expert_layout.held.start
+    tensors = (pair for one in (bank, base) if one is not None for pair in one.items(first, with_personal=True))
+    digest = global_digest(((key, value) for key, _, value in tensors), runtime, spec.config.topology.ep_size)
+    facts = {**source.facts, "sha256": digest, "fresh": _fresh(source, spec), "left": list(source.left)}
+    return WarmStart(digest, facts, [_told(source, spec, merging=base is not None)])
+
+
+@torch.no_grad()
+def _fill(source: Source, spec: RunSpec, bank: Bank, base: Bank | None) -> None:
+    first, ratio = spec.expert_layout.held.start, _ratio(source, spec)
     for key, block, value in bank.items(first, with_personal=True):
         if key in source.keys and not (base is not None and block.pair):
             value.copy_(_fitted(key, block, source.read(key), value, ratio))
     if base is not None:
         _merge(source, base, first)
-    return [_told(source, spec, ratio, merging=base is not None)]
 
 
-def _fitted(key: str, block: BlockSpec, old: Tensor, fresh: Tensor, ratio: Fraction) -> Tensor:
+def _ratio(source: Source, spec: RunSpec) -> float:
+    """What B is multiplied by, so that alpha / rank of this run times B is what it was."""
+    return source.scale / (spec.config.adapters.alpha / spec.config.adapters.rank)
+
+
+def _fitted(key: str, block: BlockSpec, old: Tensor, fresh: Tensor, ratio: float) -> Tensor:
     """An old tensor in the shape of this run's: `fresh` is what it would start with."""
     axis = block.rank_axis
     same = list(old.shape) == [*fresh.shape]
@@ -186,7 +194,7 @@ def _fitted(key: str, block: BlockSpec, old: Tensor, fresh: Tensor, ratio: Fract
         same = old.shape[1 - axis] == fresh.shape[1 - axis] and old.shape[axis] <= fresh.shape[axis]
     if not same:
         raise UserError(
-            f"{KEY}: {key}: shape {tuple(old.shape)}, and this run needs {tuple(fresh.shape)}; use the foundation and the sizes "
+            f"{START}: {key}: shape {tuple(old.shape)}, and this run needs {tuple(fresh.shape)}; use the foundation and the sizes "
             "(adapters.rank, adapters.moe) that it was trained with"
         )
     if axis is None:
@@ -194,7 +202,7 @@ def _fitted(key: str, block: BlockSpec, old: Tensor, fresh: Tensor, ratio: Fract
     if axis == 0:
         return torch.cat([old.float(), fresh.cpu()[len(old) :]])
     b_OR = torch.zeros(fresh.shape)
-    b_OR[:, : old.shape[1]] = old.double() * float(ratio)
+    b_OR[:, : old.shape[1]] = old.double() * ratio
     return b_OR
 
 
@@ -206,45 +214,46 @@ def _merge(source: Source, base: Bank, first_expert: int) -> None:
             weight_OI.copy_(_sized(key, source.read_merged(key), weight_OI))
         if a in source.keys and b in source.keys:
             product_OI = _sized(key, source.read(b).double() @ source.read(a).double(), weight_OI)
-            weight_OI.copy_(weight_OI.double() + float(source.scale) * product_OI.to(weight_OI.device))
+            weight_OI.copy_(weight_OI.double() + source.scale * product_OI.to(weight_OI.device))
 
 
 def _sized(key: str, found: Tensor, place: Tensor) -> Tensor:
     if found.shape != place.shape:
         raise UserError(
-            f"{KEY}: {key}: shape {tuple(found.shape)}, and the model has {tuple(place.shape)}; use the foundation that it was "
+            f"{START}: {key}: shape {tuple(found.shape)}, and the model has {tuple(place.shape)}; use the foundation that it was "
             "trained on"
         )
     return found
 
 
-def _told(source: Source, spec: RunSpec, ratio: Fraction, merging: bool) -> str:
+def _told(source: Source, spec: RunSpec, merging: bool) -> str:
     """One line: what the run begins with, and what of it is not as it was."""
-    said = [f"starts from {source.title}"]
+    said, ratio = [f"starts from {source.title}"], _ratio(source, spec)
     pairs = any(block.pair for block in _taken(source, spec))
     if pairs and merging:
         said.append("its products move into the frozen weights, and every pair is drawn anew")
     elif pairs and source.rank < spec.config.adapters.rank:
         said.append(f"its rank {source.rank} gets {spec.config.adapters.rank - source.rank} further rows")
     if pairs and not merging and not _is_power_of_two(ratio):
-        said.append(f"its scale {float(source.scale):g} is {float(source.scale / ratio):g} here, so B is rounded once")
+        said.append(f"its scale {source.scale:g} is {source.scale / ratio:g} here, so B is rounded once")
     fresh = _fresh(source, spec)
     if fresh:
-        said.append(f"{', '.join(fresh)} starts as usual: it has none")
+        said.append(f"without adapters of {', '.join(fresh)}, which start as usual")
     if source.left:
-        said.append(f"{', '.join(source.left)} stays with its clients")
+        said.append(f"{', '.join(source.left)} stays with its clients, and starts as usual")
     if source.foundation is None:
         said.append("which model it was trained on, nothing tells")
     elif source.dtype not in (None, spec.config.foundation.dtype):
         said.append(f"it was trained on weights in {source.dtype}, here they are {spec.config.foundation.dtype}")
-    return f"{KEY}: {'; '.join(said)}"
+    return f"{START}: {'; '.join(said)}"
 
 
 def _fresh(source: Source, spec: RunSpec) -> list[str]:
     """Blocks, or a number of their places, that the source does not have."""
     found: dict[str, list[int]] = {}
     for block in spec.blocks:
-        if block.name == RESCALER:  # a client's own, and never a part of the start
+        # What a client keeps for itself is told apart, and a rescaler is always that.
+        if block.name in (RESCALER, *source.left):
             continue
         counts = found.setdefault(_stem(block.name), [0, 0])
         for key in _keys([block], spec):
@@ -253,19 +262,5 @@ def _fresh(source: Source, spec: RunSpec) -> list[str]:
     return [stem if lacking == total else f"{stem} ({lacking} of {total})" for stem, (lacking, total) in found.items() if lacking]
 
 
-def _is_power_of_two(ratio: Fraction) -> bool:
-    return all(part & (part - 1) == 0 for part in (ratio.numerator, ratio.denominator))
-
-
-def started(
-    source: Source | None, lines: list[str], spec: RunSpec, banks: Iterable[Bank | None], runtime: Runtime, ep_size: int
-) -> WarmStart | None:
-    """What the run has begun with; collective. `source` None: its folder is gone, or there is no start."""
-    if source is None:
-        return None if spec.config.adapters.start is None else WarmStart(GONE)
-    first = spec.expert_layout.held.start
-    filled = [bank for bank in banks if bank is not None]
-    tensors = ((key, value) for bank in filled for key, _, value in bank.items(first, with_personal=True))
-    digest = global_digest(tensors, runtime, ep_size)
-    facts = {**source.facts, "sha256": digest, "fresh": _fresh(source, spec), "left": list(source.left)}
-    return WarmStart(digest, facts, lines)
+def _is_power_of_two(ratio: float) -> bool:
+    return math.frexp(ratio)[0] == 0.5
