@@ -194,10 +194,7 @@ def _assemble(
 ) -> Parts:
     config, method, blocks, device = spec.config, spec.method, spec.blocks, runtime.device
     execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
-    install(foundation, config.adapters, execution)
-    # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
-    if (spec.bitwise and spec.shares_passes) or config.execution.packing:
-        use_per_client_attention(foundation.model, execution)
+    model = adapted_model(spec, foundation, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
     adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device)
@@ -206,12 +203,8 @@ def _assemble(
     # Before personal blocks are made: they begin as the global ones.
     begun = begin_from(source, spec, adapters, own.get(BASE), runtime)
     server.load_base(own)
-    state = State(0, adapters, _personal(spec, adapters, clients), own)
-    model, micro, hooks = (
-        AdaptedModel(foundation, execution, config.execution.packing),
-        config.execution.micro_batch_size,
-        training_hooks(spec, state, clients),
-    )
+    state = State(0, adapters, initial_personal(spec, adapters, clients), own)
+    micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients)
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
     layers, rounds = spec.expert_layout.layers, config.federation.rounds
@@ -243,7 +236,17 @@ def _assemble(
     )
 
 
-def _personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
+def adapted_model(spec: RunSpec, foundation: Foundation, execution: Execution) -> AdaptedModel:
+    """Put the federated layers of a run into its foundation."""
+    config = spec.config
+    install(foundation, config.adapters, execution)
+    # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
+    if (spec.bitwise and spec.shares_passes) or config.execution.packing:
+        use_per_client_attention(foundation.model, execution)
+    return AdaptedModel(foundation, execution, config.execution.packing)
+
+
+def initial_personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
     """Personal blocks of the bank, the method's client state, and control variates; the method is asked for the first two
     alone."""
     blocks, method = spec.blocks, spec.method
