@@ -135,9 +135,7 @@ def load_parts(
     start = runtime.run_on_rank0(lambda: locate(config.adapters.start, resuming))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
-    source = runtime.run_on_all_ranks(
-        lambda: None if start is None else open_start(Path(start), spec, foundation.fingerprint)
-    )
+    source = runtime.run_on_all_ranks(lambda: None if start is None else open_start(Path(start), spec, foundation.fingerprint))
     data = load_shared_data(config, runtime, foundation, stop, progress.note)
     check_packed_samples(config, data.reading.get("template"))
     clients = make_clients(data, config.federation, spec.tiers, config.seed)

@@ -259,7 +259,9 @@ def _fresh(source: Source, spec: RunSpec) -> list[str]:
         for key in _keys([block], spec):
             counts[0] += key not in source.keys
             counts[1] += 1
-    return [stem if lacking == total else f"{stem} ({lacking} of {total})" for stem, (lacking, total) in found.items() if lacking]
+    return [
+        stem if lacking == total else f"{stem} ({lacking} of {total})" for stem, (lacking, total) in found.items() if lacking
+    ]
 
 
 def _is_power_of_two(ratio: float) -> bool:
