@@ -64,37 +64,30 @@ def open_start(folder: Path, spec: RunSpec, fingerprint: str | None) -> Source:
     """
     source = open_source(folder)
     if fingerprint is not None and source.foundation not in (None, fingerprint):
-        raise UserError(
-            f"{START}: {spec.config.adapters.start}: {source.title} was trained on another model (fingerprint "
-            f"{str(source.foundation)[:12]}, this one is {fingerprint[:12]}); use that run's foundation"
+        raise _refused(
+            spec,
+            f"{source.title} was trained on another model (fingerprint {str(source.foundation)[:12]}, this one has "
+            f"{fingerprint[:12]}); use that run's foundation",
         )
-    _check_shared(source, spec)
-    _check_merged(source, spec)
+    if not source.keys:
+        raise _refused(
+            spec,
+            f"in {source.title} every client kept its own adapters, and there are no global ones to start from; export the model "
+            "of one client (--format peft --client NAME) and start from that",
+        )
+    if source.merged and not spec.method.absorbs:
+        raise _refused(
+            spec,
+            f"{source.title} has moved its products into the model's own weights, which no adapter of method "
+            f"{spec.config.method.name} can hold; export it (--format merged) and use that as foundation.path, or go on with flora",
+        )
     _check_places(source, spec)
-    rank = spec.config.adapters.rank
-    if source.rank > rank and not spec.method.absorbs and any(block.pair for block in _taken(source, spec)):
-        raise UserError(
-            f"adapters.rank: {rank}: {source.title}, which {START} names, has LoRA rank {source.rank}, and a smaller one cannot "
-            f"hold it; set adapters.rank={source.rank} or more"
-        )
+    _check_rank(source, spec)
     return source
 
 
-def _check_shared(source: Source, spec: RunSpec) -> None:
-    if not source.keys:
-        raise UserError(
-            f"{START}: {spec.config.adapters.start}: in {source.title} every client kept its own adapters, and there are no global "
-            "ones to start from; export the model of one client (--format peft --client NAME) and start from that"
-        )
-
-
-def _check_merged(source: Source, spec: RunSpec) -> None:
-    if source.merged and not spec.method.absorbs:
-        raise UserError(
-            f"{START}: {spec.config.adapters.start}: {source.title} has moved its products into the model's own weights, which no "
-            f"adapter of method {spec.config.method.name} can hold; export it (--format merged) and use that as foundation.path, "
-            "or continue with flora"
-        )
+def _refused(spec: RunSpec, why: str) -> UserError:
+    return UserError(f"{START}: {spec.config.adapters.start}: {why}")
 
 
 def _check_places(source: Source, spec: RunSpec) -> None:
@@ -102,17 +95,25 @@ def _check_places(source: Source, spec: RunSpec) -> None:
     ours, places = {block.name for block in spec.blocks}, frozenset(_keys(spec.blocks, spec))
     lost = sorted({block_of(key) for key in source.keys} - ours)
     if lost:
-        parts = sorted({_stem(name) for name in lost})
-        raise UserError(
-            f"{START}: {spec.config.adapters.start}: {source.title} has adapted {', '.join(parts)}, which this run does not train "
-            f"and would lose; set {', '.join(_ways(lost, spec.config.adapters))}"
-        )
+        parts = ", ".join(sorted({_stem(name) for name in lost}))
+        ways = ", ".join(_ways(lost, spec.config.adapters)) or "the keys of that run"
+        raise _refused(spec, f"{source.title} has adapted {parts}, which this run does not train and would lose; set {ways}")
     elsewhere = sorted(source.keys - places)
     if elsewhere:
-        layout = spec.expert_layout
+        raise _refused(
+            spec,
+            f"{source.title} has {elsewhere[0]}, and here is no such place ({spec.size.layers} layers, "
+            f"{spec.expert_layout.num_experts} experts); use the foundation and adapters.moe that it was trained with",
+        )
+
+
+def _check_rank(source: Source, spec: RunSpec) -> None:
+    rank = spec.config.adapters.rank
+    # Products that move into the frozen weights have no rank to fit into.
+    if source.rank > rank and not spec.method.absorbs and any(block.pair for block in _taken(source, spec)):
         raise UserError(
-            f"{START}: {spec.config.adapters.start}: {source.title} has {elsewhere[0]}, and this model has no such place "
-            f"({spec.size.layers} layers, {layout.num_experts} experts); use the foundation that it was trained on"
+            f"adapters.rank: {rank}: {source.title}, from which the run starts, has LoRA rank {source.rank}, and fewer rows "
+            f"cannot hold it; set adapters.rank={source.rank} or more"
         )
 
 
@@ -194,8 +195,8 @@ def _fitted(key: str, block: BlockSpec, old: Tensor, fresh: Tensor, ratio: float
         same = old.shape[1 - axis] == fresh.shape[1 - axis] and old.shape[axis] <= fresh.shape[axis]
     if not same:
         raise UserError(
-            f"{START}: {key}: shape {tuple(old.shape)}, and this run needs {tuple(fresh.shape)}; use the foundation and the sizes "
-            "(adapters.rank, adapters.moe) that it was trained with"
+            f"{START}: {key}: shape {tuple(old.shape)}, and this run needs {tuple(fresh.shape)}; use the foundation and "
+            "adapters.moe that it was trained with"
         )
     if axis is None:
         return old.float()
@@ -220,8 +221,8 @@ def _merge(source: Source, base: Bank, first_expert: int) -> None:
 def _sized(key: str, found: Tensor, place: Tensor) -> Tensor:
     if found.shape != place.shape:
         raise UserError(
-            f"{START}: {key}: shape {tuple(found.shape)}, and the model has {tuple(place.shape)}; use the foundation that it was "
-            "trained on"
+            f"{START}: {key}: shape {tuple(found.shape)}, and the model has {tuple(place.shape)}; use the foundation that "
+            "it was trained on"
         )
     return found
 
@@ -259,9 +260,8 @@ def _fresh(source: Source, spec: RunSpec) -> list[str]:
         for key in _keys([block], spec):
             counts[0] += key not in source.keys
             counts[1] += 1
-    return [
-        stem if lacking == total else f"{stem} ({lacking} of {total})" for stem, (lacking, total) in found.items() if lacking
-    ]
+    some = {stem: pair for stem, pair in found.items() if pair[0]}
+    return [stem if lacking == total else f"{stem} ({lacking} of {total})" for stem, (lacking, total) in some.items()]
 
 
 def _is_power_of_two(ratio: float) -> bool:

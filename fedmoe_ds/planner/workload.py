@@ -24,10 +24,10 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.start_source import find_start
-from fedmoe_ds.federation.warm_start import open_start
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_start, resolve_spec
+from fedmoe_ds.federation.start_source import find_start
 from fedmoe_ds.federation.task_metrics import candidates_of
+from fedmoe_ds.federation.warm_start import open_start
 from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.foundation.foundation import cache_folder, planned_config
