@@ -72,14 +72,14 @@ def open_start(folder: Path, spec: RunSpec, fingerprint: str | None) -> Source:
     if not source.keys:
         raise _refused(
             spec,
-            f"in {source.title} every client kept its own adapters, and there are no global ones to start from; export the model "
-            "of one client (--format peft --client NAME) and start from that",
+            f"in {source.title} every client kept its own adapters, and there are no global ones to start from; export one "
+            "client's model (--format peft --client NAME) and start from that",
         )
     if source.merged and not spec.method.absorbs:
         raise _refused(
             spec,
-            f"{source.title} has moved its products into the model's own weights, which no adapter of method "
-            f"{spec.config.method.name} can hold; export it (--format merged) and use that as foundation.path, or go on with flora",
+            f"{source.title} has moved its products into the model's own weights, and no adapter of method "
+            f"{spec.config.method.name} holds them; export it (--format merged) as foundation.path, or go on with flora",
         )
     _check_places(source, spec)
     _check_rank(source, spec)
