@@ -11,6 +11,7 @@ which adds the same products, and no others. The fused format is described in `l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -127,9 +128,11 @@ class FileTensors:
                 raise self._refusal(a.name, f"shape {a.shape}: expected {rank} rows for every expert; get the file again")
             return a.shape[0] // rank
         ids = {expert for (expert, _), _ in stored if expert is not None}
-        if missing := set(range(max(ids))) - ids:
+        # Not a range up to the largest: somebody else wrote it.
+        missing = next(e for e in itertools.count() if e not in ids)
+        if missing < len(ids):
             raise UserError(
-                f"{self.where}: layer {layer}: {target}: expert {min(missing)} is missing; all experts of a layer are needed"
+                f"{self.where}: layer {layer}: {target}: expert {missing} is missing; all experts of a layer are needed"
             )
         return len(ids)
 

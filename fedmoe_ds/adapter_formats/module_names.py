@@ -103,9 +103,9 @@ class Place:
 
 
 # Any prefix: models inside others (`language_model`) have one more.
-_EXPERT = re.compile(r"(?:.*\.)?layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
-_FUSED = re.compile(r"(?:.*\.)?layers\.(\d+)\.mlp\.experts(\.base_layer)?")
-_PROJECTION = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:(\w*att\w*)|mlp)\.(\w+)")
+_EXPERT = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.mlp\.experts\.(\d{1,6})\.(gate|up|down)_proj")
+_FUSED = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.mlp\.experts(\.base_layer)?")
+_PROJECTION = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.(?:(\w*att\w*)|mlp)\.(\w+)")
 _TARGETS = {"gate": "experts.gate_up", "up": "experts.gate_up", "down": "experts.down"}
 
 

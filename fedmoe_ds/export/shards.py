@@ -42,9 +42,7 @@ def write_shards(folder: Path, tensors: list[StoredTensor], content: Blocks, lar
     groups = _grouped(tensors, largest)
     paths = [folder / _name(number, len(groups)) for number in range(1, len(groups) + 1)]
     for path, group in zip(paths, groups, strict=True):
-        with path.open("xb") as file:
-            _write(file, group, content)
-        sync(path)
+        write_tensors(path, group, content)
     if len(groups) == 1:
         return paths
     where = {tensor.name: path.name for path, group in zip(paths, groups, strict=True) for tensor in group}
@@ -68,6 +66,13 @@ def _grouped(tensors: list[StoredTensor], largest: int) -> list[list[StoredTenso
         groups[-1].append(tensor)
         size += tensor.nbytes
     return groups
+
+
+def write_tensors(path: Path, tensors: list[StoredTensor], content: Blocks) -> None:
+    """Write one file, which is not there yet, and bring it to the disk. Raises OSError."""
+    with path.open("xb") as file:
+        _write(file, tensors, content)
+    sync(path)
 
 
 def _write(file: BinaryIO, group: list[StoredTensor], content: Blocks) -> None:

@@ -24,7 +24,7 @@ _LONGEST_NAME = 255
 """Bytes of a file's name, on any file system that Linux has."""
 
 # Every page read from a mapped file counts as resident memory until the file is closed: reopen after this many bytes.
-_BYTES_PER_OPEN = 64 * 2**20
+BYTES_PER_OPEN = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class WeightFiles:
             for read in by_file[path]:
                 batch.append(read)
                 size += read.target.nbytes
-                if size >= _BYTES_PER_OPEN:
+                if size >= BYTES_PER_OPEN:
                     yield path, batch
                     batch, size = [], 0
             yield path, batch

@@ -1,4 +1,4 @@
-"""Weight stream: the tensors of a model folder as its files hold them, read block by block, so that none is ever in memory whole.
+"""Weight stream: the tensors of a model folder as its files hold them, block by block, so that none is ever in memory whole.
 
 A block is some leading rows of a tensor, under the tensor's own name, in its own type: whoever goes through a model of any size
 (an export) needs memory for one block of it.
@@ -19,12 +19,10 @@ from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.meta_model import first_line
 from fedmoe_ds.foundation.tensor_names import present_name
-from fedmoe_ds.foundation.weight_files import WeightFiles, open_weights
+from fedmoe_ds.foundation.weight_files import BYTES_PER_OPEN, WeightFiles, open_weights
 
 BLOCK_BYTES = 16 * 2**20
 """Of a block, where one row is not larger."""
-# Pages of a mapped file are resident until it is closed, see `weight_files`.
-_BYTES_PER_OPEN = 64 * 2**20
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Names of types in safetensors files; a model with others (float8) is quantised, and was refused when it was read."""
 
@@ -57,15 +55,16 @@ class StoredTensor:
         """Of all of it."""
         return math.prod(self.shape) * self.item_bytes
 
-    def blocks(self, rows: int | None = None) -> Iterator[slice]:
-        """Leading rows in order, `rows` at a time, or as many as `BLOCK_BYTES` hold; one block for a tensor without axes."""
-        if not self.shape:
-            yield slice(None)
-            return
-        row_bytes = self.nbytes // max(self.shape[0], 1)
-        step = rows or max(1, BLOCK_BYTES // max(row_bytes, 1))
-        for start in range(0, self.shape[0], step):
-            yield slice(start, min(start + step, self.shape[0]))
+    def blocks(self) -> Iterator[slice]:
+        """All of its rows, in blocks; one block for a tensor without axes."""
+        return row_blocks(self.shape, self.item_bytes) if self.shape else iter([slice(None)])
+
+
+def row_blocks(shape: tuple[int, ...], item_bytes: int) -> Iterator[slice]:
+    """All leading rows of a tensor of this shape, as many at a time as `BLOCK_BYTES` hold."""
+    step = max(1, BLOCK_BYTES // max(math.prod(shape[1:]) * item_bytes, 1))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 class WeightStream:
@@ -88,13 +87,13 @@ class WeightStream:
         Raises UserError: the file cannot be read.
         """
         stop_point()
-        if tensor.path != self._path or self._read >= _BYTES_PER_OPEN:
+        if tensor.path != self._path or self._read >= BYTES_PER_OPEN:
             self._open(tensor.path)
         try:
             part: Tensor = self._file.get_slice(tensor.name)[rows] if tensor.shape else self._file.get_tensor(tensor.name)
         except SafetensorError as error:
             raise UserError(
-                f"foundation.path: {tensor.path}: tensor '{tensor.name}' cannot be read: {first_line(error)}; get the whole model"
+                f"foundation.path: {tensor.path}: tensor '{tensor.name}' cannot be read: {first_line(error)}; get the model again"
             ) from error
         self._read += part.nbytes
         return part
