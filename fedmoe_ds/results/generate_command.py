@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for label, found in answers.items():
         for place, answer in enumerate(found, start=1):
             if not answer.ended:
-                note(f"{label}: the answer to prompt {place} was cut after {args.max_new_tokens} tokens, or where positions end")
+                note(
+                    f"{label}: the answer to prompt {place} was cut after {args.max_new_tokens} tokens, or where positions end"
+                )
     return 0
 
 

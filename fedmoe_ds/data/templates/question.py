@@ -79,7 +79,9 @@ def _chat(words: str, reading: Reading, encoder: Encoder) -> Question:
     try:
         ids, ends = encode_question(words, template, encoder)
     except RefusedError as refused:
-        raise UserError(f"--prompt: the run's chat template refuses it: {refused}; write another prompt, or use --raw") from None
+        raise UserError(
+            f"--prompt: the run's chat template refuses it: {refused}; write another prompt, or use --raw"
+        ) from None
     except UnmarkedError:
         raise UserError(
             "--prompt: it holds the name of a special token, which the run's chat template does not keep apart from its own; "
