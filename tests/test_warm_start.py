@@ -230,7 +230,7 @@ def going_on(config: Config, resume: str) -> tuple[Parts, Journal]:
     folder = Path(config.output) / config.name
     source = session.claim_folder(folder, resume)
     journal = Journal(folder, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress, resuming=source["checkpoint"] is not None)
+    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"] is not None)
     session.begin(parts, journal, source["checkpoint"])
     return parts, journal
 

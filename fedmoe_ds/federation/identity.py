@@ -281,7 +281,9 @@ def _compare_starts(ours: str | None, theirs: str | None, given: str | None, tre
         return [f"{START}: {given}: no such folder any more; the checkpoint was started from adapters of sha256 {theirs[:12]}"]
     path = tree.get("adapters", {}).get("start")
     # Of one path the content has changed: a run that has gone on is the usual reason.
-    other = "other adapters; give the checkpoint that it was started from" if path == given else f"{path}; set it back"
+    other = (
+        "other adapters; give the checkpoint that it was started from" if path == given else f"{path or 'nothing'}; set it back"
+    )
     raise UserError(f"--resume: {START}: {given}: the checkpoint was started from {other}, or use another name")
 
 

@@ -126,8 +126,8 @@ class Journal:
         rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
         return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
 
-    def evaluation(self, round_index: int, rows: list[Score], before: str) -> None:
-        """Evaluation rows, and one progress line; `before` is what the line calls round 0."""
+    def evaluation(self, round_index: int, rows: list[Score], plain: bool) -> None:
+        """Evaluation rows, and one progress line; `plain`: of the foundation itself."""
 
         def write() -> None:
             for row in rows:
@@ -147,7 +147,7 @@ class Journal:
             figures = [(row, {"perplexity": row.perplexity, **row.metrics}) for row in shown]
             curves = [(f"{name}/{row.split}/k{row.label}", value) for row, found in figures for name, value in found.items()]
             self._monitored([(name.replace(" ", "-"), value, round_index) for name, value in curves])
-        head = before if round_index == 0 else f"round {round_index}"
+        head = "foundation" if plain else "start" if round_index == 0 else f"round {round_index}"
         pooled = [row for row in rows if row.split == "global"]
         tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in pooled)
         for name in pooled[0].metrics if pooled else ():

@@ -71,7 +71,7 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
         journal.note(note)
     topology = build_topology(config.topology, runtime)
     try:
-        parts = load_parts(config, runtime, topology, journal.progress, stop, resuming=source["checkpoint"] is not None)
+        parts = load_parts(config, runtime, topology, journal.progress, stop, resume=source["checkpoint"] is not None)
     except StopError as stopped:
         journal.close()
         lines = [f"{stopped}; start the same command again to continue"]
