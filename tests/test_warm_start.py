@@ -154,7 +154,7 @@ def test_adapter_experts_are_carried(tmp_path: Path) -> None:
     """FFT-MoE, with another method's name on top: the blocks count, not who trained them."""
     write_dense(tmp_path, ("llama",))
     moe = {"method": {"name": "fft-moe"}, "adapters": {"moe": {"experts": 4, "width": 8, "top_k": 2}, "attention": []}}
-    moe["foundation"] = {"path": str(tmp_path / "llama")}
+    moe |= {"foundation": {"path": str(tmp_path / "llama")}, "execution": {"micro_batch_size": None}}
     old = run_alone(make_config(tmp_path, "old", SHORT, moe))
     world = World(tmp_path, {"old": old})
     _, _, rows = world.begun("new", world.folder("old"), moe, {"method": {"name": "fedit"}})
