@@ -31,8 +31,8 @@ from fedmoe_ds.report import write_report
 
 SHORT: dict[str, Any] = {
     "federation": {"rounds": 1},
-    "local": {"max_steps": 2, "clip": None},
-    "evaluation": {"client_sequences": 0, "max_sequences": 6},
+    "local": {"max_steps": 1, "lr": 1e-2, "clip": None},
+    "evaluation": {"client_sequences": 0, "max_sequences": 4},
     "method": {"name": "fedit"},
 }
 EXPERTS = ("gate_up", "down")
@@ -89,7 +89,7 @@ def losses(rows: list[Score]) -> dict[str, float]:
     return {row.label: row.loss for row in rows if row.split == "global"}
 
 
-@pytest.mark.parametrize("method", ["fedit", "flame", "ffa-lora", "lora-fair", "fedsa-lora", "local-only", "centralised"])
+@pytest.mark.parametrize("method", ["flame", "ffa-lora", "fedsa-lora", "local-only", "centralised"])
 def test_every_method_begins_with_the_old_model(method: str, world: World) -> None:
     """At every tier, to the bit; clients that keep adapters of their own begin with the global ones."""
     old = world.runs["first"]
@@ -180,7 +180,7 @@ def trained_with_peft(world: World, folder: Path, **settings: Any) -> float:
     peft.save_pretrained(folder)
     nll, count = 0.0, 0
     with torch.no_grad():
-        for ids, mask in zip(held.input_ids[:6], held.loss_mask[:6], strict=True):
+        for ids, mask in zip(held.input_ids[:4], held.loss_mask[:4], strict=True):
             logits = peft(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1].double()
             told = torch.from_numpy(mask[1:])
             nll += float(torch.nn.functional.cross_entropy(logits[told], torch.from_numpy(ids[1:])[told], reduction="sum"))

@@ -36,8 +36,9 @@ from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_s
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.server import BASE, Server
+from fedmoe_ds.federation.start_source import Source
 from fedmoe_ds.federation.training_hooks import training_hooks
-from fedmoe_ds.federation.warm_start import Source, WarmStart, begin_from, locate, open_start
+from fedmoe_ds.federation.warm_start import WarmStart, begin_from, locate, open_start
 from fedmoe_ds.foundation import Foundation, conversion, host_sharing, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told

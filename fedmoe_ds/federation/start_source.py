@@ -79,8 +79,8 @@ def find_start(given: str, whole: bool = True) -> Path:
             raise UserError(f"{START}: {given}: the checkpoint is damaged: {damage}; give another one of that run")
         return folder
     if not (folder / _CHECKPOINTS).is_dir():
-        whole = "a model, which foundation.path takes" if (folder / "config.json").is_file() else "none of these"
-        raise UserError(f"{START}: {given}: expected a run, a checkpoint or a folder with {PEFT_CONFIG}, and it is {whole}")
+        kind = "a model, which foundation.path takes" if (folder / "config.json").is_file() else "none of these"
+        raise UserError(f"{START}: {given}: expected a run, a checkpoint or a folder with {PEFT_CONFIG}, and it is {kind}")
     found, notes = newest_intact(folder / _CHECKPOINTS)
     if found is None:
         why = notes[0] if notes else "it has none yet"
