@@ -21,7 +21,7 @@ from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
-from fedmoe_ds.federation.identity import check_identity, check_no_effect
+from fedmoe_ds.federation.identity import GONE, START, check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.monitors import check_monitors, start_monitors
 from fedmoe_ds.federation.rounds import Federation, Outcome
@@ -75,7 +75,7 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
         journal.note(note)
     topology = build_topology(config.topology, runtime)
     try:
-        parts = load_parts(config, runtime, topology, journal.progress, stop)
+        parts = load_parts(config, runtime, topology, journal.progress, stop, resume=source["checkpoint"] is not None)
     except StopError as stopped:
         journal.close()
         lines = [f"{stopped}; start the same command again to continue"]
@@ -177,6 +177,8 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         journal.config(parts.config_text)
         journal.event("run", **run_facts(parts))
         journal.event("data", **data_facts(parts))
+        for line in parts.start.notes if parts.start is not None else ():
+            journal.note(line)
         journal.samples(shown_samples(parts))
         return
     path = Path(source)
@@ -211,6 +213,8 @@ def open_snapshot(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     except OSError as error:
         raise unreadable(path, parts, error) from None
     notes = check_identity(snapshot.identity, path, parts.identity, parts.config)
+    if parts.identity[START] == GONE:
+        parts.identity[START] = snapshot.identity[START]
     rounds = parts.config.federation.rounds
     # An interrupted round counts: its sums are there, and dropping them would lose what clients have trained.
     if snapshot.round + (snapshot.partial is not None) > rounds:
