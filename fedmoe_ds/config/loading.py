@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from fedmoe_ds.config.deepspeed_section import deepspeed_problems, without_effect
 from fedmoe_ds.config.problems import explained, first_of, shown
 from fedmoe_ds.config.schema import Config
+from fedmoe_ds.config.shipped import find_config, find_shipped_model
 from fedmoe_ds.config.type_names import expected_at
 from fedmoe_ds.config.yaml12 import DEEPEST, LARGEST, dump_yaml, parse_yaml
 from fedmoe_ds.errors import UserError, nearest
@@ -25,10 +26,21 @@ from fedmoe_ds.errors import UserError, nearest
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a YAML file after `key=value` overrides, whose values are YAML.
 
+    A name without a suffix that is no file here is one of the package's own (`shipped.py`).
+
     Raises UserError, one line, for a missing or malformed file and for the first key that is unknown, given twice, of a
     wrong type or out of range. The keys of `method` other than `name` are left to the method.
     """
-    return config_of(_read(path), overrides)
+    found = find_config(path)
+    raw = _read(found)
+    # Before the overrides: those are the user's, and relative to where the user is.
+    find_shipped_model(raw, found)
+    return config_of(raw, overrides)
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a configuration after further `key=value` overrides. Raises UserError as `load_config` does."""
+    return config_of(config.model_dump(), overrides)
 
 
 def config_of(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
