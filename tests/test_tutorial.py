@@ -39,8 +39,6 @@ import json, os, sys
 import peft, transformers, torch
 import fedmoe_ds.federation.session, fedmoe_ds.results, fedmoe_ds.export
 from fedmoe_ds.commands import program
-for name, module in (("export", "export.command"), ("evaluate", "results.evaluate_command"), ("generate", "results.generate_command")):  # TEMP
-    program.COMMANDS.setdefault(name, program.Command("fedmoe_ds." + module, "", on_cpu=True))  # TEMP
 for line in sys.stdin:
     words, out, err = json.loads(line)
     child = os.fork()
