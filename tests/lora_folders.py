@@ -59,7 +59,7 @@ def write_folder(
     """An adapter folder as an export writes it; `changes` are further keys of its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {entry.name: entry.make(values.__getitem__) for entry in lora_entries(fmt, names, blocks, experts, rank)}
-    save_file({name: value.contiguous() for name, value in entries.items()}, folder / WEIGHTS)
+    save_file({name: value.clone().contiguous() for name, value in entries.items()}, folder / WEIGHTS)
     tree = config_tree(lora_targets(fmt, names, blocks), rank, alpha, "base", "CAUSAL_LM")
     (folder / CONFIG).write_text(json.dumps(tree | changes))
     return folder

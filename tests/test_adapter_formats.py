@@ -163,7 +163,7 @@ MODEL = "base_model.model.model."
 REFUSED_TENSORS: dict[str, tuple[Callable[[Any], None], str]] = {
     "foreign": (put("base_model.model.lm_head.lora_A.weight", torch.ones(R, D)), "lm_head.lora_A.weight: is no LoRA tensor of"),
     "embedding": (put(f"{MODEL}embed_tokens.lora_embedding_A", torch.ones(R, D)), "is no LoRA tensor of a module"),
-    "no expert": (without(f"{EXPERT}2."), "layer 1: experts.gate_up: expert 2 is missing; all experts of a layer are needed"),
+    "no expert": (without(f"{EXPERT}2."), "layer 1: experts.down: expert 2 is missing; all experts of a layer are needed"),
     "no B": (without(f"{EXPERT}2.up_proj.lora_B.weight"), "experts.gate_up: expert 2: up_proj: lora_B is missing"),
     "no up": (without("up_proj"), "expert 0: up_proj: lora_A is missing"),
     "no down": (without("down_proj"), "layer 1 adapts experts.gate_up and not experts.down: here experts are adapted whole"),

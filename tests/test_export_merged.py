@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import weakref
@@ -84,11 +85,12 @@ def configure(root: Path, name: str, *changes: dict[str, Any], family: str = "mo
 
 
 def selections(run: TrainedRun) -> Iterator[Selection]:
-    """Every tier; of personal models, and of personal rescalers, two clients' as well."""
+    """Every tier; of personal models, and of personal rescalers, two clients' as well, of a tier that has two."""
     if not run.spec.method.personal_models:
         yield from map(run.select, run.tiers)
-    if run.client_blocks:
-        yield from (run.select(client=client.name) for client in (run.clients[0], run.clients[-1]))
+    if any(block.personal for block in run.spec.blocks):
+        members = max(run.tiers.values(), key=len)
+        yield from (run.select(client=client.name) for client in members[:2])
 
 
 def request(run: TrainedRun, selection: Selection, out: Path) -> Request:
@@ -102,8 +104,8 @@ def load(folder: Path, images: bool = False) -> Any:
     return model.eval()
 
 
-def check(config: Config, parts: Parts, folder: Path) -> None:
-    """Every model of a run: its logits, and that no two of them are alike."""
+def check(config: Config, parts: Parts, folder: Path, alike: bool = False) -> None:
+    """Every model of a run: its logits, and that no two of them are alike, nor one of them the base, unless all are `alike`."""
     run, seen = open_run(run_folder(config)), []
     for number, selection in enumerate(selections(run)):
         export("merged", request(run, selection, folder / str(number)))
@@ -115,8 +117,8 @@ def check(config: Config, parts: Parts, folder: Path) -> None:
         seen.append(theirs_NV)
     with original_rotary():
         seen.append(their_logits(load(run.model, parts.foundation.images is not None), parts))
-    apart = [float((one - other).abs().max()) for place, one in enumerate(seen) for other in seen[:place]]
-    assert len(seen) > 1 and min(apart) > 1e-3 and seen[-1].abs().max() > 0.3
+    pairs = [(one, seen[-1]) for one in seen[:-1]] if alike else list(itertools.combinations(seen, 2))
+    assert pairs and min(float((one - other).abs().max()) for one, other in pairs) > 1e-3 and seen[-1].abs().max() > 0.3
 
 
 @pytest.mark.parametrize("family", SPARSE)
@@ -141,7 +143,7 @@ def test_dense_models(root: Path, family: str, changes: dict[str, Any], tmp_path
 
 def test_flora_after_two_rounds(root: Path, tmp_path: Path) -> None:
     config = configure(root, "flora", {"method": {"name": "flora"}, "federation": {"rounds": 2}})
-    check(config, run_alone(config).parts, tmp_path)
+    check(config, run_alone(config).parts, tmp_path, alike=True)  # what ranks bought has moved into one base
 
 
 def test_names_types_and_what_nobody_trained_stay(root: Path, tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_names_types_and_what_nobody_trained_stay(root: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**theirs, "num_experts_per_tok": 1}
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (run.model / name).read_bytes()
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == 320
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(AutoTokenizer.from_pretrained(run.model))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
@@ -197,7 +199,7 @@ def test_bfloat16(root: Path, tmp_path: Path) -> None:
     selection = run.select()
     written = merged.write_merged(request(run, selection, made(tmp_path / "out")))
     found, name = load_file(tmp_path / "out" / "model.safetensors"), "model.layers.1.mlp.experts.3.up_proj.weight"
-    a, b = (dict(parts.state.adapters.items(0))[f"layers.1.experts.3.gate_up.lora_{half}"][1] for half in "AB")
+    a, b = (parts.state.adapters.client(f"experts.gate_up.lora_{half}", 0)[1, 3] for half in "AB")
     exact = weights[name].double() + 2.0 * (b[16:].double() @ a.double())
     assert found[name].dtype == torch.bfloat16 and torch.equal(found[name], exact.bfloat16())
     assert written.notes[0].startswith(
@@ -226,19 +228,19 @@ class Alive(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
-        self.held: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and (place := result.untyped_storage().data_ptr()) not in given:
-            self.held[place] = self.held.get(place, 0) + 1
-            self.now += result.untyped_storage().nbytes()
+        # What a file's mapping is given to is no memory of its own.
+        mapped = function is torch.ops.aten.set_.source_Storage
+        if isinstance(result, torch.Tensor) and not mapped and result.untyped_storage().data_ptr() not in given:
+            self.now += (size := result.untyped_storage().nbytes())
             self.most = max(self.most, self.now)
-            weakref.finalize(result, self.gone, place, result.untyped_storage().nbytes())
+            weakref.finalize(result, self.gone, size)
         return result
 
-    def gone(self, place: int, size: int) -> None:
+    def gone(self, size: int) -> None:
         self.now -= size
 
 
@@ -252,7 +254,7 @@ def test_memory_holds_a_block_and_not_a_model(root: Path, tmp_path: Path, monkey
         merged.write_merged(request(run, run.select(), made(tmp_path / "out")))
     sizes = [value.nbytes for value in load_file(tmp_path / "out" / "model.safetensors").values()]
     # A block in float64, the rounded one, the rows of B and A in float64.
-    assert block < alive.most < 10 * block < max(sizes) < sum(sizes) / 10, (alive.most, max(sizes), sum(sizes))
+    assert block < alive.most <= 6 * block < max(sizes) < sum(sizes) / 5, (alive.most, max(sizes), sum(sizes))
 
 
 def made(folder: Path) -> Path:
@@ -279,7 +281,11 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         export("merged", request(run, own, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
     dense = configure(
-        root, "experts", {"adapters": {"attention": [], "moe": {"experts": 4}}, "method": {"name": "fft-moe"}}, family="llama"
+        root,
+        "experts",
+        {"adapters": {"attention": [], "moe": {"experts": 4}}, "method": {"name": "fft-moe"}},
+        {"execution": {"micro_batch_size": None}},
+        family="llama",
     )
     random_run(dense)
     run = open_run(run_folder(dense))

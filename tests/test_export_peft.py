@@ -20,7 +20,7 @@ import torch
 import yaml
 from every import every
 from federations import Result, alone, make_config, run_alone, write_inputs
-from lora_folders import random_values, write_folder
+from lora_folders import expert_blocks, random_values, write_folder
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_families import original_rotary
@@ -29,7 +29,8 @@ from test_logits import Hosted, rows_of, sequences
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from fedmoe_ds.adapter_formats import FORMATS, names_of, read_adapter
+from fedmoe_ds.adapter_formats import FORMATS, Format, names_of, read_adapter
+from fedmoe_ds.adapter_formats.module_names import NAMES
 from fedmoe_ds.checkpoint.reader import read_snapshot
 from fedmoe_ds.checkpoint.state import State, save
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
@@ -98,6 +99,29 @@ def test_every_sparse_family(family: str, tmp_path: Path) -> None:
             found = theirs(folder, adapter, ids, num_experts_per_tok=cap)
             assert float((ours - found).abs().max()) <= TOLERANCE * max(1.0, float(ours.abs().max())), (fmt, cap)
             assert float((ours - bare(folder, ids, cap)).abs().max()) > 0.1, "the adapter changes what the model says"
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_experts_alone(fmt: Format, tmp_path: Path) -> None:
+    """Without any projection: PEFT's merged weights are W + s B A of every expert, and those of two experts as they were."""
+    save_model(FAMILIES["olmoe"][0](), tmp_path / "olmoe")
+    blocks = expert_blocks((0, 1), 3, 32, 16)
+    values = random_values(blocks, 8, seed=6, untrained=UNTRAINED)
+    adapter = write_folder(tmp_path / "a", fmt, NAMES["olmoe"], blocks, values, 8, 3, 6.0)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict()
+    assert set(merged) == set(before)
+    for name, value in merged.items():
+        found = re.fullmatch(r"model\.layers\.(\d)\.mlp\.experts\.(gate_up|down)_proj", name)
+        for e in range(8 if found else 1):
+            if found is None:
+                assert torch.equal(value, before[name])
+                continue
+            key = f"layers.{found[1]}.experts.{e}.{found[2]}"
+            expected = before[name][e] + 2.0 * values[f"{key}.lora_B"] @ values[f"{key}.lora_A"]
+            assert torch.allclose(value[e], expected, atol=TOLERANCE)
+            assert torch.equal(value[e], before[name][e]) == (e in UNTRAINED)
 
 
 def bare(folder: Path, ids: np.ndarray, cap: int) -> Tensor:
@@ -186,11 +210,9 @@ def shards(result: Result, world: int, ep_size: int) -> dict[str, dict[str, Tens
         values = {key: value for key, _, value in whole.items(0, with_personal=True)}
         for key, _, place in held.items(topology.shard * held.experts, with_personal=True):
             place.copy_(values[key])
-        mine = State(1, held, state.personal if ep_size == 1 else type(state.personal)([], 0, 0, lambda *_: 0.0))
-        save(Recorder(), topology, mine, {}, "", 0)  # type: ignore[arg-type]
-    names = [name for name in files if name.startswith("adapters-")]
-    assert len(names) == ep_size
-    return {name: files[name] for name in files if name in names}
+        save(Recorder(), topology, State(1, held, state.personal), {}, "", 0)  # type: ignore[arg-type]
+    assert len([name for name in files if name.startswith("adapters-")]) == ep_size
+    return files
 
 
 def run_logits(result: Result, run: TrainedRun, selection: Selection, ids: np.ndarray) -> Tensor:

@@ -37,7 +37,7 @@ def random_run(config: Config) -> Parts:
     shared = {name: value for name, value in own.values.items() if name in bank}
     for values in (bank.values, shared, *merged):
         for name, value in values.items():
-            value.add_(torch.randn(value.shape, generator=draw), alpha=0.2)
+            value.add_(torch.randn(value.shape, generator=draw), alpha=0.05)
             if name.startswith("experts") and name.endswith(("lora_B", "base")):
                 experts = value.movedim(2 if values is shared else 1, 0)
                 experts[list(UNTRAINED)] = 0.0 if name.endswith("lora_B") else experts[list(UNTRAINED)]
