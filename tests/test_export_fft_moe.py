@@ -122,7 +122,8 @@ def exported(request: pytest.FixtureRequest, exports: Callable[[str], Exported])
 def export(root: Path, name: str) -> Exported:
     base, changes = RUNS[name]
     config = dense_config(root, base, name, changes)
-    parts, run = random_run(config), open_run(run_folder(config))
+    # Far from zero, so that experts matter and tiers differ.
+    parts, run = random_run(config, spread=0.2), open_run(run_folder(config))
     chosen = {label.replace(" ", "-"): run.select(label) for label in run.tiers}
     if run.spec.method.personal_models:
         chosen = {f"client-{i}": run.select(client=run.clients[i].name) for i in (0, 4)}
