@@ -5,7 +5,6 @@ Read strictly: whatever a file sets that would change what the adapter computes,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ _SAID = {
     *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "init_lora_weights"),
     "ensure_weight_tying",
 }
+_LARGEST_ALPHA = 1e9
 _INITIAL = (True, False, None, "gaussian", "orthogonal", "eva", "mntp")
 """Initial values that leave the base model as it is; `pissa`, `olora`, `corda`, `loftq` and others change its weights."""
 
@@ -84,7 +84,8 @@ def read_config(folder: Path, where: str) -> LoRAConfig:
     rank, alpha = tree.get("r"), tree.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise UserError(f"{where}: r: {rank}: expected a whole number of at least 1; get the file again")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
+    # Compared, not converted: an integer may have more digits than a float holds. NaN is below nothing.
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < _LARGEST_ALPHA:
         raise UserError(f"{where}: lora_alpha: {alpha}: expected a number above 0; get the file again")
     base, parameters = tree.get("base_model_name_or_path"), tree.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):

@@ -186,7 +186,10 @@ class FileTensors:
 
         def b() -> Tensor:
             halves = self._get(b_gate), self._get(b_up)
-            return torch.cat(halves) if rank == stored else torch.block_diag(*halves)
+            if rank == stored:
+                return torch.cat(halves)
+            joined: Tensor = torch.block_diag(*halves)  # type: ignore[no-untyped-call]
+            return joined
 
         shape_a, shape_b = (rank, a_gate.shape[1]), (2 * b_gate.shape[0], rank)
         return {f"{key}.lora_A": Ours(shape_a, a), f"{key}.lora_B": Ours(shape_b, b)}

@@ -26,7 +26,7 @@ class ModuleNames:
         attention: the attention module of a layer.
         elsewhere: attention projections that are in another module.
         block, gate, up, down: the mixture and its projections in keys of single experts.
-        per_expert: whether PEFT takes keys of single experts; it converts them for some families only.
+        converted: whether PEFT (0.21) takes keys of single experts; for other families it adapts other modules without a word.
         served: whether vLLM and SGLang serve the family as a language model.
     """
 
@@ -37,7 +37,7 @@ class ModuleNames:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    per_expert: bool = True
+    converted: bool = True
     served: bool = True
 
     def projection(self, layer: int, part: str, name: str) -> str:
@@ -64,8 +64,8 @@ NAMES: dict[str, ModuleNames] = {
     "deepseek_v3": ModuleNames(),
     "mixtral": ModuleNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     "olmoe": ModuleNames(),
-    "qwen2_moe": ModuleNames(),
-    "qwen3_5_moe_text": ModuleNames(elsewhere=_RECURRENT, per_expert=False, served=False),
+    "qwen2_moe": ModuleNames(converted=False),
+    "qwen3_5_moe_text": ModuleNames(elsewhere=_RECURRENT, converted=False, served=False),
     "qwen3_moe": ModuleNames(),
 }
 

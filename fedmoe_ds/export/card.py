@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -59,10 +60,8 @@ def _front_matter(request: Request, written: Written) -> dict[str, Any]:
 def _what(request: Request, written: Written) -> str:
     kind = "A LoRA adapter" if written.library == "peft" else "A model"
     whose = "the model of one client" if request.selection.client is not None else f"budget tier {request.selection.tier}"
-    return (
-        f"{kind} for `{request.base}`, trained by federated learning with [fedmoe-ds](https://pypi.org/project/fedmoe-ds) "
-        f"{__version__}: {whose} after {request.run.round} rounds."
-    )
+    rounds = f"{request.run.round} round{'' if request.run.round == 1 else 's'}"
+    return f"{kind} for `{request.base}`, trained by federated learning with fedmoe-ds {__version__}: {whose} after {rounds}."
 
 
 def _facts(request: Request) -> list[tuple[str, str]]:
@@ -78,7 +77,9 @@ def _facts(request: Request) -> list[tuple[str, str]]:
         ("trained", _trained(request)),
     ]
     if lora_pairs(run.spec.blocks):
-        facts.append(("LoRA", f"rank {adapters.rank}, alpha {adapters.alpha:g}"))
+        rank, full = request.selection.assignment.rank(adapters.rank), adapters.rank
+        of = "" if rank == full else f" of the run's {full}"
+        facts.append(("LoRA", f"rank {rank}{of}, scale {run.scale(request.selection):g}"))
     template = _reading(request).get("template")
     if template is not None:
         facts.append(("data", f"template `{template}`, at most {config.data.sequence_length} tokens per sample"))
@@ -99,7 +100,9 @@ def _scores(request: Request) -> str:
     rows = [(key.replace("_", " "), _number(before.get(key)), _number(after.get(key))) for key in figures]
     hold_out = "the client's hold-out" if request.selection.client is not None else "the global hold-out"
     later = "" if after["round"] == request.run.round else f" (last evaluated after round {after['round']})"
-    return f"On {hold_out}, {after['targets']} predictions{later}:\n\n" + _markdown_table(rows, ("", "base model", "trained"))
+    return f"On {hold_out}, {after.get('targets', after.get('tokens'))} predictions{later}:\n\n" + _markdown_table(
+        rows, ("", "base model", "trained")
+    )
 
 
 def _row(request: Request, last: int) -> dict[str, Any] | None:
@@ -120,7 +123,13 @@ def _active_experts(request: Request, written: Written) -> list[str]:
     if not request.run.spec.expert_layout.num_experts:
         return []
     chosen, full = request.top_k, request.full_top_k
-    if chosen == full:
+    if request.run.config.adapters.moe is not None:
+        pool = request.run.spec.expert_layout.num_experts
+        words = (
+            f"Beside every feed-forward block are {pool} adapter experts with a router, {chosen} of them active per token; "
+            "`adapter_moe.top_k` in `config.json` says so."
+        )
+    elif chosen == full:
         words = f"It was trained and evaluated with {chosen} active experts per token, as many as the base model has."
     elif written.library == "transformers":
         words = f"It is for {chosen} active experts per token; the base model has {full}. Its `config.json` says so."
@@ -172,6 +181,6 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _markdown_table(rows: list[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
+def _markdown_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

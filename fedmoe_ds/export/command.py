@@ -24,7 +24,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.card import write_card
 from fedmoe_ds.export.formats import FORMATS
 from fedmoe_ds.export.lora import DTYPES
-from fedmoe_ds.export.written import Request, folder_bytes
+from fedmoe_ds.export.written import Request, folder_size
 from fedmoe_ds.results import Selection, TrainedRun, open_run
 from fedmoe_ds.storage.file_modes import follow_umask, keep_private
 from fedmoe_ds.storage.files import expanded, remove, sync
@@ -101,7 +101,7 @@ def _filled(name: str, request: Request, draft: Path) -> str:
         with contextlib.suppress(IsADirectoryError):
             sync(path)
     model = "a client's own model" if own else f"tier {request.selection.tier}"
-    return f"{name}, {model}, round {request.run.round}, {folder_bytes(draft) / 2**20:.1f} MiB: {written.said}"
+    return f"{name}, {model}, round {request.run.round}, {folder_size(draft)}: {written.said}"
 
 
 def select(run: TrainedRun, tier: str | None, client: str | None) -> Selection:

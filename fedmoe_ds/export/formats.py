@@ -8,6 +8,7 @@ from functools import partial
 
 from fedmoe_ds.export.lora import write_lora
 from fedmoe_ds.export.merged import write_merged
+from fedmoe_ds.export.model_folder import write_model_folder
 from fedmoe_ds.export.written import Request, Written
 
 
@@ -19,8 +20,14 @@ class ExportFormat:
     takes_dtype: bool = False
 
 
+def _write_model(request: Request) -> Written:
+    """A whole model in Hugging Face's format; with adapter experts beside it, code of its own goes along."""
+    beside = request.run.config.adapters.moe is not None
+    return write_model_folder(request) if beside else write_merged(request)
+
+
 FORMATS: dict[str, ExportFormat] = {
     "peft": ExportFormat(partial(write_lora, "peft"), takes_dtype=True),
     "peft-fused": ExportFormat(partial(write_lora, "peft-fused"), takes_dtype=True),
-    "merged": ExportFormat(write_merged),
+    "merged": ExportFormat(_write_model),
 }

@@ -19,8 +19,13 @@ def override(request: Request) -> dict[str, int]:
     return {} if same else {"num_experts_per_tok": request.top_k}
 
 
-def lora_loading(request: Request, max_lora_rank: int | None, fused: bool) -> str:
-    """Markdown for an adapter. `max_lora_rank` is None where vLLM and SGLang do not serve it."""
+def lora_loading(request: Request, max_lora_rank: int | None, in_peft: bool) -> str:
+    """Markdown for an adapter.
+
+    Args:
+        max_lora_rank: that vLLM needs; None where vLLM and SGLang do not take it.
+        in_peft: whether PEFT takes it.
+    """
     model = _auto_class(request)
     setting = "".join(f", {key}={value}" for key, value in override(request).items())
     code = f"""from peft import PeftModel
@@ -29,16 +34,16 @@ from transformers import {model}
 base = {json.dumps(request.base)}  # a hub id, or the folder of the base model
 model = {model}.from_pretrained(base, dtype="auto"{setting})
 model = PeftModel.from_pretrained(model, "{HERE}")"""
-    parts = ["With transformers 5 and PEFT (0.19 or later):", f"```python\n{code}\n```"]
+    parts = ["With transformers 5 and PEFT (0.19 or later):", f"```python\n{code}\n```"] if in_peft else []
     if max_lora_rank is not None:
         parts += _served(
             request,
             [f"vllm serve {request.base} --enable-lora --max-lora-rank {max_lora_rank}", f"--lora-modules tuned={HERE}"],
             [f"python -m sglang.launch_server --model-path {request.base} --enable-lora", f"--lora-paths tuned={HERE}"],
         )
-    elif fused and _is_text(request):
+    elif _is_text(request):
         parts.append("vLLM and SGLang load adapters with keys of single experts, which `--format peft` writes.")
-    if _is_text(request):
+    if _is_text(request) and in_peft:
         settings = [f"{key}={value}" for key, value in override(request).items()]
         parts += _harness([f"pretrained={request.base}", f"peft={HERE}", *settings])
     return "\n\n".join(parts)
@@ -50,8 +55,8 @@ def model_loading(request: Request) -> str:
     code = f'from transformers import {model}\n\nmodel = {model}.from_pretrained("{HERE}", dtype="auto")'
     parts = ["With transformers:", f"```python\n{code}\n```"]
     if _is_text(request):
-        parts += ["With vLLM:", _shell([f"vllm serve {HERE}"])]
-        parts += ["With SGLang:", _shell([f"python -m sglang.launch_server --model-path {HERE}"])]
+        parts += ["With vLLM:", shell([f"vllm serve {HERE}"])]
+        parts += ["With SGLang:", shell([f"python -m sglang.launch_server --model-path {HERE}"])]
         parts += _harness([f"pretrained={HERE}"])
     return "\n\n".join(parts)
 
@@ -68,13 +73,14 @@ def _served(request: Request, vllm: list[str], sglang: list[str]) -> list[str]:
     if changes := override(request):
         vllm = [*vllm, f"--hf-overrides '{json.dumps(changes)}'"]
         sglang = [*sglang, f"--json-model-override-args '{json.dumps(changes)}'"]
-    return ["With vLLM:", _shell(vllm), "With SGLang:", _shell(sglang)]
+    return ["With vLLM:", shell(vllm), "With SGLang:", shell(sglang)]
 
 
 def _harness(arguments: list[str]) -> list[str]:
     command = [f"lm_eval --model hf --model_args {','.join(arguments)}", "--tasks arc_easy"]
-    return ["With lm-evaluation-harness:", _shell(command)]
+    return ["With lm-evaluation-harness:", shell(command)]
 
 
-def _shell(lines: list[str]) -> str:
+def shell(lines: list[str]) -> str:
+    """A command, over several lines, as a code block."""
     return "```sh\n" + " \\\n  ".join(lines) + "\n```"

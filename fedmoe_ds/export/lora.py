@@ -22,13 +22,15 @@ from fedmoe_ds.export.shards import write_tensors
 from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.foundation.weight_stream import StoredTensor
 from fedmoe_ds.model.adapter_bank import lora_pairs
-from fedmoe_ds.model.install import INNER, OUTER
+from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
 from fedmoe_ds.model.moe_layer import DOWN, GATE_UP, RESCALER, ROUTER
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank (0.33)."""
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16")}
 """Types of an adapter's tensors, and what safetensors calls them."""
+
+FUSED = "an export with --format peft-fused"
 
 _WHOLE = {
     ROUTER: "a trained router is whole weights",
@@ -66,7 +68,9 @@ def write_lora(fmt: Format, request: Request) -> Written:
     said = f"LoRA of rank {rank}, alpha {alpha:g}, {len(entries)} tensors"
     if served:
         said += f"; vLLM needs --max-lora-rank {needed}" if needed else f"; vLLM takes no rank above {VLLM_RANKS[-1]}"
-    return Written("peft", said, lora_loading(request, needed if served else None, fmt == "peft-fused"))
+    in_peft = loads_in_peft(fmt, names, request)
+    notes = () if in_peft else (f"PEFT takes no keys of single experts for a '{spec.model_type}' model: {FUSED} is for it.",)
+    return Written("peft", said, lora_loading(request, needed if served else None, in_peft), notes)
 
 
 def rank_and_alpha(request: Request) -> tuple[int, float]:
@@ -110,10 +114,15 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
                 f"{where}: the rescaler of {whose} multiplies the experts' output by {factor:.6g}, which no LoRA file can say; "
                 f"{out}, which folds it into the weights"
             )
-    if fmt == "peft" and not names.per_expert and any(a.expert for a, _ in lora_pairs(run.spec.blocks)):
+    if fmt == "peft" and not names.served and not loads_in_peft(fmt, names, request):
         raise UserError(
             f"{where}: PEFT takes no keys of single experts for a '{run.spec.model_type}' model; use --format peft-fused"
         )
+
+
+def loads_in_peft(fmt: Format, names: ModuleNames, request: Request) -> bool:
+    """Whether PEFT understands the file; of some families only servers take keys of single experts."""
+    return fmt == "peft-fused" or names.converted or not any(block.expert for block in request.run.spec.blocks)
 
 
 def _factors(request: Request) -> Iterator[float]:

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -48,16 +49,16 @@ def write_merged(request: Request) -> Written:
     if left:
         raise UserError(f"--format: merged: the base model has no weight that {left[0]} could move into; use --format peft")
     stream = WeightStream(files)
-    _check_room(stream.tensors, request.out)
+    check_room(stream.tensors, request.out)
 
     def content(tensor: StoredTensor) -> Iterable[Tensor]:
-        return _content(tensor, stream, changes, learnt, told)
+        return merged_content(tensor, stream, changes, learnt, told)
 
     shards = write_shards(request.out, stream.tensors, content)
-    _write_beside(request)
+    write_beside(request, _config_changes(request))
     size = sum(tensor.nbytes for tensor in stream.tensors)
     said = f"{len(stream.tensors)} tensors of {size / 2**30:.2f} GiB in {len(shards)} files"
-    return Written("transformers", said, model_loading(request), tuple(_notes(request, stream, told)))
+    return Written("transformers", said, model_loading(request), tuple(merging_notes(request, stream, told)))
 
 
 def _check(request: Request) -> None:
@@ -73,7 +74,8 @@ def _check(request: Request) -> None:
         )
 
 
-def _check_room(tensors: list[StoredTensor], out: Path) -> None:
+def check_room(tensors: list[StoredTensor], out: Path) -> None:
+    """Raise UserError where a folder's disk has no room for these tensors."""
     needed, there = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(out).free
     if there < needed:
         raise UserError(
@@ -82,7 +84,9 @@ def _check_room(tensors: list[StoredTensor], out: Path) -> None:
         )
 
 
-def _content(tensor: StoredTensor, stream: WeightStream, changes: Changes, learnt: Learnt, told: Rounding) -> Iterator[Tensor]:
+def merged_content(
+    tensor: StoredTensor, stream: WeightStream, changes: Changes, learnt: Learnt, told: Rounding
+) -> Iterator[Tensor]:
     """A tensor of the export, block by block."""
     planned = changes.get(tensor.present)
     if planned is None:
@@ -95,18 +99,22 @@ def _content(tensor: StoredTensor, stream: WeightStream, changes: Changes, learn
             yield from change.blocks(learnt, old_OI.__getitem__, row_blocks(tensor.shape[1:], tensor.item_bytes), told)
 
 
-def _write_beside(request: Request) -> None:
-    """Configuration, tokenizer and what else a loader reads."""
+def write_beside(request: Request, changes: dict[str, Any]) -> None:
+    """The base's configuration with these changes, tokenizer and what else a loader reads."""
     base, out = request.run.model, request.out
     for path in sorted({path for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()}):
         shutil.copyfile(path, out / path.name)
-    config = read_json(base / CONFIG_FILE, constants=True)
-    if request.run.outline.layers and request.top_k != request.full_top_k:
-        config[TOP_K] = request.top_k
+    config = read_json(base / CONFIG_FILE, constants=True) | changes
     write_whole(out / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _notes(request: Request, stream: WeightStream, told: Rounding) -> Iterator[str]:
+def _config_changes(request: Request) -> dict[str, Any]:
+    """What a tier with fewer active experts has other than the base."""
+    less = request.run.outline.layers and request.top_k != request.full_top_k
+    return {TOP_K: request.top_k} if less else {}
+
+
+def merging_notes(request: Request, stream: WeightStream, told: Rounding) -> Iterator[str]:
     """What the number format of the base's files means for this export."""
     if told.added:
         types = " and ".join(sorted({tensor.dtype for tensor in stream.tensors if tensor.item_bytes < 4}))

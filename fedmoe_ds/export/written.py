@@ -57,6 +57,8 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def folder_size(folder: Path) -> str:
+    """Size of the files in a folder, in words."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    unit, name = next((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if size >= unit)
+    return f"{size / unit:.1f} {name}"
