@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from transformers import (
     ViTConfig,
 )
 
+from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.export import command
 from fedmoe_ds.export.model_folder import CODE, write_model_folder
 from fedmoe_ds.export.modeling_fft_moe import BASES, AdapterExperts, AdapterSettings
@@ -199,6 +201,25 @@ def test_it_generates_saves_and_converts(exported: Exported, tmp_path: Path) -> 
             assert one.generate(ids, **asked).shape == (1, 13)
         cached, whole = (model.generate(ids, use_cache=use_cache, **asked) for use_cache in (True, False))
         assert torch.equal(cached, whole)
+
+
+def test_the_topology_leaves_no_trace(exports: Callable[[str], Exported], tmp_path: Path) -> None:
+    """A checkpoint of four expert-parallel ranks, each of which wrote its two experts, and the first one the router."""
+    made = exports("plain")
+    whole = {key: value for key, _, value in made.parts.state.adapters.items(0)}
+    files: dict[str, dict[str, Tensor]] = {f"adapters-{shard:05d}-of-00004.safetensors": {} for shard in range(4)}
+    for key, value in whole.items():
+        found = re.search(r"\.experts\.(\d)\.", key)
+        files[f"adapters-{int(found[1]) // 2 if found else 0:05d}-of-00004.safetensors"][key] = value.contiguous()
+    folder = tmp_path / "run"
+    writer = CheckpointWriter(folder / "checkpoints", made.parts.runtime, 1, background=False)
+    writer.begin(made.run.snapshot, files, {"config.yaml": made.parts.config_text})
+    writer.finish()
+    shutil.copy(made.run.folder / "metrics.jsonl", folder)
+    run, out = open_run(folder), tmp_path / "out"
+    out.mkdir()
+    write_model_folder(Request(run, run.select("2"), out, "qwen3"))
+    assert every((out / path.name).read_bytes() == path.read_bytes() for path in made.folders["2"].iterdir())
 
 
 def test_a_new_model_adds_nothing(root: Path, tmp_path: Path) -> None:
