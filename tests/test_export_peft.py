@@ -201,7 +201,7 @@ def shards(result: Result, world: int, ep_size: int) -> dict[str, dict[str, Tens
     files: dict[str, dict[str, Tensor]] = {}
 
     class Recorder:
-        def begin(self, snapshot: Any, tensors: dict[str, dict[str, Tensor]], texts: Any) -> None:
+        def begin(self, snapshot: Any, tensors: dict[str, dict[str, Tensor]], *texts: Any) -> None:
             assert not files.keys() & tensors.keys()
             files.update({name: {k: v.contiguous() for k, v in content.items()} for name, content in tensors.items()})
 
@@ -212,7 +212,7 @@ def shards(result: Result, world: int, ep_size: int) -> dict[str, dict[str, Tens
         values = {key: value for key, _, value in whole.items(0, with_personal=True)}
         for key, _, place in held.items(topology.shard * held.experts, with_personal=True):
             place.copy_(values[key])
-        save(Recorder(), topology, State(1, held, state.personal), {}, "", 0)  # type: ignore[arg-type]
+        save(Recorder(), topology, State(1, held, state.personal), {}, "", 0, [])  # type: ignore[arg-type]
     assert len([name for name in files if name.startswith("adapters-")]) == ep_size
     return files
 
