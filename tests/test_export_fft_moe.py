@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -221,6 +222,23 @@ def test_the_topology_leaves_no_trace(exports: Callable[[str], Exported], tmp_pa
     out.mkdir()
     write_model_folder(Request(run, run.select("2"), out, "qwen3"))
     assert every((out / path.name).read_bytes() == path.read_bytes() for path in made.folders["2"].iterdir())
+
+
+def test_it_trains_on(exports: Callable[[str], Exported]) -> None:
+    made = exports("attention")
+    model = copy.deepcopy(made.load("3")).train()
+    model.gradient_checkpointing_enable()
+    ids = torch.from_numpy(IDS)
+    before = model(input_ids=ids, labels=ids).loss
+    before.backward()
+    experts = model.model.layers[0].mlp.adapter_experts
+    for name in ("router", "inner", "outer"):
+        got = getattr(experts, name).grad.flatten(1).any(1)
+        assert bool(got.any()) and (name == "router" or not bool(got.all())), "of 64 experts some were chosen by nobody"
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter -= 0.01 * parameter.grad
+        assert float(model(input_ids=ids, labels=ids).loss) < float(before.detach())
 
 
 def test_several_files(exports: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
