@@ -283,14 +283,27 @@ class TensorReader:
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises UserError when the checkpoint has no such tensor."""
+        value: Tensor = self._file_of(name).get_tensor(name)
+        return value
+
+    def slice(self, name: str, index: int) -> Tensor:
+        """One entry of a tensor's first axis, without reading the others. Raises UserError when there is no such tensor."""
+        value: Tensor = self._file_of(name).get_slice(name)[index]
+        return value
+
     def read_into(self, name: str, place: Tensor) -> None:
         """Copy one tensor into its place. Raises UserError when the checkpoint has no such tensor or another shape."""
-        if name not in self._files:
-            raise UserError(
-                f"checkpoint: {name}: the checkpoint has no such tensor; it belongs to another model or configuration"
-            )
-        value = self._files[name].get_tensor(name)
+        value = self.read(name)
         if value.shape != place.shape:
             raise UserError(f"checkpoint: {name}: shape {tuple(value.shape)}, but this run needs {tuple(place.shape)}")
         with torch.no_grad():
             place.copy_(value)
+
+    def _file_of(self, name: str) -> Any:
+        if name not in self._files:
+            raise UserError(
+                f"checkpoint: {name}: the checkpoint has no such tensor; it belongs to another model or configuration"
+            )
+        return self._files[name]

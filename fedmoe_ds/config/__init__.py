@@ -21,6 +21,7 @@ from fedmoe_ds.config.schema import (
     TopologyConfig,
 )
 from fedmoe_ds.config.section import Section
+from fedmoe_ds.config.shipped import find_config
 
 __all__ = [
     "AdapterConfig",
@@ -43,6 +44,7 @@ __all__ = [
     "checked_deepspeed_section",
     "config_schema_markdown",
     "dump_config",
+    "find_config",
     "idle_keys",
     "load_config",
 ]

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from fedmoe_ds.config.deepspeed_section import deepspeed_problems, without_effect
 from fedmoe_ds.config.problems import explained, first_of, shown
 from fedmoe_ds.config.schema import Config
+from fedmoe_ds.config.shipped import find_config, find_shipped_model
 from fedmoe_ds.config.type_names import expected_at
 from fedmoe_ds.config.yaml12 import DEEPEST, LARGEST, dump_yaml, parse_yaml
 from fedmoe_ds.errors import UserError, nearest
@@ -24,10 +25,15 @@ from fedmoe_ds.errors import UserError, nearest
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a YAML file after `key=value` overrides, whose values are YAML.
 
+    A name without a suffix that is no file here is one of the package's own (`shipped.py`).
+
     Raises UserError, one line, for a missing or malformed file and for the first key that is unknown, given twice, of a
     wrong type or out of range. The keys of `method` other than `name` are left to the method.
     """
-    raw = _read(path)
+    found = find_config(path)
+    raw = _read(found)
+    # Before the overrides: those are the user's, and relative to where the user is.
+    find_shipped_model(raw, found)
     for override in overrides:
         _apply(raw, override)
     return _checked(raw)

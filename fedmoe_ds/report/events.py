@@ -185,6 +185,7 @@ class _Trained(_Tiered):
 
 class _Tally(_Fields):
     seconds: Seconds
+    bytes: Count | None = None
 
 
 class _Round(_Fields):

@@ -94,11 +94,11 @@ def _curves(history: History, split: str) -> Markup:
 
     perplexity = line_chart(
         lines("perplexity", lambda row: formats.score(row, "perplexity", formats.number)),
-        title="Perplexity (log scale, lower is better)", x_label="round", form=_tick, log=True,
+        title="Perplexity (log scale, lower is better)", x_label="round", form=tick, log=True,
     )  # fmt: skip
     accuracy = line_chart(
         lines("accuracy", formats.accuracy),
-        title="Next-token accuracy, % (higher is better)", x_label="round", form=lambda y: _tick(100 * y), most=1.0,
+        title="Next-token accuracy, % (higher is better)", x_label="round", form=lambda y: tick(100 * y), most=1.0,
     )  # fmt: skip
     return tag("div", tag("figure", perplexity), tag("figure", accuracy), *_task_curves(history, lines), cls="pair")
 
@@ -109,12 +109,13 @@ def _task_curves(history: History, lines: Callable[[str, Callable[[Event], str]]
     for name in (name for name in TASK_METRICS if any(name in event for event in history.evaluations.values())):
         series = lines(name, lambda row, name=name: formats.counted_share(row, name, row.get("samples")))  # type: ignore[misc]
         title = f"{TASK_METRICS[name].capitalize()}, % of samples (higher is better)"
-        chart = line_chart(series, title=title, x_label="round", form=lambda y: _tick(100 * y), most=1.0)
+        chart = line_chart(series, title=title, x_label="round", form=lambda y: tick(100 * y), most=1.0)
         found.append(tag("figure", chart))
     return found
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
+    """A value beside an axis."""
     return f"{value:,.6g}".replace(",", formats.NARROW_SPACE)
 
 
@@ -138,7 +139,7 @@ def time_section(history: History) -> Markup:
         (colours[phase], f"{phase} {formats.percent(totals[phase] / whole)} ({formats.duration(totals[phase])})")
         for phase in phases
     )
-    stacked = stacked_columns(columns, title=f"Time per round, {unit}", x_label="round", form=_tick)
+    stacked = stacked_columns(columns, title=f"Time per round, {unit}", x_label="round", form=tick)
     return tag(
         "div",
         keys,
@@ -171,7 +172,7 @@ def _speed(rounds: Sequence[tuple[int, Event]]) -> Markup:
         for number, event in rounds
     ]
     series = Series("speed", "", [(number, event.get("tokens_per_s")) for number, event in rounds], tips)
-    return line_chart([series], title="Training speed, tokens/s", x_label="round", form=_tick, zero=True)
+    return line_chart([series], title="Training speed, tokens/s", x_label="round", form=tick, zero=True)
 
 
 def topology_section(history: History) -> Markup:

@@ -32,12 +32,13 @@ from fedmoe_ds.planner import load_hardware, resolve
 from fedmoe_ds.planner.memory import format_bytes
 
 NAME = "olmoe-1b-7b"
-LAYERS, RANKS, CLIENTS, ROUNDS = 16, 2, 4, 2
+LAYERS, RANKS, CLIENTS, IN_FLIGHT, ROUNDS = 16, 2, 4, 2, 2
 _POSITIONS, _TOKENS = 4096, 2048
 _LIMIT_S = 7200.0
 _GIB = 2**30
-# What a plan has been off by so far, for memory; what the run writes beside the weights: maps, prepared data, checkpoints.
-_MARGIN, _BESIDE = 1.15, 2.0
+# What a plan may be off by, for memory (tests/cluster/test_planner_measured.py); what the run writes beside the weights: maps,
+# prepared data, checkpoints.
+_MARGIN, _BESIDE = 1.10, 2.0
 
 OPTIONS = (
     option("--layers", LAYERS, f"of the {LAYERS}; fewer to try it"),
@@ -112,13 +113,16 @@ def write_head(config: dict[str, object], folder: Path) -> None:
 
 
 def tree(folder: Path, length: int, seed: int) -> dict[str, Any]:
-    """FLAME at its default tiers: in a round every client trains one sequence. Evaluated with one sequence, at the end."""
+    """FLAME at its default tiers: in a round every client trains one sequence. Evaluated with one sequence, at the end.
+
+    Two waves, and layers that are computed twice: as one would have it on a machine that is as small for the model.
+    """
     return {
         "seed": seed,
         "foundation": {"path": str(folder / "model"), "dtype": "bfloat16", "cache": str(folder / "cache")},
         "local": {"steps": 1, "batch_size": 1, "lr": 1e-4},
         "data": {"sequence_length": length, "max_samples": 4, "partition": {"kind": "natural", "clients": CLIENTS}},
-        "execution": {"clients_in_flight": CLIENTS},
+        "execution": {"clients_in_flight": IN_FLIGHT, "activation_checkpointing": True},
         "evaluation": {"every": ROUNDS, "max_sequences": 1, "client_sequences": 0},
     }
 
@@ -157,8 +161,9 @@ def lines(rows: list[Row]) -> Iterator[str]:
 
 ABOUT = (
     "OLMoE-1B-7B at its full size, random weights in the hub's layout: two ranks of one machine share the experts (ep_size 2), "
-    "bfloat16, four clients of FLAME's four tiers with one sequence each. Round time and the peak memory of each rank stand "
-    "beside what the planner predicted after a calibration; the first round warms up and is not compared. One measurement."
+    "bfloat16, four clients of FLAME's four tiers with one sequence each, two at a time, layers computed twice. Round time and "
+    "the peak memory of each rank stand beside what the planner predicted after a calibration; the first round warms up and is "
+    "not compared. One measurement."
 )
 HELP = "OLMoE-1B-7B at full size on two ranks, beside its plan: 24 GiB of memory, 30 GiB of disk"
 COMMAND = Command("fullsize", HELP, OPTIONS, run, COLUMNS, lines=lines, about=ABOUT)

@@ -12,7 +12,7 @@ import psutil  # type: ignore[import-untyped]
 
 from fedmoe_ds.bench.harness.process import process_tree, run_to_end, torchrun
 
-SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
+SCRIPT = Path(__file__).parents[2] / "commands" / "train.py"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,296 @@
+"""Trained run: what a run folder or a checkpoint holds, opened in one process, without process groups and without weights.
+
+The base model is built without memory and the checkpoint's tensors are read one by one, so that this takes no more than the
+largest of them, whatever topology wrote the checkpoint.
+
+Legend: L layers, N clients, item the shape of one client's tensor in one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmoe_ds.checkpoint.reader import (
+    Snapshot,
+    TensorReader,
+    candidates,
+    find_damage,
+    newest_intact,
+    progress_of,
+    read_snapshot,
+)
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client, tiers_of
+from fedmoe_ds.config import Config, load_config
+from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
+from fedmoe_ds.foundation import resolve_foundation
+from fedmoe_ds.foundation.foundation import fingerprint
+from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
+from fedmoe_ds.foundation.outline import Outline, outline
+from fedmoe_ds.methods import RoundContext
+from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.report import Progress, read_metrics
+from fedmoe_ds.storage.files import expanded
+
+METRICS = "metrics.jsonl"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One of a run's models: that of a tier, or the one that a client has.
+
+    Attributes:
+        tier: label of the tier.
+        members: whose personal blocks it has, their mean where there are several: the tier's clients, or the client.
+        client: of whom it is; None for the tier's.
+        assignment: what the first member is told in evaluation: cap, LoRA rows, scale, fixed rescaler.
+    """
+
+    tier: str
+    members: tuple[Client, ...]
+    client: Client | None
+    assignment: Assignment
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's state after a round.
+
+    Attributes:
+        folder: of the run; of a checkpoint that lies alone, its parent.
+        spec: the run's configuration, resolved as if on one rank: method, tiers, blocks, expert layout.
+        model: folder of the base model, in safetensors; `outline` is the same without weights.
+        clients: all of the federation; empty where a checkpoint lies without the run's record, which names them.
+        events: of `metrics.jsonl`; empty where there is none.
+    """
+
+    folder: Path
+    checkpoint: Path
+    snapshot: Snapshot
+    spec: RunSpec
+    model: Path
+    outline: Outline
+    clients: list[Client]
+    events: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def config(self) -> Config:
+        """What the user configured, with the method's own defaults."""
+        return self.spec.config
+
+    @property
+    def round(self) -> int:
+        """Rounds completed."""
+        return self.snapshot.round
+
+    @cached_property
+    def tiers(self) -> dict[str, list[Client]]:
+        """The clients of every tier by its label, the largest budget first."""
+        return tiers_of(self.clients)
+
+    def select(self, tier: str | None = None, client: str | None = None) -> Selection:
+        """The model of a tier (its label, or its top-k where that names one; None: the largest) or of a client.
+
+        Raises:
+            UserError: there is no such tier or client, or both are named.
+        """
+        if client is None:
+            label = self._label(tier)
+            members = tuple(self.tiers[label])
+            return Selection(label, members, None, self._assignment(members[0]))
+        if tier is not None:
+            raise UserError(f"--tier: {tier}: with --client {client}: a client's model is that of its own tier; drop --tier")
+        known = {member.name: member for member in self._known_clients("--client", client)}
+        if client not in known:
+            raise UserError(f"--client: {client}: no client of this run has this name{nearest(client, known)}")
+        member = known[client]
+        return Selection(member.tier, (member,), member, self._assignment(member))
+
+    def _label(self, wanted: str | None) -> str:
+        self._known_clients("--tier", wanted or "largest")
+        if wanted is None:
+            return next(iter(self.tiers))
+        named = [label for label, (first, *_) in self.tiers.items() if wanted in (label, str(first.top_k))]
+        if wanted in named:
+            return wanted
+        if len(named) != 1:
+            what = "names several tiers" if named else "is no tier of this run"
+            raise UserError(f"--tier: {wanted}: {what}; choose among {', '.join(map(repr, named or self.tiers))}")
+        return named[0]
+
+    def _known_clients(self, option: str, value: str) -> list[Client]:
+        if not self.clients:
+            raise UserError(
+                f"{option}: {value}: nobody knows the clients of {self.checkpoint}: {self.folder / METRICS} is missing; give "
+                "the run folder"
+            )
+        return self.clients
+
+    def _assignment(self, member: Client) -> Assignment:
+        return self.spec.method.assign(member, RoundContext(0, self._dense_state(member.index)))
+
+    def _dense_state(self, index: int) -> dict[str, Tensor]:
+        """One client's personal blocks [L, *item] but those of experts: what its method may ask about."""
+        return {
+            block.name: torch.stack([self._personal.slice(block.key(layer), index) for layer in block.layers])
+            for block in self.client_blocks
+            if not block.expert
+        }
+
+    @cached_property
+    def client_blocks(self) -> list[BlockSpec]:
+        """What a checkpoint keeps of every client: personal blocks, and what the method remembers; control variates are left
+        out."""
+        blocks, method = self.spec.blocks, self.spec.method
+        return [block for block in blocks if block.personal] + method.client_state(blocks)
+
+    def scale(self, selection: Selection) -> float:
+        """What a LoRA product B A counts: alpha / rank, and the assignment's own factor."""
+        adapters = self.config.adapters
+        return adapters.alpha / adapters.rank * selection.assignment.scale
+
+    def items(self) -> Iterator[tuple[str, BlockSpec]]:
+        """(canonical key, block) of every tensor of a model, block by block; personal ones too."""
+        experts = self.spec.expert_layout.num_experts
+        for block in self.spec.blocks:
+            for layer in block.layers:
+                if not block.expert:
+                    yield block.key(layer), block
+                    continue
+                for expert in range(experts):
+                    yield block.key(layer, expert), block
+
+    def value(self, key: str, block: BlockSpec, selection: Selection) -> Tensor:
+        """One tensor [*item], float32, as the members of the selection receive it: LoRA rows that they do not hold are zero.
+
+        Raises:
+            UserError: the checkpoint has no such tensor, or one of another shape.
+        """
+        if not block.personal:
+            value = self._adapters.read(key)
+        elif selection.client is not None:
+            value = self._personal.slice(key, selection.client.index)
+        else:
+            members = [self._personal.slice(key, member.index).double() for member in selection.members]
+            # float64, so that the mean of many equal float32 values is that value.
+            value = torch.stack(members).mean(0).float()
+        if value.shape != block.item:
+            raise UserError(f"checkpoint: {key}: shape {tuple(value.shape)}, but this run needs {block.item}")
+        mask = selection.assignment.mask(block, value.device)
+        return value if mask is None else torch.where(mask, value, 0.0)
+
+    def base(self, key: str) -> Tensor | None:
+        """A frozen weight that products have moved into (FLoRA), by the key of its pair and `.base`; None: the model's own."""
+        return self._base.read(key) if key in self._base else None
+
+    @cached_property
+    def _adapters(self) -> TensorReader:
+        return TensorReader(self.checkpoint, "adapters", self.snapshot.files)
+
+    @cached_property
+    def _personal(self) -> TensorReader:
+        return TensorReader(self.checkpoint, "personal", self.snapshot.files)
+
+    @cached_property
+    def _base(self) -> TensorReader:
+        return TensorReader(self.checkpoint, "server.base-", self.snapshot.files)
+
+
+def open_run(path: Path, round_index: int | None = None, model: Path | None = None) -> TrainedRun:
+    """Open a run folder, or one of its checkpoints.
+
+    Args:
+        round_index: rounds completed in the checkpoint that is wanted; None: the newest intact one.
+        model: folder of the base model, where it is no longer where the configuration says.
+    Raises:
+        UserError: there is no run, no such checkpoint, the checkpoint is damaged, or the base model is another one.
+    """
+    checkpoint = _checkpoint(path, round_index)
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    snapshot, config = read_snapshot(checkpoint), load_config(checkpoint / "config.yaml")
+    if model is not None:
+        found = expanded(str(model), "--model")
+        section = config.foundation.model_copy(update={"path": str(found), "preset": None})
+        config = config.model_copy(update={"foundation": section})
+    # As on the device of the run: what a configuration means depends on its kind.
+    device = snapshot.identity.get("topology", {}).get("device", "cpu")
+    config, method = check_start(config, device)
+    with Progress() as progress:
+        base = resolve_foundation(config.foundation, config.seed, progress.note)
+    _check_same(base, snapshot, checkpoint)
+    meta = build_on_meta(base, _DTYPES[config.foundation.dtype])
+    known = outline(meta, host_model(meta, 1, 0))
+    spec = resolve_spec(config, method, device, known)
+    events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    return TrainedRun(folder, checkpoint, snapshot, spec, base, known, _clients(events, spec), events)
+
+
+def _checkpoint(path: Path, round_index: int | None) -> Path:
+    path = expanded(str(path), "run")
+    if progress_of(path) is not None:
+        if round_index is not None and progress_of(path) != (round_index, False):
+            raise UserError(f"--round: {round_index}: {path} is a checkpoint already; give the run folder, or drop --round")
+        return _intact(path)
+    root = path / "checkpoints"
+    if not root.is_dir():
+        raise UserError(f"run: {path}: holds no run (no folder checkpoints); give the folder of a run, or a checkpoint of it")
+    if round_index is None:
+        found, notes = newest_intact(root)
+        if found is None:
+            raise UserError(
+                f"run: {path}: holds no intact checkpoint{': ' + notes[0] if notes else ''}; wait for its first round"
+            )
+        return found
+    there = {progress[0]: folder for folder in candidates(root) if (progress := progress_of(folder)) is not None}
+    if round_index not in there:
+        known = ", ".join(map(str, sorted(there))) or "none"
+        raise UserError(
+            f"--round: {round_index}: no checkpoint of it is kept; there are {known} (checkpoint.keep says how many)"
+        )
+    return _intact(there[round_index])
+
+
+def _intact(checkpoint: Path) -> Path:
+    if (damage := find_damage(checkpoint)) is not None:
+        raise UserError(f"checkpoint: {checkpoint}: it is damaged: {damage}; give another one of the run")
+    return checkpoint
+
+
+def _check_same(model: Path, snapshot: Snapshot, checkpoint: Path) -> None:
+    """Adapters mean nothing on another model. Raises UserError."""
+    theirs, ours = snapshot.identity.get("foundation"), fingerprint(model)
+    if theirs != ours:
+        raise UserError(
+            f"foundation: {model}: it is not the model of {checkpoint} (fingerprint {ours[:12]}, the run's was "
+            f"{str(theirs)[:12]}); give its folder with --model"
+        )
+
+
+def _clients(events: list[dict[str, Any]], spec: RunSpec) -> list[Client]:
+    """The clients as the `data` event names them: in the order of everything that a checkpoint keeps of clients."""
+    event = next((event for event in events if event["event"] == "data"), None)
+    by_label = {tier.label: tier for tier in spec.tiers}
+    found = []
+    for index, row in enumerate(event["clients"] if event is not None else []):
+        # Records of older versions have no label: there the top-k is it.
+        label = str(row.get("tier_label", row["top_k"]))
+        if label not in by_label:
+            raise UserError(
+                f"{METRICS}: client {row['name']}: tier {label} is none of the configuration's ({', '.join(by_label)}); the "
+                "record belongs to another run"
+            )
+        tier, targets = by_label[label], row.get("targets", row.get("tokens", 0))
+        found.append(
+            Client(index, row["name"], tier.top_k, row["samples"], row["sequences"], targets, tier.cap, tier.rank, tier.experts,
+                   tier=tier.label)
+        )  # fmt: skip
+    return found
