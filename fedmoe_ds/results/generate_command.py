@@ -28,7 +28,7 @@ from fedmoe_ds.federation.generation import continued, likeliest
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.randomness import torch_generator
 from fedmoe_ds.results.loaded_model import LoadedModel
-from fedmoe_ds.results.trained_run import TrainedRun, open_run
+from fedmoe_ds.results.trained_run import TrainedRun, open_run, round_choice
 from fedmoe_ds.terminal import note, show
 
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--before", action="store_true", help="the foundation's answer as well")
     parser.add_argument("--tier", metavar="K", help="the model of this budget tier (default: the largest)")
     parser.add_argument("--client", metavar="NAME", help="the model that this client has")
-    parser.add_argument("--round", type=int, metavar="N", help="of the checkpoint (default: the newest)")
+    parser.add_argument("--round", type=round_choice, metavar="N|best", help="of the checkpoint (default: the newest)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="draw tokens (default: the likeliest)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = run.select(args.tier, args.client)  # before any weight is loaded
     loaded = LoadedModel.of_run(run, before=args.before)
     encoder = Encoder(loaded.foundation.tokenizer, own_code=loaded.foundation.code is not None)
-    reading = RAW if args.raw else chat_reading(reading_of(run), encoder) if args.chat else reading_of(run)
+    reading = _reading(args, run, encoder)
     asked = [question(words, reading, encoder) for words in prompts]
     _check_room(asked, loaded)
     whose = chosen.client.name if chosen.client is not None else f"k={chosen.tier}"
@@ -84,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for label, found in answers.items():
         for place, answer in enumerate(found, start=1):
             if not answer.ended:
-                note(
-                    f"{label}: the answer to prompt {place} was cut after {args.max_new_tokens} tokens, or where positions end"
-                )
+                note(f"{label}: the answer to prompt {place} is cut at {args.max_new_tokens} tokens, or where positions end")
     return 0
 
 
@@ -112,10 +110,14 @@ def _read(text: str) -> str:
     return words
 
 
-def reading_of(run: TrainedRun) -> Reading:
-    """How the run's rows became tokens, as its record says. Raises UserError where it does not."""
+def _reading(args: argparse.Namespace, run: TrainedRun, encoder: Encoder) -> Reading:
+    """How the prompts become tokens: as the run's rows did, as its record says. Raises UserError where it does not."""
+    if args.raw:
+        return RAW
     event = next((event for event in run.events if event["event"] == "data"), {})
     found: Reading | None = event.get("reading")
+    if args.chat:
+        return chat_reading(found or {}, encoder)
     if found is None:
         raise UserError(f"run: {run.folder}: its record does not say how its data were read; add --raw or --chat")
     return found
