@@ -219,7 +219,7 @@ def test_what_is_refused(root: Path, folder: Path, tmp_path: Path) -> None:
 
 def test_images_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_run(folder)
-    images = replace(opened, spec=replace(opened.spec, images=ImageInput(1, 8, 5)))
+    images = replace(opened, spec=replace(opened.spec, images=ImageInput(1, 8, 8, 10, 17)))
     monkeypatch.setattr(generate_command, "open_run", lambda *argv: images)
     with pytest.raises(UserError, match="its model classifies images, and writes no text"):
         main([str(folder), "--prompt", "a"])
