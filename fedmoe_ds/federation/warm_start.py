@@ -246,7 +246,7 @@ def _told(source: Source, spec: RunSpec, merging: bool) -> str:
     if source.left:
         said.append(f"{', '.join(source.left)} stays with its clients, and starts as usual")
     if source.foundation is None:
-        said.append("which model it was trained on, nothing tells")
+        said.append(f"its file names {source.facts.get('base_model')} as its model, and nothing can be compared but shapes")
     elif source.dtype not in (None, spec.config.foundation.dtype):
         said.append(f"it was trained on weights in {source.dtype}, here they are {spec.config.foundation.dtype}")
     return f"{START}: {'; '.join(said)}"
