@@ -45,7 +45,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train real test test-real test-cluster test-lm-eval test-sweep test-soak test-compat check format docs bench bench-peers compare clean distclean
+.PHONY: help install train real test test-real test-cluster test-lm-eval test-sweep test-soak test-compat check format docs wheel bench bench-peers compare clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,10 @@ docs: .venv/.installed  ## write the references of configuration keys and method
 	python -m fedmoe_ds.methods > docs/methods.md
 	python launch/bench.py page > docs/performance.md
 
+wheel: .venv/.installed  ## build dist/*.whl and dist/*.tar.gz, which `pip install` takes
+	rm -rf build dist
+	python -c 'from setuptools import build_meta as build; build.build_sdist("dist"); build.build_wheel("dist")'
+
 bench: .venv/.installed .venv-peers/.installed  ## measure everything against peers and floors, print the table of targets
 	python launch/bench.py all --output runs/bench $(ARGS)
 
@@ -108,7 +112,7 @@ compare: .venv/.installed  ## the study of docs/comparison.md, under half an hou
 	python launch/compare.py --methods $(METHODS) --seeds $(SEEDS) --jobs $(RANKS) $(ARGS)
 
 clean:  ## remove caches; runs/ and .venv stay
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environments too

@@ -1,57 +1,9 @@
-"""Measure: every number that this project claims comes from a subcommand here; `all` runs those behind docs/performance.md.
+"""Measure: every number that this project claims.
 
-Everything runs on one CPU thread per process. Absolute numbers depend on the machine; ratios inside one run are what counts.
+The program is `fedmoe_ds/commands/bench.py`; an installed package has it as `fedmoe bench`.
 """
 
-from __future__ import annotations
-
-from fedmoe_ds.distributed.stop_request import leave_on_interrupt
-
-leave_on_interrupt()  # before the imports that take seconds
-
-import argparse
-import signal
-import sys
-
-from fedmoe_ds.distributed.runtime import run_entry
-from fedmoe_ds.terminal import note, show
-
-
-def main() -> int:
-    from fedmoe_ds.bench.commands import COMMANDS
-    from fedmoe_ds.bench.harness.command import JSON, Command, Report, add_options
-    from fedmoe_ds.bench.results.reports import REPORTS
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parsers = parser.add_subparsers(dest="command", required=True)
-    offered: list[Command | Report] = [*COMMANDS.values(), *REPORTS.values()]
-    for command in offered:
-        subparser = parsers.add_parser(command.name, help=command.help)
-        add_options(subparser, [*command.options, *([JSON] if command.name in COMMANDS else [])])
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an ordinary end: children are ended, too
-    if args.command in COMMANDS:
-        return measure(args)
-    text, code = REPORTS[args.command].run(args, note)
-    show(text.removesuffix("\n"))
-    return code
-
-
-def measure(args: argparse.Namespace) -> int:
-    from fedmoe_ds.bench.commands import COMMANDS
-    from fedmoe_ds.bench.harness import table
-    from fedmoe_ds.bench.harness.command import command_line
-
-    chosen = COMMANDS[args.command]
-    # Before a measurement that may take hours.
-    table.check_writable(args.json)
-    rows = chosen.run(args, note)
-    show(chosen.show(rows).text())
-    if args.json is not None:
-        asked = command_line(sys.argv[1:])
-        table.write_json(chosen.stored(rows) if chosen.stored else table.document(chosen.name, asked, rows), args.json)
-    return 0
-
+from fedmoe_ds.commands.program import start
 
 if __name__ == "__main__":
-    run_entry(main)
+    start("bench")

@@ -1,67 +1,9 @@
-"""Plan: `python launch/plan.py --config C --nodes 16 --gpus-per-node 8 --gpu h200 [key=value ...]`.
+"""Plan: what a run would take, before it is queued.
 
-Prints, before anything is queued, what a run would take: memory per rank, bytes and seconds of a round, the best topology,
-FLOPs per tier, hours of the whole study. Loads no weights; a model folder with only config.json is enough.
+The program is `fedmoe_ds/commands/plan.py`; an installed package has it as `fedmoe plan`.
 """
 
-from __future__ import annotations
-
-from fedmoe_ds.distributed.stop_request import leave_on_interrupt
-
-leave_on_interrupt()  # before the imports that take seconds
-
-import argparse
-import os
-from pathlib import Path
-
-from fedmoe_ds.config import load_config
-from fedmoe_ds.distributed.runtime import run_entry
-from fedmoe_ds.errors import UserError
-from fedmoe_ds.terminal import show, visible
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance topology.ep_size=8")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file")
-    parser.add_argument("--nodes", type=int, help="hosts (default: as many as --ranks needs, else 1)")
-    parser.add_argument("--gpus-per-node", type=int, help="ranks per host (default: devices of the machine in the table)")
-    parser.add_argument("--ranks", type=int, help="ranks in all, instead of --nodes")
-    parser.add_argument("--gpu", "--hardware", dest="hardware", default="h200", metavar="NAME|FILE",
-                        help="a machine of the table, or a file of `launch/bench.py calibrate` (default: h200)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions of the run in the study")
-    parser.add_argument("--verify", action="store_true",
-                        help="also build all process groups of the world here, as some of its ranks")  # fmt: skip
-    parser.add_argument("--verify-all", action="store_true", help="the same as all of its ranks, one after the other")
-    parser.add_argument("--no-search", action="store_true", help="do not try other topologies")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    return parser.parse_intermixed_args()  # overrides may stand between the options
-
-
-def main() -> int:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported; a plan computes nothing on a device
-    args = parse()
-    config = load_config(args.config, args.overrides)
-    from fedmoe_ds.bench.harness.table import check_writable, write_json
-    from fedmoe_ds.planner import load_hardware
-    from fedmoe_ds.planner.plan import plan
-    from fedmoe_ds.planner.world import world_of
-
-    for name in ("nodes", "gpus_per_node", "ranks", "seeds"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {value}: must be 1 or more")
-    # Before a search that may take minutes.
-    check_writable(args.json)
-    hardware = load_hardware(args.hardware)
-    world = world_of(args.nodes, args.gpus_per_node, args.ranks, hardware)
-    verified = "all" if args.verify_all else "sample" if args.verify else None
-    found = plan(config, world, hardware, args.seeds, verified, not args.no_search)
-    show("\n".join(map(visible, found.lines())))
-    if args.json is not None:
-        write_json(found.data(), args.json)
-    return 0
-
+from fedmoe_ds.commands.program import start
 
 if __name__ == "__main__":
-    run_entry(main)
+    start("plan")

@@ -184,7 +184,7 @@ def test_what_is_written_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The next round changes the adapters before anything of them has reached the disk."""
     changed = threading.Event()
 
-    def save_later(content: dict[str, Tensor], path: Path) -> None:
+    def save_later(content: dict[str, Tensor], path: Path, metadata: Any) -> None:
         assert changed.wait(30)
         save_file(content, path)
 

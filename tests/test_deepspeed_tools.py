@@ -1,4 +1,5 @@
-"""DeepSpeed's monitors, comms logger, FLOPs profiler and checkpointing do their work and change no bit of the result."""
+"""DeepSpeed's monitors, comms logger, FLOPs profiler and checkpointing do their work and change no bit of the result; nor do a log
+and another amount of words."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import changed, run
+from launching import Result, changed, run
 
 
 @pytest.mark.timeout(600)
 def test_tools_write_their_files_and_change_nothing(nano: dict[str, Any], tmp_path: Path) -> None:
-    plain = run(changed(nano, output=str(tmp_path / "plain")), tmp_path)
+    quiet = ("--quiet", "--log", str(tmp_path / "quiet.log"))
+    plain = run(changed(nano, output=str(tmp_path / "plain")), tmp_path, options=quiet)
     section = {
         "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "nano"},
         "comms_logger": {"enabled": True},
@@ -25,7 +27,7 @@ def test_tools_write_their_files_and_change_nothing(nano: dict[str, Any], tmp_pa
         execution={"activation_checkpointing": True},
         deepspeed=section,
     )
-    result = run(watched, tmp_path, ranks=2)
+    result = run(watched, tmp_path, ranks=2, options=("--verbose", "--log", str(tmp_path / "logs" / "run-%r.log")))
     assert plain.code == result.code == 0, result.stderr
     assert result.digest == plain.digest
     perplexities = (tmp_path / "csv" / "nano" / "perplexity_global_k4.csv").read_text().splitlines()
@@ -34,3 +36,19 @@ def test_tools_write_their_files_and_change_nothing(nano: dict[str, Any], tmp_pa
         rows = (result.folder / f"comms-rank{rank}.csv").read_text()
         assert "all_to_all_single" in rows and "all_reduce" in rows
     assert "Flops Profiler" in (result.folder / "flops.txt").read_text()
+    check_words(plain, result, tmp_path)
+
+
+def check_words(plain: Result, result: Result, folder: Path) -> None:
+    """The quiet run shows its last two lines alone and has logged the rest; the wordy one has a log for each rank."""
+    assert plain.stdout.splitlines() == [f"digest: {plain.digest}", f"run: {plain.folder}"]
+    assert "perplexity" not in plain.stderr
+    logged = (folder / "quiet.log").read_text()
+    assert "round 2/2  " in logged and "perplexity before" in logged and f" run: {plain.folder}\n" in logged
+    logs = {path.name: path.read_text() for path in (folder / "logs").iterdir()}
+    assert logs.keys() == {"run-0.log", "run-1.log"}
+    for text in logs.values():
+        for words in ("versions: python ", "cache: ", "round 1: schedule ", "collectives ", "round 2/2  "):
+            assert words in text, words
+    assert "digest: " in logs["run-0.log"] and "digest: " not in logs["run-1.log"]
+    assert "[rank 1] round 2/2  " in result.stderr and "[rank 0]" not in result.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from method_variants import variant_config
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
+from fedmoe_ds.commands import plan as plan_command
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.errors import UserError
@@ -324,18 +323,16 @@ def test_clusters_that_do_not_match(small: Job) -> None:
         plan(Config.model_validate(tree), World(1, 4), load_hardware("cpu"))
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def run_command(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """`launch/plan.py` in this process."""
-    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
-    script = runpy.run_path(str(REPOSITORY / "launch" / "plan.py"))
-    assert script["main"]() == 0
+    assert plan_command.main(list(words)) == 0
     return capsys.readouterr().out
 
 
-def test_the_command(tmp_path: Path, olmoe: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, olmoe: Job, capsys: pytest.CaptureFixture[str]) -> None:
     world = ["--nodes", "2", "--gpus-per-node", "8", "--gpu", "h200", "--seeds", "3", "--json", str(tmp_path / "plan.json")]
     path = f"foundation.path={olmoe.config.foundation.path}"
-    shown = run_command(monkeypatch, capsys, "--config", str(OLMOE), *world, "--no-search", path, "federation.rounds=2")
+    shown = run_command(capsys, "--config", str(OLMOE), *world, "--no-search", path, "federation.rounds=2")
     for words in (
         "world: 2 hosts x 8 = 16 ranks on h200 (table, efficiencies assumed)",
         "topology: 2 clusters x ep_size 8, 8 experts per rank and layer",
@@ -350,7 +347,7 @@ def test_the_command(tmp_path: Path, olmoe: Job, monkeypatch: pytest.MonkeyPatch
     assert data["ranks"] == 16 and data["rank_hours"] == pytest.approx(data["seed_s"] / 3600 * 48)
 
 
-def test_overrides_stand_anywhere(olmoe: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_stand_anywhere(olmoe: Job, capsys: pytest.CaptureFixture[str]) -> None:
     path = f"foundation.path={olmoe.config.foundation.path}"
     words = [
         path,
@@ -363,15 +360,13 @@ def test_overrides_stand_anywhere(olmoe: Job, monkeypatch: pytest.MonkeyPatch, c
         "federation.rounds=2",
         "--no-search",
     ]
-    shown = run_command(monkeypatch, capsys, *words)
+    shown = run_command(capsys, *words)
     assert "world: 2 hosts x 8 = 16 ranks" in shown and "topology: 4 clusters x ep_size 4" in shown
     assert "verified: as 6 of 16 ranks" in shown and "study: 2 rounds" in shown
-    shown = run_command(monkeypatch, capsys, *words, "--verify-all")
+    shown = run_command(capsys, *words, "--verify-all")
     assert "verified: as 16 of 16 ranks" in shown
 
 
-def test_a_file_that_cannot_be_written_is_told_before_planning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_cannot_be_written_is_told_before_planning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"--json: .*nowhere/plan\.json: cannot be written"):
-        run_command(monkeypatch, capsys, "--config", str(OLMOE), "--json", str(tmp_path / "nowhere" / "plan.json"))
+        run_command(capsys, "--config", str(OLMOE), "--json", str(tmp_path / "nowhere" / "plan.json"))

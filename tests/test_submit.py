@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import REPOSITORY
 
+from fedmoe_ds.commands import submit as submit_command
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner.slurm import Request, check, compose, log_folder, submit
@@ -86,6 +86,7 @@ def test_the_script(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "data.columns={instruction: instruction}",
     ]
     assert f"export FEDMOE_LOGS={logs}" in script.splitlines()
+    assert f"export FEDMOE_LAUNCH={REPOSITORY / 'fedmoe_ds' / 'commands'}" in script.splitlines()
     template = (REPOSITORY / "slurm" / "train.sbatch").read_text()
     assert script.partition("# --- end of header ---")[2] == template.partition("# --- end of header ---")[2]
     assert not logs.exists()
@@ -97,8 +98,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--config", str(config), "--nodes", "2", "seed=3", "--tasks-per-node", "2", "topology.ep_size=4", "--dry-run"]
-    monkeypatch.setattr(sys, "argv", [str(COMMAND), *words])
-    assert runpy.run_path(str(COMMAND))["main"]() == 0
+    assert submit_command.main(words) == 0
     said = capsys.readouterr().out
     assert said.startswith("#!/bin/bash\n") and "seed=3 topology.ep_size=4" in said
     assert not list(tmp_path.iterdir())
@@ -145,6 +145,9 @@ def test_scripts_say_what_is_missing(name: str, tmp_path: Path, bash: Callable[.
     done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", SLURM_SUBMIT_DIR=str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: FEDMOE_HOME: {tmp_path}: has no launch/") and done.stderr.count("\n") == 1
+    done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", SLURM_SUBMIT_DIR=str(tmp_path), FEDMOE_LAUNCH="/elsewhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: FEDMOE_LAUNCH: /elsewhere: has no {name}.py; ") and done.stderr.count("\n") == 1
 
 
 @pytest.fixture
@@ -175,6 +178,13 @@ HOSTILE = {
     "comment": "a # b",
     "tab": "a\tb",
 }
+
+
+def test_a_configuration_of_the_package_is_submitted_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job may start in another folder than the one in which it was asked for by name."""
+    monkeypatch.chdir(tmp_path)
+    script = compose(Request(Path("quickstart")), Config(), tmp_path, tmp_path)
+    assert f"set -- --config {REPOSITORY / 'configs' / 'quickstart.yaml'} " in script
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 PRIVATE = ("personal-", "sums-")
 """Files of what is a client's own (`file_modes`): the sums of an unfinished round, too, can be those of one client."""
+CLIENTS = "clients"
+"""Metadata of private files: a JSON list of the clients' names, in the order of the client axis."""
 _FOLDER = re.compile(r"round-([0-9]{5,})(-partial)?")
 
 
@@ -221,6 +223,27 @@ def read_snapshot(path: Path) -> Snapshot:
         raise _foreign(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     # The raw values go on, not the validated model: a report has more fields than `_Report` names.
     return Snapshot(**{name: manifest[name] for name in _Manifest.model_fields})
+
+
+def client_names(path: Path, files: Iterable[str]) -> list[str] | None:
+    """The names of all clients in the order of the client axis, out of a checkpoint's personal tensors; None: it does not say.
+
+    Args:
+        files: what its manifest lists.
+    Raises:
+        UserError: the file is damaged, or another user's.
+    """
+    for name in sorted(name for name in files if name.startswith(PRIVATE[0]) and _holds_tensors(name)):
+        try:
+            with safe_open(path / name, framework="pt") as opened:
+                told = parse_json((opened.metadata() or {}).get(CLIENTS, "null"))
+        except PermissionError as error:
+            raise _closed(path / name, error) from None
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"checkpoint: {path / name}: damaged: {error}; remove this checkpoint") from None
+        # Checkpoints of earlier versions have no names.
+        return told if isinstance(told, list) and {type(client) for client in told} <= {str} else None
+    return None
 
 
 def _foreign(path: Path, reason: str) -> UserError:

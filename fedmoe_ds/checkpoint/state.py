@@ -5,6 +5,7 @@ Legend: L layers, E experts, N clients.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.checkpoint.personal_state import Personal
-from fedmoe_ds.checkpoint.reader import Snapshot, TensorReader
+from fedmoe_ds.checkpoint.reader import CLIENTS, Snapshot, TensorReader
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.errors import UserError
@@ -63,9 +64,23 @@ class State:
 
 
 def save(
-    writer: CheckpointWriter, topology: Topology, state: State, identity: dict[str, Any], config: str, position: int
+    writer: CheckpointWriter,
+    topology: Topology,
+    state: State,
+    identity: dict[str, Any],
+    config: str,
+    position: int,
+    clients: list[str],
+    best: int | None = None,
 ) -> None:
-    """Begin a checkpoint of this state; see `CheckpointWriter.begin`. `position` is the length of metrics.jsonl."""
+    """Begin a checkpoint of this state; see `CheckpointWriter.begin`.
+
+    Args:
+        config: the resolved configuration.
+        position: the length of metrics.jsonl.
+        clients: names of all clients, in the order of the client axis.
+        best: the round whose checkpoint stays.
+    """
     # Every cluster holds the same state; the first one writes it.
     tensors: dict[str, dict[str, Tensor]] = {}
     if topology.cluster == 0:
@@ -75,7 +90,10 @@ def save(
         if state.personal:
             tensors[f"personal-{tail}"] = _mine(state.personal.items(_first_expert(state.adapters, topology)), topology)
         for name, bank in state.server.items():
-            tensors[f"server.{name}-{tail}"] = _mine(bank.items(_first_expert(bank, topology)), topology)
+            theirs = _mine(bank.items(_first_expert(bank, topology)), topology)
+            # A tensor that is as every start makes it need not be written: `restore` leaves it as it finds it.
+            changed = theirs if bank.changed is None else theirs.keys() & bank.changed
+            tensors[f"server.{name}-{tail}"] = {key: value for key, value in theirs.items() if key in changed}
         if state.sums is not None:
             tensors[f"sums-{tail}"] = dict(_sum_places(state.sums, topology, shard == 0))
     partial = None
@@ -88,7 +106,8 @@ def save(
         }
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
     snapshot = Snapshot(state.round, identity, position, partial, used)
-    writer.begin(snapshot, tensors, {"config.yaml": config})
+    # The axis of clients without their names would say nothing to whoever has the checkpoint alone.
+    writer.begin(snapshot, tensors, {"config.yaml": config}, best, {CLIENTS: json.dumps(clients)})
 
 
 def _counts_LE(rows: list[list[int]]) -> np.ndarray:
@@ -138,9 +157,12 @@ def read_tensors(path: Path, snapshot: Snapshot, state: State, shard: int = 0) -
             for key, _, value in state.personal.items(first):
                 reader.read_into(key, value)
     for name, bank in state.server.items():
+        assert not bank.changed, "what the checkpoint leaves out would stay as it is now"
         with TensorReader(path, f"server.{name}-", snapshot.files) as reader:
             for key, _, value in bank.items(shard * bank.experts):
-                reader.read_into(key, value)
+                if bank.changed is None or key in reader:
+                    reader.read_into(key, value)
+                    bank.note_change(key)
 
 
 def _first_expert(bank: Bank, topology: Topology) -> int:

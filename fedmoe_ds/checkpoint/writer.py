@@ -38,12 +38,14 @@ _LINGER_S = 5.0
 
 @dataclass
 class Written:
-    """What a finished checkpoint cost: seconds for which the run stood still, and until every byte was on disk."""
+    """What a finished checkpoint cost: seconds for which the run stood still, and until every byte was on disk; `best` is the
+    round that is kept for its figures."""
 
     round: int
     partial: bool
     held: float
     seconds: float
+    best: int | None
 
 
 @dataclass
@@ -55,6 +57,8 @@ class _Job:
         sums: their sha256, once the main threads have exchanged them; a shared file system may show the notes late.
         written: this rank's files and their sha256.
         published: seconds until every byte was on disk (None on all ranks but the first).
+        best: the round whose checkpoint stays, however old it is.
+        private: what the headers of private files say beside the tensors.
     """
 
     snapshot: Snapshot
@@ -69,6 +73,8 @@ class _Job:
     dropped: bool = False
     written: Future[Sums] | None = None
     published: Future[float] | None = None
+    best: int | None = None
+    private: dict[str, str] | None = None
 
 
 class CheckpointWriter:
@@ -86,12 +92,21 @@ class CheckpointWriter:
         self._threads = ThreadPoolExecutor(2, "checkpoint")
         self._job: _Job | None = None
 
-    def begin(self, snapshot: Snapshot, tensors: Files, texts: dict[str, str]) -> None:
+    def begin(
+        self,
+        snapshot: Snapshot,
+        tensors: Files,
+        texts: dict[str, str],
+        best: int | None = None,
+        private: dict[str, str] | None = None,
+    ) -> None:
         """Start to write a checkpoint, on all ranks; the one before must have been finished.
 
         Args:
             tensors: files this rank writes: file name -> tensors by name (empty on most ranks). They may change afterwards.
             texts: small text files, written by rank 0.
+            best: a round whose checkpoint is kept whatever its age.
+            private: what the headers of the private tensor files say (safetensors' metadata).
         Raises:
             UserError: the disk is full or not writable; what was there before is untouched.
         """
@@ -99,7 +114,7 @@ class CheckpointWriter:
         began = time.monotonic()
         target = self.root / folder_name(snapshot.round, snapshot.partial is not None)
         working, notes = (self.root / f"{_UNFINISHED}{kind}{target.name}" for kind in ("", "sums-"))
-        job = _Job(snapshot, texts, working, notes, target, began)
+        job = _Job(snapshot, texts, working, notes, target, began, best=best, private=private)
         # It returns on every rank after rank 0 has made the folders, so no rank writes too early.
         self.runtime.run_on_rank0(lambda: self._guarded(lambda: _fresh_folders(working, notes)))
         job.files = [name for part in self.runtime.gather(list(tensors)) for name in part]
@@ -126,7 +141,7 @@ class CheckpointWriter:
         seconds = self._wait(job)
         self._job = None
         held = job.held + time.monotonic() - began
-        return Written(job.snapshot.round, job.snapshot.partial is not None, held, seconds)
+        return Written(job.snapshot.round, job.snapshot.partial is not None, held, seconds, job.best)
 
     def drop(self) -> None:
         """Give up what is under way, on this rank alone: the run ends with an error.
@@ -160,7 +175,7 @@ class CheckpointWriter:
             time.sleep(_POLL_S)
         _publish(job, sums)
         seconds = time.monotonic() - job.began
-        _prune(self.root, self.keep, job.target)
+        _prune(self.root, self.keep, job.target, job.best)
         return seconds
 
     def _guarded(self, action: Callable[[], T]) -> T:
@@ -199,7 +214,7 @@ def _write_tensors(job: _Job, tensors: Files) -> Sums:
     for name, content in tensors.items():
         path = job.working / name
         try:
-            save_file(content, path)
+            save_file(content, path, job.private if name.startswith(PRIVATE) else None)
         except Exception as error:  # safetensors wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
         # Until `_open_up` the folder is closed to others, so nobody reads the file before its mode is right.
@@ -262,8 +277,8 @@ def remove_unfinished(root: Path) -> None:
         remove(leftover)
 
 
-def _prune(root: Path, keep: int, written: Path) -> None:
-    """Keep the newest `keep` complete rounds; an interrupted round goes as soon as a later checkpoint exists.
+def _prune(root: Path, keep: int, written: Path, best: int | None) -> None:
+    """Keep the newest `keep` complete rounds, and the best one; an interrupted round goes as soon as a later checkpoint exists.
 
     Whatever claims to be newer than the one just written was damaged, or this start would have continued from it.
     """
@@ -271,6 +286,8 @@ def _prune(root: Path, keep: int, written: Path) -> None:
     older = found[found.index(written) :]
     complete = [path for path in older if not path.name.endswith("-partial")]
     kept = {written, *complete[:keep]}
+    if best is not None:
+        kept.add(root / folder_name(best, False))
     for path in found:
         if path not in kept:
             remove(path)

@@ -54,5 +54,7 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
     if evaluation.generations == 0:
         yield "evaluation", ("max_new_tokens",), "evaluation.generations is 0"
+    if config.checkpoint.best is None:
+        yield "checkpoint", ("best_split", "best_tier"), "checkpoint.best is null"
     if config.data.validation is not None:
         yield "data", ("global_holdout",), "data.validation is given"

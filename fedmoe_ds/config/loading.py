@@ -7,7 +7,8 @@ Precedence: defaults of the tree < file < overrides, later overrides over earlie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from fedmoe_ds.config.deepspeed_section import deepspeed_problems, without_effect
 from fedmoe_ds.config.problems import explained, first_of, shown
 from fedmoe_ds.config.schema import Config
+from fedmoe_ds.config.shipped import find_config, find_shipped_model
 from fedmoe_ds.config.type_names import expected_at
 from fedmoe_ds.config.yaml12 import DEEPEST, LARGEST, dump_yaml, parse_yaml
 from fedmoe_ds.errors import UserError, nearest
@@ -24,21 +26,41 @@ from fedmoe_ds.errors import UserError, nearest
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a YAML file after `key=value` overrides, whose values are YAML.
 
+    A name without a suffix that is no file here is one of the package's own (`shipped.py`).
+
     Raises UserError, one line, for a missing or malformed file and for the first key that is unknown, given twice, of a
     wrong type or out of range. The keys of `method` other than `name` are left to the method.
     """
-    raw = _read(path)
-    for override in overrides:
-        _apply(raw, override)
-    return _checked(raw)
+    found = find_config(path)
+    raw = _read(found)
+    # Before the overrides: those are the user's, and relative to where the user is.
+    find_shipped_model(raw, found)
+    return config_of(raw, overrides)
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Return a configuration after further `key=value` overrides. Raises UserError as `load_config` does."""
-    raw = config.model_dump()
+    return config_of(config.model_dump(), overrides)
+
+
+def config_of(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a tree of sections and keys, as `load_config` does of the one in a file.
+
+    The tree is left as it is. Paths count as their text and tuples as lists. Raises UserError as `load_config` does.
+    """
+    raw: dict[str, Any] = _as_read(tree)
     for override in overrides:
         _apply(raw, override)
     return _checked(raw)
+
+
+def _as_read(value: Any) -> Any:
+    """A copy of a tree, of what a YAML file can hold: overrides are set in place."""
+    if isinstance(value, Mapping):
+        return {key: _as_read(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_read(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def dump_config(config: Config) -> str:

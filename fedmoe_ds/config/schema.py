@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedmoe_ds.config.data_section import DataConfig
+from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig, problem_of_best
 from fedmoe_ds.config.section import Section
 
 
@@ -67,6 +68,12 @@ class AdapterConfig(Section):
     router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
     moe: MoEAdapterConfig | None = Field(
         None, description="adapter experts beside a dense foundation; null on one: plain LoRA on the projections above"
+    )
+    start: str | None = Field(
+        None,
+        min_length=1,
+        description="what the global adapters begin as: a run, a checkpoint of one, or a folder with a LoRA of PEFT's "
+        "(docs/results.md); null: A drawn, B zero",
     )
 
     @property
@@ -222,33 +229,6 @@ class ExecutionConfig(Section):
     )
 
 
-class EvaluationConfig(Section):
-    """Perplexity and next-token accuracy at every budget tier, and what the task asks for."""
-
-    every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always evaluated")
-    batch_size: int = Field(8, ge=1)
-    max_sequences: int | None = Field(64, ge=1, description="cap on the global hold-out; null: all of it")
-    client_sequences: int = Field(2, ge=0, description="hold-out sequences per client; 0: no per-client evaluation")
-    clients_every: int = Field(0, ge=0, description="rounds between per-client evaluations; 0: foundation and last")
-    metrics: list[Literal["exact_match", "ranked_choice"]] = Field(
-        default_factory=list,
-        description="beside perplexity and accuracy; exact_match: greedy decoding gives the answer, token by token, for no "
-        "further pass; ranked_choice: of all answers in the data the right one is the likeliest, one more pass for each",
-    )
-    generations: int = Field(
-        0, ge=0, description="hold-out samples whose greedy answers, before and after, are written as text into run and report"
-    )
-    max_new_tokens: int = Field(32, ge=1, description="longest answer of `generations`; a whole pass for each token")
-
-
-class CheckpointConfig(Section):
-    """Round checkpoints."""
-
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    every: int = Field(1, ge=1, description="rounds between checkpoints; the last round is always saved")
-    background: bool = Field(True, description="write a copy while the next round trains; false: wait for the disk")
-
-
 class Config(Section):
     """A whole run."""
 
@@ -299,6 +279,12 @@ class Config(Section):
                 "local.drift: scaffold: its control variates are mean gradients, so clients must take plain gradient steps; "
                 "use local.optimizer=sgd and local.momentum=0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Config:
+        if (problem := problem_of_best(self.checkpoint, self.evaluation)) is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -1,44 +1,36 @@
-"""DeepSpeed's own tools, where they make sense for many clients: monitors, communication log, FLOPs profile, checkpointing.
+"""DeepSpeed's own tools, where they make sense for many clients: communication log, FLOPs profile, checkpointing.
 
-The section has been checked when the configuration was loaded (`config.deepspeed_section`); here it is put to work.
+The section has been checked when the configuration was loaded (`config.deepspeed_section`); here it is put to work. Monitors
+have a module of their own (`monitors`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as ds_comm
-from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.profiling.flops_profiler import FlopsProfiler
 
-from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import Parts
-from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.storage.files import write_whole
-
-_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}
-"""Package that a monitor needs beside DeepSpeed."""
 
 
 class DeepSpeedTools:
-    """The tools of one start. `section` is the run's `deepspeed:` section."""
+    """The tools of one start. `section` is the run's `deepspeed:` section, `folder` the run's."""
 
-    def __init__(self, section: dict[str, Any], parts: Parts, journal: Journal) -> None:
+    def __init__(self, section: dict[str, Any], parts: Parts, folder: Path) -> None:
         self.section, self.parts = section, parts
         self.profile: _PassProfile | None = None
-        journal.monitor = _monitor(section, parts.runtime)
         comms = section.get("comms_logger", {})
         if comms.get("enabled"):
             options = {key: comms[key] for key in ("prof_all", "prof_ops", "debug") if key in comms}
             ds_comm.configure(enabled=True, **options)
         if section.get("flops_profiler", {}).get("enabled"):
-            self.profile = parts.runtime.run_on_all_ranks(lambda: _profile(section["flops_profiler"], parts, journal.folder))
+            self.profile = parts.runtime.run_on_all_ranks(lambda: _profile(section["flops_profiler"], parts, folder))
         if "activation_checkpointing" in section:
             _use_deepspeed_checkpointing(section, parts)
 
@@ -55,36 +47,6 @@ class DeepSpeedTools:
                 rows.append(f"{operation},{size},{count},{total:.3f},{total / max(count, 1):.4f}")
         target = folder / f"comms-rank{self.parts.runtime.rank}.csv"
         self.parts.runtime.run_on_all_ranks(lambda: _write(target, "\n".join(rows) + "\n"))
-
-
-def _monitor(section: dict[str, Any], runtime: Runtime) -> MonitorMaster | None:
-    """DeepSpeed's monitors, on every rank; None where none is asked for.
-
-    Raises:
-        UserError: a monitor's package is missing, or it cannot start (no account, a folder that cannot be written).
-    """
-    wanted = [name for name in _MONITORS if section.get(name, {}).get("enabled")]
-    if not wanted:
-        return None
-
-    def start() -> MonitorMaster:
-        for name in wanted:
-            package = _MONITORS[name]
-            # Asked beforehand: DeepSpeed's writers print advice of their own and end with an ImportError.
-            if package is not None and importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"deepspeed.{name}.enabled: true: it needs the package {package}, which is not installed: pip install "
-                    f"{package}, or set it to false"
-                )
-        try:
-            return MonitorMaster(get_monitor_config(section))
-        except Exception as error:  # whatever a service's own client raises
-            raise UserError(
-                f"deepspeed.{' and '.join(wanted)}: cannot start: {type(error).__name__}: {error}; mend that, or set "
-                "enabled=false"
-            ) from error
-
-    return runtime.run_on_all_ranks(start)
 
 
 def _write(target: Path, text: str) -> None:

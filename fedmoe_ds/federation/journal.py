@@ -17,6 +17,7 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation import monitors
 from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.federation.generation import Generation
 from fedmoe_ds.model.moe_layer import RESCALER
@@ -84,6 +85,10 @@ class Journal:
     def note(self, text: str) -> None:
         self.progress.note(text)
 
+    def detail(self, text: str) -> None:
+        """A note for `--verbose`."""
+        self.progress.detail(text)
+
     def start_round(self, round_index: int, rounds: int, waves: int) -> None:
         self.progress.start_round(round_index, rounds, waves)
 
@@ -126,8 +131,8 @@ class Journal:
         rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
         return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
 
-    def evaluation(self, round_index: int, rows: list[Score]) -> None:
-        """Evaluation rows, and one progress line."""
+    def evaluation(self, round_index: int, rows: list[Score], plain: bool, best: str | None = None) -> None:
+        """Evaluation rows, and one progress line; `plain`: of the foundation itself; `best`: what it says of the best round."""
 
         def write() -> None:
             for row in rows:
@@ -141,19 +146,14 @@ class Journal:
                 self.log.write("eval", **fields)
 
         self._write(write)
-        if self.monitor is not None:
-            # One curve per tier; a monitor with one per client is unreadable.
-            shown = [row for row in rows if row.split != "client"]
-            figures = [(row, {"perplexity": row.perplexity, **row.metrics}) for row in shown]
-            curves = [(f"{name}/{row.split}/k{row.label}", value) for row, found in figures for name, value in found.items()]
-            self._monitored([(name.replace(" ", "-"), value, round_index) for name, value in curves])
-        head = "foundation" if round_index == 0 else f"round {round_index}"
+        self._monitored(lambda: monitors.of_evaluation(round_index, rows))
+        head = "foundation" if plain else "start" if round_index == 0 else f"round {round_index}"
         pooled = [row for row in rows if row.split == "global"]
         tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in pooled)
         for name in pooled[0].metrics if pooled else ():
             shares = "  ".join(f"k={row.label}: {row.metrics[name]:.1%}" for row in pooled)
             tiers += f"; {name.replace('_', ' ')} {shares}"
-        self.note(f"{head}: perplexity {tiers}")
+        self.note(f"{head}: perplexity {tiers}{f'; {best}' if best else ''}")
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Samples as text; the record becomes this user's alone, as with answers."""
@@ -193,9 +193,24 @@ class Journal:
         dropped = [client["client"] for client in clients if client["status"] != OK]
         reasons = sorted({client["status"] for client in clients} - {OK})
         tokens = sum(client["tokens"] for client in clients)
-        # An unfinished round of an older version has clients that did not count them.
-        targets = sum(client["targets"] for client in clients) if all("targets" in client for client in clients) else None
         seconds = timer.total() + partial.seconds
+        fields = {
+            "participants": len(clients),
+            "dropped": len(dropped),
+            "dropped_clients": dropped,
+            "tokens": tokens,
+            # An unfinished round of an older version has clients that did not count them.
+            "targets": sum(client["targets"] for client in clients) if all("targets" in client for client in clients) else None,
+            "seconds": seconds,
+            # Training, and what an interrupted start spent on this round; evaluation is no part of the speed.
+            "tokens_per_s": tokens / max(timer.phases.get("train", 0.0) + partial.seconds, 1e-9),
+            "phases": timer.phases,
+            "wave_seconds": trainer.timer.phases,
+            # Taking resets the tallies: each round reports its own.
+            "collectives": activity.take(),
+            "waves": waves,
+            "lr": trainer.round_rate(round_index),
+        }
 
         def write() -> None:
             for client in clients:
@@ -207,36 +222,20 @@ class Journal:
                     tier = {"tier": tier_top_k(label), "tier_label": label}
                     share = counts_LE / counts_LE.sum(1, keepdims=True).clip(1)
                     self.log.write("experts", round=round_index, **tier, activation=share.round(6))
-            self.log.write(
-                "round",
-                round=round_index,
-                participants=len(clients),
-                dropped=len(dropped),
-                dropped_clients=dropped,
-                tokens=tokens,
-                targets=targets,
-                seconds=seconds,
-                # Training, and what an interrupted start spent on this round; evaluation is no part of the speed.
-                tokens_per_s=tokens / max(timer.phases.get("train", 0.0) + partial.seconds, 1e-9),
-                phases=timer.phases,
-                wave_seconds=trainer.timer.phases,
-                # Taking resets the tallies: each round reports its own.
-                collectives=activity.take(),
-                waves=waves,
-                lr=trainer.round_rate(round_index),
-            )
+            self.log.write("round", round=round_index, **fields)
 
         self._write(write)
-        if self.monitor is not None:
-            self._monitored([("round/tokens", tokens, round_index), ("round/seconds", seconds, round_index)])
+        self._monitored(lambda: monitors.of_round(round_index, clients, fields))
         text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
         if dropped:
             text += f"; left out ({', '.join(reasons)}): {', '.join(dropped)}"
         self.progress.end_round(text)
+        self.progress.detail(f"round {round_index}: {_spent(fields)}")
 
-    def _monitored(self, events: list[tuple[str, float, int]]) -> None:
+    def _monitored(self, figures: Callable[[], list[monitors.Figure]]) -> None:
         # DeepSpeed's writers exist on rank 0 only; a full disk ends the run as everywhere.
-        self._write(lambda: self.monitor.write_events(events))
+        if self.monitor is not None:
+            self._write(lambda: self.monitor.write_events(figures()))
 
     def not_averaged(self, round_index: int, blocks: list[str]) -> None:
         """Blocks that clients trained and of which the round averages nothing."""
@@ -253,3 +252,15 @@ class Journal:
         self.progress.close()
         if self._log is not None:
             self._log.close()
+
+
+def _spent(fields: dict[str, Any]) -> str:
+    """Where the time of a round went, on one line."""
+    phases = [f"{name} {seconds:.2f} s" for name, seconds in fields["phases"].items()]
+    inside = [f"{name} {seconds:.2f} s" for name, seconds in fields["wave_seconds"].items()]
+    sent = [
+        f"{name} {tally['calls']} x {tally['seconds']:.2f} s {tally['bytes']:,} bytes"
+        for name, tally in fields["collectives"].items()
+    ]
+    told = [", ".join(phases), f"waves {', '.join(inside)}" if inside else "", f"collectives {', '.join(sent)}" if sent else ""]
+    return "; ".join(part for part in told if part)

@@ -17,10 +17,8 @@ import torch
 
 from fedmoe_ds.aggregation.postprocessors import OK, Postprocessor, keep_out_non_finite, postprocess
 from fedmoe_ds.aggregation.round_sums import RoundSums
-from fedmoe_ds.checkpoint import state
 from fedmoe_ds.checkpoint.digest import global_digest
 from fedmoe_ds.checkpoint.state import PartialRound
-from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.local_training import Wave
@@ -31,6 +29,7 @@ from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.errors import LostError
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
 from fedmoe_ds.federation.schedule import schedule
 
 
@@ -78,8 +77,7 @@ class Federation:
     def __init__(self, parts: Parts, journal: Journal) -> None:
         self.parts, self.journal = parts, journal
         self.state = parts.state
-        saving = parts.config.checkpoint
-        self.writer = CheckpointWriter(parts.checkpoints, parts.runtime, saving.keep, saving.background)
+        self.checkpoints = RoundCheckpoints(parts, journal)
         self.timer = PhaseTimer()
         self.postprocessors: list[Postprocessor] = [keep_out_non_finite]
 
@@ -87,9 +85,9 @@ class Federation:
         """Train the remaining rounds; at the end every checkpoint is on disk. Raises UserError when one cannot be written."""
         try:
             outcome = self._rounds()
-            self._finish_checkpoint()
+            self.checkpoints.finish()
         except BaseException:
-            self.writer.drop()
+            self.checkpoints.drop()
             raise
         return outcome
 
@@ -97,15 +95,14 @@ class Federation:
         config = self.parts.config
         if self.state.round == 0 and self.state.partial is None:
             if self._stop_agreed():  # asked while the model and the data were loaded
-                self._save()
+                self.checkpoints.save()
                 return self._stopped()
             self._evaluate(0)
         for round_index in range(self.state.round + 1, config.federation.rounds + 1):
             if self._round(round_index):
                 return self._stopped()
             if round_index < config.federation.rounds and self._stop_agreed():
-                if round_index % config.checkpoint.every:
-                    self._save()
+                self.checkpoints.stopped_after(round_index)
                 return self._stopped()
         return Outcome(self._digest(), None)
 
@@ -125,7 +122,7 @@ class Federation:
             # Slower clusters are waited for here, so that the checkpoint below is not charged with them.
             self.parts.runtime.barrier()
         # That of the round before: its figures and those of this round are never both at risk.
-        self._finish_checkpoint()
+        self.checkpoints.finish()
         with self.timer.phase("aggregate"):
             work.sums.reduce(self.parts.topology)  # 4. The sums of all clusters.
             self._share(work.partial)
@@ -139,8 +136,8 @@ class Federation:
             if self._is_due(round_index, self.parts.config.evaluation.every):
                 self._evaluate(round_index)  # 6. The new global state at every budget tier.
         self._report(work)  # 7. What all this was, for the user,
-        if self._is_due(round_index, self.parts.config.checkpoint.every):
-            self._save()  # and for the next start.
+        # and for the next start.
+        self.checkpoints.round_done(round_index, self._is_due(round_index, self.parts.config.checkpoint.every))
         return False
 
     def _is_due(self, round_index: int, every: int) -> bool:
@@ -255,7 +252,7 @@ class Federation:
         """Save a round that is not finished: the next start goes on with its other clients."""
         work.partial.seconds += self.timer.total()
         self.state.partial, self.state.sums = work.partial, work.sums
-        self._save()
+        self.checkpoints.save()
 
     def _step(self, work: _Round) -> None:
         """Make the next global state of the sums."""
@@ -280,28 +277,14 @@ class Federation:
 
     def _evaluate(self, round_index: int) -> None:
         activity.enter("evaluate", round_index)
-        config, evaluator, plain = self.parts.config.evaluation, self.parts.evaluator, round_index == 0
-        ends = plain or round_index == self.parts.config.federation.rounds
-        every = config.clients_every
-        per_client = config.client_sequences > 0 and (ends or (every > 0 and round_index % every == 0))
-        self.journal.evaluation(round_index, evaluator.scores(self.state.personal, per_client, plain))
+        parts, config, ends = self.parts, self.parts.config.evaluation, round_index in (0, self.parts.config.federation.rounds)
+        # Adapters that somebody has trained are scored as clients receive them.
+        plain = round_index == 0 and parts.start is None
+        due = config.clients_every > 0 and round_index % config.clients_every == 0
+        rows = parts.evaluator.scores(self.state.personal, config.client_sequences > 0 and (ends or due), plain)
+        self.journal.evaluation(round_index, rows, plain, self.checkpoints.see(round_index, rows))
         if ends:
-            self.journal.generations(round_index, evaluator.generations(self.state.personal, plain))
-
-    def _save(self) -> None:
-        """Begin a checkpoint of the state as it is now."""
-        self._finish_checkpoint()
-        activity.enter("checkpoint")
-        parts = self.parts
-        position = parts.runtime.run_on_rank0(self.journal.position)
-        state.save(self.writer, parts.topology, self.state, parts.identity, parts.config_text, position)
-
-    def _finish_checkpoint(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one."""
-        activity.enter("checkpoint")
-        done = self.writer.finish()
-        if done is not None:
-            self.journal.event("checkpoint", round=done.round, partial=done.partial, seconds=done.held, written_s=done.seconds)
+            self.journal.generations(round_index, parts.evaluator.generations(self.state.personal, plain))
 
     def _stop_requested_here(self) -> bool:
         """Whether any rank of this cluster was asked to stop; all of its ranks agree."""

@@ -100,6 +100,8 @@ class Bank:
         device: torch.device | None = None,
         with_grad: bool = True,
     ) -> None:
+        # For a bank whose tensors a start can make again: keys of those that have changed since. None: all count as changed.
+        self.changed: set[str] | None = None
         self.specs = {spec.name: spec for spec in specs}
         self.experts, self.clients, self.device = experts, clients, device or torch.device("cpu")
         self.expert_clients = clients if expert_clients is None else expert_clients
@@ -138,6 +140,11 @@ class Bank:
     def broadcast(self, name: str) -> Tensor:
         """The values with the client axis moved to the front: [C, L, ...] (a view)."""
         return self.values[name].movedim(2 if self.specs[name].expert else 1, 0)
+
+    def note_change(self, key: str) -> None:
+        """A tensor is no longer what every start makes it."""
+        if self.changed is not None:
+            self.changed.add(key)
 
     def zero_grad(self) -> None:
         for grad in self.grads.values():

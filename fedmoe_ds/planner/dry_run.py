@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from fedmoe_ds.clients.batches import step_count
+from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.distributed.topology import check_layout, format_table
+from fedmoe_ds.federation.best_round import check_best_tier
+from fedmoe_ds.federation.monitors import check_monitors
 from fedmoe_ds.federation.schedule import home_clients, schedule
 from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.planner.memory import estimate, format_bytes, outlasting
@@ -27,6 +30,8 @@ def describe(config: Config, world_size: int) -> list[str]:
     # A start would load the tokenizer, so a folder without one is refused here, too.
     job = resolve(config, assume=False)
     config = job.config
+    check_monitors(config.deepspeed)
+    check_best_tier(config.checkpoint, tiers_of(job.clients))
     rows = layout.table(job.expert_layout.num_experts, ["?"] * world_size)
     ranks = [{key: value for key, value in row.items() if key != "host"} for row in rows]
     # Host names are known to a started job only.

@@ -15,11 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe_ds.config import Config, load_config
+from fedmoe_ds.config import Config, find_config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.shell import command_line, quoted
 from fedmoe_ds.storage.files import make_folder, write_whole
 
+PACKAGE = Path(__file__).resolve().parents[1]
+TEMPLATE = PACKAGE / "slurm" / "train.sbatch"
+"""In the repository `slurm` is a link to the folder that people look into; a wheel holds the files."""
 END_OF_HEADER = "# --- end of header ---\n"
 FLAGS = {
     "nodes": "--nodes",
@@ -88,13 +91,13 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
     """The batch script: the template's header with this request's options, then the template.
 
     Args:
-        home: the repository; its slurm/train.sbatch is the template.
+        home: the repository, or the folder into which the package is installed.
         folder: where job outputs and logs of ranks go; absolute.
     Raises:
         UserError: an option of sbatch that is none, that belongs to a flag or to the script, or whose value is no line of text;
             a folder whose name is none.
     """
-    head, marker, body = (home / "slurm" / "train.sbatch").read_text().partition(END_OF_HEADER)
+    head, marker, body = TEMPLATE.read_text().partition(END_OF_HEADER)
     assert marker, "slurm/train.sbatch has lost the line that ends its header"
     # A dict keeps the template's order, and a request's option replaces the template's own.
     options: dict[str, str | None] = {
@@ -115,8 +118,13 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
             _check_line(key, value)
     # sbatch takes quotes off a value as a shell does; a name with spaces needs them.
     lines = [f"#SBATCH --{key}" + ("" if value is None else f"={shlex.quote(value)}") for key, value in options.items()]
-    words = command_line(["--config", str(request.config.resolve()), *request.overrides])
-    places = {"FEDMOE_HOME": home, "FEDMOE_LOGS": folder, "FEDMOE_PYTHON": sys.executable}
+    words = command_line(["--config", str(find_config(request.config).resolve()), *request.overrides])
+    places = {
+        "FEDMOE_HOME": home,
+        "FEDMOE_LAUNCH": PACKAGE / "commands",
+        "FEDMOE_LOGS": folder,
+        "FEDMOE_PYTHON": sys.executable,
+    }
     # Absolute paths: SLURM runs a copy of the script, in its own spool folder.
     exports = [f"export {name}={quoted(str(place))}" for name, place in places.items()]
     first = ["#!/bin/bash", "# Written by launch/submit.py from slurm/train.sbatch; sbatch this file to submit the same again."]
@@ -148,7 +156,7 @@ def submit(request: Request, home: Path, environment: Mapping[str, str]) -> Subm
     """Check a request, write its script to <output>/slurm/<name>.sbatch and submit it.
 
     Args:
-        home: the repository.
+        home: the repository, or the folder into which the package is installed.
         environment: of sbatch, which passes it on to the job.
     Raises:
         UserError: a mistake in the configuration or in the request, no sbatch here, or sbatch refuses.

@@ -26,10 +26,12 @@ from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.terminal import visible
 
 PARTS = Path(__file__).parent
+PAGE = "report.html"
+"""In the folder of every run."""
 
 
-def write_report(run_folder: Path) -> Path:
-    """Build `<run_folder>/report.html` and return its path; an older report is replaced in one step.
+def write_report(run_folder: Path, target: Path | None = None) -> Path:
+    """Build `<run_folder>/report.html`, or another file, and return its path; an older report is replaced in one step.
 
     Works for a run that is still going or was cut off: what is not recorded yet is said to be missing.
 
@@ -37,21 +39,30 @@ def write_report(run_folder: Path) -> Path:
         UserError: the folder holds no readable metrics.jsonl.
         OSError: the page cannot be written.
     """
+    history, config = read_history(run_folder), read_config(run_folder)
+    target = run_folder / PAGE if target is None else target
+    # Answers and samples hold what clients have written.
+    write_whole(target, page(history, config), private=bool(history.generations or history.samples))
+    return target
+
+
+def read_history(run_folder: Path) -> History:
+    """What a run has recorded. Raises UserError: no such folder, or it holds no readable metrics.jsonl."""
     if not run_folder.is_dir():
         raise UserError(f"run folder: {run_folder}: does not exist; name a folder like runs/<name>")
-    history = History.of(read_metrics(run_folder / "metrics.jsonl"))
+    return History.of(read_metrics(run_folder / "metrics.jsonl"))
+
+
+def read_config(run_folder: Path) -> str | None:
+    """The text of its configuration, None where it holds none. Raises UserError where it cannot be read."""
     config_file = run_folder / "config.yaml"
     # A link may have been put there to have a secret printed.
     plain = config_file.is_file() and not config_file.is_symlink()
     try:
-        config = config_file.read_text(encoding="utf-8") if plain else None
+        return config_file.read_text(encoding="utf-8") if plain else None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"{config_file}: cannot be read: {reason}; restore it, or remove it") from None
-    target = run_folder / "report.html"
-    # Answers and samples hold what clients have written.
-    write_whole(target, page(history, config), private=bool(history.generations or history.samples))
-    return target
 
 
 def page(history: History, config: str | None) -> str:
@@ -73,13 +84,19 @@ def page(history: History, config: str | None) -> str:
     shown = [(anchor, title, body) for anchor, title, body in sections if body is not None]
     links = [tag("a", title, href=f"#{anchor}") for anchor, title, _ in shown]
     bodies = [tag("section", tag("h2", title), body, id=anchor) for anchor, title, body in shown]
+    body = join([header(history), tag("nav", *links, aria_label="sections"), tag("main", *bodies)])
+    return document(str(history.run.get("name") or "run"), body)
+
+
+def document(title: str, body: Markup) -> str:
+    """A page around its content; it loads nothing from elsewhere."""
     # string.Template and not str.format: style and script are full of braces.
     return Template(_part("report.html")).substitute(
-        # The name may hold control characters: a record can come from anybody.
-        title=html.escape(visible(history.run.get("name") or "run")),
+        # A name may hold control characters: a record can come from anybody.
+        title=html.escape(visible(title)),
         style=_part("report.css"),
         script=_part("report.js"),
-        body=join([header(history), tag("nav", *links, aria_label="sections"), tag("main", *bodies)]),
+        body=body,
     )
 
 

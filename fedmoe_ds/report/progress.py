@@ -14,13 +14,14 @@ from rich.progress import Progress as Bar
 
 from fedmoe_ds.report.formats import targets_of, wilson
 from fedmoe_ds.report.history import TASK_METRICS, Event, TierResult, tier_results
-from fedmoe_ds.terminal import visible
+from fedmoe_ds.terminal import visible, voice
 
 MISSING = "-"
 
 
 class Progress:
-    """Progress of a run on standard error; with `enabled=False` (every rank but 0) all methods do nothing.
+    """Progress of a run on standard error. With `enabled=False` (every rank but 0) notes go to the rank's own log, if there is
+    one, and with `--verbose` to standard error as well; there is no bar. With `--quiet` the log alone has all of it.
 
     `interval` is the shortest time between two wave lines, in seconds, where standard error is no terminal.
     """
@@ -28,14 +29,14 @@ class Progress:
     def __init__(self, enabled: bool = True, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self._enabled = enabled
         self._interval = interval
-        # No markup and no emoji: names of users are shown as they are.
-        self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False)
+        # No markup and no emoji: names of users are shown as they are. In a notebook, lines go to its standard error, too.
+        self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False, force_jupyter=False)
         self._bar: Bar | None = None
         self._round = self._rounds = 0
         self._first_round = 0
         self._began = self._last_line = time.monotonic()
         self._tokens = self._seconds = 0.0
-        if enabled and self._console.is_terminal:
+        if enabled and not voice.quiet and self._console.is_terminal:
             # A bar in a log file would be thousands of lines of control characters.
             self._bar = _new_bar(self._console)
             self._task = self._bar.add_task("starting", total=1.0, start=False, visible=False, state="")
@@ -48,17 +49,22 @@ class Progress:
 
     def note(self, text: str) -> None:
         """One line of text, above the bar where there is one."""
-        if not self._enabled:
+        voice.record(text)
+        if voice.quiet or not (self._enabled or voice.verbose):
             return
+        # Every rank's notes, where they are asked for: without its number nobody could tell them apart.
+        line = visible(text) if self._enabled else f"[rank {voice.rank}] {visible(text)}"
         if self._bar is None:
-            self._console.print(f"[{time.strftime('%H:%M:%S')}] {visible(text)}", soft_wrap=True)
-        else:
-            self._console.print(visible(text), soft_wrap=True)
+            line = f"[{time.strftime('%H:%M:%S')}] {line}"
+        self._console.print(line, soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """One line that only `--verbose` shows."""
+        if voice.verbose:
+            self.note(text)
 
     def start_round(self, round: int, rounds: int, waves: int) -> None:
         """Rounds count from 1; a resumed run starts later, and its ETA counts from there."""
-        if not self._enabled:
-            return
         if not self._first_round:
             self._first_round, self._began = round, time.monotonic()
         self._round, self._rounds = round, rounds
@@ -70,8 +76,6 @@ class Progress:
 
     def wave_done(self, wave: int, waves: int, tokens: int, seconds: float) -> None:
         """Wave `wave` (from 1) of `waves` is done; `tokens` and `seconds` are those of this wave alone."""
-        if not self._enabled:
-            return
         self._tokens += tokens
         self._seconds += seconds
         # Aggregation and evaluation still follow: counted as one more wave, so that the bar does not wait at the end.
@@ -88,8 +92,6 @@ class Progress:
 
     def end_round(self, summary: str) -> None:
         """The round is complete: one line that stays."""
-        if not self._enabled:
-            return
         remaining = self._remaining(self._round)
         self._last_line = time.monotonic()
         self.note(f"round {self._round}/{self._rounds}  {summary}" + (f"  ETA {_clock(remaining)}" if remaining else ""))

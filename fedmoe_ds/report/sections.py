@@ -36,7 +36,7 @@ def results_section(history: History) -> Markup:
     rows = [_result_row(result, colours[result.tier]) for result in results]
     last = max(result.after.get("round", 0) for result in results)
     after = f"after is the global model of round {last}. A ratio below 1 is better." if last else "no round is evaluated yet."
-    lead = f"Before is the foundation, {after}"
+    lead = f"Before is {history.before}, {after}"
     lead += " In brackets: the 95 % interval of the accuracy for its number of targets, taken as independent."
     if any(" " in result.tier for result in results):
         lead += " Tiers of one top-k differ in what else they buy: r is the LoRA rank, e the experts trained per batch."
@@ -72,7 +72,7 @@ def convergence_section(history: History) -> Markup:
         return tag("p", "Nothing has been evaluated yet.", cls="empty")
     lead = tag(
         "p",
-        "Round 0 is the foundation before any client has trained. Each line is the global model at one budget tier.",
+        f"Round 0 is {history.before} before any client has trained. Each line is the global model at one budget tier.",
         cls="lead",
     )
     return tag("div", lead, choices("hold-out", [(HOLD_OUT[split], _curves(history, split)) for split in splits]))
@@ -94,11 +94,11 @@ def _curves(history: History, split: str) -> Markup:
 
     perplexity = line_chart(
         lines("perplexity", lambda row: formats.score(row, "perplexity", formats.number)),
-        title="Perplexity (log scale, lower is better)", x_label="round", form=_tick, log=True,
+        title="Perplexity (log scale, lower is better)", x_label="round", form=tick, log=True,
     )  # fmt: skip
     accuracy = line_chart(
         lines("accuracy", formats.accuracy),
-        title="Next-token accuracy, % (higher is better)", x_label="round", form=lambda y: _tick(100 * y), most=1.0,
+        title="Next-token accuracy, % (higher is better)", x_label="round", form=lambda y: tick(100 * y), most=1.0,
     )  # fmt: skip
     return tag("div", tag("figure", perplexity), tag("figure", accuracy), *_task_curves(history, lines), cls="pair")
 
@@ -109,12 +109,13 @@ def _task_curves(history: History, lines: Callable[[str, Callable[[Event], str]]
     for name in (name for name in TASK_METRICS if any(name in event for event in history.evaluations.values())):
         series = lines(name, lambda row, name=name: formats.counted_share(row, name, row.get("samples")))  # type: ignore[misc]
         title = f"{TASK_METRICS[name].capitalize()}, % of samples (higher is better)"
-        chart = line_chart(series, title=title, x_label="round", form=lambda y: _tick(100 * y), most=1.0)
+        chart = line_chart(series, title=title, x_label="round", form=lambda y: tick(100 * y), most=1.0)
         found.append(tag("figure", chart))
     return found
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
+    """A value beside an axis."""
     return f"{value:,.6g}".replace(",", formats.NARROW_SPACE)
 
 
@@ -138,7 +139,7 @@ def time_section(history: History) -> Markup:
         (colours[phase], f"{phase} {formats.percent(totals[phase] / whole)} ({formats.duration(totals[phase])})")
         for phase in phases
     )
-    stacked = stacked_columns(columns, title=f"Time per round, {unit}", x_label="round", form=_tick)
+    stacked = stacked_columns(columns, title=f"Time per round, {unit}", x_label="round", form=tick)
     return tag(
         "div",
         keys,
@@ -171,7 +172,7 @@ def _speed(rounds: Sequence[tuple[int, Event]]) -> Markup:
         for number, event in rounds
     ]
     series = Series("speed", "", [(number, event.get("tokens_per_s")) for number, event in rounds], tips)
-    return line_chart([series], title="Training speed, tokens/s", x_label="round", form=_tick, zero=True)
+    return line_chart([series], title="Training speed, tokens/s", x_label="round", form=tick, zero=True)
 
 
 def topology_section(history: History) -> Markup:

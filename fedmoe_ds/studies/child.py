@@ -32,7 +32,7 @@ class Child:
     """A running command.
 
     Args:
-        script: launch/train.py.
+        script: what trains a run.
         environment: of the study; OMP_NUM_THREADS is the run's `execution.threads` unless set there.
         lock: file descriptor to inherit.
         by_slurm: start the ranks with srun, inside of an allocation.

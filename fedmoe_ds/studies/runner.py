@@ -43,7 +43,7 @@ class Runner:
     """Runs a study.
 
     Args:
-        script: launch/train.py.
+        script: what trains a run.
         environment: of the runs.
         note: takes a line for the user.
         jobs: runs at once.

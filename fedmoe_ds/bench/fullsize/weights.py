@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmoe_ds.bench.harness.command import Note
+from fedmoe_ds.config.shipped import FOLDER
 from fedmoe_ds.storage.files import write_whole
 
 Shapes = dict[str, tuple[int, ...]]
 
-SHAPE = Path(__file__).parents[3] / "configs" / "models" / "olmoe-1b-7b" / "config.json"
+SHAPE = FOLDER / "models" / "olmoe-1b-7b" / "config.json"
 
 
 def full_size(layers: int) -> dict[str, object]:

@@ -89,12 +89,15 @@ def values_of(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+_PLACES = ("--json", "--folder")
+
+
 def command_line(arguments: list[str]) -> str:
-    """What to type to measure again: the arguments, less `--json`, which changes nothing about the measurement."""
+    """What to type to measure again: the arguments, less where files go, which changes nothing about the measurement."""
     kept: list[str] = []
     after = False
     for argument in arguments:
-        if not after and argument != "--json" and not argument.startswith("--json="):
+        if not after and argument.partition("=")[0] not in _PLACES:
             kept.append(argument)
-        after = argument == "--json"
+        after = argument in _PLACES
     return shell.command_line(["python", "launch/bench.py", *kept])

@@ -21,7 +21,7 @@ from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.report import formats
 from fedmoe_ds.storage.files import open_plain
 
-SCRIPT = Path(__file__).parents[3] / "launch" / "bench.py"
+SCRIPT = Path(__file__).parents[2] / "commands" / "bench.py"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe_ds.config import load_config
+from fedmoe_ds.config import find_config, load_config
 from fedmoe_ds.errors import EXIT_USER_ERROR, UserError
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import tier_results
@@ -40,7 +40,7 @@ def compare(request: Request, script: Path, environment: Mapping[str, str], note
     """Run what is not finished, then write the report from what is there.
 
     Args:
-        script: launch/train.py.
+        script: what trains a run.
         environment: of the runs.
         note: takes lines for the user: one per finished, failed or stopped run.
     Returns:
@@ -53,8 +53,9 @@ def compare(request: Request, script: Path, environment: Mapping[str, str], note
     for name, value in (("--jobs", request.jobs), ("--ranks", request.ranks)):
         if value < 1:
             raise UserError(f"{name}: {value}: must be at least 1")
-    protocol = read_protocol(request.study)
-    variants = parse_variants(request.methods, protocol, request.study.parent / "methods")
+    study_file = find_config(request.study)
+    protocol = read_protocol(study_file)
+    variants = parse_variants(request.methods, protocol, study_file.parent / "methods")
     runs = plan_runs(request.config, variants, request.seeds, request.output, request.overrides, request.ranks)
     check_copy(request.report)
     with locked(request.output) as lock:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmoe_ds.config import find_config
 from fedmoe_ds.shell import command_line
 from fedmoe_ds.studies.report_files import check_copy
 from fedmoe_ds.studies.resources import check_capacity, in_allocation
@@ -42,7 +43,7 @@ def scale(request: Request, script: Path, environment: Mapping[str, str], note: 
     """List the points, run one, collect what is there, or run everything and collect.
 
     Args:
-        script: launch/train.py.
+        script: what trains a run.
         environment: of the ranks.
         note: takes lines for the user: one per finished, failed or stopped run.
     Returns:
@@ -51,9 +52,10 @@ def scale(request: Request, script: Path, environment: Mapping[str, str], note: 
     Raises:
         UserError: bad input, before any rank is started.
     """
-    study = read_study(request.config)
+    file = find_config(request.config)
+    study = read_study(file)
     output = request.output or Path("runs") / "scaling" / study.name
-    points = plan_points(study, request.config, output, request.overrides)
+    points = plan_points(study, file, output, request.overrides)
     if request.points:
         return 0, "\n".join(f"{point.index} {point.label} {point.ranks}" for point in points)
     check_copy(request.report)

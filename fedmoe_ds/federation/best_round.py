@@ -1,0 +1,147 @@
+"""Best round: which round's checkpoint is kept beside the newest ones, by `checkpoint.best`.
+
+It is a function of the evaluation rows alone: the round after 1 or more that has the best figure, the first of equals. So it is
+the same on every topology, and after a kill and a resume; metrics.jsonl, cut to what its checkpoint has seen, is all that is
+remembered of it. Where the key was set late, or a disk has lost a checkpoint, it is the best of the rounds that are still kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedmoe_ds.checkpoint.reader import candidates, progress_of
+from fedmoe_ds.clients.tiers import tier_order
+from fedmoe_ds.config import CheckpointConfig, Config
+from fedmoe_ds.config.yaml12 import parse_yaml
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.evaluation import Score
+from fedmoe_ds.report import read_metrics
+from fedmoe_ds.report.history import tier_of
+
+_SMALLER = ("perplexity",)
+"""Metrics of which less is better."""
+Row = tuple[int, str, str, float | None]
+"""Round, split, label of the tier, figure."""
+
+
+class BestRound:
+    """The best round so far.
+
+    Args:
+        saving: the run's `checkpoint` section; `best` must be set.
+
+    Attributes:
+        round, value: None before the first round that counts.
+    """
+
+    def __init__(self, saving: CheckpointConfig) -> None:
+        assert saving.best is not None
+        self.metric, self.split, self.tier = saving.best, saving.best_split, saving.best_tier
+        self.round: int | None = None
+        self.value: float | None = None
+
+    def see(self, rows: Iterable[Row]) -> bool:
+        """Take the rows of one round; whether it is the best now."""
+        fitting = [row for row in rows if row[1] == self.split and self.tier in (None, row[2])]
+        if not fitting:
+            return False
+        round_index, _, _, value = min(fitting, key=lambda row: tier_order(row[2]))
+        # The foundation has no adapters to keep; a figure that is not finite is nobody's best.
+        if round_index == 0 or value is None or not math.isfinite(value):
+            return False
+        if self.value is not None and not (value < self.value if self.metric in _SMALLER else value > self.value):
+            return False
+        self.round, self.value = round_index, value
+        return True
+
+    def see_scores(self, round_index: int, scores: Iterable[Score]) -> bool:
+        """The same of rows that have just been evaluated."""
+        return self.see((round_index, score.split, score.label, _figure(score, self.metric)) for score in scores)
+
+    def see_record(self, events: Iterable[Mapping[str, Any]], kept: set[int]) -> None:
+        """Take the `eval` events of a record, as far as they are of rounds that are `kept`."""
+        by_round: dict[int, list[Row]] = {}
+        for event in events:
+            if event["event"] == "eval" and event["round"] in kept:
+                row = (event["round"], event["split"], tier_of(event), event.get(self.metric))
+                by_round.setdefault(event["round"], []).append(row)
+        for round_index in sorted(by_round):
+            self.see(by_round[round_index])
+
+    def told(self) -> str | None:
+        """For people: the round and its figure."""
+        if self.round is None or self.value is None:
+            return None
+        tier = "the largest tier" if self.tier is None else f"tier {self.tier}"
+        return f"best round so far: {self.round} ({self.metric} {self.value:.6g}, {tier}, {self.split} hold-out)"
+
+
+def check_best_tier(saving: CheckpointConfig, labels: Iterable[str]) -> None:
+    """Raise UserError where the run has no tier of the name that is asked for."""
+    known = list(labels)
+    if saving.best is not None and saving.best_tier not in (None, *known):
+        raise UserError(f"checkpoint.best_tier: {saving.best_tier}: the run's tiers are {', '.join(known)}; name one of them")
+
+
+def best_so_far(folder: Path, saving: CheckpointConfig, rounds: int | None = None) -> BestRound | None:
+    """That of a run folder, of its first so many rounds; None where `checkpoint.best` is not set.
+
+    Raises:
+        UserError: metrics.jsonl is missing or damaged.
+    """
+    if saving.best is None:
+        return None
+    best = BestRound(saving)
+    found = [progress_of(path) for path in candidates(folder / "checkpoints")]
+    # A round that was interrupted afterwards has a checkpoint of another name.
+    kept = {progress[0] for progress in found if progress is not None and not progress[1]}
+    best.see_record(read_metrics(folder / "metrics.jsonl"), {r for r in kept if rounds is None or r <= rounds})
+    return best
+
+
+def restored_best(saving: CheckpointConfig, folder: Path, runtime: Runtime, rounds: int) -> BestRound | None:
+    """The best round of those that a start continues, the same on every rank.
+
+    Args:
+        rounds: completed ones; what came after them has been cut from the record.
+    """
+    if saving.best is None:
+        return None
+    best = BestRound(saving)
+
+    def recorded() -> list[float | int | None]:
+        found = best_so_far(folder, saving, rounds)
+        return [None, None] if found is None else [found.round, found.value]
+
+    best.round, best.value = runtime.run_on_rank0(recorded)
+    return best
+
+
+def best_round(folder: Path) -> int | None:
+    """The best round of a run folder whose checkpoint is kept (`checkpoints/round-NNNNN`), by the saved configuration.
+
+    None where its `checkpoint.best` is null, or no round has been evaluated.
+
+    Raises:
+        UserError: config.yaml or metrics.jsonl is missing or damaged.
+    """
+    path = folder / "config.yaml"
+    try:
+        saving = Config.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path))).checkpoint
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name the folder of a run that has started") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is no configuration of this program ({str(error).splitlines()[0]}); restore it") from None
+    best = best_so_far(folder, saving)
+    return None if best is None else best.round
+
+
+def _figure(score: Score, metric: str) -> float | None:
+    value = getattr(score, metric) if metric in ("perplexity", "accuracy") else score.metrics.get(metric)
+    return None if value is None else float(value)

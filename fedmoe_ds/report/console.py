@@ -1,0 +1,76 @@
+"""Console: what a start shows on the terminal, and where it keeps a copy: `--log FILE`, `--quiet`, `--verbose`.
+
+One rule says who writes where. A name without `%r` is one file: what rank 0 says, and the supervisor of `--ranks`. With `%r` in
+it every rank has a file of its own, `%r` being its number. Files are appended to, so that a run that is resumed has one log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import socket
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.storage.files import expanded, open_plain
+from fedmoe_ds.terminal import show, voice
+
+RANK = "%r"
+_LAST = 2
+"""Lines of standard output that stay with `--quiet`: the digest and the run's folder."""
+
+
+def logging_options(parser: argparse.ArgumentParser) -> None:
+    """Add the three options."""
+    parser.add_argument(
+        "--log", metavar="FILE", help="append all lines, with the time, to FILE (rank 0's); with %%r in FILE one file per rank"
+    )
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--quiet", action="store_true", help="show errors and the last two lines only")
+    amount.add_argument(
+        "--verbose", action="store_true", help="show what every rank notes, seconds by phase, folders of the cache, versions"
+    )
+
+
+def start_console(args: argparse.Namespace, rank: int) -> None:
+    """Speak as the options say from here on; to be called before anything else is done.
+
+    Args:
+        args: with the attributes of `logging_options`.
+        rank: of this process; 0 for a supervisor.
+    Raises:
+        UserError: the log cannot be written.
+    """
+    voice.quiet, voice.verbose, voice.rank = args.quiet, args.verbose, rank
+    if args.log is None or (rank > 0 and RANK not in args.log):
+        return
+    path = expanded(args.log.replace(RANK, str(rank)), "--log")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Appended: every write goes to the end, also where a supervisor and its rank 0 share the file.
+        handle = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--log: {path}: cannot be written: {reason}; name a file in a folder of yours") from None
+    voice.log_to(open(handle, "a", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115  (lives as long as the process)
+    voice.record(f"rank {rank} on {socket.gethostname()}: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+
+
+def show_ending(lines: list[str]) -> None:
+    """Write the last lines of a run to standard output; with `--quiet` the table before them goes to the log alone."""
+    first = max(len(lines) - _LAST, 0) if voice.quiet else 0
+    if lines[:first]:
+        voice.record("\n".join(lines[:first]))
+    show("\n".join(lines[first:]))
+    # What a launcher cuts off must be out before the ranks part.
+    sys.stdout.flush()
+
+
+def versions_line() -> str:
+    """The software that a run depends on most, in one line."""
+    names = ("fedmoe-ds", "torch", "deepspeed", "transformers", "safetensors")
+    return f"versions: python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)
