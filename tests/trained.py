@@ -59,12 +59,12 @@ def save(parts: Parts, position: int) -> None:
 def own_logits(parts: Parts, selection: Selection) -> torch.Tensor:
     """[N, V] of `IDS`, position by position but the last, or of the images of `pixels`; by the run's own engine."""
     evaluator, member = parts.evaluator, selection.members[0]
-    how = evaluator._assigned(member, parts.state.personal, False)
+    how = evaluator.assigned(member, parts.state.personal, False)
     if selection.client is None:
-        evaluator._load_mean(list(selection.members), parts.state.personal, False)
+        evaluator.load_mean(list(selection.members), parts.state.personal, False)
     else:
-        evaluator._load_own(member, parts.state.personal)
-    with evaluator._receiving(how):
+        evaluator.load_own(member, parts.state.personal)
+    with evaluator.receiving(how):
         if parts.foundation.images is None:
             rows = Rows(0, how.cap, list(IDS), [np.arange(len(ids)) > 0 for ids in IDS])
         else:
