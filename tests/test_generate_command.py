@@ -24,7 +24,7 @@ from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.templates.question import RAW, chat_reading, question
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.command import main as export
-from fedmoe_ds.results import generate_command, open_run
+from fedmoe_ds.results import answering, open_run
 from fedmoe_ds.results.generate_command import main
 
 SHORT: dict[str, Any] = {
@@ -220,6 +220,6 @@ def test_what_is_refused(root: Path, folder: Path, tmp_path: Path) -> None:
 def test_images_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_run(folder)
     images = replace(opened, spec=replace(opened.spec, images=ImageInput(1, 8, 8, 10, 17)))
-    monkeypatch.setattr(generate_command, "open_run", lambda *argv: images)
+    monkeypatch.setattr(answering, "open_run", lambda *argv: images)
     with pytest.raises(UserError, match="its model classifies images, and writes no text"):
         main([str(folder), "--prompt", "a"])
