@@ -33,18 +33,8 @@ from fedmoe_ds.report import Progress
 PAGE = Path(__file__).parents[1] / "docs" / "outputs.md"
 PLACEHOLDERS = {"<l>": r"(?:\d+)", "<e>": r"(?:\d+)", "<p>": r"(?P<projection>\w+)"}
 SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows": (1,)}
-KINDS = [
-    "flame",
-    "flame-layers",
-    "hfedmoe-full",
-    "hetlora",
-    "flora",
-    "fedsa-lora",
-    "scaffold",
-    "fedyogi",
-    "plain-flora",
-    "beside",
-]
+KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
+KINDS.append("beside")  # adapter experts beside dense blocks
 """Together they have every kind of tensor and file."""
 OTHERS = [variant for variant in (*VARIANTS, *PLAIN) if variant not in KINDS]
 

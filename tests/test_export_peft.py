@@ -342,6 +342,7 @@ def test_what_a_lora_file_has_no_place_for(trained: Result, root: Path, tmp_path
     run = open_run(root / "worlds" / "2")
     selection, blocks = run.select(), run.spec.blocks
     scaled = replace(selection, assignment=replace(selection.assignment, rescale=2.0))
+    masked = replace(selection, assignment=replace(selection.assignment, allowed_E=np.arange(8) < 4))
     more = {name: [*blocks, BlockSpec(name, (0, 1), (2, 2))] for name in (ROUTER, GATE_UP, INNER, "own.gain")}
     cases: list[tuple[dict[str, Any], Selection, str]] = [
         ({"blocks": more[ROUTER]}, selection, "a trained router is whole weights; use --format merged"),
@@ -349,6 +350,7 @@ def test_what_a_lora_file_has_no_place_for(trained: Result, root: Path, tmp_path
         ({"blocks": more[INNER]}, selection, "(adapters.moe) are layers of their own; use --format merged"),
         ({"blocks": more["own.gain"]}, selection, "own.gain is no LoRA pair; use --format merged"),
         ({"method": FLoRA(FLoRA.Params())}, selection, "moves its products into the base model"),
+        ({}, masked, "lets tier 8 use some of the experts alone, and neither a LoRA file nor"),
         ({}, scaled, "the rescaler of tier 8 multiplies the experts' output by 2, which no LoRA file can say; use --format"),
     ]  # fmt: skip
     for changes, chosen, words in cases:
@@ -360,6 +362,10 @@ def test_what_a_lora_file_has_no_place_for(trained: Result, root: Path, tmp_path
     rows = np.array([True, False, True, True, False, False])
     between = replace(selection, assignment=replace(selection.assignment, rows_R=rows, scale=2.0))
     assert rank_and_alpha(Request(run, between, tmp_path, "base")) == (6, 18.0)
+    odd = replace(
+        run, spec=replace(run.spec, config=run.config.model_copy(update={"adapters": AdapterConfig(rank=3, alpha=0.1)}))
+    )
+    assert 0.1 * 3 / 3 != 0.1 and rank_and_alpha(Request(odd, selection, tmp_path, "base")) == (3, 0.1)
 
 
 def test_options_are_refused_in_one_line(trained: Result, root: Path, tmp_path: Path) -> None:

@@ -27,11 +27,10 @@ from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.monitors import check_monitors, start_monitors
 from fedmoe_ds.federation.rounds import Federation, Outcome
 from fedmoe_ds.federation.samples import shown_samples
-from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line
+from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line, versions
 from fedmoe_ds.kernels import fault
 from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
-from fedmoe_ds.report.console import versions_line
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import make_folder
 from fedmoe_ds.storage.folder_lock import FolderLock
@@ -118,7 +117,7 @@ def _train(
 def _tell_details(parts: Parts, journal: Journal) -> None:
     """What `--verbose` wants to know of a start: software, and which folders it reads."""
     foundation = parts.config.foundation
-    journal.detail(versions_line())
+    journal.detail(f"versions: {', '.join(f'{name} {number}' for name, number in versions().items())}")
     journal.detail(f"cache: {cache.root(foundation.cache)}; foundation: {parts.foundation.path}; data: {parts.data.path}")
 
 
