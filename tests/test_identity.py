@@ -48,9 +48,9 @@ execution.reproducible execution.micro_batch_size execution.packing evaluation.m
 BY_CONTENT = """
 foundation.path data.source data.template data.columns data.sequence_length data.max_samples data.holdout data.global_holdout
 data.validation data.partition.kind data.partition.clients data.partition.column execution.adapter_kernels
-data.prompt.end_of_text
+data.prompt.end_of_text adapters.start
 """
-"""In it by what they lead to: other weights, other sequences, other kernels."""
+"""In it by what they lead to: other weights, other sequences, other kernels, other adapters to begin with."""
 NEUTRAL = """
 name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
@@ -283,6 +283,7 @@ def test_another_value_is_refused(key: str, world: World) -> None:
 def test_another_content_is_refused(key: str, world: World) -> None:
     other = str(world.root / "other.jsonl")
     paths = {"foundation.path": str(world.root / "model-2"), "data.source": other, "data.validation": other}
+    paths["adapters.start"] = str(world.root / "runs" / "straight")
     value = paths.get(key) or OTHER.get(key)
     config = world.config(BESIDES.get(key, {}), nested(key, value if value is not None else another(key, KEYS[key], 0.1)))
     runtime, topology = alone()

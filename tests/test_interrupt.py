@@ -60,7 +60,7 @@ def test_ctrl_c_says_once_when_it_is_served(
     monkeypatch.setattr(activity, "phase", phase)
     stop = StopRequest()
     for _ in range(2):
-        stop._receive(signal.SIGINT, None)
+        stop.receive(signal.SIGINT, None)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"SIGINT: the run ends {when}") and stop.requested
 

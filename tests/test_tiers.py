@@ -119,13 +119,13 @@ def test_a_tier_is_evaluated_with_the_rank_that_it_buys(ranks: Result) -> None:
 
 def test_clients_share_passes_of_an_evaluation_and_no_bit_changes(ranks: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator, personal = ranks.parts.evaluator, ranks.parts.state.personal
-    sizes, run = [], evaluator._pass
+    sizes, run = [], evaluator.run_pass
 
     def noting(parts: Any, how: Any) -> Any:
         sizes.append(len(parts))
         return run(parts, how)
 
-    monkeypatch.setattr(evaluator, "_pass", noting)
+    monkeypatch.setattr(evaluator, "run_pass", noting)
     together = evaluator.scores(personal, True, False)
     largest = max(sizes)
     monkeypatch.setattr(evaluator, "shares_passes", False)

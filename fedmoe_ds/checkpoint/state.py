@@ -126,22 +126,7 @@ def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, su
             f"checkpoint: {path}: its round {snapshot.round + 1} is unfinished and was added up by another version; "
             "remove this folder: the run goes on from the round before"
         )
-    first = _first_expert(state.adapters, topology)
-    with TensorReader(path, "adapters", snapshot.files) as reader:
-        # `items` gives views, so reading into them fills the adapters themselves.
-        for key, _, value in state.adapters.items(first):
-            reader.read_into(key, value)
-    if state.personal:
-        with TensorReader(path, "personal", snapshot.files) as reader:
-            for key, _, value in state.personal.items(first):
-                reader.read_into(key, value)
-    for name, bank in state.server.items():
-        assert not bank.changed, "what the checkpoint leaves out would stay as it is now"
-        with TensorReader(path, f"server.{name}-", snapshot.files) as reader:
-            for key, _, value in bank.items(_first_expert(bank, topology)):
-                if bank.changed is None or key in reader:
-                    reader.read_into(key, value)
-                    bank.note_change(key)
+    read_tensors(path, snapshot, state, topology.shard)
     state.round = snapshot.round
     state.utilisation_LE = None if snapshot.utilisation is None else _counts_LE(snapshot.utilisation)
     if snapshot.partial is None:
@@ -158,6 +143,26 @@ def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, su
             for key, value in _sum_places(sums, topology, include_dense=topology.shard == 0):
                 reader.read_into(key, value)
     state.sums = sums
+
+
+def read_tensors(path: Path, snapshot: Snapshot, state: State, shard: int = 0) -> None:
+    """Fill adapters, personal and server state of this shard from a checkpoint."""
+    first = shard * state.adapters.experts
+    with TensorReader(path, "adapters", snapshot.files) as reader:
+        # `items` gives views, so reading into them fills the adapters themselves.
+        for key, _, value in state.adapters.items(first):
+            reader.read_into(key, value)
+    if state.personal:
+        with TensorReader(path, "personal", snapshot.files) as reader:
+            for key, _, value in state.personal.items(first):
+                reader.read_into(key, value)
+    for name, bank in state.server.items():
+        assert not bank.changed, "what the checkpoint leaves out would stay as it is now"
+        with TensorReader(path, f"server.{name}-", snapshot.files) as reader:
+            for key, _, value in bank.items(shard * bank.experts):
+                if bank.changed is None or key in reader:
+                    reader.read_into(key, value)
+                    bank.note_change(key)
 
 
 def _first_expert(bank: Bank, topology: Topology) -> int:

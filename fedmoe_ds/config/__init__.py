@@ -4,7 +4,7 @@ from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
 from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig
 from fedmoe_ds.config.idle import idle_keys
-from fedmoe_ds.config.loading import dump_config, load_config
+from fedmoe_ds.config.loading import config_of, dump_config, load_config, with_overrides
 from fedmoe_ds.config.reference import config_schema_markdown
 from fedmoe_ds.config.schema import (
     AdapterConfig,
@@ -42,9 +42,11 @@ __all__ = [
     "TierConfig",
     "TopologyConfig",
     "checked_deepspeed_section",
+    "config_of",
     "config_schema_markdown",
     "dump_config",
     "find_config",
     "idle_keys",
     "load_config",
+    "with_overrides",
 ]

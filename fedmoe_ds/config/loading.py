@@ -7,7 +7,8 @@ Precedence: defaults of the tree < file < overrides, later overrides over earlie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,32 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     raw = _read(found)
     # Before the overrides: those are the user's, and relative to where the user is.
     find_shipped_model(raw, found)
+    return config_of(raw, overrides)
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a configuration after further `key=value` overrides. Raises UserError as `load_config` does."""
+    return config_of(config.model_dump(), overrides)
+
+
+def config_of(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a tree of sections and keys, as `load_config` does of the one in a file.
+
+    The tree is left as it is. Paths count as their text and tuples as lists. Raises UserError as `load_config` does.
+    """
+    raw: dict[str, Any] = _as_read(tree)
     for override in overrides:
         _apply(raw, override)
     return _checked(raw)
+
+
+def _as_read(value: Any) -> Any:
+    """A copy of a tree, of what a YAML file can hold: overrides are set in place."""
+    if isinstance(value, Mapping):
+        return {key: _as_read(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_read(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def dump_config(config: Config) -> str:

@@ -69,6 +69,12 @@ class AdapterConfig(Section):
     moe: MoEAdapterConfig | None = Field(
         None, description="adapter experts beside a dense foundation; null on one: plain LoRA on the projections above"
     )
+    start: str | None = Field(
+        None,
+        min_length=1,
+        description="what the global adapters begin as: a run, a checkpoint of one, or a folder with a LoRA of PEFT's "
+        "(docs/results.md); null: A drawn, B zero",
+    )
 
     @property
     def projections(self) -> list[str]:

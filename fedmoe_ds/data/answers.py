@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.data.encoder import special_tokens
-from fedmoe_ds.data.federated import FederatedData
 from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.errors import UserError
 
@@ -28,6 +27,21 @@ if TYPE_CHECKING:
 
 MOST_CHOICES = 64
 """Different answers that a sample is ranked against: each costs a pass over the whole hold-out."""
+
+
+class AnswerData(Protocol):
+    """Samples by owner, as `fedmoe_ds.data.FederatedData` has them: what an evaluation reads, and where candidates are from."""
+
+    @property
+    def sequence_length(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def train(self, client: int) -> Sequences: ...
+
+    def holdout(self, client: int) -> Sequences: ...
+
+    def global_holdout(self) -> Sequences: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ def no_prompt(key: str) -> UserError:
     )
 
 
-def choices(data: FederatedData, reader: AnswerReader) -> list[tuple[int, ...]]:
+def choices(data: AnswerData, reader: AnswerReader) -> list[tuple[int, ...]]:
     """All different answers in the data, hold-outs included, in sorted order: the candidates of a ranked choice.
 
     Raises:
@@ -114,6 +128,6 @@ def choices(data: FederatedData, reader: AnswerReader) -> list[tuple[int, ...]]:
     return sorted(found)
 
 
-def _owners(data: FederatedData) -> Iterator[Sequences]:
+def _owners(data: AnswerData) -> Iterator[Sequences]:
     clients = range(len(data))
     return chain((data.global_holdout(),), (part(client) for client in clients for part in (data.train, data.holdout)))

@@ -44,6 +44,12 @@ class Activity:
     groups: list[str] = field(default_factory=list)
     tallies: dict[str, Tally] = field(default_factory=dict)
 
+    def restart(self) -> None:
+        """Another run begins in this process: nothing of the one before is true of it."""
+        self.round, self.waiting, self.failed = 0, None, None
+        self.groups, self.tallies = [], {}
+        self.enter("start")
+
     def enter(self, phase: str, round_index: int | None = None) -> None:
         """A new phase of the run begins."""
         self.phase, self.since = phase, time.monotonic()

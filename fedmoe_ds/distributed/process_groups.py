@@ -19,6 +19,8 @@ import torch.distributed as torch_dist
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 
+from fedmoe_ds.errors import UserError
+
 _limit: datetime.timedelta | None = None
 """How long a collective of the world may take; None: torch's own limit."""
 
@@ -32,14 +34,40 @@ def quiet_deepspeed() -> None:
 def join_world(backend: str, timeout: datetime.timedelta) -> None:
     """Initialise `deepspeed.comm` from the environment variables of this rank.
 
+    A world that is there already is taken as it is. Raises UserError where its groups have a shorter limit.
+
     On CPU, DeepSpeed would first compile an operator (half a minute) that maps 66 MiB of shared memory per rank and leaves the
     files in /dev/shm when the run ends. Only an all-reduce of its inference engine uses it, so it is declared absent.
     """
     global _limit
+    if deepspeed.comm.is_initialized() and _limit is not None:
+        # Another run of a program under a launcher: the groups of its first run are there already.
+        if timeout > _limit:
+            raise UserError(
+                f"topology.timeout_s: with topology.silence_s {timeout.total_seconds():g} s for a collective: the first run of "
+                f"this process has made its groups for {_limit.total_seconds():g} s; give every run what the longest needs"
+            )
+        return
     _limit = timeout
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # `init_runtime` has set all variables that DeepSpeed would otherwise ask MPI for.
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def leave_world(end: bool) -> None:
+    """Forget DeepSpeed's groups, and end the world itself with `end`: this process may join another one."""
+    global _limit
+    _limit = None
+    if end and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:
+        groups._release_process_group_references()
+
+
+def forget_communication() -> None:
+    """Put DeepSpeed's record of collectives, and what it records of them, back to how a process begins."""
+    logger = deepspeed.comm.comm.comms_logger
+    vars(logger).update(vars(type(logger)()))
 
 
 @contextlib.contextmanager

@@ -100,8 +100,7 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
             not hold.
         LostError: the other ranks did not come.
     """
-    device, limits = topology.device, Limits(topology.silence_s, topology.timeout_s, launch.world_size)
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    limits, use_cuda = Limits(topology.silence_s, topology.timeout_s, launch.world_size), uses_cuda(topology.device)
     if use_cuda and not torch.cuda.is_available():
         raise UserError("topology.device: cuda: no CUDA device is visible; use cpu or auto")
     for name, carrier in (("control", topology.control), ("aggregation", topology.aggregation)):
@@ -130,6 +129,11 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
             f"{here} lost the others at the start, or cannot reach the watchdog of rank 0 at {there}: {error}"
         ) from None
     return Runtime(launch, place, control, () if watch is None else watch.notes)
+
+
+def uses_cuda(device: str) -> bool:
+    """What `topology.device` means here."""
+    return torch.cuda.is_available() if device == "auto" else device == "cuda"
 
 
 def _join(backend: str, launch: Launch, control: str, timeout: datetime.timedelta) -> Control:

@@ -37,7 +37,7 @@ class StopRequest:
         """Start listening. What was started with SIGINT ignored (in the background of a script) goes on ignoring it."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
+                signal.signal(number, self.receive)
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)  # set_wakeup_fd refuses a descriptor that blocks
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -60,7 +60,8 @@ class StopRequest:
                 os._exit(EXIT_STOPPED)
         os.close(source)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """What a signal is answered with."""
         name = signal.Signals(number).name
         if self.name is None and number == signal.SIGINT and self._pipe is None and known_rank() == 0:
             # A handler may interrupt a print, and Python's buffered streams refuse to be entered twice: hence os.write.

@@ -10,8 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -33,15 +34,27 @@ class Supervisor:
         max_restarts: starts after the first one, at most.
         silence_s: the job's own limit on silence.
         note: takes a line for the user.
+        variables: of the environment, beside this process's own.
     """
 
     def __init__(
-        self, command: list[str], ranks: int, max_restarts: int, silence_s: float, note: Callable[[str], None]
+        self,
+        command: list[str],
+        ranks: int,
+        max_restarts: int,
+        silence_s: float,
+        note: Callable[[str], None],
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.command, self.ranks, self.max_restarts, self.note = command, ranks, max_restarts, note
-        self.patience_s = silence_s + _GRACE_S
+        self.patience_s, self.variables = silence_s + _GRACE_S, variables or {}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._asked: signal.Signals | None = None
+
+    @property
+    def asked(self) -> str | None:
+        """The name of the signal that was heard, and passed on."""
+        return None if self._asked is None else self._asked.name
 
     def run(self) -> int:
         """Run to the end, to a stop request, or to the last restart; returns the exit code."""
@@ -75,7 +88,9 @@ class Supervisor:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_SIZE": self.ranks}
         variables = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         # A session of its own: Ctrl-C at the terminal reaches the supervisor alone, which passes it on once.
-        return subprocess.Popen([*self.command, *resume], env=os.environ | variables, start_new_session=True)
+        return subprocess.Popen(
+            [*self.command, *resume], env={**os.environ, **self.variables, **variables}, start_new_session=True
+        )
 
     def _wait(self) -> int:
         deadline = None
@@ -91,6 +106,9 @@ class Supervisor:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python hears signals in its main thread alone, which is somebody else's here
+            return
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield

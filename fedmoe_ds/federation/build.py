@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +20,9 @@ from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_skipped
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.batches import Packing
 from fedmoe_ds.clients.client import Client, make_clients, tiers_of
-from fedmoe_ds.clients.hooks import LocalTrainingHooks, TrainingData
+from fedmoe_ds.clients.hooks import TrainingData
 from fedmoe_ds.clients.local_training import WaveTrainer
-from fedmoe_ds.clients.pooled import PooledData, pooled_batches
+from fedmoe_ds.clients.pooled import PooledData
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.data import prepare as prepare_data
@@ -37,13 +36,14 @@ from fedmoe_ds.federation.identity import agreed, check_code, code_of, identity,
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_start, resolve_spec
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.federation.schedule import home_clients
-from fedmoe_ds.federation.server import BASE, CONTROL, Server
+from fedmoe_ds.federation.server import BASE, Server
+from fedmoe_ds.federation.start_source import Source
+from fedmoe_ds.federation.training_hooks import training_hooks
+from fedmoe_ds.federation.warm_start import WarmStart, begin_from, locate, open_start
 from fedmoe_ds.foundation import Foundation, conversion, host_sharing, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.kernels.lora_products import check_kernels
-from fedmoe_ds.methods import Method, RoundContext
-from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
 from fedmoe_ds.model.adapter_dropout import AdapterDropout
 from fedmoe_ds.model.dispatcher import Pool
@@ -59,6 +59,7 @@ class Parts:
     """Everything a `Federation` works with, on one rank.
 
     `training_data` are what rounds train on: the clients' own, or those of one client that has all where the method pools them.
+    `start` says what the adapters began as, where that was not the usual.
     """
 
     spec: RunSpec
@@ -77,6 +78,7 @@ class Parts:
     config_text: str
     checkpoints: Path
     skipped: SkippedClients
+    start: WarmStart | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -114,9 +116,14 @@ class Parts:
 
 
 def load_parts(
-    config: Config, runtime: Runtime, topology: Topology, progress: Progress, stop: StopRequest | None = None
+    config: Config,
+    runtime: Runtime,
+    topology: Topology,
+    progress: Progress,
+    stop: StopRequest | None = None,
+    resume: bool = False,
 ) -> Parts:
-    """Load everything. `stop` is asked on the way, and by the rounds that follow.
+    """Load everything. `stop` is asked on the way, and by the rounds that follow; `resume`: a checkpoint will be restored.
 
     Raises:
         UserError: the same one on every rank, for whatever the user can fix.
@@ -125,13 +132,15 @@ def load_parts(
     stop, device = stop or StopRequest(), runtime.device
     config, method = check_start(config, device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
+    start = runtime.run_on_rank0(lambda: locate(config.adapters.start, resume))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
+    source = runtime.run_on_all_ranks(lambda: None if start is None else open_start(Path(start), spec, foundation.fingerprint))
     data = load_shared_data(config, runtime, foundation, stop, progress.note)
     check_packed_samples(config, data.reading.get("template"))
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
     check_best_tier(config.checkpoint, tiers_of(clients))
-    parts = _assemble(spec, runtime, topology, foundation, data, clients)
+    parts = _assemble(spec, runtime, topology, foundation, data, clients, source)
     parts.stop = stop
     return parts
 
@@ -174,30 +183,35 @@ def load_shared_data(
 
 
 def _assemble(
-    spec: RunSpec, runtime: Runtime, topology: Topology, foundation: Foundation, data: FederatedData, clients: list[Client]
+    spec: RunSpec,
+    runtime: Runtime,
+    topology: Topology,
+    foundation: Foundation,
+    data: FederatedData,
+    clients: list[Client],
+    source: Source | None,
 ) -> Parts:
     config, method, blocks, device = spec.config, spec.method, spec.blocks, runtime.device
     execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
-    install(foundation, config.adapters, execution)
-    # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
-    if (spec.bitwise and spec.shares_passes) or config.execution.packing:
-        use_per_client_attention(foundation.model, execution)
+    model = adapted_model(spec, foundation, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
     adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device)
     server = Server(spec, foundation, clients)
-    state = State(0, adapters, _personal(spec, adapters, clients), server.initial_state(device))
-    model, micro, hooks = (
-        AdaptedModel(foundation, execution, config.execution.packing),
-        config.execution.micro_batch_size,
-        training_hooks(spec, state, clients),
-    )
+    own = server.initial_state(device)
+    # Before personal blocks are made: they begin as the global ones.
+    begun = begin_from(source, spec, adapters, own.get(BASE), runtime)
+    if source is not None:
+        server.load_base(own)
+    state = State(0, adapters, initial_personal(spec, adapters, clients), own)
+    micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients)
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
     layers, rounds = spec.expert_layout.layers, config.federation.rounds
     trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
-    ours = identity(config, foundation, data, agreed(runtime.gather(kernels), topology.hosts, spec.bitwise), spec.bitwise)
+    same = agreed(runtime.gather(kernels), topology.hosts, spec.bitwise)
+    ours = identity(config, foundation, data, same, spec.bitwise, None if begun is None else begun.digest)
     # After kernels_of: that loads the kernels whose code is compared here.
     check_code(runtime.gather(code_of(device)), topology.hosts, spec.bitwise)
     folder = Path(config.output) / config.name
@@ -218,10 +232,21 @@ def _assemble(
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",
         skipped=SkippedClients(folder, memory_settings(config, ours), runtime.run_on_rank0(lambda: read_skipped(folder))),
+        start=begun,
     )
 
 
-def _personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
+def adapted_model(spec: RunSpec, foundation: Foundation, execution: Execution) -> AdaptedModel:
+    """Put the federated layers of a run into its foundation."""
+    config = spec.config
+    install(foundation, config.adapters, execution)
+    # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
+    if (spec.bitwise and spec.shares_passes) or config.execution.packing:
+        use_per_client_attention(foundation.model, execution)
+    return AdaptedModel(foundation, execution, config.execution.packing)
+
+
+def initial_personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
     """Personal blocks of the bank, the method's client state, and control variates; the method is asked for the first two
     alone."""
     blocks, method = spec.blocks, spec.method
@@ -238,36 +263,6 @@ def _personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
         return adapters.client(block.name, 0).cpu() if block.name in adapters else 0.0
 
     return Personal(own + controls, adapters.experts, len(clients), initial)
-
-
-def training_hooks(spec: RunSpec, state: State, clients: list[Client]) -> LocalTrainingHooks:
-    """What the method and the correction of drift prescribe, bound to the state of the run."""
-    method, local, seed = spec.method, spec.config.local, spec.config.seed
-
-    def context(client: Client, round_index: int) -> RoundContext:
-        return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)
-
-    def pooled(client: Client, round_index: int) -> list[np.ndarray]:
-        return pooled_batches(clients, spec.drawn_among(clients, round_index), local, seed, round_index)
-
-    # At most one correction: each defines where a client's steps should point.
-    drift = {
-        "none": None,
-        "fedprox": FedProx(local.proximal),
-        "scaffold": Scaffold(state.server[CONTROL]) if local.drift == "scaffold" else None,
-    }[local.drift]
-    # A method that does not override it is left out, so that no wave pays for an empty call in every step.
-    adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
-    return LocalTrainingHooks(
-        assign=lambda client, round_index: method.assign(client, context(client, round_index)),
-        observer=lambda client, assignment: method.observer(client, assignment, context(client, state.round + 1)),
-        observes=method.observes,
-        adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
-        measure=method.measure,
-        remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
-        selective=method.selective,
-        batches=pooled if method.pooled else None,
-    )
 
 
 def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.device) -> Execution:

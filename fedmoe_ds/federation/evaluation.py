@@ -8,9 +8,8 @@ clients share a pass wherever clients in training do, and the sums of each are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,23 +18,22 @@ from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.config import Config
-from fedmoe_ds.data import FederatedData, Sequences
+from fedmoe_ds.data import Sequences
+from fedmoe_ds.data.answers import AnswerData
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.federation.generation import Generation, as_text, greedy
+from fedmoe_ds.federation.received_model import ReceivedModel
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.task_metrics import TaskMetrics
 from fedmoe_ds.foundation.context_length import longest_sequence
-from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.model.adapter_bank import Bank
-from fedmoe_ds.model.batch import Rows
-from fedmoe_ds.model.forward import AdaptedModel, PassResult
-from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.forward import AdaptedModel
 
 ReadPart = Callable[[], Sequences]
 """Reads what one row of figures is about: a batch of the global hold-out, or what is scored of one client's."""
-SUMS = 4
-"""Rows of the sums over a part: negative log-likelihood, right targets, targets, samples; those of the task metrics follow, one
-for each: how many samples it counts as right."""
+SUMS = 5
+"""Rows of the sums over a part: negative log-likelihood, right targets, targets, samples, tokens; those of the task metrics
+follow, one for each: how many samples it counts as right."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ class Score:
     """One evaluation row of the tier `label` (see `fedmoe_ds.clients.tiers`), whose top-k is `tier`.
 
     Loss is the mean negative log-likelihood per target, in nats; it and the accuracy are NaN where there is no target.
-    `metrics`: of each task metric that is asked for, the share of the `samples` that it counts as right.
+    `metrics`: of each task metric that is asked for, the share of the `samples` that it counts as right. `tokens` are the rows
+    that the blocks see of them.
     """
 
     tier: int
@@ -54,6 +53,7 @@ class Score:
     targets: int
     client: str | None = None
     samples: int = 0
+    tokens: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -64,10 +64,10 @@ class Score:
 
 def pooled(member: Client, split: str, sums_KN: Tensor, names: Iterable[str], client: str | None = None) -> Score:
     """Pool the sums of batches into one row of the tier that `member` is of; `names` are those of the task metrics."""
-    nll, correct, targets, samples, *right = (float(value) for value in sums_KN.sum(1))
+    nll, correct, targets, samples, tokens, *right = (float(value) for value in sums_KN.sum(1))
     loss, accuracy = (nll / targets, correct / targets) if targets else (math.nan, math.nan)
     metrics = {name: count / samples if samples else math.nan for name, count in zip(names, right, strict=True)}
-    return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client, int(samples), metrics)
+    return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client, int(samples), int(tokens), metrics)
 
 
 def most_together(config: Config, home: int) -> int:
@@ -91,7 +91,7 @@ def passes(sizes: list[int], longest: list[int], limit: int) -> list[list[int]]:
     return found
 
 
-class Evaluator:
+class Evaluator(ReceivedModel):
     """Scores the global adapters at each tier: as a client receives them whose budget is what the tier's clients began with.
 
     What clients changed about their budgets on the way (HetLoRA's pruned ranks) does not count: the tier stays what it was.
@@ -100,6 +100,7 @@ class Evaluator:
         spec: method and evaluation settings.
         model: with the adapters of clients in flight.
         bank: the global adapters (one client slot, no gradients); in the model only while an evaluation runs.
+        data: what is scored: a global hold-out, and clients' own.
         clients: all clients; a tier's personal state is the mean over its clients.
     """
 
@@ -109,17 +110,18 @@ class Evaluator:
         model: AdaptedModel,
         runtime: Runtime,
         bank: Bank,
-        data: FederatedData,
+        data: AnswerData,
         clients: list[Client],
     ) -> None:
-        self.model, self.execution, self.runtime, self.bank = model, model.execution, runtime, bank
-        self.data, self.clients, self.tiers = data, clients, tiers_of(clients)
-        self.method, self.config, self.shares_passes = spec.method, spec.config.evaluation, spec.shares_passes
+        super().__init__(spec.method, model, bank)
+        self.runtime, self.data, self.clients, self.tiers = runtime, data, clients, tiers_of(clients)
+        self.config, self.shares_passes = spec.config.evaluation, spec.shares_passes
         self.together = most_together(spec.config, model.execution.pool.home_clients)
         self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
 
-    def scores(self, personal: Personal, per_client: bool, plain: bool) -> list[Score]:
-        """Rows for every tier: split `global`, and with `per_client` also `client` (one per client) and `clients` (pooled).
+    def scores(self, personal: Personal, per_client: bool, plain: bool, tiers: Collection[str] | None = None) -> list[Score]:
+        """Rows for every tier, or those named: split `global`, and with `per_client` also `client` (one each) and `clients` (of
+        all together).
 
         `plain` evaluates the foundation itself: no rescaler. Where clients keep models of their own, every client's model is
         scored, at its own tier: `global` pools those of a tier on the global hold-out, `clients` each on its own.
@@ -127,8 +129,8 @@ class Evaluator:
         rows = []
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
         owning = {client.index for client in owners}
-        for members in self.tiers.values():
-            how = self._assigned(members[0], personal, plain)
+        for members in (members for label, members in self.tiers.items() if tiers is None or label in tiers):
+            how = self.assigned(members[0], personal, plain)
             if not self.method.personal_models:
                 rows += self._tier_rows(members, how, personal, owners, plain)
                 continue
@@ -153,11 +155,11 @@ class Evaluator:
         member, *_ = members = next(iter(self.tiers.values()))
         own = self.method.personal_models and not plain
         if own:
-            self._load_own(member, personal)
+            self.load_own(member, personal)
         else:
-            self._load_mean(members, personal, plain)
+            self.load_mean(members, personal, plain)
         part = held.select(range(count))
-        found = self._generated(part, self._assigned(member, personal, plain))
+        found = self._generated(part, self.assigned(member, personal, plain))
         whose = {"tier": member.top_k, "label": member.tier, "client": member.name if own else None}
         return as_text(part, self.tasks.answers(part), found, self.model.foundation.tokenizer, whose)
 
@@ -166,7 +168,7 @@ class Evaluator:
         size, world = self.config.batch_size, self.runtime.world_size
         longest = longest_sequence(self.model.foundation.model.config)
         found: dict[str, list[int]] = {}
-        with self._receiving(how):
+        with self.receiving(how):
             for turn in range(math.ceil(len(part) / (size * world))):
                 first = (turn * world + self.runtime.rank) * size
                 mine = part.select(range(min(first, len(part)), min(first + size, len(part))))
@@ -175,22 +177,18 @@ class Evaluator:
                     self.tasks.answers(mine),
                     self.config.max_new_tokens,
                     longest,
-                    lambda asked: self._pass(asked, how),
+                    lambda asked: self.run_pass(asked, how),
                     lambda here: any(self.runtime.gather(here)),
                 )
                 found |= {str(first + i): tokens for i, tokens in enumerate(answers)}
         everyone = {place: tokens for ours in self.runtime.gather(found) for place, tokens in ours.items()}
         return [everyone[str(place)] for place in range(len(part))]
 
-    def _assigned(self, member: Client, personal: Personal, plain: bool) -> Assignment:
-        how = self.method.assign(member, RoundContext(0, personal.dense(member.index)))
-        return how if not plain else replace(how, rows_R=None, rescale=None)
-
     def _tier_rows(
         self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client], plain: bool
     ) -> list[Score]:
         """One model for the tier: global adapters, personal blocks at the mean over its clients."""
-        self._load_mean(members, personal, plain)
+        self.load_mean(members, personal, plain)
         rows = [self._pooled(members[0], "global", self._run(*self._global_parts(), how))]
         if owners:
             sums_KN = self._run(*self._client_parts(owners), how)
@@ -204,8 +202,8 @@ class Evaluator:
         parts, cut = self._global_parts()
         scored = {client.index for client in owners}
         for client in members:
-            self._load_own(client, personal)
-            last = [self._client_part(client)] if client.index in scored else []
+            self.load_own(client, personal)
+            last = [self.client_part(client)] if client.index in scored else []
             # Its own hold-out in the turn after the last one of the global: ranks without a batch of that one have time for it.
             sums_KN = self._run([*parts, *last], [*cut, *([len(parts)] for _ in last)], how)
             shared.append(sums_KN[:, : len(parts)])
@@ -217,50 +215,52 @@ class Evaluator:
             rows += [self._pooled(members[0], "client", sums_KN, name) for name, sums_KN in own.items()]
         return rows
 
-    def _load_mean(self, members: list[Client], personal: Personal, plain: bool) -> None:
-        for name in (name for name, spec in personal.specs.items() if name in self.bank):
-            # float64, so that the mean of many equal float32 values is that value.
-            mean = personal.values[name][[client.index for client in members]].double().mean(0)
-            self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
-
-    def _load_own(self, client: Client, personal: Personal) -> None:
-        for name in (name for name in personal.specs if name in self.bank):
-            self.bank.client(name, 0).copy_(personal.values[name][client.index])
-
     def _pooled(self, member: Client, split: str, sums_KN: Tensor, client: str | None = None) -> Score:
         return pooled(member, split, sums_KN, self.tasks.names, client)
 
     def _global_parts(self) -> tuple[list[ReadPart], list[list[int]]]:
         """Batches of the global hold-out, a pass each."""
-        held = self.data.global_holdout()
-        count = len(held) if self.config.max_sequences is None else min(len(held), self.config.max_sequences)
+        parts = self.batches(self.data.global_holdout(), self.config.max_sequences)
+        return parts, [[place] for place in range(len(parts))]
+
+    def batches(self, held: Sequences, most: int | None = None) -> list[ReadPart]:
+        """The first `most` samples, or all of them, a batch each."""
+        count, size = len(held) if most is None else min(len(held), most), self.config.batch_size
         # The default binds `start` now; without it all batches would read the last slice.
-        size = self.config.batch_size
-        parts: list[ReadPart] = [
+        return [
             lambda s=start: held.select(range(s, min(s + size, count)))  # type: ignore[misc]
             for start in range(0, count, size)
         ]
-        return parts, [[place] for place in range(len(parts))]
 
-    def _client_part(self, client: Client) -> ReadPart:
+    def client_part(self, client: Client) -> ReadPart:
+        """What is scored of a client's own hold-out."""
         most = self.config.client_sequences
         return lambda: (held := self.data.holdout(client.index)).select(range(min(most, len(held))))
 
     def _client_parts(self, owners: list[Client]) -> tuple[list[ReadPart], list[list[int]]]:
         """What is scored of each client, several of them in a pass where that changes no bit."""
-        parts = [self._client_part(client) for client in owners]
+        parts = [self.client_part(client) for client in owners]
+        return parts, self._cut(parts)
+
+    def _cut(self, parts: list[ReadPart]) -> list[list[int]]:
         if not self.shares_passes:
-            return parts, [[place] for place in range(len(parts))]
+            return [[place] for place in range(len(parts))]
         own = [part() for part in parts]  # views of a memory map
         longest = [max(map(len, sequences.input_ids), default=0) for sequences in own]
-        return parts, passes([len(sequences) for sequences in own], longest, self.together)
+        return passes([len(sequences) for sequences in own], longest, self.together)
+
+    def owner_scores(self, member: Client, owners: Mapping[str, list[ReadPart]], how: Assignment) -> list[Score]:
+        """Rows of split `client`, one for each owner of samples, by the model that is loaded; `member` is of its tier."""
+        parts = [part for own in owners.values() for part in own]
+        found = torch.split(self._run(parts, self._cut(parts), how), [len(own) for own in owners.values()], 1)
+        return [self._pooled(member, "client", sums_KN, name) for name, sums_KN in zip(owners, found, strict=True)]
 
     @torch.no_grad()
     def _run(self, parts: list[ReadPart], cut: list[list[int]], how: Assignment) -> Tensor:
         """[K, N parts]: the sums under one assignment, the same on every rank; `cut` says which parts share a pass."""
         sums_KN = torch.zeros(SUMS + len(self.tasks.names), len(parts), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
-        with self._receiving(how):
+        with self.receiving(how):
             # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
             for turn in range(math.ceil(len(cut) / world)):
                 place = turn * world + rank
@@ -268,47 +268,16 @@ class Evaluator:
                 sums_KN[:, mine] = self._score([parts[at]() for at in mine], how)
         return self.runtime.control.sum(sums_KN)  # disjoint entries: adding zeros is exact
 
-    @contextmanager
-    def _receiving(self, how: Assignment) -> Iterator[None]:
-        """The model with the global adapters as a client with this assignment receives them."""
-        trained_bank, trained_pool = self.execution.bank, self.execution.pool
-        self.execution.bank = self._received(how)
-        # One slot and one client on every rank: each rank scores batches of its own, with the same adapters.
-        self.execution.pool = replace(trained_pool, home_clients=1, merge=False, shared=True)
-        try:
-            yield
-        finally:
-            self.execution.bank, self.execution.pool = trained_bank, trained_pool
-
-    def _received(self, how: Assignment) -> Bank:
-        """The global adapters as a client with this assignment receives them."""
-        # All rows: the global bank itself, without a copy.
-        if how.rows_R is None:
-            return self.bank
-        specs = list(self.bank.specs.values())
-        bank = Bank(specs, self.bank.experts, clients=1, device=self.bank.device, with_grad=False)
-        for spec in specs:
-            value, mask = self.bank.client(spec.name, 0), how.mask(spec, self.bank.device)
-            bank.client(spec.name, 0).copy_(value if mask is None else torch.where(mask, value, 0.0))
-        return bank
-
     def _score(self, parts: list[Sequences], how: Assignment) -> Tensor:
         """[K, parts]: the sums of the parts of one pass; a rank without any takes part in the same passes."""
-        result = self._pass(parts, how)
-        right_MB = self.tasks.right(parts, result, lambda asked: self._pass(asked, how))
+        result = self.run_pass(parts, how)
+        right_MB = self.tasks.right(parts, result, lambda asked: self.run_pass(asked, how))
         by_part = [torch.split(values_N, result.targets) for values_N in (result.nll_N.double(), result.correct_N)]
         sums_KP = torch.zeros(SUMS + len(self.tasks.names), len(parts), dtype=torch.float64)
-        first = 0
+        first, positions = 0, 1 if self.model.foundation.images is None else self.model.foundation.images.positions
         for place, (part, nll, correct) in enumerate(zip(parts, *by_part, strict=True)):
             right = [sum(right_B[first : first + len(part)]) for right_B in right_MB]
-            figures = [float(nll.sum()), int(correct.sum()), len(correct), len(part), *right]
+            figures = [float(nll.sum()), int(correct.sum()), len(correct), len(part), part.row_count() * positions, *right]
             sums_KP[:, place] = torch.tensor(figures, dtype=torch.float64)
             first += len(part)
         return sums_KP
-
-    def _pass(self, parts: list[Sequences], how: Assignment) -> PassResult:
-        images = self.model.foundation.images
-        # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it. Without
-        # any this makes the stand-in row that takes part in the all-to-alls.
-        rows = [Rows.of(0, how.cap, part, range(len(part)), images=images) for part in parts]
-        return self.model.forward(self.model.batch(rows), 0, None if how.rescale is None else [how.rescale])

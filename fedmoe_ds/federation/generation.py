@@ -10,12 +10,13 @@ answers do not either. Every rank of a cluster runs the same number of passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.data.answers import Answer
@@ -70,29 +71,50 @@ def greedy(
     forward: Forward,
     go_on: Callable[[bool], bool],
 ) -> list[list[int]]:
-    """The likeliest token after each prompt, again and again, until one ends the answer; without samples, only passes.
+    """`continued` after the prompts of samples, by the likeliest token."""
+    prompts = [ids[: answer.start] for ids, answer in zip(part.input_ids, answers, strict=True)]
+    return continued(prompts, [answer.ends for answer in answers], most, longest, forward, go_on)
+
+
+def likeliest(logits_NV: Tensor) -> list[int]:
+    """The token that each row is for; of equal ones the first."""
+    tokens: list[int] = logits_NV.argmax(-1).tolist()
+    return tokens
+
+
+def continued(
+    prompts: Sequence[NDArray[np.int64]],
+    ends: Sequence[Collection[int]],
+    most: int,
+    longest: int | None,
+    forward: Forward,
+    go_on: Callable[[bool], bool],
+    choose: Callable[[Tensor], list[int]] = likeliest,
+) -> list[list[int]]:
+    """One token after each prompt, again and again, until one ends the answer; without prompts, only passes.
 
     Args:
+        ends: tokens that end the answer to each prompt.
         most: tokens of an answer.
         longest: positions that the model has; None: no limit.
         go_on: whether any rank has an unfinished answer, this one as given. Collective.
+        choose: the next token of every unfinished answer from its logits [N, V].
     Returns:
         Tokens of every answer, the one that ends it included.
     """
-    texts: list[NDArray[np.int64]] = [ids[: answer.start] for ids, answer in zip(part.input_ids, answers, strict=True)]
-    found: list[list[int]] = [[] for _ in answers]
-    waiting = list(range(len(answers)))
+    texts: list[NDArray[np.int64]] = list(prompts)
+    found: list[list[int]] = [[] for _ in texts]
+    waiting = list(range(len(texts)))
     for _ in range(most):
         waiting = [i for i in waiting if longest is None or len(texts[i]) < longest]
         if not go_on(bool(waiting)):
             break
         result = forward([_asked([texts[i] for i in waiting])] if waiting else [])
         # One target per sample, in the order of the samples.
-        tokens = result.logits_NV.argmax(-1).tolist()
-        for i, token in zip(waiting, tokens, strict=True):
+        for i, token in zip(waiting, choose(result.logits_NV), strict=True):
             found[i].append(token)
             texts[i] = np.append(texts[i], token)
-        waiting = [i for i in waiting if found[i][-1] not in answers[i].ends]
+        waiting = [i for i in waiting if found[i][-1] not in ends[i]]
     return found
 
 

@@ -32,14 +32,22 @@ _NO_REASON = [("data.template", *pair) for kind in ("text", "chat") for pair in 
 """Differences that lead to the same data: earlier versions wrote down `text` where nothing was set."""
 YARDSTICK = ("max_sequences", "client_sequences")
 """Keys of `evaluation` that decide on which sequences a score is measured: the rounds of one record are compared."""
+START = "adapters.start"
+GONE = ""
+"""Digest of a start whose folder is gone: what a checkpoint says is taken for it."""
 _FIRST = ("foundation", "data", "seed", "adapters", "local", "method", "server", "federation")
 """What absences are kept under; runs of earlier versions have written theirs under these."""
 
 
 def identity(
-    config: Config, foundation: Foundation, data: FederatedData, kernels: Mapping[str, str], bitwise: bool
+    config: Config,
+    foundation: Foundation,
+    data: FederatedData,
+    kernels: Mapping[str, str],
+    bitwise: bool,
+    start: str | None = None,
 ) -> Identity:
-    """That of a start; `kernels` are its own (`kernels_of`)."""
+    """That of a start; `kernels` are its own (`kernels_of`), `start` is the digest of what its adapters begin as."""
     known = of_settings(json.loads(config.model_dump_json()))
     # Resolved: `auto` depends on the machine, so a checkpoint must say what it meant.
     known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
@@ -47,6 +55,8 @@ def identity(
     contents = {"foundation.code": foundation.code, "foundation": foundation.fingerprint, "data": data.fingerprint}
     if data.tiers is not None:  # no token shows what the column of tiers says
         contents["federation.tier_column"] = tree_sha256({"tiers": data.tiers})
+    if start is not None:
+        contents[START] = start
     return {**known, "kernels": dict(kernels), **contents}
 
 
@@ -61,7 +71,10 @@ def of_settings(tree: dict[str, Any]) -> Identity:
     device, scheduled = tree["topology"]["device"], local["rounds_schedule"] != "constant"
     return {
         "seed": tree["seed"],
-        **{name: tree[name] for name in ("adapters", "local", "method", "server")},
+        **{name: tree[name] for name in ("local", "method", "server")},
+        # Not where the start lies: the digest stands for the tensors themselves.
+        "adapters": {key: value for key, value in tree["adapters"].items() if key != "start"},
+        START: None,
         # More rounds may be asked for at any time and all that happened so far stays the same, unless rates follow from them.
         "federation": {key: value for key, value in _tiers_alike(tree["federation"]).items() if key != "rounds" or scheduled},
         # Path, preset and cache do not count: the fingerprint stands for the weights themselves.
@@ -162,7 +175,7 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
         written: the identity in the checkpoint's manifest.
         folder: of the checkpoint.
     Returns:
-        A line about what could not be compared, if there is anything.
+        Lines about what could not be compared, if there is anything.
     """
     # Entries that the manifest lacks are taken from the configuration beside it.
     tree = _settings(folder)
@@ -171,7 +184,7 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     for name, value in theirs.items():
         if tree and isinstance(value, dict) and name != "kernels":
             theirs[name] = {**of_settings(tree).get(name, {}), **value}
-    unknown = []
+    unknown, notes = list[str](), list[str]()
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
         # A method's parameters count whole: one that only one side has is a difference.
         if isinstance(ours[name], dict) and name != "method":
@@ -181,13 +194,15 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
             _compare(name, {key: value for key, value in ours[name].items() if key in there}, there)
         elif name not in theirs:
             unknown.append(name)
+        elif name == START:
+            notes += _compare_starts(ours[name], theirs[name], config.adapters.start, tree)
         elif name in ("foundation", "data"):
             _compare_contents(name, ours[name], theirs[name], json.loads(config.model_dump_json()), tree)
         else:
             _compare(name, ours[name], theirs[name])
-    if not unknown:
-        return []
-    return [f"the checkpoint, of an earlier version, does not say what it was written with: {', '.join(unknown)}"]
+    if unknown:
+        notes.append(f"the checkpoint, of an earlier version, does not say what it was written with: {', '.join(unknown)}")
+    return notes
 
 
 def _check_types(written: Identity, ours: Identity, folder: Path) -> None:
@@ -205,7 +220,7 @@ def _check_types(written: Identity, ours: Identity, folder: Path) -> None:
 def check_no_effect(folder: Path, config: Config) -> None:
     """Refuse to finish a run once more with a key that could change nothing any more; where it lies and runs may differ."""
     written = _settings(folder)
-    places = ("name", "output", "foundation.", "data.", "topology.")  # the contents of model and data have been compared
+    places = ("name", "output", "foundation.", "data.", "topology.", START)  # the contents of model and data have been compared
     for key, mine, other in differences(json.loads(config.model_dump_json()), written) if written else ():
         if not key.startswith(places) or key == "data.show_samples":
             raise UserError(
@@ -256,6 +271,20 @@ def _compare(name: str, ours: Any, theirs: Any) -> None:
         if key == "federation.rounds":
             way = "the rate of every round follows from it (local.rounds_schedule), so set it back"
         raise UserError(f"--resume: {key}: {mine}: the checkpoint was written with {other}; {way}, or use another name")
+
+
+def _compare_starts(ours: str | None, theirs: str | None, given: str | None, tree: dict[str, Any]) -> list[str]:
+    """Refuse adapters that began as others; where the folder is gone, say what is taken for granted."""
+    if ours == theirs:
+        return []
+    if ours == GONE and theirs is not None:
+        return [f"{START}: {given}: no such folder any more; the checkpoint was started from adapters of sha256 {theirs[:12]}"]
+    path = tree.get("adapters", {}).get("start")
+    # Of one path the content has changed: a run that has gone on is the usual reason.
+    other = (
+        "other adapters; give the checkpoint that it was started from" if path == given else f"{path or 'nothing'}; set it back"
+    )
+    raise UserError(f"--resume: {START}: {given}: the checkpoint was started from {other}, or use another name")
 
 
 def _compare_contents(name: str, ours: str, theirs: str, tree: dict[str, Any], written: dict[str, Any]) -> None:

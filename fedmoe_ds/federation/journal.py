@@ -131,8 +131,8 @@ class Journal:
         rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
         return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
 
-    def evaluation(self, round_index: int, rows: list[Score], best: str | None = None) -> None:
-        """Evaluation rows, and one progress line; `best` is what it says of the best round so far."""
+    def evaluation(self, round_index: int, rows: list[Score], plain: bool, best: str | None = None) -> None:
+        """Evaluation rows, and one progress line; `plain`: of the foundation itself; `best`: what it says of the best round."""
 
         def write() -> None:
             for row in rows:
@@ -147,7 +147,7 @@ class Journal:
 
         self._write(write)
         self._monitored(lambda: monitors.of_evaluation(round_index, rows))
-        head = "foundation" if round_index == 0 else f"round {round_index}"
+        head = "foundation" if plain else "start" if round_index == 0 else f"round {round_index}"
         pooled = [row for row in rows if row.split == "global"]
         tiers = "  ".join(f"k={row.label}: {row.perplexity:.2f}" for row in pooled)
         for name in pooled[0].metrics if pooled else ():

@@ -277,14 +277,14 @@ class Federation:
 
     def _evaluate(self, round_index: int) -> None:
         activity.enter("evaluate", round_index)
-        config, evaluator, plain = self.parts.config.evaluation, self.parts.evaluator, round_index == 0
-        ends = plain or round_index == self.parts.config.federation.rounds
-        every = config.clients_every
-        per_client = config.client_sequences > 0 and (ends or (every > 0 and round_index % every == 0))
-        scores = evaluator.scores(self.state.personal, per_client, plain)
-        self.journal.evaluation(round_index, scores, self.checkpoints.see(round_index, scores))
+        parts, config, ends = self.parts, self.parts.config.evaluation, round_index in (0, self.parts.config.federation.rounds)
+        # Adapters that somebody has trained are scored as clients receive them.
+        plain = round_index == 0 and parts.start is None
+        due = config.clients_every > 0 and round_index % config.clients_every == 0
+        rows = parts.evaluator.scores(self.state.personal, config.client_sequences > 0 and (ends or due), plain)
+        self.journal.evaluation(round_index, rows, plain, self.checkpoints.see(round_index, rows))
         if ends:
-            self.journal.generations(round_index, evaluator.generations(self.state.personal, plain))
+            self.journal.generations(round_index, parts.evaluator.generations(self.state.personal, plain))
 
     def _stop_requested_here(self) -> bool:
         """Whether any rank of this cluster was asked to stop; all of its ranks agree."""

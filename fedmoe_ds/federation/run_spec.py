@@ -128,10 +128,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     Raises:
         UserError: model, data, adapters, tiers and mode do not go together.
     """
-    check_task(model.task, config.data, model.images)
-    check_task_metrics(config, model.task)
-    check_length(config, model.model.config)
-    check_rotations(config, model.model.config, is_bitwise(config, device))
+    check_model(config, model, device)
     # Once more: of a hub id nobody knew before whether it has experts.
     config = as_meant(config, bool(model.layers))
     check_needs(method, config.method.name, config)
@@ -159,6 +156,14 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
         blocks=blocks,
         cost=CostModel.of(size, expert_layout, blocks, positions(model.images)),
     )
+
+
+def check_model(config: Config, model: Outline, device: str) -> None:
+    """Data, task metrics and lengths go together with the model, whatever is trained. Raises UserError."""
+    check_task(model.task, config.data, model.images)
+    check_task_metrics(config, model.task)
+    check_length(config, model.model.config)
+    check_rotations(config, model.model.config, is_bitwise(config, device))
 
 
 def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:

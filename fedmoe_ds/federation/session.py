@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
-from fedmoe_ds.federation.identity import check_identity, check_no_effect
+from fedmoe_ds.federation.identity import GONE, START, check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.monitors import check_monitors, start_monitors
 from fedmoe_ds.federation.rounds import Federation, Outcome
@@ -38,10 +39,12 @@ from fedmoe_ds.terminal import visible
 
 @dataclass(frozen=True)
 class Ending:
-    """How a start ended: the lines for standard output (rank 0's; empty elsewhere), and the exit code."""
+    """How a start ended: the lines for standard output (rank 0's; empty elsewhere), the exit code, and the signal that ended it
+    early, if one did."""
 
     lines: list[str]
     exit_code: int
+    interrupted: str | None = None
 
 
 def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> Ending:
@@ -52,14 +55,15 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
         stop: listens already.
         resume: `never` (a folder that holds a run is refused), `auto` (continue from the newest intact checkpoint, or begin).
     """
-    lock = FolderLock(Path(config.output) / config.name)
-    try:
-        return _train(config, runtime, resume, stop, lock)
-    finally:
-        lock.release()
+    with contextlib.ExitStack() as stack:
+        lock = FolderLock(Path(config.output) / config.name)
+        stack.callback(lock.release)
+        return _train(config, runtime, resume, stop, lock, stack)
 
 
-def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, lock: FolderLock) -> Ending:
+def _train(
+    config: Config, runtime: Runtime, resume: str, stop: StopRequest, lock: FolderLock, stack: contextlib.ExitStack
+) -> Ending:
     began = time.monotonic()
     activity.enter("load")
     # Before any file is mapped: a mapped file that shrinks then ends the rank with its name, not with a bus error.
@@ -70,15 +74,16 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
     # The lock comes first: what another job is still writing must not be taken for what this start continues.
     source = runtime.run_on_rank0(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
     journal = Journal(folder, runtime)
+    stack.callback(journal.close)  # a process that goes on after a failure has neither its bar nor its file open
     for note in [*runtime.notes, *source["unlocked"], *source["notes"]]:
         journal.note(note)
     topology = build_topology(config.topology, runtime)
     try:
-        parts = load_parts(config, runtime, topology, journal.progress, stop)
+        parts = load_parts(config, runtime, topology, journal.progress, stop, resume=source["checkpoint"] is not None)
     except StopError as stopped:
         journal.close()
         lines = [f"{stopped}; start the same command again to continue"]
-        return Ending(lines if runtime.is_main else [], EXIT_STOPPED)
+        return Ending(lines if runtime.is_main else [], EXIT_STOPPED, stopped.signal)
     # Gathered on all ranks: every host may pass over entries of its own.
     if (ignored := cache.line(runtime.gather(cache.passed_over()))) is not None:
         journal.note(ignored)
@@ -105,7 +110,8 @@ def _train(config: Config, runtime: Runtime, resume: str, stop: StopRequest, loc
         journal.event("end", rounds=parts.state.round, digest=outcome.digest, **spent)
     journal.report()
     journal.close()
-    return Ending(summary(folder, outcome, runtime), 0 if outcome.interrupted is None else EXIT_STOPPED)
+    code = 0 if outcome.interrupted is None else EXIT_STOPPED
+    return Ending(summary(folder, outcome, runtime), code, outcome.interrupted)
 
 
 def _tell_details(parts: Parts, journal: Journal) -> None:
@@ -176,6 +182,8 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         journal.config(parts.config_text)
         journal.event("run", **run_facts(parts))
         journal.event("data", **data_facts(parts))
+        for line in parts.start.notes if parts.start is not None else ():
+            journal.note(line)
         journal.samples(shown_samples(parts))
         return
     path = Path(source)
@@ -210,6 +218,8 @@ def open_snapshot(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     except OSError as error:
         raise unreadable(path, parts, error) from None
     notes = check_identity(snapshot.identity, path, parts.identity, parts.config)
+    if parts.identity[START] == GONE:
+        parts.identity[START] = snapshot.identity[START]
     rounds = parts.config.federation.rounds
     # An interrupted round counts: its sums are there, and dropping them would lose what clients have trained.
     if snapshot.round + (snapshot.partial is not None) > rounds:

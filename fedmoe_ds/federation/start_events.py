@@ -74,6 +74,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "foundation": foundation.fingerprint,
         "foundation_code": foundation.code,
         "foundation_converted": conversion.told(foundation.path),
+        **({"start": parts.start.facts} if parts.start is not None else {}),
         "seed": config.seed,
         "reproducible": "bitwise" if parts.spec.bitwise else "fast",
         "versions": versions(),

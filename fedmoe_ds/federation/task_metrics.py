@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from fedmoe_ds.config import Config, EvaluationConfig
-from fedmoe_ds.data import FederatedData, Sequences, Task
-from fedmoe_ds.data.answers import Answer, AnswerReader, check_prompts, choices, no_prompt
+from fedmoe_ds.data import Sequences, Task
+from fedmoe_ds.data.answers import Answer, AnswerData, AnswerReader, check_prompts, choices, no_prompt
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation
@@ -43,7 +43,7 @@ class TaskMetrics:
     candidates: Sequence[tuple[int, ...]] = ()
 
     @classmethod
-    def of(cls, config: EvaluationConfig, foundation: Foundation, data: FederatedData, runtime: Runtime) -> TaskMetrics:
+    def of(cls, config: EvaluationConfig, foundation: Foundation, data: AnswerData, runtime: Runtime) -> TaskMetrics:
         """Collective. Raises UserError, the same on every rank, where the data do not have what a metric needs."""
         if answer_key(config) is None:
             return cls([])
@@ -93,7 +93,7 @@ class TaskMetrics:
         return [self.candidates[best] == tokens for best, tokens in zip(best_B, answers, strict=True)]
 
 
-def candidates_of(config: EvaluationConfig, tokenizer: Any, data: FederatedData, longest: int | None) -> list[tuple[int, ...]]:
+def candidates_of(config: EvaluationConfig, tokenizer: Any, data: AnswerData, longest: int | None) -> list[tuple[int, ...]]:
     """What a sample's answer is ranked against; none where nothing asks for it. `longest`: positions that the model has.
 
     Raises:

@@ -47,7 +47,7 @@ class Skeleton:
         self.files = files or WeightFiles(folder)
         self.dense = _dense_slots(self.model, self.layers)
         self.experts = [slot for layer in self.layers for slot in _expert_slots(layer, dtype)]
-        _refuse_unknown(self.files, self.model, self.layers, {_source_name(slot.name, self.layers) for slot in self.dense})
+        _refuse_unknown(self.files, self.model, self.layers, {source_name(slot.name, self.layers) for slot in self.dense})
 
     @property
     def slots(self) -> list[Slot]:
@@ -67,7 +67,7 @@ class Skeleton:
         Raises:
             UserError: a tensor or file is missing, damaged, quantised or of another shape.
         """
-        reads = [Read(_source_name(slot.name, self.layers), memory[slot.name]) for slot in self.dense if slot.name in memory]
+        reads = [Read(source_name(slot.name, self.layers), memory[slot.name]) for slot in self.dense if slot.name in memory]
         for layer in self.layers:
             names = _expert_names(layer)
             if names[0] in memory:
@@ -174,7 +174,8 @@ def _refuse_unknown(files: WeightFiles, model: Any, layers: list[HostedLayer], d
             )
 
 
-def _source_name(name: str, layers: list[HostedLayer]) -> str:
+def source_name(name: str, layers: list[HostedLayer]) -> str:
+    """What a tensor of the hosted model is called in the model of transformers 5."""
     for layer in layers:
         for hosted, source in layer.source_names.items():
             if name.startswith(hosted):

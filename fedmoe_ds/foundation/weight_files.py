@@ -24,7 +24,7 @@ _LONGEST_NAME = 255
 """Bytes of a file's name, on any file system that Linux has."""
 
 # Every page read from a mapped file counts as resident memory until the file is closed: reopen after this many bytes.
-_BYTES_PER_OPEN = 64 * 2**20
+BYTES_PER_OPEN = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class WeightFiles:
                     "one that is not of this model"
                 )
         elif single.is_file():
-            with _open(single) as file:
+            with open_weights(single) as file:
                 stored = dict.fromkeys(file.keys(), single)
         else:
             raise UserError(f"foundation.path: {folder}: {_without_weights(folder)}")
@@ -77,7 +77,7 @@ class WeightFiles:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UserError(f"foundation.path: {self.list}: no tensor '{missing[0]}'{more}; get the whole model")
         for path, batch in self._batches(reads):
-            with _open(path) as file:
+            with open_weights(path) as file:
                 for read in batch:
                     stop_point()
                     self._copy(file, path, read)
@@ -92,7 +92,7 @@ class WeightFiles:
             for read in by_file[path]:
                 batch.append(read)
                 size += read.target.nbytes
-                if size >= _BYTES_PER_OPEN:
+                if size >= BYTES_PER_OPEN:
                     yield path, batch
                     batch, size = [], 0
             yield path, batch
@@ -152,7 +152,8 @@ def _without_weights(folder: Path) -> str:
     return f"holds no {WEIGHTS_FILE}{other}; save the model with safetensors (save_pretrained does)"
 
 
-def _open(path: Path) -> Any:
+def open_weights(path: Path) -> Any:
+    """An open safetensors file. Raises UserError where there is none, or a damaged one."""
     _check_file(path)
     try:
         return safe_open(path, framework="pt")

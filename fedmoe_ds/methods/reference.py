@@ -90,6 +90,7 @@ tempered = "tempered:Tempered"
 a method may override, and what they may assume, are listed at the top of `fedmoe_ds/methods/base.py`.
 
 A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.
+`fedmoe_ds.testing.check_method` tries it on a tiny federation: [python.md](python.md#a-method-of-your-own).
 
 '''
 

@@ -25,7 +25,9 @@ from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_start, resolve_spec
+from fedmoe_ds.federation.start_source import find_start
 from fedmoe_ds.federation.task_metrics import candidates_of
+from fedmoe_ds.federation.warm_start import open_start
 from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.foundation.foundation import cache_folder, planned_config
@@ -176,6 +178,8 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     model = build_on_meta(folder, _DTYPES[config.foundation.dtype])
     # As one rank with all experts (ep_size 1): the planner divides them itself, by every size that it tries.
     spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0)))
+    if config.adapters.start is not None:  # names and shapes alone; whose model it is needs the weights
+        open_start(find_start(config.adapters.start, whole=False), spec, None)
     clients, data = _clients(spec, folder, assume)
     if (ignored := cache.line([cache.passed_over()])) is not None:
         with Progress() as progress:

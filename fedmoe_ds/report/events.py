@@ -65,6 +65,13 @@ class _Place(_Fields):
     experts: str | None = None
 
 
+class _Start(_Fields):
+    kind: str
+    name: str
+    method: str | None = None
+    round: Round | None = None
+
+
 class _Run(_Fields):
     time: Time | None = None
     name: str | None = None
@@ -82,6 +89,7 @@ class _Run(_Fields):
     foundation: str | None = None
     foundation_code: str | None = None
     foundation_converted: str | None = None
+    start: _Start | None = None
     reproducible: str | None = None
     versions: dict[str, str] | None = None
     topology: list[_Place] | None = None

@@ -97,6 +97,15 @@ class History:
     generations: dict[tuple[int, int], Event] = field(default_factory=dict)
     samples: list[Event] = field(default_factory=list)
 
+    @property
+    def before(self) -> str:
+        """What round 0 is."""
+        start = self.run.get("start")
+        if not start:
+            return "the foundation"
+        when = "" if start.get("round") is None else f" after round {start['round']}"
+        return f"what the run started from ({start['name']}{when})"
+
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
         """Sort events; kinds this version does not know are passed over, so that newer files stay readable."""

@@ -36,7 +36,7 @@ def results_section(history: History) -> Markup:
     rows = [_result_row(result, colours[result.tier]) for result in results]
     last = max(result.after.get("round", 0) for result in results)
     after = f"after is the global model of round {last}. A ratio below 1 is better." if last else "no round is evaluated yet."
-    lead = f"Before is the foundation, {after}"
+    lead = f"Before is {history.before}, {after}"
     lead += " In brackets: the 95 % interval of the accuracy for its number of targets, taken as independent."
     if any(" " in result.tier for result in results):
         lead += " Tiers of one top-k differ in what else they buy: r is the LoRA rank, e the experts trained per batch."
@@ -72,7 +72,7 @@ def convergence_section(history: History) -> Markup:
         return tag("p", "Nothing has been evaluated yet.", cls="empty")
     lead = tag(
         "p",
-        "Round 0 is the foundation before any client has trained. Each line is the global model at one budget tier.",
+        f"Round 0 is {history.before} before any client has trained. Each line is the global model at one budget tier.",
         cls="lead",
     )
     return tag("div", lead, choices("hold-out", [(HOLD_OUT[split], _curves(history, split)) for split in splits]))

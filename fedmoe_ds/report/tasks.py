@@ -27,8 +27,8 @@ ACROSS_LEAD = (
     "up, for which the model does worst. Spread: the standard deviation over clients."
 )
 GENERATION_LEAD = (
-    "What the model of the largest tier answers by greedy decoding, for the first samples of the hold-out: before is the "
-    "foundation. An answer that had no end within evaluation.max_new_tokens is followed by an ellipsis."
+    "What the model of the largest tier answers by greedy decoding, for the first samples of the hold-out: before is "
+    "{before}. An answer that had no end within evaluation.max_new_tokens is followed by an ellipsis."
 )
 
 
@@ -131,7 +131,7 @@ def generation_section(history: History) -> Markup | None:
     tier = tier_of(next(iter(history.generations.values())))
     head = ["prompt", "reference", "before", f"after round {last}" if last else "after"]
     body = tag("div", table(head, rows, text_columns=4, cls="answers"), cls="scroll")
-    return tag("div", tag("p", f"{GENERATION_LEAD} Tier: top-k {tier}.", cls="lead"), body)
+    return tag("div", tag("p", f"{GENERATION_LEAD.format(before=history.before)} Tier: top-k {tier}.", cls="lead"), body)
 
 
 def _answer(event: Event | None) -> str:

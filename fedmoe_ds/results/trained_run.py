@@ -195,6 +195,12 @@ class TrainedRun:
         """A frozen weight that products have moved into (FLoRA), by the key of its pair and `.base`; None: the model's own."""
         return self._base.read(key) if key in self._base else None
 
+    def release(self) -> None:
+        """Close the checkpoint's files, which opens them again when they are read: what was read of a mapped file counts as
+        this process's memory until then."""
+        for name in ("_adapters", "_personal", "_base"):
+            self.__dict__.pop(name, None)
+
     @cached_property
     def _adapters(self) -> TensorReader:
         return TensorReader(self.checkpoint, "adapters", self.snapshot.files)

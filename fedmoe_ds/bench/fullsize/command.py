@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
     hardware = load_hardware("cpu" if args.hardware is None else args.hardware)
     if args.folder is not None and not args.folder.is_dir():
         raise UserError(f"--folder: {args.folder}: no such folder; make it, or name another")
-    with _place(args.folder, args.keep, note) as folder:
+    with place(args.folder, args.keep, note, "fedmoe-fullsize-") as folder:
         model = full_size(args.layers)
         write_head(model, folder / "model")
         case = Case(NAME, tree(folder, args.length, args.seed), {RANKS: RANKS})
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
 
 
 @contextlib.contextmanager
-def _place(parent: Path | None, keep: bool, note: Note) -> Iterator[Path]:
-    prefix = "fedmoe-fullsize-"
+def place(parent: Path | None, keep: bool, note: Note, prefix: str) -> Iterator[Path]:
+    """A folder in `parent` that is gone afterwards, unless it is to be kept."""
     if not keep:
         with scratch_folder(prefix, parent) as folder:
             yield folder

@@ -70,7 +70,7 @@ class _PeakWatch:
             if one not in self._ranks and (rank := _rank(one)) is not None:
                 self._ranks[one] = rank
         for one, rank in self._ranks.items():
-            self.peak[rank] = max(self.peak.get(rank, 0), _high_water(one))
+            self.peak[rank] = max(self.peak.get(rank, 0), high_water(one))
 
 
 def _rank(pid: int) -> int | None:
@@ -86,8 +86,8 @@ def _rank(pid: int) -> int | None:
     return int(variables.get("RANK", 0))
 
 
-def _high_water(pid: int) -> int:
-    """The system's own mark, which no peak between two looks escapes; psutil does not have it."""
+def high_water(pid: int) -> int:
+    """Peak resident bytes of a process: the system's own mark, which no peak escapes between two looks. psutil has none."""
     try:
         status = (Path("/proc") / str(pid) / "status").read_text()
     except OSError:

@@ -21,7 +21,7 @@ from fedmoe_ds.data.omissions import CUT, EMPTY, NAMED, NO_ROOM, REFUSED, UNMARK
 from fedmoe_ds.data.progress import counted
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.templates.chat_template import ChatTemplate, RefusedError, Span, UnmarkedError, Written, chat_template
-from fedmoe_ds.data.templates.conversation import Conversation, Reader
+from fedmoe_ds.data.templates.conversation import ASSISTANT, Conversation, Reader
 from fedmoe_ds.data.templates.samples import BATCH, Samples
 from fedmoe_ds.errors import UserError
 
@@ -132,14 +132,14 @@ class _Chat:
         )
 
 
-def _own_names(chat: Conversation, text: str, template: ChatTemplate) -> list[Span]:
+def _own_names(chat: Conversation, text: str, template: ChatTemplate, asking: bool = False) -> list[Span]:
     """Where in the text the template itself wrote names of special tokens: stand-ins take the place of those in the turns."""
     names = re.compile("|".join(map(re.escape, template.specials)))
     order = {name: index for index, name in enumerate(template.specials)}
     hidden = _mapped([chat.messages, chat.tools], lambda part: names.sub(lambda m: _STAND_IN.format(order[m[0]]), part))
     either = re.compile(f"{_STAND_IN.format('([0-9]+)')}|{names.pattern}")
     own, pieces, end, length = list[Span](), list[str](), 0, 0
-    rendered = template.text_of(Conversation(hidden[0], chat.learned, hidden[1]))
+    rendered = template.text_of(Conversation(hidden[0], chat.learned, hidden[1]), asking)
     for match in either.finditer(rendered):
         name = template.specials[int(match[1])] if match[1] else match[0]
         pieces += [rendered[end : match.start()], name]
@@ -196,6 +196,33 @@ def targets(placed: Placed, written: Written, exact: bool) -> tuple[list[int], N
     if not mask.any():
         raise UnmarkedError
     return [end for end in ends if mask[:end].any()], mask
+
+
+def encode_question(words: str, template: ChatTemplate, encoder: Encoder) -> tuple[list[int], set[int]]:
+    """Return the ids that stand before the answer to a user's turn, and the tokens that end a turn of the assistant.
+
+    Raises RefusedError where the template refuses the turn, and UnmarkedError where it holds the name of a special token that
+    cannot be told from those that the template writes.
+    """
+    chat = Conversation([{"role": "user", "content": words}], [False])
+    text = template.text_of(chat, asking=True)
+    (placed,) = encoder.placed([text])
+    if any(name in words for name in template.specials):
+        apart = encoder.placed_apart(text, _own_names(chat, text, template, asking=True))
+        if apart is None:
+            raise UnmarkedError
+        placed = apart
+    return placed.ids, _ends_of_turns(template, encoder)
+
+
+def _ends_of_turns(template: ChatTemplate, encoder: Encoder) -> set[int]:
+    turns = [{"role": "user", "content": "?"}, {"role": ASSISTANT, "content": "!"}]
+    try:
+        written = template.write(Conversation(turns, [False, True]))
+    except (RefusedError, UnmarkedError):
+        return set()
+    answer = written.text[: written.spans[-1][1]]
+    return {token for token, name in encoder.names.items() if answer.endswith(name)}
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -95,9 +95,9 @@ class ChatTemplate:
         _check_whole(chat, written.text)
         return written
 
-    def text_of(self, chat: Conversation) -> str:
-        """Return the text alone."""
-        return self._render(chat, chat.messages)[0]
+    def text_of(self, chat: Conversation, asking: bool = False) -> str:
+        """Return the text alone; `asking`: with what stands before the next answer."""
+        return self._render(chat, chat.messages, prompt=asking)[0]
 
     def _by_prefixes(self, chat: Conversation) -> Written:
         text, spans = self.text_of(chat), []
@@ -178,12 +178,17 @@ def chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerFast, starts
                 "default; save the one to use in a file and give its path"
             )
         text = text["default"]
+    template = named_template(str(text), origin, tokenizer)
+    _check_syntax(template, config)
+    return template
+
+
+def named_template(text: str, origin: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+    """A template with the values and names of a tokenizer."""
     # Longest first: of two names that end a text, the longer one is there.
     names = {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
     specials = tuple(sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name)))
-    template = ChatTemplate(str(text), origin, dict(tokenizer.special_tokens_map), specials)
-    _check_syntax(template, config)
-    return template
+    return ChatTemplate(text, origin, dict(tokenizer.special_tokens_map), specials)
 
 
 def template_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Any:

@@ -93,6 +93,19 @@ def _gather(control: Control, value: Any) -> list[Any]:
     return [json.loads(payload) for payload in control.gather(json.dumps(value).encode())]
 
 
+def stop_watchdog(code: int, text: str) -> None:
+    """Tell the others that this rank has done its part, and watch them no more, while its process goes on.
+
+    Args:
+        code, text: as of a process that ends (`Watchdog.announce_exit`): a failure with a reason ends the job for all.
+    """
+    global _watch
+    watch, _watch = _watch, None
+    if watch is not None:
+        watch.announce_exit(code, text)
+        watch.stop()
+
+
 def current_watchdog() -> Watchdog | None:
     """The watchdog of this process, if it has one."""
     return _watch

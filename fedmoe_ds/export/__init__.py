@@ -1,0 +1,1 @@
+"""Export: a finished run in the formats of other tools."""

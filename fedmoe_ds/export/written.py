@@ -1,0 +1,64 @@
+"""Written: what a format is asked to write, and what it says of the result.
+
+A format is one function `write(Request) -> Written`. Its files go into a draft folder that appears under its name when all of
+them are there (`command.py`), which also has the card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedmoe_ds.results import Selection, TrainedRun
+
+
+@dataclass(frozen=True)
+class Request:
+    """One of a run's models, to be written.
+
+    Attributes:
+        out: an empty folder.
+        base: what the base model is called in files that others read: a hub id, or the name of its folder.
+        dtype: of the tensors, `float32`, `bfloat16` or `float16`; None: as the format has it.
+    """
+
+    run: TrainedRun
+    selection: Selection
+    out: Path
+    base: str
+    dtype: str | None = None
+
+    @property
+    def top_k(self) -> int:
+        """Active experts per token of the model."""
+        return self.selection.assignment.cap
+
+    @property
+    def full_top_k(self) -> int:
+        """Active experts per token that the base model's configuration has."""
+        return self.run.spec.expert_layout.top_k
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        library: Hugging Face's name of the library that loads it.
+        said: a few words for the result line: sizes, and what a server has to be told.
+        loading: Markdown for the card: how it is loaded.
+        notes: lines for the user, for instance what does not fit into the format.
+    """
+
+    library: Literal["peft", "transformers"]
+    said: str
+    loading: str
+    notes: tuple[str, ...] = ()
+
+
+def folder_size(folder: Path) -> str:
+    """Size of the files in a folder, in words."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    unit, name = next((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if size >= unit)
+    return f"{size / unit:.1f} {name}"

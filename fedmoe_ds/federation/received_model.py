@@ -1,0 +1,84 @@
+"""Received model: the global adapters as the clients of a tier, or one client, receive them, for passes that train nothing.
+
+The bank holds shared blocks as they are and one value of every personal block: a client's own, or the mean over a tier. It is
+in the model only while `receiving` lasts. Evaluation goes this way, and so does whoever asks a finished run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.data import Sequences
+from fedmoe_ds.methods import Method, RoundContext
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.batch import Rows
+from fedmoe_ds.model.forward import AdaptedModel, PassResult
+from fedmoe_ds.model.moe_layer import RESCALER
+
+
+class ReceivedModel:
+    """Puts a tier's or a client's adapters into the model, and runs passes with them.
+
+    Args:
+        method: it says what a member of a tier is told.
+        model: with the adapters of clients in flight, or with none.
+        bank: the global adapters (one client slot, no gradients).
+    """
+
+    def __init__(self, method: Method, model: AdaptedModel, bank: Bank) -> None:
+        self.method, self.model, self.execution, self.bank = method, model, model.execution, bank
+
+    def assigned(self, member: Client, personal: Personal, plain: bool) -> Assignment:
+        """What a client is told in evaluation; `plain`: all LoRA rows and no rescaler, as before the first round."""
+        how = self.method.assign(member, RoundContext(0, personal.dense(member.index)))
+        return how if not plain else replace(how, rows_R=None, rescale=None)
+
+    def load_mean(self, members: Sequence[Client], personal: Personal, plain: bool = False) -> None:
+        """Set the bank's personal blocks to their mean over clients."""
+        for name in (name for name in personal.specs if name in self.bank):
+            # float64, so that the mean of many equal float32 values is that value.
+            mean = personal.values[name][[client.index for client in members]].double().mean(0)
+            self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
+
+    def load_own(self, client: Client, personal: Personal) -> None:
+        """Set them to those of one client."""
+        for name in (name for name in personal.specs if name in self.bank):
+            self.bank.client(name, 0).copy_(personal.values[name][client.index])
+
+    @contextmanager
+    def receiving(self, how: Assignment) -> Iterator[None]:
+        """The model with the global adapters as a client with this assignment receives them."""
+        trained_bank, trained_pool = self.execution.bank, self.execution.pool
+        self.execution.bank = self._received(how)
+        # One slot and one client on every rank: each rank runs batches of its own, with the same adapters.
+        self.execution.pool = replace(trained_pool, home_clients=1, merge=False, shared=True)
+        try:
+            yield
+        finally:
+            self.execution.bank, self.execution.pool = trained_bank, trained_pool
+
+    def _received(self, how: Assignment) -> Bank:
+        # All rows: the global bank itself, without a copy.
+        if how.rows_R is None:
+            return self.bank
+        specs = list(self.bank.specs.values())
+        bank = Bank(specs, self.bank.experts, clients=1, device=self.bank.device, with_grad=False)
+        for spec in specs:
+            value, mask = self.bank.client(spec.name, 0), how.mask(spec, self.bank.device)
+            bank.client(spec.name, 0).copy_(value if mask is None else torch.where(mask, value, 0.0))
+        return bank
+
+    def run_pass(self, parts: list[Sequences], how: Assignment) -> PassResult:
+        """One pass over samples in parts, inside `receiving`; without any, the stand-in row that takes part in the
+        all-to-alls."""
+        images = self.model.foundation.images
+        # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it.
+        rows = [Rows.of(0, how.cap, part, range(len(part)), images=images) for part in parts]
+        return self.model.forward(self.model.batch(rows), 0, None if how.rescale is None else [how.rescale])

@@ -1,0 +1,204 @@
+"""Loaded model: a trained run, or a model folder, with its weights in this process, for passes that train nothing.
+
+    loaded = LoadedModel.of_run(open_run(Path("runs/mine")))
+    with loaded.serving(tier="4") as forward:
+        result = forward([Sequences([ids_S], [mask_S])])     # PassResult: logits and log-likelihoods of the targets
+
+One process and no process group: all experts are here, whatever topology trained them, and on a CPU no bit depends on that.
+The layers are those of training, so figures and answers are the run's own.
+
+Legend: S positions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.checkpoint.state import State, read_tensors
+from fedmoe_ds.clients.client import Client, tiers_of
+from fedmoe_ds.clients.tiers import Tier
+from fedmoe_ds.config import AdapterConfig, Config, MethodConfig
+from fedmoe_ds.distributed.control import Alone
+from fedmoe_ds.distributed.launcher import Launch
+from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.build import adapted_model, initial_personal
+from fedmoe_ds.federation.cost import CostModel
+from fedmoe_ds.federation.received_model import ReceivedModel
+from fedmoe_ds.federation.run_spec import (
+    RunSpec,
+    check_model,
+    check_plan,
+    check_start,
+    facts_of,
+    is_bitwise,
+    positions,
+    resolve_spec,
+)
+from fedmoe_ds.federation.sampling import participant_count
+from fedmoe_ds.federation.schedule import home_clients
+from fedmoe_ds.federation.task_metrics import Forward
+from fedmoe_ds.foundation import Foundation, load_foundation, resolve_foundation
+from fedmoe_ds.foundation.size import model_size
+from fedmoe_ds.kernels.lora_products import check_kernels
+from fedmoe_ds.methods import load_method
+from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.expert_layout import empty_layout, hosted_layout
+from fedmoe_ds.model.install import base_weights, initial_bank
+from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.results.trained_run import Selection, TrainedRun
+
+Note = Callable[[str], None]
+
+
+def this_process(threads: int = 1) -> Runtime:
+    """This process as a world of one: on the CPU, or on the first CUDA device where $DS_ACCELERATOR says cuda.
+
+    Raises:
+        UserError: it says cuda, and there is none.
+    """
+    # Before DeepSpeed is imported, which reads it; a run's own device does not count here.
+    wanted = os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("DS_ACCELERATOR: cuda: no CUDA device is visible; set it to cpu")
+    torch.set_num_threads(threads)
+    return Runtime(Launch("python", 0, 1, 0), torch.device("cuda:0" if wanted == "cuda" else "cpu"), Alone())
+
+
+class LoadedModel:
+    """A model in memory, as the members of a tier or one client receive it.
+
+    Attributes:
+        spec: resolved for this device.
+        foundation: with the federated layers installed.
+        received: puts adapters into the model and runs passes.
+        clients: of the run; one that stands for everybody where a model folder was loaded.
+        personal: every client's own state.
+        trained: False as long as the adapters are those before the first round.
+        run: None for a model folder.
+    """
+
+    def __init__(
+        self, spec: RunSpec, foundation: Foundation, clients: list[Client], runtime: Runtime, run: TrainedRun | None
+    ) -> None:
+        config, device = spec.config, runtime.device
+        self.spec, self.foundation, self.clients, self.runtime, self.run = spec, foundation, clients, runtime, run
+        self.adapters = initial_bank(foundation, spec.blocks, config.seed, spec.expert_layout.held, device)
+        model = adapted_model(spec, foundation, _execution(spec, self.adapters, len(clients)))
+        self.received = ReceivedModel(spec.method, model, self.adapters)
+        self.personal: Personal = initial_personal(spec, self.adapters, clients)
+        self.trained = run is None
+
+    @classmethod
+    def of_run(cls, run: TrainedRun, config: Config | None = None, before: bool = False) -> LoadedModel:
+        """Load a run's model.
+
+        Args:
+            config: the run's configuration with other keys of what does not decide the result (`evaluation`, `execution`).
+            before: leave the adapters as they were before the first round; `restore` makes them those of the checkpoint.
+        Raises:
+            UserError: nobody knows the run's clients, the configuration does not fit the model, or a tensor is missing.
+        """
+        run.select()  # refuses a checkpoint whose clients nobody knows
+        config = run.config if config is None else config
+        runtime = this_process(config.execution.threads)
+        kind = runtime.device.type
+        spec = resolve_spec(*check_start(config, kind), kind, run.outline)
+        check_kernels(config.execution.adapter_kernels, config.adapters.rank, runtime.device)
+        foundation = load_foundation(run.model, config.foundation, 1, 0, runtime.device)
+        loaded = cls(spec, foundation, run.clients, runtime, run)
+        if not before:
+            loaded.restore()
+        return loaded
+
+    @classmethod
+    def of_folder(cls, config: Config, note: Note) -> LoadedModel:
+        """Load the model that `foundation` names, without any adapter: a foundation, or an export of a whole model.
+
+        Raises:
+            UserError: there is no such model, it is of no known family, or the rest of the configuration does not fit it.
+        """
+        runtime = this_process(config.execution.threads)
+        # Neither experts nor projections: nothing of this configuration is trained.
+        config = config.model_copy(update={"adapters": AdapterConfig(experts=False, attention=[])})
+        check_plan(config, is_bitwise(config, runtime.device.type))
+        folder = resolve_foundation(config.foundation, config.seed, note)
+        foundation = load_foundation(folder, config.foundation, 1, 0, runtime.device)
+        spec = _bare_spec(config, foundation, runtime.device.type)
+        tier = spec.tiers[0]
+        everybody = Client(0, "", tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
+        return cls(spec, foundation, [everybody], runtime, None)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Read what the checkpoint holds: adapters, clients' own state, and weights that products have moved into."""
+        assert self.run is not None, "a model folder has no checkpoint"
+        read_tensors(self.run.checkpoint, self.run.snapshot, State(0, self.adapters, self.personal))
+        for key, weight in base_weights(self.foundation, 0).items():
+            if (merged := self.run.base(key)) is not None:
+                weight.copy_(merged)
+        self.trained = True
+
+    @property
+    def tiers(self) -> dict[str, list[Client]]:
+        """The clients of every tier by its label, the largest budget first."""
+        return tiers_of(self.clients)
+
+    def select(self, tier: str | None = None, client: str | None = None) -> Selection:
+        """The model of a tier (None: the largest) or of a client. Raises UserError where there is none."""
+        if self.run is not None:
+            return self.run.select(tier, client)
+        ((label, members),) = self.tiers.items()
+        if client is not None:
+            raise UserError(f"--client: {client}: a model folder has no clients; give a run, or drop --client")
+        if tier not in (None, label):
+            raise UserError(f"--tier: {tier}: a model folder has its own top-k ({label}) alone; give a run, or drop --tier")
+        return Selection(label, tuple(members), None, self.received.assigned(members[0], self.personal, True))
+
+    @contextmanager
+    def serving(self, tier: str | None = None, client: str | None = None) -> Iterator[Forward]:
+        """Passes by one of the models, without gradients: over samples in parts, each of which is a segment of the result.
+
+        Raises:
+            UserError: as `select`.
+        """
+        chosen, plain = self.select(tier, client), not self.trained
+        if chosen.client is not None:
+            self.received.load_own(chosen.client, self.personal)
+        else:
+            self.received.load_mean(chosen.members, self.personal, plain)
+        how = self.received.assigned(chosen.members[0], self.personal, plain)
+        with torch.no_grad(), self.received.receiving(how):
+            yield lambda parts: self.received.run_pass(parts, how)
+
+
+def _execution(spec: RunSpec, adapters: Bank, clients: int) -> Execution:
+    """What the layers read. There is no wave: the bank of one client is all that there is."""
+    config, experts = spec.config, spec.expert_layout.num_experts
+    drawn = participant_count(1 if spec.method.pooled else clients, config.federation.participation)
+    # As many slots as a rank has in training: by them an evaluation decides which hold-outs share a pass.
+    home = home_clients(config.execution.clients_in_flight, drawn, 1)
+    pool = Pool(None, 1, experts, home, merge=spec.shares_passes, shared=True)
+    scale = config.adapters.alpha / config.adapters.rank
+    return Execution(adapters, pool, scale, spec.method.rescaler is not None, kernels=config.execution.adapter_kernels)
+
+
+def _bare_spec(config: Config, foundation: Foundation, device: str) -> RunSpec:
+    """A model without adapters, resolved as `resolve_spec` does it for a run."""
+    known = foundation.outline
+    check_model(config, known, device)
+    layout = hosted_layout(known.layers) if known.layers else empty_layout(known.sites)
+    # Any method whose clients receive the model as it is.
+    method = load_method(MethodConfig(name="fedit"))
+    method.facts = facts_of(config, layout)
+    size = model_size(known.model, known.layers)
+    tier = Tier(layout.top_k, 1.0, layout.top_k, config.adapters.rank, layout.num_experts, str(layout.top_k))
+    cost = CostModel.of(size, layout, [], positions(known.images))
+    kind: str = known.model.config.model_type
+    return RunSpec(config, method, device, kind, size, layout, known.images, [tier], [], cost)

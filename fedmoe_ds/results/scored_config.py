@@ -1,0 +1,90 @@
+"""Scored config: the configuration of a run, or of a model folder, as an evaluation of other data uses it.
+
+Template, prompt, chat template and length are the run's: rows are read as clients' rows were. What belongs to the run's own
+files (split, encoding, separator, validation) is not; `key=value` words change either. A word that changes nothing is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fedmoe_ds.config import Config, DataConfig, with_overrides
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.results.trained_run import TrainedRun
+
+_OF_FILES = ("split", "separator", "encoding", "validation")
+_ALWAYS = ("evaluation.batch_size", "evaluation.max_sequences", "evaluation.metrics", "execution.reproducible",
+           "execution.threads", "execution.adapter_kernels", "foundation.cache", "foundation.trust_remote_code",
+           "data.chat_template")  # fmt: skip
+_GIVEN = ("data.split", "data.separator", "data.encoding", "data.template", "data.prompt", "data.columns", "data.label_names",
+          "data.sequence_length")  # fmt: skip
+_OWN = ("data.source", "data.validation", "evaluation.client_sequences")
+_OWNER, _MODEL = "data.partition.column", "foundation.dtype"
+
+
+def config_of_run(run: TrainedRun, data: Sequence[str], words: Sequence[str], by_client: bool) -> Config:
+    """The run's configuration for its own hold-outs (no `data`), or for the rows of these sources.
+
+    Raises:
+        UserError: a word is none, changes nothing here, or is wrong.
+    """
+    allowed = (*_ALWAYS, *(_GIVEN if data else _OWN), *((_OWNER,) if data and by_client else ()))
+    _check(words, allowed, "of the run's own hold-outs; give --data for other rows" if not data else "of given rows")
+    if not data:
+        return with_overrides(run.config, words)
+    config, plain = run.config, DataConfig()
+    fresh: dict[str, Any] = {key: getattr(plain, key) for key in _OF_FILES} | {"source": _source(data)}
+    # What `auto` meant for the run's columns, and not what it would mean for these.
+    if config.data.template == "auto" and (read := _template(run)) is not None:
+        fresh["template"] = read
+    if config.data.partition.kind != "natural":  # its column, if there is one, is a label
+        fresh["partition"] = config.data.partition.model_copy(update={"column": None})
+    return with_overrides(_all_rows(config.model_copy(update={"data": config.data.model_copy(update=fresh)})), words)
+
+
+def config_of_model(folder: str, data: Sequence[str], words: Sequence[str], by_client: bool) -> Config:
+    """A configuration with a model and given rows, and defaults for the rest. Raises UserError as `config_of_run`."""
+    if not data:
+        raise UserError(f"--data: missing: {folder} is a model and has no hold-outs of its own; give --data FILE")
+    _check(words, (*_ALWAYS, *_GIVEN, _MODEL, *((_OWNER,) if by_client else ())), "of a model")
+    plain = Config()
+    sections = {
+        "foundation": plain.foundation.model_copy(update={"path": folder, "preset": None}),
+        "data": plain.data.model_copy(update={"source": _source(data)}),
+    }
+    return with_overrides(_all_rows(plain.model_copy(update=sections)), words)
+
+
+def _all_rows(config: Config) -> Config:
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"max_sequences": None})})
+
+
+def _source(data: Sequence[str]) -> str | list[str]:
+    return data[0] if len(data) == 1 else list(data)
+
+
+def _template(run: TrainedRun) -> str | None:
+    reading: dict[str, Any] = next((event.get("reading", {}) for event in run.events if event["event"] == "data"), {})
+    return reading.get("template")
+
+
+def _check(words: Sequence[str], allowed: Sequence[str], where: str) -> None:
+    for word in words:
+        key, equals, _ = word.partition("=")
+        # Without "=" it is no override, and the line about that is `with_overrides`'.
+        if equals and not any(_is_at(key, known) for known in allowed):
+            raise UserError(f"{word}: {key} changes nothing in an evaluation {where}{_near(key, allowed)}")
+
+
+def _is_at(key: str, known: str) -> bool:
+    return key == known or key.startswith(f"{known}.")
+
+
+def _near(key: str, allowed: Sequence[str]) -> str:
+    section = sorted(_of_section(key.partition(".")[0], allowed))
+    return f"; of this section these do: {', '.join(section)}" if section else "; drop it"
+
+
+def _of_section(section: str, allowed: Sequence[str]) -> Iterator[str]:
+    return (known for known in allowed if known.startswith(f"{section}."))
