@@ -28,7 +28,7 @@ from fedmoe_ds.federation.generation import continued, likeliest
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.randomness import torch_generator
 from fedmoe_ds.results.loaded_model import LoadedModel
-from fedmoe_ds.results.trained_run import TrainedRun, open_run
+from fedmoe_ds.results.trained_run import TrainedRun, open_run, round_choice
 from fedmoe_ds.terminal import note, show
 
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--before", action="store_true", help="the foundation's answer as well")
     parser.add_argument("--tier", metavar="K", help="the model of this budget tier (default: the largest)")
     parser.add_argument("--client", metavar="NAME", help="the model that this client has")
-    parser.add_argument("--round", type=int, metavar="N", help="of the checkpoint (default: the newest)")
+    parser.add_argument("--round", type=round_choice, metavar="N", help="of the checkpoint, or best (default: the newest)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="draw tokens (default: the likeliest)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: 0)")
