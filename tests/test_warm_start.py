@@ -217,8 +217,8 @@ def test_export_start_export_changes_no_bit(fmt: str, world: World, tmp_path: Pa
     parts, journal, rows = world.begun(f"again-{fmt}", tmp_path / "once")
     assert losses(rows) == last(world.runs["first"])
     federation = Federation(parts, journal)
-    federation._save()  # at the beginning of its first round
-    federation._finish_checkpoint()
+    federation.checkpoints.save()  # at the beginning of its first round
+    federation.checkpoints.finish()
     export([str(world.folder(f"again-{fmt}")), "--format", fmt, "--out", str(tmp_path / "twice")])
     once, twice = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "twice"))
     assert once.keys() == twice.keys() and every(torch.equal(value, twice[key]) for key, value in once.items())
