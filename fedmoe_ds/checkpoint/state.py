@@ -161,9 +161,11 @@ def read_tensors(path: Path, snapshot: Snapshot, state: State, shard: int = 0) -
             # What a warm start has changed is in every checkpoint of its run.
             assert all(key in reader for key in bank.changed or ()), "what the checkpoint leaves out would stay as it is now"
             for key, _, value in bank.items(shard * bank.experts):
-                if bank.changed is None or key in reader:
+                # What a warm start has changed is in the checkpoint as well; the rest stays as every start makes it.
+                if bank.changed is None or key in reader or key in bank.changed:
+                    before = value.clone()
                     reader.read_into(key, value)
-                    bank.note_change(key)
+                    bank.note_change(key, before, value)
 
 
 def _first_expert(bank: Bank, topology: Topology) -> int:

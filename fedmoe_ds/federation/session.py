@@ -24,7 +24,7 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.identity import GONE, START, check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
-from fedmoe_ds.federation.monitors import check_monitors, start_monitors
+from fedmoe_ds.federation.monitors import check_monitors, close_monitors, start_monitors
 from fedmoe_ds.federation.rounds import Federation, Outcome
 from fedmoe_ds.federation.samples import shown_samples
 from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line, versions
@@ -109,6 +109,7 @@ def _train(
         spent = {"seconds": time.monotonic() - began, "peak_bytes": runtime.gather(int(peak_mib() * 2**20))}
         journal.event("end", rounds=parts.state.round, digest=outcome.digest, **spent)
     journal.report()
+    runtime.run_on_rank0(lambda: close_monitors(journal.monitor))
     journal.close()
     code = 0 if outcome.interrupted is None else EXIT_STOPPED
     return Ending(summary(folder, outcome, runtime), code, outcome.interrupted)
