@@ -1,17 +1,9 @@
-"""Evaluate: `python launch/evaluate.py RUN|CHECKPOINT|MODEL [--data FILE] [key=value ...]`; --help says the rest."""
+"""Evaluate: a run, a checkpoint or a model on data of your own.
 
-from __future__ import annotations
+The program is `fedmoe_ds/results/evaluate_command.py`; an installed package has it as `fedmoe evaluate`.
+"""
 
-from fedmoe_ds.distributed.stop_request import leave_on_interrupt
-
-leave_on_interrupt()  # before the imports that take seconds
-
-import os
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported
-
-from fedmoe_ds.distributed.runtime import run_entry
-from fedmoe_ds.results.evaluate_command import main
+from fedmoe_ds.commands.program import start
 
 if __name__ == "__main__":
-    run_entry(main)
+    start("evaluate")
