@@ -1,4 +1,4 @@
-"""Evaluate: a run, a checkpoint or a model on data of your own.
+"""Evaluate: a run, a checkpoint or a model folder is scored.
 
 The program is `fedmoe_ds/results/evaluate_command.py`; an installed package has it as `fedmoe evaluate`.
 """

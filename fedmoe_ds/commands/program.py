@@ -49,9 +49,9 @@ class Command:
 COMMANDS = {
     "train": Command("fedmoe_ds.commands.train", "fine-tune a federation, on any launcher's ranks", STOP.install),
     "report": Command("fedmoe_ds.commands.report", "the page of a run, or of several side by side", light=True),
-    "export": Command("fedmoe_ds.export.command", "a run's model for PEFT, transformers, vLLM, SGLang", on_cpu=True),
-    "evaluate": Command("fedmoe_ds.results.evaluate_command", "score a run or a model, per tier and per client", on_cpu=True),
-    "generate": Command("fedmoe_ds.results.generate_command", "what a run's model answers, at any tier", on_cpu=True),
+    "evaluate": Command("fedmoe_ds.results.evaluate_command", "score a run, a checkpoint or a model folder", on_cpu=True),
+    "generate": Command("fedmoe_ds.results.generate_command", "what a run's model answers", on_cpu=True),
+    "export": Command("fedmoe_ds.export.command", "a run's model as other tools load it: LoRA or whole", on_cpu=True),
     "plan": Command("fedmoe_ds.commands.plan", "memory, time and the best topology of a run, before it is queued"),
     "submit": Command("fedmoe_ds.commands.submit", "check a run and submit it to SLURM"),
     "compare": Command("fedmoe_ds.commands.compare", "methods x seeds as runs, and one report about all of them"),
