@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("target", metavar="RUN|CHECKPOINT|MODEL", help="a run, a checkpoint, a model or hub id, an adapter")
     parser.add_argument("words", nargs="*", metavar="key=value", help="for instance data.template=classification")
