@@ -51,7 +51,8 @@ def save(parts: Parts, position: int) -> None:
     """A checkpoint of the state as it is, as round 1."""
     writer = CheckpointWriter(parts.checkpoints, parts.runtime, 1, background=False)
     parts.state.round = 1
-    state.save(writer, parts.topology, parts.state, parts.identity, parts.config_text, position)
+    names = [client.name for client in parts.clients]
+    state.save(writer, parts.topology, parts.state, parts.identity, parts.config_text, position, names)
     writer.finish()
 
 
