@@ -280,14 +280,9 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"--out: .*: 0\.0 GiB are free, and the model takes 0\.0; make room"):
         export("merged", request(run, own, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
-    dense = configure(
-        root,
-        "experts",
-        {"adapters": {"attention": [], "moe": {"experts": 4}}, "method": {"name": "fft-moe"}},
-        {"execution": {"micro_batch_size": None}},
-        family="llama",
-    )
+    moe = {"adapters": {"attention": [], "moe": {"experts": 4}}, "method": {"name": "fft-moe"}}
+    dense = configure(root, "experts", moe, {"execution": {"micro_batch_size": None}}, family="llama")
     random_run(dense)
     run = open_run(run_folder(dense))
     with pytest.raises(UserError, match=r"--format: merged: adapter experts stand beside the base's layers"):
-        export("merged", request(run, run.select(), tmp_path / "out"))
+        merged.write_merged(request(run, run.select(), tmp_path / "out"))
