@@ -37,10 +37,15 @@ def random_run(config: Config, spread: float = 0.05) -> Parts:
     shared = {name: value for name, value in own.values.items() if name in bank}
     for values in (bank.values, shared, *merged):
         for name, value in values.items():
-            value.add_(torch.randn(value.shape, generator=draw), alpha=spread)
+            drawn = spread * torch.randn(value.shape, generator=draw)
             if name.startswith("experts") and name.endswith(("lora_B", "base")):
-                experts = value.movedim(2 if values is shared else 1, 0)
-                experts[list(UNTRAINED)] = 0.0 if name.endswith("lora_B") else experts[list(UNTRAINED)]
+                drawn.movedim(2 if values is shared else 1, 0)[list(UNTRAINED)] = 0.0
+            value.add_(drawn)
+    for base in (server for name, server in parts.state.server.items() if name == "base"):
+        # The others' weights are the foundation's own, and no part of a checkpoint.
+        for key, _, value in base.items(0):
+            if not any(f".experts.{expert}." in key for expert in UNTRAINED):
+                base.note_change(key, torch.zeros_like(value), value)
     parts.server.load_base(parts.state.server)
     save(parts, journal.position())
     journal.close()
