@@ -39,9 +39,10 @@ from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed.topology import ParallelLayout, Topology
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.card import fenced, write_card
 from fedmoe_ds.export.command import main
 from fedmoe_ds.export.lora import VLLM_RANKS, check_carried, rank_and_alpha, vllm_rank
-from fedmoe_ds.export.written import Request
+from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.methods.flora import FLoRA
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER
@@ -133,7 +134,9 @@ def bare(folder: Path, ids: np.ndarray, cap: int) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "vit"])
+@pytest.mark.parametrize(
+    "family", ["llama", "vit", *(pytest.param(name, marks=pytest.mark.cluster) for name in ("qwen3", "olmo2"))]
+)
 def test_every_dense_family(family: str, tmp_path: Path) -> None:
     """PEFT's merged weights are W + s B A under the names that we say, and nothing else has changed."""
     folder = tmp_path / family
@@ -336,6 +339,18 @@ def test_the_card_names_no_client(trained: Result, root: Path, tmp_path: Path) -
         "HetLoRA (arXiv 2401.06432)",
     ):
         assert words in text, words
+
+
+def test_a_card_of_chats_and_of_a_run_without_scores(trained: Result, root: Path, tmp_path: Path) -> None:
+    """The template goes along as a file, and no text can end the code block that it is shown in."""
+    chats = {"template": "chat", "columns": {}, "chat_template": {"origin": "file", "sha256": "5eed", "text": "{{ messages }}"}}
+    run = replace(open_run(root / "worlds" / "1"), events=[{"event": "data", "clients": [], "reading": chats}])
+    request = Request(run, run.select(), tmp_path, "someone/model")
+    write_card(request, Written("peft", "", "as usual", ("One note.",)))
+    text = (tmp_path / "README.md").read_text()
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}" and "SHA-256 `5eed`" in text
+    assert "This model was not evaluated in its run." in text and text.endswith("as usual\n\n## Notes\n\nOne note.\n")
+    assert fenced("a ```` b", "json").startswith("`````json\n")
 
 
 def test_what_a_lora_file_has_no_place_for(trained: Result, root: Path, tmp_path: Path) -> None:
