@@ -28,8 +28,8 @@ def run_folder(config: Config) -> Path:
     return Path(config.output) / config.name
 
 
-def random_run(config: Config) -> Parts:
-    """The parts of a run whose folder holds a checkpoint of round 1."""
+def random_run(config: Config, spread: float = 0.05) -> Parts:
+    """The parts of a run whose folder holds a checkpoint of round 1; `spread` is the standard deviation of what is drawn."""
     parts, journal = build(config, *alone())
     draw = torch.Generator().manual_seed(1)
     own, bank = parts.state.personal, parts.state.adapters
@@ -37,10 +37,15 @@ def random_run(config: Config) -> Parts:
     shared = {name: value for name, value in own.values.items() if name in bank}
     for values in (bank.values, shared, *merged):
         for name, value in values.items():
-            value.add_(torch.randn(value.shape, generator=draw), alpha=0.05)
+            drawn = spread * torch.randn(value.shape, generator=draw)
             if name.startswith("experts") and name.endswith(("lora_B", "base")):
-                experts = value.movedim(2 if values is shared else 1, 0)
-                experts[list(UNTRAINED)] = 0.0 if name.endswith("lora_B") else experts[list(UNTRAINED)]
+                drawn.movedim(2 if values is shared else 1, 0)[list(UNTRAINED)] = 0.0
+            value.add_(drawn)
+    for base in (server for name, server in parts.state.server.items() if name == "base"):
+        # The others' weights are the foundation's own, and no part of a checkpoint.
+        for key, _, value in base.items(0):
+            if not any(f".experts.{expert}." in key for expert in UNTRAINED):
+                base.note_change(key, torch.zeros_like(value), value)
     parts.server.load_base(parts.state.server)
     save(parts, journal.position())
     journal.close()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.results.trained_run import round_choice
 from fedmoe_ds.storage.files import check_replaceable, write_whole
 from fedmoe_ds.terminal import note, show
 
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("target", metavar="RUN|CHECKPOINT|MODEL", help="a run, a checkpoint, a model or hub id, an adapter")
     parser.add_argument("words", nargs="*", metavar="key=value", help="for instance data.template=classification")
     parser.add_argument("--data", action="append", default=[], metavar="FILE", help="rows to score; may be given several times")
-    parser.add_argument("--round", type=int, help="the checkpoint with so many rounds (default: the newest)")
+    parser.add_argument(
+        "--round", type=round_choice, metavar="N", help="the checkpoint with so many rounds, or best (default: the newest)"
+    )
     parser.add_argument("--tier", help="one tier, by its label (default: all)")
     parser.add_argument("--clients", action="store_true", help="every client's rows apart: clients x models, as a matrix")
     parser.add_argument("--client", action="append", default=[], metavar="NAME",

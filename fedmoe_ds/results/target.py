@@ -13,7 +13,7 @@ from fedmoe_ds.storage.files import expanded
 ADAPTER_FILE = "adapter_config.json"
 
 
-def open_target(given: str, round_index: int | None = None, model: Path | None = None) -> TrainedRun | None:
+def open_target(given: str, round_index: int | str | None = None, model: Path | None = None) -> TrainedRun | None:
     """The run that is named, or None where a model folder, a hub id or an adapter of PEFT's is.
 
     Args:
