@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from dense_inputs import dense_config, write_dense
+from distributed import run_distributed
 from every import every
-from federations import Result, make_config, run_alone
+from federations import Result, joined, make_config, run_alone, run_joined
 from test_task_metrics import LABELS, write_labels
 from transformers import AutoModelForCausalLM
 
@@ -66,7 +67,7 @@ class Runs:
             return dense_config(self.root, "vit", "images", {"federation": {"rounds": 1}, "data": {"max_samples": 12}})
         if name == "fft-moe":
             labels = {key: value for key, value in LABELS.items() if key == "data"}
-            return dense_config(self.root, "llama", "fft-moe", labels, SHORT, {"local": {"steps": 2}})
+            return dense_config(self.root, "llama", "fft-moe", labels, SHORT, {"evaluation": {"metrics": ["exact_match"]}})
         return make_config(self.root, name, LABELS, SHORT, {"method": {"name": name}}, METHODS[name])
 
 
@@ -95,6 +96,20 @@ def test_a_runs_own_figures_to_the_last_digit(runs: Runs, name: str, capsys: pyt
         assert len({row[4] for row in expected}) > 1, "they differ"
     assert of_round(runs[name], 0) != of_round(runs[name], 1)
     assert every(row["tokens"] > row["targets"] > 0 and row["samples"] > 0 for row in found)
+
+
+def work(rank: int, root: Path) -> list[dict[str, Any]]:
+    changes = {"method": {"name": "fedsa-lora"}}, PERSONAL, {"topology": {"ep_size": 2}}
+    return run_joined(make_config(root, "two", LABELS, SHORT, *changes), joined(rank)).events
+
+
+@pytest.mark.cluster
+def test_a_run_of_two_ranks_in_one_process(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts and clients' own adapters in two shards, evaluated by two ranks: the same bits here."""
+    events = run_distributed(work, 2, root)[0]
+    expected = [tuple(e.get(key) for key in FIELDS) for e in events if e["event"] == "eval" and e["round"] == 1]
+    found = rows_of(capsys, root / "runs" / "two")
+    assert [tuple(row.get(key) for key in FIELDS) for row in found] == expected != []
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
