@@ -46,7 +46,7 @@ def test_a_machine_that_is_too_small_is_told_before_weights_are_written(
 ) -> None:
     weights = weight_bytes(full_size(command.LAYERS))
     monkeypatch.setattr(command, "available_mib", lambda: 8 * 1024.0)
-    with pytest.raises(UserError, match=r"memory: 8\.0 GiB are free, and 2 ranks take 18\.2 by plan and 20\.9 with a margin"):
+    with pytest.raises(UserError, match=r"memory: 8\.0 GiB are free, and 2 ranks take 18\.2 by plan and 20\.0 with a margin"):
         command.check_room(18.2 * 2**30, weights, tmp_path)
     monkeypatch.setattr(command, "available_mib", lambda: 64 * 1024.0)
     monkeypatch.setattr(command.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 20 * 2**30}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trained import UNTRAINED, own_logits, random_run, run_folder, their_logits
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
+from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export import merged, shards
@@ -212,6 +214,29 @@ def test_bfloat16(root: Path, tmp_path: Path) -> None:
     assert 1e-4 < distance_N.median() < 0.03, distance_N
 
 
+@pytest.mark.parametrize(("method", "shards"), [("flame", 2), ("flora-merged", 4)])
+def test_the_topology_leaves_no_trace(root: Path, method: str, shards: int, tmp_path: Path) -> None:
+    """The files of several expert-parallel ranks, each with its own experts, and the first one with all that is dense."""
+    parts = random_run(configure(root, f"split-{method}", METHODS[method]))
+    run = open_run(run_folder(parts.config))
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for path in run.checkpoint.glob("*.safetensors"):
+        for key, value in load_file(path).items():
+            found = re.search(r"\.experts\.(\d)\.", key)
+            shard = int(found[1]) * shards // 8 if found else 0
+            files.setdefault(path.name.replace("00000-of-00001", f"{shard:05d}-of-{shards:05d}"), {})[key] = value
+    assert len(files) > shards
+    writer = CheckpointWriter(tmp_path / "run" / "checkpoints", parts.runtime, 1, background=False)
+    writer.begin(run.snapshot, files, {"config.yaml": parts.config_text})
+    writer.finish()
+    shutil.copy(run.folder / "metrics.jsonl", tmp_path / "run")
+    for one, name in ((run, "whole"), (open_run(tmp_path / "run"), "split")):
+        export("merged", request(one, one.select("2"), tmp_path / name))
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert every((tmp_path / "split" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+
+
 def test_a_converted_base(root: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(root / "model", base)
@@ -280,14 +305,9 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"--out: .*: 0\.0 GiB are free, and the model takes 0\.0; make room"):
         export("merged", request(run, own, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
-    dense = configure(
-        root,
-        "experts",
-        {"adapters": {"attention": [], "moe": {"experts": 4}}, "method": {"name": "fft-moe"}},
-        {"execution": {"micro_batch_size": None}},
-        family="llama",
-    )
+    moe = {"adapters": {"attention": [], "moe": {"experts": 4}}, "method": {"name": "fft-moe"}}
+    dense = configure(root, "experts", moe, {"execution": {"micro_batch_size": None}}, family="llama")
     random_run(dense)
     run = open_run(run_folder(dense))
     with pytest.raises(UserError, match=r"--format: merged: adapter experts stand beside the base's layers"):
-        export("merged", request(run, run.select(), tmp_path / "out"))
+        merged.write_merged(request(run, run.select(), tmp_path / "out"))

@@ -28,8 +28,8 @@ def run_folder(config: Config) -> Path:
     return Path(config.output) / config.name
 
 
-def random_run(config: Config) -> Parts:
-    """The parts of a run whose folder holds a checkpoint of round 1."""
+def random_run(config: Config, spread: float = 0.05) -> Parts:
+    """The parts of a run whose folder holds a checkpoint of round 1; `spread` is the standard deviation of what is drawn."""
     parts, journal = build(config, *alone())
     draw = torch.Generator().manual_seed(1)
     own, bank = parts.state.personal, parts.state.adapters
@@ -37,10 +37,15 @@ def random_run(config: Config) -> Parts:
     shared = {name: value for name, value in own.values.items() if name in bank}
     for values in (bank.values, shared, *merged):
         for name, value in values.items():
-            value.add_(torch.randn(value.shape, generator=draw), alpha=0.05)
+            drawn = spread * torch.randn(value.shape, generator=draw)
             if name.startswith("experts") and name.endswith(("lora_B", "base")):
-                experts = value.movedim(2 if values is shared else 1, 0)
-                experts[list(UNTRAINED)] = 0.0 if name.endswith("lora_B") else experts[list(UNTRAINED)]
+                drawn.movedim(2 if values is shared else 1, 0)[list(UNTRAINED)] = 0.0
+            value.add_(drawn)
+    for base in (server for name, server in parts.state.server.items() if name == "base"):
+        # The others' weights are the foundation's own, and no part of a checkpoint.
+        for key, _, value in base.items(0):
+            if not any(f".experts.{expert}." in key for expert in UNTRAINED):
+                base.note_change(key, torch.zeros_like(value), value)
     parts.server.load_base(parts.state.server)
     save(parts, journal.position())
     journal.close()
@@ -51,7 +56,8 @@ def save(parts: Parts, position: int) -> None:
     """A checkpoint of the state as it is, as round 1."""
     writer = CheckpointWriter(parts.checkpoints, parts.runtime, 1, background=False)
     parts.state.round = 1
-    state.save(writer, parts.topology, parts.state, parts.identity, parts.config_text, position)
+    names = [client.name for client in parts.clients]
+    state.save(writer, parts.topology, parts.state, parts.identity, parts.config_text, position, names)
     writer.finish()
 
 
@@ -59,12 +65,12 @@ def save(parts: Parts, position: int) -> None:
 def own_logits(parts: Parts, selection: Selection) -> torch.Tensor:
     """[N, V] of `IDS`, position by position but the last, or of the images of `pixels`; by the run's own engine."""
     evaluator, member = parts.evaluator, selection.members[0]
-    how = evaluator._assigned(member, parts.state.personal, False)
+    how = evaluator.assigned(member, parts.state.personal, False)
     if selection.client is None:
-        evaluator._load_mean(list(selection.members), parts.state.personal, False)
+        evaluator.load_mean(list(selection.members), parts.state.personal, False)
     else:
-        evaluator._load_own(member, parts.state.personal)
-    with evaluator._receiving(how):
+        evaluator.load_own(member, parts.state.personal)
+    with evaluator.receiving(how):
         if parts.foundation.images is None:
             rows = Rows(0, how.cap, list(IDS), [np.arange(len(ids)) > 0 for ids in IDS])
         else:

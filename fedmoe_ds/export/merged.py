@@ -30,7 +30,8 @@ TOP_K = "num_experts_per_tok"
 """What all families of `foundation.families` call it."""
 _BESIDE = (
     "generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
+    "merges.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja", "*.py",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """What of the base's folder goes along: by name, since a folder may hold anything beside a model."""
 
@@ -103,7 +104,9 @@ def write_beside(request: Request, changes: dict[str, Any]) -> None:
     """The base's configuration with these changes, tokenizer and what else a loader reads."""
     base, out = request.run.model, request.out
     for path in sorted({path for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, out / path.name)
+        place = out / path.relative_to(base)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
     config = read_json(base / CONFIG_FILE, constants=True) | changes
     write_whole(out / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 

@@ -92,5 +92,5 @@ def _write(file: BinaryIO, group: list[StoredTensor], content: Blocks) -> None:
         for block in content(tensor):
             left -= block.nbytes
             # A bfloat16 tensor has no NumPy type; its bytes have one.
-            file.write(memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         assert left == 0, (tensor, left)

@@ -21,8 +21,8 @@ from fedmoe_ds.foundation.meta_model import first_line
 from fedmoe_ds.foundation.tensor_names import present_name
 from fedmoe_ds.foundation.weight_files import BYTES_PER_OPEN, WeightFiles, open_weights
 
-BLOCK_BYTES = 16 * 2**20
-"""Of a block, where one row is not larger."""
+BLOCK_BYTES = 2**20
+"""Of a block, where one row is not larger: a block and what is computed of it then stay in a processor's cache."""
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Names of types in safetensors files; a model with others (float8) is quantised, and was refused when it was read."""
 
