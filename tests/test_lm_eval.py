@@ -12,12 +12,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dense_inputs import TEXT, dense_config
-from federations import make_config, run_alone
-from test_evaluate_command import write_rows
-from test_task_metrics import LABELS, write_labels
+from federations import make_config, run_alone, write_inputs
+from test_evaluate_command import rows_of, write_rows
+from test_task_metrics import LABELS, WORDS, write_labels
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fedmoe_ds.export.command import main as export
@@ -54,21 +55,33 @@ def harness(model: Path, folder: Path, trust: str = "") -> dict[str, float]:
     return {"ranked_choice": found["choice"]["acc,none"], "exact_match": found["exact"]["exact_match,none"]}
 
 
+def write_learnable(root: Path) -> list[dict[str, str]]:
+    """A model, and texts whose letter tells the label, dealt to four clients; what is learnt of it in one round is a part."""
+    write_inputs(root, samples=(1,))
+    draw, rows = np.random.default_rng(3), []
+    for group, count in enumerate((24, 18, 12, 9)):
+        for kind in draw.integers(0, 9, size=count).tolist():
+            text = "xyz"[kind % 3] * (1 + kind // 3)
+            rows.append({"group": f"client-{group}", "text": text, "label": WORDS[kind % 3]})
+    write_rows(root / "data.jsonl", rows)
+    return rows
+
+
 def test_the_same_shares_at_every_tier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_labels(tmp_path)
-    run_alone(make_config(tmp_path, "labels", LABELS, {"evaluation": {"generations": 0}}))
-    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    rows = write_learnable(tmp_path)
+    run_alone(make_config(tmp_path, "labels", LABELS, {"evaluation": {"generations": 0}, "federation": {"rounds": 1}}))
     test, run = write_rows(tmp_path / "test.jsonl", rows), tmp_path / "runs" / "labels"
+    words = ("data.template=classification", "data.sequence_length=40", "evaluation.metrics=[exact_match,ranked_choice]")
     seen: list[dict[str, Any]] = []
     for tier in ("8", "2"):
-        capsys.readouterr()
-        assert evaluate([str(run), "--data", str(test), "--tier", tier, "--lines"]) == 0
-        (ours,) = map(json.loads, capsys.readouterr().out.splitlines())
+        (ours,) = rows_of(capsys, run, "--data", test, "--tier", tier)
         out = tmp_path / f"tier-{tier}"
         assert export([str(run), "--format", "merged", "--tier", tier, "--out", str(out)]) == 0
+        (exported,) = rows_of(capsys, out, "--data", test, *words)
         theirs = harness(out, tmp_path)
-        assert {name: ours[name] for name in theirs} == theirs
-        assert ours["samples"] == len(rows) and 0 < ours["exact_match"] <= ours["ranked_choice"] < 1
+        assert {name: ours[name] for name in theirs} == {name: exported[name] for name in theirs} == theirs
+        assert exported["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-5) and exported["tier_label"] == tier
+        assert ours["samples"] == len(rows) and 0 < ours["exact_match"] < ours["ranked_choice"] < 1
         seen.append(theirs)
         shutil.rmtree(tmp_path / "out")
     assert seen[0] != seen[1], "a tier has a model of its own"
