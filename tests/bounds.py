@@ -12,16 +12,18 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+SERVICES = {"wandb", "comet_ml"}
+"""Clients of services that want an account: no test runs them, and docs/versions.md says what somebody has run by hand."""
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def requirements() -> list[Requirement]:
-    """What the package requires, what its extras do, and what its tests do."""
+    """What the package requires, what its extras do, and what its tests do; but `SERVICES`."""
     project = tomllib.loads(PROJECT.read_text())["project"]
     extras = [text for texts in project["optional-dependencies"].values() for text in texts]
     found = [Requirement(text) for text in (*project["dependencies"], *extras)]
     # The tests' own extra names the other extras, which are in the list by themselves.
-    return [each for each in found if each.name != project["name"]]
+    return [each for each in found if each.name not in {project["name"], *SERVICES}]
 
 
 def bound(requirement: Requirement, operator: str) -> str:

@@ -78,8 +78,8 @@ def test_merged_weights(trained: tuple[Result, TrainedRun]) -> None:
 
 def test_what_is_refused(root: Path, tmp_path: Path) -> None:
     folder = root / "runs" / "one"
-    run_alone(make_config(root, "one", SHORT, {"federation": {"tiers": [{"top_k": 4, "rank": 2, "share": 1}, {"top_k": 4, "rank": 4, "share": 1}]},
-                                               "method": {"name": "hetlora"}}))  # fmt: skip
+    tiers = [{"top_k": 4, "rank": rank, "share": 1} for rank in (2, 4)]
+    run_alone(make_config(root, "one", SHORT, {"federation": {"tiers": tiers}, "method": {"name": "hetlora"}}))
     run = open_run(folder)
     assert run.select("4 r2").members[0].rank == 2 and run.select().members[0].rank == 4
     for options, words in (
