@@ -22,7 +22,7 @@ _DOUBTFUL_IN_LINES = re.compile(r"[^ -~\n]")
 
 
 class Voice:
-    """How this process speaks. `report.console` sets it, once, before anything is said.
+    """How this process speaks. `commands.console` sets it, once, before anything is said.
 
     Attributes:
         quiet: errors and results only.

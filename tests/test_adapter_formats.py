@@ -37,7 +37,7 @@ def values() -> dict[str, Tensor]:
     return random_values(BLOCKS, E, seed=0, untrained=(1, 4))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     family=st.sampled_from(sorted(NAMES)),
     fmt=st.sampled_from(FORMATS),
@@ -233,7 +233,7 @@ json_values = st.recursive(
 KEYS = ("r", "lora_alpha", "bias", "use_dora", "rank_pattern", "alpha_pattern", "target_parameters", "peft_type", "anything")
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     changes=st.dictionaries(st.sampled_from((*KEYS, "init_lora_weights", "base_model_name_or_path")), json_values, max_size=3)
 )

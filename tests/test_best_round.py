@@ -28,6 +28,7 @@ from fedmoe_ds.federation.build import load_parts
 from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.results.trained_run import open_run, round_choice
 
 SMALL: dict[str, Any] = {
     "federation": {"rounds": 5, "tiers": [{"top_k": 2, "share": 1.0}, {"top_k": 1, "share": 1.0}]},
@@ -121,6 +122,11 @@ def test_the_best_round_is_kept_and_told(root: Path, plain: str, capsys: pytest.
     said = capsys.readouterr().err
     assert "best round so far: 2 (perplexity 3, the largest tier, global hold-out)" in said
     assert best_round(Path(config.output) / "plain") is None
+    assert open_run(folder, round_choice("best")).round == 2 and open_run(folder, round_choice("5")).round == 5
+    with pytest.raises(UserError, match=r"^--round: best: .*plain keeps no best round: checkpoint.best is null"):
+        open_run(Path(config.output) / "plain", "best")
+    with pytest.raises(ValueError):
+        round_choice("newest")
 
 
 MOMENTS = [(moment, round_index) for moment in ("evaluated", "reported", "saving") for round_index in (2, 3)]

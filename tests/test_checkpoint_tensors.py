@@ -4,6 +4,7 @@ weights only where something was merged."""
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,8 @@ from fedmoe_ds.report import Progress
 PAGE = Path(__file__).parents[1] / "docs" / "outputs.md"
 PLACEHOLDERS = {"<l>": r"(?:\d+)", "<e>": r"(?:\d+)", "<p>": r"(?P<projection>\w+)"}
 SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows": (1,)}
-KINDS = [
-    "flame",
-    "flame-layers",
-    "hfedmoe-full",
-    "hetlora",
-    "flora",
-    "fedsa-lora",
-    "scaffold",
-    "fedyogi",
-    "plain-flora",
-    "beside",
-]
+KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
+KINDS.append("beside")  # adapter experts beside dense blocks
 """Together they have every kind of tensor and file."""
 OTHERS = [variant for variant in (*VARIANTS, *PLAIN) if variant not in KINDS]
 
@@ -218,7 +209,7 @@ def train(config: Config, resume: str = "never") -> tuple[Parts, str]:
     folder = Path(config.output) / config.name
     source = session.claim_folder(folder, resume)
     journal = Journal(folder, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress)
+    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"] is not None)
     session.begin(parts, journal, source["checkpoint"])
     federation = Federation(parts, journal)
     federation.checkpoints.save()  # before the first round, too
@@ -263,9 +254,23 @@ def test_a_checkpoint_of_before_is_continued(
 ) -> None:
     """It holds all weights."""
     with monkeypatch.context() as patch:
-        patch.setattr("fedmoe_ds.model.adapter_bank.Bank.note_change", lambda bank, key: setattr(bank, "changed", None))
+        patch.setattr("fedmoe_ds.model.adapter_bank.Bank.note_change", lambda bank, *what: setattr(bank, "changed", None))
         parts, _ = train(make_config(merging, "old", MERGING, {"federation": {"rounds": 2}}))
         full = bases(parts.checkpoints / "round-00002")
         assert full.keys() == {key for key, _, _ in parts.state.server[BASE].items(0)}
     _, continued = train(make_config(merging, "old", MERGING), "auto")
     assert continued == straight[1]
+
+
+def test_what_a_warm_start_has_merged_is_written(merging: Path) -> None:
+    """So that the run goes on without the folder that it has started from."""
+    fedit: dict[str, Any] = {"method": {"name": "fedit"}, "federation": {"rounds": 1}, "local": {"lr": 0.05}}
+    giver, _ = train(make_config(merging, "giver", MERGING, fedit))
+    warm: dict[str, Any] = {"adapters": {"start": str(giver.checkpoints.parent)}, "federation": {"rounds": 2}}
+    parts, digest = train(make_config(merging, "warm", MERGING, warm))
+    first = bases(parts.checkpoints / "round-00000")
+    assert 0 < len(first) < len(list(parts.state.server[BASE].items(0))), "of experts that had a product"
+    train(make_config(merging, "alone", MERGING, warm, {"federation": {"rounds": 1}}))
+    shutil.rmtree(giver.checkpoints.parent)
+    _, continued = train(make_config(merging, "alone", MERGING, warm), "auto")
+    assert continued == digest

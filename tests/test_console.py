@@ -14,10 +14,10 @@ import pytest
 from every import every
 
 from fedmoe_ds import terminal
+from fedmoe_ds.commands.console import logging_options, show_ending, start_console
 from fedmoe_ds.distributed.supervisor import restartable_command
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report import Progress
-from fedmoe_ds.report.console import logging_options, show_ending, start_console
 
 ENDING = ["tier  perplexity\n----  ----------\n4     3.14", "digest: abc", "run: runs/x"]
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4} ")

@@ -1,5 +1,5 @@
-"""DeepSpeed's monitors, comms logger, FLOPs profiler and checkpointing do their work and change no bit of the result; nor do a log
-and another amount of words."""
+"""DeepSpeed's monitors, comms logger, FLOPs profiler and checkpointing do their work and change no bit of the result. A log
+and another amount of words change none, either."""
 
 from __future__ import annotations
 

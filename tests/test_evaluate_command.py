@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from dense_inputs import dense_config, write_dense
+from distributed import run_distributed
 from every import every
-from federations import Result, make_config, run_alone
+from federations import Result, joined, make_config, run_alone, run_joined
 from test_task_metrics import LABELS, write_labels
 from transformers import AutoModelForCausalLM
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.command import main as export
 from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.results import open_run
 from fedmoe_ds.results.evaluate_command import main
@@ -65,7 +67,7 @@ class Runs:
             return dense_config(self.root, "vit", "images", {"federation": {"rounds": 1}, "data": {"max_samples": 12}})
         if name == "fft-moe":
             labels = {key: value for key, value in LABELS.items() if key == "data"}
-            return dense_config(self.root, "llama", "fft-moe", labels, SHORT, {"local": {"steps": 2}})
+            return dense_config(self.root, "llama", "fft-moe", labels, SHORT, {"evaluation": {"metrics": ["exact_match"]}})
         return make_config(self.root, name, LABELS, SHORT, {"method": {"name": name}}, METHODS[name])
 
 
@@ -94,6 +96,20 @@ def test_a_runs_own_figures_to_the_last_digit(runs: Runs, name: str, capsys: pyt
         assert len({row[4] for row in expected}) > 1, "they differ"
     assert of_round(runs[name], 0) != of_round(runs[name], 1)
     assert every(row["tokens"] > row["targets"] > 0 and row["samples"] > 0 for row in found)
+
+
+def work(rank: int, root: Path) -> list[dict[str, Any]]:
+    changes = {"method": {"name": "fedsa-lora"}}, PERSONAL, {"topology": {"ep_size": 2}}
+    return run_joined(make_config(root, "two", LABELS, SHORT, *changes), joined(rank)).events
+
+
+@pytest.mark.cluster
+def test_a_run_of_two_ranks_in_one_process(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts and clients' own adapters in two shards, evaluated by two ranks: the same bits here."""
+    events = run_distributed(work, 2, root)[0]
+    expected = [tuple(e.get(key) for key in FIELDS) for e in events if e["event"] == "eval" and e["round"] == 1]
+    found = rows_of(capsys, root / "runs" / "two")
+    assert [tuple(row.get(key) for key in FIELDS) for row in found] == expected != []
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -186,6 +202,26 @@ def test_a_model_folder(runs: Runs, root: Path, tmp_path: Path, capsys: pytest.C
     assert dense["client"] == "client-0" and dense["tier_label"] == "1"
 
 
+def test_an_adapter_that_was_exported(runs: Runs, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A client's own adapter in both of PEFT's formats scores every client's rows as the run's model of that client does."""
+    folder, clients = runs.folder("local-only"), runs["local-only"].parts.clients
+    name = next(client.name for client in clients if client.tier == "8")
+    given = ("--data", root / "data.jsonl")
+    ours = [row["loss"] for row in rows_of(capsys, folder, "--client", name, *given) if row["model"] == name]
+    words = (
+        "data.template=classification",
+        "data.sequence_length=40",
+        "evaluation.batch_size=3",
+        "data.partition.column=group",
+    )
+    for fmt in ("peft", "peft-fused"):
+        out = tmp_path / fmt
+        assert export([str(folder), "--format", fmt, "--client", name, "--out", str(out)]) == 0
+        found = rows_of(capsys, out, "--model", root / "model", *words, *given, "--clients")
+        assert [row["loss"] for row in found] == ours and len(ours) == len(clients)
+        assert {(row["tier_label"], row["model"]) for row in found} == {("8", "global")}
+
+
 def test_what_is_served_is_what_was_trained(runs: Runs) -> None:
     """Logits of the loaded model at each tier, and of a client with its own rescaler: those of the run's evaluator."""
     result = runs["flame"]
@@ -237,7 +273,7 @@ def test_what_is_served_is_what_was_trained(runs: Runs) -> None:
         (["{root}/model", "--data", "x", "--round", "2"], r"^--round: 2: .* is a model and no run; drop the option$"),
         (["{root}/model", "--data", "{root}/data.jsonl", "local.lr=1"], r"^local\.lr=1: local\.lr changes nothing .*drop it$"),
         (["{root}/strange", "--data", "{root}/data.jsonl"], r"strange.*'mamba'"),
-        (["{root}/adapter"], r"^.*adapter: holds an adapter \(adapter_config\.json\) and no model"),
+        (["{root}/adapter", "--data", "x"], r"^adapter: .*adapter_config\.json"),
     ],
 )  # fmt: skip
 def test_mistakes(runs: Runs, root: Path, words: list[str], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -38,7 +39,7 @@ from transformers import (
 )
 
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
-from fedmoe_ds.export import command
+from fedmoe_ds.export import command, shards
 from fedmoe_ds.export.model_folder import CODE, write_model_folder
 from fedmoe_ds.export.modeling_fft_moe import BASES, AdapterExperts, AdapterSettings
 from fedmoe_ds.export.written import Request
@@ -122,7 +123,8 @@ def exported(request: pytest.FixtureRequest, exports: Callable[[str], Exported])
 def export(root: Path, name: str) -> Exported:
     base, changes = RUNS[name]
     config = dense_config(root, base, name, changes)
-    parts, run = random_run(config), open_run(run_folder(config))
+    # Far from zero, so that experts matter and tiers differ.
+    parts, run = random_run(config, spread=0.2), open_run(run_folder(config))
     chosen = {label.replace(" ", "-"): run.select(label) for label in run.tiers}
     if run.spec.method.personal_models:
         chosen = {f"client-{i}": run.select(client=run.clients[i].name) for i in (0, 4)}
@@ -222,6 +224,33 @@ def test_the_topology_leaves_no_trace(exports: Callable[[str], Exported], tmp_pa
     assert every((out / path.name).read_bytes() == path.read_bytes() for path in made.folders["2"].iterdir())
 
 
+def test_it_trains_on(exports: Callable[[str], Exported]) -> None:
+    made = exports("attention")
+    model = copy.deepcopy(made.load("3")).train()
+    model.gradient_checkpointing_enable()
+    ids = torch.from_numpy(IDS)
+    before = model(input_ids=ids, labels=ids).loss
+    before.backward()
+    experts = model.model.layers[0].mlp.adapter_experts
+    for name in ("router", "inner", "outer"):
+        got = getattr(experts, name).grad.flatten(1).any(1)
+        assert bool(got.any()) and (name == "router" or not bool(got.all())), "of 64 experts some were chosen by nobody"
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter -= 0.01 * parameter.grad
+        assert float(model(input_ids=ids, labels=ids).loss) < float(before.detach())
+
+
+def test_several_files(exports: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, label = exports("images"), "4"
+    monkeypatch.setattr(shards, "LARGEST", 20_000)
+    write_model_folder(Request(made.run, made.selections[label], tmp_path, "vit"))
+    places = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(places.values())) > 3 and places.keys() == tensors_of(made.folders[label]).keys()
+    model = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    assert near("images", their_logits(model, made.parts), made.logits[label])
+
+
 def test_a_new_model_adds_nothing(root: Path, tmp_path: Path) -> None:
     """Without weights the experts begin as in a run: V is zero. So they do where files lack them, and transformers says so."""
     moe = {"base": "llama", "experts": 4, "width": 8, "top_k": 2}
@@ -277,7 +306,7 @@ def test_the_command_and_its_card(exported: Exported, tmp_path: Path, capsys: py
     which = ["--tier", selection.tier] if selection.client is None else ["--client", selection.client.name]
     out, factory = tmp_path / "out", FACTORIES[exported.task].__name__
     assert command.main([str(exported.run.folder), "--format", "merged", *which, "--out", str(out)]) == 0
-    assert "files, and modeling_fft_moe.py" in capsys.readouterr().out
+    assert "file, and modeling_fft_moe.py" in capsys.readouterr().out
     files = {path.name for path in exported.folders[label].iterdir()}
     assert {path.name for path in out.iterdir()} == files | {"README.md"}
     assert every((out / name).read_bytes() == (exported.folders[label] / name).read_bytes() for name in files)

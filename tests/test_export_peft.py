@@ -39,9 +39,10 @@ from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed.topology import ParallelLayout, Topology
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.card import fenced, write_card
 from fedmoe_ds.export.command import main
 from fedmoe_ds.export.lora import VLLM_RANKS, check_carried, rank_and_alpha, vllm_rank
-from fedmoe_ds.export.written import Request
+from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.methods.flora import FLoRA
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER
@@ -133,7 +134,9 @@ def bare(folder: Path, ids: np.ndarray, cap: int) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "vit"])
+@pytest.mark.parametrize(
+    "family", ["llama", "vit", *(pytest.param(name, marks=pytest.mark.cluster) for name in ("qwen3", "olmo2"))]
+)
 def test_every_dense_family(family: str, tmp_path: Path) -> None:
     """PEFT's merged weights are W + s B A under the names that we say, and nothing else has changed."""
     folder = tmp_path / family
@@ -201,7 +204,7 @@ def shards(result: Result, world: int, ep_size: int) -> dict[str, dict[str, Tens
     files: dict[str, dict[str, Tensor]] = {}
 
     class Recorder:
-        def begin(self, snapshot: Any, tensors: dict[str, dict[str, Tensor]], texts: Any) -> None:
+        def begin(self, snapshot: Any, tensors: dict[str, dict[str, Tensor]], *texts: Any) -> None:
             assert not files.keys() & tensors.keys()
             files.update({name: {k: v.contiguous() for k, v in content.items()} for name, content in tensors.items()})
 
@@ -212,7 +215,7 @@ def shards(result: Result, world: int, ep_size: int) -> dict[str, dict[str, Tens
         values = {key: value for key, _, value in whole.items(0, with_personal=True)}
         for key, _, place in held.items(topology.shard * held.experts, with_personal=True):
             place.copy_(values[key])
-        save(Recorder(), topology, State(1, held, state.personal), {}, "", 0)  # type: ignore[arg-type]
+        save(Recorder(), topology, State(1, held, state.personal), {}, "", 0, [])  # type: ignore[arg-type]
     assert len([name for name in files if name.startswith("adapters-")]) == ep_size
     return files
 
@@ -338,10 +341,23 @@ def test_the_card_names_no_client(trained: Result, root: Path, tmp_path: Path) -
         assert words in text, words
 
 
+def test_a_card_of_chats_and_of_a_run_without_scores(trained: Result, root: Path, tmp_path: Path) -> None:
+    """The template goes along as a file, and no text can end the code block that it is shown in."""
+    chats = {"template": "chat", "columns": {}, "chat_template": {"origin": "file", "sha256": "5eed", "text": "{{ messages }}"}}
+    run = replace(open_run(root / "worlds" / "1"), events=[{"event": "data", "clients": [], "reading": chats}])
+    request = Request(run, run.select(), tmp_path, "someone/model")
+    write_card(request, Written("peft", "", "as usual", ("One note.",)))
+    text = (tmp_path / "README.md").read_text()
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}" and "SHA-256 `5eed`" in text
+    assert "This model was not evaluated in its run." in text and text.endswith("as usual\n\n## Notes\n\nOne note.\n")
+    assert fenced("a ```` b", "json").startswith("`````json\n")
+
+
 def test_what_a_lora_file_has_no_place_for(trained: Result, root: Path, tmp_path: Path) -> None:
     run = open_run(root / "worlds" / "2")
     selection, blocks = run.select(), run.spec.blocks
     scaled = replace(selection, assignment=replace(selection.assignment, rescale=2.0))
+    masked = replace(selection, assignment=replace(selection.assignment, allowed_E=np.arange(8) < 4))
     more = {name: [*blocks, BlockSpec(name, (0, 1), (2, 2))] for name in (ROUTER, GATE_UP, INNER, "own.gain")}
     cases: list[tuple[dict[str, Any], Selection, str]] = [
         ({"blocks": more[ROUTER]}, selection, "a trained router is whole weights; use --format merged"),
@@ -349,6 +365,7 @@ def test_what_a_lora_file_has_no_place_for(trained: Result, root: Path, tmp_path
         ({"blocks": more[INNER]}, selection, "(adapters.moe) are layers of their own; use --format merged"),
         ({"blocks": more["own.gain"]}, selection, "own.gain is no LoRA pair; use --format merged"),
         ({"method": FLoRA(FLoRA.Params())}, selection, "moves its products into the base model"),
+        ({}, masked, "lets tier 8 use some of the experts alone, and neither a LoRA file nor"),
         ({}, scaled, "the rescaler of tier 8 multiplies the experts' output by 2, which no LoRA file can say; use --format"),
     ]  # fmt: skip
     for changes, chosen, words in cases:
@@ -360,6 +377,10 @@ def test_what_a_lora_file_has_no_place_for(trained: Result, root: Path, tmp_path
     rows = np.array([True, False, True, True, False, False])
     between = replace(selection, assignment=replace(selection.assignment, rows_R=rows, scale=2.0))
     assert rank_and_alpha(Request(run, between, tmp_path, "base")) == (6, 18.0)
+    odd = replace(
+        run, spec=replace(run.spec, config=run.config.model_copy(update={"adapters": AdapterConfig(rank=3, alpha=0.1)}))
+    )
+    assert 0.1 * 3 / 3 != 0.1 and rank_and_alpha(Request(odd, selection, tmp_path, "base")) == (3, 0.1)
 
 
 def test_options_are_refused_in_one_line(trained: Result, root: Path, tmp_path: Path) -> None:

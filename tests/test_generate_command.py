@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from federations import Result, make_config, run_alone, write_inputs
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedmoe_ds.data import ImageInput
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.templates.question import RAW, chat_reading, question
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.command import main as export
+from fedmoe_ds.results import answering, open_run
 from fedmoe_ds.results.generate_command import main
 
 SHORT: dict[str, Any] = {
@@ -214,9 +217,9 @@ def test_what_is_refused(root: Path, folder: Path, tmp_path: Path) -> None:
     assert main([str(tmp_path / "old"), "--prompt", "a", "--chat", "--max-new-tokens", "1"]) == 0
 
 
-def test_images_are_refused(tmp_path: Path) -> None:
-    write_dense(tmp_path, ("vit",), samples=(5,))
-    off = {"evaluation": {"generations": 0}}
-    run_alone(dense_config(tmp_path, "vit", "run", SHORT, off, {"data": {"max_samples": 8, "partition": {"clients": 2}}}))
+def test_images_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_run(folder)
+    images = replace(opened, spec=replace(opened.spec, images=ImageInput(1, 8, 8, 10, 17)))
+    monkeypatch.setattr(answering, "open_run", lambda *argv: images)
     with pytest.raises(UserError, match="its model classifies images, and writes no text"):
-        main([str(tmp_path / "runs" / "vit-run"), "--prompt", "a"])
+        main([str(folder), "--prompt", "a"])

@@ -20,10 +20,10 @@ def test_it_is_stored_without_outputs() -> None:
 
 
 @pytest.mark.cluster
-def test_it_runs(tmp_path: Path, foundation_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the user's own cache, in which the kernels are compiled already."""
     from nbclient import NotebookClient
 
-    monkeypatch.setenv("FEDMOE_CACHE", str(foundation_cache))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(PAGE, as_version=4)
@@ -33,6 +33,8 @@ def test_it_runs(tmp_path: Path, foundation_cache: Path, monkeypatch: pytest.Mon
         name: "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
         for name, outputs in shown.items()
     }
+    progress = "".join(output.text for output in shown["run"] if output.get("name") == "stderr")
+    assert "round 1: perplexity" in progress and "\x1b" not in progress, "plain lines, no bar"
     assert printed["run"].splitlines()[-1] == "run: runs/notebook" and (tmp_path / "runs" / "notebook" / "report.html").exists()
     assert any("image/png" in output.get("data", {}) for output in shown["curve"])
     assert "layers.0" in printed["adapters"] and len(printed["adapters"].splitlines()) == 9

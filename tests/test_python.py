@@ -228,16 +228,18 @@ def test_a_tree_is_taken_as_a_file_is(root: Path) -> None:
     assert fedmoe_ds.load_config(config) == config
 
 
-@pytest.mark.cluster
-def test_processes_that_are_started(root: Path, engine: Engine, tmp_path: Path) -> None:
-    """As the command: by its digest, on two ranks of this call's own, and one run after another in one world of ranks."""
+@pytest.mark.sweep
+def test_the_command_has_this_digest(root: Path, engine: Engine, tmp_path: Path) -> None:
     assert command(tiny_tree(root, "command", SMALL), tmp_path).digest == engine.digest
-    split = {"topology": {"ep_size": 2}}
-    jobs = [fedmoe_ds.load_config(tiny_tree(root, name, SMALL, change)) for name, change in (("two", {}), ("split", split))]
-    assert start([(job, "never") for job in jobs], ranks=2) == [None, None]
-    assert every(fedmoe_ds.open_run(root / "runs" / name).digest == engine.digest for name in ("two", "split"))
-    with pytest.raises(UserError, match=r"runs/two already holds a run; add --resume auto to continue it"):
-        fedmoe_ds.run(jobs[0], ranks=2)
+
+
+@pytest.mark.cluster
+def test_processes_that_are_started(root: Path, engine: Engine) -> None:
+    """How each run ended, and a mistake, come back from the ranks; on two ranks: `check_method` on the page."""
+    job = fedmoe_ds.load_config(tiny_tree(root, "started", SMALL))
+    with pytest.raises(UserError, match=r"runs/started already holds a run; add --resume auto to continue it"):
+        start([(job, "never"), (job, "never")], ranks=1)
+    assert fedmoe_ds.open_run(root / "runs" / "started").digest == engine.digest
 
 
 PROGRAM = """

@@ -107,6 +107,8 @@ def copied(run: Path, name: str) -> Path:
         ({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}}, {"a.b": ["[1, {c: 2}]", "[1, {c: 3}]"]}),
         ({"a": {}}, {"a": {"b": 1}}, {"a": ["{}", "–"], "a.b": ["–", "1"]}),
         ({"name": "x", "output": "y"}, {"name": "z"}, {}),
+        ({"a": "null", "b": "flame"}, {"a": None, "b": "hetlora"}, {"a": ["'null'", "null"], "b": ["flame", "hetlora"]}),
+        ({"a": float("nan"), 1: {2: ""}}, {"a": float("nan"), 1: {2: None}}, {"1.2": ["''", "null"]}),
     ],
 )
 def test_differences(left: dict[str, Any], right: dict[str, Any], expected: dict[str, list[str]]) -> None:
@@ -134,11 +136,11 @@ def test_a_run_that_has_just_begun_and_a_record_of_an_old_version(runs: list[Pat
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     text = page(read_runs([young, old, runs[0]]))
     Page(text)
-    assert "No config.yaml (a link is not read): A, B." in text
+    assert "Nothing to compare (no config.yaml, a link, or no mapping): A, B." in text
     assert ["Global hold-out", "k 4", "B", "9.00", "8.00", "0.889"] in [row[:6] for row in cells(section(text, "results"))]
     nothing = page(read_runs([young, copied_young(young)]))
     Page(nothing)
-    assert nothing.count("Nothing has been evaluated yet.") == 2
+    assert nothing.count("Nothing has been evaluated yet.") == 2 and "agree" not in nothing
 
 
 def copied_young(young: Path) -> Path:

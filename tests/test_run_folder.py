@@ -21,6 +21,7 @@ from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.report import MetricsLog
 from fedmoe_ds.storage import folder_lock
@@ -80,12 +81,13 @@ STAGES: dict[str, tuple[Any, str]] = {
     "groups": (session, "build_topology"),
     "loading": (session, "load_parts"),
     "tools": (session, "DeepSpeedTools"),
+    "monitors": (session, "start_monitors"),
     "record": (session, "begin"),
     "facts": (session, "data_facts"),
     "configuration": (Journal, "config"),
     "first evaluation": (Federation, "_evaluate"),
     "first round": (Federation, "_train"),
-    "checkpoint": (Federation, "_save"),
+    "checkpoint": (RoundCheckpoints, "save"),
     "report": (Journal, "report"),
     "summary": (session, "summary"),
 }

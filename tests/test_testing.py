@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import BlockSpec, ClientUpdate, ClientView, Method, MethodInfo, method_names
-from fedmoe_ds.methods.flame import Flame
+from fedmoe_ds.methods.registry import GROUP
 from fedmoe_ds.testing import MethodError, check_method, tiny_federation
 from fedmoe_ds.testing.method_check import check_functions
 
@@ -90,9 +91,7 @@ def test_what_the_engine_could_not_call(method: Any, message: str) -> None:
 
 
 def test_ours_are_such_methods() -> None:
-    from importlib.metadata import entry_points
-
-    found = [point.load() for point in entry_points(group="fedmoe_ds.methods") if point.value.startswith("fedmoe_ds.")]
+    found = [point.load() for point in entry_points(group=GROUP) if point.value.startswith("fedmoe_ds.")]
     assert len(found) >= 13
     for method in found:
         check_functions(method)
@@ -137,7 +136,15 @@ def test_what_nobody_can_import() -> None:
         check_method(script)
 
 
-@pytest.mark.cluster
-def test_methods_on_two_ranks() -> None:
-    """One of ours with a state of clients, by its own name: two processes are started."""
-    assert check_method(Flame, {"rescaler_scope": "layer"}, SHORT).digest is not None
+SPECIAL: dict[str, dict[str, Any]] = {
+    "hfedmoe": {"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}},
+}
+"""What a method cannot do without."""
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(set(method_names()) - {"fft-moe"}))
+def test_ours_on_two_ranks(name: str) -> None:
+    """All that run on the tiny federation's own model, by their own names."""
+    method = next(point.load() for point in entry_points(group=GROUP) if point.name == name)
+    assert check_method(method, changes={**SHORT, **SPECIAL.get(name, {})}).digest is not None

@@ -127,7 +127,9 @@ def test_the_tutorial(tmp_path: Path) -> None:
     assert "perplexity" in said["fedmoe evaluate"]
     assert "export: adapter: peft, tier 4, round 3" in next(c.out for c in done if "peft" in c.words)
     answer = done[-1].out.strip()
-    assert answer and answer in said["fedmoe generate"], "PEFT answers what this package answers"
+    before, after = said["fedmoe generate"].split("[round 3, k=4]")
+    assert answer and after.strip() == answer, "PEFT answers what this package answers"
+    assert "[foundation]" in before and answer not in before
     for name in ("adapter/adapter_model.safetensors", "merged/config.json", "runs/next/report.html", "both.html"):
         assert (tmp_path / name).is_file(), name
 

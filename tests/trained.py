@@ -43,8 +43,9 @@ def random_run(config: Config, spread: float = 0.05) -> Parts:
             value.add_(drawn)
     for base in (server for name, server in parts.state.server.items() if name == "base"):
         # The others' weights are the foundation's own, and no part of a checkpoint.
-        for key in (key for key, *_ in base.items(0) if not any(f".experts.{expert}." in key for expert in UNTRAINED)):
-            base.note_change(key)
+        for key, _, value in base.items(0):
+            if not any(f".experts.{expert}." in key for expert in UNTRAINED):
+                base.note_change(key, torch.zeros_like(value), value)
     parts.server.load_base(parts.state.server)
     save(parts, journal.position())
     journal.close()

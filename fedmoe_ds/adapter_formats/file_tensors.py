@@ -200,7 +200,7 @@ class FileTensors:
 
         def of(e: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
             # Row e * R + j of A, column j * E + e of B.
-            return lambda: self._get(a)[e * rank : (e + 1) * rank], lambda: self._get(b)[:, e::experts]
+            return lambda: self._rows(a, slice(e * rank, (e + 1) * rank)), lambda: self._get(b)[:, e::experts]
 
         found: dict[str, Ours] = {}
         for e, key in enumerate(keys):
@@ -228,13 +228,18 @@ class FileTensors:
         return there
 
     def _get(self, there: _Stored) -> Tensor:
-        # The experts of a layer are asked for one after the other, and fused they lie in one tensor.
+        # The experts of a layer are asked for one after the other, and B of all of them is one tensor if they are fused.
         if self._last is None or self._last[0] != there.name:
-            value: Tensor = self.file.get_tensor(there.name)
-            if not value.is_floating_point() or value.itemsize < 2:
-                raise self._refusal(there.name, f"is {value.dtype}; give weights that are not quantised")
-            self._last = there.name, value
+            self._last = there.name, self._checked(there, self.file.get_tensor(there.name))
         return self._last[1]
+
+    def _rows(self, there: _Stored, rows: slice) -> Tensor:
+        return self._checked(there, self.file.get_slice(there.name)[rows])
+
+    def _checked(self, there: _Stored, value: Tensor) -> Tensor:
+        if not value.is_floating_point() or value.itemsize < 2:
+            raise self._refusal(there.name, f"is {value.dtype}; give weights that are not quantised")
+        return value
 
     def _refusal(self, name: str, why: str) -> UserError:
         return UserError(f"{self.where}: {name}: {why}")

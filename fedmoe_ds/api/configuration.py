@@ -23,7 +23,7 @@ def load_config(config: Given, *overrides: str) -> Config:
     """
     check_overrides(overrides)
     if isinstance(config, Config):
-        return tree.config_of(config.model_dump(), overrides)
+        return tree.with_overrides(config, overrides)
     if isinstance(config, Mapping):
         return tree.config_of(config, overrides)
     if isinstance(config, str | os.PathLike):

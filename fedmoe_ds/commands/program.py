@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedmoe_ds import __version__
-from fedmoe_ds.distributed.stop_request import StopRequest, leave_on_interrupt
-from fedmoe_ds.errors import EXIT_USER_ERROR, UserError, nearest
+from fedmoe_ds.distributed.stop_request import StopRequest, leave_on_interrupt, unwind_on_interrupt
+from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, nearest
 from fedmoe_ds.terminal import note, show
 
 STOP = StopRequest()
@@ -35,7 +35,7 @@ class Command:
         module: has `main(argv)`, which returns the exit code.
         summary: one line for the list.
         listen: what is done about signals, before the imports that take seconds.
-        light: it answers at once: there are no such imports.
+        light: it answers at once: there are no such imports, and no ranks.
         on_cpu: it computes in one process, on the CPU, and starts no other.
     """
 
@@ -48,7 +48,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("fedmoe_ds.commands.train", "fine-tune a federation, on any launcher's ranks", STOP.install),
-    "report": Command("fedmoe_ds.commands.report", "the page of a run, or of several side by side", on_cpu=True),
+    "report": Command("fedmoe_ds.commands.report", "the page of a run, or of several side by side", light=True),
     "evaluate": Command("fedmoe_ds.results.evaluate_command", "score a run, a checkpoint or a model folder", on_cpu=True),
     "generate": Command("fedmoe_ds.results.generate_command", "what a run's model answers", on_cpu=True),
     "export": Command("fedmoe_ds.export.command", "a run's model as other tools load it: LoRA or whole", on_cpu=True),
@@ -57,7 +57,7 @@ COMMANDS = {
     "compare": Command("fedmoe_ds.commands.compare", "methods x seeds as runs, and one report about all of them"),
     "scaling": Command("fedmoe_ds.commands.scaling", "a study over ranks, ep_size, clients, experts or k"),
     "bench": Command("fedmoe_ds.commands.bench", "measure speed and memory, beside peers and floors"),
-    "cache": Command("fedmoe_ds.commands.cache", "list or clean what runs have kept to start faster"),
+    "cache": Command("fedmoe_ds.commands.cache", "list or clean what runs have kept to start faster", light=True),
     "configs": Command("fedmoe_ds.commands.configs", "list the configurations that come with the package", light=True),
     "launch-path": Command(
         "fedmoe_ds.commands.launch_path", "where the script is that deepspeed, srun and mpirun start", light=True
@@ -113,11 +113,15 @@ def start(name: str) -> NoReturn:
 
 def _told(answer: Callable[[], int]) -> int:
     """The exit code of what takes no time; a mistake is one line."""
+    unwind_on_interrupt()
     try:
         return answer()
     except UserError as error:
         note(f"error: {error}")
         return error.exit_code
+    except KeyboardInterrupt:
+        note("error: stopped by SIGINT")
+        return EXIT_INTERRUPTED
 
 
 def _main_of(command: Command) -> Callable[[list[str]], int]:

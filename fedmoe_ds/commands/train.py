@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fedmoe_ds.commands.console import logging_options, show_ending, start_console
 from fedmoe_ds.commands.program import STOP
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.distributed.launcher import Launch, detect_launch, known_rank
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.report.console import logging_options, show_ending, start_console
 from fedmoe_ds.terminal import note, show
 
 

@@ -42,7 +42,8 @@ def card(request: Request, written: Written) -> str:
         *_prompt(request),
         "## Load it",
         written.loading,
-        *_base(request),
+        # A whole model needs no other.
+        *(_base(request) if written.library == "peft" else []),
         *(["## Notes", *written.notes] if written.notes else []),
     ]
     return "\n\n".join(sections) + "\n"

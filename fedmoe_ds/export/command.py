@@ -25,7 +25,7 @@ from fedmoe_ds.export.card import write_card
 from fedmoe_ds.export.formats import FORMATS
 from fedmoe_ds.export.lora import DTYPES
 from fedmoe_ds.export.written import Request, folder_size
-from fedmoe_ds.results import Selection, TrainedRun, open_run
+from fedmoe_ds.results import Selection, TrainedRun, open_run, round_choice
 from fedmoe_ds.storage.file_modes import follow_umask, keep_private
 from fedmoe_ds.storage.files import expanded, remove, sync
 from fedmoe_ds.terminal import note, show, visible
@@ -37,7 +37,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a checkpoint folder of it")
     parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="what is written")
-    parser.add_argument("--round", type=int, metavar="N", help="rounds completed (default: the newest checkpoint)")
+    parser.add_argument(
+        "--round", type=round_choice, metavar="N", help="rounds completed, or best (default: the newest checkpoint)"
+    )
     parser.add_argument("--tier", metavar="K", help="top-k or label of a budget tier (default: the largest)")
     parser.add_argument("--client", metavar="NAME", help="the client's own model, where the method keeps some")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder (default: RUN/export-...)")

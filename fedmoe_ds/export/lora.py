@@ -30,8 +30,6 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16")}
 """Types of an adapter's tensors, and what safetensors calls them."""
 
-FUSED = "an export with --format peft-fused"
-
 _WHOLE = {
     ROUTER: "a trained router is whole weights",
     **dict.fromkeys((GATE_UP, DOWN), "experts that were trained whole (adapters.expert_training: full) are whole weights"),
@@ -69,7 +67,9 @@ def write_lora(fmt: Format, request: Request) -> Written:
     if served:
         said += f"; vLLM needs --max-lora-rank {needed}" if needed else f"; vLLM takes no rank above {VLLM_RANKS[-1]}"
     in_peft = loads_in_peft(fmt, names, request)
-    notes = () if in_peft else (f"PEFT takes no keys of single experts for a '{spec.model_type}' model: {FUSED} is for it.",)
+    notes = (
+        () if in_peft else (f"PEFT takes no keys of single experts for a '{spec.model_type}' model, but --format peft-fused.",)
+    )
     return Written("peft", said, lora_loading(request, needed if served else None, in_peft), notes)
 
 
@@ -81,8 +81,9 @@ def rank_and_alpha(request: Request) -> tuple[int, float]:
     # Rows in between cannot be left out of a file that counts them: all are written, those that are not held as zeros.
     if rows_R is not None and first_R is not None and (rows_R != first_R).any():
         rank = full
-    # Multiplied first: with all rows this is alpha to the bit.
-    return rank, adapters.alpha * assignment.scale * rank / full
+    # With all rows alpha to the bit, which the way over rank and back would not always give.
+    alpha = adapters.alpha * assignment.scale
+    return rank, alpha if rank == full else alpha * rank / full
 
 
 def vllm_rank(rank: int) -> int | None:
@@ -106,6 +107,11 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
         raise UserError(
             f"{where}: method {run.config.method.name} moves its products into the base model, so that its adapters alone are "
             f"nothing; {out}"
+        )
+    if selection.assignment.allowed_E is not None:
+        raise UserError(
+            f"{where}: method {run.config.method.name} lets tier {selection.tier} use some of the experts alone, and neither a "
+            "LoRA file nor a model's configuration can say that; export another tier"
         )
     for factor in _factors(request):
         if factor != 1.0:

@@ -82,8 +82,7 @@ def write_model_folder(request: Request) -> Written:
     shutil.copyfile(CODE, out / CODE.name)
     if run.outline.task == "causal_lm":
         _name_tokenizer(run, out)
-    size = sum(tensor.nbytes for tensor in tensors)
-    said = f"{len(tensors)} tensors of {size / 2**30:.2f} GiB in {len(shards)} files, and {CODE.name}"
+    said = f"{len(tensors)} tensors in {len(shards)} file{'' if len(shards) == 1 else 's'}, and {CODE.name}"
     return Written("transformers", said, _loading(request), tuple(merging_notes(request, stream, told)))
 
 

@@ -155,6 +155,20 @@ def _continue(master: MonitorMaster, last: int, forget: bool) -> None:
         master.tb_monitor.summary_writer = SummaryWriter(log_dir, purge_step=last + 1)
 
 
+def close_monitors(master: MonitorMaster | None) -> None:
+    """Bring everything out; a process of a run ends without the handlers that the services' clients would do it in."""
+    if master is None:
+        return
+    if master.tb_monitor is not None:
+        master.tb_monitor.summary_writer.close()
+    if master.wandb_monitor is not None:
+        import wandb
+
+        wandb.finish()
+    if master.comet_monitor is not None:
+        master.comet_monitor.experiment.end()
+
+
 def of_evaluation(round_index: int, rows: Iterable[Score]) -> list[Figure]:
     """Curves of every tier on the pooled hold-outs; one per client would be unreadable."""
     found = {

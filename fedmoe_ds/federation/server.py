@@ -132,11 +132,9 @@ class Server:
                 b_OQ, a_QI = combined.absorbed
                 weight_OI = own[BASE].client(base_block(a, b).name, 0)[place]
                 # Added in float64 and rounded once: the weight collects the products of many rounds.
-                merged_OI = (weight_OI.double() + self.scale * (b_OQ @ a_QI)).float()
-                # By bits: adding 0.0 to -0.0 changes what is hashed, though the two are equal.
-                if not torch.equal(merged_OI.view(torch.int32), weight_OI.contiguous().view(torch.int32)):
-                    own[BASE].note_change(f"{pair.key}.base")
-                weight_OI.copy_(merged_OI)
+                before_OI = weight_OI.clone()
+                weight_OI.copy_(weight_OI.double() + self.scale * (b_OQ @ a_QI))
+                own[BASE].note_change(f"{pair.key}.base", before_OI, weight_OI)
         if BASE in own:
             self.load_base(own)
 

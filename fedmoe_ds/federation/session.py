@@ -24,14 +24,13 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.identity import GONE, START, check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
-from fedmoe_ds.federation.monitors import check_monitors, start_monitors
+from fedmoe_ds.federation.monitors import check_monitors, close_monitors, start_monitors
 from fedmoe_ds.federation.rounds import Federation, Outcome
 from fedmoe_ds.federation.samples import shown_samples
-from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line
+from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line, versions
 from fedmoe_ds.kernels import fault
 from fedmoe_ds.machine import peak_mib
 from fedmoe_ds.report import final_table, read_metrics
-from fedmoe_ds.report.console import versions_line
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import make_folder
 from fedmoe_ds.storage.folder_lock import FolderLock
@@ -110,6 +109,7 @@ def _train(
         spent = {"seconds": time.monotonic() - began, "peak_bytes": runtime.gather(int(peak_mib() * 2**20))}
         journal.event("end", rounds=parts.state.round, digest=outcome.digest, **spent)
     journal.report()
+    runtime.run_on_rank0(lambda: close_monitors(journal.monitor))
     journal.close()
     code = 0 if outcome.interrupted is None else EXIT_STOPPED
     return Ending(summary(folder, outcome, runtime), code, outcome.interrupted)
@@ -118,7 +118,7 @@ def _train(
 def _tell_details(parts: Parts, journal: Journal) -> None:
     """What `--verbose` wants to know of a start: software, and which folders it reads."""
     foundation = parts.config.foundation
-    journal.detail(versions_line())
+    journal.detail(f"versions: {', '.join(f'{name} {number}' for name, number in versions().items())}")
     journal.detail(f"cache: {cache.root(foundation.cache)}; foundation: {parts.foundation.path}; data: {parts.data.path}")
 
 

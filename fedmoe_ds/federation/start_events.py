@@ -56,7 +56,6 @@ def rank_table(parts: Parts) -> list[dict[str, int | str]]:
 def run_facts(parts: Parts) -> dict[str, Any]:
     """The `run` event."""
     config, foundation = parts.config, parts.foundation
-    packages = ("torch", "deepspeed", "transformers", "fedmoe-ds")
     return {
         "name": config.name,
         "method": config.method.name,
@@ -78,11 +77,17 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         **({"start": parts.start.facts} if parts.start is not None else {}),
         "seed": config.seed,
         "reproducible": "bitwise" if parts.spec.bitwise else "fast",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": versions(),
         # The name of a CPU says little about its kernels; kernels.instructions in the identity does.
         "device": str(parts.runtime.device) if parts.runtime.device.type == "cpu" else torch.cuda.get_device_name(),
         "topology": rank_table(parts),
     }
+
+
+def versions() -> dict[str, str]:
+    """The software that a run depends on most."""
+    packages = ("torch", "deepspeed", "transformers", "fedmoe-ds")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def budgets(parts: Parts) -> list[dict[str, Any]]:

@@ -211,11 +211,14 @@ def _merge(source: Source, base: Bank, first_expert: int) -> None:
     """W <- W + (alpha / rank) B A, in float64 and rounded once; where the source has merged weights, these are W."""
     for key, _, weight_OI in base.items(first_expert):
         a, b = (f"{key.removesuffix('.base')}.{half}" for half in ("lora_A", "lora_B"))
+        before = weight_OI.clone()
         if key in source.merged:
             weight_OI.copy_(_sized(key, source.read_merged(key), weight_OI))
-        if a in source.keys and b in source.keys:
-            product_OI = _sized(key, source.read(b).double() @ source.read(a).double(), weight_OI)
+        b_OR = source.read(b) if a in source.keys and b in source.keys else None
+        if b_OR is not None and bool(b_OR.any()):
+            product_OI = _sized(key, b_OR.double() @ source.read(a).double(), weight_OI)
             weight_OI.copy_(weight_OI.double() + source.scale * product_OI.to(weight_OI.device))
+        base.note_change(key, before, weight_OI)
 
 
 def _sized(key: str, found: Tensor, place: Tensor) -> Tensor:
@@ -243,7 +246,7 @@ def _told(source: Source, spec: RunSpec, merging: bool) -> str:
     if source.left:
         said.append(f"{', '.join(source.left)} stays with its clients, and starts as usual")
     if source.foundation is None:
-        said.append("which model it was trained on, nothing tells")
+        said.append(f"its file names {source.facts.get('base_model')} as its model, and nothing can be compared but shapes")
     elif source.dtype not in (None, spec.config.foundation.dtype):
         said.append(f"it was trained on weights in {source.dtype}, here they are {spec.config.foundation.dtype}")
     return f"{START}: {'; '.join(said)}"

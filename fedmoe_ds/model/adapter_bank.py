@@ -141,9 +141,10 @@ class Bank:
         """The values with the client axis moved to the front: [C, L, ...] (a view)."""
         return self.values[name].movedim(2 if self.specs[name].expert else 1, 0)
 
-    def note_change(self, key: str) -> None:
-        """A tensor is no longer what every start makes it."""
-        if self.changed is not None:
+    def note_change(self, key: str, before: Tensor, after: Tensor) -> None:
+        """A tensor was written to: it may no longer be what every start makes it."""
+        # By bits: -0.0 + 0.0 is 0.0, which is equal and yet hashed to something else.
+        if self.changed is not None and not torch.equal(before.view(torch.int32), after.contiguous().view(torch.int32)):
             self.changed.add(key)
 
     def zero_grad(self) -> None:

@@ -16,6 +16,7 @@ LEAD = (
     f"Keys of config.yaml with more than one value, and versions of software. A dash ({formats.MISSING}): that file has no "
     "such key, because the run is of another version, or the key belongs to another method."
 )
+NOTHING = "Nothing to compare (no config.yaml, a link, or no mapping)"
 
 
 def difference_section(keys: Sequence[str], configs: Sequence[Mapping[str, Any] | None], starts: Sequence[Event]) -> Markup:
@@ -23,18 +24,23 @@ def difference_section(keys: Sequence[str], configs: Sequence[Mapping[str, Any] 
 
     Args:
         keys: what the page calls the runs.
-        configs: their configurations; None where a run folder holds none.
+        configs: their configurations; None where a run folder holds none that can be compared.
         starts: their `run` events.
     """
     known = [place for place, config in enumerate(configs) if config is not None]
     rows = differing([flat(configs[place] or {}) for place in known])
     shown = [[key, *_spread(values, known, len(keys))] for key, values in rows]
     versions = differing([dict(start.get("versions") or {}) for start in starts])
-    shown += [[f"version of {name}", *map(_text, values)] for name, values in versions]
+    # No YAML: a version is not quoted because it looks like a number.
+    shown += [
+        [f"version of {name}", *(value if isinstance(value, str) else _text(value) for value in values)]
+        for name, values in versions
+    ]
     lost = [key for key, config in zip(keys, configs, strict=True) if config is None]
-    missing = tag("p", f"No config.yaml (a link is not read): {', '.join(lost)}.", cls="note") if lost else None
+    missing = tag("p", f"{NOTHING}: {', '.join(lost)}.", cls="note") if lost else None
     if not shown:
-        return tag("div", tag("p", "The configurations agree in every key.", cls="empty"), missing)
+        agreed = tag("p", "The configurations agree in every key.", cls="empty") if len(known) > 1 else None
+        return tag("div", agreed, missing)
     rows_of_cells = [[row[0], *(tag("td", value, cls="name", data_t=value) for value in row[1:])] for row in shown]
     body = tag("div", table(["key", *keys], rows_of_cells, text_columns=1 + len(keys)), cls="scroll")
     return tag("div", tag("p", LEAD, cls="lead"), body, missing)
@@ -67,7 +73,7 @@ _ABSENT = _Absent()
 
 
 def _text(value: Any) -> str:
-    return formats.MISSING if value is _ABSENT else value if isinstance(value, str) else inline_yaml(value)
+    return formats.MISSING if value is _ABSENT else inline_yaml(value)
 
 
 def _spread(values: Sequence[Any], places: Sequence[int], runs: int) -> list[str]:

@@ -29,8 +29,12 @@ class Progress:
     def __init__(self, enabled: bool = True, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self._enabled = enabled
         self._interval = interval
-        # No markup and no emoji: names of users are shown as they are. In a notebook, lines go to its standard error, too.
-        self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False, force_jupyter=False)
+        # A notebook's stream says that it is a terminal, but knows no bar: there it is plain lines, on standard error as ever.
+        bar = False if Console().is_jupyter else None
+        # No markup and no emoji: names of users are shown as they are.
+        self._console = Console(
+            file=stream or sys.stderr, highlight=False, markup=False, emoji=False, force_jupyter=False, force_terminal=bar
+        )
         self._bar: Bar | None = None
         self._round = self._rounds = 0
         self._first_round = 0

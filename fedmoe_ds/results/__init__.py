@@ -1,5 +1,5 @@
 """What a run has learnt, opened in one process: evaluated, asked, and handed to `fedmoe_ds.export`."""
 
-from fedmoe_ds.results.trained_run import Selection, TrainedRun, open_run
+from fedmoe_ds.results.trained_run import Selection, TrainedRun, open_run, round_choice
 
-__all__ = ["Selection", "TrainedRun", "open_run"]
+__all__ = ["Selection", "TrainedRun", "open_run", "round_choice"]

@@ -15,9 +15,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from fedmoe_ds.adapter_formats import read_adapter
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.state import State, read_tensors
 from fedmoe_ds.clients.client import Client, tiers_of
@@ -43,6 +45,7 @@ from fedmoe_ds.federation.run_spec import (
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.task_metrics import Forward
+from fedmoe_ds.federation.warm_start import begin_from, open_start
 from fedmoe_ds.foundation import Foundation, load_foundation, resolve_foundation
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.kernels.lora_products import check_kernels
@@ -119,21 +122,30 @@ class LoadedModel:
 
     @classmethod
     def of_folder(cls, config: Config, note: Note) -> LoadedModel:
-        """Load the model that `foundation` names, without any adapter: a foundation, or an export of a whole model.
+        """Load the model that `foundation` names: a foundation, or an export of a whole model; with the adapter of PEFT's that
+        `adapters.start` names, if it does.
 
         Raises:
             UserError: there is no such model, it is of no known family, or the rest of the configuration does not fit it.
         """
-        runtime = this_process(config.execution.threads)
-        # Neither experts nor projections: nothing of this configuration is trained.
-        config = config.model_copy(update={"adapters": AdapterConfig(experts=False, attention=[])})
-        check_plan(config, is_bitwise(config, runtime.device.type))
+        runtime, start = this_process(config.execution.threads), config.adapters.start
+        kind = runtime.device.type
+        # Without a start neither experts nor projections: nothing of this configuration is trained.
+        adapters = AdapterConfig(experts=False, attention=[]) if start is None else _adapters_of(start)
+        config = config.model_copy(update={"adapters": adapters})
+        check_plan(config, is_bitwise(config, kind))
         folder = resolve_foundation(config.foundation, config.seed, note)
         foundation = load_foundation(folder, config.foundation, 1, 0, runtime.device)
-        spec = _bare_spec(config, foundation, runtime.device.type)
+        if start is None:
+            spec = _bare_spec(config, foundation, kind)
+        else:
+            spec = resolve_spec(*check_start(config, kind), kind, foundation.outline)
         tier = spec.tiers[0]
         everybody = Client(0, "", tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
-        return cls(spec, foundation, [everybody], runtime, None)
+        loaded = cls(spec, foundation, [everybody], runtime, None)
+        if start is not None:
+            begin_from(open_start(Path(start), spec, foundation.fingerprint), spec, loaded.adapters, None, runtime)
+        return loaded
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -187,6 +199,21 @@ def _execution(spec: RunSpec, adapters: Bank, clients: int) -> Execution:
     pool = Pool(None, 1, experts, home, merge=spec.shares_passes, shared=True)
     scale = config.adapters.alpha / config.adapters.rank
     return Execution(adapters, pool, scale, spec.method.rescaler is not None, kernels=config.execution.adapter_kernels)
+
+
+def _adapters_of(folder: str) -> AdapterConfig:
+    """What a run would configure that trains what an adapter of PEFT's has adapted."""
+    adapter = read_adapter(Path(folder), "adapter")
+    parts = [target.partition(".") for target in adapter.targets]
+    attention, feed_forward = ([name for part, _, name in parts if part == kind] for kind in ("attention", "feed_forward"))
+    return AdapterConfig(
+        rank=adapter.rank,
+        alpha=adapter.scale * adapter.rank,
+        experts=any(part == "experts" for part, _, _ in parts),
+        attention=attention,
+        feed_forward=feed_forward,
+        start=folder,
+    )
 
 
 def _bare_spec(config: Config, foundation: Foundation, device: str) -> RunSpec:

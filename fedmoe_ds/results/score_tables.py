@@ -19,7 +19,8 @@ _NOT_SHARES = frozenset({"perplexity"})
 
 def lines(scores: Scores) -> str:
     """One JSON object per row: a stable interface, see docs/outputs.md."""
-    return "\n".join(json.dumps(row.figures(), allow_nan=False, ensure_ascii=False) for row in scores.rows)
+    # ASCII: what does not print is escaped by JSON's rules, not by the terminal's.
+    return "\n".join(json.dumps(row.figures(), allow_nan=False) for row in scores.rows)
 
 
 def document(scores: Scores, facts: Mapping[str, Any]) -> str:
@@ -47,7 +48,7 @@ def _line(row: Row, given: bool) -> list[str]:
 
 
 def _tier(row: Row) -> str:
-    return f"{row.score.label} (before)" if row.round == 0 else row.score.label
+    return f"{row.score.label} (foundation)" if row.round == 0 else row.score.label
 
 
 def _matrices(rows: list[Row]) -> str:

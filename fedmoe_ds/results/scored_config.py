@@ -7,11 +7,15 @@ files (split, encoding, separator, validation) is not; `key=value` words change 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.adapter_formats import read_adapter
 from fedmoe_ds.config import Config, DataConfig, with_overrides
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.results.target import is_adapter
 from fedmoe_ds.results.trained_run import TrainedRun
+from fedmoe_ds.storage.files import expanded
 
 _OF_FILES = ("split", "separator", "encoding", "validation")
 _ALWAYS = ("evaluation.batch_size", "evaluation.max_sequences", "evaluation.metrics", "execution.reproducible",
@@ -43,17 +47,31 @@ def config_of_run(run: TrainedRun, data: Sequence[str], words: Sequence[str], by
     return with_overrides(_all_rows(config.model_copy(update={"data": config.data.model_copy(update=fresh)})), words)
 
 
-def config_of_model(folder: str, data: Sequence[str], words: Sequence[str], by_client: bool) -> Config:
-    """A configuration with a model and given rows, and defaults for the rest. Raises UserError as `config_of_run`."""
+def config_of_model(
+    folder: str, data: Sequence[str], words: Sequence[str], by_client: bool, base: Path | None = None
+) -> Config:
+    """A configuration with a model, or an adapter of PEFT's and its `base` model, given rows, and defaults for the rest.
+
+    Raises:
+        UserError: as `config_of_run`; nothing tells the base model.
+    """
     if not data:
         raise UserError(f"--data: missing: {folder} is a model and has no hold-outs of its own; give --data FILE")
     _check(words, (*_ALWAYS, *_GIVEN, _MODEL, *((_OWNER,) if by_client else ())), "of a model")
-    plain = Config()
+    plain, start = Config(), folder if is_adapter(folder) else None
     sections = {
-        "foundation": plain.foundation.model_copy(update={"path": folder, "preset": None}),
+        "foundation": plain.foundation.model_copy(update={"path": _base(folder, base) if start else folder, "preset": None}),
         "data": plain.data.model_copy(update={"source": _source(data)}),
+        "adapters": plain.adapters.model_copy(update={"start": start}),
     }
     return with_overrides(_all_rows(plain.model_copy(update=sections)), words)
+
+
+def _base(adapter: str, given: Path | None) -> str:
+    named = str(given) if given is not None else read_adapter(expanded(adapter, "adapter"), "adapter").base_model
+    if named is None:
+        raise UserError(f"--model: missing: {adapter} does not name its base model; give its folder or hub id with --model")
+    return named
 
 
 def _all_rows(config: Config) -> Config:

@@ -1,4 +1,4 @@
-"""Target: what a command is given to open: a run folder, one of its checkpoints, or a model folder or hub id."""
+"""Target: what a command is given to open: a run, one of its checkpoints, a model folder or hub id, or an adapter of PEFT's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fedmoe_ds.storage.files import expanded
 ADAPTER_FILE = "adapter_config.json"
 
 
-def open_target(given: str, round_index: int | None = None, model: Path | None = None) -> TrainedRun | None:
-    """The run that is named, or None where a model folder or a hub id is.
+def open_target(given: str, round_index: int | str | None = None, model: Path | None = None) -> TrainedRun | None:
+    """The run that is named, or None where a model folder, a hub id or an adapter of PEFT's is.
 
     Args:
-        round_index, model: as `open_run` takes them; a model has neither.
+        round_index, model: as `open_run` takes them; a model has neither, an adapter has its base model.
     Raises:
         UserError: nothing of the kind is there; as `open_run`.
     """
@@ -25,19 +25,23 @@ def open_target(given: str, round_index: int | None = None, model: Path | None =
     if path.is_dir():
         if progress_of(path) is not None or (path / "checkpoints").is_dir():
             return open_run(path, round_index, model)
-        if (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+        if not (is_adapter(given) or (path / CONFIG_FILE).is_file()):
             raise UserError(
-                f"{given}: holds an adapter ({ADAPTER_FILE}) and no model; start a run from it with adapters.start, or export "
-                "it merged and give that folder"
+                f"{given}: neither a run (no folder checkpoints) nor a model (no {CONFIG_FILE}) nor an adapter of PEFT's (no "
+                f"{ADAPTER_FILE}); give one of them"
             )
-        if not (path / CONFIG_FILE).is_file():
-            raise UserError(f"{given}: neither a run (no folder checkpoints) nor a model (no {CONFIG_FILE}); give one of them")
     elif path.exists() or _is_a_path(given):
         raise UserError(f"{given}: no such folder; give a run folder, a checkpoint of it, a model folder or a hub id")
-    for option, value in (("--round", round_index), ("--model", model)):
+    for option, value in (("--round", round_index), ("--model", None if is_adapter(given) else model)):
         if value is not None:
             raise UserError(f"{option}: {value}: {given} is a model and no run; drop the option")
     return None
+
+
+def is_adapter(given: str) -> bool:
+    """Whether this is a folder with an adapter of PEFT's and no whole model."""
+    path = expanded(given, "run")
+    return (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file()
 
 
 def _is_a_path(given: str) -> bool:

@@ -30,6 +30,7 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError, nearest
+from fedmoe_ds.federation.best_round import best_round
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.foundation import fingerprint
@@ -41,6 +42,8 @@ from fedmoe_ds.report import Progress, read_metrics
 from fedmoe_ds.storage.files import expanded
 
 METRICS = "metrics.jsonl"
+BEST = "best"
+"""In place of a round's number: the best by the run's own `checkpoint.best`."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -211,11 +214,17 @@ class TrainedRun:
         return TensorReader(self.checkpoint, "server.base-", self.snapshot.files)
 
 
-def open_run(path: Path, round_index: int | None = None, model: Path | None = None) -> TrainedRun:
+def round_choice(text: str) -> int | str:
+    """What `--round` says: a number, or `best`. For argparse; raises ValueError."""
+    return BEST if text == BEST else int(text)
+
+
+def open_run(path: Path, round_index: int | str | None = None, model: Path | None = None) -> TrainedRun:
     """Open a run folder, or one of its checkpoints.
 
     Args:
-        round_index: rounds completed in the checkpoint that is wanted; None: the newest intact one.
+        round_index: rounds completed in the checkpoint that is wanted; `best`: the one that the run keeps as its best; None:
+            the newest intact one.
         model: folder of the base model, where it is no longer where the configuration says.
     Raises:
         UserError: there is no run, no such checkpoint, the checkpoint is damaged, or the base model is another one.
@@ -240,7 +249,7 @@ def open_run(path: Path, round_index: int | None = None, model: Path | None = No
     return TrainedRun(folder, checkpoint, snapshot, spec, base, known, _clients(events, spec), events)
 
 
-def _checkpoint(path: Path, round_index: int | None) -> Path:
+def _checkpoint(path: Path, round_index: int | str | None) -> Path:
     path = expanded(str(path), "run")
     if progress_of(path) is not None:
         if round_index is not None and progress_of(path) != (round_index, False):
@@ -256,13 +265,21 @@ def _checkpoint(path: Path, round_index: int | None) -> Path:
                 f"run: {path}: holds no intact checkpoint{': ' + notes[0] if notes else ''}; wait for its first round"
             )
         return found
+    number = _best(path) if isinstance(round_index, str) else round_index
     there = {progress[0]: folder for folder in candidates(root) if (progress := progress_of(folder)) is not None}
-    if round_index not in there:
+    if number not in there:
         known = ", ".join(map(str, sorted(there))) or "none"
+        raise UserError(f"--round: {number}: no checkpoint of it is kept; there are {known} (checkpoint.keep says how many)")
+    return _intact(there[number])
+
+
+def _best(folder: Path) -> int:
+    found = best_round(folder)
+    if found is None:
         raise UserError(
-            f"--round: {round_index}: no checkpoint of it is kept; there are {known} (checkpoint.keep says how many)"
+            f"--round: {BEST}: {folder} keeps no best round: checkpoint.best is null, or none has been evaluated; name a round"
         )
-    return _intact(there[round_index])
+    return found
 
 
 def _intact(checkpoint: Path) -> Path:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shlex
 import socket
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from fedmoe_ds.errors import UserError
@@ -68,9 +66,3 @@ def show_ending(lines: list[str]) -> None:
     show("\n".join(lines[first:]))
     # What a launcher cuts off must be out before the ranks part.
     sys.stdout.flush()
-
-
-def versions_line() -> str:
-    """The software that a run depends on most, in one line."""
-    names = ("fedmoe-ds", "torch", "deepspeed", "transformers", "safetensors")
-    return f"versions: python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)
