@@ -207,6 +207,7 @@ def test_bfloat16(root: Path, tmp_path: Path) -> None:
     assert written.notes[0].startswith(
         "rounding: the base's weights are BF16, and so are these; what rounding has changed has 0.0"
     )
+    assert written.loading.endswith(f"\n\nR{written.notes[0][1:]}.")
     with original_rotary():
         theirs_NV = their_logits(load(tmp_path / "out"), parts)
     ours_NV = own_logits(parts, selection)

@@ -59,7 +59,10 @@ def write_merged(request: Request) -> Written:
     write_beside(request, _config_changes(request))
     size = sum(tensor.nbytes for tensor in stream.tensors)
     said = f"{len(stream.tensors)} tensors of {size / 2**30:.2f} GiB in {len(shards)} files"
-    return Written("transformers", said, model_loading(request), tuple(merging_notes(request, stream, told)))
+    notes = tuple(merging_notes(request, stream, told))
+    # In the card, too: whoever loads the export has not seen the command's output.
+    loading = [model_loading(request), *(f"{line[0].upper()}{line[1:]}." for line in notes)]
+    return Written("transformers", said, "\n\n".join(loading), notes)
 
 
 def _check(request: Request) -> None:

@@ -1,7 +1,7 @@
 """`launch/bench.py export`: OLMoE-1B-7B with random weights and adapters, merged into a whole model, and what that took.
 
 The run is not trained: its checkpoint holds drawn adapters and rescalers, as any finished run's would. Exporting is a process
-of its own, the one that `launch/export.py` is, whose peak memory the system keeps. Some weights are compared with our sums.
+of its own, the one that `fedmoe export` is, whose peak memory the system keeps. Some weights are compared with our sums.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from fedmoe_ds.bench.fullsize.weights import full_size, weight_bytes, write_weig
 from fedmoe_ds.bench.harness.checks import check_least
 from fedmoe_ds.bench.harness.command import SEED, Command, Note, option
 from fedmoe_ds.bench.harness.jobs import high_water
-from fedmoe_ds.bench.harness.process import run_to_end
+from fedmoe_ds.bench.harness.process import module_command, run_to_end
 from fedmoe_ds.bench.harness.repeats import make_row
 from fedmoe_ds.bench.harness.system import OURS
 from fedmoe_ds.bench.harness.table import Column, Row, two_digits, whole
@@ -41,7 +40,6 @@ from fedmoe_ds.foundation.weight_stream import WeightStream
 from fedmoe_ds.planner import Job, resolve
 from fedmoe_ds.planner.memory import format_bytes
 
-SCRIPT = Path(__file__).parents[3] / "launch" / "export.py"
 LIMIT_MIB = 4 * 1024
 _LIMIT_S = 3600.0
 _GIB = 2**30
@@ -131,7 +129,8 @@ def write_run(job: Job, model: Path, seed: int) -> Path:
 def export(run_folder: Path, out: Path) -> tuple[float, int]:
     """Seconds and peak resident bytes of the process that exports a tier, its start and its imports included."""
     peak, began = [0], time.perf_counter()
-    command = [sys.executable, str(SCRIPT), str(run_folder), "--format", "merged", "--tier", _TIER, "--out", str(out)]
+    options = ["--format", "merged", "--tier", _TIER, "--out", str(out)]
+    command = module_command("fedmoe_ds.commands", "export", str(run_folder), *options)
 
     def look(pid: int) -> None:
         peak[0] = max(peak[0], high_water(pid))
