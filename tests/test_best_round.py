@@ -253,6 +253,7 @@ def test_what_is_never_evaluated_is_refused(tree: dict[str, Any], line: str) -> 
 
 
 def test_keys_beside_it(root: Path) -> None:
+    assert CheckpointConfig.model_validate({"best": "accuracy", "best_tier": 4}).best_tier == "4", "as YAML reads it"
     assert [text.split("=")[0] for text in idle_keys(Config.model_validate({"checkpoint": {"best_tier": "2"}}))] == [
         "checkpoint.best_tier"
     ]

@@ -100,9 +100,16 @@ def test_subcommands_and_their_scripts(name: str) -> None:
     files = [path for path in (own, script) if path.exists() and path.parent.name in ("commands", "launch")]
     for file in files:
         text = file.read_text()
-        assert text.endswith(f'    start("{name}")\n') and "from fedmoe_ds.commands.program import start" in text, file
+        assert f'    start("{name}")\n' in text and "from fedmoe_ds.commands.program import start" in text, file
     if script.exists():
         assert len(script.read_text().splitlines()) < 12, "thin"
+
+
+def test_the_script_of_ranks_listens_before_it_imports() -> None:
+    """What launchers start: a signal in the second that imports take must not end a rank as if it were lost."""
+    text = Path(str(importlib.import_module("fedmoe_ds.commands.train").__file__)).read_text()
+    first = re.search(r"^(?:import|from) (?!__future__).*$", text, re.MULTILINE)
+    assert first is not None and text.index('    start("train")\n') < first.start()
 
 
 def test_every_script_is_a_subcommand() -> None:
@@ -174,6 +181,7 @@ def test_a_file_here_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("quikstart", "did you mean 'quickstart'?"),
         ("methods/flam", "did you mean 'methods/flame'?"),
+        ("flame", "did you mean 'methods/flame'?"),
         ("zzz", "`fedmoe configs` lists"),
     ],
 )
@@ -183,3 +191,11 @@ def test_an_unknown_name(name: str, way: str, tmp_path: Path, monkeypatch: pytes
         UserError, match=rf"^config: {name}: neither a file here nor a configuration of the package; {re.escape(way)}"
     ):
         load_config(Path(name))
+
+
+@pytest.mark.parametrize("path", ["configs/methods/flame.yaml", "flame.yaml", "configs/quickstart.yaml", "quickstart.yml"])
+def test_a_path_of_the_repository_elsewhere(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "quickstart" if "quick" in path else "methods/flame"
+    with pytest.raises(UserError, match=f"^config: {path}: no such file; the package has one: did you mean '{name}'\\?$"):
+        load_config(Path(path))

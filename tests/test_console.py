@@ -130,6 +130,18 @@ def test_a_live_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert silent.getvalue() == ""
 
 
+def test_a_stop_is_told_to_the_quiet_too(capsys: pytest.CaptureFixture[str]) -> None:
+    start("--quiet")
+    show_ending(["table", "stopped by SIGTERM with a checkpoint", "digest: d", "run: r"])
+    said = capsys.readouterr()
+    assert said.out == "digest: d\nrun: r\n" and said.err == "stopped by SIGTERM with a checkpoint\n"
+
+
+def test_a_log_needs_a_name() -> None:
+    with pytest.raises(UserError, match=r"^--log: '': names no file"):
+        start("--log", "")
+
+
 @pytest.mark.parametrize("name", ["folder", "file/run.log", "link", "pipe", "closed/run.log", "a\0b"])
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()

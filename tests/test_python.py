@@ -23,10 +23,11 @@ from launching import run as command
 
 import fedmoe_ds
 from fedmoe_ds import UserError
-from fedmoe_ds.api import world
+from fedmoe_ds.api import started, world
 from fedmoe_ds.api.started import start
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.supervisor import Supervisor
+from fedmoe_ds.errors import EXIT_STOPPED
 from fedmoe_ds.terminal import note
 from fedmoe_ds.testing.tiny_federation import tiny_tree
 
@@ -264,3 +265,11 @@ def test_a_program_under_a_launcher(root: Path, engine: Engine, capfd: pytest.Ca
     lines = sorted(line for line in capfd.readouterr().out.splitlines() if line[:2] in ("0 ", "1 "))
     expected = [f"{rank} {text}" for rank in (0, 1) for text in (f"True {engine.digest}", "topology.timeout_s: ")]
     assert lines == sorted(expected)
+
+
+def test_ranks_that_were_stopped_while_they_started(tmp_path: Path) -> None:
+    """None of them has told how it ended, and the run has no record yet."""
+    assert started._endings(tmp_path, 2, EXIT_STOPPED, "SIGTERM") == ["SIGTERM", "SIGTERM"]
+    started.tell(tmp_path / "0.ending", interrupted=None)
+    assert started._endings(tmp_path, 2, EXIT_STOPPED, "SIGUSR1") == [None, "SIGUSR1"]
+    assert str(fedmoe_ds.Result(tmp_path, "SIGTERM")) == f"not begun: resume='auto' begins it\nrun: {tmp_path}"

@@ -77,6 +77,20 @@ def test_a_signal_reaches_every_rank_once(tmp_path: Path) -> None:
     assert sorted(starts) == ["0 ", "0 SIGUSR1", "0 ready", "1 ", "1 SIGUSR1", "1 ready"]
 
 
+def test_a_signal_before_the_ranks_hear_is_a_stop(tmp_path: Path) -> None:
+    """It ends them as it ends any program; nobody was lost, and nothing is started again."""
+    body = """
+        if rank == 0:
+            while len(log.read_text().splitlines()) < 2:
+                time.sleep(0.01)
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+    """
+    code, notes, starts = supervise(tmp_path, body)
+    assert code == EXIT_STOPPED and sorted(starts) == ["0 ", "1 "]
+    assert notes == ["stopped by SIGTERM before the ranks had begun; start the same command again"]
+
+
 @settings(deadline=None)  # other work on the machine is not this function's
 @given(st.lists(st.sampled_from([0, 1, 2, 75, 76, -9, None]), min_size=1))
 def test_verdict_prefers_what_the_user_must_act_on(codes: list[int | None]) -> None:

@@ -136,6 +136,8 @@ class Result:
         """What the command prints last: the table of tiers, the digest, the folder."""
         from fedmoe_ds.report import final_table
 
+        if not (self.folder / "metrics.jsonl").is_file():  # stopped while it was loading
+            return f"not begun: resume='auto' begins it\nrun: {visible(self.folder)}"
         ending = f"digest: {self.digest}" if self.finished else "not finished: resume='auto' continues it"
         return "\n".join([final_table(self._events), ending, f"run: {visible(self.folder)}"])
 

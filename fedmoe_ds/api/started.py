@@ -49,12 +49,15 @@ def start(jobs: Sequence[tuple[Config, str]], ranks: int, max_restarts: int = 0)
         code = supervisor.run()
         if supervisor.asked == "SIGINT":
             raise KeyboardInterrupt("the run was asked to stop; resume='auto' continues it")
-        return _endings(folder, len(jobs), code)
+        return _endings(folder, len(jobs), code, supervisor.asked)
 
 
-def _endings(folder: Path, jobs: int, code: int) -> list[str | None]:
+def _endings(folder: Path, jobs: int, code: int, asked: str | None) -> list[str | None]:
     if code in (0, EXIT_STOPPED):
-        return [_read(folder / f"{index}.ending").get("interrupted") for index in range(jobs)]
+        endings = [_read(folder / f"{index}.ending") for index in range(jobs)]
+        # Where ranks were stopped while they started, none of them has told how.
+        early = asked if code == EXIT_STOPPED else None
+        return [ending.get("interrupted", early) for ending in endings]
     # The lowest rank's, as it is on standard error.
     told = [_read(path).get("error") for path in sorted(folder.glob("error-*"))]
     if code == EXIT_USER_ERROR:

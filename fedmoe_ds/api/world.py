@@ -38,8 +38,10 @@ _VARIABLES = (
     "MASTER_PORT",
     "GLOO_SOCKET_IFNAME",
     "DS_ACCELERATOR",
+    "WANDB_DIR",
+    "WANDB_NAME",
 )
-"""What `detect_launch` and `init_runtime` set; a program that is started later must not take itself for a rank of this run."""
+"""What `detect_launch`, `init_runtime` and monitors set: a later program must not take itself for a rank of this run."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _busy = threading.Lock()
 

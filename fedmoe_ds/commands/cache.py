@@ -1,7 +1,7 @@
 """Cache: what runs have kept to start faster (prepared data, built-in and shared models, compiled kernels), and its removal.
 
-    python launch/cache.py list  [--kind KIND]
-    python launch/cache.py clean (--older-than DAYS | --all) [--kind KIND]
+    fedmoe cache list  [--kind KIND]
+    fedmoe cache clean (--older-than DAYS | --all) [--kind KIND]
 
 Nothing is asked. What a running job uses stays, links stay, and every entry that goes is told with its size and what it was
 made from; a later start makes anew what it needs. Ages count from the last use.

@@ -1,6 +1,6 @@
 """Compare: methods x seeds as runs of launch/train.py, resumable, with one report about all of them.
 
-    python launch/compare.py --methods flame,fedit --seeds 3 --jobs 2 [key=value ...]
+    fedmoe compare --methods flame,fedit --seeds 3 --jobs 2 [key=value ...]
 
 A run lives in <output>/<label>-seed<k>, its resolved configuration and its messages beside it (.yaml, .log). Started again, the
 same command leaves finished runs alone and continues the others; SIGINT or SIGTERM stops all of them with checkpoints.

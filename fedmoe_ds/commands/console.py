@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import expanded, open_plain
-from fedmoe_ds.terminal import show, voice
+from fedmoe_ds.terminal import show, visible, voice
 
 RANK = "%r"
 _LAST = 2
@@ -46,6 +46,8 @@ def start_console(args: argparse.Namespace, rank: int) -> None:
     voice.quiet, voice.verbose, voice.rank = args.quiet, args.verbose, rank
     if args.log is None or (rank > 0 and RANK not in args.log):
         return
+    if not args.log:
+        raise UserError("--log: '': names no file; give one, or drop the option")
     path = expanded(args.log.replace(RANK, str(rank)), "--log")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,7 @@ def start_console(args: argparse.Namespace, rank: int) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--log: {path}: cannot be written: {reason}; name a file in a folder of yours") from None
     voice.log_to(open(handle, "a", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115  (lives as long as the process)
-    voice.record(f"rank {rank} on {socket.gethostname()}: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+    voice.record(f"rank {rank} on {socket.gethostname()}: {shlex.join([*Path(sys.argv[0]).name.split(), *sys.argv[1:]])}")
 
 
 def show_ending(lines: list[str]) -> None:
@@ -63,6 +65,10 @@ def show_ending(lines: list[str]) -> None:
     first = max(len(lines) - _LAST, 0) if voice.quiet else 0
     if lines[:first]:
         voice.record("\n".join(lines[:first]))
+    for line in lines[:first]:
+        # A stopped run must not look like a finished one.
+        if line.startswith("stopped by "):
+            sys.stderr.write(f"{visible(line)}\n")
     show("\n".join(lines[first:]))
     # What a launcher cuts off must be out before the ranks part.
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Plan: `python launch/plan.py --config C --nodes 16 --gpus-per-node 8 --gpu h200 [key=value ...]`.
+"""Plan: `fedmoe plan --config C --nodes 16 --gpus-per-node 8 --gpu h200 [key=value ...]`.
 
 Prints, before anything is queued, what a run would take: memory per rank, bytes and seconds of a round, the best topology,
 FLOPs per tier, hours of the whole study. Loads no weights; a model folder with only config.json is enough.
@@ -25,7 +25,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpus-per-node", type=int, help="ranks per host (default: devices of the machine in the table)")
     parser.add_argument("--ranks", type=int, help="ranks in all, instead of --nodes")
     parser.add_argument("--gpu", "--hardware", dest="hardware", default="h200", metavar="NAME|FILE",
-                        help="a machine of the table, or a file of `launch/bench.py calibrate` (default: h200)")  # fmt: skip
+                        help="a machine of the table, or a file of `fedmoe bench calibrate` (default: h200)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="repetitions of the run in the study")
     parser.add_argument("--verify", action="store_true",
                         help="also build all process groups of the world here, as some of its ranks")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Report: the page of a run, or one page about several: `python launch/report.py runs/a runs/b runs/c --output abc.html`.
+"""Report: the page of a run, or one page about several: `fedmoe report runs/a runs/b runs/c --output abc.html`.
 
 One run: its own page, report.html in its folder, is built again from what it has recorded. Several, finished or not: their
 curves in one picture per tier and figure, their final figures, digests, rounds, time and bytes, and what their configurations

@@ -1,6 +1,6 @@
 """Scaling: a study over ranks, ep_size, clients, experts or k as runs of launch/train.py, resumable, with tables and plots.
 
-    python launch/scaling.py --config configs/scaling/weak.yaml [key=value ...]
+    fedmoe scaling --config configs/scaling/weak.yaml [key=value ...]
 
 Runs live in <output>/<axis>-<value>-r<repeat>, their resolved configurations, messages and machine beside them (.yaml, .log,
 .machine.json). One group of ranks runs at a time: the deepspeed launcher starts it on this machine, srun inside a SLURM

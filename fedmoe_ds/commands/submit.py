@@ -1,4 +1,4 @@
-"""Submit: a run as a SLURM job: `python launch/submit.py --config my.yaml --nodes 4 --gpus-per-node 8 [key=value ...]`.
+"""Submit: a run as a SLURM job: `fedmoe submit --config my.yaml --nodes 4 --gpus-per-node 8 [key=value ...]`.
 
 Checks the configuration for so many ranks, writes <output>/slurm/<name>.sbatch from slurm/train.sbatch, and submits it. A
 mistake is one line and exit code 2, before anything is written or submitted. Prints the job's number and where its files are.

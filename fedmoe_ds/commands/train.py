@@ -9,6 +9,12 @@ checkpoint is intact); after 75 and 76 the same command with --resume auto conti
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # The script that launchers start: signals are heard before the imports below, which take a second where files are cold.
+    from fedmoe_ds.commands.program import start
+
+    start("train")
+
 import argparse
 from pathlib import Path
 
@@ -81,9 +87,3 @@ def supervise(args: argparse.Namespace, argv: list[str], config: Config, launch:
     STOP.begun()  # the supervisor listens itself
     command = restartable_command(__file__, argv)
     return Supervisor(command, ranks, restarts, config.topology.silence_s, note).run()
-
-
-if __name__ == "__main__":
-    from fedmoe_ds.commands.program import start
-
-    start("train")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedmoe_ds.config.section import Section
 
@@ -39,6 +39,12 @@ class CheckpointConfig(Section):
     )
     best_split: Literal["global", "clients"] = Field("global", description="the hold-out that decides which round is best")
     best_tier: str | None = Field(None, description="the tier that decides, as outputs call it (4, or 4 r2); null: the largest")
+
+    @field_validator("best_tier", mode="before")
+    @classmethod
+    def _label_of_a_number(cls, given: Any) -> Any:
+        # Most labels are a top-k, which YAML reads as a number.
+        return str(given) if isinstance(given, int) and not isinstance(given, bool) else given
 
 
 def problem_of_best(checkpoint: CheckpointConfig, evaluation: EvaluationConfig) -> str | None:

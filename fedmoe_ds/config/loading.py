@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from fedmoe_ds.config.deepspeed_section import deepspeed_problems, without_effect
 from fedmoe_ds.config.problems import explained, first_of, shown
 from fedmoe_ds.config.schema import Config
-from fedmoe_ds.config.shipped import find_config, find_shipped_model
+from fedmoe_ds.config.shipped import find_config, find_shipped_model, shipped_like
 from fedmoe_ds.config.type_names import expected_at
 from fedmoe_ds.config.yaml12 import DEEPEST, LARGEST, dump_yaml, parse_yaml
 from fedmoe_ds.errors import UserError, nearest
@@ -76,7 +76,9 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         # The folder's own files are the likely spellings.
         names = [other.name for other in path.parent.glob("*.y*ml")]
-        raise UserError(f"config: {path}: no such file{nearest(path.name, names)}") from None
+        meant = shipped_like(path)
+        way = f"; the package has one: did you mean '{meant}'?" if meant else nearest(path.name, names)
+        raise UserError(f"config: {path}: no such file{way}") from None
     except OSError as error:
         raise UserError(f"config: {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

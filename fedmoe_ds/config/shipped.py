@@ -49,9 +49,17 @@ def find_config(given: Path) -> Path:
     if name in names:
         return FOLDER / f"{name}.yaml"
     # A whole list would be forty names long.
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = [meant] if (meant := shipped_like(given)) else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     way = f"did you mean '{close[0]}'?" if close else "`fedmoe configs` lists the configurations of the package"
     raise UserError(f"config: {name}: neither a file here nor a configuration of the package; {way}")
+
+
+def shipped_like(given: Path) -> str | None:
+    """The package's configuration that differs in place or suffix alone: `flame`, or configs/methods/flame.yaml."""
+    name = given.as_posix().removesuffix(given.suffix).removeprefix(_REPOSITORY)
+    names = shipped_names()
+    ends = [known for known in names if known.rpartition("/")[2] == name.rpartition("/")[2]]
+    return name if name in names else next(iter(ends), None)
 
 
 def find_shipped_model(raw: dict[str, Any], file: Path) -> None:

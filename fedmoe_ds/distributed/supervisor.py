@@ -50,6 +50,7 @@ class Supervisor:
         self.patience_s, self.variables = silence_s + _GRACE_S, variables or {}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._asked: signal.Signals | None = None
+        self._sent: signal.Signals | None = None
 
     @property
     def asked(self) -> str | None:
@@ -96,13 +97,22 @@ class Supervisor:
         deadline = None
         while any(process.poll() is None for process in self._processes):
             # The others usually end by themselves, with a better reason than a kill: they get the watchdog's time for it.
-            failed = any(process.poll() not in (None, 0, EXIT_STOPPED) for process in self._processes)
+            failed = any(process.poll() not in (None, 0, EXIT_STOPPED, self._deaf) for process in self._processes)
             if failed and deadline is None:
                 deadline = time.monotonic() + self.patience_s
             if deadline is not None and time.monotonic() > deadline:
                 break
             time.sleep(_POLL_S)
-        return verdict([process.poll() for process in self._processes])
+        codes = [process.poll() for process in self._processes]
+        unheard = [code is not None and code == self._deaf for code in codes]
+        if any(unheard):
+            self.note(f"stopped by {self.asked} before the ranks had begun; start the same command again")
+        return verdict([EXIT_STOPPED if deaf else code for code, deaf in zip(codes, unheard, strict=True)])
+
+    @property
+    def _deaf(self) -> int | None:
+        """The exit code of a rank that did not hear yet: what was passed on has ended it. None where nothing was."""
+        return None if self._sent is None else -self._sent
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -121,10 +131,11 @@ class Supervisor:
         self._pass_on(self._asked)
 
     def _pass_on(self, number: signal.Signals) -> None:
+        # Ranks have no handler for SIGHUP, which would end them without a checkpoint; SIGUSR1 asks for one.
+        self._sent = number if number == signal.SIGTERM else signal.SIGUSR1
         for process in self._processes:
             if process.poll() is None:
-                # Ranks have no handler for SIGHUP, which would end them without a checkpoint; SIGUSR1 asks for one.
-                process.send_signal(number if number == signal.SIGTERM else signal.SIGUSR1)
+                process.send_signal(self._sent)
 
 
 def verdict(codes: list[int | None]) -> int:

@@ -153,7 +153,7 @@ def load_hardware(name: str | Path) -> Hardware:
         reason = str(error).replace("\n", " ")[:200]
         raise UserError(
             f"--hardware: {path}: not a calibration of this version ({reason}); make one with "
-            "`python launch/bench.py calibrate --json FILE`"
+            "`fedmoe bench calibrate --json FILE`"
         ) from None
 
 

@@ -127,7 +127,7 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
     }
     # Absolute paths: SLURM runs a copy of the script, in its own spool folder.
     exports = [f"export {name}={quoted(str(place))}" for name, place in places.items()]
-    first = ["#!/bin/bash", "# Written by launch/submit.py from slurm/train.sbatch; sbatch this file to submit the same again."]
+    first = ["#!/bin/bash", "# Written by fedmoe submit from slurm/train.sbatch; sbatch this file to submit the same again."]
     return "\n".join([*first, *lines, *exports, f'set -- {words} "$@"', ""]) + marker + body
 
 

@@ -57,7 +57,7 @@ def ask(path: Path, round_index: int | str | None, model: Path | None, inquiry: 
     """
     run = open_run(path, round_index, model)
     if run.spec.images is not None:
-        raise UserError(f"run: {path}: its model classifies images, and writes no text; launch/evaluate.py scores it")
+        raise UserError(f"run: {path}: its model classifies images, and writes no text; `fedmoe evaluate` scores it")
     chosen = run.select(inquiry.tier, inquiry.client)  # before any weight is loaded
     loaded = LoadedModel.of_run(run, before=inquiry.before)
     encoder = Encoder(loaded.foundation.tokenizer, own_code=loaded.foundation.code is not None)

@@ -1,4 +1,4 @@
-"""Evaluate: `python launch/evaluate.py RUN|CHECKPOINT|MODEL [--data FILE] [key=value ...]`.
+"""Evaluate: `fedmoe evaluate RUN|CHECKPOINT|MODEL [--data FILE] [key=value ...]`.
 
 Scores a finished run (newest checkpoint, or --round), one of its checkpoints, a model folder or hub id, or an adapter that PEFT
 has saved, in one process, with the layers of training. --data is what data.source takes (a file, a glob, a folder with a file

@@ -1,6 +1,6 @@
 """Generate: what a run's model answers, at any budget tier, round or client.
 
-    python launch/generate.py RUN --prompt "How do I boil an egg?" [--before] [--tier K] [--client NAME] [--round N]
+    fedmoe generate RUN --prompt "How do I boil an egg?" [--before] [--tier K] [--client NAME] [--round N]
 
 The prompt is written as the run's own data were (its prompt or its chat template); --raw goes on from the words as they are.
 Greedy decoding unless --temperature is given. Answers go to standard output, one after the other with an empty line between
