@@ -236,12 +236,28 @@ def going_on(config: Config, resume: str) -> tuple[Parts, Journal]:
     folder = Path(config.output) / config.name
     source = session.claim_folder(folder, resume)
     journal = Journal(folder, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"] is not None)
+    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"])
     session.begin(parts, journal, source["checkpoint"])
     return parts, journal
 
 
-def test_a_run_goes_on_without_its_start(world: World, tmp_path: Path) -> None:
+def _trained_on(run: Path) -> None:
+    """With blocks that whoever started from it does not have."""
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(run.parent / "on" / "checkpoints", run / "checkpoints")
+
+
+def _damaged(run: Path) -> None:
+    for path in run.glob("checkpoints/*/adapters-*"):
+        path.write_bytes(b"!")
+
+
+def _emptied(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def test_a_run_goes_on_without_its_start(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(world.folder("full"), tmp_path / "on")
     start = tmp_path / "start"
     shutil.copytree(world.folder("first"), start)
     two = {"federation": {"rounds": 2}}
@@ -258,8 +274,14 @@ def test_a_run_goes_on_without_its_start(world: World, tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             going_on(world.config("again", other, two), "auto")
         assert words in str(caught.value)
-    shutil.rmtree(start)
-    parts, journal = going_on(world.config("again", start, two), "auto")
+    # Another folder that nothing can be compared with refuses nothing.
+    going_on(world.config("again", tmp_path / "typed-wrongly", two), "auto")
+    assert "typed-wrongly: no such folder; give a run, " in (said := capsys.readouterr().err) and "; not compared: " in said
+    for spoilt in (_trained_on, _damaged, _emptied, shutil.rmtree):
+        spoilt(start)
+        parts, journal = going_on(world.config("again", f"{start}/", two), "auto")
+        assert f"{start}/: not read again, the checkpoint holds what the run began with" in capsys.readouterr().err
+        assert parts.identity["adapters.start"] == straight.parts.identity["adapters.start"]
     assert finish(parts, journal).digest == straight.digest
     # The next checkpoint says it, too: nothing is forgotten.
     assert parts.identity["adapters.start"] == straight.parts.identity["adapters.start"] != ""
@@ -271,14 +293,16 @@ def test_merged_weights_go_on(world: World, tmp_path: Path) -> None:
     """The first checkpoint holds the weights that the start has changed, and they come back with the start and without it."""
     start = tmp_path / "start"
     shutil.copytree(world.folder("first"), start)
+    shutil.copytree(world.folder("flora"), tmp_path / "on")
     flora = {"method": {"name": "flora"}, "federation": {"rounds": 1}}
     first = finish(*going_on(world.config("flora-again", start, flora), "never")).parts.state.server["base"]
     expected = {key: value.clone() for key, _, value in first.items(0)}
-    for _ in range(2):
+    # With the start, when that has merged weights of its own, and without it.
+    for spoil in (lambda: None, lambda: _trained_on(start), lambda: shutil.rmtree(start)):
+        spoil()
         parts, journal = going_on(world.config("flora-again", start, flora, {"federation": {"rounds": 2}}), "auto")
         journal.close()
         assert every(torch.equal(value, expected[key]) for key, _, value in parts.state.server["base"].items(0))
-        shutil.rmtree(start, ignore_errors=True)
 
 
 def test_the_record_says_so(world: World) -> None:

@@ -79,7 +79,7 @@ def _train(
         journal.note(note)
     topology = build_topology(config.topology, runtime)
     try:
-        parts = load_parts(config, runtime, topology, journal.progress, stop, resume=source["checkpoint"] is not None)
+        parts = load_parts(config, runtime, topology, journal.progress, stop, source["checkpoint"])
     except StopError as stopped:
         journal.close()
         lines = [f"{stopped}; start the same command again to continue"]
@@ -219,8 +219,9 @@ def open_snapshot(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     except OSError as error:
         raise unreadable(path, parts, error) from None
     notes = check_identity(snapshot.identity, path, parts.identity, parts.config)
-    if parts.identity[START] == GONE:
-        parts.identity[START] = snapshot.identity[START]
+    if parts.start is not None and parts.identity[START] == GONE:
+        began = parts.identity[START] = snapshot.identity.get(START)
+        notes += [f"{line} (adapters of sha256 {str(began)[:12]})" for line in parts.start.notes]
     rounds = parts.config.federation.rounds
     # An interrupted round counts: its sums are there, and dropping them would lose what clients have trained.
     if snapshot.round + (snapshot.partial is not None) > rounds:
