@@ -24,7 +24,7 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.identity import GONE, START, check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
-from fedmoe_ds.federation.monitors import check_monitors, close_monitors, start_monitors
+from fedmoe_ds.federation.monitors import check_monitors, start_monitors
 from fedmoe_ds.federation.rounds import Federation, Outcome
 from fedmoe_ds.federation.samples import shown_samples
 from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line, versions
@@ -102,6 +102,7 @@ def _train(
     # Loading may take minutes, in which another host may have taken the folder; nothing of a run is written before this.
     runtime.run_on_rank0(lock.confirm)
     journal.monitor = start_monitors(config, folder, runtime, rounds_of(source["checkpoint"]))
+    stack.push(lambda kind, *_: journal.close_monitor(failed=kind is not None))  # of a run that fails, too
     begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()
     tools.close(folder)
@@ -109,7 +110,7 @@ def _train(
         spent = {"seconds": time.monotonic() - began, "peak_bytes": runtime.gather(int(peak_mib() * 2**20))}
         journal.event("end", rounds=parts.state.round, digest=outcome.digest, **spent)
     journal.report()
-    runtime.run_on_rank0(lambda: close_monitors(journal.monitor))
+    runtime.run_on_rank0(lambda: journal.close_monitor(failed=False))  # the other ranks wait: a service may take its time
     journal.close()
     code = 0 if outcome.interrupted is None else EXIT_STOPPED
     return Ending(summary(folder, outcome, runtime), code, outcome.interrupted)
