@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.federation.start_source import find_start, open_source
 from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.report import write_report
 
@@ -349,6 +352,41 @@ def test_what_is_refused(world: World, tmp_path: Path) -> None:
         file.write(b"!")
     assert "the checkpoint is damaged: adapters-" in world.refusal(damaged)
     assert "this run holds no intact checkpoint (checkpoint round-00001 is damaged" in world.refusal(tmp_path / "damaged")
+
+
+def test_what_is_its_clients_own_is_not_needed(world: World, tmp_path: Path) -> None:
+    """Neither by a start nor by its check: it may be unreadable, or damaged."""
+    shutil.copytree(world.folder("flame"), tmp_path / "flame")
+    folder = tmp_path / "flame" / "checkpoints" / "round-00001"
+    next(folder.glob("personal-*")).write_bytes(b"!")
+    for start in (tmp_path / "flame", folder):
+        parts, _, rows = world.begun("of-another", start, {"method": {"name": "flame"}})
+        assert parts.start is not None and parts.start.facts["left"] == []
+        assert "what its clients keep for themselves cannot be read here, and stays with them" in parts.start.notes[0]
+    whole, _, same = world.begun("of-mine", world.folder("flame"), {"method": {"name": "flame"}})
+    assert losses(rows) == losses(same) and whole.start is not None and whole.start.digest == parts.start.digest
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_run(world: World) -> None:
+    place = Path(tempfile.mkdtemp(prefix="fedmoe-test-"))
+    run = place / "theirs"
+    shutil.copytree(world.folder("flame"), run)
+    place.chmod(0o755)
+    closed = run / "checkpoints" / "round-00001" / "manifest.json"
+    try:
+        os.setresuid(12345, 12345, 0)
+        source = open_source(find_start(str(run)))
+        assert source.closed and source.left == () and source.keys
+        for path in (closed, run):
+            os.setresuid(0, 0, 0)
+            path.chmod(0o600)
+            os.setresuid(12345, 12345, 0)
+            with pytest.raises(UserError, match=r"^adapters\.start: .*Permission denied; ask its owner for an export"):
+                find_start(str(run))
+    finally:
+        os.setresuid(0, 0, 0)
+        shutil.rmtree(place)
 
 
 def test_a_plan_refuses_it_early(world: World, tmp_path: Path) -> None:

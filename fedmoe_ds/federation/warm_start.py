@@ -267,6 +267,8 @@ def _told(source: Source, spec: RunSpec, merging: bool) -> str:
         said.append(f"without adapters of {', '.join(fresh)}, which start as usual")
     if source.left:
         said.append(f"{', '.join(source.left)} stays with its clients, and starts as usual")
+    if source.closed:
+        said.append("what its clients keep for themselves cannot be read here, and stays with them")
     if source.foundation is None:
         said.append(f"its file names {source.facts.get('base_model')} as its model, and nothing can be compared but shapes")
     elif source.dtype not in (None, spec.config.foundation.dtype):
