@@ -169,6 +169,11 @@ def test_adapter_experts_are_carried(tmp_path: Path) -> None:
     world = World(tmp_path, {"old": old})
     _, _, rows = world.begun("new", world.folder("old"), moe, {"method": {"name": "fedit"}})
     assert losses(rows) == last(old)
+    for top_k in (2, 1):
+        fewer = {"adapters": {"moe": {"experts": 4, "width": 8, "top_k": top_k}}}
+        parts, _, rows = world.begun(f"top-{top_k}", world.folder("old"), moe, fewer)
+        said = f"adapters.moe.top_k was 2 there and is {top_k} here, so it is another model at that budget"
+        assert parts.start is not None and (said in parts.start.notes[0]) == (top_k != 2) == (rows[0].loss != last(old)["2"])
     wider = {"adapters": {"moe": {"experts": 4, "width": 16, "top_k": 2}}}
     assert "shape (8, 32), and this run needs (16, 32)" in world.refusal(world.folder("old"), moe, wider)
     line = world.refusal(world.folder("old"), {"foundation": moe["foundation"]})

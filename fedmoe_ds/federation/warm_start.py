@@ -262,7 +262,12 @@ def _told(source: Source, spec: RunSpec, merging: bool) -> str:
         said.append(f"its rank {source.rank} gets {spec.config.adapters.rank - source.rank} further rows")
     if pairs and not merging and not _is_power_of_two(ratio):
         said.append(f"its scale {source.scale:g} is {source.scale / ratio:g} here, so B is rounded once")
-    fresh = _fresh(source, spec)
+    moe, fresh = spec.config.adapters.moe, _fresh(source, spec)
+    # No tensor has another shape by it, and yet the experts' sum is another one.
+    if moe is not None and source.top_k not in (None, moe.top_k):
+        said.append(
+            f"adapters.moe.top_k was {source.top_k} there and is {moe.top_k} here, so it is another model at that budget"
+        )
     if fresh:
         said.append(f"without adapters of {', '.join(fresh)}, which start as usual")
     if source.left:
