@@ -156,6 +156,25 @@ def test_a_best_round_that_a_disk_has_lost(root: Path, plain: str) -> None:
     assert kept(config) == ["round-00002", "round-00004", "round-00005"]
 
 
+def test_a_best_round_that_a_disk_has_damaged(root: Path, plain: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No longer compared with, nor protected: the best of the others is, at a resume and for whoever asks."""
+    config = make_config(root, "flipped", SMALL, BEST, {"federation": {"rounds": 3}, "checkpoint": {"keep": 9, "every": 1}})
+    start(config, alone(), CURVE)
+    folder = Path(config.output) / config.name
+    assert best_round(folder) == 2
+    path = next((folder / "checkpoints" / "round-00002").glob("adapters-*"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    line = f"checkpoint round-00002, the best round, is damaged ({path.name} does not match its checksum); taking the best of"
+    capsys.readouterr()
+    assert best_round(folder) == 3 and open_run(folder, "best").round == 3 and capsys.readouterr().err.count(line) == 2
+    further = make_config(root, "flipped", SMALL, BEST)
+    assert start(further, alone(), {**CURVE, 4: 3.5}) == plain, "round 4 is better than 3, and not than 2"
+    assert line in capsys.readouterr().err
+    assert kept(further) == ["round-00004", "round-00005"] and best_round(folder) == 4
+
+
 def test_a_key_that_is_set_late_takes_what_is_there(root: Path) -> None:
     config = make_config(root, "late", SMALL, {"checkpoint": {"keep": 1}, "federation": {"rounds": 3}})
     start(config, alone(), CURVE)

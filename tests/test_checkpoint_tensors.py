@@ -209,7 +209,7 @@ def train(config: Config, resume: str = "never") -> tuple[Parts, str]:
     folder = Path(config.output) / config.name
     source = session.claim_folder(folder, resume)
     journal = Journal(folder, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"] is not None)
+    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"])
     session.begin(parts, journal, source["checkpoint"])
     federation = Federation(parts, journal)
     federation.checkpoints.save()  # before the first round, too

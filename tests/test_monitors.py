@@ -7,7 +7,9 @@ import importlib.util
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
-from fedmoe_ds.federation.monitors import check_monitors, filled, keep_rounds, of_round
+from fedmoe_ds.federation.monitors import check_monitors, filled, keep_rounds, of_round, start_monitors
 
 SMALL: dict[str, Any] = {
     "local": {"max_steps": 1, "batch_size": 3},
@@ -119,6 +121,40 @@ def test_what_is_left_open_lies_in_the_run_folder(tmp_path: Path) -> None:
         "csv_monitor": {"enabled": True, **own},
         "comet": {"enabled": True, "project": "p", "samples_log_interval": 1, "experiment_name": "x"},
     }
+
+
+def unreachable(*_: Any, **__: Any) -> None:
+    raise ConnectionError("no route to it")
+
+
+def test_a_service_that_fails_ends_no_run(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in a round nor at the end; the files and the record are whole. A run that fails brings out what there is, too."""
+    ended = list[int]()
+
+    def started(*given: Any) -> Any:
+        master: Any = start_monitors(*given)
+        master.comet_monitor = SimpleNamespace(write_events=unreachable, experiment=SimpleNamespace(end=unreachable))
+        master.wandb_monitor = SimpleNamespace(write_events=lambda figures: None)
+        return master
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda exit_code: ended.append(exit_code)))
+    monkeypatch.setattr(session, "start_monitors", started)
+    short = {"federation": {"rounds": 1}, "deepspeed": {"tensorboard": {"enabled": False}}}
+    config = make_config(inputs, "services", SMALL, short)
+    assert train(config).exit_code == 0 and ended == [0]
+    said = capsys.readouterr().err
+    line = "deepspeed.comet: ConnectionError: no route to it"
+    assert said.count(f"{line}; these figures are in metrics.jsonl alone") == 3, "of rounds 0 and 1, and of the training"
+    assert said.count(f"{line}; its last figures may be in metrics.jsonl alone") == 1
+    events = read_events(Path(config.output) / "services")
+    files = Path(config.output, "services", "monitor", "csv_monitor", "services")
+    assert events[-1]["event"] == "end" and len(list(files.glob("*.csv"))) == len(expected_of(events))
+    monkeypatch.setattr(session, "Federation", unreachable)
+    with pytest.raises(ConnectionError):
+        train(make_config(inputs, "fails", SMALL, short))
+    assert ended == [0, 1] and "its last figures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("monitor, extra", [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet")])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.federation.start_source import find_start, open_source
 from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.report import write_report
 
@@ -166,6 +169,11 @@ def test_adapter_experts_are_carried(tmp_path: Path) -> None:
     world = World(tmp_path, {"old": old})
     _, _, rows = world.begun("new", world.folder("old"), moe, {"method": {"name": "fedit"}})
     assert losses(rows) == last(old)
+    for top_k in (2, 1):
+        fewer = {"adapters": {"moe": {"experts": 4, "width": 8, "top_k": top_k}}}
+        parts, _, rows = world.begun(f"top-{top_k}", world.folder("old"), moe, fewer)
+        said = f"adapters.moe.top_k was 2 there and is {top_k} here, so it is another model at that budget"
+        assert parts.start is not None and (said in parts.start.notes[0]) == (top_k != 2) == (rows[0].loss != last(old)["2"])
     wider = {"adapters": {"moe": {"experts": 4, "width": 16, "top_k": 2}}}
     assert "shape (8, 32), and this run needs (16, 32)" in world.refusal(world.folder("old"), moe, wider)
     line = world.refusal(world.folder("old"), {"foundation": moe["foundation"]})
@@ -236,12 +244,28 @@ def going_on(config: Config, resume: str) -> tuple[Parts, Journal]:
     folder = Path(config.output) / config.name
     source = session.claim_folder(folder, resume)
     journal = Journal(folder, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"] is not None)
+    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"])
     session.begin(parts, journal, source["checkpoint"])
     return parts, journal
 
 
-def test_a_run_goes_on_without_its_start(world: World, tmp_path: Path) -> None:
+def _trained_on(run: Path) -> None:
+    """With blocks that whoever started from it does not have."""
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(run.parent / "on" / "checkpoints", run / "checkpoints")
+
+
+def _damaged(run: Path) -> None:
+    for path in run.glob("checkpoints/*/adapters-*"):
+        path.write_bytes(b"!")
+
+
+def _emptied(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def test_a_run_goes_on_without_its_start(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(world.folder("full"), tmp_path / "on")
     start = tmp_path / "start"
     shutil.copytree(world.folder("first"), start)
     two = {"federation": {"rounds": 2}}
@@ -258,8 +282,14 @@ def test_a_run_goes_on_without_its_start(world: World, tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             going_on(world.config("again", other, two), "auto")
         assert words in str(caught.value)
-    shutil.rmtree(start)
-    parts, journal = going_on(world.config("again", start, two), "auto")
+    # Another folder that nothing can be compared with refuses nothing.
+    going_on(world.config("again", tmp_path / "typed-wrongly", two), "auto")
+    assert "typed-wrongly: no such folder; give a run, " in (said := capsys.readouterr().err) and "; not compared: " in said
+    for spoilt in (_trained_on, _damaged, _emptied, shutil.rmtree):
+        spoilt(start)
+        parts, journal = going_on(world.config("again", f"{start}/", two), "auto")
+        assert f"{start}/: not read again, the checkpoint holds what the run began with" in capsys.readouterr().err
+        assert parts.identity["adapters.start"] == straight.parts.identity["adapters.start"]
     assert finish(parts, journal).digest == straight.digest
     # The next checkpoint says it, too: nothing is forgotten.
     assert parts.identity["adapters.start"] == straight.parts.identity["adapters.start"] != ""
@@ -271,14 +301,16 @@ def test_merged_weights_go_on(world: World, tmp_path: Path) -> None:
     """The first checkpoint holds the weights that the start has changed, and they come back with the start and without it."""
     start = tmp_path / "start"
     shutil.copytree(world.folder("first"), start)
+    shutil.copytree(world.folder("flora"), tmp_path / "on")
     flora = {"method": {"name": "flora"}, "federation": {"rounds": 1}}
     first = finish(*going_on(world.config("flora-again", start, flora), "never")).parts.state.server["base"]
     expected = {key: value.clone() for key, _, value in first.items(0)}
-    for _ in range(2):
+    # With the start, when that has merged weights of its own, and without it.
+    for spoil in (lambda: None, lambda: _trained_on(start), lambda: shutil.rmtree(start)):
+        spoil()
         parts, journal = going_on(world.config("flora-again", start, flora, {"federation": {"rounds": 2}}), "auto")
         journal.close()
         assert every(torch.equal(value, expected[key]) for key, _, value in parts.state.server["base"].items(0))
-        shutil.rmtree(start, ignore_errors=True)
 
 
 def test_the_record_says_so(world: World) -> None:
@@ -325,6 +357,41 @@ def test_what_is_refused(world: World, tmp_path: Path) -> None:
         file.write(b"!")
     assert "the checkpoint is damaged: adapters-" in world.refusal(damaged)
     assert "this run holds no intact checkpoint (checkpoint round-00001 is damaged" in world.refusal(tmp_path / "damaged")
+
+
+def test_what_is_its_clients_own_is_not_needed(world: World, tmp_path: Path) -> None:
+    """Neither by a start nor by its check: it may be unreadable, or damaged."""
+    shutil.copytree(world.folder("flame"), tmp_path / "flame")
+    folder = tmp_path / "flame" / "checkpoints" / "round-00001"
+    next(folder.glob("personal-*")).write_bytes(b"!")
+    for start in (tmp_path / "flame", folder):
+        parts, _, rows = world.begun("of-another", start, {"method": {"name": "flame"}})
+        assert parts.start is not None and parts.start.facts["left"] == []
+        assert "what its clients keep for themselves cannot be read here, and stays with them" in parts.start.notes[0]
+    whole, _, same = world.begun("of-mine", world.folder("flame"), {"method": {"name": "flame"}})
+    assert losses(rows) == losses(same) and whole.start is not None and whole.start.digest == parts.start.digest
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_run(world: World) -> None:
+    place = Path(tempfile.mkdtemp(prefix="fedmoe-test-"))
+    run = place / "theirs"
+    shutil.copytree(world.folder("flame"), run)
+    place.chmod(0o755)
+    closed = run / "checkpoints" / "round-00001" / "manifest.json"
+    try:
+        os.setresuid(12345, 12345, 0)
+        source = open_source(find_start(str(run)))
+        assert source.closed and source.left == () and source.keys
+        for path in (closed, run):
+            os.setresuid(0, 0, 0)
+            path.chmod(0o600)
+            os.setresuid(12345, 12345, 0)
+            with pytest.raises(UserError, match=r"^adapters\.start: .*Permission denied; ask its owner for an export"):
+                find_start(str(run))
+    finally:
+        os.setresuid(0, 0, 0)
+        shutil.rmtree(place)
 
 
 def test_a_plan_refuses_it_early(world: World, tmp_path: Path) -> None:

@@ -139,20 +139,22 @@ def candidates(root: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
+def newest_intact(root: Path, unread: tuple[str, ...] = ()) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums hold, and one line for each damaged one that was passed over."""
     notes: list[str] = []
     for path in candidates(root):
-        damage = find_damage(path)
+        damage = find_damage(path, unread)
         if damage is None:
             return path, notes
         notes.append(f"checkpoint {path.name} is damaged ({damage}); falling back to the one before")
     return None, notes
 
 
-def find_damage(path: Path) -> str | None:
+def find_damage(path: Path, unread: tuple[str, ...] = ()) -> str | None:
     """None if every file of a checkpoint is what its manifest says, else what is wrong.
 
+    Args:
+        unread: beginnings of names of files that the caller does not need.
     Raises:
         UserError: it is another user's, who has not let this one read all of it; nothing tells that it is damaged.
     """
@@ -176,6 +178,8 @@ def find_damage(path: Path) -> str | None:
         # A path in the list could lead out of this folder.
         if not is_plain_name(name):
             return f"{MANIFEST} lists {name!r}, which is no name of a file in this folder"
+        if name.startswith(unread):
+            continue
         try:
             if sha256_of(path / name) != expected:
                 return f"{name} does not match its checksum"

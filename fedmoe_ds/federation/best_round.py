@@ -2,7 +2,8 @@
 
 It is a function of the evaluation rows alone: the round after 1 or more that has the best figure, the first of equals. So it is
 the same on every topology, and after a kill and a resume; metrics.jsonl, cut to what its checkpoint has seen, is all that is
-remembered of it. Where the key was set late, or a disk has lost a checkpoint, it is the best of the rounds that are still kept.
+remembered of it. Where the key was set late, or a disk has lost or damaged a checkpoint, it is the best of the rounds that are
+still kept and intact, as they are found at a start.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedmoe_ds.checkpoint.reader import candidates, progress_of
+from fedmoe_ds import terminal
+from fedmoe_ds.checkpoint.reader import candidates, find_damage, folder_name, progress_of
 from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.config import CheckpointConfig, Config
 from fedmoe_ds.config.yaml12 import parse_yaml
@@ -38,6 +40,7 @@ class BestRound:
 
     Attributes:
         round, value: None before the first round that counts.
+        notes: lines about better rounds whose checkpoints are damaged.
     """
 
     def __init__(self, saving: CheckpointConfig) -> None:
@@ -45,6 +48,7 @@ class BestRound:
         self.metric, self.split, self.tier = saving.best, saving.best_split, saving.best_tier
         self.round: int | None = None
         self.value: float | None = None
+        self.notes: list[str] = []
 
     def see(self, rows: Iterable[Row]) -> bool:
         """Take the rows of one round; whether it is the best now."""
@@ -93,16 +97,27 @@ def best_so_far(folder: Path, saving: CheckpointConfig, rounds: int | None = Non
     """That of a run folder, of its first so many rounds; None where `checkpoint.best` is not set.
 
     Raises:
-        UserError: metrics.jsonl is missing or damaged.
+        UserError: metrics.jsonl is missing or damaged, or the checkpoint is another user's.
     """
     if saving.best is None:
         return None
-    best = BestRound(saving)
-    found = [progress_of(path) for path in candidates(folder / "checkpoints")]
+    root, events, notes = folder / "checkpoints", read_metrics(folder / "metrics.jsonl"), list[str]()
+    found = [progress_of(path) for path in candidates(root)]
     # A round that was interrupted afterwards has a checkpoint of another name.
     kept = {progress[0] for progress in found if progress is not None and not progress[1]}
-    best.see_record(read_metrics(folder / "metrics.jsonl"), {r for r in kept if rounds is None or r <= rounds})
-    return best
+    kept = {r for r in kept if rounds is None or r <= rounds}
+    while True:
+        best = BestRound(saving)
+        best.see_record(events, kept)
+        best.notes = notes
+        if best.round is None:
+            return best
+        # Of the best alone: it costs reading all of a checkpoint.
+        place = root / folder_name(best.round, False)
+        if (damage := find_damage(place)) is None:
+            return best
+        notes.append(f"checkpoint {place.name}, the best round, is damaged ({damage}); taking the best of the others")
+        kept.remove(best.round)
 
 
 def restored_best(saving: CheckpointConfig, folder: Path, runtime: Runtime, rounds: int) -> BestRound | None:
@@ -115,18 +130,20 @@ def restored_best(saving: CheckpointConfig, folder: Path, runtime: Runtime, roun
         return None
     best = BestRound(saving)
 
-    def recorded() -> list[float | int | None]:
+    def recorded() -> list[Any]:
         found = best_so_far(folder, saving, rounds)
-        return [None, None] if found is None else [found.round, found.value]
+        assert found is not None
+        return [found.round, found.value, found.notes]
 
-    best.round, best.value = runtime.run_on_rank0(recorded)
+    best.round, best.value, best.notes = runtime.run_on_rank0(recorded)
     return best
 
 
 def best_round(folder: Path) -> int | None:
     """The best round of a run folder whose checkpoint is kept (`checkpoints/round-NNNNN`), by the saved configuration.
 
-    None where its `checkpoint.best` is null, or no round has been evaluated.
+    None where its `checkpoint.best` is null, or no round has been evaluated. Better rounds whose checkpoints are damaged are
+    named on standard error.
 
     Raises:
         UserError: config.yaml or metrics.jsonl is missing or damaged.
@@ -139,6 +156,8 @@ def best_round(folder: Path) -> int | None:
     except (ValidationError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is no configuration of this program ({str(error).splitlines()[0]}); restore it") from None
     best = best_so_far(folder, saving)
+    for line in best.notes if best is not None else ():
+        terminal.note(line)
     return None if best is None else best.round
 
 

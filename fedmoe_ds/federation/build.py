@@ -121,9 +121,9 @@ def load_parts(
     topology: Topology,
     progress: Progress,
     stop: StopRequest | None = None,
-    resume: bool = False,
+    resume: str | None = None,
 ) -> Parts:
-    """Load everything. `stop` is asked on the way, and by the rounds that follow; `resume`: a checkpoint will be restored.
+    """Load everything. `stop` is asked on the way, and by the rounds that follow; `resume`: the checkpoint to be restored.
 
     Raises:
         UserError: the same one on every rank, for whatever the user can fix.
@@ -132,7 +132,7 @@ def load_parts(
     stop, device = stop or StopRequest(), runtime.device
     config, method = check_start(config, device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
-    start = runtime.run_on_rank0(lambda: locate(config.adapters.start, resume))
+    start, unread = runtime.run_on_rank0(lambda: locate(config.adapters.start, resume))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
     source = runtime.run_on_all_ranks(lambda: None if start is None else open_start(Path(start), spec, foundation.fingerprint))
@@ -140,7 +140,7 @@ def load_parts(
     check_packed_samples(config, data.reading.get("template"))
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
     check_best_tier(config.checkpoint, tiers_of(clients))
-    parts = _assemble(spec, runtime, topology, foundation, data, clients, source)
+    parts = _assemble(spec, runtime, topology, foundation, data, clients, source, unread)
     parts.stop = stop
     return parts
 
@@ -190,6 +190,7 @@ def _assemble(
     data: FederatedData,
     clients: list[Client],
     source: Source | None,
+    unread: str | None,
 ) -> Parts:
     config, method, blocks, device = spec.config, spec.method, spec.blocks, runtime.device
     execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
@@ -200,7 +201,7 @@ def _assemble(
     server = Server(spec, foundation, clients)
     own = server.initial_state(device)
     # Before personal blocks are made: they begin as the global ones.
-    begun = begin_from(source, spec, adapters, own.get(BASE), runtime)
+    begun = begin_from(source, spec, adapters, own.get(BASE), runtime, unread)
     if source is not None:
         server.load_base(own)
     state = State(0, adapters, initial_personal(spec, adapters, clients), own)

@@ -34,7 +34,7 @@ YARDSTICK = ("max_sequences", "client_sequences")
 """Keys of `evaluation` that decide on which sequences a score is measured: the rounds of one record are compared."""
 START = "adapters.start"
 GONE = ""
-"""Digest of a start whose folder is gone: what a checkpoint says is taken for it."""
+"""Digest of a start that is not read: what a checkpoint says is taken for it."""
 _FIRST = ("foundation", "data", "seed", "adapters", "local", "method", "server", "federation")
 """What absences are kept under; runs of earlier versions have written theirs under these."""
 
@@ -195,7 +195,7 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
         elif name not in theirs:
             unknown.append(name)
         elif name == START:
-            notes += _compare_starts(ours[name], theirs[name], config.adapters.start, tree)
+            _compare_starts(ours[name], theirs[name], config.adapters.start, tree)
         elif name in ("foundation", "data"):
             _compare_contents(name, ours[name], theirs[name], json.loads(config.model_dump_json()), tree)
         else:
@@ -273,18 +273,18 @@ def _compare(name: str, ours: Any, theirs: Any) -> None:
         raise UserError(f"--resume: {key}: {mine}: the checkpoint was written with {other}; {way}, or use another name")
 
 
-def _compare_starts(ours: str | None, theirs: str | None, given: str | None, tree: dict[str, Any]) -> list[str]:
-    """Refuse adapters that began as others; where the folder is gone, say what is taken for granted."""
-    if ours == theirs:
-        return []
-    if ours == GONE and theirs is not None:
-        return [f"{START}: {given}: no such folder any more; the checkpoint was started from adapters of sha256 {theirs[:12]}"]
-    path = tree.get("adapters", {}).get("start")
-    # Of one path the content has changed: a run that has gone on is the usual reason.
-    other = (
-        "other adapters; give the checkpoint that it was started from" if path == given else f"{path or 'nothing'}; set it back"
-    )
-    raise UserError(f"--resume: {START}: {given}: the checkpoint was started from {other}, or use another name")
+def written_start(checkpoint: Path) -> str | None:
+    """`adapters.start` of the run that wrote a checkpoint; None: it had none, or nothing tells."""
+    path = _settings(checkpoint).get("adapters", {}).get("start")
+    return path if isinstance(path, str) else None
+
+
+def _compare_starts(ours: str | None, theirs: str | None, given: str | None, tree: dict[str, Any]) -> None:
+    """Refuse adapters that began as others; a start that is not read is taken to be the checkpoint's, which has one."""
+    if ours == theirs or (ours == GONE and theirs is not None):
+        return
+    path = tree.get("adapters", {}).get("start") or "nothing"
+    raise UserError(f"--resume: {START}: {given}: the checkpoint was started from {path}; set it back, or use another name")
 
 
 def _compare_contents(name: str, ours: str, theirs: str, tree: dict[str, Any], written: dict[str, Any]) -> None:

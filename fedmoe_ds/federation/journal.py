@@ -235,7 +235,8 @@ class Journal:
     def _monitored(self, figures: Callable[[], list[monitors.Figure]]) -> None:
         # DeepSpeed's writers exist on rank 0 only; a full disk ends the run as everywhere.
         if self.monitor is not None:
-            self._write(lambda: self.monitor.write_events(figures()))
+            for line in self._write(lambda: monitors.write_figures(self.monitor, figures())):
+                self.note(line)
 
     def not_averaged(self, round_index: int, blocks: list[str]) -> None:
         """Blocks that clients trained and of which the round averages nothing."""
@@ -247,6 +248,13 @@ class Journal:
     def report(self) -> None:
         """Build report.html."""
         self._write(lambda: str(write_report(self.folder)))
+
+    def close_monitor(self, failed: bool) -> None:
+        """Bring out what monitors hold; no collective, so that a rank that leaves with an error can do it, too."""
+        master, self.monitor = self.monitor, None
+        if master is not None and self.runtime.is_main:
+            for line in monitors.close_monitors(master, failed):
+                self.note(line)
 
     def close(self) -> None:
         self.progress.close()

@@ -8,11 +8,12 @@ rows are removed from the CSV files, and TensorBoard is told to forget them. Ser
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -155,18 +156,52 @@ def _continue(master: MonitorMaster, last: int, forget: bool) -> None:
         master.tb_monitor.summary_writer = SummaryWriter(log_dir, purge_step=last + 1)
 
 
-def close_monitors(master: MonitorMaster | None) -> None:
-    """Bring everything out; a process of a run ends without the handlers that the services' clients would do it in."""
-    if master is None:
-        return
+def write_figures(master: MonitorMaster, figures: list[Figure]) -> list[str]:
+    """Let every monitor write, on rank 0; a line about each service that could not.
+
+    Raises OSError: a file in which figures are kept cannot be written.
+    """
+    for files in (master.tb_monitor, master.csv_monitor):
+        if files is not None:
+            files.write_events(figures)
+    # A service may be down for an hour of a run of days, and the record has the same figures.
+    services = {"wandb": master.wandb_monitor, "comet": master.comet_monitor}
+    return _failures(
+        {name: functools.partial(one.write_events, figures) for name, one in services.items() if one is not None},
+        "these figures are in metrics.jsonl alone",
+    )
+
+
+def close_monitors(master: MonitorMaster, failed: bool) -> list[str]:
+    """Bring everything out, on rank 0; a process of a run ends without the handlers that the services' clients would do it in.
+
+    The record is complete by now, so a monitor that fails here ends nothing.
+
+    Args:
+        failed: the run ends by an error.
+    Returns:
+        A line about each monitor that could not be closed.
+    """
+    actions: dict[str, Callable[[], object]] = {}
     if master.tb_monitor is not None:
-        master.tb_monitor.summary_writer.close()
+        actions["tensorboard"] = master.tb_monitor.summary_writer.close
     if master.wandb_monitor is not None:
         import wandb
 
-        wandb.finish()
+        actions["wandb"] = functools.partial(wandb.finish, exit_code=int(failed))
     if master.comet_monitor is not None:
-        master.comet_monitor.experiment.end()
+        actions["comet"] = master.comet_monitor.experiment.end
+    return _failures(actions, "its last figures may be in metrics.jsonl alone")
+
+
+def _failures(actions: Mapping[str, Callable[[], object]], lost: str) -> list[str]:
+    lines = []
+    for name, action in actions.items():
+        try:
+            action()
+        except Exception as error:  # whatever a service's own client raises
+            lines.append(f"deepspeed.{name}: {type(error).__name__}: {error}; {lost}")
+    return lines
 
 
 def of_evaluation(round_index: int, rows: Iterable[Score]) -> list[Figure]:

@@ -28,6 +28,8 @@ class RoundCheckpoints:
         self.parts, self.journal, saving = parts, journal, parts.config.checkpoint
         self.writer = CheckpointWriter(parts.checkpoints, parts.runtime, saving.keep, saving.background)
         self.best = restored_best(saving, journal.folder, parts.runtime, parts.state.round)
+        for line in self.best.notes if self.best is not None else ():
+            journal.note(line)
         self._saved: int | None = None
 
     def see(self, round_index: int, scores: Iterable[Score]) -> str | None:

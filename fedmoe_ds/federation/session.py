@@ -24,7 +24,7 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.identity import GONE, START, check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
-from fedmoe_ds.federation.monitors import check_monitors, close_monitors, start_monitors
+from fedmoe_ds.federation.monitors import check_monitors, start_monitors
 from fedmoe_ds.federation.rounds import Federation, Outcome
 from fedmoe_ds.federation.samples import shown_samples
 from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line, versions
@@ -79,7 +79,7 @@ def _train(
         journal.note(note)
     topology = build_topology(config.topology, runtime)
     try:
-        parts = load_parts(config, runtime, topology, journal.progress, stop, resume=source["checkpoint"] is not None)
+        parts = load_parts(config, runtime, topology, journal.progress, stop, source["checkpoint"])
     except StopError as stopped:
         journal.close()
         lines = [f"{stopped}; start the same command again to continue"]
@@ -102,6 +102,7 @@ def _train(
     # Loading may take minutes, in which another host may have taken the folder; nothing of a run is written before this.
     runtime.run_on_rank0(lock.confirm)
     journal.monitor = start_monitors(config, folder, runtime, rounds_of(source["checkpoint"]))
+    stack.push(lambda kind, *_: journal.close_monitor(failed=kind is not None))  # of a run that fails, too
     begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()
     tools.close(folder)
@@ -109,7 +110,7 @@ def _train(
         spent = {"seconds": time.monotonic() - began, "peak_bytes": runtime.gather(int(peak_mib() * 2**20))}
         journal.event("end", rounds=parts.state.round, digest=outcome.digest, **spent)
     journal.report()
-    runtime.run_on_rank0(lambda: close_monitors(journal.monitor))
+    runtime.run_on_rank0(lambda: journal.close_monitor(failed=False))  # the other ranks wait: a service may take its time
     journal.close()
     code = 0 if outcome.interrupted is None else EXIT_STOPPED
     return Ending(summary(folder, outcome, runtime), code, outcome.interrupted)
@@ -219,8 +220,9 @@ def open_snapshot(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     except OSError as error:
         raise unreadable(path, parts, error) from None
     notes = check_identity(snapshot.identity, path, parts.identity, parts.config)
-    if parts.identity[START] == GONE:
-        parts.identity[START] = snapshot.identity[START]
+    if parts.start is not None and parts.identity[START] == GONE:
+        began = parts.identity[START] = snapshot.identity.get(START)
+        notes += [f"{line} (adapters of sha256 {str(began)[:12]})" for line in parts.start.notes]
     rounds = parts.config.federation.rounds
     # An interrupted round counts: its sums are there, and dropping them would lose what clients have trained.
     if snapshot.round + (snapshot.partial is not None) > rounds:

@@ -5,19 +5,20 @@ Nothing but names is read here until a tensor is asked for, so every rank reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from fedmoe_ds.adapter_formats import read_adapter
-from fedmoe_ds.checkpoint.reader import MANIFEST, Snapshot, TensorReader, find_damage, newest_intact, read_snapshot
+from fedmoe_ds.checkpoint.reader import MANIFEST, PRIVATE, Snapshot, TensorReader, find_damage, newest_intact, read_snapshot
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.identity import START
 from fedmoe_ds.storage.files import expanded
 
+T = TypeVar("T")
 PEFT_CONFIG = "adapter_config.json"
 _CHECKPOINTS = "checkpoints"
 
@@ -33,7 +34,9 @@ class Source:
         keys: of the tensors that all clients share; `read` reads one, float32.
         merged: keys of frozen weights that products have moved into (FLoRA), `<key of the pair>.base`; `read_merged` reads one.
         foundation, dtype: fingerprint and storage type of the model they were trained on; None where nothing tells.
+        top_k: most adapter experts (`adapters.moe`) that a token used; None where there are none.
         left: blocks that each client keeps for itself, which nobody else can start from.
+        closed: these could not be looked at: they are another user's, or damaged.
     """
 
     title: str
@@ -46,7 +49,9 @@ class Source:
     read_merged: Callable[[str], Tensor] = field(default=lambda key: _nothing(key))
     foundation: str | None = None
     dtype: str | None = None
+    top_k: int | None = None
     left: tuple[str, ...] = ()
+    closed: bool = False
 
 
 def _nothing(key: str) -> Tensor:
@@ -67,25 +72,43 @@ def find_start(given: str, whole: bool = True) -> Path:
     Args:
         whole: look at the checksums of a checkpoint that is named.
     Raises:
-        UserError: there is none of these, or it is damaged.
+        UserError: there is none of these, it is damaged, or another user's who lets nobody read it.
     """
     folder = expanded(given, START)
+    try:
+        return _found(given, folder, whole)
+    except OSError as error:
+        raise UserError(
+            f"{START}: {given}: cannot be read: {error.strerror or error}; ask its owner for an export (--format peft)"
+        ) from None
+
+
+def _found(given: str, folder: Path, whole: bool) -> Path:
     if not folder.is_dir():
         raise UserError(f"{START}: {given}: no such folder; give a run, a checkpoint of one, or a folder with {PEFT_CONFIG}")
     if (folder / PEFT_CONFIG).is_file():
         return folder
     if (folder / MANIFEST).is_file():
-        if whole and (damage := find_damage(folder)) is not None:
+        if whole and (damage := _open(given, lambda: find_damage(folder, PRIVATE))) is not None:
             raise UserError(f"{START}: {given}: the checkpoint is damaged: {damage}; give another one of that run")
         return folder
     if not (folder / _CHECKPOINTS).is_dir():
         kind = "a model, which foundation.path takes" if (folder / "config.json").is_file() else "none of these"
         raise UserError(f"{START}: {given}: expected a run, a checkpoint or a folder with {PEFT_CONFIG}, and it is {kind}")
-    found, notes = newest_intact(folder / _CHECKPOINTS)
+    found, notes = _open(given, lambda: newest_intact(folder / _CHECKPOINTS, PRIVATE))
     if found is None:
         why = notes[0] if notes else "it has none yet"
         raise UserError(f"{START}: {given}: this run holds no intact checkpoint ({why}); give another run")
     return found
+
+
+def _open(given: str, look: Callable[[], T]) -> T:
+    """Look at a run without what is its clients' own: nobody starts from that, and only the run's own user can read it."""
+    try:
+        return look()
+    except UserError as error:  # of this run it would advise another name
+        why = str(error).partition("; ")[0].removeprefix("output: ")
+        raise UserError(f"{START}: {given}: {why}; ask its owner for an export (--format peft)") from None
 
 
 def open_source(folder: Path) -> Source:
@@ -109,7 +132,7 @@ def _checkpoint(folder: Path) -> Source:
     facts = {"kind": "run", "name": run, "method": method.get("name"), "round": snapshot.round}
     shared = TensorReader(folder, "adapters", snapshot.files)
     merged = TensorReader(folder, "server.base-", snapshot.files)
-    own = sorted({block_of(key) for key in TensorReader(folder, "personal", snapshot.files)})
+    own = _own_blocks(folder, snapshot)
     try:
         rank, alpha = int(adapters["rank"]), float(adapters["alpha"])
         scale = alpha / rank
@@ -126,9 +149,20 @@ def _checkpoint(folder: Path) -> Source:
         read_merged=merged.read,
         foundation=snapshot.identity.get("foundation"),
         dtype=snapshot.identity.get("foundation.dtype"),
+        top_k=moe.get("top_k") if isinstance(moe := adapters.get("moe"), dict) else None,
         # Control variates are a means of training, and no part of a model.
-        left=tuple(name for name in own if ".control" not in name),
+        left=tuple(name for name in own or () if ".control" not in name),
+        closed=own is None,
     )
+
+
+def _own_blocks(folder: Path, snapshot: Snapshot) -> Collection[str] | None:
+    """What each client keeps for itself; None where that cannot be read, which no start needs."""
+    try:
+        with TensorReader(folder, "personal", snapshot.files) as reader:
+            return sorted({block_of(key) for key in reader})
+    except (OSError, UserError):
+        return None
 
 
 def _settings(snapshot: Snapshot, folder: Path, section: str) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ Legend: R and Q adapter rank here and there, O and I output and input width.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from fedmoe_ds.checkpoint.digest import global_digest
 from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.identity import GONE, START
+from fedmoe_ds.federation.identity import GONE, START, written_start
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.start_source import Source, block_of, find_start, open_source
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
@@ -46,14 +47,32 @@ class WarmStart:
     notes: list[str] = field(default_factory=list)
 
 
-def locate(given: str | None, resuming: bool) -> str | None:
-    """The folder of the start; None where there is none, or where it is gone and a checkpoint continues the run.
+def locate(given: str | None, resumed: str | None) -> tuple[str | None, str | None]:
+    """The folder of the start, or why it is not read; neither where there is no start.
 
-    Rank 0 only. Raises UserError.
+    Rank 0 only.
+
+    Args:
+        resumed: the checkpoint that continues the run. It holds everything that the run has begun with, so its own start is
+            not asked for again: that may have trained on, or be gone. Only another one could be other adapters.
+    Raises:
+        UserError: there is no such start, and no checkpoint either.
     """
-    if given is None or (resuming and not expanded(given, START).is_dir()):
-        return None
-    return str(find_start(given))
+    if given is None:
+        return None, None
+    before = None if resumed is None else written_start(Path(resumed))
+    if before is not None and _place(before) == _place(given):
+        return None, f"{START}: {given}: not read again, the checkpoint holds what the run began with"
+    try:
+        return str(find_start(given)), None
+    except UserError as error:
+        if resumed is None:
+            raise
+        return None, f"{error}; not compared: the checkpoint holds what the run began with"
+
+
+def _place(given: str) -> str:
+    return os.path.abspath(expanded(given, START))
 
 
 def open_start(folder: Path, spec: RunSpec, fingerprint: str | None) -> Source:
@@ -152,18 +171,21 @@ def _taken(source: Source, spec: RunSpec) -> list[BlockSpec]:
     return [block for block in spec.blocks if block.name in there]
 
 
-def begin_from(source: Source | None, spec: RunSpec, bank: Bank, base: Bank | None, runtime: Runtime) -> WarmStart | None:
+def begin_from(
+    source: Source | None, spec: RunSpec, bank: Bank, base: Bank | None, runtime: Runtime, unread: str | None = None
+) -> WarmStart | None:
     """Fill this rank's part of the initial adapters, and of the frozen weights that products move into. Collective.
 
     Args:
-        source: None where there is no start, or its folder is gone.
+        source: None where there is no start, or it is not read.
         bank: the initial global adapters, as they are without a start.
         base: what `Server.initial_state` keeps of frozen weights; None for methods that merge nothing.
+        unread: why a start is not read.
     Raises:
         UserError: a tensor has another shape.
     """
     if source is None:
-        return None if spec.config.adapters.start is None else WarmStart(GONE)
+        return None if unread is None else WarmStart(GONE, notes=[unread])
     runtime.run_on_all_ranks(lambda: _fill(source, spec, bank, base))
     first = spec.expert_layout.held.start
     tensors = (pair for one in (bank, base) if one is not None for pair in one.items(first, with_personal=True))
@@ -240,11 +262,18 @@ def _told(source: Source, spec: RunSpec, merging: bool) -> str:
         said.append(f"its rank {source.rank} gets {spec.config.adapters.rank - source.rank} further rows")
     if pairs and not merging and not _is_power_of_two(ratio):
         said.append(f"its scale {source.scale:g} is {source.scale / ratio:g} here, so B is rounded once")
-    fresh = _fresh(source, spec)
+    moe, fresh = spec.config.adapters.moe, _fresh(source, spec)
+    # No tensor has another shape by it, and yet the experts' sum is another one.
+    if moe is not None and source.top_k not in (None, moe.top_k):
+        said.append(
+            f"adapters.moe.top_k was {source.top_k} there and is {moe.top_k} here, so it is another model at that budget"
+        )
     if fresh:
         said.append(f"without adapters of {', '.join(fresh)}, which start as usual")
     if source.left:
         said.append(f"{', '.join(source.left)} stays with its clients, and starts as usual")
+    if source.closed:
+        said.append("what its clients keep for themselves cannot be read here, and stays with them")
     if source.foundation is None:
         said.append(f"its file names {source.facts.get('base_model')} as its model, and nothing can be compared but shapes")
     elif source.dtype not in (None, spec.config.foundation.dtype):
