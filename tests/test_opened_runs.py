@@ -1,9 +1,10 @@
-"""Runs that are opened before they have ended: what belongs together is of one round, or nothing is said."""
+"""Runs that are opened elsewhere than they ended: stopped within a round, on another device, in commands with own words."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from federations import Result, alone, build, make_config, read_events, run_alon
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.rounds import Federation
-from fedmoe_ds.results import open_run
+from fedmoe_ds.results import TrainedRun, answering, open_run
 from fedmoe_ds.results.evaluate_command import main as evaluate
+from fedmoe_ds.results.generate_command import main as generate
+from fedmoe_ds.results.loaded_model import LoadedModel, config_here
+from fedmoe_ds.results.scored_config import config_of_run
 
 QUICK: dict[str, Any] = {
     "local": {"max_steps": 1, "lr": 1e-2, "clip": None},
@@ -76,3 +80,63 @@ def test_of_a_run_without_anything_of_clients_a_stop_changes_nothing(root: Path)
     result: Result = run_alone(make_config(root, "one", QUICK, {"method": {"name": "fedit"}, "federation": {"rounds": 1}}))
     found = {key: partial.value(key, block, partial.select()) for key, block in partial.items()}
     assert found and every(torch.equal(value, torch.from_numpy(result.adapters[key])) for key, value in found.items())
+
+
+@pytest.fixture(scope="module")
+def flame(root: Path) -> TrainedRun:
+    changes = {"method": {"name": "flame"}, "federation": {"rounds": 1}}
+    run_alone(make_config(root, "whole", QUICK, changes))
+    return open_run(root / "runs" / "whole")
+
+
+def configured(run: TrainedRun, known: dict[str, Any] | None = None, **sections: dict[str, Any]) -> TrainedRun:
+    """The run as if it had been configured so, and its checkpoint's identity had said so."""
+    config = run.config
+    changed = {name: getattr(config, name).model_copy(update=changes) for name, changes in sections.items()}
+    spec = replace(run.spec, config=config.model_copy(update=changed))
+    return replace(run, spec=spec, snapshot=replace(run.snapshot, identity=run.snapshot.identity | (known or {})))
+
+
+def test_a_run_on_a_gpu_is_asked_on_a_cpu(
+    flame: TrainedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was fast there, with threads and with Triton; what the user says of this process is still checked."""
+    torch_threads = torch.get_num_threads()
+    on_gpu = configured(
+        flame,
+        {"execution": {**flame.snapshot.identity["execution"], "reproducible": "fast"}},
+        execution={"reproducible": "auto", "threads": 2, "adapter_kernels": "triton"},
+    )
+    assert not LoadedModel.of_run(on_gpu).spec.bitwise
+    monkeypatch.setattr(answering, "open_run", lambda *argv: on_gpu)
+    assert generate([str(flame.folder), "--prompt", "a", "--raw", "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
+    torch.set_num_threads(torch_threads)
+    assert config_of_run(on_gpu, [], [], False).execution == config_here(on_gpu).execution
+    assert config_of_run(flame, [], [], False).execution.reproducible == "bitwise"
+    for word, told in (
+        ("execution.adapter_kernels=triton", "needs a CUDA device"),
+        ("execution.reproducible=bitwise", "execution.threads: 2: bitwise mode needs 1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            LoadedModel.of_run(on_gpu, config_of_run(on_gpu, [], [word], False))
+    torch.set_num_threads(torch_threads)
+
+
+def test_what_a_run_wanted_of_its_training_keeps_no_evaluation_back(flame: TrainedRun) -> None:
+    best = configured(flame, checkpoint={"best": "exact_match"}, evaluation={"metrics": ["exact_match"]})
+    assert config_of_run(best, [], ["evaluation.metrics=[ranked_choice]"], False).evaluation.metrics == ["ranked_choice"]
+    split = configured(flame, checkpoint={"best": "accuracy", "best_split": "clients"}, evaluation={"client_sequences": 4})
+    assert config_of_run(split, [], ["evaluation.client_sequences=0"], False).evaluation.client_sequences == 0
+    # Documents have no answers to generate, and are full sequences already.
+    asked = configured(flame, evaluation={"generations": 2}, execution={"packing": True})
+    words = ["data.template=text", "execution.packing=false"]
+    assert LoadedModel.of_run(flame, config_of_run(asked, ["x.txt"], words, False)).spec.config.data.template == "text"
+
+
+def test_a_client_and_a_tier_that_is_not_its_own(flame: TrainedRun) -> None:
+    client = flame.clients[0]
+    other = next(tier for tier in flame.tiers if tier != client.tier)
+    words = rf"^--tier: {other}: with --client {client.name}: a client's model is that of its own tier \({client.tier}\); drop"
+    with pytest.raises(UserError, match=words):
+        evaluate([str(flame.folder), "--data", "x.jsonl", "--client", client.name, "--tier", other])

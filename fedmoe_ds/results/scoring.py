@@ -86,7 +86,11 @@ def score_run(run: TrainedRun, config: Config, given: bool, request: Request, no
     # Names first: they cost nothing, and weights and data may take minutes.
     tier = None if request.tier is None else run.select(request.tier).tier
     for name in request.clients:
-        run.select(client=name)
+        client_tier = run.select(client=name).tier
+        if tier not in (None, client_tier):
+            raise UserError(
+                f"--tier: {tier}: with --client {name}: a client's model is that of its own tier ({client_tier}); drop --tier"
+            )
     loaded = LoadedModel.of_run(run, config, before=request.before)
     data = _given(loaded, request, note) if given else _own(run, loaded, note)
     return _scores(loaded, data, tier, request, {"checkpoint": run.checkpoint.name, "method": run.config.method.name})
