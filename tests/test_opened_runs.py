@@ -14,7 +14,9 @@ from every import every
 from federations import Result, alone, build, make_config, read_events, run_alone, write_inputs
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.command import main as export
 from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.report.several import page, read_runs
 from fedmoe_ds.results import TrainedRun, answering, open_run
 from fedmoe_ds.results.evaluate_command import main as evaluate
 from fedmoe_ds.results.generate_command import main as generate
@@ -140,3 +142,25 @@ def test_a_client_and_a_tier_that_is_not_its_own(flame: TrainedRun) -> None:
     words = rf"^--tier: {other}: with --client {client.name}: a client's model is that of its own tier \({client.tier}\); drop"
     with pytest.raises(UserError, match=words):
         evaluate([str(flame.folder), "--data", "x.jsonl", "--client", client.name, "--tier", other])
+
+
+def test_a_run_that_began_with_adapters(
+    root: Path, flame: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its round 0 is the start: nothing that it writes takes these figures for those of the base model."""
+    changes = {"method": {"name": "fedit"}, "federation": {"rounds": 1}, "adapters": {"start": str(flame.folder)}}
+    run_alone(make_config(root, "second", QUICK, changes))
+    folder = root / "runs" / "second"
+    for run, column in ((folder, "| start | trained |"), (flame.folder, "| base model | trained |")):
+        # FLAME's rescaler fits into a whole model alone.
+        assert export([str(run), "--format", "merged", "--out", str(tmp_path / run.name)]) == 0
+        text = (tmp_path / run.name / "README.md").read_text()
+        assert column in text and ("| started from | whole after round 1 |" in text) == (run == folder)
+    text = page(read_runs([flame.folder, folder]))
+    words = "of A the foundation; of B what the run started from (whole after round 1)"
+    assert f"Before is {words}, after" in text and f"Round 0 is {words}, before" in text
+    assert "Before is the foundation, after" in page(read_runs([flame.folder]))
+    capsys.readouterr()
+    assert evaluate([str(folder), "--before", "--lines"]) == 0
+    told = "round 0 is the foundation here; in the run's own record it is what that started from, whole after round 1"
+    assert told in capsys.readouterr().err
