@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,12 @@ import pytest
 import torch
 from every import every
 from federations import Result, alone, build, make_config, read_events, run_alone, write_inputs
+from safetensors.torch import load_file
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export import command, lora, merge
 from fedmoe_ds.export.command import main as export
+from fedmoe_ds.export.written import Request
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.report.several import page, read_runs
 from fedmoe_ds.results import TrainedRun, answering, open_run
@@ -22,6 +28,7 @@ from fedmoe_ds.results.evaluate_command import main as evaluate
 from fedmoe_ds.results.generate_command import main as generate
 from fedmoe_ds.results.loaded_model import LoadedModel, config_here
 from fedmoe_ds.results.scored_config import config_of_run
+from fedmoe_ds.storage.in_use import hold
 
 QUICK: dict[str, Any] = {
     "local": {"max_steps": 1, "lr": 1e-2, "clip": None},
@@ -164,3 +171,38 @@ def test_a_run_that_began_with_adapters(
     assert evaluate([str(folder), "--before", "--lines"]) == 0
     told = "round 0 is the foundation here; in the run's own record it is what that started from, whole after round 1"
     assert told in capsys.readouterr().err
+
+
+def test_an_export_of_adapters_lets_go_of_what_it_has_read(
+    flame: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the whole checkpoint would count as this process's memory at the end."""
+    plain = replace(flame, spec=replace(flame.spec, blocks=[block for block in flame.spec.blocks if block.pair]))
+    selection, largest = plain.select(), max(value.nbytes for value in map(flame._adapters.read, flame._adapters))
+    released: list[int] = []
+    monkeypatch.setattr(TrainedRun, "release", lambda self: released.append(1))
+    monkeypatch.setattr(merge, "BYTES_PER_OPEN", 2 * largest)
+    monkeypatch.setattr(lora, "check_carried", lambda *argv: None)
+    lora.write_lora("peft", Request(plain, selection, tmp_path, "base"))
+    written = sum(value.nbytes for value in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert len(released) >= written / (3 * largest) > 2
+
+
+def test_what_a_killed_export_has_left(root: Path, flame: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes with the next export; that of a living one stays, and a request to end leaves none."""
+    dead, alive = (Path(tempfile.mkdtemp(prefix=".draft-export-", dir=tmp_path)) for _ in range(2))
+    (dead / "part").write_bytes(bytes(100))
+    assert hold(alive)
+    argv = [str(flame.folder), "--format", "merged", "--out", str(tmp_path / "out")]
+
+    def asked_to_end(*request: Any) -> None:
+        assert not dead.exists() and len(list(tmp_path.iterdir())) == 2, "the living one's, and its own"
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_filled", asked_to_end)
+        with pytest.raises(SystemExit) as ended:
+            export(argv)
+    assert ended.value.code == 143 and list(tmp_path.iterdir()) == [alive]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert export(argv) == 0 and sorted(tmp_path.iterdir()) == [alive, tmp_path / "out"]
