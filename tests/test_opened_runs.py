@@ -206,3 +206,24 @@ def test_what_a_killed_export_has_left(root: Path, flame: TrainedRun, tmp_path: 
     assert ended.value.code == 143 and list(tmp_path.iterdir()) == [alive]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert export(argv) == 0 and sorted(tmp_path.iterdir()) == [alive, tmp_path / "out"]
+
+
+def test_a_checkpoint_alone_knows_its_clients_by_name(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With one tier there is nothing else to know: figures and models are those of the run."""
+    one = {"federation": {"rounds": 1, "tiers": [{"top_k": 2, "share": 1}]}, "method": {"name": "fedsa-lora"}}
+    run_alone(make_config(root, "own", QUICK, one, {"evaluation": {"client_sequences": 2}}))
+    run = open_run(root / "runs" / "own")
+    shutil.copytree(run.checkpoint, tmp_path / "round-00001")
+    lone = open_run(tmp_path / "round-00001")
+    assert [client.name for client in lone.clients] == [client.name for client in run.clients] != []
+    name, items = run.clients[2].name, dict(run.items())
+    ours, theirs = run.select(client=name), lone.select(client=name)
+    assert every(torch.equal(run.value(key, block, ours), lone.value(key, block, theirs)) for key, block in items.items())
+    figures = []
+    for folder in (run.folder, lone.checkpoint):
+        capsys.readouterr()
+        assert evaluate([str(folder), "--lines"]) == 0
+        figures.append(capsys.readouterr().out)
+    assert figures[0] == figures[1] and name in figures[0]
+    with pytest.raises(UserError, match=r"--client: bob: no client of this run has this name"):
+        lone.select(client="bob")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmoe_ds.checkpoint.reader import Snapshot, TensorReader, read_snapshot
+from fedmoe_ds.checkpoint.reader import Snapshot, TensorReader, client_names, read_snapshot
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.config import Config, load_config
@@ -62,7 +62,8 @@ class TrainedRun:
         folder: of the run; of a checkpoint that lies alone, its parent.
         spec: the run's configuration, resolved as if on one rank: method, tiers, blocks, expert layout.
         model: folder of the base model, in safetensors; `outline` is the same without weights.
-        clients: all of the federation; empty where a checkpoint lies without the run's record, which names them.
+        clients: all of the federation. Of a checkpoint without the run's record, which says who is of which tier: those that
+            it names, without their numbers of samples, where there is one tier; else empty.
         events: of `metrics.jsonl`; empty where there is none.
     """
 
@@ -122,9 +123,10 @@ class TrainedRun:
 
     def _known_clients(self, option: str, value: str) -> list[Client]:
         if not self.clients:
+            whom = "the clients" if len(self.spec.tiers) == 1 else "the tiers of the clients"
             raise UserError(
-                f"{option}: {value}: nobody knows the clients of {self.checkpoint}: {self.folder / METRICS} is missing; give "
-                "the run folder"
+                f"{option}: {value}: nobody knows {whom} of {self.checkpoint}: {self.folder / METRICS} is missing; give the "
+                "run folder"
             )
         return self.clients
 
@@ -232,7 +234,8 @@ def open_run(path: Path, round_index: int | str | None = None, model: Path | Non
     known = outline(meta, host_model(meta, 1, 0))
     spec = resolve_spec(config, method, device, known)
     events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    run = TrainedRun(folder, checkpoint, snapshot, spec, base, known, _clients(events, spec), events)
+    clients = _clients(events, spec) if events else _named_clients(checkpoint, snapshot, spec)
+    run = TrainedRun(folder, checkpoint, snapshot, spec, base, known, clients, events)
     if run.client_blocks:
         check_whole(checkpoint, snapshot)
     return run
@@ -267,3 +270,13 @@ def _clients(events: list[dict[str, Any]], spec: RunSpec) -> list[Client]:
                    tier=tier.label)
         )  # fmt: skip
     return found
+
+
+def _named_clients(checkpoint: Path, snapshot: Snapshot, spec: RunSpec) -> list[Client]:
+    """The clients that a checkpoint itself names, where nothing else has to be known of them: all are of the one tier."""
+    names = client_names(checkpoint, snapshot.files) if len(spec.tiers) == 1 else None
+    (tier, *_) = spec.tiers
+    return [
+        Client(index, name, tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
+        for index, name in enumerate(names or [])
+    ]
