@@ -28,7 +28,7 @@ from fedmoe_ds.federation.build import load_parts
 from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
-from fedmoe_ds.results.trained_run import open_run, round_choice
+from fedmoe_ds.results import open_run, round_choice
 
 SMALL: dict[str, Any] = {
     "federation": {"rounds": 5, "tiers": [{"top_k": 2, "share": 1.0}, {"top_k": 1, "share": 1.0}]},

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_inputs import DIGITS, write_dense
+from dense_inputs import DIGITS, dense_config, write_dense
 from every import every
 from federations import make_config, run_alone, write_inputs
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,7 @@ from fedmoe_ds.checkpoint.writer import CheckpointWriter
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export import merged, shards
-from fedmoe_ds.export.command import export
+from fedmoe_ds.export.command import export, main
 from fedmoe_ds.export.written import Request
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.foundation import weight_stream
@@ -187,6 +187,31 @@ def test_several_shards(root: Path, family: str, tmp_path: Path, monkeypatch: py
     largest = {path: max(value.nbytes for value in load_file(path).values()) for path in files}
     assert len(files) > 3 and set(index["weight_map"].values()) == {path.name for path in files}
     assert every(sum(value.nbytes for value in load_file(path).values()) <= max(50_000, largest[path]) for path in files)
+
+
+def test_no_path_of_this_machine_goes_along(root: Path, tmp_path: Path) -> None:
+    """transformers 4 has noted in every model and tokenizer that it saved where it was loaded from; the rest of them stays."""
+    for family in ("model", "llama"):
+        base = tmp_path / family
+        shutil.copytree(root / family, base)
+        for name in ("config.json", "tokenizer_config.json"):
+            noted = {"_name_or_path": str(base), "name_or_path": str(base), "special_tokens_map_file": f"{base}/x.json"}
+            settings = json.loads((base / name).read_text())
+            (base / name).write_text(
+                json.dumps({**settings, **noted, "vision_config": {"_name_or_path": str(base), "depth": 2}})
+            )
+        changes = {"foundation": {"path": str(base)}, "method": {"name": "fedit"}}
+        config = dense_config(root, family, "noted", changes) if family == "llama" else configure(root, "noted", changes)
+        random_run(config)
+        for fmt in ("merged",) if family == "llama" else ("merged", "peft", "peft-fused"):
+            out = tmp_path / f"{family}-{fmt}"
+            assert main([str(run_folder(config)), "--format", fmt, "--out", str(out)]) == 0
+            files = [path for path in out.rglob("*") if path.is_file()]
+            assert files and not [path.name for path in files if str(tmp_path).encode() in path.read_bytes()]
+            if fmt == "merged":
+                found = json.loads((out / "tokenizer_config.json").read_text())
+                assert found["vision_config"] == {"depth": 2} and found.keys() >= settings.keys()
+                assert AutoTokenizer.from_pretrained(out).vocab_size
 
 
 def test_bfloat16(root: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_what_is_refused(root: Path, tmp_path: Path) -> None:
         assert str(error.value).startswith(words), error.value
     lone = tmp_path / "round-00002"
     shutil.copytree(folder / "checkpoints" / "round-00002", lone)
-    with pytest.raises(UserError, match=r"nobody knows the clients of .*metrics\.jsonl is missing; give the run folder"):
+    with pytest.raises(UserError, match=r"nobody knows the tiers of the clients of .*metrics\.jsonl is missing; give the run"):
         open_run(lone).select()
     (lone / "adapters-00000-of-00001.safetensors").write_bytes(b"")
     other = tmp_path / "model"

@@ -64,20 +64,6 @@ class ReadAdapter:
             raise UserError(f"{self.folder / WEIGHTS}: {key}: has numbers that are not finite; get the file again")
         return value
 
-    def fill(self, key: str, place: Tensor, scale: float) -> None:
-        """Put a tensor into that of a run, in place, so that the run's `scale` x B A is what the file adds.
-
-        Rows of A beyond the file's keep what they had, and B is zero there: they add nothing and can be trained. The run's rank
-        is at least `rank`.
-        """
-        value = self.read(key)
-        if key.endswith("_A"):
-            place[: len(value)] = value
-            return
-        place.zero_()
-        # Equal scales change no bit.
-        place[:, : value.shape[1]] = value if scale == self.scale else value * (self.scale / scale)
-
 
 def read_adapter(folder: Path, where: str = "adapters.start") -> ReadAdapter:
     """Open an adapter in one of the two formats (`lora_file.py`).

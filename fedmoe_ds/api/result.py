@@ -74,7 +74,7 @@ class Result:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """One row per evaluated round, tier and hold-out; round 0 is the foundation.
+        """One row per evaluated round, tier and hold-out; round 0 is the foundation, or the start (`adapters.start`).
 
         `round`, `tier` (its label), `split` (`global`, `clients`, or `client` with the name in `client`, which is None in the
         others), `loss`, `perplexity`, `accuracy`, `targets`, and the task metrics with their `samples`.

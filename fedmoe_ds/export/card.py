@@ -16,6 +16,7 @@ import yaml
 from fedmoe_ds import __version__
 from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.model.adapter_bank import lora_pairs
+from fedmoe_ds.report.history import History
 
 CARD = "README.md"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -77,6 +78,9 @@ def _facts(request: Request) -> list[tuple[str, str]]:
         ("clients", f"{len(run.clients)}" + (f" ({tiers})" if len(run.tiers) > 1 else "")),
         ("trained", _trained(request)),
     ]
+    if (start := _start(request)) is not None:
+        # The counts of clients and rounds above are of this run alone.
+        facts.append(("started from", start))
     if lora_pairs(run.spec.blocks):
         rank, full = request.selection.assignment.rank(adapters.rank), adapters.rank
         of = "" if rank == full else f" of the run's {full}"
@@ -93,7 +97,8 @@ def _trained(request: Request) -> str:
 
 
 def _scores(request: Request) -> str:
-    """Before and after, on the global hold-out at this tier; of a client's own model, on its hold-out."""
+    """Before and after, on the global hold-out at this tier; of a client's own model, on its hold-out. Before is the
+    base model or, of a run that went on from adapters, the model with these."""
     before, after = (_row(request, last) for last in (0, request.run.round))
     if before is None or after is None:
         return "This model was not evaluated in its run."
@@ -102,12 +107,18 @@ def _scores(request: Request) -> str:
     hold_out = "the client's hold-out" if request.selection.client is not None else "the global hold-out"
     later = "" if after["round"] == request.run.round else f" (last evaluated after round {after['round']})"
     return f"On {hold_out}, {after.get('targets', after.get('tokens'))} predictions{later}:\n\n" + _markdown_table(
-        rows, ("", "base model", "trained")
+        rows, ("", "start" if _start(request) else "base model", "trained")
     )
 
 
+def _start(request: Request) -> str | None:
+    """What the run's adapters began as, by name; None: at nothing."""
+    history = History.of(event for event in request.run.events if event["event"] == "run")
+    return history.started_from
+
+
 def _row(request: Request, last: int) -> dict[str, Any] | None:
-    """The newest evaluation up to a round; of the foundation for round 0."""
+    """The newest evaluation up to a round; of what the run began with for round 0."""
     selection, found = request.selection, None
     split = "global" if selection.client is None else "client"
     for event in request.run.events:

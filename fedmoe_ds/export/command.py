@@ -15,9 +15,13 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import UserError
@@ -28,8 +32,10 @@ from fedmoe_ds.export.written import Request, folder_size
 from fedmoe_ds.results import Selection, TrainedRun, open_run, round_choice
 from fedmoe_ds.storage.file_modes import follow_umask, keep_private
 from fedmoe_ds.storage.files import expanded, remove, sync
+from fedmoe_ds.storage.in_use import alone_with, hold
 from fedmoe_ds.terminal import note, show, visible
 
+_DRAFT = ".draft-export-"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -54,6 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     fmt = FORMATS[args.format]
     if args.dtype is not None and not fmt.takes_dtype:
         raise UserError(f"--dtype: {args.dtype}: format {args.format} keeps the types of the base model's files; drop it")
+    with _unwinding():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     run = open_run(args.run, args.round, args.model)
     selection = select(run, args.tier, args.client)
     out = expanded(str(args.out), "--out") if args.out is not None else run.folder / default_name(args.format, run, selection)
@@ -74,7 +85,7 @@ def export(name: str, request: Request) -> str:
         if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
             raise UserError(f"--out: {out}: exists already; give another folder, or remove it")
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-export-", dir=out.parent))
+        draft = _draft(out.parent)
     except OSError as error:
         raise UserError(f"--out: {out}: cannot be made: {error.strerror or error}; give another folder") from None
     try:
@@ -88,6 +99,39 @@ def export(name: str, request: Request) -> str:
         if draft.exists():
             remove(draft)
     return said
+
+
+def _draft(folder: Path) -> Path:
+    """A new folder that this process holds; those of exports that were killed are removed first. Raises OSError."""
+    for path in folder.glob(f"{_DRAFT}*"):
+        # As in the cache: a draft without a lock has lost its writer. Where there are no locks, it stays.
+        with contextlib.suppress(OSError), alone_with(path) as taken:
+            if taken is None and path.stat().st_uid == os.geteuid():
+                remove(path)
+    # Another export may come between its making and its lock, and remove it.
+    while not hold(draft := Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder))):
+        pass
+    return draft
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """SIGTERM, with which schedulers end a job, leaves by way of `finally`: no draft stays."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    # A handler may interrupt a print, and Python's buffered streams refuse to be entered twice.
+    os.write(2, b"stopped by SIGTERM\n")
+    raise SystemExit(128 + number)
 
 
 def _filled(name: str, request: Request, draft: Path) -> str:

@@ -18,6 +18,7 @@ from fedmoe_ds.adapter_formats.lora_file import WEIGHTS, Entry
 from fedmoe_ds.clients.assignment import leading
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.loading import lora_loading
+from fedmoe_ds.export.merge import Learnt
 from fedmoe_ds.export.shards import write_tensors
 from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.foundation.weight_stream import StoredTensor
@@ -47,10 +48,10 @@ def write_lora(fmt: Format, request: Request) -> Written:
     task = "CAUSAL_LM" if run.outline.task == "causal_lm" else None
     tree = config_tree(lora_targets(fmt, names, spec.blocks), rank, alpha, request.base, task)
     (request.out / CONFIG).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    places = dict(run.items())
+    places, learnt = dict(run.items()), Learnt(run, request.selection)
 
     def read(key: str) -> Tensor:
-        return run.value(key, places[key], request.selection)
+        return learnt.tensor(key, places[key])
 
     entries = list(lora_entries(fmt, names, spec.blocks, spec.expert_layout.num_experts, rank))
     dtype, stored = DTYPES[request.dtype or "float32"]

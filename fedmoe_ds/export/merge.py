@@ -49,7 +49,8 @@ class Learnt:
         """Weights [O, I] in the place of the base's; None where the base's own stay."""
         value = self._value(f"{stem}.weight", layer, expert)
         if value is None:
-            value = self._counted(self.run.base(BlockSpec(f"{stem}.base", (layer,), ()).key(layer, expert)))
+            value = self.run.base(BlockSpec(f"{stem}.base", (layer,), ()).key(layer, expert))
+            return None if value is None else self._counted(value)
         return value
 
     def rescaler(self, layer: int) -> float:
@@ -62,15 +63,19 @@ class Learnt:
         """Whether there may be such a factor."""
         return RESCALER in self.blocks or self.selection.assignment.rescale is not None
 
+    def tensor(self, key: str, block: BlockSpec) -> Tensor:
+        """One tensor by its canonical key, as `TrainedRun.value` has it."""
+        return self._counted(self.run.value(key, block, self.selection))
+
     def _value(self, name: str, layer: int, expert: int | None) -> Tensor | None:
         block = self.blocks.get(name)
         if block is None:
             return None
         # One copy that serves all layers is kept under the layer -1.
-        return self._counted(self.run.value(block.key(layer if layer in block.layers else -1, expert), block, self.selection))
+        return self.tensor(block.key(layer if layer in block.layers else -1, expert), block)
 
-    def _counted(self, value: Tensor | None) -> Tensor | None:
-        self._read += 0 if value is None else value.nbytes
+    def _counted(self, value: Tensor) -> Tensor:
+        self._read += value.nbytes
         if self._read >= BYTES_PER_OPEN:
             self.run.release()
             self._read = 0

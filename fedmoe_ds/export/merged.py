@@ -35,6 +35,11 @@ _BESIDE = (
 )  # fmt: skip
 """What of the base's folder goes along: by name, since a folder may hold anything beside a model."""
 
+_PLACES = frozenset(
+    ("_name_or_path", "_model_name_or_path", "name_or_path", "_commit_hash", "special_tokens_map_file", "tokenizer_file")
+)
+"""Keys of settings in which versions of transformers note what a model or a tokenizer was loaded from."""
+
 
 def write_merged(request: Request) -> Written:
     """Write a model into an empty folder.
@@ -109,9 +114,26 @@ def write_beside(request: Request, changes: dict[str, Any]) -> None:
     for path in sorted({path for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()}):
         place = out / path.relative_to(base)
         place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place)
-    config = read_json(base / CONFIG_FILE, constants=True) | changes
+        _copy(path, place)
+    config = _portable(read_json(base / CONFIG_FILE, constants=True)) | changes
     write_whole(out / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _copy(path: Path, place: Path) -> None:
+    """To the byte, but settings without the paths that the tool which saved them has put in."""
+    if path.name.endswith("_config.json"):
+        settings = read_json(path, constants=True)
+        if (portable := _portable(settings)) != settings:
+            write_whole(place, json.dumps(portable, indent=2, ensure_ascii=False) + "\n")
+            return
+    shutil.copyfile(path, place)
+
+
+def _portable(tree: Any) -> Any:
+    """Settings without where somebody once had these files: a folder of that machine, or a name that is another model's."""
+    if isinstance(tree, dict):
+        return {key: _portable(value) for key, value in tree.items() if key not in _PLACES}
+    return [_portable(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _config_changes(request: Request) -> dict[str, Any]:

@@ -100,11 +100,16 @@ class History:
     @property
     def before(self) -> str:
         """What round 0 is."""
+        started_from = self.started_from
+        return "the foundation" if started_from is None else f"what the run started from ({started_from})"
+
+    @property
+    def started_from(self) -> str | None:
+        """The name of what the adapters began as (`adapters.start`), with the round of a run; None: of nothing."""
         start = self.run.get("start")
         if not start:
-            return "the foundation"
-        when = "" if start.get("round") is None else f" after round {start['round']}"
-        return f"what the run started from ({start['name']}{when})"
+            return None
+        return f"{start['name']}" + ("" if start.get("round") is None else f" after round {start['round']}")
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:

@@ -33,10 +33,10 @@ RUN_LEAD = (
     "far. Equal digests are equal results, to the bit."
 )
 RESULT_LEAD = (
-    "Before is the foundation, after the global model of the last evaluated round. A ratio below 1 is better. In brackets: the "
+    "Before is {before}, after the global model of the last evaluated round. A ratio below 1 is better. In brackets: the "
     "95 % interval for the number of targets or samples, taken as independent."
 )
-CURVE_LEAD = "Round 0 is the foundation before any client has trained. Each line is a run; a picture per tier and figure."
+CURVE_LEAD = "Round 0 is {before}, before any client has trained. Each line is a run; a picture per tier and figure."
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,14 @@ def _places(runs: Sequence[Told]) -> list[tuple[str, str]]:
     return sorted(found, key=lambda place: (list(HOLD_OUT).index(place[0]), tier_order(place[1])))
 
 
+def _before(runs: Sequence[Told]) -> str:
+    """What round 0 is: of all runs alike, or by their letters where they differ."""
+    keys: dict[str, list[str]] = {}
+    for run in runs:
+        keys.setdefault(run.history.before, []).append(run.key)
+    return next(iter(keys)) if len(keys) == 1 else "; ".join(f"of {', '.join(those)} {what}" for what, those in keys.items())
+
+
 def _tiers(runs: Sequence[Told]) -> list[str]:
     return sorted({tier for run in runs for tier in run.history.tiers}, key=tier_order)
 
@@ -198,7 +206,7 @@ def _result_section(runs: Sequence[Told]) -> Markup:
                 where = [HOLD_OUT[split], tag("td", tier_mark(colours[tier], tier)), _mark(run)]
                 rows.append([*where, *_figures(result, tasks)])
     body = tag("div", table(head, rows, text_columns=3), cls="scroll")
-    return tag("div", tag("p", RESULT_LEAD, cls="lead"), body)
+    return tag("div", tag("p", RESULT_LEAD.format(before=_before(runs)), cls="lead"), body)
 
 
 def _figures(result: TierResult, tasks: Sequence[str]) -> list[str]:
@@ -221,7 +229,7 @@ def _curve_section(runs: Sequence[Told]) -> Markup:
     for split in dict.fromkeys(split for split, _ in places):
         tiers = [tier for found, tier in places if found == split]
         panels.append((HOLD_OUT[split], tag("div", *(_tier_curves(runs, split, tier) for tier in tiers))))
-    return tag("div", tag("p", CURVE_LEAD, cls="lead"), choices("hold-out", panels))
+    return tag("div", tag("p", CURVE_LEAD.format(before=_before(runs)), cls="lead"), choices("hold-out", panels))
 
 
 def _tier_curves(runs: Sequence[Told], split: str, tier: str) -> Markup:

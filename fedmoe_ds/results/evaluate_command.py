@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.results.trained_run import round_choice
+from fedmoe_ds.results.run_checkpoint import round_choice
 from fedmoe_ds.storage.files import check_replaceable, write_whole
 from fedmoe_ds.terminal import note, show
 

@@ -66,12 +66,30 @@ def this_process(threads: int = 1) -> Runtime:
     Raises:
         UserError: it says cuda, and there is none.
     """
-    # Before DeepSpeed is imported, which reads it; a run's own device does not count here.
-    wanted = os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    wanted = _wanted_device()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("DS_ACCELERATOR: cuda: no CUDA device is visible; set it to cpu")
     torch.set_num_threads(threads)
     return Runtime(Launch("python", 0, 1, 0), torch.device("cuda:0" if wanted == "cuda" else "cpu"), Alone())
+
+
+def _wanted_device() -> str:
+    # Before DeepSpeed is imported, which reads it; a run's own device does not count here.
+    return os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def config_here(run: TrainedRun) -> Config:
+    """The run's configuration for this process: what it left to its device is what it was there, and nothing needs that device.
+
+    Without it a run on a GPU, which is fast by default and may have threads and Triton, could not be opened on a CPU.
+    """
+    execution, known = run.config.execution, run.snapshot.identity.get("execution", {})
+    changes: dict[str, str] = {}
+    if execution.reproducible == "auto" and "reproducible" in known:
+        changes["reproducible"] = known["reproducible"]
+    if _wanted_device() != "cuda":
+        changes["adapter_kernels"] = "auto"
+    return run.config.model_copy(update={"execution": execution.model_copy(update=changes)})
 
 
 class LoadedModel:
@@ -103,13 +121,13 @@ class LoadedModel:
         """Load a run's model.
 
         Args:
-            config: the run's configuration with other keys of what does not decide the result (`evaluation`, `execution`).
+            config: that of `config_here` with other keys of what does not decide the result (`evaluation`, `execution`).
             before: leave the adapters as they were before the first round; `restore` makes them those of the checkpoint.
         Raises:
             UserError: nobody knows the run's clients, the configuration does not fit the model, or a tensor is missing.
         """
         run.select()  # refuses a checkpoint whose clients nobody knows
-        config = run.config if config is None else config
+        config = config_here(run) if config is None else config
         runtime = this_process(config.execution.threads)
         kind = runtime.device.type
         spec = resolve_spec(*check_start(config, kind), kind, run.outline)

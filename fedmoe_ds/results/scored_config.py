@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.adapter_formats import read_adapter
-from fedmoe_ds.config import Config, DataConfig, with_overrides
+from fedmoe_ds.config import CheckpointConfig, Config, DataConfig, with_overrides
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.results.loaded_model import config_here
 from fedmoe_ds.results.target import is_adapter
 from fedmoe_ds.results.trained_run import TrainedRun
 from fedmoe_ds.storage.files import expanded
@@ -22,7 +23,7 @@ _ALWAYS = ("evaluation.batch_size", "evaluation.max_sequences", "evaluation.metr
            "execution.threads", "execution.adapter_kernels", "foundation.cache", "foundation.trust_remote_code",
            "data.chat_template")  # fmt: skip
 _GIVEN = ("data.split", "data.separator", "data.encoding", "data.template", "data.prompt", "data.columns", "data.label_names",
-          "data.sequence_length")  # fmt: skip
+          "data.sequence_length", "execution.packing")  # fmt: skip
 _OWN = ("data.source", "data.validation", "evaluation.client_sequences")
 _OWNER, _MODEL = "data.partition.column", "foundation.dtype"
 
@@ -35,9 +36,10 @@ def config_of_run(run: TrainedRun, data: Sequence[str], words: Sequence[str], by
     """
     allowed = (*_ALWAYS, *(_GIVEN if data else _OWN), *((_OWNER,) if data and by_client else ()))
     _check(words, allowed, "of the run's own hold-outs; give --data for other rows" if not data else "of given rows")
+    own = _without_training(config_here(run))
     if not data:
-        return with_overrides(run.config, words)
-    config, plain = run.config, DataConfig()
+        return with_overrides(own, words)
+    config, plain = own, DataConfig()
     fresh: dict[str, Any] = {key: getattr(plain, key) for key in _OF_FILES} | {"source": _source(data)}
     # What `auto` meant for the run's columns, and not what it would mean for these.
     if config.data.template == "auto" and (read := _template(run)) is not None:
@@ -72,6 +74,12 @@ def _base(adapter: str, given: Path | None) -> str:
     if named is None:
         raise UserError(f"--model: missing: {adapter} does not name its base model; give its folder or hub id with --model")
     return named
+
+
+def _without_training(config: Config) -> Config:
+    """Less what asks for figures or answers that an evaluation need not have: `checkpoint.best`, and generated answers."""
+    evaluation = config.evaluation.model_copy(update={"generations": 0})
+    return config.model_copy(update={"checkpoint": CheckpointConfig(), "evaluation": evaluation})
 
 
 def _all_rows(config: Config) -> Config:

@@ -19,6 +19,7 @@ from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.evaluation import Evaluator, ReadPart, Score
 from fedmoe_ds.foundation.foundation import cache_folder
+from fedmoe_ds.report.history import History
 from fedmoe_ds.results.loaded_model import LoadedModel
 from fedmoe_ds.results.trained_run import TrainedRun
 from fedmoe_ds.storage import cache
@@ -86,7 +87,14 @@ def score_run(run: TrainedRun, config: Config, given: bool, request: Request, no
     # Names first: they cost nothing, and weights and data may take minutes.
     tier = None if request.tier is None else run.select(request.tier).tier
     for name in request.clients:
-        run.select(client=name)
+        client_tier = run.select(client=name).tier
+        if tier not in (None, client_tier):
+            raise UserError(
+                f"--tier: {tier}: with --client {name}: a client's model is that of its own tier ({client_tier}); drop --tier"
+            )
+    started_from = History.of(event for event in run.events if event["event"] == "run").started_from
+    if request.before and started_from is not None:
+        note(f"--before: round 0 is the foundation here; in the run's own record it is what that started from, {started_from}")
     loaded = LoadedModel.of_run(run, config, before=request.before)
     data = _given(loaded, request, note) if given else _own(run, loaded, note)
     return _scores(loaded, data, tier, request, {"checkpoint": run.checkpoint.name, "method": run.config.method.name})

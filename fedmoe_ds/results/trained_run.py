@@ -17,20 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmoe_ds.checkpoint.reader import (
-    Snapshot,
-    TensorReader,
-    candidates,
-    find_damage,
-    newest_intact,
-    progress_of,
-    read_snapshot,
-)
+from fedmoe_ds.checkpoint.reader import Snapshot, TensorReader, client_names, read_snapshot
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError, nearest
-from fedmoe_ds.federation.best_round import best_round
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.foundation import fingerprint
@@ -39,11 +30,10 @@ from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.report import Progress, read_metrics
+from fedmoe_ds.results.run_checkpoint import check_whole, find_checkpoint
 from fedmoe_ds.storage.files import expanded
 
 METRICS = "metrics.jsonl"
-BEST = "best"
-"""In place of a round's number: the best by the run's own `checkpoint.best`."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -72,7 +62,8 @@ class TrainedRun:
         folder: of the run; of a checkpoint that lies alone, its parent.
         spec: the run's configuration, resolved as if on one rank: method, tiers, blocks, expert layout.
         model: folder of the base model, in safetensors; `outline` is the same without weights.
-        clients: all of the federation; empty where a checkpoint lies without the run's record, which names them.
+        clients: all of the federation. Of a checkpoint without the run's record, which says who is of which tier: those that
+            it names, without their numbers of samples, where there is one tier; else empty.
         events: of `metrics.jsonl`; empty where there is none.
     """
 
@@ -132,9 +123,10 @@ class TrainedRun:
 
     def _known_clients(self, option: str, value: str) -> list[Client]:
         if not self.clients:
+            whom = "the clients" if len(self.spec.tiers) == 1 else "the tiers of the clients"
             raise UserError(
-                f"{option}: {value}: nobody knows the clients of {self.checkpoint}: {self.folder / METRICS} is missing; give "
-                "the run folder"
+                f"{option}: {value}: nobody knows {whom} of {self.checkpoint}: {self.folder / METRICS} is missing; give the "
+                "run folder"
             )
         return self.clients
 
@@ -214,22 +206,18 @@ class TrainedRun:
         return TensorReader(self.checkpoint, "server.base-", self.snapshot.files)
 
 
-def round_choice(text: str) -> int | str:
-    """What `--round` says: a number, or `best`. For argparse; raises ValueError."""
-    return BEST if text == BEST else int(text)
-
-
 def open_run(path: Path, round_index: int | str | None = None, model: Path | None = None) -> TrainedRun:
     """Open a run folder, or one of its checkpoints.
 
     Args:
         round_index: rounds completed in the checkpoint that is wanted; `best`: the one that the run keeps as its best; None:
-            the newest intact one.
+            the newest intact one, of two of the same round the one that is not within the next.
         model: folder of the base model, where it is no longer where the configuration says.
     Raises:
-        UserError: there is no run, no such checkpoint, the checkpoint is damaged, or the base model is another one.
+        UserError: there is no run, no such checkpoint, the checkpoint is damaged or mixes two rounds, or the base model is
+            another one.
     """
-    checkpoint = _checkpoint(path, round_index)
+    checkpoint = find_checkpoint(path, round_index)
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     snapshot, config = read_snapshot(checkpoint), load_config(checkpoint / "config.yaml")
     if model is not None:
@@ -246,46 +234,11 @@ def open_run(path: Path, round_index: int | str | None = None, model: Path | Non
     known = outline(meta, host_model(meta, 1, 0))
     spec = resolve_spec(config, method, device, known)
     events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    return TrainedRun(folder, checkpoint, snapshot, spec, base, known, _clients(events, spec), events)
-
-
-def _checkpoint(path: Path, round_index: int | str | None) -> Path:
-    path = expanded(str(path), "run")
-    if progress_of(path) is not None:
-        if round_index is not None and progress_of(path) != (round_index, False):
-            raise UserError(f"--round: {round_index}: {path} is a checkpoint already; give the run folder, or drop --round")
-        return _intact(path)
-    root = path / "checkpoints"
-    if not root.is_dir():
-        raise UserError(f"run: {path}: holds no run (no folder checkpoints); give the folder of a run, or a checkpoint of it")
-    if round_index is None:
-        found, notes = newest_intact(root)
-        if found is None:
-            raise UserError(
-                f"run: {path}: holds no intact checkpoint{': ' + notes[0] if notes else ''}; wait for its first round"
-            )
-        return found
-    number = _best(path) if isinstance(round_index, str) else round_index
-    there = {progress[0]: folder for folder in candidates(root) if (progress := progress_of(folder)) is not None}
-    if number not in there:
-        known = ", ".join(map(str, sorted(there))) or "none"
-        raise UserError(f"--round: {number}: no checkpoint of it is kept; there are {known} (checkpoint.keep says how many)")
-    return _intact(there[number])
-
-
-def _best(folder: Path) -> int:
-    found = best_round(folder)
-    if found is None:
-        raise UserError(
-            f"--round: {BEST}: {folder} keeps no best round: checkpoint.best is null, or none has been evaluated; name a round"
-        )
-    return found
-
-
-def _intact(checkpoint: Path) -> Path:
-    if (damage := find_damage(checkpoint)) is not None:
-        raise UserError(f"checkpoint: {checkpoint}: it is damaged: {damage}; give another one of the run")
-    return checkpoint
+    clients = _clients(events, spec) if events else _named_clients(checkpoint, snapshot, spec)
+    run = TrainedRun(folder, checkpoint, snapshot, spec, base, known, clients, events)
+    if run.client_blocks:
+        check_whole(checkpoint, snapshot)
+    return run
 
 
 def _check_same(model: Path, snapshot: Snapshot, checkpoint: Path) -> None:
@@ -317,3 +270,13 @@ def _clients(events: list[dict[str, Any]], spec: RunSpec) -> list[Client]:
                    tier=tier.label)
         )  # fmt: skip
     return found
+
+
+def _named_clients(checkpoint: Path, snapshot: Snapshot, spec: RunSpec) -> list[Client]:
+    """The clients that a checkpoint itself names, where nothing else has to be known of them: all are of the one tier."""
+    names = client_names(checkpoint, snapshot.files) if len(spec.tiers) == 1 else None
+    (tier, *_) = spec.tiers
+    return [
+        Client(index, name, tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
+        for index, name in enumerate(names or [])
+    ]
