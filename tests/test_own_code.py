@@ -19,6 +19,7 @@ from transformers import dynamic_module_utils
 import fedmoe_ds
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export import modeling_fft_moe
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import load_parts, load_shared_foundation
 from fedmoe_ds.federation.journal import Journal
@@ -221,7 +222,9 @@ def test_the_switch_runs_nothing_from_elsewhere(name: Any, folder: Path) -> None
 def test_every_call_decides() -> None:
     """A call of transformers that leaves it open asks on the terminal, and a `y` in standard input is an answer."""
     open_calls = []
-    for file in Path(fedmoe_ds.__file__).parent.rglob("*.py"):
+    # The modelling file of an export is never run here: it runs where somebody has said `trust_remote_code=True`.
+    ours = {*Path(fedmoe_ds.__file__).parent.rglob("*.py")} - {Path(modeling_fft_moe.__file__)}
+    for file in sorted(ours):
         source = file.read_text()
         calls = ast.walk(ast.parse(source)) if re.search(r"from_(pretrained|config)\b", source) else ()
         for call in calls:

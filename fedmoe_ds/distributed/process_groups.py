@@ -31,6 +31,11 @@ def quiet_deepspeed() -> None:
         deepspeed_logger.setLevel(logging.ERROR)
 
 
+def has_world() -> bool:
+    """Whether this process has joined one."""
+    return bool(deepspeed.comm.is_initialized())
+
+
 def join_world(backend: str, timeout: datetime.timedelta) -> None:
     """Initialise `deepspeed.comm` from the environment variables of this rank.
 
@@ -40,7 +45,7 @@ def join_world(backend: str, timeout: datetime.timedelta) -> None:
     files in /dev/shm when the run ends. Only an all-reduce of its inference engine uses it, so it is declared absent.
     """
     global _limit
-    if deepspeed.comm.is_initialized() and _limit is not None:
+    if has_world() and _limit is not None:
         # Another run of a program under a launcher: the groups of its first run are there already.
         if timeout > _limit:
             raise UserError(
@@ -58,7 +63,7 @@ def leave_world(end: bool) -> None:
     """Forget DeepSpeed's groups, and end the world itself with `end`: this process may join another one."""
     global _limit
     _limit = None
-    if end and deepspeed.comm.is_initialized():
+    if end and has_world():
         deepspeed.comm.destroy_process_group()
     else:
         groups._release_process_group_references()

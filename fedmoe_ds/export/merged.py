@@ -23,6 +23,8 @@ from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.foundation.weight_stream import StoredTensor, WeightStream, row_blocks
+from fedmoe_ds.planner.memory import format_bytes
+from fedmoe_ds.report.formats import many
 from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.storage.strict_json import read_json
 
@@ -63,7 +65,7 @@ def write_merged(request: Request) -> Written:
     shards = write_shards(request.out, stream.tensors, content)
     write_beside(request, _config_changes(request))
     size = sum(tensor.nbytes for tensor in stream.tensors)
-    said = f"{len(stream.tensors)} tensors of {size / 2**30:.2f} GiB in {len(shards)} files"
+    said = f"{many(len(stream.tensors), 'tensor')} of {format_bytes(size)} in {many(len(shards), 'file')}"
     notes = tuple(merging_notes(request, stream, told))
     # In the card, too: whoever loads the export has not seen the command's output.
     loading = [model_loading(request), *(f"{line[0].upper()}{line[1:]}." for line in notes)]

@@ -75,7 +75,8 @@ def write_inputs(root: Path, samples: tuple[int, ...] = SAMPLES, **model: Any) -
             rows.append({"group": f"client-{group:03d}", **texts})
     (root / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(OlmoeConfig(**MODEL | model)).save_pretrained(root / "model")
+    config = OlmoeConfig(**MODEL | model)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(root / "model")
     train_tokenizer(["### Instruction:\n\n### Response:\n"] * 50, MODEL["vocab_size"]).save_pretrained(root / "model")
 
 
