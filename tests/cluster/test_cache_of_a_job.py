@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 from launching import Job, changed
 
+from fedmoe_ds.config import Config
 from fedmoe_ds.errors import EXIT_LOST
+from fedmoe_ds.foundation import resolve_foundation
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
-def test_a_cache_in_doubt_is_told_once_and_a_cut_file_ends_the_job(
-    nano: dict[str, Any], foundation_cache: Path, tmp_path: Path
-) -> None:
+def test_a_cache_in_doubt_is_told_once_and_a_cut_file_ends_the_job(nano: dict[str, Any], tmp_path: Path) -> None:
     """Two ranks find a folder where a group may write and use one of their own; then a file there is cut under them."""
     root = tmp_path / "cache"
     root.mkdir()
     root.chmod(0o775)
-    (model,) = (foundation_cache / "foundations").iterdir()
+    config = Config.model_validate(nano)
+    model = resolve_foundation(config.foundation, config.seed, print)  # there already; other tests keep more of them there
     foundation = {"preset": None, "path": str(model), "cache": str(root)}
     tree = changed(nano, output=str(tmp_path / "runs"), foundation=foundation, federation={"rounds": 500})
     own = root / f"user-{os.geteuid()}"
