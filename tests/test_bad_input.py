@@ -19,20 +19,21 @@ from launching import Result, changed, read_events, run
 from safetensors.torch import load_file, save_file
 
 from fedmoe_ds.checkpoint import reader as checkpoint
-from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.config import Config, TopologyConfig
 from fedmoe_ds.distributed import control
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import init_runtime
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import resolve_foundation
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def foundation(foundation_cache: Path) -> Path:
-    """The model folder of the nano foundation."""
-    (config,) = (foundation_cache / "foundations").glob("*/config.json")
-    return config.parent
+def foundation(nano: dict[str, Any]) -> Path:
+    """The model folder of the nano foundation, which is there already: other tests keep more of them in that cache."""
+    config = Config.model_validate(nano)
+    return resolve_foundation(config.foundation, config.seed, print)
 
 
 @pytest.fixture(scope="module")
