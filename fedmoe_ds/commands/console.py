@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import expanded, open_plain
-from fedmoe_ds.terminal import show, visible, voice
+from fedmoe_ds.terminal import note, show, voice
 
 RANK = "%r"
 _LAST = 2
@@ -63,12 +63,9 @@ def start_console(args: argparse.Namespace, rank: int) -> None:
 def show_ending(lines: list[str]) -> None:
     """Write the last lines of a run to standard output; with `--quiet` the table before them goes to the log alone."""
     first = max(len(lines) - _LAST, 0) if voice.quiet else 0
-    if lines[:first]:
-        voice.record("\n".join(lines[:first]))
     for line in lines[:first]:
         # A stopped run must not look like a finished one.
-        if line.startswith("stopped by "):
-            sys.stderr.write(f"{visible(line)}\n")
+        (note if line.startswith("stopped by ") else voice.record)(line)
     show("\n".join(lines[first:]))
     # What a launcher cuts off must be out before the ranks part.
     sys.stdout.flush()
