@@ -129,7 +129,7 @@ def test_unknown_hardware_and_broken_calibration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'h200'"):
         load_hardware("h20")
     (tmp_path / "old.json").write_text('{"name": "x"}')
-    with pytest.raises(UserError, match=r"old\.json: not a calibration of this version .*bench\.py calibrate"):
+    with pytest.raises(UserError, match=r"old\.json: not a calibration of this version .*bench calibrate"):
         load_hardware(tmp_path / "old.json")
 
 

@@ -6,11 +6,13 @@ Scripts import this module first and little with it: a signal is heard while the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.launcher import known_rank
@@ -88,3 +90,23 @@ def unwind_on_interrupt() -> None:
 def _leave(number: int, frame: Any) -> None:
     os.write(2, b"error: stopped by SIGINT\n")
     os._exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """SIGTERM, with which schedulers end a job, leaves by way of `finally`: no draft stays."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unwind(number: int, frame: object) -> NoReturn:
+    # A handler may interrupt a print, and Python's buffered streams refuse to be entered twice.
+    os.write(2, b"stopped by SIGTERM\n")
+    raise SystemExit(128 + number)

@@ -15,15 +15,12 @@ import argparse
 import contextlib
 import os
 import re
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from fedmoe_ds.config import load_config
+from fedmoe_ds.distributed.stop_request import unwinding_on_sigterm
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.card import write_card
 from fedmoe_ds.export.formats import FORMATS
@@ -60,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     fmt = FORMATS[args.format]
     if args.dtype is not None and not fmt.takes_dtype:
         raise UserError(f"--dtype: {args.dtype}: format {args.format} keeps the types of the base model's files; drop it")
-    with _unwinding():
+    with unwinding_on_sigterm():
         return _run(args)
 
 
@@ -112,26 +109,6 @@ def _draft(folder: Path) -> Path:
     while not hold(draft := Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder))):
         pass
     return draft
-
-
-@contextlib.contextmanager
-def _unwinding() -> Iterator[None]:
-    """SIGTERM, with which schedulers end a job, leaves by way of `finally`: no draft stays."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _leave(number: int, frame: object) -> NoReturn:
-    # A handler may interrupt a print, and Python's buffered streams refuse to be entered twice.
-    os.write(2, b"stopped by SIGTERM\n")
-    raise SystemExit(128 + number)
 
 
 def _filled(name: str, request: Request, draft: Path) -> str:
