@@ -52,6 +52,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Workload]:
     return folder, workload
 
 
+@pytest.mark.cluster  # slow: every system in a process of its own
 def test_wave_writes_its_rows(tmp_path: Path) -> None:
     target = tmp_path / "wave.json"
     small = ["--steps", "1", "--rounds", "1", "--sequences", "2", "1", "--length", "24"]
