@@ -88,6 +88,7 @@ def test_load_writes_its_rows(tmp_path: Path) -> None:
         assert row["model_mib"] == pytest.approx(row["dense_mib"] + 2 * row["own_experts_mib"])
 
 
+@pytest.mark.cluster  # slow, as above
 def test_experts_writes_its_rows(tmp_path: Path) -> None:
     target = tmp_path / "pool.json"
     small = ["--steps", "1", "--rounds", "1", "--clients", "2", "--sequences", "1", "--length", "16"]
