@@ -331,9 +331,3 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"--out: .*: 0\.0 GiB are free, and the model takes 0\.0; make room"):
         export("merged", request(run, own, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
-    moe = {"adapters": {"attention": [], "moe": {"experts": 4}}, "method": {"name": "fft-moe"}}
-    dense = configure(root, "experts", moe, {"execution": {"micro_batch_size": None}}, family="llama")
-    random_run(dense)
-    run = open_run(run_folder(dense))
-    with pytest.raises(UserError, match=r"--format: merged: adapter experts stand beside the base's layers"):
-        merged.write_merged(request(run, run.select(), tmp_path / "out"))

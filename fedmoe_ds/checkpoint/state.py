@@ -158,11 +158,10 @@ def read_tensors(path: Path, snapshot: Snapshot, state: State, shard: int = 0) -
                 reader.read_into(key, value)
     for name, bank in state.server.items():
         with TensorReader(path, f"server.{name}-", snapshot.files) as reader:
-            # What a warm start has changed is in every checkpoint of its run.
+            # What a warm start has changed is in every checkpoint of its run; the rest stays as every start makes it.
             assert all(key in reader for key in bank.changed or ()), "what the checkpoint leaves out would stay as it is now"
             for key, _, value in bank.items(shard * bank.experts):
-                # What a warm start has changed is in the checkpoint as well; the rest stays as every start makes it.
-                if bank.changed is None or key in reader or key in bank.changed:
+                if bank.changed is None or key in reader:
                     before = value.clone()
                     reader.read_into(key, value)
                     bank.note_change(key, before, value)

@@ -74,8 +74,6 @@ def write_merged(request: Request) -> Written:
 
 def _check(request: Request) -> None:
     run, selection, method = request.run, request.selection, request.run.config.method.name
-    if run.config.adapters.moe is not None:
-        raise UserError("--format: merged: adapter experts stand beside the base's layers, which have no weights for them")
     if run.spec.method.personal_models and selection.client is None:
         raise UserError(f"--format: merged: method {method} has a model for every client and none for all; name a --client")
     if selection.assignment.allowed_E is not None:

@@ -13,13 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fedmoe_ds import terminal
 from fedmoe_ds.checkpoint.reader import candidates, find_damage, folder_name, progress_of
 from fedmoe_ds.clients.tiers import tier_order
-from fedmoe_ds.config import CheckpointConfig, Config
-from fedmoe_ds.config.yaml12 import parse_yaml
+from fedmoe_ds.config import CheckpointConfig, load_config
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.evaluation import Score
@@ -148,13 +145,7 @@ def best_round(folder: Path) -> int | None:
     Raises:
         UserError: config.yaml or metrics.jsonl is missing or damaged.
     """
-    path = folder / "config.yaml"
-    try:
-        saving = Config.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path))).checkpoint
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name the folder of a run that has started") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is no configuration of this program ({str(error).splitlines()[0]}); restore it") from None
+    saving = load_config(folder / "config.yaml").checkpoint
     best = best_so_far(folder, saving)
     for line in best.notes if best is not None else ():
         terminal.note(line)
