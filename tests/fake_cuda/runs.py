@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from federations import Result, alone, build, finish, write_inputs
+from dense_inputs import write_dense
+from federations import Result, alone, build, finish
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.runtime import Runtime
@@ -18,10 +19,10 @@ from fedmoe_ds.distributed.topology import Topology
 
 @functools.cache
 def root() -> Path:
-    """A folder with the inputs of `federations.write_inputs`, which goes with the process."""
+    """A folder with the inputs of `dense_inputs.write_dense`: all models and data. It goes with the process."""
     folder = tempfile.TemporaryDirectory(prefix="fake-cuda-")
     atexit.register(folder.cleanup)
-    write_inputs(Path(folder.name))
+    write_dense(Path(folder.name))
     return Path(folder.name)
 
 
