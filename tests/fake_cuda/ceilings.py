@@ -25,7 +25,7 @@ CEILINGS: dict[str, float] = {
     "bytes kept per logit": 16,
     "bytes moved per token and layer": 204_000,
 }
-"""Per layer: of one step, forward and backward. Per step: what is left of it without the layers, the optimizer's for instance."""
+"""Per layer: of one step, forward and backward. Per step: what is left of it without the layers, such as the optimizer's."""
 
 CAPS = (8, 4, 2, 1)
 LENGTH = 32
