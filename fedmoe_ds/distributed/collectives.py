@@ -38,7 +38,7 @@ def _collective(name: str, group: Group, tensor: Tensor) -> Iterator[None]:
         if tensor.device.type != "cuda":
             yield
             return
-        begun, done = torch.cuda.Event(), torch.cuda.Event()
+        begun, done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
         begun.record()
         yield
         # The current stream has been told to wait for NCCL's, so this lies behind the collective.

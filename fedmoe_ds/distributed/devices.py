@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.distributed as torch_dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fedmoe_ds.errors import UserError
 
@@ -109,10 +109,11 @@ def _shared(places: Sequence[Place], shared: list[int]) -> str:
     else:
         fix = f"start at most {gpus} on a host, show each rank a GPU of its own, or use topology.device=cpu"
     some = " and ".join(map(str, shared[:2]))
-    return f"topology.device: cuda: {ranks} ranks on {first.host} and {gpus} GPU{'s' * (gpus != 1)}: ranks {some} would share one; {fix}"
+    what = f"{ranks} ranks on {first.host} and {gpus} GPU{'s' * (gpus != 1)}"
+    return f"topology.device: cuda: {what}: ranks {some} would share one; {fix}"
 
 
-def check_places(store: torch_dist.Store, rank: int, world_size: int, place: Place) -> None:
+def check_places(store: Store, rank: int, world_size: int, place: Place) -> None:
     """Compare the places of all ranks. Every rank calls it, and all of them get the same answer.
 
     Args:
@@ -120,7 +121,7 @@ def check_places(store: torch_dist.Store, rank: int, world_size: int, place: Pla
     Raises:
         UserError: two ranks would share a GPU, or not all of them have one.
     """
-    told = torch_dist.PrefixStore("devices", store)
+    told = PrefixStore("devices", store)
     told.set(str(rank), json.dumps(asdict(place)))
     if rank == 0:
         places = [Place(**json.loads(told.get(str(peer)))) for peer in range(world_size)]

@@ -19,13 +19,15 @@ import torch
 import torch.distributed as torch_dist
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fedmoe_ds.distributed.devices import Place, check_places
 from fedmoe_ds.errors import UserError
 
 _OPERATORS = "__compatible_ops__"
 _NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-"""torch's own watchdog would abort this process (SIGABRT) a moment after a peer is gone. Ours knows who it was, and ends the job
+"""torch's own watchdog would abort this process (SIGABRT) a moment after a peer is gone. Ours knows who it was and ends the job
 with EXIT_LOST; until then the device stays in the collective, so nothing is computed from what never arrived."""
 _limit: datetime.timedelta | None = None
 """How long a collective of the world may take; None: torch's own limit."""
@@ -68,7 +70,7 @@ def join_world(timeout: datetime.timedelta, device: torch.device) -> None:
 
 
 def _join_torch(backend: str, timeout: datetime.timedelta, device: torch.device) -> None:
-    store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=timeout))
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     place: dict[str, Any] = {}
     if world_size > 1:
@@ -78,7 +80,7 @@ def _join_torch(backend: str, timeout: datetime.timedelta, device: torch.device)
         for name, value in _NCCL.items():
             os.environ.setdefault(name, value)
     torch_dist.init_process_group(
-        backend, store=torch_dist.PrefixStore("world", store), rank=rank, world_size=world_size, timeout=timeout, **place
+        backend, store=PrefixStore("world", store), rank=rank, world_size=world_size, timeout=timeout, **place
     )
 
 

@@ -105,8 +105,8 @@ def check_promise(config: Config, device: str) -> None:
     # and of experts beside it, which the topology decides. A client in a pass of its own does not change that.
     if config.execution.reproducible == "bitwise" and device != "cpu":
         raise UserError(
-            f"execution.reproducible: bitwise: on {device} the products of torch and cuBLAS sum a row in an order that depends on "
-            "what else a rank holds, so equal bits on any topology cannot be promised; use auto or fast, or topology.device=cpu"
+            f"execution.reproducible: bitwise: on {device} torch and cuBLAS sum a row in an order that depends on what "
+            "else a rank holds, so equal bits on any topology cannot be promised; use auto or fast, or topology.device=cpu"
         )
 
 
