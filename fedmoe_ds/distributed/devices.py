@@ -8,6 +8,7 @@ own, whatever number a process sees them under.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -22,6 +23,8 @@ from fedmoe_ds.errors import UserError
 
 _VARIABLE = "DS_ACCELERATOR"
 _PROBLEM, _HEARD = "problem", "all have heard"
+
+_meetings = itertools.count()
 
 
 def uses_cuda(device: str) -> bool:
@@ -121,7 +124,8 @@ def check_places(store: Store, rank: int, world_size: int, place: Place) -> None
     Raises:
         UserError: two ranks would share a GPU, or not all of them have one.
     """
-    told = PrefixStore("devices", store)
+    # The store outlives a refusal where a program goes on and tries again.
+    told = PrefixStore(f"devices {next(_meetings)}", store)
     told.set(str(rank), json.dumps(asdict(place)))
     if rank == 0:
         places = [Place(**json.loads(told.get(str(peer)))) for peer in range(world_size)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fake_cuda.runs import root, run_on_device
 from method_variants import variant_config
+
+from fake_cuda.runs import root, run_on_device
 
 ROUND: dict[str, Any] = {"execution": {"reproducible": "fast"}, "federation": {"rounds": 1}, "evaluation": {"every": 1}}
 
