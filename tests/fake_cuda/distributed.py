@@ -46,12 +46,6 @@ def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) ->
         _check_duplicates(torch.cuda.current_device() if device is None else device.index)
 
 
-def gpu_id(index: int) -> str:
-    """Of the device that this rank sees under a number (FAKE_GPU as below)."""
-    first = os.environ.get("FAKE_GPU")
-    return f"GPU-{os.getpid()}-{index}" if first is None else f"GPU-{int(first) + index}"
-
-
 def _check_duplicates(index: int) -> None:
     """NCCL refuses two ranks on one GPU. FAKE_GPU names the first that this rank sees (its CUDA_VISIBLE_DEVICES); each rank has
     devices of its own where it is not set, unless several are visible."""

@@ -21,9 +21,6 @@ class Properties:
     name, total_memory, multi_processor_count = "Stand-in for CUDA", MEMORY, 132
     major, minor = 9, 0
 
-    def __init__(self, index: int) -> None:
-        self.uuid = distributed.gpu_id(index)
-
 
 class Event:
     """One stream does all work in order, so an event has happened as soon as what was before it is done."""
@@ -101,7 +98,7 @@ def _device_functions(devices: int) -> dict[str, Any]:
         "set_device": lambda device: load().fake_cuda_set_current(_index(device)),
         "synchronize": _synchronize,
         "get_device_name": lambda device=None: Properties.name,
-        "get_device_properties": lambda device=None: Properties(_index(device)),
+        "get_device_properties": lambda device=None: Properties,
         "get_device_capability": lambda device=None: divmod(COUNT.arch, 10),
         "is_bf16_supported": lambda *args, **kwargs: COUNT.arch >= 80,
         "manual_seed": lambda seed: None,
