@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
-from dense_inputs import dense_config, write_dense
+from dense_inputs import dense_config
 from every import every
-from fake_cuda.runs import root, run_on_device
-from federations import Result, run_alone
+from federations import run_alone
 from method_variants import PLAIN, VARIANTS, variant_config
 
+from fake_cuda.runs import losses, root, run_on_device
 from fedmoe_ds.config import Config
 
 NAMES = {
@@ -43,26 +41,17 @@ ROUND: dict[str, Any] = {
     "local": {"max_steps": 2},
     "evaluation": {"every": 9, "max_sequences": 2, "client_sequences": 0},
 }
+FEWER: dict[str, dict[str, Any]] = {"lora-fair": {"method": {"server_steps": 2}}}
 EVALUATED: dict[str, Any] = {"evaluation": {"every": 1}}
-
-
-@functools.cache
-def dense_root() -> Path:
-    folder = root() / "dense"
-    folder.mkdir()
-    write_dense(folder)
-    return folder
 
 
 def config_of(name: str, tag: str, *changes: dict[str, Any]) -> Config:
     if name in DENSE:
         family, change = DENSE[name]
-        return dense_config(dense_root(), family, f"{name}-{tag}", ROUND, change, *changes)
-    return variant_config(root(), "flame" if name in MORE else name, f"{name}-{tag}", ROUND, MORE.get(name, {}), *changes)
-
-
-def losses(result: Result) -> list[float]:
-    return [score[4] for score in result.scores()]
+        return dense_config(root(), family, f"{name}-{tag}", ROUND, change, *changes)
+    return variant_config(
+        root(), "flame" if name in MORE else name, f"{name}-{tag}", ROUND, (MORE | FEWER).get(name, {}), *changes
+    )
 
 
 def case_round(fake: Any, name: str) -> None:
@@ -77,7 +66,9 @@ def case_every_method_has_a_round(fake: Any) -> None:
 
 def case_losses_are_the_cpu_s(fake: Any, name: str) -> None:
     """What is trained and evaluated on the device, beside the CPU's kernels."""
-    found, expected = (losses(run(config_of(name, tag, EVALUATED))) for run, tag in ((run_on_device, "cuda"), (run_alone, "cpu")))
+    found, expected = (
+        losses(run(config_of(name, tag, EVALUATED))) for run, tag in ((run_on_device, "cuda"), (run_alone, "cpu"))
+    )
     assert len(found) == len(expected)
     assert every(abs(ours - theirs) <= 1e-4 * max(1.0, theirs) for ours, theirs in zip(found, expected, strict=True))
 
