@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ settings.load_profile("fedmoe-ds")
 # A shell starts jobs in the background with SIGINT ignored, and every process below inherits that: Ctrl-C could not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# On a host with a GPU, too: two ranks of a test would share one. What needs a device asks torch for it.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # Real text in four groups of unequal size, on every machine, and small enough that a start costs imports and little else.
 GROUPS = {

@@ -122,7 +122,8 @@ class WaveTrainer:
         slots = {True: shard * self.pool.home_clients + work.slot}
         if shard == self.shard:
             slots[False] = work.slot
-        state = {name: values[work.client.index] for name, values in personal.items()}
+        # On the CPU for all clients; here it meets tensors of the device.
+        state = {name: values[work.client.index].to(self.bank.device) for name, values in personal.items()}
         return ClientView(work.client, work.assignment, self.bank, start, slots, state)
 
     @torch.no_grad()

@@ -106,7 +106,9 @@ class TopologyConfig(Section):
 
     ep_size: int = Field(1, ge=1, description="ranks that share one expert pool")
     clusters: int | None = Field(None, ge=1, description="if given, checked against world / ep_size")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is a GPU and $DS_ACCELERATOR does not say cpu; on cuda a GPU for each rank"
+    )
     control: Literal["auto", "torch", "mpi"] = Field(
         "auto", description="what carries host-side messages; auto: MPI where mpirun started the ranks, else torch (gloo)"
     )
@@ -210,7 +212,9 @@ class MethodConfig(BaseModel):
 class ExecutionConfig(Section):
     """How the same mathematics is run."""
 
-    reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
+    reproducible: Literal["auto", "bitwise", "fast"] = Field(
+        "auto", description="auto: bitwise on CPU, fast on CUDA, where bitwise is refused: its products promise no bits"
+    )
     clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
     micro_batch_size: int | None = Field(
         None,

@@ -96,9 +96,18 @@ class RunSpec:
 
 def is_bitwise(config: Config, device: str) -> bool:
     """Whether a run on this kind of device (`cpu` or `cuda`) promises equal bits on any topology."""
-    # auto: on a device bitwise mode puts every client into a pass of its own, so fast is the default there.
-    mode = config.execution.reproducible
-    return mode == "bitwise" or (mode == "auto" and device == "cpu")
+    return config.execution.reproducible != "fast" and device == "cpu"
+
+
+def check_promise(config: Config, device: str) -> None:
+    """Raises UserError for a run on this kind of device that asks for bits which nobody can promise there."""
+    # cuBLAS and torch's grouped products choose their kernel, and with it the order of a row's summands, by the number of rows
+    # and of experts beside it, which the topology decides. A client in a pass of its own does not change that.
+    if config.execution.reproducible == "bitwise" and device != "cpu":
+        raise UserError(
+            f"execution.reproducible: bitwise: on {device} torch and cuBLAS sum a row in an order that depends on what "
+            "else a rank holds, so equal bits on any topology cannot be promised; use auto or fast, or topology.device=cpu"
+        )
 
 
 def shares_passes(config: Config, model_type: str, device: str) -> bool:
@@ -114,6 +123,7 @@ def check_start(config: Config, device: str) -> tuple[Config, Method]:
     Raises:
         UserError: method, mode, foundation, data and adapters do not go together.
     """
+    check_promise(config, device)
     config = as_meant(config, planned_sparse(config.foundation))
     method = method_for(config)
     config = with_defaults(config, method)
