@@ -60,8 +60,7 @@ def in_world(hosts: list[str], folder: Callable[[int], Path], place: Path) -> li
     meeting, found = Meeting(len(hosts)), list[Any](hosts)
 
     def work(rank: int) -> None:
-        threading.current_thread().name = host = hosts[rank]
-        sums = place / host / file_sums.KIND
+        threading.current_thread().name = hosts[rank]
         try:
             found[rank] = prints.shared_fingerprint(
                 folder(rank), place / hosts[rank] / file_sums.KIND, hosts, meeting.rank(rank)
