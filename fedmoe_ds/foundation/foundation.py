@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +14,14 @@ from torch import nn
 
 from fedmoe_ds.config.schema import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
-from fedmoe_ds.distributed.stop_points import file_sha256, run_waiting
+from fedmoe_ds.distributed.stop_points import run_waiting
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
+from fedmoe_ds.foundation.fingerprint import fingerprint
 from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import Memory
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, read_config
@@ -32,10 +30,8 @@ from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.published import PUBLISHED, Published, published_model
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
-from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import expanded
-from fedmoe_ds.storage.strict_json import read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
@@ -189,25 +185,6 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
         images=known.images,
         code=running(folder, trust),
     )
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the model's config and the name, size and SHA-256 of each of its weight files."""
-    digest = hashlib.sha256()
-    config = read_json(folder / CONFIG_FILE, constants=True)
-    # The values count, not how the file is laid out.
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for file in WeightFiles(folder).paths:
-        digest.update(f"\n{file.name} {file.stat().st_size} {_file_sha256(file)}".encode())
-    return digest.hexdigest()
-
-
-def _file_sha256(file: Path) -> str:
-    blob = file.resolve()
-    # The hub cache stores large files under their own SHA-256, checked at download: no need to read them again.
-    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
-    return file_sha256(file)
 
 
 def _resolve_path(path: str, trust: bool) -> Path:

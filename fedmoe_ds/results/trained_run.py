@@ -24,7 +24,7 @@ from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.foundation import resolve_foundation
-from fedmoe_ds.foundation.foundation import fingerprint
+from fedmoe_ds.foundation.fingerprint import fingerprint
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.methods import RoundContext
