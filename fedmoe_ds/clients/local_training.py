@@ -18,6 +18,7 @@ from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.client_work import ClientWork
+from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
@@ -68,9 +69,6 @@ class WaveTrainer:
         self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
         self.layers = layers
         self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
-        trained = [spec for spec in self.bank.specs.values() if spec.trained]
-        self.expert_blocks = [spec.name for spec in trained if spec.expert]
-        self.dense_blocks = [spec.name for spec in trained if not spec.expert]
 
     def train(
         self, wave: Wave, round_index: int, start: Bank, personal: dict[str, Tensor], read: ReadClient
@@ -236,22 +234,16 @@ class WaveTrainer:
                 for adjust in self.hooks.adjust:
                     adjust(view)
         # A collective: all ranks call it in every step, also those whose clients have finished.
-        norms = self._global_norms() if self.local.clip is not None else None
-        for work, view in _flat(works, views):
-            if step >= len(work.batches):
-                continue
-            factor = 1.0
-            # A NaN norm compares as False and the step is taken as it is; the client is then found not finite and left out.
-            if norms is not None and norms[view.slots[True]] > (self.local.clip or 0.0):
-                factor = (self.local.clip or 0.0) / norms[view.slots[True]]
-            lr = work.rate(self.local, step)
-            address = (round_index, work.client.index)
-            self.optimizer.step(self.expert_blocks, view.slots[True], step + 1, lr, factor, address)
-            if False in view.slots:
-                self.optimizer.step(self.dense_blocks, view.slots[False], step + 1, lr, factor, address)
+        norms_C = self._global_norms() if self.local.clip is not None else None
+        steps = [
+            ClientStep(view.slots, step + 1, work.rate(self.local, step), (round_index, work.client.index))
+            for work, view in _flat(works, views)
+            if step < len(work.batches)
+        ]
+        self.optimizer.step_all(steps, norms_C)
 
-    def _global_norms(self) -> list[float]:
-        """Gradient norm of every wave slot over all of its adapters on all ranks, summed in one fixed order."""
+    def _global_norms(self) -> Tensor:
+        """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""
         size, group = self.pool.ep_size, self.pool.group
         expert_PNEC = all_gather(squared_norms(self.bank, expert=True), group, size)
         dense_PN1H = all_gather(squared_norms(self.bank, expert=False), group, size)
@@ -259,7 +251,9 @@ class WaveTrainer:
         expert_CN = expert_PNEC.permute(3, 1, 0, 2).flatten(1)
         dense_CN = dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
         # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
-        return [float(row.sum().sqrt()) for row in torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)]
+        rows = torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)
+        # On a device they stay there: what they decide is a factor of the step, which is there as well.
+        return torch.stack([row.sum() for row in rows]).sqrt_()
 
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float

@@ -15,6 +15,7 @@ Shared A13: LoRA on the fused gate_up matrix that Hugging Face stores, so adapte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit
-from fedmoe_ds.kernels import rows
+from fedmoe_ds.kernels import rows, rows_on_device
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.kernels.lora_products import LowRankProducts
 
@@ -185,11 +186,20 @@ def _lora_backward(
 def _weighted_activation(unit: GatedUnit, h_N2F: Tensor, p_N: Tensor) -> Tensor:
     """p unit(h), [N, F]. The halves are strided views, so each row is an inner loop of its own and rows cannot influence
     each other, in PyTorch's operations as in rows.cpp."""
-    native = rows.serves(h_N2F, p_N)
-    if not unit.plain:
-        return rows.gated(h_N2F, p_N.contiguous(), unit.shape) if native else unit.weighted(h_N2F, p_N)
-    if native:
-        return rows.swiglu(h_N2F, p_N.contiguous())
+    kernels = _kernels(h_N2F, p_N)
+    if kernels is None:
+        return _torch_activation(h_N2F, p_N) if unit.plain else unit.weighted(h_N2F, p_N)
+    p_N = p_N.contiguous()
+    found: Tensor = kernels.swiglu(h_N2F, p_N) if unit.plain else kernels.gated(h_N2F, p_N, unit.shape)
+    return found
+
+
+def _kernels(*tensors: Tensor) -> ModuleType | None:
+    """Row kernels for these tensors: `rows`, `rows_triton`, or none."""
+    return rows if rows.serves(*tensors) else rows_on_device.kernels(tensors[0])
+
+
+def _torch_activation(h_N2F: Tensor, p_N: Tensor) -> Tensor:
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
     return F.silu(gate_NF).mul_(up_NF).mul_(p_N.unsqueeze(-1))
 
@@ -197,11 +207,16 @@ def _weighted_activation(unit: GatedUnit, h_N2F: Tensor, p_N: Tensor) -> Tensor:
 def _activation_backward(unit: GatedUnit, h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
     """(dh [N, 2F], dp [N]) from the gradient of p a, which may be overwritten."""
     # The kernels take one pass over memory; the torch path below takes one per operation.
-    native = rows.serves(h_N2F, p_N, dpa_NF)
-    if not unit.plain:
-        return rows.gated_backward(h_N2F, p_N.contiguous(), dpa_NF, unit.shape) if native else unit.backward(h_N2F, p_N, dpa_NF)
-    if native:
-        return rows.swiglu_backward(h_N2F, p_N.contiguous(), dpa_NF)
+    kernels = _kernels(h_N2F, p_N, dpa_NF)
+    if kernels is None:
+        return _torch_backward(h_N2F, p_N, dpa_NF) if unit.plain else unit.backward(h_N2F, p_N, dpa_NF)
+    p_N, shape = p_N.contiguous(), () if unit.plain else (unit.shape,)
+    backward = kernels.swiglu_backward if unit.plain else kernels.gated_backward
+    found: tuple[Tensor, Tensor] = backward(h_N2F, p_N, dpa_NF, *shape)
+    return found
+
+
+def _torch_backward(h_N2F: Tensor, p_N: Tensor, dpa_NF: Tensor) -> tuple[Tensor, Tensor]:
     gate_NF, up_NF = h_N2F.chunk(2, dim=-1)
     width, silu_NF = gate_NF.shape[1], F.silu(gate_NF)
     # First: dp needs dpa without the weight, and the next line multiplies the weight into it.
