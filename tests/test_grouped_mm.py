@@ -40,7 +40,7 @@ def test_what_follows_from_the_ends() -> None:
     groups = Groups(torch.tensor(ROWS_G).cumsum(0).to(torch.int32), sum(ROWS_G))
     assert groups.rows_G.tolist() == ROWS_G and groups.empty_G.tolist() == [not rows for rows in ROWS_G]
     assert groups.spread(torch.arange(9.0)).tolist() == [g for g, rows in enumerate(ROWS_G) for _ in range(rows)]
-    assert groups.bounds(4) == [5, 9, 10] and groups.bounds(4) is groups.bounds(4), "one transfer per plan"
+    assert groups.bounds(4) == [5, 10, 10] and groups.bounds(4) is groups.bounds(4), "one transfer per plan"
     assert groups.empty_G is groups.empty_G and groups.group_N is groups.group_N
 
 

@@ -56,7 +56,7 @@ def check_grouped(wide_in: int, wide_out: int, number: torch.dtype, weights: tor
     parts = zip(x_NI.split(ROWS_G), y_NO.split(ROWS_G), weight_GOI, strict=True)
     each = [(x @ weight.T, y @ weight, 1 + y.T @ x) for x, y, weight in parts]
     ahead, back, outer = zip(*each, strict=True)
-    # Float32 is exact to float32; a bfloat16 product is rounded once, at its end (the interpreter cuts off), outer ones are not.
+    # Float32 is exact to float32; a bfloat16 product is rounded once, at its end (the interpreter cuts off), but no outer one.
     # Weights in float32 are rounded, too.
     half = 2.0**-7 if number == weights else 2.0**-6
     limits = [2e-6] * 3 if number == torch.float32 else [half, half, 2e-6]

@@ -46,7 +46,7 @@ def everything(
     factors: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """All six products on groups [first, first + len(rows_G)) of one fixed problem; weights are strided views, as in a bank.
-    Rows and factors have the types given, gradients of factors are float32. The scale is 0.5; with `scales` each group's own."""
+    Rows and factors have the types given, factors' gradients are float32. The scale is 0.5; with `scales` each group's own."""
     count, groups = len(ROWS_G), groups_of(rows_G, device)
     start = sum(ROWS_G[:first])
     rows = slice(start, start + sum(rows_G))

@@ -1,4 +1,4 @@
-"""Triton's low-rank products: interpreted against float64, compiled for three generations of GPUs, and run where there is one."""
+"""Triton's low-rank products: interpreted against float64, compiled for three generations of GPUs, run where there is one."""
 
 from __future__ import annotations
 

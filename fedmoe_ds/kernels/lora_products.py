@@ -4,8 +4,8 @@ Legend: N rows, G groups, I input width, O output width, R adapter rank.
 
 With A [G, R, I], B [G, O, R] and scales s_g, rows of group g see  y += (s_g x A_g^T) B_g^T. Implementations of one interface:
 `NativeProducts` (float32 on CPU, lowrank.cpp), `GroupedProducts` (torch's grouped kernel; any device and dtype), and
-`TritonProducts` (CUDA, lora_triton.py): six launches for a pair of factors, added in place, of any width. torch's have 20 in bfloat16
-on devices with its grouped kernel, and elsewhere one per group. No device has run Triton's yet.
+`TritonProducts` (CUDA, lora_triton.py): six launches for a pair of factors, added in place, of any width. torch's have 20
+in bfloat16 on devices with its grouped kernel, and elsewhere one per group. No device has run Triton's yet.
 """
 
 from __future__ import annotations

@@ -169,10 +169,10 @@ class ClientLoRALinear(nn.Module):
         a, b = (bank.value_in(dtype, name, layer) for name in names)
         grad_a, grad_b = (bank.grad(name, layer) for name in names)
         products = self.execution.products_for(a.shape[1], dtype, self.base.weight.device)
-        scale: Scale = self.execution.scale
+        one = self.execution.scale
         if kept is not None and self.execution.dropout is not None:
-            scale *= self.execution.dropout.gain  # on the middle, which is R wide, and not on x
+            one *= self.execution.dropout.gain  # on the middle, which is R wide, and not on x
         # Adapters of projections live on the client's home rank alone, so slots and factors here are those of home.
-        if (factors := self.execution.wave.home_factors) is not None:
-            scale = factors.of_groups(scale, 1, groups.ends_G.device)
+        factors = self.execution.wave.home_factors
+        scale = one if factors is None else factors.of_groups(one, 1, groups.ends_G.device)
         return _Adapters(a, b, grad_a, grad_b, groups, scale, products, kept)
