@@ -224,8 +224,8 @@ class ExecutionConfig(Section):
     activation_checkpointing: bool = False
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
-        description="low-rank products; auto: own C++ on CPU, torch's grouped products on CUDA; triton: checked in Triton's "
-        "interpreter and compiled for sm_80 and sm_90, never timed on a device",
+        description="low-rank products; auto: own C++ on CPU; on CUDA Triton's kernels where Triton is installed, else torch's "
+        "grouped products. Triton's are checked in its interpreter and compiled for sm_80, sm_90 and sm_100, never timed",
     )
 
 

@@ -68,8 +68,7 @@ class Groups:
     def bounds(self, most: int) -> list[int]:
         """The end row of every chunk of `most` groups, on the host."""
         if most not in self._bounds:
-            count = len(self)
             # One transfer for all chunks: only the last end of each decides where rows are cut.
-            lasts = [*range(most - 1, count - 1, most), *([count - 1] if count else [])]
-            self._bounds[most] = self.ends_G[lasts].tolist()
+            before_last = self.ends_G[most - 1 : max(len(self) - 1, 0) : most]
+            self._bounds[most] = torch.cat([before_last, self.ends_G[-1:]]).tolist()
         return self._bounds[most]
