@@ -15,7 +15,7 @@ from federations import alone, build, finish, make_config, run_alone, write_inpu
 from test_lora_products import CPU, ROWS_G, everything, plain
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.kernels import lora_products
+from fedmoe_ds.kernels import device_kernels, lora_products
 
 triton = pytest.importorskip("triton")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -119,3 +119,24 @@ def test_a_run_on_the_device_learns_what_the_cpu_learns(kernels: str, tmp_path: 
     found = finish(*build(config, replace(runtime, device=torch.device("cuda")), topology))
     for ours, theirs in zip(found.scores(), expected.scores(), strict=True):
         assert ours[:4] == theirs[:4] and ours[4] == pytest.approx(theirs[4], rel=1e-3)
+
+
+def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products of adapters on CUDA, and those of frozen weights where torch has none in one launch."""
+    device, half = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(device_kernels, "has_triton", lambda device: device.type == "cuda")
+    for capability, frozen in (
+        ((8, 0), "Triton"),
+        ((9, 0), device_kernels.TORCH),
+        ((10, 0), device_kernels.TORCH),
+        ((12, 0), "Triton"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert (
+            device_kernels.grouped_by(half, device) == frozen and device_kernels.grouped_by(torch.float32, device) == "Triton"
+        )
+        assert {lora_products.products_for(8, dtype, device).name for dtype in FLOATS.values()} == {"Triton"}
+    assert lora_products.products_for(8, half, device, "torch").name == device_kernels.LOOP
+    assert lora_products.products_for(136, half, device).name == device_kernels.LOOP, "wider than the kernels' tiles"
+    assert lora_products.products_for(8, torch.float64, device).name == device_kernels.LOOP
+    assert lora_products.products_for(8, torch.float32, CPU).name == "lowrank.cpp"

@@ -30,7 +30,11 @@ class FoundationConfig(Section):
 
     preset: str | None = Field("tiny-olmoe", description="built-in foundation, or smollm2-135m (fetched); ignored with `path`")
     path: str | None = Field(None, description="Hugging Face model folder or hub id")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="storage type of the frozen weights")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="storage type of the frozen weights; auto: float32 on CPU, on CUDA bfloat16 where the model's own is, "
+        "else float32; what it meant is saved with the run",
+    )
     pretrain: PretrainConfig = PretrainConfig()
     trust_remote_code: bool = Field(
         False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"

@@ -79,7 +79,8 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         # More rounds may be asked for at any time and all that happened so far stays the same, unless rates follow from them.
         "federation": {key: value for key, value in _tiers_alike(tree["federation"]).items() if key != "rounds" or scheduled},
         # Path, preset and cache do not count: the fingerprint stands for the weights themselves.
-        "foundation.dtype": tree["foundation"]["dtype"],
+        # Runs save what `auto` meant; only a configuration from before there was the key, or the word, has none.
+        "foundation.dtype": "float32" if tree["foundation"]["dtype"] == "auto" else tree["foundation"]["dtype"],
         "foundation.code": None,
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},

@@ -28,8 +28,10 @@ def start_line(parts: Parts) -> str:
     # Only LoRA pairs go through the adapter kernels; whole experts have none.
     paired = any(spec.pair for spec in parts.spec.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
-    if device.type == "cuda" and parts.spec.expert_layout.num_experts:
-        products = f"; expert products by {grouped_by(dtype, device)}{products}"
+    if device.type == "cuda":
+        frozen = f"; expert products by {grouped_by(dtype, device)}" if parts.spec.expert_layout.num_experts else ""
+        # Of a configuration with `auto` nobody sees which type was chosen, and with it how fast the device is.
+        products = f"; weights in {config.foundation.dtype}{frozen}{products}"
     mode = "bitwise" if parts.spec.bitwise else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "

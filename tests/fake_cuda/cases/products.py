@@ -5,13 +5,17 @@ Legend: N rows, G groups, I input width, O output width, R rank.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from typing import Any
 
 import torch
+from federations import build
 from method_variants import variant_config
 
-from fake_cuda.runs import root, run_on_device
+from fake_cuda.runs import on_device, root, run_on_device
+from fedmoe_ds.federation.start_events import start_line
 from fedmoe_ds.kernels.device_kernels import LOOP, TORCH, grouped_by, triton_serves
 from fedmoe_ds.kernels.grouped_mm import add_outer_, grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.kernels.groups import Groups
@@ -122,3 +126,15 @@ def case_what_multiplies_is_told(fake: Any) -> None:
     for arch in (80, 120):
         fake.COUNT.arch = arch
         assert grouped_by(HALF, CUDA) == LOOP == GroupedProducts(8, HALF, CUDA).name
+
+
+def case_the_default_type_is_the_models(fake: Any) -> None:
+    """And the run says so: on its start line, in its identity and in what it saves."""
+    folder, told = root() / "halves", root() / "halves" / "config.json"
+    shutil.copytree(root() / "model", folder)
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"dtype": "bfloat16"}))
+    config = variant_config(root(), "flame", "halves", RUN, {"foundation": {"path": str(folder), "dtype": "auto"}})
+    parts, _ = build(config, *on_device())
+    assert {parts.foundation.model.dtype, parts.foundation.layers[0].w13.dtype} == {HALF}
+    assert parts.identity["foundation.dtype"] == "bfloat16" and "dtype: bfloat16" in parts.config_text
+    assert f"; weights in bfloat16; expert products by {TORCH}; adapter products by {TORCH}" in start_line(parts)
