@@ -125,16 +125,10 @@ def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     """All products of adapters on CUDA, and those of frozen weights where torch has none in one launch."""
     device, half = torch.device("cuda"), torch.bfloat16
     monkeypatch.setattr(device_kernels, "has_triton", lambda device: device.type == "cuda")
-    for capability, frozen in (
-        ((8, 0), "Triton"),
-        ((9, 0), device_kernels.TORCH),
-        ((10, 0), device_kernels.TORCH),
-        ((12, 0), "Triton"),
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert (
-            device_kernels.grouped_by(half, device) == frozen and device_kernels.grouped_by(torch.float32, device) == "Triton"
-        )
+    for major, frozen in ((8, "Triton"), (9, device_kernels.TORCH), (10, device_kernels.TORCH), (12, "Triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        assert device_kernels.grouped_by(half, device) == frozen
+        assert device_kernels.grouped_by(torch.float32, device) == "Triton"
         assert {lora_products.products_for(8, dtype, device).name for dtype in FLOATS.values()} == {"Triton"}
     assert lora_products.products_for(8, half, device, "torch").name == device_kernels.LOOP
     assert lora_products.products_for(136, half, device).name == device_kernels.LOOP, "wider than the kernels' tiles"

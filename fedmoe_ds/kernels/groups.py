@@ -16,6 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+Scale = float | Tensor
+"""One number for all rows, or float32 [G]: one for the rows of each group."""
+
 
 @dataclass(frozen=True, eq=False)
 class Groups:

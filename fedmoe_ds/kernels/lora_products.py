@@ -21,7 +21,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels.compiling import FLOAT, POINTER, SIZE, library
 from fedmoe_ds.kernels.device_kernels import LOOP, TORCH, torch_groups, triton_installed, triton_serves
 from fedmoe_ds.kernels.grouped_mm import add_outer_, aligned, grouped_mm, grouped_mm_t
-from fedmoe_ds.kernels.groups import Groups
+from fedmoe_ds.kernels.groups import Groups, Scale
 
 RANKS = (4, 8, 16, 32)
 """Adapter ranks that lowrank.cpp serves."""
@@ -30,9 +30,6 @@ MAX_TRITON_RANK = 128
 """Tiles of wider factors outgrow the shared memory of smaller GPUs, 99 KiB."""
 
 Kernels = Literal["auto", "torch", "triton"]
-
-Scale = float | Tensor
-"""One number for all rows, or float32 [G]: one for the rows of each group."""
 
 
 class LowRankProducts(Protocol):

@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_ds.kernels.device_kernels import TRITON
-from fedmoe_ds.kernels.groups import Groups
-from fedmoe_ds.kernels.lora_products import Scale
+from fedmoe_ds.kernels.groups import Groups, Scale
 
 ROWS, WIDE, LEAST_RANK = 32, 64, 16
 """Tiles: groups have tens of rows, and tl.dot wants sides of at least 16."""

@@ -25,8 +25,8 @@ from torch import Tensor
 from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit
 from fedmoe_ds.kernels import rows
 from fedmoe_ds.kernels.grouped_mm import add_outer_, grouped_mm, grouped_mm_t
-from fedmoe_ds.kernels.groups import Groups
-from fedmoe_ds.kernels.lora_products import LowRankProducts, Scale
+from fedmoe_ds.kernels.groups import Groups, Scale
+from fedmoe_ds.kernels.lora_products import LowRankProducts
 from fedmoe_ds.model.scale_factors import ScaleFactors
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels.frozen_layers import frozen_rows
-from fedmoe_ds.kernels.groups import Groups
-from fedmoe_ds.kernels.lora_products import LowRankProducts, Scale
+from fedmoe_ds.kernels.groups import Groups, Scale
+from fedmoe_ds.kernels.lora_products import LowRankProducts
 from fedmoe_ds.model.adapter_dropout import left_through
 from fedmoe_ds.model.pass_context import Execution, Pass
 
