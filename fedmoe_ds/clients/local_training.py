@@ -31,6 +31,7 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
 from fedmoe_ds.model.pass_context import InTraining
+from fedmoe_ds.model.scale_factors import ScaleFactors
 
 Wave = list[list[Client]]
 """One wave of one cluster: the clients at home on each of its ranks."""
@@ -153,8 +154,8 @@ class WaveTrainer:
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
             self.hooks.selective,
-            None if plain else factors,
-            None if plain else factors[self.shard * home : (self.shard + 1) * home],
+            None if plain else ScaleFactors(factors),
+            None if plain else ScaleFactors(factors[self.shard * home : (self.shard + 1) * home]),
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts) -> None:
@@ -241,6 +242,8 @@ class WaveTrainer:
             if step < len(work.batches)
         ]
         self.optimizer.step_all(steps, norms_C)
+        # Kernels write to memory of which torch does not know that it has changed.
+        self.bank.note_step()
 
     def _global_norms(self) -> Tensor:
         """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""
