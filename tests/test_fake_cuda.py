@@ -158,7 +158,11 @@ class Cases:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cases]]:
     """By topic, the processes that run what is selected of it."""
-    chosen = {item.callspec.params["case"] for item in request.session.items if item.path == request.path and hasattr(item, "callspec")}
+    chosen = {
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    }
     alone = [case for case in CASES if case in chosen and TOPICS[case[0]].ranks == 1]
     found = dict.fromkeys(TOPICS, Cases(alone, 1, tmp_path_factory.mktemp("alone")))
     for name, topic in TOPICS.items():

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 def case_mixed_devices(fake: Any) -> None:
     x = torch.randn(4, 8, device="cuda")
     mixing = "found at least two devices"
-    for bad in (lambda: x + torch.ones(4, 8), lambda: torch.cat([x, torch.ones(4, 8)]), lambda: F.embedding(torch.tensor([1]), x)):
+    for bad in (
+        lambda: x + torch.ones(4, 8),
+        lambda: torch.cat([x, torch.ones(4, 8)]),
+        lambda: F.embedding(torch.tensor([1]), x),
+    ):
         with fake.refuses(mixing):
             bad()
     assert (x * torch.tensor(2.0)).device == fake.device  # a scalar is passed by value

@@ -77,7 +77,9 @@ def case_every_method_has_a_round(fake: Any) -> None:
 
 def case_losses_are_the_cpu_s(fake: Any, name: str) -> None:
     """What is trained and evaluated on the device, beside the CPU's kernels."""
-    found, expected = (losses(run(config_of(name, tag, EVALUATED))) for run, tag in ((run_on_device, "cuda"), (run_alone, "cpu")))
+    found, expected = (
+        losses(run(config_of(name, tag, EVALUATED))) for run, tag in ((run_on_device, "cuda"), (run_alone, "cpu"))
+    )
     assert len(found) == len(expected)
     assert every(abs(ours - theirs) <= 1e-4 * max(1.0, theirs) for ours, theirs in zip(found, expected, strict=True))
 
