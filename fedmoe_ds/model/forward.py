@@ -55,7 +55,7 @@ class AdaptedModel:
         state is read out to.
         """
         rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE)
-        run = Pass(*rows, rescale_C, batch.packed, batch.drawn_at)
+        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model
@@ -68,7 +68,7 @@ class AdaptedModel:
             hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False, **at).last_hidden_state
             head = model.get_output_embeddings()
         # Float32: a log-softmax over a vocabulary loses its small differences in bfloat16.
-        logits_NV = head(hidden_BSD[batch.predict_BS]).float()
+        logits_NV = head(batch.predicting(hidden_BSD)).float()
         nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
         # Detached: logits serve accuracies, and would otherwise keep the graph for as long as somebody holds the result.
         return PassResult(nll_N, logits_NV.detach(), batch.labels_N, batch.targets, hidden_BSD, run)
