@@ -146,7 +146,12 @@ class Cases:
                 del environment["DS_ACCELERATOR"]
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.count)}
                 environment |= {"LOCAL_SIZE": str(self.count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                environment |= {"FAKE_DEVICES": "1", "FAKE_GPU": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)}
+                environment |= {
+                    "FAKE_FOLDER": str(self.folder / "inputs"),
+                    "FAKE_DEVICES": "1",
+                    "FAKE_GPU": str(rank),
+                    "CUDA_VISIBLE_DEVICES": str(rank),
+                }
             self.ranks.append(Rank(wanted, environment, self.folder / f"{self.starts}-{rank}.txt"))
 
     def end(self) -> None:

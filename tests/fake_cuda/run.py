@@ -27,7 +27,8 @@ _LINES = 8
 def main(wanted: list[str]) -> None:
     sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]  # `distributed` is another module there
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without peers DeepSpeed has nothing to do
     warnings.filterwarnings("ignore")
     import fake_cuda
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from dense_inputs import dense_config
 from every import every
-from federations import Result, run_alone
+from federations import run_alone
 from method_variants import PLAIN, VARIANTS, variant_config
 
-from fake_cuda.runs import root, run_on_device
+from fake_cuda.runs import losses, root, run_on_device
 from fedmoe_ds.config import Config
 
 NAMES = {
@@ -52,10 +52,6 @@ def config_of(name: str, tag: str, *changes: dict[str, Any]) -> Config:
     return variant_config(
         root(), "flame" if name in MORE else name, f"{name}-{tag}", ROUND, (MORE | FEWER).get(name, {}), *changes
     )
-
-
-def losses(result: Result) -> list[float]:
-    return [score[4] for score in result.scores()]
 
 
 def case_round(fake: Any, name: str) -> None:
