@@ -269,7 +269,8 @@ def test_finalize_output_matches_the_layer(models: Path) -> None:
                 gate_TF, up_TF = (x_TD @ layer.w13[expert].T).chunk(2, dim=1)
                 out_TD = (torch.nn.functional.silu(gate_TF) * up_TF) @ layer.w2[expert].T
                 routed_TD += out_TD * (scores_TK * (experts_TK == expert)).sum(1, keepdim=True)
-            output = autoep.finalize_output(layer.module, routed_TD.view_as(hidden_BSD), x_TD, hidden_BSD)
+            shared = autoep.shared_output(layer.module, x_TD, hidden_BSD)
+            output = autoep.finalize_output(layer.module, routed_TD.view_as(hidden_BSD), shared)
             assert torch.allclose(output, layer.module(hidden_BSD), atol=TOLERANCE)
 
 

@@ -105,7 +105,7 @@ class WaveTrainer:
         views = [[self._view(work, shard, start, personal) for work in home] for shard, home in enumerate(works)]
         self._load(works, views, start, personal)
         self.timer.lap("set_up")
-        counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts)
+        counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts, self.bank.device)
         # The steps of the longest client, on every rank: where a rank's own have finished, rows of others still arrive.
         for step in range(max((len(w.batches) for home in works for w in home), default=0)):
             self._forward_backward(step, works, counts, limits)

@@ -76,7 +76,7 @@ class AdaptedModel:
     def forward(self, batch: Batch, slot: int | None, rescale_C: list[float] | None = None) -> PassResult:
         """Run the model once, to score targets. `slot` is the common home slot (bitwise) or None (fast)."""
         hidden_BSD, run = self._hidden(batch, slot, rescale_C)
-        nll_N, correct_N = scores(self.head, hidden_BSD[batch.predict_BS], batch.labels_N)
+        nll_N, correct_N = scores(self.head, batch.predicting(hidden_BSD), batch.labels_N)
         return PassResult(nll_N, correct_N, batch.targets, hidden_BSD, run, self.head, batch.predict_BS)
 
     def loss(self, batch: Batch, slot: int | None, step_targets: list[int], rescale_C: list[float] | None = None) -> Loss:
@@ -92,13 +92,13 @@ class AdaptedModel:
         # Rounded as the division of a float32 loss is, whose derivative this is.
         weight_S = np.float32(1.0) / np.array(step_targets, dtype=np.float32)
         weight_N = torch.from_numpy(np.repeat(weight_S, batch.targets)).to(hidden_BSD.device)
-        total, nll_N = weighted_loss(self.head, hidden_BSD[batch.predict_BS], batch.labels_N, weight_N)
+        total, nll_N = weighted_loss(self.head, batch.predicting(hidden_BSD), batch.labels_N, weight_N)
         return Loss(total, nll_N, run)
 
     def _hidden(self, batch: Batch, slot: int | None, rescale_C: list[float] | None) -> tuple[Tensor, Pass]:
         """The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed."""
         rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE)
-        run = Pass(*rows, rescale_C, batch.packed, batch.drawn_at)
+        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model
