@@ -14,6 +14,7 @@ from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.samples import length_counts
 from fedmoe_ds.foundation import conversion
+from fedmoe_ds.kernels import matrix
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 
@@ -27,11 +28,21 @@ def start_line(parts: Parts) -> str:
     # Only LoRA pairs go through the adapter kernels; whole experts have none.
     paired = any(spec.pair for spec in parts.spec.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
+    products += _frozen_products(dtype, device)
     mode = "bitwise" if parts.spec.bitwise else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
         f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_trained(parts)}{_without_effect(config)}"
     )
+
+
+def _frozen_products(dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel of products with frozen weights, and the class of processors that it is made for."""
+    if device.type != "cpu":
+        return ""
+    compiled = matrix.kernel() if dtype == torch.float32 else None  # its rows are float32
+    by = f"matrix.cpp for {compiled.processor}" if compiled is not None else f"torch for {torch.backends.cpu.get_cpu_capability()}"
+    return f"; frozen products by {by}"
 
 
 def _trained(parts: Parts) -> str:
