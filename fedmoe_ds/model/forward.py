@@ -27,15 +27,15 @@ class PassResult:
     correct_N: Tensor
     targets: list[int]
     hidden_BSD: Tensor
+    hidden_ND: Tensor
     run: Pass
     head: Head
-    predict_BS: Tensor
 
     @property
     @torch.no_grad()
     def logits_NV(self) -> Tensor:
         """The logits of all targets, computed when they are asked for: a pass over many samples never holds them."""
-        return logits_of(self.head, self.hidden_BSD[self.predict_BS])
+        return logits_of(self.head, self.hidden_ND)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ class AdaptedModel:
     def forward(self, batch: Batch, slot: int | None, rescale_C: list[float] | None = None) -> PassResult:
         """Run the model once, to score targets. `slot` is the common home slot (bitwise) or None (fast)."""
         hidden_BSD, run = self._hidden(batch, slot, rescale_C)
-        nll_N, correct_N = scores(self.head, batch.predicting(hidden_BSD), batch.labels_N)
-        return PassResult(nll_N, correct_N, batch.targets, hidden_BSD, run, self.head, batch.predict_BS)
+        hidden_ND = batch.predicting(hidden_BSD)
+        nll_N, correct_N = scores(self.head, hidden_ND, batch.labels_N)
+        return PassResult(nll_N, correct_N, batch.targets, hidden_BSD, hidden_ND, run, self.head)
 
     def loss(self, batch: Batch, slot: int | None, step_targets: list[int], rescale_C: list[float] | None = None) -> Loss:
         """Run the model once, to train it.

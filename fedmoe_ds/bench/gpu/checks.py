@@ -177,21 +177,22 @@ def grouped(request: Request, tell: Tell) -> None:
         WrongError: a gradient of a group without rows is not zero, or a number is not finite.
     """
     from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
+    from fedmoe_ds.kernels.groups import Groups
 
     wide_in, wide_out, wrong = 64, 32, []
     for name, rows in GROUPS.items():
-        ends = torch.tensor(rows).cumsum(0).to("cuda", torch.int32)
+        groups = Groups(torch.tensor(rows).cumsum(0).to("cuda", torch.int32), sum(rows))
         x, y = (torch.randn(sum(rows), wide, device="cuda").bfloat16() for wide in (wide_in, wide_out))
         weight = torch.randn(len(rows), wide_out, wide_in, device="cuda").bfloat16()
         # Freed at once: the allocator hands the same memory out again for the gradient.
         torch.full((len(rows), wide_out, wide_in), float("nan"), dtype=torch.bfloat16, device="cuda")
-        outer = grouped_outer(y, x, ends).float()
+        outer = grouped_outer(y, x, groups).float()
         empty = torch.tensor([count == 0 for count in rows], device="cuda")
         found = {
             "empty_groups_zero": bool(outer[empty].eq(0).all()),
             "gradient_finite": bool(outer.isfinite().all()),
             "products_finite": bool(
-                grouped_mm(x, weight, ends).isfinite().all() and grouped_mm_t(y, weight, ends).isfinite().all()
+                grouped_mm(x, weight, groups).isfinite().all() and grouped_mm_t(y, weight, groups).isfinite().all()
             ),
         }
         tell(groups=name, **found)
@@ -210,7 +211,7 @@ def nccl(request: Request, tell: Tell) -> None:
     world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(world, MASTER_PORT=str(free_port()))
     torch.cuda.set_device(0)
-    process_groups.join_world("nccl", datetime.timedelta(seconds=60))
+    process_groups.join_world(datetime.timedelta(seconds=60), torch.device("cuda", 0))
     ep_group, edp_group = process_groups.create_groups(1)
     tell(backend=torch_dist.get_backend())
     wrong = []
