@@ -34,6 +34,17 @@ GROUPS = {
 }
 
 
+NEEDS_A_DEVICE = "needs a CUDA device"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that are skipped for want of a device, so that `launch/bench.py gpu` can choose them where there is one."""
+    for item in items:
+        if any(mark.kwargs.get("reason") == NEEDS_A_DEVICE for mark in item.iter_markers("skipif")):
+            item.add_marker(pytest.mark.cuda)
+
+
 @pytest.fixture(scope="session")
 def foundation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder in which the built-in nano foundation (seed 0) has been pre-trained once."""

@@ -60,8 +60,9 @@ class Activity:
         self.round = self.round if round_index is None else round_index
 
     @contextmanager
-    def collective(self, name: str, where: str, size: int = 0) -> Iterator[None]:
-        """The body is one collective over `where`; of nested ones the outermost is named. `size` is in bytes."""
+    def collective(self, name: str, where: str, size: int = 0, calls: int = 1) -> Iterator[None]:
+        """The body is one collective over `where`; of nested ones the outermost is named. `size` is in bytes; `calls` is 0
+        where the body only waits for one that was counted when it was started."""
         if self.waiting is not None:
             yield
             return
@@ -81,7 +82,7 @@ class Activity:
             self.waiting = None
         # Only a collective that came to its end is counted; `since` is now the moment of that end.
         tally = self.tallies.setdefault(name, Tally())
-        tally.calls, tally.seconds, tally.bytes = tally.calls + 1, tally.seconds + self.since - began, tally.bytes + size
+        tally.calls, tally.seconds, tally.bytes = tally.calls + calls, tally.seconds + self.since - began, tally.bytes + size
 
     def take(self) -> dict[str, dict[str, Any]]:
         """The tallies so far, as JSON; counting starts again."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import deepspeed.comm as ds_comm
 import torch
@@ -52,6 +52,31 @@ def all_to_all(
     """Rows to every peer of the group; `send` and `receive` are row counts per peer (equal parts when omitted)."""
     with _collective("all_to_all", group, rows):
         ds_comm.all_to_all_single(output, rows, output_split_sizes=receive, input_split_sizes=send, group=group)
+
+
+class Exchange:
+    """Rows under way to every peer of a group. The process goes on, and `wait` gives what has come from the peers.
+
+    Args:
+        rows: [sum of send, ...], contiguous rows by peer.
+        receive, send: row counts per peer.
+    """
+
+    def __init__(self, rows: Tensor, group: Group, receive: list[int], send: list[int]) -> None:
+        # Both are held here until they have travelled.
+        self._rows, self._group = rows.contiguous(), group
+        self._output = rows.new_empty(sum(receive), *rows.shape[1:])
+        # The first one over a group builds its connections, so that starting, too, may wait for peers, or find one gone.
+        with activity.collective("all_to_all", _name(group), rows.nbytes):
+            self._work: Any = ds_comm.all_to_all_single(
+                self._output, self._rows, output_split_sizes=receive, input_split_sizes=send, group=group, async_op=True
+            )
+
+    def wait(self) -> Tensor:
+        """[sum of receive, ...]. On CUDA the stream waits and not the host."""
+        with activity.collective("all_to_all", _name(self._group), calls=0):
+            self._work.wait()
+        return self._output
 
 
 def all_gather(part: Tensor, group: Group, size: int) -> Tensor:
