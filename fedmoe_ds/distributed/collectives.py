@@ -32,9 +32,9 @@ def _name(group: Group) -> str:
 
 
 @contextmanager
-def _collective(name: str, group: Group, tensor: Tensor) -> Iterator[None]:
-    """The body is one collective over the group; `tensor` is what this rank hands over."""
-    with activity.collective(name, _name(group), tensor.nbytes):
+def _collective(name: str, group: Group, tensor: Tensor, begins: bool = True) -> Iterator[None]:
+    """The body is one collective over the group; `tensor` is what this rank hands over, or has handed over before."""
+    with activity.collective(name, _name(group), tensor.nbytes if begins else 0, calls=int(begins)):
         if tensor.device.type != "cuda":
             yield
             return
@@ -74,7 +74,7 @@ class Exchange:
 
     def wait(self) -> Tensor:
         """[sum of receive, ...]. On CUDA the stream waits and not the host."""
-        with activity.collective("all_to_all", _name(self._group), calls=0):
+        with _collective("all_to_all", self._group, self._rows, begins=False):
             self._work.wait()
         return self._output
 

@@ -27,7 +27,9 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     starts = list(accumulate(sizes, initial=0))
     packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
     for part, start in zip(held, starts, strict=False):  # the last start is the end
-        packed[start : start + part.nbytes].copy_(part.flatten().view(torch.uint8))
+        # A copy, because numpy calls one element contiguous whatever its stride, and a view of its bytes needs 1.
+        row = part.flatten().clone(memory_format=torch.contiguous_format)
+        packed[start : start + part.nbytes].copy_(row.view(torch.uint8))
     there = packed.to(device, non_blocking=True)
     return [
         there[start : start + part.nbytes].view(part.dtype).view(part.shape) for part, start in zip(held, starts, strict=False)
