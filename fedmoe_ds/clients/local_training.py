@@ -30,6 +30,7 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
 from fedmoe_ds.model.pass_context import InTraining
+from fedmoe_ds.model.scale_factors import ScaleFactors
 
 Wave = list[list[Client]]
 """One wave of one cluster: the clients at home on each of its ranks."""
@@ -154,8 +155,8 @@ class WaveTrainer:
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
             self.hooks.selective,
-            None if plain else factors,
-            None if plain else factors[self.shard * home : (self.shard + 1) * home],
+            None if plain else ScaleFactors(factors),
+            None if plain else ScaleFactors(factors[self.shard * home : (self.shard + 1) * home]),
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts) -> None:
@@ -248,6 +249,8 @@ class WaveTrainer:
             self.optimizer.step(self.expert_blocks, view.slots[True], step + 1, lr, factor, address)
             if False in view.slots:
                 self.optimizer.step(self.dense_blocks, view.slots[False], step + 1, lr, factor, address)
+        # Kernels write to memory of which torch does not know that it has changed.
+        self.bank.note_step()
 
     def _global_norms(self) -> list[float]:
         """Gradient norm of every wave slot over all of its adapters on all ranks, summed in one fixed order."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fedmoe_ds.kernels.per_client import client_linear
@@ -55,12 +56,12 @@ class AdapterMoELayer(nn.Module):
         logits_TE = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments).flatten(0, -2)
         routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, run.allowed_TE)
         record_routing(self.execution, self.layer, routing, logits_TE)
-        y_TD = routed_forward(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts())
+        y_TD = routed_forward(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts(hidden_BSD.dtype))
         # The rescaler covers the adapters' sum alone: while V is zero, the layer is the foundation's whatever s_i is.
         frozen_BSD: Tensor = self.frozen(hidden_BSD)
         return frozen_BSD + rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
 
-    def _experts(self) -> BottleneckExperts:
+    def _experts(self, dtype: torch.dtype) -> BottleneckExperts:
         bank = self.execution.bank
-        inner, outer = (bank.value(name, self.layer) for name in (INNER, OUTER))
+        inner, outer = (bank.value_in(dtype, name, self.layer) for name in (INNER, OUTER))
         return BottleneckExperts(inner, outer, [bank.grad(name, self.layer) for name in (INNER, OUTER)])

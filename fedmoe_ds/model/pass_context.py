@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.kernels.lora_products import Kernels, LowRankProducts, products_for
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
@@ -20,6 +21,7 @@ from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Routing
+from fedmoe_ds.model.scale_factors import ScaleFactors
 
 
 @dataclass
@@ -55,12 +57,12 @@ class Pass:
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     trained: dict[int, Tensor] = field(default_factory=dict)
-    _ends: dict[int, Tensor] = field(default_factory=dict)
+    _groups: dict[int, Groups] = field(default_factory=dict)
 
-    def row_ends(self, rows: int, clients: int) -> Tensor:
-        """int32 [C]: the end row of every home slot's rows in a tensor of `rows` rows; empty for slots without a segment."""
-        # All projections of a pass ask for the same ends; they are made and moved to the device once.
-        if rows not in self._ends:
+    def row_groups(self, rows: int, clients: int) -> Groups:
+        """Every home slot's rows in a tensor of `rows` rows; empty for slots without a segment."""
+        # All projections of a pass ask for the same groups; they are made and moved to the device once.
+        if rows not in self._groups:
             width = rows // max(max((seg.stop for seg in self.segments), default=0), 1)
             # Equal ones are parts of an evaluation, which reads one client's adapters for all of them.
             assert all(a.slot <= b.slot for a, b in itertools.pairwise(self.segments)), (
@@ -72,8 +74,8 @@ class Pass:
             for slot in range(clients):
                 last = stops.get(slot, last)
                 ends.append(last)
-            self._ends[rows] = torch.tensor(ends, dtype=torch.int32, device=self.slot_T.device)
-        return self._ends[rows]
+            self._groups[rows] = Groups(torch.tensor(ends, dtype=torch.int32, device=self.slot_T.device), rows)
+        return self._groups[rows]
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class InTraining:
 
     observers: dict[int, RoutingObserver] = field(default_factory=dict)
     selective: bool = False
-    wave_factors: list[float] | None = None
-    home_factors: list[float] | None = None
+    wave_factors: ScaleFactors | None = None
+    home_factors: ScaleFactors | None = None
 
 
 @dataclass
