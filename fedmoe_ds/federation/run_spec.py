@@ -26,6 +26,7 @@ from fedmoe_ds.foundation.families import packs
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
+from fedmoe_ds.foundation.storage_type import of_type, resolved
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
 from fedmoe_ds.methods.base import check_needs
@@ -114,6 +115,7 @@ def check_start(config: Config, device: str) -> tuple[Config, Method]:
     Raises:
         UserError: method, mode, foundation, data and adapters do not go together.
     """
+    config = _of_known_type(config, device)
     config = as_meant(config, planned_sparse(config.foundation))
     method = method_for(config)
     config = with_defaults(config, method)
@@ -128,6 +130,9 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     Raises:
         UserError: model, data, adapters, tiers and mode do not go together.
     """
+    unknown, config = config.foundation.dtype == "auto", of_loaded_type(config, model)
+    if unknown:
+        method.check_config(config)
     check_model(config, model, device)
     # Once more: of a hub id nobody knew before whether it has experts.
     config = as_meant(config, bool(model.layers))
@@ -156,6 +161,18 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
         blocks=blocks,
         cost=CostModel.of(size, expert_layout, blocks, positions(model.images)),
     )
+
+
+def _of_known_type(config: Config, device: str) -> Config:
+    """With the type of the frozen weights in place of `auto`, unless the model is a hub id on CUDA, which nobody knows yet."""
+    # On a CPU no model need be known.
+    planned = planned_config(config.foundation) if device != "cpu" and config.foundation.dtype == "auto" else None
+    return config.model_copy(update={"foundation": resolved(config.foundation, device, planned)})
+
+
+def of_loaded_type(config: Config, model: Outline) -> Config:
+    """With the type that the model was built in, in place of `auto`."""
+    return config.model_copy(update={"foundation": of_type(config.foundation, next(model.model.parameters()).dtype)})
 
 
 def check_model(config: Config, model: Outline, device: str) -> None:

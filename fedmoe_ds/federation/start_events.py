@@ -14,6 +14,7 @@ from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.samples import length_counts
 from fedmoe_ds.foundation import conversion
+from fedmoe_ds.kernels.device_kernels import grouped_by
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 
@@ -27,6 +28,10 @@ def start_line(parts: Parts) -> str:
     # Only LoRA pairs go through the adapter kernels; whole experts have none.
     paired = any(spec.pair for spec in parts.spec.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
+    if device.type == "cuda":
+        frozen = f"; expert products by {grouped_by(dtype, device)}" if parts.spec.expert_layout.num_experts else ""
+        # Of a configuration with `auto` nobody sees which type was chosen, and with it how fast the device is.
+        products = f"; weights in {config.foundation.dtype}{frozen}{products}"
     mode = "bitwise" if parts.spec.bitwise else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "

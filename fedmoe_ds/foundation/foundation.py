@@ -31,13 +31,13 @@ from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.published import PUBLISHED, Published, published_model
 from fedmoe_ds.foundation.size import model_size
+from fedmoe_ds.foundation.storage_type import storage_type
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import expanded
 from fedmoe_ds.storage.strict_json import read_json
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
 _HUB_PICKLED = ["*.bin"]
 
@@ -140,13 +140,14 @@ def cache_folder(config: FoundationConfig, kind: str) -> Path:
     return cache.place(cache.root(config.cache), kind)
 
 
-def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int) -> Skeleton:
-    """The model in folder `path` with this rank's experts, still without memory; every rank calls it.
+def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int, device: str = "cpu") -> Skeleton:
+    """The model in folder `path` with this rank's experts, for a kind of device, still without memory; every rank calls it.
 
     Raises:
         UserError: the folder is missing or holds no model of a known family, or ep_size does not divide its experts.
     """
-    return Skeleton(_check_folder(expanded(str(path), "foundation.path")), _DTYPES[config.dtype], ep_size, ep_rank)
+    folder = _check_folder(expanded(str(path), "foundation.path"))
+    return Skeleton(folder, storage_type(config, device, folder), ep_size, ep_rank)
 
 
 def load_foundation(
@@ -158,7 +159,7 @@ def load_foundation(
         UserError: the folder is missing or damaged, is of no known family, is a language model without a tokenizer, or its
             number of experts is not divisible by ep_size.
     """
-    skeleton = open_skeleton(path, config, ep_size, ep_rank)
+    skeleton = open_skeleton(path, config, ep_size, ep_rank, torch.device(device).type)
     memory = skeleton.load(torch.device(device))
     return assemble(skeleton, memory, fingerprint(skeleton.folder), torch.device(device), config.trust_remote_code)
 
