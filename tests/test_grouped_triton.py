@@ -86,8 +86,18 @@ def compiled(kernel: Any, sides: dict[str, int], number: str, weights: str, arch
     return triton.compile(source, target=GPUTarget("cuda", arch, 32))
 
 
-@pytest.mark.parametrize(("number", "weights"), [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")])
-@pytest.mark.parametrize(("arch", "dense"), [(80, "w_in"), (90, "w_out"), (100, "w_in")])
+@pytest.mark.parametrize(
+    ("arch", "dense", "number", "weights"),
+    [
+        (80, "w_in", "fp32", "fp32"),
+        (80, "w_out", "bf16", "bf16"),
+        (80, "w_in", "bf16", "fp32"),
+        (90, "w_out", "fp32", "fp32"),
+        (90, "w_in", "bf16", "bf16"),
+        (100, "w_in", "fp32", "fp32"),
+        (100, "w_out", "bf16", "bf16"),
+    ],
+)
 def test_kernels_compile_without_a_device(
     arch: int, dense: str, number: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

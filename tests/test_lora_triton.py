@@ -31,15 +31,17 @@ def check_products(width: int, rank: int, dtype: torch.dtype, device: torch.devi
     products, kind = TritonProducts(), {"dtype": dtype, "device": device}
     whole = everything(products, ROWS_G, width, rank, **kind)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-    scaled = everything(products, ROWS_G, width, rank, **kind, scales=True, factors=dtype)
-    expectations = plain(width, rank) + plain(width, rank, scales=True)
-    for found, expected in zip(whole + scaled, expectations, strict=True):
+    expectations = plain(width, rank)
+    if rank == 3:  # once more with a scale for each group, and with factors that a bank has rounded
+        whole += everything(products, ROWS_G, width, rank, **kind, scales=True, factors=dtype)
+        expectations += plain(width, rank, scales=True)
+    for found, expected in zip(whole, expectations, strict=True):
         error = (found.cpu().double() - expected).abs().max() / expected.abs().max()
         assert error < tolerance, (width, rank, dtype, tuple(found.shape), float(error))
     part = everything(products, ROWS_G[3:5], width, rank, first=3, **kind)
     start, stop = sum(ROWS_G[:3]), sum(ROWS_G[:5])
     spans = [slice(start, stop)] * 4 + [slice(3, 5)] * 2
-    for full, own, span in zip(whole, part, spans, strict=True):
+    for full, own, span in zip(whole[:6], part, spans, strict=True):
         assert torch.equal(full[span], own)
 
 
@@ -47,7 +49,7 @@ def test_interpreted_products_equal_float64() -> None:
     script = Path(__file__).parent / "interpreted.py"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0 and "20 problems" in result.stdout and "9 problems" in result.stdout, result.stderr
+    assert result.returncode == 0 and "20 problems" in result.stdout and "5 problems" in result.stdout, result.stderr
 
 
 def compiled(kernel: Any, number: str, arch: int, rank: int, dense: str) -> Any:

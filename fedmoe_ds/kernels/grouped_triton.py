@@ -129,7 +129,9 @@ def rows_by_weights(x_NI: Tensor, weight_GIO: Tensor, groups: Groups) -> Tensor:
     if most:
         grid = (most * triton.cdiv(wide_out, sides["WIDE"]),)
         sizes = (count, wide_in, wide_out, x_NI.stride(0), *weight_GIO.stride())
-        product_of_rows[grid](x_NI, weight_GIO, y_NO, groups.ends_G, *sizes, GROUPS=triton.next_power_of_2(count), **sides)
+        # At least a warp: sums over less are no gain, and every other number is one more kernel to compile.
+        width = max(32, triton.next_power_of_2(count))
+        product_of_rows[grid](x_NI, weight_GIO, y_NO, groups.ends_G, *sizes, GROUPS=width, **sides)
     return y_NO
 
 
