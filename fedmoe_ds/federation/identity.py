@@ -20,7 +20,7 @@ from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.kernels import matrix, rows, sums
+from fedmoe_ds.kernels import matrix, rows, rows_on_device, sums
 from fedmoe_ds.kernels.compiling import loaded, processor, processor_key
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
@@ -114,6 +114,8 @@ def kernels_of(
     kind = device.type
     compiled = {"kernels.rows": rows.available(), "kernels.matrix": matrix.available()} if kind == "cpu" else {}
     found = {name: "compiled" if here else "torch" for name, here in compiled.items()}
+    if bitwise and kind == "cuda":
+        found["kernels.rows"] = "Triton" if rows_on_device.compiles() else "torch"
     if any(spec.pair for spec in blocks):
         dtype, chosen = row_dtype(foundation.model), config.execution.adapter_kernels
         found["execution.adapter_kernels"] = products_for(config.adapters.rank, dtype, device, chosen).name

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 TYPES = (torch.float32, torch.bfloat16)
+_OLDEST = (8, 0)
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -29,12 +30,12 @@ def serves(*tensors: Tensor) -> bool:
 def compiles() -> bool:
     """Whether Triton's kernels can be compiled and run for CUDA in this process.
 
-    A device alone does not say so: torch may have been built without CUDA's runtime, Triton may be missing, and it builds its
-    launchers with a C compiler.
+    A device alone does not say so: torch may have been built without CUDA (ROCm's devices are called cuda as well), Triton may
+    be missing, it builds its launchers with a C compiler, and it has dropped devices before Ampere.
     """
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
-    return any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang"))
+    return torch.cuda.get_device_capability() >= _OLDEST and any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang"))
 
 
 def kernels(tensor: Tensor) -> ModuleType | None:
