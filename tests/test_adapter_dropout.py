@@ -101,8 +101,8 @@ class Layer:
         self.dropout = AdapterDropout(probability, seed=0) if probability else None
         execution = Execution(self.bank, Pool(None, 1, 1, 2, merge=True), 2.0, dropout=self.dropout)
         self.segments, self.drawn_at = segments_of([2, 1], [5, 4]), [Drawn(AT, [5, 5]), Drawn((1, 9, 0, 0), [4])]
-        rows = torch.zeros(15, dtype=torch.int64)
-        execution.current = Pass(self.segments, None, rows, rows, rows.bool(), drawn_at=self.drawn_at if drawn else None)
+        slot_T = torch.tensor([0] * 10 + [1] * 5)
+        execution.current = Pass(self.segments, None, slot_T, slot_T, slot_T.bool(), drawn_at=self.drawn_at if drawn else None)
         self.layer = ClientLoRALinear(self.base, self.projection, execution)
         self.x_BSD = torch.randn(3, 5, WIDTH, generator=generator).requires_grad_()
         self.dy_BSO = torch.randn(3, 5, 10, generator=generator)

@@ -24,6 +24,7 @@ from fedmoe_ds.model.batch import Rows, make_batch
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.forward import AdaptedModel, PassResult, segment_sums
 from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.router import Demand
 
 CPU = torch.device("cpu")
 POSITIONS = 17
@@ -76,7 +77,8 @@ def test_images_of_two_clients(classifier: Foundation, images: Sequences) -> Non
     assert batch.slot_T.tolist() == [1] * 3 * POSITIONS + [0] * 2 * POSITIONS
     assert batch.cap_T.tolist() == [4] * 3 * POSITIONS + [2] * 2 * POSITIONS
     assert batch.valid_T.all() and len(batch.valid_T) == 5 * POSITIONS
-    assert batch.predict_BS.shape == (5, POSITIONS) and batch.predict_BS.nonzero().tolist() == [[b, 0] for b in range(5)]
+    assert batch.predict_N.tolist() == [b * POSITIONS for b in range(5)]
+    assert batch.demands == [Demand(3 * POSITIONS, 4, 1), Demand(2 * POSITIONS, 2)]
     assert batch.allowed_TE is not None and batch.allowed_TE.shape == (5 * POSITIONS, 2)
     assert batch.allowed_TE[: 3 * POSITIONS].tolist() == [[True, False]] * 3 * POSITIONS
     assert batch.allowed_TE[3 * POSITIONS :].all()
@@ -101,7 +103,7 @@ def test_loss_and_logits_of_images_are_hugging_faces(classifier: Foundation, ima
 def test_an_idle_rank_takes_part_with_nothing_valid(kind: str, request: pytest.FixtureRequest) -> None:
     foundation: Foundation = request.getfixturevalue(kind)
     batch, result = run(foundation, [])
-    assert batch.segments == [] and batch.targets == [] and not batch.valid_T.any() and not batch.predict_BS.any()
+    assert batch.segments == [] and batch.targets == [] and not batch.valid_T.any() and not len(batch.predict_N)
     assert batch.valid_T.shape == batch.slot_T.shape == (POSITIONS if foundation.images else 1,)
     assert result.nll_N.shape == (0,) and float(result.hidden_BSD.sum() * 0.0) == 0.0
 

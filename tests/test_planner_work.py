@@ -84,14 +84,14 @@ def test_exchanges_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at
     if again:
         enable_checkpointing(bench.foundation)
     travels: list[int] = []
-    for name in ("_exchange_counts", "_to_experts", "_to_home"):
-        real = getattr(dispatcher, name)
+    for owner, name in ((dispatcher._Counts, "of"), (dispatcher._Travel, "to_experts"), (dispatcher._Travel, "home")):
+        real = getattr(owner, name)
 
-        def noted(rows: Any, *rest: Any, real: Any = real, name: str = name) -> Any:
-            travels.append(0 if name == "_exchange_counts" else rows.numel())
+        def noted(rows: Any, *rest: Any, real: Any = real, counts: bool = name == "of") -> Any:
+            travels.append(0 if counts else rows.numel())
             return real(rows, *rest)
 
-        monkeypatch.setattr(dispatcher, name, noted)
+        monkeypatch.setattr(owner, name, noted)
     inner = bench.trainer._pass
 
     def counted(*arguments: Any) -> None:

@@ -59,21 +59,22 @@ class ClientUpdate:
 
 
 class Counts:
-    """Routed and trained rows per home slot, [H, L, E] int64."""
+    """Routed and trained rows per home slot, [H, L, E] int64, on the device of the passes: they are read once per wave."""
 
-    def __init__(self, home: int, layers: int, experts: int) -> None:
-        self.routed = torch.zeros(home, layers, experts, dtype=torch.int64)
+    def __init__(self, home: int, layers: int, experts: int, device: torch.device) -> None:
+        self.routed = torch.zeros(home, layers, experts, dtype=torch.int64, device=device)
         self.trained = torch.zeros_like(self.routed)
         self.selective = False
 
     def add(self, run: Pass, layers: list[int]) -> None:
         """Add what the layers of one pass counted."""
-        for row, layer in enumerate(layers):
-            self.routed[:, row] += run.counts[layer].cpu()
-            # Only a method that holds rows back writes `trained`; for all others the two counts are the same.
-            if layer in run.trained:
-                self.selective = True
-                self.trained[:, row] += run.trained[layer].cpu()
+        # A foundation without experts, of which attention alone is trained, counts nothing.
+        if layers:
+            self.routed += torch.stack([run.counts[layer] for layer in layers], 1)
+        # Only a method that holds rows back writes `trained`, in every layer; for all others the two counts are the same.
+        if run.trained:
+            self.selective = True
+            self.trained += torch.stack([run.trained[layer] for layer in layers], 1)
 
 
 class Gatherer:
@@ -99,7 +100,8 @@ class Gatherer:
         """Named [L, E] sums per home slot -> [C, L, E] by name."""
         if not names:
             return {}
-        values_HNLE = torch.zeros(self.pool.home_clients, len(names), layers, self.pool.num_experts, dtype=torch.float64)
+        shape = (self.pool.home_clients, len(names), layers, self.pool.num_experts)
+        values_HNLE = torch.zeros(shape, dtype=torch.float64, device=self.device)
         for slot, sums in by_slot.items():
             values_HNLE[slot] = torch.stack([sums[name] for name in names])
         return dict(zip(names, self.home(values_HNLE).unbind(1), strict=True))

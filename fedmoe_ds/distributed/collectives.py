@@ -5,8 +5,9 @@ A group of None is a world of one: nothing travels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import deepspeed.comm as ds_comm
 import torch
@@ -30,12 +31,52 @@ def _name(group: Group) -> str:
     return _NAMES.get(id(group), "a group")
 
 
+@contextmanager
+def _collective(name: str, group: Group, tensor: Tensor) -> Iterator[None]:
+    """The body is one collective over the group; `tensor` is what this rank hands over."""
+    with activity.collective(name, _name(group), tensor.nbytes):
+        if tensor.device.type != "cuda":
+            yield
+            return
+        begun, done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        begun.record()
+        yield
+        # The current stream has been told to wait for NCCL's, so this lies behind the collective.
+        done.record()
+        activity.queue.add(f"{name} over {_name(group)}", begun, done)
+
+
 def all_to_all(
     output: Tensor, rows: Tensor, group: Group, receive: list[int] | None = None, send: list[int] | None = None
 ) -> None:
     """Rows to every peer of the group; `send` and `receive` are row counts per peer (equal parts when omitted)."""
-    with activity.collective("all_to_all", _name(group), rows.nbytes):
+    with _collective("all_to_all", group, rows):
         ds_comm.all_to_all_single(output, rows, output_split_sizes=receive, input_split_sizes=send, group=group)
+
+
+class Exchange:
+    """Rows under way to every peer of a group. The process goes on, and `wait` gives what has come from the peers.
+
+    Args:
+        rows: [sum of send, ...], contiguous rows by peer.
+        receive, send: row counts per peer.
+    """
+
+    def __init__(self, rows: Tensor, group: Group, receive: list[int], send: list[int]) -> None:
+        # Both are held here until they have travelled.
+        self._rows, self._group = rows.contiguous(), group
+        self._output = rows.new_empty(sum(receive), *rows.shape[1:])
+        # The first one over a group builds its connections, so that starting, too, may wait for peers, or find one gone.
+        with activity.collective("all_to_all", _name(group), rows.nbytes):
+            self._work: Any = ds_comm.all_to_all_single(
+                self._output, self._rows, output_split_sizes=receive, input_split_sizes=send, group=group, async_op=True
+            )
+
+    def wait(self) -> Tensor:
+        """[sum of receive, ...]. On CUDA the stream waits and not the host."""
+        with activity.collective("all_to_all", _name(self._group), calls=0):
+            self._work.wait()
+        return self._output
 
 
 def all_gather(part: Tensor, group: Group, size: int) -> Tensor:
@@ -43,7 +84,7 @@ def all_gather(part: Tensor, group: Group, size: int) -> Tensor:
     if size == 1:
         return part.unsqueeze(0)
     parts = [torch.empty_like(part) for _ in range(size)]
-    with activity.collective("all_gather", _name(group), part.nbytes):
+    with _collective("all_gather", group, part):
         ds_comm.all_gather(parts, part.contiguous(), group=group)  # the backends refuse strided tensors
     return torch.stack(parts)
 
@@ -60,7 +101,7 @@ def all_reduce_largest(values: Tensor, group: Group, size: int) -> Tensor:
 
 def _all_reduce(tensor: Tensor, group: Group, size: int, operation: ds_comm.ReduceOp) -> Tensor:
     if size > 1:
-        with activity.collective("all_reduce", _name(group), tensor.nbytes):
+        with _collective("all_reduce", group, tensor):
             ds_comm.all_reduce(tensor, op=operation, group=group)
     return tensor
 

@@ -113,21 +113,37 @@ def host_experts(model: nn.Module, ep_size: int, ep_rank: int) -> list[HostedLay
     return hosted
 
 
-def finalize_output(
-    layer: nn.Module, output_BSD: Tensor, x_TD: Tensor, hidden_states_BSD: Tensor
-) -> Tensor | tuple[Tensor, Tensor | None]:
+def shared_output(layer: Any, x_TD: Tensor, hidden_states_BSD: Tensor) -> Tensor | None:
+    """What the shared experts, which every token sees, add to the routed output; None where a family has none.
+
+    Args:
+        layer: the AutoEPMoELayer.
+        x_TD: the layer's input, tokens flattened.
+        hidden_states_BSD: the same input as the decoder layer gave it.
+    """
+    if layer.shared_experts is None:
+        return None
+    gate = layer.shared_experts_gate
+    seen = hidden_states_BSD if gate is None and layer.moe_output_shape != "flat" else x_TD
+    result: Tensor = layer.shared_experts(seen)
+    return result if gate is None else torch.sigmoid(gate(seen)) * result
+
+
+def finalize_output(layer: Any, output_BSD: Tensor, shared: Tensor | None) -> Tensor | tuple[Tensor, Tensor | None]:
     """Add the shared experts to the routed output and return what this model family's decoder layer expects.
+
+    The same as AutoEP's own end of a layer, which computes the shared experts there and cannot be given them. Router logits are
+    for a recorder of transformers that nobody reads here, so they are not computed.
 
     Args:
         layer: the AutoEPMoELayer.
         output_BSD: weighted sum of the routed experts.
-        x_TD: the layer's input, tokens flattened.
-        hidden_states_BSD: the same input as the decoder layer gave it.
+        shared: `shared_output`.
     """
-    result: Tensor | tuple[Tensor, Tensor | None] = layer._finalize_output(  # type: ignore[operator]
-        output_BSD, x_TD, hidden_states_BSD, hidden_states_BSD.shape[-1]
-    )
-    return result
+    output = output_BSD.flatten(0, -2) if layer.moe_output_shape == "flat" else output_BSD
+    if shared is not None:
+        output = output + shared.reshape(output.shape)
+    return (output, None) if layer.return_router_logits else output
 
 
 def _describe(model: nn.Module) -> str:

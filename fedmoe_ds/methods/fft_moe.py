@@ -24,6 +24,7 @@ layers; f, P and CV(f) are those of a whole local step, so these losses and micr
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -95,16 +96,17 @@ class FFTMoE(Method):
         if self.params.auxiliary == "none" or weight == 0:
             return None
         if self.params.auxiliary == "global":
-            targets_LE = self.targets(context.utilisation_LE)
+            # Sent to the device once, not by every layer of every batch.
+            targets_LE = cache(self.targets(context.utilisation_LE).to)
             return RoutingObserver(
-                loss=lambda layer, own, _, valid_T: weight * divergence(own, valid_T, targets_LE[place[layer]])
+                loss=lambda layer, own, *_: weight * divergence(own, None, targets_LE(own.probs_TE.device)[place[layer]])
             )
         if self.params.auxiliary == "switch":
-            return RoutingObserver(loss=lambda layer, own, _, valid_T: weight * balance_loss(own, valid_T))
+            return RoutingObserver(loss=lambda layer, own, *_: weight * balance_loss(own))
         # The same for the whole round; CV(f) is taken from every batch.
         device = (self.facts.top_k / assignment.cap) ** self.params.gamma
         return RoutingObserver(
-            loss=lambda layer, own, _, valid_T: weight * device * (1.0 + unevenness(own)) * balance_loss(own, valid_T)
+            loss=lambda layer, own, *_: (weight * device * (1.0 + unevenness(own))).float() * balance_loss(own)
         )
 
     def targets(self, utilisation_LE: np.ndarray | None) -> Tensor:
@@ -119,19 +121,20 @@ class FFTMoE(Method):
         return torch.from_numpy(target_LE / target_LE.sum(1, keepdims=True)).float()
 
 
-def unevenness(own: Routing) -> float:
-    """CV(f): standard deviation over mean of the shares of routed slots; 0 where use is even."""
+def unevenness(own: Routing) -> Tensor:
+    """CV(f), float64 []: standard deviation over mean of the shares of routed slots; 0 where use is even."""
     # Kept slots, as in the balance loss; integers, so no gradient reaches the router through lambda_n.
-    counts_E = torch.bincount(own.experts_TK[own.kept_TK], minlength=own.probs_TE.shape[1]).double()
-    # The population's deviation: all experts are there, they are no sample.
-    return float(counts_E.std(correction=0) / counts_E.mean()) if bool(counts_E.any()) else 0.0
+    counts_E = own.counts_E().double()
+    # The population's deviation: all experts are there, they are no sample. Without any slot both are zero.
+    return torch.where(counts_E.any(), counts_E.std(correction=0) / counts_E.mean(), 0.0)
 
 
-def divergence(own: Routing, valid_T: Tensor, target_E: Tensor) -> Tensor:
-    """KL(P || q) of the mean router probability P from the target q; 0 for a batch without rows."""
-    if not bool(valid_T.any()):
+def divergence(own: Routing, valid_T: Tensor | None, target_E: Tensor) -> Tensor:
+    """KL(P || q) of the mean router probability P from the target q; 0 for a batch without rows. None: all rows are valid."""
+    probs_TE = own.probs_TE if valid_T is None else own.probs_TE[valid_T]
+    if not len(probs_TE):
         # Times zero, so that backward has a path where there is nothing to learn from.
         return own.probs_TE.sum() * 0.0
-    mean_E = own.probs_TE[valid_T].mean(0)
+    mean_E = probs_TE.mean(0)
     # xlogy: 0 log 0 is 0, where softmax has underflowed.
     return torch.xlogy(mean_E, mean_E / target_E.to(mean_E.device)).sum()

@@ -103,13 +103,14 @@ class HFedMoE(Method):
 
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
         budget = assignment.trainable or self.facts.num_experts
-        return RoutingObserver(observe=lambda routing, valid_T: self.select(routing, valid_T, budget))
+        return RoutingObserver(observe=lambda routing, _: self.select(routing, None, budget))
 
-    def select(self, routing: Routing, valid_T: Tensor, budget: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(bool [E] of at most `budget` experts, sums): equations 3 to 5, 14 and 15 for one batch."""
+    def select(self, routing: Routing, valid_T: Tensor | None, budget: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(bool [E] of at most `budget` experts, sums): equations 3 to 5, 14 and 15 for one batch. None: all rows are valid."""
         # Sigmoid routers' scores do not sum to one; the entropy-like term below needs a distribution. Float64: sums over tokens
         # are compared with tau later.
-        score_TE = (routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20))[valid_T].double()
+        score_TE = routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20)
+        score_TE = (score_TE if valid_T is None else score_TE[valid_T]).double()
         mean_E = score_TE.mean(0)
         mix = self.params.cumulative
         importance_E = mix * mean_E + (1.0 - mix) * score_TE.amax(0)
@@ -118,11 +119,10 @@ class HFedMoE(Method):
             # xlogy: a score of zero contributes nothing, where log would give NaN.
             information_E = importance_E - self.params.beta * torch.xlogy(score_TE, score_TE / mean_E).mean(0)
         # An expert without kept rows cannot be trained, so it must not take a place in the budget.
-        used_E = torch.bincount(routing.experts_TK[routing.kept_TK], minlength=len(mean_E)) > 0
+        used_E = routing.counts_E() > 0
         # Stable: equal experts are taken in order of their ids, on every rank and device.
         ranked_E = information_E.masked_fill(~used_E, float("-inf")).sort(descending=True, stable=True).indices
-        active_E = torch.zeros_like(used_E)
-        active_E[ranked_E[:budget]] = True
+        active_E = torch.zeros_like(used_E).scatter_(0, ranked_E[:budget], True)
         # Where fewer experts are used than the budget allows, the first places also hold some at -inf. Usage adds up over
         # tokens and importance over batches; `weights` divides by these.
         return active_E & used_E, {"usage": score_TE.sum(0), "importance": importance_E}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.kernels.per_client import Segment
+from fedmoe_ds.model.upload import upload
 from fedmoe_ds.randomness import address_key
 
 Address = tuple[int, int, int, int]
@@ -77,7 +78,7 @@ class AdapterDropout:
                 draws = words.astype("<u8", copy=False).view("<u2")[: length * shape[1]]
                 kept_TD[start : start + length] = draws.reshape(length, -1) >= self.left_out
                 stream.advance(_SEQUENCE - -(-len(words) // 4))
-        return torch.from_numpy(kept_TD).to(device)
+        return upload([kept_TD], device)[0]
 
 
 def _starts(segment: Segment, lengths: list[int], positions: int) -> list[int]:

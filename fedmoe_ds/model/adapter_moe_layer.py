@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fedmoe_ds.kernels.per_client import client_linear
 from fedmoe_ds.model.bottleneck_experts import BottleneckExperts
 from fedmoe_ds.model.moe_layer import ROUTER, rescaled
 from fedmoe_ds.model.pass_context import Execution
-from fedmoe_ds.model.routed_forward import record_routing, routed_forward
+from fedmoe_ds.model.routed_forward import record_routing, send_routed
 from fedmoe_ds.model.router import route
 
 INNER, OUTER = "experts.inner.weight", "experts.outer.weight"
@@ -53,14 +54,16 @@ class AdapterMoELayer(nn.Module):
         # A dense model has no router to freeze, so this one is always in the bank and always trained.
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
         logits_TE = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments).flatten(0, -2)
-        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, run.allowed_TE)
+        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, run.allowed_TE, run.demands)
         record_routing(self.execution, self.layer, routing, logits_TE)
-        y_TD = routed_forward(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing, self._experts())
-        # The rescaler covers the adapters' sum alone: while V is zero, the layer is the foundation's whatever s_i is.
+        at_experts = send_routed(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing)
+        # The frozen block needs no row of another rank: it is computed while routed rows travel.
         frozen_BSD: Tensor = self.frozen(hidden_BSD)
+        y_TD = at_experts(self._experts(hidden_BSD.dtype))
+        # The rescaler covers the adapters' sum alone: while V is zero, the layer is the foundation's whatever s_i is.
         return frozen_BSD + rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
 
-    def _experts(self) -> BottleneckExperts:
+    def _experts(self, dtype: torch.dtype) -> BottleneckExperts:
         bank = self.execution.bank
-        inner, outer = (bank.value(name, self.layer) for name in (INNER, OUTER))
+        inner, outer = (bank.value_in(dtype, name, self.layer) for name in (INNER, OUTER))
         return BottleneckExperts(inner, outer, [bank.grad(name, self.layer) for name in (INNER, OUTER)])

@@ -17,6 +17,8 @@ from fedmoe_ds.data import ImageInput, Sequences
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_dropout import Address, Drawn
 from fedmoe_ds.model.packing import PackedSamples
+from fedmoe_ds.model.router import Demand
+from fedmoe_ds.model.upload import upload
 
 CLASS_TOKEN = 0
 """Position of an image whose hidden state is read out."""
@@ -94,12 +96,17 @@ class Batch:
     cap_T: Tensor
     valid_T: Tensor
     allowed_TE: Tensor | None
-    predict_BS: Tensor  # bool: the hidden state at this position predicts a target (the next token, or the image's class)
+    predict_N: Tensor  # int64 rows of the T whose hidden states predict a target (the next token, or the image's class)
     labels_N: Tensor  # those targets, in row order
     targets: list[int]  # per segment
+    demands: list[Demand]  # per segment
     pixels_BCHW: Tensor | None = None
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None  # per segment; None outside training
+
+    def predicting(self, hidden_BSD: Tensor) -> Tensor:
+        """[N, D]: the hidden states that predict a target, in row order."""
+        return hidden_BSD.flatten(0, 1).index_select(0, self.predict_N)
 
 
 def make_batch(
@@ -128,7 +135,7 @@ def _stack_text(rows: list[Rows], num_experts: int, device: torch.device) -> Bat
         input_ids[b, : len(seq)], valid[b, : len(seq)] = seq, True
         # The hidden state at s predicts token s + 1, so the mask of targets moves one to the left.
         predict[b, : len(seq) - 1] = mask[1:]
-    # Sequence by sequence, then by position: the order in which boolean indexing by `predict` picks the hidden states.
+    # Sequence by sequence, then by position: the order of `predict` flattened.
     labels = np.concatenate([seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)] or [np.zeros(0, np.int64)])
     return _batch(rows, num_experts, device, input_ids, valid, predict, labels, None)
 
@@ -155,7 +162,7 @@ def _stack_images(rows: list[Rows], num_experts: int, device: torch.device, imag
     predict[:, CLASS_TOKEN] = bool(rows)
     no_ids = np.zeros((len(pixels_BCHW), 0), dtype=np.int64)
     labels_N = np.concatenate(labels or [np.zeros(0, np.int64)])
-    return _batch(rows, num_experts, device, no_ids, valid, predict, labels_N, torch.from_numpy(pixels_BCHW).to(device))
+    return _batch(rows, num_experts, device, no_ids, valid, predict, labels_N, pixels_BCHW)
 
 
 def _batch(
@@ -166,32 +173,32 @@ def _batch(
     valid: np.ndarray,
     predict: np.ndarray,
     labels: np.ndarray,
-    pixels_BCHW: Tensor | None,
+    pixels_BCHW: np.ndarray | None,
     packed: PackedSamples | None = None,
 ) -> Batch:
     counts = [len(part) if packed is None else part.tokens for part in rows]
     segments, slot, cap = _segments(rows, counts, valid.shape)
-    allowed = None
-    if any(part.allowed_E is not None for part in rows):
-        # One client with a mask gives all rows one: a mask is data of its row, and rows of other clients allow everything.
-        everyone = torch.ones(num_experts, dtype=torch.bool)
-        per_part = [part.allowed_E if part.allowed_E is not None else everyone for part in rows]
-        repeats = torch.tensor([count * valid.shape[1] for count in counts])
-        allowed = torch.stack(per_part).repeat_interleave(repeats, 0).to(device)
-    return Batch(
-        torch.from_numpy(input_ids).to(device),
-        segments,
-        torch.from_numpy(slot).to(device),
-        torch.from_numpy(cap).to(device),
-        torch.from_numpy(valid.reshape(-1)).to(device),
-        allowed,
-        torch.from_numpy(predict).to(device),
-        torch.from_numpy(labels).to(device),
-        [part.targets for part in rows],
-        pixels_BCHW,
-        packed,
-        _drawn(rows),
-    )
+    # Where the mask is True and not the mask itself: to index by a mask, the host has to ask the device how many there are.
+    arrays = [input_ids, slot, cap, valid.reshape(-1), predict.reshape(-1).nonzero()[0], labels]
+    allowed = _allowed(rows, [count * valid.shape[1] for count in counts], num_experts)
+    tensors = upload(arrays + [array for array in (allowed, pixels_BCHW) if array is not None], device)
+    pixels = None if pixels_BCHW is None else tensors.pop()
+    allowed_TE = None if allowed is None else tensors.pop()
+    ids, slot_T, cap_T, valid_T, predict_N, labels_N = tensors
+    demands = [Demand(part.tokens, part.cap, None if part.allowed_E is None else int(part.allowed_E.sum())) for part in rows]
+    targets = [part.targets for part in rows]
+    own = (slot_T, cap_T, valid_T, allowed_TE, predict_N, labels_N)
+    return Batch(ids, segments, *own, targets, demands, pixels, packed, _drawn(rows))
+
+
+def _allowed(rows: list[Rows], counts: list[int], num_experts: int) -> np.ndarray | None:
+    """bool [T, E] for `counts` rows of each client, or None where every client may use all experts."""
+    if all(part.allowed_E is None for part in rows):
+        return None
+    # One client with a mask gives all rows one: a mask is data of its row, and rows of other clients allow everything.
+    everyone = np.ones(num_experts, dtype=bool)
+    per_part = [everyone if part.allowed_E is None else part.allowed_E.numpy() for part in rows]
+    return np.repeat(np.stack(per_part), counts, axis=0)
 
 
 def _drawn(rows: list[Rows]) -> list[Drawn] | None:

@@ -10,6 +10,7 @@ peer sends one client's rows per pass; in `fast` mode all rows are merged by exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from fedmoe_ds.distributed.collectives import all_to_all
+from fedmoe_ds.distributed.collectives import Exchange, all_to_all
 from fedmoe_ds.model.experts import Block, Experts
 from fedmoe_ds.model.router import Routing
 
@@ -67,7 +68,7 @@ class Plan:
 
 
 def make_plan(routing: Routing, segment_T: Tensor, slot: int | None, pool: Pool) -> Plan:
-    """Plan one layer.
+    """Plan one layer. Where `routing.kept` is known nothing here waits for a GPU, but for the counts that ranks exchange.
 
     Args:
         routing: the decision for this rank's rows.
@@ -76,35 +77,77 @@ def make_plan(routing: Routing, segment_T: Tensor, slot: int | None, pool: Pool)
         pool: the expert pool.
     """
     top_k = routing.kept_TK.shape[1]
-    flat_N = routing.kept_TK.flatten().nonzero().squeeze(1)
+    flat_N = _kept_places(routing)
     # With a common slot all rows of a rank are one client's, so the expert alone tells groups apart.
     groups = 1 if slot is not None else pool.home_clients
-    key_N = routing.experts_TK.flatten()[flat_N] * groups
+    key_N = routing.experts_TK.flatten().index_select(0, flat_N) * groups
     if slot is None:
-        key_N = key_N + segment_T[flat_N // top_k]
+        key_N = key_N + segment_T.index_select(0, flat_N // top_k)
     # Stable: rows of one group stay in token order, so sums over a client's rows run in the same order on every topology.
     key_N, order_N = key_N.sort(stable=True)
-    slots_N = flat_N[order_N]
-    tokens_N = slots_N // top_k
-    counts_PES = torch.bincount(key_N, minlength=pool.num_experts * groups)
-    counts_PES = counts_PES.view(pool.ep_size, pool.local_experts, groups)
+    # Keys are sorted, so a search finds where each group ends; to count them, torch would ask the device for the largest first.
+    ends_G = torch.searchsorted(key_N, torch.arange(pool.num_experts * groups, device=key_N.device), right=True, out_int32=True)
     # Every rank of the group comes here in every pass, with rows or without: the exchange of rows needs its counts.
-    received_PES = _exchange_counts(counts_PES, pool)
-    send, receive = counts_PES.sum((1, 2)).tolist(), received_PES.sum((1, 2)).tolist()
+    counts = _Counts.of(ends_G, groups, pool)
+    slots_N = flat_N.index_select(0, order_N)
+    tokens_N = slots_N // top_k
     # Stable again: a token's rows stay in expert order, so its sum is taken in one order wherever the experts are.
     by_token_N = tokens_N.argsort(stable=True)
-    per_token_T = torch.bincount(tokens_N, minlength=segment_T.shape[0])
-    merge_N, unmerge_N, blocks = _blocks(received_PES, receive, slot, pool)
+    per_token_T = routing.kept_TK.sum(1)
     # Exclusive prefix sums; a token without rows gets an empty range and with it a sum of zero.
-    return Plan(tokens_N, slots_N, by_token_N, per_token_T.cumsum(0) - per_token_T, send, receive, merge_N, unmerge_N, blocks)
+    starts_T = per_token_T.cumsum(0) - per_token_T
+    if counts is None:
+        blocks = [_block_at_home(ends_G, len(key_N), slot, pool)]
+        return Plan(tokens_N, slots_N, by_token_N, starts_T, [len(key_N)], [len(key_N)], None, None, blocks)
+    # Read as late as can be: what was queued meanwhile keeps a GPU busy while the host waits for the peers' numbers.
+    send, receive = counts.read()
+    merge_N, unmerge_N, blocks = _blocks(counts.received_PES, receive, slot, pool)
+    return Plan(tokens_N, slots_N, by_token_N, starts_T, send, receive, merge_N, unmerge_N, blocks)
 
 
-def _exchange_counts(counts_PES: Tensor, pool: Pool) -> Tensor:
-    if pool.ep_size == 1:
-        return counts_PES
-    received = torch.empty_like(counts_PES)
-    all_to_all(received, counts_PES.contiguous(), group=pool.group)
-    return received
+def _kept_places(routing: Routing) -> Tensor:
+    """[N]: the kept slots in the flattened [T, K], in order."""
+    kept_M = routing.kept_TK.flatten()
+    # To find out how many there are, the host would wait for a GPU; on the CPU there is no wait, and this is the faster one.
+    if routing.kept is None or kept_M.device.type == "cpu":
+        return kept_M.nonzero().squeeze(1)
+    return kept_M.nonzero_static(size=routing.kept).squeeze(1)
+
+
+class _Counts:
+    """How many rows go to every peer and come from it: exchanged between the ranks, on their way to the host."""
+
+    def __init__(self, counts_PES: Tensor, received_PES: Tensor) -> None:
+        self.received_PES = received_PES
+        rows_2P = torch.stack([counts_PES.sum((1, 2)), received_PES.sum((1, 2))])
+        # From a GPU torch copies into pinned memory then, and the host goes on; the event says when the numbers are there.
+        self.rows_2P = rows_2P.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.current_stream().record_event() if rows_2P.device.type == "cuda" else None
+
+    @classmethod
+    def of(cls, ends_G: Tensor, groups: int, pool: Pool) -> _Counts | None:
+        """Of rows whose groups end there; None without peers."""
+        if pool.ep_size == 1:
+            return None
+        counts_PES = ends_G.long().diff(prepend=ends_G.new_zeros(1)).view(pool.ep_size, pool.local_experts, groups)
+        received_PES = torch.empty_like(counts_PES)
+        all_to_all(received_PES, counts_PES, group=pool.group)
+        return cls(counts_PES, received_PES)
+
+    def read(self) -> tuple[list[int], list[int]]:
+        """Rows to every peer, and from it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        send, receive = self.rows_2P.tolist()
+        return send, receive
+
+
+def _block_at_home(ends_G: Tensor, rows: int, slot: int | None, pool: Pool) -> Block:
+    """All rows, where all experts are."""
+    if slot is not None:
+        return Block(0, rows, pool.wave_slot(0, slot), ends_G, ends_G)
+    # An expert's rows end where those of its last client end.
+    return Block(0, rows, None, ends_G.view(pool.num_experts, -1)[:, -1].contiguous(), ends_G)
 
 
 def _blocks(
@@ -124,79 +167,115 @@ def _blocks(
     ends_E = by_expert_EC.sum(1).cumsum(0).to(torch.int32)
     # One block for all: base weights are shared, so an expert's product runs over the rows of all clients at once.
     block = Block(0, sum(receive), None, ends_E, ends_G)
-    if pool.ep_size == 1:
-        return None, None, [block]
     # Rows arrive in (peer, expert, slot) order and are wanted in (expert, peer, slot) order. Every arrived row gets the number
     # of its group in the wanted order; a stable sort of these numbers is the merge.
     group_PES = torch.arange(received_PES.numel(), device=received_PES.device)
     group_PES = group_PES.view(pool.local_experts, pool.ep_size, -1).transpose(0, 1).reshape(-1)
-    merge_N = group_PES.repeat_interleave(received_PES.flatten()).argsort(stable=True)
+    merge_N = group_PES.repeat_interleave(received_PES.flatten(), output_size=block.stop).argsort(stable=True)
     unmerge_N = torch.empty_like(merge_N)
     unmerge_N[merge_N] = torch.arange(len(merge_N), device=merge_N.device)
     return merge_N, unmerge_N, [block]
 
 
-class _ExpertPass(torch.autograd.Function):
-    """Gather, travel, feed-forward, travel back, weighted sum; and the same in reverse."""
+class _Trip:
+    """The rows of one layer on their way to their experts and back.
+
+    Attributes:
+        need_dx: whether the layer's input needs a gradient. The same on all ranks of the group: layers are, and an idle rank's
+            stand-in needs a gradient where rows do. Otherwise an exchange would wait forever.
+        there: the rows and their weights on their way to the experts.
+        back: the gradients of weights and rows on their way home; of rows only where `need_dx`.
+    """
+
+    def __init__(self, plan: Plan, pool: Pool, need_dx: bool) -> None:
+        self.plan, self.pool, self.need_dx = plan, pool, need_dx
+        self.there: list[_Travel] = []
+        self.back: list[_Travel] = []
+
+
+class _Departure(torch.autograd.Function):
+    """Gather, and set out for the experts; in reverse the gradients arrive here, and are summed by token.
+
+    What is computed between this and `_Experts`, in either direction, is computed while rows travel: autograd runs what was
+    recorded last first, so a layer's shared experts come between the two in the backward pass as well.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        weight_N: Tensor,
-        anchor: Tensor,
-        plan: Plan,
-        pool: Pool,
-        experts: Experts,
-    ) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_N: Tensor, anchor: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip, plan, pool = trip, trip.plan, trip.pool
         # Two exchanges, rows and then their weights: the experts apply the weight themselves, before the down projection.
-        rows_ND = _to_experts(_gather(x_TD, plan.tokens_N), plan, pool)
-        p_N = _to_experts(weight_N.to(x_TD.dtype).unsqueeze(-1), plan, pool).squeeze(-1)
-        saved, parts = [], []
-        for block in plan.blocks:
+        rows_ND, p_N1 = _gather(x_TD, plan.tokens_N), weight_N.to(x_TD.dtype).unsqueeze(-1)
+        trip.there = [_Travel.to_experts(rows_ND, plan, pool), _Travel.to_experts(p_N1, plan, pool)]
+        # A number that nobody reads: it ties the two functions together in the graph.
+        return x_TD.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        trip: _Trip = ctx.trip
+        dp_N, *dx_ND = [travel.arrived() for travel in trip.back]
+        trip.back = []
+        return _sum_by_token(dx_ND[0], trip.plan) if dx_ND else None, dp_N.squeeze(-1), None, None
+
+
+class _AtExperts(torch.autograd.Function):
+    """Feed-forward, travel back, weighted sum; in reverse the gradients travel to the experts, and set out for home."""
+
+    @staticmethod
+    def forward(ctx: Any, tie: Tensor, trip: _Trip, experts: Experts) -> Tensor:
+        rows_ND, p_N1 = [travel.arrived() for travel in trip.there]
+        trip.there, p_N, saved, parts = [], p_N1.squeeze(-1), [], []
+        for block in trip.plan.blocks:
             rows = slice(block.start, block.stop)
             part, kept = experts.forward(block, rows_ND[rows], p_N[rows])
             parts.append(part)
             saved.append(kept)
         # Kept as attributes: save_for_backward takes tensors alone, and none of these is an input or output of this function.
-        ctx.plan, ctx.pool, ctx.experts, ctx.saved = plan, pool, experts, saved
-        return _sum_by_token(_to_home(_join(parts), plan, pool), plan)
+        ctx.trip, ctx.experts, ctx.saved = trip, experts, saved
+        return _sum_by_token(_Travel.home(_join(parts), trip.plan, trip.pool).arrived(), trip.plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # `need_dx` is the same on all ranks of the group: layers are, and an idle rank's stand-in needs a gradient where rows
-        # do. Otherwise the exchange at the end would wait forever.
-        plan, pool, need_dx = ctx.plan, ctx.pool, ctx.needs_input_grad[0]
-        dy_ND = _to_experts(_gather(grads[0], plan.tokens_N), plan, pool)
+        trip: _Trip = ctx.trip
+        plan, pool = trip.plan, trip.pool
+        dy_ND = _Travel.to_experts(_gather(grads[0], plan.tokens_N), plan, pool).arrived()
         dx_parts: list[Tensor] = []
         dp_parts: list[Tensor] = []
         for block, saved in zip(plan.blocks, ctx.saved, strict=True):
             rows = slice(block.start, block.stop)
-            dx, dp = ctx.experts.backward(block, saved, dy_ND[rows], need_dx)
+            dx, dp = ctx.experts.backward(block, saved, dy_ND[rows], trip.need_dx)
             if dx is not None:
                 dx_parts.append(dx)
             dp_parts.append(dp)
         # Activations are freed before the gradients travel, not when autograd drops the node.
         ctx.saved = None
-        dp_N = _to_home(_join(dp_parts).unsqueeze(-1), plan, pool).squeeze(-1)
-        dx_TD = _sum_by_token(_to_home(_join(dx_parts), plan, pool), plan) if need_dx else None
-        return dx_TD, dp_N, None, None, None, None
+        trip.back = [_Travel.home(_join(dp_parts).unsqueeze(-1), plan, pool)]
+        if trip.need_dx:
+            trip.back.append(_Travel.home(_join(dx_parts), plan, pool))
+        return grads[0].new_empty(()), None, None
 
 
-def expert_pass(
-    x_TD: Tensor,
-    routing: Routing,
-    anchor: Tensor,
-    plan: Plan,
-    pool: Pool,
-    experts: Experts,
-) -> Tensor:
-    """y_t = sum over the kept experts j of t of  p_tj E_j(x_t).  Returns [T, D].
+def send_to_experts(x_TD: Tensor, routing: Routing, anchor: Tensor, plan: Plan, pool: Pool) -> Callable[[Experts], Tensor]:
+    """Set the rows of a layer out for their experts.
 
-    `anchor` requires a gradient, so that adapters are reached even where x needs none. Their gradients go to the bank.
+    Returns what gives y_t = sum over the kept experts j of t of  p_tj E_j(x_t), [T, D]. What is computed before it is called
+    is computed while the rows travel.
+
+    Args:
+        anchor: requires a gradient, so that adapters are reached even where x needs none. Their gradients go to the bank.
     """
-    weight_N = routing.weights_TK.flatten()[plan.slots_N]
-    return _ExpertPass.apply(x_TD, weight_N, anchor, plan, pool, experts)  # type: ignore[no-any-return, no-untyped-call]
+    trip = _Trip(plan, pool, x_TD.requires_grad)
+    weight_N = routing.weights_TK.flatten().index_select(0, plan.slots_N)
+    tie: Tensor = _Departure.apply(x_TD, weight_N, anchor, trip)  # type: ignore[no-untyped-call]
+
+    def at_experts(experts: Experts) -> Tensor:
+        return _AtExperts.apply(tie, trip, experts)  # type: ignore[no-any-return, no-untyped-call]
+
+    return at_experts
+
+
+def expert_pass(x_TD: Tensor, routing: Routing, anchor: Tensor, plan: Plan, pool: Pool, experts: Experts) -> Tensor:
+    """`send_to_experts`, with nothing to do meanwhile."""
+    return send_to_experts(x_TD, routing, anchor, plan, pool)(experts)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -207,22 +286,32 @@ def _gather(x_TD: Tensor, tokens_N: Tensor) -> Tensor:
     return torch.embedding(x_TD, tokens_N)  # the fastest row gather on CPU
 
 
-def _to_experts(rows: Tensor, plan: Plan, pool: Pool) -> Tensor:
-    if pool.ep_size == 1:
-        return rows
-    arrived = rows.new_empty(sum(plan.receive), rows.shape[1])
-    all_to_all(arrived, rows.contiguous(), pool.group, plan.receive, plan.send)
-    return arrived if plan.merge_N is None else arrived.index_select(0, plan.merge_N)
+class _Travel:
+    """Rows on their way from rank to rank; without peers they are there at once."""
 
+    def __init__(self, rows: Tensor, under_way: Exchange | None, order_N: Tensor | None = None) -> None:
+        self.rows, self.under_way, self.order_N = rows, under_way, order_N
 
-def _to_home(rows: Tensor, plan: Plan, pool: Pool) -> Tensor:
-    if pool.ep_size == 1:
-        return rows
-    if plan.unmerge_N is not None:
-        rows = rows.index_select(0, plan.unmerge_N)
-    arrived = rows.new_empty(sum(plan.send), rows.shape[1])
-    all_to_all(arrived, rows.contiguous(), pool.group, plan.send, plan.receive)
-    return arrived
+    @classmethod
+    def to_experts(cls, rows: Tensor, plan: Plan, pool: Pool) -> _Travel:
+        """To the ranks of their experts; merged by expert when they have arrived, where the plan says so."""
+        if pool.ep_size == 1:
+            return cls(rows, None)
+        return cls(rows, Exchange(rows, pool.group, plan.receive, plan.send), plan.merge_N)
+
+    @classmethod
+    def home(cls, rows: Tensor, plan: Plan, pool: Pool) -> _Travel:
+        """The way back."""
+        if pool.ep_size == 1:
+            return cls(rows, None)
+        if plan.unmerge_N is not None:
+            rows = rows.index_select(0, plan.unmerge_N)
+        return cls(rows, Exchange(rows, pool.group, plan.send, plan.receive))
+
+    def arrived(self) -> Tensor:
+        """The rows of this rank, once all are here."""
+        rows = self.rows if self.under_way is None else self.under_way.wait()
+        return rows if self.order_N is None else rows.index_select(0, self.order_N)
 
 
 def _sum_by_token(rows_ND: Tensor, plan: Plan) -> Tensor:

@@ -15,7 +15,7 @@ from fedmoe_ds.kernels.frozen_layers import frozen_product
 from fedmoe_ds.kernels.per_client import client_linear, client_scale
 from fedmoe_ds.model import experts
 from fedmoe_ds.model.pass_context import Execution, Pass
-from fedmoe_ds.model.routed_forward import record_routing, routed_forward
+from fedmoe_ds.model.routed_forward import record_routing, send_routed
 from fedmoe_ds.model.router import route
 
 GATE_UP_A, GATE_UP_B = "experts.gate_up.lora_A", "experts.gate_up.lora_B"
@@ -41,13 +41,16 @@ class FederatedMoELayer(nn.Module):
         x_TD = hidden_BSD.flatten(0, -2)
         # [B, S, D] goes in, not [T, D]: a trained router is per client, and clients are cut by sequences.
         logits_TE = self._logits(hidden_BSD, run).flatten(0, -2)
-        routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, run.allowed_TE)
+        routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, run.allowed_TE, run.demands)
         # Before the experts run: it stores which of them the method lets this batch train.
         record_routing(self.execution, self.layer, routing, logits_TE)
-        y_TD = routed_forward(self.execution, self.layer, x_TD, routing, self._experts(x_TD.dtype))
+        at_experts = send_routed(self.execution, self.layer, x_TD, routing)
+        # Shared experts are on every rank and need no row of another: they are computed while routed rows travel.
+        shared = autoep.shared_output(self.host, x_TD, hidden_BSD)
+        y_TD = at_experts(self._experts(x_TD.dtype))
         y_BSD = rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
-        # Shared experts are added after the rescaler: s_i stands before the sum over routed experts alone.
-        return autoep.finalize_output(self.host, y_BSD, x_TD, hidden_BSD)
+        # They are added after the rescaler: s_i stands before the sum over routed experts alone.
+        return autoep.finalize_output(self.host, y_BSD, shared)
 
     def _logits(self, hidden_BSD: Tensor, run: Pass) -> Tensor:
         bank, gate = self.execution.bank, self.host.router.gate
@@ -72,7 +75,7 @@ class FederatedMoELayer(nn.Module):
         if GATE_UP_A not in bank:
             return None
         names = (GATE_UP_A, GATE_UP_B, DOWN_A, DOWN_B)
-        a13, b13, a2, b2 = (bank.value(name, self.layer) for name in names)
+        a13, b13, a2, b2 = (bank.value_in(dtype, name, self.layer) for name in names)
         grads = [bank.grad(name, self.layer) for name in names]
         products = self.execution.products_for(a13.shape[2], dtype, self.w13_EFD.device)
         return experts.Lora(a13, b13, a2, b2, grads, self.execution.scale, products, self.execution.wave.wave_factors)

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_ds.model.upload import upload
+
 WIDTHS = np.array(sorted(base << power for power in range(40) for base in (16, 24)))
 """16, 24, 32, 48, 64, 96 and so on: no sample of more than 16 tokens is padded by more than half of its length."""
 
@@ -81,11 +83,8 @@ class PackedSamples:
         first[order] = np.cumsum(width[order]) - width[order]
         position = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
         widths, counts = np.unique(width, return_counts=True)
-        return cls(
-            torch.from_numpy(position).unsqueeze(1).to(device),
-            torch.from_numpy(np.repeat(first, tokens) + position).to(device),
-            tuple(zip(counts.tolist(), widths.tolist(), strict=True)),
-        )
+        position_T1, place_T = upload([position[:, None], np.repeat(first, tokens) + position], device)
+        return cls(position_T1, place_T, tuple(zip(counts.tolist(), widths.tolist(), strict=True)))
 
     def apart(self, heads_TH1K: Tensor) -> list[Tensor]:
         """Every width's samples, [N, H, S, K]; behind a sample's last token there are zeros."""

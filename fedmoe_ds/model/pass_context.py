@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.kernels.lora_products import Kernels, LowRankProducts, products_for
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.packing import PackedSamples
-from fedmoe_ds.model.router import Routing
+from fedmoe_ds.model.router import Demand, Routing
+from fedmoe_ds.model.scale_factors import ScaleFactors
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Pass:
         valid_T: bool, False for padding.
         allowed_TE: expert mask per row, or None.
         rescale_C: fixed factor on the expert output per home slot, or None (FLAME's static rescaler; evaluation of a tier).
+        demands: what each client's rows ask of a router; None where nobody counted them.
         packed: where the samples are, if each sequence is one token of a packed pass; None where a sequence is a sample.
         drawn_at: where each segment's dropout is drawn; None in an evaluation, which has none.
         counts: routed rows per (home slot, expert), by layer; written by the layers.
@@ -49,38 +52,61 @@ class Pass:
     valid_T: Tensor
     allowed_TE: Tensor | None = None
     rescale_C: list[float] | None = None
+    demands: list[Demand] | None = None
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None
     counts: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     trained: dict[int, Tensor] = field(default_factory=dict)
-    _ends: dict[int, Tensor] = field(default_factory=dict)
+    _groups: dict[int, Groups] = field(default_factory=dict)
+    _places: list[slice | Tensor] | None = None
 
-    def row_ends(self, rows: int, clients: int) -> Tensor:
-        """int32 [C]: the end row of every home slot's rows in a tensor of `rows` rows; empty for slots without a segment."""
-        # All projections of a pass ask for the same ends; they are made and moved to the device once.
-        if rows not in self._ends:
-            width = rows // max(max((seg.stop for seg in self.segments), default=0), 1)
+    def row_groups(self, rows: int, clients: int) -> Groups:
+        """Every home slot's rows in a tensor of `rows` rows; empty for slots without a segment."""
+        # All projections of a pass ask for the same groups; they are found once.
+        if rows not in self._groups:
+            assert rows == len(self.slot_T), (rows, len(self.slot_T))
             # Equal ones are parts of an evaluation, which reads one client's adapters for all of them.
             assert all(a.slot <= b.slot for a, b in itertools.pairwise(self.segments)), (
                 "clients stand in the order of their slots"
             )
-            stops = {seg.slot: seg.stop * width for seg in self.segments}
-            # A slot without a segment repeats the end before it: an empty group, which every kernel skips.
-            ends, last = [], 0
-            for slot in range(clients):
-                last = stops.get(slot, last)
-                ends.append(last)
-            self._ends[rows] = torch.tensor(ends, dtype=torch.int32, device=self.slot_T.device)
-        return self._ends[rows]
+            # A slot without a segment ends where the one before it does: an empty group, which every kernel skips. They are
+            # searched among the rows' slots, which are on the device: a list would have to be sent there.
+            slots_C = torch.arange(clients, device=self.slot_T.device)
+            self._groups[rows] = Groups(torch.searchsorted(self.slot_T, slots_C, right=True, out_int32=True), rows)
+        return self._groups[rows]
+
+    def places(self, rows: int) -> list[slice | Tensor]:
+        """Of every segment its token rows without padding, among `rows` of the pass: a slice, or int64 numbers."""
+        # All layers of a pass ask for the same.
+        if self._places is None:
+            self._places = [self._valid_places(at, own) for at, own in enumerate(self.spans(rows))]
+        return self._places
+
+    def spans(self, rows: int) -> list[slice]:
+        """Of every segment its token rows with padding."""
+        # Token rows per sequence: every sequence of a pass is padded to one length.
+        width = rows // max(max((seg.stop for seg in self.segments), default=0), 1)
+        return [slice(seg.start * width, seg.stop * width) for seg in self.segments]
+
+    def _valid_places(self, at: int, own: slice) -> slice | Tensor:
+        valid = None if self.demands is None else self.demands[at].rows
+        if valid == own.stop - own.start:
+            return own
+        # With their number known, the host need not wait for a GPU to say it.
+        valid_T = self.valid_T[own]
+        found_N1 = valid_T.nonzero() if valid is None else valid_T.nonzero_static(size=valid)
+        place_N: Tensor = found_N1.squeeze(1) + own.start
+        return place_N
 
 
 @dataclass(frozen=True)
 class RoutingObserver:
     """What a method looks at, and decides, in every layer of every training batch of one client.
 
-    Both functions see the client's own rows of one batch and are called on its home rank only.
+    Both functions see the client's own rows of one batch, without padding (`valid_T` is True for all of them), and are called
+    on its home rank only. On a GPU, whatever they read on the host holds up every layer: let results stay tensors.
 
     Attributes:
         observe: (routing, valid_T) -> (active_E, sums): the experts that this batch may train (bool, None for all), and
@@ -104,8 +130,8 @@ class InTraining:
 
     observers: dict[int, RoutingObserver] = field(default_factory=dict)
     selective: bool = False
-    wave_factors: list[float] | None = None
-    home_factors: list[float] | None = None
+    wave_factors: ScaleFactors | None = None
+    home_factors: ScaleFactors | None = None
 
 
 @dataclass

@@ -2,46 +2,62 @@
 
 Legend: B sequences, S positions, T = B * S token rows, D model width, E experts, C client slots.
 
-`record_routing` counts activations, asks the method what it wants to see and collects auxiliary losses; `routed_forward` sends
-the rows through the pool. Where a method lets a batch train only some experts, the rows of the others go through the pool
+`record_routing` counts activations, asks the method what it wants to see and collects auxiliary losses; `send_routed` sends the
+rows through the pool. Where a method lets a batch train only some experts, the rows of the others go through the pool
 without autograd: nothing of them is kept for the backward pass, and neither their adapters, nor their inputs, nor the router
 get a gradient through them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model import router_losses
-from fedmoe_ds.model.dispatcher import expert_pass, make_plan
+from fedmoe_ds.model.dispatcher import expert_pass, make_plan, send_to_experts
 from fedmoe_ds.model.experts import Experts
 from fedmoe_ds.model.pass_context import Execution, Pass
 from fedmoe_ds.model.router import Routing
 
 
-def routed_forward(execution: Execution, layer: int, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """sum_j p_tj E_j(x_t) for every row, [T, D]. `record_routing` must have seen this routing."""
+def send_routed(execution: Execution, layer: int, x_TD: Tensor, routing: Routing) -> Callable[[Experts], Tensor]:
+    """Set every row out for its experts. `record_routing` must have seen this routing.
+
+    Returns what gives sum_j p_tj E_j(x_t) for every row, [T, D]; what is computed before it is called is computed while the
+    rows travel.
+    """
     run = execution.running()
     active_TK = _active_slots(execution, layer, routing)
     if active_TK is None:
-        return _through_pool(execution, run, x_TD, routing, experts)
-    # The two masks part the kept slots: every routed row is computed once, with autograd or without.
-    held_back_TK = routing.kept_TK & ~active_TK
-    y_TD = _through_pool(execution, run, x_TD, replace(routing, kept_TK=routing.kept_TK & active_TK), experts)
-    with torch.no_grad():
-        # Nothing is saved here, so held-back rows cost no memory for the backward pass and no product in it.
-        held_TD = _through_pool(execution, run, x_TD, replace(routing, kept_TK=held_back_TK), experts)
-    return y_TD + held_TD
+        plan = make_plan(routing, run.slot_T, run.slot, execution.pool)
+        return send_to_experts(x_TD, routing, execution.anchor, plan, execution.pool)
+    return _send_in_parts(execution, run, x_TD, routing, active_TK)
 
 
-def _through_pool(execution: Execution, run: Pass, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    plan = make_plan(routing, run.slot_T, run.slot, execution.pool)
-    return expert_pass(x_TD, routing, execution.anchor, plan, execution.pool, experts)
+def _send_in_parts(
+    execution: Execution, run: Pass, x_TD: Tensor, routing: Routing, active_TK: Tensor
+) -> Callable[[Experts], Tensor]:
+    """As `send_routed`, where only the active slots take part in the backward pass."""
+    # The two masks part the kept slots: every routed row is computed once, with autograd or without. How many are in the first
+    # depends on the scores, and is what the host has to wait for; the second has the rest.
+    first = replace(routing, kept_TK=routing.kept_TK & active_TK, kept=None)
+    plan = make_plan(first, run.slot_T, run.slot, execution.pool)
+    rest = None if routing.kept is None else routing.kept - len(plan.slots_N)
+    held_back = replace(routing, kept_TK=routing.kept_TK & ~active_TK, kept=rest)
+    at_experts = send_to_experts(x_TD, first, execution.anchor, plan, execution.pool)
+
+    def at_both(experts: Experts) -> Tensor:
+        y_TD = at_experts(experts)
+        with torch.no_grad():
+            # Nothing is saved here, so held-back rows cost no memory for the backward pass and no product in it.
+            plan = make_plan(held_back, run.slot_T, run.slot, execution.pool)
+            held_TD = expert_pass(x_TD, held_back, execution.anchor, plan, execution.pool, experts)
+        return y_TD + held_TD
+
+    return at_both
 
 
 def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE: Tensor) -> None:
@@ -51,16 +67,16 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
     found_losses: dict[int, Tensor] = {}
     # Emptied, not added to: activation checkpointing runs the layer a second time in the backward pass.
     run.observed[layer] = {}
-    for seg, rows in _own_rows(run, logits_TE.shape[0]):
+    for at, seg in enumerate(run.segments):
         observer = execution.wave.observers.get(seg.slot)
         if observer is None and not (execution.balance or execution.z):
             continue
-        own, valid_T, own_TE = _rows_of(routing, rows), run.valid_T[rows], logits_TE[rows]
+        own, valid_T, own_TE = _without_padding(run, at, routing, logits_TE)
         if observer is not None and observer.observe is not None:
             with torch.no_grad():
                 active_E, sums = observer.observe(own, valid_T)
             run.observed[layer][seg.slot] = sums if active_E is None else {**sums, ACTIVE: active_E}
-        loss = _auxiliary(execution, own, own_TE, valid_T)
+        loss = _auxiliary(execution, own, own_TE)
         if observer is not None and observer.loss is not None:
             # With autograd, unlike `observe`: the method's loss trains the router (and, through the logits, what lies below).
             extra = observer.loss(layer, own, own_TE, valid_T)
@@ -85,7 +101,7 @@ def _active_slots(execution: Execution, layer: int, routing: Routing) -> Tensor 
         return None
     # Clients whose observer names no experts train all that they are routed to.
     active_TK = torch.ones_like(routing.kept_TK)
-    for seg, rows in _own_rows(run, routing.kept_TK.shape[0]):
+    for seg, rows in zip(run.segments, run.spans(routing.kept_TK.shape[0]), strict=True):
         if seg.slot in masks:
             active_TK[rows] = masks[seg.slot][routing.experts_TK[rows]]
     run.trained[layer] = _count(execution, run, routing, routing.kept_TK & active_TK)
@@ -98,27 +114,25 @@ def _count(execution: Execution, run: Pass, routing: Routing, slots_TK: Tensor) 
     experts, home = execution.pool.num_experts, execution.pool.home_clients
     # One count over (slot, expert) keys instead of one per client: the number of clients costs nothing.
     key_TK = run.slot_T.unsqueeze(-1) * experts + routing.experts_TK
-    return torch.bincount(key_TK[slots_TK], minlength=home * experts).view(home, experts)
+    # Adding zeros for the others: to pick the slots by their mask, the host would have to know how many there are.
+    counts = key_TK.new_zeros(home * experts).scatter_add_(0, key_TK.flatten(), slots_TK.flatten().long())
+    return counts.view(home, experts)
 
 
-def _auxiliary(execution: Execution, own: Routing, logits_TE: Tensor, valid_T: Tensor) -> Tensor | None:
+def _auxiliary(execution: Execution, own: Routing, logits_TE: Tensor) -> Tensor | None:
     if not (execution.balance or execution.z):
         return None
     total = logits_TE.new_zeros(())
     if execution.balance:
-        total = total + execution.balance * router_losses.balance_loss(own, valid_T)
+        total = total + execution.balance * router_losses.balance_loss(own)
     if execution.z:
-        total = total + execution.z * router_losses.z_loss(logits_TE, valid_T)
+        total = total + execution.z * router_losses.z_loss(logits_TE)
     return total
 
 
-def _own_rows(run: Pass, rows: int) -> Iterator[tuple[Segment, slice]]:
-    """Each client's segment and its token rows."""
-    # Token rows per sequence: every sequence of a pass is padded to one length.
-    width = rows // max(max((seg.stop for seg in run.segments), default=0), 1)
-    for seg in run.segments:
-        yield seg, slice(seg.start * width, seg.stop * width)
-
-
-def _rows_of(routing: Routing, rows: slice) -> Routing:
-    return Routing(routing.probs_TE[rows], routing.weights_TK[rows], routing.experts_TK[rows], routing.kept_TK[rows])
+def _without_padding(run: Pass, at: int, routing: Routing, logits_TE: Tensor) -> tuple[Routing, Tensor, Tensor]:
+    """A segment's routing, validity (True for all) and logits."""
+    places = run.places(len(logits_TE))[at]
+    if isinstance(places, slice):
+        return routing.rows(places), run.valid_T[places], logits_TE[places]
+    return routing.rows(places), run.valid_T.index_select(0, places), logits_TE.index_select(0, places)

@@ -57,15 +57,61 @@ class Routing:
         weights_TK: routing weights of the selected experts, best first (differentiable); zero where not kept.
         experts_TK: their global ids.
         kept_TK: False for slots beyond the row's cap, masked experts and padding rows. Such slots cost nothing downstream.
+        kept: how many slots are kept, where that is known without a look at the device; None where it depends on the scores.
     """
 
     probs_TE: Tensor
     weights_TK: Tensor
     experts_TK: Tensor
     kept_TK: Tensor
+    kept: int | None = None
+
+    def counts_E(self) -> Tensor:
+        """int64 [E]: kept slots per expert."""
+        # Zeros are added for the others: to pick slots by their mask, the host would wait for the device to say how many.
+        zeros_E = self.experts_TK.new_zeros(self.probs_TE.shape[1])
+        return zeros_E.scatter_add_(0, self.experts_TK.flatten(), self.kept_TK.flatten().long())
+
+    def rows(self, places: slice | Tensor) -> Routing:
+        """The decision for some of the rows, given as a slice or by their numbers."""
+
+        def some(values: Tensor) -> Tensor:
+            return values[places] if isinstance(places, slice) else values.index_select(0, places)
+
+        return Routing(some(self.probs_TE), some(self.weights_TK), some(self.experts_TK), some(self.kept_TK))
 
 
-def route(logits_TE: Tensor, spec: RouterSpec, cap_T: Tensor, valid_T: Tensor, allowed_TE: Tensor | None = None) -> Routing:
+@dataclass(frozen=True)
+class Demand:
+    """What the rows of one client in a pass ask of a router, as the host knows it: rows without padding, their cap, and how
+    many experts they may use (None for all)."""
+
+    rows: int
+    cap: int
+    allowed: int | None = None
+
+
+def kept_slots(demands: list[Demand], spec: RouterSpec) -> int | None:
+    """Slots that these rows keep in a layer: they follow from the caps, unless a mask meets a limit to groups of experts."""
+    eligible = spec.num_experts
+    if spec.num_expert_groups is not None:
+        assert spec.num_limited_groups is not None
+        if any(demand.allowed is not None for demand in demands):
+            # How many of the allowed experts are in a row's best groups depends on its scores.
+            return None
+        eligible = eligible // spec.num_expert_groups * spec.num_limited_groups
+    most = min(spec.top_k, eligible)
+    return sum(d.rows * min(d.cap, most if d.allowed is None else min(most, d.allowed)) for d in demands)
+
+
+def route(
+    logits_TE: Tensor,
+    spec: RouterSpec,
+    cap_T: Tensor,
+    valid_T: Tensor,
+    allowed_TE: Tensor | None = None,
+    demands: list[Demand] | None = None,
+) -> Routing:
     """Route rows under their caps.
 
     Args:
@@ -74,6 +120,7 @@ def route(logits_TE: Tensor, spec: RouterSpec, cap_T: Tensor, valid_T: Tensor, a
         cap_T: int64, most experts a row may use (1 <= cap <= K).
         valid_T: bool, False for padding.
         allowed_TE: bool expert mask per row; None allows all.
+        demands: the same in numbers, per client; with them the number of kept slots is known on the host.
     """
     # Scores are float32 whatever the rows are, as in the hosted router: the order of near-equal experts must not change.
     scores_TE = logits_TE.float().softmax(-1) if spec.score_func == "softmax" else logits_TE.float().sigmoid()
@@ -99,7 +146,8 @@ def route(logits_TE: Tensor, spec: RouterSpec, cap_T: Tensor, valid_T: Tensor, a
     if spec.route_norm:
         # The hosted router's own epsilon; a padding row, all of whose weights are zero, stays zero and does not become NaN.
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return Routing(scores_TE, weights_TK * spec.route_scale, experts_TK, kept_TK)
+    kept = None if demands is None else kept_slots(demands, spec)
+    return Routing(scores_TE, weights_TK * spec.route_scale, experts_TK, kept_TK, kept)
 
 
 def _limit_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:

@@ -15,25 +15,29 @@ from torch import Tensor
 from fedmoe_ds.model.router import Routing
 
 
-def balance_loss(routing: Routing, valid_T: Tensor) -> Tensor:
+def balance_loss(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
     """Switch / GShard load balance: E * sum_m f_m P_m; 1 when routing is uniform (methods 2.4 (a)).
 
-    f_m is the share of routed slots that went to expert m (no gradient), P_m the mean normalised score of m.
+    f_m is the share of routed slots that went to expert m (no gradient), P_m the mean normalised score of m. Without `valid_T`
+    all rows are valid; with it, a GPU is asked how many are.
     """
     num_experts = routing.probs_TE.shape[1]
     with torch.no_grad():
         # Kept slots only: a capped client is judged by the experts that it really uses.
-        counts_E = torch.bincount(routing.experts_TK[routing.kept_TK], minlength=num_experts)
+        counts_E = routing.counts_E()
         share_E = counts_E / counts_E.sum().clamp(min=1)
     # Sigmoid scores do not sum to one, softmax scores do; the normalised form serves both.
-    probs_TE = routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20)
+    probs_TE = _valid(routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20), valid_T)
     # Times zero and not a constant zero: the loss then keeps its place in the graph and backward finds a path.
-    mean_E = probs_TE[valid_T].mean(0) if bool(valid_T.any()) else probs_TE.sum(0) * 0.0
+    mean_E = probs_TE.mean(0) if len(probs_TE) else probs_TE.sum(0) * 0.0
     return num_experts * (share_E * mean_E).sum()
 
 
-def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
-    """ST-MoE router z-loss: mean over rows of logsumexp(logits)^2."""
-    if not bool(valid_T.any()):
-        return logits_TE.sum() * 0.0
-    return logits_TE[valid_T].float().logsumexp(-1).square().mean()
+def z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """ST-MoE router z-loss: mean over rows of logsumexp(logits)^2; `valid_T` as in `balance_loss`."""
+    logits_TE = _valid(logits_TE, valid_T)
+    return logits_TE.float().logsumexp(-1).square().mean() if len(logits_TE) else logits_TE.sum() * 0.0
+
+
+def _valid(values_TE: Tensor, valid_T: Tensor | None) -> Tensor:
+    return values_TE if valid_T is None else values_TE[valid_T]
