@@ -22,7 +22,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.kernels import matrix, rows, sums
 from fedmoe_ds.kernels.compiling import loaded, processor_key
-from fedmoe_ds.kernels.device_kernels import grouped_by
+from fedmoe_ds.kernels.device_kernels import grouped_by, triton_serves
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.model.adapter_bank import BlockSpec
@@ -117,6 +117,8 @@ def kernels_of(
     compiled = {"kernels.rows": rows.available(), "kernels.matrix": matrix.available()} if kind == "cpu" else {}
     found = {name: "compiled" if here else "torch" for name, here in compiled.items()}
     dtype = row_dtype(foundation.model)
+    if bitwise and kind == "cuda":
+        found["kernels.rows"] = "Triton" if triton_serves(dtype, device) else "torch"
     # In fast mode a run may move to another generation of devices, on which torch has other products of groups.
     if bitwise and kind == "cuda" and (foundation.layers or any(spec.expert for spec in blocks)):
         found["kernels.grouped"] = grouped_by(dtype, device)

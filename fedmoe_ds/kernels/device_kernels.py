@@ -9,25 +9,37 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 
 import torch
 
 TORCH, LOOP, TRITON = "torch.nn.functional.grouped_mm", "a loop of torch's products", "Triton"
 
 _TYPES = (torch.float32, torch.bfloat16)
+_OLDEST = (8, 0)
 _ONE_LAUNCH = (9, 10)
 """Major compute capabilities (Hopper, data-centre Blackwell) that torch has its grouped kernel for."""
 
 
+@functools.cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run on this device."""
+    """Whether Triton's kernels run on this device, from Ampere on: Triton is there, and the C compiler that it builds launchers
+    with."""
     # ROCm's devices are called cuda as well; nothing here was compiled for them.
-    return device.type == "cuda" and torch.version.cuda is not None and triton_installed()
+    if device.type != "cuda" or torch.version.cuda is None or not (triton_installed() and _has_compiler()):
+        return False
+    return torch.cuda.get_device_capability(device) >= _OLDEST
 
 
 @functools.cache
 def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
 
 
 def torch_groups(dtype: torch.dtype, device: torch.device) -> bool:

@@ -8,13 +8,12 @@ bfloat16 row of a norm twice and a rotated head three times, so these are closer
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import shutil
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from fedmoe_ds.kernels.device_kernels import triton_serves
 
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -25,21 +24,9 @@ def serves(*tensors: Tensor) -> bool:
     return first.dtype in TYPES and all(t.device.type == "cuda" and t.dtype == first.dtype for t in tensors)
 
 
-@functools.cache
-def compiles() -> bool:
-    """Whether Triton's kernels can be compiled and run for CUDA in this process.
-
-    A device alone does not say so: torch may have been built without CUDA's runtime, Triton may be missing, and it builds its
-    launchers with a C compiler.
-    """
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    return any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang"))
-
-
 def kernels(tensor: Tensor) -> ModuleType | None:
     """`rows_triton` for a tensor on a CUDA device where that can run, else None."""
-    if tensor.device.type != "cuda" or tensor.dtype not in TYPES or not compiles():
+    if not triton_serves(tensor.dtype, tensor.device):
         return None
     from fedmoe_ds.kernels import rows_triton  # Triton is there only with CUDA builds of torch
 
