@@ -21,11 +21,12 @@ from fedmoe_ds.commands import plan as plan_command
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.model.cross_entropy import COPIES, LOGITS
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import TABLE
 from fedmoe_ds.planner.legality import check_ep_size, check_fits, idle_clusters, legal_sizes
-from fedmoe_ds.planner.memory import COPY
+from fedmoe_ds.planner.memory import COPY, activations
 from fedmoe_ds.planner.plan import plan
 from fedmoe_ds.planner.prediction import predict_memory
 from fedmoe_ds.planner.search import search
@@ -286,6 +287,14 @@ def test_a_checkpoint_in_the_background_takes_a_copy(small: Job) -> None:
     copied, adapters = copying.pop(COPY), waiting["global adapters"]  # with the rescalers of one client
     assert adapters < copied <= adapters + waiting["personal state"] and copying == waiting
     assert COPY not in predict_memory(small, 1, 4, load_hardware("a100"), 6), "it is in the host's memory"
+
+
+def test_logits_take_a_chunk(olmoe: Job) -> None:
+    """However many targets a pass has: a vocabulary ten times as large takes no more than a chunk of its logits."""
+    wide = replace(olmoe, size=replace(olmoe.size, vocabulary=10 * olmoe.size.vocabulary))
+    assert activations(wide, 8, 128) == activations(olmoe, 8, 128), "a layer's backward pass has more than a chunk"
+    few = [activations(job, 1, 1) for job in (wide, olmoe)]
+    assert 0 < few[0] - few[1] <= COPIES * 4 * LOGITS
 
 
 def test_memory_is_refused_with_the_numbers(olmoe: Job) -> None:

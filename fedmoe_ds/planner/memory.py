@@ -15,6 +15,7 @@ from fedmoe_ds.aggregation.server_optimizer import server_moments
 from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.model.adapter_bank import BlockSpec, base_block, lora_pairs, shared_blocks
+from fedmoe_ds.model.cross_entropy import COPIES, chunk_rows
 
 FP32 = 4
 PASS = "activations of a pass"  # noqa: S105  (not a password)
@@ -115,8 +116,10 @@ def _kept(spec: RunSpec, tokens: int, per_row: float, backward: float) -> int:
     # Dropout keeps no mask; while a projection computes there are its mask, what is let through, and that part's gradient.
     widest = max(model.hidden, model.ffn if config.adapters.feed_forward else 0)
     dropped = 3 * tokens * widest if config.adapters.dropout and config.adapters.projections else 0
-    logits = 4 * tokens * model.vocabulary
-    return int((kept_layers * tokens * per_row + checkpoints + backward + dropped + logits) * spec.row_bytes)
+    # The head's: the gradient of the hidden states is kept, a chunk of logits is gone before the backward pass begins.
+    kept = kept_layers * tokens * per_row + checkpoints + tokens * model.hidden
+    chunk = COPIES * FP32 * min(tokens, chunk_rows(model.vocabulary)) * model.vocabulary
+    return int(kept * spec.row_bytes + max((backward + dropped) * spec.row_bytes, chunk))
 
 
 def format_bytes(count: float) -> str:
