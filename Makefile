@@ -7,7 +7,9 @@ TORCH ?= torch==2.13.0
 TORCH_NEWEST ?= torch==2.14.1
 TORCH_OLDEST ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-RANKS ?= 2
+# As many as GPUs, each of which takes one rank; without any, two share the CPU.
+GPUS = $(if $(filter cpu,$(DS_ACCELERATOR)),,$(if $(GPU),$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')))
+RANKS ?= $(or $(filter-out 0,$(GPUS)),2)
 CONFIG ?= configs/quickstart.yaml
 # Debian packages that tests need beyond a C++ compiler and Python's headers.
 APT_PACKAGES ?=
@@ -49,7 +51,7 @@ endif
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: RANKS=2 WORKERS=2 CONFIG=configs/quickstart.yaml ARGS='federation.rounds=5' TORCH=torch==2.13.0"
+	@echo "Variables: RANKS=$(RANKS) WORKERS=2 CONFIG=configs/quickstart.yaml ARGS='federation.rounds=5' TORCH=torch==2.13.0"
 
 install: .venv/.installed  ## create .venv with everything in it
 

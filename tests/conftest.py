@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ settings.load_profile("fedmoe-ds")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# On a host with a GPU, too: two ranks of a test would share one. What needs a device asks torch for it.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 # Real text in four groups of unequal size, on every machine, and small enough that a start costs imports and little else.
 GROUPS = {
     "json": ("json.decoder", "json.encoder", "json.scanner"),
@@ -28,6 +32,17 @@ GROUPS = {
     "numbers": ("fractions", "statistics"),
     "queues": ("heapq", "bisect", "queue", "sched"),
 }
+
+
+NEEDS_A_DEVICE = "needs a CUDA device"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that are skipped for want of a device, so that `launch/bench.py gpu` can choose them where there is one."""
+    for item in items:
+        if any(mark.kwargs.get("reason") == NEEDS_A_DEVICE for mark in item.iter_markers("skipif")):
+            item.add_marker(pytest.mark.cuda)
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def _worker(fn: Callable[..., Any], rank: int, args: tuple[Any, ...], timeout_s:
     try:
         torch.set_num_threads(1)
         timeout = datetime.timedelta(seconds=timeout_s)
-        process_groups.join_world("gloo", timeout)
+        process_groups.join_world(timeout, torch.device("cpu"))
         # Plain pickle, not the connection's: that one would share tensor memory which ends with this process.
         message = pickle.dumps((True, fn(rank, *args)))
     except BaseException:

@@ -1,4 +1,4 @@
-"""Triton's interpreter as a program of its own: `TRITON_INTERPRET=1 python interpreted.py` checks lowrank_triton.py on a CPU.
+"""Triton's interpreter as a program of its own: `TRITON_INTERPRET=1 python interpreted.py` checks Triton's kernels on a CPU.
 
 The interpreter is chosen when a kernel is decorated, so the process that compiles kernels cannot interpret them as well.
 """
@@ -11,12 +11,14 @@ from typing import Any
 import numpy
 import torch
 import triton.language as tl
+from test_grouped_triton import check_grouped
 from test_lora_products import CPU, ROWS_G
 from test_lora_triton import check_products
 from triton.runtime import interpreter
 
 RANKS = (1, 3, 8, 17, 64)
 WIDTHS = (7, 100)
+BOTH = ((7, 100), (100, 7), (130, 72))
 
 
 def multiply_bfloat16() -> None:
@@ -40,3 +42,8 @@ if __name__ == "__main__":
     for rank, width, dtype in itertools.product(RANKS, WIDTHS, (torch.float32, torch.bfloat16)):
         check_products(width, rank, dtype, CPU)
     print(f"{len(RANKS) * len(WIDTHS) * 2} problems of {len(ROWS_G)} groups")
+    halves = torch.bfloat16
+    kinds = [(torch.float32, torch.float32), (halves, halves), (halves, torch.float32)]
+    for widths, kind in itertools.product(BOTH, kinds):
+        check_grouped(*widths, *kind, CPU)
+    print(f"{len(BOTH) * len(kinds)} problems of grouped products")

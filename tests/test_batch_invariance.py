@@ -91,7 +91,6 @@ def test_who_may_share_a_pass() -> None:
     half = exact.model_copy(update={"foundation": exact.foundation.model_copy(update={"dtype": "bfloat16"})})
     assert shares_passes(exact, "olmoe", "cpu") and shares_passes(fast, "deepseek_v3", "cuda")
     assert not shares_passes(exact, "deepseek_v3", "cpu"), "its shared experts and sigmoid scores are not kept apart"
-    assert not shares_passes(exact, "olmoe", "cuda")
     assert shares_passes(half, "olmoe", "cpu") and not shares_passes(half, "qwen2_moe", "cpu")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit, gated_unit
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.model import experts as ffn
 
@@ -252,13 +253,13 @@ def both_ways(case: Case, block: ffn.Block) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("inner", "outer"), [(8, 12), (7, 5)], ids=["kernel", "loop"])
 def test_grouped_products(inner: int, outer: int) -> None:
     draw = torch.Generator().manual_seed(0)
-    ends_G = torch.tensor([3, 3, 4, 9, 9], dtype=torch.int32)
+    groups = Groups(torch.tensor([3, 3, 4, 9, 9], dtype=torch.int32), 9)
     x_NI = torch.randn(9, inner, generator=draw)
     weight_GOI = torch.randn(5, outer, inner, generator=draw)
-    y_NO, dx_NI, outer_GOI = grouped_mm(x_NI, weight_GOI, ends_G), None, None
-    dx_NI, outer_GOI = grouped_mm_t(y_NO, weight_GOI, ends_G), grouped_outer(y_NO, x_NI, ends_G)
+    y_NO, dx_NI, outer_GOI = grouped_mm(x_NI, weight_GOI, groups), None, None
+    dx_NI, outer_GOI = grouped_mm_t(y_NO, weight_GOI, groups), grouped_outer(y_NO, x_NI, groups)
     start = 0
-    for group, stop in enumerate(ends_G.tolist()):
+    for group, stop in enumerate(groups.ends_G.tolist()):
         rows = slice(start, stop)
         assert torch.allclose(y_NO[rows], x_NI[rows] @ weight_GOI[group].T, atol=1e-5)
         assert torch.allclose(dx_NI[rows], y_NO[rows] @ weight_GOI[group], atol=1e-4)

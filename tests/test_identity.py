@@ -87,6 +87,7 @@ OTHER: dict[str, Any] = {
     "adapters.attention": ["q_proj"],
     "adapters.feed_forward": ["gate_proj"],
     "foundation.preset": "nano-olmoe",
+    "foundation.dtype": "bfloat16",
     "topology.clusters": 1,
     "topology.device": "cpu",
     "federation.participation": 0.5,

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmoe_ds.foundation.gating import GatedUnit, gated_unit
 from fedmoe_ds.kernels import matrix, rows
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t
+from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.model import experts
 
 WIDTHS = [(16, 32), (48, 100), (7, 5), (33, 64), (256, 96), (1024, 40), (2048, 33)]
@@ -67,10 +68,10 @@ def test_a_row_of_a_product_does_not_see_the_others(wide_in: int, wide_out: int,
 
 @pytest.mark.parametrize("wide", [24, 1024])
 def test_groups_of_products(wide: int) -> None:
-    ends_G = torch.tensor([5, 5, 6, 29], dtype=torch.int32)
+    groups = Groups(torch.tensor([5, 5, 6, 29], dtype=torch.int32), 29)
     bank = draw(4, 3, 40, wide, seed=2)
     weight_GOI, x_NI, dy_NO = bank[:, 1], draw(29, wide), draw(29, 40, seed=3)  # a strided view, as a client's weights are
-    y_NO, dx_NI = grouped_mm(x_NI, weight_GOI, ends_G), grouped_mm_t(dy_NO, weight_GOI, ends_G)
+    y_NO, dx_NI = grouped_mm(x_NI, weight_GOI, groups), grouped_mm_t(dy_NO, weight_GOI, groups)
     for g, (start, stop) in enumerate([(0, 5), (5, 5), (5, 6), (6, 29)]):
         near(y_NO[start:stop], x_NI[start:stop].double() @ weight_GOI[g].double().T, wide**0.5)
         near(dx_NI[start:stop], dy_NO[start:stop].double() @ weight_GOI[g].double(), 6.0)

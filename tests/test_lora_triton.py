@@ -1,4 +1,4 @@
-"""Triton's low-rank products: interpreted against float64, compiled for two generations of GPUs, and run where there is one."""
+"""Triton's low-rank products: interpreted against float64, compiled for three generations of GPUs, run where there is one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from federations import alone, build, finish, make_config, run_alone, write_inpu
 from test_lora_products import CPU, ROWS_G, everything, plain
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.kernels import lora_products
+from fedmoe_ds.kernels import device_kernels, lora_products
 
 triton = pytest.importorskip("triton")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -28,13 +28,15 @@ def check_products(width: int, rank: int, dtype: torch.dtype, device: torch.devi
     """All six products against float64; then two groups alone, which must get the same bits."""
     from fedmoe_ds.kernels.lora_triton import TritonProducts
 
-    products = TritonProducts()
-    whole = everything(products, ROWS_G, width, rank, dtype=dtype, device=device)
+    products, kind = TritonProducts(), {"dtype": dtype, "device": device}
+    whole = everything(products, ROWS_G, width, rank, **kind)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-    for found, expected in zip(whole, plain(width, rank), strict=True):
+    scaled = everything(products, ROWS_G, width, rank, **kind, scales=True, factors=dtype)
+    expectations = plain(width, rank) + plain(width, rank, scales=True)
+    for found, expected in zip(whole + scaled, expectations, strict=True):
         error = (found.cpu().double() - expected).abs().max() / expected.abs().max()
         assert error < tolerance, (width, rank, dtype, tuple(found.shape), float(error))
-    part = everything(products, ROWS_G[3:5], width, rank, first=3, dtype=dtype, device=device)
+    part = everything(products, ROWS_G[3:5], width, rank, first=3, **kind)
     start, stop = sum(ROWS_G[:3]), sum(ROWS_G[:5])
     spans = [slice(start, stop)] * 4 + [slice(3, 5)] * 2
     for full, own, span in zip(whole, part, spans, strict=True):
@@ -45,7 +47,7 @@ def test_interpreted_products_equal_float64() -> None:
     script = Path(__file__).parent / "interpreted.py"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0 and "20 problems" in result.stdout, result.stderr
+    assert result.returncode == 0 and "20 problems" in result.stdout and "9 problems" in result.stdout, result.stderr
 
 
 def compiled(kernel: Any, number: str, arch: int, rank: int, dense: str) -> Any:
@@ -55,9 +57,12 @@ def compiled(kernel: Any, number: str, arch: int, rank: int, dense: str) -> Any:
 
     from fedmoe_ds.kernels.lora_triton import tiles
 
-    types = dict.fromkeys(("x", "y", "m"), f"*{number}") | dict.fromkeys(("v", "dv"), "*fp32")
-    types |= {"ends": "*i32", "scale": "fp32"}
-    fixed = tiles(rank) | {name: 1 for name in kernel.arg_names if name.endswith(f"v_{dense}")}
+    # Factors in float32 on the oldest devices, on others in the rows' type; scales alike: one, or one per group.
+    types = dict.fromkeys(("x", "y", "m"), f"*{number}") | {"v": "*fp32" if arch == 80 else f"*{number}", "dv": "*fp32"}
+    types |= {"ends": "*i32", "scale": "fp32", "scales": "*fp32"}
+    fixed: dict[str, Any] = tiles(rank) | {name: 1 for name in kernel.arg_names if name.endswith(f"v_{dense}")}
+    if arch == 80 and "scales" in kernel.arg_names:
+        fixed["scales"] = None
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
     loose = {"scale", "rank", *fixed}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in loose}
@@ -66,7 +71,9 @@ def compiled(kernel: Any, number: str, arch: int, rank: int, dense: str) -> Any:
 
 
 @pytest.mark.parametrize("number", FLOATS)
-@pytest.mark.parametrize(("arch", "rank", "dense"), [(80, lora_products.MAX_TRITON_RANK, "wide"), (90, 8, "rank")])
+@pytest.mark.parametrize(
+    ("arch", "rank", "dense"), [(80, lora_products.MAX_TRITON_RANK, "wide"), (90, 8, "rank"), (100, 8, "wide")]
+)
 @pytest.mark.parametrize("name", ["rows_to_rank", "rank_to_rows", "sum_over_rows"])
 def test_kernels_compile_without_a_device(
     name: str, arch: int, rank: int, dense: str, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -88,7 +95,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         lora_products.check_kernels("triton", 8, CPU)
     with pytest.raises(UserError, match=r"adapters.rank: 129: .* at most 128; use adapter_kernels=auto"):
         lora_products.check_kernels("triton", 129, device)
-    monkeypatch.setattr(lora_products.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lora_products, "triton_installed", lambda: False)
     with pytest.raises(UserError, match=r"execution.adapter_kernels: triton: Triton is not installed; pip install triton"):
         lora_products.check_kernels("triton", 8, device)
 
@@ -112,3 +119,18 @@ def test_a_run_on_the_device_learns_what_the_cpu_learns(kernels: str, tmp_path: 
     found = finish(*build(config, replace(runtime, device=torch.device("cuda")), topology))
     for ours, theirs in zip(found.scores(), expected.scores(), strict=True):
         assert ours[:4] == theirs[:4] and ours[4] == pytest.approx(theirs[4], rel=1e-3)
+
+
+def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products of adapters on CUDA, and those of frozen weights where torch has none in one launch."""
+    device, half = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(device_kernels, "has_triton", lambda device: device.type == "cuda")
+    for major, frozen in ((8, "Triton"), (9, device_kernels.TORCH), (10, device_kernels.TORCH), (12, "Triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        assert device_kernels.grouped_by(half, device) == frozen
+        assert device_kernels.grouped_by(torch.float32, device) == "Triton"
+        assert {lora_products.products_for(8, dtype, device).name for dtype in FLOATS.values()} == {"Triton"}
+    assert lora_products.products_for(8, half, device, "torch").name == device_kernels.LOOP
+    assert lora_products.products_for(136, half, device).name == device_kernels.LOOP, "wider than the kernels' tiles"
+    assert lora_products.products_for(8, torch.float64, device).name == device_kernels.LOOP
+    assert lora_products.products_for(8, torch.float32, CPU).name == "lowrank.cpp"

@@ -9,6 +9,7 @@ import torch
 from every import every
 from torch import Tensor
 
+from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
@@ -128,6 +129,46 @@ def test_reset_forgets_the_previous_wave() -> None:
         optimizer.step(NAMES, 0, 1, 0.1, 1.0)
         ends.append([bank.client(name, 0).clone() for name in NAMES])
     assert every(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", "weight_decay": 0.1, "clip": 1.0},
+        {"optimizer": "adamw", "weight_decay": 0.1, "clip": 1.0, "moments": "bfloat16"},
+        {"optimizer": "adamw", "clip": None},
+        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+        {"optimizer": "sgd", "momentum": 0.9, "moments": "bfloat16"},
+        {"optimizer": "sgd", "clip": 1.0},
+    ],
+)
+def test_all_clients_together_as_on_a_device(settings: dict[str, Any]) -> None:
+    """Client by client and block by block, with rates, norms and step counts of their own; client 0 finishes first."""
+    config = LocalConfig(**settings)
+    single, fused = (ClientOptimizer(make_bank(), config, seed=3, first_expert=5) for _ in range(2))
+    for step in range(4):
+        for name, gradient in gradients(step).items():
+            for optimizer in (single, fused):
+                optimizer.bank.grads[name].copy_(gradient)
+        steps = [
+            ClientStep({True: c, False: c}, 1 + step + c, 0.01 * (c + 1), (2, 7 + c)) for c in range(CLIENTS) if c or step < 2
+        ]
+        norms_C = (
+            None if config.clip is None else torch.tensor([3.0, float("nan")] if step else [0.5, 8.0], dtype=torch.float64)
+        )
+        single.step_all(steps, norms_C)
+        before = {name: fused.bank.client(name, 0).clone() for name in NAMES}
+        with torch.no_grad():
+            fused.fused.take(steps, norms_C)
+        if step >= 2:
+            assert every(torch.equal(fused.bank.client(name, 0), before[name]) for name in NAMES), "it has finished"
+        assert not any(grad.any() for grad in fused.bank.grads.values())
+    # A last digit of float32 turns few of the roundings to bfloat16, each by one of its 256 steps.
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if config.moments == "float32" else {"rtol": 2.0**-6, "atol": 1e-3}
+    for ours, theirs in ((fused.bank.values, single.bank.values), (fused.first, single.first), (fused.second, single.second)):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], **tolerance)
+            assert float((ours[name] - theirs[name]).abs().gt(1e-5 * theirs[name].abs() + 1e-6).double().mean()) <= 0.02
 
 
 def test_norms_are_the_norms() -> None:

@@ -52,15 +52,16 @@ def ours(parts: Parts, clients: int, count: int) -> tuple[list[float], list[dict
     bank.zero_grad()
     rows = [Rows.of(slot, 1, parts.training_data.train(slot), range(count)) for slot in range(clients)]
     batch = model.batch(rows)
-    sums = segment_sums(model.forward(batch, None).nll_N, batch)
-    losses = [part / targets for part, targets in zip(sums, batch.targets, strict=True)]
-    torch.stack(losses).sum().backward()
+    found = model.loss(batch, None, batch.targets)
+    losses = [part / targets for part, targets in zip(segment_sums(found.nll_N, batch), batch.targets, strict=True)]
+    assert float(found.sum.detach()) == pytest.approx(sum(map(float, losses)))
+    found.sum.backward()
     grads: list[dict[str, Tensor]] = [{} for _ in range(clients)]
     for name, spec in bank.specs.items():
         for row, layer in enumerate(spec.layers):
             for slot in range(clients):
                 grads[slot][spec.key(layer)] = bank.grads[name][row, slot].clone()
-    return [float(loss.detach()) for loss in losses], grads
+    return [float(loss) for loss in losses], grads
 
 
 def theirs(parts: Parts, folder: Path, slot: int, count: int) -> tuple[float, dict[str, Tensor]]:

@@ -83,6 +83,18 @@ def test_bytes(tmp_path: Path) -> None:
     assert old[10:12] == ["–", "–"] and new[10:12] == ["3.00\u202fMiB", "3.00\u202fMiB"]
 
 
+def test_memory_of_a_gpu_has_a_column_where_a_run_had_one(tmp_path: Path) -> None:
+    for name in ("host", "gpu"):
+        record_run(tmp_path / name)
+    events = read_metrics(tmp_path / "gpu" / "metrics.jsonl")
+    end = next(event for event in events if event["event"] == "end")
+    end["peak_bytes"], end["device_peak_bytes"] = [2**20], [2**21, 5 * 2**20]
+    (tmp_path / "gpu" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    host, gpu = cells(section(page(read_runs([tmp_path / "host", tmp_path / "gpu"])), "runs"))
+    assert host[11:13] == ["–", "–"] and gpu[11:13] == ["1.00\u202fMiB", "5.00\u202fMiB"]
+    assert len(host) == 1 + len(cells(section(page(read_runs([tmp_path / "host"])), "runs"))[0])
+
+
 def test_what_differs(runs: list[Path]) -> None:
     """Only keys with more than one value; never the name."""
     rows = cells(section(page(read_runs(runs)), "differences"))

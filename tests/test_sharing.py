@@ -203,8 +203,8 @@ def kernels_damaged_on_one_rank(rank: int, root: Path, runtime: Runtime) -> dict
     """Every rank has compiled kernels in a cache of its own, and one of rank 1's is damaged; then it can build none at all."""
     common, mine = cache.place(cache.root(None), "native"), root / f"kernels-{rank}"
     for name, built in compiling.loaded().items():
-        (entry,) = common.glob(f"{name}-{built.source[:24]}-*")
-        shutil.copytree(entry, mine / "native" / entry.name)
+        for entry in common.glob(f"{name}-{built.source[:24]}-*"):  # of every processor class that was asked for
+            shutil.copytree(entry, mine / "native" / entry.name)
     os.environ["FEDMOE_CACHE"] = str(mine)
     before = {path: path.read_bytes() for path in mine.rglob(compiling.LIBRARY)}
     for path, content in before.items():
@@ -212,7 +212,7 @@ def kernels_damaged_on_one_rank(rank: int, root: Path, runtime: Runtime) -> dict
             path.write_bytes(content[: len(content) // 2] + bytes(64) + content[len(content) // 2 + 64 :])
     found: dict[str, Any] = {}
     for name in ("repaired", "refused"):
-        for cached in (compiling.library, lora_products.compiled, matrix._library, rows._library):
+        for cached in (compiling.library, lora_products.compiled, matrix.kernel_of, matrix.kernel, rows._library):
             cached.cache_clear()
         try:
             found[f"kernels_{name}"] = run_joined(changed(root, name), runtime).digest

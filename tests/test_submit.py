@@ -132,6 +132,13 @@ def test_refusals(config: Path, changes: dict[str, Any], text: str) -> None:
         written(Request(config, **changes))
 
 
+@pytest.mark.parametrize("option", ["gpus-per-task=1", "gres=gpu:2", "--gpus=2"])
+def test_gpus_are_asked_for_in_several_ways(config: Path, option: str) -> None:
+    """One GPU for each task is number 0 to every rank, which `devices` takes."""
+    text = written(Request(config, overrides=["topology.device=cuda"], sbatch=[option]))
+    assert f"#SBATCH --{option.removeprefix('--')}" in text
+
+
 def test_a_machine_without_slurm(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"^sbatch: not found: this machine is no client of SLURM; "):

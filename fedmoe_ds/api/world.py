@@ -23,8 +23,9 @@ import torch.distributed as torch_dist
 
 from fedmoe_ds.config import Config, TopologyConfig
 from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.devices import uses_cuda
 from fedmoe_ds.distributed.launcher import Launch, detect_launch
-from fedmoe_ds.distributed.runtime import Runtime, init_runtime, uses_cuda
+from fedmoe_ds.distributed.runtime import Runtime, init_runtime
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.distributed.watchdog.start import stop_watchdog
 from fedmoe_ds.errors import LostError, UserError

@@ -8,6 +8,7 @@ from fedmoe_ds.bench.calibration.command import COMMAND as CALIBRATE
 from fedmoe_ds.bench.fft_moe.command import COMMAND as EXPERTS
 from fedmoe_ds.bench.fullsize.command import COMMAND as FULLSIZE
 from fedmoe_ds.bench.fullsize.export import COMMAND as EXPORT
+from fedmoe_ds.bench.gpu.command import COMMAND as GPU
 from fedmoe_ds.bench.harness.command import Command
 from fedmoe_ds.bench.memory.command import COMMAND as MEMORY
 from fedmoe_ds.bench.memory.load import COMMAND as LOAD
@@ -19,5 +20,5 @@ from fedmoe_ds.bench.wave.command import COMMAND as WAVE
 
 COMMANDS: dict[str, Command] = {
     one.name: one
-    for one in (WAVE, LOAD, EXPERTS, PACKING, AGGREGATE, CALIBRATE, PLAN, ROUND, MEMORY, PEERS, FULLSIZE, EXPORT, DATA)
+    for one in (WAVE, LOAD, EXPERTS, PACKING, AGGREGATE, CALIBRATE, PLAN, ROUND, MEMORY, PEERS, FULLSIZE, EXPORT, DATA, GPU)
 }

@@ -1,22 +1,30 @@
-"""Skipped clients: those that a round goes on without, because a start ran out of memory on them.
+"""Skipped clients: those that a round goes on without, because a start ran out of memory on them; before that, smaller passes.
 
 With experts sharded over ranks, a rank that runs out of memory cannot tell its peers, who wait for its rows: the job ends, and
-the next start must not try again. And whoever resumes a round must leave out the same clients, even if it has more memory.
-One line of JSON per absence in `absent.jsonl`, beside the checkpoints.
+the next start must not try again. And whoever resumes a round must leave out the same clients, and cut the steps of the others
+as they were cut, even if it has more memory. One line of JSON per finding in `absent.jsonl`, beside the checkpoints:
+
+    [settings, round, client]             the client is left out of this round
+    [settings, round, client, sequences]  in this round, a pass has at most so many sequences of this client
+    [settings, round, null, sequences]    from here on, clients share a pass only up to so many sequences of a rank
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.clients.pass_limits import PassLimits
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import open_plain
 from fedmoe_ds.storage.strict_json import parse_json, tree_sha256
 
 NAME = "absent.jsonl"
+Finding = tuple[int, int | None, int | None]
+"""(round, client, sequences)."""
 
 
 class SkippedClients:
@@ -24,26 +32,58 @@ class SkippedClients:
 
     Args:
         folder: of the run.
-        settings: what decides which clients there are and what a pass of theirs needs; absences under others do not count.
+        settings: what decides which clients there are and what a pass of theirs needs; findings under others do not count.
         lines: of the file, as rank 0 has read them.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], lines: list[str]) -> None:
         self.path = folder / NAME
         self.key = tree_sha256(settings)[:16]
-        self._known = {(found[1], found[2]) for line in lines if (found := _parse(line)) is not None and found[0] == self.key}
+        self._known = {found for line in lines if (found := _parse(line, self.key)) is not None}
 
     def of(self, round_index: int) -> set[int]:
         """Indices of the clients that this round leaves out."""
-        return {client for round_, client in self._known if round_ == round_index}
+        return {
+            client
+            for found, client, sequences in self._known
+            if found == round_index and client is not None and sequences is None
+        }
+
+    def limits(self, round_index: int) -> PassLimits:
+        """How the passes of a round are cut. What was found for single clients in a round holds for everybody from the next one
+        on, and within the round for them alone: others had been trained in whole steps by then."""
+        known = [(found, client, count) for found, client, count in self._known if count is not None]
+        together = [count for _, client, count in known if client is None]
+        each = [count for found, client, count in known if client is not None and found < round_index]
+        own = sorted((-count, client) for found, client, count in known if client is not None and found == round_index)
+        # Largest first: of several the smallest stays.
+        return PassLimits(min(together, default=None), min(each, default=None), {client: -count for count, client in own})
+
+    @property
+    def findings(self) -> list[Finding]:
+        return sorted(self._known, key=str)
+
+    def learn(self, findings: Iterable[Iterable[Any]]) -> None:
+        """Take over what other ranks have written down."""
+        self._known |= {(found, client, sequences) for found, client, sequences in findings}
 
     def add(self, round_index: int, client: int) -> None:
-        """Write one down; any rank may, at the moment of its failure. Raises OSError."""
+        """Write an absence down; any rank may, at the moment of its failure. Raises OSError."""
+        self._write([(round_index, client, None)])
+
+    def limit(self, round_index: int, clients: Iterable[int], sequences: int, together: bool = False) -> None:
+        """Write down how many sequences of each of these clients a pass may have; `together`: and how many in all."""
+        self._write([(round_index, client, sequences) for client in clients] + [(round_index, None, sequences)] * together)
+
+    def _write(self, findings: list[Finding]) -> None:
+        self._known |= set(findings)
+        entries = [[found, client] if count is None else [found, client, count] for found, client, count in findings]
+        text = "".join(json.dumps([self.key, *entry]) + "\n" for entry in entries)
         # Appended in one write: several ranks may run out of memory at the same moment.
         handle = open_plain(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             # The newline before it ends a line that a full disk has cut short.
-            os.write(handle, ("\n" + json.dumps([self.key, round_index, client]) + "\n").encode())
+            os.write(handle, ("\n" + text).encode())
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -59,9 +99,14 @@ def read_lines(folder: Path) -> list[str]:
         raise UserError(f"output: {path}: cannot be read: {error.strerror or error}; mend its permissions") from None
 
 
-def _parse(line: str) -> tuple[str, int, int] | None:
+def _parse(line: str, key: str) -> Finding | None:
+    """A line's finding under these settings; None: it is of others, or torn."""
     try:
-        key, round_index, client = parse_json(line)
-        return str(key), int(round_index), int(client)
+        written, round_index, client, *rest = parse_json(line)
+        sequences = int(rest[0]) if rest else None
+        if str(written) != key or len(rest) > 1 or (client is None and sequences is None):
+            return None
+        # No pass is empty, whatever a damaged line says.
+        return int(round_index), None if client is None else int(client), None if sequences is None else max(sequences, 1)
     except (ValueError, TypeError, OverflowError):
         return None

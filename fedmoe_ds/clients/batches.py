@@ -81,3 +81,11 @@ def pass_bounds(batch: np.ndarray, size: int | None, packing: Packing | None = N
             used = 0
         used += length
     return [*bounds, len(batch)]
+
+
+def pass_sizes(batch: np.ndarray, bounds: list[int], packing: Packing | None = None, client: int = 0) -> list[int]:
+    """Sequences of a step's passes; packed, how many full sequences have as many tokens, rounded up."""
+    if packing is None:
+        return np.diff(bounds).tolist()
+    tokens = np.add.reduceat(packing.lengths(client)[batch], bounds[:-1])
+    return (-(-tokens // packing.sequence_length)).tolist()  # type: ignore[no-any-return]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
@@ -20,25 +21,30 @@ class ClientWork:
     """One client's local training, on any rank.
 
     Attributes:
-        slot: its home slot.
+        home, slot: its home rank in the cluster, and its home slot there.
         batches: indices of the sequences of every step.
         bounds: where the passes of every step begin in it, and the end of the last one (`pass_bounds`).
+        sizes: of the passes of every step, in sequences (`pass_sizes`).
         round_index, lr: of the round: its number, and its peak learning rate.
         data: on its home rank only.
-        losses: mean over the targets of every step so far.
+        losses: mean over the targets of every step, once they are read.
+        on_device: (step, part of its mean loss) of every pass so far, which nobody has waited for yet.
         tokens, targets: passed so far.
         observed: the method's sums over the round's batches, [L, E] each.
     """
 
     client: Client
+    home: int
     slot: int
     assignment: Assignment
     batches: list[np.ndarray]
     bounds: list[list[int]]
+    sizes: list[list[int]]
     round_index: int
     lr: float
     data: Sequences | None = None
     losses: list[float] = field(default_factory=list)
+    on_device: list[tuple[int, Tensor]] = field(default_factory=list)
     tokens: int = 0
     targets: int = 0
     observed: dict[str, Tensor] = field(default_factory=dict)
@@ -47,11 +53,31 @@ class ClientWork:
         """Passes of a step."""
         return len(self.bounds[step]) - 1 if step < len(self.batches) else 0
 
+    def largest_pass(self, step: int) -> int:
+        """Sequences of a step's largest pass."""
+        return max(self.sizes[step]) if step < len(self.batches) else 0
+
     def chosen(self, step: int, micro: int) -> tuple[np.ndarray, Address]:
         """Its sequences in one pass of a step, and where their draws are addressed."""
         first, end = self.bounds[step][micro : micro + 2]
         return self.batches[step][first:end], (self.round_index, self.client.index, step, first)
 
+    def observe(self, observed: dict[int, dict[int, dict[str, Tensor]]], layers: list[int], names: tuple[str, ...]) -> None:
+        """Add up what the method has seen in one pass; on its device, where nobody waits for it."""
+        for name in names:
+            sums_LE = torch.stack([observed[layer][self.slot][name].double() for layer in layers])
+            self.observed[name] = self.observed[name] + sums_LE if name in self.observed else sums_LE
+
     def rate(self, local: LocalConfig, step: int) -> float:
         """Learning rate of one of its steps."""
         return learning_rate(local, self.lr, step, len(self.batches))
+
+
+def read_losses(works: list[ClientWork]) -> None:
+    """Wait for the losses of all passes, once, and add up those of each step, in float64."""
+    parts = [(work, step, value) for work in works for step, value in work.on_device]
+    values = torch.stack([value for _, _, value in parts]).tolist() if parts else []
+    for work in works:
+        work.losses, work.on_device = [0.0] * len(work.batches), []
+    for (work, step, _), value in zip(parts, values, strict=True):
+        work.losses[step] += value

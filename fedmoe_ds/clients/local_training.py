@@ -14,14 +14,16 @@ import time
 import torch
 from torch import Tensor
 
-from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
+from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds, pass_sizes
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.client_work import ClientWork
+from fedmoe_ds.clients.client_work import ClientWork, read_losses
+from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
-from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
+from fedmoe_ds.clients.out_of_memory import is_out_of_memory
+from fedmoe_ds.clients.pass_limits import PassLimits, shortage
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.distributed.collectives import all_gather
@@ -30,6 +32,7 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
 from fedmoe_ds.model.pass_context import InTraining
+from fedmoe_ds.model.scale_factors import ScaleFactors
 
 Wave = list[list[Client]]
 """One wave of one cluster: the clients at home on each of its ranks."""
@@ -68,12 +71,15 @@ class WaveTrainer:
         self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
         self.layers = layers
         self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
-        trained = [spec for spec in self.bank.specs.values() if spec.trained]
-        self.expert_blocks = [spec.name for spec in trained if spec.expert]
-        self.dense_blocks = [spec.name for spec in trained if not spec.expert]
 
     def train(
-        self, wave: Wave, round_index: int, start: Bank, personal: dict[str, Tensor], read: ReadClient
+        self,
+        wave: Wave,
+        round_index: int,
+        start: Bank,
+        personal: dict[str, Tensor],
+        read: ReadClient,
+        limits: PassLimits = PassLimits(),  # noqa: B008  (frozen)
     ) -> list[tuple[ClientView, ClientUpdate]]:
         """Train one wave from the global adapters `start` and each client's personal state.
 
@@ -81,14 +87,19 @@ class WaveTrainer:
             wave: clients at home on each rank of the cluster.
             personal: by block name, [n_clients, L, ...]; read for the clients at home here.
             read: training sequences of a client; called for clients at home here only.
+            limits: of the passes, the same on every rank of the cluster.
         Returns:
             For every client a view of what it trained (valid until the next wave), and its update.
         Raises:
-            OutOfMemory: a pass did not fit. Nothing of this wave counts; it may be trained again without that client.
+            OutOfMemory: a pass did not fit. Nothing of the pass is held, and nothing of this wave counts: it may be trained
+                again in smaller passes, or without that client.
         """
         began = time.monotonic()
         self.timer.resume()
-        works = [[self._work(client, slot, round_index) for slot, client in enumerate(home)] for home in wave]
+        works = [
+            [self._work(client, (shard, slot), round_index, limits) for slot, client in enumerate(home)]
+            for shard, home in enumerate(wave)
+        ]
         for work in works[self.shard]:
             work.data = read(work.client.index)
         views = [[self._view(work, shard, start, personal) for work in home] for shard, home in enumerate(works)]
@@ -97,12 +108,13 @@ class WaveTrainer:
         counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts, self.bank.device)
         # The steps of the longest client, on every rank: where a rank's own have finished, rows of others still arrive.
         for step in range(max((len(w.batches) for home in works for w in home), default=0)):
-            self._forward_backward(step, works, counts)
+            self._forward_backward(step, works, counts, limits)
             self.timer.lap("passes")
             self._optimize(step, round_index, works, views)
             self.timer.lap("optimizer")
         # Observers and scale factors belong to this wave; an evaluation that follows must not see them.
         self.execution.wave = InTraining()
+        read_losses(works[self.shard])
         updates = self._updates(works, views, counts, time.monotonic() - began)
         self.timer.lap("reports")
         return [(view, update) for (_, view), update in zip(_flat(works, views), updates, strict=True)]
@@ -111,18 +123,21 @@ class WaveTrainer:
         """What the learning rates of a round's clients start from."""
         return round_rate(self.local, round_index, self.rounds)
 
-    def _work(self, client: Client, slot: int, round_index: int) -> ClientWork:
+    def _work(self, client: Client, place: tuple[int, int], round_index: int, limits: PassLimits) -> ClientWork:
         given = self.hooks.batches
         batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
-        bounds = [pass_bounds(batch, self.micro, self.packing, client.index) for batch in batches]
+        size, packing = limits.of(client.index, self.micro), self.packing
+        bounds = [pass_bounds(batch, size, packing, client.index) for batch in batches]
+        sizes = [pass_sizes(*each, packing, client.index) for each in zip(batches, bounds, strict=True)]
         assignment = self.hooks.assign(client, round_index)
-        return ClientWork(client, slot, assignment, batches, bounds, round_index, self.round_rate(round_index))
+        return ClientWork(client, *place, assignment, batches, bounds, sizes, round_index, self.round_rate(round_index))
 
     def _view(self, work: ClientWork, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
         slots = {True: shard * self.pool.home_clients + work.slot}
         if shard == self.shard:
             slots[False] = work.slot
-        state = {name: values[work.client.index] for name, values in personal.items()}
+        # On the CPU for all clients; here it meets tensors of the device.
+        state = {name: values[work.client.index].to(self.bank.device) for name, values in personal.items()}
         return ClientView(work.client, work.assignment, self.bank, start, slots, state)
 
     @torch.no_grad()
@@ -154,49 +169,50 @@ class WaveTrainer:
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
             self.hooks.selective,
-            None if plain else factors,
-            None if plain else factors[self.shard * home : (self.shard + 1) * home],
+            None if plain else ScaleFactors(factors),
+            None if plain else ScaleFactors(factors[self.shard * home : (self.shard + 1) * home]),
         )
 
-    def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts) -> None:
+    def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""
         # Unless they share passes, the same slot on all ranks at a time: a rank's rows are then one client's (see `make_plan`).
-        for slot in [None] if self.pool.merge else range(self.pool.home_clients):
-            here = [work for home in works for work in home if slot in (None, work.slot)]
+        merge = self.pool.merge
+        for slots in limits.groups(step, works) if merge else [[slot] for slot in range(self.pool.home_clients)]:
+            here = [work for home in works for work in home if work.slot in slots]
             for micro in range(max((w.micro_batches(step) for w in here), default=0)):
-                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, slot, counts)
+                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, None if merge else slots[0], counts)
 
     def _pass(self, everyone: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
         works = [work for work in everyone if work.data is not None]
         try:
             self._run(works, step, micro, slot, counts)
+            return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            # The loop's order and this choice depend on sizes alone, so every rank of the cluster would name the same client.
-            largest = max(everyone, key=lambda work: len(work.batches[step]))
-            raise OutOfMemory(largest.client, largest.bounds[step][1]) from None
+        # Out here nothing refers to the error, whose traceback holds the pass with its graph; the router's losses hold it, too.
+        self.execution.current = None
+        raise shortage(everyone, step, micro)
 
     def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
         rows = [self._rows(work, step, micro) for work in works]
         batch = self.model.batch(rows)
-        result = self.model.forward(batch, slot, self._factors(works))
-        # A rank without rows needs a loss as well: its backward pass has to meet the others' in every layer's all-to-all.
-        loss = result.hidden_BSD.sum() * 0.0 if not works else result.nll_N.new_zeros(())
-        for work, part, own in zip(works, rows, segment_sums(result.nll_N, batch), strict=True):
-            whole = self._step_sums(work, step)
-            # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
-            task = own / whole[0]
-            work.losses[step] += float(task.detach())
+        whole = [self._step_sums(work, step) for work in works]
+        # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
+        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works))
+        loss = found.sum
+        for work, part, own, (targets, tokens) in zip(works, rows, segment_sums(found.nll_N, batch), whole, strict=True):
+            # Read at the end of the wave: every number that is read here makes the processor wait for the device.
+            work.on_device.append((step, own / targets))
             work.tokens += part.tokens
             work.targets += part.targets
             # Auxiliary losses are means over the rows of a pass; a micro-batch counts by its share of the step's tokens.
-            loss = loss + task + self._auxiliary(result.run.losses, work.slot) * (part.tokens / whole[1])
+            loss = loss + self._auxiliary(found.run.losses, work.slot) * (part.tokens / tokens)
         loss.backward()  # type: ignore[no-untyped-call]
-        counts.add(result.run, self.layers)
+        counts.add(found.run, self.layers)
         for work in works:
-            self._observed(work, result.run.observed)
+            work.observe(found.run.observed, self.layers, self.hooks.observes)
 
     def _factors(self, works: list[ClientWork]) -> list[float] | None:
         factors = {work.slot: work.assignment.rescale for work in works if work.assignment.rescale is not None}
@@ -204,8 +220,6 @@ class WaveTrainer:
 
     def _rows(self, work: ClientWork, step: int, micro: int) -> Rows:
         assert work.data is not None
-        if len(work.losses) == step:
-            work.losses.append(0.0)
         chosen, address = work.chosen(step, micro)
         allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
         images = self.model.foundation.images
@@ -221,12 +235,6 @@ class WaveTrainer:
         found = [by_slot[slot] for by_slot in losses.values()]
         return torch.stack(found).mean() if found else 0.0
 
-    def _observed(self, work: ClientWork, observed: dict[int, dict[int, dict[str, Tensor]]]) -> None:
-        for row, layer in enumerate(self.layers):
-            for name in self.hooks.observes:
-                empty = torch.zeros(len(self.layers), self.pool.num_experts, dtype=torch.float64)
-                work.observed.setdefault(name, empty)[row] += observed[layer][work.slot][name].double().cpu()
-
     def _optimize(self, step: int, round_index: int, works: list[list[ClientWork]], views: list[list[ClientView]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
         for work, view in _flat(works, views):
@@ -235,22 +243,18 @@ class WaveTrainer:
                 for adjust in self.hooks.adjust:
                     adjust(view)
         # A collective: all ranks call it in every step, also those whose clients have finished.
-        norms = self._global_norms() if self.local.clip is not None else None
-        for work, view in _flat(works, views):
-            if step >= len(work.batches):
-                continue
-            factor = 1.0
-            # A NaN norm compares as False and the step is taken as it is; the client is then found not finite and left out.
-            if norms is not None and norms[view.slots[True]] > (self.local.clip or 0.0):
-                factor = (self.local.clip or 0.0) / norms[view.slots[True]]
-            lr = work.rate(self.local, step)
-            address = (round_index, work.client.index)
-            self.optimizer.step(self.expert_blocks, view.slots[True], step + 1, lr, factor, address)
-            if False in view.slots:
-                self.optimizer.step(self.dense_blocks, view.slots[False], step + 1, lr, factor, address)
+        norms_C = self._global_norms() if self.local.clip is not None else None
+        steps = [
+            ClientStep(view.slots, step + 1, work.rate(self.local, step), (round_index, work.client.index))
+            for work, view in _flat(works, views)
+            if step < len(work.batches)
+        ]
+        self.optimizer.step_all(steps, norms_C)
+        # Kernels write to memory of which torch does not know that it has changed.
+        self.bank.note_step()
 
-    def _global_norms(self) -> list[float]:
-        """Gradient norm of every wave slot over all of its adapters on all ranks, summed in one fixed order."""
+    def _global_norms(self) -> Tensor:
+        """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""
         size, group = self.pool.ep_size, self.pool.group
         expert_PNEC = all_gather(squared_norms(self.bank, expert=True), group, size)
         dense_PN1H = all_gather(squared_norms(self.bank, expert=False), group, size)
@@ -258,7 +262,9 @@ class WaveTrainer:
         expert_CN = expert_PNEC.permute(3, 1, 0, 2).flatten(1)
         dense_CN = dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
         # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
-        return [float(row.sum().sqrt()) for row in torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)]
+        rows = torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)
+        # On a device they stay there: what they decide is a factor of the step, which is there as well.
+        return torch.stack([row.sum() for row in rows]).sqrt_()
 
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float

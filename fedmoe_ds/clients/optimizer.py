@@ -1,9 +1,11 @@
 """Client optimizers: AdamW and SGD on stacked parameters, every client with its own step count, rate and clipping factor.
 
-Clients are updated one by one, with elementwise operations only, so a client's bits do not depend on who else is in flight, and
-a client that has finished is not touched at all: no decay, no momentum drift. A vector unit may treat the last few elements of
-a loop differently where an operation multiplies and adds in one go. Such operations, which save half of the memory traffic, are
-therefore used only where every item fills whole vectors; elsewhere each operation rounds by itself.
+On a CPU clients are updated one by one, with elementwise operations only, so a client's bits do not depend on who else is in
+flight, and a client that has finished is not touched at all: no decay, no momentum drift. A vector unit may treat the last few
+elements of a loop differently where an operation multiplies and adds in one go. Such operations, which save half of the memory
+traffic, are therefore used only where every item fills whole vectors; elsewhere each operation rounds by itself.
+
+On a device all clients of a wave are updated together, block by block (`fused_step.py`).
 
 Moments may be kept in bfloat16 (`local.moments`): a step computes in float32 and rounds what it keeps
 (`stochastic_rounding.py`).
@@ -17,6 +19,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fedmoe_ds.clients.fused_step import ClientStep, FusedStep, clip_factors
 from fedmoe_ds.clients.stochastic_rounding import Keys, Rounding, store
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows
@@ -60,11 +63,32 @@ class ClientOptimizer:
         ]
         self.first: dict[str, Tensor] = states[0] if states else {}
         self.second: dict[str, Tensor] = states[1] if len(states) > 1 else {}
+        self.fused = FusedStep(bank, config, states, self.rounding)
 
     def reset(self) -> None:
         """Forget all moments (a new wave moves in)."""
         for state in (*self.first.values(), *self.second.values()):
             state.zero_()
+
+    @torch.no_grad()
+    def step_all(self, steps: Sequence[ClientStep], norms_C: Tensor | None = None) -> None:
+        """Update several clients' parts of all trained blocks and clear their gradients.
+
+        Args:
+            steps: the clients that take a step.
+            norms_C: their gradient norms by expert slot, where `local.clip` bounds these.
+        """
+        if self.bank.device.type == "cuda":
+            self.fused.take(steps, norms_C)
+            return
+        factors = None if norms_C is None else clip_factors(norms_C, self.config.clip).tolist()
+        names = {
+            expert: [s.name for s in self.bank.specs.values() if s.trained and s.expert == expert] for expert in (True, False)
+        }
+        for one in steps:
+            factor = 1.0 if factors is None else factors[one.slots[True]]
+            for expert, slot in one.slots.items():
+                self.step(names[expert], slot, one.step, one.lr, factor, one.address)
 
     @torch.no_grad()
     def step(
@@ -206,14 +230,14 @@ def squared_norms(bank: Bank, expert: bool) -> Tensor:
     Each number is a sum over one contiguous item, so it does not depend on how many experts or clients are held here.
     """
     clients = bank.expert_clients if expert else bank.clients
-    rows = []
+    norms = []
     for name, spec in bank.specs.items():
         if spec.expert == expert and spec.trained:
             grad = bank.grads[name]
-            square = torch.linalg.vector_norm(grad.view(-1, math.prod(spec.item)), dim=-1, dtype=torch.float64).square()
-            rows.append(square.view(len(spec.layers), -1, clients))
+            norm = torch.linalg.vector_norm(grad.view(-1, math.prod(spec.item)), dim=-1, dtype=torch.float64)
+            norms.append(norm.view(len(spec.layers), -1, clients))
     # A run may train expert blocks only, or dense ones only; the gather needs a tensor of the right shape all the same.
-    if not rows:
+    if not norms:
         device = next(iter(bank.values.values())).device
         return torch.zeros(0, 1, clients, dtype=torch.float64, device=device)
-    return torch.cat(rows)
+    return torch.cat(norms).square_()

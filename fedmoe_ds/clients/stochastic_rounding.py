@@ -25,7 +25,6 @@ from fedmoe_ds.randomness import address_key
 
 Keys = NDArray[np.uint64]
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 # The bits that bfloat16 drops, and the pattern of infinity: larger magnitudes are NaN.
 _LOW, _HIGH = 0xFFFF, 0x7F800000
 
@@ -43,31 +42,43 @@ class Rounding:
 
     def keys(self, spec: BlockSpec, round_index: int, client: int, step: int) -> Keys:
         """64 bits per item of a client's block at the client's own `step`: [L, E], or [L] for dense blocks."""
-        base = address_key(self.seed, "moments", round_index, client, spec.name, step) % (1 << 64)
+        base = torch.tensor(self.base(spec, round_index, client, step))
+        return mixed(base, self.numbers(spec)).numpy().view(np.uint64)
+
+    def base(self, spec: BlockSpec, round_index: int, client: int, step: int) -> int:
+        """What the keys of a client's block start from at the client's own `step`: 64 bits, as a signed number."""
+        return _signed(address_key(self.seed, "moments", round_index, client, spec.name, step) % (1 << 64))
+
+    def numbers(self, spec: BlockSpec) -> Tensor:
+        """The items' own numbers, int64 [L, E], or [L] for dense blocks."""
         # Layer in the upper half, global expert in the lower: one 64-bit number per item, none twice.
-        layers_L = np.arange(len(spec.layers), dtype=np.uint64) << np.uint64(32)
-        if not spec.expert:
-            return _mixed(base, layers_L)
-        held_E = np.array(self.held, dtype=np.uint64)
-        return _mixed(base, layers_L[:, None] | held_E)
+        layers_L = torch.arange(len(spec.layers)) << 32
+        return layers_L.unsqueeze(-1) | torch.tensor(self.held) if spec.expert else layers_L
 
 
-def _mixed(base: int, numbers: Keys) -> Keys:
-    """SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): its output number `numbers` when it starts from `base`."""
-    # uint64 arrays wrap around without a warning, as the published generator wants.
-    x = np.uint64(base) + numbers * _GAMMA
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+def _signed(bits: int) -> int:
+    """The int64 of the same 64 bits."""
+    return bits - (1 << 64) if bits >> 63 else bits
 
 
-def random_bits(keys: Keys, count: int, device: torch.device | None = None) -> Tensor:
+def mixed(bases: Tensor, numbers: Tensor) -> Tensor:
+    """SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): its outputs `numbers` when it starts from `bases`; all int64."""
+    # int64 wraps around as the published generator's unsigned numbers do; `_shifted` fills up with zeros as theirs.
+    x = bases + numbers * _signed(0x9E3779B97F4A7C15)
+    x = _shifted(x, 30).mul_(_signed(0xBF58476D1CE4E5B9))
+    x = _shifted(x, 27).mul_(_signed(0x94D049BB133111EB))
+    return _shifted(x, 31)
+
+
+def random_bits(keys: Keys | Tensor, count: int, device: torch.device | None = None) -> Tensor:
     """32 random bits for each of the `count` numbers of every item: int32 [*keys.shape, count].
 
     A 32-bit integer hash (lowbias32 by C. Wellons) of the place within the item. Half of the item's key goes in before it and
     half between its multiplications, so that items whose first halves are near each other do not share their bits.
     """
-    low, high = (torch.from_numpy(half.astype(np.uint32).view(np.int32)).to(device) for half in (keys, keys >> np.uint64(32)))
+    whole = keys if isinstance(keys, Tensor) else torch.from_numpy(keys.view(np.int64)).to(device)
+    # int32 takes the lower half of the bits, and after a shift the upper one.
+    low, high = whole.to(torch.int32), (whole >> 32).to(torch.int32)
     x = torch.arange(count, dtype=torch.int32, device=device) + low.unsqueeze(-1)  # int32 wraps around, as uint32 does
     x = _shifted(x, 16).mul_(0x7FEB352D)
     # torch multiplies no unsigned 32-bit integers: the factor is the negative int32 of the same bits.
@@ -77,8 +88,8 @@ def random_bits(keys: Keys, count: int, device: torch.device | None = None) -> T
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """x ^ (x >> by), in place, with zeros from the left."""
-    # int32 shifts copy the sign to the left; the mask takes those copies off again.
-    return x.bitwise_xor_((x >> by).bitwise_and_((1 << (32 - by)) - 1))
+    # Signed shifts copy the sign to the left; the mask takes those copies off again.
+    return x.bitwise_xor_((x >> by).bitwise_and_((1 << (8 * x.element_size() - by)) - 1))
 
 
 def rounded(value: Tensor, bits: Tensor) -> Tensor:
@@ -96,7 +107,7 @@ def rounded(value: Tensor, bits: Tensor) -> Tensor:
     return torch.where(is_nan, (pattern >> 16) | 0x40, up).to(torch.int16).view(torch.bfloat16)
 
 
-def store(moments: list[Tensor], values: list[Tensor], keys: Keys) -> None:
+def store(moments: list[Tensor], values: list[Tensor], keys: Keys | Tensor) -> None:
     """Keep one or two moments in bfloat16: the first takes the lower half of the random bits, the second the upper.
 
     Args:

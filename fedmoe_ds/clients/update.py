@@ -100,7 +100,8 @@ class Gatherer:
         """Named [L, E] sums per home slot -> [C, L, E] by name."""
         if not names:
             return {}
-        values_HNLE = torch.zeros(self.pool.home_clients, len(names), layers, self.pool.num_experts, dtype=torch.float64)
+        shape = (self.pool.home_clients, len(names), layers, self.pool.num_experts)
+        values_HNLE = torch.zeros(shape, dtype=torch.float64, device=self.device)
         for slot, sums in by_slot.items():
             values_HNLE[slot] = torch.stack([sums[name] for name in names])
         return dict(zip(names, self.home(values_HNLE).unbind(1), strict=True))

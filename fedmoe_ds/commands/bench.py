@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> int:
     if args.json is not None:
         asked = command_line(argv)
         table.write_json(chosen.stored(rows) if chosen.stored else table.document(chosen.name, asked, rows), args.json)
-    return 0
+    return 0 if chosen.code is None else chosen.code(rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ class FoundationConfig(Section):
 
     preset: str | None = Field("tiny-olmoe", description="built-in foundation, or smollm2-135m (fetched); ignored with `path`")
     path: str | None = Field(None, description="Hugging Face model folder or hub id")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="storage type of the frozen weights")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="storage type of the frozen weights; auto: float32 on CPU, on CUDA bfloat16 where the model's own is, "
+        "else float32; what it meant is saved with the run",
+    )
     pretrain: PretrainConfig = PretrainConfig()
     trust_remote_code: bool = Field(
         False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
@@ -106,7 +110,9 @@ class TopologyConfig(Section):
 
     ep_size: int = Field(1, ge=1, description="ranks that share one expert pool")
     clusters: int | None = Field(None, ge=1, description="if given, checked against world / ep_size")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is a GPU and $DS_ACCELERATOR does not say cpu; on cuda a GPU for each rank"
+    )
     control: Literal["auto", "torch", "mpi"] = Field(
         "auto", description="what carries host-side messages; auto: MPI where mpirun started the ranks, else torch (gloo)"
     )
@@ -210,7 +216,9 @@ class MethodConfig(BaseModel):
 class ExecutionConfig(Section):
     """How the same mathematics is run."""
 
-    reproducible: Literal["auto", "bitwise", "fast"] = Field("auto", description="auto: bitwise on CPU, fast on CUDA")
+    reproducible: Literal["auto", "bitwise", "fast"] = Field(
+        "auto", description="auto: bitwise on CPU, fast on CUDA, where bitwise is refused: its products promise no bits"
+    )
     clients_in_flight: int | None = Field(8, ge=1, description="clients trained at once per cluster; null: all")
     micro_batch_size: int | None = Field(
         None,
@@ -224,8 +232,8 @@ class ExecutionConfig(Section):
     activation_checkpointing: bool = False
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
-        description="low-rank products; auto: own C++ on CPU, torch's grouped products on CUDA; triton: checked in Triton's "
-        "interpreter and compiled for sm_80 and sm_90, never timed on a device",
+        description="low-rank products; auto: own C++ on CPU; on CUDA Triton's kernels where Triton is installed, else torch's "
+        "grouped products. Triton's are checked in its interpreter and compiled for sm_80, sm_90 and sm_100, never timed",
     )
 
 

@@ -1,7 +1,7 @@
 """Activity: what this process is doing, in words for its peers: round, phase, and the collective that it waits in.
 
 Collectives are timed by name, too, so that a round can say where its seconds went. On CUDA a collective returns as soon as it
-is queued: the waiting then shows as computing.
+is queued: its time then counts as computing, and what the device waits in is asked of the device (`device_queue`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from fedmoe_ds.distributed.device_queue import DeviceQueue
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Activity:
         failed: the collective that an exception came out of, or None.
         groups: names of the groups of ranks that this one is in, beside the world.
         tallies: by name of the collective, since the last `take`.
+        queue: collectives that the device has been given.
     """
 
     round: int = 0
@@ -43,11 +46,12 @@ class Activity:
     failed: str | None = None
     groups: list[str] = field(default_factory=list)
     tallies: dict[str, Tally] = field(default_factory=dict)
+    queue: DeviceQueue = field(default_factory=DeviceQueue)
 
     def restart(self) -> None:
         """Another run begins in this process: nothing of the one before is true of it."""
         self.round, self.waiting, self.failed = 0, None, None
-        self.groups, self.tallies = [], {}
+        self.groups, self.tallies, self.queue = [], {}, DeviceQueue()
         self.enter("start")
 
     def enter(self, phase: str, round_index: int | None = None) -> None:
@@ -87,11 +91,14 @@ class Activity:
 
     def state(self) -> dict[str, Any]:
         """What a heartbeat says. Durations, not times of day: hosts' clocks may disagree."""
+        waiting, since = self.waiting, self.since
+        if waiting is None and (inside := self.queue.waiting()) is not None:
+            waiting, since = inside
         return {
             "round": self.round,
             "phase": self.phase,
-            "waiting": self.waiting,
-            "for_s": time.monotonic() - self.since,
+            "waiting": waiting,
+            "for_s": time.monotonic() - since,
             "groups": self.groups,
         }
 

@@ -5,7 +5,8 @@ A group of None is a world of one: nothing travels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import deepspeed.comm as ds_comm
@@ -30,11 +31,26 @@ def _name(group: Group) -> str:
     return _NAMES.get(id(group), "a group")
 
 
+@contextmanager
+def _collective(name: str, group: Group, tensor: Tensor) -> Iterator[None]:
+    """The body is one collective over the group; `tensor` is what this rank hands over."""
+    with activity.collective(name, _name(group), tensor.nbytes):
+        if tensor.device.type != "cuda":
+            yield
+            return
+        begun, done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        begun.record()
+        yield
+        # The current stream has been told to wait for NCCL's, so this lies behind the collective.
+        done.record()
+        activity.queue.add(f"{name} over {_name(group)}", begun, done)
+
+
 def all_to_all(
     output: Tensor, rows: Tensor, group: Group, receive: list[int] | None = None, send: list[int] | None = None
 ) -> None:
     """Rows to every peer of the group; `send` and `receive` are row counts per peer (equal parts when omitted)."""
-    with activity.collective("all_to_all", _name(group), rows.nbytes):
+    with _collective("all_to_all", group, rows):
         ds_comm.all_to_all_single(output, rows, output_split_sizes=receive, input_split_sizes=send, group=group)
 
 
@@ -68,7 +84,7 @@ def all_gather(part: Tensor, group: Group, size: int) -> Tensor:
     if size == 1:
         return part.unsqueeze(0)
     parts = [torch.empty_like(part) for _ in range(size)]
-    with activity.collective("all_gather", _name(group), part.nbytes):
+    with _collective("all_gather", group, part):
         ds_comm.all_gather(parts, part.contiguous(), group=group)  # the backends refuse strided tensors
     return torch.stack(parts)
 
@@ -85,7 +101,7 @@ def all_reduce_largest(values: Tensor, group: Group, size: int) -> Tensor:
 
 def _all_reduce(tensor: Tensor, group: Group, size: int, operation: ds_comm.ReduceOp) -> Tensor:
     if size > 1:
-        with activity.collective("all_reduce", _name(group), tensor.nbytes):
+        with _collective("all_reduce", group, tensor):
             ds_comm.all_reduce(tensor, op=operation, group=group)
     return tensor
 

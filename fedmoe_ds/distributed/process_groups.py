@@ -15,12 +15,20 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm
+import torch
 import torch.distributed as torch_dist
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from fedmoe_ds.distributed.devices import Place, check_places
 from fedmoe_ds.errors import UserError
 
+_OPERATORS = "__compatible_ops__"
+_NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+"""torch's own watchdog would abort this process (SIGABRT) a moment after a peer is gone. Ours knows who it was and ends the job
+with EXIT_LOST; until then the device stays in the collective, so nothing is computed from what never arrived."""
 _limit: datetime.timedelta | None = None
 """How long a collective of the world may take; None: torch's own limit."""
 
@@ -36,13 +44,11 @@ def has_world() -> bool:
     return bool(deepspeed.comm.is_initialized())
 
 
-def join_world(backend: str, timeout: datetime.timedelta) -> None:
-    """Initialise `deepspeed.comm` from the environment variables of this rank.
+def join_world(timeout: datetime.timedelta, device: torch.device) -> None:
+    """Join torch's world and DeepSpeed's, by the environment variables of this rank: NCCL between GPUs, else gloo.
 
-    A world that is there already is taken as it is. Raises UserError where its groups have a shorter limit.
-
-    On CPU, DeepSpeed would first compile an operator (half a minute) that maps 66 MiB of shared memory per rank and leaves the
-    files in /dev/shm when the run ends. Only an all-reduce of its inference engine uses it, so it is declared absent.
+    A world that is there already is taken as it is. Raises UserError where its groups have a shorter limit, and where two ranks
+    would share a GPU: then no group has been built.
     """
     global _limit
     if has_world() and _limit is not None:
@@ -54,9 +60,46 @@ def join_world(backend: str, timeout: datetime.timedelta) -> None:
             )
         return
     _limit = timeout
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # `init_runtime` has set all variables that DeepSpeed would otherwise ask MPI for.
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not torch_dist.is_initialized():
+        _join_torch(backend, timeout, device)
+    with _no_operators():
+        # It takes torch's world as its own. By itself it would bind NCCL to the GPU of number LOCAL_RANK, which a rank that
+        # sees its own GPU alone does not have.
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def _join_torch(backend: str, timeout: datetime.timedelta, device: torch.device) -> None:
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    place: dict[str, Any] = {}
+    if world_size > 1:
+        check_places(store, rank, world_size, Place.of(device, int(os.environ.get("LOCAL_RANK", "0"))))
+        # NCCL connects now and not in the first collective. One rank has nobody to connect to.
+        place = {"device_id": device} if backend == "nccl" else {}
+        for name, value in _NCCL.items():
+            os.environ.setdefault(name, value)
+    torch_dist.init_process_group(
+        backend, store=PrefixStore("world", store), rank=rank, world_size=world_size, timeout=timeout, **place
+    )
+
+
+@contextlib.contextmanager
+def _no_operators() -> Iterator[None]:
+    """Let DeepSpeed find none of its compiled operators while it joins.
+
+    On CPU it would compile one (half a minute) that maps 66 MiB of shared memory per rank and leaves the files in /dev/shm when
+    the run ends; only an all-reduce of its inference engine uses it. To find out whether it can, it asks the compiler about all
+    of its operators, which without $CUDA_HOME prints a warning for every one that needs it.
+    """
+    names, before = vars(deepspeed.ops), vars(deepspeed.ops).get(_OPERATORS)
+    names[_OPERATORS] = {}
+    try:
+        yield
+    finally:
+        del names[_OPERATORS]  # who asks for them later makes DeepSpeed look
+        if before is not None:
+            names[_OPERATORS] = before
 
 
 def leave_world(end: bool) -> None:

@@ -26,6 +26,7 @@ from fedmoe_ds import terminal
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.control import Control, check_mpi, make_control
+from fedmoe_ds.distributed.devices import own_device
 from fedmoe_ds.distributed.launcher import Launch, free_port, known_rank
 from fedmoe_ds.distributed.stop_request import unwind_on_interrupt
 from fedmoe_ds.distributed.watchdog.rank_health import Limits
@@ -36,6 +37,8 @@ T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 # How much later than the others rank 0 may get to a user's mistake, on a machine that is starved of CPU.
 _SAY_S = 10.0
+# How NCCL speaks of a peer or a network that is gone, and torch of the communicator that it has aborted for that.
+_NETWORK = ("remote process exited", "network error", "communicator was aborted")
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,15 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     """Join the world and start to watch it. `threads` are CPU threads of this rank.
 
     Raises:
-        UserError: cuda is asked for but absent, MPI is asked for but does not know this world, or the launcher's promise does
-            not hold.
+        UserError: cuda is asked for but absent, ranks would share a GPU, MPI is asked for but does not know this world, or the
+            launcher's promise does not hold.
         LostError: the other ranks did not come.
     """
-    limits, use_cuda = Limits(topology.silence_s, topology.timeout_s, launch.world_size), uses_cuda(topology.device)
-    if use_cuda and not torch.cuda.is_available():
-        raise UserError("topology.device: cuda: no CUDA device is visible; use cpu or auto")
+    limits = Limits(topology.silence_s, topology.timeout_s, launch.world_size)
     for name, carrier in (("control", topology.control), ("aggregation", topology.aggregation)):
         if carrier == "mpi":  # told before the ranks wait for each other
             check_mpi(launch.world_size, f"topology.{name}")
-    if not use_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    device = own_device(topology.device, launch.local_rank)
     torch.set_num_threads(threads)
     keep_freed_memory()
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
@@ -115,12 +115,9 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     # Runs of one rank share a machine, so each takes a free port; several ranks need one that all of them know.
     os.environ.setdefault("MASTER_PORT", str(free_port()) if launch.world_size == 1 else "29500")
-    place = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(place)
     # Longer than the watchdog's limits: the watchdog ends the job first, because it knows who is missing.
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
-    control = _join("nccl" if use_cuda else "gloo", launch, topology.control, timeout)
+    control = _join(device, launch, topology.control, timeout)
     try:
         watch = start_watchdog(control, limits, launch.local_rank)
     except (OSError, RuntimeError) as error:
@@ -128,21 +125,16 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
         raise LostError(
             f"{here} lost the others at the start, or cannot reach the watchdog of rank 0 at {there}: {error}"
         ) from None
-    return Runtime(launch, place, control, () if watch is None else watch.notes)
+    return Runtime(launch, device, control, () if watch is None else watch.notes)
 
 
-def uses_cuda(device: str) -> bool:
-    """What `topology.device` means here."""
-    return torch.cuda.is_available() if device == "auto" else device == "cuda"
-
-
-def _join(backend: str, launch: Launch, control: str, timeout: datetime.timedelta) -> Control:
+def _join(device: torch.device, launch: Launch, control: str, timeout: datetime.timedelta) -> Control:
     from fedmoe_ds.distributed import (
         process_groups,  # imports DeepSpeed, which reads the choice of accelerator that was made before
     )
 
     try:
-        process_groups.join_world(backend, timeout)
+        process_groups.join_world(timeout, device)
         return make_control(control, launch.launcher, launch.rank, launch.world_size, timeout)
     except RuntimeError as error:  # of torch's store, or of gloo
         if not isinstance(error, torch_dist.DistError) and "gloo" not in str(error).lower():
@@ -187,21 +179,31 @@ def run_entry(main: Callable[[], int | None]) -> NoReturn:
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except BaseException as error:
-        _hear_why()
+        code = EXIT_LOST if _hear_why(error) else 1
         words = f"rank {known_rank()} on {socket.gethostname()} failed: {type(error).__name__}: {error}; its traceback is above"
         terminal.show(f"[rank {known_rank()}] {traceback.format_exc().rstrip()}", sys.stderr)
     _leave(code, " ".join(words.split()))
 
 
-def _hear_why() -> None:
-    """A collective failed: usually a peer is gone, and the watchdog will say which and end this process."""
+def is_late(error: BaseException) -> bool:
+    """Whether it may be of a collective that had returned long before: NCCL's errors show where the device is waited for, and
+    the aborted kernel of one as an error of CUDA itself."""
+    return isinstance(error, torch_dist.DistError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in ("NCCL", "CUDA error"))
+    )
+
+
+def _hear_why(error: BaseException) -> bool:
+    """A collective failed: usually a peer is gone, and the watchdog will say which and end this process. If it says nothing,
+    whether the error itself speaks of a peer or of the network: then starting again may mend it."""
     watch = current_watchdog()
-    if watch is not None and activity.failed is not None:
+    if watch is not None and (activity.failed is not None or is_late(error)):
         # Rank 0 needs up to the limit on silence to notice the loss. Once the job is over, this process is ended by its
         # watchdog within the sleep; a traceback before that would hide the one line that says who is gone.
         watch.over.wait(watch.limits.silence + 5.0)
         if watch.over.is_set():
             time.sleep(60.0)
+    return isinstance(error, torch_dist.DistBackendError) and any(words in str(error) for words in _NETWORK)
 
 
 def _leave(code: int, words: str) -> NoReturn:

@@ -40,8 +40,9 @@ from fedmoe_ds.federation.server import BASE, Server
 from fedmoe_ds.federation.start_source import Source
 from fedmoe_ds.federation.training_hooks import training_hooks
 from fedmoe_ds.federation.warm_start import WarmStart, begin_from, locate, open_start
-from fedmoe_ds.foundation import Foundation, conversion, host_sharing, load_foundation, resolve_foundation
-from fedmoe_ds.foundation.foundation import assemble, cache_folder, fingerprint, open_skeleton
+from fedmoe_ds.foundation import Foundation, conversion, file_sums, host_sharing, resolve_foundation
+from fedmoe_ds.foundation.fingerprint import shared_fingerprint
+from fedmoe_ds.foundation.foundation import assemble, cache_folder, open_skeleton
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
@@ -156,13 +157,13 @@ def load_shared_foundation(
         if line is not None:
             progress.note(line)
     ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
+    skeleton = work.run_on_all_ranks(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
+    sums = work.run_on_all_ranks(lambda: cache_folder(config.foundation, file_sums.KIND))  # it may refuse: on all ranks
+    digest = shared_fingerprint(skeleton.folder, sums, hosts, work)
     if device.type != "cpu":
         # A device's memory is its own, so there is nothing that ranks of a host could share.
-        return work.run_on_all_ranks(lambda: load_foundation(folder, config.foundation, ep_size, topology.shard, device))
-    skeleton = work.run_on_all_ranks(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
-    first = hosts.index(hosts[runtime.rank])  # reads all weights to tell them from others, for its host
-    digest = runtime.gather(work.run_on_all_ranks(lambda: fingerprint(skeleton.folder) if runtime.rank == first else ""))[first]
-    shared = work.run_on_all_ranks(lambda: cache_folder(config.foundation, host_sharing.FOLDER))  # it may refuse: on all ranks
+        return work.run_on_all_ranks(lambda: assemble(skeleton, skeleton.load(device), digest, device, trust))
+    shared = work.run_on_all_ranks(lambda: cache_folder(config.foundation, host_sharing.FOLDER))
     memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note)
     return work.run_on_all_ranks(lambda: assemble(skeleton, memory, digest, device, trust))
 

@@ -21,7 +21,8 @@ from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.kernels import matrix, rows, sums
-from fedmoe_ds.kernels.compiling import loaded, processor, processor_key
+from fedmoe_ds.kernels.compiling import loaded, processor_key
+from fedmoe_ds.kernels.device_kernels import grouped_by
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.model.adapter_bank import BlockSpec
@@ -78,7 +79,8 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         # More rounds may be asked for at any time and all that happened so far stays the same, unless rates follow from them.
         "federation": {key: value for key, value in _tiers_alike(tree["federation"]).items() if key != "rounds" or scheduled},
         # Path, preset and cache do not count: the fingerprint stands for the weights themselves.
-        "foundation.dtype": tree["foundation"]["dtype"],
+        # Runs save what `auto` meant; only a configuration from before there was the key, or the word, has none.
+        "foundation.dtype": "float32" if tree["foundation"]["dtype"] == "auto" else tree["foundation"]["dtype"],
         "foundation.code": None,
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
@@ -109,18 +111,30 @@ def kernels_of(
     """The kernels of this rank by what they compute, and in bitwise mode the instructions that they are made of.
 
     Compiled kernels and torch's operations add up in another order, and torch's own products do so with other instructions
-    (AVX2, AVX512); with bfloat16 weights matrix.cpp rounds rows where the processor can multiply bfloat16.
+    (AVX2, AVX512); bfloat16 weights are multiplied otherwise in every processor class that can do so, and rows rounded.
     """
     kind = device.type
     compiled = {"kernels.rows": rows.available(), "kernels.matrix": matrix.available()} if kind == "cpu" else {}
     found = {name: "compiled" if here else "torch" for name, here in compiled.items()}
+    dtype = row_dtype(foundation.model)
+    # In fast mode a run may move to another generation of devices, on which torch has other products of groups.
+    if bitwise and kind == "cuda" and (foundation.layers or any(spec.expert for spec in blocks)):
+        found["kernels.grouped"] = grouped_by(dtype, device)
     if any(spec.pair for spec in blocks):
-        dtype, chosen = row_dtype(foundation.model), config.execution.adapter_kernels
+        chosen = config.execution.adapter_kernels
         found["execution.adapter_kernels"] = products_for(config.adapters.rank, dtype, device, chosen).name
     if bitwise and kind == "cpu":
-        halves = config.foundation.dtype == "bfloat16" and b" avx512_bf16" in processor()
-        found["kernels.instructions"] = torch.backends.cpu.get_cpu_capability() + ("-BF16" if halves else "")
+        found["kernels.instructions"] = torch.backends.cpu.get_cpu_capability() + _halves(config)
     return found
+
+
+def _halves(config: Config) -> str:
+    """What multiplies bfloat16 weights, where it is not what multiplies float32."""
+    compiled = matrix.kernel()
+    if config.foundation.dtype != "bfloat16" or compiled is None or not compiled.rounds:
+        return ""
+    # Earlier versions had AVX512-BF16 alone, and the bits of that class are still theirs.
+    return "-AMX-BF16" if compiled.processor == "AMX-BF16" else "-BF16"
 
 
 def code_of(device: torch.device) -> dict[str, str]:

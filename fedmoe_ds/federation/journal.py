@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedmoe_ds.aggregation.postprocessors import OK
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.pass_limits import PassLimits
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.distributed.activity import activity
@@ -20,6 +21,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import monitors
 from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.federation.generation import Generation
+from fedmoe_ds.federation.shortage import limit_fields, limit_line
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.storage.file_modes import keep_private
@@ -42,6 +44,7 @@ class Journal:
         self.progress = Progress(enabled=runtime.is_main)
         self.monitor: Any = None  # a DeepSpeed MonitorMaster, if the configuration asks for one
         self._log: MetricsLog | None = None
+        self._limits = PassLimits()
         # On rank 0 alone, but a folder that cannot be written is every rank's error.
         self._write(self._open)
 
@@ -130,6 +133,13 @@ class Journal:
         }
         rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
         return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
+
+    def limits(self, round_index: int, limits: PassLimits) -> None:
+        """How the passes of a round are cut, where memory ran out before; nothing where that has been told."""
+        if limits != self._limits:
+            self._limits = limits
+            self.event("limits", round=round_index, **limit_fields(limits))
+            self.note(f"round {round_index}: {limit_line(limits)}")
 
     def evaluation(self, round_index: int, rows: list[Score], plain: bool, best: str | None = None) -> None:
         """Evaluation rows, and one progress line; `plain`: of the foundation itself; `best`: what it says of the best round."""

@@ -31,6 +31,7 @@ from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
 from fedmoe_ds.federation.schedule import schedule
+from fedmoe_ds.federation.shortage import make_room
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Federation:
         self.timer = PhaseTimer()
         activity.take()  # collectives are counted per round
         with self.timer.phase("schedule", round_index):
+            self.journal.limits(round_index, self.parts.skipped.limits(round_index))
             work = self._sample(round_index)  # 1. Which clients take part.
             self._schedule(work)  # 2. Which cluster trains them, in which wave.
         with self.timer.phase("train"):
@@ -126,6 +128,7 @@ class Federation:
         with self.timer.phase("aggregate"):
             work.sums.reduce(self.parts.topology)  # 4. The sums of all clusters.
             self._share(work.partial)
+            self.journal.limits(round_index + 1, self.parts.skipped.limits(round_index + 1))
             interrupted = work.unfinished or self._stop_agreed()
         if interrupted:
             self._keep(work)
@@ -168,8 +171,8 @@ class Federation:
         """Train this cluster's waves, and fold their updates into the sums. A stop request ends it after a wave."""
         parts = self.parts
         parts.trainer.timer = PhaseTimer()
-        for number, wave in enumerate(work.waves, start=1):
-            trained = self._train_wave(work.index, wave, work.partial)
+        for number in range(1, len(work.waves) + 1):
+            trained = self._train_wave(work, work.waves[number - 1 :])
             for view, update in trained:
                 self._fold(view, update, work)
             updates = [update for _, update in trained]
@@ -179,27 +182,33 @@ class Federation:
             if self._stop_requested_here():
                 return
 
-    def _train_wave(self, round_index: int, wave: Wave, partial: PartialRound) -> list[tuple[ClientView, ClientUpdate]]:
-        """Train one wave. A client that does not fit into memory leaves it, and the others begin again.
+    def _train_wave(self, work: _Round, waves: list[Wave]) -> list[tuple[ClientView, ClientUpdate]]:
+        """Train the first of the waves that are left. Where a pass does not fit into memory, it begins again with smaller ones,
+        and at last without the client that does not fit alone.
 
         Raises:
             LostError: that happened in the middle of the cluster's all-to-all, where the peers cannot be called back. The next
-                start leaves the client out of this round.
+                start does it.
         """
-        parts = self.parts
+        parts, state, wave = self.parts, self.state, waves[0]
         while any(wave):
+            limits = parts.skipped.limits(work.index)
             try:
                 return parts.trainer.train(
-                    wave, round_index, self.state.adapters, self.state.personal.values, parts.training_data.train
+                    wave, work.index, state.adapters, state.personal.values, parts.training_data.train, limits
                 )
-            except OutOfMemory as shortage:
-                lost, words = shortage.client, str(shortage)
-            parts.skipped.add(round_index, lost.index)
+            except OutOfMemory as error:
+                # Without its traceback, which would hold the wave.
+                shortage = error.with_traceback(None)
+            waiting = [client for one in [wave, *waves[1:]] for home in one for client in home]
+            way, lost = make_room(parts.skipped, work.index, shortage, waiting, parts.config)
             if parts.topology.layout.ep_size > 1:
-                where = f"rank {parts.runtime.rank} on {parts.topology.hosts[parts.runtime.rank]}, round {round_index}"
-                raise LostError(f"{where}: {words}; start again with --resume auto: the round goes on without it")
-            partial.done[lost.index] = self.journal.absent(lost)
-            wave = [[client for client in home if client.index != lost.index] for home in wave]
+                where = f"rank {parts.runtime.rank} on {parts.topology.hosts[parts.runtime.rank]}, round {work.index}"
+                raise LostError(f"{where}: {shortage}; start again with --resume auto: {way}")
+            self.journal.note(f"round {work.index}: {shortage}; {way}")
+            if lost is not None:
+                work.partial.done[lost.index] = self.journal.absent(lost)
+                wave = [[client for client in home if client.index != lost.index] for home in wave]
             release_memory()
         return []
 
@@ -235,8 +244,10 @@ class Federation:
                 personal.store(index, name, value)
 
     def _share(self, partial: PartialRound) -> None:
-        """Make what each cluster knows about the round known everywhere: reports, personal state, activation counts."""
+        """Make what each cluster knows about the round known everywhere: reports, personal state, activation, memory."""
         parts = self.parts
+        for findings in parts.runtime.gather(parts.skipped.findings):
+            parts.skipped.learn(findings)
         self.state.personal.share(parts.runtime, parts.topology)
         done = {index: report for part in parts.runtime.gather(_texts(partial.done)) for index, report in part.items()}
         partial.done = {int(index): report for index, report in done.items()}

@@ -26,6 +26,7 @@ from fedmoe_ds.foundation.families import packs
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
+from fedmoe_ds.foundation.storage_type import of_type, resolved
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
 from fedmoe_ds.methods.base import check_needs
@@ -96,9 +97,18 @@ class RunSpec:
 
 def is_bitwise(config: Config, device: str) -> bool:
     """Whether a run on this kind of device (`cpu` or `cuda`) promises equal bits on any topology."""
-    # auto: on a device bitwise mode puts every client into a pass of its own, so fast is the default there.
-    mode = config.execution.reproducible
-    return mode == "bitwise" or (mode == "auto" and device == "cpu")
+    return config.execution.reproducible != "fast" and device == "cpu"
+
+
+def check_promise(config: Config, device: str) -> None:
+    """Raises UserError for a run on this kind of device that asks for bits which nobody can promise there."""
+    # cuBLAS and torch's grouped products choose their kernel, and with it the order of a row's summands, by the number of rows
+    # and of experts beside it, which the topology decides. A client in a pass of its own does not change that.
+    if config.execution.reproducible == "bitwise" and device != "cpu":
+        raise UserError(
+            f"execution.reproducible: bitwise: on {device} torch and cuBLAS sum a row in an order that depends on what "
+            "else a rank holds, so equal bits on any topology cannot be promised; use auto or fast, or topology.device=cpu"
+        )
 
 
 def shares_passes(config: Config, model_type: str, device: str) -> bool:
@@ -114,6 +124,8 @@ def check_start(config: Config, device: str) -> tuple[Config, Method]:
     Raises:
         UserError: method, mode, foundation, data and adapters do not go together.
     """
+    check_promise(config, device)
+    config = _of_known_type(config, device)
     config = as_meant(config, planned_sparse(config.foundation))
     method = method_for(config)
     config = with_defaults(config, method)
@@ -128,6 +140,9 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     Raises:
         UserError: model, data, adapters, tiers and mode do not go together.
     """
+    unknown, config = config.foundation.dtype == "auto", of_loaded_type(config, model)
+    if unknown:
+        method.check_config(config)
     check_model(config, model, device)
     # Once more: of a hub id nobody knew before whether it has experts.
     config = as_meant(config, bool(model.layers))
@@ -156,6 +171,18 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
         blocks=blocks,
         cost=CostModel.of(size, expert_layout, blocks, positions(model.images)),
     )
+
+
+def _of_known_type(config: Config, device: str) -> Config:
+    """With the type of the frozen weights in place of `auto`, unless the model is a hub id on CUDA, which nobody knows yet."""
+    # On a CPU no model need be known.
+    planned = planned_config(config.foundation) if device != "cpu" and config.foundation.dtype == "auto" else None
+    return config.model_copy(update={"foundation": resolved(config.foundation, device, planned)})
+
+
+def of_loaded_type(config: Config, model: Outline) -> Config:
+    """With the type that the model was built in, in place of `auto`."""
+    return config.model_copy(update={"foundation": of_type(config.foundation, next(model.model.parameters()).dtype)})
 
 
 def check_model(config: Config, model: Outline, device: str) -> None:

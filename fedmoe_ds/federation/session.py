@@ -29,7 +29,7 @@ from fedmoe_ds.federation.rounds import Federation, Outcome
 from fedmoe_ds.federation.samples import shown_samples
 from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line, versions
 from fedmoe_ds.kernels import fault
-from fedmoe_ds.machine import peak_mib
+from fedmoe_ds.machine import device_peak_mib, peak_mib
 from fedmoe_ds.report import final_table, read_metrics
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import make_folder
@@ -107,13 +107,21 @@ def _train(
     outcome = Federation(parts, journal).run()
     tools.close(folder)
     if outcome.interrupted is None:
-        spent = {"seconds": time.monotonic() - began, "peak_bytes": runtime.gather(int(peak_mib() * 2**20))}
+        spent = {"seconds": time.monotonic() - began, **_peaks(runtime)}
         journal.event("end", rounds=parts.state.round, digest=outcome.digest, **spent)
     journal.report()
     runtime.run_on_rank0(lambda: journal.close_monitor(failed=False))  # the other ranks wait: a service may take its time
     journal.close()
     code = 0 if outcome.interrupted is None else EXIT_STOPPED
     return Ending(summary(folder, outcome, runtime), code, outcome.interrupted)
+
+
+def _peaks(runtime: Runtime) -> dict[str, list[int]]:
+    """Most memory that each rank has held: of its host, and of its GPU where it has one."""
+    peaks = {"peak_bytes": runtime.gather(int(peak_mib() * 2**20))}
+    if runtime.device.type == "cuda":
+        peaks["device_peak_bytes"] = runtime.gather(int(device_peak_mib() * 2**20))
+    return peaks
 
 
 def _tell_details(parts: Parts, journal: Journal) -> None:

@@ -14,6 +14,8 @@ from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.samples import length_counts
 from fedmoe_ds.foundation import conversion
+from fedmoe_ds.kernels import matrix
+from fedmoe_ds.kernels.device_kernels import grouped_by
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 
@@ -27,11 +29,25 @@ def start_line(parts: Parts) -> str:
     # Only LoRA pairs go through the adapter kernels; whole experts have none.
     paired = any(spec.pair for spec in parts.spec.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
+    if device.type == "cuda":
+        # Of a configuration with `auto` nobody sees which type was chosen, and with it how fast the device is.
+        products = f"; weights in {config.foundation.dtype}{products}"
+    products += _frozen_products(parts, dtype)
     mode = "bitwise" if parts.spec.bitwise else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
         f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_trained(parts)}{_without_effect(config)}"
     )
+
+
+def _frozen_products(parts: Parts, dtype: torch.dtype) -> str:
+    """The kernel of products with frozen weights, and on the CPU the class of processors that it is made for."""
+    device = parts.runtime.device
+    if device.type != "cpu":
+        return f"; expert products by {grouped_by(dtype, device)}" if parts.spec.expert_layout.num_experts else ""
+    compiled = matrix.kernel() if dtype == torch.float32 else None  # its rows are float32
+    others = f"torch for {torch.backends.cpu.get_cpu_capability()}"
+    return f"; frozen products by {others if compiled is None else f'matrix.cpp for {compiled.processor}'}"
 
 
 def _trained(parts: Parts) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +14,14 @@ from torch import nn
 
 from fedmoe_ds.config.schema import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
-from fedmoe_ds.distributed.stop_points import file_sha256, run_waiting
+from fedmoe_ds.distributed.stop_points import run_waiting
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
+from fedmoe_ds.foundation.fingerprint import fingerprint
 from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import Memory
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, read_config
@@ -31,13 +29,11 @@ from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.published import PUBLISHED, Published, published_model
 from fedmoe_ds.foundation.size import model_size
+from fedmoe_ds.foundation.storage_type import storage_type
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
-from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import expanded
-from fedmoe_ds.storage.strict_json import read_json
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
 _HUB_PICKLED = ["*.bin"]
 
@@ -140,13 +136,14 @@ def cache_folder(config: FoundationConfig, kind: str) -> Path:
     return cache.place(cache.root(config.cache), kind)
 
 
-def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int) -> Skeleton:
-    """The model in folder `path` with this rank's experts, still without memory; every rank calls it.
+def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int, device: str = "cpu") -> Skeleton:
+    """The model in folder `path` with this rank's experts, for a kind of device, still without memory; every rank calls it.
 
     Raises:
         UserError: the folder is missing or holds no model of a known family, or ep_size does not divide its experts.
     """
-    return Skeleton(_check_folder(expanded(str(path), "foundation.path")), _DTYPES[config.dtype], ep_size, ep_rank)
+    folder = _check_folder(expanded(str(path), "foundation.path"))
+    return Skeleton(folder, storage_type(config, device, folder), ep_size, ep_rank)
 
 
 def load_foundation(
@@ -158,7 +155,7 @@ def load_foundation(
         UserError: the folder is missing or damaged, is of no known family, is a language model without a tokenizer, or its
             number of experts is not divisible by ep_size.
     """
-    skeleton = open_skeleton(path, config, ep_size, ep_rank)
+    skeleton = open_skeleton(path, config, ep_size, ep_rank, torch.device(device).type)
     memory = skeleton.load(torch.device(device))
     return assemble(skeleton, memory, fingerprint(skeleton.folder), torch.device(device), config.trust_remote_code)
 
@@ -189,25 +186,6 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
         images=known.images,
         code=running(folder, trust),
     )
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the model's config and the name, size and SHA-256 of each of its weight files."""
-    digest = hashlib.sha256()
-    config = read_json(folder / CONFIG_FILE, constants=True)
-    # The values count, not how the file is laid out.
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for file in WeightFiles(folder).paths:
-        digest.update(f"\n{file.name} {file.stat().st_size} {_file_sha256(file)}".encode())
-    return digest.hexdigest()
-
-
-def _file_sha256(file: Path) -> str:
-    blob = file.resolve()
-    # The hub cache stores large files under their own SHA-256, checked at download: no need to read them again.
-    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
-    return file_sha256(file)
 
 
 def _resolve_path(path: str, trust: bool) -> Path:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -21,12 +22,15 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage import cache
 
 # Not -ffast-math: it lets the compiler reorder sums, and bits depend on their order. Without errno, sqrt is one instruction.
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC"]
+NATIVE = ("-march=native",)
+"""All that this processor can do; kernels with classes of processors (`processor_class`) name instructions instead."""
 LIBRARY, SUM = "library.so", "sha256"
 """Files of an entry: the library, and its sha256."""
 
 POINTER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
+_INCLUDED = re.compile(rb'^#include "(\w+\.h)"', re.MULTILINE)
 _loaded: dict[str, Built] = {}
 
 
@@ -35,7 +39,7 @@ class Built:
     """A library that this process has loaded.
 
     Attributes:
-        source: sha256 of the source, the flags and the compiler's version.
+        source: sha256 of the source with its headers, the flags for every processor and the compiler's version.
         code: sha256 of the library.
     """
 
@@ -44,8 +48,12 @@ class Built:
 
 
 @functools.cache
-def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
-    """The compiled `<name>.cpp`, or None on a machine without a working g++ (a run then says which kernels it uses)."""
+def library(name: str, *more_flags: str, instructions: tuple[str, ...] = NATIVE) -> ctypes.CDLL | None:
+    """The compiled `<name>.cpp`, or None on a machine without a working g++ (a run then says which kernels it uses).
+
+    Args:
+        instructions: flags that name those which the compiler may use.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         return None
@@ -53,8 +61,10 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
     try:
         # Another compiler makes other code from the same source, so its version is part of the entry's name.
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        recipe = hashlib.sha256(source.read_bytes() + " ".join(flags).encode() + version).hexdigest()
-        entry, command = f"{name}-{recipe[:24]}-{processor_key()[:24]}", [compiler, *flags, str(source), "-o"]
+        recipe = hashlib.sha256(_text(source) + " ".join(flags).encode() + version).hexdigest()
+        # Not part of the recipe: ranks of unlike processors may share a run whose bits are the same on both.
+        kind = hashlib.sha256(" ".join(instructions).encode() + processor()).hexdigest()
+        entry, command = f"{name}-{recipe[:24]}-{kind[:24]}", [compiler, *flags, *instructions, str(source), "-o"]
         try:
             found, code = _found_or_built(cache.place(cache.root(None), "native") / entry, command)
         except (OSError, UserError) as error:  # it cannot be written, the disk is full, or nothing may be run from there
@@ -66,6 +76,12 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL | None:
         return None
     _loaded[name] = Built(recipe, code)
     return found
+
+
+def _text(source: Path) -> bytes:
+    """A source and the headers of this folder that it includes."""
+    text = source.read_bytes()
+    return text + b"".join(_text(source.with_name(name.decode())) for name in _INCLUDED.findall(text))
 
 
 def loaded() -> dict[str, Built]:
@@ -112,7 +128,7 @@ def processor_key() -> str:
 
 
 def processor() -> bytes:
-    """What -march=native looks at, so that nodes of different kinds may share a cache folder."""
+    """What compilers look at, so that nodes of different kinds may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:

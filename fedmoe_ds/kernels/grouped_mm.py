@@ -1,22 +1,24 @@
 """Grouped matrix products: one product per contiguous group of rows.
 
-Legend: N rows, G groups, I input width, O output width.
+Legend: N rows, G groups, I input width, O output width, [A, B] one of the two orders of a weight.
 
-`torch.nn.functional.grouped_mm` takes float32, bfloat16 and float16, both sides alike. On CUDA it is one launch for bfloat16 on
-sm_90 and newer; for other types and older devices it loops over the groups inside torch, after copying their ends to the host.
-The last end is the number of rows: torch leaves rows behind it uninitialised, and so do the loops here.
+`torch.nn.functional.grouped_mm` takes float32, bfloat16 and float16, both sides alike. On CUDA it is one launch where
+`device_kernels.torch_groups` says so; elsewhere it would loop over the groups, and Triton's kernels multiply where they are at
+hand. The last end is the number of rows: torch leaves rows behind it uninitialised, and so do the loops here.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.kernels import matrix
+from fedmoe_ds.kernels.device_kernels import torch_groups, triton_serves
+from fedmoe_ds.kernels.groups import Groups
 
 # torch.nn.functional.grouped_mm reads every matrix through 16-byte aligned strides.
 _ALIGNMENT_BYTES = 16
@@ -30,84 +32,103 @@ def aligned(width: int, dtype: torch.dtype) -> bool:
     return width * dtype.itemsize % _ALIGNMENT_BYTES == 0
 
 
-def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
-    """y = x W_g^T for the rows of each group; `ends_G` (int32) are the groups' end rows. Returns [N, O]."""
-    # First the kernel whose rows do not depend on each other; it takes bfloat16 weights with float32 rows, torch does not.
-    y_NO = matrix.grouped_product(x_NI, weight_GOI, ends_G, transposed=True)
-    if y_NO is not None:
-        return y_NO
-    weight_GOI = weight_GOI.to(x_NI.dtype)
-    if aligned(x_NI.shape[1], x_NI.dtype) and aligned(weight_GOI.shape[1], x_NI.dtype):
-        return products_of_rows(x_NI, weight_GOI.transpose(-2, -1), ends_G, _most_groups(x_NI.device))
-    y_NO = x_NI.new_empty(x_NI.shape[0], weight_GOI.shape[1])
-    # A loop over groups where a row is no multiple of 16 bytes: slower, but of any width.
-    for group, (start, stop) in enumerate(_spans(ends_G)):
-        torch.mm(x_NI[start:stop], weight_GOI[group].t(), out=y_NO[start:stop])
-    return y_NO
+def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
+    """y = x W_g^T for the rows of each group. Returns [N, O] in the type of the rows."""
+    return _rows_by_weights(x_NI, weight_GOI, groups, transposed=True)
 
 
-def grouped_mm_t(x_NO: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+def grouped_mm_t(x_NO: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
     """y = x W_g for the rows of each group (the gradient of `grouped_mm` for its rows). Returns [N, I]."""
-    y_NI = matrix.grouped_product(x_NO, weight_GOI, ends_G, transposed=False)
-    if y_NI is not None:
-        return y_NI
-    weight_GOI = weight_GOI.to(x_NO.dtype)
-    if aligned(x_NO.shape[1], x_NO.dtype) and aligned(weight_GOI.shape[2], x_NO.dtype):
-        return products_of_rows(x_NO, weight_GOI, ends_G, _most_groups(x_NO.device))
-    y_NI = x_NO.new_empty(x_NO.shape[0], weight_GOI.shape[2])
-    for group, (start, stop) in enumerate(_spans(ends_G)):
-        torch.mm(x_NO[start:stop], weight_GOI[group], out=y_NI[start:stop])
-    return y_NI
+    return _rows_by_weights(x_NO, weight_GOI, groups, transposed=False)
 
 
-def grouped_outer(y_NO: Tensor, x_NI: Tensor, ends_G: Tensor) -> Tensor:
+def grouped_outer(y_NO: Tensor, x_NI: Tensor, groups: Groups) -> Tensor:
     """Y_g^T X_g for each group (the gradient of `grouped_mm` for its weights). Returns [G, O, I]; zero for empty groups."""
-    if aligned(y_NO.shape[1], y_NO.dtype) and aligned(x_NI.shape[1], x_NI.dtype):
-        return products_over_rows(y_NO, x_NI, ends_G, _most_groups(y_NO.device))
-    out_GOI = y_NO.new_zeros(ends_G.shape[0], y_NO.shape[1], x_NI.shape[1])
-    for group, (start, stop) in enumerate(_spans(ends_G)):
+    if groups.rows and aligned(y_NO.shape[1], y_NO.dtype) and aligned(x_NI.shape[1], x_NI.dtype):
+        return products_over_rows(y_NO, x_NI, groups, _most_groups(y_NO.device))
+    out_GOI = y_NO.new_zeros(len(groups), y_NO.shape[1], x_NI.shape[1])
+    for group, (start, stop) in enumerate(_spans(groups)):
         torch.mm(y_NO[start:stop].t(), x_NI[start:stop], out=out_GOI[group])
     return out_GOI
 
 
-def products_of_rows(x_NI: Tensor, weight_GIO: Tensor, ends_G: Tensor, most: int) -> Tensor:
-    """x W_g through torch's grouped kernel, at most `most` groups at a time."""
-    if ends_G.shape[0] <= most:
-        return F.grouped_mm(x_NI, weight_GIO, offs=ends_G)
-    y_NO = x_NI.new_empty(x_NI.shape[0], weight_GIO.shape[2])
-    for groups, rows in _chunks(ends_G, most):
-        # Ends count from the chunk's first row, because torch sees this chunk alone.
-        y_NO[rows] = F.grouped_mm(x_NI[rows], weight_GIO[groups], offs=ends_G[groups] - rows.start)
+def add_outer_(out_GOI: Tensor, y_NO: Tensor, x_NI: Tensor, groups: Groups) -> None:
+    """out_g += Y_g^T X_g for each group; `out` is float32 and may be a client's slice of a bank."""
+    kernels = _triton_kernels(y_NO, (y_NO.shape[1], x_NI.shape[1]), groups)
+    if kernels is not None:
+        kernels.add_outer_(out_GOI, y_NO, x_NI, groups)
+    elif groups.rows:
+        # torch's kernel cannot add to its target, so the products exist for a moment.
+        out_GOI.add_(grouped_outer(y_NO, x_NI, groups))
+
+
+def _rows_by_weights(x_NI: Tensor, weight_GAB: Tensor, groups: Groups, transposed: bool) -> Tensor:
+    # First the kernel whose rows do not depend on each other; it takes bfloat16 weights with float32 rows, torch does not.
+    y_NO = matrix.grouped_product(x_NI, weight_GAB, groups.ends_G, transposed)
+    if y_NO is not None:
+        return y_NO
+    weight_GIO = weight_GAB.mT if transposed else weight_GAB
+    wide_out = weight_GIO.shape[2]
+    # An idle rank comes here like the others; kernels on a device are not promised to take nothing.
+    if groups.rows == 0:
+        return x_NI.new_empty(0, wide_out)
+    kernels = _triton_kernels(x_NI, (x_NI.shape[1], wide_out), groups)
+    if kernels is not None:
+        product: Tensor = kernels.rows_by_weights(x_NI, weight_GIO, groups)
+        return product
+    # Converted as it lies, and turned afterwards: the layout decides which of torch's kernels multiplies.
+    weight_GAB = weight_GAB.to(x_NI.dtype)
+    weight_GIO = weight_GAB.mT if transposed else weight_GAB
+    if aligned(x_NI.shape[1], x_NI.dtype) and aligned(wide_out, x_NI.dtype):
+        return products_of_rows(x_NI, weight_GIO, groups, _most_groups(x_NI.device))
+    y_NO = x_NI.new_empty(x_NI.shape[0], wide_out)
+    # A loop over groups where a row is no multiple of 16 bytes: slower, but of any width.
+    for group, (start, stop) in enumerate(_spans(groups)):
+        torch.mm(x_NI[start:stop], weight_GIO[group], out=y_NO[start:stop])
     return y_NO
 
 
-def products_over_rows(y_NO: Tensor, x_NI: Tensor, ends_G: Tensor, most: int) -> Tensor:
-    """Y_g^T X_g through torch's grouped kernel, at most `most` groups at a time."""
-    if ends_G.shape[0] <= most:
-        return F.grouped_mm(y_NO.t(), x_NI, offs=ends_G)
-    # Zeros: chunks without rows are skipped below, and their groups' gradients are zero.
-    out_GOI = y_NO.new_zeros(ends_G.shape[0], y_NO.shape[1], x_NI.shape[1])
-    for groups, rows in _chunks(ends_G, most):
-        out_GOI[groups] = F.grouped_mm(y_NO[rows].t(), x_NI[rows], offs=ends_G[groups] - rows.start)
-    return out_GOI
+def products_of_rows(x_NI: Tensor, weight_GIO: Tensor, groups: Groups, most: int) -> Tensor:
+    """x W_g through torch's grouped kernel, at most `most` groups at a time."""
+    if len(groups) <= most:
+        return F.grouped_mm(x_NI, weight_GIO, offs=groups.ends_G)
+    y_NO = x_NI.new_empty(x_NI.shape[0], weight_GIO.shape[2])
+    for chunk, rows in groups.chunks(most):
+        # Ends count from the chunk's first row, because torch sees this chunk alone.
+        y_NO[rows] = F.grouped_mm(x_NI[rows], weight_GIO[chunk], offs=groups.ends_G[chunk] - rows.start)
+    return y_NO
+
+
+def products_over_rows(y_NO: Tensor, x_NI: Tensor, groups: Groups, most: int) -> Tensor:
+    """Y_g^T X_g through torch's grouped kernel, at most `most` groups at a time; zero for empty groups."""
+    if len(groups) <= most:
+        out_GOI = F.grouped_mm(y_NO.t(), x_NI, offs=groups.ends_G)
+    else:
+        # Zeros: chunks without rows are skipped below, and their groups' gradients are zero.
+        out_GOI = y_NO.new_zeros(len(groups), y_NO.shape[1], x_NI.shape[1])
+        for chunk, rows in groups.chunks(most):
+            out_GOI[chunk] = F.grouped_mm(y_NO[rows].t(), x_NI[rows], offs=groups.ends_G[chunk] - rows.start)
+    # On Blackwell torch does not write what belongs to a group without rows (pytorch issue 172439).
+    return out_GOI if y_NO.device.type == "cpu" else out_GOI.masked_fill_(groups.empty_G[:, None, None], 0.0)
+
+
+def _triton_kernels(x: Tensor, widths: tuple[int, int], groups: Groups) -> Any:
+    """The module of Triton's kernels where they serve and torch has nothing in one launch, else None."""
+    if not triton_serves(x.dtype, x.device):
+        return None
+    # torch's one launch takes neither every width nor every number of groups.
+    suits = len(groups) <= CUDA_GROUPS and all(aligned(width, x.dtype) for width in widths)
+    if suits and torch_groups(x.dtype, x.device):
+        return None
+    from fedmoe_ds.kernels import grouped_triton  # Triton is there only with CUDA builds of torch
+
+    return grouped_triton
 
 
 def _most_groups(device: torch.device) -> int:
     return CUDA_GROUPS if device.type == "cuda" else sys.maxsize
 
 
-def _chunks(ends_G: Tensor, most: int) -> Iterator[tuple[slice, slice]]:
-    """(groups, their rows) of every chunk that has rows. Rows are cut on the host, so this waits for the device."""
-    count = ends_G.shape[0]
-    # One transfer for all chunks: only the last end of each decides where rows are cut.
-    lasts = [*range(most - 1, count - 1, most), count - 1]
-    start = 0
-    for first, stop in zip(range(0, count, most), ends_G[lasts].tolist(), strict=True):
-        if stop > start:
-            yield slice(first, first + most), slice(start, stop)
-        start = stop
-
-
-def _spans(ends_G: Tensor) -> list[tuple[int, int]]:
-    ends = ends_G.tolist()
+def _spans(groups: Groups) -> list[tuple[int, int]]:
+    ends = groups.bounds(1)
     return list(zip([0, *ends[:-1]], ends, strict=True))

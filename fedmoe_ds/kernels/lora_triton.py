@@ -7,8 +7,8 @@ three kernels: rows to rank (m = s x V_g^T), rank to rows (y += m V_g), and a gr
 
 Where groups begin is known on the device only. Grids are therefore laid out over groups and not over tiles of rows: nothing
 travels to the host, and programs of an empty group end at once. Every element is written by one program that adds up in one
-order, so there are no atomics, and a group's bits depend on its own rows alone. Factors are rounded to the rows' type before
-a product; sums are float32, and so are the gradients they are added to.
+order, so there are no atomics, and a group's bits depend on its own rows alone. Factors come in the rows' type (a bank keeps a
+copy) or in float32, and are then rounded before a product; sums are float32, and so are the gradients they are added to.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fedmoe_ds.kernels.device_kernels import TRITON
+from fedmoe_ds.kernels.groups import Groups, Scale
 
 ROWS, WIDE, LEAST_RANK = 32, 64, 16
 """Tiles: groups have tens of rows, and tl.dot wants sides of at least 16."""
@@ -29,6 +32,7 @@ def rows_to_rank(
     m: tl.tensor,
     ends: tl.tensor,
     scale: tl.tensor,
+    scales: tl.tensor,
     width: tl.tensor,
     rank: tl.tensor,
     x_row: tl.tensor,
@@ -39,9 +43,11 @@ def rows_to_rank(
     WIDE: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
-    """m = scale x V_g^T. Program (g, j) takes every J-th tile of the group's rows."""
+    """m = s_g x V_g^T; s_g is `scales[g]`, or `scale` without. Program (g, j) takes every J-th tile of the group's rows."""
     group = tl.program_id(0)
     start, stop = group_span(ends, group)
+    if scales is not None:
+        scale = tl.load(scales + group)
     # 64 bits: a group's offset in a bank of all clients can exceed 2^31 numbers.
     v += group.to(tl.int64) * v_group
     r = tl.arange(0, RANK)
@@ -141,55 +147,56 @@ def group_span(ends: tl.tensor, group: tl.tensor) -> tl.tensor:
 class TritonProducts:
     """Through the kernels above (a `LowRankProducts`)."""
 
-    name = "Triton"
+    name = TRITON
 
-    def project(self, x_NI: Tensor, a_GRI: Tensor, ends_G: Tensor, scale: float) -> Tensor:
-        return _to_rank(x_NI, a_GRI, ends_G, scale)
+    def project(self, x_NI: Tensor, a_GRI: Tensor, groups: Groups, scale: Scale) -> Tensor:
+        return _to_rank(x_NI, a_GRI, groups, scale)
 
-    def expand_(self, y_NO: Tensor, m_NR: Tensor, b_GOR: Tensor, ends_G: Tensor) -> None:
-        _to_rows_(y_NO, m_NR, b_GOR.mT, ends_G)
+    def expand_(self, y_NO: Tensor, m_NR: Tensor, b_GOR: Tensor, groups: Groups) -> None:
+        _to_rows_(y_NO, m_NR, b_GOR.mT, groups)
 
-    def back_project(self, dy_NO: Tensor, b_GOR: Tensor, ends_G: Tensor, scale: float) -> Tensor:
-        return _to_rank(dy_NO, b_GOR.mT, ends_G, scale)
+    def back_project(self, dy_NO: Tensor, b_GOR: Tensor, groups: Groups, scale: Scale) -> Tensor:
+        return _to_rank(dy_NO, b_GOR.mT, groups, scale)
 
-    def back_expand_(self, dx_NI: Tensor, dm_NR: Tensor, a_GRI: Tensor, ends_G: Tensor) -> None:
-        _to_rows_(dx_NI, dm_NR, a_GRI, ends_G)
+    def back_expand_(self, dx_NI: Tensor, dm_NR: Tensor, a_GRI: Tensor, groups: Groups) -> None:
+        _to_rows_(dx_NI, dm_NR, a_GRI, groups)
 
-    def grad_a_(self, da_GRI: Tensor, dm_NR: Tensor, x_NI: Tensor, ends_G: Tensor) -> None:
-        _sum_(da_GRI, dm_NR, x_NI, ends_G)
+    def grad_a_(self, da_GRI: Tensor, dm_NR: Tensor, x_NI: Tensor, groups: Groups) -> None:
+        _sum_(da_GRI, dm_NR, x_NI, groups)
 
-    def grad_b_(self, db_GOR: Tensor, m_NR: Tensor, dy_NO: Tensor, ends_G: Tensor) -> None:
-        _sum_(db_GOR.mT, m_NR, dy_NO, ends_G)
+    def grad_b_(self, db_GOR: Tensor, m_NR: Tensor, dy_NO: Tensor, groups: Groups) -> None:
+        _sum_(db_GOR.mT, m_NR, dy_NO, groups)
 
 
-def _to_rank(x_NW: Tensor, v_GRW: Tensor, ends_G: Tensor, scale: float) -> Tensor:
+def _to_rank(x_NW: Tensor, v_GRW: Tensor, groups: Groups, scale: Scale) -> Tensor:
     _check(x_NW)
-    (groups, rank, width), rows = v_GRW.shape, x_NW.shape[0]
+    (count, rank, width), rows = v_GRW.shape, x_NW.shape[0]
     m_NR = x_NW.new_empty(rows, rank)
-    if rows and groups:
-        grid = (groups, _row_programs(rows, groups))
+    if rows and count:
+        grid = (count, _row_programs(rows, count))
         strides = (x_NW.stride(0), *v_GRW.stride())
-        rows_to_rank[grid](x_NW, v_GRW, m_NR, ends_G, float(scale), width, rank, *strides, **tiles(rank))
+        one, each_G = (scale, None) if isinstance(scale, float) else (1.0, scale)
+        rows_to_rank[grid](x_NW, v_GRW, m_NR, groups.ends_G, one, each_G, width, rank, *strides, **tiles(rank))
     return m_NR
 
 
-def _to_rows_(y_NW: Tensor, m_NR: Tensor, v_GRW: Tensor, ends_G: Tensor) -> None:
+def _to_rows_(y_NW: Tensor, m_NR: Tensor, v_GRW: Tensor, groups: Groups) -> None:
     _check(y_NW, m_NR)
-    (groups, rank, width), rows = v_GRW.shape, y_NW.shape[0]
-    if rows and groups:
-        grid = (groups, triton.cdiv(width, WIDE), _row_programs(rows, groups))
+    (count, rank, width), rows = v_GRW.shape, y_NW.shape[0]
+    if rows and count:
+        grid = (count, triton.cdiv(width, WIDE), _row_programs(rows, count))
         strides = (y_NW.stride(0), *v_GRW.stride())
-        rank_to_rows[grid](y_NW, m_NR, v_GRW, ends_G, width, rank, *strides, **tiles(rank))
+        rank_to_rows[grid](y_NW, m_NR, v_GRW, groups.ends_G, width, rank, *strides, **tiles(rank))
 
 
-def _sum_(dv_GRW: Tensor, m_NR: Tensor, x_NW: Tensor, ends_G: Tensor) -> None:
+def _sum_(dv_GRW: Tensor, m_NR: Tensor, x_NW: Tensor, groups: Groups) -> None:
     _check(x_NW, m_NR)
     assert dv_GRW.dtype == torch.float32, dv_GRW.dtype
-    (groups, rank, width), rows = dv_GRW.shape, x_NW.shape[0]
-    if rows and groups:
-        grid = (groups, triton.cdiv(width, WIDE))
+    (count, rank, width), rows = dv_GRW.shape, x_NW.shape[0]
+    if rows and count:
+        grid = (count, triton.cdiv(width, WIDE))
         strides = (x_NW.stride(0), *dv_GRW.stride())
-        sum_over_rows[grid](dv_GRW, m_NR, x_NW, ends_G, width, rank, *strides, **tiles(rank))
+        sum_over_rows[grid](dv_GRW, m_NR, x_NW, groups.ends_G, width, rank, *strides, **tiles(rank))
 
 
 def _check(rows_NW: Tensor, m_NR: Tensor | None = None) -> None:

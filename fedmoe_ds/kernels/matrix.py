@@ -2,34 +2,66 @@
 
 Legend: N rows, G groups, I input width, O output width.
 
-Rows are float32; weights are float32 or bfloat16. With bfloat16 weights a processor with AVX512-BF16 rounds the rows as well
-and adds up in float32. Every function answers None where the kernel does not serve: another device or type, or no compiler.
+Rows are float32; weights are float32 or bfloat16. With bfloat16 weights a processor with AMX-BF16 or AVX512-BF16 rounds the
+rows as well and adds up in float32. Products with float32 weights have the same bits in all processor classes with fused
+multiply-adds, products with bfloat16 weights those of their class. Functions answer None where the kernel does not serve:
+another device or type, or no compiler.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedmoe_ds.kernels.compiling import POINTER, SIZE, library
+from fedmoe_ds.kernels.processor_class import classes_here
 
 _WEIGHTS = {torch.float32: "product_groups", torch.bfloat16: "half_product_groups"}
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """matrix.cpp as it was compiled for a processor class.
+
+    Attributes:
+        processor: name of the class.
+        rounds: whether rows are rounded to bfloat16 where the weights are.
+    """
+
+    processor: str
+    library: ctypes.CDLL
+
+    @property
+    def rounds(self) -> bool:
+        return self.processor.endswith("BF16")
+
+
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    found = library("matrix")
-    for name in _WEIGHTS.values() if found is not None else ():
+def kernel_of(processor: str) -> Kernel | None:
+    """The kernel of a class; None where this processor is not of it, the compiler does not know it, or the system refuses."""
+    instructions = {one.name: one.instructions for one in classes_here()}
+    found = library("matrix", instructions=instructions[processor]) if processor in instructions else None
+    # Linux hands out the registers of AMX only to processes that ask.
+    if found is None or not found.permitted():
+        return None
+    for name in _WEIGHTS.values():
         getattr(found, name).argtypes = [*[POINTER] * 4, *[SIZE] * 5]
-    return found
+    return Kernel(processor, found)
+
+
+@functools.cache
+def kernel() -> Kernel | None:
+    """The one that a run uses: of the best class that can be had here."""
+    return next((found for one in classes_here() if (found := kernel_of(one.name)) is not None), None)
 
 
 def available() -> bool:
     """Whether the kernels could be compiled here."""
-    return _library() is not None
+    return kernel() is not None
 
 
 def serves(weight: Tensor) -> bool:
@@ -37,19 +69,25 @@ def serves(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in _WEIGHTS and available()
 
 
-def product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor | None:
-    """x W^T for a weight [O, I] where `transposed`, else x W for a weight [I, O]; x is [..., I]. Contiguous weights only."""
+def product(x: Tensor, weight: Tensor, transposed: bool, by: Kernel | None = None) -> Tensor | None:
+    """x W^T for a weight [O, I] where `transposed`, else x W for a weight [I, O]; x is [..., I]. Contiguous weights only.
+
+    Args:
+        by: another kernel than that of a run.
+    """
     # No copy of a frozen weight in every call: torch's product takes strides as they are.
-    if not weight.is_contiguous():
+    if x.dtype != torch.float32 or not (serves(weight) and weight.is_contiguous()):
         return None
     rows = x.numel() // max(x.shape[-1], 1)
     # A plain product is a grouped one of one group: the same loop, hence the same bits for a row either way.
     ends_G = torch.tensor([rows], dtype=torch.int32)
-    y_NO = grouped_product(x.reshape(rows, x.shape[-1]), weight.unsqueeze(0), ends_G, transposed)
+    y_NO = grouped_product(x.reshape(rows, x.shape[-1]), weight.unsqueeze(0), ends_G, transposed, by)
     return None if y_NO is None else y_NO.view(*x.shape[:-1], y_NO.shape[1])
 
 
-def grouped_product(x_NI: Tensor, weight_GAB: Tensor, ends_G: Tensor, transposed: bool) -> Tensor | None:
+def grouped_product(
+    x_NI: Tensor, weight_GAB: Tensor, ends_G: Tensor, transposed: bool, by: Kernel | None = None
+) -> Tensor | None:
     """`product` for every group of rows with its own weight; `ends_G` (int32) are the groups' end rows."""
     # Each group's weight must be dense; the groups may lie apart.
     dense = weight_GAB.shape[0] == 0 or weight_GAB[0].is_contiguous()
@@ -61,7 +99,9 @@ def grouped_product(x_NI: Tensor, weight_GAB: Tensor, ends_G: Tensor, transposed
     # Not zeroed: the ends cover all rows, and the kernel writes every element of them.
     y_NO = x_NI.new_empty(x_NI.shape[0], wide_out)
     pointers = [tensor.data_ptr() for tensor in (x_NI, weight_GAB, y_NO, ends_G)]
-    run = getattr(_library(), _WEIGHTS[weight_GAB.dtype])
+    chosen = by or kernel()
+    assert chosen is not None, "ask `serves` first"
+    run = getattr(chosen.library, _WEIGHTS[weight_GAB.dtype])
     status = run(*pointers, ends_G.shape[0], weight_GAB.stride(0), wide_out, wide_in, transposed)
     assert status == 0, "no memory for a panel of weights"
     return y_NO

@@ -42,7 +42,7 @@ class FLoRA(Method):
     absorbs = True
 
     def check_config(self, config: Config) -> None:
-        if config.foundation.dtype != "float32":
+        if config.foundation.dtype == "bfloat16":
             raise UserError(
                 f"foundation.dtype: {config.foundation.dtype}: FLoRA adds small products to the frozen weights in every round, "
                 "and bfloat16 would round them away; use float32"

@@ -5,7 +5,7 @@ Legend: L layers, E experts held by this rank, C clients in flight, R adapter ra
 A block is one kind of trainable over all layers. Expert blocks have the shape [L, E, C, *item], because an expert's rows from
 all clients of the wave meet on the rank that holds it; dense blocks have the shape [L, C, *item], because a client's dense part
 lives on its home rank alone. Values and gradients are plain fp32 tensors: the kernels write gradients in place, and the
-client optimizer runs over whole blocks.
+client optimizer runs over whole blocks. Where rows are bfloat16, products read copies of the values (`Bank.value_in`).
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ class Bank:
         self.expert_clients = clients if expert_clients is None else expert_clients
         self.values: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
+        self._steps = 0
+        # By block and type: a copy of the values, and what these were when it was made.
+        self._copies: dict[tuple[str, torch.dtype], tuple[Tensor, tuple[int, int]]] = {}
         for spec in specs:
             # Clients come after experts: a layer of an expert block, flattened, is in (expert, client) order, as groups are.
             axis = (experts, self.expert_clients) if spec.expert else (clients,)
@@ -123,6 +126,28 @@ class Bank:
     def value(self, name: str, layer: int) -> Tensor:
         """[E, C, *item] or [C, *item]: a view of one layer."""
         return self.values[name][self._index(name, layer)]
+
+    def value_in(self, dtype: torch.dtype, name: str, layer: int) -> Tensor:
+        """`value` in the type that products multiply in: a view of a copy of the whole block, which is to be read only.
+
+        The copy is kept until the values change, and then made again as a whole: once per optimizer step, and not in every
+        product of every layer.
+        """
+        values = self.values[name]
+        if dtype == values.dtype:
+            return self.value(name, layer)
+        # torch counts what its operations write, through views as well; `note_step` what it cannot see.
+        state = (values._version, self._steps)
+        copy, made = self._copies.get((name, dtype), (None, None))
+        if copy is None:
+            copy = torch.empty_like(values, dtype=dtype)
+        if made != state:
+            self._copies[name, dtype] = copy.copy_(values), state
+        return copy[self._index(name, layer)]
+
+    def note_step(self) -> None:
+        """Values were written by kernels that take addresses, as the optimizers' do: copies of them are of the past."""
+        self._steps += 1
 
     def grad(self, name: str, layer: int) -> Tensor:
         """Same shape as `value`; a bank without gradients answers with the values, which no backward pass will touch."""
@@ -153,7 +178,7 @@ class Bank:
             grad.zero_()
 
     def nbytes(self) -> int:
-        tensors = [*self.values.values(), *self.grads.values()]
+        tensors = [*self.values.values(), *self.grads.values(), *(copy for copy, _ in self._copies.values())]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def items(self, first_expert: int, slot: int = 0, with_personal: bool = False) -> Iterator[tuple[str, BlockSpec, Tensor]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fedmoe_ds.kernels.per_client import client_linear
@@ -58,11 +59,11 @@ class AdapterMoELayer(nn.Module):
         at_experts = send_routed(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing)
         # The frozen block needs no row of another rank: it is computed while routed rows travel.
         frozen_BSD: Tensor = self.frozen(hidden_BSD)
-        y_TD = at_experts(self._experts())
+        y_TD = at_experts(self._experts(hidden_BSD.dtype))
         # The rescaler covers the adapters' sum alone: while V is zero, the layer is the foundation's whatever s_i is.
         return frozen_BSD + rescaled(self.execution, self.layer, y_TD.view_as(hidden_BSD))
 
-    def _experts(self) -> BottleneckExperts:
+    def _experts(self, dtype: torch.dtype) -> BottleneckExperts:
         bank = self.execution.bank
-        inner, outer = (bank.value(name, self.layer) for name in (INNER, OUTER))
+        inner, outer = (bank.value_in(dtype, name, self.layer) for name in (INNER, OUTER))
         return BottleneckExperts(inner, outer, [bank.grad(name, self.layer) for name in (INNER, OUTER)])

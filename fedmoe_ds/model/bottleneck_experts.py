@@ -15,34 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t, grouped_outer
+from fedmoe_ds.kernels.grouped_mm import add_outer_, grouped_mm, grouped_mm_t
 from fedmoe_ds.model.experts import Block, Saved
 
 
 class BottleneckExperts:
-    """Values U [E, C, H, D] and V [E, C, D, H], and where their gradients are added."""
+    """Values U [E, C, H, D] and V [E, C, D, H] in the type of the rows, and where their gradients are added, in float32."""
 
     def __init__(self, inner: Tensor, outer: Tensor, grads: list[Tensor]) -> None:
         self.inner, self.outer, self.grads = inner, outer, grads
 
     def forward(self, block: Block, x_ND: Tensor, p_N: Tensor) -> tuple[Tensor, Saved]:
         """One block. Returns y [N, D] and what `backward` needs."""
-        ends_G = block.lora_ends_G
-        # Values are float32 in the bank, rows may be bfloat16: products are taken in the rows' type.
-        h_NH = grouped_mm(x_ND, block.pick(self.inner).to(x_ND.dtype), ends_G)
+        h_NH = grouped_mm(x_ND, block.pick(self.inner), block.groups)
         pa_NH = F.gelu(h_NH).mul_(p_N.unsqueeze(-1))
-        y_ND = grouped_mm(pa_NH, block.pick(self.outer).to(x_ND.dtype), ends_G)
+        y_ND = grouped_mm(pa_NH, block.pick(self.outer), block.groups)
         # The activation is computed again in the backward pass; h, which gelu's derivative needs, is kept.
         return y_ND, Saved(x_ND, p_N, h_NH, None, None)
 
     def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
         """Gradients of one block: dx [N, D] (None unless needed) and dp [N]; those of U and V are added to the bank."""
-        ends_G, h_NH = block.lora_ends_G, saved.h_N2F
+        groups, h_NH = block.groups, saved.h_N2F
         a_NH = F.gelu(h_NH)
-        dpa_NH = grouped_mm_t(dy_ND, block.pick(self.outer).to(dy_ND.dtype), ends_G)
-        block.pick(self.grads[1]).add_(grouped_outer(dy_ND, a_NH * saved.p_N.unsqueeze(-1), ends_G))
+        dpa_NH = grouped_mm_t(dy_ND, block.pick(self.outer), groups)
+        add_outer_(block.pick(self.grads[1]), dy_ND, a_NH * saved.p_N.unsqueeze(-1), groups)
         # Before the next line multiplies the routing weight into dpa.
         dp_N = (dpa_NH * a_NH).sum(-1)
         dh_NH = torch.ops.aten.gelu_backward(dpa_NH.mul_(saved.p_N.unsqueeze(-1)), h_NH)
-        block.pick(self.grads[0]).add_(grouped_outer(dh_NH, saved.x_ND, ends_G))
-        return (grouped_mm_t(dh_NH, block.pick(self.inner).to(dh_NH.dtype), ends_G) if need_dx else None), dp_N
+        add_outer_(block.pick(self.grads[0]), dh_NH, saved.x_ND, groups)
+        return (grouped_mm_t(dh_NH, block.pick(self.inner), groups) if need_dx else None), dp_N

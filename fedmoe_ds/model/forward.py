@@ -8,31 +8,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
+from fedmoe_ds.model.cross_entropy import Head, logits_of, scores, weighted_loss
 from fedmoe_ds.model.pass_context import Execution, Pass
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outcome of one forward pass: per target (row order) its negative log-likelihood, the logits behind it, and the label;
-    `targets` are counts per segment."""
+    """Outcome of one forward pass: per target (row order) its negative log-likelihood, and whether the likeliest token (or
+    class) is the right one; `targets` are counts per segment."""
 
     nll_N: Tensor
-    logits_NV: Tensor
-    labels_N: Tensor
+    correct_N: Tensor
     targets: list[int]
     hidden_BSD: Tensor
+    hidden_ND: Tensor
     run: Pass
+    head: Head
 
     @property
-    def correct_N(self) -> Tensor:
-        """Whether the likeliest token (or class) of every target is the right one."""
-        return self.logits_NV.argmax(-1) == self.labels_N
+    @torch.no_grad()
+    def logits_NV(self) -> Tensor:
+        """The logits of all targets, computed when they are asked for: a pass over many samples never holds them."""
+        return logits_of(self.head, self.hidden_ND)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a training pass minimises: the sum over its segments of their part of a step's mean loss, and what it is made of.
+
+    Attributes:
+        sum: to be differentiated; a rank without rows has one as well, so that its backward pass meets the others' in every
+            layer's all-to-all.
+        nll_N: per target, without a gradient.
+    """
+
+    sum: Tensor
+    nll_N: Tensor
+    run: Pass
 
 
 @dataclass(frozen=True)
@@ -48,30 +66,47 @@ class AdaptedModel:
         execution = self.execution
         return make_batch(rows, execution.pool.num_experts, execution.bank.device, self.foundation.images, self.packing)
 
+    @property
+    def head(self) -> Head:
+        """What reads hidden states out: to the next token, or to the class of an image."""
+        model: Any = self.foundation.model
+        head: Head = model.classifier if self.foundation.task == "image_classification" else model.get_output_embeddings()
+        return head
+
     def forward(self, batch: Batch, slot: int | None, rescale_C: list[float] | None = None) -> PassResult:
-        """Run the model once. `slot` is the common home slot (bitwise) or None (fast); logits exist for target rows only.
+        """Run the model once, to score targets. `slot` is the common home slot (bitwise) or None (fast)."""
+        hidden_BSD, run = self._hidden(batch, slot, rescale_C)
+        hidden_ND = batch.predicting(hidden_BSD)
+        nll_N, correct_N = scores(self.head, hidden_ND, batch.labels_N)
+        return PassResult(nll_N, correct_N, batch.targets, hidden_BSD, hidden_ND, run, self.head)
+
+    def loss(self, batch: Batch, slot: int | None, step_targets: list[int], rescale_C: list[float] | None = None) -> Loss:
+        """Run the model once, to train it.
 
         The loss is the same for both tasks: cross-entropy of the next token, or of the class that the class token's hidden
         state is read out to.
+
+        Args:
+            step_targets: per segment, what its client's sum is divided by: the targets of its whole local step.
         """
+        hidden_BSD, run = self._hidden(batch, slot, rescale_C)
+        # Rounded as the division of a float32 loss is, whose derivative this is.
+        weight_S = np.float32(1.0) / np.array(step_targets, dtype=np.float32)
+        weight_N = torch.from_numpy(np.repeat(weight_S, batch.targets)).to(hidden_BSD.device)
+        total, nll_N = weighted_loss(self.head, batch.predicting(hidden_BSD), batch.labels_N, weight_N)
+        return Loss(total, nll_N, run)
+
+    def _hidden(self, batch: Batch, slot: int | None, rescale_C: list[float] | None) -> tuple[Tensor, Pass]:
+        """The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed."""
         rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE)
         run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model
         if self.foundation.task == "image_classification":
-            hidden_BSD = model.base_model(pixel_values=batch.pixels_BCHW).last_hidden_state
-            head = model.classifier
-        else:
-            # The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed.
-            at = {} if batch.packed is None else {"position_ids": batch.packed.position_T1}
-            hidden_BSD = model.base_model(input_ids=batch.input_ids, use_cache=False, **at).last_hidden_state
-            head = model.get_output_embeddings()
-        # Float32: a log-softmax over a vocabulary loses its small differences in bfloat16.
-        logits_NV = head(batch.predicting(hidden_BSD)).float()
-        nll_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
-        # Detached: logits serve accuracies, and would otherwise keep the graph for as long as somebody holds the result.
-        return PassResult(nll_N, logits_NV.detach(), batch.labels_N, batch.targets, hidden_BSD, run)
+            return model.base_model(pixel_values=batch.pixels_BCHW).last_hidden_state, run
+        at = {} if batch.packed is None else {"position_ids": batch.packed.position_T1}
+        return model.base_model(input_ids=batch.input_ids, use_cache=False, **at).last_hidden_state, run
 
 
 def segment_sums(values_N: Tensor, batch: Batch) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels.frozen_layers import frozen_rows
+from fedmoe_ds.kernels.groups import Groups, Scale
 from fedmoe_ds.kernels.lora_products import LowRankProducts
 from fedmoe_ds.model.adapter_dropout import left_through
 from fedmoe_ds.model.pass_context import Execution, Pass
@@ -80,27 +81,16 @@ def find_projections(model: nn.Module, config: AdapterConfig) -> list[Projection
 
 @dataclass(frozen=True)
 class _Adapters:
-    """One projection's adapters of the clients in a pass, [C, ...]; see the legend. Factors multiply the scale, None for 1."""
+    """One projection's adapters of the clients in a pass, [C, ...]; see the legend. Gradients are float32."""
 
     a_CRD: Tensor
     b_COR: Tensor
     grad_a_CRD: Tensor
     grad_b_COR: Tensor
-    ends_C: Tensor  # int32 end rows
-    scale: float
-    factors: list[float] | None
+    groups: Groups  # of each client's rows
+    scale: Scale
     products: LowRankProducts
     kept: Callable[[], Tensor] | None = None  # draws dropout's mask [T, D]; the same whenever it is called
-
-    def scaled(self, product: Callable[..., Tensor], rows_TI: Tensor, weight: Tensor) -> Tensor:
-        """A product to rank R, times each client's scale."""
-        if self.factors is None:
-            return product(rows_TI, weight, self.ends_C, self.scale)
-        # A slot without sequences in this pass has the end of the slot before it, so its group is empty.
-        rows_C = torch.diff(self.ends_C.long(), prepend=self.ends_C.new_zeros(1).long())
-        factors_C = torch.tensor(self.factors, device=self.ends_C.device) * self.scale
-        m_TR = product(rows_TI, weight, self.ends_C, 1.0)
-        return m_TR.mul_(factors_C.repeat_interleave(rows_C).unsqueeze(1))
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -111,9 +101,9 @@ class _AdaptedProduct(torch.autograd.Function):
         # The kernels walk rows by pointer and width.
         x_TD = x_TD.contiguous()
         kept_TD = None if adapters.kept is None else adapters.kept()
-        m_TR = adapters.scaled(adapters.products.project, left_through(x_TD, kept_TD), adapters.a_CRD)
+        m_TR = adapters.products.project(left_through(x_TD, kept_TD), adapters.a_CRD, adapters.groups, adapters.scale)
         y_TO = frozen_rows(x_TD, weight_OD, transposed=True)
-        adapters.products.expand_(y_TO, m_TR, adapters.b_COR, adapters.ends_C)
+        adapters.products.expand_(y_TO, m_TR, adapters.b_COR, adapters.groups)
         # m has R columns only: keeping it is cheaper than projecting x once more.
         ctx.save_for_backward(x_TD, m_TR)
         ctx.weight_OD, ctx.adapters = weight_OD, adapters
@@ -122,21 +112,21 @@ class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         adapters: _Adapters = ctx.adapters
-        (x_TD, m_TR), dy_TO, ends_C = ctx.saved_tensors, grads[0].contiguous(), adapters.ends_C
-        adapters.products.grad_b_(adapters.grad_b_COR, m_TR, dy_TO, ends_C)
-        dm_TR = adapters.scaled(adapters.products.back_project, dy_TO, adapters.b_COR)
+        (x_TD, m_TR), dy_TO, groups = ctx.saved_tensors, grads[0].contiguous(), adapters.groups
+        adapters.products.grad_b_(adapters.grad_b_COR, m_TR, dy_TO, groups)
+        dm_TR = adapters.products.back_project(dy_TO, adapters.b_COR, groups, adapters.scale)
         # Drawn again: one pass over x costs less than a mask per projection that is kept until here.
         kept_TD = None if adapters.kept is None else adapters.kept()
-        adapters.products.grad_a_(adapters.grad_a_CRD, dm_TR, left_through(x_TD, kept_TD), ends_C)
+        adapters.products.grad_a_(adapters.grad_a_CRD, dm_TR, left_through(x_TD, kept_TD), groups)
         # The first layer's input comes from a frozen embedding; its gradient would be thrown away.
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         dx_TD = frozen_rows(dy_TO, ctx.weight_OD, transposed=False)
         if kept_TD is None:
-            adapters.products.back_expand_(dx_TD, dm_TR, adapters.a_CRD, ends_C)
+            adapters.products.back_expand_(dx_TD, dm_TR, adapters.a_CRD, groups)
         else:
             through_TD = torch.zeros_like(dx_TD)
-            adapters.products.back_expand_(through_TD, dm_TR, adapters.a_CRD, ends_C)
+            adapters.products.back_expand_(through_TD, dm_TR, adapters.a_CRD, groups)
             dx_TD.add_(left_through(through_TD, kept_TD))
         return dx_TD, None, None, None
 
@@ -156,7 +146,7 @@ class ClientLoRALinear(nn.Module):
             y_BSO: Tensor = self.base(x_BSD) + 0.0 * self.execution.anchor
             return y_BSO
         x_TD = x_BSD.flatten(0, -2)
-        adapters = self._adapters(run.row_ends(len(x_TD), self._clients()), x_TD.dtype, self._kept(run, x_TD))
+        adapters = self._adapters(run.row_groups(len(x_TD), self._clients()), x_TD.dtype, self._kept(run, x_TD))
         y_TO: Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
             x_TD, self.execution.anchor, self.base.weight, adapters
         )
@@ -173,15 +163,16 @@ class ClientLoRALinear(nn.Module):
             return None
         return partial(dropout.kept, run.segments, run.drawn_at, place, x_TD.shape, x_TD.device)
 
-    def _adapters(self, ends_C: Tensor, dtype: torch.dtype, kept: Callable[[], Tensor] | None) -> _Adapters:
+    def _adapters(self, groups: Groups, dtype: torch.dtype, kept: Callable[[], Tensor] | None) -> _Adapters:
         bank, layer = self.execution.bank, self.projection.layer
-        (a, b), (grad_a, grad_b) = (
-            [read(name, layer) for name in (self.projection.block_a, self.projection.block_b)]
-            for read in (bank.value, bank.grad)
-        )
-        # Adapters of projections live on the client's home rank alone, so slots and factors here are those of home.
+        names = (self.projection.block_a, self.projection.block_b)
+        a, b = (bank.value_in(dtype, name, layer) for name in names)
+        grad_a, grad_b = (bank.grad(name, layer) for name in names)
         products = self.execution.products_for(a.shape[1], dtype, self.base.weight.device)
-        scale = self.execution.scale
+        one = self.execution.scale
         if kept is not None and self.execution.dropout is not None:
-            scale *= self.execution.dropout.gain  # on the middle, which is R wide, and not on x
-        return _Adapters(a, b, grad_a, grad_b, ends_C, scale, self.execution.wave.home_factors, products, kept)
+            one *= self.execution.dropout.gain  # on the middle, which is R wide, and not on x
+        # Adapters of projections live on the client's home rank alone, so slots and factors here are those of home.
+        factors = self.execution.wave.home_factors
+        scale = one if factors is None else factors.of_groups(one, 1, groups.ends_G.device)
+        return _Adapters(a, b, grad_a, grad_b, groups, scale, products, kept)

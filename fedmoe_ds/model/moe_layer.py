@@ -75,7 +75,7 @@ class FederatedMoELayer(nn.Module):
         if GATE_UP_A not in bank:
             return None
         names = (GATE_UP_A, GATE_UP_B, DOWN_A, DOWN_B)
-        a13, b13, a2, b2 = (bank.value(name, self.layer) for name in names)
+        a13, b13, a2, b2 = (bank.value_in(dtype, name, self.layer) for name in names)
         grads = [bank.grad(name, self.layer) for name in names]
         products = self.execution.products_for(a13.shape[2], dtype, self.w13_EFD.device)
         return experts.Lora(a13, b13, a2, b2, grads, self.execution.scale, products, self.execution.wave.wave_factors)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.kernels.lora_products import Kernels, LowRankProducts, products_for
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
@@ -20,6 +21,7 @@ from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Demand, Routing
+from fedmoe_ds.model.scale_factors import ScaleFactors
 
 
 @dataclass
@@ -57,13 +59,13 @@ class Pass:
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     trained: dict[int, Tensor] = field(default_factory=dict)
-    _ends: dict[int, Tensor] = field(default_factory=dict)
+    _groups: dict[int, Groups] = field(default_factory=dict)
     _places: list[slice | Tensor] | None = None
 
-    def row_ends(self, rows: int, clients: int) -> Tensor:
-        """int32 [C]: the end row of every home slot's rows in a tensor of `rows` rows; empty for slots without a segment."""
-        # All projections of a pass ask for the same ends; they are found once.
-        if rows not in self._ends:
+    def row_groups(self, rows: int, clients: int) -> Groups:
+        """Every home slot's rows in a tensor of `rows` rows; empty for slots without a segment."""
+        # All projections of a pass ask for the same groups; they are found once.
+        if rows not in self._groups:
             assert rows == len(self.slot_T), (rows, len(self.slot_T))
             # Equal ones are parts of an evaluation, which reads one client's adapters for all of them.
             assert all(a.slot <= b.slot for a, b in itertools.pairwise(self.segments)), (
@@ -72,8 +74,8 @@ class Pass:
             # A slot without a segment ends where the one before it does: an empty group, which every kernel skips. They are
             # searched among the rows' slots, which are on the device: a list would have to be sent there.
             slots_C = torch.arange(clients, device=self.slot_T.device)
-            self._ends[rows] = torch.searchsorted(self.slot_T, slots_C, right=True, out_int32=True)
-        return self._ends[rows]
+            self._groups[rows] = Groups(torch.searchsorted(self.slot_T, slots_C, right=True, out_int32=True), rows)
+        return self._groups[rows]
 
     def places(self, rows: int) -> list[slice | Tensor]:
         """Of every segment its token rows without padding, among `rows` of the pass: a slice, or int64 numbers."""
@@ -128,8 +130,8 @@ class InTraining:
 
     observers: dict[int, RoutingObserver] = field(default_factory=dict)
     selective: bool = False
-    wave_factors: list[float] | None = None
-    home_factors: list[float] | None = None
+    wave_factors: ScaleFactors | None = None
+    home_factors: ScaleFactors | None = None
 
 
 @dataclass

@@ -79,12 +79,20 @@ def check(request: Request) -> Config:
         if count is not None and count < 1:
             raise UserError(f"--{flag.replace('_', '-')}: {count}: is no number of them; give at least 1")
     config = load_config(request.config, request.overrides)
-    if config.topology.device == "cuda" and request.gpus_per_node is None:
+    if config.topology.device == "cuda" and not _asks_for_gpus(request):
         raise UserError("topology.device: cuda: the job asks for no GPU; add --gpus-per-node, or use auto or cpu")
     from fedmoe_ds.planner.dry_run import describe  # heavy: it builds the model, without weights
 
     describe(config, request.ranks)
     return config
+
+
+def _asks_for_gpus(request: Request) -> bool:
+    """Whether the job gets GPUs, for its nodes or for each task: sbatch has several options for it."""
+    asked = [text.removeprefix("--") for text in request.sbatch]
+    return request.gpus_per_node is not None or any(
+        text.startswith("gpus") or (text.startswith("gres") and "gpu" in text) for text in asked
+    )
 
 
 def compose(request: Request, config: Config, home: Path, folder: Path) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
@@ -34,6 +33,7 @@ from fedmoe_ds.foundation.foundation import cache_folder, planned_config
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
+from fedmoe_ds.foundation.storage_type import storage_type
 from fedmoe_ds.foundation.tokenizer import has_tokenizer, load_tokenizer
 from fedmoe_ds.kernels import fault
 from fedmoe_ds.model.lora_linear import find_projections
@@ -41,7 +41,6 @@ from fedmoe_ds.report import Progress
 from fedmoe_ds.storage import cache
 
 Counts = NDArray[np.int64]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     fault.guard("this plan")
     config, method = check_start(config, kind)
     folder = _untrained_foundation(config)
-    model = build_on_meta(folder, _DTYPES[config.foundation.dtype])
+    model = build_on_meta(folder, storage_type(config.foundation, kind, folder))
     # As one rank with all experts (ep_size 1): the planner divides them itself, by every size that it tries.
     spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0)))
     if config.adapters.start is not None:  # names and shapes alone; whose model it is needs the weights

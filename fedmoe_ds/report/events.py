@@ -222,6 +222,7 @@ class _End(_Fields):
     digest: str | None = None
     seconds: Seconds | None = None
     peak_bytes: list[Count] | None = None
+    device_peak_bytes: list[Count] | None = None
 
 
 _KINDS: dict[str, type[_Fields]] = {

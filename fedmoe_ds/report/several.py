@@ -124,6 +124,9 @@ def page(runs: Sequence[Told]) -> str:
 
 def _run_section(runs: Sequence[Told]) -> Markup:
     head = ["run", "name", "folder", "method", "seed", "state", "rounds", "clients", "ranks", "tokens", "sent", "peak memory"]
+    on_gpu = any((run.history.end or {}).get("device_peak_bytes") for run in runs)
+    if on_gpu:
+        head.append("peak GPU memory")
     first: dict[str, str] = {}
     rows = []
     for run in runs:
@@ -148,7 +151,7 @@ def _run_section(runs: Sequence[Told]) -> Markup:
                 formats.count(start.get("world_size") or len(history.topology) or None),
                 formats.count(sum(event.get("tokens") or 0 for event in rounds)),
                 mebibytes(_sent(rounds)),
-                mebibytes(max(end.get("peak_bytes") or [0]) or None),
+                *(mebibytes(max(end.get(peak) or [0]) or None) for peak in ("peak_bytes", "device_peak_bytes")[: 1 + on_gpu]),
                 formats.duration(spent),
                 tag("td", tag("code", short), data_t=digest or None),
             ]

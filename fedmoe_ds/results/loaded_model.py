@@ -39,6 +39,7 @@ from fedmoe_ds.federation.run_spec import (
     check_start,
     facts_of,
     is_bitwise,
+    of_loaded_type,
     positions,
     resolve_spec,
 )
@@ -237,6 +238,7 @@ def _adapters_of(folder: str) -> AdapterConfig:
 def _bare_spec(config: Config, foundation: Foundation, device: str) -> RunSpec:
     """A model without adapters, resolved as `resolve_spec` does it for a run."""
     known = foundation.outline
+    config = of_loaded_type(config, known)
     check_model(config, known, device)
     layout = hosted_layout(known.layers) if known.layers else empty_layout(known.sites)
     # Any method whose clients receive the model as it is.

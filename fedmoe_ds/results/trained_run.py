@@ -24,9 +24,10 @@ from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
 from fedmoe_ds.foundation import resolve_foundation
-from fedmoe_ds.foundation.foundation import fingerprint
+from fedmoe_ds.foundation.fingerprint import fingerprint
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import Outline, outline
+from fedmoe_ds.foundation.storage_type import of_type, storage_type
 from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.report import Progress, read_metrics
@@ -34,7 +35,6 @@ from fedmoe_ds.results.run_checkpoint import check_whole, find_checkpoint
 from fedmoe_ds.storage.files import expanded
 
 METRICS = "metrics.jsonl"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -224,13 +224,17 @@ def open_run(path: Path, round_index: int | str | None = None, model: Path | Non
         found = expanded(str(model), "--model")
         section = config.foundation.model_copy(update={"path": str(found), "preset": None})
         config = config.model_copy(update={"foundation": section})
+    # A run writes down what `auto` meant; one without the key is older than it, and was what its identity says.
+    written = snapshot.identity.get("foundation.dtype")
+    kept = of_type(config.foundation, torch.bfloat16 if written == "bfloat16" else torch.float32)
+    config = config.model_copy(update={"foundation": kept})
     # As on the device of the run: what a configuration means depends on its kind.
     device = snapshot.identity.get("topology", {}).get("device", "cpu")
     config, method = check_start(config, device)
     with Progress() as progress:
         base = resolve_foundation(config.foundation, config.seed, progress.note)
     _check_same(base, snapshot, checkpoint)
-    meta = build_on_meta(base, _DTYPES[config.foundation.dtype])
+    meta = build_on_meta(base, storage_type(config.foundation, device, base))
     known = outline(meta, host_model(meta, 1, 0))
     spec = resolve_spec(config, method, device, known)
     events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []

@@ -50,7 +50,7 @@ def open_stack(system: str, folder: Path, workload: Workload) -> OurStack | Deep
         return OurStack(*load_model(folder, torch.float32, 1, 0, torch.device("cpu")), workload)
     if not process_groups.has_world():
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-        process_groups.join_world("gloo", datetime.timedelta(minutes=5))
+        process_groups.join_world(datetime.timedelta(minutes=5), torch.device("cpu"))
     process_groups.create_groups(1)
     _, hosted = load_model(folder, torch.float32, 1, 0, torch.device("cpu"))
     return DeepSpeedStack(hosted, workload)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t
+from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.kernels.lora_products import products_for
 
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ def known_units() -> dict[str, float]:
 def _frozen(rows: int, width: int) -> float:
     """Forward and backward of one grouped product."""
     x, w = torch.randn(GROUPS * rows, width), torch.randn(GROUPS, width, width)
-    ends = _ends(rows)
-    seconds = typical(lambda: (grouped_mm(x, w, ends), grouped_mm_t(x, w, ends)))
+    groups = _groups(rows)
+    seconds = typical(lambda: (grouped_mm(x, w, groups), grouped_mm_t(x, w, groups)))
     return seconds / (2 * 2.0 * x.shape[0] * width * width)
 
 
@@ -42,16 +43,16 @@ def _adapters(rows: int, width: int, rank: int) -> float:
     """All six products of a pair of factors."""
     products = products_for(rank, torch.float32, CPU)
     x, m = torch.randn(GROUPS * rows, width), torch.randn(GROUPS * rows, rank)
-    a, b, ends = torch.randn(GROUPS, rank, width), torch.randn(GROUPS, width, rank), _ends(rows)
+    a, b, groups = torch.randn(GROUPS, rank, width), torch.randn(GROUPS, width, rank), _groups(rows)
     da, db = torch.zeros_like(a), torch.zeros_like(b)
 
     def everything() -> None:
-        products.project(x, a, ends, 1.0)
-        products.expand_(x, m, b, ends)
-        products.back_project(x, b, ends, 1.0)
-        products.back_expand_(x, m, a, ends)
-        products.grad_a_(da, m, x, ends)
-        products.grad_b_(db, m, x, ends)
+        products.project(x, a, groups, 1.0)
+        products.expand_(x, m, b, groups)
+        products.back_project(x, b, groups, 1.0)
+        products.back_expand_(x, m, a, groups)
+        products.grad_a_(da, m, x, groups)
+        products.grad_b_(db, m, x, groups)
         x.clamp_(-1.0, 1.0)
 
     return typical(everything) / (6 * 2.0 * x.shape[0] * width * rank)
@@ -67,8 +68,8 @@ def _score(heads: int = 4, length: int = 192, width: int = 32) -> float:
     return typical(both) / (2 * heads * length * length)
 
 
-def _ends(rows: int) -> torch.Tensor:
-    return torch.arange(1, GROUPS + 1, dtype=torch.int32) * rows
+def _groups(rows: int) -> Groups:
+    return Groups(torch.arange(1, GROUPS + 1, dtype=torch.int32) * rows, GROUPS * rows)
 
 
 def typical(action: Callable[[], object]) -> float:

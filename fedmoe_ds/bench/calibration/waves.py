@@ -76,24 +76,33 @@ class Bench:
     """A random model of one shape with adapters for two clients, ready for passes."""
 
     def __init__(
-        self, shape: Shape, attention: list[str], folder: Path, group: Any = None, ep_size: int = 1, rank: int = 0
+        self,
+        shape: Shape,
+        attention: list[str],
+        folder: Path,
+        group: Any = None,
+        ep_size: int = 1,
+        rank: int = 0,
+        device: torch.device = CPU,
+        dtype: str = "float32",
     ) -> None:
         keep_freed_memory()  # as every training run does
         torch.set_num_threads(1)
         if not (folder / CONFIG_FILE).exists():
             write_model(shape, 0, folder)
         self.shape, self.ep_size = shape, ep_size
-        self.job = resolve(_config(folder, attention, RANKS.get(shape.name, 8)))
-        self.foundation = load_bare(folder, ep_size=ep_size, rank=rank)
+        self.job = resolve(_config(folder, attention, RANKS.get(shape.name, 8), dtype), kind=device.type)
+        self.foundation = load_bare(folder, dtype, str(device), ep_size, rank)
         places, model = hosted_layout(self.foundation.layers), self.foundation.model
         blocks = self.job.method.blocks(adapter_blocks(model, places, self.job.config.adapters, self.job.method.rescaler))
-        pool = Pool(group, ep_size, places.num_experts, 2, merge=False, shard=rank)
-        bank = Bank(blocks, places.num_experts // ep_size, 2, pool.wave_clients, CPU)
+        # On the CPU a pass has one client per rank; on a GPU clients share passes.
+        pool = Pool(group, ep_size, places.num_experts, 2, merge=device.type == "cuda", shard=rank)
+        bank = Bank(blocks, places.num_experts // ep_size, 2, pool.wave_clients, device)
         self.execution = Execution(bank, pool, 2.0, rescaler=True)
         install(self.foundation, self.job.config.adapters, self.execution)
-        self.start = Bank(blocks, places.num_experts // ep_size, clients=1, with_grad=False)
+        self.start = Bank(blocks, places.num_experts // ep_size, clients=1, device=device, with_grad=False)
         for value in self.start.values.values():
-            value.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(1))
+            value.copy_(torch.empty(value.shape).uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(1)))
         self.personal = {spec.name: torch.ones(ep_size, len(spec.layers), *spec.item) for spec in blocks if spec.personal}
         self.model, config = AdaptedModel(self.foundation, self.execution), self.job.config
         self.trainer = TimedTrainer(self.model, places.layers, config.local, config.execution.micro_batch_size, seed=0)
@@ -142,10 +151,10 @@ class TimedTrainer(WaveTrainer):
         self.seconds.append(time.perf_counter() - began)
 
 
-def _config(folder: Path, attention: list[str], rank: int) -> Config:
+def _config(folder: Path, attention: list[str], rank: int, dtype: str) -> Config:
     return Config.model_validate(
         {
-            "foundation": {"path": str(folder), "cache": str(folder)},
+            "foundation": {"path": str(folder), "cache": str(folder), "dtype": dtype},
             "adapters": {"attention": attention, "rank": rank},
             "local": {"steps": REPEATS, "batch_size": 64},
             "data": {"partition": {"clients": 2}},

@@ -34,7 +34,7 @@ from fedmoe_ds.distributed.control import Alone
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation.foundation import fingerprint
+from fedmoe_ds.foundation.fingerprint import fingerprint
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.foundation.weight_stream import WeightStream
 from fedmoe_ds.planner import Job, resolve

@@ -44,6 +44,7 @@ class Command:
         table: the whole table, where it is not one line per row.
         stored: what `--json` holds instead of the rows with their origin; None for that.
         about: one or two sentences for docs/performance.md: what is measured, and what its floor is.
+        code: the exit code that its rows mean; None for 0.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Command:
     table: Callable[[list[Row]], Table] | None = None
     stored: Callable[[list[Row]], Any] | None = None
     about: str = ""
+    code: Callable[[list[Row]], int] | None = None
 
     def show(self, rows: list[Row]) -> Table:
         """Rows as a table, with what its marks mean."""

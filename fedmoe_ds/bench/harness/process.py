@@ -65,14 +65,15 @@ def run_to_end(
     timeout_s: float,
     look: Callable[[int], None] | None = None,
     every_s: float = 0.05,
+    env: Mapping[str, str] | None = None,
 ) -> None:
-    """Run a command to its end; meanwhile `look` is called with its process id again and again.
+    """Run a command to its end; meanwhile `look` is called with its process id again and again. `env` is as for `start`.
 
     Raises:
         RuntimeError: it failed, or takes too long; with the end of its output.
     """
     with tempfile.TemporaryFile() as log:  # no pipe: nobody reads it meanwhile, and a full one would stop the command
-        process, until = start(command, log), time.monotonic() + timeout_s
+        process, until = start(command, log, env), time.monotonic() + timeout_s
         try:
             while process.poll() is None:
                 if time.monotonic() > until:

@@ -62,13 +62,16 @@ def check_positions(length: int) -> None:
         raise UserError(f"--length: {length}: the measured models have {_POSITIONS} positions; use {_POSITIONS} or less")
 
 
-def write_model(shape: Shape, seed: int, folder: Path, shard_size: str = "100MB", dtype: str = "float32") -> None:
-    """Save a random model of this shape as a Hugging Face folder of sharded safetensors; random numbers are float32."""
+def write_model(
+    shape: Shape, seed: int, folder: Path, shard_size: str = "100MB", dtype: str = "float32", device: str = "cpu"
+) -> None:
+    """Save a random model of this shape as a Hugging Face folder of sharded safetensors; random numbers are float32, drawn on
+    `device` (each kind has its own)."""
     from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
     common = sizes(shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads)
     if not shape.experts:
-        save_random(LlamaForCausalLM, LlamaConfig(**common), seed, folder, shard_size, dtype)
+        save_random(LlamaForCausalLM, LlamaConfig(**common), seed, folder, shard_size, dtype, device)
         return
     config = OlmoeConfig(
         **common,
@@ -76,7 +79,7 @@ def write_model(shape: Shape, seed: int, folder: Path, shard_size: str = "100MB"
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=False,
     )
-    save_random(OlmoeForCausalLM, config, seed, folder, shard_size, dtype)
+    save_random(OlmoeForCausalLM, config, seed, folder, shard_size, dtype, device)
 
 
 def sizes(vocab: int, hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
@@ -97,15 +100,17 @@ def sizes(vocab: int, hidden: int, ffn: int, layers: int, heads: int) -> dict[st
     }
 
 
-def save_random(kind: Any, config: Any, seed: int, folder: Path, shard_size: str = "100MB", dtype: str = "float32") -> None:
-    """Save a model of a class of transformers with random weights, without a trace in the state of this process."""
+def save_random(
+    kind: Any, config: Any, seed: int, folder: Path, shard_size: str = "100MB", dtype: str = "float32", device: str = "cpu"
+) -> None:
+    """Save a model of a class of transformers with random weights, without a trace in this process's state (on its CPU)."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        kind(config).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+        kind(config).to(getattr(torch, dtype)).to("cpu").save_pretrained(folder, max_shard_size=shard_size)
 
 
 def write_with_tokenizer(shape: Shape, seed: int, folder: Path, texts: list[str]) -> Shape:

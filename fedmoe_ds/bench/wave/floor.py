@@ -25,6 +25,7 @@ Spans = list[tuple[int, int, int]]
 """(group, first row, end row); empty groups are left out."""
 Product = tuple[Tensor, Tensor, Tensor]
 """Two factors and the memory for their product."""
+_LARGEST_SIDE = 8192
 
 
 class Floor:
@@ -113,13 +114,14 @@ class DeviceFloor:
 
     Args:
         workload, rows_CLE: as for `Floor`.
-        side: of the large product's square factors.
+        side: of the large product's square factors; 8192, or four times the width of a smaller model, where nothing is given.
     """
 
-    def __init__(self, workload: Workload, rows_CLE: np.ndarray, side: int = 8192) -> None:
+    def __init__(self, workload: Workload, rows_CLE: np.ndarray, side: int | None = None) -> None:
         with torch.device("meta"):  # shapes alone
             self.flops = Floor(workload, rows_CLE).flops()
-        self.device, self.side = workload.device, side
+        self.device = workload.device
+        self.side = side = side or min(_LARGEST_SIDE, 4 * workload.shape.hidden)
         self.left, self.right, self.out = (
             torch.rand(side, side, dtype=getattr(torch, workload.dtype), device=workload.device) for _ in range(3)
         )

@@ -23,11 +23,17 @@ _SHARDS = {"cpu": "100MB", "cuda": "5GB"}
 Spans = dict[str, list[Timing]]
 
 
-def run_wave(workloads: list[Workload], systems: list[str], rounds: int, note: Note) -> list[Row]:
-    """Measure all workloads. Raises UserError, or DisagreementError when losses differ."""
+def run_wave(workloads: list[Workload], systems: list[str], rounds: int, note: Note, model: Path | None = None) -> list[Row]:
+    """Measure all workloads, on a `model` that is there already or one that is written for each.
+
+    Raises UserError, or DisagreementError when losses differ.
+    """
     check_least("--rounds", rounds)
     rows = []
     for workload in workloads:
+        if model is not None:
+            rows += _measure(model, workload, _for(workload, systems), rounds, note)
+            continue
         with scratch_folder() as folder:
             write_model(workload.shape, workload.seed, folder, _SHARDS[workload.device], workload.dtype)
             rows += _measure(folder, workload, _for(workload, systems), rounds, note)

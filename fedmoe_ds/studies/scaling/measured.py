@@ -39,7 +39,7 @@ class Measured:
         recorded: seconds of the `round` event, which ends before the checkpoint; what a prediction is about.
         phases: seconds of `train`, `aggregate`, `evaluate`, and of everything else as `other`; they add up to `seconds`.
         collectives: seconds inside collectives by name, a part of the phases; None where the run did not record them.
-        peak_mib: peak memory of every rank in order, or None.
+        peak_mib: peak memory of every rank in order, on its GPU where it has one; or None.
         cores: CPU cores that all ranks shared, or None.
     """
 
@@ -113,7 +113,7 @@ def _measured(events: Sequence[Event], machine: dict[str, Any]) -> Measured:
     end = next(event for event in reversed(events) if event["event"] == "end")
     timed = timed_rounds(events)
     spent = [_phases(seconds, event) for seconds, event in timed]
-    peaks = end.get("peak_bytes")
+    peaks = end.get("device_peak_bytes") or end.get("peak_bytes")
     return Measured(
         ranks=facts["world_size"],
         clusters=facts["clusters"],

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import time
 from typing import Any, NoReturn
 
+import pytest
 import torch
 import torch.distributed as dist
 from every import every
@@ -17,9 +19,11 @@ from fake_cuda.runs import losses, root
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.schema import TopologyConfig
+from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.collectives import all_to_all
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
+from fedmoe_ds.errors import UserError
 
 RANKS = 2
 ENDS = {"case_a_lost_rank_ends_the_others": [76, -9]}
@@ -63,6 +67,17 @@ def assert_as_on_the_cpu(result: Result, name: str) -> None:
     world().barrier()
 
 
+def case_a_shared_gpu_is_refused_before_any_group(fake: Any) -> None:
+    """First, because a world that has been joined is taken as it is."""
+    own, os.environ["FAKE_GPU"] = os.environ.get("FAKE_GPU", "0"), "0"
+    try:
+        with pytest.raises(UserError, match=r"2 ranks on .* and 1 GPU: ranks 0 and 1 would share one; "):
+            init_runtime(detect_launch(), TopologyConfig(device="cuda"))
+    finally:
+        os.environ["FAKE_GPU"] = own
+    assert not dist.is_initialized()
+
+
 def case_each_takes_the_gpu_that_it_sees(fake: Any) -> None:
     runtime = world()
     assert runtime.device == torch.device("cuda", 0) and runtime.world_size == RANKS
@@ -93,6 +108,22 @@ def case_collectives_do_not_hold_the_host(fake: Any) -> None:
     assert fake.COUNT.total_waits == 0 and begun.query()
     assert received[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
     assert fake.COUNT.total_waits == 1 and done.query()
+
+
+def case_a_peer_that_comes_late_is_waited_for_on_the_device(fake: Any) -> None:
+    """The host has gone on; heartbeats tell it all the same."""
+    runtime, group = world(), dist.group.WORLD
+    rows, received = torch.ones(2, 2, device=runtime.device), torch.empty(2, 2, device=runtime.device)
+    received.tolist()
+    runtime.barrier()
+    if runtime.rank == 1:
+        time.sleep(2.0)
+    all_to_all(received, rows, group)
+    said = activity.state()["waiting"]
+    assert fake.COUNT.total_waits == 1, "that of the line above, and none to find out"
+    assert runtime.rank == 1 or said == "all_to_all over a group"
+    received.tolist()
+    assert activity.state()["waiting"] is None
 
 
 def case_one_pool(fake: Any) -> None:

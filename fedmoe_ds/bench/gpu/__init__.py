@@ -1,0 +1,1 @@
+"""GPU: what one short visit to a machine with a GPU should measure, in order of value."""

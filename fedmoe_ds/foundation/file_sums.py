@@ -1,0 +1,106 @@
+"""File sums: the SHA-256 of large files, remembered on a machine until one of them changes.
+
+An entry of the cache (`storage/cache.py`) holds the sum of one file. Its key is a hash of all that changes with the file: path,
+size, inode, the times of the last change of content and of anything (ctime, which no program can set), and the content of
+some pages, for images whose files all carry the same times. The machine's boot belongs to it, too: after a crash a file may
+lack what was never written to the disk while its times are kept. Not found: a disk that forgets bits by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fedmoe_ds.distributed.stop_points import file_sha256
+from fedmoe_ds.storage import cache
+from fedmoe_ds.storage.cleaning import MADE_FROM
+from fedmoe_ds.storage.strict_json import read_json, tree_sha256
+
+KIND = "sums"
+"""Below the cache folder."""
+WORTH = 64 * 2**20
+"""Bytes from which on a sum is remembered: what is smaller is read in the time that an entry takes."""
+FORMAT = 1
+_HEADER, _SUM = "header.json", "sum"
+_PAGES, _PAGE = 64, 4096
+_SETTLED_NS = 10 * 10**9
+"""A file that has changed so recently may change again within the same tick of its file system's clock, unseen."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def stamp(file: Path) -> list[int]:
+    """Size, inode, and the times of the last change of content and of anything: equal where nothing has touched the file.
+
+    Raises OSError.
+    """
+    # Of the open file: opening makes a network file system ask its server, where looking alone may be answered from memory.
+    with file.open("rb", buffering=0) as opened:
+        return _stamp(opened.fileno())
+
+
+def file_sum(file: Path, place: Path) -> str:
+    """SHA-256 of a file, 64 hex digits, read again only where it is not remembered in `place`.
+
+    Raises:
+        OSError: the file cannot be read. A cache that cannot be used is told (`cache.pass_over`), and costs time alone.
+    """
+    if file.stat().st_size < WORTH:
+        return file_sha256(file)
+    before, began = _facts(file), time.time_ns()
+    entry = place / tree_sha256(before)[:32]
+    known = _remembered(entry, before)
+    if known is not None:
+        return known
+    found = file_sha256(file)
+    # Only of a file that nobody was writing meanwhile, or just before.
+    if began - max(before["stamp"][2:]) > _SETTLED_NS and _facts(file) == before:
+        _remember(entry, before, found)
+    return found
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """All that the sum is remembered by."""
+    sample = hashlib.sha256()
+    with file.open("rb", buffering=0) as opened:
+        found = _stamp(opened.fileno())
+        for page in range(_PAGES):
+            sample.update(os.pread(opened.fileno(), _PAGE, page * max(found[0] - _PAGE, 0) // (_PAGES - 1)))
+    boot = _BOOT.read_text().strip() if _BOOT.exists() else ""
+    return {"format": FORMAT, "path": str(file.resolve()), "stamp": found, "boot": boot, "sample": sample.hexdigest()}
+
+
+def _stamp(handle: int) -> list[int]:
+    found = os.fstat(handle)
+    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _remembered(entry: Path, facts: dict[str, Any]) -> str | None:
+    try:
+        return _sum_in(entry, facts) if cache.usable(entry, lambda: _sum_in(entry, facts) is not None) else None
+    except OSError as error:
+        cache.pass_over(f"{entry}: cannot be read: {error.strerror or error}")
+        return None
+
+
+def _remember(entry: Path, facts: dict[str, Any], found: str) -> None:
+    content = cache.sealed({MADE_FROM: facts["path"], "facts": facts, _SUM: found})
+    try:
+        with cache.draft(entry, lambda: _sum_in(entry, facts) is not None) as draft:
+            (draft / _HEADER).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        cache.pass_over(f"{entry.parent}: cannot be written: {reason}; the model is read whole at every start")
+
+
+def _sum_in(entry: Path, facts: dict[str, Any]) -> str | None:
+    """What an entry says; None where it is damaged."""
+    try:
+        header = read_json(entry / _HEADER)
+        whole = isinstance(header, dict) and cache.has_seal(header) and header["facts"] == facts
+        return str(header[_SUM]) if whole else None
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,103 @@
+"""Fingerprint: what tells one foundation from another, made by all ranks of a host together.
+
+It is a hash over the configuration and the SHA-256 of each weight file, so it needs every byte of the model. A host reads each
+of them once at most: its ranks share out the files, and tell each other what they found. Sums of large files are remembered
+(`file_sums.py`). Every host makes a fingerprint of what it sees itself, and they are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fedmoe_ds.distributed.stop_points import file_sha256
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import file_sums
+from fedmoe_ds.foundation.meta_model import CONFIG_FILE
+from fedmoe_ds.foundation.weight_files import WeightFiles
+from fedmoe_ds.storage.strict_json import read_json
+
+T = TypeVar("T")
+Known = Mapping[tuple[Any, ...], str]
+"""SHA-256 by name and stamp of a weight file."""
+
+
+class Ranks(Protocol):
+    """The world, as far as a fingerprint needs it: see `fedmoe_ds.distributed.runtime.Runtime`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T: ...
+
+
+def fingerprint(folder: Path, known: Known | None = None) -> str:
+    """SHA-256 over the model's config and the name, size and SHA-256 of each of its weight files; no `known` one is read."""
+    digest = hashlib.sha256()
+    config = read_json(folder / CONFIG_FILE, constants=True)
+    # The values count, not how the file is laid out.
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for file in WeightFiles(folder).paths:
+        found = known.get(_key(file)) if known else None
+        digest.update(f"\n{file.name} {file.stat().st_size} {found or _blob(file) or file_sha256(file)}".encode())
+    return digest.hexdigest()
+
+
+def shared_fingerprint(folder: Path, place: Path, hosts: list[str], world: Ranks) -> str:
+    """The same on every rank, without reading a byte twice on any host. Every rank calls it.
+
+    Args:
+        folder: of the model, on this rank's host.
+        place: where sums are remembered.
+        hosts: the host of every rank.
+        world: its ranks.
+
+    Raises:
+        UserError: hosts have different models; the same error on every rank.
+    """
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
+
+    def mine() -> list[tuple[list[Any], str]]:
+        """Sums of this rank's share, with what they are known by."""
+        files = [file for file in WeightFiles(folder).paths if _blob(file) is None]
+        share = _shares([file.stat().st_size for file in files], len(here))[here.index(world.rank)]
+        return [(list(_key(files[index])), file_sums.file_sum(files[index], place)) for index in share]
+
+    told = world.gather(world.run_on_all_ranks(mine))
+    # By stamp, not by name alone: should a rank of this host see other files all the same (containers), it reads its own.
+    known = {tuple(key): found for rank in here for key, found in told[rank]}
+    prints = world.gather(world.run_on_all_ranks(lambda: fingerprint(folder, known)))
+    for rank, theirs in enumerate(prints):
+        if theirs != prints[0]:
+            raise UserError(
+                f"foundation: {folder}: rank {rank} on {hosts[rank]} finds another model there (fingerprint {theirs[:12]}) "
+                f"than rank 0 on {hosts[0]} ({prints[0][:12]}); give every host the same files"
+            )
+    return str(prints[0])
+
+
+def _shares(sizes: list[int], ranks: int) -> list[list[int]]:
+    """Files by rank, even in bytes: the largest first, each to the rank that has least."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        least = totals.index(min(totals))
+        shares[least].append(index)
+        totals[least] += sizes[index]
+    return shares
+
+
+def _key(file: Path) -> tuple[Any, ...]:
+    return (file.name, *file_sums.stamp(file))
+
+
+def _blob(file: Path) -> str | None:
+    """The hub cache stores large files under their own SHA-256, checked at download: no need to read them again."""
+    blob = file.resolve()
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None

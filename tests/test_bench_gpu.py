@@ -1,0 +1,211 @@
+"""`launch/bench.py gpu`: its steps and limits, what is kept when it is stopped, its page. No timing is asserted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from every import every
+
+from fedmoe_ds.bench.gpu import checks, visit
+from fedmoe_ds.bench.gpu.command import COMMAND, TOTAL_S, code
+from fedmoe_ds.bench.gpu.request import Request, Tell, WrongError
+from fedmoe_ds.bench.gpu.steps import STEPS
+from fedmoe_ds.bench.harness.document import read_documents
+from fedmoe_ds.bench.results.page import page_markdown
+from fedmoe_ds.errors import UserError
+
+TESTS = Path(__file__).parent
+BENCH = TESTS.parent / "launch" / "bench.py"
+STAND_IN = "Stand-in for CUDA"
+SCRIPTS = {
+    "facts": "tell({'device': 'one', 'memory_gib': 12.34567, 'missing': []}); tell({'right': True, 'cuda': None})",
+    "correctness": "tell({'tests': 3, 'failures': 1}); print('Traceback'); print('WrongError: 1 failed: test_it'); sys.exit(1)",
+    "floor": "tell({'copy_tb_s': 4.5}); file.write('{\"torn'); file.flush(); time.sleep(60)",
+    "grouped": "print('never')",
+}
+"""Steps as processes that take no time; `floor` has to be ended, in the middle of a line."""
+START = "import json, os, signal, sys, time; file = open(sys.argv[1], 'w')\n"
+START += "def tell(facts): file.write(json.dumps(facts) + '\\n'); file.flush()\n"
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Scripts in place of the steps' own processes, by name."""
+    scripts = dict(SCRIPTS)
+    monkeypatch.setattr(
+        visit, "module_command", lambda module, name, request, file: [sys.executable, "-S", "-c", START + scripts[name], file]
+    )
+    return scripts
+
+
+def rows_of(folder: Path, names: list[str], limit_s: float = 480.0) -> list[dict[str, Any]]:
+    return visit.Visit(Request("tiny", str(folder / "model"), str(folder)), "python launch/bench.py gpu", limit_s).run(names)
+
+
+def arguments(folder: Path, **given: Any) -> argparse.Namespace:
+    known = {"steps": ["facts"], "output": folder, "shape": "tiny", "limit": 480, "seed": 0}
+    return argparse.Namespace(**{**known, **given})
+
+
+def test_all_limits_together_are_eight_minutes() -> None:
+    assert TOTAL_S == 480 and list(STEPS)[:3] == ["facts", "correctness", "quickstart"]
+    left, taken = float(TOTAL_S), []
+    for place, step in enumerate(STEPS.values()):  # every step takes all that it may have
+        later = [other.limit_s for other in list(STEPS.values())[place + 1 :]]
+        taken.append(visit.allowed(step.limit_s, left, sum(later)))
+        left -= taken[-1]
+    assert taken == [step.limit_s for step in STEPS.values()], "none takes from those behind it"
+    assert visit.allowed(20, 480, 100) == 380, "what is left over is for the next"
+    assert visit.allowed(20, 12, 100) == 12 and visit.allowed(20, -3, 0) < 0
+
+
+def test_steps_run_in_order_of_value_and_the_model_before_who_needs_it() -> None:
+    assert visit.chosen(["nccl", "memory", "facts"]) == ["facts", "model", "memory", "nccl"]
+    assert visit.chosen(["floor", "facts", "floor"]) == ["facts", "floor"] and visit.chosen(list(STEPS)) == list(STEPS)
+
+
+def test_each_step_is_a_line_and_a_failed_one_ends_nothing(
+    tmp_path: Path, stubs: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visit, "allowed", lambda own, left, reserved: {20.0: 8.0}.get(float(own), 30.0))
+    rows = rows_of(tmp_path, ["correctness", "facts", "floor"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["step"], line["error"]) for line in lines] == [
+        ("correctness", "WrongError: 1 failed: test_it"),
+        ("facts", None),
+        ("floor", "over its limit of 8 s"),
+    ]
+    assert [line["found"] for line in lines] == [
+        [{"tests": 3, "failures": 1}],
+        [{"device": "one", "memory_gib": 12.34567, "missing": []}, {"right": True, "cuda": None}],
+        [{"copy_tb_s": 4.5}],
+    ], "what was told before the end is kept"
+    assert (tmp_path / visit.LINES).read_text().splitlines() == [json.dumps(line) for line in lines]
+    assert code(rows) == 1 and code(rows[1:2]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {visit.LINES, visit.DOCUMENT, "correctness.log", "floor.log"}
+
+
+def test_what_has_no_time_left_says_so(tmp_path: Path, stubs: dict[str, str]) -> None:
+    (row,) = rows_of(tmp_path, ["facts"], limit_s=1.0)
+    assert row["error"] == "not run: the 1 s of the visit are over" and row["found"] == []
+
+
+def test_a_stop_keeps_all_results(tmp_path: Path, stubs: dict[str, str]) -> None:
+    stubs["floor"] = "tell({'copy_tb_s': 4.5}); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as launch/bench.py does
+    try:
+        with pytest.raises(SystemExit):
+            rows_of(tmp_path, ["facts", "floor", "grouped"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (document,) = read_documents(tmp_path)
+    kept = [(row["step"], row["error"], len(row["found"])) for row in document.rows]
+    assert kept == [("facts", None, 2), ("floor", "stopped", 1)]
+
+
+def test_the_page_shows_what_was_told_and_no_other_number(
+    tmp_path: Path, stubs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visit, "allowed", lambda own, left, reserved: {20.0: 8.0}.get(float(own), 30.0))
+    rows_of(tmp_path, ["facts", "correctness"])
+    tree = json.loads((tmp_path / visit.DOCUMENT).read_text())
+    tree["machine"]["gpu"] = {"name": STAND_IN, "count": 1, "cuda": None}  # it says what it is
+    for row in tree["rows"]:
+        row["seconds"] = 7.0
+    (tmp_path / visit.DOCUMENT).write_text(json.dumps(tree))
+    page = page_markdown(read_documents(tmp_path), {})
+    section = page[page.index("## GPU") :]
+    assert COMMAND.about in " ".join(section.split()) and f"1 x {STAND_IN}, CUDA None; " in section
+    assert section[section.index("| step") :].splitlines() == [
+        "| step | seconds | found |",
+        "| --- | --- | --- |",
+        "| facts | 7.00 | device one, memory_gib 12.3, missing none |",
+        "|  |  | right yes, cuda none |",
+        "| correctness | 7.00 | tests 3, failures 1 |",
+        "|  |  | failed: WrongError: 1 failed: test_it |",
+    ]
+
+
+def test_without_a_device_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^gpu: no CUDA device is visible to torch 2\S*, a build .*; run it where a GPU is"):
+        COMMAND.run(arguments(tmp_path), lambda line: None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(UserError, match=r"^gpu: DS_ACCELERATOR=cpu says to leave GPUs alone; unset it"):
+        COMMAND.run(arguments(tmp_path), lambda line: None)
+    with pytest.raises(UserError, match=r"^--steps: flor: unknown step; did you mean 'floor'"):
+        COMMAND.run(arguments(tmp_path, steps=["flor"]), lambda line: None)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("fedmoe_ds.bench.gpu.command.check_device", lambda: None)
+    with pytest.raises(UserError, match=r"^--output: \S*: cannot be made: "):
+        COMMAND.run(arguments(tmp_path / "file" / "below"), lambda line: None)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_facts_name_what_is_missing_and_what_is_outside_of_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"torch": "2.11.0+cu130", "transformers": "5.17.0", "mpi4py": None}
+    real = checks._version
+    monkeypatch.setattr(checks, "_version", lambda package: there.get(package, real(package)))
+    found = checks.packages()
+    assert [re.split("[<>=]", text)[0] for text in found["missing"]] == ["mpi4py"]
+    assert every(re.fullmatch(r"torch 2\.11\.0\+cu130, wanted \S+", text) for text in found["outside"]) and found["outside"]
+
+
+REPORT = """<testsuites><testsuite tests="3" failures="{failures}" errors="0" skipped="{skipped}">
+<testcase classname="tests.test_a" name="test_good"/><testcase classname="tests.test_b" name="test_bad">{problem}</testcase>
+</testsuite></testsuites>"""
+
+
+def test_failed_tests_are_named(tmp_path: Path) -> None:
+    report, tell = tmp_path / "report.xml", Tell(tmp_path / "told")
+    report.write_text(REPORT.format(failures=1, skipped=0, problem='<failure message="assert 1 == 2">long</failure>'))
+    assert list(checks._failed(report, tell)) == ["test_bad"]
+    assert tell.told()[0]["files"] == ["tests.test_a", "tests.test_b"]
+    assert tell.told()[1] == {"test": "test_bad", "problem": "assert 1 == 2"}
+    report.write_text(REPORT.format(failures=0, skipped=0, problem=""))
+    assert list(checks._failed(report, tell)) == []
+    report.write_text(REPORT.format(failures=0, skipped=3, problem="<skipped/>"))
+    with pytest.raises(WrongError, match="no test ran on the device"):
+        list(checks._failed(report, tell))
+
+
+@pytest.mark.skipif(False, reason="needs a CUDA device")
+def test_tests_for_a_device_are_marked_by_their_reason(request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("cuda") is not None
+    for path in TESTS.rglob("test_*.py"):
+        for found in re.findall(r"skipif\(\s*not torch\.cuda\.is_available\(\),\s*reason=([^)]*)\)", path.read_text()):
+            assert found.strip(' ",\n') == checks.NEEDS_A_DEVICE, f"{path.name}: `launch/bench.py gpu` would not run it"
+
+
+@pytest.mark.cluster  # slow: a process for every step
+def test_a_whole_visit_to_the_stand_in(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import fake_cuda\n\nfake_cuda.enable()\n")  # in every process, before torch
+    env: Mapping[str, str] = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | {
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, TESTS, TESTS.parent)))
+    }
+    command = [sys.executable, str(BENCH), "gpu", "--shape", "tiny", "--limit", "2400", "--output", str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2400, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line["step"]: line["found"] for line in map(json.loads, done.stdout.splitlines()[: len(STEPS)])}
+    assert list(lines) == list(STEPS)
+    assert lines["facts"][0]["device"] == STAND_IN and lines["quickstart"][0]["device"] == "cuda"
+    assert lines["correctness"][0]["tests"] > lines["correctness"][0]["skipped"]
+    assert [found["tokens"] for found in lines["memory"]] == [24, 96, 192, 384]
+    assert {found["system"] for found in lines["wave-1"]} == {"fedmoe_ds", "peft grouped_mm"}
+    documents = {one.name: one for one in read_documents(tmp_path / "results")}
+    assert set(documents) == {"gpu", "gpu-wave-24", "gpu-wave-384"} and every(one.on_gpu for one in documents.values())
+    page = page_markdown(list(documents.values()), {})
+    assert f"1 x {STAND_IN}" in page and page.count("### gpu") == 3
+    assert not list((tmp_path / "results").glob("*.log")) and not (tmp_path / "results" / "model").exists()

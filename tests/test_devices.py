@@ -1,0 +1,222 @@
+"""Which device a rank takes, and what the ranks of a world are told about it before any group is built."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed.ops
+import pytest
+import torch
+import torch.distributed as torch_dist
+from distributed import run_distributed
+from every import every
+
+from fedmoe_ds.config import Config, ExecutionConfig
+from fedmoe_ds.distributed import devices, runtime
+from fedmoe_ds.distributed.activity import Activity, activity
+from fedmoe_ds.distributed.devices import Place, check_places, own_device, problem_of, uses_cuda
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, stuck
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.run_spec import check_start, is_bitwise
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """torch as on a host with so many GPUs."""
+    host: dict[str, Any] = {"visible": 1, "bound": None}
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: host["visible"] > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: host["visible"])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: host.update(bound=device))
+    return host
+
+
+@pytest.mark.parametrize(
+    ("variable", "visible", "kind"),
+    [(None, 1, "cuda"), (None, 0, "cpu"), ("cpu", 1, "cpu"), ("cuda", 1, "cuda"), ("", 1, "cuda"), ("xpu", 1, "cpu")],
+)
+def test_auto_takes_what_deepspeed_takes(
+    gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch, variable: str | None, visible: int, kind: str
+) -> None:
+    gpus["visible"] = visible
+    if variable is not None:
+        monkeypatch.setenv("DS_ACCELERATOR", variable)
+    assert uses_cuda("auto") == (kind == "cuda") and own_device("auto", 0).type == kind
+    assert os.environ["DS_ACCELERATOR"] == (variable or kind), "DeepSpeed works on the same"
+
+
+@pytest.mark.parametrize(
+    ("variable", "device", "visible", "text"),
+    [
+        ("cpu", "cuda", 1, r"^topology\.device: cuda: .*DS_ACCELERATOR=cpu.*unset it, or use cpu or auto$"),
+        ("cuda", "cpu", 1, r"^topology\.device: cpu: .*DS_ACCELERATOR=cuda.*unset it, or use cuda or auto$"),
+        ("", "cuda", 0, r"^topology\.device: cuda: no CUDA device is visible; use cpu or auto$"),
+        ("cuda", "auto", 0, r"^DS_ACCELERATOR: cuda: no CUDA device is visible; unset it$"),
+    ],
+)
+def test_a_device_that_cannot_be(
+    gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch, variable: str, device: str, visible: int, text: str
+) -> None:
+    gpus["visible"] = visible
+    monkeypatch.setenv("DS_ACCELERATOR", variable)
+    with pytest.raises(UserError, match=text):
+        own_device(device, 0)
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 5, 5), (1, 0, 0), (1, 3, 0), (2, 3, 1)])
+def test_a_rank_takes_the_gpu_of_its_number_among_those_it_sees(
+    gpus: dict[str, Any], visible: int, local_rank: int, index: int
+) -> None:
+    gpus["visible"] = visible
+    assert own_device("cuda", local_rank) == gpus["bound"] == torch.device("cuda", index)
+
+
+def on(host: str, *ids: str, visible: int = 1) -> list[Place]:
+    return [Place(host, "cuda", gpu, visible, rank) for rank, gpu in enumerate(ids)]
+
+
+def test_a_gpu_for_every_rank() -> None:
+    assert problem_of([*on("a", "0", "1"), *on("b", "2", "3")]) is None, "one visible for each task, number 0 to all"
+    assert problem_of(on("a", "0", "1", visible=8)) is None and problem_of([Place("a", "cpu"), Place("a", "cpu")]) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "text"),
+    [
+        (on("a", "0", "0"), "2 ranks on a and 1 GPU: ranks 0 and 1 would share one; start at most 1 on a host, "),
+        (
+            on("a", "0", "1", "0", visible=2),
+            "3 ranks on a and 2 GPUs: ranks 0 and 2 would share one; start at most 2 on a host, ",
+        ),
+        ([*on("a", "0"), *on("b", "1", "1")], "2 ranks on b and 1 GPU: ranks 1 and 2 would share one; start at most 1"),
+        ([Place("a", "cuda", "0", 2)] * 2, "2 ranks on a and 2 GPUs: ranks 0 and 1 would share one; LOCAL_RANK is 0 on both; "),
+    ],
+)
+def test_ranks_that_would_share_a_gpu(places: list[Place], text: str) -> None:
+    found = problem_of(places)
+    assert found is not None and found.startswith(f"topology.device: cuda: {text}"), found
+
+
+def test_ranks_on_different_kinds_of_device() -> None:
+    found = problem_of([*on("a", "0"), Place("b", "cpu")])
+    assert found == (
+        "topology.device: auto: rank 0 on a sees a GPU and rank 1 on b none; give every rank one, or use topology.device=cpu"
+    )
+
+
+@pytest.mark.parametrize("second", ["1", "0"])
+def test_all_ranks_get_the_same_answer(monkeypatch: pytest.MonkeyPatch, second: str) -> None:
+    store, answers = torch_dist.HashStore(), {}
+    monkeypatch.setattr(devices, "_meetings", itertools.repeat(0))  # one counter, where ranks are threads
+
+    def rank(number: int, gpu: str) -> None:
+        try:
+            check_places(store, number, 2, Place("a", "cuda", gpu, 1, number))
+            answers[number] = "ok"
+        except UserError as error:
+            answers[number] = str(error)
+
+    threads = [threading.Thread(target=rank, args=each) for each in ((0, "0"), (1, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(answers) == 2 and answers[0] == answers[1]
+    assert (answers[0] == "ok") == (second == "1"), answers
+
+
+def probed(rank: int) -> bool:
+    return "__compatible_ops__" in vars(deepspeed.ops)
+
+
+def test_deepspeed_is_not_made_to_look_for_a_compiler() -> None:
+    """It prints a warning for each of its operators that needs $CUDA_HOME where there is none."""
+    assert run_distributed(probed, 1) == [False]
+
+
+class Mark:
+    """An event of a device."""
+
+    def __init__(self, passed: bool) -> None:
+        self.passed = passed
+
+    def query(self) -> bool:
+        return self.passed
+
+
+def test_a_collective_on_a_device_is_what_its_rank_waits_in() -> None:
+    """NCCL's return at once; the host may have gone on to whatever it likes."""
+    here = Activity()
+    first, second = (Mark(True), Mark(False)), (Mark(False), Mark(False))
+    here.queue.add("all_to_all over cluster 0", *first)
+    here.queue.add("all_reduce over shard 0", *second)
+    assert here.state()["waiting"] == "all_to_all over cluster 0" and here.state()["for_s"] < 5.0
+    first[1].passed = True
+    assert here.state()["waiting"] is None, "what lies before the next one is computed"
+    second[0].passed = True
+    assert here.state()["waiting"] == "all_reduce over shard 0"
+    with here.collective("gather", "the world"):
+        assert here.state()["waiting"] == "gather over the world"
+    second[1].passed = True
+    assert here.state()["waiting"] is None and here.queue.waiting() is None
+
+
+def test_a_rank_that_never_comes_to_a_collective_on_the_device_is_named() -> None:
+    here, limits = Activity(), Limits(30.0, 0.0)
+    here.queue.add("all_to_all over cluster 0", Mark(True), Mark(False))
+    waiting, absent = Peer(0, "a"), Peer(1, "b")
+    for peer, state in ((waiting, here.state()), (absent, Activity().state())):
+        peer.hear(state)
+    found = stuck([waiting, absent], limits)
+    assert found is not None and "in all_to_all over cluster 0" in found and "not in it: rank 1 on b" in found
+
+
+def test_a_device_with_an_error_is_asked_no_more() -> None:
+    class Broken(Mark):
+        def query(self) -> bool:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    here = Activity()
+    here.queue.add("all_to_all over cluster 0", Broken(False), Broken(False))
+    assert here.state()["waiting"] is None and here.queue.waiting() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "waits", "lost"),
+    [
+        (torch_dist.DistBackendError("NCCL communicator was aborted on rank 1."), True, True),
+        (torch_dist.DistBackendError("NCCL error: unhandled cuda error"), True, False),
+        (RuntimeError("CUDA error: unspecified launch failure"), True, False),
+        (RuntimeError("shape mismatch"), False, False),
+        (ValueError("NCCL"), False, False),
+    ],
+)
+def test_an_error_that_shows_late_is_held_until_the_watchdog_has_spoken(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, waits: bool, lost: bool
+) -> None:
+    """The collective that failed has returned long before, so nothing else tells that a peer is gone."""
+    heard: list[float] = []
+    over = SimpleNamespace(wait=heard.append, is_set=lambda: False)
+    monkeypatch.setattr(runtime, "current_watchdog", lambda: SimpleNamespace(over=over, limits=Limits(3.0, 9.0)))
+    monkeypatch.setattr(activity, "failed", None)
+    assert runtime._hear_why(error) == lost
+    assert heard == ([8.0] if waits else [])
+
+
+def test_bits_are_promised_on_the_cpu_alone() -> None:
+    configs = [Config(execution=ExecutionConfig(reproducible=mode)) for mode in ("auto", "bitwise", "fast")]
+    assert [is_bitwise(config, "cpu") for config in configs] == [True, True, False]
+    assert every(not is_bitwise(config, "cuda") for config in configs)
+    with pytest.raises(UserError, match=r"^execution\.reproducible: bitwise: on cuda .*; use auto or fast, or topology"):
+        check_start(configs[1], "cuda")
+
+
+def test_places_are_told_apart_by_the_gpus_own_id(gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"id of {device}"))
+    place = Place.of(torch.device("cuda", 0), 3)
+    assert (place.gpu, place.visible, place.local_rank) == ("id of cuda:0", 1, 3)
+    assert devices.Place.of(torch.device("cpu"), 3).gpu == ""

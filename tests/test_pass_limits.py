@@ -1,0 +1,180 @@
+"""A pass that does not fit into memory is cut before a client is left out of a round; shortages are made by a count of rows.
+
+What real allocators and devices say is in test_out_of_memory.py and tests/fake_cuda/cases/memory.py.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federations import Result, make_config, run_alone, write_inputs
+
+from fedmoe_ds.checkpoint.skipped_clients import NAME, SkippedClients, read_lines
+from fedmoe_ds.clients.out_of_memory import is_out_of_memory
+from fedmoe_ds.clients.pass_limits import PassLimits
+from fedmoe_ds.model.batch import Batch
+from fedmoe_ds.model.forward import AdaptedModel, Loss
+
+WHOLE: dict[str, Any] = {
+    "execution": {"micro_batch_size": None, "clients_in_flight": 3},
+    "local": {"max_steps": 2},
+    "evaluation": {"max_sequences": 2, "client_sequences": 0, "every": 9},
+}
+WORDS = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("limits")
+    write_inputs(folder)
+    return folder
+
+
+class Room:
+    """How many sequences fit into a pass, from the pass with number `since` on; `sizes` are all that were tried."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, sequences: int, since: int = 0) -> None:
+        self.sizes, self.failed = list[int](), list[int]()
+        real: Callable[..., Loss] = AdaptedModel.loss
+
+        def loss(model: AdaptedModel, batch: Batch, *rest: Any) -> Loss:
+            self.sizes.append(max((segment.stop for segment in batch.segments), default=0))
+            if len(self.sizes) > since and self.sizes[-1] > sequences:
+                self.failed.append(len(self.sizes))
+                raise RuntimeError(WORDS)
+            return real(model, batch, *rest)
+
+        monkeypatch.setattr(AdaptedModel, "loss", loss)
+
+
+def statuses(result: Result) -> set[str]:
+    return {event["status"] for event in result.events if event["event"] == "client"}
+
+
+def test_fewer_clients_in_a_pass_change_no_bit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_alone(make_config(root, "together", WHOLE))
+    room = Room(monkeypatch, 5)  # each client has up to 4 sequences in a step, and there are three of them
+    short = run_alone(make_config(root, "apart", WHOLE))
+    assert statuses(short) == {"ok"} and short.digest == whole.digest and short.scores() == whole.scores()
+    # Halved at the first pass of the first wave, and never again: no two of them are six sequences or less.
+    assert room.failed == [1] and room.sizes[0] == 12
+    (event,) = [event for event in short.events if event["event"] == "limits"]
+    assert (event["round"], event["together"], event["each"]) == (2, 6, None)
+    lines = [json.loads(line)[1:] for line in read_lines(root / "runs" / "apart") if line]
+    assert lines == [[1, None, 6]]
+
+
+def test_a_client_that_does_not_fit_whole_is_trained_in_parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly as if `execution.micro_batch_size` had asked for it, where memory is short from the beginning."""
+    asked = run_alone(make_config(root, "asked", WHOLE, {"execution": {"micro_batch_size": 2}}))
+    room = Room(monkeypatch, 3)
+    short = run_alone(make_config(root, "parts", WHOLE))
+    assert statuses(short) == {"ok"} and short.digest == asked.digest
+    assert room.failed == [1, 2] and max(room.sizes[2:]) == 2
+
+
+def test_whoever_resumes_the_round_cuts_it_the_same_way(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory gets short in the second wave: clients of the first one were trained in whole steps, and stay so."""
+    with monkeypatch.context() as patch:
+        room = Room(patch, 3, since=2)
+        short = run_alone(make_config(root, "later", WHOLE))
+    assert statuses(short) == {"ok"} and room.failed
+    written = (root / "runs" / "later" / NAME).read_text()
+    lines = [json.loads(line) for line in written.splitlines() if line]
+    assert {line[1] for line in lines} == {1} and len({line[2] for line in lines} - {None}) == 3
+    folder = root / "runs" / "again"
+    folder.mkdir()
+    (folder / NAME).write_text(f'["of other settings", 1, 1]\n["torn", 1, {written}')
+    again = run_alone(make_config(root, "again", WHOLE))
+    whole = run_alone(make_config(root, "whole", WHOLE))
+    assert again.digest == short.digest != whole.digest
+    # A resumed start says so before its first round.
+    assert [event["round"] for event in again.events if event["event"] == "limits"] == [1, 2]
+
+
+def test_packed_passes_are_cut_by_their_tokens(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = {"execution": {"packing": True}, "federation": {"rounds": 1}}
+    asked = run_alone(make_config(root, "packed", WHOLE, packed, {"execution": {"micro_batch_size": 2}}))
+    room = Room(monkeypatch, 100)  # every token is a sequence of its own there
+    short = run_alone(make_config(root, "packed-short", WHOLE, packed))
+    assert statuses(short) == {"ok"} and short.digest == asked.digest and room.failed == [1, 2]
+
+
+def test_a_loss_of_whole_steps_is_not_cut(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients share passes no more; who does not fit alone is left out."""
+    room = Room(monkeypatch, 3)
+    change = {"local": {"balance_loss": 0.01}, "federation": {"rounds": 1}, "data": {"holdout": 0.4}}
+    short = run_alone(make_config(root, "balanced", WHOLE, change))
+    (event,) = [event for event in short.events if event["event"] == "round"]
+    assert statuses(short) == {"ok", "out-of-memory"} and 0 < event["dropped"] < event["participants"]
+    assert max(size for place, size in enumerate(room.sizes, start=1) if place not in room.failed) <= 3
+    assert short.parts.execution.current is not None  # a pass that went well
+
+
+def test_nothing_of_a_failed_pass_is_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Any] = []
+    real = AdaptedModel.loss
+
+    def loss(model: AdaptedModel, batch: Batch, *rest: Any) -> Loss:
+        found = real(model, batch, *rest)
+        if not held:
+            held.append(weakref.ref(found.run))
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        assert held[0]() is None, "the routers' losses of the failed pass, and the graph behind them"
+        return found
+
+    monkeypatch.setattr(AdaptedModel, "loss", loss)
+    change = {"local": {"z_loss": 0.01}, "federation": {"rounds": 1}}
+    assert statuses(run_alone(make_config(root, "held", WHOLE, change))) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError(WORDS),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuda runtime error (2): cudaErrorMemoryAllocation"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        torch.distributed.DistBackendError("NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_words_of_allocators(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+def test_other_errors_are_no_shortage() -> None:
+    for text in (
+        "CUDA error: device-side assert triggered",
+        "CUBLAS_STATUS_EXECUTION_FAILED",
+        "out of resource: shared memory",
+    ):
+        assert not is_out_of_memory(RuntimeError(text))
+
+
+def test_findings_of_rounds(tmp_path: Path) -> None:
+    skipped = SkippedClients(tmp_path, {}, [])
+    skipped.add(2, 7)
+    skipped.limit(2, [3, 4], 8, together=True)
+    skipped.limit(2, [4], 4)
+    skipped.limit(2, [], 12, together=True)
+    lines = [*read_lines(tmp_path), json.dumps([skipped.key, 1, None]), json.dumps([skipped.key, 1, 1, 0, 2]), '["torn'[:4]]
+    for found in (skipped, SkippedClients(tmp_path, {}, lines)):
+        assert found.of(2) == {7} and found.of(1) == found.of(3) == set()
+        assert found.limits(1) == PassLimits(8) and found.limits(2) == PassLimits(8, None, {3: 8, 4: 4})
+        assert found.limits(3) == PassLimits(8, 4)
+    assert SkippedClients(tmp_path, {"of": "others"}, lines).limits(3) == PassLimits()
+    assert (PassLimits(8, 4).of(3, None), PassLimits(8, None, {3: 2}).of(3, 5), PassLimits().of(3, 5)) == (4, 2, 5)
