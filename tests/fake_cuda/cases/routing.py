@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fake_cuda.cases.variants import config_of
-from fake_cuda.runs import run_on_device
-from fedmoe_ds.clients.local_training import WaveTrainer
+from fake_cuda.runs import passes_of, run_on_device
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
@@ -123,28 +121,12 @@ def case_a_router_that_has_blown_up(fake: Any) -> None:
 def case_method(fake: Any, name: str) -> None:
     """In the passes of a whole round. A method that trains some of the experts waits for one number in every layer: how many
     rows go with autograd, which the scores decide; attention's masks are transformers', which looks once per pass."""
-    passes: list[tuple[Counter[str], int]] = []
-    real, layers = WaveTrainer._run, list[int]()
-
-    def run(self: WaveTrainer, *arguments: Any) -> None:
-        waits, uploads = fake.COUNT.waits.copy(), fake.COUNT.uploads.copy()
-        real(self, *arguments)
-        new, sent = fake.COUNT.waits - waits, fake.COUNT.uploads - uploads
-        places: Counter[str] = Counter()
-        for (_, place), times in new.items():
-            places[place.partition(":")[0]] += times
-        passes.append((places, sum(sent.values())))
-        layers.append(len(self.layers))
-
-    WaveTrainer._run = run  # type: ignore[method-assign]
-    try:
+    with passes_of(fake) as passes:
         run_on_device(config_of(name, "waits"))
-    finally:
-        WaveTrainer._run = real  # type: ignore[method-assign]
     assert len(passes) > 1
-    for at, (places, uploads) in enumerate(passes):
-        found = {place: times for place, times in places.items() if place.startswith(("model/", "methods/", "foundation/"))}
-        assert found.pop("model/forward.py", 0) <= 1
-        assert found == ({"model/dispatcher.py": layers[at]} if name == "hfedmoe" else {}), found
+    for at, found in enumerate(passes):
+        here = {place: times for place, times in found.waits.items() if place.startswith(("model/", "methods/", "foundation/"))}
+        assert here.pop("model/forward.py", 0) <= 1
+        assert here == ({"model/dispatcher.py": found.layers} if name == "hfedmoe" else {}), here
         # The batch, and what its targets weigh in the loss; in the first pass the targets of FFT-MoE's global loss as well.
-        assert uploads <= (2 if at else 2 + CLIENTS), uploads
+        assert found.uploads <= (2 if at else 2 + CLIENTS), found.uploads
