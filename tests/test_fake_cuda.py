@@ -34,8 +34,8 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="the stand-in for CUD
 class Topic:
     """A module of cases, read without importing it: that needs the stand-in.
 
-    Its constants are literals: `RANKS`, processes (1); `NAMES`, by function the names for each of which it is one case; `ENDS`,
-    by function the exit codes of the ranks where it ends them.
+    Its constants are literals: `RANKS`, processes (1); `NAMES`, by function the names for each of which it is one case;
+    `ENDS`, by function the exit codes of the ranks where it ends them.
     """
 
     def __init__(self, path: Path) -> None:

@@ -7,6 +7,7 @@ Where a module's `NAMES` has names for a function, it is one case for each, `cas
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import importlib
 import json
@@ -22,6 +23,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 _LINES = 8
 """Innermost lines of a traceback that are told."""
+_STUCK_S = 100.0
+"""After so long in one case the process tells on standard error where it is."""
 
 
 def main(wanted: list[str]) -> None:
@@ -69,10 +72,12 @@ def _outcome(case: Callable[[Any], None], fake: Any) -> dict[str, Any]:
     fake.COUNT.reset()
     began = time.process_time()
     error = None
+    faulthandler.dump_traceback_later(_STUCK_S)
     try:
         case(fake)
     except BaseException:
         error = "\n".join(traceback.format_exc().splitlines()[-2 * _LINES :])
+    faulthandler.cancel_dump_traceback_later()
     return {"ok": error is None, "error": error, "cpu_s": round(time.process_time() - began, 2), "counts": fake.COUNT.facts()}
 
 
