@@ -35,6 +35,7 @@ def root() -> Path:
         atexit.register(folder.cleanup)
         given = folder.name
     if os.environ.get("RANK", "0") == "0":
+        Path(given).mkdir(exist_ok=True)
         write_dense(Path(given))
     return Path(given)
 
