@@ -118,6 +118,18 @@ def case_a_router_that_has_blown_up(fake: Any) -> None:
     assert routing.kept_TK.flatten()[plan.slots_N].all().item()
 
 
+def case_an_idle_rank(fake: Any) -> None:
+    """Its stand-in row is sent like any other batch, and is not routed."""
+    batch = make_batch([], EXPERTS, fake.device)
+    assert fake.COUNT.total_waits == 0 and batch.demands == []
+    routing = route(
+        torch.zeros(1, EXPERTS, device=fake.device), RULES["olmoe"], batch.cap_T, batch.valid_T, None, batch.demands
+    )
+    plan = make_plan(routing, batch.slot_T, None, Pool(None, 1, EXPERTS, CLIENTS, merge=True))
+    assert routing.kept == len(plan.slots_N) == 0 and fake.COUNT.total_waits == 0
+    assert not batch.valid_T.any().item()
+
+
 def case_method(fake: Any, name: str) -> None:
     """In the passes of a whole round. A method that trains some of the experts waits for one number in every layer: how many
     rows go with autograd, which the scores decide; attention's masks are transformers', which looks once per pass."""
