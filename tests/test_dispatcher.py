@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.model import experts as ffn
-from fedmoe_ds.model.dispatcher import Pool, expert_pass, make_plan
+from fedmoe_ds.model.dispatcher import Pool, make_plan
+from fedmoe_ds.model.expert_pass import expert_pass
 from fedmoe_ds.model.experts import FrozenExperts
 from fedmoe_ds.model.router import Routing
 

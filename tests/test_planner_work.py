@@ -16,7 +16,7 @@ from fedmoe_ds.bench.harness.shapes import Shape
 from fedmoe_ds.federation.build import enable_checkpointing
 from fedmoe_ds.kernels import matrix, rows
 from fedmoe_ds.kernels.lora_products import NativeProducts
-from fedmoe_ds.model import dispatcher
+from fedmoe_ds.model import dispatcher, expert_pass
 from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import Work
 
@@ -84,7 +84,7 @@ def test_exchanges_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at
     if again:
         enable_checkpointing(bench.foundation)
     travels: list[int] = []
-    for owner, name in ((dispatcher._Counts, "of"), (dispatcher._Travel, "to_experts"), (dispatcher._Travel, "home")):
+    for owner, name in ((dispatcher._Counts, "of"), (expert_pass._Travel, "to_experts"), (expert_pass._Travel, "home")):
         real = getattr(owner, name)
 
         def noted(rows: Any, *rest: Any, real: Any = real, counts: bool = name == "of") -> Any:

@@ -24,7 +24,7 @@ layers; f, P and CV(f) are those of a whole local step, so these losses and micr
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -97,7 +97,7 @@ class FFTMoE(Method):
             return None
         if self.params.auxiliary == "global":
             # Sent to the device once, not by every layer of every batch.
-            targets_LE = cache(self.targets(context.utilisation_LE).to)
+            targets_LE = cache(partial(self.targets(context.utilisation_LE).to, non_blocking=True))
             return RoutingObserver(
                 loss=lambda layer, own, *_: weight * divergence(own, None, targets_LE(own.probs_TE.device)[place[layer]])
             )

@@ -16,6 +16,7 @@ from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
 from fedmoe_ds.model.cross_entropy import Head, logits_of, scores, weighted_loss
 from fedmoe_ds.model.pass_context import Execution, Pass
+from fedmoe_ds.model.upload import upload
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class AdaptedModel:
         hidden_BSD, run = self._hidden(batch, slot, rescale_C)
         # Rounded as the division of a float32 loss is, whose derivative this is.
         weight_S = np.float32(1.0) / np.array(step_targets, dtype=np.float32)
-        weight_N = torch.from_numpy(np.repeat(weight_S, batch.targets)).to(hidden_BSD.device)
+        (weight_N,) = upload([np.repeat(weight_S, batch.targets)], hidden_BSD.device)
         total, nll_N = weighted_loss(self.head, batch.predicting(hidden_BSD), batch.labels_N, weight_N)
         return Loss(total, nll_N, run)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.model import router_losses
-from fedmoe_ds.model.dispatcher import expert_pass, make_plan, send_to_experts
+from fedmoe_ds.model.dispatcher import make_plan
+from fedmoe_ds.model.expert_pass import expert_pass, send_to_experts
 from fedmoe_ds.model.experts import Experts
 from fedmoe_ds.model.pass_context import Execution, Pass
 from fedmoe_ds.model.router import Routing

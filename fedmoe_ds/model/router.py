@@ -139,8 +139,9 @@ def route(
         best_TK, experts_TK = choice_TE.topk(spec.top_k, dim=-1)
         slots_K = torch.arange(spec.top_k, device=logits_TE.device)
         # Slots count from 0, so `<` keeps exactly cap of them, the largest. Where fewer than K experts are eligible, topk
-        # fills up with masked ones, at -inf; those are dropped here.
-        kept_TK = (slots_K < cap_T.unsqueeze(-1)) & valid_T.unsqueeze(-1) & best_TK.isfinite()
+        # fills up with masked ones, at -inf; those are dropped here. A score that is no number keeps its slot: how many are
+        # kept then never depends on the scores, and the loss says that a client's router has blown up.
+        kept_TK = (slots_K < cap_T.unsqueeze(-1)) & valid_T.unsqueeze(-1) & ~best_TK.isneginf()
     # Zero before the normalisation: the kept weights of a capped row then sum to one by themselves.
     weights_TK = scores_TE.gather(1, experts_TK) * kept_TK
     if spec.route_norm:

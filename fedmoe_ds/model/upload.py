@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -23,14 +22,17 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     held = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     if device.type == "cpu":
         return held
-    sizes = [-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in held]
-    starts = list(accumulate(sizes, initial=0))
-    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
-    for part, start in zip(held, starts, strict=False):  # the last start is the end
-        # A copy, because numpy calls one element contiguous whatever its stride, and a view of its bytes needs 1.
-        row = part.flatten().clone(memory_format=torch.contiguous_format)
-        packed[start : start + part.nbytes].copy_(row.view(torch.uint8))
-    there = packed.to(device, non_blocking=True)
-    return [
-        there[start : start + part.nbytes].view(part.dtype).view(part.shape) for part, start in zip(held, starts, strict=False)
-    ]
+    packed = torch.empty(sum(_room(part) for part in held), dtype=torch.uint8, pin_memory=True)
+    for part, place in zip(held, _places(packed, held), strict=True):
+        place.copy_(part)
+    return _places(packed.to(device, non_blocking=True), held)
+
+
+def _room(part: Tensor) -> int:
+    return -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _places(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of packed bytes, one after the other, of the shapes and types of these tensors."""
+    rooms = torch.split(packed, [_room(part) for part in like])
+    return [room[: part.nbytes].view(part.dtype).view(part.shape) for room, part in zip(rooms, like, strict=True)]

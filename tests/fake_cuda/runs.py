@@ -6,13 +6,18 @@ import atexit
 import functools
 import os
 import tempfile
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from dense_inputs import write_dense
 from federations import Result, alone, build, finish
 
+from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Topology
@@ -30,6 +35,7 @@ def root() -> Path:
         atexit.register(folder.cleanup)
         given = folder.name
     if os.environ.get("RANK", "0") == "0":
+        Path(given).mkdir(exist_ok=True)
         write_dense(Path(given))
     return Path(given)
 
@@ -50,3 +56,33 @@ def run_on_device(config: Config) -> Result:
 def losses(result: Result) -> list[float]:
     """Of every evaluation, in the order of writing."""
     return [score[4] for score in result.scores()]
+
+
+@dataclass
+class Pass:
+    """What one training pass on the device cost: waits by file of the project, uploads, and layers that it went through."""
+
+    waits: Counter[str]
+    uploads: int
+    layers: int
+
+
+@contextmanager
+def passes_of(fake: Any) -> Iterator[list[Pass]]:
+    """The training passes of the block."""
+    found: list[Pass] = []
+    real = WaveTrainer._run
+
+    def run(self: WaveTrainer, *arguments: Any) -> None:
+        waits, uploads = fake.COUNT.waits.copy(), fake.COUNT.uploads.copy()
+        real(self, *arguments)
+        places: Counter[str] = Counter()
+        for (_, place), times in (fake.COUNT.waits - waits).items():
+            places[place.partition(":")[0]] += times
+        found.append(Pass(places, (fake.COUNT.uploads - uploads).total(), len(self.layers)))
+
+    WaveTrainer._run = run  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        WaveTrainer._run = real  # type: ignore[method-assign]

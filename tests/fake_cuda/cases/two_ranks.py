@@ -15,7 +15,7 @@ from every import every
 from federations import Result, run_alone, run_joined
 from method_variants import variant_config
 
-from fake_cuda.runs import losses, root
+from fake_cuda.runs import losses, passes_of, root
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.schema import TopologyConfig
@@ -130,7 +130,14 @@ def case_a_peer_that_comes_late_is_waited_for_on_the_device(fake: Any) -> None:
 
 
 def case_one_pool(fake: Any) -> None:
-    assert_as_on_the_cpu(run_here(config_of("flame", 2)), "flame")
+    """Ranks tell each other how many rows come, and the host waits for these numbers once in every layer; for no rows."""
+    with passes_of(fake) as passes:
+        result = run_here(config_of("flame", 2))
+    for found in passes:
+        assert found.waits["model/dispatcher.py"] == found.layers > 1
+        assert not found.waits.keys() & {"model/expert_pass.py", "model/routed_forward.py", "distributed/collectives.py"}
+    assert passes
+    assert_as_on_the_cpu(result, "flame")
 
 
 def case_two_clusters(fake: Any) -> None:
