@@ -130,7 +130,7 @@ def profile(request: Request, tell: Tell) -> None:
         system.train("warm-up")
         spans = [system.train("timed").time.wall for _ in range(_ROUNDS)]
         tell(kernels=kernels, wall_seconds=spans)
-        if supported_activities() >= set(both):
+        if supported_activities() >= set(both):  # type: ignore[no-untyped-call]
             with profiler(activities=both) as watched:
                 system.train("timed")
             _tell_profile(kernels, watched.key_averages(), Path(request.output), tell)
