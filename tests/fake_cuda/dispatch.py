@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -29,9 +30,9 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     distributed.finish_works()
     if func.namespace == "c10d":
         return distributed.collective(func, args, kwargs)
-    name = rules.name_of(func)
-    device = rules.check(name, func, args, kwargs)
-    traffic.count(name, args, kwargs)
+    name, given = rules.name_of(func), tensors((args, kwargs))
+    device = rules.check(name, func, args, given)
+    traffic.count(name, args, kwargs, device)
     if name in kernels.SPECIAL and device is not None:
         return kernels.SPECIAL[name](func, args, kwargs)
     if name in copies.PINNING:
@@ -39,15 +40,21 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if name == "copy_":
         unwrap(args[0]).copy_(unwrap(args[1]))
         return args[0]
-    inner_args, inner_kwargs = unwrap(args), dict(unwrap(kwargs))
+    inner_args, inner_kwargs = unwrap(args), unwrap(kwargs)
     if inner_kwargs.get("device") is not None:
         device = full_device(inner_kwargs["device"])
         inner_kwargs["device"] = CPU
     inner_kwargs.pop("pin_memory", None)
     inner_kwargs.pop("non_blocking", None)
     out = func(*inner_args, **inner_kwargs)
-    traffic.count_bytes(name, args, kwargs, out)
+    traffic.count_bytes(name, given, out)
     if device is None or name == "_local_scalar_dense":
         return out
     out = wrap(out, device)
-    return return_and_correct_aliasing(func, args, kwargs, out) if tensors((args, kwargs)) else out
+    return return_and_correct_aliasing(func, args, kwargs, out) if _aliases(func) else out
+
+
+@functools.cache
+def _aliases(func: Any) -> bool:
+    """Whether a result is an argument that was written, or a view of one."""
+    return any(argument.alias_info is not None for argument in func._schema.arguments)

@@ -46,14 +46,15 @@ def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) ->
         _check_duplicates(torch.cuda.current_device() if device is None else device.index)
 
 
+def first_gpu() -> int:
+    """The GPU that this rank sees as number 0 (of $FAKE_GPU): ranks that see the same ones share it."""
+    return int(os.environ.get("FAKE_GPU", "0"))
+
+
 def _check_duplicates(index: int) -> None:
-    """NCCL refuses two ranks on one GPU. FAKE_GPU names the first that this rank sees (its CUDA_VISIBLE_DEVICES); each rank has
-    devices of its own where it is not set, unless several are visible."""
-    first = os.environ.get("FAKE_GPU")
-    if first is None:
-        return
+    """NCCL refuses two ranks on one GPU."""
     store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    store.set(f"fake-gpu-{mine}", str(int(first) + index))
+    store.set(f"fake-gpu-{mine}", str(first_gpu() + index))
     found = [store.get(f"fake-gpu-{rank}") for rank in range(dist.get_world_size())]
     for rank, gpu in enumerate(found):
         if rank != mine and gpu == found[mine]:
@@ -136,6 +137,11 @@ def wait(work: Any, *args: Any, **kwargs: Any) -> bool:
         return bool(_real_wait(work, *args, **kwargs))
     _unfinished.append(work)
     return True
+
+
+def unfinished() -> tuple[Any, ...]:
+    """Works that have been waited for, but are not known to be finished."""
+    return tuple(_unfinished)
 
 
 def finish_works() -> None:

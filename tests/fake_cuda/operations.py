@@ -7,7 +7,8 @@ from __future__ import annotations
 
 _VIEWS = """view _unsafe_view t transpose permute select slice expand unsqueeze squeeze detach alias as_strided split
     split_with_sizes unbind diagonal lift_fresh movedim _reshape_alias unfold chunk _conj real imag view_as narrow"""
-_NO_WORK = """empty empty_like empty_strided new_empty new_empty_strided resize_ set_ _local_scalar_dense is_pinned requires_grad_
+_NO_WORK = """empty empty_like empty_strided new_empty new_empty_strided resize_ set_ _local_scalar_dense is_pinned
+    requires_grad_
     _fused_sdp_choice sym_size _functional_assert_async record_stream"""
 NO_KERNEL = frozenset((_VIEWS + " " + _NO_WORK).split())
 KERNELS = {

@@ -6,6 +6,7 @@ TensorIndexing.h (indices), native/TensorCompare.cpp (`where`) of torch.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ _MASKED = ("masked_fill", "masked_fill_")
 _WITH_SCALARS = ("where", "fill_", "lerp", "lerp_", *_MASKED)
 
 
+@functools.cache
 def name_of(func: Any) -> str:
     """`add_` of `aten::add_.Tensor`."""
     return str(func._schema.name).partition("::")[2]
 
 
-def check(name: str, func: Any, args: Any, kwargs: Any) -> torch.device | None:
-    """The device of an operation; None: the CPU. Raises DeviceError where CUDA would refuse it."""
-    found = tensors((args, kwargs))
+def check(name: str, func: Any, args: Any, found: list[torch.Tensor]) -> torch.device | None:
+    """The device of an operation on the tensors `found`; None: the CPU. Raises DeviceError where CUDA would refuse it."""
     here = [tensor for tensor in found if on_cuda(tensor)]
     if not here:
         return None

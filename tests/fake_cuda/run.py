@@ -1,11 +1,13 @@
 """Run cases on the stand-in: `python run.py TOPIC ...` or `TOPIC::CASE`; every case of every topic where none is named.
 
 A topic is a module of cases/, a case one of its functions `case_<what>(fake)`: plain asserts. One process runs all of them, and
-prints one JSON line for each: topic, case, ok, error, seconds, counts. Under RANK and WORLD_SIZE it is one rank of several.
+prints one JSON line for each: topic, case, ok, error, CPU seconds, counts. Under RANK and WORLD_SIZE it is one rank of several.
+Where a module's `NAMES` has names for a function, it is one case for each, `case_<what>[<name>]`, and gets the name, too.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -25,7 +27,8 @@ _LINES = 8
 def main(wanted: list[str]) -> None:
     sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]  # `distributed` is another module there
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without peers DeepSpeed has nothing to do
     warnings.filterwarnings("ignore")
     import fake_cuda
 
@@ -49,20 +52,28 @@ def _chosen(wanted: list[str]) -> dict[str, list[str]]:
 
 def _cases(topic: str) -> dict[str, Callable[[Any], None]]:
     module = importlib.import_module(f"fake_cuda.cases.{topic}")
-    return {name: case for name, case in vars(module).items() if name.startswith("case_")}
+    found: dict[str, Callable[[Any], None]] = {}
+    for name, case in vars(module).items():
+        if not name.startswith("case_"):
+            continue
+        if name in getattr(module, "NAMES", {}):
+            found |= {f"{name}[{given}]": functools.partial(case, name=given) for given in module.NAMES[name]}
+        else:
+            found[name] = case
+    return found
 
 
 def _outcome(case: Callable[[Any], None], fake: Any) -> dict[str, Any]:
     """How a case ended. Counts and settings of the stand-in begin afresh in each."""
     fake.COUNT.restore()
     fake.COUNT.reset()
-    began = time.monotonic()
+    began = time.process_time()
     error = None
     try:
         case(fake)
     except BaseException:
         error = "\n".join(traceback.format_exc().splitlines()[-2 * _LINES :])
-    return {"ok": error is None, "error": error, "seconds": round(time.monotonic() - began, 2), "counts": fake.COUNT.facts()}
+    return {"ok": error is None, "error": error, "cpu_s": round(time.process_time() - began, 2), "counts": fake.COUNT.facts()}
 
 
 if __name__ == "__main__":

@@ -18,21 +18,28 @@ MEMORY = 139 * 2**30
 
 
 class Properties:
+    """Of one device."""
+
     name, total_memory, multi_processor_count = "Stand-in for CUDA", MEMORY, 132
-    major, minor = 9, 0
+
+    def __init__(self, index: int) -> None:
+        self.major, self.minor = divmod(COUNT.arch, 10)
+        self.uuid = f"stand-in-{distributed.first_gpu() + index}"
 
 
 class Event:
-    """One stream does all work in order, so an event has happened as soon as what was before it is done."""
+    """One stream does all work in order, and all but collectives at once: an event has happened when those before it have."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._before: tuple[Any, ...] = ()
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Any = None) -> None:
+        self._before = distributed.unfinished()
 
     def wait(self, stream: Any = None) -> None: ...
 
     def query(self) -> bool:
-        return True
+        return all(work.is_completed() for work in self._before)
 
     def synchronize(self) -> None:
         _synchronize()
@@ -98,7 +105,7 @@ def _device_functions(devices: int) -> dict[str, Any]:
         "set_device": lambda device: load().fake_cuda_set_current(_index(device)),
         "synchronize": _synchronize,
         "get_device_name": lambda device=None: Properties.name,
-        "get_device_properties": lambda device=None: Properties,
+        "get_device_properties": lambda device=None: Properties(_index(device)),
         "get_device_capability": lambda device=None: divmod(COUNT.arch, 10),
         "is_bf16_supported": lambda *args, **kwargs: COUNT.arch >= 80,
         "manual_seed": lambda seed: None,

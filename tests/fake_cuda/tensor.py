@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from fake_cuda.counters import COUNT
 
@@ -83,18 +82,44 @@ def on_cuda(value: Any) -> bool:
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """All tensors in nested lists, tuples and dictionaries. Called for every operation: pytree would take most of the time."""
+    found: list[torch.Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Any, found: list[torch.Tensor]) -> None:
+    if isinstance(tree, torch.Tensor):
+        found.append(tree)
+    elif isinstance(tree, tuple | list):
+        for leaf in tree:
+            _collect(leaf, found)
+    elif isinstance(tree, dict):
+        for leaf in tree.values():
+            _collect(leaf, found)
 
 
 def unwrap(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.inner if isinstance(leaf, CudaTensor) else leaf, tree)
+    """The same with tensors of the CPU."""
+    return _mapped(tree, lambda leaf: leaf.inner if isinstance(leaf, CudaTensor) else leaf)
 
 
 def wrap(tree: Any, device: torch.device) -> Any:
+    """The same with tensors on a device."""
+
     def wrapped(leaf: Any) -> Any:
         return CudaTensor(leaf, device) if isinstance(leaf, torch.Tensor) and not isinstance(leaf, CudaTensor) else leaf
 
-    return pytree.tree_map(wrapped, tree)
+    return _mapped(tree, wrapped)
+
+
+def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([_mapped(leaf, change) for leaf in tree])
+    if kind is dict:
+        return {key: _mapped(leaf, change) for key, leaf in tree.items()}
+    return change(tree)
 
 
 def is_cuda(device: Any) -> bool:

@@ -12,11 +12,11 @@ from fake_cuda.operations import GATHERS, KERNELS, NO_KERNEL, PRODUCTS, WAITS
 from fake_cuda.tensor import is_cuda, on_cuda, tensors
 
 
-def count(name: str, args: Any, kwargs: Any) -> None:
-    """Count an operation, if it touches a device."""
+def count(name: str, args: Any, kwargs: Any, device: torch.device | None) -> None:
+    """Count an operation, if it touches a device: that of its tensors, or of what it makes."""
     if name in ("_to_copy", "copy_") and copies.count_copy(name, args, kwargs):
         return
-    if not is_cuda(kwargs.get("device")) and not any(map(on_cuda, tensors((args, kwargs)))):
+    if device is None and not is_cuda(kwargs.get("device")):
         return
     COUNT.ops[name] += 1
     if name in WAITS and not (name == "repeat_interleave" and kwargs.get("output_size") is not None):
@@ -37,9 +37,9 @@ def _count_masks(name: str, args: Any) -> None:
         COUNT.kernels += 3 * len(masks)
 
 
-def count_bytes(name: str, args: Any, kwargs: Any, out: Any) -> None:
+def count_bytes(name: str, given: list[torch.Tensor], out: Any) -> None:
     """Count the bytes that a kernel reads and writes."""
-    read = [tensor for tensor in tensors((args, kwargs)) if on_cuda(tensor)]
+    read = [tensor for tensor in given if on_cuda(tensor)]
     if name in NO_KERNEL or not read:
         return
     in_place = name.endswith("_")

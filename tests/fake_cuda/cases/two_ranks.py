@@ -1,0 +1,128 @@
+"""Two ranks over NCCL, each with a GPU of its own that it sees alone: one start for all cases."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from every import every
+from federations import Result, run_alone, run_joined
+from method_variants import variant_config
+
+from fake_cuda.runs import losses, root
+from fedmoe_ds.clients.local_training import WaveTrainer
+from fedmoe_ds.config import Config
+from fedmoe_ds.config.schema import TopologyConfig
+from fedmoe_ds.distributed.collectives import all_to_all
+from fedmoe_ds.distributed.launcher import detect_launch
+from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
+
+RANKS = 2
+ENDS = {"case_a_lost_rank_ends_the_others": [76, -9]}
+
+ROUND: dict[str, Any] = {
+    "execution": {"reproducible": "fast", "clients_in_flight": 4},
+    "federation": {"rounds": 1},
+    "local": {"max_steps": 2},
+    "evaluation": {"every": 1, "max_sequences": 2, "client_sequences": 0},
+}
+
+
+@functools.cache
+def world() -> Runtime:
+    """This rank in its world, as `launch/train.py` joins it; the inputs are there when it returns."""
+    runtime = init_runtime(detect_launch(), TopologyConfig(device="cuda", silence_s=5.0, timeout_s=60.0))
+    if runtime.is_main:
+        root()
+    runtime.barrier()
+    return runtime
+
+
+def config_of(name: str, ep_size: int, *changes: dict[str, Any]) -> Config:
+    return variant_config(root(), name, f"{ep_size}", ROUND, {"topology": {"ep_size": ep_size, "device": "cuda"}}, *changes)
+
+
+def run_here(config: Config) -> Result:
+    result = run_joined(config, world())
+    if world().is_main:
+        assert [event for event in result.events if event.get("status") not in (None, "ok")] == []
+    return result
+
+
+def assert_as_on_the_cpu(result: Result, name: str) -> None:
+    """The losses of a run, beside those of one rank on the CPU."""
+    if world().is_main:
+        expected = losses(run_alone(variant_config(root(), name, "cpu", ROUND)))
+        found = losses(result)
+        assert len(found) == len(expected)
+        assert every(abs(ours - theirs) <= 1e-4 * max(1.0, theirs) for ours, theirs in zip(found, expected, strict=True))
+    world().barrier()
+
+
+def case_each_takes_the_gpu_that_it_sees(fake: Any) -> None:
+    runtime = world()
+    assert runtime.device == torch.device("cuda", 0) and runtime.world_size == RANKS
+    assert dist.get_backend() == "nccl"
+    assert os.environ["LOCAL_RANK"] == os.environ["RANK"]
+
+
+def case_nccl_refuses(fake: Any) -> None:
+    group, device = dist.group.WORLD, world().device
+    with fake.refuses("No backend type associated with device type cpu"):
+        dist.all_reduce(torch.ones(2))
+    with fake.refuses("Tensors must be contiguous"):
+        dist.all_reduce(torch.ones(4, 4, device=device)[:, :2])
+    gloo = dist.new_group(backend="gloo")
+    with fake.refuses("a CUDA tensor over gloo"):
+        dist.all_reduce(torch.ones(2, device=device), group=gloo)
+    assert group is not None
+
+
+def case_collectives_do_not_hold_the_host(fake: Any) -> None:
+    """They return before they have run; the host waits where it reads a result."""
+    rank, device = world().rank, world().device
+    rows, received = torch.full((4, 2), float(rank), device=device), torch.empty(4, 2, device=device)
+    begun, done = torch.cuda.Event(), torch.cuda.Event()
+    begun.record()
+    all_to_all(received, rows, dist.group.WORLD)
+    done.record()
+    assert fake.COUNT.total_waits == 0 and begun.query()
+    assert received[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert fake.COUNT.total_waits == 1 and done.query()
+
+
+def case_one_pool(fake: Any) -> None:
+    assert_as_on_the_cpu(run_here(config_of("flame", 2)), "flame")
+
+
+def case_two_clusters(fake: Any) -> None:
+    assert_as_on_the_cpu(run_here(config_of("flame", 1)), "flame")
+
+
+def case_state_of_clients(fake: Any) -> None:
+    assert_as_on_the_cpu(run_here(config_of("scaffold", 2)), "scaffold")
+
+
+def case_garbage_in_empty_groups(fake: Any) -> None:
+    """As sm_100 leaves it, in the type that GPUs multiply; one client trains, so that a rank has no rows of its own."""
+    fake.COUNT.empty_groups = "garbage"
+    few = {"federation": {"participation": 0.1}, "foundation": {"dtype": "bfloat16"}, "adapters": {"rank": 8}}
+    result = run_here(config_of("flame", 2, few))
+    assert not world().is_main or every(loss < 100.0 for loss in losses(result))
+
+
+def case_a_lost_rank_ends_the_others(fake: Any) -> NoReturn:
+    """Its loss shows late, as NCCL's errors do; the code is the one after which a supervisor starts again."""
+    real = WaveTrainer._optimize
+
+    def optimize(self: WaveTrainer, *args: Any) -> None:
+        if world().rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, *args)
+
+    WaveTrainer._optimize = optimize  # type: ignore[method-assign]
+    run_entry(lambda: bool(run_here(config_of("flame", 2, {"name": "lost"}))))
