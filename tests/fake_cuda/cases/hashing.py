@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fake_cuda.runs import on_device, root
 from federations import make_config
 
+from fake_cuda.runs import on_device, root
 from fedmoe_ds.federation.build import load_shared_foundation
 from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation.fingerprint import fingerprint
