@@ -186,7 +186,7 @@ def test_tests_for_a_device_are_marked_by_their_reason(request: pytest.FixtureRe
 
 
 def visited(folder: Path, *words: str) -> dict[str, list[dict[str, Any]]]:
-    """What the steps of a visit to the stand-in have told, by name; all went well, and the documents are in `folder`/results."""
+    """What the steps of a visit to the stand-in have told, by name; all went well. Its documents are in `folder`/results."""
     (folder / "sitecustomize.py").write_text("import fake_cuda\n\nfake_cuda.enable()\n")  # in every process, before torch
     env = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, (folder, TESTS, TESTS.parent)))
