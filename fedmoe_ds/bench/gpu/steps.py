@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.gpu.request import Request, Tell
+from fedmoe_ds.bench.gpu.request import Request, Tell, WrongError
+from fedmoe_ds.errors import UserError
 
 MODULE = "fedmoe_ds.bench.gpu.steps"
 
@@ -65,6 +66,9 @@ def main() -> None:
     code = 0
     try:
         STEPS[name].run(Request(**json.loads(request)), Tell(Path(file)))
+    except (WrongError, UserError) as error:
+        sys.stderr.write(f"{error}\n")
+        code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
