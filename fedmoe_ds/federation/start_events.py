@@ -41,8 +41,9 @@ def _frozen_products(dtype: torch.dtype, device: torch.device) -> str:
     if device.type != "cpu":
         return ""
     compiled = matrix.kernel() if dtype == torch.float32 else None  # its rows are float32
-    by = f"matrix.cpp for {compiled.processor}" if compiled is not None else f"torch for {torch.backends.cpu.get_cpu_capability()}"
-    return f"; frozen products by {by}"
+    if compiled is None:
+        return f"; frozen products by torch for {torch.backends.cpu.get_cpu_capability()}"
+    return f"; frozen products by matrix.cpp for {compiled.processor}"
 
 
 def _trained(parts: Parts) -> str:

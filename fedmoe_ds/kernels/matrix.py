@@ -4,8 +4,8 @@ Legend: N rows, G groups, I input width, O output width.
 
 Rows are float32; weights are float32 or bfloat16. With bfloat16 weights a processor with AMX-BF16 or AVX512-BF16 rounds the
 rows as well and adds up in float32. Products with float32 weights have the same bits in all processor classes with fused
-multiply-adds, products with bfloat16 weights those of their class. Functions answer None where the kernel does not serve: another
-device or type, or no compiler.
+multiply-adds, products with bfloat16 weights those of their class. Functions answer None where the kernel does not serve:
+another device or type, or no compiler.
 """
 
 from __future__ import annotations
