@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "factors.h"
 
@@ -36,11 +37,13 @@ inline void give(Wide left, Wide right, int64_t columns, float* y) {
   if (columns < kPanel) std::memcpy(y, part, columns * sizeof(float));
 }
 
-// Sums of kM rows with a panel; the first panel begins them, the others go on with what is in y.
-template <typename Factors, int kM, bool kBegins, typename Factor = typename Factors::Factor, typename Asked>
-void tile(const Factor* x, int64_t ldx, const Factor* panel, int64_t depth, float* y, int64_t N, int64_t columns, Asked ahead) {
+// Sums of kM rows with a panel; the first panel begins them, the others go on with what is in y. Whole tiles know when they are
+// compiled whether they begin, and whether they ask for anything.
+template <typename Factors, int kM, typename Factor = typename Factors::Factor, typename Begins, typename Asked>
+void tile(const Factor* x, int64_t ldx, const Factor* panel, int64_t depth, float* y, int64_t N, int64_t columns, Begins begins,
+          Asked ahead) {
   Wide left[kM] = {}, right[kM] = {};
-  if (!kBegins)
+  if (!begins)
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m) take(y + m * N, columns, left[m], right[m]);
   for (int64_t k = 0; k < depth; ++k) {
@@ -57,12 +60,11 @@ void tile(const Factor* x, int64_t ldx, const Factor* panel, int64_t depth, floa
   for (int m = 0; m < kM; ++m) give(left[m], right[m], columns, y + m * N);
 }
 
-// The tile of M rows, at most kM.
-template <typename Factors, int kM, bool kBegins, typename... More>
-void tile_of(int64_t M, More... more) {
-  if constexpr (kM > 1)
-    if (M < kM) return tile_of<Factors, kM - 1, kBegins>(M, more...);
-  tile<Factors, kM, kBegins>(more...);
+// The tile of M rows, fewer than kRows.
+template <typename Factors, int kM = kRows - 1, typename... More>
+void rest(int64_t M, More... more) {
+  if (M == kM) return tile<Factors, kM>(more...);
+  if constexpr (kM > 1) rest<Factors, kM - 1>(M, more...);
 }
 
 template <typename Factors>
@@ -90,9 +92,9 @@ class Vectors {
       const Ahead ahead = next.j < N ? block(w, shape, next) : block(after, shape, Place{});
       const int64_t factors = count_factors(there);
       if (at.k == 0)
-        all_rows<true>(rows, ldx, factors, y + at.j, M, N, columns, ahead);
+        all_rows(rows, ldx, factors, y + at.j, M, N, columns, std::true_type{}, ahead);
       else
-        all_rows<false>(rows + at.k / Factors::kIn, ldx, factors, y + at.j, M, N, columns, ahead);
+        all_rows(rows + at.k / Factors::kIn, ldx, factors, y + at.j, M, N, columns, std::false_type{}, ahead);
       at = next;
     }
   }
@@ -137,15 +139,19 @@ class Vectors {
   }
 
   // The first tile asks for the block that comes next, the others have their hands free.
-  template <bool kBegins>
-  void all_rows(const Factor* x, int64_t ldx, int64_t depth, float* y, int64_t M, int64_t N, int64_t columns, Ahead ahead) {
+  template <typename Begins>
+  void all_rows(const Factor* x, int64_t ldx, int64_t depth, float* y, int64_t M, int64_t N, int64_t columns, Begins begins,
+                Ahead ahead) {
     const Factor* panel = panel_.template as<Factor>();
-    tile_of<Factors, kRows, kBegins>(M, x, ldx, panel, depth, y, N, columns, ahead);
-    for (M -= kRows; M > 0; M -= kRows) {
+    if (M >= kRows) {
+      tile<Factors, kRows>(x, ldx, panel, depth, y, N, columns, begins, ahead);
+      ahead = Ahead::nothing();
+      for (M -= kRows; M >= kRows; M -= kRows)
+        tile<Factors, kRows>(x += kRows * ldx, ldx, panel, depth, y += kRows * N, N, columns, begins, Nothing{});
       x += kRows * ldx;
       y += kRows * N;
-      tile_of<Factors, kRows, kBegins>(M, x, ldx, panel, depth, y, N, columns, Nothing{});
     }
+    rest<Factors>(M, x, ldx, panel, depth, y, N, columns, static_cast<bool>(begins), ahead);
   }
 
   const Room rows_, panel_;
