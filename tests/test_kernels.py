@@ -6,15 +6,18 @@ Legend: N or T rows, G groups, I input width, O output width, D model width, F e
 from __future__ import annotations
 
 import shutil
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import Tensor
 
 from fedmoe_ds.foundation.gating import GatedUnit, gated_unit
-from fedmoe_ds.kernels import matrix, processor_class, rows
+from fedmoe_ds.kernels import compiling, matrix, processor_class, rows
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t
 from fedmoe_ds.model import experts
 
@@ -32,6 +35,16 @@ def near(found: Tensor | None, expected: Tensor, scale: float = 1.0) -> None:
 
 def test_the_kernels_are_there() -> None:
     assert matrix.available() and rows.available(), f"g++ is {shutil.which('g++')}, but the sources could not be built"
+
+
+def test_a_wheel_holds_all_that_is_compiled() -> None:
+    folder = Path(compiling.__file__).parent
+    project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["fedmoe_ds"]
+    native = [path.relative_to(folder.parent) for path in folder.iterdir() if path.suffix in (".cpp", ".h")]
+    assert len(native) > 5 and every(any(path.match(pattern) for pattern in patterns) for path in native)
+    # And what includes a header is another source when the header changes.
+    assert b"tdpbf16ps" in compiling._text(folder / "matrix.cpp")
 
 
 CLASSES = [one.name for one in processor_class.CLASSES]

@@ -56,7 +56,10 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
 
 
 def lines(rows: list[Row]) -> Iterator[str]:
-    """For every workload, how many times the best peer we are; and what has multiplied frozen weights."""
+    """What has multiplied frozen weights; and for every workload, how many times the best peer we are."""
+    # Results of earlier versions do not say it.
+    for processor in dict.fromkeys(row["processor"] for row in rows if "processor" in row):
+        yield f"Our products with frozen weights: matrix.cpp for {processor}."
     for shape, tokens in dict.fromkeys((row["shape"], row["sequences"] * row["length"]) for row in rows):
         mine = [row for row in rows if (row["shape"], row["sequences"] * row["length"]) == (shape, tokens)]
         peers = [row for row in mine if row["system"].startswith(PEER_PREFIX)]
@@ -64,9 +67,6 @@ def lines(rows: list[Row]) -> Iterator[str]:
             best = max(peers, key=lambda row: row["tokens_per_s"])
             times = f"{shown(best, 'ratio', two_digits)} times as fast as {best['system']}"
             yield f"{shape}, {tokens} tokens per client and step: {mine[0]['system']} runs {times}"
-    # Results of earlier versions do not say it.
-    for processor in dict.fromkeys(row["processor"] for row in rows if "processor" in row):
-        yield f"Our products with frozen weights: matrix.cpp for {processor}."
 
 
 HELP = "the same clients, model, data and steps through every system"
