@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from fedmoe_ds.bench.harness.system import DisagreementError, check_agreement, s
 from fedmoe_ds.bench.harness.table import check_writable
 from fedmoe_ds.bench.harness.workload import Workload, make_workloads
 from fedmoe_ds.bench.memory.load import TooMuchMemoryError, check_bound, run_load
+from fedmoe_ds.bench.products.command import COMMAND as KERNELS
 from fedmoe_ds.bench.wave.floor import DeviceFloor, Floor
 from fedmoe_ds.bench.wave.fused import Fused
 from fedmoe_ds.bench.wave.measure import run_wave
 from fedmoe_ds.bench.wave.peft import Peft
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.kernels import matrix
 
 BENCH = Path(__file__).parents[1] / "launch" / "bench.py"
 SYSTEMS = ["fedmoe_ds", "peft eager"]
@@ -58,7 +61,9 @@ def test_wave_writes_its_rows(tmp_path: Path) -> None:
     small = ["--steps", "1", "--rounds", "1", "--sequences", "2", "1", "--length", "24"]
     done = run_bench("wave", "--shape", "tiny", *small, "--mode", "fast", "--peers", "grouped_mm", "--json", str(target))
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()[-2:]
+    about, *lines = done.stdout.splitlines()[-3:]
+    compiled = matrix.kernel()
+    assert compiled is not None and about == f"Our products with frozen weights: matrix.cpp for {compiled.processor}."
     assert [line.split(":")[0] for line in lines] == [f"tiny, {tokens} tokens per client and step" for tokens in (48, 24)]
     assert every("(one timing) times as fast as peft grouped_mm" in line for line in lines)
     rows = read_rows(target)
@@ -74,6 +79,25 @@ def test_wave_writes_its_rows(tmp_path: Path) -> None:
         assert row["tokens_per_s"] > 0 and row["peak_mib"] > 50 and row["floor_share"] > 0
         assert row["threads"] == 1 and row["cpu"] and row["versions"]["torch"]
     assert rows[0]["ratio"] == 1.0 and rows[0]["cpu_ratio"] == 1.0
+
+
+def test_kernels_of_every_class_beside_torch() -> None:
+    notes: list[str] = []
+    settings = {"dtype": ["float32", "bfloat16"], "experts": [2], "width": [32], "rows": [3], "rounds": 2, "seed": 0}
+    rows = KERNELS.run(Namespace(**settings, processors=None), notes.append)
+    systems = [row["system"] for row in rows]
+    assert systems[-1] == "torch" and len(rows) == 4 * len(set(systems))
+    assert every(row["gflops"] > 0 and len(row["samples"]["of_torch"]) == 2 for row in rows)
+    assert every(row["of_torch"] == 1.0 for row in rows if row["system"] == "torch")
+    table = KERNELS.show(rows).text()
+    assert every(name in table for name in set(systems))
+    for change, message in (
+        ({"processors": ["AVX1024"]}, "--processors: AVX1024: cannot be had on this machine; classes are AMX-BF16, "),
+        ({"processors": None, "width": [32, 64]}, "--experts, --width: 1 and 2 values; give pairs"),
+        ({"processors": None, "dtype": ["float16"]}, "--dtype: float16: must be float32 or bfloat16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            KERNELS.run(Namespace(**settings | change), notes.append)
 
 
 def test_load_writes_its_rows(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import json
 import shutil
 import types
 from collections.abc import Iterator
+from ctypes import CDLL
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,10 +28,20 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts
-from fedmoe_ds.federation.identity import _compare_contents, agreed, check_code, check_identity, identity, of_settings
+from fedmoe_ds.federation.identity import (
+    _compare_contents,
+    agreed,
+    check_code,
+    check_identity,
+    identity,
+    kernels_of,
+    of_settings,
+)
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_plan
+from fedmoe_ds.kernels import matrix
+from fedmoe_ds.kernels.processor_class import CLASSES
 from fedmoe_ds.methods import load_method, with_defaults
 
 REFUSED = """
@@ -334,6 +346,19 @@ def test_kernels_and_devices(world: World) -> None:
     with pytest.raises(UserError, match=r"--resume: topology\.device: cuda: .* cpu; set it back"):
         check_identity(written, world.saved, ours | {"topology": {"device": "cuda"}}, config)
     assert agreed([{"a": "b"}, {"a": "c"}], ["near", "far"], bitwise=False) == {"a": "b"}
+
+
+def test_every_class_of_processors_multiplies_bfloat16_otherwise(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 products have the same bits in all of them; those of earlier versions knew AVX512-BF16 alone."""
+    parts, found = world.parts, {}
+    for dtype in ("float32", "bfloat16"):
+        config = world.config(nested("foundation.dtype", dtype))
+        for name in [one.name for one in CLASSES]:
+            monkeypatch.setattr(matrix, "kernel", partial(matrix.Kernel, name, CDLL(None)))
+            of_rank = kernels_of(config, parts.foundation, [], torch.device("cpu"), bitwise=True)
+            found[dtype, name] = of_rank["kernels.instructions"].removeprefix(torch.backends.cpu.get_cpu_capability())
+    halves = {"AMX-BF16": "-AMX-BF16", "AVX512-BF16": "-BF16"}
+    assert found == {(dtype, name): halves.get(name, "") if dtype == "bfloat16" else "" for dtype, name in found}
 
 
 def test_a_checkpoint_of_an_earlier_version(world: World) -> None:

@@ -6,15 +6,18 @@ Legend: N or T rows, G groups, I input width, O output width, D model width, F e
 from __future__ import annotations
 
 import shutil
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import Tensor
 
 from fedmoe_ds.foundation.gating import GatedUnit, gated_unit
-from fedmoe_ds.kernels import matrix, rows
+from fedmoe_ds.kernels import compiling, matrix, processor_class, rows
 from fedmoe_ds.kernels.grouped_mm import grouped_mm, grouped_mm_t
 from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.model import experts
@@ -35,35 +38,124 @@ def test_the_kernels_are_there() -> None:
     assert matrix.available() and rows.available(), f"g++ is {shutil.which('g++')}, but the sources could not be built"
 
 
+def test_a_wheel_holds_all_that_is_compiled() -> None:
+    folder = Path(compiling.__file__).parent
+    project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["fedmoe_ds"]
+    native = [path.relative_to(folder.parent) for path in folder.iterdir() if path.suffix in (".cpp", ".h")]
+    assert len(native) > 5 and every(any(path.match(pattern) for pattern in patterns) for path in native)
+    # And what includes a header is another source when the header changes.
+    assert b"tdpbf16ps" in compiling._text(folder / "matrix.cpp")
+
+
+CLASSES = [one.name for one in processor_class.CLASSES]
+
+
+@pytest.fixture(params=CLASSES)
+def kernel(request: pytest.FixtureRequest) -> matrix.Kernel:
+    """matrix.cpp of every class of processors that can be had here."""
+    # Compiled with all that a processor has: the code of the best class, where there is a better one.
+    spare = request.param == "native" and len(processor_class.classes_here()) > 1
+    found = None if spare else matrix.kernel_of(request.param)
+    if found is None:
+        pytest.skip(f"{request.param}: this processor, its compiler or its system has no such kernel")
+    return found
+
+
+def both_ways(w_OI: Tensor) -> list[tuple[Tensor, bool]]:
+    return [(w_OI, True), (w_OI.T.contiguous(), False)]
+
+
 @pytest.mark.parametrize(("wide_in", "wide_out"), WIDTHS)
-def test_products_equal_float64(wide_in: int, wide_out: int) -> None:
+def test_products_equal_float64(wide_in: int, wide_out: int, kernel: matrix.Kernel) -> None:
+    """And all classes have the same bits."""
     x, w = draw(2, 17, wide_in), draw(wide_out, wide_in, seed=1)
-    near(matrix.product(x, w, transposed=True), x.double() @ w.double().T, wide_in**0.5)
-    near(matrix.product(x, w.T.contiguous(), transposed=False), x.double() @ w.double().T, wide_in**0.5)
+    for weight, transposed in both_ways(w):
+        found = matrix.product(x, weight, transposed, kernel)
+        near(found, x.double() @ w.double().T, wide_in**0.5)
+        assert found is not None and torch.equal(found, matrix.product(x, weight, transposed))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("wide_in", "wide_out"), WIDTHS)
-def test_products_with_half_weights(wide_in: int, wide_out: int) -> None:
-    """Rows are rounded to bfloat16 as well where the processor multiplies such pairs, and kept as they are elsewhere."""
-    x, w = draw(17, wide_in), draw(wide_out, wide_in, seed=1).bfloat16()
-    rounded, kept = x.bfloat16().double() @ w.double().T, x.double() @ w.double().T
-    for weight, transposed in ((w, True), (w.T.contiguous(), False)):
-        found = matrix.product(x, weight, transposed)
+def test_products_with_half_weights(wide_in: int, wide_out: int, kernel: matrix.Kernel) -> None:
+    """Rows are rounded to bfloat16 as well where the class multiplies such pairs, and kept as they are elsewhere."""
+    x, w = draw(43, wide_in), draw(wide_out, wide_in, seed=1).bfloat16()
+    rows_ = x.bfloat16() if kernel.rounds else x
+    for weight, transposed in both_ways(w):
+        found = matrix.product(x, weight, transposed, kernel)
         assert found is not None and found.dtype == torch.float32
-        assert min((found - expected).abs().max() for expected in (rounded, kept)) <= 2e-5 * wide_in**0.5
+        assert (found - rows_.double() @ w.double().T).abs().max() <= 2e-5 * wide_in**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("wide_in", "wide_out"), WIDTHS)
-def test_a_row_of_a_product_does_not_see_the_others(wide_in: int, wide_out: int, dtype: torch.dtype) -> None:
-    x, w = draw(29, wide_in), draw(wide_out, wide_in, seed=1).to(dtype)
-    for weight, transposed in ((w, True), (w.T.contiguous(), False)):
-        whole = matrix.product(x, weight, transposed)
+def test_a_row_of_a_product_does_not_see_the_others(
+    wide_in: int, wide_out: int, dtype: torch.dtype, kernel: matrix.Kernel
+) -> None:
+    x, w = draw(43, wide_in), draw(wide_out, wide_in, seed=1).to(dtype)
+    for weight, transposed in both_ways(w):
+        whole = matrix.product(x, weight, transposed, kernel)
         assert whole is not None
         for start in (0, 3, 11):
-            for stop in range(start + 1, 30):  # every number of rows that a tile can have
-                part = matrix.product(x[start:stop], weight, transposed)
+            for stop in range(start + 1, 37):  # every number of rows that a tile can have
+                part = matrix.product(x[start:stop], weight, transposed, kernel)
                 assert part is not None and torch.equal(part, whole[start:stop]), (start, stop)
+
+
+def test_many_rows_go_in_pieces(kernel: matrix.Kernel) -> None:
+    """More than the second cache holds at a time, and pieces of weights; a row's bits stay its own."""
+    w = draw(1100, 2080, seed=1).bfloat16()
+    for weight, transposed in both_ways(w):
+        wide_in = weight.shape[1] if transposed else weight.shape[0]
+        x = draw(300, wide_in)
+        whole = matrix.product(x, weight, transposed, kernel)
+        rounded = x.bfloat16() if kernel.rounds else x
+        assert whole is not None
+        assert (whole - rounded.double() @ w.double().T).abs().max() <= 2e-5 * wide_in**0.5
+        assert torch.equal(whole[255:290], matrix.product(x[255:290], weight, transposed, kernel))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_beside_a_product_is_read_or_written(dtype: torch.dtype, kernel: matrix.Kernel) -> None:
+    """Weights between what is no number, rows and weights at odd places, and groups without rows."""
+    for wide_in, wide_out in ((33, 17), (64, 32), (31, 1)):
+        bank = torch.full((3 * wide_out * wide_in + 9,), torch.nan).to(dtype)
+        weight_GOI = bank[3 : 3 + 3 * wide_out * wide_in].view(3, wide_out, wide_in)
+        weight_GOI[1] = draw(wide_out, wide_in, seed=1)
+        many = torch.full((7, wide_in), torch.nan).flatten()
+        x_NI = many[1 : 1 + 5 * wide_in].view(5, wide_in).copy_(draw(5, wide_in))
+        ends_G = torch.tensor([0, 5, 5], dtype=torch.int32)
+        y_NO = matrix.grouped_product(x_NI, weight_GOI, ends_G, True, kernel)
+        assert y_NO is not None and torch.equal(y_NO, matrix.product(x_NI, weight_GOI[1], True, kernel))  # type: ignore[arg-type]
+        weight_GIO = weight_GOI.view(3, wide_in, wide_out) if wide_in != wide_out else weight_GOI
+        dx_NO = matrix.grouped_product(x_NI, weight_GIO, ends_G, False, kernel)
+        assert dx_NO is not None and bool(dx_NO.isfinite().all()) and bool(y_NO.isfinite().all())
+
+
+def test_widths_of_nothing(kernel: matrix.Kernel) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for wide_in, wide_out, count in ((0, 5, 3), (5, 0, 3), (5, 5, 0)):
+            y = matrix.product(torch.ones(count, wide_in), torch.ones(wide_out, wide_in, dtype=dtype), True, kernel)
+            assert y is not None and torch.equal(y, torch.full((count, wide_out), float(wide_in)))
+
+
+def test_what_is_asked_for_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next class is taken where the processor lacks one, or the system refuses its registers."""
+    assert matrix.kernel_of("AVX1024") is None
+    best = matrix.kernel()
+    assert best is not None
+    seen: list[str] = []
+
+    def refused(processor: str) -> matrix.Kernel | None:
+        seen.append(processor)
+        return None if len(seen) == 1 else best
+
+    monkeypatch.setattr(matrix, "kernel_of", refused)
+    matrix.kernel.cache_clear()
+    assert matrix.kernel() is best and seen == [one.name for one in processor_class.classes_here()][:2]
+    matrix.kernel.cache_clear()
+    monkeypatch.setattr(processor_class, "processor", lambda: b"flags : fpu avx2 fma\nmodel name : AMX avx512f")
+    assert [one.name for one in processor_class.classes_here()] == ["AVX2", "native"]
 
 
 @pytest.mark.parametrize("wide", [24, 1024])

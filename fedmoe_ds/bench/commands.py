@@ -15,10 +15,27 @@ from fedmoe_ds.bench.memory.load import COMMAND as LOAD
 from fedmoe_ds.bench.packing.command import COMMAND as PACKING
 from fedmoe_ds.bench.planned.command import COMMAND as PLAN
 from fedmoe_ds.bench.preparation.command import COMMAND as DATA
+from fedmoe_ds.bench.products.command import COMMAND as KERNELS
 from fedmoe_ds.bench.rounds.command import COMMAND as ROUND
 from fedmoe_ds.bench.wave.command import COMMAND as WAVE
 
 COMMANDS: dict[str, Command] = {
     one.name: one
-    for one in (WAVE, LOAD, EXPERTS, PACKING, AGGREGATE, CALIBRATE, PLAN, ROUND, MEMORY, PEERS, FULLSIZE, EXPORT, DATA, GPU)
+    for one in (
+        WAVE,
+        LOAD,
+        EXPERTS,
+        PACKING,
+        AGGREGATE,
+        CALIBRATE,
+        PLAN,
+        ROUND,
+        MEMORY,
+        PEERS,
+        FULLSIZE,
+        EXPORT,
+        DATA,
+        KERNELS,
+        GPU,
+    )
 }

@@ -46,8 +46,9 @@ def _frozen_products(parts: Parts, dtype: torch.dtype) -> str:
     if device.type != "cpu":
         return f"; expert products by {grouped_by(dtype, device)}" if parts.spec.expert_layout.num_experts else ""
     compiled = matrix.kernel() if dtype == torch.float32 else None  # its rows are float32
-    others = f"torch for {torch.backends.cpu.get_cpu_capability()}"
-    return f"; frozen products by {others if compiled is None else f'matrix.cpp for {compiled.processor}'}"
+    if compiled is None:
+        return f"; frozen products by torch for {torch.backends.cpu.get_cpu_capability()}"
+    return f"; frozen products by matrix.cpp for {compiled.processor}"
 
 
 def _trained(parts: Parts) -> str:

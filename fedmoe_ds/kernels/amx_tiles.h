@@ -1,13 +1,14 @@
-// AMX tiles: products of rows with bfloat16 weights on a processor with AMX-BF16. Rows are rounded to bfloat16 once per call.
+// AMX tiles: products of rows with bfloat16 weights on a processor with AMX-BF16. Rows are rounded
+// once per call.
 //
 // Legend: M rows, K inner width, N output width.
 //
-// A tile holds 16 rows of 64 bytes. The processor multiplies a left tile of 16 rows x 32 factors with a right tile of 16 pairs of
-// factors x 16 columns and adds the result to a tile of 16 x 16 floats: an element is one chain over k in steps of 32, whatever its
-// row and column are. What is not there (rows, columns, factors) counts as zeros.
+// A tile holds 16 rows of 64 bytes. The processor multiplies a left tile of 16 rows x 32 factors with a right tile of 16
+// pairs of factors x 16 columns and adds the result to a tile of 16 x 16 floats: an element is one chain over k in steps of
+// 32, whatever its row and column are. What is not there (rows, columns, factors) counts as zeros.
 //
-// Weights [N,K] are left tiles as they lie in memory; the rows, packed as right tiles, give the result's transpose. Weights [K,N]
-// are packed as right tiles, two rows of them interleaved, and the rows are left tiles.
+// Weights [N,K] are left tiles as they lie in memory; the rows, packed as right tiles, give the result's transpose. Weights
+// [K,N] are packed as right tiles, two rows of them interleaved, and the rows are left tiles.
 
 #pragma once
 
@@ -21,10 +22,11 @@
 
 namespace {
 
-constexpr int kSide = 16;       // rows of a tile, and columns of a result
-constexpr int kFactors = 32;    // factors of a tile
-constexpr int64_t kTile = 1024; // bytes of a tile
-constexpr int64_t kRowsBytes = 1 << 20, kWeightsBytes = 1 << 20;  // what is packed at a time: it stays in the second cache (2 MiB)
+constexpr int kSide = 16;         // rows of a tile, and columns of a result
+constexpr int kFactors = 32;      // factors of a tile
+constexpr int64_t kTile = 1024;   // bytes of a tile
+// Bytes that are packed at a time: they stay in the second cache, which has 2 MiB on processors with AMX.
+constexpr int64_t kRowsBytes = 1 << 20, kWeightsBytes = 1 << 20;
 
 inline int64_t count(int64_t numbers, int64_t side) { return (numbers + side - 1) / side; }
 
@@ -67,7 +69,8 @@ inline void multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kLeft), "i"(kRight));
 }
 
-// One or two neighbouring tiles of an operand, and the way to those of the next 32 factors; a tile's rows are `row` bytes apart.
+// One or two neighbouring tiles of an operand: those of the next 32 factors are `step` bytes on, a tile's rows `row` bytes
+// apart.
 struct Operand {
   const char *first, *second;
   int64_t row, step;
@@ -109,7 +112,8 @@ class Tiles {
   bool ready() const { return rows_.ready() && weights_.ready(); }
 
   // `after` are the weights of the next product, null where there is none.
-  void run(const float* x, const uint16_t* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed, const uint16_t* after) {
+  void run(const float* x, const uint16_t* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed,
+           const uint16_t* after) {
     for (int64_t m = 0; m < M; m += chunk_) {
       const int64_t rows = std::min(M - m, chunk_);
       pack_rows(x + m * K, rows, K, transposed);
@@ -252,7 +256,9 @@ class Tiles {
   }
 
   // Where a block of the result will be written: asked for while it is computed.
-  static Ahead result(float* y, int64_t N, int64_t rows) { return Ahead(y, std::min<int64_t>(rows, 2 * kSide), N * 4, 2 * kLine); }
+  static Ahead result(float* y, int64_t N, int64_t rows) {
+    return Ahead(y, std::min<int64_t>(rows, 2 * kSide), N * 4, 2 * kLine);
+  }
 
   // Two packed tiles, from row (or column) `number` on.
   Operand packed(const Room& room, int64_t number) const {

@@ -2,8 +2,8 @@
 //
 // Legend: M rows, K inner width, N output width; `depth` x `columns` is the block of weights that a panel holds.
 //
-// `Floats` are float32 as they are, and bfloat16 weights widened. `Pairs` are two neighbouring bfloat16 factors in one word, for a
-// processor with AVX512-BF16, which adds their products to a float; the rows are rounded to bfloat16.
+// `Floats` are float32 as they are, and bfloat16 weights widened. `Pairs` are two neighbouring bfloat16 factors in one word,
+// for a processor with AVX512-BF16, which adds their products to a float; the rows are rounded to bfloat16.
 
 #pragma once
 

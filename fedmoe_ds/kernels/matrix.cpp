@@ -1,9 +1,10 @@
-// Matrix products of row groups with frozen weights, single-threaded, float32. Compiled by compiling.py for a processor class.
+// Matrix products of row groups with frozen weights, single-threaded, float32. Compiled by compiling.py for a processor
+// class.
 //
 // Legend: M rows, K inner width, N output width; `ends` are the end rows of contiguous groups.
 //
-// A row's bits depend on that row and the weights alone, so rows of all clients may share one call and still be reproducible one
-// by one. Weights of many experts come from memory: those of the next product are asked for while this one is computed.
+// A row's bits depend on that row and the weights alone, so rows of all clients may share one call and still be reproducible
+// one by one. Weights of many experts come from memory: those of the next product are asked for while this one is computed.
 //
 // Weights may be bfloat16. A processor with AMX-BF16 or AVX512-BF16 then rounds the rows to bfloat16 as well and adds up in
 // float32, each in its own way; any other one widens the weights. Products with float32 weights are the same in all classes.

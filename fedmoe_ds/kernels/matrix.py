@@ -78,7 +78,7 @@ def product(x: Tensor, weight: Tensor, transposed: bool, by: Kernel | None = Non
     # No copy of a frozen weight in every call: torch's product takes strides as they are.
     if x.dtype != torch.float32 or not (serves(weight) and weight.is_contiguous()):
         return None
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = x.shape[:-1].numel()
     # A plain product is a grouped one of one group: the same loop, hence the same bits for a row either way.
     ends_G = torch.tensor([rows], dtype=torch.int32)
     y_NO = grouped_product(x.reshape(rows, x.shape[-1]), weight.unsqueeze(0), ends_G, transposed, by)

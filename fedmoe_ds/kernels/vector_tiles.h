@@ -2,16 +2,18 @@
 //
 // Legend: M rows, K inner width, N output width.
 //
-// An element is one chain of additions over k = 0 .. K-1. A tile of kRows rows x kPanel columns keeps its sums in registers for the
-// factors of a panel; the sums then wait in the result for those of the next panel, which changes no bit of them. A panel is a
-// dense copy of kDepth x kPanel factors of the weights and stays in the first cache for all rows.
+// An element is one chain of additions over k = 0 .. K-1. A tile of kRows rows x kPanel columns keeps its sums in registers
+// for the factors of a panel; the sums then wait in the result for those of the next panel, which changes no bit of them. A
+// panel is a dense copy of kDepth x kPanel factors of the weights and stays in the first cache for all rows.
 //
-// Weights [N,K] are read kPanel rows at a time from their first to their last column. Of weights [K,N], the panels of a piece of
-// kPiece columns come one after the other: narrow strips from top to bottom would visit every page of memory many times.
+// Weights [N,K] are read kPanel rows at a time from their first to their last column. Of weights [K,N], the panels of a
+// piece of kPiece columns come one after the other: narrow strips from top to bottom would visit every page of memory many
+// times.
 
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "factors.h"
 
@@ -19,21 +21,33 @@ namespace {
 
 constexpr int64_t kPiece = 512;
 
-// Sums of kM rows with a panel; the first panel begins them, the others go on with what is in y.
-template <typename Factors, int kM, typename Factor = typename Factors::Factor>
-void tile(const Factor* x, int64_t ldx, const Factor* panel, int64_t depth, float* y, int64_t N, int64_t columns, bool begins,
-          Ahead ahead) {
+// The two vectors of a row of sums: at a whole tile where it is, else by way of a copy.
+inline void take(const float* y, int64_t columns, Wide& left, Wide& right) {
+  float part[kPanel] = {};
+  if (columns < kPanel) y = static_cast<const float*>(std::memcpy(part, y, columns * sizeof(float)));
+  left = *reinterpret_cast<const Loose*>(y);
+  right = *reinterpret_cast<const Loose*>(y + kLanes);
+}
+
+inline void give(Wide left, Wide right, int64_t columns, float* y) {
+  float part[kPanel];
+  float* to = columns < kPanel ? part : y;
+  *reinterpret_cast<Loose*>(to) = left;
+  *reinterpret_cast<Loose*>(to + kLanes) = right;
+  if (columns < kPanel) std::memcpy(y, part, columns * sizeof(float));
+}
+
+// Sums of kM rows with a panel; the first panel begins them, the others go on with what is in y. Whole tiles know when they are
+// compiled whether they begin, and whether they ask for anything.
+template <typename Factors, int kM, typename Factor = typename Factors::Factor, typename Begins, typename Asked>
+void tile(const Factor* x, int64_t ldx, const Factor* panel, int64_t depth, float* y, int64_t N, int64_t columns, Begins begins,
+          Asked ahead) {
   Wide left[kM] = {}, right[kM] = {};
   if (!begins)
 #pragma GCC unroll 16
-    for (int m = 0; m < kM; ++m) {
-      float both[kPanel] = {};
-      std::memcpy(both, y + m * N, columns == kPanel ? sizeof both : columns * sizeof(float));
-      std::memcpy(&left[m], both, sizeof(Wide));
-      std::memcpy(&right[m], both + kLanes, sizeof(Wide));
-    }
+    for (int m = 0; m < kM; ++m) take(y + m * N, columns, left[m], right[m]);
   for (int64_t k = 0; k < depth; ++k) {
-    ahead.ask<2>();
+    ahead.template ask<2>();
     const Wide first = *reinterpret_cast<const Wide*>(panel + k * kPanel);
     const Wide second = *reinterpret_cast<const Wide*>(panel + k * kPanel + kLanes);
 #pragma GCC unroll 16
@@ -43,20 +57,14 @@ void tile(const Factor* x, int64_t ldx, const Factor* panel, int64_t depth, floa
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < kM; ++m) {
-    float both[kPanel];
-    std::memcpy(both, &left[m], sizeof(Wide));
-    std::memcpy(both + kLanes, &right[m], sizeof(Wide));
-    std::memcpy(y + m * N, both, columns == kPanel ? sizeof both : columns * sizeof(float));
-  }
+  for (int m = 0; m < kM; ++m) give(left[m], right[m], columns, y + m * N);
 }
 
-// The tile of M rows, at most kM.
-template <typename Factors, int kM, typename... More>
-void tile_of(int64_t M, More... more) {
-  if constexpr (kM > 1)
-    if (M < kM) return tile_of<Factors, kM - 1>(M, more...);
-  tile<Factors, kM>(more...);
+// The tile of M rows, fewer than kRows.
+template <typename Factors, int kM = kRows - 1, typename... More>
+void rest(int64_t M, More... more) {
+  if (M == kM) return tile<Factors, kM>(more...);
+  if constexpr (kM > 1) rest<Factors, kM - 1>(M, more...);
 }
 
 template <typename Factors>
@@ -75,19 +83,25 @@ class Vectors {
   // `after` are the weights of the next product, null where there is none.
   void run(const float* x, const Weight* w, float* y, int64_t M, int64_t N, int64_t K, bool transposed, const Weight* after) {
     const Factor* rows = Factors::rows(x, M, K, rows_.template as<Factor>());
-    const int64_t ldx = spread((K + Factors::kIn - 1) / Factors::kIn), depth = kDepth * Factors::kIn;
+    const int64_t ldx = spread(count_factors(K)), depth = kDepth * Factors::kIn;
     const Shape shape{N, K, transposed ? kPanel : kPiece, depth, transposed};
     for (Place at; at.j < N;) {
       const int64_t columns = std::min<int64_t>(N - at.j, kPanel), there = std::min(K - at.k, depth);
       fill(w, shape, at, there, columns);
       const Place next = shape.after(at);
       const Ahead ahead = next.j < N ? block(w, shape, next) : block(after, shape, Place{});
-      all_rows(rows + at.k / Factors::kIn, ldx, (there + Factors::kIn - 1) / Factors::kIn, y + at.j, M, N, columns, at.k == 0, ahead);
+      const int64_t factors = count_factors(there);
+      if (at.k == 0)
+        all_rows(rows, ldx, factors, y + at.j, M, N, columns, std::true_type{}, ahead);
+      else
+        all_rows(rows + at.k / Factors::kIn, ldx, factors, y + at.j, M, N, columns, std::false_type{}, ahead);
       at = next;
     }
   }
 
  private:
+  static int64_t count_factors(int64_t weights) { return (weights + Factors::kIn - 1) / Factors::kIn; }
+
   // A block of weights: its piece of columns, its first factor and column.
   struct Place {
     int64_t piece = 0, k = 0, j = 0;
@@ -125,14 +139,19 @@ class Vectors {
   }
 
   // The first tile asks for the block that comes next, the others have their hands free.
-  void all_rows(const Factor* x, int64_t ldx, int64_t depth, float* y, int64_t M, int64_t N, int64_t columns, bool begins, Ahead ahead) {
+  template <typename Begins>
+  void all_rows(const Factor* x, int64_t ldx, int64_t depth, float* y, int64_t M, int64_t N, int64_t columns, Begins begins,
+                Ahead ahead) {
     const Factor* panel = panel_.template as<Factor>();
-    tile_of<Factors, kRows>(M, x, ldx, panel, depth, y, N, columns, begins, ahead);
-    for (M -= kRows; M > 0; M -= kRows) {
+    if (M >= kRows) {
+      tile<Factors, kRows>(x, ldx, panel, depth, y, N, columns, begins, ahead);
+      ahead = Ahead::nothing();
+      for (M -= kRows; M >= kRows; M -= kRows)
+        tile<Factors, kRows>(x += kRows * ldx, ldx, panel, depth, y += kRows * N, N, columns, begins, Nothing{});
       x += kRows * ldx;
       y += kRows * N;
-      tile_of<Factors, kRows>(M, x, ldx, panel, depth, y, N, columns, begins, Ahead::nothing());
     }
+    rest<Factors>(M, x, ldx, panel, depth, y, N, columns, static_cast<bool>(begins), ahead);
   }
 
   const Room rows_, panel_;

@@ -139,4 +139,10 @@ class Ahead {
   int64_t rows_, step_, bytes_, done_ = 0;
 };
 
+// Asks for nothing, at no cost in a loop.
+struct Nothing {
+  template <int>
+  void ask() {}
+};
+
 }  // namespace

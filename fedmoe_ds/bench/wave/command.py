@@ -56,7 +56,10 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
 
 
 def lines(rows: list[Row]) -> Iterator[str]:
-    """For every workload, how many times the best peer we are."""
+    """What has multiplied frozen weights; and for every workload, how many times the best peer we are."""
+    # Results of earlier versions do not say it.
+    for processor in dict.fromkeys(row["processor"] for row in rows if "processor" in row):
+        yield f"Our products with frozen weights: matrix.cpp for {processor}."
     for shape, tokens in dict.fromkeys((row["shape"], row["sequences"] * row["length"]) for row in rows):
         mine = [row for row in rows if (row["shape"], row["sequences"] * row["length"]) == (shape, tokens)]
         peers = [row for row in mine if row["system"].startswith(PEER_PREFIX)]

@@ -14,6 +14,7 @@ from fedmoe_ds.bench.harness.shapes import write_model
 from fedmoe_ds.bench.harness.system import AGREEMENT, FLOOR, OURS, PEER_PREFIX, Timing, check_agreement
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
+from fedmoe_ds.kernels import matrix
 
 WORKER = "fedmoe_ds.bench.wave.worker"
 SLOW_S = 45.0
@@ -107,6 +108,8 @@ def _rows(workload: Workload, spans: Spans, running: dict[str, Program]) -> list
         }
         seconds = {"wall_seconds": wall[name], "cpu_seconds": cpu[name], "floor_cpu_seconds": cpu[FLOOR]}
         kinds = {"dtype": workload.dtype, "device": workload.device, "kernels": workload.kernels}
+        compiled = matrix.kernel() if workload.device == "cpu" else None
+        kinds |= {"processor": compiled.processor} if compiled is not None else {}
         peak = program.ask(do="peak")
         rows.append(make_row(workload.shape.name, name, peak, samples, **seconds, **workload.facts(), **kinds))
     return rows
