@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from fedmoe_ds.config import Config, ExecutionConfig
+from fedmoe_ds.config import Config, ExecutionConfig, FoundationConfig
 from fedmoe_ds.federation.run_spec import shares_passes
 from fedmoe_ds.kernels.frozen_layers import INDEPENDENT
 from fedmoe_ds.kernels.per_client import Segment
@@ -86,7 +86,8 @@ def test_company_leaves_no_trace(tmp_path: Path, family: str, dtype: str) -> Non
 
 
 def test_who_may_share_a_pass() -> None:
-    fast, exact = (Config(execution=ExecutionConfig(reproducible=mode)) for mode in ("fast", "bitwise"))
+    whole = FoundationConfig(dtype="float32")
+    fast, exact = (Config(foundation=whole, execution=ExecutionConfig(reproducible=mode)) for mode in ("fast", "bitwise"))
     assert shares_passes(exact, "llama", "cpu") and not shares_passes(exact, "vit", "cpu"), "plain LoRA"
     half = exact.model_copy(update={"foundation": exact.foundation.model_copy(update={"dtype": "bfloat16"})})
     assert shares_passes(exact, "olmoe", "cpu") and shares_passes(fast, "deepseek_v3", "cuda")
