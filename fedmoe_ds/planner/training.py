@@ -125,7 +125,7 @@ class WaveModel:
         routed_N = sum((_total([cost.routed for cost in home], steps) for home in costs), np.zeros(steps))
         # The longest decides: ranks without rows join with empty ones, so that collectives meet.
         passes_N = np.max([_padded(cost.passes, steps) for home in costs for cost in home], axis=0, initial=0.0)
-        fixed = self.work.fixed().seconds(self.compute, self.dtype)
+        fixed = (self.work.fixed() + self.work.gradients(self.in_flight)).seconds(self.compute, self.dtype)
         local = self.job.expert_layout.num_experts // self.ep_size
         # Routed rows of the whole wave, even over the ranks of the cluster.
         per_pass_N = routed_N / self.ep_size / np.maximum(passes_N, 1)

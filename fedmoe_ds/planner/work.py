@@ -3,9 +3,8 @@
 Legend: B sequences, S positions, T = B x S token rows, N routed rows, L layers, D model width, F expert width, V vocabulary,
 E experts, A attention projections with LoRA, P ranks of a cluster.
 
-Multiplications are exact arithmetic on shapes. Framework calls and moved numbers are linear in the shapes; their factors were
-counted (every aten call that is no view, every call of a native kernel, and the numbers that they read and write) on 36 shapes
-of OLMoE models; tests/test_planner_work.py counts again. Everything works on numpy arrays as well: one entry per local step.
+Multiplications are exact arithmetic on shapes. Framework calls and moved numbers are linear in the shapes, with the factors of
+counts.py. Everything works on numpy arrays as well: one entry per local step.
 """
 
 from __future__ import annotations
@@ -15,32 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from fedmoe_ds.planner.counts import counts_of
 from fedmoe_ds.planner.hardware import Compute, Stage
 from fedmoe_ds.planner.workload import Job
 
 Amount = Any
 """A number, or float64 [n]: one per local step."""
 
-# Framework calls: of a pass, of a layer, of one attention projection with LoRA, of one more block of rows in a layer.
-TRAIN_CALLS = (28.0, 139.0, 12.0, 24.0)
-FORWARD_CALLS = (29.0, 80.0, 3.0, 9.0)
-# Numbers read or written by calls that are no matrix products, per token row (in units of D), per routed row (D, F), and
-# per token row and expert; forward and backward.
-TRAIN_NUMBERS = {
-    "row": 84.0,  # x D per token row
-    "projection": 10.0,  # x D per token row and attention projection with LoRA
-    "routed_d": 10.0,  # x D per routed row
-    "routed_f": 25.0,  # x F per routed row
-    "expert": 16.0,  # per token row and expert
-    "slot": 204.0,  # per token row and slot of its top-k
-    "target": 9.7,  # x V per target
-}
-# The same of a layer without experts, counted on Llama; "ffn" is x F per token row.
-DENSE_TRAIN_CALLS = (28.0, 77.0, 8.0)
-DENSE_FORWARD_CALLS = (29.0, 36.0, 3.0)
-DENSE_NUMBERS = {"row": 57.0, "ffn": 21.0, "projection": 6.0}
-FORWARD_SHARE = 0.45
-"""Of these numbers, how many the forward pass alone moves."""
 FORWARD_SCORE = 0.35
 """A forward pass's share of the time of an attention score."""
 PRODUCTS = 4
@@ -124,6 +104,7 @@ class PassWork:
         self.job, self.training = job, training
         self.recompute = training and job.config.execution.activation_checkpointing
         self.number_bytes = job.row_bytes
+        self.counts = counts_of(job.device, bool(job.expert_layout.layers))
 
     @property
     def score_flops(self) -> float:
@@ -139,16 +120,19 @@ class PassWork:
     def fixed(self) -> Work:
         """What a pass is, rows or not: calls, and the frozen dense weights that it reads."""
         job, layers = self.job, self.job.size.layers
-        sparse, dense = (TRAIN_CALLS, DENSE_TRAIN_CALLS) if self.training else (FORWARD_CALLS, DENSE_FORWARD_CALLS)
-        per_pass, per_layer, per_projection = sparse[:3] if job.expert_layout.layers else dense
+        n = self.counts.train_calls if self.training else self.counts.forward_calls
         # Framework calls do not depend on rows: small passes are dominated by them.
-        calls = per_pass + layers * (per_layer + per_projection * job.projections)
+        calls = n.per_pass + layers * (n.per_layer + n.per_projection * job.projections)
         return Work(calls, 0.0, self._times(2) * (job.body + job.head) * job.size.bytes_per_parameter)
+
+    def gradients(self, trainable: float) -> Work:
+        """What a training pass moves for the gradients of all that is trained in flight, rows or not."""
+        return Work(0.0, 0.0, trainable * self.counts.gradient_bytes if self.training else 0.0)
 
     def home(self, rows: Rows) -> Work:
         """What a rank computes for its own rows: everything but the experts, and but what is fixed per pass."""
         job, size, adapters = self.job, self.job.size, self.job.config.adapters
-        layers, padded = size.layers, rows.rows
+        padded = rows.rows
         lora = job.cost.dense_row * adapters.rank
         flops = padded * 2.0 * job.body * self._times(2)
         # Logits exist for target rows only.
@@ -156,18 +140,27 @@ class PassWork:
         # Routers: their gradients where they are trained; those of adapter experts are no part of the body.
         own = self._times(2) if adapters.moe is not None else 0.0
         flops += padded * job.cost.dense_weights * (own + self.training)
-        share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
-        numbers = padded * layers * self._numbers_per_row() + rows.targets * TRAIN_NUMBERS["target"] * (job.head / size.hidden)
-        scores = padded * rows.longest * job.heads * layers * (1.0 if self.training else FORWARD_SCORE)
-        return Work(0.0, flops, numbers * share * self.number_bytes, 0.0, scores, padded * lora * self._times(3))
+        numbers = padded * self._numbers_per_row() + rows.targets * self.counts.target * (job.head / size.hidden)
+        scores = padded * rows.longest * job.heads * size.layers * (1.0 if self.training else FORWARD_SCORE)
+        return Work(0.0, flops, numbers * self._share * self.number_bytes, 0.0, scores, padded * lora * self._times(3))
+
+    @property
+    def _share(self) -> float:
+        """Of the numbers of a forward and a backward pass, how many this pass moves."""
+        forward = self.counts.forward_share
+        return 1.0 + forward * self.recompute if self.training else forward
 
     def _numbers_per_row(self) -> float:
-        """What one token row moves in one layer, outside of matrix products and experts."""
-        job, n = self.job, TRAIN_NUMBERS if self.job.expert_layout.layers else DENSE_NUMBERS
-        per_row = job.size.hidden * (n["row"] + n["projection"] * job.projections)
-        if not job.expert_layout.layers:
-            return per_row + n["ffn"] * job.size.ffn
-        return per_row + n["expert"] * job.expert_layout.num_experts + n["slot"] * job.expert_layout.top_k
+        """What one token row moves in all layers, outside of matrix products and experts."""
+        job, size, n = self.job, self.job.size, self.counts
+        per_layer = size.hidden * (n.row + n.projection * job.projections)
+        if job.expert_layout.layers:
+            per_layer += n.expert * job.expert_layout.num_experts + n.slot * job.expert_layout.top_k
+        else:
+            per_layer += n.feed_forward * size.ffn
+        # Nothing below the first layer's experts is trained: its attention has no backward pass.
+        above = self.training and not (job.projections or self.recompute)
+        return size.layers * per_layer - (size.hidden * n.first_row if above else 0.0)
 
     def experts(self, routed: Amount, blocks: float, local_experts: int) -> Work:
         """What a rank computes for the rows that arrive at its experts.
@@ -184,11 +177,9 @@ class PassWork:
         lora = job.cost.expert_row * job.config.adapters.rank / layers
         whole = job.cost.expert_weights / layers if self.training else 0.0
         flops = routed * (2.0 * weights * self._times(2) + whole)
-        share = (1.0 + FORWARD_SHARE * self.recompute) if self.training else FORWARD_SHARE
-        numbers = (
-            routed * (TRAIN_NUMBERS["routed_d"] * expert_layout.width + TRAIN_NUMBERS["routed_f"] * expert_layout.ffn) * share
-        )
-        calls = (blocks - 1) * (TRAIN_CALLS if self.training else FORWARD_CALLS)[3]
+        n = self.counts
+        numbers = routed * (n.routed_d * expert_layout.width + n.routed_f * expert_layout.ffn) * self._share
+        calls = (blocks - 1) * (n.train_calls if self.training else n.forward_calls).per_block
         possible = local_experts * blocks
         # Expected number of groups with at least one row, if rows fell at random (Poisson); expm1 for tiny loads.
         touched = possible * -np.expm1(-routed / possible)

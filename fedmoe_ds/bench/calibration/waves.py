@@ -133,6 +133,7 @@ class Bench:
         amounts = work.fixed() + work.home(Rows(sequences, length, sequences * (length - 1)))
         routed = float(sequences * length * cap)
         amounts = amounts + work.experts(routed, self.ep_size, self.shape.experts // self.ep_size)
+        amounts = amounts + work.gradients(sum(value.numel() for value in self.execution.bank.values.values()))
         exchanges, numbers = exchanged(self.job, training, routed)
         return Sample(amounts, statistics.median(seconds), exchanges, numbers * work.number_bytes)
 
