@@ -42,6 +42,10 @@ def estimate(spec: RunSpec, home_clients: int, length: int, together: int, activ
     expert, dense = parameters_per_client(spec.blocks, spec.expert_layout.num_experts // ep_size)
     # Experts are sharded, so a rank holds its part for every client of the wave; dense adapters only for its own.
     in_flight = home_clients * ep_size * expert + home_clients * dense
+    # Where rows are narrower, products read copies of the adapters in the rows' type, made once per step.
+    narrow = [b for b in spec.blocks if b.pair is not None or (b.expert and config.adapters.moe is not None)]
+    copied_expert, copied_dense = parameters_per_client(narrow, spec.expert_layout.num_experts // ep_size)
+    copies = home_clients * (ep_size * copied_expert + copied_dense) * (spec.row_bytes if spec.row_bytes < FP32 else 0)
     # Bitwise sums keep two int64 digits of every number.
     sum_bytes = 16 if spec.bitwise else 4
     return {
@@ -49,7 +53,7 @@ def estimate(spec: RunSpec, home_clients: int, length: int, together: int, activ
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
         "global adapters": (expert + dense) * FP32,
         # Values and gradients.
-        "adapters in flight": in_flight * FP32 * 2,
+        "adapters in flight": in_flight * FP32 * 2 + copies,
         "client optimizer": in_flight * moment_bytes(config.local),
         "round sums": (expert + dense) * sum_bytes,
         PASS: activations(spec, together, length, active),
