@@ -28,6 +28,7 @@ from fedmoe_ds.data.preparation import Prepared
 from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.data.wheels import Wheel
 from fedmoe_ds.errors import EXIT_LOST, UserError
+from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation.builtin import pretrain
 from fedmoe_ds.foundation.mapped_weights import MappedWeights, Memory, Slot
 from fedmoe_ds.kernels import compiling, fault
@@ -74,11 +75,20 @@ def use_wheels(root: Path) -> Path:
         return Wheel("a", "1", hashlib.sha256(b"x" * LARGE).hexdigest()).fetch(root, "data.source: a")
 
 
+def use_sums(root: Path) -> str:
+    model = Path(str(shutil.which("g++"))).with_name("model.safetensors")  # where every user can read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_sums, "WORTH", LARGE)
+        patch.setattr(file_sums, "_SETTLED_NS", 0)  # it has just been written
+        return file_sums.file_sum(model, cache.place(root, "sums"))
+
+
 USES: dict[str, Callable[[Path], Any]] = {
     "data": use_data,
     "native": use_native,
     "foundations": use_foundations,
     "shared": use_shared,
+    "sums": use_sums,
     "wheels": use_wheels,
 }
 """Find an entry or make it, as a run does."""
@@ -98,6 +108,7 @@ def compiler() -> Iterator[Path]:
     compiling.subprocess.run([*command, "-o", str(folder / "built.so")], check=True)
     script = f'case "$1" in --version) echo 1;; *) for last; do :; done; cat {folder}/built.so > "$last";; esac'
     (folder / "g++").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "model.safetensors").write_bytes(b"x" * LARGE)
     for path in folder.iterdir():
         path.chmod(0o755)
     yield folder
@@ -323,10 +334,12 @@ def test_six_writers_of_one_entry(kind: str, damaged: bool, root: Path) -> None:
 @pytest.mark.parametrize("kind", USES)
 def test_a_full_disk_leaves_nothing_behind(kind: str, root: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 if kind == "sums" else 4096, hard))
     try:
         if kind == "native":
             assert USES[kind](root) is None
+        elif kind == "sums":  # it costs time alone
+            assert USES[kind](root) and "cannot be written" in str(told())
         else:
             with pytest.raises((UserError, OSError), match=r"too large|cannot be written"):
                 USES[kind](root)
@@ -347,6 +360,9 @@ def test_a_folder_that_cannot_be_written(kind: str, root: Path) -> None:
         if kind == "native":
             assert USES[kind](root)
             assert "every process builds its own" in str(told())
+        elif kind == "sums":
+            assert USES[kind](root)
+            assert "cannot be written: Permission denied" in str(told())
         else:
             with pytest.raises((UserError, OSError), match="Permission denied"):
                 USES[kind](root)

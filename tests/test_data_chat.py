@@ -73,7 +73,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, style: chats.Style, messages:
 
 
 SAFE = turns("a", "b")
-WORDS = st.text(st.sampled_from("abet st.\n<|>/_é2I[]"), min_size=1, max_size=14).filter(str.strip)
+NAMES = ("<s>", "</s>")
+"""Special tokens whose names these letters can write: in a message they are text to us, and special tokens to transformers."""
+WORDS = (
+    st.text(st.sampled_from("abet st.\n<|>/_é2I[]"), min_size=1, max_size=14)
+    .filter(str.strip)
+    .filter(lambda text: not any(name in text for name in NAMES))
+)
 
 
 @pytest.mark.parametrize("name", STYLES)

@@ -87,6 +87,7 @@ OURS = {
     "data/readers/json_rows.py": "a look at the first line; what is read is stricter, with lines",
     "federation/identity.py": "of its own configuration",
     "distributed/watchdog/json_socket.py": "what ranks say to each other",
+    "distributed/devices.py": "what ranks say to each other",
     "distributed/mpi.py": "what ranks say to each other",
     "distributed/runtime.py": "what ranks say to each other",
     "storage/strict_json.py": "this is it",

@@ -80,7 +80,7 @@ def _stamp(handle: int) -> list[int]:
 
 def _remembered(entry: Path, facts: dict[str, Any]) -> str | None:
     try:
-        return _sum_in(entry, facts) if cache.usable(entry, lambda: _sum_in(entry, facts) is not None) else None
+        return _sum_in(entry, facts) if _usable(entry, facts) else None
     except OSError as error:
         cache.pass_over(f"{entry}: cannot be read: {error.strerror or error}")
         return None
@@ -89,11 +89,15 @@ def _remembered(entry: Path, facts: dict[str, Any]) -> str | None:
 def _remember(entry: Path, facts: dict[str, Any], found: str) -> None:
     content = cache.sealed({MADE_FROM: facts["path"], "facts": facts, _SUM: found})
     try:
-        with cache.draft(entry, lambda: _sum_in(entry, facts) is not None) as draft:
+        with cache.draft(entry, lambda: _usable(entry, facts)) as draft:
             (draft / _HEADER).write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
         cache.pass_over(f"{entry.parent}: cannot be written: {reason}; the model is read whole at every start")
+
+
+def _usable(entry: Path, facts: dict[str, Any]) -> bool:
+    return cache.usable(entry, lambda: _sum_in(entry, facts) is not None)
 
 
 def _sum_in(entry: Path, facts: dict[str, Any]) -> str | None:

@@ -70,7 +70,10 @@ def check_saved(runs: Sequence[Run]) -> None:
         path = run.folder / "config.yaml"
         if not path.exists():
             continue
-        difference = next(differences(_compared(load_config(path)), _compared(run.config)), None)
+        old, new = _compared(load_config(path)), _compared(run.config)
+        if new["foundation"]["dtype"] == "auto":  # a run saves the type that its device and its model have made of it
+            new["foundation"]["dtype"] = old["foundation"]["dtype"]
+        difference = next(differences(old, new), None)
         if difference is not None:
             key, old, new = difference
             raise UserError(

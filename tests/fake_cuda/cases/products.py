@@ -137,4 +137,4 @@ def case_the_default_type_is_the_models(fake: Any) -> None:
     parts, _ = build(config, *on_device())
     assert {parts.foundation.model.dtype, parts.foundation.layers[0].w13.dtype} == {HALF}
     assert parts.identity["foundation.dtype"] == "bfloat16" and "dtype: bfloat16" in parts.config_text
-    assert f"; weights in bfloat16; expert products by {TORCH}; adapter products by {TORCH}" in start_line(parts)
+    assert f"; weights in bfloat16; adapter products by {TORCH}; expert products by {TORCH}" in start_line(parts)
