@@ -65,7 +65,7 @@ def triton_fault(device: torch.device) -> str | None:
 def _launch(device: torch.device) -> None:
     from fedmoe_ds.kernels import probe_triton  # Triton is there only with CUDA builds of torch
 
-    probe_triton.launch(device)
+    probe_triton.launch(device, PINNED)
 
 
 def _in_one_line(error: Exception) -> str:

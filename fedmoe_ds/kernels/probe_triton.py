@@ -10,8 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fedmoe_ds.kernels.device_kernels import PINNED
-
 
 @triton.jit
 def write_one(out: tl.tensor) -> None:
@@ -19,11 +17,11 @@ def write_one(out: tl.tensor) -> None:
     tl.store(out + tl.program_id(0), 1.0)
 
 
-def launch(device: torch.device) -> None:
+def launch(device: torch.device, options: dict[str, bool]) -> None:
     """Launch the kernel on this device and look at what it wrote. Raises whatever Triton raises, RuntimeError otherwise."""
     out = torch.zeros(1, device=device)
     # Triton launches on the current device, wherever a tensor lies.
     with torch.cuda.device(device):
-        write_one[(1,)](out, **PINNED)
+        write_one[(1,)](out, **options)
     if out.item() != 1.0:
         raise RuntimeError("it ran and wrote nothing")
