@@ -167,6 +167,17 @@ def _all_six(products: LowRankProducts, rank: int, dtype: torch.dtype) -> None:
     products.grad_b_(ones(3, 8, rank), m_NR, y_NO, groups)
 
 
+def case_whole_experts_are_a_group_for_each_client(fake: Any) -> None:
+    """The start line counts what the largest pass multiplies: more groups than torch takes at once go to Triton."""
+    no_triton = {"execution": {"adapter_kernels": "torch"}}  # of the projections' adapters: it cannot be imported here
+    parts, _ = build(variant_config(root(), "hfedmoe-full", "whole", RUN, no_triton), *on_device())
+    groups = parts.foundation.layers[0].w13.shape[0] * parts.execution.bank.expert_clients
+    with mock.patch.object(device_kernels, "has_triton", lambda device: device.type == "cuda"):
+        for most, by in ((groups, TORCH), (groups - 1, TRITON)):
+            with mock.patch.object(device_kernels, "CUDA_GROUPS", most):
+                assert f"; expert products by {by}" in start_line(parts), (groups, most, start_line(parts))
+
+
 def case_the_default_type_is_the_models(fake: Any) -> None:
     """And the run says so: on its start line, in its identity and in what it saves."""
     folder, told = root() / "halves", root() / "halves" / "config.json"
