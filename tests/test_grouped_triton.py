@@ -12,6 +12,8 @@ import pytest
 import torch
 from test_lora_products import CPU, draw, groups_of
 
+from fedmoe_ds.kernels.device_kernels import PINNED
+
 triton = pytest.importorskip("triton")
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS_G = [5, 0, 1, 150, 0, 0, 64, 65, 0]
@@ -83,7 +85,7 @@ def compiled(kernel: Any, sides: dict[str, int], number: str, weights: str, arch
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in ("groups", *fixed)
     }
     source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(PINNED))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from test_lora_products import CPU, ROWS_G, everything, plain
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels import device_kernels, lora_products
+from fedmoe_ds.kernels.device_kernels import PINNED
 
 triton = pytest.importorskip("triton")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -69,7 +70,7 @@ def compiled(kernel: Any, number: str, arch: int, rank: int, dense: str) -> Any:
     loose = {"scale", "rank", *fixed}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in loose}
     source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(PINNED))
 
 
 @pytest.mark.parametrize("number", FLOATS)
@@ -92,14 +93,12 @@ def test_kernels_compile_without_a_device(
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     lora_products.check_kernels("auto", 8, CPU)
+    monkeypatch.setattr(lora_products, "triton_fault", lambda device: None)
     lora_products.check_kernels("triton", 8, device)
     with pytest.raises(UserError, match=r"execution.adapter_kernels: triton: needs a CUDA device, .* cpu; use auto"):
         lora_products.check_kernels("triton", 8, CPU)
     with pytest.raises(UserError, match=r"adapters.rank: 129: .* at most 128; use adapter_kernels=auto"):
         lora_products.check_kernels("triton", 129, device)
-    monkeypatch.setattr(lora_products, "triton_installed", lambda: False)
-    with pytest.raises(UserError, match=r"execution.adapter_kernels: triton: Triton is not installed; pip install triton"):
-        lora_products.check_kernels("triton", 8, device)
 
 
 @CUDA
@@ -132,7 +131,8 @@ def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         assert device_kernels.grouped_by(half, device) == frozen
         assert device_kernels.grouped_by(torch.float32, device) == "Triton"
         assert {lora_products.products_for(8, dtype, device).name for dtype in FLOATS.values()} == {"Triton"}
-    assert lora_products.products_for(8, half, device, "torch").name == device_kernels.LOOP
-    assert lora_products.products_for(136, half, device).name == device_kernels.LOOP, "wider than the kernels' tiles"
-    assert lora_products.products_for(8, torch.float64, device).name == device_kernels.LOOP
+    assert lora_products.products_for(8, half, device, "torch").kernel == device_kernels.LOOP
+    wide = lora_products.products_for(136, half, device)
+    assert (wide.name, wide.kernel) == (device_kernels.TORCH, "Triton"), "wider than the tiles of products of low rank"
+    assert lora_products.products_for(8, torch.float64, device).kernel == device_kernels.LOOP
     assert lora_products.products_for(8, torch.float32, CPU).name == "lowrank.cpp"

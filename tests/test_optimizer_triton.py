@@ -16,6 +16,7 @@ from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.optimizer import ClientOptimizer
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows_on_device
+from fedmoe_ds.kernels.device_kernels import PINNED
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 triton = pytest.importorskip("triton")
@@ -96,7 +97,7 @@ def test_optimizer_kernels_compile_without_a_device(
     whole = {*pointers, "size"} - {"factors", "bases"}
     aligned = {(place,): [["tt.divisibility", 16]] for place, key in enumerate(kernel.arg_names) if key in whole}
     source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm
+    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(PINNED)).asm
     assert code["cubin"] and "ld.global.v4.b32" in code["ptx"] and "st.global.v4.b32" in code["ptx"]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.foundation.gating import SWIGLU, GatedUnit
+from fedmoe_ds.kernels.device_kernels import PINNED
 
 triton = pytest.importorskip("triton")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -111,7 +112,7 @@ def compiled(kernel: Any, number: str, arch: int, fixed: dict[str, Any]) -> Any:
     loose = {*NUMBERS, "rows", "heads", "length", *fixed}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name not in loose}
     source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(PINNED))
 
 
 CASES = {

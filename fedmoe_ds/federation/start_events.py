@@ -15,9 +15,10 @@ from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.samples import length_counts
 from fedmoe_ds.foundation import conversion
 from fedmoe_ds.kernels import matrix
-from fedmoe_ds.kernels.device_kernels import grouped_by
+from fedmoe_ds.kernels.device_kernels import grouped_by, triton_fault
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
+from fedmoe_ds.model.moe_layer import GATE_UP
 
 
 def start_line(parts: Parts) -> str:
@@ -25,7 +26,7 @@ def start_line(parts: Parts) -> str:
     layout, launch = parts.topology.layout, parts.runtime.launch
     dtype, device = row_dtype(parts.foundation.model), parts.runtime.device
     config = parts.config
-    kernel = products_for(config.adapters.rank, dtype, device, config.execution.adapter_kernels).name
+    kernel = products_for(config.adapters.rank, dtype, device, config.execution.adapter_kernels).kernel
     # Only LoRA pairs go through the adapter kernels; whole experts have none.
     paired = any(spec.pair for spec in parts.spec.blocks)
     products = f"; adapter products by {kernel}" if paired else ""
@@ -44,11 +45,26 @@ def _frozen_products(parts: Parts, dtype: torch.dtype) -> str:
     """The kernel of products with frozen weights, and on the CPU the class of processors that it is made for."""
     device = parts.runtime.device
     if device.type != "cpu":
-        return f"; expert products by {grouped_by(dtype, device)}" if parts.spec.expert_layout.num_experts else ""
+        fault = triton_fault(device)
+        # Nobody should have to guess why a device is slow.
+        without = "" if fault is None else f"; without Triton ({fault})"
+        return _expert_products(parts, dtype) + without
     compiled = matrix.kernel() if dtype == torch.float32 else None  # its rows are float32
     if compiled is None:
         return f"; frozen products by torch for {torch.backends.cpu.get_cpu_capability()}"
     return f"; frozen products by matrix.cpp for {compiled.processor}"
+
+
+def _expert_products(parts: Parts, dtype: torch.dtype) -> str:
+    """What multiplies rows by the experts' weights on a device, in the largest pass."""
+    if not parts.foundation.layers:
+        return ""
+    layer, bank = parts.foundation.layers[0], parts.execution.bank
+    held, wide_hidden, wide_model = layer.w13.shape
+    # Whole experts of a client are a group for each of its clients.
+    groups = held * (bank.expert_clients if GATE_UP in bank else 1)
+    by = grouped_by(dtype, parts.runtime.device, (wide_model, wide_hidden, layer.w2.shape[2]), groups)
+    return f"; expert products by {by}"
 
 
 def _trained(parts: Parts) -> str:

@@ -17,29 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.kernels import matrix
-from fedmoe_ds.kernels.device_kernels import torch_groups, triton_serves
+from fedmoe_ds.kernels.device_kernels import CUDA_GROUPS, TRITON, aligned, grouped_by
 from fedmoe_ds.kernels.groups import Groups
 
-# torch.nn.functional.grouped_mm reads every matrix through 16-byte aligned strides.
-_ALIGNMENT_BYTES = 16
 
-# On CUDA it takes fewer than 1024 groups: one thread of a block prepares each.
-CUDA_GROUPS = 1023
-
-
-def aligned(width: int, dtype: torch.dtype) -> bool:
-    """Whether rows of this width can go through torch's grouped kernel."""
-    return width * dtype.itemsize % _ALIGNMENT_BYTES == 0
+def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, groups: Groups, ours: bool = True) -> Tensor:
+    """y = x W_g^T for the rows of each group. Returns [N, O] in the type of the rows; `ours`: Triton's kernels may multiply."""
+    return _rows_by_weights(x_NI, weight_GOI, groups, True, ours)
 
 
-def grouped_mm(x_NI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
-    """y = x W_g^T for the rows of each group. Returns [N, O] in the type of the rows."""
-    return _rows_by_weights(x_NI, weight_GOI, groups, transposed=True)
-
-
-def grouped_mm_t(x_NO: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
+def grouped_mm_t(x_NO: Tensor, weight_GOI: Tensor, groups: Groups, ours: bool = True) -> Tensor:
     """y = x W_g for the rows of each group (the gradient of `grouped_mm` for its rows). Returns [N, I]."""
-    return _rows_by_weights(x_NO, weight_GOI, groups, transposed=False)
+    return _rows_by_weights(x_NO, weight_GOI, groups, False, ours)
 
 
 def grouped_outer(y_NO: Tensor, x_NI: Tensor, groups: Groups) -> Tensor:
@@ -52,9 +41,9 @@ def grouped_outer(y_NO: Tensor, x_NI: Tensor, groups: Groups) -> Tensor:
     return out_GOI
 
 
-def add_outer_(out_GOI: Tensor, y_NO: Tensor, x_NI: Tensor, groups: Groups) -> None:
+def add_outer_(out_GOI: Tensor, y_NO: Tensor, x_NI: Tensor, groups: Groups, ours: bool = True) -> None:
     """out_g += Y_g^T X_g for each group; `out` is float32 and may be a client's slice of a bank."""
-    kernels = _triton_kernels(y_NO, (y_NO.shape[1], x_NI.shape[1]), groups)
+    kernels = _triton_kernels(y_NO, (y_NO.shape[1], x_NI.shape[1]), groups) if ours else None
     if kernels is not None:
         kernels.add_outer_(out_GOI, y_NO, x_NI, groups)
     elif groups.rows:
@@ -62,7 +51,7 @@ def add_outer_(out_GOI: Tensor, y_NO: Tensor, x_NI: Tensor, groups: Groups) -> N
         out_GOI.add_(grouped_outer(y_NO, x_NI, groups))
 
 
-def _rows_by_weights(x_NI: Tensor, weight_GAB: Tensor, groups: Groups, transposed: bool) -> Tensor:
+def _rows_by_weights(x_NI: Tensor, weight_GAB: Tensor, groups: Groups, transposed: bool, ours: bool) -> Tensor:
     # First the kernel whose rows do not depend on each other; it takes bfloat16 weights with float32 rows, torch does not.
     y_NO = matrix.grouped_product(x_NI, weight_GAB, groups.ends_G, transposed)
     if y_NO is not None:
@@ -72,7 +61,7 @@ def _rows_by_weights(x_NI: Tensor, weight_GAB: Tensor, groups: Groups, transpose
     # An idle rank comes here like the others; kernels on a device are not promised to take nothing.
     if groups.rows == 0:
         return x_NI.new_empty(0, wide_out)
-    kernels = _triton_kernels(x_NI, (x_NI.shape[1], wide_out), groups)
+    kernels = _triton_kernels(x_NI, (x_NI.shape[1], wide_out), groups) if ours else None
     if kernels is not None:
         product: Tensor = kernels.rows_by_weights(x_NI, weight_GIO, groups)
         return product
@@ -114,11 +103,7 @@ def products_over_rows(y_NO: Tensor, x_NI: Tensor, groups: Groups, most: int) ->
 
 def _triton_kernels(x: Tensor, widths: tuple[int, int], groups: Groups) -> Any:
     """The module of Triton's kernels where they serve and torch has nothing in one launch, else None."""
-    if not triton_serves(x.dtype, x.device):
-        return None
-    # torch's one launch takes neither every width nor every number of groups.
-    suits = len(groups) <= CUDA_GROUPS and all(aligned(width, x.dtype) for width in widths)
-    if suits and torch_groups(x.dtype, x.device):
+    if x.device.type != "cuda" or grouped_by(x.dtype, x.device, widths, len(groups)) != TRITON:
         return None
     from fedmoe_ds.kernels import grouped_triton  # Triton is there only with CUDA builds of torch
 

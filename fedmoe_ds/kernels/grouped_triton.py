@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedmoe_ds.kernels.device_kernels import PINNED
 from fedmoe_ds.kernels.groups import Groups
 
 
@@ -131,7 +132,7 @@ def rows_by_weights(x_NI: Tensor, weight_GIO: Tensor, groups: Groups) -> Tensor:
         sizes = (count, wide_in, wide_out, x_NI.stride(0), *weight_GIO.stride())
         # At least a warp: sums over less are no gain, and every other number is one more kernel to compile.
         width = max(32, triton.next_power_of_2(count))
-        product_of_rows[grid](x_NI, weight_GIO, y_NO, groups.ends_G, *sizes, GROUPS=width, **sides)
+        product_of_rows[grid](x_NI, weight_GIO, y_NO, groups.ends_G, *sizes, GROUPS=width, **sides, **PINNED)
     return y_NO
 
 
@@ -144,7 +145,7 @@ def add_outer_(out_GOI: Tensor, y_NO: Tensor, x_NI: Tensor, groups: Groups) -> N
         sides = outer_tiles(x_NI.dtype)
         grid = (count * triton.cdiv(wide_out, sides["HIGH"]) * triton.cdiv(wide_in, sides["WIDE"]),)
         sizes = (wide_out, wide_in, y_NO.stride(0), x_NI.stride(0), *out_GOI.stride()[:2])
-        product_over_rows[grid](out_GOI, y_NO, x_NI, groups.ends_G, *sizes, **sides)
+        product_over_rows[grid](out_GOI, y_NO, x_NI, groups.ends_G, *sizes, **sides, **PINNED)
 
 
 def tiles(rows: torch.dtype, weights: torch.dtype) -> dict[str, int]:

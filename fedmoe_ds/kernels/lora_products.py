@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels.compiling import FLOAT, POINTER, SIZE, library
-from fedmoe_ds.kernels.device_kernels import LOOP, TORCH, torch_groups, triton_installed, triton_serves
-from fedmoe_ds.kernels.grouped_mm import add_outer_, aligned, grouped_mm, grouped_mm_t
+from fedmoe_ds.kernels.device_kernels import LOOP, TORCH, aligned, grouped_by, torch_groups, triton_fault, triton_serves
+from fedmoe_ds.kernels.grouped_mm import add_outer_, grouped_mm, grouped_mm_t
 from fedmoe_ds.kernels.groups import Groups, Scale
 
 RANKS = (4, 8, 16, 32)
@@ -33,9 +33,15 @@ Kernels = Literal["auto", "torch", "triton"]
 
 
 class LowRankProducts(Protocol):
-    """Gradients and results named with a trailing underscore are added in place."""
+    """Gradients and results named with a trailing underscore are added in place.
+
+    Attributes:
+        name: the choice, as a run's identity holds it: the same on all generations of devices.
+        kernel: what multiplies on this device, in words.
+    """
 
     name: str
+    kernel: str
 
     def project(self, x_NI: Tensor, a_GRI: Tensor, groups: Groups, scale: Scale) -> Tensor: ...
 
@@ -62,7 +68,7 @@ def products_for(rank: int, dtype: torch.dtype, device: torch.device, kernels: K
     # `torch` asks for torch's kernels on a CPU too, to compare or to exclude our own.
     suits = kernels == "auto" and device.type == "cpu" and dtype == torch.float32 and rank in RANKS
     found = compiled() if suits else None
-    return GroupedProducts(rank, dtype, device) if found is None else NativeProducts(found)
+    return GroupedProducts(rank, dtype, device, ours=kernels == "auto") if found is None else NativeProducts(found)
 
 
 def check_kernels(kernels: Kernels, rank: int, device: torch.device) -> None:
@@ -71,10 +77,11 @@ def check_kernels(kernels: Kernels, rank: int, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UserError(f"execution.adapter_kernels: triton: needs a CUDA device, and this run is on {device.type}; use auto")
-    if not triton_installed():
-        raise UserError("execution.adapter_kernels: triton: Triton is not installed; pip install triton, or use auto")
     if rank > MAX_TRITON_RANK:
         raise UserError(f"adapters.rank: {rank}: Triton's kernels take at most {MAX_TRITON_RANK}; use adapter_kernels=auto")
+    fault = triton_fault(device)
+    if fault is not None:
+        raise UserError(f"execution.adapter_kernels: triton: {fault}; or use auto")
 
 
 @functools.cache
@@ -89,36 +96,40 @@ def compiled() -> ctypes.CDLL | None:
 
 
 class GroupedProducts:
-    """Through torch's grouped matrix products."""
+    """Through grouped matrix products: torch's, and with `ours` also those that replace them (grouped_mm.py)."""
 
-    def __init__(self, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-        looped = device.type == "cuda" and not torch_groups(dtype, device)
-        self.name = (LOOP if looped else TORCH) if aligned(rank, dtype) else f"a loop (rank {rank} is not 16-byte aligned)"
+    def __init__(self, rank: int, dtype: torch.dtype, device: torch.device, ours: bool = True) -> None:
+        self.ours = ours
+        self.name = self.kernel = TORCH if aligned(rank, dtype) else f"a loop (rank {rank} is not 16-byte aligned)"
+        if device.type == "cuda" and ours and triton_serves(dtype, device):
+            self.kernel = grouped_by(dtype, device, [rank])
+        elif device.type == "cuda" and not torch_groups(dtype, device):
+            self.kernel = LOOP
 
     def project(self, x_NI: Tensor, a_GRI: Tensor, groups: Groups, scale: Scale) -> Tensor:
-        return _scaled_(grouped_mm(x_NI, a_GRI, groups), groups, scale)
+        return _scaled_(grouped_mm(x_NI, a_GRI, groups, self.ours), groups, scale)
 
     def expand_(self, y_NO: Tensor, m_NR: Tensor, b_GOR: Tensor, groups: Groups) -> None:
         # torch's grouped kernel cannot add to its target, so the delta exists for a moment.
-        y_NO.add_(grouped_mm(m_NR, b_GOR, groups))
+        y_NO.add_(grouped_mm(m_NR, b_GOR, groups, self.ours))
 
     def back_project(self, dy_NO: Tensor, b_GOR: Tensor, groups: Groups, scale: Scale) -> Tensor:
-        return _scaled_(grouped_mm_t(dy_NO, b_GOR, groups), groups, scale)
+        return _scaled_(grouped_mm_t(dy_NO, b_GOR, groups, self.ours), groups, scale)
 
     def back_expand_(self, dx_NI: Tensor, dm_NR: Tensor, a_GRI: Tensor, groups: Groups) -> None:
-        dx_NI.add_(grouped_mm_t(dm_NR, a_GRI, groups))
+        dx_NI.add_(grouped_mm_t(dm_NR, a_GRI, groups, self.ours))
 
     def grad_a_(self, da_GRI: Tensor, dm_NR: Tensor, x_NI: Tensor, groups: Groups) -> None:
-        add_outer_(da_GRI, dm_NR, x_NI, groups)
+        add_outer_(da_GRI, dm_NR, x_NI, groups, self.ours)
 
     def grad_b_(self, db_GOR: Tensor, m_NR: Tensor, dy_NO: Tensor, groups: Groups) -> None:
-        add_outer_(db_GOR, dy_NO, m_NR, groups)
+        add_outer_(db_GOR, dy_NO, m_NR, groups, self.ours)
 
 
 class NativeProducts:
     """Through the compiled loops of lowrank.cpp."""
 
-    name = "lowrank.cpp"
+    name = kernel = "lowrank.cpp"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library

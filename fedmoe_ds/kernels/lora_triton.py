@@ -18,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmoe_ds.kernels.device_kernels import TRITON
+from fedmoe_ds.kernels.device_kernels import PINNED, TRITON
 from fedmoe_ds.kernels.groups import Groups, Scale
 
 ROWS, WIDE, LEAST_RANK = 32, 64, 16
 """Tiles: groups have tens of rows, and tl.dot wants sides of at least 16."""
+GRID = 65_535
+"""CUDA's limit on the second and the third side of a grid; the first takes 2^31 - 1 programs."""
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def group_span(ends: tl.tensor, group: tl.tensor) -> tl.tensor:
 class TritonProducts:
     """Through the kernels above (a `LowRankProducts`)."""
 
-    name = TRITON
+    name = kernel = TRITON
 
     def project(self, x_NI: Tensor, a_GRI: Tensor, groups: Groups, scale: Scale) -> Tensor:
         return _to_rank(x_NI, a_GRI, groups, scale)
@@ -176,7 +178,7 @@ def _to_rank(x_NW: Tensor, v_GRW: Tensor, groups: Groups, scale: Scale) -> Tenso
         grid = (count, _row_programs(rows, count))
         strides = (x_NW.stride(0), *v_GRW.stride())
         one, each_G = (scale, None) if isinstance(scale, float) else (1.0, scale)
-        rows_to_rank[grid](x_NW, v_GRW, m_NR, groups.ends_G, one, each_G, width, rank, *strides, **tiles(rank))
+        rows_to_rank[grid](x_NW, v_GRW, m_NR, groups.ends_G, one, each_G, width, rank, *strides, **tiles(rank), **PINNED)
     return m_NR
 
 
@@ -186,7 +188,7 @@ def _to_rows_(y_NW: Tensor, m_NR: Tensor, v_GRW: Tensor, groups: Groups) -> None
     if rows and count:
         grid = (count, triton.cdiv(width, WIDE), _row_programs(rows, count))
         strides = (y_NW.stride(0), *v_GRW.stride())
-        rank_to_rows[grid](y_NW, m_NR, v_GRW, groups.ends_G, width, rank, *strides, **tiles(rank))
+        rank_to_rows[grid](y_NW, m_NR, v_GRW, groups.ends_G, width, rank, *strides, **tiles(rank), **PINNED)
 
 
 def _sum_(dv_GRW: Tensor, m_NR: Tensor, x_NW: Tensor, groups: Groups) -> None:
@@ -196,7 +198,7 @@ def _sum_(dv_GRW: Tensor, m_NR: Tensor, x_NW: Tensor, groups: Groups) -> None:
     if rows and count:
         grid = (count, triton.cdiv(width, WIDE))
         strides = (x_NW.stride(0), *dv_GRW.stride())
-        sum_over_rows[grid](dv_GRW, m_NR, x_NW, groups.ends_G, width, rank, *strides, **tiles(rank))
+        sum_over_rows[grid](dv_GRW, m_NR, x_NW, groups.ends_G, width, rank, *strides, **tiles(rank), **PINNED)
 
 
 def _check(rows_NW: Tensor, m_NR: Tensor | None = None) -> None:
@@ -206,8 +208,8 @@ def _check(rows_NW: Tensor, m_NR: Tensor | None = None) -> None:
 
 
 def _row_programs(rows: int, groups: int) -> int:
-    """Programs that share the rows of a group: one per tile of a group of average size."""
-    return max(1, -(-rows // (groups * ROWS)))
+    """Programs that share the rows of a group: one per tile of a group of average size, as far as a grid's side reaches."""
+    return min(GRID, max(1, -(-rows // (groups * ROWS))))
 
 
 def tiles(rank: int) -> dict[str, int]:

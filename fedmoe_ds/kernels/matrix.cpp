@@ -7,7 +7,8 @@
 // one by one. Weights of many experts come from memory: those of the next product are asked for while this one is computed.
 //
 // Weights may be bfloat16. A processor with AMX-BF16 or AVX512-BF16 then rounds the rows to bfloat16 as well and adds up in
-// float32, each in its own way; any other one widens the weights. Products with float32 weights are the same in all classes.
+// float32, each in its own way; any other one widens the weights. Products with float32 weights are the same in
+// all classes with fused multiply-adds.
 
 #include <cstdint>
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_ds.kernels.client_block import FACTORS, ClientBlock
+from fedmoe_ds.kernels.device_kernels import PINNED
 
 BLOCK = 1024
 
@@ -43,12 +44,14 @@ def adamw_items(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One AdamW step (see `rows.adamw`); gradients are cleared. Program (i, j) has block j of item i."""
-    item = tl.program_id(0)
+    """One AdamW step (see `rows.adamw`); gradients are cleared. Program p has block p mod B of item p div B."""
+    # The grid has one side: a whole expert has more blocks than a second side may have programs.
+    blocks = tl.cdiv(size, BLOCK)
+    item = tl.program_id(0) // blocks
     mine = factors + item % clients
     if tl.load(mine + _ACTIVE * columns) == 0.0:
         return
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside, at = place < size, item.to(tl.int64) * size + place
     slope = tl.load(grad + at, mask=inside, other=0.0) * tl.load(mine + _CLIP * columns)
     mean, square, w = (
@@ -89,11 +92,13 @@ def sgd_items(
     BLOCK: tl.constexpr,
 ) -> None:
     """One step of SGD with classical momentum; gradients are cleared."""
-    item = tl.program_id(0)
+    # The grid has one side: a whole expert has more blocks than a second side may have programs.
+    blocks = tl.cdiv(size, BLOCK)
+    item = tl.program_id(0) // blocks
     mine = factors + item % clients
     if tl.load(mine + _ACTIVE * columns) == 0.0:
         return
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside, at = place < size, item.to(tl.int64) * size + place
     w = tl.load(value + at, mask=inside)
     update = tl.load(grad + at, mask=inside, other=0.0) * tl.load(mine + _CLIP * columns) + w * decay
@@ -177,5 +182,5 @@ def _run(kernel: Any, block: ClientBlock, moments: list[Tensor], constants: tupl
     assert factors.stride(1) == 1 and (bases is None or bases.stride(0) == 1), factors.stride()
     clients, size = factors.shape[1], math.prod(block.value.shape[block.value.dim() - block.item_axes :])
     numbers = (factors.stride(0), block.experts, clients, block.first_expert, size, *map(float, constants))
-    grid = (block.value.numel() // size, triton.cdiv(size, BLOCK))
-    kernel[grid](*tensors, factors, factors if bases is None else bases, *numbers, **flags, BLOCK=BLOCK)
+    grid = (block.value.numel() // size * triton.cdiv(size, BLOCK),)
+    kernel[grid](*tensors, factors, factors if bases is None else bases, *numbers, **flags, BLOCK=BLOCK, **PINNED)

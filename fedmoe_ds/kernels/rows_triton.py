@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedmoe_ds.kernels.device_kernels import PINNED
+
 TILE = 1024
 """Numbers of a tile: eight for each thread of four warps."""
 
@@ -115,7 +117,8 @@ def rotate_heads(
     sin_a = tl.load(sine + turn + k, mask=k < half, other=0.0).to(tl.float32)[None, :]
     sin_b = tl.load(sine + turn + half + k, mask=k < half, other=0.0).to(tl.float32)[None, :]
     for first in range(0, heads, ROWS):
-        h = first + tl.arange(0, ROWS)
+        # 64 bits: x may lie head by head, and a head of a long sequence is far from the next.
+        h = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (h[:, None] < heads) & (k[None, :] < half)
         read = x + batch * x_batch + place * x_row + h[:, None] * x_head + k[None, :]
         a = tl.load(read, mask=inside, other=0.0).to(tl.float32)
@@ -225,7 +228,7 @@ def norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, inverse = torch.empty_like(x), x.new_empty(x.numel() // width, dtype=torch.float32)
     if x.numel():
         _check(x, weight_D)
-        norm_rows[_by_rows(inverse, width)](x, weight_D, y, inverse, float(eps), inverse.numel(), width, **tile(width))
+        norm_rows[_by_rows(inverse, width)](x, weight_D, y, inverse, float(eps), inverse.numel(), width, **_options(width))
     return y, inverse
 
 
@@ -234,7 +237,7 @@ def norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, inverse: Tensor) -> T
     width, dx = x.shape[-1], torch.empty_like(x)
     if x.numel():
         _check(dy, x, weight_D, inverse)
-        norm_rows_back[_by_rows(inverse, width)](dy, x, weight_D, inverse, dx, inverse.numel(), width, **tile(width))
+        norm_rows_back[_by_rows(inverse, width)](dy, x, weight_D, inverse, dx, inverse.numel(), width, **_options(width))
     return dx
 
 
@@ -249,7 +252,7 @@ def rotate(x_BSHK: Tensor, cosine_BSK: Tensor, sine_BSK: Tensor, back: bool = Fa
         wide = triton.next_power_of_2(width // 2)
         sides = {"ROWS": max(1, min(TILE // wide, triton.next_power_of_2(heads))), "WIDE": wide}
         tensors = (x_BSHK, cosine_BSK, sine_BSK, y_BSHK)
-        rotate_heads[(batch * length,)](*tensors, length, heads, width // 2, *strides, BACK=back, **sides)
+        rotate_heads[(batch * length,)](*tensors, length, heads, width // 2, *strides, BACK=back, **sides, **PINNED)
     return y_BSHK
 
 
@@ -263,7 +266,7 @@ def gated(h_N2F: Tensor, p_N: Tensor, shape: tuple[float, float, float, float] =
         _check(h_N2F, p_N)
         sides = tile(width)
         grid = (triton.cdiv(rows, sides["ROWS"]), triton.cdiv(width, sides["WIDE"]))
-        gate_rows[grid](h_N2F, p_N, pa_NF, *map(float, shape), rows, width, PLAIN=shape == SWIGLU, **sides)
+        gate_rows[grid](h_N2F, p_N, pa_NF, *map(float, shape), rows, width, PLAIN=shape == SWIGLU, **sides, **PINNED)
     return pa_NF
 
 
@@ -277,7 +280,9 @@ def gated_backward(
     if dpa_NF.numel():
         _check(h_N2F, p_N, dpa_NF)
         tensors = (h_N2F, p_N, dpa_NF, dh_N2F, dp_N)
-        gate_rows_back[_by_rows(p_N, width)](*tensors, *map(float, shape), rows, width, PLAIN=shape == SWIGLU, **tile(width))
+        gate_rows_back[_by_rows(p_N, width)](
+            *tensors, *map(float, shape), rows, width, PLAIN=shape == SWIGLU, **_options(width)
+        )
     return dh_N2F, dp_N
 
 
@@ -289,6 +294,10 @@ def tile(width: int) -> dict[str, int]:
     """The sides of a kernel's tiles: narrow rows share a program."""
     wide = min(TILE, triton.next_power_of_2(width))
     return {"ROWS": TILE // wide, "WIDE": wide}
+
+
+def _options(width: int) -> dict[str, int]:
+    return tile(width) | PINNED
 
 
 def _by_rows(per_row: Tensor, width: int) -> tuple[int]:

@@ -5,21 +5,26 @@ Legend: N rows, G groups, I input width, O output width, R rank.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from federations import build
 from method_variants import variant_config
 
 from fake_cuda.runs import on_device, root, run_on_device
+from fedmoe_ds import kernels
 from fedmoe_ds.federation.start_events import start_line
-from fedmoe_ds.kernels.device_kernels import LOOP, TORCH, grouped_by, triton_serves
+from fedmoe_ds.kernels import device_kernels
+from fedmoe_ds.kernels.device_kernels import LOOP, TORCH, TRITON, grouped_by, triton_serves
 from fedmoe_ds.kernels.grouped_mm import add_outer_, grouped_mm, grouped_mm_t, grouped_outer
 from fedmoe_ds.kernels.groups import Groups
-from fedmoe_ds.kernels.lora_products import GroupedProducts
+from fedmoe_ds.kernels.lora_products import MAX_TRITON_RANK, GroupedProducts, LowRankProducts, products_for
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.experts import Block, Lora
 from fedmoe_ds.model.scale_factors import ScaleFactors
@@ -121,11 +126,56 @@ def case_a_run_without_what_is_not_its_own(fake: Any) -> None:
 def case_what_multiplies_is_told(fake: Any) -> None:
     """Without Triton torch's kernel serves where it is one launch; elsewhere the loop inside torch is called that."""
     assert not triton_serves(HALF, CUDA)
-    assert grouped_by(HALF, CUDA) == TORCH == GroupedProducts(8, HALF, CUDA).name
-    assert grouped_by(torch.float32, CUDA) == LOOP == GroupedProducts(8, torch.float32, CUDA).name
+    assert grouped_by(HALF, CUDA) == TORCH == GroupedProducts(8, HALF, CUDA).kernel
+    assert grouped_by(torch.float32, CUDA) == LOOP == GroupedProducts(8, torch.float32, CUDA).kernel
     for arch in (80, 120):
         fake.COUNT.arch = arch
-        assert grouped_by(HALF, CUDA) == LOOP == GroupedProducts(8, HALF, CUDA).name
+        assert grouped_by(HALF, CUDA) == LOOP == GroupedProducts(8, HALF, CUDA).kernel
+
+
+def case_torch_excludes_our_kernels(fake: Any) -> None:
+    """Asked of what ran: `torch` never leaves a product to Triton, and `auto` says where it does. The name holds everywhere."""
+    ran = Counter[str]()
+    ours = SimpleNamespace(
+        rows_by_weights=lambda x_NI, weight_GIO, groups: ran.update(rows=1) or x_NI.new_zeros(len(x_NI), weight_GIO.shape[2]),
+        add_outer_=lambda *_: ran.update(outer=1),
+    )
+    with (
+        mock.patch.object(kernels, "grouped_triton", ours, create=True),
+        mock.patch.object(device_kernels, "has_triton", lambda device: device.type == "cuda"),
+    ):
+        for arch, dtype, rank in ((80, HALF, 136), (90, torch.float32, 136), (90, HALF, 132), (90, HALF, 136), (80, HALF, 8)):
+            fake.COUNT.arch, found = arch, dict[str, tuple[str, str]]()
+            for chosen in ("auto", "torch") if rank > MAX_TRITON_RANK else ("torch",):
+                products = products_for(rank, dtype, CUDA, chosen)  # type: ignore[arg-type]
+                _all_six(products, rank, dtype)
+                assert ran == ({"rows": 4, "outer": 2} if products.kernel == TRITON else {}), (arch, dtype, rank, chosen, ran)
+                ran.clear()
+                found[chosen] = (products.name, products.kernel)
+            assert found["torch"][1] != TRITON and {name for name, _ in found.values()} == {found["torch"][0]}, found
+            assert rank == 8 or (found["auto"][1] == TRITON) == ((arch, rank) != (90, 136) or dtype != HALF), found
+
+
+def _all_six(products: LowRankProducts, rank: int, dtype: torch.dtype) -> None:
+    groups, ones = _groups([3, 0, 2]), functools.partial(torch.ones, device=CUDA)
+    x_NI, y_NO, a_GRI, b_GOR = (ones(*shape, dtype=dtype) for shape in ((5, 16), (5, 8), (3, rank, 16), (3, 8, rank)))
+    m_NR = products.project(x_NI, a_GRI, groups, 1.0)
+    products.expand_(y_NO, m_NR, b_GOR, groups)
+    dm_NR = products.back_project(y_NO, b_GOR, groups, 1.0)
+    products.back_expand_(x_NI, dm_NR, a_GRI, groups)
+    products.grad_a_(ones(3, rank, 16), dm_NR, x_NI, groups)
+    products.grad_b_(ones(3, 8, rank), m_NR, y_NO, groups)
+
+
+def case_whole_experts_are_a_group_for_each_client(fake: Any) -> None:
+    """The start line counts what the largest pass multiplies: more groups than torch takes at once go to Triton."""
+    no_triton = {"execution": {"adapter_kernels": "torch"}}  # of the projections' adapters: it cannot be imported here
+    parts, _ = build(variant_config(root(), "hfedmoe-full", "whole", RUN, no_triton), *on_device())
+    groups = parts.foundation.layers[0].w13.shape[0] * parts.execution.bank.expert_clients
+    with mock.patch.object(device_kernels, "has_triton", lambda device: device.type == "cuda"):
+        for most, by in ((groups, TORCH), (groups - 1, TRITON)):
+            with mock.patch.object(device_kernels, "CUDA_GROUPS", most):
+                assert f"; expert products by {by}" in start_line(parts), (groups, most, start_line(parts))
 
 
 def case_the_default_type_is_the_models(fake: Any) -> None:
@@ -137,4 +187,5 @@ def case_the_default_type_is_the_models(fake: Any) -> None:
     parts, _ = build(config, *on_device())
     assert {parts.foundation.model.dtype, parts.foundation.layers[0].w13.dtype} == {HALF}
     assert parts.identity["foundation.dtype"] == "bfloat16" and "dtype: bfloat16" in parts.config_text
-    assert f"; weights in bfloat16; adapter products by {TORCH}; expert products by {TORCH}" in start_line(parts)
+    assert f"; weights in bfloat16; adapter products by {TORCH}; expert products by {TORCH}; without" in start_line(parts)
+    assert "; without Triton (torch " in start_line(parts), "why the device is slow"
