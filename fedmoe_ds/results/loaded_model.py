@@ -36,6 +36,7 @@ from fedmoe_ds.federation.run_spec import (
     RunSpec,
     check_model,
     check_plan,
+    check_promise,
     check_start,
     facts_of,
     is_bitwise,
@@ -86,9 +87,11 @@ def config_here(run: TrainedRun) -> Config:
     """
     execution, known = run.config.execution, run.snapshot.identity.get("execution", {})
     changes: dict[str, str] = {}
-    if execution.reproducible == "auto" and "reproducible" in known:
-        changes["reproducible"] = known["reproducible"]
-    if _wanted_device() != "cuda":
+    on_gpu = _wanted_device() == "cuda"
+    recorded = known.get("reproducible", "auto") if execution.reproducible == "auto" else execution.reproducible
+    # Equal bits are promised on the CPU alone, whatever a run there, or on a GPU under an earlier version, was recorded with.
+    changes["reproducible"] = "fast" if on_gpu else recorded
+    if not on_gpu:
         changes["adapter_kernels"] = "auto"
     return run.config.model_copy(update={"execution": execution.model_copy(update=changes)})
 
@@ -131,6 +134,7 @@ class LoadedModel:
         config = config_here(run) if config is None else config
         runtime = this_process(config.execution.threads)
         kind = runtime.device.type
+        check_promise(config, kind)
         spec = resolve_spec(*check_start(config, kind), kind, run.outline)
         check_kernels(config.execution.adapter_kernels, config.adapters.rank, runtime.device)
         foundation = load_foundation(run.model, config.foundation, 1, 0, runtime.device)
@@ -149,6 +153,7 @@ class LoadedModel:
         """
         runtime, start = this_process(config.execution.threads), config.adapters.start
         kind = runtime.device.type
+        check_promise(config, kind)
         # Without a start neither experts nor projections: nothing of this configuration is trained.
         adapters = AdapterConfig(experts=False, attention=[]) if start is None else _adapters_of(start)
         config = config.model_copy(update={"adapters": adapters})
