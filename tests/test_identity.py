@@ -389,17 +389,14 @@ def test_a_run_goes_on_in_the_class_of_its_checkpoint(name: str | None, world: W
 
 def test_a_run_goes_on_with_the_products_of_its_checkpoint(world: World) -> None:
     """What `auto` takes may have changed since; what is asked for by name is not replaced."""
-    config = make_config(
-        world.root, "products", SMALL, {"federation": {"rounds": 1}}, {"execution": {"adapter_kernels": "torch"}}
-    )
-    before, _ = run(config, "never")
-    longer = {"federation": {"rounds": 2}}
+    torch_products, longer = {"execution": {"adapter_kernels": "torch"}}, {"federation": {"rounds": 2}}
+    before, _ = run(make_config(world.root, "products", SMALL, {"federation": {"rounds": 1}}, torch_products), "never")
     after, _ = run(make_config(world.root, "products", SMALL, longer), "auto")
     assert after.config.execution.adapter_kernels == after.execution.kernels == "torch"
     assert after.identity["kernels"] == before.identity["kernels"] != world.parts.identity["kernels"]
     # Finished: the same command says so, and is not refused for what auto was taken to mean.
     run(make_config(world.root, "products", SMALL, longer), "auto")
-    named = world.config({"execution": {"adapter_kernels": "torch"}})
+    named = world.config(torch_products)
     other = world.parts.identity | {"kernels": before.identity["kernels"]}
     written = checkpoint.read_snapshot(world.saved).identity
     with pytest.raises(UserError, match=r"--resume: execution\.adapter_kernels: .*lowrank\.cpp; set it back"):

@@ -27,13 +27,16 @@ from fedmoe_ds.shell import command_line, quoted
 COMMAND = REPOSITORY / "launch" / "submit.py"
 
 
+AUTO = {"execution": {"reproducible": "auto"}}
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration file with everything that it names."""
+    """A configuration file with everything that it names; for jobs on any device, so without `bitwise`."""
     root = tmp_path_factory.mktemp("submit")
     write_inputs(root)
     path = root / "config.yaml"
-    path.write_text(json.dumps(make_config(root, "study-7").model_dump(mode="json")))
+    path.write_text(json.dumps(make_config(root, "study-7", AUTO).model_dump(mode="json")))
     return path
 
 
