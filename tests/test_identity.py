@@ -37,6 +37,8 @@ from fedmoe_ds.federation.start_events import start_line
 from fedmoe_ds.kernels import matrix
 from fedmoe_ds.kernels.processor_class import CLASSES
 from fedmoe_ds.methods import load_method, with_defaults
+from fedmoe_ds.results import open_run
+from fedmoe_ds.results.loaded_model import LoadedModel
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
@@ -382,6 +384,8 @@ def test_a_run_goes_on_in_the_class_of_its_checkpoint(name: str | None, world: W
     parts, outcome = run(make_config(world.root, f"moved-{name}", SMALL, longer), "auto")
     assert outcome == digest and parts.config.foundation.dtype == "bfloat16"
     assert f"matrix.cpp for {name}, as in the checkpoint" in start_line(parts)
+    LoadedModel.of_run(open_run(world.root / "runs" / f"whole-{name}"))
+    assert matrix.kernel() is lesser, "a run is evaluated with the bits of its training"
     runtime, topology = alone()
     parts = load_parts(configs["whole"], runtime, topology, Journal(world.root / "scratch", runtime).progress)
     assert matrix.kernel() is matrix.best() is not lesser and "checkpoint" not in start_line(parts)

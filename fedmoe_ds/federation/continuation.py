@@ -14,7 +14,7 @@ import torch
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.runtime import Runtime
-from fedmoe_ds.federation.identity import read_identity
+from fedmoe_ds.federation.identity import Identity, read_identity
 from fedmoe_ds.federation.kernel_identity import INSTRUCTIONS, PRODUCTS, class_named, products_named
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.kernels import matrix
@@ -24,7 +24,11 @@ _TYPE = "foundation.dtype"
 
 def read(checkpoint: Path) -> dict[str, str]:
     """What a checkpoint was written with, of what a start may keep. Rank 0 only."""
-    written = read_identity(checkpoint)
+    return named_in(read_identity(checkpoint))
+
+
+def named_in(written: Identity) -> dict[str, str]:
+    """The same of its identity."""
     kernels = written.get("kernels")
     entries = {_TYPE: written.get(_TYPE), **(kernels if isinstance(kernels, dict) else {})}
     return {name: entries[name] for name in (_TYPE, PRODUCTS, INSTRUCTIONS) if isinstance(entries.get(name), str)}

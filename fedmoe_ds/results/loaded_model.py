@@ -30,6 +30,7 @@ from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import adapted_model, initial_personal
+from fedmoe_ds.federation.continuation import named_in, take_class
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.received_model import ReceivedModel
 from fedmoe_ds.federation.run_spec import (
@@ -137,6 +138,8 @@ class LoadedModel:
         check_promise(config, kind)
         spec = resolve_spec(*check_start(config, kind), kind, run.outline)
         check_kernels(config.execution.adapter_kernels, config.adapters.rank, runtime.device)
+        # With the bits of its training, where this processor has them: figures and answers are the run's own.
+        take_class(spec, runtime, named_in(run.snapshot.identity))
         foundation = load_foundation(run.model, config.foundation, 1, 0, runtime.device)
         loaded = cls(spec, foundation, run.clients, runtime, run)
         if not before:
@@ -164,6 +167,7 @@ class LoadedModel:
             spec = _bare_spec(config, foundation, kind)
         else:
             spec = resolve_spec(*check_start(config, kind), kind, foundation.outline)
+        take_class(spec, runtime, {})
         tier = spec.tiers[0]
         everybody = Client(0, "", tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
         loaded = cls(spec, foundation, [everybody], runtime, None)
