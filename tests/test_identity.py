@@ -28,21 +28,17 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts
-from fedmoe_ds.federation.identity import (
-    _compare_contents,
-    agreed,
-    check_code,
-    check_identity,
-    identity,
-    kernels_of,
-    of_settings,
-)
+from fedmoe_ds.federation.identity import _compare_contents, check_identity, identity, of_settings
 from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.kernel_identity import agreed, check_code, class_named, kernels_of
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_plan
+from fedmoe_ds.federation.start_events import start_line
 from fedmoe_ds.kernels import matrix
 from fedmoe_ds.kernels.processor_class import CLASSES
 from fedmoe_ds.methods import load_method, with_defaults
+from fedmoe_ds.results import open_run
+from fedmoe_ds.results.loaded_model import LoadedModel
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
@@ -226,7 +222,7 @@ def run(config: Config, resume: str) -> tuple[Parts, str]:
     folder = Path(config.output) / config.name
     source = session.claim_folder(folder, resume)
     journal = Journal(folder, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress)
+    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"])
     session.begin(parts, journal, source["checkpoint"])
     outcome = Federation(parts, journal).run()
     journal.close()
@@ -357,8 +353,69 @@ def test_every_class_of_processors_multiplies_bfloat16_otherwise(world: World, m
             monkeypatch.setattr(matrix, "kernel", partial(matrix.Kernel, name, CDLL(None)))
             of_rank = kernels_of(config, parts.foundation, [], torch.device("cpu"), bitwise=True)
             found[dtype, name] = of_rank["kernels.instructions"].removeprefix(torch.backends.cpu.get_cpu_capability())
+    assert {name: class_named(f"AVX512{ending}") for (_, name), ending in found.items() if ending} == {
+        name: name for name in ("AMX-BF16", "AVX512-BF16")
+    }
     halves = {"AMX-BF16": "-AMX-BF16", "AVX512-BF16": "-BF16"}
     assert found == {(dtype, name): halves.get(name, "") if dtype == "bfloat16" else "" for dtype, name in found}
+
+
+LESSER = [name for name in ("AVX512-BF16", "AVX512") if name != getattr(matrix.best(), "processor", name)]
+"""Classes that bfloat16 weights may have been multiplied in, and that are not the best one here."""
+
+
+@pytest.mark.parametrize("name", LESSER or [None])
+def test_a_run_goes_on_in_the_class_of_its_checkpoint(name: str | None, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A better one would have other bits, and no key asks for one; without the checkpoint it is the best again."""
+    if name is None or (lesser := matrix.kernel_of(name)) is None:
+        pytest.skip("this processor has no lesser class")
+    halves = {"foundation": {"dtype": "bfloat16"}}
+    configs = {
+        key: make_config(world.root, f"{key}-{name}", SMALL, halves, {"federation": {"rounds": n}})
+        for key, n in (("whole", 2), ("moved", 1))
+    }
+    with monkeypatch.context() as there:
+        there.setattr(matrix, "best", lambda: lesser)
+        _, digest = run(configs["whole"], "never")
+        first, _ = run(configs["moved"], "never")
+        assert class_named(first.identity["kernels"]["kernels.instructions"]) == name
+    longer = {"federation": {"rounds": 2}}
+    # The type is left out: a run goes on in the one that it has.
+    parts, outcome = run(make_config(world.root, f"moved-{name}", SMALL, longer), "auto")
+    assert outcome == digest and parts.config.foundation.dtype == "bfloat16"
+    assert f"matrix.cpp for {name}, as in the checkpoint" in start_line(parts)
+    LoadedModel.of_run(open_run(world.root / "runs" / f"whole-{name}"))
+    assert matrix.kernel() is lesser, "a run is evaluated with the bits of its training"
+    runtime, topology = alone()
+    parts = load_parts(configs["whole"], runtime, topology, Journal(world.root / "scratch", runtime).progress)
+    assert matrix.kernel() is matrix.best() is not lesser and "checkpoint" not in start_line(parts)
+
+
+def test_a_run_goes_on_with_the_products_of_its_checkpoint(world: World) -> None:
+    """What `auto` takes may have changed since; what is asked for by name is not replaced."""
+    torch_products, longer = {"execution": {"adapter_kernels": "torch"}}, {"federation": {"rounds": 2}}
+    before, _ = run(make_config(world.root, "products", SMALL, {"federation": {"rounds": 1}}, torch_products), "never")
+    after, _ = run(make_config(world.root, "products", SMALL, longer), "auto")
+    assert after.config.execution.adapter_kernels == after.execution.kernels == "torch"
+    assert after.identity["kernels"] == before.identity["kernels"] != world.parts.identity["kernels"]
+    # Finished: the same command says so, and is not refused for what auto was taken to mean.
+    run(make_config(world.root, "products", SMALL, longer), "auto")
+    named = world.config(torch_products)
+    other = world.parts.identity | {"kernels": before.identity["kernels"]}
+    written = checkpoint.read_snapshot(world.saved).identity
+    with pytest.raises(UserError, match=r"--resume: execution\.adapter_kernels: .*lowrank\.cpp; set it back"):
+        check_identity(written, world.saved, other, named)
+
+
+def test_bits_that_an_earlier_version_promised_on_cuda(world: World) -> None:
+    """It took `bitwise` there, and did nothing for it: such a run goes on without the promise."""
+    ours, config = world.parts.identity, world.parts.config
+    device = {"topology": {"device": "cuda"}}
+    written = ours | device | {"kernels": {"kernels.instructions": "of that machine"}}
+    fast = {**ours["execution"], "reproducible": "fast"}
+    check_identity(written, world.root / "no-config", ours | device | {"execution": fast, "kernels": {}}, config)
+    with pytest.raises(UserError, match=r"--resume: execution\.reproducible: fast: .* with bitwise"):
+        check_identity(ours, world.root / "no-config", ours | {"execution": fast}, config)
 
 
 def test_a_checkpoint_of_an_earlier_version(world: World) -> None:

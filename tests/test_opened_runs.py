@@ -22,8 +22,9 @@ from fedmoe_ds.export import command, lora, merge
 from fedmoe_ds.export.command import main as export
 from fedmoe_ds.export.written import Request
 from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.federation.run_spec import check_promise
 from fedmoe_ds.report.several import page, read_runs
-from fedmoe_ds.results import TrainedRun, answering, open_run
+from fedmoe_ds.results import TrainedRun, answering, loaded_model, open_run, trained_run
 from fedmoe_ds.results.evaluate_command import main as evaluate
 from fedmoe_ds.results.generate_command import main as generate
 from fedmoe_ds.results.loaded_model import LoadedModel, config_here
@@ -130,6 +131,29 @@ def test_a_run_on_a_gpu_is_asked_on_a_cpu(
         with pytest.raises(UserError, match=told):
             LoadedModel.of_run(on_gpu, config_of_run(on_gpu, [], [word], False))
     torch.set_num_threads(torch_threads)
+
+
+def test_a_run_on_a_cpu_is_asked_on_a_gpu(flame: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bits were promised there; here nobody promises any, and only who asks for them is refused."""
+    monkeypatch.setattr(loaded_model, "_wanted_device", lambda: "cuda")
+    assert flame.snapshot.identity["execution"]["reproducible"] == "bitwise"
+    for run in (flame, configured(flame, execution={"reproducible": "bitwise"})):
+        check_promise(config_here(run), "cuda")
+        assert config_here(run).execution.reproducible == "fast"
+    runtime = loaded_model.this_process
+    monkeypatch.setattr(loaded_model, "_wanted_device", lambda: "cpu")
+    monkeypatch.setattr(loaded_model, "this_process", lambda n: replace(runtime(n), device=torch.device("cuda", 0)))
+    with pytest.raises(UserError, match=r"^execution\.reproducible: bitwise: on cuda "):
+        LoadedModel.of_run(flame, config_of_run(flame, [], ["execution.reproducible=bitwise"], False))
+
+
+def test_a_run_on_a_gpu_that_was_taken_for_bitwise(flame: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier version took the mode there and did nothing for it: its runs are opened like others."""
+    written = configured(flame, {"topology": {"device": "cuda"}}, execution={"reproducible": "bitwise"})
+    monkeypatch.setattr(trained_run, "read_snapshot", lambda folder: written.snapshot)
+    monkeypatch.setattr(trained_run, "load_config", lambda path: written.config)
+    opened = open_run(flame.folder)
+    assert not opened.spec.bitwise and opened.config.execution.reproducible == "bitwise"
 
 
 def test_what_a_run_wanted_of_its_training_keeps_no_evaluation_back(flame: TrainedRun) -> None:

@@ -212,7 +212,7 @@ def kernels_damaged_on_one_rank(rank: int, root: Path, runtime: Runtime) -> dict
             path.write_bytes(content[: len(content) // 2] + bytes(64) + content[len(content) // 2 + 64 :])
     found: dict[str, Any] = {}
     for name in ("repaired", "refused"):
-        for cached in (compiling.library, lora_products.compiled, matrix.kernel_of, matrix.kernel, rows._library):
+        for cached in (compiling.library, lora_products.compiled, matrix.kernel_of, matrix.best, rows._library):
             cached.cache_clear()
         try:
             found[f"kernels_{name}"] = run_joined(changed(root, name), runtime).digest

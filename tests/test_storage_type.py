@@ -11,6 +11,7 @@ import torch
 from federations import make_config, write_inputs
 
 from fedmoe_ds.config import Config, FoundationConfig
+from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.identity import of_settings
 from fedmoe_ds.federation.run_spec import check_start, resolve_spec
@@ -19,6 +20,8 @@ from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.storage_type import resolved
 from fedmoe_ds.methods import method_for
+from fedmoe_ds.planner.dry_run import describe
+from fedmoe_ds.planner.dry_run import resolved as printed_config
 from fedmoe_ds.planner.workload import resolve
 
 
@@ -32,7 +35,8 @@ def halves(tmp_path: Path) -> Path:
 
 
 def config_of(root: Path, *changes: dict[str, Any]) -> Config:
-    return make_config(root, "typed", *changes)
+    # As by default: `bitwise`, which `make_config` has, is for CPUs alone.
+    return make_config(root, "typed", {"execution": {"reproducible": "auto"}}, *changes)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,32 @@ def test_device_and_model_decide(device: str, said: str, chosen: str, halves: Pa
     assert job.config.foundation.dtype == chosen and job.size.bytes_per_parameter == (4 if chosen == "float32" else 2)
     skeleton = open_skeleton(halves / "model", config_of(halves, {"foundation": {"dtype": said}}).foundation, 1, 0, device)
     assert next(skeleton.model.parameters()).dtype == getattr(torch, chosen)
+
+
+def test_a_plan_is_for_the_device_of_the_run(halves: Path) -> None:
+    """Where there is none, too: what a job would be refused for is told before it is queued, and its memory is that there."""
+    gpu = {"topology": {"device": "cuda"}}
+    (head,) = [line for line in describe(config_of(halves, gpu), 1) if line.startswith("memory per rank")]
+    assert head == "memory per rank (estimate, cuda, frozen weights in bfloat16):"
+    (head,) = [line for line in describe(config_of(halves), 1) if line.startswith("memory per rank")]
+    assert head == "memory per rank (estimate, cpu, frozen weights in float32):"
+    for changes, text in (
+        ({"execution": {"reproducible": "bitwise"}}, r"^execution\.reproducible: bitwise: on cuda "),
+        ({"method": {"name": "flora"}}, r"^foundation\.dtype: bfloat16: FLoRA "),
+    ):
+        with pytest.raises(UserError, match=text):
+            describe(config_of(halves, gpu, changes), 1)
+        with pytest.raises(UserError, match=text):
+            describe(config_of(halves, changes), 1, "cuda")
+
+
+def test_what_is_printed_has_the_type_where_it_is_known(halves: Path) -> None:
+    devices = {"auto": "auto", "cpu": "float32", "cuda": "bfloat16"}
+    for device, dtype in devices.items():
+        printed = parse_yaml(printed_config(config_of(halves, {"topology": {"device": device}})), "printed")
+        assert printed["foundation"]["dtype"] == dtype, device
+    hub = {"foundation": {"path": "of/nobody"}, "topology": {"device": "cuda"}}
+    assert parse_yaml(printed_config(config_of(halves, hub)), "printed")["foundation"]["dtype"] == "auto"
 
 
 def test_a_model_in_float32_stays_so(tmp_path: Path) -> None:

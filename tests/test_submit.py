@@ -27,13 +27,16 @@ from fedmoe_ds.shell import command_line, quoted
 COMMAND = REPOSITORY / "launch" / "submit.py"
 
 
+AUTO = {"execution": {"reproducible": "auto"}}
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration file with everything that it names."""
+    """A configuration file with everything that it names; for jobs on any device, so without `bitwise`."""
     root = tmp_path_factory.mktemp("submit")
     write_inputs(root)
     path = root / "config.yaml"
-    path.write_text(json.dumps(make_config(root, "study-7").model_dump(mode="json")))
+    path.write_text(json.dumps(make_config(root, "study-7", AUTO).model_dump(mode="json")))
     return path
 
 
@@ -117,6 +120,7 @@ def test_a_mistake_is_one_line(config: Path) -> None:
         ({"nodes": 3, "overrides": ["topology.ep_size=2"]}, r"topology.ep_size: 2: the world of 3 ranks is not divisible"),
         ({"nodes": 3, "overrides": ["topology.ep_size=3"]}, r"topology.ep_size: 3: the model's 16 experts do not divide"),
         ({"overrides": ["method.name=flamme"]}, r"method.name: flamme: .*did you mean 'flame'"),
+        ({"gpus_per_node": 1, "overrides": ["execution.reproducible=bitwise"]}, r"reproducible: bitwise: on cuda "),
         ({"overrides": ["topology.device=cuda"]}, r"topology.device: cuda: the job asks for no GPU; add --gpus-per-node"),
         ({"nodes": 0}, r"--nodes: 0: is no number of them; give at least 1"),
         ({"gpus_per_node": -1}, r"--gpus-per-node: -1: "),

@@ -30,10 +30,12 @@ from fedmoe_ds.distributed.long_work import LongWork
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.distributed.topology import Topology
+from fedmoe_ds.federation import continuation
 from fedmoe_ds.federation.best_round import check_best_tier
 from fedmoe_ds.federation.evaluation import Evaluator
-from fedmoe_ds.federation.identity import agreed, check_code, code_of, identity, kernels_of, memory_settings
-from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_start, resolve_spec
+from fedmoe_ds.federation.identity import identity, memory_settings
+from fedmoe_ds.federation.kernel_identity import agreed, check_code, code_of, kernels_of
+from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.server import BASE, Server
@@ -44,6 +46,7 @@ from fedmoe_ds.foundation import Foundation, conversion, file_sums, host_sharing
 from fedmoe_ds.foundation.fingerprint import shared_fingerprint
 from fedmoe_ds.foundation.foundation import assemble, cache_folder, open_skeleton
 from fedmoe_ds.foundation.own_code import told
+from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
 from fedmoe_ds.model.adapter_dropout import AdapterDropout
@@ -131,11 +134,15 @@ def load_parts(
         StopError: on every rank, where one was asked to stop before everything was loaded.
     """
     stop, device = stop or StopRequest(), runtime.device
-    config, method = check_start(config, device.type)
+    check_promise(config, device.type)
+    before: dict[str, str] = {} if resume is None else runtime.run_on_rank0(lambda: continuation.read(Path(resume)))
+    config, method = check_start(continuation.with_type(config, before), device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
     start, unread = runtime.run_on_rank0(lambda: locate(config.adapters.start, resume))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
+    spec = continuation.with_products(spec, row_dtype(foundation.model), device, before)
+    continuation.take_class(spec, runtime, before)
     source = runtime.run_on_all_ranks(lambda: None if start is None else open_start(Path(start), spec, foundation.fingerprint))
     data = load_shared_data(config, runtime, foundation, stop, progress.note)
     check_packed_samples(config, data.reading.get("template"))
@@ -157,7 +164,7 @@ def load_shared_foundation(
         if line is not None:
             progress.note(line)
     ep_size, hosts, device = topology.layout.ep_size, topology.hosts, runtime.device
-    skeleton = work.run_on_all_ranks(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard))
+    skeleton = work.run_on_all_ranks(lambda: open_skeleton(folder, config.foundation, ep_size, topology.shard, device.type))
     sums = work.run_on_all_ranks(lambda: cache_folder(config.foundation, file_sums.KIND))  # it may refuse: on all ranks
     digest = shared_fingerprint(skeleton.folder, sums, hosts, work)
     if device.type != "cpu":

@@ -12,20 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedmoe_ds.checkpoint.reader import read_snapshot
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.kernel_identity import PRODUCTS
 from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.kernels import matrix, rows, sums
-from fedmoe_ds.kernels.compiling import loaded, processor_key
-from fedmoe_ds.kernels.device_kernels import grouped_by, triton_serves
-from fedmoe_ds.kernels.frozen_layers import row_dtype
-from fedmoe_ds.kernels.lora_products import products_for
-from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 Identity = dict[str, Any]
@@ -105,82 +98,6 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     return {**{name: identity[name] for name in _FIRST}, **passes, **({"packing": True} if execution.packing else {})}
 
 
-def kernels_of(
-    config: Config, foundation: Foundation, blocks: list[BlockSpec], device: torch.device, bitwise: bool
-) -> dict[str, str]:
-    """The kernels of this rank by what they compute, and in bitwise mode the instructions that they are made of.
-
-    Compiled kernels and torch's operations add up in another order, and torch's own products do so with other instructions
-    (AVX2, AVX512); bfloat16 weights are multiplied otherwise in every processor class that can do so, and rows rounded.
-    """
-    kind = device.type
-    compiled = {"kernels.rows": rows.available(), "kernels.matrix": matrix.available()} if kind == "cpu" else {}
-    found = {name: "compiled" if here else "torch" for name, here in compiled.items()}
-    dtype = row_dtype(foundation.model)
-    if bitwise and kind == "cuda":
-        found["kernels.rows"] = "Triton" if triton_serves(dtype, device) else "torch"
-    # In fast mode a run may move to another generation of devices, on which torch has other products of groups.
-    if bitwise and kind == "cuda" and (foundation.layers or any(spec.expert for spec in blocks)):
-        found["kernels.grouped"] = grouped_by(dtype, device)
-    if any(spec.pair for spec in blocks):
-        chosen = config.execution.adapter_kernels
-        found["execution.adapter_kernels"] = products_for(config.adapters.rank, dtype, device, chosen).name
-    if bitwise and kind == "cpu":
-        found["kernels.instructions"] = torch.backends.cpu.get_cpu_capability() + _halves(config)
-    return found
-
-
-def _halves(config: Config) -> str:
-    """What multiplies bfloat16 weights, where it is not what multiplies float32."""
-    compiled = matrix.kernel()
-    if config.foundation.dtype != "bfloat16" or compiled is None or not compiled.rounds:
-        return ""
-    # Earlier versions had AVX512-BF16 alone, and the bits of that class are still theirs.
-    return "-AMX-BF16" if compiled.processor == "AMX-BF16" else "-BF16"
-
-
-def code_of(device: torch.device) -> dict[str, str]:
-    """What this rank has compiled: the processor, and of every kernel the source with its compiler (.cpp) and the code (.so).
-
-    No part of the identity: a newer compiler may continue a run.
-    """
-    if device.type != "cpu":
-        return {}
-    sums.available()  # the others are loaded by `kernels_of`
-    built = loaded().items()
-    sources = {f"{name}.cpp": one.source[:12] for name, one in built}
-    return {"processor": processor_key()[:12], **sources, **{f"{name}.so": one.code[:12] for name, one in built}}
-
-
-def agreed(kernels: list[dict[str, str]], hosts: list[str], bitwise: bool) -> dict[str, str]:
-    """The kernels of a run, of those of all ranks. Raises UserError where ranks of a bitwise run differ: bits would tell who
-    trained whom."""
-    for rank in range(len(kernels)) if bitwise else ():
-        _check_alike(rank, 0, kernels, hosts)
-    return kernels[0]
-
-
-def check_code(code: list[dict[str, str]], hosts: list[str], bitwise: bool) -> None:
-    """The same for what ranks have compiled: equal sources and compilers, and on equal processors equal code."""
-    sources = [{name: value for name, value in theirs.items() if name.endswith(".cpp")} for theirs in code]
-    processors = [theirs.get("processor") for theirs in code]
-    for rank in range(len(code)) if bitwise else ():
-        _check_alike(rank, 0, sources, hosts)
-        # Against the first rank with an equal processor: a compiler may well make other code for another one.
-        _check_alike(rank, processors.index(processors[rank]), code, hosts)
-
-
-def _check_alike(rank: int, other: int, kernels: list[dict[str, str]], hosts: list[str]) -> None:
-    for name in {**kernels[other], **kernels[rank]}:
-        mine, theirs = kernels[rank].get(name), kernels[other].get(name)
-        if mine != theirs:
-            raise UserError(
-                f"execution.reproducible: bitwise: rank {rank} on {hosts[rank]} has other {name} ({mine}) than rank {other} "
-                f"on {hosts[other]} ({theirs}), which changes bits; use machines and compilers of one kind, or "
-                "execution.reproducible=fast"
-            )
-
-
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:
     """Refuse a checkpoint of another model, other data or other settings, naming the first difference.
 
@@ -200,6 +117,7 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     for name, value in theirs.items():
         if tree and isinstance(value, dict) and name != "kernels":
             theirs[name] = {**of_settings(tree).get(name, {}), **value}
+    theirs = _as_kept(theirs)
     unknown, notes = list[str](), list[str]()
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
         # A method's parameters count whole: one that only one side has is a difference.
@@ -207,7 +125,7 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
             there = theirs.get(name, {})
             unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
             # Keys that the checkpoint does not say are told, not refused.
-            _compare(name, {key: value for key, value in ours[name].items() if key in there}, there)
+            _compare(name, {key: value for key, value in ours[name].items() if key in there}, there, config)
         elif name not in theirs:
             unknown.append(name)
         elif name == START:
@@ -215,10 +133,19 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
         elif name in ("foundation", "data"):
             _compare_contents(name, ours[name], theirs[name], json.loads(config.model_dump_json()), tree)
         else:
-            _compare(name, ours[name], theirs[name])
+            _compare(name, ours[name], theirs[name], config)
     if unknown:
         notes.append(f"the checkpoint, of an earlier version, does not say what it was written with: {', '.join(unknown)}")
     return notes
+
+
+def _as_kept(theirs: Identity) -> Identity:
+    """Without a promise of bits on CUDA: earlier versions took and recorded it, and nothing there kept it."""
+    execution, kernels = theirs.get("execution", {}), theirs.get("kernels", {})
+    if theirs.get("topology", {}).get("device") != "cuda" or execution.get("reproducible") != "bitwise":
+        return theirs
+    kept = {name: kernel for name, kernel in kernels.items() if name == PRODUCTS}
+    return {**theirs, "execution": {**execution, "reproducible": "fast"}, "kernels": kept}
 
 
 def _check_types(written: Identity, ours: Identity, folder: Path) -> None:
@@ -236,7 +163,8 @@ def _check_types(written: Identity, ours: Identity, folder: Path) -> None:
 def check_no_effect(folder: Path, config: Config) -> None:
     """Refuse to finish a run once more with a key that could change nothing any more; where it lies and runs may differ."""
     written = _settings(folder)
-    places = ("name", "output", "foundation.", "data.", "topology.", START)  # the contents of model and data have been compared
+    # The contents of model and data, and the name of the adapters' products, have been compared.
+    places = ("name", "output", "foundation.", "data.", "topology.", START, PRODUCTS)
     for key, mine, other in differences(json.loads(config.model_dump_json()), written) if written else ():
         if not key.startswith(places) or key == "data.show_samples":
             raise UserError(
@@ -280,13 +208,21 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") ->
             yield f"{path}{key}", mine, other
 
 
-def _compare(name: str, ours: Any, theirs: Any) -> None:
+def _compare(name: str, ours: Any, theirs: Any, config: Config) -> None:
     found = (ours, theirs) if name == "kernels" else ({name: ours}, {name: theirs})
     for key, mine, other in differences(*found):
-        way = "resume on a machine of that kind" if name == "kernels" else "set it back"
+        # Under `auto` a start takes what the checkpoint names where it is at hand (continuation.py): it is not.
+        chosen = name != "kernels" or (key == PRODUCTS and config.execution.adapter_kernels != "auto")
+        way = "set it back" if chosen else "resume on a machine of that kind"
         if key == "federation.rounds":
             way = "the rate of every round follows from it (local.rounds_schedule), so set it back"
         raise UserError(f"--resume: {key}: {mine}: the checkpoint was written with {other}; {way}, or use another name")
+
+
+def read_identity(checkpoint: Path) -> Identity:
+    """What a checkpoint says of itself; what an earlier version left out, as the configuration beside it says."""
+    tree = _settings(checkpoint)
+    return {**(of_settings(tree) if tree else {}), **read_snapshot(checkpoint).identity}
 
 
 def written_start(checkpoint: Path) -> str | None:

@@ -101,7 +101,8 @@ def is_bitwise(config: Config, device: str) -> bool:
 
 
 def check_promise(config: Config, device: str) -> None:
-    """Raises UserError for a run on this kind of device that asks for bits which nobody can promise there."""
+    """Refuse a start on this kind of device that asks for bits which nobody can promise there; a run that is only opened may
+    have asked for them. Raises UserError."""
     # cuBLAS and torch's grouped products choose their kernel, and with it the order of a row's summands, by the number of rows
     # and of experts beside it, which the topology decides. A client in a pass of its own does not change that.
     if config.execution.reproducible == "bitwise" and device != "cpu":
@@ -124,8 +125,7 @@ def check_start(config: Config, device: str) -> tuple[Config, Method]:
     Raises:
         UserError: method, mode, foundation, data and adapters do not go together.
     """
-    check_promise(config, device)
-    config = _of_known_type(config, device)
+    config = of_known_type(config, device)
     config = as_meant(config, planned_sparse(config.foundation))
     method = method_for(config)
     config = with_defaults(config, method)
@@ -173,7 +173,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     )
 
 
-def _of_known_type(config: Config, device: str) -> Config:
+def of_known_type(config: Config, device: str) -> Config:
     """With the type of the frozen weights in place of `auto`, unless the model is a hub id on CUDA, which nobody knows yet."""
     # On a CPU no model need be known.
     planned = planned_config(config.foundation) if device != "cpu" and config.foundation.dtype == "auto" else None

@@ -52,7 +52,9 @@ def _frozen_products(parts: Parts, dtype: torch.dtype) -> str:
     compiled = matrix.kernel() if dtype == torch.float32 else None  # its rows are float32
     if compiled is None:
         return f"; frozen products by torch for {torch.backends.cpu.get_cpu_capability()}"
-    return f"; frozen products by matrix.cpp for {compiled.processor}"
+    # Slower than it could be here: why, has to be said.
+    kept = "" if compiled is matrix.best() else ", as in the checkpoint"
+    return f"; frozen products by matrix.cpp for {compiled.processor}{kept}"
 
 
 def _expert_products(parts: Parts, dtype: torch.dtype) -> str:

@@ -136,8 +136,9 @@ def cache_folder(config: FoundationConfig, kind: str) -> Path:
     return cache.place(cache.root(config.cache), kind)
 
 
-def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int, device: str = "cpu") -> Skeleton:
-    """The model in folder `path` with this rank's experts, for a kind of device, still without memory; every rank calls it.
+def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_rank: int, device: str) -> Skeleton:
+    """The model in folder `path` with this rank's experts, for a kind of device, which decides what type `auto` is; still
+    without memory. Every rank calls it.
 
     Raises:
         UserError: the folder is missing or holds no model of a known family, or ep_size does not divide its experts.

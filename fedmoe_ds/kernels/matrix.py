@@ -54,9 +54,29 @@ def kernel_of(processor: str) -> Kernel | None:
 
 
 @functools.cache
-def kernel() -> Kernel | None:
-    """The one that a run uses: of the best class that can be had here."""
+def best() -> Kernel | None:
+    """That of the best class that can be had here."""
     return next((found for one in classes_here() if (found := kernel_of(one.name)) is not None), None)
+
+
+@dataclass
+class _Process:
+    """What this process multiplies by, where that is not the best kernel."""
+
+    kernel: Kernel | None = None
+
+
+_process = _Process()
+
+
+def take(processor: str | None) -> None:
+    """From here on all products of this process are those of a class that can be had here; None: of the best one again."""
+    _process.kernel = None if processor is None else kernel_of(processor)
+
+
+def kernel() -> Kernel | None:
+    """The one that a run uses: of the class that this process was told to `take`, else of the best one."""
+    return _process.kernel or best()
 
 
 def available() -> bool:

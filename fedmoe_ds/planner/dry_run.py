@@ -6,9 +6,11 @@ from fedmoe_ds.clients.batches import step_count
 from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config, dump_config
+from fedmoe_ds.distributed.devices import uses_cuda
 from fedmoe_ds.distributed.topology import check_layout, format_table
 from fedmoe_ds.federation.best_round import check_best_tier
 from fedmoe_ds.federation.monitors import check_monitors
+from fedmoe_ds.federation.run_spec import of_known_type
 from fedmoe_ds.federation.schedule import home_clients, schedule
 from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.planner.memory import estimate, format_bytes, outlasting
@@ -20,15 +22,31 @@ _MOST_RANKS = 64
 
 
 def resolved(config: Config) -> str:
-    """The configuration with the method's own defaults filled in, as YAML."""
+    """The configuration as YAML, with the method's own defaults, and with the type of the frozen weights where it is known."""
+    device = config.topology.device
+    # With `auto` and no GPU here nobody knows where the text will be used: a login node's answer would hold on a GPU, too.
+    if device != "auto" or uses_cuda(device):
+        config = of_known_type(config, kind_here(device))
     return dump_config(with_defaults(config, load_method(config.method))).rstrip()
 
 
-def describe(config: Config, world_size: int) -> list[str]:
-    """Describe the run on `world_size` ranks. Raises UserError for everything that a real start would refuse."""
+def kind_here(device: str) -> str:
+    """The kind of device that `topology.device` means where this process is."""
+    return "cuda" if uses_cuda(device) else "cpu"
+
+
+def describe(config: Config, world_size: int, kind: str | None = None) -> list[str]:
+    """Describe the run on `world_size` ranks.
+
+    Args:
+        kind: of their devices, `cpu` or `cuda`; None: what `topology.device` means here.
+    Raises:
+        UserError: for everything that a real start would refuse.
+    """
+    kind = kind_here(config.topology.device) if kind is None else kind
     layout = check_layout(config.topology, world_size)
     # A start would load the tokenizer, so a folder without one is refused here, too.
-    job = resolve(config, assume=False)
+    job = resolve(config, assume=False, kind=kind)
     config = job.config
     check_monitors(config.deepspeed)
     check_best_tier(config.checkpoint, tiers_of(job.clients))
@@ -50,7 +68,7 @@ def describe(config: Config, world_size: int) -> list[str]:
         *data_lines(job),
         *_schedule_lines(job, plan),
         "",
-        "memory per rank (estimate):",
+        f"memory per rank (estimate, {kind}, frozen weights in {config.foundation.dtype}):",
         *[f"  {name:<22} {format_bytes(count):>11}" for name, count in memory.items()],
         f"  {'total':<22} {format_bytes(sum(memory.values())):>11}",
     ]

@@ -83,7 +83,10 @@ def check(request: Request) -> Config:
         raise UserError("topology.device: cuda: the job asks for no GPU; add --gpus-per-node, or use auto or cpu")
     from fedmoe_ds.planner.dry_run import describe  # heavy: it builds the model, without weights
 
-    describe(config, request.ranks)
+    # Where the job runs there are the GPUs that it asks for, whatever is here.
+    device = config.topology.device
+    on_gpus = device == "cuda" or (device == "auto" and _asks_for_gpus(request))
+    describe(config, request.ranks, "cuda" if on_gpus else "cpu")
     return config
 
 

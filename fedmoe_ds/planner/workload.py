@@ -23,7 +23,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_start, resolve_spec
+from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
 from fedmoe_ds.federation.start_source import find_start
 from fedmoe_ds.federation.task_metrics import candidates_of
 from fedmoe_ds.federation.warm_start import open_start
@@ -172,6 +172,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
         UserError: what a real start would refuse on any number of ranks.
     """
     fault.guard("this plan")
+    check_promise(config, kind)
     config, method = check_start(config, kind)
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, storage_type(config.foundation, kind, folder))

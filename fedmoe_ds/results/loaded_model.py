@@ -30,12 +30,14 @@ from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import adapted_model, initial_personal
+from fedmoe_ds.federation.continuation import named_in, take_class
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.received_model import ReceivedModel
 from fedmoe_ds.federation.run_spec import (
     RunSpec,
     check_model,
     check_plan,
+    check_promise,
     check_start,
     facts_of,
     is_bitwise,
@@ -86,9 +88,11 @@ def config_here(run: TrainedRun) -> Config:
     """
     execution, known = run.config.execution, run.snapshot.identity.get("execution", {})
     changes: dict[str, str] = {}
-    if execution.reproducible == "auto" and "reproducible" in known:
-        changes["reproducible"] = known["reproducible"]
-    if _wanted_device() != "cuda":
+    on_gpu = _wanted_device() == "cuda"
+    recorded = known.get("reproducible", "auto") if execution.reproducible == "auto" else execution.reproducible
+    # Equal bits are promised on the CPU alone, whatever a run there, or on a GPU under an earlier version, was recorded with.
+    changes["reproducible"] = "fast" if on_gpu else recorded
+    if not on_gpu:
         changes["adapter_kernels"] = "auto"
     return run.config.model_copy(update={"execution": execution.model_copy(update=changes)})
 
@@ -131,8 +135,11 @@ class LoadedModel:
         config = config_here(run) if config is None else config
         runtime = this_process(config.execution.threads)
         kind = runtime.device.type
+        check_promise(config, kind)
         spec = resolve_spec(*check_start(config, kind), kind, run.outline)
         check_kernels(config.execution.adapter_kernels, config.adapters.rank, runtime.device)
+        # With the bits of its training, where this processor has them: figures and answers are the run's own.
+        take_class(spec, runtime, named_in(run.snapshot.identity))
         foundation = load_foundation(run.model, config.foundation, 1, 0, runtime.device)
         loaded = cls(spec, foundation, run.clients, runtime, run)
         if not before:
@@ -149,6 +156,7 @@ class LoadedModel:
         """
         runtime, start = this_process(config.execution.threads), config.adapters.start
         kind = runtime.device.type
+        check_promise(config, kind)
         # Without a start neither experts nor projections: nothing of this configuration is trained.
         adapters = AdapterConfig(experts=False, attention=[]) if start is None else _adapters_of(start)
         config = config.model_copy(update={"adapters": adapters})
@@ -159,6 +167,7 @@ class LoadedModel:
             spec = _bare_spec(config, foundation, kind)
         else:
             spec = resolve_spec(*check_start(config, kind), kind, foundation.outline)
+        take_class(spec, runtime, {})
         tier = spec.tiers[0]
         everybody = Client(0, "", tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
         loaded = cls(spec, foundation, [everybody], runtime, None)

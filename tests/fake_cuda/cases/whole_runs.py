@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from federations import Result, finish, make_config
+import torch
+from federations import Result, build, finish, make_config
 
 from fake_cuda.runs import losses, on_device, root, run_on_device
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
@@ -16,6 +19,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import load_parts
 from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.foundation import foundation
 
 FAST: dict[str, Any] = {
     "execution": {"reproducible": "fast", "clients_in_flight": 4, "micro_batch_size": None},
@@ -31,7 +35,7 @@ def resumed(config: Config) -> Result:
     folder = Path(config.output) / config.name
     source = session.claim_folder(folder, "auto")
     journal = Journal(folder, runtime)
-    parts = load_parts(config, runtime, topology, journal.progress)
+    parts = load_parts(config, runtime, topology, journal.progress, resume=source["checkpoint"])
     session.begin(parts, journal, source["checkpoint"])
     return finish(parts, journal)
 
@@ -44,6 +48,37 @@ def case_resume(fake: Any) -> None:
     run_on_device(make_config(root(), "stopped", FAST, drift, short))
     result = resumed(make_config(root(), "stopped", FAST, drift, long))
     assert result.digest == whole.digest and losses(result)[-3:] == losses(whole)[-3:]
+
+
+def in_halves() -> Path:
+    """The model of `make_config`, which says that it is stored in bfloat16."""
+    folder = root() / "halves"
+    if not folder.exists():
+        shutil.copytree(root() / "model", folder)
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
+    return folder
+
+
+def case_a_hub_id_is_loaded_as_its_model_is_stored(fake: Any) -> None:
+    """Nobody knows it before it is downloaded."""
+    real, folder = foundation.snapshot_download, str(in_halves())
+    foundation.snapshot_download = lambda *argv, **kwargs: folder  # type: ignore[assignment]
+    try:
+        parts, journal = build(make_config(root(), "hub", FAST, {"foundation": {"path": "of/somebody"}}), *on_device())
+    finally:
+        foundation.snapshot_download = real
+    journal.close()
+    assert parts.config.foundation.dtype == "bfloat16"
+    assert {weight.dtype for weight in parts.foundation.model.parameters()} == {torch.bfloat16}
+
+
+def case_a_run_goes_on_in_the_type_that_it_has(fake: Any) -> None:
+    """Runs of earlier versions left the type out, and were float32 with any model."""
+    model, short = {"foundation": {"path": str(in_halves())}}, {"federation": {"rounds": 1}}
+    run_on_device(make_config(root(), "before", FAST, model, short, {"foundation": {"dtype": "float32"}}))
+    result = resumed(make_config(root(), "before", FAST, model))
+    assert result.parts.config.foundation.dtype == "float32" and len(losses(result)) > 1
 
 
 def case_bench_wave(fake: Any) -> None:
