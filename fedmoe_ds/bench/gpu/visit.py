@@ -27,6 +27,7 @@ from fedmoe_ds.storage.files import open_plain
 from fedmoe_ds.terminal import show
 
 DOCUMENT, LINES = "gpu.json", "results.jsonl"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEAST_S = 5
 """Less time is none: a process has barely imported torch by then."""
 _MEMORY = Path("/dev/shm")  # noqa: S108  (what lies there is in a folder of this process's own)
@@ -87,12 +88,16 @@ class Visit:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Signals wait until the block is left."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    """Signals wait until the block is left. A mask would be this thread's alone, and others of the process would take them."""
+    heard: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in _SIGNALS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in heard:
+            signal.raise_signal(number)
 
 
 def allowed(own_s: float, left_s: float, reserved_s: float) -> float:

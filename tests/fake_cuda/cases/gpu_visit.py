@@ -37,9 +37,16 @@ def case_grouped_products(fake: Any) -> None:
     assert [set(one.values()) for one in found] == [{True}] * 3
 
 
+def case_the_model_is_drawn_on_the_device(fake: Any) -> None:
+    fake.COUNT.reset()
+    (found,) = told(speeds.model)
+    assert fake.COUNT.kernels > 0 and found["gib"] > 0
+    assert {path.suffix for path in REQUEST.folder().iterdir()} >= {".json", ".safetensors"}
+
+
 def case_memory_is_measured_until_a_step_does_not_fit(fake: Any) -> None:
     """In a pass, of which the trainer has an error of its own, or before there is one."""
-    if not Path(REQUEST.model).exists():
+    if not Path(REQUEST.model).exists():  # where this case runs by itself
         told(speeds.model)
     real = speeds._fused
 
@@ -61,10 +68,3 @@ def case_memory_is_measured_until_a_step_does_not_fit(fake: Any) -> None:
             speeds._fused, fake.COUNT.limit = real, None
         assert first["tokens"] == 24 and first["peak_gib"] > 0 and last["tokens"] == 96, (first, last)
         assert last["out_of_memory"] and "peak_gib" not in last and ("held_gib" in last) != before, last
-
-
-def case_the_model_is_drawn_on_the_device(fake: Any) -> None:
-    fake.COUNT.reset()
-    (found,) = told(speeds.model)
-    assert fake.COUNT.kernels > 0 and found["gib"] > 0
-    assert {path.suffix for path in REQUEST.folder().iterdir()} >= {".json", ".safetensors"}
