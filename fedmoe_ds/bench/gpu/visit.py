@@ -96,8 +96,8 @@ def _undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in heard:
-            signal.raise_signal(number)
+        for asked in heard:
+            signal.raise_signal(asked)
 
 
 def allowed(own_s: float, left_s: float, reserved_s: float) -> float:
