@@ -93,11 +93,18 @@ def test_kernels_of_every_class_beside_torch() -> None:
     assert every(name in table for name in set(systems))
     for change, message in (
         ({"processors": ["AVX1024"]}, "--processors: AVX1024: cannot be had on this machine; classes are AMX-BF16, "),
-        ({"processors": None, "width": [32, 64]}, "--experts, --width: 1 and 2 values; give pairs"),
-        ({"processors": None, "dtype": ["float16"]}, "--dtype: float16: must be float32 or bfloat16"),
+        ({"width": [32, 64]}, "--experts, --width: 1 and 2 values; give pairs"),
+        ({"dtype": ["float32", "float16"]}, "--dtype: float16: unknown type"),
+        ({"experts": [0]}, "--experts: 0: too small; use 1 or more"),
+        ({"width": [-8]}, "--width: -8: too small; use 1 or more"),
+        ({"width": [12]}, "--width: 12: torch's product takes rows of whole 16 bytes; use a multiple of 8"),
+        ({"rows": [16, 0]}, "--rows: 0: too small; use 1 or more"),
+        ({"rounds": 0}, "--rounds: 0: too small; use 1 or more"),
+        ({"seed": 10**30}, "--seed: 10*: too large; use less than"),
+        ({"width": [8 * 10**9]}, r"--experts, --width, --rows: 2, 8000000000, 3: need \d+ MiB, and \d+ are left; use less"),
     ):
         with pytest.raises(UserError, match=message):
-            KERNELS.run(Namespace(**settings | change), notes.append)
+            KERNELS.run(Namespace(**settings | {"processors": None} | change), notes.append)
 
 
 def test_load_writes_its_rows(tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 import torch
 from every import every
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 
-from fedmoe_ds.bench.gpu import checks, visit
+from fedmoe_ds.bench.gpu import checks, speeds, visit
 from fedmoe_ds.bench.gpu.command import COMMAND, TOTAL_S, code
 from fedmoe_ds.bench.gpu.request import Request, Tell, WrongError
 from fedmoe_ds.bench.gpu.steps import STEPS
@@ -113,6 +117,92 @@ def test_a_stop_keeps_all_results(tmp_path: Path, stubs: dict[str, str]) -> None
     assert kept == [("facts", None, 2), ("floor", "stopped", 1)]
 
 
+def test_a_step_that_tells_nothing_has_failed(tmp_path: Path, stubs: dict[str, str]) -> None:
+    stubs["facts"] = ""
+    assert [row["error"] for row in rows_of(tmp_path, ["facts"])] == ["it ended well, and told nothing"]
+
+
+def test_nothing_of_an_earlier_visit_passes_for_this_one(tmp_path: Path) -> None:
+    """Also where a step fails, or is not begun."""
+    stale = ["correctness.xml", "quickstart/quickstart.yaml", "gpu-wave-24.json", "gpu-wave-384.json", "profile-torch.jsonl"]
+    stale += ["profile-triton.jsonl", "nccl.log", "facts.jsonl", visit.DOCUMENT, visit.LINES]
+    for name in stale:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    request = Request("tiny", str(tmp_path / "model"), str(tmp_path))
+    visit.clear(request, ["wave-1", "floor"])  # what other steps have found is of their visit, and says so
+    assert {path.name for path in tmp_path.glob("*.*")} == {"notes.txt", *stale[3:8], "correctness.xml"}
+    visit.clear(request, list(STEPS))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "quickstart").mkdir()  # `--output runs`
+    (tmp_path / visit.LINES).touch()
+    with pytest.raises(UserError, match=r"^--output: \S*: holds a folder quickstart, which is no visit's; give another"):
+        visit.clear(request, ["quickstart"])
+    assert (tmp_path / visit.LINES).exists()
+
+
+def test_a_stop_waits_until_a_result_is_stored(tmp_path: Path, stubs: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = visit.table.document
+
+    def document(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(visit.table, "document", document)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with pytest.raises(SystemExit):
+            rows_of(tmp_path, ["facts", "grouped"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [row["step"] for row in read_documents(tmp_path)[0].rows] == ["facts"]
+
+
+def pytest_that(monkeypatch: pytest.MonkeyPatch, report: str | None, code: int) -> None:
+    """Let the step `correctness` meet a pytest that writes this report and ends with this code."""
+
+    def run_to_end(name: str, command: list[str], *rest: Any, **more: Any) -> None:
+        (path,) = [word.partition("=")[2] for word in command if word.startswith("--junitxml=")]
+        if report is not None:
+            Path(path).write_text(report)
+        if code:
+            raise RuntimeError(f"pytest ended with exit code {code}")
+
+    monkeypatch.setattr(checks, "run_to_end", run_to_end)
+
+
+def test_a_pytest_that_crashes_has_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, good = Request("tiny", "", str(tmp_path)), REPORT.format(failures=0, skipped=0, problem="")
+    for report, ended, text in ((None, -11, "exit code -11"), (good, 2, "exit code 2"), (None, 0, "has not written it")):
+        pytest_that(monkeypatch, report, ended)
+        with pytest.raises((RuntimeError, WrongError), match=text):
+            checks.correctness(request, Tell(tmp_path / "told"))
+        (tmp_path / "correctness.xml").unlink(missing_ok=True)
+    pytest_that(monkeypatch, good, 0)
+    checks.correctness(request, Tell(tmp_path / "told"))
+
+
+def profiled(key: str, device: DeviceType, microseconds: float, annotation: bool = False) -> FunctionEventAvg:
+    event = FunctionEventAvg()
+    event.key, event.count, event.device_type, event.is_user_annotation = key, 2, device, annotation
+    event.self_device_time_total = microseconds
+    return event
+
+
+def test_device_time_is_that_of_kernels(tmp_path: Path) -> None:
+    """An operator's device time is that of its kernels once more, and an annotation on the device spans many."""
+    events = [profiled("aten::mm", DeviceType.CPU, 700.0), profiled("cudaLaunchKernel", DeviceType.CPU, 0.0)]
+    events += [profiled("gemm", DeviceType.CUDA, 700.0), profiled("add", DeviceType.CUDA, 300.0)]
+    events += [profiled("Optimizer.step", DeviceType.CUDA, 1000.0, annotation=True)]
+    tell = Tell(tmp_path / "told")
+    speeds._tell_profile("torch", events, tmp_path, tell)
+    total, *kernels = tell.told()
+    assert (total["device_ms"], total["launches"], total["waits"]) == (1.0, 2, 0)
+    assert [(one["kernel"], one["ms"]) for one in kernels] == [("gemm", 0.7), ("add", 0.3)]
+    assert len((tmp_path / "profile-torch.jsonl").read_text().splitlines()) == len(events)
+
+
 def test_the_page_shows_what_was_told_and_no_other_number(tmp_path: Path, stubs: dict[str, str]) -> None:
     rows_of(tmp_path, ["facts", "correctness"])
     tree = json.loads((tmp_path / visit.DOCUMENT).read_text())
@@ -141,6 +231,12 @@ def test_without_a_device_it_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UserError, match=r"^gpu: DS_ACCELERATOR=cpu says to leave GPUs alone; unset it"):
         COMMAND.run(arguments(tmp_path), lambda line: None)
+    for given, text in {"limit": "4: too small; use 5", "seed": "-1: too small; use 0", "shape": "dense: unknown"}.items():
+        value: Any = text.partition(":")[0]
+        with pytest.raises(UserError, match=f"^--{given}: {text}"):
+            COMMAND.run(arguments(tmp_path, **{given: value if given == "shape" else int(value)}), lambda line: None)
+    with pytest.raises(UserError, match=r"^--seed: 9223372036854775808: too large; use less than 2\^63"):
+        COMMAND.run(arguments(tmp_path, seed=2**63), lambda line: None)
     with pytest.raises(UserError, match=r"^--steps: flor: unknown step; did you mean 'floor'"):
         COMMAND.run(arguments(tmp_path, steps=["flor"]), lambda line: None)
     (tmp_path / "file").touch()
@@ -177,12 +273,18 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
         list(checks._failed(report, tell))
 
 
-@pytest.mark.skipif(False, reason="needs a CUDA device")
-def test_tests_for_a_device_are_marked_by_their_reason(request: pytest.FixtureRequest) -> None:
-    assert request.node.get_closest_marker("cuda") is not None
+def test_tests_for_a_device_are_marked_by_their_reason() -> None:
+    marks, added = [pytest.mark.skipif(True, reason=checks.NEEDS_A_DEVICE).mark], list[Any]()
+    item: Any = SimpleNamespace(iter_markers=lambda name: marks if name == "skipif" else [], add_marker=added.append)
+    conftest.pytest_collection_modifyitems([item])
+    assert added == [pytest.mark.cuda]
     for path in TESTS.rglob("test_*.py"):
         for found in re.findall(r"skipif\(\s*not torch\.cuda\.is_available\(\),\s*reason=([^)]*)\)", path.read_text()):
             assert found.strip(' ",\n') == checks.NEEDS_A_DEVICE, f"{path.name}: `launch/bench.py gpu` would not run it"
+    # One that passes without a device would stand for all of them, and nobody would say that no test ran on it.
+    texts = [path.read_text() for path in checks.device_tests(TESTS)]
+    asked = [found for text in texts for found in re.findall(rf'skipif\((.*?),\s*reason="{checks.NEEDS_A_DEVICE}"\)', text)]
+    assert len(asked) >= len(texts) > 4 and set(asked) == {"not torch.cuda.is_available()"}
 
 
 def visited(folder: Path, *words: str) -> dict[str, list[dict[str, Any]]]:

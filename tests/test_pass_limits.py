@@ -5,19 +5,33 @@ What real allocators and devices say is in test_out_of_memory.py and tests/fake_
 
 from __future__ import annotations
 
+import itertools
 import json
+import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from federations import Result, make_config, run_alone, write_inputs
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from fedmoe_ds.checkpoint.skipped_clients import NAME, SkippedClients, read_lines
-from fedmoe_ds.clients.out_of_memory import is_out_of_memory
-from fedmoe_ds.clients.pass_limits import PassLimits
+from fedmoe_ds.clients.assignment import Assignment
+from fedmoe_ds.clients.batches import pass_bounds, pass_sizes
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client_work import ClientWork
+from fedmoe_ds.clients.local_training import WaveTrainer
+from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
+from fedmoe_ds.clients.pass_limits import PassLimits, shortage
+from fedmoe_ds.clients.update import Counts
+from fedmoe_ds.config import Config
+from fedmoe_ds.federation.shortage import make_room
 from fedmoe_ds.model.batch import Batch
 from fedmoe_ds.model.forward import AdaptedModel, Loss
 
@@ -163,6 +177,86 @@ def test_other_errors_are_no_shortage() -> None:
         "out of resource: shared memory",
     ):
         assert not is_out_of_memory(RuntimeError(text))
+
+
+Steps = list[list[list[int]]]
+"""Sequences of every step of every client, by home rank and slot."""
+
+
+class Wave:
+    """A wave without a model: its passes are those of `WaveTrainer`. Room is a number of sequences, by step (in one
+    they may be longer than in another) and rank."""
+
+    def __init__(self, steps: Steps, room: list[list[int]]) -> None:
+        numbers = itertools.count()
+        self.homes = [[(Client(next(numbers), "c", 1, 9, 9, 9), counts) for counts in home] for home in steps]
+        self.room = room
+        self.merged = SimpleNamespace(pool=SimpleNamespace(merge=True, home_clients=3), _pass=self.try_pass)
+
+    def clients(self, gone: set[int]) -> list[Client]:
+        return [client for home in self.homes for client, _ in home if client.index not in gone]
+
+    def try_pass(self, everyone: list[ClientWork], step: int, micro: int, *rest: object) -> None:
+        for home, room in enumerate(self.room[step]):
+            if sum(work.sizes[step][micro] for work in everyone if work.home == home) > room:
+                raise shortage(everyone, step, micro)
+
+    def train(self, limits: PassLimits, gone: set[int]) -> None:
+        works: list[list[ClientWork]] = []
+        for home, clients in enumerate(self.homes):
+            here = [(client, counts) for client, counts in clients if client.index not in gone]
+            works.append([self.work(client, counts, (home, slot), limits) for slot, (client, counts) in enumerate(here)])
+        for step in range(3):
+            WaveTrainer._forward_backward(cast(WaveTrainer, self.merged), step, works, cast(Counts, None), limits)
+
+    def work(self, client: Client, counts: list[int], place: tuple[int, int], limits: PassLimits) -> ClientWork:
+        batches = [np.arange(count) for count in counts]
+        bounds = [pass_bounds(batch, limits.of(client.index, None)) for batch in batches]
+        sizes = [pass_sizes(*each) for each in zip(batches, bounds, strict=True)]
+        return ClientWork(client, *place, Assignment(cap=1), batches, bounds, sizes, 1, 0.1)
+
+
+COUNTS = st.lists(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), max_size=3), min_size=1, max_size=3)
+
+
+@given(steps=COUNTS, room=st.lists(st.lists(st.integers(0, 12), min_size=3, max_size=3), min_size=3, max_size=3))
+@example(steps=[[[1, 1]], [[1], [1, 1]]], room=[[1, 1, 1], [0, 0, 0], [0, 0, 0]])
+@settings(max_examples=40, deadline=None)
+def test_shortages_end(steps: Steps, room: list[list[int]]) -> None:
+    """Whatever memory there is: each one writes down something new, on the last step one sequence alone does not fit, and what
+    the next start reads from the file is what this one knows."""
+    wave, seen = Wave(steps, room), list[PassLimits]()
+    with tempfile.TemporaryDirectory() as name:
+        here = SkippedClients(Path(name), {}, [])
+        while True:
+            gone, limits = here.of(1), here.limits(1)
+            try:
+                wave.train(limits, gone)
+                break
+            except OutOfMemory as error:
+                _, lost = make_room(here, 1, error, wave.clients(gone), Config())
+                assert lost is None or (error.together, error.sequences) == (None, 1)
+            assert (here.of(1), here.limits(1)) != (gone, limits), "the next start would try the same again"
+            assert (here.limits(1) == limits) == (lost is not None)
+            there = SkippedClients(Path(name), {}, read_lines(Path(name)))
+            assert (there.of(1), there.limits(1), there.limits(2)) == (here.of(1), here.limits(1), here.limits(2))
+            seen.append(limits)
+        assert len(seen) <= 2 * 6 + len(wave.clients(set())), "halved to one, of all together and of each"
+        # Whose first step has no room at all cannot be there any more.
+        empty = [home for home, sequences in zip(wave.homes, room[0], strict=False) if sequences == 0]
+        assert {client.index for home in empty for client, _ in home} <= here.of(1)
+
+
+def test_clients_alone_on_their_ranks_share_nothing(tmp_path: Path) -> None:
+    """Late in a wave only slot 0 of one rank and slot 1 of another train, one sequence each: there is nothing left to part."""
+    wave = Wave([[[1, 1]], [[2], [1, 1]]], [])
+    works = [[wave.work(client, counts, (home, slot), PassLimits(1)) for slot, (client, counts) in enumerate(clients)]
+             for home, clients in enumerate(wave.homes)]  # fmt: skip
+    assert PassLimits(1).groups(1, works) == [[0, 1]]
+    found = shortage([works[0][0], works[1][1]], 1, 0)
+    assert (found.together, found.sequences) == (None, 1)
+    way, lost = make_room(SkippedClients(tmp_path, {}, []), 1, found, wave.clients(set()), Config())
+    assert lost is found.client and way == "the round goes on without it"
 
 
 def test_findings_of_rounds(tmp_path: Path) -> None:

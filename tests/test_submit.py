@@ -18,9 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import REPOSITORY
 
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.out_of_memory import OutOfMemory
 from fedmoe_ds.commands import submit as submit_command
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.shortage import for_next_start
 from fedmoe_ds.planner.slurm import Request, check, compose, log_folder, submit
 from fedmoe_ds.shell import command_line, quoted
 
@@ -170,6 +173,36 @@ def bash(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(["bash", script], env=kept, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     return run
+
+
+@pytest.mark.parametrize("name", ["train", "scaling"])
+def test_requeues_that_bring_smaller_passes_are_not_counted(
+    name: str, tmp_path: Path, bash: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Each start says another shortage, until one says the same again."""
+    client = Client(0, "c", 1, 9, 9, 9)
+    for number, sequences in enumerate([128, 64, 32, 32, 32]):
+        words = f"error: rank 0 on n{number}, round 1: {for_next_start(OutOfMemory(client, sequences), 'smaller')}"
+        (tmp_path / f"said-{number}").write_text(f"{words}\n")
+    tools = {"scontrol": "echo n1"}
+    # The ranks under srun write into their logs, scaling.py to its own output.
+    tools["srun"] = f'cat "{tmp_path}/said-$SLURM_RESTART_COUNT" >> "{tmp_path}/logs/7/rank-1.log"; exit 76'
+    tools["python"] = f'cat "{tmp_path}/said-$SLURM_RESTART_COUNT" >&2; exit 76'
+    (tmp_path / "bin").mkdir()
+    for tool, body in tools.items():
+        (tmp_path / "bin" / tool).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    said = []
+    for start in range(5):
+        variables = {"FEDMOE_HOME": str(REPOSITORY), "FEDMOE_LOGS": str(tmp_path / "logs"), "MAX_RESTARTS": "1"}
+        variables |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
+        variables |= {"FEDMOE_PYTHON": str(tmp_path / "bin" / "python"), "SLURM_RESTART_COUNT": str(start)}
+        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables)
+        assert done.returncode == 76, done.stderr
+        assert name == "train" or "do not fit into memory" in done.stdout, "the log is in the job's output, too"
+        said.append([line[20:] for line in done.stdout.splitlines() if "requeueing" in line or "ends with" in line])
+    smaller = ["memory ran out, passes get smaller; requeueing"]
+    assert said == [smaller, smaller, smaller, ["a rank was lost (1 of at most 1 restarts); requeueing"], ["ends with 76"]]
 
 
 # What somebody may have in a name, a path or a value.

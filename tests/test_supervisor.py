@@ -6,17 +6,21 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmoe_ds.checkpoint.skipped_clients import NAME, findings_of
 from fedmoe_ds.distributed.supervisor import Supervisor, restartable_command, verdict
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
 
-def supervise(folder: Path, body: str, ranks: int = 2, restarts: int = 2) -> tuple[int, list[str], list[str]]:
+def supervise(
+    folder: Path, body: str, ranks: int = 2, restarts: int = 2, learnt: Callable[[], frozenset[object]] = frozenset
+) -> tuple[int, list[str], list[str]]:
     """(exit code, notes, starts) of ranks that run `body`; `start` counts from 0, `rank` is the rank."""
     program = f"""
         import os, pathlib, signal, sys, time
@@ -28,7 +32,7 @@ def supervise(folder: Path, body: str, ranks: int = 2, restarts: int = 2) -> tup
     script = folder / "rank.py"
     script.write_text(textwrap.dedent(program) + textwrap.dedent(body))
     notes: list[str] = []
-    code = Supervisor([sys.executable, str(script)], ranks, restarts, 0.0, notes.append).run()
+    code = Supervisor([sys.executable, str(script)], ranks, restarts, 0.0, notes.append, learnt=learnt).run()
     return code, notes, (folder / "starts").read_text().splitlines()
 
 
@@ -47,6 +51,21 @@ def test_restarts_end(tmp_path: Path) -> None:
     code, notes, starts = supervise(tmp_path, "sys.exit(76)", ranks=1, restarts=2)
     assert code == EXIT_LOST and len(starts) == 3
     assert notes[-1].startswith("--max-restarts: 2: the job was lost once more")
+
+
+@pytest.mark.parametrize(("restarts", "starts"), [(1, 6), (0, 1)])
+def test_a_loss_that_has_taught_the_job_something_is_not_counted(tmp_path: Path, restarts: int, starts: int) -> None:
+    """128 sequences are cut to 8 in four starts; then the same is written down again, which is a loss as any other."""
+    findings = tmp_path / NAME
+    findings.write_text("of an earlier run\n")
+    body = f"""
+        with pathlib.Path({str(findings)!r}).open("a") as file:
+            file.write(f"{{max(128 >> start, 8)}}\\n")
+        sys.exit(76)
+    """
+    code, notes, started = supervise(tmp_path, body, ranks=1, restarts=restarts, learnt=lambda: findings_of([tmp_path]))
+    assert code == EXIT_LOST and len(started) == starts + (restarts > 0)
+    assert sum("with smaller passes" in note for note in notes) == (5 if restarts else 0)
 
 
 @pytest.mark.parametrize("code", [1, EXIT_USER_ERROR, EXIT_STOPPED])

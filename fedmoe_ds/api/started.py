@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.checkpoint.skipped_clients import findings_of
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.supervisor import Supervisor
@@ -45,7 +46,9 @@ def start(jobs: Sequence[tuple[Config, str]], ranks: int, max_restarts: int = 0)
         # What this process can import its ranks can, too: a method that stands beside the program.
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         silence = max(config.topology.silence_s for config, _ in jobs)
-        supervisor = Supervisor([sys.executable, "-m", WORKER, name], ranks, max_restarts, silence, note, {"PYTHONPATH": path})
+        runs = [Path(config.output) / config.name for config, _ in jobs]
+        command, variables = [sys.executable, "-m", WORKER, name], {"PYTHONPATH": path}
+        supervisor = Supervisor(command, ranks, max_restarts, silence, note, variables, learnt=lambda: findings_of(runs))
         code = supervisor.run()
         if supervisor.asked == "SIGINT":
             raise KeyboardInterrupt("the run was asked to stop; resume='auto' continues it")

@@ -73,6 +73,7 @@ class SkippedClients:
 
     def limit(self, round_index: int, clients: Iterable[int], sequences: int, together: bool = False) -> None:
         """Write down how many sequences of each of these clients a pass may have; `together`: and how many in all."""
+        assert sequences >= 1, "the file's reader takes less for 1: the next start would try the same again"
         self._write([(round_index, client, sequences) for client in clients] + [(round_index, None, sequences)] * together)
 
     def _write(self, findings: list[Finding]) -> None:
@@ -97,6 +98,12 @@ def read_lines(folder: Path) -> list[str]:
         return path.read_text(errors="replace").splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"output: {path}: cannot be read: {error.strerror or error}; mend its permissions") from None
+
+
+def findings_of(folders: Iterable[Path]) -> frozenset[tuple[Path, str]]:
+    """All that runs have written down. A start that ends with more of it has brought its job further, though it was lost.
+    Raises UserError as `read_lines`."""
+    return frozenset((folder, line) for folder in folders for line in read_lines(folder) if line)
 
 
 def _parse(line: str, key: str) -> Finding | None:

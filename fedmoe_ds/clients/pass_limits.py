@@ -55,10 +55,12 @@ class PassLimits:
 
 
 def shortage(everyone: list[ClientWork], step: int, micro: int) -> OutOfMemory:
-    """What did not fit of a pass; `everyone` are the clients in it on all ranks of the cluster, any of which says the same."""
-    largest = max(everyone, key=lambda work: work.largest_pass(step))
-    sizes: dict[int, int] = {}
-    for work in everyone:
-        sizes[work.home] = sizes.get(work.home, 0) + work.sizes[step][micro]
-    shared = len({work.slot for work in everyone}) > 1
-    return OutOfMemory(largest.client, largest.sizes[step][micro], max(sizes.values()) if shared else None)
+    """What did not fit of a pass; `everyone` are the clients in it on all ranks of the cluster, any of which says the same.
+
+    A pass is shared where a rank has more than one client in it: clients that are alone on their ranks are in no smaller number
+    to be had, whatever their slots, so of them only a step of their own can be cut.
+    """
+    largest = max(everyone, key=lambda work: work.sizes[step][micro])
+    homes = [work.home for work in everyone]
+    shared = [sum(work.sizes[step][micro] for work in everyone if work.home == home) for home in homes if homes.count(home) > 1]
+    return OutOfMemory(largest.client, largest.sizes[step][micro], max(shared, default=None))

@@ -24,7 +24,9 @@ def main(argv: list[str]) -> int:
         subparser = parsers.add_parser(command.name, help=command.help)
         add_options(subparser, [*command.options, *([JSON] if command.name in COMMANDS else [])])
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an ordinary end: children are ended, too
+    for asked in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(asked) != signal.SIG_IGN:  # as nohup does
+            signal.signal(asked, lambda number, frame: sys.exit(128 + number))  # an ordinary end: children are ended, too
     if args.command in COMMANDS:
         return measure(args, argv)
     text, code = REPORTS[args.command].run(args, note)

@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
 
 def supervise(args: argparse.Namespace, argv: list[str], config: Config, launch: Launch) -> int:
     """Start the ranks from here."""
+    from fedmoe_ds.checkpoint.skipped_clients import findings_of
     from fedmoe_ds.distributed.supervisor import Supervisor, restartable_command
 
     ranks, restarts = 1 if args.ranks is None else args.ranks, args.max_restarts or 0
@@ -86,4 +87,5 @@ def supervise(args: argparse.Namespace, argv: list[str], config: Config, launch:
         raise UserError(f"--max-restarts: {restarts}: must be at least 0")
     STOP.begun()  # the supervisor listens itself
     command = restartable_command(__file__, argv)
-    return Supervisor(command, ranks, restarts, config.topology.silence_s, note).run()
+    folder = Path(config.output) / config.name
+    return Supervisor(command, ranks, restarts, config.topology.silence_s, note, learnt=lambda: findings_of([folder])).run()

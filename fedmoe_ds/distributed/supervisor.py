@@ -31,10 +31,12 @@ class Supervisor:
     Args:
         command: the program and its arguments, without resuming.
         ranks: processes to start.
-        max_restarts: starts after the first one, at most.
+        max_restarts: starts after the first one, at most. Unless it is 0, those do not count before which a loss has taught the
+            job something.
         silence_s: the job's own limit on silence.
         note: takes a line for the user.
         variables: of the environment, beside this process's own.
+        learnt: what the job has written down for its next start (passes that have to be smaller); there is an end to that.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Supervisor:
         silence_s: float,
         note: Callable[[str], None],
         variables: Mapping[str, str] | None = None,
+        learnt: Callable[[], frozenset[object]] = frozenset,
     ) -> None:
         self.command, self.ranks, self.max_restarts, self.note = command, ranks, max_restarts, note
-        self.patience_s, self.variables = silence_s + _GRACE_S, variables or {}
+        self.patience_s, self.variables, self.learnt = silence_s + _GRACE_S, variables or {}, learnt
         self._processes: list[subprocess.Popen[bytes]] = []
         self._asked: signal.Signals | None = None
         self._sent: signal.Signals | None = None
@@ -60,12 +63,18 @@ class Supervisor:
     def run(self) -> int:
         """Run to the end, to a stop request, or to the last restart; returns the exit code."""
         with self._listening():
-            for restart in range(self.max_restarts + 1):
-                code = self._start([] if restart == 0 else ["--resume", "auto"])
+            resume, restarts, known = list[str](), 0, self.learnt()
+            while restarts <= self.max_restarts:
+                code = self._start(resume)
                 if code != EXIT_LOST or self._asked is not None:
                     return code
-                if restart < self.max_restarts:
-                    self.note(f"restart {restart + 1} of {self.max_restarts}, from the last checkpoint")
+                resume, before, known = ["--resume", "auto"], known, self.learnt()
+                if known - before and self.max_restarts:
+                    self.note("restart from the last checkpoint, with smaller passes: memory ran out")
+                    continue
+                restarts += 1
+                if restarts <= self.max_restarts:
+                    self.note(f"restart {restarts} of {self.max_restarts}, from the last checkpoint")
         self.note(
             f"--max-restarts: {self.max_restarts}: the job was lost once more; the last checkpoint is intact, start it again"
         )

@@ -31,7 +31,7 @@ from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
 from fedmoe_ds.federation.schedule import schedule
-from fedmoe_ds.federation.shortage import make_room
+from fedmoe_ds.federation.shortage import for_next_start, make_room
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Federation:
             way, lost = make_room(parts.skipped, work.index, shortage, waiting, parts.config)
             if parts.topology.layout.ep_size > 1:
                 where = f"rank {parts.runtime.rank} on {parts.topology.hosts[parts.runtime.rank]}, round {work.index}"
-                raise LostError(f"{where}: {shortage}; start again with --resume auto: {way}")
+                raise LostError(f"{where}: {for_next_start(shortage, way)}")
             self.journal.note(f"round {work.index}: {shortage}; {way}")
             if lost is not None:
                 work.partial.done[lost.index] = self.journal.absent(lost)

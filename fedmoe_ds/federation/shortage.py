@@ -54,6 +54,12 @@ def make_room(
     return "the round goes on without it", shortage.client
 
 
+def for_next_start(shortage: OutOfMemory, way: str) -> str:
+    """What a rank says that ends, because its peers cannot be called back. slurm/*.sbatch look for these words: such a start is
+    none that was lost for nothing."""
+    return f"{shortage}; start again with --resume auto: {way}"
+
+
 def limit_fields(limits: PassLimits) -> dict[str, int | None]:
     """What metrics say about how passes are cut."""
     own = [*limits.own.values(), *([] if limits.each is None else [limits.each])]

@@ -6,7 +6,6 @@ import datetime
 import importlib.util
 import json
 import os
-import shutil
 import sys
 import tomllib
 import xml.etree.ElementTree as ElementTree
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds.bench.gpu.request import Request, Tell, WrongError
+from fedmoe_ds.bench.gpu.request import CORRECTNESS, QUICKSTART, Request, Tell, WrongError
 from fedmoe_ds.bench.harness.jobs import SCRIPT, metrics_file
 from fedmoe_ds.bench.harness.process import environment, run_to_end
 from fedmoe_ds.bench.harness.shapes import write_with_tokenizer
@@ -95,19 +94,26 @@ def correctness(request: Request, tell: Tell) -> None:
     tests = ROOT / "tests"
     if not tests.is_dir() or importlib.util.find_spec("pytest") is None:
         raise WrongError(f"{tests}: the tests are part of a checkout, and need pytest and pytest-timeout; install them there")
-    # Only files that have such tests: collecting all of them would take longer than these run.
-    files = sorted(file for file in tests.glob("test_*.py") if NEEDS_A_DEVICE in file.read_text(encoding="utf-8"))
-    chosen = files if request.large else [tests / "test_grouped_mm.py"]
-    report = Path(request.output) / "correctness.xml"
+    chosen = device_tests(tests) if request.large else [tests / "test_grouped_mm.py"]
+    report = Path(request.output) / CORRECTNESS
     words = ["-m", "cuda", "-p", "no:cacheprovider", "--tb=short", f"--rootdir={ROOT}", f"--junitxml={report}"]
+    ended: RuntimeError | None = None
     try:
         run_to_end("pytest", [sys.executable, "-m", "pytest", *words, *map(str, chosen)], _FAR_S, env=_on_device())
-    except RuntimeError:
-        if not report.exists():
-            raise
-    failed = list(_failed(report, tell))
+    except RuntimeError as error:
+        ended = error
+    failed = list(_failed(report, tell)) if report.exists() else []
     if failed:
         raise WrongError(f"{len(failed)} failed: {', '.join(failed)}")
+    if ended is not None:  # it has crashed, or was interrupted: the report says nothing of that, or is not there
+        raise ended
+    if not report.exists():
+        raise WrongError(f"{report}: pytest has ended well and has not written it")
+
+
+def device_tests(tests: Path) -> list[Path]:
+    """The files that have tests for a device: collecting all of them would take longer than these run."""
+    return sorted(file for file in tests.glob("test_*.py") if f'reason="{NEEDS_A_DEVICE}"' in file.read_text(encoding="utf-8"))
 
 
 def _failed(report: Path, tell: Tell) -> Iterator[str]:
@@ -127,11 +133,10 @@ def _failed(report: Path, tell: Tell) -> Iterator[str]:
 
 def quickstart(request: Request, tell: Tell) -> None:
     """The shipped quickstart through launch/train.py on the device: seconds by round, what it has learnt, its digest."""
-    folder = Path(request.output) / "quickstart"
+    folder = Path(request.output) / QUICKSTART
     tree: dict[str, Any] = parse_yaml(find_config(Path("quickstart")).read_text(encoding="utf-8"), "quickstart")
     tree |= {"name": "quickstart", "output": str(folder), "topology": {"device": "cuda"}}
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier visit: a run does not begin in the folder of another
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True)  # that of an earlier visit is gone by now: a run does not begin in the folder of another
     if not request.large:
         _cut(tree, request, folder)
     config = folder / "quickstart.yaml"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fedmoe_ds.bench.gpu.steps import STEPS
-from fedmoe_ds.bench.gpu.visit import DOCUMENT, LINES, visit
-from fedmoe_ds.bench.harness.checks import check_known, check_least
+from fedmoe_ds.bench.gpu.visit import DOCUMENT, LEAST_S, LINES, visit
+from fedmoe_ds.bench.harness.checks import check_known, check_least, check_seed
 from fedmoe_ds.bench.harness.command import SEED, Command, Note, command_line, option
 from fedmoe_ds.bench.harness.shapes import find_shape
 from fedmoe_ds.bench.harness.table import Row, Table
@@ -35,7 +35,8 @@ OPTIONS = (
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
     """One row per step. Raises UserError before the first one: no device, an unknown step, no folder for results."""
     check_known("--steps", "step", args.steps, STEPS)
-    check_least("--limit", args.limit)
+    check_least("--limit", args.limit, LEAST_S)
+    check_seed(args.seed)
     find_shape(args.shape)
     check_device()
     try:

@@ -16,6 +16,10 @@ _SMALL_LENGTH, _LENGTH = 24, 512
 _LARGE_HIDDEN = 1024  # model width from which on a shape is one for a GPU
 
 
+CORRECTNESS, QUICKSTART, WAVE, PROFILE = "correctness.xml", "quickstart", "gpu-wave-{tokens}.json", "profile-{kernels}.jsonl"
+"""What steps leave in the folder of results."""
+
+
 class WrongError(Exception):
     """What was found is not what it has to be."""
 

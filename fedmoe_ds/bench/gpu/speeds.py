@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from fedmoe_ds import shell
-from fedmoe_ds.bench.gpu.request import Request, Tell
+from fedmoe_ds.bench.gpu.request import PROFILE, WAVE, Request, Tell
 from fedmoe_ds.bench.harness import table
 from fedmoe_ds.bench.harness.shapes import write_model
 from fedmoe_ds.bench.harness.system import OURS, PEER_PREFIX, Clock
 from fedmoe_ds.bench.wave.measure import run_wave
+from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels.lora_products import Kernels, check_kernels
 from fedmoe_ds.terminal import note
@@ -80,38 +81,41 @@ def wave(request: Request, tell: Tell, sequences: int) -> None:
         told = ("system", "tokens_per_s", "ratio", "floor_share", "peak_mib", "wall_seconds")
         tell(tokens=sequences * load.length, **{name: row[name] for name in told})
     document = table.document("wave", shell.command_line(["python", "launch/bench.py", "wave", *options]), rows)
-    table.write_json(document, Path(request.output) / f"gpu-wave-{sequences * load.length}.json")
+    table.write_json(document, Path(request.output) / WAVE.format(tokens=sequences * load.length))
 
 
 def memory(request: Request, tell: Tell) -> None:
     """The peak of one step beside what the planner expects of it, for growing steps, until one does not fit."""
-    from fedmoe_ds.planner.memory import estimate  # brings what a run needs
-
     for sequences in (1, 4, 8, 16):
-        load = request.workload(sequences)
-        system = _fused(request, sequences)
-        counted = estimate(system.spec, len(load.caps), load.length, len(load.caps), statistics.fmean(load.caps))
-        del counted["round sums"]  # a wave by itself sums nothing
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        found: dict[str, Any] = {
-            "tokens": sequences * load.length,
-            "held_gib": held / _GIB,
-            "planned_gib": sum(counted.values()) / _GIB,
-        }
+        found: dict[str, Any] = {"tokens": sequences * request.length}
         try:
-            system.train("timed")
-        except torch.OutOfMemoryError as error:
-            tell(**found, out_of_memory=str(error).splitlines()[0])
+            _peak(request, sequences, found)
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            # Of a pass the trainer says it; the model, or adapters and their gradients, may not fit by themselves.
+            if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+                raise
+            tell(**found, out_of_memory=str(error).partition("\n")[0])
             return
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        reserved = torch.cuda.max_memory_reserved() / _GIB
-        tell(**found, peak_gib=peak / _GIB, reserved_gib=reserved, planned_over_peak=sum(counted.values()) / peak)
-        del system
+        tell(**found)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _peak(request: Request, sequences: int, found: dict[str, Any]) -> None:
+    """Train one step of so many sequences, and put into `found` what is known as soon as it is."""
+    from fedmoe_ds.planner.memory import estimate  # brings what a run needs
+
+    load, system = request.workload(sequences), _fused(request, sequences)
+    counted = estimate(system.spec, len(load.caps), load.length, len(load.caps), statistics.fmean(load.caps))
+    del counted["round sums"]  # a wave by itself sums nothing
+    planned = sum(counted.values())
+    torch.cuda.synchronize()
+    found.update(held_gib=torch.cuda.memory_allocated() / _GIB, planned_gib=planned / _GIB)
+    torch.cuda.reset_peak_memory_stats()
+    system.train("timed")
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    found.update(peak_gib=peak / _GIB, reserved_gib=torch.cuda.max_memory_reserved() / _GIB, planned_over_peak=planned / peak)
 
 
 def profile(request: Request, tell: Tell) -> None:
@@ -142,7 +146,8 @@ def profile(request: Request, tell: Tell) -> None:
 
 
 def _tell_profile(kernels: str, events: Any, output: Path, tell: Tell) -> None:
-    on_device = [event for event in events if event.self_device_time_total]
+    # Kernels are events of their own: an operator's device time is that of its kernels, once more.
+    on_device = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
     on_device.sort(key=lambda event: -event.self_device_time_total)
     tell(
         kernels=kernels,
@@ -152,8 +157,12 @@ def _tell_profile(kernels: str, events: Any, output: Path, tell: Tell) -> None:
     )
     for event in on_device[:_TOP]:
         tell(kernels=kernels, kernel=event.key[:90], ms=event.self_device_time_total / 1e3, calls=event.count)
-    lines = [json.dumps([event.key, event.count, event.self_device_time_total, event.self_cpu_time_total]) for event in events]
-    (output / f"profile-{kernels}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = [
+        [event.key, event.count, event.self_device_time_total, event.self_cpu_time_total, event.device_type.name]
+        for event in events
+    ]
+    lines = map(json.dumps, rows)
+    (output / PROFILE.format(kernels=kernels)).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _fused(request: Request, sequences: int, kernels: Kernels = "auto") -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.gpu.request import Request, Tell, WrongError
+from fedmoe_ds.bench.gpu.request import CORRECTNESS, PROFILE, QUICKSTART, WAVE, Request, Tell, WrongError
 from fedmoe_ds.errors import UserError
 
 MODULE = "fedmoe_ds.bench.gpu.steps"
@@ -31,6 +31,7 @@ class Step:
         function: its name there.
         arguments: what it gets beside the request.
         needs_model: it reads what the step `model` writes.
+        writes: what it leaves in the folder of results, beside its log.
     """
 
     limit_s: float
@@ -38,24 +39,32 @@ class Step:
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     needs_model: bool = False
+    writes: str | None = None
 
     def run(self, request: Request, tell: Tell) -> None:
         module = importlib.import_module(f"{__package__}.{self.module}")
         getattr(module, self.function)(request, tell, **self.arguments)
 
+    def results(self, request: Request) -> list[Path]:
+        """What is there of all that it writes."""
+        if self.writes is None:
+            return []
+        tokens = self.arguments.get("sequences", 0) * request.length
+        return sorted(Path(request.output).glob(self.writes.format(tokens=tokens, kernels="*")))
+
 
 MODEL = "model"
 STEPS = {
     "facts": Step(20, "checks", "facts"),
-    "correctness": Step(75, "checks", "correctness"),
-    "quickstart": Step(60, "checks", "quickstart"),
+    "correctness": Step(75, "checks", "correctness", writes=CORRECTNESS),
+    "quickstart": Step(60, "checks", "quickstart", writes=QUICKSTART),
     "floor": Step(20, "speeds", "floor"),
     "grouped": Step(20, "checks", "grouped"),
     MODEL: Step(45, "speeds", "model"),
-    "wave-1": Step(60, "speeds", "wave", {"sequences": 1}, needs_model=True),
-    "wave-16": Step(75, "speeds", "wave", {"sequences": 16}, needs_model=True),
+    "wave-1": Step(60, "speeds", "wave", {"sequences": 1}, needs_model=True, writes=WAVE),
+    "wave-16": Step(75, "speeds", "wave", {"sequences": 16}, needs_model=True, writes=WAVE),
     "memory": Step(45, "speeds", "memory", needs_model=True),
-    "profile": Step(40, "speeds", "profile", needs_model=True),
+    "profile": Step(40, "speeds", "profile", needs_model=True, writes=PROFILE),
     "nccl": Step(20, "checks", "nccl"),
 }
 """In order of value. All limits together are the eight minutes of a visit."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from fedmoe_ds.bench.harness.process import environment, kill_process_tree, modu
 from fedmoe_ds.bench.harness.repeats import make_row
 from fedmoe_ds.bench.harness.shapes import Shape, find_shape
 from fedmoe_ds.bench.harness.table import Row
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import open_plain
 from fedmoe_ds.terminal import show
 
 DOCUMENT, LINES = "gpu.json", "results.jsonl"
-_LEAST_S = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LEAST_S = 5
 """Less time is none: a process has barely imported torch by then."""
 _MEMORY = Path("/dev/shm")  # noqa: S108  (what lies there is in a folder of this process's own)
 _ROOM = 1.2  # of the weights' bytes, for a model that is kept in memory
@@ -45,7 +49,7 @@ class Visit:
         for place, name in enumerate(names):
             reserved = sum(STEPS[later].limit_s for later in names[place + 1 :])
             limit = allowed(STEPS[name].limit_s, until - time.monotonic(), reserved)
-            if limit < _LEAST_S:
+            if limit < LEAST_S:
                 self._keep(name, 0.0, f"not run: the {self.limit_s:.0f} s of the visit are over", [])
             else:
                 self._step(name, limit)
@@ -54,12 +58,13 @@ class Visit:
     def _step(self, name: str, limit_s: float) -> None:
         output, began = Path(self.request.output), time.monotonic()
         tell, log = Tell(output / f"{name}.jsonl"), output / f"{name}.log"
-        tell.file.unlink(missing_ok=True)
         error: str | None = "stopped"
         try:
             with open(open_plain(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC), "wb") as out:
                 words = module_command(MODULE, name, json.dumps(asdict(self.request)), str(tell.file))
                 error = _end_of(start(words, out, environment({"DS_ACCELERATOR": "cuda"})), limit_s, log)
+            if error is None and not tell.told():
+                error = "it ended well, and told nothing"
         finally:
             # After a signal, too: that is an exception here.
             self._keep(name, time.monotonic() - began, error, tell.told())
@@ -68,16 +73,31 @@ class Visit:
             log.unlink()
 
     def _keep(self, name: str, seconds: float, error: str | None, found: list[dict[str, object]]) -> None:
-        """Tell and store the result of a step."""
+        """Store and tell the result of a step: first store, since nobody may listen any more."""
         line = json.dumps({"step": name, "seconds": round(seconds, 1), "error": error, "found": found})
-        show(line)
-        sys.stdout.flush()
         facts: dict[str, Any] = {"step": name, "device": "cuda", "seconds": seconds, "error": error, "found": found}
         self.rows.append(make_row(self.request.shape, "gpu", None, **facts))
         output = Path(self.request.output)
-        with (output / LINES).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        table.write_json(table.document("gpu", self.command, self.rows), output / DOCUMENT)
+        with _undisturbed():
+            with (output / LINES).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            table.write_json(table.document("gpu", self.command, self.rows), output / DOCUMENT)
+        show(line)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait until the block is left. A mask would be this thread's alone, and others of the process would take them."""
+    heard: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: heard.append(number)) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for asked in heard:
+            signal.raise_signal(asked)
 
 
 def allowed(own_s: float, left_s: float, reserved_s: float) -> float:
@@ -107,11 +127,28 @@ def chosen(steps: Sequence[str]) -> list[str]:
 
 def visit(shape: str, steps: Sequence[str], output: Path, limit_s: float, seed: int, command: str) -> list[Row]:
     """Run steps with a model that is gone afterwards, and leave results in a folder."""
-    for name in (DOCUMENT, LINES):
-        (output / name).unlink(missing_ok=True)  # an earlier result must not pass for this visit's
+    names = chosen(steps)
     with scratch_folder("fedmoe-gpu-", _place(find_shape(shape), output)) as folder:
         request = Request(shape, str(folder / "model"), str(output), seed)
-        return Visit(request, command, limit_s).run(chosen(steps))
+        clear(request, names)
+        return Visit(request, command, limit_s).run(names)
+
+
+def clear(request: Request, names: Sequence[str]) -> None:
+    """Remove what these steps have left in an earlier visit: it must not pass for this one's, also of a step that fails, or for
+    which there is no time. Raises UserError before anything is removed, or for what cannot be."""
+    output = Path(request.output)
+    found = [output / name for name in (DOCUMENT, LINES, *(f"{name}.{end}" for name in names for end in ("log", "jsonl")))]
+    found += [path for name in names for path in STEPS[name].results(request)]
+    for path in found:
+        # A visit's folder holds the configuration of its run. Another one may be a run of the user's, in `--output runs`.
+        if path.is_dir() and not (path / f"{path.name}.yaml").is_file():
+            raise UserError(f"--output: {output}: holds a folder {path.name}, which is no visit's; give another folder")
+    for path in found:
+        try:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--output: {path}: cannot be removed: {error.strerror or error}; give another folder") from None
 
 
 def _place(shape: Shape, output: Path) -> Path:

@@ -14,6 +14,13 @@ def check_least(option: str, given: int | Iterable[int], least: int = 1) -> None
             raise UserError(f"{option}: {number}: too small; use {least} or more")
 
 
+def check_seed(given: int) -> None:
+    """Raises UserError for a seed that torch or NumPy does not take."""
+    check_least("--seed", given, 0)
+    if given >= 2**63:
+        raise UserError(f"--seed: {given}: too large; use less than 2^63")
+
+
 def check_known(option: str, kind: str, given: str | Iterable[str], choices: Iterable[str]) -> None:
     """Raises UserError for a word that is none of the choices."""
     choices = tuple(choices)

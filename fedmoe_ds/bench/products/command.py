@@ -16,15 +16,19 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fedmoe_ds.bench.harness.checks import check_least
+from fedmoe_ds.bench.harness.checks import check_known, check_least, check_seed
 from fedmoe_ds.bench.harness.command import SEED, Command, Note, option
 from fedmoe_ds.bench.harness.repeats import make_row, paired, shown
 from fedmoe_ds.bench.harness.table import Column, Row, two_digits, whole
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.kernels import matrix
 from fedmoe_ds.kernels.processor_class import CLASSES, classes_here
+from fedmoe_ds.machine import available_mib
 
 TORCH = "torch"
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WIDTH_STEP = 8
+"""Of bfloat16 that is 16 bytes, which F.grouped_mm asks of rows."""
 COLUMNS: list[Column] = [
     ("weights", lambda row: row["dtype"]),
     ("experts", lambda row: str(row["groups"])),
@@ -51,17 +55,25 @@ ABOUT = (
 
 
 def run(args: argparse.Namespace, note: Note) -> list[Row]:
-    """Raises UserError for a class that is not at hand, or lists that do not match."""
-    check_least("--rounds", args.rounds)
+    """Raises UserError before anything is measured: for a class that is not at hand, lists that do not match, sizes that are
+    none."""
+    for name in ("experts", "width", "rows", "rounds"):
+        check_least(f"--{name}", getattr(args, name))
+    check_seed(args.seed)
+    check_known("--dtype", "type", args.dtype, TYPES)
+    for width in args.width:
+        if width % _WIDTH_STEP:
+            raise UserError(f"--width: {width}: torch's product takes rows of whole 16 bytes; use a multiple of {_WIDTH_STEP}")
     if len(args.experts) != len(args.width):
         raise UserError(f"--experts, --width: {len(args.experts)} and {len(args.width)} values; give pairs")
+    _check_memory(args)
     kernels = _kernels(args.processors, note)
     torch.set_num_threads(1)
     rows: list[Row] = []
     for dtype in args.dtype:
         for groups, width in zip(args.experts, args.width, strict=True):
             draw = torch.Generator().manual_seed(args.seed)
-            weight_GDD = torch.randn(groups, width, width, generator=draw).to(_number(dtype))
+            weight_GDD = torch.randn(groups, width, width, generator=draw).to(TYPES[dtype])
             for count in args.rows:
                 note(f"{dtype}, {groups} experts of {width} x {width}, {count} rows each")
                 x_ND = torch.randn(groups * count, width, generator=draw)
@@ -70,11 +82,15 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
     return rows
 
 
-def _number(name: str) -> torch.dtype:
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype: {name}: must be float32 or bfloat16")
-    found: torch.dtype = getattr(torch, name)
-    return found
+def _check_memory(args: argparse.Namespace) -> None:
+    for experts, width in zip(args.experts, args.width, strict=True):
+        # In float32 and in the type asked for; rows, and results of two kernels at a time.
+        needed = 8 * experts * width * (width + 2 * max(args.rows)) / 2**20
+        if needed > available_mib():
+            raise UserError(
+                f"--experts, --width, --rows: {experts}, {width}, {max(args.rows)}: need {needed:.0f} MiB, and "
+                f"{available_mib():.0f} are left; use less"
+            )
 
 
 def _kernels(names: list[str] | None, note: Note) -> list[matrix.Kernel]:

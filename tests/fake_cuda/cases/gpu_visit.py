@@ -42,3 +42,29 @@ def case_the_model_is_drawn_on_the_device(fake: Any) -> None:
     (found,) = told(speeds.model)
     assert fake.COUNT.kernels > 0 and found["gib"] > 0
     assert {path.suffix for path in REQUEST.folder().iterdir()} >= {".json", ".safetensors"}
+
+
+def case_memory_is_measured_until_a_step_does_not_fit(fake: Any) -> None:
+    """In a pass, of which the trainer has an error of its own, or before there is one."""
+    if not Path(REQUEST.model).exists():  # where this case runs by itself
+        told(speeds.model)
+    real = speeds._fused
+
+    def fused(room: int, before: bool) -> Any:
+        def build(request: Request, sequences: int) -> Any:
+            fake.COUNT.limit = fake.COUNT.now + room if before and sequences == 4 else None
+            system = real(request, sequences)
+            fake.COUNT.limit = fake.COUNT.now + room if sequences == 4 else None
+            return system
+
+        return build
+
+    for before in (False, True):
+        speeds._fused = fused(4096, before)
+        try:
+            (FOLDER / "memory.jsonl").unlink(missing_ok=True)
+            first, last = told(speeds.memory)
+        finally:
+            speeds._fused, fake.COUNT.limit = real, None
+        assert first["tokens"] == 24 and first["peak_gib"] > 0 and last["tokens"] == 96, (first, last)
+        assert last["out_of_memory"] and "peak_gib" not in last and ("held_gib" in last) != before, last
