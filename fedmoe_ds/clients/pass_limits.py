@@ -56,7 +56,8 @@ class PassLimits:
 
 def shortage(everyone: list[ClientWork], step: int, micro: int) -> OutOfMemory:
     """What did not fit of a pass; `everyone` are the clients in it on all ranks of the cluster, any of which says the same."""
-    largest = max(everyone, key=lambda work: work.largest_pass(step))
+    # By what each has in this very pass; of equals the first by index, whom every rank and every start finds.
+    largest = max(everyone, key=lambda work: (work.sizes[step][micro], -work.client.index))
     sizes: dict[int, int] = {}
     for work in everyone:
         sizes[work.home] = sizes.get(work.home, 0) + work.sizes[step][micro]
