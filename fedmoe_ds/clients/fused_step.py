@@ -80,6 +80,8 @@ class FusedStep:
             first = 0 if spec.expert else self.bank.expert_clients
             columns = slice(first, first + (self.bank.expert_clients if spec.expert else self.bank.clients))
             self._step(spec, factors_7K[:, columns], None if self.rounding is None else whole[1 + row, columns])
+        # Triton's kernels take addresses: torch does not know that anything was written.
+        self.bank.note_step()
 
     def _table(self, steps: Sequence[ClientStep]) -> NDArray[np.float64]:
         """[7 + 1 + blocks, K]: factors (see `client_block`); below them, as bits of whole numbers, the place of the client's

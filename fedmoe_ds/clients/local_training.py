@@ -253,8 +253,6 @@ class WaveTrainer:
             if step < len(work.batches)
         ]
         self.optimizer.step_all(steps, norms_C)
-        # Kernels write to memory of which torch does not know that it has changed.
-        self.bank.note_step()
 
     def _global_norms(self) -> Tensor:
         """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""
