@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
+from every import every
 from safetensors.torch import load_file, save_file
 from test_foundation import EXPERTS, FAMILIES, TOLERANCE, VOCAB, save_model
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ from fedmoe_ds.config import AdapterConfig, FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.foundation import Foundation, load_foundation
-from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.expert_layout import hosted_layout
@@ -76,7 +77,7 @@ class Hosted:
         adapters = AdapterConfig(rank=4, attention=names, router=router)
         blocks = adapter_blocks(self.foundation.model, hosted_layout(self.foundation.layers), adapters, "client")
         group = process_groups.create_groups(ep_size)[0] if ep_size > 1 else None
-        pool = Pool(group, ep_size, EXPERTS, CLIENTS, merge)
+        pool = Pool(group, ep_size, EXPERTS, CLIENTS, merge, shard=rank % ep_size)
         self.execution = Execution(Bank(blocks, EXPERTS // ep_size, CLIENTS, pool.wave_clients), pool, 2.0, rescaler=True)
         start = initial_bank(self.foundation, blocks, 0, self.foundation.layers[0].experts)
         for name, spec in self.execution.bank.specs.items():
@@ -162,6 +163,51 @@ def every_family(rank: int, root: Path) -> None:
         for merge in (False, True):
             for family in FAMILIES:
                 check(root, family, ep_size, rank, merge, CAPS if family in ("olmoe", "qwen3_moe") else (None,))
+    for family in ("qwen2_moe", "deepseek_v3"):
+        check_training(root, family, rank)
+
+
+def check_training(root: Path, family: str, rank: int) -> None:
+    """Two ranks that share experts are two that have all of them, forward and backward, to the bit, where shared experts are
+    computed while rows travel. What both ranks' clients do alone, either of them finds out by itself."""
+    logits, together = trained(root / family, 2, rank)
+    for home in (rank, rank ^ 1):
+        theirs, alone = trained(root / family, 1, home)
+        for name, spec in alone.specs.items():
+            whole = part(alone.grads[name], spec, experts=of_rank(rank, EXPERTS // 2))
+            ours = part(together.grads[name], spec, clients=of_rank(home, CLIENTS)) if spec.expert else together.grads[name]
+            assert bool(whole.any()), name
+            assert not (spec.expert or home == rank) or torch.equal(ours, whole), (family, name, home)
+        assert home != rank or (len(theirs) <= len(logits) and every(map(torch.equal, theirs, logits)))
+
+
+def trained(folder: Path, ep_size: int, rank: int) -> tuple[list[torch.Tensor], Bank]:
+    """Logits of every client of a rank, and the bank with what all passes have added to the gradients of its adapters."""
+    hosted, found = Hosted(folder, ep_size, rank, merge=False), []
+    numbers, bank = torch.Generator().manual_seed(5), hosted.execution.bank
+    for name, spec in bank.specs.items():
+        # Those of both ranks' clients, as one that holds all experts would have them.
+        shape = (len(spec.layers), *([EXPERTS] if spec.expert else []), 2 * CLIENTS, *spec.item)
+        whole = float(spec.personal) + 0.2 * torch.randn(shape, generator=numbers)
+        experts, clients = (of_rank(rank, EXPERTS // 2), slice(None)) if ep_size > 1 else (slice(None), of_rank(rank, CLIENTS))
+        bank.values[name].copy_(part(whole, spec, experts, clients if spec.expert else of_rank(rank, CLIENTS)))
+    for client in range(CLIENTS):
+        present = [client] if (rank, client) != (3, 1) else []  # as in `check`, but for one without peers to join
+        if present or ep_size > 1:
+            logits, _, _ = hosted.logits([rows_of(rank, each, hosted.foundation.top_k) for each in present], client)
+            logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(rank)))
+            found.append(logits.detach())
+    return found, bank
+
+
+def of_rank(rank: int, each: int) -> slice:
+    """What the first or the second of two ranks has, of each as much."""
+    return slice(rank % 2 * each, (rank % 2 + 1) * each)
+
+
+def part(whole: torch.Tensor, spec: BlockSpec, experts: slice = slice(None), clients: slice = slice(None)) -> torch.Tensor:
+    """Of a block, [L, E, C, ...] or [L, C, ...]."""
+    return whole[:, experts, clients] if spec.expert else whole[:, clients]
 
 
 def test_expert_parallel(root: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from federations import Result, make_config, run_alone, write_inputs
+from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +31,7 @@ from fedmoe_ds.clients.out_of_memory import OutOfMemory, is_out_of_memory
 from fedmoe_ds.clients.pass_limits import PassLimits, shortage
 from fedmoe_ds.clients.update import Counts
 from fedmoe_ds.config import Config
+from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import make_room
 from fedmoe_ds.model.batch import Batch
 from fedmoe_ds.model.forward import AdaptedModel, Loss
@@ -257,6 +258,50 @@ def test_clients_alone_on_their_ranks_share_nothing(tmp_path: Path) -> None:
     assert (found.together, found.sequences) == (None, 1)
     way, lost = make_room(SkippedClients(tmp_path, {}, []), 1, found, wave.clients(set()), Config())
     assert lost is found.client and way == "the round goes on without it"
+
+
+def work(index: int, home: int, sizes: list[int]) -> ClientWork:
+    """One local step, cut into passes of so many sequences."""
+    client, bounds = Client(index, "ABCDE"[index], 1, 9, 9, 9), np.cumsum([0, *sizes]).tolist()
+    return ClientWork(client, home, 0, Assignment(1), [np.arange(bounds[-1])], [bounds], [sizes], 1, 0.1)
+
+
+def test_who_is_named_has_the_most_in_that_very_pass() -> None:
+    """With one slot per rank; whoever has the largest pass of the step may have a small one here, and not be the cause."""
+    a, b = work(0, 0, [4, 1]), work(1, 1, [4, 3])
+    for everyone in ([a, b], [b, a]):  # the same in any order
+        found = shortage(everyone, 0, 1)
+        assert (found.client.name, found.sequences, found.together) == ("B", 3, None)
+        assert shortage(everyone, 0, 0).client.name == "A"
+
+
+def test_an_evaluation_after_a_lost_wave(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round's last client fits in no way, and its method has given it a factor: the scores are those of a round without."""
+    change = {
+        "method": {"name": "fslora"},
+        "federation": {"rounds": 1, "participation": 0.5, "tiers": [{"rank": 2, "share": 1.0}]},
+        "local": {"balance_loss": 0.01, "max_steps": 1},  # of a whole step, which is then not cut
+        "execution": {"clients_in_flight": 1},
+    }
+    parts, journal = build(make_config(root, "lost", WHOLE, change), *alone())
+    (waves,) = schedule(parts.participants(1), parts.spec.cost, parts.config.local, 1, 1, 1)
+    real, factors = WaveTrainer._run, list[float]()
+
+    def run(trainer: WaveTrainer, works: list[ClientWork], *rest: Any) -> None:
+        if works[0].client is waves[-1][0][0]:
+            factors.append(works[0].assignment.scale)
+            raise RuntimeError(WORDS)
+        real(trainer, works, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WaveTrainer, "_run", run)
+        lost = finish(parts, journal)
+    assert factors == [2.0] and statuses(lost) == {"ok", "out-of-memory"}
+    folder = root / "runs" / "without"
+    folder.mkdir()
+    (folder / NAME).write_text((root / "runs" / "lost" / NAME).read_text())
+    without = run_alone(make_config(root, "without", WHOLE, change))
+    assert lost.digest == without.digest and lost.scores() == without.scores()
 
 
 def test_findings_of_rounds(tmp_path: Path) -> None:

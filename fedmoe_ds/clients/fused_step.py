@@ -28,6 +28,7 @@ from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows_on_device
 from fedmoe_ds.kernels.client_block import ACTIVE, BLEND1, BLEND2, CLIP, FACTORS, KEEP, RATE, ROOT, ClientBlock
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+from fedmoe_ds.model.upload import upload
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ class FusedStep:
             steps: the clients that take one.
             norms_C: gradient norms by expert slot, on the device; None: no clipping.
         """
-        # From ordinary memory, without waiting: the driver has copied so few bytes before the call returns.
-        sent = torch.from_numpy(self._table(steps)).to(self.bank.device, non_blocking=True)
+        (sent,) = upload([self._table(steps)], self.bank.device)
         factors_7K, whole = sent[: len(FACTORS)].float(), sent[len(FACTORS) :].view(torch.int64)
         if norms_C is not None:
             factors_7K[CLIP] = clip_factors(norms_C, self.config.clip).index_select(0, whole[0])
@@ -80,6 +80,8 @@ class FusedStep:
             first = 0 if spec.expert else self.bank.expert_clients
             columns = slice(first, first + (self.bank.expert_clients if spec.expert else self.bank.clients))
             self._step(spec, factors_7K[:, columns], None if self.rounding is None else whole[1 + row, columns])
+        # Triton's kernels take addresses: torch does not know that anything was written.
+        self.bank.note_step()
 
     def _table(self, steps: Sequence[ClientStep]) -> NDArray[np.float64]:
         """[7 + 1 + blocks, K]: factors (see `client_block`); below them, as bits of whole numbers, the place of the client's

@@ -107,13 +107,16 @@ class WaveTrainer:
         self.timer.lap("set_up")
         counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts, self.bank.device)
         # The steps of the longest client, on every rank: where a rank's own have finished, rows of others still arrive.
-        for step in range(max((len(w.batches) for home in works for w in home), default=0)):
-            self._forward_backward(step, works, counts, limits)
-            self.timer.lap("passes")
-            self._optimize(step, round_index, works, views)
-            self.timer.lap("optimizer")
-        # Observers and scale factors belong to this wave; an evaluation that follows must not see them.
-        self.execution.wave = InTraining()
+        try:
+            for step in range(max((len(w.batches) for home in works for w in home), default=0)):
+                self._forward_backward(step, works, counts, limits)
+                self.timer.lap("passes")
+                self._optimize(step, round_index, works, views)
+                self.timer.lap("optimizer")
+        finally:
+            # Observers and scale factors belong to this wave; an evaluation that follows must not see them, nor does one after
+            # a wave that did not fit into memory: it may have been the round's last.
+            self.execution.wave = InTraining()
         read_losses(works[self.shard])
         updates = self._updates(works, views, counts, time.monotonic() - began)
         self.timer.lap("reports")
@@ -250,8 +253,6 @@ class WaveTrainer:
             if step < len(work.batches)
         ]
         self.optimizer.step_all(steps, norms_C)
-        # Kernels write to memory of which torch does not know that it has changed.
-        self.bank.note_step()
 
     def _global_norms(self) -> Tensor:
         """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""

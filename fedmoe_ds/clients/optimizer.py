@@ -43,7 +43,7 @@ def moment_bytes(config: LocalConfig) -> int:
 
 
 class ClientOptimizer:
-    """Steps single clients of a bank.
+    """Steps clients of a bank: one of them, or on a device all at once.
 
     Args:
         bank: values and gradients of the clients in flight.
@@ -127,6 +127,8 @@ class ClientOptimizer:
                 self._plain_rounding(name, value, grad, moments, keys, step, lr)
             # This client's part alone, right after its use: the next step adds to it, micro-batch by micro-batch.
             grad.zero_()
+        # The native step takes addresses: torch does not know that anything was written.
+        self.bank.note_step()
 
     def _keys(self, name: str, step: int, address: tuple[int, int] | None) -> Keys | None:
         if self.rounding is None:

@@ -30,7 +30,7 @@ class OutOfMemory(Exception):
     """A pass did not fit.
 
     Attributes:
-        client: of those in the pass, on all ranks of the cluster, the one with the most sequences.
+        client: of those in the pass, on all ranks of the cluster, the one with the most sequences in it.
         sequences: how many of its sequences that pass held (packed: full ones).
         together: how many of all clients of one rank, where it was the pass of several; else None.
     """

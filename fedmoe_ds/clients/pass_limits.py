@@ -60,7 +60,8 @@ def shortage(everyone: list[ClientWork], step: int, micro: int) -> OutOfMemory:
     A pass is shared where a rank has more than one client in it: clients that are alone on their ranks are in no smaller number
     to be had, whatever their slots, so of them only a step of their own can be cut.
     """
-    largest = max(everyone, key=lambda work: work.sizes[step][micro])
+    # By what each has in this very pass; of equals the first by index, whom every rank and every start finds.
+    largest = max(everyone, key=lambda work: (work.sizes[step][micro], -work.client.index))
     homes = [work.home for work in everyone]
     shared = [sum(work.sizes[step][micro] for work in everyone if work.home == home) for home in homes if homes.count(home) > 1]
     return OutOfMemory(largest.client, largest.sizes[step][micro], max(shared, default=None))

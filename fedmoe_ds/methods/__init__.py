@@ -27,6 +27,7 @@ from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
 from fedmoe_ds.model.router_losses import balance_loss
+from fedmoe_ds.model.upload import upload
 from fedmoe_ds.randomness import generator
 
 __all__ = [
@@ -55,5 +56,6 @@ __all__ = [
     "method_names",
     "present",
     "product_norms",
+    "upload",
     "with_defaults",
 ]

@@ -44,6 +44,7 @@ from fedmoe_ds.methods import (
     RoutingObserver,
     UserError,
     balance_loss,
+    upload,
 )
 
 
@@ -97,9 +98,9 @@ class FFTMoE(Method):
             return None
         if self.params.auxiliary == "global":
             # Sent to the device once, not by every layer of every batch.
-            targets_LE = cache(partial(self.targets(context.utilisation_LE).to, non_blocking=True))
+            sent = cache(partial(upload, [self.targets(context.utilisation_LE).numpy()]))
             return RoutingObserver(
-                loss=lambda layer, own, *_: weight * divergence(own, None, targets_LE(own.probs_TE.device)[place[layer]])
+                loss=lambda layer, own, *_: weight * divergence(own, None, sent(own.probs_TE.device)[0][place[layer]])
             )
         if self.params.auxiliary == "switch":
             return RoutingObserver(loss=lambda layer, own, *_: weight * balance_loss(own))

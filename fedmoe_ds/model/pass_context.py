@@ -162,8 +162,12 @@ class Execution:
     current: Pass | None = None
     products: LowRankProducts | None = None
     # A scalar leaf that requires a gradient, which nobody reads. As an input of the custom functions it keeps them in the graph
-    # where their rows need no gradient, so that adapters of the first layer are reached.
-    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    # where their rows need no gradient, so that adapters of the first layer are reached. It lies where the rows do: a gradient
+    # that had to come to the host would make it wait.
+    anchor: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.anchor = torch.zeros((), device=self.bank.device, requires_grad=True)
 
     def products_for(self, rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
         """The implementation of the adapters' products for rows of this type, chosen once."""

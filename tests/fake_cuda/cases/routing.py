@@ -70,7 +70,7 @@ def layer_on(device: torch.device, rule: Rule, batch: Batch) -> tuple[Routing, P
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=draw) * 0.5).to(device, non_blocking=True)
+        return (torch.randn(shape, generator=draw) * 0.5).pin_memory().to(device, non_blocking=True)
 
     rows = len(batch.slot_T)
     logits_TE, x_TD, w13, w2 = (

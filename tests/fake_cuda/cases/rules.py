@@ -65,8 +65,6 @@ def case_copies_that_wait(fake: Any) -> None:
     count, host = fake.COUNT, torch.ones(4)
     device = host.to("cuda")
     assert (sum(count.uploads.values()), count.total_waits) == (1, 1)
-    host.to("cuda", non_blocking=True)
-    assert (sum(count.uploads.values()), count.total_waits) == (2, 1)
     device.cpu()
     assert count.total_waits == 2
     device.to("cpu", non_blocking=True)  # into memory that torch pins for it
@@ -89,6 +87,18 @@ def case_copies_that_wait(fake: Any) -> None:
     device[device > 0] = 1.0  # a number into a mask is a masked_fill
     torch.repeat_interleave(device.long(), output_size=4)
     assert count.total_waits == 9
+
+
+def case_uploads_that_wait(fake: Any) -> None:
+    """All out of pageable memory, and those that the program does not leave to themselves."""
+    host, device, pinned = torch.ones(4), torch.zeros(4, device="cuda"), torch.ones(4).pin_memory()
+    for source, free in ((host, False), (pinned, True), (pinned[1:].expand(3), True)):
+        for non_blocking in (False, True):
+            fake.COUNT.reset()
+            assert source.to("cuda", non_blocking=non_blocking).device == fake.device
+            device[: len(source)].copy_(source, non_blocking=non_blocking)
+            assert fake.COUNT.uploads.total() == 2
+            assert fake.COUNT.total_waits == (0 if free and non_blocking else 2), fake.COUNT.waits
 
 
 def case_autograd(fake: Any) -> None:
@@ -121,7 +131,7 @@ def case_attention(fake: Any) -> None:
 def case_grouped_products(fake: Any) -> None:
     """torch's limits: 16 bytes, 1023 groups, bfloat16 and sm_90 for the fast kernel; else a loop, and the host waits."""
     x, w = torch.randn(8, 16, device="cuda", dtype=torch.bfloat16), torch.randn(2, 16, 8, device="cuda", dtype=torch.bfloat16)
-    ends = torch.tensor([8, 8], dtype=torch.int32).to("cuda", non_blocking=True)
+    ends = torch.tensor([8, 8], dtype=torch.int32).pin_memory().to("cuda", non_blocking=True)
     assert F.grouped_mm(x, w, offs=ends).shape == (8, 8) and fake.COUNT.total_waits == 0
     F.grouped_mm(x.float(), w.float(), offs=ends)
     assert fake.COUNT.total_waits == 1

@@ -149,11 +149,17 @@ def case_state_of_clients(fake: Any) -> None:
 
 
 def case_garbage_in_empty_groups(fake: Any) -> None:
-    """As sm_100 leaves it, in the type that GPUs multiply; one client trains, so that a rank has no rows of its own."""
+    """As sm_100 leaves it, in the type that GPUs multiply; one client trains, so that a rank has no rows of its own. That rank
+    waits for no more than the other, forward and backward."""
     fake.COUNT.empty_groups = "garbage"
     few = {"federation": {"participation": 0.1}, "foundation": {"dtype": "bfloat16"}, "adapters": {"rank": 8}}
-    result = run_here(config_of("flame", 2, few))
+    with passes_of(fake) as passes:
+        result = run_here(config_of("flame", 2, few))
     assert not world().is_main or every(loss < 100.0 for loss in losses(result))
+    for found in passes:
+        # Of backward there is no line of the project where autograd itself moves a gradient.
+        assert found.waits.pop("model/dispatcher.py") == found.layers and found.waits.total() <= 1, found.waits
+    assert passes
 
 
 def case_a_lost_rank_ends_the_others(fake: Any) -> NoReturn:
