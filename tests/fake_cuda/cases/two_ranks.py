@@ -157,7 +157,8 @@ def case_garbage_in_empty_groups(fake: Any) -> None:
 
 
 def case_a_lost_rank_ends_the_others(fake: Any) -> NoReturn:
-    """Its loss shows late, as NCCL's errors do; the code is the one after which a supervisor starts again."""
+    """Its loss shows late, as NCCL's errors do; the code is the one after which a supervisor starts again, and not SIGABRT of
+    torch's own watchdog, which would come first."""
     real = WaveTrainer._optimize
 
     def optimize(self: WaveTrainer, *args: Any) -> None:
