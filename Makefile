@@ -8,8 +8,17 @@ TORCH_NEWEST ?= torch==2.14.1
 TORCH_OLDEST ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # As many as GPUs, each of which takes one rank; without any, two share the CPU.
-GPUS = $(if $(filter cpu,$(DS_ACCELERATOR)),,$(if $(GPU),$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')))
-RANKS ?= $(or $(filter-out 0,$(GPUS)),2)
+comma := ,
+SHOWN := $(filter-out -1,$(subst $(comma), ,$(CUDA_VISIBLE_DEVICES)))
+COUNT_GPUS = $(or $(filter-out 0,$(words $(SHOWN))),$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU'))
+GPUS = $(if $(filter cpu,$(DS_ACCELERATOR)),,$(if $(GPU),$(filter-out 0,$(COUNT_GPUS))))
+RANKS ?= $(or $(GPUS),2)
+# With a count deepspeed ignores CUDA_VISIBLE_DEVICES, and takes the first GPUs of the host.
+ACCELERATORS = $(if $(and $(GPUS),$(SHOWN)),--include localhost:$(subst $() ,$(comma),$(CHOSEN)),--num_accelerators $(RANKS))
+CHOSEN = $(if $(filter GPU-% MIG-%,$(SHOWN)),$(error \
+	CUDA_VISIBLE_DEVICES: $(CUDA_VISIBLE_DEVICES): deepspeed's launcher takes numbers; give those of nvidia-smi -L))$(if \
+	$(word $(RANKS),$(SHOWN)),$(wordlist 1,$(RANKS),$(SHOWN)),$(error \
+	RANKS: $(RANKS): CUDA_VISIBLE_DEVICES=$(CUDA_VISIBLE_DEVICES) shows $(words $(SHOWN)); give RANKS=$(words $(SHOWN))))
 CONFIG ?= configs/quickstart.yaml
 # Debian packages that tests need beyond a C++ compiler and Python's headers.
 APT_PACKAGES ?=
@@ -21,6 +30,8 @@ WORKERS ?= 2
 # Of `make compare`: what docs/comparison.md shows.
 METHODS ?= flame,flame-t0,flame-static,flame-none,hetlora,hetlora-capped,flexlora,flexlora-capped,fedit,hfedmoe
 SEEDS ?= 4
+# Runs at once, of one rank each; each takes a GPU of its own, where there are any.
+JOBS ?= $(or $(GPUS),2)
 
 # Of `make real`: three seeds give intervals.
 REAL_SEEDS ?= 3
@@ -41,7 +52,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 # DeepSpeed compiles a small C++ operator on first use; the result belongs to this environment and to no other.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
-ifeq ($(GPU),)
+# No GPU here, or all of them hidden.
+ifeq ($(and $(GPU),$(or $(SHOWN),$(filter undefined,$(origin CUDA_VISIBLE_DEVICES)))),)
 export DS_ACCELERATOR ?= cpu
 endif
 
@@ -56,7 +68,7 @@ help:  ## list the targets
 install: .venv/.installed  ## create .venv with everything in it
 
 train: .venv/.installed  ## fine-tune the quickstart federation
-	deepspeed --log_level error --num_accelerators $(RANKS) launch/train.py --config $(CONFIG) --resume auto $(ARGS)
+	deepspeed --log_level error $(ACCELERATORS) launch/train.py --config $(CONFIG) --resume auto $(ARGS)
 
 test: .venv/.installed  ## run the tests
 	python -m pytest -n $(WORKERS) --dist loadfile -m "not soak and not cluster and not sweep and not real and not lm_eval" $(ARGS)
@@ -111,7 +123,7 @@ bench: .venv/.installed .venv-peers/.installed  ## measure everything against pe
 bench-peers: .venv-peers/.installed  ## create the environment of Flower, with which `make bench` compares
 
 compare: .venv/.installed  ## the study of docs/comparison.md, under half an hour on two cores; continues where it stopped
-	python launch/compare.py --methods $(METHODS) --seeds $(SEEDS) --jobs $(RANKS) $(ARGS)
+	python launch/compare.py --methods $(METHODS) --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
 
 clean:  ## remove caches; runs/ and .venv stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -3,11 +3,18 @@ and another amount of words change none, either."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import deepspeed.comm as ds_comm
 import pytest
+import torch
+from deepspeed.utils.comms_logging import CommsLogger
 from launching import Result, changed, run
+from torch import Tensor
+
+from fedmoe_ds.distributed.collectives import Exchange
 
 
 @pytest.mark.timeout(600)
@@ -37,6 +44,35 @@ def test_tools_write_their_files_and_change_nothing(nano: dict[str, Any], tmp_pa
         assert "all_to_all_single" in rows and "all_reduce" in rows
     assert "Flops Profiler" in (result.folder / "flops.txt").read_text()
     check_words(plain, result, tmp_path)
+
+
+class SlowBackend:
+    """Of DeepSpeed: rows to peers take a fifth of a second, in the call or until they are waited for."""
+
+    using_mpi = False
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self, group: Any = None) -> int:
+        return 2
+
+    def all_to_all_single(self, output: Tensor, input: Tensor, async_op: bool, **parts: Any) -> SlowBackend | None:
+        return self if async_op else self.wait()
+
+    def wait(self) -> None:
+        time.sleep(0.2)
+
+
+def test_the_log_times_rows_that_travel_until_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = CommsLogger()
+    logger.enabled = logger.prof_all = True
+    for name, value in {"cdb": SlowBackend(), "comms_logger": logger}.items():
+        monkeypatch.setattr(ds_comm.comm, name, value)
+    rows = torch.ones(4, 2)
+    assert Exchange(rows, None, [2, 2], [2, 2]).wait().shape == rows.shape
+    ((_, (count, (milliseconds,), *_)),) = logger.comms_dict["all_to_all_single"].items()
+    assert count == 1 and milliseconds >= 200.0
 
 
 def check_words(plain: Result, result: Result, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 import torch.distributed as torch_dist
 from distributed import run_distributed
 from every import every
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fedmoe_ds.config import Config, ExecutionConfig
 from fedmoe_ds.distributed import devices, runtime
@@ -108,25 +112,51 @@ def test_ranks_on_different_kinds_of_device() -> None:
     )
 
 
-@pytest.mark.parametrize("second", ["1", "0"])
-def test_all_ranks_get_the_same_answer(monkeypatch: pytest.MonkeyPatch, second: str) -> None:
-    store, answers = torch_dist.HashStore(), {}
+class FarStore(PrefixStore):
+    """A store whose answers take a while: `get` asks twice, first whether there is something."""
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        if threading.current_thread().name != "rank 0":
+            time.sleep(0.1)
+        return bytes(super().get(key))
+
+
+def answers_of(monkeypatch: pytest.MonkeyPatch, gpus: Sequence[str]) -> dict[int, str]:
+    """What every rank is told, by a GPU for each. Ranks are threads; rank 0 serves the store until it leaves."""
+    answers: dict[int, str] = {}
     monkeypatch.setattr(devices, "_meetings", itertools.repeat(0))  # one counter, where ranks are threads
+    monkeypatch.setattr(devices, "PrefixStore", FarStore)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores: list[Store | None] = [server, *(TCPStore("127.0.0.1", server.port, is_master=False) for _ in gpus[1:])]
+    del server
 
-    def rank(number: int, gpu: str) -> None:
+    def rank(number: int) -> None:
+        store, stores[number] = stores[number], None
+        assert store is not None
         try:
-            check_places(store, number, 2, Place("a", "cuda", gpu, 1, number))
+            check_places(store, number, len(gpus), Place("a", "cuda", gpus[number], 1, number))
             answers[number] = "ok"
-        except UserError as error:
-            answers[number] = str(error)
+            stores[number] = store  # a rank that is not refused builds its groups with it
+        except Exception as error:
+            answers[number] = f"{type(error).__name__}: {error}"
 
-    threads = [threading.Thread(target=rank, args=each) for each in ((0, "0"), (1, second))]
+    threads = [threading.Thread(target=rank, args=(number,), name=f"rank {number}") for number in range(len(gpus))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert len(answers) == 2 and answers[0] == answers[1]
-    assert (answers[0] == "ok") == (second == "1"), answers
+    return answers
+
+
+def test_all_ranks_hear_that_each_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answers_of(monkeypatch, ["0", "1"]) == {0: "ok", 1: "ok"}
+
+
+def test_all_ranks_get_the_same_refusal_before_rank_0_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = answers_of(monkeypatch, ["0"] * 4)
+    assert len(answers) == 4 and set(answers.values()) == {answers[0]}, answers
+    assert answers[0].startswith("UserError: topology.device: cuda: 4 ranks on a and 1 GPU: ranks 0 and 1 would share one; ")
 
 
 def probed(rank: int) -> bool:

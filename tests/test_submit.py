@@ -125,6 +125,10 @@ def test_a_mistake_is_one_line(config: Path) -> None:
         ({"overrides": ["method.name=flamme"]}, r"method.name: flamme: .*did you mean 'flame'"),
         ({"gpus_per_node": 1, "overrides": ["execution.reproducible=bitwise"]}, r"reproducible: bitwise: on cuda "),
         ({"overrides": ["topology.device=cuda"]}, r"topology.device: cuda: the job asks for no GPU; add --gpus-per-node"),
+        *(
+            ({"overrides": ["topology.device=cuda"], "sbatch": [option]}, r"topology.device: cuda: the job asks for no GPU; ")
+            for option in ("gpus=0", "--gres=gpu:0", "gres=gpu:a100:0", "gres=gpumem:1", "tres-bind=gres/gpu:closest")
+        ),
         ({"nodes": 0}, r"--nodes: 0: is no number of them; give at least 1"),
         ({"gpus_per_node": -1}, r"--gpus-per-node: -1: "),
         ({"partition": "a\n#SBATCH --wrap=x"}, r"--partition: 'a.*': is empty or no line of text"),
@@ -139,7 +143,9 @@ def test_refusals(config: Path, changes: dict[str, Any], text: str) -> None:
         written(Request(config, **changes))
 
 
-@pytest.mark.parametrize("option", ["gpus-per-task=1", "gres=gpu:2", "--gpus=2"])
+@pytest.mark.parametrize(
+    "option", ["gpus-per-task=1", "gres=gpu:2", "--gpus=2", "gres=nvme:1,gpu:a100", "tres-per-task=cpu=4,gres/gpu:1"]
+)
 def test_gpus_are_asked_for_in_several_ways(config: Path, option: str) -> None:
     """One GPU for each task is number 0 to every rank, which `devices` takes."""
     text = written(Request(config, overrides=["topology.device=cuda"], sbatch=[option]))

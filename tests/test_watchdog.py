@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -590,7 +591,7 @@ def test_the_limit_on_open_files_is_raised_only_as_far_as_needed(monkeypatch: py
 def test_a_world_of_one_has_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "_watch", None)
     alone: Any = type("Alone", (), {"size": 1, "rank": 0})()
-    assert start.start_watchdog(alone, LIMITS, 0) is None and start.current_watchdog() is None
+    assert start.start_watchdog(alone, LIMITS, 0, torch.device("cpu")) is None and start.current_watchdog() is None
 
 
 def in_thread(action: Callable[[], Any]) -> Callable[[], Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from fedmoe_ds.distributed.watchdog import start
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Process
@@ -104,7 +105,7 @@ class World:
 
     def _start(self, rank: int) -> None:
         try:
-            self.watches[rank] = start.start_watchdog(self._meeting.rank(rank), LIMITS, rank)
+            self.watches[rank] = start.start_watchdog(self._meeting.rank(rank), LIMITS, rank, torch.device("cpu"))
         except Exception as error:
             self.failures[rank] = error
 

@@ -55,7 +55,8 @@ def all_to_all(
 
 
 class Exchange:
-    """Rows under way to every peer of a group. The process goes on, and `wait` gives what has come from the peers.
+    """Rows under way to every peer of a group. The process goes on, and `wait` gives what has come from the peers; where
+    DeepSpeed's `comms_logger` times collectives, the process stays until they have come.
 
     Args:
         rows: [sum of send, ...], contiguous rows by peer.
@@ -66,16 +67,22 @@ class Exchange:
         # Both are held here until they have travelled.
         self._rows, self._group = rows.contiguous(), group
         self._output = rows.new_empty(sum(receive), *rows.shape[1:])
+        self._work: Any = None
+        if ds_comm.comm.comms_logger.enabled:
+            # DeepSpeed stops its clock when the call returns: what it times must have come to its end by then.
+            all_to_all(self._output, self._rows, group, receive, send)
+            return
         # The first one over a group builds its connections, so that starting, too, may wait for peers, or find one gone.
         with activity.collective("all_to_all", _name(group), rows.nbytes):
-            self._work: Any = ds_comm.all_to_all_single(
+            self._work = ds_comm.all_to_all_single(
                 self._output, self._rows, output_split_sizes=receive, input_split_sizes=send, group=group, async_op=True
             )
 
     def wait(self) -> Tensor:
         """[sum of receive, ...]. On CUDA the stream waits and not the host."""
-        with _collective("all_to_all", self._group, self._rows, begins=False):
-            self._work.wait()
+        if self._work is not None:
+            with _collective("all_to_all", self._group, self._rows, begins=False):
+                self._work.wait()
         return self._output
 
 

@@ -8,6 +8,8 @@ own, whatever number a process sees them under.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -17,12 +19,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fedmoe_ds.errors import UserError
 
 _VARIABLE = "DS_ACCELERATOR"
-_PROBLEM, _HEARD = "problem", "all have heard"
+_PROBLEM = "problem"
+_HEAR = datetime.timedelta(seconds=60)
+"""How long rank 0 waits until all have heard of it, on hosts that are starved of CPU."""
 
 _meetings = itertools.count()
 
@@ -133,8 +138,10 @@ def check_places(store: Store, rank: int, world_size: int, place: Place) -> None
     problem = told.get(_PROBLEM).decode()
     if not problem:
         return
-    if told.add("heard", 1) == world_size:
-        told.set(_HEARD, "")
-    # Rank 0 serves the store: it stays until the last one knows.
-    told.get(_HEARD)
+    if rank != 0:
+        told.set(f"{rank} has heard", "")  # its last word: it waits for no answer
+    else:
+        # Rank 0 serves the store: it stays until the last one knows. One that is lost by now changes nothing of the problem.
+        with contextlib.suppress(torch_dist.DistStoreError):
+            told.wait([f"{peer} has heard" for peer in range(1, world_size)], _HEAR)
     raise UserError(problem)

@@ -119,7 +119,7 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
     control = _join(device, launch, topology.control, timeout)
     try:
-        watch = start_watchdog(control, limits, launch.local_rank)
+        watch = start_watchdog(control, limits, launch.local_rank, device)
     except (OSError, RuntimeError) as error:
         here, there = f"rank {launch.rank} on {socket.gethostname()}", os.environ["MASTER_ADDR"]
         raise LostError(

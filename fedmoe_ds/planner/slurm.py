@@ -92,10 +92,21 @@ def check(request: Request) -> Config:
 
 def _asks_for_gpus(request: Request) -> bool:
     """Whether the job gets GPUs, for its nodes or for each task: sbatch has several options for it."""
-    asked = [text.removeprefix("--") for text in request.sbatch]
-    return request.gpus_per_node is not None or any(
-        text.startswith("gpus") or (text.startswith("gres") and "gpu" in text) for text in asked
-    )
+    return request.gpus_per_node is not None or any(_gpus(text.removeprefix("--")) for text in request.sbatch)
+
+
+def _gpus(option: str) -> int:
+    """How many GPUs an option of sbatch asks for, for whatever it counts by: `gpus-per-task=a100:2`, `gres=gpu:2,nvme:1`,
+    `tres-per-task=cpu:4,gres/gpu=1`."""
+    key, _, value = option.partition("=")
+    if re.fullmatch(r"gpus(-per-[a-z]+)?", key):
+        asked = [("gpu", *part.split(":")) for part in value.split(",")]
+    elif re.fullmatch(r"gres|tres-per-[a-z]+", key):
+        asked = [tuple(re.split("[:=]", part.removeprefix("gres/").removeprefix("gres:"))) for part in value.split(",")]
+    else:
+        return 0
+    # name[:type][:count]; without a count it is one.
+    return sum(int(last) if (last := part[-1]).isdigit() else 1 for part in asked if part[0] == "gpu")
 
 
 def compose(request: Request, config: Config, home: Path, folder: Path) -> str:

@@ -14,13 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedmoe_ds.config import dump_config
 from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import open_plain, write_whole
+from fedmoe_ds.studies.gpus import VISIBLE, launcher_options
 from fedmoe_ds.studies.run import Run
 
 # A study started under a launcher would otherwise pass its own rank on to every run.
@@ -36,12 +37,23 @@ class Child:
         environment: of the study; OMP_NUM_THREADS is the run's `execution.threads` unless set there.
         lock: file descriptor to inherit.
         by_slurm: start the ranks with srun, inside of an allocation.
+        slot: its place among the runs that are at work at once.
+        gpus: one for each rank, under names of $CUDA_VISIBLE_DEVICES; where there are none the ranks take what they find.
     Raises:
         UserError: the configuration or the messages beside the run folder cannot be written.
     """
 
-    def __init__(self, run: Run, script: Path, environment: Mapping[str, str], lock: int, by_slurm: bool = False) -> None:
-        self.run, self.log = run, Path(f"{run.folder}.log")
+    def __init__(
+        self,
+        run: Run,
+        script: Path,
+        environment: Mapping[str, str],
+        lock: int,
+        by_slurm: bool = False,
+        slot: int = 0,
+        gpus: Sequence[str] = (),
+    ) -> None:
+        self.run, self.slot, self.log = run, slot, Path(f"{run.folder}.log")
         config = Path(f"{run.folder}.yaml")
         try:
             write_whole(config, dump_config(run.config))
@@ -53,7 +65,9 @@ class Child:
         dropped = _RANK if by_slurm else (*_RANK, "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in environment.items() if name not in dropped}
         kept.setdefault("OMP_NUM_THREADS", str(run.config.execution.threads))
-        command = [*self._launcher(run.ranks), str(script), "--config", str(config), "--resume", "auto"]
+        if gpus:
+            kept[VISIBLE] = ",".join(gpus)
+        command = [*self._launcher(run.ranks, gpus), str(script), "--config", str(config), "--resume", "auto"]
         self._began = time.monotonic()
         with open(handle, "ab") as log:
             # The log of a run goes on over its starts; a failure is explained by the lines of this one.
@@ -72,12 +86,12 @@ class Child:
             finally:
                 signal.signal(signal.SIGUSR1, before)
 
-    def _launcher(self, ranks: int) -> list[str]:
+    def _launcher(self, ranks: int, gpus: Sequence[str]) -> list[str]:
         if self._by_slurm:
             return ["srun", f"--ntasks={ranks}", sys.executable]
         if ranks == 1:
             return [sys.executable]
-        options = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--log_level", "error"]
+        options = [*launcher_options(ranks, gpus), "--master_port", str(free_port()), "--log_level", "error"]
         return [sys.executable, "-m", "deepspeed.launcher.runner", *options]
 
     def poll(self) -> int | None:

@@ -14,6 +14,7 @@ from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fedmoe_ds.report import formats
 from fedmoe_ds.storage.folder_lock import FolderLock
 from fedmoe_ds.studies.child import Child
+from fedmoe_ds.studies.gpus import gpus_of
 from fedmoe_ds.studies.run import Run
 from fedmoe_ds.terminal import note
 
@@ -79,7 +80,8 @@ class Runner:
                 while len(active) < self.jobs and not self._requests and (run := _next(waiting, active)):
                     waiting.remove(run)
                     own = locks.enter_context(ExitStack())  # released with its run; the outer one is for an exception
-                    active[self._start(run, lock, own)] = own
+                    slot = min(set(range(self.jobs)) - {child.slot for child in active})
+                    active[self._start(run, lock, own, slot)] = own
                 time.sleep(_POLL_S)
                 for child in [child for child in active if child.poll() is not None]:
                     with active.pop(child):
@@ -92,11 +94,13 @@ class Runner:
         outcome.stopped = bool(self._requests)
         return outcome
 
-    def _start(self, run: Run, lock: int | None, own: ExitStack) -> Child:
+    def _start(self, run: Run, lock: int | None, own: ExitStack, slot: int) -> Child:
         inherited = own.enter_context(locked(run.folder)) if lock is None else lock
         if self.prepare is not None:
             self.prepare(run)
-        return Child(run, self.script, self.environment, inherited, self.by_slurm)
+        # SLURM gives the ranks of an allocation theirs itself.
+        gpus = [] if self.by_slurm else gpus_of(run, slot, self.environment)
+        return Child(run, self.script, self.environment, inherited, self.by_slurm, slot, gpus)
 
     def _settle(self, child: Child, outcome: Outcome) -> None:
         """Say how a child ended."""

@@ -2,8 +2,8 @@
 
 A collective on NCCL returns before it has run, and so does `Work.wait`: it makes the device wait, not the host. The loss of a
 peer shows later: at the host's next wait for the device, or torch's watchdog ends the process with SIGABRT. Here the work of a
-collective is finished at the next operation, and its failure is raised at the next wait (FAKE_NCCL=raise, the default), or a
-second after it happened the process is aborted (FAKE_NCCL=abort).
+collective is finished at the next operation. A moment after its failure the process is aborted; where the environment has
+TORCH_NCCL_ASYNC_ERROR_HANDLING=0 as groups are made, the failure is raised at the next wait instead.
 
 Source: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp of torch.
 """
@@ -22,12 +22,13 @@ import torch.utils._pytree as pytree
 from fake_cuda.counters import COUNT, DeviceError
 from fake_cuda.tensor import CudaTensor, on_cuda, tensors, unwrap
 
-_ABORT_S = 1.0
+_ABORT_S = 0.1
 _nccl: set[str] = set()
 _begun: dict[int, Any] = {}
 _unfinished: list[Any] = []
 _finishing = threading.RLock()
 _late: list[BaseException] = []
+_aborts = True
 
 _real_init, _real_new, _real_backend = dist.init_process_group, dist.new_group, dist.get_backend
 _real_wait = dist.Work.wait
@@ -36,7 +37,9 @@ _real_wait = dist.Work.wait
 @functools.wraps(_real_init)
 def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
     """As torch's; a device that is not visible fails here, and two ranks on one GPU, too."""
+    global _aborts
     nccl = "nccl" in str(backend or "").lower()
+    _aborts = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") != "0"
     device = kwargs.pop("device_id", None)
     if device is not None and device.index >= torch.cuda.device_count():
         raise DeviceError(f"init_process_group(device_id={device}): CUDA error: invalid device ordinal")
@@ -158,7 +161,7 @@ def finish_works() -> None:
 
 
 def _fail(error: BaseException) -> None:
-    if os.environ.get("FAKE_NCCL") == "abort":
+    if _aborts:
         timer = threading.Timer(_ABORT_S, os.abort)
         timer.daemon = True
         timer.start()

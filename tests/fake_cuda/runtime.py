@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from fake_cuda.library import load
 from fake_cuda.tensor import full_device, is_cuda, on_cuda
 
 MEMORY = 139 * 2**30
+_said = threading.local()
+"""`device`: what a thread has set as its own."""
 
 
 class Properties:
@@ -39,6 +42,8 @@ class Event:
     def wait(self, stream: Any = None) -> None: ...
 
     def query(self) -> bool:
+        if threading.current_thread() is not threading.main_thread() and not hasattr(_said, "device"):
+            COUNT.refuse("cudaEventQuery in a thread that is on no device yet: it would make a context on GPU 0")
         return all(work.is_completed() for work in self._before)
 
     def synchronize(self) -> None:
@@ -84,6 +89,11 @@ def _index(device: Any = None) -> int:
     return 0 if found is None else found.index
 
 
+def _set_device(device: Any) -> None:
+    _said.device = _index(device)
+    load().fake_cuda_set_current(_said.device)
+
+
 def _made(real: Any) -> Any:
     """`torch.tensor` and its like move to a device by themselves, without dispatching anything."""
 
@@ -102,7 +112,7 @@ def _device_functions(devices: int) -> dict[str, Any]:
         "is_initialized": lambda: True,
         "device_count": lambda: devices,
         "current_device": _index,
-        "set_device": lambda device: load().fake_cuda_set_current(_index(device)),
+        "set_device": _set_device,
         "synchronize": _synchronize,
         "get_device_name": lambda device=None: Properties.name,
         "get_device_properties": lambda device=None: Properties(_index(device)),

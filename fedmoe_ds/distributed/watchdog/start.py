@@ -19,6 +19,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedmoe_ds.distributed.address import is_reached, meant_addresses, resolved
 from fedmoe_ds.distributed.watchdog.handshake import join, secret
 from fedmoe_ds.distributed.watchdog.listener import Listener, allow_connections, listen, listen_everywhere
@@ -34,12 +36,13 @@ _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - names what must be told, binds n
 _watch: Watchdog | None = None
 
 
-def start_watchdog(control: Control, limits: Limits, local_rank: int) -> Watchdog | None:
+def start_watchdog(control: Control, limits: Limits, local_rank: int, device: torch.device) -> Watchdog | None:
     """Start this process's watchdog, together with all ranks; None in a world of one.
 
     Args:
         control: the communicator of the whole world.
         local_rank: the first rank of every host speaks when rank 0 cannot.
+        device: of this rank.
     Raises:
         OSError: rank 0 cannot be reached, or is another program.
     """
@@ -68,6 +71,7 @@ def start_watchdog(control: Control, limits: Limits, local_rank: int) -> Watchdo
         line, heard = join(places, control.rank, way["token"])
         # One line per host is enough if rank 0 is lost. On rank 0's own host local rank 0 is lost with it, so rank 1 speaks.
         _watch = WorkerWatchdog(me, limits, peers, line, heard, speaks=local_rank == 0 or control.rank == 1)
+    _watch.device = device
     _watch.thread.start()
     return _watch
 

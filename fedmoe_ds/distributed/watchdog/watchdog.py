@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
+
 from fedmoe_ds import terminal
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process
 
@@ -23,10 +25,12 @@ class Watchdog:
 
     Attributes:
         notes: lines about its start, for the user.
+        device: of this rank; its thread asks it what it waits in.
     """
 
     def __init__(self, me: Peer, limits: Limits, notes: Sequence[str] = ()) -> None:
         self.me, self.limits, self.notes = me, limits, tuple(notes)
+        self.device = torch.device("cpu")
         self.over = threading.Event()  # the job has been declared over
         self._left = threading.Event()
         self._leaving: dict[str, Any] | None = None  # what this process has said last
@@ -34,6 +38,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         try:
+            if self.device.type == "cuda":
+                # A new thread is on GPU 0, and its first question would make a context there, of half a GiB for every rank.
+                torch.cuda.set_device(self.device)
             while not self._left.is_set():
                 self.step()
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from fedmoe_ds.bench.gpu import checks, speeds
 from fedmoe_ds.bench.gpu.request import Request, Tell
 
-FOLDER = Path(tempfile.mkdtemp(prefix="gpu-visit-"))
+_folder = tempfile.TemporaryDirectory(prefix="gpu-visit-")
+atexit.register(_folder.cleanup)
+FOLDER = Path(_folder.name)
 REQUEST = Request("tiny", str(FOLDER / "model"), str(FOLDER))
 
 
