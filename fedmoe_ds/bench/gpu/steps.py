@@ -17,6 +17,7 @@ from typing import Any
 
 from fedmoe_ds.bench.gpu.request import CORRECTNESS, PROFILE, QUICKSTART, WAVE, Request, Tell, WrongError
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.terminal import note
 
 MODULE = "fedmoe_ds.bench.gpu.steps"
 
@@ -76,7 +77,7 @@ def main() -> None:
     try:
         STEPS[name].run(Request(**json.loads(request)), Tell(Path(file)))
     except (WrongError, UserError) as error:
-        sys.stderr.write(f"{error}\n")
+        note(error)
         code = 1
     except BaseException:
         traceback.print_exc()
