@@ -18,7 +18,7 @@ from fedmoe_ds.aggregation.lora_factors import Collection, FactorPair
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.methods import Method, load_method
 from fedmoe_ds.methods.base import product_norms
-from fedmoe_ds.methods.lora_fair import LoRAFair
+from fedmoe_ds.methods.lora_fair import LoRAFair, Problem
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
 R = 4
@@ -146,7 +146,9 @@ def test_lora_fairs_objective_and_slope_are_autograds(seed: int, count: int, siz
     residual = start.clone().requires_grad_()
     loss = objective(fair, residual, pair)
     (expected,) = torch.autograd.grad(loss, residual)
-    value, found = fair.problem(start, (pair.b_POR * share).sum(0), (pair.a_PRI * share).sum(0), *pair.stacked())
+    value, found = Problem.of(
+        (pair.b_POR * share).sum(0), (pair.a_PRI * share).sum(0), *pair.stacked(), fair.params.regularisation
+    ).at(start)
     assert float(value) == pytest.approx(float(loss.detach()), abs=1e-9)
     assert torch.allclose(found, expected, rtol=1e-7, atol=1e-8)
 

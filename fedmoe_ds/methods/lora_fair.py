@@ -14,6 +14,7 @@ do not get shorter. Inner products with W are taken through the factors, W is ne
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -53,35 +54,57 @@ class LoRAFair(Method):
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         share = pair.share_P.view(-1, 1, 1)
         a_RI, b_OR = (pair.a_PRI * share).sum(0), (pair.b_POR * share).sum(0)
-        b_OQ, a_QI = pair.stacked()
+        problem = Problem.of(b_OR, a_RI, *pair.stacked(), self.params.regularisation)
         length = b_OR.norm()
-        # W = 0 or not, a cosine with B = 0 is undefined, and there is no length to measure a step by.
-        if length == 0:
-            return Combined(a_RI, b_OR)
         best = residual = torch.zeros_like(b_OR)
-        least, slope = self.problem(residual, b_OR, a_RI, b_OQ, a_QI)
+        least, slope = problem.at(residual)
         for _ in range(self.params.server_steps):
             # The cosine's slope shrinks as 1 / ||B||: times ||B||^2, a step is a share of ||B|| whatever the adapter's size.
             residual = residual - self.params.server_lr * length**2 * slope
-            value, slope = self.problem(residual, b_OR, a_RI, b_OQ, a_QI)
+            value, slope = problem.at(residual)
             # Strictly: where nothing improves, dB stays zero and the result is FedIT's.
-            if value < least:
-                best, least = residual, value
-        return Combined(a_RI, b_OR + best)
+            better = value < least
+            best, least = torch.where(better, residual, best), torch.where(better, value, least)
+        # W = 0 or not, a cosine with B = 0 is undefined, and there is no length to measure a step by.
+        return Combined(a_RI, torch.where(length == 0, b_OR, b_OR + best))
 
-    def problem(self, residual: Tensor, b_OR: Tensor, a_RI: Tensor, b_OQ: Tensor, a_QI: Tensor) -> tuple[Tensor, Tensor]:
-        """The server's objective and its gradient in dB [O, R]; the norm's is taken as zero at dB = 0."""
-        total, gram_a = b_OR + residual, a_RI @ a_RI.T
-        target = b_OQ @ (a_QI @ a_RI.T)  # W A^T
+
+@dataclass(frozen=True)
+class Problem:
+    """The server's problem for one adapter. What does not depend on dB is computed once.
+
+    Attributes:
+        target_OR: W A^T.
+        gram_a_RR: A A^T.
+        w_norm: ||W||_F.
+        strength: lambda.
+    """
+
+    b_OR: Tensor
+    target_OR: Tensor
+    gram_a_RR: Tensor
+    w_norm: Tensor
+    strength: float
+
+    @classmethod
+    def of(cls, b_OR: Tensor, a_RI: Tensor, b_OQ: Tensor, a_QI: Tensor, strength: float) -> Problem:
         # <B A, B' A'> = <B^T B', A A'^T>: sums over R x R or Q x Q, never over O x I.
         w_norm = torch.sqrt(((b_OQ.T @ b_OQ) * (a_QI @ a_QI.T)).sum())
-        m_norm = torch.sqrt(((total.T @ total) * gram_a).sum())
-        # A zero matrix has no direction: the cosine is undefined, and dB stays where it is.
-        if w_norm == 0 or m_norm == 0:
-            return torch.zeros_like(w_norm), torch.zeros_like(residual)
-        cosine = (target * total).sum() / (w_norm * m_norm)
-        toward = target / (w_norm * m_norm) - cosine * (total @ gram_a) / m_norm**2
+        return cls(b_OR, b_OQ @ (a_QI @ a_RI.T), a_RI @ a_RI.T, w_norm, strength)
+
+    def at(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective and its gradient in dB [O, R]; the norm's is taken as zero at dB = 0.
+
+        Cases are chosen on the device: there are fifty steps for each adapter, and none of them waits for it.
+        """
+        total = self.b_OR + residual
+        m_norm = torch.sqrt(((total.T @ total) * self.gram_a_RR).sum())
+        scale = self.w_norm * m_norm
+        cosine = (self.target_OR * total).sum() / scale
+        toward = self.target_OR / scale - cosine * (total @ self.gram_a_RR) / m_norm**2
         size = residual.norm()
-        pull = residual / size if size > 0 else torch.zeros_like(residual)
-        strength = self.params.regularisation
-        return 1.0 - cosine + strength * size, strength * pull - toward
+        pull = torch.where(size > 0, residual / size, 0.0)
+        # A zero matrix has no direction: the cosine is undefined, and dB stays where it is.
+        undefined = (self.w_norm == 0) | (m_norm == 0)
+        value = torch.where(undefined, 0.0, 1.0 - cosine + self.strength * size)
+        return value, torch.where(undefined, 0.0, self.strength * pull - toward)

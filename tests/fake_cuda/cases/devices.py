@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from federations import build, finish
 from method_variants import variant_config
+from test_methods_algebra import make_pair, method
 
 from fake_cuda.runs import on_device, root, run_on_device
 
@@ -30,6 +32,18 @@ def case_personal_models_are_scored_and_survive_a_resume(fake: Any) -> None:
     assert every_value_on_the_host(parts)
     result = finish(parts, journal)
     assert [event for event in result.events if event["event"] == "eval" and "client" in event]
+
+
+def case_steps_of_a_server_do_not_wait(fake: Any) -> None:
+    """LoRA-FAIR takes fifty for each adapter."""
+    pair = make_pair(3, 4, (10, 12))
+    on_it = replace(pair, **{name: getattr(pair, name).to(fake.device) for name in ("a_PRI", "b_POR", "weight_P")})
+    fair = method("lora-fair")
+    expected = fair.combine(pair, pair.a_PRI[0])
+    fake.COUNT.reset()
+    found = fair.combine(on_it, on_it.a_PRI[0])
+    assert fake.COUNT.total_waits == 0 and fake.COUNT.kernels <= 42 * fair.params.server_steps, fake.COUNT.summary("combine")
+    assert found.b_OR.cpu().equal(expected.b_OR)
 
 
 def every_value_on_the_host(parts: Any) -> bool:
