@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.checkpoint.skipped_clients import findings_of
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.supervisor import Supervisor
@@ -45,6 +44,8 @@ def start(jobs: Sequence[tuple[Config, str]], ranks: int, max_restarts: int = 0)
             (folder / f"{index}.resume").write_text(resume, encoding="utf-8")
         # What this process can import its ranks can, too: a method that stands beside the program.
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        from fedmoe_ds.checkpoint.skipped_clients import findings_of  # brings torch, which importing this package does not
+
         silence = max(config.topology.silence_s for config, _ in jobs)
         runs = [Path(config.output) / config.name for config, _ in jobs]
         command, variables = [sys.executable, "-m", WORKER, name], {"PYTHONPATH": path}
