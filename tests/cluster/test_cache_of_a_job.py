@@ -34,6 +34,7 @@ def test_a_cache_in_doubt_is_told_once_and_a_cut_file_ends_the_job(nano: dict[st
         result = job.finish()
     lines = [line for line in result.stderr.splitlines() if "foundation.cache" in line]
     assert len(lines) == 1 and f"entries are kept in {own}" in lines[0], result.stderr
-    assert sorted(path.name for path in own.iterdir()) == ["data", "shared"] and list(root.iterdir()) == [own]
+    # Kept there: rows, what ranks compare, and the sums of the model's files.
+    assert sorted(path.name for path in own.iterdir()) == ["data", "shared", "sums"] and list(root.iterdir()) == [own]
     assert result.code == EXIT_LOST and "Traceback" not in result.stderr, result.stderr
     assert any(line.startswith("error: rank ") and f"{file} was mapped" in line for line in result.errors), result.stderr
