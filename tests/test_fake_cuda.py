@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_cuda.ceilings import CEILINGS
 from fake_cuda.library import compiler
 
 FOLDER = Path(__file__).parent / "fake_cuda"
@@ -185,3 +186,10 @@ def test_on_the_stand_in(case: Case, outcomes: dict[str, Cases]) -> None:
     assert len(lines) == TOPICS[case[0]].ranks
     for rank, line in enumerate(lines):
         assert line["ok"], f"rank {rank}: {line['error']}"
+
+
+def test_the_page_has_the_ceilings() -> None:
+    """docs/cuda.md repeats what is held: a ceiling that moves moves there, too."""
+    page = (FOLDER.parents[1] / "docs/cuda.md").read_text()
+    rows = [line for line in page.split("| figure | ceiling |\n|---|---|\n")[1].splitlines() if line.startswith("|")]
+    assert rows[: len(CEILINGS)] == [f"| {name} | {ceiling:,} |" for name, ceiling in CEILINGS.items()]

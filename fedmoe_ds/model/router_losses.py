@@ -27,17 +27,14 @@ def balance_loss(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
         counts_E = routing.counts_E()
         share_E = counts_E / counts_E.sum().clamp(min=1)
     # Sigmoid scores do not sum to one, softmax scores do; the normalised form serves both.
-    probs_TE = _valid(routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20), valid_T)
+    probs_TE = routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20)
+    if valid_T is not None:
+        probs_TE = probs_TE[valid_T]
     # Times zero and not a constant zero: the loss then keeps its place in the graph and backward finds a path.
     mean_E = probs_TE.mean(0) if len(probs_TE) else probs_TE.sum(0) * 0.0
     return num_experts * (share_E * mean_E).sum()
 
 
-def z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
-    """ST-MoE router z-loss: mean over rows of logsumexp(logits)^2; `valid_T` as in `balance_loss`."""
-    logits_TE = _valid(logits_TE, valid_T)
+def z_loss(logits_TE: Tensor) -> Tensor:
+    """ST-MoE router z-loss: mean over rows, which are all valid, of logsumexp(logits)^2."""
     return logits_TE.float().logsumexp(-1).square().mean() if len(logits_TE) else logits_TE.sum() * 0.0
-
-
-def _valid(values_TE: Tensor, valid_T: Tensor | None) -> Tensor:
-    return values_TE if valid_T is None else values_TE[valid_T]
