@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +13,15 @@ from numpy.typing import NDArray
 from fedmoe_ds.clients.client import Client, make_clients
 from fedmoe_ds.clients.tiers import Capacity, resolve_tiers
 from fedmoe_ds.config import FederationConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from fedmoe_ds.data.dealing import Prepared
+from fedmoe_ds.data.federated import FederatedData
+from fedmoe_ds.data.sequences import Sequences
+from fedmoe_ds.data.store import write_store, write_units
 
 TOKENS_PER_SAMPLE = 200
 SEED = 0
+LONGEST = 48
+_TOKENS = 24
 _TOP_K, _RANK, _EXPERTS = 8, 16, 64
 
 
@@ -40,7 +45,22 @@ def sizes_of(count: int) -> Sizes:
     return Sizes([f"client-{i:0{width}d}" for i in range(count)], samples, samples, tokens // 2, tokens)
 
 
-def clients_of(sizes: Sizes) -> Sequence[Client]:
+def content_of(samples: int) -> Sequences:
+    """Encoded samples of 12 to 36 tokens; the first four of each are its prompt."""
+    lengths = np.random.default_rng(SEED).integers(_TOKENS // 2, _TOKENS * 3 // 2, samples)
+    ids = [np.arange(length) for length in lengths.tolist()]
+    return Sequences(ids, [one > 3 for one in ids])
+
+
+def store(prepared: Prepared, cache: Path) -> FederatedData:
+    """Store what was dealt as a start does it, and open it as every rank does."""
+    rows = len(prepared.content)
+    header = {"sequence_length": LONGEST, "omissions": {"rows": rows, "total": {}, "clients": {}}, "reading": {}}
+    write_store(cache / "deal", prepared, header, write_units(cache, prepared.content, header))
+    return FederatedData.open(cache / "deal")
+
+
+def clients_of(sizes: Sizes | FederatedData) -> Sequence[Client]:
     """Them with the default tiers of a model with top-k 8."""
     federation = FederationConfig()
     tiers = resolve_tiers(federation, Capacity(_TOP_K, _RANK, _EXPERTS), "top_k")
