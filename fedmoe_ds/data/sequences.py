@@ -105,6 +105,6 @@ def fingerprint(content: Sequences, owned: Ragged) -> str:
         # Lengths first: the same tokens cut into other sequences are other data. Byte order and widths are fixed.
         digest.update(struct.pack(f"<{end - start + 1}q", end - start, *(len(tokens[row]) for row in rows[start:end])))
         for row in rows[start:end]:
-            digest.update(np.ascontiguousarray(tokens[row], "<i8"))
-            digest.update(np.ascontiguousarray(masks[row]))
+            digest.update(np.ascontiguousarray(tokens[row], "<i8").data)
+            digest.update(np.ascontiguousarray(masks[row]).data)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.bench.scale.synthetic import SEED, content_of, store
@@ -18,13 +19,15 @@ NAME = "partition"
 X = "clients"
 POINTS = (1_000, 10_000, 100_000, 1_000_000)
 WALL = "one process, before the first round: a minute and 4 GiB at most, reading and tokenizing apart"
+Kind = Literal["natural", "quantity"]
 _SAMPLES = 2
 
 
 def measure(x: int) -> dict[str, float]:
     content = content_of(x * _SAMPLES)
     spent, figures = 0.0, dict[str, float]()
-    for kind in ("natural", "quantity"):
+    kinds: tuple[Kind, ...] = ("natural", "quantity")
+    for kind in kinds:
         with scratch_folder() as folder:
             found = _dealt(content, kind, x, folder / "data")
         spent = max(spent, found.pop("whole"))
@@ -32,7 +35,7 @@ def measure(x: int) -> dict[str, float]:
     return {"seconds": spent, **figures}
 
 
-def _dealt(content: Sequences, kind: str, clients: int, cache: Path) -> dict[str, float]:
+def _dealt(content: Sequences, kind: Kind, clients: int, cache: Path) -> dict[str, float]:
     count = len(content)
     config = DataConfig(partition=PartitionConfig(kind=kind, clients=None if kind == "natural" else clients, alpha=1.1))
     began = time.perf_counter()
