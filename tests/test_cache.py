@@ -23,9 +23,10 @@ from every import every
 
 from fedmoe_ds.config import PretrainConfig
 from fedmoe_ds.data import federated, wheels
+from fedmoe_ds.data.dealing import Prepared
 from fedmoe_ds.data.omissions import Omissions
-from fedmoe_ds.data.preparation import Prepared
-from fedmoe_ds.data.store import Sequences
+from fedmoe_ds.data.ragged import Ragged
+from fedmoe_ds.data.sequences import Sequences
 from fedmoe_ds.data.wheels import Wheel
 from fedmoe_ds.errors import EXIT_LOST, UserError
 from fedmoe_ds.foundation import file_sums
@@ -41,8 +42,8 @@ NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give fi
 
 def use_data(root: Path) -> federated.FederatedData:
     tokens = np.arange(LARGE // 8, dtype=np.int64)
-    owner = Sequences([tokens], [tokens > 0])
-    made = Prepared(["ann"], [owner], [owner], owner, {"labels": ["all"], "counts": [[1]]}, Omissions(rows=1))
+    owned = Ragged.joined([np.zeros(1, np.int64)] * 3)  # one sequence, in the training set and both hold-outs
+    made = Prepared(["ann"], Sequences([tokens], [tokens > 0]), owned, ["all"], np.ones((1, 1), np.int64), Omissions(rows=1))
     return federated._found_or_made(cache.place(root, "data") / "key", lambda: made, {"sequence_length": len(tokens)})
 
 

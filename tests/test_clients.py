@@ -13,12 +13,15 @@ from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.clients.client import Client, make_clients
+from fedmoe_ds.clients.client import Client, Count, Population, counts_of, make_clients, richest, top_k_of
+from fedmoe_ds.clients.client import tiers_of as clients_by_tier
+from fedmoe_ds.clients.pooled import pooled_client
 from fedmoe_ds.clients.tiers import BudgetKind, Capacity, Tier, default_tiers, resolve_tiers
-from fedmoe_ds.config import FederationConfig, TierConfig
+from fedmoe_ds.config import FederationConfig, LocalConfig, TierConfig
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.sampling import participants
 
 FULL = Capacity(top_k=8, rank=16, experts=64)
 
@@ -27,10 +30,10 @@ def make_data(count: int) -> FederatedData:
     """Sizes without any sequences behind them."""
     sizes = np.arange(1, count + 1, dtype=np.int64)
     names = [f"client-{i:04d}" for i in range(count)]
-    return FederatedData(names, sizes, sizes, sizes * 10, sizes * 10, {}, 16, "", Omissions(), Path(), cast(Any, None))
+    return FederatedData(names, sizes, sizes, sizes * 10, sizes * 10, 16, "", Omissions(), Path(), cast(Any, None))
 
 
-def deal(count: int, tiers: list[TierConfig], seed: int = 0, **federation: Any) -> list[Client]:
+def deal(count: int, tiers: list[TierConfig], seed: int = 0, **federation: Any) -> Population:
     config = FederationConfig(tiers=tiers, **federation)
     return make_clients(make_data(count), config, resolve_tiers(config, FULL, "top_k"), seed)
 
@@ -174,3 +177,52 @@ def test_a_column_says_the_label_of_the_tier() -> None:
     assert [client.rank for client in clients] == [1, 2, 1]
     with pytest.raises(UserError, match=r"^federation\.tier_column: plan: client client-0001 has tier '4', and .* 4 r2, 4 r1;"):
         make_clients(replace(make_data(2), tiers=["4 r1", "4"]), config, tiers, 0)
+
+
+def one_by_one(data: FederatedData, dealt: list[Tier]) -> list[Client]:
+    """The clients as objects, which is what a population stands for."""
+    return [
+        Client(i, name, tier.top_k, int(data.samples[i]), int(data.train_sequences[i]), int(data.train_tokens[i]), tier.cap,
+               tier.rank, tier.experts, tier=tier.label, rows=int(data.train_rows[i]))
+        for i, (name, tier) in enumerate(zip(data.names, dealt, strict=True))
+    ]  # fmt: skip
+
+
+TIERS = st.lists(st.tuples(st.sampled_from([8, 4, 2]), st.sampled_from([None, 2, 4])), min_size=1, max_size=5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(count=st.integers(1, 60), drawn=TIERS, seed=st.integers(0, 100))
+def test_a_population_is_what_its_clients_are(count: int, drawn: list[tuple[int, int | None]], seed: int) -> None:
+    """Against the list of all of them: tiers of one budget, tiers that nobody is of, draws of every kind, the pooled client."""
+    config = FederationConfig(tiers=[TierConfig(top_k=top_k, rank=rank, share=1.0) for top_k, rank in drawn])
+    tiers, data = resolve_tiers(config, FULL, "rank"), make_data(count)
+    population = make_clients(data, config, tiers, seed)
+    labels = {tier.label: tier for tier in tiers}
+    plain = one_by_one(data, [labels[client.tier] for client in population])
+    assert len(population) == count and population == plain and population[::2] == plain[::2] and population[-1] == plain[-1]
+    ours, theirs = clients_by_tier(population), clients_by_tier(plain)
+    assert list(ours) == list(theirs) and every(ours[label] == theirs[label] for label in theirs)
+    assert richest(population) == richest(plain) and top_k_of(population).tolist() == top_k_of(plain).tolist()
+    whats: tuple[Count, ...] = ("samples", "sequences", "targets", "token_rows")
+    for what in whats:
+        assert counts_of(population, what).tolist() == counts_of(plain, what).tolist()
+    for sampling in ("uniform", "size", "budget"):
+        members = participants(population, 0.4, seed, 1, sampling)
+        assert members == participants(plain, 0.4, seed, 1, sampling)
+    local = LocalConfig(batch_size=4)
+    assert pooled_client(population, members, local, seed, 1) == pooled_client(plain, members, local, seed, 1)
+
+
+def test_a_million_clients_are_no_objects() -> None:
+    """No wall-clock: what is counted is how many clients are made."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "fedmoe_ds.clients.client.Client", lambda *args, **keywords: made.append(args) or Client(*args, **keywords)
+        )
+        clients = deal(100_000, default_tiers(8))
+        tiers, members = clients_by_tier(clients), participants(clients, 0.001, 0, 1, "size")
+        assert sum(map(len, tiers.values())) == len(clients) == 100_000 and len(members) == 100
+        richest(clients)
+    assert len(made) == 101

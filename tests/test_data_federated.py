@@ -14,12 +14,12 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from every import every
+from reference_deal import fingerprint
 from transformers import PreTrainedTokenizerFast
 
 from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.federated import FederatedData, Sequences, prepare
-from fedmoe_ds.data.store import fingerprint
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage import cache
@@ -174,7 +174,7 @@ def test_every_rank_opens_views_of_one_memory_map(tokenizer: PreTrainedTokenizer
         FederatedData.open(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("name", ["sequences.arrow", "header.json"])
+@pytest.mark.parametrize("name", ["sequences.arrow", "clients.arrow", "header.json"])
 def test_damaged_cache_is_reported_and_made_again(name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     config = DataConfig(source=str(write_jsonl(tmp_path / "a.jsonl")), sequence_length=16, partition=IID)
     first = prepare(config, 0, tokenizer, tmp_path / "cache")

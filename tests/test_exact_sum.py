@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import random
+from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.aggregation.exact_sum import DIGIT_BITS, MOST_TERMS, WEIGHT_BITS, ExactSum, FloatSum
+from fedmoe_ds.aggregation.exact_sum import DIGIT_BITS, MOST_TERMS, ORIGIN, WEIGHT_BITS, ExactSum, FloatSum
 from fedmoe_ds.kernels.sums import loops_for
 
 NUMBERS = st.lists(
@@ -75,6 +76,39 @@ def test_most_terms_do_not_overflow(exponent: int) -> None:
     assert float(sums.value()) == pytest.approx(term * MOST_TERMS, rel=1e-15)
     worst = torch.full((1,), 2 ** (DIGIT_BITS - 1)) * MOST_TERMS
     assert int(worst) == 2 ** (DIGIT_BITS - 1) * MOST_TERMS < 2**63, "a digit is at most 2^47"
+
+
+TERMS = st.lists(
+    st.tuples(st.floats(0.5, 1.0, exclude_max=True), st.sampled_from([-1, 1]), st.integers(0, 60), st.integers(1, MOST_TERMS)),
+    min_size=1,
+    max_size=5,
+)
+BELOW_ONE = 1 - 2.0**-53
+
+
+@settings(max_examples=100, deadline=None)
+@given(TERMS, st.integers(-12, 12))
+@example([(BELOW_ONE, 1, 0, 1)], 0)
+@example([(BELOW_ONE, -1, 0, 1)], 3)
+def test_as_many_terms_as_there_may_be_add_up_like_whole_numbers(drawn: list[tuple[float, int, int, int]], window: int) -> None:
+    """MOST_TERMS terms in one window, up to its bound: how often each comes is drawn, and the last one fills the sum up."""
+    sums, high, low, left = ExactSum((1,), 1), 0, 0, MOST_TERMS
+    for place, (mantissa, sign, drop, times) in enumerate(drawn):
+        waiting = len(drawn) - 1 - place
+        times = min(times, left - waiting) if waiting else left
+        left -= times
+        weight = sign * math.ldexp(mantissa, DIGIT_BITS * (window + 1) + ORIGIN - 1 - drop)
+        one = ExactSum((1,), 1)
+        one.add_product(torch.tensor([BELOW_ONE], dtype=torch.float64), torch.tensor([weight], dtype=torch.float64))
+        for part in (one, sums):
+            part.raise_to(torch.tensor([window]))
+        sums.limbs += one.limbs * times  # of integers: as adding them one by one
+        scaled = Fraction(BELOW_ONE * weight) / Fraction(2) ** (DIGIT_BITS * window + ORIGIN)
+        high, low = high + times * round(scaled), low + times * round((scaled - round(scaled)) * 2**DIGIT_BITS)
+    assert left == 0 and sums.limbs.flatten().tolist() == [high, low] and int(sums.windows) == window, "a digit has overflown"
+    true = (high + Fraction(low, 2**DIGIT_BITS)) * Fraction(2) ** (DIGIT_BITS * window + ORIGIN)
+    bound = (abs(high) + Fraction(abs(low), 2**DIGIT_BITS)) * Fraction(2) ** (DIGIT_BITS * window + ORIGIN - 51)
+    assert abs(Fraction(float(sums.value())) - true) <= bound
 
 
 def draw_block(seed: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -202,7 +202,7 @@ def data(kit: Kit) -> Callable[[random.Random, Path], None]:
         for client in range(len(found)):
             found.train(client), found.holdout(client)
         if draw.random() < 0.2:  # the prepared store is read once more, damaged
-            file = draw.choice(("header.json", "sequences.arrow"))
+            file = draw.choice(("header.json", "sequences.arrow", "clients.arrow"))
             store = found.path / file
             by_tree = file == "header.json" and draw.random() < 0.7
             stored = store.read_bytes()

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,10 +165,18 @@ def test_collected_shares_are_those_of_the_weights(drawn: tuple[np.ndarray, np.n
 
 
 def test_a_round_has_room_for_its_clients() -> None:
-    config = Config.model_validate({"federation": {"participation": 0.5}})
-    check_terms(config, 2 * 65535)
-    with pytest.raises(UserError, match=r"^federation.participation: 0.5: 65536 clients in a round, .* sums hold 65535;"):
-        check_terms(config, 2 * 65536)
+    def spec(share: float, bitwise: bool = True, pooled: bool = False) -> Any:
+        config = Config.model_validate({"federation": {"participation": share}})
+        return SimpleNamespace(config=config, bitwise=bitwise, method=SimpleNamespace(pooled=pooled))
+
+    check_terms(spec(0.5), 2 * 65535)
+    with pytest.raises(
+        UserError, match=r"^federation.participation: 0.5: 65536 clients in a round, .* sums hold 65535; use 0.49"
+    ):
+        check_terms(spec(0.5), 2 * 65536)
+    check_terms(spec(0.4999), 2 * 65536)
+    check_terms(spec(0.5, bitwise=False), 2 * 65536)
+    check_terms(spec(1.0, pooled=True), 10**6)  # one client has the data of all
 
 
 def test_sums_of_another_version_are_not_misread(tmp_path: Path) -> None:

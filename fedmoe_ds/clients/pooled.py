@@ -6,14 +6,14 @@ them and cut into whole batches: the same tokens as a federated round, in fewer 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.clients.batches import local_batches
-from fedmoe_ds.clients.client import Client, richest
+from fedmoe_ds.clients.client import Client, counts_of, richest
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import FederatedData, Sequences
 from fedmoe_ds.randomness import generator
@@ -46,27 +46,29 @@ class PooledData:
         return self._lengths
 
 
-def pooled_client(clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int) -> Client:
+def pooled_client(
+    clients: Sequence[Client], members: Sequence[Client], local: LocalConfig, seed: int, round_index: int
+) -> Client:
     """The pooled client in a round with these participants: everybody's data, the largest budget, the participants' tokens."""
     largest = richest(clients)
     return replace(
         largest,
         index=0,
         name="all clients",
-        samples=sum(client.samples for client in clients),
-        sequences=sum(client.sequences for client in clients),
-        targets=sum(client.targets for client in clients),
-        rows=sum(client.token_rows for client in clients),
+        samples=int(counts_of(clients, "samples").sum()),
+        sequences=int(counts_of(clients, "sequences").sum()),
+        targets=int(counts_of(clients, "targets").sum()),
+        rows=int(counts_of(clients, "token_rows").sum()),
         steps=len(pooled_batches(clients, members, local, seed, round_index)),
     )
 
 
 def pooled_batches(
-    clients: list[Client], members: list[Client], local: LocalConfig, seed: int, round_index: int
+    clients: Sequence[Client], members: Sequence[Client], local: LocalConfig, seed: int, round_index: int
 ) -> list[np.ndarray]:
     """Sequence indices of every step of the pooled client, among all sequences in canonical order; the last may be smaller."""
-    # `accumulate` with an initial value gives one sum more than there are clients: the total, which zip drops.
-    first = dict(zip([c.index for c in clients], accumulate([c.sequences for c in clients], initial=0), strict=False))
+    # All clients, in canonical order: an index is a place.
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_of(clients, "sequences"))])
     own = [np.concatenate(local_batches(member, local, seed, round_index)) + first[member.index] for member in members]
     visits = generator(seed, "pooled", round_index).permutation(np.concatenate(own))
     return [visits[start : start + local.batch_size] for start in range(0, len(visits), local.batch_size)]

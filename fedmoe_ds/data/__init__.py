@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmoe_ds.data.federated import FederatedData, prepare
-    from fedmoe_ds.data.store import Sequences
+    from fedmoe_ds.data.sequences import Sequences
     from fedmoe_ds.data.task import ImageInput, Task, check_task
 
 __all__ = ["FederatedData", "ImageInput", "Sequences", "Task", "check_task", "prepare"]
 
-_PLACES = {"FederatedData": "federated", "prepare": "federated", "Sequences": "store"}
+_PLACES = {"FederatedData": "federated", "prepare": "federated", "Sequences": "sequences"}
 _PLACES |= dict.fromkeys(("ImageInput", "Task", "check_task"), "task")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.data.encoder import special_tokens
-from fedmoe_ds.data.store import Sequences
+from fedmoe_ds.data.sequences import Sequences
 from fedmoe_ds.errors import UserError
 
 if TYPE_CHECKING:

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.data import digits
+from fedmoe_ds.data.dealing import Prepared
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.data.omissions import Omissions
-from fedmoe_ds.data.preparation import Prepared, assemble, assemble_images
+from fedmoe_ds.data.preparation import assemble, assemble_images
 from fedmoe_ds.data.progress import told_to
+from fedmoe_ds.data.sequences import Sequences
 from fedmoe_ds.data.sources import Source, Sources, open_sources
-from fedmoe_ds.data.store import IMAGE_SHAPE, TIERS, UNITS, Sequences, Store, storage_error, usable, write_store, write_units
+from fedmoe_ds.data.store import IMAGE_SHAPE, Store, storage_error, usable, write_store, write_units
 from fedmoe_ds.data.task import check_task
 from fedmoe_ds.data.templates.chat_template import template_text
 from fedmoe_ds.data.templates.reading import Reading
@@ -54,8 +56,7 @@ class FederatedData:
 
     `names` are in canonical (sorted) order, which is the order of every per-client array. `samples`, int64 [n_clients],
     is |D_i| after hold-outs (a sample of packed text is one sequence, so it equals `train_sequences`). `train_tokens`
-    counts the targets of one epoch: target tokens, or images; `train_rows` all of its tokens, or images. `distribution` is
-    {"labels": [...], "counts": [client][label]}, in units dealt to the client, its hold-out included. `sequence_length` is 1
+    counts the targets of one epoch: target tokens, or images; `train_rows` all of its tokens, or images. `sequence_length` is 1
     for images, because how many rows an image has is the foundation's to say; `image_shape` is [C, H, W], None for text.
     `omissions` counts samples that were left out or cut. `tiers` are the labels of the clients' tiers, None where the data do
     not say them.
@@ -68,7 +69,6 @@ class FederatedData:
     train_sequences: NDArray[np.int64]
     train_tokens: NDArray[np.int64]
     train_rows: NDArray[np.int64]
-    distribution: dict[str, Any]
     sequence_length: int
     fingerprint: str
     omissions: Omissions
@@ -89,24 +89,37 @@ class FederatedData:
                 f"foundation.cache: {path}: no readable prepared data ({error}); on several machines, "
                 "the cache must be on a file system that all of them share"
             ) from error
-        header = store.header
-        fields = {key: header[key] for key in ("names", "distribution", "sequence_length", "fingerprint")}
-        fields["omissions"] = Omissions(**header["omissions"])
-        for key in ("samples", "train_sequences", "train_tokens", "train_rows"):
-            fields[key] = np.array(header[key], dtype=np.int64)
-        if (shape := header.get(IMAGE_SHAPE)) is not None:
-            fields["image_shape"] = tuple(shape)
-        fields["tiers"] = header.get(TIERS)
-        # Data that an earlier version prepared do not say it.
-        fields["reading"] = header.get(READING, {})
-        return cls(**fields, path=path, _store=store)
+        header, clients = store.header, store.clients
+        shape = header.get(IMAGE_SHAPE)
+        return cls(
+            clients.names,
+            clients.samples,
+            # A sample of packed text is one sequence.
+            clients.samples,
+            clients.train_tokens,
+            clients.train_rows,
+            header["sequence_length"],
+            header["fingerprint"],
+            Omissions(**header["omissions"]),
+            path,
+            store,
+            None if shape is None else tuple(shape),
+            clients.tiers,
+            # Data that an earlier version prepared do not say it.
+            header.get(READING, {}),
+        )
+
+    @property
+    def distribution(self) -> dict[str, Any]:
+        """{"labels": [...], "counts": [client][label]}, in units dealt to the client, its hold-out included."""
+        return self._store.clients.distribution
 
     def __len__(self) -> int:
         return len(self.names)
 
     def train(self, client: int) -> Sequences:
         """Return the training sequences (or images) of one client (its index in `names`)."""
-        # Owners lie in pairs, train then hold-out (see _write); the global hold-out is the last one.
+        # Owners lie in pairs, train then hold-out; the global hold-out is the last one.
         return self._store.read(2 * self._checked(client))
 
     def train_lengths(self, client: int) -> NDArray[np.int64]:
@@ -236,26 +249,12 @@ def _image_key(config: DataConfig, seed: int, images: digits.Images) -> str:
 
 
 def _write(folder: Path, prepared: Prepared, extra: dict[str, Any]) -> None:
-    owners = [owner for pair in zip(prepared.train, prepared.holdout, strict=True) for owner in pair]
-    counts = [len(sequences) for sequences in prepared.train]
-    header = {
-        "names": prepared.names,
-        "samples": counts,
-        "train_sequences": counts,
-        "train_tokens": [sequences.target_count() for sequences in prepared.train],
-        "train_rows": [sequences.row_count() for sequences in prepared.train],
-        "distribution": prepared.distribution,
-        **extra,
-        "omissions": prepared.omissions.as_dict(),
-        **({} if prepared.tiers is None else {TIERS: prepared.tiers}),
-        READING: prepared.reading,
-    }
-    owners.append(prepared.global_holdout)
-    shared, used = prepared.shared, sum(map(len, owners))
+    header = {**extra, "omissions": prepared.omissions.as_dict(), READING: prepared.reading}
+    content, used = prepared.content, len(prepared.owned.values_N)
     # Of few of many (max_samples), a copy is smaller than the whole; images are few, and have one deal for all.
-    if shared is None or shared.content.labels is not None or used * 2 < len(shared.content):
-        write_store(folder, owners, header)
+    if not prepared.shared or content.labels is not None or used * 2 < len(content):
+        write_store(folder, prepared, header)
         return
-    name = write_units(folder.parent, shared.content, extra)
+    name = write_units(folder.parent, content, extra)
     dealt = f"{extra.get(MADE_FROM, '')}, dealt to {len(prepared.names)} clients out of {name}"
-    write_store(folder, owners, {**header, UNITS: name, MADE_FROM: dealt}, shared.rows)
+    write_store(folder, prepared, {**header, MADE_FROM: dealt}, name)

@@ -20,8 +20,8 @@ from fedmoe_ds.data.groups import group_names
 from fedmoe_ds.data.mnist import IMAGE_SETS
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.progress import told_to
+from fedmoe_ds.data.sequences import Sequences
 from fedmoe_ds.data.sources import open_sources, source_name
-from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.data.table import Table
 from fedmoe_ds.data.templates import Reading, Samples
 from fedmoe_ds.errors import UserError

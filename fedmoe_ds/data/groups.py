@@ -13,8 +13,11 @@ and two names that differ only in invisible characters, because nobody could tel
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedmoe_ds.errors import UserError
 
@@ -74,16 +77,26 @@ def group_name(value: Any, words: list[str] | None = None) -> str | None:
         value = words[value]
     if not isinstance(value, str):
         return None
+    if value.isascii() and value.isprintable():  # what is said below holds; letter by letter a million names take seconds
+        return " ".join(value.split()) or None
     # NFC: the same accented letter in two spellings is one client.
     name = " ".join(unicodedata.normalize("NFC", value).split())
     return name if name and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name) else None
 
 
+def coded(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the different labels, sorted, and for each label its place among them."""
+    names = sorted(set(labels))
+    code = {name: place for place, name in enumerate(names)}
+    return names, np.fromiter(map(code.__getitem__, labels), np.int64, len(labels))
+
+
 def _check_distinguishable(names: set[str], column: str, key_name: str) -> None:
     seen: dict[str, str] = {"": ""}  # no name may look like nothing
     for name in sorted(names):
-        # Cf: format characters, such as zero-width joiners and marks of direction.
-        visible = " ".join("".join(letter for letter in name if unicodedata.category(letter) != "Cf").split())
+        # Cf: format characters, such as zero-width joiners and marks of direction; none of them is ASCII.
+        shown = name if name.isascii() else "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+        visible = " ".join(shown.split())
         if (other := seen.setdefault(visible, name)) != name:
             raise UserError(
                 f"{key_name}: {column}: the names {other!a} and {name!a} differ only in invisible characters; "

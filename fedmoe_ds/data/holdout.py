@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmoe_ds.data.groups import coded
+from fedmoe_ds.data.progress import counted
+from fedmoe_ds.data.ragged import Ragged
+from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.randomness import generator
+from fedmoe_ds.randomness import generator, generators
 
 Rows = NDArray[np.int64]
 _ROUNDING = 1e-9
@@ -21,8 +25,9 @@ def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
     About `share` of all samples and at least one, spread over the strata by size (`allocate`); every stratum keeps at least
     one sample.
     """
-    names, stratum = np.unique(np.asarray(strata), return_inverse=True)
-    sizes = np.bincount(stratum, minlength=len(names))
+    names, stratum_N = coded(strata)
+    members = Ragged.by_owner(stratum_N, len(names))
+    sizes = members.sizes_P
     # Every stratum keeps a sample, so one at least must have two.
     if int((sizes - 1).sum()) == 0:
         raise UserError(
@@ -31,11 +36,12 @@ def draw_global(strata: Sequence[str], share: float, seed: int) -> Rows:
         )
     # Of all names for this draw, this one leaves the quickstart's hold-out, and so its digest, as they were without a draw.
     quotas = allocate(sizes, share, generator(seed, "global-holdout-rounding"))
+    # Of a million strata few give anything: the others need no draw.
+    giving = np.flatnonzero(quotas)
     # One address per stratum: another group in the data does not change what this one holds out.
-    drawn = [
-        generator(seed, "global-holdout", str(name)).permutation(np.flatnonzero(stratum == index))[: quotas[index]]
-        for index, name in enumerate(names)
-    ]
+    draws = generators(seed, "global-holdout", (names[index] for index in giving.tolist()))
+    given = zip(draws, members.spans(giving), quotas[giving].tolist(), strict=True)
+    drawn = [draw.permutation(members.values_N[start:end])[:quota] for draw, (start, end), quota in given]
     return generator(seed, "global-holdout-order").permutation(np.concatenate(drawn)).astype(np.int64)
 
 
@@ -74,21 +80,38 @@ def _ideal(sizes: Rows, share: float) -> NDArray[np.float64]:
         ideal = np.minimum(ideal, room)
 
 
-def split_client(samples: int, share: float, seed: int, name: str) -> tuple[Rows, Rows]:
-    """Return (training indices ascending, hold-out indices in random order) of one client.
+def split_clients(rows: Ragged, share: float, seed: int, names: Sequence[str]) -> Ragged:
+    """Return two parts per client of `rows`: what it trains on, in its order there, and its hold-out in random order.
 
-    The hold-out has about `share` of the samples, at least one; a client with a single sample keeps it for training.
+    The hold-out has about `share` of the client's samples, at least one; a client with a single sample keeps it for training.
     """
+    sizes_C = rows.sizes_P
     # The upper bound comes last: a single sample gives 0.
-    held = min(max(round(share * samples), 1), samples - 1)
-    order = generator(seed, "client-holdout", name).permutation(samples)
-    return np.sort(order[held:]), order[:held]
+    held_C = np.minimum(np.maximum(np.rint(share * sizes_C).astype(np.int64), 1), sizes_C - 1)
+    drawn_N = rows.place_N
+    several = np.flatnonzero(sizes_C > 1)
+    draws = generators(seed, "client-holdout", (names[client] for client in several.tolist()))
+    for draw, (start, end) in counted(zip(draws, rows.spans(several), strict=True), len(several), "hold-outs drawn"):
+        stop_point()
+        drawn_N[start:end] = draw.permutation(end - start)
+    client_N, turn_N = rows.owner_N, rows.place_N
+    held_N = turn_N < held_C[client_N]
+    # The first of a client's drawn order are held, in that order; the others go back to their places.
+    order = np.lexsort((np.where(held_N, turn_N, drawn_N), held_N, client_N))
+    chosen_N = (rows.bounds[:-1][client_N] + drawn_N)[order]
+    return Ragged.of(rows.values_N[chosen_N], np.stack([sizes_C - held_C, held_C], axis=1).reshape(-1))
 
 
-def cap(samples: int, limit: int | None, seed: int, name: str) -> Rows:
-    """Return the indices (ascending) of at most `limit` samples of one client, drawn at random."""
-    if limit is None or samples <= limit:
-        return np.arange(samples)
-    # A prefix of one permutation: a larger limit keeps all that a smaller one had.
-    rows: Rows = np.sort(generator(seed, "max-samples", name).permutation(samples)[:limit])
-    return rows
+def cap_clients(rows: Ragged, limit: int | None, seed: int, names: Sequence[str]) -> Ragged:
+    """Return at most `limit` samples of each client, drawn at random, in their order."""
+    sizes_C = rows.sizes_P
+    beyond = np.flatnonzero(sizes_C > limit) if limit is not None else np.empty(0, np.int64)
+    if limit is None or not len(beyond):
+        return rows
+    kept_N = np.ones(len(rows.values_N), dtype=bool)
+    draws = generators(seed, "max-samples", (names[client] for client in beyond.tolist()))
+    for draw, (start, end) in counted(zip(draws, rows.spans(beyond), strict=True), len(beyond), "clients cut to max_samples"):
+        stop_point()
+        # A prefix of one permutation: a larger limit keeps all that a smaller one had.
+        kept_N[start + draw.permutation(end - start)[limit:]] = False
+    return Ragged.of(rows.values_N[kept_N], np.minimum(sizes_C, limit))

@@ -1,82 +1,38 @@
-"""From a source to every client's sequences: choose groups, encode, hold out, deal, pack, cap, split.
+"""From a source to every client's sequences: choose groups, encode, and deal (`dealing`): hold out, cap, split, pack.
 
-What is dealt is a *unit*: a finished sequence, a labelled image, or, for text files whose documents have no owner yet, a
-whole document that is packed once its client is known. Nothing here depends on the number of ranks: only one process
-prepares.
+Nothing here depends on the number of ranks: only one process prepares.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.config.data_section import DataConfig
-from fedmoe_ds.data import digits, groups, holdout, partition, templates
+from fedmoe_ds.data import digits, groups, partition, templates
+from fedmoe_ds.data.dealing import ALL, NOBODY, GivenHoldout, Prepared, Units, deal_units
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.omissions import LEFT_OUT, Omissions
+from fedmoe_ds.data.sequences import Sequences
 from fedmoe_ds.data.sources import Source, Sources, source_name
-from fedmoe_ds.data.store import Sequences
 from fedmoe_ds.data.table import Table
-from fedmoe_ds.distributed.stop_points import stop_point
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.randomness import generator
 
-MAX_LABELS = 30
-ALL = "all"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is stored; lists run over clients in the order of `names`."""
-
-    names: list[str]
-    train: list[Sequences]
-    holdout: list[Sequences]
-    global_holdout: Sequences
-    distribution: dict[str, Any]
-    omissions: Omissions
-    tiers: list[str] | None = None
-    shared: Shared | None = None
-    reading: templates.Reading = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Units that are finished sequences, and which of them each owner has: train and hold-out of every client in the order of
-    `names`, then the global hold-out. Another seed deals the same units, so they are stored once."""
-
-    content: Sequences
-    rows: list[NDArray[np.int64]]
-
-
-@dataclass(frozen=True)
-class _Units:
-    """What is dealt to clients, with the label or group of each, and the row it is; None where several rows are in it."""
-
-    content: Sequences
-    labels: list[str]
-    packed: bool
-    stratified: bool
-    rows: list[int] | None = None
+Owner = Callable[[int], str | None]
+"""The client of a row of the source."""
 
 
 @dataclass(frozen=True)
 class _Validation:
-    """The hold-out that the configuration names: its content, a random order of it, and the rows that were read for it."""
+    """The hold-out that the configuration names, and the rows that were read for it."""
 
-    content: Sequences
-    order: NDArray[np.int64]
+    given: GivenHoldout
     rows: int
     omissions: list[tuple[int, str]]
-
-    @property
-    def shuffled(self) -> Sequences:
-        return self.content.select(self.order)
 
 
 def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder, tier_column: str | None = None) -> Prepared:
@@ -109,10 +65,10 @@ def assemble(sources: Sources, config: DataConfig, seed: int, encoder: Encoder, 
     left_out = sum(kind in LEFT_OUT for _, kind in samples.omissions)
     _check_nothing_vanished(wanted, {labels[row] for row in samples.rows}, left_out)
     units = _units(samples, labels, config, by_group=group_column is not None or natural)
-    prepared, owners = _deal(units, config, seed, validation)
+    prepared, client_N = deal_units(units, config, seed, None if validation is None else validation.given)
     # Natural: the client of a left-out row is known from its label. Else only dealt rows have a client.
-    owner_of = dict(enumerate(labels)) if natural else owners
-    found = [(kind, owner_of.get(row)) for row, kind in samples.omissions]
+    owner_of: Owner = labels.__getitem__ if natural else _owner_of(units, prepared.names, client_N)
+    found = [(kind, owner_of(row)) for row, kind in samples.omissions]
     read = len(table)
     if validation is not None:
         found += [(kind, None) for _, kind in validation.omissions]
@@ -134,11 +90,14 @@ def _validation(source: Source, config: DataConfig, seed: int, encoder: Encoder)
     samples = templates.encode(table, columns, config, encoder)
     if not samples.rows:
         raise UserError(f"{where}: all {len(table)} samples are empty or do not fit; raise sequence_length or mend them")
-    units = _Units(Sequences(samples.tokens, samples.loss_mask), [], packed=config.template != "text", stratified=False)
-    content = _finished(units, np.arange(len(samples.rows)), config.sequence_length)
+    tokens, masks = samples.tokens, samples.loss_mask
+    if config.template == "text":
+        tokens = templates.pack(tokens, config.sequence_length)
+        masks = [templates.all_but_first(chunk) for chunk in tokens]
+    content = Sequences(tokens, masks)
     # In random order: an evaluation may take the first sequences only.
     order = generator(seed, "validation-order").permutation(len(content))
-    return _Validation(content, order, len(table), samples.omissions)
+    return _Validation(GivenHoldout(content, order), len(table), samples.omissions)
 
 
 def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Prepared:
@@ -153,50 +112,24 @@ def assemble_images(images: digits.Images, config: DataConfig, seed: int) -> Pre
         wanted = set(partition.largest_groups(labels, [1] * len(labels), config.partition.clients, seed))
         rows = np.array(_rows_in(labels, wanted))
     content = Sequences.of_images(images.pixels_NCHW[rows], images.labels_N[rows])
-    units = _Units(content, [labels[row] for row in rows], packed=True, stratified=natural)
-    return replace(_deal(units, config, seed)[0], omissions=Omissions(rows=len(rows)))
+    units = Units(content, [labels[row] for row in rows], packed=True, stratified=natural)
+    return replace(deal_units(units, config, seed)[0], omissions=Omissions(rows=len(rows)))
 
 
-def _deal(
-    units: _Units, config: DataConfig, seed: int, validation: _Validation | None = None
-) -> tuple[Prepared, dict[int, str]]:
-    """Hold out, deal to clients, cap and split; return that, and the client of every dealt row where a unit is one row."""
-    strata = units.labels if units.stratified else [ALL] * len(units.labels)
-    held = np.empty(0, np.int64) if validation is not None else holdout.draw_global(strata, config.global_holdout, seed)
-    # The global hold-out leaves first, so that no client trains on it, however samples are dealt.
-    rest = np.setdiff1d(np.arange(len(units.labels)), held)
-    dealt = partition.deal([units.labels[row] for row in rest], config.partition, seed)
-    train, held_by_client, counts = [], [], []
-    owned: list[NDArray[np.int64]] = []
-    # Canonical order: that of every per-client array of a run.
-    for name in sorted(dealt):
-        stop_point()
-        rows, sequences, label_count = _client(name, units, rest[dealt[name]], config, seed)
-        kept_rows, held_rows = holdout.split_client(len(sequences), config.holdout, seed, name)
-        owned += [rows[kept_rows], rows[held_rows]] if units.packed else []
-        train.append(sequences.select(kept_rows))
-        held_by_client.append(sequences.select(held_rows))
-        counts.append(label_count)
-    owners = {} if units.rows is None else {units.rows[row]: name for name in dealt for row in rest[dealt[name]]}
-    prepared = Prepared(
-        names=sorted(dealt),
-        train=train,
-        holdout=held_by_client,
-        global_holdout=_finished(units, held, config.sequence_length) if validation is None else validation.shuffled,
-        distribution=_distribution(counts),
-        omissions=Omissions(),
-        shared=_shared(units, [*owned, held], validation) if units.packed else None,
-    )
-    return prepared, owners
+def _owner_of(units: Units, names: list[str], client_N: NDArray[np.int64]) -> Owner:
+    """The client of a row, where a unit is one row; None where it has none."""
+    # Of few rows something is told, so they are looked up: all of them by name would be a large dictionary.
+    rows = np.array(units.rows or [], np.int64)
+    order = np.argsort(rows, kind="stable")
 
+    def owner(row: int) -> str | None:
+        place = int(np.searchsorted(rows, row, sorter=order))
+        if place == len(rows) or rows[order[place]] != row:
+            return None
+        client = int(client_N[order[place]])
+        return None if client == NOBODY else names[client]
 
-def _shared(units: _Units, rows: list[NDArray[np.int64]], validation: _Validation | None) -> Shared:
-    """Units and what each owner has of them; a validation of its own stands behind the units."""
-    if validation is None:
-        return Shared(units.content, rows)
-    ours, theirs = units.content, validation.content
-    content = Sequences(ours.input_ids + theirs.input_ids, ours.loss_mask + theirs.loss_mask)
-    return Shared(content, [*rows[:-1], validation.order + len(ours)])
+    return owner
 
 
 def _row_labels(table: Table, columns: dict[str, str], config: DataConfig, group_column: str | None) -> list[str]:
@@ -262,12 +195,12 @@ def _empty_client(name: str, dropped: int) -> UserError:
     )
 
 
-def _units(samples: templates.Samples, row_labels: list[str], config: DataConfig, by_group: bool) -> _Units:
+def _units(samples: templates.Samples, row_labels: list[str], config: DataConfig, by_group: bool) -> Units:
     """Return what is dealt; with `by_group`, the documents of a group are packed together before anything is drawn."""
     labels = [row_labels[row] for row in samples.rows]
     if config.template != "text" or not by_group:
         content = Sequences(samples.tokens, samples.loss_mask)
-        return _Units(content, labels, packed=config.template != "text", stratified=by_group, rows=samples.rows)
+        return Units(content, labels, packed=config.template != "text", stratified=by_group, rows=samples.rows)
     tokens: list[NDArray[np.int64]] = []
     packed_labels: list[str] = []
     members: dict[str, list[NDArray[np.int64]]] = {}
@@ -279,42 +212,4 @@ def _units(samples: templates.Samples, row_labels: list[str], config: DataConfig
         tokens.extend(chunks)
         packed_labels.extend([label] * len(chunks))
     masks = [templates.all_but_first(chunk) for chunk in tokens]
-    return _Units(Sequences(tokens, masks), packed_labels, packed=True, stratified=True)
-
-
-def _finished(units: _Units, rows: NDArray[np.int64], sequence_length: int) -> Sequences:
-    """Return the units at `rows` as sequences; documents are packed in the given order."""
-    chosen = units.content.select(rows)
-    if units.packed:
-        return chosen
-    chunks = templates.pack(chosen.input_ids, sequence_length)
-    return Sequences(chunks, [templates.all_but_first(chunk) for chunk in chunks])
-
-
-def _client(
-    name: str, units: _Units, rows: NDArray[np.int64], config: DataConfig, seed: int
-) -> tuple[NDArray[np.int64], Sequences, Counter[str]]:
-    """Return one client's units and its sequences after the cap, and how many of its units carry each label."""
-    if units.packed:
-        # Units that are sequences are capped before they are copied; documents must be packed first.
-        rows = rows[holdout.cap(len(rows), config.max_samples, seed, name)]
-    counts = Counter(units.labels[row] for row in rows)
-    sequences = _finished(units, rows, config.sequence_length)
-    if not units.packed:
-        sequences = sequences.select(holdout.cap(len(sequences), config.max_samples, seed, name))
-    assert len(sequences) > 0, f"client {name} was dealt units but has no sequence"
-    return rows, sequences, counts
-
-
-def _distribution(counts: list[Counter[str]]) -> dict[str, Any]:
-    """Return labels by falling total and counts[client][label]; labels beyond `MAX_LABELS` are pooled as "other"."""
-    totals: Counter[str] = sum(counts, Counter())
-    # By label among equals: the stored distribution is the same in every run.
-    ranked = sorted(totals, key=lambda label: (-totals[label], label))
-    shown = ranked if len(ranked) <= MAX_LABELS else ranked[: MAX_LABELS - 1]
-    table = [[count[label] for label in shown] for count in counts]
-    if len(shown) < len(ranked):
-        for row, count in zip(table, counts, strict=True):
-            row.append(count.total() - sum(row))
-        shown = [*shown, "other"]
-    return {"labels": shown, "counts": table}
+    return Units(Sequences(tokens, masks), packed_labels, packed=True, stratified=True)

@@ -1,23 +1,23 @@
-"""Prepared sequences or images on disk: one Arrow file with one record batch per owner, and a JSON header beside it.
+"""Prepared sequences or images on disk: one Arrow file of them, one of the clients (`client_table`), and a JSON header.
 
 Where the deal leaves sequences as they are, a store holds row numbers in place of them, and names the store of all sequences:
 an entry beside it that is called by its content, so every deal of the same sequences, with any seed, names the same one.
 
-An owner is a client's training set, a client's hold-out, or the global hold-out. A record batch can be read without
-touching the others, and its values are handed out as views of the memory map. A store is an entry of the cache, for this user
-alone: what clients have written is in it.
+An owner is a client's training set, a client's hold-out, or the global hold-out. Sequences lie in the order of the owners, so
+many a record batch; images are one batch an owner. A batch can be read without touching the others, and its values are handed
+out as views of the memory map. A store is an entry of the cache, for this user alone: what clients have written is in it.
+
+What earlier versions have prepared is read as well: one record batch an owner, and the clients in the header.
 
 Legend: N images, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedmoe_ds.data import client_table
+from fedmoe_ds.data.client_table import ClientTable, write_clients
+from fedmoe_ds.data.dealing import Prepared
+from fedmoe_ds.data.ragged import Ragged
+from fedmoe_ds.data.sequences import Sequences, fingerprint
 from fedmoe_ds.distributed.stop_points import file_sha256, stop_point
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage import cache
@@ -41,10 +46,9 @@ IMAGE_SCHEMA = pa.schema([("pixels", pa.large_list(pa.float32())), ("labels", pa
 IMAGE_SHAPE = "image_shape"  # in the header of a store of images: [C, H, W]
 UNITS = "units"  # in the header of a store of row numbers: the name of the entry that has the sequences
 _UNITS_NAME = "units-"
-_UNITS_PER_BATCH = 4096
+_PER_BATCH = 4096
 ROWS_SCHEMA = pa.schema([("rows", pa.int64())])
-TIERS = "tiers"  # in the header where the data say of which tier each client is
-
+CLIENTS = "clients"  # in the header where the clients are columns beside it: the checksum of these
 
 Counts = list[Annotated[int, Field(ge=0, lt=2**63)]]
 
@@ -58,9 +62,23 @@ class _Omissions(BaseModel):
 
 
 class _Header(BaseModel):
-    """The types of a header's fields."""
+    """The types of a header's fields; `clients` is the checksum of the clients' columns."""
 
     model_config = ConfigDict(strict=True)
+
+    sequence_length: Annotated[int, Field(ge=1)]
+    fingerprint: str
+    omissions: _Omissions
+    image_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)] | None = None
+    units: Annotated[str, Field(pattern="^units-[0-9a-f]{32}$")] | None = None
+    checksum: str
+    clients: str | None = None
+    labels: list[str] = []
+    owned: Annotated[int, Field(ge=0)] = 0
+
+
+class _InlineHeader(_Header):
+    """A header with the clients in it: that of a store of units, which has none, and of what earlier versions wrote."""
 
     names: list[str]
     samples: Counts
@@ -68,16 +86,10 @@ class _Header(BaseModel):
     train_tokens: Counts
     train_rows: Counts
     distribution: dict[str, Any]
-    sequence_length: Annotated[int, Field(ge=1)]
-    fingerprint: str
-    omissions: _Omissions
-    image_shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)] | None = None
     tiers: list[str] | None = None
-    units: Annotated[str, Field(pattern="^units-[0-9a-f]{32}$")] | None = None
-    checksum: str
 
     @model_validator(mode="after")
-    def _counts_every_client(self) -> _Header:
+    def _counts_every_client(self) -> _InlineHeader:
         if {len(self.samples), len(self.train_sequences), len(self.train_tokens), len(self.train_rows)} != {len(self.names)}:
             raise ValueError("expected one count per client")
         if self.tiers is not None and len(self.tiers) != len(self.names):
@@ -85,65 +97,30 @@ class _Header(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """What one owner has: variable-length token sequences, or labelled images. Views of a memory map are read-only.
-
-    Text: `input_ids[i]` int64 [length_i], 2 <= length_i <= sequence_length. `loss_mask[i]` bool [length_i], True where the
-    token at that position counts as a target, that is, the prediction of token j from the tokens before j; position 0
-    never does.
-
-    Images: `pixels` float32 [N, C, H, W] and `labels` int64 [N], both None for text; `input_ids` and `loss_mask` are empty
-    then. An image is one sample with one target, its class.
-    """
-
-    input_ids: list[NDArray[np.int64]]
-    loss_mask: list[NDArray[np.bool_]]
-    pixels: NDArray[np.float32] | None = None
-    labels: NDArray[np.int64] | None = None
-
-    @classmethod
-    def of_images(cls, pixels_NCHW: NDArray[np.float32], labels_N: NDArray[np.int64]) -> Sequences:
-        """Labelled images as an owner's samples."""
-        assert pixels_NCHW.ndim == 4 and len(pixels_NCHW) == len(labels_N), (pixels_NCHW.shape, labels_N.shape)
-        return cls([], [], pixels_NCHW, labels_N)
-
-    def __len__(self) -> int:
-        return len(self.input_ids) if self.labels is None else len(self.labels)
-
-    def select(self, rows: Iterable[int]) -> Sequences:
-        """Return the sequences or images at `rows`, in that order."""
-        chosen = [int(row) for row in rows]
-        if self.pixels is not None and self.labels is not None:
-            return Sequences.of_images(self.pixels[chosen], self.labels[chosen])
-        return Sequences([self.input_ids[row] for row in chosen], [self.loss_mask[row] for row in chosen])
-
-    def target_count(self) -> int:
-        """Return the number of targets: of target tokens, or of images."""
-        return sum(int(mask.sum()) for mask in self.loss_mask) if self.labels is None else len(self.labels)
-
-    def row_count(self) -> int:
-        """Return the number of token rows: of tokens, or of images, whose positions are the foundation's to say."""
-        return sum(map(len, self.input_ids)) if self.labels is None else len(self.labels)
-
-
 class Store:
-    """A prepared folder, opened memory-mapped."""
+    """A prepared folder, opened memory-mapped. `clients` is what it says of them."""
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`; raises OSError, ValueError or KeyError where it is missing or damaged."""
         self.header: dict[str, Any] = read_json(folder / HEADER)
         self._lengths: NDArray[np.int64] | None = None
+        self._numbers: NDArray[np.int64] | None = None
         self._views: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]] = {}
         hold(folder)
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / DATA)))
         # Beside it and nowhere else, whatever the header says.
         self._units = Store(folder.with_name(Path(name).name)) if (name := self.header.get(UNITS)) is not None else None
+        if CLIENTS in self.header:
+            self.clients = ClientTable.open(folder / client_table.FILE, self.header["labels"])
+        else:
+            self.clients = ClientTable.of_header(self.header)
+        # One record batch an owner: images, and whatever earlier versions wrote.
+        self._by_batch = self.clients.bounds is None or IMAGE_SHAPE in self.header
 
     def read(self, owner: int) -> Sequences:
         """Return one owner's sequences or images as views of the memory map."""
-        if self._units is not None:
-            return self._units.pick(self._rows(owner))
+        if not self._by_batch or self._units is not None:
+            return (self._units or self).pick(self._rows(owner))
         # zero_copy_only below: a silent copy would put a rank's whole data into its own memory.
         batch = self._reader.get_batch(owner)
         if (shape := self.header.get(IMAGE_SHAPE)) is not None:
@@ -161,15 +138,26 @@ class Store:
         """Return the sequences with these numbers, in that order; this store is one of units."""
         ids, masks = [], []
         for row in rows.tolist():
-            bounds, tokens, targets = self._unit_batch(row // _UNITS_PER_BATCH)
-            place = row % _UNITS_PER_BATCH
+            bounds, tokens, targets = self._unit_batch(row // _PER_BATCH)
+            place = row % _PER_BATCH
             ids.append(tokens[bounds[place] : bounds[place + 1]])
             masks.append(targets[bounds[place] : bounds[place + 1]])
         return Sequences(ids, masks)
 
     def _rows(self, owner: int) -> NDArray[np.int64]:
-        rows: NDArray[np.int64] = self._reader.get_batch(owner).column("rows").to_numpy(zero_copy_only=True)
-        return rows
+        """The numbers of an owner's sequences: into the store of units, or into this one."""
+        if self._by_batch:
+            rows: NDArray[np.int64] = self._reader.get_batch(owner).column("rows").to_numpy(zero_copy_only=True)
+            return rows
+        bounds = self.clients.bounds
+        assert bounds is not None and 0 <= owner < len(bounds)
+        # The global hold-out has what is left.
+        start, end = int(bounds[owner]), int(bounds[owner + 1]) if owner + 1 < len(bounds) else int(self.header["owned"])
+        if self._units is None:
+            return np.arange(start, end)
+        if self._numbers is None:
+            self._numbers = self._reader.get_batch(0).column("rows").to_numpy(zero_copy_only=True)
+        return self._numbers[start:end]
 
     def _unit_batch(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """Bounds of a batch's sequences, its tokens and its targets: views of the memory map, made once."""
@@ -183,8 +171,8 @@ class Store:
     def lengths(self, owner: int) -> NDArray[np.int64]:
         """Return the tokens of each of an owner's sequences, from the offsets alone."""
         assert IMAGE_SHAPE not in self.header, "images have no length"
-        if self._units is not None:
-            return self._units.lengths_of(self._rows(owner))
+        if not self._by_batch or self._units is not None:
+            return (self._units or self).lengths_of(self._rows(owner))
         lengths: NDArray[np.int64] = np.diff(self._reader.get_batch(owner).column("tokens").offsets.to_numpy())
         return lengths
 
@@ -197,31 +185,15 @@ class Store:
         return self._lengths[rows]
 
 
-def fingerprint(owners: Iterable[Sequences]) -> str:
-    """Return the sha256 over all tokens and targets, or pixels and labels, owner by owner, whatever the file format."""
-    content = hashlib.sha256()
-    for owner in owners:
-        stop_point()
-        if owner.pixels is not None and owner.labels is not None:
-            content.update(np.array(owner.pixels.shape, dtype="<i8").tobytes())
-            content.update(owner.pixels.astype("<f4", copy=False).tobytes())
-            content.update(owner.labels.astype("<i8", copy=False).tobytes())
-            continue
-        # Lengths first: the same tokens cut into other sequences are other data. Byte order and widths are fixed.
-        content.update(np.array([len(owner), *map(len, owner.input_ids)], dtype="<i8").tobytes())
-        for ids, mask in zip(owner.input_ids, owner.loss_mask, strict=True):
-            content.update(ids.astype("<i8", copy=False).tobytes())
-            content.update(mask.tobytes())
-    return content.hexdigest()
-
-
 def intact(folder: Path) -> bool:
     """Whether the files in `folder` are complete and still have the checksums that the header promises."""
     try:
         header = read_json(folder / HEADER)
-        # The header is checked whole before its checksum is believed: a readable one may come from anywhere.
-        promised = _Header.model_validate(header).checksum
-        return promised == file_sha256(folder / DATA) and cache.seal_holds(header)
+        # The header is checked whole before its checksums are believed: a readable one may come from anywhere.
+        kind = _Header if isinstance(header, dict) and CLIENTS in header else _InlineHeader
+        promised = kind.model_validate(header)
+        sums = {DATA: promised.checksum, **({client_table.FILE: promised.clients} if kind is _Header else {})}
+        return all(found == file_sha256(folder / name) for name, found in sums.items()) and cache.seal_holds(header)
     except (OSError, ValueError):
         return False
 
@@ -232,7 +204,7 @@ def usable(folder: Path) -> bool:
     What earlier versions have left readable to others is closed.
     """
     found = cache.usable(folder, lambda: intact(folder)) and _has_units(folder)
-    for path in (folder.parent, folder, folder / DATA, folder / HEADER) if found else ():
+    for path in (folder.parent, folder, *folder.iterdir()) if found else ():
         # Only their owner may change modes; what root has put there for everybody stays as it is.
         if path.stat().st_uid == os.geteuid() and path.stat().st_mode & 0o077:
             keep_private(path)
@@ -247,34 +219,50 @@ def _has_units(folder: Path) -> bool:
 
 def write_units(parent: Path, units: Sequences, header: dict[str, Any]) -> str:
     """Write the store of all sequences unless it is there, and return its name, which its content decides."""
-    name = f"{_UNITS_NAME}{fingerprint([units])[:32]}"
+    every = np.arange(len(units))
+    print_of_all = fingerprint(units, Ragged.joined([every]))
+    name = f"{_UNITS_NAME}{print_of_all[:32]}"
     if not usable(parent / name):
-        starts = range(0, len(units), _UNITS_PER_BATCH)
-        batches = [units.select(range(start, min(start + _UNITS_PER_BATCH, len(units)))) for start in starts]
         counts: dict[str, Any] = {key: [] for key in ("names", "samples", "train_sequences", "train_tokens", "train_rows")}
-        none = counts | {"distribution": {}}
         omissions = {"rows": len(units), "total": {}, "clients": {}}
-        write_store(parent / name, batches, header | none | {"omissions": omissions})
+        told = {**header, **counts, "distribution": {}, "omissions": omissions, "fingerprint": print_of_all}
+        with cache.draft(parent / name, lambda: usable(parent / name)) as draft:
+            _write_batches(draft / DATA, SCHEMA, _text_batches(units, every))
+            _write_header(draft, told)
     return name
 
 
-def write_store(
-    folder: Path, owners: Sequence[Sequences], header: dict[str, Any], rows: Sequence[NDArray[np.int64]] | None = None
-) -> None:
-    """Write a store and let it appear at `folder` in one step; with `rows`, of numbers into the store that the header names.
+def write_store(folder: Path, prepared: Prepared, header: dict[str, Any], units: str | None = None) -> None:
+    """Write a store and let it appear at `folder` in one step: of row numbers into the store `units`, or of the content itself.
 
-    The fingerprint and the file's checksum are added to the header. Raises OSError where the disk is full, and leaves
+    The fingerprint and the files' checksums are added to the header. Raises OSError where the disk is full, and leaves
     nothing behind then. Where another process was faster, its store stays: equal names mean equal content.
     """
+    content, owned = prepared.content, prepared.owned
     with cache.draft(folder, lambda: usable(folder)) as draft:
-        schema = ROWS_SCHEMA if rows is not None else SCHEMA if header.get(IMAGE_SHAPE) is None else IMAGE_SCHEMA
-        with pa.OSFile(str(draft / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for owner in owners if rows is None else rows:
-                stop_point()
-                writer.write_batch(_batch(owner) if isinstance(owner, Sequences) else pa.record_batch([owner], schema=schema))
-        # The fingerprint is over the content, the checksum over the file: the first outlives a change of format.
-        sums = {"fingerprint": fingerprint(owners), "checksum": file_sha256(draft / DATA)}
-        (draft / HEADER).write_text(json.dumps(cache.sealed(header | sums), indent=1, ensure_ascii=False), encoding="utf-8")
+        if units is not None:
+            _write_batches(draft / DATA, ROWS_SCHEMA, [pa.record_batch([pa.array(owned.values_N)], schema=ROWS_SCHEMA)])
+            header = {**header, UNITS: units}
+        elif content.labels is not None:
+            _write_batches(draft / DATA, IMAGE_SCHEMA, (_image_batch(content.select(own)) for own in owned))
+        else:
+            _write_batches(draft / DATA, SCHEMA, _text_batches(content, owned.values_N))
+        write_clients(prepared, draft / client_table.FILE)
+        told = {"labels": prepared.labels, "owned": len(owned.values_N), CLIENTS: file_sha256(draft / client_table.FILE)}
+        # The fingerprint is over the content, the checksums over the files: the first outlives a change of format.
+        _write_header(draft, {**header, **told, "fingerprint": fingerprint(content, owned)})
+
+
+def _write_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            stop_point()
+            writer.write_batch(batch)
+
+
+def _write_header(draft: Path, header: dict[str, Any]) -> None:
+    sealed = cache.sealed({**header, "checksum": file_sha256(draft / DATA)})
+    (draft / HEADER).write_text(json.dumps(sealed, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def storage_error(folder: Path, error: OSError) -> UserError:
@@ -285,15 +273,19 @@ def storage_error(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _batch(owner: Sequences) -> pa.RecordBatch:
-    if owner.pixels is not None:
-        size = int(np.prod(owner.pixels.shape[1:]))
-        bounds = pa.array(np.arange(len(owner) + 1) * size, type=pa.int64())
-        pixels = pa.LargeListArray.from_arrays(bounds, pa.array(owner.pixels.reshape(-1)))
-        return pa.record_batch([pixels, pa.array(owner.labels)], schema=IMAGE_SCHEMA)
-    bounds = pa.array(np.cumsum([0, *map(len, owner.input_ids)]), type=pa.int64())
-    # An empty array first, for an owner without any sequence: concatenate refuses an empty list.
-    ids = np.concatenate([np.empty(0, np.int64), *owner.input_ids])
-    mask = np.concatenate([np.empty(0, np.bool_), *owner.loss_mask]).view(np.uint8)
-    lists = [pa.LargeListArray.from_arrays(bounds, pa.array(values)) for values in (ids, mask)]
-    return pa.record_batch(lists, schema=SCHEMA)
+def _image_batch(owner: Sequences) -> pa.RecordBatch:
+    assert owner.pixels is not None
+    size = int(np.prod(owner.pixels.shape[1:]))
+    bounds = pa.array(np.arange(len(owner) + 1) * size, type=pa.int64())
+    pixels = pa.LargeListArray.from_arrays(bounds, pa.array(owner.pixels.reshape(-1)))
+    return pa.record_batch([pixels, pa.array(owner.labels)], schema=IMAGE_SCHEMA)
+
+
+def _text_batches(content: Sequences, rows: NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+    """The sequences at `rows`, so many a batch, whoever owns them: a batch an owner would be a million of them."""
+    for start in range(0, len(rows), _PER_BATCH):
+        some = content.select(rows[start : start + _PER_BATCH].tolist())
+        bounds = pa.array(np.cumsum([0, *map(len, some.input_ids)]), type=pa.int64())
+        ids, mask = np.concatenate(some.input_ids), np.concatenate(some.loss_mask).view(np.uint8)
+        lists = [pa.LargeListArray.from_arrays(bounds, pa.array(values)) for values in (ids, mask)]
+        yield pa.record_batch(lists, schema=SCHEMA)

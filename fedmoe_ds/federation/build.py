@@ -5,7 +5,7 @@ First what needs nothing (method, layout), then the foundation, the data, the ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Parts:
     foundation: Foundation
     data: FederatedData
     training_data: TrainingData
-    clients: list[Client]
+    clients: Sequence[Client]
     execution: Execution
     trainer: WaveTrainer
     evaluator: Evaluator
@@ -196,7 +196,7 @@ def _assemble(
     topology: Topology,
     foundation: Foundation,
     data: FederatedData,
-    clients: list[Client],
+    clients: Sequence[Client],
     source: Source | None,
     unread: str | None,
 ) -> Parts:
@@ -255,7 +255,7 @@ def adapted_model(spec: RunSpec, foundation: Foundation, execution: Execution) -
     return AdaptedModel(foundation, execution, config.execution.packing)
 
 
-def initial_personal(spec: RunSpec, adapters: Bank, clients: list[Client]) -> Personal:
+def initial_personal(spec: RunSpec, adapters: Bank, clients: Sequence[Client]) -> Personal:
     """Personal blocks of the bank, the method's client state, and control variates; the method is asked for the first two
     alone."""
     blocks, method = spec.blocks, spec.method

@@ -8,7 +8,7 @@ clients share a pass wherever clients in training do, and the sums of each are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -111,7 +111,7 @@ class Evaluator(ReceivedModel):
         runtime: Runtime,
         bank: Bank,
         data: AnswerData,
-        clients: list[Client],
+        clients: Sequence[Client],
     ) -> None:
         super().__init__(spec.method, model, bank)
         self.runtime, self.data, self.clients, self.tiers = runtime, data, clients, tiers_of(clients)
@@ -185,7 +185,7 @@ class Evaluator(ReceivedModel):
         return [everyone[str(place)] for place in range(len(part))]
 
     def _tier_rows(
-        self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client], plain: bool
+        self, members: Sequence[Client], how: Assignment, personal: Personal, owners: Sequence[Client], plain: bool
     ) -> list[Score]:
         """One model for the tier: global adapters, personal blocks at the mean over its clients."""
         self.load_mean(members, personal, plain)
@@ -196,7 +196,9 @@ class Evaluator(ReceivedModel):
             rows += [self._pooled(members[0], "client", sums_KN[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
 
-    def _personal_rows(self, members: list[Client], how: Assignment, personal: Personal, owners: list[Client]) -> list[Score]:
+    def _personal_rows(
+        self, members: Sequence[Client], how: Assignment, personal: Personal, owners: Sequence[Client]
+    ) -> list[Score]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
         shared, own = [], {}
         parts, cut = self._global_parts()
@@ -237,7 +239,7 @@ class Evaluator(ReceivedModel):
         most = self.config.client_sequences
         return lambda: (held := self.data.holdout(client.index)).select(range(min(most, len(held))))
 
-    def _client_parts(self, owners: list[Client]) -> tuple[list[ReadPart], list[list[int]]]:
+    def _client_parts(self, owners: Sequence[Client]) -> tuple[list[ReadPart], list[list[int]]]:
         """What is scored of each client, several of them in a pass where that changes no bit."""
         parts = [self.client_part(client) for client in owners]
         return parts, self._cut(parts)

@@ -55,7 +55,7 @@ class RoundCheckpoints:
         activity.enter("checkpoint")
         parts, best = self.parts, None if self.best is None else self.best.round
         position = parts.runtime.run_on_rank0(self.journal.position)
-        names = [client.name for client in parts.clients]
+        names = parts.data.names
         state.save(self.writer, parts.topology, parts.state, parts.identity, parts.config_text, position, names, best)
         self._saved = parts.state.round if parts.state.partial is None else None
 

@@ -19,7 +19,7 @@ from fedmoe_ds.aggregation.postprocessors import OK, Postprocessor, keep_out_non
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.checkpoint.digest import global_digest
 from fedmoe_ds.checkpoint.state import PartialRound
-from fedmoe_ds.clients.client import Client, tiers_of
+from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.clients.out_of_memory import OutOfMemory, release_memory
@@ -251,7 +251,7 @@ class Federation:
         self.state.personal.share(parts.runtime, parts.topology)
         done = {index: report for part in parts.runtime.gather(_texts(partial.done)) for index, report in part.items()}
         partial.done = {int(index): report for index, report in done.items()}
-        tiers = list(tiers_of(parts.clients))
+        tiers = list(parts.evaluator.tiers)
         total = torch.zeros(len(tiers), *parts.counts_shape, dtype=torch.int64)
         for i, tier in enumerate(tiers):
             if tier in partial.activation:

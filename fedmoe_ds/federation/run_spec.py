@@ -6,6 +6,7 @@ configuration alone, `resolve_spec` the outline of the model, too. What the one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +83,12 @@ class RunSpec:
         apart = is_batch_invariant(self.model_type, self.config.foundation.dtype, self.device)
         return 4 if apart else self.size.bytes_per_parameter
 
-    def drawn_among(self, clients: list[Client], round_index: int) -> list[Client]:
+    def drawn_among(self, clients: Sequence[Client], round_index: int) -> list[Client]:
         """The clients that are drawn for a round, in canonical order."""
         federation = self.config.federation
         return participants(clients, federation.participation, self.config.seed, round_index, federation.sampling)
 
-    def participants_among(self, clients: list[Client], round_index: int) -> list[Client]:
+    def participants_among(self, clients: Sequence[Client], round_index: int) -> list[Client]:
         """Who trains in a round: the clients that are drawn, or the one that has the data of all."""
         members = self.drawn_among(clients, round_index)
         if self.method.pooled:

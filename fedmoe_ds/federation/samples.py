@@ -38,7 +38,8 @@ def shown_samples(parts: Parts) -> list[dict[str, Any]]:
     """The first training samples of each tier's first client, the targets apart from the rest."""
     count, tokenizer = parts.config.data.show_samples, parts.foundation.tokenizer
     rows = []
-    for tier, (first, *_) in tiers_of(parts.clients).items() if count else ():
+    for tier, members in tiers_of(parts.clients).items() if count else ():
+        first = members[0]
         own = parts.data.train(first.index)
         for place in range(min(count, len(own))):
             pieces = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, counts_of, top_k_of
 from fedmoe_ds.randomness import generator
 
 
@@ -14,7 +16,7 @@ def participant_count(clients: int, participation: float) -> int:
 
 
 def participants(
-    clients: list[Client], participation: float, seed: int, round_index: int, sampling: str = "uniform"
+    clients: Sequence[Client], participation: float, seed: int, round_index: int, sampling: str = "uniform"
 ) -> list[Client]:
     """The clients of a round in canonical order: an addressed draw without replacement, at least one.
 
@@ -26,7 +28,7 @@ def participants(
     count = participant_count(len(clients), participation)
     chances = None
     if sampling != "uniform":
-        mass = np.array([client.samples if sampling == "size" else client.top_k for client in clients], dtype=np.float64)
+        mass = (counts_of(clients, "samples") if sampling == "size" else top_k_of(clients)).astype(np.float64)
         chances = mass / mass.sum()
     chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False, p=chances)
     # Canonical order: a client's place here is its place among the collected factors.

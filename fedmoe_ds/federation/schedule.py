@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local_training import Wave
@@ -23,7 +24,7 @@ def home_clients(in_flight: int | None, participants_per_round: int, ep_size: in
 
 
 def schedule(
-    chosen: list[Client], cost: CostModel, local: LocalConfig, clusters: int, ep_size: int, in_flight: int | None
+    chosen: Sequence[Client], cost: CostModel, local: LocalConfig, clusters: int, ep_size: int, in_flight: int | None
 ) -> list[list[Wave]]:
     """Deal clients to clusters, and each cluster's clients to waves and ranks.
 

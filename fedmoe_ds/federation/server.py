@@ -5,6 +5,9 @@ Legend: L layers, E experts of this rank, O and I output and input width, Q stac
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,10 +16,9 @@ from fedmoe_ds.aggregation.exact_sum import MOST_TERMS
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.aggregation.server_optimizer import ServerOptimizer
 from fedmoe_ds.aggregation.weighted_average import Statistics
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
-from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import participant_count
@@ -27,13 +29,17 @@ from fedmoe_ds.model.install import base_weights, drawn_a
 CONTROL, BASE = "control", "base"
 
 
-def check_terms(config: Config, clients: int) -> None:
-    """Raises UserError where a round has more clients than exact sums have room for."""
-    drawn = participant_count(clients, config.federation.participation)
-    if drawn > MOST_TERMS:
+def check_terms(spec: RunSpec, clients: int) -> None:
+    """Raises UserError where a round of so many clients adds up more of them than exact sums have room for."""
+    share = spec.config.federation.participation
+    drawn = participant_count(clients, share)
+    # Pooled data are one client's, however many are drawn.
+    if spec.bitwise and not spec.method.pooled and drawn > MOST_TERMS:
+        # Rounded down: the number that is named must be one that is taken.
+        most = math.floor(MOST_TERMS / clients * 10_000) / 10_000
         raise UserError(
-            f"federation.participation: {config.federation.participation}: {drawn} clients in a round, and bitwise sums hold "
-            f"{MOST_TERMS}; use {MOST_TERMS / clients:.4f} or less, or execution.reproducible=fast"
+            f"federation.participation: {share}: {drawn} clients in a round, and bitwise sums hold {MOST_TERMS}; use "
+            f"{most:.4f} or less, or execution.reproducible=fast"
         )
 
 
@@ -46,14 +52,13 @@ class Server:
         clients: all clients of the federation.
     """
 
-    def __init__(self, spec: RunSpec, foundation: Foundation, clients: list[Client]) -> None:
+    def __init__(self, spec: RunSpec, foundation: Foundation, clients: Sequence[Client]) -> None:
         self.config, self.method, self.blocks = spec.config, spec.method, spec.blocks
         self.foundation, self.clients, self.exact = foundation, clients, spec.bitwise
         self.scale = self.config.adapters.alpha / self.config.adapters.rank
-        if self.exact:
-            check_terms(self.config, len(clients))
+        check_terms(spec, len(clients))
         # Over all clients, not those of a round: fixed weights, of which only the ratio counts in a mean.
-        self.total_samples = sum(client.samples for client in clients)
+        self.total_samples = int(counts_of(clients, "samples").sum())
         self.optimizer = ServerOptimizer(self.config.server)
         self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
 

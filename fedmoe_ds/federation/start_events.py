@@ -104,7 +104,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "top_k": parts.spec.expert_layout.top_k,
         "layers": len(parts.spec.expert_layout.layers),
         # Top-k only: readers of earlier versions know this field; `budgets` has the whole tiers.
-        "tiers": sorted({client.top_k for client in parts.clients}, reverse=True),
+        "tiers": sorted({members[0].top_k for members in tiers_of(parts.clients).values()}, reverse=True),
         "budgets": budgets(parts),
         "foundation": foundation.fingerprint,
         "foundation_code": foundation.code,
@@ -128,9 +128,9 @@ def versions() -> dict[str, str]:
 def budgets(parts: Parts) -> list[dict[str, Any]]:
     """What the clients of every tier have to spend, the largest tier first."""
     return [
-        {"tier_label": tier, "top_k": first.top_k, "active_experts": first.cap, "rank": first.rank,
-         "experts": first.experts, "clients": 1 + len(others)}
-        for tier, (first, *others) in tiers_of(parts.clients).items()
+        {"tier_label": tier, "top_k": members[0].top_k, "active_experts": members[0].cap, "rank": members[0].rank,
+         "experts": members[0].experts, "clients": len(members)}
+        for tier, members in tiers_of(parts.clients).items()
     ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fedmoe_ds.checkpoint.state import State
@@ -14,7 +16,7 @@ from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 
-def training_hooks(spec: RunSpec, state: State, clients: list[Client]) -> LocalTrainingHooks:
+def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
     method, local, seed = spec.method, spec.config.local, spec.config.seed
 

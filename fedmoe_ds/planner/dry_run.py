@@ -12,6 +12,7 @@ from fedmoe_ds.federation.best_round import check_best_tier
 from fedmoe_ds.federation.monitors import check_monitors
 from fedmoe_ds.federation.run_spec import of_known_type
 from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.server import check_terms
 from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.planner.memory import estimate, format_bytes, outlasting
 from fedmoe_ds.planner.text import data_lines, summarised
@@ -50,6 +51,7 @@ def describe(config: Config, world_size: int, kind: str | None = None) -> list[s
     config = job.config
     check_monitors(config.deepspeed)
     check_best_tier(config.checkpoint, tiers_of(job.clients))
+    check_terms(job, len(job.clients))
     rows = layout.table(job.expert_layout.num_experts, ["?"] * world_size)
     ranks = [{key: value for key, value in row.items() if key != "host"} for row in rows]
     # Host names are known to a started job only.
@@ -75,7 +77,8 @@ def describe(config: Config, world_size: int, kind: str | None = None) -> list[s
 
 
 def _federation_line(job: Job) -> str:
-    counts = {tier.label: sum(client.tier == tier.label for client in job.clients) for tier in job.tiers}
+    members = tiers_of(job.clients)
+    counts = {tier.label: len(members.get(tier.label, ())) for tier in job.tiers}
     dealt = ", ".join(f"k={label}: {count}" for label, count in counts.items())
     return f"federation: {len(job.clients)} clients ({dealt}), {job.config.federation.rounds} rounds"
 

@@ -6,7 +6,7 @@ then are assumed, because without the model's tokenizer nobody can count their t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +91,7 @@ class Job(RunSpec):
         clients: of the federation.
     """
 
-    clients: list[Client]
+    clients: Sequence[Client]
     heads: int
     projections: float
     head: int
@@ -206,7 +206,7 @@ def _untrained_foundation(config: Config) -> Path:
         return resolve_foundation(untrained, config.seed, progress.note)
 
 
-def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[list[Client], Data]:
+def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[Sequence[Client], Data]:
     config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
     if assume and images is None and not has_tokenizer(folder, trust):
         return _assumed_clients(config, folder, spec.tiers)
@@ -254,7 +254,7 @@ class _AssumedFederation:
     tiers: None = None
 
 
-def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[list[Client], Data]:
+def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[Sequence[Client], Data]:
     """Equal clients with full sequences. Raises UserError where the configuration leaves their number or size open."""
     named = sorted(name for tier in tiers for name in tier.clients)
     count, local = config.data.partition.clients or len(named) or None, config.local

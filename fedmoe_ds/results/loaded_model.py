@@ -13,7 +13,7 @@ Legend: S positions.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -111,7 +111,7 @@ class LoadedModel:
     """
 
     def __init__(
-        self, spec: RunSpec, foundation: Foundation, clients: list[Client], runtime: Runtime, run: TrainedRun | None
+        self, spec: RunSpec, foundation: Foundation, clients: Sequence[Client], runtime: Runtime, run: TrainedRun | None
     ) -> None:
         config, device = spec.config, runtime.device
         self.spec, self.foundation, self.clients, self.runtime, self.run = spec, foundation, clients, runtime, run
@@ -186,7 +186,7 @@ class LoadedModel:
         self.trained = True
 
     @property
-    def tiers(self) -> dict[str, list[Client]]:
+    def tiers(self) -> Mapping[str, Sequence[Client]]:
         """The clients of every tier by its label, the largest budget first."""
         return tiers_of(self.clients)
 

@@ -8,7 +8,7 @@ Legend: L layers, N clients, item the shape of one client's tensor in one layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +87,7 @@ class TrainedRun:
         return self.snapshot.round
 
     @cached_property
-    def tiers(self) -> dict[str, list[Client]]:
+    def tiers(self) -> Mapping[str, Sequence[Client]]:
         """The clients of every tier by its label, the largest budget first."""
         return tiers_of(self.clients)
 

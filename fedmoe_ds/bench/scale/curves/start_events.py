@@ -1,0 +1,41 @@
+"""What a start writes down of all clients, and what it hashes of them for the run's identity; on rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fedmoe_ds.bench.harness.process import scratch_folder
+from fedmoe_ds.bench.scale.synthetic import SEED, clients_of, content_of, store
+from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
+from fedmoe_ds.data.dealing import ALL, Units, deal_units
+from fedmoe_ds.federation.start_events import budgets, data_facts
+from fedmoe_ds.storage.strict_json import tree_sha256
+
+NAME = "start_events"
+X = "clients"
+POINTS = (1_000, 10_000, 100_000, 1_000_000)
+WALL = "rank 0, once a start, one line of the record: a minute and 4 GiB at most"
+
+
+def measure(x: int) -> dict[str, float]:
+    with scratch_folder() as folder:
+        return _measured(x, folder / "data")
+
+
+def _measured(x: int, cache: Path) -> dict[str, float]:
+    units = Units(content_of(2 * x), [ALL] * (2 * x), packed=True, stratified=False)
+    prepared, _ = deal_units(units, DataConfig(partition=PartitionConfig(kind="iid", clients=x)), SEED)
+    data = store(prepared, cache)
+    del units, prepared
+    began = time.perf_counter()
+    parts: Any = SimpleNamespace(data=data, clients=clients_of(data))
+    tiers = budgets(parts)
+    line = json.dumps(data_facts(parts) | {"budgets": tiers})
+    told = time.perf_counter()
+    tree_sha256({"tiers": [client.tier for client in parts.clients]})
+    hashed = time.perf_counter()
+    return {"seconds": hashed - began, "event_s": told - began, "identity_s": hashed - told, "event_mib": len(line) / 2**20}
