@@ -106,7 +106,10 @@ class Result:
     @property
     def clients(self) -> list[str]:
         """The clients' names, in the order of the run."""
-        return [row["name"] for event in self.metrics("data")[-1:] for row in event["clients"]]
+        from fedmoe_ds.report.holdings import Holdings
+
+        found = [event for event in self._events if event["event"] == "data"]
+        return Holdings(found[-1]).names if found else []
 
     @cached_property
     def adapters(self) -> Mapping[str, Tensor]:

@@ -82,7 +82,7 @@ def _ends(history: History) -> tuple[list[str], list[str], str]:
     order = [int(place) for place in np.argsort(values, kind="stable") if np.isfinite(values[place])]
     low = order[: min(ENDS, -(-len(order) // 2))]
     high = order[max(len(low), len(order) - ENDS) :]
-    return [names[place] for place in low], [names[place] for place in high], "perplexity of their own" if told else "last loss"
+    return [names[place] for place in low], [names[place] for place in high], "own perplexity after" if told else "last loss"
 
 
 def _lost(history: History) -> Markup | None:
@@ -118,7 +118,8 @@ class _Table:
         trained = [(called, self._figures[name], form) for name, (called, form) in TRAINED.items()]
         befores = [called.removesuffix(" before") for called, _, _ in self._scores[::2]]
         titles = [f"own {name} {when}" for name in befores for when in ("before", "after")]
-        return trained + [(title, values, form) for title, (_, values, form) in zip(titles, self._scores, strict=True)]
+        found = trained + [(title, values, form) for title, (_, values, form) in zip(titles, self._scores, strict=True)]
+        return [row for row in found if np.isfinite(row[1]).any()]
 
     def of(self, names: Sequence[str], described: Mapping[str, Event]) -> Markup:
         """A row per client."""
