@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedmoe_ds.report.holdings import Holdings
 from fedmoe_ds.report.record import ROWS, expanded
 
 Event = Mapping[str, Any]
+Cells = list["array[int]"]
 SPLITS = ("global", "clients")
 TASK_METRICS = {"exact_match": "exact match", "ranked_choice": "ranked choice"}
 """Optional fields of `eval` that are shares of its `samples`, and what they are called."""
@@ -80,6 +82,21 @@ def _result(split: str, tier: str, by_round: Mapping[int, Event]) -> TierResult:
     return TierResult(split, tier, before=by_round.get(0, {}), after=by_round[last] if last > 0 else {})
 
 
+def hundredths(activation: Sequence[Sequence[float | None]]) -> Cells:
+    """Shares of routed slots [L][E] as hundredths of the even share 1/E."""
+    # Whole hundredths, packed: a long run has very many cells, and two digits are what one can see.
+    return [array("I", (round(100 * len(layer) * (share or 0.0)) for share in layer)) for layer in activation]
+
+
+def ending(events: Iterable[Event]) -> Event | None:
+    """The `end` event; None where the run is going on, also because more rounds were asked for after its end."""
+    end = None
+    for event in events:
+        if event["event"] in ("end", "resume"):
+            end = event if event["event"] == "end" else None
+    return end
+
+
 @dataclass
 class History:
     """Events by kind. A round that was recorded twice counts once, with its later record.
@@ -96,7 +113,7 @@ class History:
     trained: Participation = field(default_factory=Participation)
     own_scores: OwnScores = field(default_factory=OwnScores)
     rounds: dict[int, Event] = field(default_factory=dict)
-    experts: dict[tuple[int, str], Event] = field(default_factory=dict)
+    experts: dict[tuple[int, str], Cells] = field(default_factory=dict)
     generations: dict[tuple[int, int], Event] = field(default_factory=dict)
     samples: list[Event] = field(default_factory=list)
     _holdings: Holdings | None = None
@@ -166,7 +183,7 @@ class History:
             case "round":
                 self.rounds[event["round"]] = event
             case "experts":
-                self.experts[event["round"], tier_of(event)] = event
+                self.experts[event["round"], tier_of(event)] = hundredths(event["activation"])
             case "generation":
                 self.generations[event["round"], event["sample"]] = event
 

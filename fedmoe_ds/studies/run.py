@@ -14,7 +14,7 @@ from fedmoe_ds.federation.no_experts import as_meant
 from fedmoe_ds.foundation import planned_sparse
 from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.report import Record
-from fedmoe_ds.report.history import History
+from fedmoe_ds.report.history import History, ending
 
 # Where a run lies says nothing about what it computes: a study may be moved.
 PLACE = ("name", "output")
@@ -60,7 +60,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether its last start ended after the last round; a run that was asked to stop ends before."""
-        end = self.history().end
+        end = ending(Record(self.metrics)) if self.metrics.exists() else None
         return end is not None and end.get("rounds") == self.config.federation.rounds
 
 
