@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -40,7 +42,9 @@ from fedmoe_ds.federation.run_spec import check_plan
 from fedmoe_ds.foundation import planned_sparse, planned_task
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
 from fedmoe_ds.methods import method_for, with_defaults
-from fedmoe_ds.report import final_table, read_metrics, write_report
+from fedmoe_ds.report import MetricsLog, final_table, read_metrics, write_report
+from fedmoe_ds.report import metrics as report_metrics
+from fedmoe_ds.report.client_tables import FOLDER
 from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.plot import picture
 from fedmoe_ds.studies.compare.record import check_same_ground, read_record
@@ -370,11 +374,55 @@ def manifest(kit: Kit) -> Callable[[random.Random, Path], None]:
     return case
 
 
-def metrics(kit: Kit) -> Callable[[random.Random, Path], None]:
-    """The report page, the final table, a comparison and a study of scaling, of one damaged record."""
-    lines = (kit.run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+def with_tables(kit: Kit) -> Path:
+    """The run's record as one of very many clients has it."""
+    folder = kit.root / "tables"
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for event in read_metrics(kit.run / "metrics.jsonl"):
+            kind, fields = event["event"], {key: value for key, value in event.items() if key not in ("event", "time")}
+            if kind == "client" or fields.get("split") == "client":
+                rows.setdefault((kind, fields["round"]), []).append(fields)
+            else:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(report_metrics, "MOST_LINES", 0)
+                    log.write_data(**fields) if kind == "data" else log.write(kind, **fields)
+        for (kind, round_index), found in rows.items():
+            log.write_table(kind, round_index, found)
+    return folder
 
-    def damaged(draw: random.Random) -> bytes:
+
+ODD_COLUMNS: list[Any] = [pa.array([]), ["x"], [None], [-1], [1.5], [math.inf], [[1, 2]], [2**62], [b"x"], ["9" * 30]]
+
+
+def damage_table(draw: random.Random, folder: Path) -> None:
+    """Damage one of a record's tables, most often so that its line agrees."""
+    path = draw.choice(sorted((folder / FOLDER).iterdir()))
+    sound = path.read_bytes()
+    way = draw.random()
+    if way < 0.4:
+        path.write_bytes(shuffle_bytes(draw, sound))
+    elif way < 0.9:
+        table = pq.read_table(path)
+        name, odd = draw.choice(table.column_names), draw.choice(ODD_COLUMNS)
+        place = table.column_names.index(name)
+        kept = table.remove_column(place)
+        pq.write_table(kept if len(odd) == 0 else kept.add_column(place, name, pa.array(odd * len(table))), path)
+    else:
+        pq.write_table(pq.read_table(path).slice(1), path)
+    if draw.random() < 0.8:
+        seals = [hashlib.sha256(content).hexdigest() for content in (sound, path.read_bytes())]
+        record = folder / "metrics.jsonl"
+        record.write_text(record.read_text().replace(*seals))
+
+
+def metrics(kit: Kit) -> Callable[[random.Random, Path], None]:
+    """The report page, the final table, a comparison and a study of scaling, of one damaged record, or of its tables."""
+    sound = {
+        folder: (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True) for folder in (kit.run, with_tables(kit))
+    }
+
+    def damaged(draw: random.Random, lines: list[bytes]) -> bytes:
         if draw.random() < 0.3:
             return shuffle_bytes(draw, b"".join(lines))
         kinds: dict[str, list[int]] = {}
@@ -387,7 +435,13 @@ def metrics(kit: Kit) -> Callable[[random.Random, Path], None]:
     def case(draw: random.Random, folder: Path) -> None:
         place = folder / kit.config.name
         place.mkdir()
-        (place / "metrics.jsonl").write_bytes(damaged(draw))
+        source = draw.choice(list(sound))
+        if source != kit.run:
+            shutil.copytree(source / FOLDER, place / FOLDER)
+        by_table = source != kit.run and draw.random() < 0.7
+        (place / "metrics.jsonl").write_bytes(b"".join(sound[source]) if by_table else damaged(draw, sound[source]))
+        if by_table:
+            damage_table(draw, place)
         text_of_config = (kit.run / "config.yaml").read_bytes()
         (place / "config.yaml").write_bytes(shuffle_bytes(draw, text_of_config) if draw.random() < 0.1 else text_of_config)
         session.recorded(place / "metrics.jsonl")

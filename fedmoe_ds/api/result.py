@@ -64,13 +64,18 @@ class Result:
 
     @cached_property
     def _events(self) -> list[dict[str, Any]]:
-        from fedmoe_ds.report import read_metrics  # imports numpy and more: `import fedmoe_ds` must stay cheap
+        from fedmoe_ds.report import Record  # imports numpy and more: `import fedmoe_ds` must stay cheap
 
-        return read_metrics(self.folder / "metrics.jsonl")
+        return list(Record(self.folder / "metrics.jsonl"))
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
-        """The events of `metrics.jsonl` (docs/outputs.md) in their order: all of them, or those of one kind."""
-        return [dict(row) for row in self._events if event in (None, row["event"])]
+        """The events of the record (docs/outputs.md) in their order: all of them, or those of one kind. Rows about clients are
+        among them wherever they are stored; of very many clients, ask for one kind."""
+        from fedmoe_ds.report.record import expanded
+
+        # A table has rows of one kind: those of another need not be read.
+        chosen = [row for row in self._events if event in (None, row["of"] if row["event"] == "table" else row["event"])]
+        return [dict(one) for row in chosen for one in expanded(row)]
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -101,7 +106,10 @@ class Result:
     @property
     def clients(self) -> list[str]:
         """The clients' names, in the order of the run."""
-        return [row["name"] for event in self.metrics("data")[-1:] for row in event["clients"]]
+        from fedmoe_ds.report.holdings import Holdings
+
+        found = [event for event in self._events if event["event"] == "data"]
+        return Holdings(found[-1]).names if found else []
 
     @cached_property
     def adapters(self) -> Mapping[str, Tensor]:
@@ -152,5 +160,5 @@ def open_run(folder: str | Path) -> Result:
     if not (path / "metrics.jsonl").is_file():
         raise UserError(f"run: {path}: holds no run (no metrics.jsonl); give the folder that a run has written")
     result = Result(path)
-    result.metrics()  # a damaged record is told here, not at the first look
+    result._events  # a damaged record is told here, not at the first look; a table when it is read  # noqa: B018
     return result

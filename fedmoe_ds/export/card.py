@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -17,6 +17,7 @@ from fedmoe_ds import __version__
 from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.report.history import History
+from fedmoe_ds.report.record import expanded
 
 CARD = "README.md"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -113,7 +114,7 @@ def _scores(request: Request) -> str:
 
 def _start(request: Request) -> str | None:
     """What the run's adapters began as, by name; None: at nothing."""
-    history = History.of(event for event in request.run.events if event["event"] == "run")
+    history = History.of([event for event in request.run.events if event["event"] == "run"])
     return history.started_from
 
 
@@ -121,14 +122,23 @@ def _row(request: Request, last: int) -> dict[str, Any] | None:
     """The newest evaluation up to a round; of what the run began with for round 0."""
     selection, found = request.selection, None
     split = "global" if selection.client is None else "client"
-    for event in request.run.events:
-        if event["event"] != "eval" or event["split"] != split or event["round"] > last or (last and not event["round"]):
+    for event in _evaluations(request, split):
+        if event["split"] != split or event["round"] > last or (last and not event["round"]):
             continue
         if str(event.get("tier_label", event.get("tier"))) != selection.tier:
             continue
         if selection.client is None or event.get("client") == selection.client.name:
             found = event
     return found
+
+
+def _evaluations(request: Request, split: str) -> Iterator[dict[str, Any]]:
+    """The `eval` events; those of single clients out of their tables, where one of them is asked for."""
+    for event in request.run.events:
+        if event["event"] == "eval":
+            yield event
+        elif event["event"] == "table" and event["of"] == "eval" and split == "client":
+            yield from expanded(event)
 
 
 def _active_experts(request: Request, written: Written) -> list[str]:

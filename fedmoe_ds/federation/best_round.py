@@ -20,7 +20,7 @@ from fedmoe_ds.config import CheckpointConfig, load_config
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.evaluation import Score
-from fedmoe_ds.report import read_metrics
+from fedmoe_ds.report import Record
 from fedmoe_ds.report.history import tier_of
 
 _SMALLER = ("perplexity",)
@@ -98,7 +98,9 @@ def best_so_far(folder: Path, saving: CheckpointConfig, rounds: int | None = Non
     """
     if saving.best is None:
         return None
-    root, events, notes = folder / "checkpoints", read_metrics(folder / "metrics.jsonl"), list[str]()
+    root, notes = folder / "checkpoints", list[str]()
+    # Pooled figures decide; those of single clients are not held.
+    events = [event for event in Record(folder / "metrics.jsonl") if event["event"] == "eval" and event["split"] != "client"]
     found = [progress_of(path) for path in candidates(root)]
     # A round that was interrupted afterwards has a checkpoint of another name.
     kept = {progress[0] for progress in found if progress is not None and not progress[1]}

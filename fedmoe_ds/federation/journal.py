@@ -24,6 +24,7 @@ from fedmoe_ds.federation.generation import Generation
 from fedmoe_ds.federation.shortage import limit_fields, limit_line
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.report import MetricsLog, Progress, write_report
+from fedmoe_ds.report.client_tables import MOST_LINES
 from fedmoe_ds.storage.file_modes import keep_private
 from fedmoe_ds.storage.files import write_whole
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 
 OUT_OF_MEMORY = "out-of-memory"
+MOST_NAMES = 20
+"""Clients that a line of progress names."""
 
 
 class Journal:
@@ -69,6 +72,10 @@ class Journal:
         # Collective on purpose: without it the other ranks would wait for rank 0 in the next collective, in vain.
         return self.runtime.run_on_rank0(guarded)
 
+    def data(self, facts: dict[str, Any]) -> None:
+        """The `data` event; many clients go into a table."""
+        self._write(lambda: self.log.write_data(**facts))
+
     def event(self, event: str, **fields: Any) -> None:
         """One line of metrics.jsonl."""
         self._write(lambda: self.log.write(event, **fields))
@@ -82,7 +89,7 @@ class Journal:
         return self.log.position()
 
     def truncate(self, position: int) -> None:
-        """Forget what was written after the checkpoint that is resumed."""
+        """Forget what was written after the checkpoint that is resumed, tables included."""
         self._write(lambda: self.log.truncate(position))
 
     def note(self, text: str) -> None:
@@ -145,15 +152,13 @@ class Journal:
         """Evaluation rows, and one progress line; `plain`: of the foundation itself; `best`: what it says of the best round."""
 
         def write() -> None:
+            own = [row for row in rows if row.client is not None]
+            many = len(own) > MOST_LINES
             for row in rows:
-                fields: dict[str, Any] = {"round": round_index, "tier": row.tier, "tier_label": row.label, "split": row.split}
-                fields |= {"perplexity": row.perplexity, "accuracy": row.accuracy, "loss": row.loss}
-                fields["targets"] = fields["tokens"] = row.targets  # the old name, too: it is an interface
-                if row.metrics:
-                    fields |= {**row.metrics, "samples": row.samples}
-                if row.client is not None:
-                    fields["client"] = row.client
-                self.log.write("eval", **fields)
+                if row.client is None or not many:
+                    self.log.write("eval", round=round_index, **_score_fields(row))
+            if many:
+                self.log.write_table("eval", round_index, (_score_fields(row) for row in own))
 
         self._write(write)
         self._monitored(lambda: monitors.of_evaluation(round_index, rows))
@@ -207,7 +212,8 @@ class Journal:
         fields = {
             "participants": len(clients),
             "dropped": len(dropped),
-            "dropped_clients": dropped,
+            # With very many of them, `status` in the table of clients names the others.
+            "dropped_clients": dropped[:MOST_LINES],
             "tokens": tokens,
             # An unfinished round of an older version has clients that did not count them.
             "targets": sum(client["targets"] for client in clients) if all("targets" in client for client in clients) else None,
@@ -223,8 +229,11 @@ class Journal:
         }
 
         def write() -> None:
-            for client in clients:
-                self.log.write("client", round=round_index, **client)
+            if len(clients) > MOST_LINES:
+                self.log.write_table("client", round_index, clients)
+            else:
+                for client in clients:
+                    self.log.write("client", round=round_index, **client)
             for label in sorted(partial.activation, key=tier_order):
                 counts_LE = partial.activation[label]
                 # A tier whose clients were all left out has no shares.
@@ -238,7 +247,8 @@ class Journal:
         self._monitored(lambda: monitors.of_round(round_index, clients, fields))
         text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
         if dropped:
-            text += f"; left out ({', '.join(reasons)}): {', '.join(dropped)}"
+            text += f"; left out ({', '.join(reasons)}): {', '.join(dropped[:MOST_NAMES])}"
+            text += f" and {len(dropped) - MOST_NAMES} more" if len(dropped) > MOST_NAMES else ""
         self.progress.end_round(text)
         self.progress.detail(f"round {round_index}: {_spent(fields)}")
 
@@ -270,6 +280,18 @@ class Journal:
         self.progress.close()
         if self._log is not None:
             self._log.close()
+
+
+def _score_fields(row: Score) -> dict[str, Any]:
+    """What an evaluation row says beside its round."""
+    fields: dict[str, Any] = {"tier": row.tier, "tier_label": row.label, "split": row.split}
+    fields |= {"perplexity": row.perplexity, "accuracy": row.accuracy, "loss": row.loss}
+    fields["targets"] = fields["tokens"] = row.targets  # the old name, too: it is an interface
+    if row.metrics:
+        fields |= {**row.metrics, "samples": row.samples}
+    if row.client is not None:
+        fields["client"] = row.client
+    return fields
 
 
 def _spent(fields: dict[str, Any]) -> str:

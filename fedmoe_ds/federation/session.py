@@ -30,7 +30,7 @@ from fedmoe_ds.federation.samples import shown_samples
 from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line, versions
 from fedmoe_ds.kernels import fault
 from fedmoe_ds.machine import device_peak_mib, peak_mib
-from fedmoe_ds.report import final_table, read_metrics
+from fedmoe_ds.report import Record, final_table
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.files import make_folder
 from fedmoe_ds.storage.folder_lock import FolderLock
@@ -180,9 +180,10 @@ def recorded(metrics: Path) -> tuple[bool, dict[str, Any] | None]:
     """Whether a record tells of training, and the `end` event of a finished run. Raises UserError for a damaged record."""
     if not metrics.exists():
         return False, None
-    events = read_metrics(metrics)
-    last = events[-1] if events else {"event": ""}
-    return any(event["event"] == "round" for event in events), last if last["event"] == "end" else None
+    trained, last = False, dict[str, Any](event="")
+    for event in Record(metrics):
+        trained, last = trained or event["event"] == "round", event
+    return trained, last if last["event"] == "end" else None
 
 
 def begin(parts: Parts, journal: Journal, source: str | None) -> None:
@@ -191,7 +192,7 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         journal.truncate(0)
         journal.config(parts.config_text)
         journal.event("run", **run_facts(parts))
-        journal.event("data", **data_facts(parts))
+        journal.data(data_facts(parts))
         for line in parts.start.notes if parts.start is not None else ():
             journal.note(line)
         journal.samples(shown_samples(parts))
@@ -218,7 +219,7 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
 
 
 def _has_samples(metrics: Path) -> bool:
-    return any(event["event"] == "sample" for event in read_metrics(metrics))
+    return any(event["event"] == "sample" for event in Record(metrics))
 
 
 def open_snapshot(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
@@ -288,7 +289,7 @@ def summary(folder: Path, outcome: Outcome, runtime: Runtime) -> list[str]:
     """What the user reads last; the final two lines are a stable interface."""
     if not runtime.is_main:
         return []
-    lines = [final_table(read_metrics(folder / "metrics.jsonl"))]
+    lines = [final_table(Record(folder / "metrics.jsonl"))]
     if outcome.interrupted is not None:
         lines.append(
             f"stopped by {outcome.interrupted} with a checkpoint; start the same command with --resume auto to continue"

@@ -1,7 +1,8 @@
 """What a run leaves behind for people and programs: metrics, progress and the report page."""
 
 from fedmoe_ds.report.html import write_report
-from fedmoe_ds.report.metrics import MetricsLog, read_metrics
+from fedmoe_ds.report.metrics import MetricsLog
 from fedmoe_ds.report.progress import Progress, final_table
+from fedmoe_ds.report.record import Record, read_metrics
 
-__all__ = ["MetricsLog", "Progress", "final_table", "read_metrics", "write_report"]
+__all__ = ["MetricsLog", "Progress", "Record", "final_table", "read_metrics", "write_report"]

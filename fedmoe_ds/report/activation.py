@@ -8,25 +8,22 @@ from collections.abc import Sequence
 from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.axis import whole_ticks
-from fedmoe_ds.report.history import History
+from fedmoe_ds.report.history import Cells, History
 from fedmoe_ds.report.markup import Markup, tag
 from fedmoe_ds.report.svg import thinned, tier_colours, tier_mark
 
 MOST_ROUNDS = 24
 WIDTH, LEFT, BOTTOM = 480.0, 34.0, 38.0
 
-Cells = list[list[int]]
-
 
 def expert_section(history: History) -> Markup:
     """All panels for the last recorded round, and the data of the other rounds for the slider."""
     # Records of layers without any expert have nothing to draw.
-    recorded = sorted({round_ for (round_, _), event in history.experts.items() if any(event["activation"])})
+    recorded = sorted({round_ for (round_, _), cells in history.experts.items() if any(cells)})
     if not recorded:
         return tag("p", "No expert activations have been recorded yet.", cls="empty")
     rounds = thinned(recorded, MOST_ROUNDS)
-    kept = {key: event for key, event in history.experts.items() if key[0] in rounds and any(event["activation"])}
-    frames = {key: _hundredths(event["activation"]) for key, event in kept.items()}
+    frames = {key: cells for key, cells in history.experts.items() if key[0] in rounds and any(cells)}
     tiers = sorted({tier for _, tier in frames}, key=tier_order)
     # One peak for all tiers and rounds: equal colours mean equal shares, also when the slider moves.
     peak = max((cell for frame in frames.values() for layer in frame for cell in layer), default=100) or 100
@@ -40,12 +37,6 @@ def expert_section(history: History) -> Markup:
     script = tag("script", _embedded(data), type="application/json", id="activation-data")
     parts = [_slider(rounds, len(recorded)), _scale(peak), tag("div", *panels, cls="pair")]
     return tag("div", *parts, script if len(rounds) > 1 else None, cls="heat")
-
-
-def _hundredths(activation: Sequence[Sequence[float | None]]) -> Cells:
-    """Shares of routed slots [L][E] as hundredths of the even share 1/E."""
-    # Whole hundredths: the page holds a number per cell and round, and two digits are what one can see.
-    return [[round(100 * len(layer) * (share or 0.0)) for share in layer] for layer in activation]
 
 
 def _flat(frame: Cells | None) -> list[int] | None:

@@ -8,7 +8,7 @@ by is required: older versions have not written everything.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,7 +22,8 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=1e15)]
 Time = Annotated[float, Field(ge=0, le=_LAST_SECOND)]
-Label = Annotated[str, Field(pattern=r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?$")]
+LABEL = r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?$"
+Label = Annotated[str, Field(pattern=LABEL)]
 """Of a tier: `4`, `4 r2`, `4 e8`."""
 
 
@@ -145,7 +146,24 @@ class _Sample(_OfTier):
     targets: Count | None = None
 
 
+class _File(_Fields):
+    """A table beside the record; a name of any other form could lead out of the run folder."""
+
+    file: Annotated[str, Field(pattern=r"^clients/[a-z0-9][a-z0-9-]*\.parquet$")]
+    rows: Annotated[int, Field(ge=0, le=2**31)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Table(_Fields):
+    time: Time | None = None
+    of: Literal["client", "eval"]
+    round: Round
+    table: _File
+
+
 class _Data(_Fields):
+    time: Time | None = None
+    table: _File | None = None
     clients: list[_Client] | None = None
     distribution: _Distribution | None = None
     omissions: _Omissions | None = None
@@ -229,6 +247,7 @@ _KINDS: dict[str, type[_Fields]] = {
     "run": _Run,
     "resume": _Resume,
     "data": _Data,
+    "table": _Table,
     "sample": _Sample,
     "eval": _Eval,
     "generation": _Generation,

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report import formats
+from fedmoe_ds.report.by_client import OwnScores, Participation, RepeatedError, latest
+from fedmoe_ds.report.by_client import tier_of as tier_of
+from fedmoe_ds.report.holdings import Holdings
+from fedmoe_ds.report.record import ROWS, expanded
 
 Event = Mapping[str, Any]
+Cells = list["array[int]"]
 SPLITS = ("global", "clients")
 TASK_METRICS = {"exact_match": "exact match", "ranked_choice": "ranked choice"}
 """Optional fields of `eval` that are shares of its `samples`, and what they are called."""
-
-
-def tier_of(event: Event) -> str:
-    """The label of the tier that an event is about; files of before have its top-k only, under either name."""
-    # In the order in which `events` checks the names.
-    return str(event.get("tier_label", event.get("tier", event.get("top_k"))))
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,41 @@ def _result(split: str, tier: str, by_round: Mapping[int, Event]) -> TierResult:
     return TierResult(split, tier, before=by_round.get(0, {}), after=by_round[last] if last > 0 else {})
 
 
+def hundredths(activation: Sequence[Sequence[float | None]]) -> Cells:
+    """Shares of routed slots [L][E] as hundredths of the even share 1/E."""
+    # Whole hundredths, packed: a long run has very many cells, and two digits are what one can see.
+    return [array("I", (round(100 * len(layer) * (share or 0.0)) for share in layer)) for layer in activation]
+
+
+def ending(events: Iterable[Event]) -> Event | None:
+    """The `end` event; None where the run is going on, also because more rounds were asked for after its end."""
+    end = None
+    for event in events:
+        if event["event"] in ("end", "resume"):
+            end = event if event["event"] == "end" else None
+    return end
+
+
 @dataclass
 class History:
-    """Events by kind. A round that was recorded twice counts once, with its later record."""
+    """Events by kind. A round that was recorded twice counts once, with its later record.
+
+    What is said of single clients is gathered (`trained`, `own_scores`): a long run of many clients takes no more memory than a
+    short one. `evaluations` are the pooled ones.
+    """
 
     run: Event = field(default_factory=dict)
     data: Event = field(default_factory=dict)
     end: Event | None = None
     resumes: list[Event] = field(default_factory=list)
-    evaluations: dict[tuple[int, str, str, str], Event] = field(default_factory=dict)
-    clients: dict[tuple[int, str], Event] = field(default_factory=dict)
+    evaluations: dict[tuple[int, str, str], Event] = field(default_factory=dict)
+    trained: Participation = field(default_factory=Participation)
+    own_scores: OwnScores = field(default_factory=OwnScores)
     rounds: dict[int, Event] = field(default_factory=dict)
-    experts: dict[tuple[int, str], Event] = field(default_factory=dict)
+    experts: dict[tuple[int, str], Cells] = field(default_factory=dict)
     generations: dict[tuple[int, int], Event] = field(default_factory=dict)
     samples: list[Event] = field(default_factory=list)
+    _holdings: Holdings | None = None
 
     @property
     def before(self) -> str:
@@ -113,10 +134,26 @@ class History:
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> History:
-        """Sort events; kinds this version does not know are passed over, so that newer files stay readable."""
+        """Sort events; kinds this version does not know are passed over, so that newer files stay readable.
+
+        Args:
+            events: a `Record`, or a list; it may be read twice.
+        Raises:
+            UserError: of a `Record`: it, or a table beside it, cannot be read.
+        """
+        try:
+            return cls._gathered(events)
+        except RepeatedError:
+            # No run writes such a record, but somebody may have joined two: only here all rows are held at once.
+            return cls._gathered(latest(one for event in events for one in expanded(dict(event))))
+
+    @classmethod
+    def _gathered(cls, events: Iterable[Event]) -> History:
         history = cls()
         for event in events:
             history._add(event)
+        history.trained.close()
+        history.own_scores.close()
         return history
 
     def _add(self, event: Event) -> None:
@@ -134,17 +171,28 @@ class History:
                 # A run that goes on has not ended: more rounds were asked for after its end.
                 self.end = None
             case "eval":
-                # The client belongs to the key; pooled rows have none.
-                key = (event["round"], event["split"], tier_of(event), event.get("client") or "")
-                self.evaluations[key] = event
+                if event["split"] != "client":
+                    self.evaluations[event["round"], event["split"], tier_of(event)] = event
+                elif event.get("client") is not None:
+                    self.own_scores.see(event)
             case "client":
-                self.clients[event["round"], event["client"]] = event
+                self.trained.see(event)
+            case "table":
+                gathered = self.trained if event["of"] == "client" else self.own_scores
+                gathered.see_table(event[ROWS])
             case "round":
                 self.rounds[event["round"]] = event
             case "experts":
-                self.experts[event["round"], tier_of(event)] = event
+                self.experts[event["round"], tier_of(event)] = hundredths(event["activation"])
             case "generation":
                 self.generations[event["round"], event["sample"]] = event
+
+    @property
+    def holdings(self) -> Holdings:
+        """What every client has."""
+        if self._holdings is None or self._holdings.event is not self.data:
+            self._holdings = Holdings(self.data)
+        return self._holdings
 
     @property
     def tiers(self) -> list[str]:
@@ -152,8 +200,8 @@ class History:
         # Older records list top-k values only.
         budgets = self.run.get("budgets")
         seen = {str(cap) for cap in self.run.get("tiers") or []} if budgets is None else {tier_of(budget) for budget in budgets}
-        seen |= {tier_of(client) for client in self.data.get("clients") or []}
-        seen |= {tier for _, split, tier, _ in self.evaluations if split in SPLITS}
+        seen |= self.holdings.tiers_present
+        seen |= {tier for _, split, tier in self.evaluations if split in SPLITS}
         seen |= {tier for _, tier in self.experts}
         return sorted(seen, key=tier_order)
 
@@ -171,11 +219,10 @@ class History:
 
     def curve(self, split: str, tier: str, metric: str) -> list[tuple[int, float | None]]:
         """(round, value) in order of rounds for one tier on one pooled hold-out."""
-        rows = [(key[0], row) for key, row in self.evaluations.items() if key[1:3] == (split, tier)]
+        rows = [(key[0], row) for key, row in self.evaluations.items() if key[1:] == (split, tier)]
         return sorted((round_, row.get(metric)) for round_, row in rows)
 
     def client_names(self) -> list[str]:
         """All clients, those with data first in their order, then any that only trained."""
-        names = [client["name"] for client in self.data.get("clients") or []]
         # A dict keeps the order of the data and drops names seen before.
-        return list(dict.fromkeys([*names, *(name for _, name in self.clients)]))
+        return list(dict.fromkeys([*self.holdings.names, *self.trained.places]))

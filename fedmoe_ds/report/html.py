@@ -11,8 +11,9 @@ from fedmoe_ds.report.activation import expert_section
 from fedmoe_ds.report.headline import header
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.markup import Markup, join, tag
-from fedmoe_ds.report.metrics import read_metrics
-from fedmoe_ds.report.population import client_section, data_section
+from fedmoe_ds.report.participants import client_section
+from fedmoe_ds.report.population import data_section
+from fedmoe_ds.report.record import Record
 from fedmoe_ds.report.samples import sample_section
 from fedmoe_ds.report.sections import (
     config_section,
@@ -50,7 +51,7 @@ def read_history(run_folder: Path) -> History:
     """What a run has recorded. Raises UserError: no such folder, or it holds no readable metrics.jsonl."""
     if not run_folder.is_dir():
         raise UserError(f"run folder: {run_folder}: does not exist; name a folder like runs/<name>")
-    return History.of(read_metrics(run_folder / "metrics.jsonl"))
+    return History.of(Record(run_folder / "metrics.jsonl"))
 
 
 def read_config(run_folder: Path) -> str | None:

@@ -1,12 +1,17 @@
-"""`metrics.jsonl`: one JSON object per event, the stable record of a run (schema: docs/outputs.md)."""
+"""`metrics.jsonl`: one JSON object per event, the stable record of a run (schema: docs/outputs.md), as it is written.
+
+What is about very many clients goes into tables beside it (`client_tables`), and a line names each of them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.report.events import wrong_field
-from fedmoe_ds.storage.files import open_plain
-from fedmoe_ds.storage.strict_json import parse_json
+from fedmoe_ds.report.client_tables import FOLDER, MOST_LINES, OMITTED, Row, Rows, is_table, summary, table_of, write_table
+from fedmoe_ds.report.record import ROWS, Record
+from fedmoe_ds.storage.files import open_plain, sync
 
 
 class MetricsLog:
@@ -70,6 +75,35 @@ class MetricsLog:
             raise
         self._end += len(encoded)
 
+    def write_table(self, kind: str, round_index: int, rows: Iterable[Row]) -> None:
+        """Put a round's `client` or `eval` events about single clients into a table, and append the `table` event.
+
+        Raises as `write` does.
+        """
+        # Nothing of another job's may be replaced.
+        self._check_alone()
+        table = table_of(kind, rows)
+        told = write_table(self.path.parent, kind, round_index, table)
+        self.write("table", of=kind, round=round_index, table=told, summary=summary(table))
+
+    def write_data(self, **facts: Any) -> None:
+        """Append the `data` event; what it says of more than `MOST_LINES` clients goes into a table. Raises as `write` does."""
+        clients = facts["clients"]
+        if len(clients) <= MOST_LINES:
+            self.write("data", **facts)
+            return
+        self._check_alone()
+        distribution, omissions = facts.get("distribution") or {}, facts.get("omissions") or {}
+        counts, omitted = distribution.get("counts"), omissions.get("clients") or {}
+        table = table_of("data", (_holding(client, i, counts, omitted) for i, client in enumerate(clients)))
+        told = write_table(self.path.parent, "data", 0, table)
+        rest = {key: value for key, value in facts.items() if key != "clients"}
+        if counts is not None:
+            rest["distribution"] = {key: value for key, value in distribution.items() if key != "counts"}
+        if omitted:
+            rest["omissions"] = {**omissions, "clients": {}}
+        self.write("data", **rest, table=told, summary=summary(table))
+
     def position(self) -> int:
         """Bytes written so far, after they have reached the disk: what a checkpoint stores for `truncate`."""
         self._check_alone()
@@ -78,10 +112,11 @@ class MetricsLog:
         return self._size()
 
     def truncate(self, position: int) -> None:
-        """Drop everything after byte `position`: on resume, what the killed run wrote after its checkpoint.
+        """Drop everything after byte `position`: on resume, what the killed run wrote after its checkpoint, tables included.
 
         Raises:
             UserError: the file is shorter than the checkpoint says, so it belongs to another run or was edited.
+            OSError: a table cannot be removed, or a symbolic link is in the place of their folder.
         """
         self._check_alone()
         if self._size() < position:
@@ -92,6 +127,7 @@ class MetricsLog:
         # A position of an older checkpoint may lie within a line only if the file was edited.
         self._file.truncate(position)
         self._drop_torn_line()
+        self._drop_tables()
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -106,6 +142,23 @@ class MetricsLog:
         if not content.endswith(b"\n"):
             self._file.truncate(content.rfind(b"\n") + 1)
         self._end = self._size()
+
+    def _drop_tables(self) -> None:
+        """Remove the tables that no line names."""
+        folder = self.path.parent / FOLDER
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, f"{FOLDER} is a symbolic link; remove it (the run folder itself may be one)")
+        if not folder.is_dir():
+            return
+        # The shorter record first: after a power cut none may name a table that is gone.
+        os.fsync(self._file.fileno())
+        named = {event[ROWS].path for event in Record(self.path) if isinstance(event.get(ROWS), Rows)}
+        for path in folder.iterdir():
+            if is_table(path) and path not in named:
+                path.unlink()
+        sync(folder)
+        with contextlib.suppress(OSError):  # others may keep files there
+            folder.rmdir()
 
     def _check_alone(self) -> None:
         """Raise UserError where the file is not as this writer has left it: two jobs in one folder, or an editor."""
@@ -123,31 +176,10 @@ class MetricsLog:
             )
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all events in the order of writing; an unfinished last line (a run killed in a write) is left out.
-
-    Raises:
-        UserError: the file is missing, or a complete line is no event, or a field of it has not the type that readers take.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name the folder of a run that has started") from None
-    # Cut before splitting: an unfinished last line would be reported as damaged.
-    complete = content[: content.rfind(b"\n") + 1]
-    return [_event(path, number, line) for number, line in enumerate(complete.splitlines(), start=1) if line.strip()]
-
-
-def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        record = parse_json(line, halves=True)
-    except ValueError as error:
-        raise UserError(f"{path}: line {number}: is not JSON ({error}); remove or repair the line") from None
-    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
-        raise UserError(f"{path}: line {number}: is no event; every line is an object with a string 'event'")
-    if (wrong := wrong_field(record)) is not None:
-        raise UserError(f"{path}: line {number}: {wrong}; remove or repair the line")
-    return record
+def _holding(client: Row, place: int, counts: Any, omitted: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """A client's row in the table of the `data` event: `counts` are samples by label, of all clients in their order."""
+    own = {f"{OMITTED}{kind}": count for kind, count in omitted.get(client["name"], {}).items()}
+    return {**client, **({"counts": counts[place]} if counts is not None and len(counts) else {}), **own}
 
 
 def _plain(value: object) -> object:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.history import TASK_METRICS, Event, History, TierResult, tier_results
 from fedmoe_ds.report.markup import Markup, choices, join, legend, table, tag
-from fedmoe_ds.report.population import rounds_table
-from fedmoe_ds.report.svg import Column, Series, line_chart, stacked_columns, tier_colours, tier_mark
+from fedmoe_ds.report.svg import Column, Series, line_chart, shown_of, stacked_columns, thinned, tier_colours, tier_mark
 from fedmoe_ds.report.tasks import HOLD_OUT, across_table, task_table
 
 TIME_UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+MOST_ROUNDS = 2000
 PHASES = ("schedule", "train", "aggregate", "evaluate", "checkpoint")
 
 
@@ -85,8 +85,7 @@ def _curves(history: History, split: str) -> Markup:
         found = []
         for tier in history.tiers:
             points = history.curve(split, tier, metric)
-            # The pooled rows: "" is no client.
-            rows = [history.evaluations[x, split, tier, ""] for x, _ in points]
+            rows = [history.evaluations[x, split, tier] for x, _ in points]
             tips = [f"round {row['round']}\ntop-k {tier}\n{metric} {form(row)}" for row in rows]
             if points:
                 found.append(Series(colours[tier], f"k={tier}", points, tips))
@@ -106,7 +105,8 @@ def _curves(history: History, split: str) -> Markup:
 def _task_curves(history: History, lines: Callable[[str, Callable[[Event], str]], list[Series]]) -> list[Markup]:
     """A figure for every task metric that the run has."""
     found = []
-    for name in (name for name in TASK_METRICS if any(name in event for event in history.evaluations.values())):
+    known = history.own_scores.known.union(*history.evaluations.values())
+    for name in (name for name in TASK_METRICS if name in known):
         series = lines(name, lambda row, name=name: formats.counted_share(row, name, row.get("samples")))  # type: ignore[misc]
         title = f"{TASK_METRICS[name].capitalize()}, % of samples (higher is better)"
         chart = line_chart(series, title=title, x_label="round", form=lambda y: tick(100 * y), most=1.0)
@@ -144,7 +144,7 @@ def time_section(history: History) -> Markup:
         "div",
         keys,
         tag("div", tag("figure", stacked), tag("figure", _speed(rounds)), cls="pair"),
-        rounds_table(history),
+        _rounds_table(history),
     )
 
 
@@ -173,6 +173,27 @@ def _speed(rounds: Sequence[tuple[int, Event]]) -> Markup:
     ]
     series = Series("speed", "", [(number, event.get("tokens_per_s")) for number, event in rounds], tips)
     return line_chart([series], title="Training speed, tokens/s", x_label="round", form=tick, zero=True)
+
+
+def _rounds_table(history: History) -> Markup:
+    """Rounds in figures, collapsed."""
+    rounds = sorted(history.rounds.items())
+    head = ["round", "participants", "dropped", "waves", "tokens", "tokens/s", "time", "weight entropy"]
+    rows = [
+        [
+            str(number),
+            formats.count(event.get("participants")),
+            formats.count(event.get("dropped")),
+            formats.count(event.get("waves")),
+            formats.count(event.get("tokens")),
+            formats.count(event.get("tokens_per_s")),
+            formats.duration(event.get("seconds")),
+            formats.number(event.get("weight_entropy")),
+        ]
+        for number, event in thinned(rounds, MOST_ROUNDS)
+    ]
+    body = tag("div", table(head, rows), cls="scroll")
+    return tag("details", tag("summary", f"Every round in figures{shown_of(len(rounds), 'round', MOST_ROUNDS)}"), join([body]))
 
 
 def topology_section(history: History) -> Markup:

@@ -242,7 +242,7 @@ def _tier_curves(runs: Sequence[Told], split: str, tier: str) -> Markup:
         found = []
         for run in runs:
             points = run.history.curve(split, tier, metric)
-            rows = [run.history.evaluations[x, split, tier, ""] for x, _ in points]
+            rows = [run.history.evaluations[x, split, tier] for x, _ in points]
             tips = [f"{run.key}: {run.name}\nround {row['round']}\n{metric} {form(row)}" for row in rows]
             if any(metric in row for row in rows):
                 found.append(Series(run.css, run.key, points, tips))

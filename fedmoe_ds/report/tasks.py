@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report import formats
+from fedmoe_ds.report.by_client import FIGURES, OwnScores
 from fedmoe_ds.report.history import TASK_METRICS, Event, History, TierResult, tier_of, tier_results
 from fedmoe_ds.report.markup import Markup, table, tag
 from fedmoe_ds.report.svg import tier_colours, tier_mark
 
 HOLD_OUT = {"global": "Global hold-out", "clients": "Clients' hold-outs"}
-FIGURES = {"perplexity": "perplexity", "accuracy": "accuracy", **TASK_METRICS}
-"""Of a client's own hold-out, and what they are called."""
 LOWER_IS_BETTER = {"perplexity"}
 TASK_LEAD = (
     "The share of hold-out samples that are answered right. Exact match: greedy decoding gives the reference answer, token by "
@@ -48,13 +47,15 @@ def across(values: Sequence[float], lower_is_better: bool) -> Across:
     """Summarise a figure over at least one client; the worst tenth is ceil(n / 10) of them."""
     ordered = sorted(values, reverse=lower_is_better)
     worst = ordered[: math.ceil(len(ordered) / 10)]
-    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    mean = statistics.fmean(values)
+    # Not `pstdev`, whose fractions take seconds for a million clients; here, too, equal values have no spread at all.
+    spread = math.hypot(*(value - mean for value in values)) / math.sqrt(len(values))
     return Across(len(values), mean, statistics.fmean(worst), spread, min(values), max(values))
 
 
-def across_clients(evaluations: Sequence[Event], figure: str) -> Across | None:
-    """The same of `eval` events of split `client`; None where none has a finite value of this figure."""
-    values = [event[figure] for event in evaluations if event.get(figure) is not None]
+def across_clients(scores: OwnScores, tier: str, round_index: int | None, figure: str) -> Across | None:
+    """The same of a tier's clients in a round, the first or the last; None where none has a finite value of this figure."""
+    values = scores.values(tier, round_index, figure)
     return across(values, figure in LOWER_IS_BETTER) if values else None
 
 
@@ -87,21 +88,18 @@ def _task_row(result: TierResult, name: str, css: str) -> list[str]:
 
 def across_table(history: History) -> Markup | None:
     """Mean, worst tenth and spread over clients, per tier; None where clients were not evaluated one by one."""
-    scored: dict[tuple[str, int], list[Event]] = {}
-    for (round_, split, tier, _), event in history.evaluations.items():
-        if split == "client":
-            scored.setdefault((tier, round_), []).append(event)
-    if not scored:
+    own = history.own_scores
+    if not own:
         return None
     colours = tier_colours(history.tiers)
     rows = []
-    for tier in sorted({tier for tier, _ in scored}, key=tier_order):
-        last = max(round_ for found, round_ in scored if found == tier)
-        before, after = scored.get((tier, 0), []), scored[tier, last] if last else []
+    for tier in sorted(own.tiers, key=tier_order):
+        rounds = (0, own.last_round(tier) or None)
         for figure in FIGURES:
-            ends = [across_clients(events, figure) for events in (before, after)]
-            if any(ends):
-                rows.append([tag("td", tier_mark(colours.get(tier, "t0"), tier)), *_across_cells(figure, *ends)])
+            before, after = (across_clients(own, tier, round_index, figure) for round_index in rounds)
+            if before or after:
+                mark = tag("td", tier_mark(colours.get(tier, "t0"), tier))
+                rows.append([mark, *_across_cells(figure, before, after)])
     heads = ("mean before", "after", "worst tenth before", "after", "spread before", "after", "range after", "clients")
     body = tag("div", table(["tier", "figure", *heads], rows, text_columns=2), cls="scroll")
     return tag("div", tag("h3", "Across clients"), tag("p", ACROSS_LEAD, cls="lead"), body)

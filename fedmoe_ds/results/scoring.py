@@ -92,7 +92,7 @@ def score_run(run: TrainedRun, config: Config, given: bool, request: Request, no
             raise UserError(
                 f"--tier: {tier}: with --client {name}: a client's model is that of its own tier ({client_tier}); drop --tier"
             )
-    started_from = History.of(event for event in run.events if event["event"] == "run").started_from
+    started_from = History.of([event for event in run.events if event["event"] == "run"]).started_from
     if request.before and started_from is not None:
         note(f"--before: round 0 is the foundation here; in the run's own record it is what that started from, {started_from}")
     loaded = LoadedModel.of_run(run, config, before=request.before)

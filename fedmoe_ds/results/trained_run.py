@@ -30,7 +30,8 @@ from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.storage_type import of_type, storage_type
 from fedmoe_ds.methods import RoundContext
 from fedmoe_ds.model.adapter_bank import BlockSpec
-from fedmoe_ds.report import Progress, read_metrics
+from fedmoe_ds.report import Progress, Record
+from fedmoe_ds.report.holdings import Holdings
 from fedmoe_ds.results.run_checkpoint import check_whole, find_checkpoint
 from fedmoe_ds.storage.files import expanded
 
@@ -64,7 +65,7 @@ class TrainedRun:
         model: folder of the base model, in safetensors; `outline` is the same without weights.
         clients: all of the federation. Of a checkpoint without the run's record, which says who is of which tier: those that
             it names, without their numbers of samples, where there is one tier; else empty.
-        events: of `metrics.jsonl`; empty where there is none.
+        events: of `metrics.jsonl`, tables unread (`report.Record`); empty where there is none.
     """
 
     folder: Path
@@ -237,7 +238,7 @@ def open_run(path: Path, round_index: int | str | None = None, model: Path | Non
     meta = build_on_meta(base, storage_type(config.foundation, device, base))
     known = outline(meta, host_model(meta, 1, 0))
     spec = resolve_spec(config, method, device, known)
-    events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    events = list(Record(folder / METRICS)) if (folder / METRICS).is_file() else []
     clients = _clients(events, spec) if events else _named_clients(checkpoint, snapshot, spec)
     run = TrainedRun(folder, checkpoint, snapshot, spec, base, known, clients, events)
     if run.client_blocks:
@@ -260,7 +261,7 @@ def _clients(events: list[dict[str, Any]], spec: RunSpec) -> list[Client]:
     event = next((event for event in events if event["event"] == "data"), None)
     by_label = {tier.label: tier for tier in spec.tiers}
     found = []
-    for index, row in enumerate(event["clients"] if event is not None else []):
+    for index, row in enumerate(Holdings(event or {})):
         # Records of older versions have no label: there the top-k is it.
         label = str(row.get("tier_label", row["top_k"]))
         if label not in by_label:

@@ -27,9 +27,9 @@ def expanded(given: str, key: str) -> Path:
         raise UserError(f"{key}: {given}: no such user's home; give another path") from None
 
 
-def write_whole(path: Path, text: str, private: bool = False) -> None:
-    """Let a text file appear in one step, in the place of an older one or of a symbolic link, with the mode that `open` gives;
-    a `private` one is this user's alone.
+def write_whole(path: Path, content: str | memoryview, private: bool = False) -> None:
+    """Let a file appear in one step, in the place of an older one or of a symbolic link, with the mode that `open` gives; a
+    `private` one is this user's alone.
 
     What UTF-8 cannot hold (half of a surrogate pair) is written as its escape.
 
@@ -37,14 +37,15 @@ def write_whole(path: Path, text: str, private: bool = False) -> None:
         OSError: the folder cannot be written, the disk is full, or a folder, pipe or device is there; nothing is left behind.
     """
     check_replaceable(path)
+    encoded = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     # In the same folder, because a rename is one step only within one file system.
     handle, draft = tempfile.mkstemp(prefix=".draft-", suffix=".tmp", dir=path.parent)
     try:
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(handle, "wb") as file:
             # mkstemp lets this user alone read.
             if not private:
                 os.fchmod(handle, 0o666 & ~umask())
-            file.write(text)
+            file.write(encoded)
         os.replace(draft, path)
     except BaseException:
         with contextlib.suppress(OSError):

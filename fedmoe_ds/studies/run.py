@@ -13,8 +13,8 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.no_experts import as_meant
 from fedmoe_ds.foundation import planned_sparse
 from fedmoe_ds.methods import load_method, with_defaults
-from fedmoe_ds.report import read_metrics
-from fedmoe_ds.report.history import History
+from fedmoe_ds.report import Record
+from fedmoe_ds.report.history import History, ending
 
 # Where a run lies says nothing about what it computes: a study may be moved.
 PLACE = ("name", "output")
@@ -50,7 +50,7 @@ class Run:
 
     def history(self) -> History:
         """What it has recorded so far; empty before its first start."""
-        return History.of(read_metrics(self.metrics) if self.metrics.exists() else [])
+        return History.of(Record(self.metrics) if self.metrics.exists() else [])
 
     @property
     def begun(self) -> bool:
@@ -60,7 +60,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether its last start ended after the last round; a run that was asked to stop ends before."""
-        end = self.history().end
+        end = ending(Record(self.metrics)) if self.metrics.exists() else None
         return end is not None and end.get("rounds") == self.config.federation.rounds
 
 

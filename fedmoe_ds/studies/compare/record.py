@@ -10,7 +10,8 @@ from typing import Any
 
 from fedmoe_ds.clients.tiers import tier_top_k
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.report.history import SPLITS, TASK_METRICS, Event, History, tier_of, tier_results
+from fedmoe_ds.report.formats import targets_of
+from fedmoe_ds.report.history import SPLITS, TASK_METRICS, Event, History, tier_results
 from fedmoe_ds.report.tasks import across_clients
 from fedmoe_ds.studies.run import Run
 
@@ -94,31 +95,31 @@ def _scores(event: Event, prefix: str) -> Figures:
 
 def _worst(history: History, tier: str, round_index: int | None) -> Figures:
     """The task metrics of the worst tenth of the clients, whose hold-outs are scored one by one in this round."""
-    events = [event for key, event in history.evaluations.items() if key[:3] == (round_index, "client", tier)]
-    found = {f"worst_{name}": across_clients(events, name) for name in TASK_METRICS}
+    found = {f"worst_{name}": across_clients(history.own_scores, tier, round_index, name) for name in TASK_METRICS}
     return {name: summary.worst_tenth for name, summary in found.items() if summary is not None}
 
 
 def _flops(history: History, tier: str) -> Figures:
     """The mean over the tier's client events; nothing where one of them lacks the field (a run of an older version)."""
-    spent = [event.get("flops") for event in history.clients.values() if tier_of(event) == tier]
-    known = [float(value) for value in spent if value is not None]
-    return {"flops": sum(known) / len(known)} if known and len(known) == len(spent) else {}
+    total, rows, known = history.trained.flops.get(tier, (0.0, 0, 0))
+    return {"flops": total / rows} if known and known == rows else {}
 
 
 def _ground(history: History) -> dict[str, Any]:
     """What all methods of a seed must share."""
+    holdings = history.holdings
     clients = [
-        {key: client.get(key) for key in ("name", "samples", "sequences", "tokens", "top_k")}
-        for client in history.data.get("clients") or []
+        {**{key: client.get(key) for key in ("name", "samples", "sequences", "top_k")}, "tokens": targets_of(client)}
+        for client in holdings
     ]
+    counts = [holdings.counts_of(place) for place in range(len(holdings))]
     # Round 0, before any method has done anything: what differs there is not the method.
     pooled = {key: event for key, event in history.evaluations.items() if key[0] == 0 and event["split"] in SPLITS}
-    tokens = {f"{split} k={tier}": event.get("tokens") for (_, split, tier, _), event in pooled.items()}
+    tokens = {f"{split} k={tier}": event.get("tokens") for (_, split, tier), event in pooled.items()}
     return {
         "foundation": history.run.get("foundation"),
         "clients": clients,
-        "distribution": history.data.get("distribution"),
+        "distribution": {"labels": holdings.labels, "counts": counts},
         "hold-outs": tokens,
     }
 

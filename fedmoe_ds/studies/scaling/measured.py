@@ -8,6 +8,7 @@ kernels, page faults) and is not timed.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from typing import Any
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import machine_facts
-from fedmoe_ds.report import read_metrics
+from fedmoe_ds.report import Record
+from fedmoe_ds.report.client_tables import numbers
 from fedmoe_ds.report.history import Event
+from fedmoe_ds.report.record import ROWS
 from fedmoe_ds.storage.files import write_whole
 from fedmoe_ds.storage.strict_json import read_json
 from fedmoe_ds.studies.resources import cores
@@ -88,7 +91,7 @@ def note_machine(run: Run, environment: Mapping[str, str]) -> None:
 def measure(run: Run) -> Measured:
     """The figures of a finished run. Raises UserError where its record lacks one, or the note about its machine is damaged."""
     path = run.metrics
-    events = read_metrics(path)
+    events = list(Record(path))
     try:
         return _measured(events, _machine(machine_file(run)))
     except (LookupError, StopIteration, TypeError) as error:  # every field may be absent, or null: old runs have fewer
@@ -169,10 +172,19 @@ def _collectives(rounds: Sequence[Event]) -> dict[str, float] | None:
 
 
 def _flops(events: Sequence[Event], rounds: Sequence[int]) -> float | None:
-    spent = [event.get("flops") for event in events if event["event"] == "client" and event["round"] in rounds]
+    spent = [value for event in events if event.get("round") in rounds for value in _client_flops(event)]
     # Without some of the clients the sum would pass for a lower throughput.
-    known = [float(value) for value in spent if value is not None]
+    known = [float(value) for value in spent if value is not None and math.isfinite(value)]
     return sum(known) / len(rounds) if known and len(known) == len(spent) else None
+
+
+def _client_flops(event: Event) -> list[float | None]:
+    """Those of the clients that an event is about; none of another event."""
+    if event["event"] == "client":
+        return [event.get("flops")]
+    if event["event"] == "table" and event["of"] == "client":
+        return [*numbers(event[ROWS].read(), "flops").tolist()]
+    return []
 
 
 def _mean(values: Sequence[float]) -> float:
