@@ -79,7 +79,7 @@ def test_ranks_of_a_host_map_what_was_prepared(config: Config, worth: None, monk
 
         def gather(self, value: Any) -> list[Any]:
             # What other ranks lead was written, as they would tell.
-            return [{folder: None for folder in entries(config)["shared"]} if isinstance(value, dict) else value] * 4
+            return [dict.fromkeys(entries(config)["shared"]) if isinstance(value, dict) else value] * 4
 
         def run_on_all_ranks(self, action: Any) -> Any:
             return action()
