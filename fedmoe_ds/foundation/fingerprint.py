@@ -55,6 +55,11 @@ def fingerprint_of(folder: Path, sums: Mapping[Path, str]) -> str:
     return fingerprint(folder, {_key(file): found for file, found in sums.items()})
 
 
+def remembered_fingerprint(folder: Path, place: Path) -> str:
+    """The same for one process alone, with the sums that are remembered in `place`."""
+    return fingerprint_of(folder, file_sums.file_sums(unnamed_files(folder), place, 1))
+
+
 def shared_fingerprint(folder: Path, place: Path, hosts: list[str], world: Ranks) -> str:
     """The same on every rank, without reading a byte twice on any host, or in the job where hosts share the files. Every rank
     calls it.
