@@ -66,30 +66,33 @@ def test_a_start_finds_what_was_prepared(config: Config, worth: None, monkeypatc
 
 
 def test_ranks_of_a_host_map_what_was_prepared(config: Config, worth: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two clusters of two shards on one host: rank 2 takes the files of its shard, and writes none."""
-    config = Config.model_validate(changed(config.model_dump(), topology={"ep_size": 2}))
-    told = list(prepare(config, 4, lambda line: None))
-    assert "3 files" in told[3], "the dense part and two shards"
-    root, ep_size = cache.root(config.foundation.cache), 2
-    path = config.foundation.path
-    assert path is not None
+    """The first of two ranks of a host takes the files, and writes none."""
+    list(prepare(config, 2, lambda line: None))
+    root, path = cache.root(config.foundation.cache), str(config.foundation.path)
 
     class Ranks:
-        rank = 2
+        rank = 0
 
         def gather(self, value: Any) -> list[Any]:
-            # What other ranks lead was written, as they would tell.
-            return [dict.fromkeys(entries(config)["shared"]) if isinstance(value, dict) else value] * 4
+            return [value] * 2
 
         def run_on_all_ranks(self, action: Any) -> Any:
             return action()
 
-    skeleton = open_skeleton(path, config.foundation, ep_size, 0, "cpu")
+    skeleton = open_skeleton(path, config.foundation, 1, 0, "cpu")
     own = skeleton.load(torch.device("cpu"))
     monkeypatch.setattr(Skeleton, "read", lambda self, memory: memory and pytest.fail(f"read: {sorted(memory)}"))
     place = (root / "shared", Ranks(), lambda line: None, root / "sums")
-    memory = host_sharing.load_shared(skeleton, fingerprint(Path(path)), ep_size, ["a"] * 4, *place)
+    memory = host_sharing.load_shared(skeleton, fingerprint(Path(path)), 1, ["a"] * 2, *place)
     assert memory.keys() == own.keys() and every(memory[name].equal(own[name]) for name in own)
+
+
+def test_shards_of_experts_are_left_to_the_start_and_told(config: Config) -> None:
+    """What is common to all shards is prepared."""
+    sharded = Config.model_validate(changed(config.model_dump(), topology={"ep_size": 2}))
+    told = list(prepare(sharded, 2, lambda line: None))
+    assert "1 files" in told[3] and told[3].endswith("shards of experts are written by the first start (topology.ep_size 2)")
+    assert "1 written, 1 found" in list(prepare(config, 2, lambda line: None))[3], "the dense part is the same at every ep_size"
 
 
 def test_pre_training_that_is_stopped_goes_on(tmp_path: Path) -> None:
@@ -117,7 +120,6 @@ def test_pre_training_that_is_stopped_goes_on(tmp_path: Path) -> None:
     ("words", "variables", "message"),
     [
         (["--ranks", "0"], {}, r"--ranks: 0: must be at least 1"),
-        (["--ranks", "3", "topology.ep_size=2"], {}, r"--ranks: 3: neither divides topology.ep_size 2 nor is divided by it"),
         (["--ranks", "2", "topology.device=cuda", "execution.reproducible=fast"], {}, r"--ranks: 2: ranks share no weights in"),
         ([], {"RANK": "1", "WORLD_SIZE": "2"}, r"prepare: one process does all of it, and a launcher has started several"),
         (["method.name=flamme"], {}, r"method.name: flamme: .*did you mean 'flame'"),

@@ -21,6 +21,7 @@ from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_p
 from fedmoe_ds.foundation import file_sums, host_sharing, resolve_foundation
 from fedmoe_ds.foundation.fingerprint import fingerprint_of, unnamed_files
 from fedmoe_ds.foundation.foundation import cache_folder, open_skeleton
+from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
@@ -49,30 +50,23 @@ def prepare(config: Config, ranks: int, note: Note) -> Iterator[str]:
     began, kind = time.monotonic(), "cuda" if config.topology.device == "cuda" else "cpu"
     check_promise(config, kind)
     config, method = check_start(config, kind)
-    _check_ranks(ranks, config.topology.ep_size, kind)
+    if ranks > 1 and kind != "cpu":
+        raise UserError(f"--ranks: {ranks}: ranks share no weights in the memory of GPUs; drop it")
     foundation = config.foundation
     folder, told = _made(cache_folder(foundation, "foundations"), lambda: resolve_foundation(foundation, config.seed, note))
-    skeleton = open_skeleton(folder, foundation, config.topology.ep_size, 0, kind)
+    skeleton = open_skeleton(folder, foundation, 1, 0, kind)
     files = WeightFiles(folder).paths
     yield f"foundation: {folder}: {len(files)} weight files, {_mib(files)}: {told}"
-    spec = resolve_spec(config, method, kind, outline(skeleton.model, skeleton.layers), config.topology.ep_size)
+    spec = resolve_spec(config, method, kind, outline(skeleton.model, skeleton.layers))
     data, told = _made(cache_folder(foundation, "data"), lambda: _prepared(spec, folder, note))
     yield f"data: {len(data)} clients, {int(data.train_sequences.sum()):,} sequences in {data.path}: {told}"
     fingerprint, told = _summed(folder, cache_folder(foundation, file_sums.KIND), note)
     yield f"sums of the model's files: {told}"
     if ranks > 1:
-        yield _weights(config, folder, fingerprint, ranks)
+        yield _weights(config, skeleton, fingerprint, ranks)
     yield f"prepared in {time.monotonic() - began:.1f} s; a start with the same keys finds it in {cache.root(foundation.cache)}"
     if (ignored := cache.line([cache.passed_over()])) is not None:
         yield ignored
-
-
-def _check_ranks(ranks: int, ep_size: int, kind: str) -> None:
-    if ranks > 1 and kind != "cpu":
-        raise UserError(f"--ranks: {ranks}: ranks share no weights in the memory of GPUs; drop it")
-    # Otherwise hosts would hold different shards, and which ones is not known here.
-    if ranks % ep_size and ep_size % ranks:
-        raise UserError(f"--ranks: {ranks}: neither divides topology.ep_size {ep_size} nor is divided by it; give another")
 
 
 def _made(place: Path, action: Callable[[], T]) -> tuple[T, str]:
@@ -126,15 +120,14 @@ def _wait_until_settled(files: list[Path], note: Note) -> None:
         stop_point()
 
 
-def _weights(config: Config, folder: Path, fingerprint: str, ranks: int) -> str:
-    """Write what ranks of a host map, shard by shard."""
-    section, ep_size, began = config.foundation, config.topology.ep_size, time.monotonic()
+def _weights(config: Config, skeleton: Skeleton, fingerprint: str, ranks: int) -> str:
+    """Write what ranks of a host map."""
+    section, began, whole = config.foundation, time.monotonic(), config.topology.ep_size == 1
     root, sums = cache_folder(section, host_sharing.FOLDER), cache_folder(section, file_sums.KIND)
-    before, used = _entries(root), dict[Path, int]()
-    # With fewer ranks than shards, no two ranks of a host hold the same experts; the dense part is in every skeleton.
-    for shard in range(ep_size if ranks > ep_size else 1):
-        skeleton = open_skeleton(folder, section, ep_size, shard, "cpu")
-        used |= host_sharing.write_shared(skeleton, fingerprint, ep_size, ranks, shard, root, sums)
-    new = used.keys() - before
-    said = f"{len(new)} written, {len(used) - len(new)} found, {time.monotonic() - began:.1f} s"
-    return f"weights that {ranks} ranks of a host map: {len(used)} files, {sum(used.values()) / 2**20:,.1f} MiB: {said}"
+    before = _entries(root)
+    used = host_sharing.write_shared(skeleton, fingerprint, whole, root, sums)
+    new = len(used.keys() - before)
+    said = f"{new} written, {len(used) - new} found, {time.monotonic() - began:.1f} s"
+    # A shard needs the process groups of a job.
+    rest = "" if whole else f"; shards of experts are written by the first start (topology.ep_size {config.topology.ep_size})"
+    return f"weights that {ranks} ranks of a host map: {len(used)} files, {sum(used.values()) / 2**20:,.1f} MiB: {said}{rest}"

@@ -87,23 +87,22 @@ def load_shared(
     return memory
 
 
-def write_shared(
-    skeleton: Skeleton, fingerprint: str, ep_size: int, ranks: int, shard: int, root: Path, sums: Path
-) -> dict[Path, int]:
-    """Write the files that ranks of a host would map, without a world; their folders, with bytes.
+def write_shared(skeleton: Skeleton, fingerprint: str, experts: bool, root: Path, sums: Path) -> dict[Path, int]:
+    """Write the files that several ranks of a host would map, without a world; their folders, with bytes.
 
     Args:
-        skeleton: of a rank with this shard.
-        ranks: of the host.
+        skeleton: of a rank that holds all experts.
+        experts: theirs as well as the dense part's, which is the same for any number of shards.
 
     Raises:
         UserError: the checkpoint is damaged, or the cache folder cannot be written.
     """
-    parts = [part.weights for part in _parts(skeleton, fingerprint, ep_size, [""] * ranks, root, shard, sums) if part.shared]
-    for weights in parts:
+    parts = _parts(skeleton, fingerprint, 1, ["", ""], root, 0, sums)
+    chosen = [part.weights for part in parts if experts or part.weights.slots is skeleton.dense]
+    for weights in chosen:
         with cache.storing(weights.folder):
             weights.ensure(skeleton.read)
-    return {weights.folder: weights.nbytes for weights in parts}
+    return {weights.folder: weights.nbytes for weights in chosen}
 
 
 def _parts(
