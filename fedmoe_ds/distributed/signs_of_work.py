@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 STANDSTILL_S = 120.0
 """Seconds without a sign after which work stands still: longer than a download waits between two attempts."""

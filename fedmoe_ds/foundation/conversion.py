@@ -14,6 +14,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def _write_shards(files: list[Path], folder: Path) -> None:
     for number, file in enumerate(files, start=1):
         stop_point()
         name = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        names = run_waiting(lambda file=file, target=folder / name: _written_again(file, target))
+        names = run_waiting(partial(_written_again, file, folder / name))
         places.update(dict.fromkeys(names, name))
     if len(files) > 1:
         (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1))

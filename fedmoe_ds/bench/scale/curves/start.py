@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation.fingerprint import shared_fingerprint
