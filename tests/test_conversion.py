@@ -21,8 +21,9 @@ from transformers import LlamaConfig
 
 from fedmoe_ds.config.schema import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
+from fedmoe_ds.distributed.stop_points import file_sha256
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import conversion, load_foundation, planned_task, resolve_foundation
+from fedmoe_ds.foundation import conversion, file_sums, load_foundation, planned_task, resolve_foundation
 from fedmoe_ds.foundation import tokenizer as tokenizer_module
 from fedmoe_ds.storage import cache
 
@@ -98,6 +99,20 @@ def test_pickled_weights_are_converted_once_and_are_the_same(shards: int, model:
     again, lines = resolve(folder.rename(tmp_path / "renamed"), tmp_path / "cache")
     assert again == found and lines == []
     assert {path.name: path.read_bytes() for path in (tmp_path / "renamed").iterdir()} == {p.name: c for p, c in before.items()}
+
+
+def test_no_large_file_is_read_again_at_the_next_start(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the pickled files, of which the key is made, nor those that they have become."""
+    pickled(folder)
+    found, _ = resolve(folder, tmp_path / "cache")
+    read: list[str] = []
+    monkeypatch.setattr(file_sums, "WORTH", (folder / "pytorch_model.bin").stat().st_size // 2)
+    monkeypatch.setattr(file_sums, "_SETTLED_NS", -(10**12))
+    monkeypatch.setattr(file_sums, "file_sha256", lambda path: read.append(path.name) or file_sha256(path))
+    for expected in ({"pytorch_model.bin", "model.safetensors"}, set[str]()):
+        read.clear()
+        assert resolve(folder, tmp_path / "cache") == (found, [])
+        assert {"pytorch_model.bin", "model.safetensors"} & set(read) == expected
 
 
 @pytest.mark.parametrize("text", ["[]", "no JSON", '{"said": "bought", "libraries": {}}'])

@@ -18,7 +18,7 @@ from fedmoe_ds.distributed.runtime import attempt
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation import fingerprint as prints
-from fedmoe_ds.storage import cache
+from fedmoe_ds.storage import cache, mounts
 
 T = TypeVar("T")
 Reads = Counter[tuple[str, str]]
@@ -126,6 +126,85 @@ def test_a_host_reads_each_byte_once_and_no_more_at_its_next_start(
     reads.clear()
     assert in_world(hosts, lambda rank: model, tmp_path) == [expected] * len(hosts)
     assert not reads, "remembered"
+
+
+def on_a_network(monkeypatch: pytest.MonkeyPatch, sources: dict[str, str]) -> None:
+    """Every host of a world sees its files on the network file system that is named for it."""
+    monkeypatch.setattr(file_sums, "network_source", lambda path: sources.get(threading.current_thread().name, "nfs4 s:/m"))
+    monkeypatch.setattr(file_sums, "_SETTLED_ON_NETWORK_NS", -(10**12))
+
+
+def test_hosts_that_share_a_file_system_read_each_byte_once(
+    model: Path, tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four hosts, of which one has the same model on another server."""
+    expected, hosts = prints.fingerprint(model), ["a", "a", "b", "c", "d"]
+    on_a_network(monkeypatch, {"d": "nfs4 other:/m"})
+    reads.clear()
+    assert in_world(hosts, lambda rank: model, tmp_path) == [expected] * len(hosts)
+    by_name = Counter(name for host, name in reads.elements() if host != "d")
+    assert by_name == dict.fromkeys(weight_names(model), 1) and {host for host, _ in reads} == set(hosts)
+    assert {name for host, name in reads if host == "d"} == weight_names(model)
+
+
+def test_what_one_host_has_read_on_a_network_all_hosts_know(
+    model: Path, tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node prepares; the job's hosts, of other boots, have the same cache folder. On disks they read for themselves."""
+    file, place, boots = min(model.glob("*.safetensors")), tmp_path / "sums", iter("abcd")
+    monkeypatch.setattr(file_sums, "_BOOT", type("Boot", (), {"exists": lambda: True, "read_text": lambda: next(boots)}))
+    for network in (True, False):
+        monkeypatch.setattr(file_sums, "network_source", lambda path, network=network: "lustre @tcp:/m" if network else None)
+        monkeypatch.setattr(file_sums, "_SETTLED_ON_NETWORK_NS", -(10**12))
+        reads.clear()
+        found = [file_sums.file_sum(file, place) for _ in range(2)]
+        assert found[0] == found[1] and reads.total() == (1 if network else 2)
+
+
+def test_a_file_that_is_new_on_a_network_is_read_again(
+    model: Path, tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who wrote it may still hold it in memory; that is over when the seconds are that `unsettled_s` tells."""
+    file, place = min(model.glob("*.safetensors")), tmp_path / "sums"
+    monkeypatch.setattr(file_sums, "network_source", lambda path: "nfs s:/m")
+    assert 0 < file_sums.unsettled_s([file]) < 60
+    file_sums.file_sum(file, place)
+    file_sums.remember_written(file, "0" * 64, place)
+    assert not place.exists()
+    monkeypatch.setattr(file_sums, "network_source", lambda path: None)
+    assert file_sums.unsettled_s([file]) < 0
+    found = file_sums.file_sum(file, place)
+    reads.clear()
+    assert file_sums.file_sum(file, place) == found and not reads
+
+
+MOUNTS = """\
+22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw
+40 22 0:51 / /home rw,relatime shared:7 master:3 - nfs4 server:/home rw,vers=4.2,addr=10.0.0.1
+41 22 0:52 / /scratch rw - lustre 10.0.0.2@tcp:/fs rw
+42 22 0:53 / /mnt\\040x rw - 9p share rw
+43 40 0:51 /u /data rw - nfs4 server:/data rw
+no mount at all
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "source"),
+    [((0, 51), "nfs4 server:/data"), ((0, 52), "lustre 10.0.0.2@tcp:/fs"), ((259, 2), None), ((0, 53), None), ((9, 9), None)],
+)
+def test_network_file_systems_are_known_by_their_source(
+    device: tuple[int, int], source: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr(mounts, "_TABLE", tmp_path / "mounts")
+    monkeypatch.setattr(mounts.os, "stat", lambda path: os.stat_result((0, 0, os.makedev(*device), *[0] * 7)))
+    assert mounts.network_source(tmp_path) == source
+
+
+def test_this_machine_has_a_table_of_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mounts._mounts(mounts._TABLE.read_text()), "proc_pid_mountinfo(5)"
+    monkeypatch.setattr(mounts, "_TABLE", tmp_path / "none")
+    assert mounts.network_source(tmp_path) is None
 
 
 def test_ranks_share_the_bytes_evenly() -> None:

@@ -18,10 +18,11 @@ from federations import joined, make_config, run_alone, run_joined, write_inputs
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.stop_points import file_sha256
 from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import load_shared_foundation
-from fedmoe_ds.foundation import Foundation, load_foundation
+from fedmoe_ds.foundation import Foundation, file_sums, load_foundation
 from fedmoe_ds.foundation.host_sharing import FOLDER
 from fedmoe_ds.foundation.mapped_weights import ALIGNMENT, DATA, HEADER, MappedWeights, Memory, Slot
 from fedmoe_ds.kernels import compiling, lora_products, matrix, rows
@@ -113,6 +114,23 @@ def test_a_damaged_file_is_found_and_written_again(weights: MappedWeights, damag
     if damage is not flip:  # only a full look finds it, and one rank of a host takes that
         with pytest.raises((OSError, ValueError)):
             weights.map()
+    weights.ensure(fill)
+    check(weights)
+
+
+def test_a_large_file_is_read_again_only_where_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written and remembered by the first start; the second reads nothing; what is changed afterwards is found."""
+    read: list[Path] = []
+    monkeypatch.setattr(file_sums, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    monkeypatch.setattr(file_sums, "WORTH", 0)
+    monkeypatch.setattr(file_sums, "_SETTLED_NS", 3600 * 10**9)
+    weights = MappedWeights(tmp_path / "shared", "f" * 64, "dense", SLOTS, tmp_path / "sums")
+    weights.ensure(fill)
+    weights.ensure(refuse)
+    assert not read
+    check(weights)
+    flip(weights)
+    assert not weights.intact() and read == [weights.folder / DATA]
     weights.ensure(fill)
     check(weights)
 

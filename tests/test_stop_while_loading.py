@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.schema import PretrainConfig
 from fedmoe_ds.data import stdlib
-from fedmoe_ds.distributed import long_work
+from fedmoe_ds.distributed import long_work, signs_of_work, stop_points
 from fedmoe_ds.distributed.long_work import LongWork
 from fedmoe_ds.distributed.stop_points import StopError, file_sha256, heard_by, run_waiting, stop_point
 from fedmoe_ds.distributed.stop_request import StopRequest
@@ -308,6 +309,54 @@ def test_a_download_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * (3 << 20))
     with stopped_at(2):
         file_sha256(tmp_path / "file")
+
+
+def busy(until: threading.Event) -> None:
+    while not until.is_set():
+        sum(range(10_000))
+
+
+def writing(until: threading.Event) -> None:
+    with TemporaryFile() as file:
+        while not until.wait(0.01):
+            file.write(bytes(1 << 20))
+            file.seek(0)
+
+
+def idle(until: threading.Event) -> None:
+    until.wait(60)
+
+
+@pytest.mark.parametrize("work", [busy, writing, idle])
+def test_work_without_stop_points_reports_as_long_as_it_works(
+    work: Callable[[threading.Event], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that hangs stops reporting, so that the others wait for it and the watchdog says so; a stop is heard still."""
+    monkeypatch.setattr(signs_of_work, "STANDSTILL_S", 0.8)
+    monkeypatch.setattr(stop_points, "_LOOK_S", 0.02)
+    release, asked, reports = threading.Event(), threading.Event(), list[bool]()
+    began = time.monotonic()
+
+    def listen() -> None:
+        reports.append(time.monotonic() - began > 2.4)
+        # Three times as long as it may stand still.
+        if asked.is_set() or (reports[-1] and work is not idle):
+            raise StopError("SIGTERM")
+
+    timer = threading.Timer(3.2, asked.set)
+    if work is idle:
+        timer.start()
+    with heard_by(listen, asked.is_set), pytest.raises(StopError):
+        run_waiting(lambda: work(release))
+    release.set()
+    assert sum(reports) == 1 and len(reports) > 5, "none while it stands still, until a stop is asked for"
+
+
+def test_a_system_that_counts_nothing_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs_of_work, "STANDSTILL_S", 0.0)
+    monkeypatch.setattr(signs_of_work.SignsOfWork, "_counts", lambda self: None)
+    signs = signs_of_work.SignsOfWork()
+    assert signs.fresh() and signs.fresh()
 
 
 class Table:

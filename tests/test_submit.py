@@ -22,7 +22,8 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.out_of_memory import OutOfMemory
 from fedmoe_ds.commands import submit as submit_command
 from fedmoe_ds.config import Config
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.distributed.stop_request import MAX_REQUEUES
+from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
 from fedmoe_ds.federation.shortage import for_next_start
 from fedmoe_ds.planner.slurm import Request, check, compose, log_folder, submit
 from fedmoe_ds.shell import command_line, quoted
@@ -209,6 +210,41 @@ def test_requeues_that_bring_smaller_passes_are_not_counted(
         said.append([line[20:] for line in done.stdout.splitlines() if "requeueing" in line or "ends with" in line])
     smaller = ["memory ran out, passes get smaller; requeueing"]
     assert said == [smaller, smaller, smaller, ["a rank was lost (1 of at most 1 restarts); requeueing"], ["ends with 76"]]
+
+
+@pytest.mark.parametrize("name", ["train", "scaling"])
+def test_a_job_that_brings_nothing_is_not_queued_again(
+    name: str, tmp_path: Path, bash: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """What counts is the run (test_requeue_guard.py); the script says how many it takes, and leaves a mistake's code alone."""
+    counts = f'echo >> "{tmp_path}/stops"; [ "$(wc -l < "{tmp_path}/stops")" -gt "$FEDMOE_MAX_REQUEUES" ] && exit 2; exit 75'
+    (tmp_path / "bin").mkdir()
+    for tool, body in {"srun": counts, "python": counts, "scontrol": "echo n1"}.items():
+        (tmp_path / "bin" / tool).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    ends = []
+    for start in range(3):
+        variables = {"FEDMOE_HOME": str(REPOSITORY), "FEDMOE_LOGS": str(tmp_path / "logs"), "MAX_REQUEUES": "2"}
+        variables |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
+        variables |= {"FEDMOE_PYTHON": str(tmp_path / "bin" / "python"), "SLURM_RESTART_COUNT": str(start)}
+        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables)
+        said = [line[20:] for line in done.stdout.splitlines() if "requeueing" in line or "ends with" in line]
+        ends.append((done.returncode, said))
+    assert ends == [(75, ["stopped, to be continued; requeueing"])] * 2 + [(2, ["ends with 2"])], ends
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_start_that_cannot_count_its_stop_ends_as_a_loss(counted: bool) -> None:
+    """Stopped while it imports: the script counts losses; without one that counts, it is a stop as any other."""
+    program = (
+        "import os, signal, time; from fedmoe_ds.distributed.stop_request import StopRequest\n"
+        "StopRequest().install(); os.kill(os.getpid(), signal.SIGUSR1); time.sleep(60)"
+    )
+    given = {name: value for name, value in os.environ.items() if name != MAX_REQUEUES}
+    given |= {MAX_REQUEUES: "3"} if counted else {}
+    done = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == (EXIT_LOST if counted else EXIT_STOPPED)
+    assert done.stderr == "stopped by SIGUSR1 before anything was begun; start the same command again\n"
 
 
 # What somebody may have in a name, a path or a value.

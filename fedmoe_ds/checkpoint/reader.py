@@ -8,7 +8,6 @@ catches what a disk does later. `writer.py` writes all of it or nothing. No pick
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedmoe_ds.distributed.stop_points import stream_sha256
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import is_plain_name, open_plain
 from fedmoe_ds.storage.strict_json import parse_json, tree_sha256
@@ -124,8 +124,9 @@ def progress_of(folder: Path) -> tuple[int, bool] | None:
 
 
 def sha256_of(path: Path) -> str:
-    with open(open_plain(path, os.O_RDONLY), "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    # With stop points: personal state of many clients takes minutes, in which the other ranks wait.
+    with open(open_plain(path, os.O_RDONLY), "rb", buffering=0) as stream:
+        return stream_sha256(stream)
 
 
 def checksum(manifest: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, neare
 from fedmoe_ds.terminal import note, show
 
 STOP = StopRequest()
-"""Of `train`. It hears nothing before `start` has installed it."""
+"""Of `train` and `prepare`. It hears nothing before `start` has installed it."""
 HELP = ("-h", "--help")
 LAUNCHED = "train"
 """The one subcommand whose ranks a launcher starts."""
@@ -53,6 +53,7 @@ COMMANDS = {
     "generate": Command("fedmoe_ds.results.generate_command", "what a run's model answers", on_cpu=True),
     "export": Command("fedmoe_ds.export.command", "a run's model as other tools load it: LoRA or whole", on_cpu=True),
     "plan": Command("fedmoe_ds.commands.plan", "memory, time and the best topology of a run, before it is queued"),
+    "prepare": Command("fedmoe_ds.commands.prepare", "do before a job what its start would do", STOP.install, on_cpu=True),
     "submit": Command("fedmoe_ds.commands.submit", "check a run and submit it to SLURM"),
     "compare": Command("fedmoe_ds.commands.compare", "methods x seeds as runs, and one report about all of them"),
     "scaling": Command("fedmoe_ds.commands.scaling", "a study over ranks, ep_size, clients, experts or k"),

@@ -2,7 +2,8 @@
 
 Nothing can be saved in a checkpoint yet, and one rank may work for minutes while the others wait for it. Whoever works looks up
 at its stop points, about once a second, and all ranks exchange whether they were asked to stop. So a request to any rank is
-heard by all, and they leave together or go on together; nor does any rank wait in one collective for minutes.
+heard by all, and they leave together or go on together; nor does any rank wait in one collective for minutes. The exchange is
+also how a rank that works alone reports progress: `topology.timeout_s` counts from the last one, however long the work takes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class LongWork:
             StopError: a rank was asked to stop, and not all of them had finished.
         """
         self._due = time.monotonic() + _EVERY_S
-        with heard_by(self._look_up):
+        with heard_by(self._look_up, lambda: self.stop.requested):
             result, failure = attempt(action)
         told = self._exchange(True, failure)
         # A rank that has finished goes on exchanging, because the others still do so at their stop points.

@@ -14,14 +14,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from io import FileIO
 from pathlib import Path
 from typing import TypeVar
+
+from fedmoe_ds.distributed.signs_of_work import SignsOfWork
 
 T = TypeVar("T")
 _PIECE = 1 << 20  # bytes between two stop points of `file_sha256`
 _LOOK_S = 0.2  # seconds between two of `run_waiting`
 
 _listener: ContextVar[Callable[[], None] | None] = ContextVar("listener", default=None)
+_asked: ContextVar[Callable[[], bool] | None] = ContextVar("asked", default=None)
 
 
 class StopError(BaseException):
@@ -49,30 +53,38 @@ def stop_point() -> None:
 
 
 @contextmanager
-def heard_by(listener: Callable[[], None]) -> Iterator[None]:
-    """Let `listener` be called at every stop point of the body."""
-    token = _listener.set(listener)
+def heard_by(listener: Callable[[], None], asked: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Let `listener` be called at every stop point of the body; `asked` says whether this process was asked to stop."""
+    token, other = _listener.set(listener), _asked.set(asked)
     try:
         yield
     finally:
         _listener.reset(token)
+        _asked.reset(other)
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits; stop points between its pieces. Raises OSError as reading does."""
-    content, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
     # Unbuffered, into one buffer: the bytes are copied once.
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            content.update(buffer[:count])
-            stop_point()
+        return stream_sha256(file)
+
+
+def stream_sha256(file: FileIO) -> str:
+    """The same of an open file without a buffer of its own, from where it stands."""
+    content, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    while count := file.readinto(buffer):
+        content.update(buffer[:count])
+        stop_point()
     return content.hexdigest()
 
 
 def run_waiting(action: Callable[[], T]) -> T:
-    """Run an action that has no stop points of its own, a download, and have some while it runs.
+    """Run an action that has no stop points of its own, a download or a library's conversion, and have some while it works.
 
-    After a stop it is left alone, in a thread that ends with the process: only for what is safe to end at any moment.
+    Once it stands still there are no more of them, unless this process is asked to stop: the other ranks then wait for this
+    one, and after `topology.timeout_s` the watchdog says so. After a stop it is left alone, in a thread that ends with the
+    process: only for what is safe to end at any moment.
     """
     # Without a listener a stop request cannot be noticed, so a thread would be of no use.
     if _listener.get() is None:
@@ -87,10 +99,12 @@ def run_waiting(action: Callable[[], T]) -> T:
             failures.append(error)
 
     thread = threading.Thread(target=work, name="long work", daemon=True)
+    signs, asked = SignsOfWork(), _asked.get()
     thread.start()
     while thread.is_alive():
         thread.join(_LOOK_S)
-        stop_point()
+        if signs.fresh() or (asked is not None and asked()):
+            stop_point()
     if failures:
         raise failures[0]
     return results[0]

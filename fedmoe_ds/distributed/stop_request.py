@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.launcher import known_rank
-from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
 
+MAX_REQUEUES = "FEDMOE_MAX_REQUEUES"
+"""Of the environment: set by a batch script that requeues its job after a stop, and counts losses (`requeue_guard.py`)."""
 _AFTER_WAVE = "after the wave that is running, with a checkpoint"
 _AFTER_STEP = "after the step that is running; the same command continues"
 _WHEN = {"start": _AFTER_STEP, "load": _AFTER_STEP}
@@ -59,7 +61,8 @@ class StopRequest:
             if number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 text = f"stopped by {signal.Signals(number).name} before anything was begun; start the same command again\n"
                 os.write(2, text.encode() if known_rank() == 0 else b"")
-                os._exit(EXIT_STOPPED)
+                # There is no run folder yet in which this stop could count, and without a count requeues have no end.
+                os._exit(EXIT_LOST if MAX_REQUEUES in os.environ else EXIT_STOPPED)
         os.close(source)
 
     def receive(self, number: int, frame: FrameType | None) -> None:

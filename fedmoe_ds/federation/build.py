@@ -171,7 +171,7 @@ def load_shared_foundation(
         # A device's memory is its own, so there is nothing that ranks of a host could share.
         return work.run_on_all_ranks(lambda: assemble(skeleton, skeleton.load(device), digest, device, trust))
     shared = work.run_on_all_ranks(lambda: cache_folder(config.foundation, host_sharing.FOLDER))
-    memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note)
+    memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note, sums)
     return work.run_on_all_ranks(lambda: assemble(skeleton, memory, digest, device, trust))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from fedmoe_ds.checkpoint.writer import remove_unfinished
 from fedmoe_ds.config import Config
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.distributed.activity import activity
+from fedmoe_ds.distributed.long_work import LongWork
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.stop_points import StopError
 from fedmoe_ds.distributed.stop_request import StopRequest
@@ -25,6 +28,7 @@ from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.identity import GONE, START, check_identity, check_no_effect
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.monitors import check_monitors, start_monitors
+from fedmoe_ds.federation.requeue_guard import RequeueGuard
 from fedmoe_ds.federation.rounds import Federation, Outcome
 from fedmoe_ds.federation.samples import shown_samples
 from fedmoe_ds.federation.start_events import data_facts, rank_table, run_facts, start_line, versions
@@ -39,12 +43,13 @@ from fedmoe_ds.terminal import visible
 
 @dataclass(frozen=True)
 class Ending:
-    """How a start ended: the lines for standard output (rank 0's; empty elsewhere), the exit code, and the signal that ended it
-    early, if one did."""
+    """How a start ended: the lines for standard output (rank 0's; empty elsewhere), the exit code, the signal that ended it
+    early, if one did, and what is kept then of work that no checkpoint holds."""
 
     lines: list[str]
     exit_code: int
     interrupted: str | None = None
+    kept: str = ""
 
 
 def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> Ending:
@@ -55,14 +60,32 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
         stop: listens already.
         resume: `never` (a folder that holds a run is refused), `auto` (continue from the newest intact checkpoint, or begin).
     """
+    began, folder = time.monotonic(), Path(config.output) / config.name
+    guard = runtime.run_on_all_ranks(lambda: RequeueGuard(folder, os.environ))
     with contextlib.ExitStack() as stack:
-        lock = FolderLock(Path(config.output) / config.name)
+        lock = FolderLock(folder)
         stack.callback(lock.release)
-        return _train(config, runtime, resume, stop, lock, stack)
+
+        def claim() -> dict[str, Any]:
+            # The lock comes first: what another job is still writing must not be taken for what this start continues.
+            claimed = {"unlocked": lock.take(), **claim_folder(folder, resume)}
+            guard.begin()
+            return claimed
+
+        ending = _train(config, runtime, stop, lock, claim, stack)
+        if (by := ending.interrupted) is not None:
+            # Under the lock still: what it counts is in the run folder.
+            runtime.run_on_rank0(lambda: guard.stopped(by, ending.kept, time.monotonic() - began))
+        return ending
 
 
 def _train(
-    config: Config, runtime: Runtime, resume: str, stop: StopRequest, lock: FolderLock, stack: contextlib.ExitStack
+    config: Config,
+    runtime: Runtime,
+    stop: StopRequest,
+    lock: FolderLock,
+    claim: Callable[[], dict[str, Any]],
+    stack: contextlib.ExitStack,
 ) -> Ending:
     began = time.monotonic()
     activity.enter("load")
@@ -71,19 +94,17 @@ def _train(
     folder = Path(config.output) / config.name
     # A package may be missing: said before anything is written, and before minutes of loading.
     runtime.run_on_rank0(lambda: check_monitors(config.deepspeed))
-    # The lock comes first: what another job is still writing must not be taken for what this start continues.
-    source = runtime.run_on_rank0(lambda: {"unlocked": lock.take(), **claim_folder(folder, resume)})
-    journal = Journal(folder, runtime)
-    stack.callback(journal.close)  # a process that goes on after a failure has neither its bar nor its file open
-    for note in [*runtime.notes, *source["unlocked"], *source["notes"]]:
-        journal.note(note)
-    topology = build_topology(config.topology, runtime)
     try:
+        source = LongWork(runtime, stop).run_on_rank0(claim)
+        journal = Journal(folder, runtime)
+        stack.callback(journal.close)  # a process that goes on after a failure has neither its bar nor its file open
+        for note in [*runtime.notes, *source["unlocked"], *source["notes"]]:
+            journal.note(note)
+        topology = build_topology(config.topology, runtime)
         parts = load_parts(config, runtime, topology, journal.progress, stop, source["checkpoint"])
     except StopError as stopped:
-        journal.close()
         lines = [f"{stopped}; start the same command again to continue"]
-        return Ending(lines if runtime.is_main else [], EXIT_STOPPED, stopped.signal)
+        return Ending(lines if runtime.is_main else [], EXIT_STOPPED, stopped.signal, stopped.kept)
     # Gathered on all ranks: every host may pass over entries of its own.
     if (ignored := cache.line(runtime.gather(cache.passed_over()))) is not None:
         journal.note(ignored)

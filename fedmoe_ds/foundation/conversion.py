@@ -14,6 +14,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmoe_ds.distributed.stop_points import file_sha256, stop_point
+from fedmoe_ds.distributed.stop_points import run_waiting, stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.foundation import folder_record
+from fedmoe_ds.foundation import file_sums, folder_record
 from fedmoe_ds.foundation.gguf_file import convert_gguf, quantisation, tokenizer_files
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line
 from fedmoe_ds.foundation.weight_files import INDEX_FILE, WEIGHTS_FILE
@@ -113,10 +114,15 @@ def store(key: dict[str, Any], said: str, make: Callable[[Path], None], root: Pa
     entry = tree_sha256({"format": FORMAT, **key, "libraries": libraries})[:32]
     folder = cache.place(root, "foundations") / entry
     record = folder / RECORD_FILE
+    sums = cache.place(root, file_sums.KIND)
+
+    def whole() -> bool:
+        return folder_record.usable(record, lambda file: file_sums.file_sum(file, sums))
+
     with cache.storing(folder, SafetensorError):
-        if not folder_record.usable(record):
+        if not whole():
             note(f"foundation: converting {said}")
-            with cache.draft(folder, lambda: folder_record.usable(record)) as draft:
+            with cache.draft(folder, whole) as draft:
                 make(draft)
                 folder_record.write(draft / RECORD_FILE, {**key, "libraries": libraries, "said": said})
     return folder
@@ -124,13 +130,13 @@ def store(key: dict[str, Any], said: str, make: Callable[[Path], None], root: Pa
 
 def _from_gguf(file: Path, root: Path, note: Note) -> Path:
     said = f"{file.name}: {quantisation(file)}"
-    key = {"gguf": _digest(file), "beside": {path.name: _digest(path) for path in tokenizer_files(file)}}
+    key = {"gguf": _digest(file, root), "beside": {path.name: _digest(path, root) for path in tokenizer_files(file)}}
     return store(key, said, lambda folder: convert_gguf(file, folder), root, note)
 
 
 def _from_pickled(source: Path, root: Path, note: Note) -> Path:
     weights, beside = _pickled_files(source), _files_beside(source)
-    key = {"pickled": {path.name: _digest(path) for path in (*weights, *beside)}}
+    key = {"pickled": {path.name: _digest(path, root) for path in (*weights, *beside)}}
     said = f"{source.name}: {len(weights)} file(s) {PICKLED_FILE} to safetensors, the same tensors"
 
     def make(folder: Path) -> None:
@@ -167,11 +173,17 @@ def _write_shards(files: list[Path], folder: Path) -> None:
     for number, file in enumerate(files, start=1):
         stop_point()
         name = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        tensors = _unpickled(file)
-        save_file(tensors, folder / name, {"format": "pt"})
-        places.update(dict.fromkeys(tensors, name))
+        names = run_waiting(partial(_written_again, file, folder / name))
+        places.update(dict.fromkeys(names, name))
     if len(files) > 1:
         (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1))
+
+
+def _written_again(file: Path, target: Path) -> list[str]:
+    """Write the tensors of a pickled file as safetensors; returns their names."""
+    tensors = _unpickled(file)
+    save_file(tensors, target, {"format": "pt"})
+    return list(tensors)
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
@@ -221,8 +233,8 @@ def _refuse_other(folder: Path) -> None:
         )
 
 
-def _digest(file: Path) -> str:
+def _digest(file: Path, root: Path) -> str:
     try:
-        return file_sha256(file)
+        return file_sums.file_sum(file, cache.place(root, file_sums.KIND))
     except OSError as error:
         raise UserError(f"foundation.path: {file}: cannot be read: {error.strerror or error}; mend its permissions") from error

@@ -1,8 +1,9 @@
-"""Fingerprint: what tells one foundation from another, made by all ranks of a host together.
+"""Fingerprint: what tells one foundation from another, made by all ranks that see the same files together.
 
-It is a hash over the configuration and the SHA-256 of each weight file, so it needs every byte of the model. A host reads each
-of them once at most: its ranks share out the files, and tell each other what they found. Sums of large files are remembered
-(`file_sums.py`). Every host makes a fingerprint of what it sees itself, and they are compared.
+It is a hash over the configuration and the SHA-256 of each weight file, so it needs every byte of the model. The ranks of a
+host share out the files, and tell each other what they found, so a host reads each byte once at most; on a network file system
+the ranks of all hosts do, so the job does. Sums of large files are remembered (`file_sums.py`). Every host makes a fingerprint
+of what it sees itself, and they are compared.
 """
 
 from __future__ import annotations
@@ -49,8 +50,19 @@ def fingerprint(folder: Path, known: Known | None = None) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of(folder: Path, sums: Mapping[Path, str]) -> str:
+    """The same, with the SHA-256 of weight files that are known by their paths."""
+    return fingerprint(folder, {_key(file): found for file, found in sums.items()})
+
+
+def remembered_fingerprint(folder: Path, place: Path) -> str:
+    """The same for one process alone, with the sums that are remembered in `place`."""
+    return fingerprint_of(folder, file_sums.file_sums(unnamed_files(folder), place, 1))
+
+
 def shared_fingerprint(folder: Path, place: Path, hosts: list[str], world: Ranks) -> str:
-    """The same on every rank, without reading a byte twice on any host. Every rank calls it.
+    """The same on every rank, without reading a byte twice on any host, or in the job where hosts share the files. Every rank
+    calls it.
 
     Args:
         folder: of the model, on this rank's host.
@@ -61,17 +73,17 @@ def shared_fingerprint(folder: Path, place: Path, hosts: list[str], world: Ranks
     Raises:
         UserError: hosts have different models; the same error on every rank.
     """
-    here = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
+    readers = _readers(folder, hosts, world)
 
     def mine() -> list[tuple[list[Any], str]]:
         """Sums of this rank's share, with what they are known by."""
-        files = [file for file in WeightFiles(folder).paths if _blob(file) is None]
-        share = _shares([file.stat().st_size for file in files], len(here))[here.index(world.rank)]
+        files = unnamed_files(folder)
+        share = _shares([file.stat().st_size for file in files], len(readers))[readers.index(world.rank)]
         return [(list(_key(files[index])), file_sums.file_sum(files[index], place)) for index in share]
 
     told = world.gather(world.run_on_all_ranks(mine))
-    # By stamp, not by name alone: should a rank of this host see other files all the same (containers), it reads its own.
-    known = {tuple(key): found for rank in here for key, found in told[rank]}
+    # By stamp, not by name alone: should one of them see other files all the same (containers), it reads its own.
+    known = {tuple(key): found for rank in readers for key, found in told[rank]}
     prints = world.gather(world.run_on_all_ranks(lambda: fingerprint(folder, known)))
     for rank, theirs in enumerate(prints):
         if theirs != prints[0]:
@@ -80,6 +92,22 @@ def shared_fingerprint(folder: Path, place: Path, hosts: list[str], world: Ranks
                 f"than rank 0 on {hosts[0]} ({prints[0][:12]}); give every host the same files"
             )
     return str(prints[0])
+
+
+def unnamed_files(folder: Path) -> list[Path]:
+    """Weight files whose sum their name does not tell, in name order: all but those of the hub's cache."""
+    return [file for file in WeightFiles(folder).paths if _blob(file) is None]
+
+
+def _readers(folder: Path, hosts: list[str], world: Ranks) -> list[int]:
+    """The ranks that this one shares out the files with: of its host, and of all hosts that see the same on a network."""
+    host = hosts[world.rank]
+    first = {name: rank for rank, name in reversed(list(enumerate(hosts)))}
+    looks = first[host] == world.rank  # one look per host: it reads some pages of every file
+    views = world.gather(world.run_on_all_ranks(lambda: file_sums.network_view(unnamed_files(folder)) if looks else None))
+    mine = views[first[host]]
+    same = {name for name, rank in first.items() if name == host or (mine is not None and views[rank] == mine)}
+    return [rank for rank, name in enumerate(hosts) if name in same]
 
 
 def _shares(sizes: list[int], ranks: int) -> list[list[int]]:

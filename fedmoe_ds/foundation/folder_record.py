@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ def write(file: Path, facts: dict[str, Any]) -> None:
     file.write_text(json.dumps(cache.sealed({**facts, "sha256": sums}), indent=1))
 
 
-def usable(file: Path) -> bool:
-    """Whether the folder of a record is there, from this user, and as it was written; see `cache.usable`."""
-    return cache.usable(file.parent, lambda: _intact(file))
+def usable(file: Path, digest: Callable[[Path], str] = file_sha256) -> bool:
+    """Whether the folder of a record is there, from this user, and as it was written; see `cache.usable`.
+
+    `digest` gives the SHA-256 of a file: read again, or remembered where a model is large (`file_sums.py`).
+    """
+    return cache.usable(file.parent, lambda: _intact(file, digest))
 
 
-def _intact(file: Path) -> bool:
+def _intact(file: Path, digest: Callable[[Path], str]) -> bool:
     """Whether the files are as they were saved; what earlier versions have saved does not tell."""
     try:
         record = read_json(file)
         sums: dict[str, str] = record.get("sha256", {})
-        return cache.seal_holds(record) and all(file_sha256(file.parent / name) == promised for name, promised in sums.items())
+        return cache.seal_holds(record) and all(digest(file.parent / name) == promised for name, promised in sums.items())
     except (OSError, ValueError, TypeError, AttributeError):
         return False

@@ -16,12 +16,13 @@ from fedmoe_ds.config.schema import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.distributed.stop_points import run_waiting
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
-from fedmoe_ds.foundation.fingerprint import fingerprint
+from fedmoe_ds.foundation.fingerprint import remembered_fingerprint
 from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import Memory
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, read_config
@@ -158,7 +159,8 @@ def load_foundation(
     """
     skeleton = open_skeleton(path, config, ep_size, ep_rank, torch.device(device).type)
     memory = skeleton.load(torch.device(device))
-    return assemble(skeleton, memory, fingerprint(skeleton.folder), torch.device(device), config.trust_remote_code)
+    digest = remembered_fingerprint(skeleton.folder, cache_folder(config, file_sums.KIND))
+    return assemble(skeleton, memory, digest, torch.device(device), config.trust_remote_code)
 
 
 def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch.device, trust: bool = False) -> Foundation:

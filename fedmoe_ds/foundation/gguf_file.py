@@ -24,6 +24,7 @@ import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedmoe_ds.distributed.stop_points import run_waiting
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line
 from fedmoe_ds.storage.strict_json import read_json
@@ -80,7 +81,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
         (Path(alone) / file.name).symlink_to(file.resolve())
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, trust_remote_code=False, **options)
+            # Only what is safe to end at any moment runs beside this thread, whose `_quiet` has to end first.
+            model = run_waiting(lambda: _dequantised(alone, options))
             tokenizer = None if beside else AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **options)
         except Exception as error:  # transformers raises all kinds, for an unknown architecture as for a damaged file
             raise UserError(
@@ -88,13 +90,17 @@ def convert_gguf(file: Path, folder: Path) -> None:
             ) from error
         # A quantised model refuses to be saved; this one is not any more.
         model.hf_quantizer = None
-        model.save_pretrained(folder)
+        run_waiting(lambda: model.save_pretrained(folder))
         if tokenizer is not None:
             _set_split(tokenizer, metadata, file)
             tokenizer.save_pretrained(folder)
     for path in beside:
         shutil.copyfile(path, folder / path.name)
     _mend_config(folder / CONFIG_FILE)
+
+
+def _dequantised(alone: str, options: dict[str, Any]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, trust_remote_code=False, **options)
 
 
 def _set_split(tokenizer: Any, metadata: Any, file: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import MappedWeights, Memory
+from fedmoe_ds.storage import cache
 
 FOLDER = "shared"
 """Below the cache folder."""
@@ -52,7 +53,14 @@ class Part:
 
 
 def load_shared(
-    skeleton: Skeleton, fingerprint: str, ep_size: int, hosts: list[str], root: Path, world: Ranks, note: Callable[[str], None]
+    skeleton: Skeleton,
+    fingerprint: str,
+    ep_size: int,
+    hosts: list[str],
+    root: Path,
+    world: Ranks,
+    note: Callable[[str], None],
+    sums: Path | None = None,
 ) -> Memory:
     """Memory for every slot of a skeleton, filled. Every rank calls it, for CPU only.
 
@@ -64,11 +72,12 @@ def load_shared(
         root: the folder of the mapped files.
         world: its ranks.
         note: takes one line if anything is shared, or could not be.
+        sums: where sums of the mapped files are remembered; None: every start reads all of them.
 
     Raises:
         UserError: the checkpoint is damaged; the same error on every rank.
     """
-    parts = _parts(skeleton, fingerprint, ep_size, hosts, root, world.rank)
+    parts = _parts(skeleton, fingerprint, ep_size, hosts, root, world.rank, sums)
     mine = [part for part in parts if part.shared and part.leader == world.rank]
     # Collective, also for ranks that lead nothing: nobody maps a file before its leader has written it.
     told = world.gather(world.run_on_all_ranks(lambda: {_name(part): _written(part, skeleton) for part in mine}))
@@ -78,13 +87,33 @@ def load_shared(
     return memory
 
 
-def _parts(skeleton: Skeleton, fingerprint: str, ep_size: int, hosts: list[str], root: Path, rank: int) -> list[Part]:
+def write_shared(skeleton: Skeleton, fingerprint: str, experts: bool, root: Path, sums: Path) -> dict[Path, int]:
+    """Write the files that several ranks of a host would map, without a world; their folders, with bytes.
+
+    Args:
+        skeleton: of a rank that holds all experts.
+        experts: theirs as well as the dense part's, which is the same for any number of shards.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the cache folder cannot be written.
+    """
+    parts = _parts(skeleton, fingerprint, 1, ["", ""], root, 0, sums)
+    chosen = [part.weights for part in parts if experts or part.weights.slots is skeleton.dense]
+    for weights in chosen:
+        with cache.storing(weights.folder):
+            weights.ensure(skeleton.read)
+    return {weights.folder: weights.nbytes for weights in chosen}
+
+
+def _parts(
+    skeleton: Skeleton, fingerprint: str, ep_size: int, hosts: list[str], root: Path, rank: int, sums: Path | None
+) -> list[Part]:
     here = [other for other, host in enumerate(hosts) if host == hosts[rank]]
     shard = rank % ep_size
     slots = {"dense": skeleton.dense, f"experts of rank {shard} of {ep_size}": skeleton.experts}
     holders = [here, [other for other in here if other % ep_size == shard]]
     return [
-        Part(MappedWeights(root, fingerprint, name, found), ranks)
+        Part(MappedWeights(root, fingerprint, name, found, sums), ranks)
         for (name, found), ranks in zip(slots.items(), holders, strict=True)
         if found
     ]

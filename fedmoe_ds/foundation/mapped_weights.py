@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.distributed.stop_points import file_sha256
+from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json, tree_sha256
 
@@ -60,11 +61,12 @@ class MappedWeights:
         fingerprint: of the foundation.
         part: what of it this is, where shape and name do not say so.
         slots: the tensors.
+        sums: where the file's sum is remembered (`file_sums.py`); None: every look reads all of it.
     """
 
-    def __init__(self, root: Path, fingerprint: str, part: str, slots: list[Slot]) -> None:
+    def __init__(self, root: Path, fingerprint: str, part: str, slots: list[Slot], sums: Path | None = None) -> None:
         assert slots, part
-        self.slots, self._offsets = slots, []
+        self.slots, self.sums, self._offsets = slots, sums, list[int]()
         end = 0
         for slot in slots:
             self._offsets.append(end)
@@ -88,15 +90,22 @@ class MappedWeights:
         """
         if self._usable():
             return
-        with cache.draft(self.folder, self._usable, flush=False) as draft:  # every start reads all of it
+        # Not flushed: the first start after a crash of this machine reads all of it.
+        with cache.draft(self.folder, self._usable, flush=False) as draft:
             self._write(draft / DATA, fill)
-            header = {**self._content, "sha256": file_sha256(draft / DATA)}
+            found = file_sha256(draft / DATA)
+            header = {**self._content, "sha256": found}
             (draft / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        # Another writer may have been faster; then what is known here is not about the file that is there.
+        if self.sums is not None and self._header()["sha256"] == found:
+            file_sums.remember_written(self.folder / DATA, found, self.sums)
 
     def intact(self) -> bool:
-        """Whether the file is there with every byte that was written; all of them are read, so a torn one is found."""
+        """Whether the file is there with every byte that was written: a torn one is found, as is one that was changed since."""
         try:
-            return bool(self._header()["sha256"] == file_sha256(self.folder / DATA))
+            file = self.folder / DATA
+            found = file_sha256(file) if self.sums is None else file_sums.file_sum(file, self.sums)
+            return bool(self._header()["sha256"] == found)
         except (OSError, ValueError, KeyError):
             return False
 

@@ -23,8 +23,9 @@ from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.federation.run_spec import RunSpec, check_start, resolve_spec
-from fedmoe_ds.foundation import resolve_foundation
-from fedmoe_ds.foundation.fingerprint import fingerprint
+from fedmoe_ds.foundation import file_sums, resolve_foundation
+from fedmoe_ds.foundation.fingerprint import remembered_fingerprint
+from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.storage_type import of_type, storage_type
@@ -234,7 +235,7 @@ def open_run(path: Path, round_index: int | str | None = None, model: Path | Non
     config, method = check_start(config, device)
     with Progress() as progress:
         base = resolve_foundation(config.foundation, config.seed, progress.note)
-    _check_same(base, snapshot, checkpoint)
+    _check_same(base, snapshot, checkpoint, cache_folder(config.foundation, file_sums.KIND))
     meta = build_on_meta(base, storage_type(config.foundation, device, base))
     known = outline(meta, host_model(meta, 1, 0))
     spec = resolve_spec(config, method, device, known)
@@ -246,9 +247,9 @@ def open_run(path: Path, round_index: int | str | None = None, model: Path | Non
     return run
 
 
-def _check_same(model: Path, snapshot: Snapshot, checkpoint: Path) -> None:
+def _check_same(model: Path, snapshot: Snapshot, checkpoint: Path, sums: Path) -> None:
     """Adapters mean nothing on another model. Raises UserError."""
-    theirs, ours = snapshot.identity.get("foundation"), fingerprint(model)
+    theirs, ours = snapshot.identity.get("foundation"), remembered_fingerprint(model, sums)
     if theirs != ours:
         raise UserError(
             f"foundation: {model}: it is not the model of {checkpoint} (fingerprint {ours[:12]}, the run's was "

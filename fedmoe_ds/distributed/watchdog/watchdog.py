@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from fedmoe_ds import terminal
+from fedmoe_ds.distributed.signs_of_work import WATCHING
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process
 
 SPREAD_S = 0.3
@@ -34,7 +35,7 @@ class Watchdog:
         self.over = threading.Event()  # the job has been declared over
         self._left = threading.Event()
         self._leaving: dict[str, Any] | None = None  # what this process has said last
-        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.thread = threading.Thread(target=self._watch, name=WATCHING, daemon=True)
 
     def _watch(self) -> None:
         try:
