@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as torch_dist
 
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.distributed import process_groups
+from fedmoe_ds.distributed import gloo_control, process_groups
 from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.planner.verify import Echo, sample_ranks, verify
 
@@ -29,6 +29,8 @@ def test_every_rank_of_a_small_world(world: int, ep_size: int) -> None:
 def test_4096_ranks() -> None:
     found = verify(TopologyConfig(), ParallelLayout(4096, 64), 64, [0, 4095])
     assert found.groups >= 64 and found.seconds < 30
+    # A head's block and the heads, and its cluster's; rank 0 is known to everybody, the others to a few dozen.
+    assert found.control == 4 and 2 * 4096 < found.files[0] < 2 * 4096 + 256 and found.files[1] < 192
 
 
 def test_a_wrong_group_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +56,17 @@ def test_a_group_too_many_is_found(monkeypatch: pytest.MonkeyPatch, extra: list[
 
 
 def test_echo_is_a_control_plane() -> None:
-    world = Echo("the world", 5, 8, 2)
-    cluster = world.split(2, "cluster 2")
-    assert (cluster.rank, cluster.size) == (1, 2) and world.gather(b"x") == [b"x"] * 8
+    world = Echo("the world", 5, 8)
+    cluster = world.split([4, 5], "cluster 2")
+    assert (cluster.rank, cluster.size) == (1, 2) and world.gather(b"x") == [b"x"] * 8 and world.broadcast(b"x") == b"x"
+
+
+def test_a_wrong_control_group_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that leaves its block's group out, and a rank that makes a group of strangers."""
+    real = gloo_control.tree_groups
+    monkeypatch.setattr(
+        gloo_control, "tree_groups", lambda rank, size, width: (range(rank, rank + 1), real(rank, size, width)[1])
+    )
+    with pytest.raises(AssertionError):
+        verify(TopologyConfig(), ParallelLayout(40, 2), 8, [7])
+    assert not torch_dist.is_initialized()

@@ -566,28 +566,6 @@ def test_only_own_addresses_are_listened_on() -> None:
     assert listen(["203.0.113.9", "2001:db8::9"]) == []
 
 
-def test_the_limit_on_open_files_is_raised_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    for limits, world_size, expected, told in [
-        ((1024, 1048576), 2, [(2056, 1048576)], None),
-        ((1024, 1048576), 4096, [(18432, 1048576)], None),
-        ((-1, -1), 4096, [], None),
-        ((65536, 65536), 64, [], None),
-        ((1024, -1), 64, [(2304, -1)], None),
-        (
-            (1024, 4096),
-            4096,
-            [(4096, 4096)],
-            "warning: open files: rank 0 may have 4096 (ulimit -n), 4096 ranks may need 18432",
-        ),
-    ]:
-        asked.clear()
-        monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
-        monkeypatch.setattr(resource, "setrlimit", lambda which, wanted: asked.append(wanted))
-        note = listener_module.allow_connections(world_size)
-        assert asked == expected and (note is None if told is None else (note or "").startswith(told))
-
-
 def test_a_world_of_one_has_no_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "_watch", None)
     alone: Any = type("Alone", (), {"size": 1, "rank": 0})()

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmoe_ds.checkpoint.reader import FORMAT, MANIFEST, PRIVATE, Snapshot, candidates, checksum, folder_name, sha256_of
-from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.runtime import Runtime, attempt
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.file_modes import follow_umask, keep_private, umask
 from fedmoe_ds.storage.files import make_folder, remove, sync
@@ -115,9 +115,12 @@ class CheckpointWriter:
         target = self.root / folder_name(snapshot.round, snapshot.partial is not None)
         working, notes = (self.root / f"{_UNFINISHED}{kind}{target.name}" for kind in ("", "sums-"))
         job = _Job(snapshot, texts, working, notes, target, began, best=best, private=private)
+        made = attempt(lambda: self._guarded(lambda: _fresh_folders(working, notes))) if self.runtime.is_main else (None, None)
         # It returns on every rank after rank 0 has made the folders, so no rank writes too early.
-        self.runtime.run_on_rank0(lambda: self._guarded(lambda: _fresh_folders(working, notes)))
-        job.files = [name for part in self.runtime.gather(list(tensors)) for name in part]
+        told = self.runtime.gather([list(tensors), made[1]])
+        if (failure := told[0][1]) is not None:
+            raise UserError(failure)
+        job.files = [name for names, _ in told for name in names]
         waits = not self.background or snapshot.partial is not None  # a run that was asked to stop has nothing else to do
         content = {file: _on_host(part, copy=not waits) for file, part in tensors.items()}
         job.written = self._threads.submit(lambda: self._guarded(lambda: _write_tensors(job, content)))
@@ -161,8 +164,10 @@ class CheckpointWriter:
         written, published = job.written, job.published
         assert written is not None
         try:
-            mine = self.runtime.run_on_all_ranks(written.result)
-            job.sums = {name: value for part in self.runtime.gather(mine) for name, value in part.items()}
+            told = self.runtime.gather(attempt(written.result))
+            if (failure := next((text for _, text in told if text is not None), None)) is not None:
+                raise UserError(failure)
+            job.sums = {name: value for sums, _ in told for name, value in sums.items()}
             return float(self.runtime.run_on_rank0(lambda: published.result() if published is not None else 0.0))
         except UserError:
             self.drop()

@@ -28,7 +28,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="a machine of the table, or a file of `fedmoe bench calibrate` (default: h200)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="repetitions of the run in the study")
     parser.add_argument("--verify", action="store_true",
-                        help="also build all process groups of the world here, as some of its ranks")  # fmt: skip
+                        help="also build the world's process groups and control plane in this process, as some of its "
+                        "ranks, compare them with the layout and count open files; nothing is sent")  # fmt: skip
     parser.add_argument("--verify-all", action="store_true", help="the same as all of its ranks, one after the other")
     parser.add_argument("--no-search", action="store_true", help="do not try other topologies")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

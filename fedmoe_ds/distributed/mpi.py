@@ -27,6 +27,15 @@ def gather(comm: MPI.Comm, payload: bytes) -> list[bytes]:
     return [everything[start:stop].tobytes() for start, stop in itertools.pairwise(starts)]
 
 
+def broadcast(comm: MPI.Comm, payload: bytes) -> bytes:
+    """Rank 0's bytes, on every rank."""
+    size = np.array([len(payload)], dtype=np.int64)
+    wait(comm.Ibcast(size, 0))
+    content = np.array(bytearray(payload), dtype=np.uint8) if comm.rank == 0 else np.empty(int(size[0]), dtype=np.uint8)
+    wait(comm.Ibcast(content, 0))
+    return content.tobytes()
+
+
 def gather_json(comm: MPI.Comm, value: Any) -> list[Any]:
     """Every rank's JSON value, in rank order, on every rank."""
     return [json.loads(payload) for payload in gather(comm, json.dumps(value).encode())]

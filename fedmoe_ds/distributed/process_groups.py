@@ -29,6 +29,9 @@ _OPERATORS = "__compatible_ops__"
 _NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 """torch's own watchdog would abort this process (SIGABRT) a moment after a peer is gone. Ours knows who it was and ends the job
 with EXIT_LOST; until then the device stays in the collective, so nothing is computed from what never arrived."""
+_LAZY = "TORCH_GLOO_LAZY_INIT"
+"""gloo's ranks connect when they first exchange something. By itself gloo connects every rank of a group with every other, and
+tells them how through the store: at 4 096 ranks 4 096 connections per rank and group, and 550 GB that the store serves."""
 _limit: datetime.timedelta | None = None
 """How long a collective of the world may take; None: torch's own limit."""
 
@@ -51,6 +54,7 @@ def join_world(timeout: datetime.timedelta, device: torch.device) -> None:
     would share a GPU: then no group has been built.
     """
     global _limit
+    os.environ.setdefault(_LAZY, "1")  # torch reads it when it makes a group
     if has_world() and _limit is not None:
         # Another run of a program under a launcher: the groups of its first run are there already.
         if timeout > _limit:

@@ -24,10 +24,12 @@ import torch.distributed as torch_dist
 
 from fedmoe_ds import terminal
 from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.distributed import open_files
 from fedmoe_ds.distributed.activity import activity
-from fedmoe_ds.distributed.control import Control, check_mpi, make_control
+from fedmoe_ds.distributed.control import Control, make_control
 from fedmoe_ds.distributed.devices import own_device
 from fedmoe_ds.distributed.launcher import Launch, free_port, known_rank
+from fedmoe_ds.distributed.mpi_control import check_mpi
 from fedmoe_ds.distributed.stop_request import unwind_on_interrupt
 from fedmoe_ds.distributed.watchdog.rank_health import Limits
 from fedmoe_ds.distributed.watchdog.start import current_watchdog, start_watchdog
@@ -68,20 +70,23 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.control.gather(b"")
+        self.any(False)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag whether any rank has it, on every rank: a few numbers travel, however many ranks there are."""
+        return [value > 0 for value in self.control.largest(torch.tensor(flags, dtype=torch.int64)).tolist()]
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; a UserError on any rank becomes the same UserError on all of them."""
         result, failure = attempt(action)
-        failures = [text for text in self.gather(failure) if text is not None]
-        if failures:
-            raise UserError(failures[0])
+        if self.any(failure is not None)[0]:
+            raise UserError(next(text for text in self.gather(failure) if text is not None))
         return result  # type: ignore[return-value]
 
     def run_on_rank0(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 only; its JSON result, or its UserError, reaches every rank."""
-        outcome = attempt(action) if self.is_main else (None, None)
-        result, failure = self.gather(list(outcome))[0]
+        outcome = json.dumps(attempt(action)) if self.is_main else ""
+        result, failure = json.loads(self.control.broadcast(outcome.encode()))
         if failure is not None:
             raise UserError(failure)
         return result
@@ -99,8 +104,8 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     """Join the world and start to watch it. `threads` are CPU threads of this rank.
 
     Raises:
-        UserError: cuda is asked for but absent, ranks would share a GPU, MPI is asked for but does not know this world, or the
-            launcher's promise does not hold.
+        UserError: cuda is asked for but absent, ranks would share a GPU, MPI is asked for but does not know this world, the
+            launcher's promise does not hold, or this host lets a process open too few files.
         LostError: the other ranks did not come.
     """
     limits = Limits(topology.silence_s, topology.timeout_s, launch.world_size)
@@ -108,6 +113,8 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
         if carrier == "mpi":  # told before the ranks wait for each other
             check_mpi(launch.world_size, f"topology.{name}")
     device = own_device(topology.device, launch.local_rank)
+    # Before any socket of the world exists: a rank that runs out of them later takes the job with it.
+    open_files.allow(open_files.needed(launch, topology, device.type), launch)
     torch.set_num_threads(threads)
     keep_freed_memory()
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))

@@ -16,7 +16,8 @@ from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import process_groups
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.collectives import ControlSumming, Summing, TorchSumming, name_group
-from fedmoe_ds.distributed.control import Control, MpiControl, mpi_world
+from fedmoe_ds.distributed.control import Control
+from fedmoe_ds.distributed.mpi_control import MpiControl, mpi_world
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 
@@ -45,6 +46,14 @@ class ParallelLayout:
 
     def shard(self, rank: int) -> int:
         return rank % self.ep_size
+
+    def cluster_ranks(self, cluster: int) -> range:
+        """The ranks of a cluster."""
+        return range(cluster * self.ep_size, (cluster + 1) * self.ep_size)
+
+    def shard_ranks(self, shard: int) -> range:
+        """The ranks that hold an expert shard, one of each cluster."""
+        return range(shard, self.world_size, self.ep_size)
 
     def experts(self, rank: int, num_experts: int) -> range:
         """Global ids of the experts that a rank holds."""
@@ -142,7 +151,8 @@ def build_topology(config: TopologyConfig, runtime: Runtime) -> Topology:
     if config.aggregation == "mpi":
         # Splits are collective over the world: every rank makes both, in this order.
         world = MpiControl(mpi_world(runtime.rank, runtime.world_size, "topology.aggregation"), "the world")
-        inside, across = world.split(cluster, f"cluster {cluster}"), world.split(shard, f"shard {shard}")
+        inside = world.split(layout.cluster_ranks(cluster), f"cluster {cluster}")
+        across = world.split(layout.shard_ranks(shard), f"shard {shard}")
         sums = ControlSumming(inside), ControlSumming(across)
-    control = runtime.control.split(cluster, f"cluster {cluster}")
+    control = runtime.control.split(layout.cluster_ranks(cluster), f"cluster {cluster}")
     return Topology(layout, runtime.rank, hosts, ep_group, edp_group, *sums, control)

@@ -91,6 +91,16 @@ def passes(sizes: list[int], longest: list[int], limit: int) -> list[list[int]]:
     return found
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row to be, with this rank's part of its sums: [K, batches], zeros for batches of other ranks."""
+
+    member: Client
+    split: str
+    sums_KN: Tensor
+    client: str | None = None
+
+
 class Evaluator(ReceivedModel):
     """Scores the global adapters at each tier: as a client receives them whose budget is what the tier's clients began with.
 
@@ -126,7 +136,7 @@ class Evaluator(ReceivedModel):
         `plain` evaluates the foundation itself: no rescaler. Where clients keep models of their own, every client's model is
         scored, at its own tier: `global` pools those of a tier on the global hold-out, `clients` each on its own.
         """
-        rows = []
+        rows = list[_Row]()
         owners = [client for client in self.clients if len(self.data.holdout(client.index))] if per_client else []
         owning = {client.index for client in owners}
         for members in (members for label, members in self.tiers.items() if tiers is None or label in tiers):
@@ -140,7 +150,19 @@ class Evaluator(ReceivedModel):
                 rows += self._tier_rows(members, how, personal, own, plain)
             else:
                 rows += self._personal_rows(members, how, personal, own)
-        return rows
+        return self._summed(rows)
+
+    def _summed(self, rows: list[_Row]) -> list[Score]:
+        """The rows of all ranks, in one message: disjoint entries, so adding zeros is exact."""
+        if not rows:
+            return []
+        total_KN = self.runtime.control.sum(torch.cat([row.sums_KN for row in rows], 1))
+        each = torch.split(total_KN, [row.sums_KN.shape[1] for row in rows], 1)
+        names = self.tasks.names
+        return [
+            pooled(row.member, row.split, sums_KN.contiguous(), names, row.client)
+            for row, sums_KN in zip(rows, each, strict=True)
+        ]
 
     @torch.no_grad()
     def generations(self, personal: Personal, plain: bool) -> list[Generation]:
@@ -178,7 +200,7 @@ class Evaluator(ReceivedModel):
                     self.config.max_new_tokens,
                     longest,
                     lambda asked: self.run_pass(asked, how),
-                    lambda here: any(self.runtime.gather(here)),
+                    lambda here: self.runtime.any(here)[0],
                 )
                 found |= {str(first + i): tokens for i, tokens in enumerate(answers)}
         everyone = {place: tokens for ours in self.runtime.gather(found) for place, tokens in ours.items()}
@@ -186,19 +208,19 @@ class Evaluator(ReceivedModel):
 
     def _tier_rows(
         self, members: Sequence[Client], how: Assignment, personal: Personal, owners: Sequence[Client], plain: bool
-    ) -> list[Score]:
+    ) -> list[_Row]:
         """One model for the tier: global adapters, personal blocks at the mean over its clients."""
         self.load_mean(members, personal, plain)
-        rows = [self._pooled(members[0], "global", self._run(*self._global_parts(), how))]
+        rows = [_Row(members[0], "global", self._run(*self._global_parts(), how))]
         if owners:
             sums_KN = self._run(*self._client_parts(owners), how)
-            rows.append(self._pooled(members[0], "clients", sums_KN))
-            rows += [self._pooled(members[0], "client", sums_KN[:, i : i + 1], c.name) for i, c in enumerate(owners)]
+            rows.append(_Row(members[0], "clients", sums_KN))
+            rows += [_Row(members[0], "client", sums_KN[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
 
     def _personal_rows(
         self, members: Sequence[Client], how: Assignment, personal: Personal, owners: Sequence[Client]
-    ) -> list[Score]:
+    ) -> list[_Row]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
         shared, own = [], {}
         parts, cut = self._global_parts()
@@ -211,14 +233,11 @@ class Evaluator(ReceivedModel):
             shared.append(sums_KN[:, : len(parts)])
             if last:
                 own[client.name] = sums_KN[:, len(parts) :]
-        rows = [self._pooled(members[0], "global", torch.cat(shared, 1))]
+        rows = [_Row(members[0], "global", torch.cat(shared, 1))]
         if own:
-            rows.append(self._pooled(members[0], "clients", torch.cat(list(own.values()), 1)))
-            rows += [self._pooled(members[0], "client", sums_KN, name) for name, sums_KN in own.items()]
+            rows.append(_Row(members[0], "clients", torch.cat(list(own.values()), 1)))
+            rows += [_Row(members[0], "client", sums_KN, name) for name, sums_KN in own.items()]
         return rows
-
-    def _pooled(self, member: Client, split: str, sums_KN: Tensor, client: str | None = None) -> Score:
-        return pooled(member, split, sums_KN, self.tasks.names, client)
 
     def _global_parts(self) -> tuple[list[ReadPart], list[list[int]]]:
         """Batches of the global hold-out, a pass each."""
@@ -255,11 +274,11 @@ class Evaluator(ReceivedModel):
         """Rows of split `client`, one for each owner of samples, by the model that is loaded; `member` is of its tier."""
         parts = [part for own in owners.values() for part in own]
         found = torch.split(self._run(parts, self._cut(parts), how), [len(own) for own in owners.values()], 1)
-        return [self._pooled(member, "client", sums_KN, name) for name, sums_KN in zip(owners, found, strict=True)]
+        return self._summed([_Row(member, "client", sums_KN, name) for name, sums_KN in zip(owners, found, strict=True)])
 
     @torch.no_grad()
     def _run(self, parts: list[ReadPart], cut: list[list[int]], how: Assignment) -> Tensor:
-        """[K, N parts]: the sums under one assignment, the same on every rank; `cut` says which parts share a pass."""
+        """[K, N parts]: this rank's part of the sums under one assignment; `cut` says which parts share a pass."""
         sums_KN = torch.zeros(SUMS + len(self.tasks.names), len(parts), dtype=torch.float64)
         world, rank = self.runtime.world_size, self.runtime.rank
         with self.receiving(how):
@@ -268,7 +287,7 @@ class Evaluator(ReceivedModel):
                 place = turn * world + rank
                 mine = cut[place] if place < len(cut) else []
                 sums_KN[:, mine] = self._score([parts[at]() for at in mine], how)
-        return self.runtime.control.sum(sums_KN)  # disjoint entries: adding zeros is exact
+        return sums_KN
 
     def _score(self, parts: list[Sequences], how: Assignment) -> Tensor:
         """[K, parts]: the sums of the parts of one pass; a rank without any takes part in the same passes."""

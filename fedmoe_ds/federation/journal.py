@@ -1,6 +1,7 @@
 """Journal: what a run tells its user, on rank 0: progress lines, metrics.jsonl, report.html.
 
-Every method is called on all ranks. Rank 0 writes; a write that fails (a full disk) ends the run on every rank with one line.
+Every method is called on all ranks. Rank 0 writes; a write that fails (a full disk) ends the run on every rank in one line: at
+once, or when the ranks `settle` what a round has recorded. Nothing is written after it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fedmoe_ds.clients.pass_limits import PassLimits
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.distributed.activity import activity
-from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.distributed.runtime import Runtime, attempt
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import monitors
 from fedmoe_ds.federation.evaluation import Score
@@ -48,6 +49,7 @@ class Journal:
         self.monitor: Any = None  # a DeepSpeed MonitorMaster, if the configuration asks for one
         self._log: MetricsLog | None = None
         self._limits = PassLimits()
+        self._failure: str | None = None  # rank 0's, of which the others do not know yet
         # On rank 0 alone, but a folder that cannot be written is every rank's error.
         self._write(self._open)
 
@@ -60,17 +62,33 @@ class Journal:
         return self._log
 
     def _write(self, action: Callable[[], Any]) -> Any:
-        def guarded() -> Any:
-            try:
-                return action()
-            except OSError as error:
-                raise UserError(
-                    f"output: {self.folder}: cannot write: {error.strerror or error}; make room, then start again with "
-                    "--resume auto"
-                ) from None
-
         # Collective on purpose: without it the other ranks would wait for rank 0 in the next collective, in vain.
-        return self.runtime.run_on_rank0(guarded)
+        return self.runtime.run_on_rank0(lambda: self._guarded(action))
+
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        if self._failure is not None:
+            raise UserError(self._failure)
+        try:
+            return action()
+        except OSError as error:
+            raise UserError(
+                f"output: {self.folder}: cannot write: {error.strerror or error}; make room, then start again with "
+                "--resume auto"
+            ) from None
+
+    def _record(self, action: Callable[[], Any]) -> None:
+        """As `_write`, without asking rank 0 how it went: a message for every line would cost more than the lines."""
+        if self.runtime.is_main:
+            _, self._failure = attempt(lambda: self._guarded(action))
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write something that the others do not know of yet."""
+        return self._failure is not None
+
+    def settle(self) -> None:
+        """Raise on every rank what rank 0 could not write."""
+        self._write(lambda: None)
 
     def data(self, facts: dict[str, Any]) -> None:
         """The `data` event; many clients go into a table."""
@@ -78,7 +96,7 @@ class Journal:
 
     def event(self, event: str, **fields: Any) -> None:
         """One line of metrics.jsonl."""
-        self._write(lambda: self.log.write(event, **fields))
+        self._record(lambda: self.log.write(event, **fields))
 
     def config(self, text: str) -> None:
         """The resolved configuration, beside the metrics."""
@@ -86,7 +104,7 @@ class Journal:
 
     def position(self) -> int:
         """Bytes of metrics.jsonl so far (rank 0 only)."""
-        return self.log.position()
+        return int(self._guarded(self.log.position))
 
     def truncate(self, position: int) -> None:
         """Forget what was written after the checkpoint that is resumed, tables included."""
@@ -160,7 +178,7 @@ class Journal:
             if many:
                 self.log.write_table("eval", round_index, (_score_fields(row) for row in own))
 
-        self._write(write)
+        self._record(write)
         self._monitored(lambda: monitors.of_evaluation(round_index, rows))
         head = "foundation" if plain else "start" if round_index == 0 else f"round {round_index}"
         pooled = [row for row in rows if row.split == "global"]
@@ -193,7 +211,7 @@ class Journal:
                 fields |= {"prompt": row.prompt, "reference": row.reference, "answer": row.answer}
                 self.log.write("generation", **fields, exact=row.exact, ended=row.ended, client=row.client)
 
-        self._write(write)
+        self._record(write)
 
     def round(
         self,
@@ -243,7 +261,7 @@ class Journal:
                     self.log.write("experts", round=round_index, **tier, activation=share.round(6))
             self.log.write("round", round=round_index, **fields)
 
-        self._write(write)
+        self._record(write)
         self._monitored(lambda: monitors.of_round(round_index, clients, fields))
         text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
         if dropped:

@@ -30,7 +30,6 @@ class RoundCheckpoints:
         self.best = restored_best(saving, journal.folder, parts.runtime, parts.state.round)
         for line in self.best.notes if self.best is not None else ():
             journal.note(line)
-        self._saved: int | None = None
 
     def see(self, round_index: int, scores: Iterable[Score]) -> str | None:
         """Take what an evaluation has found; what there is to say about the best round."""
@@ -44,11 +43,6 @@ class RoundCheckpoints:
         if due or (self.best is not None and self.best.round == round_index):
             self.save()
 
-    def stopped_after(self, round_index: int) -> None:
-        """The run was asked to stop: save its last round, if that has not been done."""
-        if self._saved != round_index:
-            self.save()
-
     def save(self) -> None:
         """Begin a checkpoint of the state as it is now."""
         self.finish()
@@ -57,7 +51,6 @@ class RoundCheckpoints:
         position = parts.runtime.run_on_rank0(self.journal.position)
         names = parts.data.names
         state.save(self.writer, parts.topology, parts.state, parts.identity, parts.config_text, position, names, best)
-        self._saved = parts.state.round if parts.state.partial is None else None
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if there is one."""

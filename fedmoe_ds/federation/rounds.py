@@ -30,6 +30,7 @@ from fedmoe_ds.errors import LostError
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
+from fedmoe_ds.federation.round_messages import meet, share_counts, stop_agreed, stop_requested_here
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import for_next_start, make_room
 
@@ -51,6 +52,7 @@ class _Round:
         partial, sums: what is known of it so far, from an earlier start or this one.
         waves: those of this rank's cluster.
         busiest: how many waves the cluster with most of them has.
+        weighted: by block, in how many tensors of all ranks the weights do not sum to zero (after `share_counts`).
     """
 
     index: int
@@ -59,6 +61,7 @@ class _Round:
     sums: RoundSums
     waves: list[Wave] = field(default_factory=list)
     busiest: int = 0
+    weighted: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> dict[int, int]:
@@ -68,7 +71,7 @@ class _Round:
 
     @property
     def unfinished(self) -> bool:
-        """Whether some of its clients have not been trained, on any rank (after `_share`)."""
+        """Whether some of its clients have not been trained, on any rank (after `meet`)."""
         return any(client.index not in self.partial.done for client in self.chosen)
 
 
@@ -95,15 +98,18 @@ class Federation:
     def _rounds(self) -> Outcome:
         config = self.parts.config
         if self.state.round == 0 and self.state.partial is None:
-            if self._stop_agreed():  # asked while the model and the data were loaded
+            if stop_agreed(self.parts, self.journal):  # asked while the model and the data were loaded
                 self.checkpoints.save()
                 return self._stopped()
             self._evaluate(0)
+            self.journal.settle()
         for round_index in range(self.state.round + 1, config.federation.rounds + 1):
             if self._round(round_index):
                 return self._stopped()
-            if round_index < config.federation.rounds and self._stop_agreed():
-                self.checkpoints.stopped_after(round_index)
+            # Also asked after the last round: what could not be recorded is told before there is a checkpoint of it.
+            stopped = stop_agreed(self.parts, self.journal) and round_index < config.federation.rounds
+            self.checkpoints.round_done(round_index, stopped or self._is_due(round_index, config.checkpoint.every))
+            if stopped:
                 return self._stopped()
         return Outcome(self._digest(), None)
 
@@ -122,15 +128,15 @@ class Federation:
             self._train(work)  # 3. Local training, and every update into this rank's part of the sums.
         with self.timer.phase("aggregate"):
             # Slower clusters are waited for here, so that the checkpoint below is not charged with them.
-            self.parts.runtime.barrier()
+            stopped = meet(self.parts, work.partial)
         # That of the round before: its figures and those of this round are never both at risk.
         self.checkpoints.finish()
         with self.timer.phase("aggregate"):
             work.sums.reduce(self.parts.topology)  # 4. The sums of all clusters.
-            self._share(work.partial)
+            self.state.personal.share(self.parts.runtime, self.parts.topology)
+            work.weighted = share_counts(self.parts, work.partial, work.sums)
             self.journal.limits(round_index + 1, self.parts.skipped.limits(round_index + 1))
-            interrupted = work.unfinished or self._stop_agreed()
-        if interrupted:
+        if stopped or work.unfinished:
             self._keep(work)
             return True
         with self.timer.phase("aggregate"):
@@ -138,9 +144,7 @@ class Federation:
         with self.timer.phase("evaluate"):
             if self._is_due(round_index, self.parts.config.evaluation.every):
                 self._evaluate(round_index)  # 6. The new global state at every budget tier.
-        self._report(work)  # 7. What all this was, for the user,
-        # and for the next start.
-        self.checkpoints.round_done(round_index, self._is_due(round_index, self.parts.config.checkpoint.every))
+        self._report(work)  # 7. What all this was, for the user; the caller keeps it for the next start.
         return False
 
     def _is_due(self, round_index: int, every: int) -> bool:
@@ -179,7 +183,7 @@ class Federation:
             tokens = sum(update.tokens for update in updates)
             seconds = max((update.seconds for update in updates), default=0.0)
             self.journal.wave_done(number, len(work.waves), tokens * parts.topology.layout.clusters, seconds)
-            if self._stop_requested_here():
+            if stop_requested_here(parts):
                 return
 
     def _train_wave(self, work: _Round, waves: list[Wave]) -> list[tuple[ClientView, ClientUpdate]]:
@@ -243,22 +247,6 @@ class Federation:
             for name, value in self.parts.spec.method.remember(update).items():
                 personal.store(index, name, value)
 
-    def _share(self, partial: PartialRound) -> None:
-        """Make what each cluster knows about the round known everywhere: reports, personal state, activation, memory."""
-        parts = self.parts
-        for findings in parts.runtime.gather(parts.skipped.findings):
-            parts.skipped.learn(findings)
-        self.state.personal.share(parts.runtime, parts.topology)
-        done = {index: report for part in parts.runtime.gather(_texts(partial.done)) for index, report in part.items()}
-        partial.done = {int(index): report for index, report in done.items()}
-        tiers = list(parts.evaluator.tiers)
-        total = torch.zeros(len(tiers), *parts.counts_shape, dtype=torch.int64)
-        for i, tier in enumerate(tiers):
-            if tier in partial.activation:
-                total[i] += torch.from_numpy(partial.activation[tier])
-        parts.runtime.control.sum(total)
-        partial.activation = {tier: total[i].numpy() for i, tier in enumerate(tiers)}
-
     def _keep(self, work: _Round) -> None:
         """Save a round that is not finished: the next start goes on with its other clients."""
         work.partial.seconds += self.timer.total()
@@ -268,7 +256,7 @@ class Federation:
     def _step(self, work: _Round) -> None:
         """Make the next global state of the sums."""
         parts, partial = self.parts, work.partial
-        self._tell_averaged(work.index, work.sums, partial)
+        self._tell_averaged(work)
         parts.server.step(work.sums, self.state.adapters, self.state.server, work.index)
         self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
         self.state.round = work.index
@@ -277,14 +265,13 @@ class Federation:
         done = [work.partial.done[client.index] for client in work.chosen]
         self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest)
 
-    def _tell_averaged(self, round_index: int, sums: RoundSums, partial: PartialRound) -> None:
+    def _tell_averaged(self, work: _Round) -> None:
         """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""
-        if all(report["status"] != OK for report in partial.done.values()):
+        if all(report["status"] != OK for report in work.partial.done.values()):
             return  # nobody came back: the round's line names them
-        found = self.parts.runtime.gather(sums.weighted())
-        kept = [name for name in found[0] if not any(part[name] for part in found)]
+        kept = [name for name, count in work.weighted.items() if not count]
         if kept:
-            self.journal.not_averaged(round_index, kept)
+            self.journal.not_averaged(work.index, kept)
 
     def _evaluate(self, round_index: int) -> None:
         activity.enter("evaluate", round_index)
@@ -297,17 +284,6 @@ class Federation:
         if ends:
             self.journal.generations(round_index, parts.evaluator.generations(self.state.personal, plain))
 
-    def _stop_requested_here(self) -> bool:
-        """Whether any rank of this cluster was asked to stop; all of its ranks agree."""
-        return any(self.parts.topology.control.gather(b"!" if self.parts.stop.requested else b""))
-
-    def _stop_agreed(self) -> bool:
-        return any(self.parts.runtime.gather(self.parts.stop.requested))
-
     def _digest(self) -> str:
         parts = self.parts
         return global_digest(parts.result_tensors(), parts.runtime, parts.config.topology.ep_size)
-
-
-def _texts(done: dict[int, dict[str, object]]) -> dict[str, dict[str, object]]:
-    return {str(index): report for index, report in done.items()}

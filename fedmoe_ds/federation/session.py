@@ -125,6 +125,7 @@ def _train(
     journal.monitor = start_monitors(config, folder, runtime, rounds_of(source["checkpoint"]))
     stack.push(lambda kind, *_: journal.close_monitor(failed=kind is not None))  # of a run that fails, too
     begin(parts, journal, source["checkpoint"])
+    journal.settle()
     outcome = Federation(parts, journal).run()
     tools.close(folder)
     if outcome.interrupted is None:

@@ -108,6 +108,6 @@ def plan(
     verified = None
     if verify_ranks is not None:
         ranks = list(range(world.ranks)) if verify_ranks == "all" else None
-        verified = verify(config.topology, layout, job.expert_layout.num_experts, ranks)
+        verified = verify(config.topology, layout, job.expert_layout.num_experts, ranks, hardware.kind)
     warning = idle_clusters(layout.clusters, len(job.participants(1)))
     return Plan(job, world, hardware, first, evaluation_s, choices, refusals, verified, [warning] if warning else [], seeds)

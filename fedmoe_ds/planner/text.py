@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedmoe_ds.distributed.open_files import WORK
 from fedmoe_ds.planner.flops import TierFlops
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.memory import format_bytes
@@ -156,10 +157,13 @@ def study_lines(world: World, hardware: Hardware, seconds: float, rounds: int, s
 
 def verify_lines(found: Verified, world: World) -> list[str]:
     """What the dry run of the groups did."""
+    rank0, others = found.files
     return [
         f"verified: as {len(found.ranks)} of {world.ranks} ranks ({', '.join(map(str, found.ranks[:8]))}"
         f"{', ...' if len(found.ranks) > 8 else ''}) all {found.groups} process groups were built and are what the layout says "
-        f"({found.seconds:.2f} s per world); experts and ranks partition for all {world.ranks} ranks"
+        f"({found.seconds:.2f} s per world); experts and ranks partition for all {world.ranks} ranks",
+        f"control plane: up to {found.control} groups per rank; open files for the other ranks: {rank0} on rank 0, "
+        f"up to {others} on any other (ulimit -n; {WORK} more for a rank's own work)",
     ]
 
 

@@ -20,7 +20,7 @@ from fedmoe_ds.distributed.runtime import init_runtime, run_entry
 def answers(control: Control) -> dict[str, Any]:
     """What every method gives, for the world and for clusters of two."""
     rank = control.rank
-    inside = control.split(rank // 2, f"cluster {rank // 2}")
+    inside = control.split(range(rank - rank % 2, rank - rank % 2 + 2), f"cluster {rank // 2}")
     draw = torch.Generator().manual_seed(rank)
     integers = torch.randint(-(2**40), 2**40, (3, 1001), generator=draw)
     disjoint = torch.zeros(control.size, 5, dtype=torch.float32)
@@ -29,6 +29,7 @@ def answers(control: Control) -> dict[str, Any]:
     payload = bytes([rank]) * (1000 * rank)  # rank 0 has nothing to say
     return {
         "place": [rank, control.size, inside.rank, inside.size],
+        "broadcast": [control.broadcast(bytes([rank + 1]) * size).hex() for size in (0, 3, 100_000)],
         "gather": [part.hex() for part in control.gather(payload)],
         "inside": [part.decode() for part in inside.gather(f"{rank}!".encode())],
         "integers": control.sum(integers.clone()).tolist(),

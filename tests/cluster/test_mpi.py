@@ -49,10 +49,11 @@ def test_control_over_mpi_equals_gloo(tmp_path: Path) -> None:
     for rank in range(4):
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         mpi, gloo = found["mpi"], found["torch"]
-        assert (found["own"], mpi.pop("class"), gloo.pop("class")) == ("MpiControl", "MpiControl", "TorchControl")
+        assert (found["own"], mpi.pop("class"), gloo.pop("class")) == ("MpiControl", "MpiControl", "FlatControl")
         assert mpi == gloo
         assert mpi["place"] == [rank, 4, rank % 2, 2]
         assert mpi["gather"] == [(bytes([r]) * 1000 * r).hex() for r in range(4)]
+        assert mpi["broadcast"] == ["", "010101", "01" * 100_000]
         assert mpi["inside"] == [f"{rank - rank % 2}!", f"{rank - rank % 2 + 1}!"]
 
 

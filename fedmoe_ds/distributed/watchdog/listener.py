@@ -7,7 +7,6 @@ listener closes for good. Refused connections are counted, and reported in one l
 
 from __future__ import annotations
 
-import resource
 import selectors
 import socket
 import time
@@ -241,20 +240,3 @@ def listen_everywhere() -> socket.socket:
         listener.bind(("", 0))
     listener.listen(_BACKLOG)
     return listener
-
-
-def allow_connections(world_size: int) -> str | None:
-    """Raise this process's limit on open files to what a connection per rank needs beside torch's own; a line if it cannot."""
-    needed = 4 * world_size + 2048
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    if soft == unlimited or soft >= needed:
-        return None
-    allowed = needed if hard == unlimited else min(needed, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    except (OSError, ValueError):
-        allowed = soft
-    if allowed == needed:
-        return None
-    return f"warning: open files: rank 0 may have {allowed} (ulimit -n), {world_size} ranks may need {needed}: raise the limit"

@@ -23,7 +23,7 @@ import torch
 
 from fedmoe_ds.distributed.address import is_reached, meant_addresses, resolved
 from fedmoe_ds.distributed.watchdog.handshake import join, secret
-from fedmoe_ds.distributed.watchdog.listener import Listener, allow_connections, listen, listen_everywhere
+from fedmoe_ds.distributed.watchdog.listener import Listener, listen, listen_everywhere
 from fedmoe_ds.distributed.watchdog.main import MainWatchdog
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process
 from fedmoe_ds.distributed.watchdog.watchdog import Watchdog
@@ -78,7 +78,7 @@ def start_watchdog(control: Control, limits: Limits, local_rank: int, device: to
 
 def _listen(master: str, views: list[list[str]]) -> tuple[list[socket.socket], list[str]]:
     """Rank 0's listeners, on the addresses that MASTER_ADDR stands for on the ranks' hosts (`views`), and notes."""
-    notes = [allow_connections(len(views))]
+    notes = list[str]()
     listeners = listen(meant_addresses(views))
     own = [listener.getsockname()[0] for listener in listeners]
     if not all(is_reached(view, own) for view in views):  # ranks know what is in front of this host
@@ -89,7 +89,7 @@ def _listen(master: str, views: list[list[str]]) -> tuple[list[socket.socket], l
             f"warning: watchdog: MASTER_ADDR: {master}: not all ranks know an address of {socket.gethostname()} by it: "
             f"rank 0 listens on all interfaces, port {listeners[0].getsockname()[1]}"
         )
-    return listeners, [note for note in notes if note is not None]
+    return listeners, notes
 
 
 def _gather(control: Control, value: Any) -> list[Any]:

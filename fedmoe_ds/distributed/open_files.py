@@ -1,0 +1,150 @@
+"""Open files: how many a rank needs at once, connections included, and this process's limit on them (`ulimit -n`).
+
+gloo connects two ranks when they first exchange something (`process_groups`), so a rank holds the connections of its rings and
+trees, and those of an all-to-all: a few dozen, whatever the size of the world. Only rank 0 is known to everybody: by torch's
+store, and by the watchdog.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedmoe_ds.distributed.control import uses_mpi
+from fedmoe_ds.distributed.gloo_control import FLAT, block_width, tree_groups
+from fedmoe_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from fedmoe_ds.config import TopologyConfig
+    from fedmoe_ds.distributed.launcher import Launch
+
+OWN = 4
+"""Files of a gloo group beside its connections: the socket on which it listens, and three of its event loop."""
+STORE = 10
+"""Files of torch's store and of the watchdog's listeners on rank 0, beside the connections with the ranks."""
+WORK = 64
+"""Files of a rank's own work: libraries, mapped weights and data, records, a checkpoint under way."""
+_PLENTY = 1 << 16
+"""Enough for anything that is not counted here, and not so much that programs that look at every possible file take long."""
+
+
+@dataclass(frozen=True)
+class GlooGroup:
+    """What a rank holds of one gloo group.
+
+    Attributes:
+        name: what it is for.
+        size: its ranks.
+        peers: those that this rank exchanges something with.
+    """
+
+    name: str
+    size: int
+    peers: int
+
+    @property
+    def files(self) -> int:
+        return OWN + self.peers
+
+
+def ring_peers(rank: int, size: int) -> set[int]:
+    """Neighbours in gloo's sums and gathers."""
+    return {(rank - 1) % size, (rank + 1) % size} - {rank}
+
+
+def tree_peers(rank: int, size: int) -> set[int]:
+    """Neighbours in gloo's broadcasts from the first rank: after i steps the first 2^i ranks know, and each tells one more."""
+    steps = range((size - 1).bit_length())
+    return {rank ^ (1 << i) for i in steps if rank < 2 << i and rank ^ (1 << i) < size}
+
+
+def control_groups(name: str, rank: int, size: int) -> list[GlooGroup]:
+    """Of one control communicator (`gloo_control`): one group of few ranks, or a block and, at its head, the heads."""
+    if size <= FLAT:
+        parts = {name: range(size)}
+    else:
+        block, heads = tree_groups(rank, size, block_width(size))
+        parts = {f"{name}, block": block, f"{name}, heads": heads}
+    found = []
+    for part, ranks in parts.items():
+        if len(ranks) > 1:
+            place = ranks.index(rank), len(ranks)
+            found.append(GlooGroup(part, len(ranks), len(ring_peers(*place) | tree_peers(*place))))
+    return found
+
+
+def gloo_groups(rank: int, world_size: int, ep_size: int, tensors: bool, control: bool) -> list[GlooGroup]:
+    """All gloo groups of a rank.
+
+    Args:
+        tensors: they carry tensors of the model, too (on the CPU; GPUs have NCCL for it).
+        control: they carry the control plane (else MPI does).
+    """
+    if world_size == 1:
+        return []
+    groups = []
+    if tensors:
+        clusters = world_size // ep_size
+        # torch's own group of the world is never used, so it has no connections.
+        groups.append(GlooGroup("the world's own", world_size, 0))
+        groups.append(GlooGroup("tokens within the cluster", ep_size, ep_size - 1))
+        groups.append(GlooGroup("sums over the clusters", clusters, len(ring_peers(rank // ep_size, clusters))))
+    if control:
+        groups += control_groups("control of the world", rank, world_size)
+        groups += control_groups("control of the cluster", rank % ep_size, ep_size)
+    return groups
+
+
+def rank0_files(rank: int, world_size: int) -> int:
+    """Files of torch's store and of the watchdog: rank 0 has one connection of each with every rank."""
+    if world_size == 1:
+        return 0
+    return 2 * world_size + STORE if rank == 0 else 3
+
+
+def files_of(rank: int, world_size: int, ep_size: int, tensors: bool = True, control: bool = True) -> int:
+    """Open files that a rank needs at most for the others, see `gloo_groups`."""
+    groups = gloo_groups(rank, world_size, ep_size, tensors, control)
+    return rank0_files(rank, world_size) + sum(group.files for group in groups)
+
+
+def needed(launch: Launch, topology: TopologyConfig, device: str) -> int:
+    """Open files that this rank needs: those it has now, those for the others, and those of its work."""
+    # A layout that does not fit is refused later, in words of its own.
+    ep_size = min(topology.ep_size, launch.world_size)
+    control = not uses_mpi(topology.control, launch.launcher, launch.world_size)
+    return open_now() + WORK + files_of(launch.rank, launch.world_size, ep_size, device != "cuda", control)
+
+
+def open_now() -> int:
+    """Open files of this process; 0 where the system does not say."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 0
+
+
+def allow(needed: int, launch: Launch) -> None:
+    """Raise this process's limit on open files to plenty, or to what is needed, as far as the hard limit lets it.
+
+    Raises:
+        UserError: that is less than what is needed.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    wanted = min(max(needed, _PLENTY), hard)
+    if soft < wanted:
+        # A system may have a limit of its own below the hard one.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), limits[1]))
+            soft = wanted
+    if soft < needed:
+        raise UserError(
+            f"open files: {soft:.0f}: rank {launch.rank} on {socket.gethostname()} needs {needed} in a world of "
+            f"{launch.world_size} ranks; raise the host's hard limit (ulimit -Hn, LimitNOFILE, limits.conf)"
+        )

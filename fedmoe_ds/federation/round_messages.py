@@ -1,0 +1,64 @@
+"""Round messages: what ranks tell each other about a round over the control plane, in as few messages as there can be.
+
+Among many ranks a message costs its way, not its length, so what is known at the same time travels together: one gather when
+training ends, one sum after the sums of aggregation, one question at the round's end. With the sums of an evaluation these are
+all messages of a round that reach every rank; personal state and checkpoints have their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from fedmoe_ds.aggregation.round_sums import RoundSums
+    from fedmoe_ds.checkpoint.state import PartialRound
+    from fedmoe_ds.federation.build import Parts
+    from fedmoe_ds.federation.journal import Journal
+
+
+def meet(parts: Parts, partial: PartialRound) -> bool:
+    """Wait for all ranks; their reports, and their findings about memory, are then known everywhere.
+
+    Returns:
+        Whether any of them was asked to stop.
+    """
+    mine = {str(index): report for index, report in partial.done.items()}
+    told = parts.runtime.gather([parts.stop.requested, parts.skipped.findings, mine])
+    partial.done = {int(index): report for _, _, done in told for index, report in done.items()}
+    for _, findings, _ in told:
+        parts.skipped.learn(findings)
+    return any(stopped for stopped, _, _ in told)
+
+
+def share_counts(parts: Parts, partial: PartialRound, sums: RoundSums) -> dict[str, int]:
+    """Add up what ranks have counted: the activation of each tier, and the weights of the reduced `sums`.
+
+    Returns:
+        By block, in how many tensors of all ranks the weights do not sum to zero.
+    """
+    tiers, weighted = list(parts.evaluator.tiers), sums.weighted()
+    active = torch.zeros(len(tiers), *parts.counts_shape, dtype=torch.int64)
+    for i, tier in enumerate(tiers):
+        if tier in partial.activation:
+            active[i] += torch.from_numpy(partial.activation[tier])
+    total = torch.cat([active.flatten(), torch.tensor(list(weighted.values()), dtype=torch.int64)])
+    parts.runtime.control.sum(total)
+    active = total[: active.numel()].view_as(active)
+    partial.activation = {tier: active[i].numpy() for i, tier in enumerate(tiers)}
+    return dict(zip(weighted, total[active.numel() :].tolist(), strict=True))
+
+
+def stop_requested_here(parts: Parts) -> bool:
+    """Whether any rank of this cluster was asked to stop; all of its ranks agree."""
+    mine = torch.tensor([parts.stop.requested], dtype=torch.int64)
+    return bool(parts.topology.control.largest(mine))
+
+
+def stop_agreed(parts: Parts, journal: Journal) -> bool:
+    """Whether any rank was asked to stop. Raises UserError, on all of them, where rank 0 could not write the record."""
+    stopped, failed = parts.runtime.any(parts.stop.requested, journal.failed)
+    if failed:
+        journal.settle()
+    return stopped

@@ -1,0 +1,87 @@
+"""A world of light processes: `python tests/control_world.py RANKS LIMIT FOLDER` forks ranks that have imported all they need,
+limits their open files, and lets them join, talk and leave. Every rank writes `rank-N.json` with what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.distributed import process_groups  # noqa: F401  (once for all ranks: it takes seconds)
+from fedmoe_ds.distributed.control import Control
+from fedmoe_ds.distributed.gloo_control import gloo_control
+from fedmoe_ds.distributed.launcher import detect_launch, free_port
+from fedmoe_ds.distributed.runtime import init_runtime, run_entry
+from fedmoe_ds.distributed.topology import build_topology
+
+SMALL = 13
+"""Ranks that also talk as a tree in every shape, and as one group."""
+
+
+def answers(control: Control) -> dict[str, Any]:
+    """What every method gives to this rank."""
+    rank, size = control.rank, control.size
+    draw = torch.Generator().manual_seed(rank)
+    integers = torch.randint(-(2**40), 2**40, (3, 7), generator=draw)
+    disjoint = torch.zeros(size, 5)
+    disjoint[rank] = torch.randn(5, generator=draw)
+    half = range(size // 2) if rank < size // 2 else range(size // 2, size)
+    inside = control.split(half, "a half")
+    return {
+        "place": [rank, size, inside.rank, inside.size],
+        "gather": [part.decode() for part in control.gather(b"%d!" % rank)],
+        "long": [len(part) for part in control.gather(bytes(100 * (rank % 5)))],  # some fit into the first message, some not
+        "empty": [len(part) for part in control.gather(b"")],
+        "broadcast": control.broadcast(b"from %d" % rank).decode(),
+        "broadcast long": len(control.broadcast(bytes(1000 + rank))),
+        "sum": control.sum(integers.clone()).tolist(),
+        "disjoint": [value.hex() for value in control.sum(disjoint).flatten().tolist()],
+        "largest": control.largest(integers.clone()).tolist(),
+        "no numbers": control.sum(torch.zeros(0)).tolist(),
+        "inside": [part.decode() for part in inside.gather(b"%d" % rank)],
+    }
+
+
+def body(folder: Path, limit: int) -> int:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 200), limit))
+    launch = detect_launch()
+    before = len(os.listdir("/proc/self/fd"))
+    runtime = init_runtime(launch, TopologyConfig(device="cpu"))
+    topology = build_topology(TopologyConfig(device="cpu"), runtime)
+    topology.sum_shard.sum(torch.ones(1000))
+    found = {"control": type(runtime.control).__name__, "world": answers(runtime.control)}
+    found["files"] = len(os.listdir("/proc/self/fd")) - before
+    found["soft"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if launch.rank < SMALL and launch.world_size >= SMALL:
+        for flat in (SMALL, 4, 1):
+            control = gloo_control(range(SMALL), "some", timedelta(minutes=2), flat)
+            found[f"flat {flat}"] = {"class": type(control).__name__, **answers(control)}
+    (folder / f"rank-{launch.rank}.json").write_text(json.dumps(found))
+    runtime.barrier()
+    return 0
+
+
+def main(ranks: int, limit: int, folder: Path) -> int:
+    torch.set_num_threads(1)
+    os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            run_entry(lambda: body(folder, limit))
+        children.append(child)
+    codes = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    (folder / "codes.json").write_text(json.dumps(sorted(codes)))
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))

@@ -1,0 +1,70 @@
+"""The control plane in a world of light processes: 64 ranks with 256 open files each, and one answer whatever the tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from control_world import SMALL
+from every import every
+
+from fedmoe_ds.distributed import open_files
+
+RANKS, LIMIT = 64, 256
+
+
+def world(ranks: int, limit: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, str(Path(__file__).parent / "control_world.py"), str(ranks), str(limit), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every rank of a large world has found."""
+    folder = tmp_path_factory.mktemp("world")
+    done = world(RANKS, LIMIT, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def check(answers: dict[str, Any], rank: int, size: int, sums: list[Any]) -> None:
+    half = range(size // 2) if rank < size // 2 else range(size // 2, size)
+    assert answers["place"] == [rank, size, half.index(rank), len(half)]
+    assert answers["gather"] == [f"{r}!" for r in range(size)]
+    assert answers["long"] == [100 * (r % 5) for r in range(size)] and answers["empty"] == [0] * size
+    assert answers["broadcast"] == "from 0" and answers["broadcast long"] == 1000
+    assert answers["inside"] == [str(r) for r in half] and answers["no numbers"] == []
+    assert [answers[name] for name in ("sum", "disjoint", "largest")] == sums
+
+
+def test_64_ranks_with_256_open_files_each(found: list[dict[str, Any]]) -> None:
+    sums = [found[0]["world"][name] for name in ("sum", "disjoint", "largest")]
+    for rank, here in enumerate(found):
+        assert here["control"] == "TreeControl" and here["soft"] == LIMIT, "the soft limit was lower"
+        check(here["world"], rank, RANKS, sums)
+        planned = open_files.files_of(rank, RANKS, 1)
+        # The halves of `answers` are gone by now; a file or two are the system's own matter.
+        assert planned - 2 <= here["files"] <= planned, (rank, here["files"], planned)
+
+
+def test_one_answer_whatever_the_tree(found: list[dict[str, Any]]) -> None:
+    """As one group, as blocks of four, and as blocks whose last has one rank alone."""
+    sums = [found[0][f"flat {SMALL}"][name] for name in ("sum", "disjoint", "largest")]
+    for rank, here in enumerate(found[:SMALL]):
+        flat, *trees = (here[f"flat {width}"] for width in (SMALL, 4, 1))
+        assert flat["class"] == "FlatControl" and every(tree["class"] == "TreeControl" for tree in trees)
+        for answers in (flat, *trees):
+            check(answers, rank, SMALL, sums)
+
+
+def test_too_few_open_files_for_rank_0(tmp_path: Path) -> None:
+    """It needs the most: it says so before it joins, and the launcher ends the others."""
+    done = world(1, 60, tmp_path)
+    assert done.returncode == 2 and "error: open files: 60: rank 0 on " in done.stderr, done.stderr
+    assert not list(tmp_path.glob("rank-*"))

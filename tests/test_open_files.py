@@ -1,0 +1,111 @@
+"""Open files: what a rank needs at any size of the world, on paper, and the limit that it gets or is refused for."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+from every import every
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmoe_ds.config import TopologyConfig
+from fedmoe_ds.distributed import open_files
+from fedmoe_ds.distributed.gloo_control import FLAT, block_width, tree_groups
+from fedmoe_ds.distributed.launcher import Launch
+from fedmoe_ds.errors import UserError
+
+FEW = 256 - open_files.WORK
+"""What the others may take of `ulimit -n 256`."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 20_000), st.data())
+def test_every_rank_is_in_one_block_and_every_block_has_one_head(size: int, data: st.DataObject) -> None:
+    width = data.draw(st.integers(1, size))
+    rank = data.draw(st.integers(0, size - 1))
+    block, heads = tree_groups(rank, size, width)
+    assert rank in block and len(block) <= width and block[0] % width == 0
+    assert every(tree_groups(peer, size, width)[0] == block for peer in (block[0], block[-1]))
+    assert list(heads) == ([r for r in range(size) if r % width == 0] if rank == block[0] else [])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 40_000))
+def test_groups_of_a_tree_are_about_as_large_as_they_are_many(size: int) -> None:
+    width = block_width(size)
+    block, heads = tree_groups(0, size, width)
+    assert len(heads) <= len(block) == width and (width - 1) ** 2 < size <= width**2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 512), st.sampled_from([1, 2, 4, 8, 16, 32, 64]), st.data())
+def test_what_a_rank_needs_does_not_grow_with_the_world(clusters: int, ep_size: int, data: st.DataObject) -> None:
+    """Up to 32 768 ranks: rank 0 has two connections with every rank, nobody else has many."""
+    world_size = clusters * ep_size
+    rank = data.draw(st.integers(0, world_size - 1))
+    for tensors in (True, False):
+        found = open_files.files_of(rank, world_size, ep_size, tensors)
+        assert found <= FEW + (2 * world_size if rank == 0 else 0)
+        # An all-to-all connects every two ranks of a cluster, whatever carries the rest.
+        assert found >= (ep_size - 1 if tensors else 0)
+
+
+def test_the_mesh_at_4096_ranks_is_none() -> None:
+    """Every group with all of its connections, as gloo makes them by itself, would be several times the usual 1 024."""
+    for rank in range(4096):
+        found = open_files.files_of(rank, 4096, 8)
+        assert found < (1024 - open_files.WORK if rank else 2 * 4096 + 128)
+
+
+def test_what_is_counted() -> None:
+    def groups(*asked: int, **what: bool) -> list[tuple[str, int, int]]:
+        found = open_files.gloo_groups(*asked, **{"tensors": True, "control": True, **what})
+        return [(group.name, group.size, group.peers) for group in found]
+
+    data = [("the world's own", 8, 0), ("tokens within the cluster", 4, 3), ("sums over the clusters", 2, 1)]
+    control = [("control of the world", 8, 4), ("control of the cluster", 4, 3)]
+    assert groups(0, 8, 4) == data + control
+    assert groups(4, 8, 4, tensors=False) == [("control of the world", 8, 3), control[1]], "NCCL carries the tensors"
+    assert groups(5, 8, 4, control=False) == data, "MPI carries the messages"
+    assert groups(0, 1, 1) == [] and open_files.files_of(0, 1, 1) == 0
+    head, other = groups(0, FLAT + 9, 1, tensors=False), groups(1, FLAT + 9, 1, tensors=False)
+    assert head == [("control of the world, block", 5, 3), ("control of the world, heads", 5, 3)] and other == head[:1]
+    by_mpi = TopologyConfig(control="mpi", ep_size=4)
+    assert open_files.needed(Launch("mpirun", 1, 8, 1), by_mpi, "cuda") < open_files.open_now() + open_files.WORK + 8
+
+
+@pytest.mark.parametrize(
+    ("limits", "needed", "asked"),
+    [
+        ((1024, 1048576), 300, (65536, 1048576)),
+        ((1024, 4096), 300, (4096, 4096)),
+        ((1024, -1), 300, (65536, -1)),
+        ((1024, 1048576), 100_000, (100_000, 1048576)),
+        ((65536, 65536), 300, None),
+        ((256, 256), 256, None),
+        ((-1, -1), 100_000, None),
+    ],
+)
+def test_the_limit_is_raised(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], needed: int, asked: tuple[int, int] | None
+) -> None:
+    wanted: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, what: wanted.append(what))
+    open_files.allow(needed, Launch("test", 0, 64, 0))
+    assert wanted == ([] if asked is None else [asked])
+
+
+@pytest.mark.parametrize(("limits", "obeys"), [((256, 256), True), ((128, 256), True), ((256, 1048576), False)])
+def test_too_low_a_limit_is_one_line(monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], obeys: bool) -> None:
+    """Also where the system does not let it be raised as far as it says."""
+
+    def refuse(which: int, what: tuple[int, int]) -> None:
+        if not obeys:
+            raise ValueError("not allowed")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with pytest.raises(UserError, match=r"^open files: 256: rank 7 on \S+ needs 257 in a world of 64 ranks; raise the host's "):
+        open_files.allow(257, Launch("test", 7, 64, 7))
