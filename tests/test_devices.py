@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fedmoe_ds.config import Config, ExecutionConfig
-from fedmoe_ds.distributed import devices, runtime
+from fedmoe_ds.distributed import devices, meeting, runtime
 from fedmoe_ds.distributed.activity import Activity, activity
 from fedmoe_ds.distributed.devices import Place, check_places, own_device, problem_of, uses_cuda
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, stuck
@@ -125,8 +125,8 @@ class FarStore(PrefixStore):
 def answers_of(monkeypatch: pytest.MonkeyPatch, gpus: Sequence[str]) -> dict[int, str]:
     """What every rank is told, by a GPU for each. Ranks are threads; rank 0 serves the store until it leaves."""
     answers: dict[int, str] = {}
-    monkeypatch.setattr(devices, "_meetings", itertools.repeat(0))  # one counter, where ranks are threads
-    monkeypatch.setattr(devices, "PrefixStore", FarStore)
+    monkeypatch.setattr(meeting, "_meetings", itertools.repeat(0))  # one counter, where ranks are threads
+    monkeypatch.setattr(meeting, "PrefixStore", FarStore)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stores: list[Store | None] = [server, *(TCPStore("127.0.0.1", server.port, is_master=False) for _ in gpus[1:])]
     del server

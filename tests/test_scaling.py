@@ -16,7 +16,7 @@ from launching import REPOSITORY
 from scaling_inputs import NOWHERE, environment, make_request, plan, record_all, record_run, start, write_study
 
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
-from fedmoe_ds.studies.resources import check_capacity, cores
+from fedmoe_ds.studies.resources import check_capacity, cores, step_options
 from fedmoe_ds.studies.runner import Outcome, Runner, locked
 from fedmoe_ds.studies.scaling import Request
 from fedmoe_ds.studies.scaling.point import plan_points
@@ -129,6 +129,28 @@ def test_mistakes_are_one_line_before_anything_starts(request_: Request, name: s
 def test_mistakes_on_the_command_line(request_: Request, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         start(replace(request_, **changes))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tasks", "expected"),
+    [
+        (1, "8(x4)", "--nodes=1 --ntasks=1 --distribution=plane=8"),
+        (8, "8(x4)", "--nodes=1 --ntasks=8 --distribution=plane=8"),
+        (9, "8(x4)", "--nodes=2 --ntasks=9 --distribution=plane=8"),
+        (32, "8(x4)", "--nodes=4 --ntasks=32 --distribution=plane=8"),
+        (4, "3,1(x2)", "--nodes=2 --ntasks=4 --distribution=plane=3"),
+        (9, "4,4", "--ntasks=9"),
+        (2, None, "--ntasks=2"),
+    ],
+)
+def test_a_point_fills_the_first_nodes(ranks: int, tasks: str | None, expected: str) -> None:
+    environment = {"SLURM_JOB_ID": "1"} | ({} if tasks is None else {"SLURM_TASKS_PER_NODE": tasks})
+    assert step_options(ranks, environment) == expected.split()
+
+
+def test_an_allocation_of_several_kinds_of_nodes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^SLURM_HET_SIZE: 2: a heterogeneous job, .*; ask for nodes of one kind"):
+        check_capacity("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_HET_SIZE": "2"})
 
 
 def test_an_allocation_needs_a_task_per_rank() -> None:
