@@ -301,7 +301,12 @@ def test_a_picture_does_not_depend_on_the_users_matplotlibrc() -> None:
 
 def lines_of_a_study(values: Sequence[int], figures: Callable[[int], dict[str, Spread]]) -> list[Line]:
     def runs(value: int) -> Any:
-        return [SimpleNamespace(measured=SimpleNamespace(ranks=value, cores=None))]
+        rate = figures(value)["tokens_per_s"].values
+        measured = SimpleNamespace(ranks=value, cores=None)
+        return [
+            SimpleNamespace(repeat=repeat, measured=measured, throughput=lambda *ignored, of=repeat: rate[of])
+            for repeat in rate
+        ]
 
     return [Line(value, runs(value), figures(value)) for value in values]
 
