@@ -25,6 +25,8 @@ CORES_PER_GPU = 4
 """Of a rank with a GPU: Python, the writer of checkpoints, the watchdog, and what reads files at the start."""
 _GPU_HOST_BYTES = 6 * 2**30
 """Host memory of a rank with a GPU before it keeps anything: libraries, CUDA's context, pinned buffers; an assumption."""
+_NODE_BYTES = 2 * 2**30
+"""Of a node, for what rank 0 does alone: preparing data, pre-training a small foundation; an assumption."""
 _SLACK = 1.25
 """Memory that is asked for over what is predicted: a job that exceeds it is killed."""
 LEAD_S = 120
@@ -117,7 +119,7 @@ def memory_mib(job: Job, kind: str, ranks_per_host: int) -> int:
     else:
         # Weights are read through files that are mapped: pages that the system may take back are no reason to kill a job.
         each = _GPU_HOST_BYTES + sum(outlasting(job, len(job.clients), drawn).values())
-    return 1024 * math.ceil(each * _SLACK * ranks_per_host / 2**30)
+    return 1024 * math.ceil((each * _SLACK * ranks_per_host + _NODE_BYTES) / 2**30)
 
 
 def lead_s(job: Job, world: World, hardware: Hardware) -> int:

@@ -34,7 +34,8 @@ def ratio_of(own: Spread, base: Spread, factor: float = 1.0) -> Ratio:
     total = sum(variance for variance, _ in parts)
     if total == 0.0:
         return Ratio(value, value, value)
-    from scipy.stats import t  # a second to import, and only reports need it
+    # A second to import, and only reports need it.
+    from scipy.stats import t  # type: ignore[import-untyped]
 
     freedom = total**2 / sum(variance**2 / (count - 1) for variance, count in parts)
     reach = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)

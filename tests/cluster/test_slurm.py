@@ -268,7 +268,8 @@ def test_a_point_fills_nodes_one_by_one(ranks: int, slurm: Slurm) -> None:
     alone = ("salloc", "--quiet", "--nodes=3", "--ntasks-per-node=2", "--exclusive", "--mem=0")
     said = slurm.call(*alone, sys.executable, "-c", PACKED, str(ranks), PYTHONPATH=str(REPOSITORY))
     placed = dict(line.split() for line in said.splitlines())
-    assert [placed[str(rank)] for rank in range(ranks)] == [f"{NODES}{rank // 2 + 1}" for rank in range(ranks)]
+    nodes = sorted(set(placed.values()))  # of whichever three the job has got
+    assert [placed[str(rank)] for rank in range(ranks)] == [nodes[rank // 2] for rank in range(ranks)]
 
 
 def test_a_heterogeneous_job_is_refused(slurm: Slurm, tmp_path: Path) -> None:
@@ -287,13 +288,8 @@ def gpu_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 @pytest.mark.parametrize(
-    ("options", "cores"),
-    [
-        (["--cpus-per-task=2"], "2"),
-        (["--cpus-per-gpu=3"], "unset 6"),
-        (["--exclusive"], "4"),
-        (["--cpus-per-gpu=1"], "unset 2"),
-    ],
+    ("option", "cores"),
+    [("--cpus-per-task=2", "2"), ("--exclusive", "4"), ("--cpus-per-gpu=3", "unset 6"), ("--cpus-per-gpu=1", "unset 2")],
 )
 def test_a_rank_gets_the_cores_that_its_job_has(option: str, cores: str, gpu_slurm: Slurm, tmp_path: Path) -> None:
     """Of a job with cores by GPU the step has all, and no rank is told to do with one."""

@@ -10,6 +10,7 @@ all values run on the same ranks, efficiency is throughput relative to the first
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,8 @@ def with_efficiency(study: Study, rows: Sequence[Row]) -> list[Row]:
 
     def one(row: Row, training: bool) -> float | None:
         own, reference = row.throughput(study.by_flops, training), bases[training]
-        return None if reference is None or own is None else own / reference / (row.measured.ranks / ranks)
+        # Of a first value that trained nothing there is no multiple.
+        return None if not reference or own is None else own / reference / (row.measured.ranks / ranks)
 
     return [replace(row, efficiency=one(row, False), train_efficiency=one(row, True)) for row in rows]
 
@@ -94,7 +96,7 @@ def efficiency_ratio(study: Study, lines: Sequence[Line], line: Line, training: 
     """The efficiency of a value with the interval that its own spread and the first value's leave; None where it is unknown."""
     first = lines[0]
     own, base = line.throughput(study.by_flops, training), first.throughput(study.by_flops, training)
-    if own is None or base is None or first.value != study.values[0]:
+    if own is None or base is None or first.value != study.values[0] or not 0 < base.mean < math.inf or not own.mean > 0:
         return None
     # The first value is what it is compared with: its own spread is no doubt about 100 %.
     return Ratio(1.0) if line is first else ratio_of(own, base, first.measured.ranks / line.measured.ranks)
