@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import socket
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,6 +64,34 @@ def machine_facts() -> dict[str, Any]:
         "system_name": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }
+
+
+def host_facts() -> dict[str, Any]:
+    """What a host of a run is: every rank may ask, without the versions, which are the same for all."""
+    return {
+        "host": socket.gethostname(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "gpu": _gpu(),
+        "system_name": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def commit() -> str | None:
+    """The commit of the repository that this package is worked on in, with `+` where files differ; None of an installed one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):  # no git here, or a repository of somebody else
+        return None
 
 
 def _gpu() -> dict[str, Any] | None:

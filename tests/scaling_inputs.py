@@ -19,7 +19,7 @@ NOWHERE = Path("no-such-script.py")
 
 def write_study(folder: Path, **keys: Any) -> Path:
     path = folder / "study.yaml"
-    path.write_text(json.dumps({"base": "base.yaml", **keys}))
+    path.write_text(json.dumps({"base": "base.yaml", "repeats": 1, **keys}))
     return path
 
 
@@ -55,12 +55,22 @@ def round_event(number: int, at: float, train: float, **more: Any) -> dict[str, 
     return {"event": "round", "time": at, "round": number, "tokens": 1200, "phases": phases, "seconds": train + 1.0} | more
 
 
-def record_run(point: Point, repeat: int, seconds: float, *, digest: str = "ab", ended: int = 3, **more: Any) -> None:
-    """Write what a run of three rounds leaves behind: a slow first one, then two of `seconds` from event to event."""
+def record_run(
+    point: Point,
+    repeat: int,
+    seconds: float,
+    *,
+    digest: str = "ab",
+    start: dict[str, Any] | None = None,
+    ended: int = 3,
+    **more: Any,
+) -> None:
+    """Write what a run of three rounds leaves behind: a slow first one, then two of `seconds` from event to event; `start` are
+    further fields of its `run` event."""
     run = point.runs[repeat]
     topology = [{"rank": rank, "host": "here", "cluster": rank, "shard": 0, "experts": "0-7"} for rank in range(point.ranks)]
     facts = {"world_size": point.ranks, "clusters": point.ranks, "ep_size": 1, "clients": 4, "reproducible": "bitwise"}
-    facts |= {"topology": topology, "versions": {"torch": "2.13"}}
+    facts |= {"topology": topology, "versions": {"torch": "2.13"}, "device": "cpu", **(start or {})}
     events = [{"event": "run", "time": 90.0, **facts}]
     for number, at in ((1, 100.0), (2, 100.0 + seconds), (3, 100.0 + 2 * seconds)):
         events.append({"event": "client", "time": at, "round": number, "client": "a", "flops": 6.0e9})

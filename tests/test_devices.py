@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from fedmoe_ds.config import Config, ExecutionConfig
-from fedmoe_ds.distributed import devices, runtime
+from fedmoe_ds.distributed import device_queue, devices, meeting, runtime
 from fedmoe_ds.distributed.activity import Activity, activity
 from fedmoe_ds.distributed.devices import Place, check_places, own_device, problem_of, uses_cuda
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, stuck
@@ -125,8 +125,8 @@ class FarStore(PrefixStore):
 def answers_of(monkeypatch: pytest.MonkeyPatch, gpus: Sequence[str]) -> dict[int, str]:
     """What every rank is told, by a GPU for each. Ranks are threads; rank 0 serves the store until it leaves."""
     answers: dict[int, str] = {}
-    monkeypatch.setattr(devices, "_meetings", itertools.repeat(0))  # one counter, where ranks are threads
-    monkeypatch.setattr(devices, "PrefixStore", FarStore)
+    monkeypatch.setattr(meeting, "_meetings", itertools.repeat(0))  # one counter, where ranks are threads
+    monkeypatch.setattr(meeting, "PrefixStore", FarStore)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stores: list[Store | None] = [server, *(TCPStore("127.0.0.1", server.port, is_master=False) for _ in gpus[1:])]
     del server
@@ -177,6 +177,10 @@ class Mark:
     def query(self) -> bool:
         return self.passed
 
+    def elapsed_time(self, end_event: Any) -> float:
+        assert self.passed and end_event.passed, "an event that has not been passed has no time"
+        return 250.0
+
 
 def test_a_collective_on_a_device_is_what_its_rank_waits_in() -> None:
     """NCCL's return at once; the host may have gone on to whatever it likes."""
@@ -205,6 +209,38 @@ def test_a_rank_that_never_comes_to_a_collective_on_the_device_is_named() -> Non
     assert found is not None and "in all_to_all over cluster 0" in found and "not in it: rank 1 on b" in found
 
 
+def test_a_device_times_its_collectives_itself() -> None:
+    """What the host takes to queue one says nothing; of one that runs into the next round, that round counts the time."""
+    here = Activity()
+    marks = [Mark(True), Mark(True), Mark(False)]
+    for mark in marks:
+        with here.collective("all_to_all", "cluster 0", 8, queued=True):
+            time.sleep(0.01)
+        here.queue.add("all_to_all over cluster 0", Mark(True), mark)
+    with here.collective("gather", "the world", 2):
+        time.sleep(0.01)
+    assert here.state()["waiting"] == "all_to_all over cluster 0", "the watchdog has asked meanwhile, and counted the others"
+    taken = here.take()
+    assert taken["all_to_all"] == {"calls": 3, "seconds": 0.5, "bytes": 24} and taken["gather"]["seconds"] >= 0.01
+    marks[2].passed = True
+    with here.collective("all_to_all", "cluster 0", 8, queued=True):
+        pass
+    assert here.take()["all_to_all"] == {"calls": 1, "seconds": 0.25, "bytes": 8}
+
+
+def test_a_device_that_has_lost_track_gives_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum without some of the collectives would pass for a faster network."""
+    monkeypatch.setattr(device_queue, "_LONGEST", 2)
+    here = Activity()
+    for passed in (False, True, True):
+        with here.collective("all_reduce", "shard 0", 8, queued=True):
+            here.queue.add("all_reduce over shard 0", Mark(True), Mark(passed))
+    assert here.take() == {"all_reduce": {"calls": 3, "seconds": None, "bytes": 24}}
+    with here.collective("all_reduce", "shard 0", 8, queued=True):
+        here.queue.add("all_reduce over shard 0", Mark(True), Mark(True))
+    assert here.take()["all_reduce"]["seconds"] == 0.25, "the next round counts again"
+
+
 def test_a_device_with_an_error_is_asked_no_more() -> None:
     class Broken(Mark):
         def query(self) -> bool:
@@ -213,6 +249,7 @@ def test_a_device_with_an_error_is_asked_no_more() -> None:
     here = Activity()
     here.queue.add("all_to_all over cluster 0", Broken(False), Broken(False))
     assert here.state()["waiting"] is None and here.queue.waiting() is None
+    assert here.queue.take() is None, "and nobody knows how long it was in it"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ data.prompt.end_of_text adapters.start
 """In it by what they lead to: other weights, other sequences, other kernels, other adapters to begin with."""
 NEUTRAL = """
 name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
-foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
+foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s
+topology.interface federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
 execution.clients_in_flight
 execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics

@@ -246,7 +246,7 @@ def test_what_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         suite._run("wave", [], tmp_path)
     victims.check("suite")
     config: Any = SimpleNamespace(output=str(tmp_path / "runs"), name="run")
-    monkeypatch.setattr("fedmoe_ds.planner.slurm.check", lambda request: config)
+    monkeypatch.setattr("fedmoe_ds.planner.slurm.check", lambda request, environment: SimpleNamespace(config=config, notes=()))
     monkeypatch.setattr("fedmoe_ds.planner.slurm.compose", lambda *ignored: "#!/bin/bash\n")
     for place in (log_folder(config) / "run.sbatch", log_folder(config)):
         planted(place, getattr(victims, kind))

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from every import every
 from launching import REPOSITORY
 from scaling_inputs import NOWHERE, environment, make_request, plan, record_all, record_run, start, write_study
 
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
-from fedmoe_ds.studies.resources import check_capacity, cores
+from fedmoe_ds.studies.resources import check_capacity, cores, step_options
 from fedmoe_ds.studies.runner import Outcome, Runner, locked
 from fedmoe_ds.studies.scaling import Request
-from fedmoe_ds.studies.scaling.point import plan_points
+from fedmoe_ds.studies.scaling.point import in_order, plan_points
 from fedmoe_ds.studies.scaling.study import read_study
 
 STUDIES = REPOSITORY / "configs" / "scaling"
@@ -131,6 +132,28 @@ def test_mistakes_on_the_command_line(request_: Request, changes: dict[str, Any]
         start(replace(request_, **changes))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "tasks", "expected"),
+    [
+        (1, "8(x4)", "--nodes=1 --ntasks=1 --distribution=plane=8"),
+        (8, "8(x4)", "--nodes=1 --ntasks=8 --distribution=plane=8"),
+        (9, "8(x4)", "--nodes=2 --ntasks=9 --distribution=plane=8"),
+        (32, "8(x4)", "--nodes=4 --ntasks=32 --distribution=plane=8"),
+        (4, "3,1(x2)", "--nodes=2 --ntasks=4 --distribution=plane=3"),
+        (9, "4,4", "--ntasks=9"),
+        (2, None, "--ntasks=2"),
+    ],
+)
+def test_a_point_fills_the_first_nodes(ranks: int, tasks: str | None, expected: str) -> None:
+    environment = {"SLURM_JOB_ID": "1"} | ({} if tasks is None else {"SLURM_TASKS_PER_NODE": tasks})
+    assert step_options(ranks, environment) == expected.split()
+
+
+def test_an_allocation_of_several_kinds_of_nodes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^SLURM_HET_SIZE: 2: a heterogeneous job, .*; ask for nodes of one kind"):
+        check_capacity("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_HET_SIZE": "2"})
+
+
 def test_an_allocation_needs_a_task_per_rank() -> None:
     check_capacity("ranks-4", 4, {"SLURM_NTASKS": "2"})  # no allocation: a name that was left over
     check_capacity("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"})
@@ -138,6 +161,25 @@ def test_an_allocation_needs_a_task_per_rank() -> None:
         check_capacity("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"})
     assert cores({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": "72(x2),36"}) == 180
     assert cores({}) == len(os.sched_getaffinity(0))
+
+
+def test_points_are_shuffled_within_a_repeat(request_: Request) -> None:
+    """Each repeat has all values once, in an order that the study's seed decides; some order is not that of the axis."""
+    values = [1, 2, 4, 8]
+    study = read_study(write_study(request_.config.parent, axis="clients", values=values, repeats=6))
+    points = plan(request_)
+    orders = [[run.label for run in in_order(study, points)][4 * repeat :][:4] for repeat in range(6)]
+    labels = [f"clients-{value}" for value in values]
+    assert every(sorted(order) == labels for order in orders) and len({tuple(order) for order in orders}) > 1
+    assert [run.seed for run in in_order(study, points)] == [repeat for repeat in range(6) for _ in values]
+    other = study.model_copy(update={"order_seed": 1})
+    assert in_order(study, points) == in_order(study, points) != in_order(other, points)
+    assert in_order(study, points[:1]) == list(points[0].runs)
+
+
+def test_a_value_is_measured_five_times_by_default(tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("{base: base.yaml, axis: clients, values: [1]}")
+    assert read_study(tmp_path / "bare.yaml").repeats == 5
 
 
 def test_finished_runs_are_not_started_again(request_: Request) -> None:

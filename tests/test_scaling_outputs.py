@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from every import every
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scaling_inputs import make_request, plan, record_all, record_run, round_event, start, write_study
+from scipy import stats
 
 from fedmoe_ds.planner import World, load_hardware, predict
+from fedmoe_ds.studies.ratio import Ratio, ratio_of
 from fedmoe_ds.studies.scaling import Request
 from fedmoe_ds.studies.scaling.measured import measure, timed_rounds
+from fedmoe_ds.studies.spread import Spread
 
 
 @pytest.fixture
@@ -59,6 +67,12 @@ def test_efficiency_by_hand(request_: Request) -> None:
     rows = rows_of(request_)
     assert code == 0 and [float(row["tokens_per_s"]) for row in rows] == [200.0, 300.0, 400.0, 320.0]
     assert [float(row["efficiency"]) for row in rows] == [0.8, 1.2, 0.8, 0.64]
+    # Of training alone: 1200 tokens in what `train` and `aggregate` took.
+    training = (4.5, 2.5, 1.5, 2.25)
+    assert [float(row["train_tokens_per_s"]) for row in rows] == pytest.approx([1200 / s for s in training], rel=1e-5)
+    base = (1200 / 4.5 + 1200 / 2.5) / 2
+    expected = [1200 / seconds / base / ranks for seconds, ranks in zip(training, (1, 1, 2, 2), strict=True)]
+    assert [float(row["train_efficiency"]) for row in rows] == pytest.approx(expected, rel=1e-5)
     assert [(row["value"], row["repeat"], row["cores"], row["timed_rounds"]) for row in rows] == [
         ("1", "0", "1", "2"),
         ("1", "1", "1", "2"),
@@ -66,9 +80,83 @@ def test_efficiency_by_hand(request_: Request) -> None:
         ("2", "1", "1", "2"),
     ]
     assert "1 (shared)" in text and "ranks 2: more ranks than the 1 core of the machine." in text
-    assert "100 % ± 28 %" in text and "72 % ± 11 %" in text
+    head, _, first, second = text.splitlines()[:4]
+    assert [cell.strip() for cell in head.split("|")][6:8] == ["efficiency of training", "of the whole round"]
+    assert [cell.strip() for cell in first.split("|")][6:8] == ["100 %", "100 %"], "the first value is what 100 % means"
+    trained, whole = (cell.strip() for cell in second.split("|")[6:8])
+    assert trained.startswith("89 % (") and whole.startswith("72 % (")
     assert "All 4 runs ended with one digest: ab." in text
     assert every(row["predicted_s"] == "" for row in rows), "nothing is predicted without --hardware"
+
+
+def test_the_baselines_spread_belongs_to_the_efficiency() -> None:
+    """By hand: relative variances of the two means add up, with Welch's degrees of freedom."""
+    own, base = Spread({0: 9.0, 1: 10.0, 2: 11.0}), Spread({0: 20.0, 1: 24.0})
+    variances = [1.0 / 3 / 10.0**2, 8.0 / 2 / 22.0**2]
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / 2 + variances[1] ** 2 / 1)
+    reach = stats.t.ppf(0.975, freedom) * math.sqrt(sum(variances))
+    found = ratio_of(own, base, 0.5)
+    assert found.value == pytest.approx(10 / 22 / 2)
+    assert (found.low, found.high) == pytest.approx((found.value * math.exp(-reach), found.value * math.exp(reach)))
+    assert ratio_of(Spread({0: 9.0}), base) == Ratio(9 / 22), "of one run nobody knows how far another would be"
+    assert ratio_of(Spread({0: 2.0, 1: 2.0}), Spread({0: 4.0, 1: 4.0})) == Ratio(0.5, 0.5, 0.5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(3, 8), st.floats(0.01, 0.1), st.integers(0, 10**6))
+def test_the_interval_holds_what_it_promises(repeats: int, spread: float, seed: int) -> None:
+    """Of many studies whose true ratio is 1, about 95 % say so; without the baseline's spread it would be fewer."""
+    draw = np.random.default_rng(seed)
+    samples = np.exp(spread * draw.standard_normal((300, 2, repeats)))
+    found = [ratio_of(*(Spread(dict(enumerate(map(float, one)))) for one in study)) for study in samples]
+    held = np.mean([ratio.low <= 1.0 <= ratio.high for ratio in found])  # type: ignore[operator]
+    assert 0.88 <= held <= 1.0
+
+
+def test_rounds_of_a_run_and_where_it_ran_are_in_the_table(request_: Request) -> None:
+    topology = [{"rank": rank, "host": f"n{rank + 1}", "cluster": rank, "shard": 0} for rank in range(2)]
+    one: dict[str, Any] = {"cpu": "a CPU", "cores": 64, "memory_gib": 512.0, "gpu": None, "system_name": "Linux"}
+    hosts = [{"host": "a", **one}, {"host": "b", **one}]
+    hosts.append({"host": "c", **one, "gpu": {"name": "H100", "count": 8, "cuda": "13"}})
+    run = plan(request_)[1].runs[0]
+    record_run(plan(request_)[1], 0, 4.0, start={"topology": topology, "device": "H100", "machines": hosts})
+    events = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    events[-1] |= {"peak_bytes": [2**20, 2**21]}
+    run.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+    start(replace(request_, collect=True))
+    (row,) = rows_of(request_)
+    expected = {"device": "H100", "dtype": run.config.foundation.dtype, "method": "flame", "seed": "0"}
+    expected |= {"tokens_per_round": "1200", "nodes": "n1 n2", "foundation": "nano-olmoe", "versions": "torch 2.13"}
+    expected |= {f"s_per_round_{which}": "4" for which in ("min", "median", "max")}
+    assert {name: row[name] for name in expected} == expected and "peak_mib_by_rank" not in row
+    assert request_.output is not None
+    memory = list(csv.DictReader(io.StringIO((request_.output / "scaling-memory.csv").read_text())))
+    found = [(line["value"], line["rank"], line["host"], line["peak_mib"]) for line in memory]
+    assert found == [("2", "0", "n1", "1"), ("2", "1", "n2", "2")]
+    report = (request_.output / "scaling.md").read_text()
+    assert "a CPU, 64 cores, 512 GiB, Linux; torch 2.13 (on a, b); a CPU, 64 cores, 512 GiB, 8 x H100, Linux; " in report
+
+
+@pytest.mark.parametrize(
+    ("device", "clock", "seconds", "known"),
+    [
+        ("cpu", None, 0.5, True),
+        ("H100", None, 0.5, False),
+        ("H100", "device", 0.5, True),
+        ("H100", "device", None, False),
+        ("cpu", "host", 0.5, True),
+    ],
+)
+def test_only_a_device_knows_its_collectives(
+    device: str, clock: str | None, seconds: float | None, known: bool, request_: Request
+) -> None:
+    """Earlier versions recorded what the host took to queue them: an empty cell is better."""
+    point = plan(request_)[0]
+    tally = {"all_to_all": {"calls": 3, "seconds": seconds, "bytes": 8}}
+    record_run(point, 0, 6.0, collectives=tally, start={"device": device, "collectives_timed": clock})
+    assert (measure(point.runs[0]).collectives == {"all_to_all": 0.5}) == known
+    start(replace(request_, collect=True))
+    assert rows_of(request_)[0]["all_to_all_s"] == ("0.5" if known else "")
 
 
 def test_predictions_stand_beside_what_was_measured(request_: Request) -> None:

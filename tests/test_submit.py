@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.stop_request import MAX_REQUEUES
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
 from fedmoe_ds.federation.shortage import for_next_start
-from fedmoe_ds.planner.slurm import Request, check, compose, log_folder, submit
+from fedmoe_ds.planner.allocation import asked_gpus, hardware_of, limit_s
+from fedmoe_ds.planner.batch_job import Checked, Request, check
+from fedmoe_ds.planner.hardware import load_hardware
+from fedmoe_ds.planner.slurm import compose, log_folder, submit
 from fedmoe_ds.shell import command_line, quoted
 
 COMMAND = REPOSITORY / "launch" / "submit.py"
@@ -49,8 +53,8 @@ def header(script: str) -> list[str]:
 
 
 def written(request: Request) -> str:
-    config = check(request)
-    return compose(request, config, REPOSITORY, log_folder(config))
+    found = check(request)
+    return compose(request, found, REPOSITORY, log_folder(found.config))
 
 
 def test_the_script(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +66,7 @@ def test_the_script(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             ("federation.rounds=20", "data.columns={instruction: instruction}"),
             nodes=4,
             gpus_per_node=2,
+            mem="0",
             partition="gpu",
             time="24:00:00",
             account="p1",
@@ -79,6 +84,8 @@ def test_the_script(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         f"--chdir={tmp_path}",
         f"--output={logs}/%j.out",
         "--gpus-per-node=2",
+        "--cpus-per-task=4",
+        "--mem=0",
         "--partition=gpu",
         "--account=p1",
         "--qos=high",
@@ -137,6 +144,15 @@ def test_a_mistake_is_one_line(config: Path) -> None:
         ({"sbatch": ["requeue"]}, r"--sbatch: requeue: the script relies on it; leave it out"),
         ({"sbatch": ["Q os=1"]}, r"--sbatch: Q os=1: is no option of sbatch; write key=value"),
         ({"sbatch": ["qos="]}, r"--sbatch: qos: '': is empty"),
+        ({"sbatch": ["mem=3G"]}, r"--sbatch: mem=3G: has a flag of its own; use --mem"),
+        *(({"sbatch": [word]}, rf"--sbatch: {word}: a heterogeneous job; ") for word in (":", "hetjob", "het-group=1")),
+        ({"gpus_per_node": 2, "overrides": ["topology.device=cpu"]}, r"device: cpu: the job asks for GPUs \(gpus-per-node=2\)"),
+        ({"tasks_per_node": 4, "sbatch": ["gres=gpu:a100:2"]}, r"--tasks-per-node: 4: a node has 4 tasks and 2 GPUs \(gres="),
+        ({"nodes": 2, "tasks_per_node": 2, "sbatch": ["gpus=3"]}, r"-node: 2: the job has 4 tasks and 3 GPUs \(gpus=3\)"),
+        ({"cpus_per_gpu": 8}, r"--cpus-per-gpu: 8: the job asks for no GPU; use --cpus-per-task"),
+        ({"cpus_per_task": 0}, r"--cpus-per-task: 0: is no number of them"),
+        ({"hardware": "h100"}, r"--hardware: h100: is cuda, and the job's ranks are on cpu"),
+        ({"overrides": ["data.source=/no/such/file.jsonl"]}, r"data.source: /no/such/file.jsonl: no such file"),
     ],
 )
 def test_refusals(config: Path, changes: dict[str, Any], text: str) -> None:
@@ -151,6 +167,125 @@ def test_gpus_are_asked_for_in_several_ways(config: Path, option: str) -> None:
     """One GPU for each task is number 0 to every rank, which `devices` takes."""
     text = written(Request(config, overrides=["topology.device=cuda"], sbatch=[option]))
     assert f"#SBATCH --{option.removeprefix('--')}" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        ("gpus-per-node=2", [("node", 2, None)]),
+        ("--gpus-per-task=a100:2", [("task", 2, "a100")]),
+        ("gpus=h100:4,a100:2", [("job", 4, "h100"), ("job", 2, "a100")]),
+        ("gres=gpu", [("node", 1, None)]),
+        ("gres=nvme:1,gpu:a100_80gb:8", [("node", 8, "a100_80gb")]),
+        ("tres-per-task=cpu=4,gres/gpu:1", [("task", 1, None)]),
+        ("gres=gpu:0", []),
+        ("gres=gpumem:4", []),
+        ("qos=gpu", []),
+    ],
+)
+def test_what_options_ask_for(option: str, found: list[tuple[str, int, str | None]]) -> None:
+    assert [(gpus.per, gpus.count, gpus.type) for gpus in asked_gpus([option])] == found
+
+
+@pytest.mark.parametrize(
+    ("type_", "hardware"),
+    [("a100", "a100"), ("nvidia_h100_80gb_hbm3", "h100"), ("A100-SXM4-80GB", "a100"), ("a100_40gb", None),
+     ("a100_1g.5gb", None), ("v100", None), (None, None)],
+)  # fmt: skip
+def test_the_type_of_a_gpu_names_the_hardware(type_: str | None, hardware: str | None) -> None:
+    """A type with another memory than the table's is another machine, and a part of a GPU is none."""
+    found = hardware_of(None, asked_gpus([f"gres=gpu:{type_}:1" if type_ else "gres=gpu:1"]))
+    assert (found.name if found else None) == hardware
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("10:30", 630), ("24:00:00", 86400), ("1-12", 129600), ("1-00:30", 88200), ("2-01:00:05", 176405),
+     ("UNLIMITED", None), ("soon", None), (None, None)],
+)  # fmt: skip
+def test_limits_as_sbatch_takes_them(text: str | None, seconds: int | None) -> None:
+    assert limit_s(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "gone"),
+    [
+        ({}, ["--cpus-per-task=1", "--signal=B:USR1@120"], []),
+        ({"cpus_per_task": 6, "mem": "9G"}, ["--cpus-per-task=6", "--mem=9G"], []),
+        ({"gpus_per_node": 2, "cpus_per_gpu": 8}, ["--cpus-per-gpu=8"], ["--cpus-per-task"]),
+        ({"gpus_per_node": 2, "gpu_type": "h100"}, ["--gpus-per-node=h100:2", "--cpus-per-task=4"], []),
+        ({"sbatch": ["mem-per-cpu=3G"]}, ["--mem-per-cpu=3G"], ["--mem="]),
+        ({"sbatch": ["mem-per-gpu=9G"], "gpus_per_node": 1}, ["--mem-per-gpu=9G"], ["--mem=", "--mem-per-cpu"]),
+    ],
+)
+def test_cores_and_memory_are_asked_for(config: Path, changes: dict[str, Any], expected: list[str], gone: list[str]) -> None:
+    """By default as the configuration needs them; sbatch takes one way of counting each."""
+    lines = header(written(Request(config, **changes)))
+    assert set(expected) <= set(lines)
+    assert not [line for line in lines if line.startswith(tuple(gone))]
+    assert sum(line.startswith("--mem") for line in lines) == 1
+
+
+def test_memory_follows_the_ranks(config: Path) -> None:
+    """Every rank of a node has its own; whole GiB."""
+    one, four = (check(Request(config, tasks_per_node=tasks)).mem for tasks in (1, 4))
+    assert 1024 <= one < four <= 4 * one and one % 1024 == 0
+
+
+def test_the_job_is_checked_where_it_will_run(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fits into the GPUs of the type that is asked for, and their waves into the time; no data are read for it."""
+    monkeypatch.setattr("fedmoe_ds.planner.workload.prepare", None)
+    found = check(Request(config, gpus_per_node=4, gpu_type="h100"))
+    assert found.config.topology.device == "auto" and found.lead == 120
+    assert found.notes[0].startswith("assumed: ") and "per rank on h100, which has 74.5 GiB" in found.notes[1]
+    assert "--hardware says it" in check(Request(config, gpus_per_node=4)).notes[1], "nobody knows what GPUs these are"
+    with pytest.raises(UserError, match=r"^memory: \d+\.\d GiB per rank at ep_size 1 .*a rank has 0\.\d GiB; use a larger"):
+        small = make_hardware(config.parent / "small.json", memory_bytes=2**28)
+        check(Request(config, gpus_per_node=4, hardware=str(small)))
+
+
+def make_hardware(path: Path, **changes: Any) -> Path:
+    """A calibration file of a GPU like h100, but for `changes`."""
+    path.write_text(load_hardware("h100").model_copy(update=changes).model_dump_json())
+    return path
+
+
+def test_the_signal_comes_a_wave_before_the_limit(config: Path) -> None:
+    """On slower hardware earlier; where that leaves too little of the job, it is refused."""
+    fast = load_hardware("h100").compute
+    leads = [
+        check(Request(config, gpus_per_node=1, hardware=str(make_hardware(config.parent / "h.json", compute=slow)))).lead
+        for slow in (fast, fast.slower(1e4), fast.slower(2e4))
+    ]
+    assert leads[0] == 120 < leads[1] < leads[2] <= 2 * leads[1] and all(lead % 10 == 0 for lead in leads)
+    slow = str(make_hardware(config.parent / "h.json", compute=fast.slower(1e4)))
+    request = Request(config, gpus_per_node=1, hardware=slow, time="10-00:00:00")
+    assert f"--signal=B:USR1@{leads[1]}" in header(written(request))
+    with pytest.raises(UserError, match=rf"^--time: 5: the ranks need {leads[1]} s of it to finish a wave and save, more than"):
+        check(replace(request, time="5"))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "changes", "text"),
+    [
+        ("cpu", {"gpus_per_node": 1}, r"^DS_ACCELERATOR: cpu: sbatch passes it on to the job, which asks for GPUs; unset it"),
+        ("cuda", {}, r"^DS_ACCELERATOR: cuda: sbatch passes it on to the job, which asks for no GPU; unset it"),
+    ],
+)
+def test_what_the_environment_would_do_to_the_job(accelerator: str, changes: dict[str, Any], text: str, config: Path) -> None:
+    with pytest.raises(UserError, match=text):
+        check(Request(config, **changes), {"DS_ACCELERATOR": accelerator})
+    check(Request(config), {"DS_ACCELERATOR": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4", {"gpus_per_node": 4, "gpu_type": None}), ("a100:4", {"gpus_per_node": 4, "gpu_type": "a100"}), (None, {})],
+)
+def test_gpus_of_a_node_may_have_a_type(text: str | None, expected: dict[str, Any]) -> None:
+    assert submit_command.gpus_asked(text) == expected
+    with pytest.raises(UserError, match=r"^--gpus-per-node: a100: is no number of them; write 4, or with a type a100:4"):
+        submit_command.gpus_asked("a100")
 
 
 def test_a_machine_without_slurm(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +304,57 @@ def test_scripts_say_what_is_missing(name: str, tmp_path: Path, bash: Callable[.
     done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", SLURM_SUBMIT_DIR=str(tmp_path), FEDMOE_LAUNCH="/elsewhere")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: FEDMOE_LAUNCH: /elsewhere: has no {name}.py; ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["train", "scaling"])
+def test_scripts_refuse_heterogeneous_jobs(name: str, bash: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """srun would start the ranks of the first component alone."""
+    done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", FEDMOE_HOME=str(REPOSITORY), SLURM_HET_SIZE="2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: SLURM_HET_SIZE: 2: a heterogeneous job; ")
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "6"}, "6"),
+        ({"SLURM_CPUS_ON_NODE": "64", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16"}, "8"),
+        ({"SLURM_CPUS_ON_NODE": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "4"}, "1"),
+        ({}, "1"),
+        ({"SLURM_CPUS_PER_GPU": "7", "SLURM_CPUS_ON_NODE": "56"}, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["train", "scaling"])
+def test_ranks_get_the_cores_of_the_job(
+    name: str,
+    variables: dict[str, str],
+    cores: str | None,
+    tmp_path: Path,
+    bash: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """What was asked for, or all that the job has; with cores by GPU srun finds them itself, and takes no other word."""
+    (tmp_path / "bin").mkdir()
+    tools = {
+        "scontrol": "echo n1",
+        "srun": f'echo "$@" > {tmp_path}/said',
+        "python": f'echo "$SRUN_CPUS_PER_TASK" > {tmp_path}/said',
+    }
+    for tool, body in tools.items():
+        (tmp_path / "bin" / tool).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    fixed = {
+        "FEDMOE_HOME": str(REPOSITORY),
+        "FEDMOE_LOGS": str(tmp_path / "logs"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_JOB_ID": "7",
+    }
+    fixed |= {"FEDMOE_PYTHON": str(tmp_path / "bin" / "python"), "SLURM_ARRAY_TASK_ID": "0"}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    assert bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=path, **fixed, **variables).returncode == 0
+    said = (tmp_path / "said").read_text().split()
+    if name == "train":
+        said = [word.partition("=")[2] for word in said if word.startswith("--cpus-per-task")]
+    assert said == ([cores] if cores else [])
 
 
 @pytest.fixture
@@ -269,12 +455,12 @@ HOSTILE = {
 def test_a_configuration_of_the_package_is_submitted_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job may start in another folder than the one in which it was asked for by name."""
     monkeypatch.chdir(tmp_path)
-    script = compose(Request(Path("quickstart")), Config(), tmp_path, tmp_path)
+    script = compose(Request(Path("quickstart")), Checked(Config()), tmp_path, tmp_path)
     assert f"set -- --config {REPOSITORY / 'configs' / 'quickstart.yaml'} " in script
 
 
 @pytest.fixture(scope="module")
-def planned(config: Path) -> Config:
+def planned(config: Path) -> Checked:
     return check(Request(config))
 
 
@@ -290,7 +476,7 @@ def lines_of(script: str) -> list[str]:
     "place", ["output", "working folder", "partition", "account", "time", "comment", "override", "config", "home"]
 )
 def test_nothing_becomes_a_line_of_the_script(
-    place: str, kind: str, planned: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, kind: str, planned: Checked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every place of the script, every hostile value: refused in one line, or there as one word on one line that prints."""
     text = HOSTILE[kind]
@@ -343,7 +529,7 @@ def test_bash_reads_a_word_as_it_was(word: str) -> None:
     assert command_line(["a", word]) == f"a {shown}"
 
 
-def test_percent_signs_stand_for_themselves(planned: Config, tmp_path: Path) -> None:
+def test_percent_signs_stand_for_themselves(planned: Checked, tmp_path: Path) -> None:
     script = compose(Request(tmp_path / "c.yaml"), planned, REPOSITORY, tmp_path / "100%j")
     assert f"--output={tmp_path}/100%%j/%j.out" in header(script)
 

@@ -117,6 +117,11 @@ class TopologyConfig(Section):
         "auto", description="what carries host-side messages; auto: MPI where mpirun started the ranks, else torch (gloo)"
     )
     aggregation: Literal["torch", "mpi"] = Field("torch", description="what carries the sums of a round")
+    interface: str | None = Field(
+        None,
+        min_length=1,
+        description="network interface of gloo and NCCL on every host (ib0, hsn0); default: a fabric of all hosts",
+    )
     # Long enough for a slow cluster's waves: the others wait for it in the aggregation.
     timeout_s: float = Field(1800.0, gt=0, description="longest wait in one collective, seconds; then the job ends")
     # Apart from timeout_s: a dead host is noticed within a minute, however long a wait may be.

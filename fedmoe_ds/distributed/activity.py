@@ -1,7 +1,7 @@
 """Activity: what this process is doing, in words for its peers: round, phase, and the collective that it waits in.
 
 Collectives are timed by name, too, so that a round can say where its seconds went. On CUDA a collective returns as soon as it
-is queued: its time then counts as computing, and what the device waits in is asked of the device (`device_queue`).
+is queued: how long it takes, and what the device waits in, is asked of the device (`device_queue`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from fedmoe_ds.distributed.device_queue import DeviceQueue
 
 @dataclass
 class Tally:
-    """Calls of one collective: how many, seconds spent inside, bytes handed over by this rank."""
+    """Calls of one collective: how many, seconds spent inside, bytes handed over by this rank; `queued`: a device times it."""
 
     calls: int = 0
     seconds: float = 0.0
     bytes: int = 0
+    queued: bool = False
 
 
 @dataclass
@@ -60,9 +61,9 @@ class Activity:
         self.round = self.round if round_index is None else round_index
 
     @contextmanager
-    def collective(self, name: str, where: str, size: int = 0, calls: int = 1) -> Iterator[None]:
+    def collective(self, name: str, where: str, size: int = 0, calls: int = 1, queued: bool = False) -> Iterator[None]:
         """The body is one collective over `where`; of nested ones the outermost is named. `size` is in bytes; `calls` is 0
-        where the body only waits for one that was counted when it was started."""
+        where the body only waits for one that was counted when it was started; `queued`: on a device, which times it."""
         if self.waiting is not None:
             yield
             return
@@ -82,12 +83,20 @@ class Activity:
             self.waiting = None
         # Only a collective that came to its end is counted; `since` is now the moment of that end.
         tally = self.tallies.setdefault(name, Tally())
-        tally.calls, tally.seconds, tally.bytes = tally.calls + calls, tally.seconds + self.since - began, tally.bytes + size
+        tally.calls, tally.bytes, tally.queued = tally.calls + calls, tally.bytes + size, tally.queued or queued
+        # Of a queued one the host knows how long queueing took, and nothing of the collective.
+        tally.seconds += 0.0 if queued else self.since - began
 
     def take(self) -> dict[str, dict[str, Any]]:
-        """The tallies so far, as JSON; counting starts again."""
-        taken, self.tallies = self.tallies, {}
-        return {name: {"calls": t.calls, "seconds": t.seconds, "bytes": t.bytes} for name, t in sorted(taken.items())}
+        """The tallies so far, as JSON; counting starts again. `seconds` is None where a device has lost track of its own."""
+        (taken, self.tallies), on_device = (self.tallies, {}), self.queue.take()
+
+        def seconds(name: str, tally: Tally) -> float | None:
+            if not tally.queued:
+                return tally.seconds
+            return None if on_device is None else tally.seconds + on_device.get(name, 0.0)
+
+        return {name: {"calls": t.calls, "seconds": seconds(name, t), "bytes": t.bytes} for name, t in sorted(taken.items())}
 
     def state(self) -> dict[str, Any]:
         """What a heartbeat says. Durations, not times of day: hosts' clocks may disagree."""

@@ -34,11 +34,12 @@ def _name(group: Group) -> str:
 @contextmanager
 def _collective(name: str, group: Group, tensor: Tensor, begins: bool = True) -> Iterator[None]:
     """The body is one collective over the group; `tensor` is what this rank hands over, or has handed over before."""
-    with activity.collective(name, _name(group), tensor.nbytes if begins else 0, calls=int(begins)):
-        if tensor.device.type != "cuda":
+    queued = tensor.device.type == "cuda"
+    with activity.collective(name, _name(group), tensor.nbytes if begins else 0, calls=int(begins), queued=queued):
+        if not queued:
             yield
             return
-        begun, done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begun.record()
         yield
         # The current stream has been told to wait for NCCL's, so this lies behind the collective.
@@ -73,7 +74,7 @@ class Exchange:
             all_to_all(self._output, self._rows, group, receive, send)
             return
         # The first one over a group builds its connections, so that starting, too, may wait for peers, or find one gone.
-        with activity.collective("all_to_all", _name(group), rows.nbytes):
+        with activity.collective("all_to_all", _name(group), rows.nbytes, queued=rows.device.type == "cuda"):
             self._work = ds_comm.all_to_all_single(
                 self._output, self._rows, output_split_sizes=receive, input_split_sizes=send, group=group, async_op=True
             )

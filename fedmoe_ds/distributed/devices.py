@@ -8,28 +8,20 @@ own, whatever number a process sees them under.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import itertools
-import json
 import os
 import socket
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-import torch.distributed as torch_dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
+from fedmoe_ds.distributed.meeting import decide
 from fedmoe_ds.errors import UserError
 
 _VARIABLE = "DS_ACCELERATOR"
-_PROBLEM = "problem"
-_HEAR = datetime.timedelta(seconds=60)
-"""How long rank 0 waits until all have heard of it, on hosts that are starved of CPU."""
-
-_meetings = itertools.count()
 
 
 def uses_cuda(device: str) -> bool:
@@ -129,19 +121,9 @@ def check_places(store: Store, rank: int, world_size: int, place: Place) -> None
     Raises:
         UserError: two ranks would share a GPU, or not all of them have one.
     """
-    # The store outlives a refusal where a program goes on and tries again.
-    told = PrefixStore(f"devices {next(_meetings)}", store)
-    told.set(str(rank), json.dumps(asdict(place)))
-    if rank == 0:
-        places = [Place(**json.loads(told.get(str(peer)))) for peer in range(world_size)]
-        told.set(_PROBLEM, problem_of(places) or "")
-    problem = told.get(_PROBLEM).decode()
-    if not problem:
-        return
-    if rank != 0:
-        told.set(f"{rank} has heard", "")  # its last word: it waits for no answer
-    else:
-        # Rank 0 serves the store: it stays until the last one knows. One that is lost by now changes nothing of the problem.
-        with contextlib.suppress(torch_dist.DistStoreError):
-            told.wait([f"{peer} has heard" for peer in range(1, world_size)], _HEAR)
-    raise UserError(problem)
+
+    def refuse(views: list[dict[str, Any]]) -> None:
+        if (problem := problem_of([Place(**view) for view in views])) is not None:
+            raise UserError(problem)
+
+    decide(store, rank, world_size, asdict(place), refuse)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
-from fedmoe_ds.distributed.address import choose_rendezvous, set_gloo_interface
+from fedmoe_ds.distributed.address import choose_rendezvous
 from fedmoe_ds.errors import UserError
 
 _SLURM_PSEUDO_STEPS = 0xFFFFFFF0
@@ -31,14 +31,6 @@ class Launch:
 
 def detect_launch() -> Launch:
     """Read rank and world from the environment. Raises UserError for a silent one-rank world under SLURM or MPI."""
-    launch = _detect()
-    if launch.world_size > 1:
-        # gloo reads its interface when the first group is made, so it has to be in the environment before.
-        set_gloo_interface()
-    return launch
-
-
-def _detect() -> Launch:
     env = os.environ
     # These two come first: torchrun, deepspeed and the supervisor set them inside allocations of SLURM, too. Only
     # DeepSpeed's launcher sets CROSS_RANK.

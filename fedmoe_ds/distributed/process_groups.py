@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fedmoe_ds.distributed.devices import Place, check_places
+from fedmoe_ds.distributed.interfaces import use_common_network
 from fedmoe_ds.errors import UserError
 
 _OPERATORS = "__compatible_ops__"
@@ -47,11 +48,16 @@ def has_world() -> bool:
     return bool(deepspeed.comm.is_initialized())
 
 
-def join_world(timeout: datetime.timedelta, device: torch.device) -> None:
+def join_world(timeout: datetime.timedelta, device: torch.device, interface: str | None = None) -> str | None:
     """Join torch's world and DeepSpeed's, by the environment variables of this rank: NCCL between GPUs, else gloo.
 
-    A world that is there already is taken as it is. Raises UserError where its groups have a shorter limit, and where two ranks
-    would share a GPU: then no group has been built.
+    A world that is there already is taken as it is. Returns a line about the network that was chosen between several hosts.
+
+    Args:
+        interface: `topology.interface`.
+    Raises:
+        UserError: the groups of a world that is there have a shorter limit; before any group is built: two ranks would share a
+            GPU, or a host has no such interface.
     """
     global _limit
     os.environ.setdefault(_LAZY, "1")  # torch reads it when it makes a group
@@ -62,23 +68,28 @@ def join_world(timeout: datetime.timedelta, device: torch.device) -> None:
                 f"topology.timeout_s: with topology.silence_s {timeout.total_seconds():g} s for a collective: the first run of "
                 f"this process has made its groups for {_limit.total_seconds():g} s; give every run what the longest needs"
             )
-        return
+        return None
     _limit = timeout
     backend = "nccl" if device.type == "cuda" else "gloo"
+    network = None
     if not torch_dist.is_initialized():
-        _join_torch(backend, timeout, device)
+        network = _join_torch(backend, timeout, device, interface)
     with _no_operators():
         # It takes torch's world as its own. By itself it would bind NCCL to the GPU of number LOCAL_RANK, which a rank that
         # sees its own GPU alone does not have.
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return network
 
 
-def _join_torch(backend: str, timeout: datetime.timedelta, device: torch.device) -> None:
+def _join_torch(backend: str, timeout: datetime.timedelta, device: torch.device, interface: str | None) -> str | None:
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     place: dict[str, Any] = {}
+    network = None
     if world_size > 1:
         check_places(store, rank, world_size, Place.of(device, int(os.environ.get("LOCAL_RANK", "0"))))
+        # gloo and NCCL read their interfaces when the first group is made.
+        network = use_common_network(store, rank, world_size, interface)
         # NCCL connects now and not in the first collective. One rank has nobody to connect to.
         place = {"device_id": device} if backend == "nccl" else {}
         for name, value in _NCCL.items():
@@ -86,6 +97,7 @@ def _join_torch(backend: str, timeout: datetime.timedelta, device: torch.device)
     torch_dist.init_process_group(
         backend, store=PrefixStore("world", store), rank=rank, world_size=world_size, timeout=timeout, **place
     )
+    return network
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     os.environ.setdefault("MASTER_PORT", str(free_port()) if launch.world_size == 1 else "29500")
     # Longer than the watchdog's limits: the watchdog ends the job first, because it knows who is missing.
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
-    control = _join(device, launch, topology.control, timeout)
+    control, network = _join(device, launch, topology, timeout)
     try:
         watch = start_watchdog(control, limits, launch.local_rank, device)
     except (OSError, RuntimeError) as error:
@@ -132,17 +132,20 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
         raise LostError(
             f"{here} lost the others at the start, or cannot reach the watchdog of rank 0 at {there}: {error}"
         ) from None
-    return Runtime(launch, device, control, () if watch is None else watch.notes)
+    return Runtime(launch, device, control, (*([network] if network else ()), *(() if watch is None else watch.notes)))
 
 
-def _join(device: torch.device, launch: Launch, control: str, timeout: datetime.timedelta) -> Control:
+def _join(
+    device: torch.device, launch: Launch, topology: TopologyConfig, timeout: datetime.timedelta
+) -> tuple[Control, str | None]:
+    """The control plane, and a line about the network."""
     from fedmoe_ds.distributed import (
         process_groups,  # imports DeepSpeed, which reads the choice of accelerator that was made before
     )
 
     try:
-        process_groups.join_world(timeout, device)
-        return make_control(control, launch.launcher, launch.rank, launch.world_size, timeout)
+        network = process_groups.join_world(timeout, device, topology.interface)
+        return make_control(topology.control, launch.launcher, launch.rank, launch.world_size, timeout), network
     except RuntimeError as error:  # of torch's store, or of gloo
         if not isinstance(error, torch_dist.DistError) and "gloo" not in str(error).lower():
             raise

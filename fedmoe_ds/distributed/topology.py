@@ -8,7 +8,8 @@ group (the one all-reduce per round). `ParallelLayout` is arithmetic and needs n
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as torch_dist
 
@@ -20,6 +21,7 @@ from fedmoe_ds.distributed.control import Control
 from fedmoe_ds.distributed.mpi_control import MpiControl, mpi_world
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import host_facts
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Topology:
         edp_group: the ranks that hold the same expert shard, in all clusters.
         sum_cluster, sum_shard: the sums of aggregation over these two.
         control: the host-side communicator of this cluster.
+        machines: what every host is (`machine.host_facts`).
     """
 
     layout: ParallelLayout
@@ -110,6 +113,7 @@ class Topology:
     sum_cluster: Summing
     sum_shard: Summing
     control: Control
+    machines: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def cluster(self) -> int:
@@ -146,7 +150,9 @@ def build_topology(config: TopologyConfig, runtime: Runtime) -> Topology:
     activity.groups = [f"cluster {cluster}", f"shard {shard}"]
     name_group(ep_group, f"cluster {cluster}")
     name_group(edp_group, f"shard {shard}")
-    hosts = [str(host) for host in runtime.gather(socket.gethostname())]
+    # The first rank of a host describes it for all.
+    told = runtime.gather(host_facts() if runtime.launch.local_rank == 0 else {"host": socket.gethostname()})
+    hosts, machines = [str(facts["host"]) for facts in told], [facts for facts in told if "cpu" in facts]
     sums: tuple[Summing, Summing] = TorchSumming(ep_group, layout.ep_size), TorchSumming(edp_group, layout.clusters)
     if config.aggregation == "mpi":
         # Splits are collective over the world: every rank makes both, in this order.
@@ -155,4 +161,4 @@ def build_topology(config: TopologyConfig, runtime: Runtime) -> Topology:
         across = world.split(layout.shard_ranks(shard), f"shard {shard}")
         sums = ControlSumming(inside), ControlSumming(across)
     control = runtime.control.split(layout.cluster_ranks(cluster), f"cluster {cluster}")
-    return Topology(layout, runtime.rank, hosts, ep_group, edp_group, *sums, control)
+    return Topology(layout, runtime.rank, hosts, ep_group, edp_group, *sums, control, machines)

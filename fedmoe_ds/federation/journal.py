@@ -317,8 +317,12 @@ def _spent(fields: dict[str, Any]) -> str:
     phases = [f"{name} {seconds:.2f} s" for name, seconds in fields["phases"].items()]
     inside = [f"{name} {seconds:.2f} s" for name, seconds in fields["wave_seconds"].items()]
     sent = [
-        f"{name} {tally['calls']} x {tally['seconds']:.2f} s {tally['bytes']:,} bytes"
+        f"{name} {tally['calls']} x {_known(tally['seconds'])} s {tally['bytes']:,} bytes"
         for name, tally in fields["collectives"].items()
     ]
     told = [", ".join(phases), f"waves {', '.join(inside)}" if inside else "", f"collectives {', '.join(sent)}" if sent else ""]
     return "; ".join(part for part in told if part)
+
+
+def _known(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds:.2f}"

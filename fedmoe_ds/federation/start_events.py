@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -116,6 +117,9 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         # The name of a CPU says little about its kernels; kernels.instructions in the identity does.
         "device": str(parts.runtime.device) if parts.runtime.device.type == "cpu" else torch.cuda.get_device_name(),
         "topology": rank_table(parts),
+        "machines": parts.topology.machines,
+        "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+        "collectives_timed": "device" if parts.runtime.device.type == "cuda" else "host",
     }
 
 

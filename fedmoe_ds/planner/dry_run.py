@@ -14,6 +14,7 @@ from fedmoe_ds.federation.run_spec import of_known_type
 from fedmoe_ds.federation.schedule import home_clients, schedule
 from fedmoe_ds.federation.server import check_terms
 from fedmoe_ds.methods import load_method, with_defaults
+from fedmoe_ds.planner.legality import check_ep_size
 from fedmoe_ds.planner.memory import estimate, format_bytes, outlasting
 from fedmoe_ds.planner.text import data_lines, summarised
 from fedmoe_ds.planner.workload import Job, resolve
@@ -45,13 +46,8 @@ def describe(config: Config, world_size: int, kind: str | None = None) -> list[s
         UserError: for everything that a real start would refuse.
     """
     kind = kind_here(config.topology.device) if kind is None else kind
-    layout = check_layout(config.topology, world_size)
-    # A start would load the tokenizer, so a folder without one is refused here, too.
-    job = resolve(config, assume=False, kind=kind)
-    config = job.config
-    check_monitors(config.deepspeed)
-    check_best_tier(config.checkpoint, tiers_of(job.clients))
-    check_terms(job, len(job.clients))
+    job = checked(config, world_size, kind)
+    config, layout = job.config, check_layout(config.topology, world_size)
     rows = layout.table(job.expert_layout.num_experts, ["?"] * world_size)
     ranks = [{key: value for key, value in row.items() if key != "host"} for row in rows]
     # Host names are known to a started job only.
@@ -74,6 +70,24 @@ def describe(config: Config, world_size: int, kind: str | None = None) -> list[s
         *[f"  {name:<22} {format_bytes(count):>11}" for name, count in memory.items()],
         f"  {'total':<22} {format_bytes(sum(memory.values())):>11}",
     ]
+
+
+def checked(config: Config, world_size: int, kind: str, counted: bool = True) -> Job:
+    """The job of a run on `world_size` ranks with devices of a kind; with `counted` its data are read and encoded.
+
+    Raises:
+        UserError: for everything that a real start would refuse; without `counted`, but for what only the data's rows show.
+    """
+    layout = check_layout(config.topology, world_size)
+    # A start would load the tokenizer, so a folder without one is refused here, too.
+    job = resolve(config, assume=False, kind=kind, counted=counted)
+    check_ep_size(world_size, layout.ep_size, job.expert_layout.num_experts)
+    check_monitors(job.config.deepspeed)
+    # The tiers of a column are known from its rows alone.
+    if counted or job.config.federation.tier_column is None:
+        check_best_tier(job.config.checkpoint, tiers_of(job.clients))
+    check_terms(job, len(job.clients))
+    return job
 
 
 def _federation_line(job: Job) -> str:

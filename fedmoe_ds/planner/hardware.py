@@ -157,6 +157,11 @@ def load_hardware(name: str | Path) -> Hardware:
         ) from None
 
 
+def table_names() -> list[str]:
+    """Machines of the table."""
+    return list(_table())
+
+
 def _table() -> dict[str, Any]:
     tree: dict[str, Any] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     return tree

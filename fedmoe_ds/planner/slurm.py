@@ -1,4 +1,4 @@
-"""SLURM: a run as a batch job: checked, written as a batch script, submitted.
+"""SLURM: a run as a batch job: written as a batch script, submitted.
 
 The script is `slurm/train.sbatch` with another header: what happens in a job is written down once, in the file that people
 copy. Not submitit: it pickles a Python function and owns signals and requeueing inside of the tasks, whereas here srun starts
@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe_ds.config import Config, find_config, load_config
+from fedmoe_ds.config import Config, find_config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.planner.batch_job import Checked, Request, check
 from fedmoe_ds.shell import command_line, quoted
 from fedmoe_ds.storage.files import make_folder, write_whole
 
@@ -29,6 +30,9 @@ FLAGS = {
     "ntasks": "--nodes and --tasks-per-node",
     "ntasks-per-node": "--tasks-per-node",
     "gpus-per-node": "--gpus-per-node",
+    "cpus-per-task": "--cpus-per-task",
+    "cpus-per-gpu": "--cpus-per-gpu",
+    "mem": "--mem",
     "partition": "--partition",
     "time": "--time",
     "account": "--account",
@@ -36,80 +40,24 @@ FLAGS = {
 """Options of sbatch that have a flag of their own."""
 FIXED = ("array", "chdir", "open-mode", "output", "requeue", "no-requeue", "wrap")
 """Options of sbatch that the script relies on."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to run and on what; `gpus_per_node` means one task per GPU, `sbatch` are further options: `key=value` or `key`."""
-
-    config: Path
-    overrides: Sequence[str] = ()
-    nodes: int = 1
-    tasks_per_node: int | None = None
-    gpus_per_node: int | None = None
-    partition: str | None = None
-    time: str | None = None
-    account: str | None = None
-    sbatch: Sequence[str] = ()
-
-    @property
-    def tasks(self) -> int:
-        """Ranks per node."""
-        return self.gpus_per_node or self.tasks_per_node or 1
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.tasks
+HETEROGENEOUS = (":", "hetjob", "packjob", "het-group", "pack-group")
+"""How sbatch is told of a job of several kinds of nodes."""
+ONE_OF = (("cpus-per-task", "cpus-per-gpu"), ("mem", "mem-per-cpu", "mem-per-gpu"))
+"""Options of which sbatch takes one; the last that is given replaces the others."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job in the queue and where its files will be."""
+    """A job in the queue, where its files will be, and what its check has found."""
 
     job: str
     script: Path
     output: Path
     logs: Path
+    notes: Sequence[str] = ()
 
 
-def check(request: Request) -> Config:
-    """The configuration of a request. Raises UserError for everything that the job would be refused for on so many ranks."""
-    for flag in ("nodes", "tasks_per_node", "gpus_per_node"):
-        count = getattr(request, flag)
-        if count is not None and count < 1:
-            raise UserError(f"--{flag.replace('_', '-')}: {count}: is no number of them; give at least 1")
-    config = load_config(request.config, request.overrides)
-    if config.topology.device == "cuda" and not _asks_for_gpus(request):
-        raise UserError("topology.device: cuda: the job asks for no GPU; add --gpus-per-node, or use auto or cpu")
-    from fedmoe_ds.planner.dry_run import describe  # heavy: it builds the model, without weights
-
-    # Where the job runs there are the GPUs that it asks for, whatever is here.
-    device = config.topology.device
-    on_gpus = device == "cuda" or (device == "auto" and _asks_for_gpus(request))
-    describe(config, request.ranks, "cuda" if on_gpus else "cpu")
-    return config
-
-
-def _asks_for_gpus(request: Request) -> bool:
-    """Whether the job gets GPUs, for its nodes or for each task: sbatch has several options for it."""
-    return request.gpus_per_node is not None or any(_gpus(text.removeprefix("--")) for text in request.sbatch)
-
-
-def _gpus(option: str) -> int:
-    """How many GPUs an option of sbatch asks for, for whatever it counts by: `gpus-per-task=a100:2`, `gres=gpu:2,nvme:1`,
-    `tres-per-task=cpu:4,gres/gpu=1`."""
-    key, _, value = option.partition("=")
-    if re.fullmatch(r"gpus(-per-[a-z]+)?", key):
-        asked = [("gpu", *part.split(":")) for part in value.split(",")]
-    elif re.fullmatch(r"gres|tres-per-[a-z]+", key):
-        asked = [tuple(re.split("[:=]", part.removeprefix("gres/").removeprefix("gres:"))) for part in value.split(",")]
-    else:
-        return 0
-    # name[:type][:count]; without a count it is one.
-    return sum(int(last) if (last := part[-1]).isdigit() else 1 for part in asked if part[0] == "gpu")
-
-
-def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
+def compose(request: Request, found: Checked, home: Path, folder: Path) -> str:
     """The batch script: the template's header with this request's options, then the template.
 
     Args:
@@ -126,15 +74,10 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
         match[1]: match[2] for match in re.finditer(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", head, re.MULTILINE)
     }
     logs = str(folder).replace("%", "%%")  # a percent sign stands for a part of the name
-    options |= {"job-name": config.name, "chdir": str(Path.cwd()), "output": f"{logs}/%j.out"}
-    options |= {"nodes": str(request.nodes), "ntasks-per-node": str(request.tasks)}
-    if request.gpus_per_node is not None:
-        options["gpus-per-node"] = str(request.gpus_per_node)
-    for name in ("partition", "time", "account"):
-        if (value := getattr(request, name)) is not None:
-            options[name] = value
+    _set(options, {"job-name": found.config.name, "chdir": str(Path.cwd()), "output": f"{logs}/%j.out"})
+    _set(options, _asked(request, found))
     # Last, so that a site's own options win over the template's.
-    options |= dict(_option(text) for text in request.sbatch)
+    _set(options, dict(_option(text) for text in request.sbatch))
     for key, value in options.items():
         if value is not None:
             _check_line(key, value)
@@ -153,9 +96,38 @@ def compose(request: Request, config: Config, home: Path, folder: Path) -> str:
     return "\n".join([*first, *lines, *exports, f'set -- {words} "$@"', ""]) + marker + body
 
 
+def _asked(request: Request, found: Checked) -> dict[str, str | None]:
+    """Options of sbatch that say what the job gets."""
+    asked: dict[str, str | None] = {"nodes": str(request.nodes), "ntasks-per-node": str(request.tasks)}
+    if request.gpus_per_node is not None:
+        asked["gpus-per-node"] = request.gpus[0].option.partition("=")[2]
+    if request.cpus_per_gpu is not None:
+        asked["cpus-per-gpu"] = str(request.cpus_per_gpu)
+    else:
+        asked["cpus-per-task"] = str(request.cpus_per_task or found.cores)
+    # Of a node, whatever the site counts by: `--sbatch mem-per-cpu=...` takes its place.
+    asked["mem"] = request.mem or f"{found.mem}M"
+    asked["signal"] = f"B:USR1@{found.lead}"
+    for name in ("partition", "time", "account"):
+        if (value := getattr(request, name)) is not None:
+            asked[name] = value
+    return asked
+
+
+def _set(options: dict[str, str | None], given: Mapping[str, str | None]) -> None:
+    """Let `given` replace options, and those that sbatch does not take beside them."""
+    for key, value in given.items():
+        for rivals in ONE_OF:
+            for rival in rivals if key in rivals else ():
+                options.pop(rival, None)
+        options[key] = value
+
+
 def _option(text: str) -> tuple[str, str | None]:
     key, equals, value = text.partition("=")
     key = key.removeprefix("--")
+    if key in HETEROGENEOUS:
+        raise UserError(f"--sbatch: {text}: a heterogeneous job; all ranks need nodes of one kind: leave it out")
     if not re.fullmatch(r"[a-z][a-z-]*", key):
         raise UserError(f"--sbatch: {text}: is no option of sbatch; write key=value, for instance qos=high")
     if key in FLAGS:
@@ -184,17 +156,17 @@ def submit(request: Request, home: Path, environment: Mapping[str, str]) -> Subm
         UserError: a mistake in the configuration or in the request, no sbatch here, or sbatch refuses.
     """
     # Everything is checked here: a mistake found in the job would cost its time in the queue.
-    config = check(request)
-    folder = log_folder(config)
-    script = compose(request, config, home, folder)
-    path = folder / f"{config.name}.sbatch"
+    found = check(request, environment)
+    folder = log_folder(found.config)
+    script = compose(request, found, home, folder)
+    path = folder / f"{found.config.name}.sbatch"
     try:
         make_folder(folder)
         write_whole(path, script)
     except OSError as error:
         raise UserError(f"output: {path}: cannot be written: {error.strerror or error}; choose another output") from None
     job = _sbatch(path, environment)
-    return Submitted(job, path, folder / f"{job}.out", folder / job)
+    return Submitted(job, path, folder / f"{job}.out", folder / job, found.notes)
 
 
 def log_folder(config: Config) -> Path:

@@ -21,6 +21,7 @@ from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
+from fedmoe_ds.data.sources import open_sources
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
@@ -41,6 +42,8 @@ from fedmoe_ds.report import Progress
 from fedmoe_ds.storage import cache
 
 Counts = NDArray[np.int64]
+_UNKNOWN_CLIENTS, _UNKNOWN_STEPS = 64, 16
+"""What is taken for granted of data that are not read, where the configuration says nothing."""
 
 
 @dataclass(frozen=True)
@@ -162,12 +165,13 @@ def _everything(job: Job) -> Lengths:
     return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate([part.targets for part in parts]))
 
 
-def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
+def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: bool = True) -> Job:
     """Resolve a configuration.
 
     Args:
         kind: of device that the run is for, `cpu` or `cuda`: what it would refuse depends on it.
         assume: take clients for granted where the model folder holds no tokenizer, instead of refusing it.
+        counted: read and encode the data; else clients are taken for granted, and what the rows show is not refused.
     Raises:
         UserError: what a real start would refuse on any number of ranks.
     """
@@ -180,7 +184,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0)))
     if config.adapters.start is not None:  # names and shapes alone; whose model it is needs the weights
         open_start(find_start(config.adapters.start, whole=False), spec, None)
-    clients, data = _clients(spec, folder, assume)
+    clients, data = _clients(spec, folder, assume, counted)
     if (ignored := cache.line([cache.passed_over()])) is not None:
         with Progress() as progress:
             progress.note(ignored)
@@ -206,10 +210,15 @@ def _untrained_foundation(config: Config) -> Path:
         return resolve_foundation(untrained, config.seed, progress.note)
 
 
-def _clients(spec: RunSpec, folder: Path, assume: bool) -> tuple[Sequence[Client], Data]:
+def _clients(spec: RunSpec, folder: Path, assume: bool, counted: bool) -> tuple[Sequence[Client], Data]:
     config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
     if assume and images is None and not has_tokenizer(folder, trust):
         return _assumed_clients(config, folder, spec.tiers)
+    if not counted and images is None:
+        # A start would refuse these two at once, and they cost nothing.
+        load_tokenizer(folder, spec.size.vocabulary, trust)
+        open_sources(config.data, cache.root(config.foundation.cache))
+        return _uncounted_clients(config, spec.tiers)
     with Progress() as progress:
         if (line := told(folder, trust)) is not None:
             progress.note(line)
@@ -273,19 +282,32 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[S
                 "data.partition.clients, and local.steps or data.max_samples"
             )
     assert count is not None and sequences is not None
-    length = config.data.sequence_length
-    each = np.full(count, sequences)
-    federation: Any = _AssumedFederation(
-        named or [f"client-{i}" for i in range(count)], each, each, each * length, each * length
-    )
-    # One object for all: assumed clients are equal.
-    everyone = Lengths.full(sequences, length)
-    held_out = max(1, round(count * sequences * config.data.global_holdout))
-    note = f"assumed: every client has {sequences} sequences of {length} tokens (no tokenizer in {folder})"
+    note = f"assumed: every client has {sequences} sequences of {config.data.sequence_length} tokens (no tokenizer in {folder})"
     if config.data.validation is not None:  # its rows cannot be counted either
         note += ", and data.validation as many as data.global_holdout would draw"
     if "ranked_choice" in config.evaluation.metrics:
         note += "; nor can answers, so the passes of ranked_choice are left out"
+    return _equal_clients(config, tiers, named or [f"client-{i}" for i in range(count)], sequences, note)
+
+
+def _uncounted_clients(config: Config, tiers: list[Tier]) -> tuple[list[Client], Data]:
+    """What the data would say is taken for granted: how many clients, in which tiers, with how many sequences."""
+    local = config.local
+    names = sorted(name for tier in tiers for name in tier.clients)
+    names = names or [f"client-{i}" for i in range(config.data.partition.clients or _UNKNOWN_CLIENTS)]
+    sequences = config.data.max_samples or (local.steps or local.max_steps or _UNKNOWN_STEPS) * local.batch_size
+    each = f"{sequences} sequences of {config.data.sequence_length} tokens"
+    note = f"assumed: {len(names)} clients with {each} each; the data were not read"
+    return _equal_clients(config, tiers, names, sequences, note)
+
+
+def _equal_clients(config: Config, tiers: list[Tier], names: list[str], sequences: int, note: str) -> tuple[list[Client], Data]:
+    """Clients with so many full sequences each."""
+    length, each = config.data.sequence_length, np.full(len(names), sequences)
+    federation: Any = _AssumedFederation(names, each, each, each * length, each * length)
+    # One object for all: assumed clients are equal.
+    everyone = Lengths.full(sequences, length)
+    held_out = max(1, round(len(names) * sequences * config.data.global_holdout))
     own = Lengths.full(config.evaluation.client_sequences, length)
     data = Data(lambda _: everyone, lambda _: own, Lengths.full(held_out, length), note)
     return make_clients(federation, config.federation, tiers, config.seed), data

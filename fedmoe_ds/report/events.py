@@ -210,7 +210,7 @@ class _Trained(_Tiered):
 
 
 class _Tally(_Fields):
-    seconds: Seconds
+    seconds: Seconds | None = None
     bytes: Count | None = None
 
 

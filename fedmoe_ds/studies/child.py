@@ -22,6 +22,7 @@ from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import open_plain, write_whole
 from fedmoe_ds.studies.gpus import VISIBLE, launcher_options
+from fedmoe_ds.studies.resources import step_options
 from fedmoe_ds.studies.run import Run
 
 # A study started under a launcher would otherwise pass its own rank on to every run.
@@ -61,13 +62,13 @@ class Child:
         except OSError as error:
             raise UserError(f"--output: {run.folder}.yaml, .log: cannot be written: {error.strerror or error}") from None
         self._by_slurm = by_slurm
-        # Under SLURM the site may have chosen where ranks meet.
-        dropped = _RANK if by_slurm else (*_RANK, "MASTER_ADDR", "MASTER_PORT")
+        # Under SLURM the site may have chosen where ranks meet. Tasks per node are said by `step_options`.
+        dropped = (*_RANK, "SLURM_NTASKS_PER_NODE") if by_slurm else (*_RANK, "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in environment.items() if name not in dropped}
         kept.setdefault("OMP_NUM_THREADS", str(run.config.execution.threads))
         if gpus:
             kept[VISIBLE] = ",".join(gpus)
-        command = [*self._launcher(run.ranks, gpus), str(script), "--config", str(config), "--resume", "auto"]
+        command = [*self._launcher(run.ranks, gpus, environment), str(script), "--config", str(config), "--resume", "auto"]
         self._began = time.monotonic()
         with open(handle, "ab") as log:
             # The log of a run goes on over its starts; a failure is explained by the lines of this one.
@@ -86,9 +87,9 @@ class Child:
             finally:
                 signal.signal(signal.SIGUSR1, before)
 
-    def _launcher(self, ranks: int, gpus: Sequence[str]) -> list[str]:
+    def _launcher(self, ranks: int, gpus: Sequence[str], environment: Mapping[str, str]) -> list[str]:
         if self._by_slurm:
-            return ["srun", f"--ntasks={ranks}", sys.executable]
+            return ["srun", *step_options(ranks, environment), sys.executable]
         if ranks == 1:
             return [sys.executable]
         options = [*launcher_options(ranks, gpus), "--master_port", str(free_port()), "--log_level", "error"]

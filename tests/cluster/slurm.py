@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -86,11 +87,14 @@ class Slurm:
         folder: where everything lies that it writes; short, since unix sockets are among it.
         nodes: virtual nodes, named `fedmoe-n1` and so on.
         cpus: CPUs that each node claims to have.
+        gpus: whether each node claims to have two GPUs, which are none.
         announces_preemption: whether a preempted job gets the signal that it asked for (`--signal`) or only SIGTERM.
     """
 
-    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 4, announces_preemption: bool = True) -> None:
-        self.folder, self.nodes, self.cpus = folder, nodes, cpus
+    def __init__(
+        self, folder: Path, nodes: int = 4, cpus: int = 4, announces_preemption: bool = True, gpus: bool = False
+    ) -> None:
+        self.folder, self.nodes, self.cpus, self.gpus = folder, nodes, cpus, gpus
         self.address = _own_address()  # daemons that do not listen everywhere listen there
         self.environment = _clean_environment() | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._announces = announces_preemption
@@ -179,7 +183,14 @@ class Slurm:
             preempt_parameters="SlurmctldParameters=preempt_send_user_signal" if self._announces else "",
         )
         for name, port in zip(self._names(), ports[1:], strict=True):
-            conf += f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs={self.cpus} State=UNKNOWN\n"
+            size = f"CPUs={self.cpus} RealMemory=64000 {'Gres=gpu:2' if self.gpus else ''}"
+            conf += f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} {size} State=UNKNOWN\n"
+        if self.gpus:
+            conf += "GresTypes=gpu\n"
+            for place in range(2):
+                os.mknod(self.folder / f"gpu{place}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # as /dev/null
+            nodes = ",".join(self._names())
+            (self.folder / "gres.conf").write_text(f"NodeName={nodes} Name=gpu File={self.folder}/gpu[0-1]\n")
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)

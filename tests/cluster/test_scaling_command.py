@@ -35,7 +35,7 @@ class Study:
         tree.pop("name")
         self.file, self.output = folder / "study.yaml", folder / "runs"
         (folder / "base.yaml").write_text(json.dumps(tree))
-        self.file.write_text(json.dumps({"base": "base.yaml", "axis": "ranks", "values": [1, 2]} | keys))
+        self.file.write_text(json.dumps({"base": "base.yaml", "axis": "ranks", "values": [1, 2], "repeats": 1} | keys))
 
     def run(self, *options: str, meanwhile: Callable[[subprocess.Popen[str]], None] | None = None) -> tuple[int, str, str]:
         """Exit code, standard output and standard error; `meanwhile` is called while it runs."""
@@ -96,6 +96,11 @@ def test_a_weak_study_is_stopped_continued_and_collected(nano: dict[str, Any], t
     assert float(two["efficiency"]) == pytest.approx(float(two["tokens_per_s"]) / float(one["tokens_per_s"]) / 2, rel=1e-4)
     parts = [float(two[name]) for name in ("train_s", "aggregate_s", "evaluate_s", "other_s")]
     assert sum(parts) == pytest.approx(seconds, rel=0.02) and all(part > 0 for part in parts)
+    trained = [float(row["train_tokens_per_s"]) for row in (one, two)]
+    assert float(two["train_efficiency"]) == pytest.approx(trained[1] / trained[0] / 2, rel=1e-4)
+    assert (two["device"], two["dtype"], two["method"]) == ("cpu", "float32", "flame") and two["nodes"]
+    (machine,) = read_events(study.output / "ranks-2-r0", "run")[0]["machines"]
+    assert machine["host"] == two["nodes"] and machine["cores"] and machine["memory_gib"] > 0
     report = (study.output / "scaling.md").read_text()
     assert "## Where the time goes" in report and out.splitlines()[-1] == f"report: {study.output / 'scaling.md'}"
     ElementTree.fromstring((study.output / "scaling.svg").read_text())

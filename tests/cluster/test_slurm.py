@@ -253,11 +253,64 @@ def test_submit(slurm: Slurm, root: Path, short: str, tmp_path: Path) -> None:
     assert refused.stderr.count("\n") == 1 and "invalid partition specified: nowhere" in refused.stderr
 
 
+PACKED = """
+import os, subprocess, sys
+from fedmoe_ds.studies.resources import step_options
+kept = {name: value for name, value in os.environ.items() if name != "SLURM_NTASKS_PER_NODE"}
+say = ["bash", "-c", "echo $SLURM_PROCID $SLURMD_NODENAME"]
+subprocess.run(["srun", *step_options(int(sys.argv[1]), os.environ), *say], env=kept, check=True)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 6])
+def test_a_point_fills_nodes_one_by_one(ranks: int, slurm: Slurm) -> None:
+    """Nodes of four cores that are the job's alone, for two tasks each: not one task on each node, nor four on the first."""
+    alone = ("salloc", "--quiet", "--nodes=3", "--ntasks-per-node=2", "--exclusive", "--mem=0")
+    said = slurm.call(*alone, sys.executable, "-c", PACKED, str(ranks), PYTHONPATH=str(REPOSITORY))
+    placed = dict(line.split() for line in said.splitlines())
+    nodes = sorted(set(placed.values()))  # of whichever three the job has got
+    assert [placed[str(rank)] for rank in range(ranks)] == [nodes[rank // 2] for rank in range(ranks)]
+
+
+def test_a_heterogeneous_job_is_refused(slurm: Slurm, tmp_path: Path) -> None:
+    """By its script, of which srun would start the first component alone."""
+    kinds = ("--nodes=1", f"--output={tmp_path}/job.out", ":", "--nodes=1")
+    job = slurm.submit(*kinds, SCRIPT, "--config", "x.yaml", cwd=REPOSITORY)
+    assert slurm.finish(job) == EXIT_USER_ERROR
+    assert (tmp_path / "job.out").read_text().startswith("error: SLURM_HET_SIZE: 2: a heterogeneous job; ")
+
+
+@pytest.fixture(scope="module")
+def gpu_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Two nodes of eight cores and two GPUs, which are none."""
+    with Slurm(tmp_path_factory.mktemp("gpus"), nodes=2, cpus=8, gpus=True) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize(
+    ("option", "cores"),
+    [("--cpus-per-task=2", "2"), ("--exclusive", "4"), ("--cpus-per-gpu=3", "unset 6"), ("--cpus-per-gpu=1", "unset 2")],
+)
+def test_a_rank_gets_the_cores_that_its_job_has(option: str, cores: str, gpu_slurm: Slurm, tmp_path: Path) -> None:
+    """Of a job with cores by GPU the step has all, and no rank is told to do with one."""
+    fake = tmp_path / "python"  # stands for the ranks
+    fake.write_text('#!/bin/bash\necho "cores ${SLURM_CPUS_PER_TASK:-unset $SLURM_CPUS_ON_NODE}"\n')
+    fake.chmod(0o755)
+    fixed = {"FEDMOE_LOGS": str(tmp_path / "logs"), "FEDMOE_PYTHON": str(fake)}
+    wanted = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", option, f"--output={tmp_path}/job.out")
+    script = tmp_path / "train.sbatch"  # without the template's own word on cores
+    script.write_text(SCRIPT.read_text().replace("#SBATCH --cpus-per-task=2\n", ""))
+    job = gpu_slurm.submit(*wanted, script, cwd=REPOSITORY, **fixed)
+    assert gpu_slurm.finish(job) == 0, (tmp_path / "job.out").read_text()
+    said = {path.read_text().strip() for path in (tmp_path / "logs" / str(job)).glob("rank-*.log")}
+    assert said == {f"cores {cores}"}
+
+
 def test_an_array_of_scaling_points(slurm: Slurm, root: Path, tmp_path: Path) -> None:
     """Element i is point i; the smaller point starts one rank only in an allocation of two."""
     config = make_config(root, "local", SHORT, {"federation": {"rounds": 2}})  # a study does not time the first
     (tmp_path / "base.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    study = {"base": "base.yaml", "axis": "ranks", "values": [1, 2], "scaling": "strong"}
+    study = {"base": "base.yaml", "axis": "ranks", "values": [1, 2], "scaling": "strong", "repeats": 1}
     (tmp_path / "study.yaml").write_text(json.dumps(study))
     words = ["--config", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "study")]
     scale = [sys.executable, str(REPOSITORY / "launch" / "scaling.py"), *words]

@@ -14,7 +14,7 @@ from fedmoe_ds.studies.resources import check_capacity, in_allocation
 from fedmoe_ds.studies.run import Run
 from fedmoe_ds.studies.runner import Runner
 from fedmoe_ds.studies.scaling.measured import measure, note_machine
-from fedmoe_ds.studies.scaling.point import Point, check_folders, check_points, chosen, plan_points
+from fedmoe_ds.studies.scaling.point import Point, check_folders, check_points, chosen, in_order, plan_points
 from fedmoe_ds.studies.scaling.report import Results, results_text, write_report
 from fedmoe_ds.studies.scaling.rows import Row, differing, with_efficiency
 from fedmoe_ds.studies.scaling.study import Study, read_study
@@ -65,7 +65,7 @@ def scale(request: Request, script: Path, environment: Mapping[str, str], note: 
     failed: Mapping[str, str] = {}
     code = 0
     if not request.collect:
-        code, failed = _run(mine, script, environment, note)
+        code, failed = _run(study, mine, script, environment, note)
     if request.point is not None:
         return code, ""
     results = _collect(request, study, points, failed, predictor)
@@ -76,7 +76,7 @@ def scale(request: Request, script: Path, environment: Mapping[str, str], note: 
 
 
 def _run(
-    points: Sequence[Point], script: Path, environment: Mapping[str, str], note: Callable[[str], None]
+    study: Study, points: Sequence[Point], script: Path, environment: Mapping[str, str], note: Callable[[str], None]
 ) -> tuple[int, Mapping[str, str]]:
     waiting = [point for point in points if not point.finished]
     for point in waiting:
@@ -89,7 +89,7 @@ def _run(
     # One group of ranks at a time: two would take each other's cores, and the figures would be theirs. No lock of the study:
     # the tasks of a SLURM array work on its points side by side.
     runner = Runner(script, environment, note, jobs=1, by_slurm=in_allocation(environment), prepare=prepare)
-    outcome = runner.run([run for point in points for run in point.runs])
+    outcome = runner.run(in_order(study, points))
     return outcome.exit_code, outcome.reasons
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.machine import machine_facts
 from fedmoe_ds.report import Record
 from fedmoe_ds.report.client_tables import numbers
+from fedmoe_ds.machine import commit, machine_facts
 from fedmoe_ds.report.history import Event
 from fedmoe_ds.report.record import ROWS
 from fedmoe_ds.storage.files import write_whole
@@ -38,12 +39,16 @@ class Measured:
         hosts: machines that the ranks were on.
         rounds: those that were timed; without any there are no figures.
         tokens, flops: trained in a round by all clients, forward and backward; flops None where a client's are not recorded.
-        seconds: of a round, wall clock.
+        seconds: of a round, wall clock; `round_seconds` of each that was timed.
         recorded: seconds of the `round` event, which ends before the checkpoint; what a prediction is about.
         phases: seconds of `train`, `aggregate`, `evaluate`, and of everything else as `other`; they add up to `seconds`.
-        collectives: seconds inside collectives by name, a part of the phases; None where the run did not record them.
+        collectives: seconds inside collectives by name, a part of the phases; None where the run did not record them, and on a
+            GPU where it was not the device that timed them.
         peak_mib: peak memory of every rank in order, on its GPU where it has one; or None.
         cores: CPU cores that all ranks shared, or None.
+        device: `cpu` or the GPU's name, or None. `dtype`: of the frozen weights.
+        ranks_on: the host of every rank, in order.
+        machines: what every host is, where the run has recorded it.
     """
 
     ranks: int
@@ -55,6 +60,7 @@ class Measured:
     tokens: float
     flops: float | None
     seconds: float
+    round_seconds: tuple[float, ...]
     recorded: float
     phases: Mapping[str, float]
     collectives: Mapping[str, float] | None
@@ -64,6 +70,15 @@ class Measured:
     bitwise: bool
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
+    device: str | None
+    dtype: str
+    ranks_on: tuple[str, ...]
+    machines: Sequence[Mapping[str, Any]]
+
+    @property
+    def federated_s(self) -> float:
+        """Seconds of training alone: local training and the sums, in which ranks wait for the slowest cluster."""
+        return self.phases["train"] + self.phases["aggregate"]
 
     @property
     def tokens_per_s(self) -> float:
@@ -81,7 +96,7 @@ def machine_file(run: Run) -> Path:
 
 def note_machine(run: Run, environment: Mapping[str, str]) -> None:
     """Write it beside the run: metrics.jsonl does not know how many cores the ranks share. Raises UserError."""
-    path, facts = machine_file(run), machine_facts() | {"cores": cores(environment)}
+    path, facts = machine_file(run), machine_facts() | {"cores": cores(environment), "commit": commit()}
     try:
         write_whole(path, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
@@ -93,7 +108,7 @@ def measure(run: Run) -> Measured:
     path = run.metrics
     events = list(Record(path))
     try:
-        return _measured(events, _machine(machine_file(run)))
+        return _measured(events, _machine(machine_file(run)), _dtype(run))
     except (LookupError, StopIteration, TypeError) as error:  # every field may be absent, or null: old runs have fewer
         what = f"{error.args[0]} is" if isinstance(error, LookupError) and error.args else "an event or a field is"
         raise UserError(
@@ -111,7 +126,13 @@ def _machine(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _measured(events: Sequence[Event], machine: dict[str, Any]) -> Measured:
+def _dtype(run: Run) -> str:
+    """The type of the frozen weights as the run has saved it: `auto` is what its device and its model have made of it."""
+    path = run.folder / "config.yaml"
+    return (load_config(path) if path.exists() else run.config).foundation.dtype
+
+
+def _measured(events: Sequence[Event], machine: dict[str, Any], dtype: str) -> Measured:
     facts = next(event for event in events if event["event"] == "run")
     end = next(event for event in reversed(events) if event["event"] == "end")
     timed = timed_rounds(events)
@@ -127,15 +148,20 @@ def _measured(events: Sequence[Event], machine: dict[str, Any]) -> Measured:
         tokens=_mean([event["tokens"] for _, event in timed]),
         flops=_flops(events, [event["round"] for _, event in timed]),
         seconds=_mean([seconds for seconds, _ in timed]),
+        round_seconds=tuple(seconds for seconds, _ in timed),
         recorded=_mean([event["seconds"] for _, event in timed]),
         phases={name: _mean([part[name] for part in spent]) for name in (*PHASES, "other")},
-        collectives=_collectives([event for _, event in timed]),
+        collectives=_collectives([event for _, event in timed], facts),
         peak_mib=tuple(count / 2**20 for count in peaks) if peaks else None,
         cores=machine.get("cores"),
         digest=str(end.get("digest")),
         bitwise=facts["reproducible"] == "bitwise",
         versions={str(name): str(version) for name, version in facts["versions"].items()},
         machine=machine,
+        device=facts.get("device"),
+        dtype=dtype,
+        ranks_on=tuple(str(row["host"]) for row in facts["topology"]),
+        machines=facts.get("machines") or [],
     )
 
 
@@ -160,13 +186,18 @@ def _phases(seconds: float, event: Event) -> dict[str, float]:
     return spent | {"other": max(0.0, seconds - sum(spent.values()))}
 
 
-def _collectives(rounds: Sequence[Event]) -> dict[str, float] | None:
+def _collectives(rounds: Sequence[Event], facts: Event) -> dict[str, float] | None:
     # A run continued by a version that records them has rounds with and without.
     if not rounds or any("collectives" not in event for event in rounds):
+        return None
+    # Earlier versions timed the host on a GPU, too: how long it takes to queue a collective, which says nothing.
+    if facts.get("device", "cpu") != "cpu" and facts.get("collectives_timed") != "device":
         return None
     total: dict[str, float] = defaultdict(float)
     for event in rounds:
         for name, tally in event["collectives"].items():
+            if tally["seconds"] is None:
+                return None
             total[name] += tally["seconds"] / len(rounds)
     return dict(total)
 

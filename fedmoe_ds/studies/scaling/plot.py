@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fedmoe_ds.studies import figure
+from fedmoe_ds.studies.ratio import Ratio
 from fedmoe_ds.studies.scaling.measured import PHASES
-from fedmoe_ds.studies.scaling.rows import Line
+from fedmoe_ds.studies.scaling.rows import Line, efficiency_ratio
 from fedmoe_ds.studies.scaling.study import Study
 
 if TYPE_CHECKING:
@@ -58,7 +59,21 @@ def _throughput(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
 def _efficiency(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
     axes.set_title("Efficiency")
     axes.set_ylabel("% of the first value")
-    _line(axes, lines, "efficiency", "", figure.GREEN, 0.01)
+    for training, label, colour in ((True, "training", figure.GREEN), (False, "whole round", figure.GREY)):
+        known = [(line.value, ratio) for line in lines if (ratio := efficiency_ratio(study, lines, line, training)) is not None]
+        _ratios(axes, known, label, colour)
+    _reach(axes, lines)
+
+
+def _ratios(axes: Axes, known: Sequence[tuple[int, Ratio]], label: str, colour: str) -> None:
+    """Shares over the axis with their intervals, where there are any."""
+    means = [_drawable(100 * ratio.value) for _, ratio in known]
+    bounds = [(ratio.low, ratio.high) if ratio.low is not None and ratio.high is not None else None for _, ratio in known]
+    below = [0.0 if bound is None else _drawable(mean - 100 * bound[0]) for mean, bound in zip(means, bounds, strict=True)]
+    above = [0.0 if bound is None else _drawable(100 * bound[1] - mean) for mean, bound in zip(means, bounds, strict=True)]
+    whiskers = [below, above] if any(above) else None
+    places = [value for value, _ in known]
+    axes.errorbar(places, means, yerr=whiskers, color=colour, marker="o", markeredgecolor="white", label=label)
 
 
 def _predicted(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
@@ -85,13 +100,18 @@ def _waiting(axes: Axes, study: Study, lines: Sequence[Line]) -> None:
 
 def _line(axes: Axes, lines: Sequence[Line], name: str, label: str, colour: str, scale: float = 1.0, marker: str = "o") -> None:
     """A figure over the axis, with a whisker where repeats differ."""
-    from matplotlib.ticker import MaxNLocator
-
     known = [(line.value, line.figures[name]) for line in lines if name in line.figures]
     means = [_drawable(spread.mean / scale) for _, spread in known]
     reach = [_drawable((spread.std or 0.0) / scale) for _, spread in known]
     places, whiskers = [value for value, _ in known], reach if any(reach) else None
     axes.errorbar(places, means, yerr=whiskers, color=colour, marker=marker, markeredgecolor="white", label=label)
+    _reach(axes, lines)
+
+
+def _reach(axes: Axes, lines: Sequence[Line]) -> None:
+    """From the first value to the last, whichever of them is known."""
+    from matplotlib.ticker import MaxNLocator
+
     low, high = lines[0].value, lines[-1].value
     air = 0.05 * (high - low) or 0.5
     axes.set_xlim(low - air, high + air)

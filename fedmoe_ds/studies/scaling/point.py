@@ -16,6 +16,7 @@ from fedmoe_ds.config.yaml12 import inline_yaml
 from fedmoe_ds.distributed.topology import check_layout
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, with_defaults
+from fedmoe_ds.randomness import generator
 from fedmoe_ds.studies.run import Run, check_saved, keys_of
 from fedmoe_ds.studies.scaling.study import KEYS, Study
 
@@ -56,6 +57,18 @@ def plan_points(study: Study, path: Path, output: Path, overrides: Sequence[str]
         if key in decided:
             raise UserError(f"override: {key}: is decided by {decided[key]}; leave it out")
     return [_point(study, index, path.parent / study.base, output, overrides) for index in range(len(study.values))]
+
+
+def in_order(study: Study, points: Sequence[Point]) -> list[Run]:
+    """The runs of these points as they are started: repeat by repeat, the values of each in an order of its own.
+
+    In the order of the axis whatever changes on a machine over hours (heat, neighbours) would pass for an effect of the axis.
+    """
+    runs = []
+    for repeat in range(study.repeats):
+        order = generator(study.order_seed, "scaling-order", repeat).permutation(len(points))
+        runs += [points[place].runs[repeat] for place in order]
+    return runs
 
 
 def _point(study: Study, index: int, base: Path, output: Path, overrides: Sequence[str]) -> Point:

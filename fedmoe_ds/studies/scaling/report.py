@@ -1,10 +1,11 @@
-"""Report: `scaling.csv`, `scaling.md` and `scaling.svg` of a study."""
+"""Report: `scaling.csv`, `scaling-memory.csv`, `scaling.md` and `scaling.svg` of a study."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.tables import markdown
@@ -12,9 +13,11 @@ from fedmoe_ds.studies.report_files import write_files
 from fedmoe_ds.studies.scaling.plot import picture
 from fedmoe_ds.studies.scaling.rows import Line, Row, differing, lines_of, same_everywhere
 from fedmoe_ds.studies.scaling.study import Study
-from fedmoe_ds.studies.scaling.table import csv_text, speed_table, time_table
+from fedmoe_ds.studies.scaling.table import csv_text, memory_text, speed_table, time_table
 
 STEM = "scaling"
+_HOSTS = 8
+"""Hosts that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Results:
 
 
 def write_report(results: Results, output: Path, copy: Path | None) -> Path:
-    """Write the three files into `output`, and text and picture to `copy` (a .md file) too; return the text's path.
+    """Write these files into `output`, and text and picture to `copy` (a .md file) too; return the text's path.
 
     Raises:
         UserError: a file cannot be written.
@@ -42,6 +45,7 @@ def write_report(results: Results, output: Path, copy: Path | None) -> Path:
     # Drawn once for both places; a study without a finished run has no picture.
     drawing = picture(results.study, results.lines) if results.rows else None
     content = {target.with_suffix(".csv"): csv_text(results.study, results.rows)}
+    content[output / f"{STEM}-memory.csv"] = memory_text(results.study, results.rows)
     for path in filter(None, (target, copy)):
         content[path] = text(results, path.with_suffix(".svg").name)
         if drawing is not None:
@@ -64,15 +68,21 @@ def text(results: Results, svg: str) -> str:
     parts = [f"# {study.title}", _lead(results)]
     if results.rows:
         parts += [f"![Throughput, efficiency and time over {study.axis}]({svg})", "## Throughput"]
-        parts += [speed_table(study, results.lines), *remarks(results), "## Where the time goes", _READING]
+        parts += [_RATIOS, speed_table(study, results.lines), *remarks(results), "## Where the time goes", _READING]
         parts += [time_table(study, results.lines)]
     parts += _missing(results)
     parts += ["## How to repeat it", f"```\n{results.command}\n```", _machine(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+_RATIOS = """\
+Efficiency is throughput per rank over that of the first value: of training alone (local training and the sums, where ranks
+wait for the slowest cluster), and of the whole round with evaluation and checkpoint. In brackets: the 95 % interval that the
+spread of both values leaves over their repeats; with one repeat nothing is known of it."""
+
 _READING = """\
-Seconds of a round on rank 0, mean ± sample standard deviation over repeats, without the first round. Phases add up to the
+Seconds of a round on rank 0, mean ± sample standard deviation over repeats, without the first round; `shortest`, `median` and
+`longest` are those of the rounds of one run. Phases add up to the
 round; `other` is the checkpoint, the schedule and the journal. `aggregate` includes waiting for clusters that trained longer.
 The time inside collectives is a part of the phases, and includes waiting for peers that have not arrived. What the runs did not
 record is `-`."""
@@ -131,10 +141,26 @@ def _missing(results: Results) -> list[str]:
 
 
 def _machine(results: Results) -> str:
-    found: dict[str, None] = {}
+    """What every host was, and the versions on it."""
+    found: dict[str, dict[str, None]] = {}
     for row in results.rows:
-        facts = row.measured.machine
-        versions = ", ".join(f"{name} {version}" for name, version in row.measured.versions.items())
-        where = f"{facts['cpu']}, {facts['cores']} cores, {facts['system_name']}; " if facts else ""
-        found[f"{where}{versions}"] = None
-    return "Measured on: " + "; ".join(found) + "." if found else ""
+        measured = row.measured
+        versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
+        # Runs of earlier versions know the machine alone on which the study was typed.
+        for facts in measured.machines or ([measured.machine] if measured.machine else [{}]):
+            where = f"{_described(facts)}; " if facts else ""
+            hosts = found.setdefault(f"{where}{versions}", {})
+            hosts |= {str(facts["host"]): None} if "host" in facts else {}
+    told = [f"{text}{f' (on {_some(list(hosts))})' if hosts else ''}" for text, hosts in found.items()]
+    return "Measured on: " + "; ".join(told) + "." if told else ""
+
+
+def _described(facts: Mapping[str, Any]) -> str:
+    gpu = facts.get("gpu")
+    device = f", {gpu['count']} x {gpu['name']}" if gpu else ""
+    memory = f", {facts['memory_gib']:.0f} GiB" if "memory_gib" in facts else ""
+    return f"{facts['cpu']}, {facts['cores']} cores{memory}{device}, {facts['system_name']}"
+
+
+def _some(hosts: Sequence[str]) -> str:
+    return ", ".join(hosts) if len(hosts) <= _HOSTS else f"{hosts[0]} to {hosts[-1]}, {len(hosts)} hosts"

@@ -4,7 +4,7 @@ base: base.yaml            # a run configuration, looked up beside the study fil
 scaling: weak
 axis: ranks
 values: [1, 2, 4]
-repeats: 2
+repeats: 5
 grows: {data.partition.clients: 4}
 """
 
@@ -44,7 +44,8 @@ class Study(Section):
     )
     grows: dict[str, int] = Field(default_factory=dict, description="weak: dotted key -> amount per cluster or rank")
     per: Literal["cluster", "rank"] = Field("cluster", description="what the amounts in `grows` are multiplied with")
-    repeats: int = Field(1, ge=1, description="runs per value, same seed")
+    repeats: int = Field(5, ge=1, description="runs per value, same seed: only their times differ")
+    order_seed: int = Field(0, ge=0, description="of the order in which the runs of a repeat are started")
     ranks: int | None = Field(None, ge=1, description="size of the world on every axis but ranks; default 1")
     clusters: int | None = Field(
         None, ge=1, description="axis ep_size: this many clusters instead, so that ranks grow with ep_size"

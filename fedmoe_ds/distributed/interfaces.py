@@ -1,0 +1,133 @@
+"""Interfaces: over which network of their hosts ranks talk to each other, the same for gloo and for NCCL's sockets.
+
+A host of a cluster has a network for management and often a faster one that connects the compute nodes: InfiniBand (ib0),
+Slingshot (hsn0). gloo takes the interface of the host's name, which is that of management. One host cannot know whether the
+others have what it has, so all tell what they are on, and rank 0 decides for all of them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import psutil  # type: ignore[import-untyped]
+from torch.distributed.distributed_c10d import Store
+
+from fedmoe_ds.distributed.address import is_loopback, set_gloo_interface
+from fedmoe_ds.distributed.meeting import decide
+from fedmoe_ds.errors import UserError
+
+GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+FABRICS = ("hsn", "ib")
+"""How names of interfaces begin that connect compute nodes: HPE Slingshot; InfiniBand and Omni-Path carrying IP."""
+
+
+@dataclass(frozen=True)
+class HostView:
+    """What one rank sees of its host.
+
+    Attributes:
+        networks: by interface that is up, the IPv4 networks that it is on: `10.1.0.0/16`; loopback left out.
+        given: what the environment says for gloo.
+    """
+
+    host: str
+    networks: dict[str, list[str]]
+    given: str | None = None
+
+    @classmethod
+    def here(cls) -> HostView:
+        up = {name for name, facts in psutil.net_if_stats().items() if facts.isup}
+        networks: dict[str, list[str]] = {}
+        for name, entries in psutil.net_if_addrs().items():
+            for entry in entries:
+                if name in up and entry.family == socket.AF_INET and entry.netmask and not is_loopback(entry.address):
+                    network = ipaddress.ip_network(f"{entry.address}/{entry.netmask}", strict=False)
+                    networks.setdefault(name, []).append(str(network))
+        return cls(socket.gethostname(), networks, os.environ.get(GLOO))
+
+
+def use_common_network(store: Store, rank: int, world_size: int, wanted: str | None) -> str | None:
+    """Tell gloo and NCCL their interfaces; what the environment says already is kept. Every rank calls it.
+
+    Args:
+        store: that all ranks have met at.
+        wanted: `topology.interface`; None: a fabric that all hosts are on, else what leads to the others.
+    Returns:
+        A line for the user; None where all ranks are on one host.
+
+    Raises:
+        UserError: a host has no interface of the name that is wanted, or the environment says another one; on all ranks.
+    """
+    here = HostView.here()
+    told = decide(store, rank, world_size, asdict(here), lambda views: _choice([HostView(**view) for view in views], wanted))
+    if not told["several"] and wanted is None:
+        set_gloo_interface()
+        return None
+    networks = told["networks"]
+    names = [wanted] if wanted is not None else _names(here.networks, networks)
+    if not names:
+        set_gloo_interface()
+        return f"network: {_named(os.environ.get(GLOO))} for gloo; no fabric ({', '.join(FABRICS)}) connects all hosts"
+    kept = {variable: os.environ.get(variable) for variable in (GLOO, NCCL)}
+    os.environ.setdefault(GLOO, names[0])
+    # Exactly these: without the sign NCCL takes names for beginnings of names.
+    os.environ.setdefault(NCCL, f"={','.join(names)}")
+    which = f"network: {os.environ[GLOO]} for gloo, {os.environ[NCCL].lstrip('=')} for NCCL"
+    return f"{which}{f' ({networks[0]})' if networks else ''}{_kept(kept)}"
+
+
+def _choice(views: Sequence[HostView], wanted: str | None) -> dict[str, object]:
+    """Whether there are several hosts, and the networks of fabrics that all of them are on, the best first."""
+    if wanted is not None:
+        for view in views:
+            if wanted not in view.networks:
+                known = ", ".join(sorted(view.networks)) or "none but loopback"
+                raise UserError(
+                    f"topology.interface: {wanted}: {view.host} has no such interface that is up with an IPv4 address; it has "
+                    f"{known}"
+                )
+            if view.given not in (None, wanted):
+                raise UserError(
+                    f"topology.interface: {wanted}: {GLOO} is {view.given} on {view.host}; unset it, or drop the key"
+                )
+    several = len({view.host for view in views}) > 1
+    if not several or wanted is not None:
+        return {"several": several, "networks": []}
+    first, *others = views
+    shared = [
+        network
+        for name in sorted(first.networks, key=_rank_of)
+        for network in first.networks[name]
+        if _is_fabric(name) and all(_names(view.networks, [network]) for view in others)
+    ]
+    return {"several": several, "networks": list(dict.fromkeys(shared))}
+
+
+def _names(networks: dict[str, list[str]], common: Sequence[str]) -> list[str]:
+    """Interfaces of fabrics on a host that are on one of these networks, in the order of the networks."""
+    fabrics = sorted(filter(_is_fabric, networks), key=_rank_of)
+    return list(dict.fromkeys(name for network in common for name in fabrics if network in networks[name]))
+
+
+def _is_fabric(name: str) -> bool:
+    return name.startswith(FABRICS)
+
+
+def _rank_of(name: str) -> tuple[int, list[int], str]:
+    """Order of interfaces: by kind, then as people count: ib2 before ib10."""
+    kind = next((place for place, beginning in enumerate(FABRICS) if name.startswith(beginning)), len(FABRICS))
+    return kind, [int(number) for number in re.findall(r"\d+", name)], name
+
+
+def _named(interface: str | None) -> str:
+    return interface or "the interface of the host's name"
+
+
+def _kept(before: dict[str, str | None]) -> str:
+    kept = [name for name, value in before.items() if value is not None]
+    return f"; {' and '.join(kept)} from the environment" if kept else ""
