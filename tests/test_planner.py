@@ -21,16 +21,20 @@ from fedmoe_ds.commands import plan as plan_command
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.model.cross_entropy import COPIES, LOGITS
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import TABLE
-from fedmoe_ds.planner.legality import check_ep_size, check_fits, idle_clusters, legal_sizes
-from fedmoe_ds.planner.memory import COPY, activations
+from fedmoe_ds.planner.legality import (
+    check_ep_size,
+    idle_clusters,
+    idle_ranks,
+    legal_sizes,
+)
 from fedmoe_ds.planner.plan import plan
-from fedmoe_ds.planner.prediction import predict_memory
 from fedmoe_ds.planner.search import search
+from fedmoe_ds.planner.text import format_span, layout_lines
 from fedmoe_ds.planner.verify import check_partition
+from fedmoe_ds.planner.work import PassWork, Work
 from fedmoe_ds.planner.world import world_of
 from fedmoe_ds.studies.scaling.measured import Measured
 from fedmoe_ds.studies.scaling.predicted import Predictor
@@ -266,50 +270,39 @@ def test_auto_is_fast_on_a_gpu(tmp_path: Path) -> None:
         resolve(config)
 
 
-def test_moments_in_bfloat16_take_half(small: Job) -> None:
-    """Of the optimizer's bytes and of nothing else; and it takes less time to clear them."""
-    local = small.config.local.model_copy(update={"moments": "bfloat16"})
-    job = replace(small, config=small.config.model_copy(update={"local": local}))
-    a100 = load_hardware("a100")
-    whole, half = (predict_memory(each, 1, 4, a100, 6) for each in (small, job))
-    assert whole["client optimizer"] == whole["adapters in flight"] == 2 * half["client optimizer"]
-    assert {purpose for purpose in whole if whole[purpose] != half[purpose]} == {"client optimizer"}
-    wide, narrow = (predict_job(each, 1, 4, World(1, 1), a100) for each in (small, job))
-    assert narrow.train_split["set-up"] < wide.train_split["set-up"]
+def test_ranks_without_clients_are_told(olmoe: Job) -> None:
+    """256 participants on 128 clusters of 8 ranks: two clients each, and six ranks that have none."""
+    h200, world = load_hardware("h200"), World(128, 8)
+    found = predict_job(olmoe, 8, 32, world, h200)
+    assert found.homeless == 768 and found.balance == pytest.approx(1.0, abs=0.05)
+    assert "768 of 1024 ranks have no client of their own" in str(idle_ranks(768, 1024, 128, 256))
+    assert idle_ranks(100, 1024, 128, 256) is None and idle_ranks(768, 1024, 1024, 256) is None
+    assert "768 of 1024 ranks without a client" in layout_lines(olmoe, world, 8, found)[0]
 
 
-def test_a_checkpoint_in_the_background_takes_a_copy(small: Job) -> None:
-    """Of the global adapters and of every client's rescalers, while the next round trains."""
-    saving = small.config.checkpoint.model_copy(update={"background": False})
-    job = replace(small, config=small.config.model_copy(update={"checkpoint": saving}))
-    host = load_hardware("a100").model_copy(update={"kind": "cpu"})
-    copying, waiting = (predict_memory(each, 1, 4, host, 6) for each in (small, job))
-    copied, adapters = copying.pop(COPY), waiting["global adapters"]  # with the rescalers of one client
-    assert adapters < copied <= adapters + waiting["personal state"] and copying == waiting
-    assert COPY not in predict_memory(small, 1, 4, load_hardware("a100"), 6), "it is in the host's memory"
+def test_a_range_on_assumed_machines() -> None:
+    assert format_span(12.345, (0.67, 2.0)) == "8.3 to 25 s" and format_span(12.345) == "12.35 s"
+    assert format_span(1e-4, (0.67, 2.0)) == "67 to 200 us" and format_span(4000.0, (0.67, 2.0)) == "0.74 to 2.2 h"
+    h200 = load_hardware("h200")
+    assert h200.spread == (0.67, 2.0) and h200.model_copy(update={"measured": ["compute"]}).spread == (1.0, 1.0)
 
 
-def test_logits_take_a_chunk(olmoe: Job) -> None:
-    """However many targets a pass has: a vocabulary ten times as large takes no more than a chunk of its logits."""
-    wide = replace(olmoe, size=replace(olmoe.size, vocabulary=10 * olmoe.size.vocabulary))
-    assert activations(wide, 8, 128) == activations(olmoe, 8, 128), "a layer's backward pass has more than a chunk"
-    few = [activations(job, 1, 1) for job in (wide, olmoe)]
-    assert 0 < few[0] - few[1] <= COPIES * 4 * LOGITS
+def test_narrow_products_wait_for_memory(olmoe: Job) -> None:
+    """A product with adapters does R FLOPs per number of its wide side: memory feeds no more, however fast the products are."""
+    h200 = load_hardware("h200")
+    work, compute = PassWork(olmoe, training=True), h200.compute
+    frozen, narrow = (float(work.seconds(Work(**{kind: 1e12}), compute)) for kind in ("flops", "adapters"))
+    bytes_ = 1e12 * olmoe.row_bytes / (2 * olmoe.config.adapters.rank)
+    assert narrow == pytest.approx(bytes_ / compute.bytes_per_s) and narrow > 5 * frozen
 
 
-def test_memory_is_refused_with_the_numbers(olmoe: Job) -> None:
-    a100 = load_hardware("a100")
-    needed = sum(predict_memory(olmoe, 8, 8, a100, 256).values())
-    choices, refusals = search(olmoe, World(1, 8), a100.model_copy(update={"memory_bytes": needed + 1e6}))
-    assert {(choice.ep_size, choice.in_flight) for choice in choices} == {(8, 8)}, "only the widest pool with the fewest fits"
-    held = f"a rank has {needed / 2**30:.1f} GiB"
-    assert any("GiB per rank at ep_size 1 with" in refusal.reason and held in refusal.reason for refusal in refusals)
-    with pytest.raises(UserError, match=r"no topology of 8 ranks fits; .* ep_size 8 with 8 clients .* a rank has 0\.9 GiB"):
-        search(olmoe, World(1, 8), a100.model_copy(update={"memory_bytes": 1e9}))
-    with pytest.raises(
-        UserError, match=r"memory: 2\.0 GiB per rank at ep_size 2 with all clients in flight: a rank has 1\.0 GiB"
-    ):
-        check_fits(2 << 30, 1 << 30, 2, None)
+def test_an_output_matrix_that_is_tied_is_a_product(tmp_path: Path, olmoe: Job) -> None:
+    """It is counted once, and costs what one of its own costs."""
+    tree = json.loads((Path(str(olmoe.config.foundation.path)) / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    tied = resolve(load_config(OLMOE, [f"foundation.path={tmp_path}"]))
+    assert tied.size.tied and tied.size.dense_parameters == olmoe.size.dense_parameters - olmoe.head
+    assert (tied.cost, tied.body, tied.head) == (olmoe.cost, olmoe.body, olmoe.head)
 
 
 def test_idle_clusters_are_named() -> None:

@@ -388,12 +388,11 @@ def test_a_rank_that_does_not_read_holds_nobody_up(endings: Endings, monkeypatch
     monkeypatch.setattr(activity, "groups", ["x" * 10_000])
     with a_monitor() as (monitor, (deaf, other)):
         until(lambda: len(monitor.lines) == 2)
-        began = time.monotonic()
+        # A send that waits for the deaf one would never come back.
         for _ in range(2000):
             monitor._tell({"alive": activity.state()})
             deaf.send({"alive": STATE})
             other.receive()
-        assert time.monotonic() - began < 10.0
         assert 0 < len(monitor.lines[1]._unsent) <= LONGEST
         assert heard_by(other, "alive") and endings.all == []
 

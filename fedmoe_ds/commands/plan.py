@@ -9,10 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedmoe_ds.config import load_config
+from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.terminal import show, visible
+
+if TYPE_CHECKING:
+    from fedmoe_ds.planner import Hardware
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -32,6 +36,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         "ranks, compare them with the layout and count open files; nothing is sent")  # fmt: skip
     parser.add_argument("--verify-all", action="store_true", help="the same as all of its ranks, one after the other")
     parser.add_argument("--no-search", action="store_true", help="do not try other topologies")
+    parser.add_argument("--models", type=Path, nargs="+", metavar="FOLDER",
+                        help="plan the configuration for each of these models instead, in the worlds of --sizes")  # fmt: skip
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="RANKS", default=[1, 8, 64, 1024],
+                        help="numbers of ranks of --models (default: 1 8 64 1024)")  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_intermixed_args(argv)  # overrides may stand between the options
 
@@ -52,12 +60,29 @@ def main(argv: list[str]) -> int:
     # Before a search that may take minutes.
     check_writable(args.json)
     hardware = load_hardware(args.hardware)
+    if args.models is not None:
+        return _several(args, config, hardware)
     world = world_of(args.nodes, args.gpus_per_node, args.ranks, hardware)
     verified = "all" if args.verify_all else "sample" if args.verify else None
     found = plan(config, world, hardware, args.seeds, verified, not args.no_search)
     show("\n".join(map(visible, found.lines())))
     if args.json is not None:
         write_json(found.data(), args.json)
+    return 0
+
+
+def _several(args: argparse.Namespace, config: Config, hardware: Hardware) -> int:
+    """A table of models and worlds."""
+    from fedmoe_ds.bench.harness.table import write_json
+    from fedmoe_ds.planner.models import lines, plan_models
+
+    for count in args.sizes:
+        if count < 1:
+            raise UserError(f"--sizes: {count}: must be 1 or more")
+    plans = list(plan_models(config, args.models, args.sizes, hardware))
+    show("\n".join(map(visible, lines(plans, hardware))))
+    if args.json is not None:
+        write_json({"plans": [plan.data() for plan in plans]}, args.json)
     return 0
 
 

@@ -56,8 +56,8 @@ class CostModel:
             # Vectors (the rescaler) cost nothing next to matrices.
             elif spec.trained and len(spec.item) > 1:
                 weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item)
-        # The input embedding is a look-up, no product.
-        dense = 2.0 * max(model.dense_parameters - model.vocabulary * model.hidden, 1)
+        # The input embedding is a look-up, no product; tied to the output matrix it is one all the same.
+        dense = 2.0 * max(model.head_and_body, 1)
         dense += weights[False] if model.experts == 0 else 0.0
         return cls(dense, expert, rows[False], rows[True], len(expert_layout.layers), positions, weights[False], weights[True])
 

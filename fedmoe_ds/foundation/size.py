@@ -9,6 +9,7 @@ from torch import nn
 
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.dense import feed_forward_sites, vocabulary
+from fedmoe_ds.foundation.layer_shape import LayerShape, layer_shape
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class ModelSize:
     """`pool_parameters` are all experts of all layers, whoever holds them; `dense_parameters` is everything else.
 
     Of a dense model, `layers` counts feed-forward blocks, `ffn` is their width, and there are no experts. `vocabulary` is the
-    number of rows of the input embedding, 0 for an image classifier, which has none.
+    number of rows of the input embedding, 0 for an image classifier, which has none; `tied` says that the output matrix is the
+    same. `depth` counts all layers, those without experts too, and `layer` is what one of them is beside its experts.
     """
 
     dense_parameters: int
@@ -28,6 +30,14 @@ class ModelSize:
     hidden: int
     ffn: int
     vocabulary: int
+    depth: int
+    layer: LayerShape
+    tied: bool = False
+
+    @property
+    def head_and_body(self) -> int:
+        """Dense numbers that a token row meets in a product: all but an input embedding that is only looked up."""
+        return self.dense_parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
 
 def model_size(model: Any, layers: list[HostedLayer]) -> ModelSize:
@@ -48,6 +58,9 @@ def model_size(model: Any, layers: list[HostedLayer]) -> ModelSize:
         hidden=first.hidden_size,
         ffn=first.ffn_hidden_size,
         vocabulary=model.config.vocab_size,
+        depth=model.config.num_hidden_layers,
+        layer=layer_shape(model, layers),
+        tied=model.config.tie_word_embeddings,
     )
 
 
@@ -64,6 +77,9 @@ def _dense_size(model: Any) -> ModelSize:
         hidden=sites[0].hidden_size,
         ffn=sites[0].ffn_hidden_size,
         vocabulary=vocabulary(model.config),
+        depth=len(sites),
+        layer=layer_shape(model, []),
+        tied=model.config.tie_word_embeddings and vocabulary(model.config) > 0,
     )
 
 

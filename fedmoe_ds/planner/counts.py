@@ -96,6 +96,34 @@ _DENSE = {
 }
 
 
+@dataclass(frozen=True)
+class ControlCalls:
+    """Calls of the host-side control plane, in which every rank waits for the others; counted in the tallies of real rounds.
+
+    Attributes:
+        per_round: of any round: meeting, findings, reports, activation, a stop (twice), what was averaged.
+        personal: where clients keep blocks at all.
+        per_personal_block: for each of them beside that.
+        per_wave: among the ranks of a cluster.
+        per_score: of each tier that is evaluated, on the global hold-out or on clients' own.
+        per_checkpoint: of a checkpoint.
+    """
+
+    per_round: float
+    personal: float
+    per_personal_block: float
+    per_wave: float
+    per_score: float
+    per_checkpoint: float
+
+
+CONTROL = ControlCalls(per_round=7, personal=1, per_personal_block=2, per_wave=1, per_score=1, per_checkpoint=4)
+
+SCHEDULE_S = (2e-4, 4e-6)
+"""Seconds of drawing and scheduling a round on one core of a server: of any round, and of each participant. No framework call
+is in it, so no device makes it faster."""
+
+
 def counts_of(device: str, sparse: bool) -> Counts:
     """Of passes on this kind of device (`cpu` or `cuda`), of a model with experts or without."""
     return (_SPARSE if sparse else _DENSE)[device]

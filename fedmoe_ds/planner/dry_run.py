@@ -16,6 +16,7 @@ from fedmoe_ds.federation.server import check_terms
 from fedmoe_ds.methods import load_method, with_defaults
 from fedmoe_ds.planner.legality import check_ep_size
 from fedmoe_ds.planner.memory import estimate, format_bytes, outlasting
+from fedmoe_ds.planner.rank_memory import ON_HOST
 from fedmoe_ds.planner.text import data_lines, summarised
 from fedmoe_ds.planner.workload import Job, resolve
 
@@ -58,6 +59,7 @@ def describe(config: Config, world_size: int, kind: str | None = None) -> list[s
     # Full sequences of the largest budget: an upper bound, before any batch is drawn.
     memory = estimate(job, home, job.length, together=home if job.shares_passes else 1)
     memory |= outlasting(job, len(job.clients), len(chosen))
+    beside = {name: memory.pop(name) for name in ON_HOST if kind == "cuda" and name in memory}
     return [
         f"topology: {layout.clusters} clusters x ep_size {layout.ep_size} = {world_size} ranks",
         format_table([dict(zip(ranks[0], row, strict=True)) for row in shown]),
@@ -69,6 +71,7 @@ def describe(config: Config, world_size: int, kind: str | None = None) -> list[s
         f"memory per rank (estimate, {kind}, frozen weights in {config.foundation.dtype}):",
         *[f"  {name:<22} {format_bytes(count):>11}" for name, count in memory.items()],
         f"  {'total':<22} {format_bytes(sum(memory.values())):>11}",
+        *[f"  on the host: {name:<9} {format_bytes(count):>11}" for name, count in beside.items()],
     ]
 
 

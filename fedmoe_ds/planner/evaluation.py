@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.federation.evaluation import most_together, passes
 from fedmoe_ds.federation.schedule import home_clients
+from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.network import Group, Network
 from fedmoe_ds.planner.training import exchanged
@@ -63,7 +63,7 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
     owners = [lengths for lengths in own if len(lengths.rows)]
     home = home_clients(job.config.execution.clients_in_flight, len(job.participants(1)), ep_size)
     seconds = 0.0
-    for members in tiers_of(job.clients).values():
+    for members in job.by_tier.values():
         runs = len(members) if personal else 1
         seconds += runs * _scored(job, network, hardware, ep_size, shared, members[0].cap)
         if owners:
@@ -77,12 +77,12 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
     seconds *= 1 + job.data.candidates
     if asked.generations and config.generations:
         seconds += _generated(job, network, hardware, ep_size)
-    return seconds + network.control(Group.everyone(network.world), 1, 8)
+    return seconds
 
 
 def _generated(job: Job, network: Network, hardware: Hardware, ep_size: int) -> float:
     """One pass for each token of an answer, by the largest tier, and the ranks' agreement to go on."""
-    config, members = job.config.evaluation, next(iter(tiers_of(job.clients).values()))
+    config, members = job.config.evaluation, next(iter(job.by_tier.values()))
     samples = job.data.global_holdout.head(config.generations)
     asked = Lengths(samples.rows + config.max_new_tokens, np.ones_like(samples.targets))
     batches = _batches(asked, config.batch_size)
@@ -104,7 +104,7 @@ def _batches(lengths: Lengths, size: int) -> list[Lengths]:
 
 def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batches: list[Lengths], cap: int) -> float:
     """Forward passes over batches that are dealt to all ranks of the world, turn by turn."""
-    world, dtype = network.world, job.config.foundation.dtype
+    world = network.world
     compute = hardware.crowded(world.ranks_per_host)
     work = PassWork(job, training=False)
     turns = math.ceil(len(batches) / world.ranks)
@@ -114,18 +114,18 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     targets = np.array([batch.targets.sum() for batch in batches], dtype=np.float64)
     rows = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) * cap
     packed = np.array([batch.rows.sum() for batch in batches], dtype=np.float64) if job.config.execution.packing else None
-    home = np.asarray(work.home(Rows(samples, longest, targets, packed)).seconds(compute, dtype, work.score_flops))
+    home = np.asarray(work.seconds(work.home(Rows(samples, longest, targets, packed)), compute))
     home, rows = (np.pad(x, (0, turns * world.ranks - len(batches))).reshape(turns, -1) for x in (home, rows))
-    fixed = work.fixed().seconds(compute, dtype)
+    fixed = work.seconds(work.fixed(), compute)
     local = job.expert_layout.num_experts // ep_size
     # Routed rows are taken to be even over the ranks of a cluster.
     arriving = rows.reshape(turns, -1, ep_size).mean(2).repeat(ep_size, 1)
-    busy = home + fixed + np.asarray(work.experts(arriving, ep_size, local).seconds(compute, dtype))
+    busy = home + fixed + np.asarray(work.seconds(work.experts(arriving, ep_size, local), compute))
     cores = hardware.slots if hardware.kind == "cpu" else world.ranks_per_host
     # A host is done when its cores have done the work of all its ranks.
     crowded = busy.reshape(turns, world.hosts, -1).sum(2).max(1) / cores
     seconds = float(np.maximum(busy.max(1), crowded).sum())
-    seconds += network.control(Group.everyone(world), 1, 24 * len(batches) / world.ranks)
+    seconds += network.control(Group.everyone(world), CONTROL.per_score, 24 * len(batches) / world.ranks)
     group, expert_layout = Group.cluster(world, ep_size), job.expert_layout
     if not expert_layout.layers:
         return seconds

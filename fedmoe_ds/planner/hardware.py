@@ -16,6 +16,10 @@ from fedmoe_ds.errors import UserError, nearest
 Stage = Literal["update", "norm", "move", "fold", "serve"]
 """What happens to trainable numbers in a round: optimizer step, gradient norm, copies, sums, server step."""
 
+TABLE_SPREAD = (0.67, 2.0)
+"""Between which factors of a prediction the truth is taken to lie where efficiencies are assumed: a share of a peak may be half
+as large as in the table, and seldom is half again as large."""
+
 TABLE = Path(__file__).parent / "hardware.yaml"
 
 
@@ -96,6 +100,8 @@ class Hardware(_Part):
         slots: ranks that compute at full speed on one host: devices, or CPU cores.
         memory_bytes: of one device; of a whole host where `shared_memory` (CPU ranks share it).
         baseline_bytes: of a rank before it holds anything of a run: libraries, allocator, CUDA context.
+        host_memory_bytes: of a host whose ranks compute on devices; None where nobody knows, or the host is what computes.
+        host_baseline_bytes: of such a rank on the host, before it holds anything of a run.
         main_extra_bytes: what rank 0 holds beyond that (data preparation, report).
         activation_slack: memory that passes take over what their tensors add up to (allocator).
         measured: which of the numbers were measured rather than assumed.
@@ -108,6 +114,8 @@ class Hardware(_Part):
     shared_memory: bool = False
     baseline_bytes: float = Field(ge=0)
     main_extra_bytes: float = Field(0.0, ge=0)
+    host_memory_bytes: float | None = Field(None, gt=0)
+    host_baseline_bytes: float = Field(0.0, ge=0)
     activation_slack: float = Field(1.15, gt=0)
     compute: Compute
     network: Network
@@ -125,6 +133,11 @@ class Hardware(_Part):
             return self.compute
         # Cores in use share caches and memory channels even while every rank has its own.
         return self.compute.slower(self.compute.crowding if ranks_per_host <= self.slots else self.compute.oversubscription)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Between which factors of a predicted time the true one is taken to lie."""
+        return (1.0, 1.0) if self.measured else TABLE_SPREAD
 
     def origin(self, hosts: int) -> str:
         """Where the numbers of a plan on so many hosts are from, for a heading."""
@@ -198,6 +211,8 @@ def _assumed(name: str, entry: dict[str, Any]) -> Hardware:
         memory_bytes=entry["memory_gb"] * 1e9,
         shared_memory=entry["kind"] == "cpu",
         baseline_bytes=efficiency["baseline_gb"] * 1e9,
+        host_memory_bytes=entry["host_memory_gb"] * 1e9 if "host_memory_gb" in entry else None,
+        host_baseline_bytes=efficiency.get("host_gb", 0.0) * 1e9,
         compute=compute,
         network=Network(all_to_all=links, all_reduce=links, control=host),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fedmoe_ds.distributed.topology import ParallelLayout
-from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 
@@ -28,16 +27,42 @@ def legal_sizes(world_size: int, num_experts: int) -> list[int]:
     return [size for size in range(1, most + 1) if world_size % size == 0 and num_experts % size == 0]
 
 
-def check_fits(needed: int, available: float, ep_size: int, in_flight: int | None) -> None:
-    """Raise UserError where a rank would hold more than there is."""
+HEADROOM = 0.9
+"""Share of a rank's memory that a recommendation may take: estimates err, and allocators fragment."""
+
+
+def shortage(needed: int, available: float, ep_size: int, in_flight: int | None, share: float = 1.0) -> str | None:
+    """What is wrong where a rank would hold more than this share of what there is."""
     # An exact fit passes: the estimate contains the allocator's slack already.
-    if needed > available:
-        flight = "all clients" if in_flight is None else f"{in_flight} clients"
-        raise UserError(
-            f"memory: {needed / 2**30:.1f} GiB per rank at ep_size {ep_size} with {flight} in flight: a rank has "
-            f"{available / 2**30:.1f} GiB; use a larger topology.ep_size, fewer execution.clients_in_flight, or "
-            "execution.activation_checkpointing=true"
-        )
+    if needed <= share * available:
+        return None
+    flight = "all clients" if in_flight is None else f"{in_flight} clients"
+    part = "" if share == 1.0 else f", {100 * share:.0f} % of which may be planned with"
+    return (
+        f"memory: {needed / 2**30:.1f} GiB per rank at ep_size {ep_size} with {flight} in flight: a rank has "
+        f"{available / 2**30:.1f} GiB{part}"
+    )
+
+
+def host_shortage(needed: int, ranks_per_host: int, available: float | None) -> str | None:
+    """The same of a host whose ranks compute on devices, and hold `needed` bytes each beside them."""
+    if available is None or needed * ranks_per_host <= available:
+        return None
+    return (
+        f"memory: {needed * ranks_per_host / 2**30:.1f} GiB on a host for {ranks_per_host} ranks (personal state, the "
+        f"checkpoint's copy): a host has {available / 2**30:.1f} GiB; use fewer ranks per host, a larger topology.ep_size, "
+        "a smaller adapters.rank, or fewer clients"
+    )
+
+
+def tight(needed: int, available: float) -> str | None:
+    """A warning where a run fits, but so narrowly that nothing would recommend it."""
+    if needed <= HEADROOM * available:
+        return None
+    return (
+        f"{100 * needed / available:.0f} % of a rank's memory is planned for; above {100 * HEADROOM:.0f} % an error of the "
+        "estimate ends the run"
+    )
 
 
 def idle_clusters(clusters: int, participants: int) -> str | None:
@@ -48,4 +73,14 @@ def idle_clusters(clusters: int, participants: int) -> str | None:
     return (
         f"{clusters - participants} of {clusters} clusters are idle: a round has {participants} participants; raise "
         "federation.participation, or use a larger topology.ep_size"
+    )
+
+
+def idle_ranks(homeless: int, ranks: int, clusters: int, participants: int) -> str | None:
+    """A warning where clusters have clients, but many of their ranks none."""
+    if homeless * 4 < ranks or clusters > participants:
+        return None
+    return (
+        f"{homeless} of {ranks} ranks have no client of their own in a round of {participants} participants: they serve their "
+        "experts and wait; raise federation.participation, or use fewer ranks"
     )

@@ -1,10 +1,6 @@
 """Memory: what one rank will hold, estimated before anything is allocated.
 
-Legend: L layers, E experts held by a rank, C clients, D model width, F expert width, R adapter rank, T token rows of a pass,
-K top-k.
-
-Everything but activations is exact arithmetic on shapes. Activations are counted tensor by tensor for one pass and leave out
-what an allocator loses between tensors of unequal sizes; the planner adds that from a calibration.
+Everything but activations is exact arithmetic on shapes; those are counted tensor by tensor in `activations.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +11,10 @@ from fedmoe_ds.aggregation.server_optimizer import server_moments
 from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.model.adapter_bank import BlockSpec, base_block, lora_pairs, shared_blocks
-from fedmoe_ds.model.cross_entropy import COPIES, chunk_rows
+from fedmoe_ds.planner.activations import FP32, activations
 
-FP32 = 4
 PASS = "activations of a pass"  # noqa: S105  (not a password)
-COPY = "checkpoint's copy"
+COPY, PERSONAL = "checkpoint's copy", "personal state"
 
 
 def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, int]:
@@ -77,53 +72,15 @@ def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
     merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
     shared = sum(parameters_per_client(shared_blocks(blocks), held))
     found = {
-        "personal state": clients * sum(parameters_per_client(personal, held)),
+        PERSONAL: clients * sum(parameters_per_client(personal, held)),
         "collected factors": drawn * sum(parameters_per_client(halves, held)),
         "server state": server * shared + sum(parameters_per_client(merged, held)),
     }
     if config.checkpoint.background:
         # Only what changes: frozen weights are in no checkpoint.
         adapters = sum(parameters_per_client([block for block in blocks if not block.personal], held))
-        found[COPY] = adapters + found["personal state"] + found["server state"]
+        found[COPY] = adapters + found[PERSONAL] + found["server state"]
     return {name: count * FP32 for name, count in found.items() if count}
-
-
-def activations(spec: RunSpec, clients: int, length: int, active: float | None = None) -> int:
-    """Bytes of a pass of so many clients with `active` experts each and full sequences: what is kept, and one layer's backward.
-
-    Packed samples are no more tokens than so many full sequences: for them, too, this is an upper bound. The rows that arrive
-    at a rank's experts are taken to be as many as leave it. Backward, a layer holds beside them the gradients of its rows,
-    results and inner values; with expert parallelism also what is on its way.
-    """
-    config, model, expert_layout = spec.config, spec.size, spec.expert_layout
-    sequences = config.execution.micro_batch_size or config.local.batch_size
-    tokens = clients * sequences * length
-    dense = 12 * model.hidden + 4 * config.adapters.rank
-    if not expert_layout.layers:
-        # The frozen block keeps what its own backward needs, and every pair its rows of rank R.
-        dense += 4 * model.ffn + config.adapters.rank * len(lora_pairs(spec.blocks))
-        return _kept(spec, tokens, dense, tokens * 3 * (model.hidden + model.ffn))
-    inner = (expert_layout.matrices - 1) * expert_layout.ffn  # gate and up rows, or one bottleneck
-    active = expert_layout.top_k if active is None else active
-    routed = active * (model.hidden + inner + 2 * config.adapters.rank + 4) + 4 * expert_layout.num_experts
-    # On its way: rows sent and rows received.
-    travelling = 2 if config.topology.ep_size > 1 else 0
-    return _kept(spec, tokens, dense + routed, tokens * active * ((3 + travelling) * model.hidden + 3 * inner))
-
-
-def _kept(spec: RunSpec, tokens: int, per_row: float, backward: float) -> int:
-    """Bytes, from the numbers that a layer keeps of a token row, and those that its backward pass needs beside them."""
-    config, model = spec.config, spec.size
-    # With checkpointing one layer at a time is recomputed; only every layer's input is kept.
-    kept_layers = 1 if config.execution.activation_checkpointing else model.layers
-    checkpoints = tokens * model.hidden * model.layers if config.execution.activation_checkpointing else 0
-    # Dropout keeps no mask; while a projection computes there are its mask, what is let through, and that part's gradient.
-    widest = max(model.hidden, model.ffn if config.adapters.feed_forward else 0)
-    dropped = 3 * tokens * widest if config.adapters.dropout and config.adapters.projections else 0
-    # The head's: the gradient of the hidden states is kept, a chunk of logits is gone before the backward pass begins.
-    kept = kept_layers * tokens * per_row + checkpoints + tokens * model.hidden
-    chunk = COPIES * FP32 * min(tokens, chunk_rows(model.vocabulary)) * model.vocabulary
-    return int(kept * spec.row_bytes + max((backward + dropped) * spec.row_bytes, chunk))
 
 
 def format_bytes(count: float) -> str:

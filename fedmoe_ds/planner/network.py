@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from fedmoe_ds.planner.hardware import Hardware, Link, Links
 from fedmoe_ds.planner.world import World
+
+Amount = Any
+"""A number, or float64 [n]."""
 
 
 @dataclass
@@ -58,22 +64,24 @@ class Network:
     traffic: dict[str, Traffic] = field(default_factory=dict)
 
     @property
-    def _crowding(self) -> float:
+    def crowding(self) -> float:
         """On CPU the cores that compute also carry messages: more ranks than cores slow both down."""
         if self.hardware.kind != "cpu":
             return 1.0
         return max(1.0, self.world.ranks_per_host / self.hardware.slots)
 
-    def _book(self, name: str, calls: float, size: float, each: float) -> float:
-        seconds = calls * each * self._crowding
+    def _book(self, name: str, group: Group, calls: float, size: float, each: float) -> float:
+        if group.size == 1:
+            return 0.0
+        seconds = calls * each * self.crowding
         # Calls of one rank: every rank of a group books the same ones.
         self.traffic.setdefault(name, Traffic()).add(calls, calls * size, seconds)
         return seconds
 
-    def all_to_all(self, group: Group, calls: float, size: float) -> float:
-        """Seconds of `calls` exchanges of `size` bytes per rank, split evenly among the peers."""
+    def all_to_all_seconds(self, group: Group, size: Amount) -> Amount:
+        """Seconds of one exchange of `size` bytes per rank, split evenly among the peers."""
         if group.size == 1:
-            return 0.0
+            return 0.0 * size
         links, peers = self.hardware.network.all_to_all, group.size - 1
         link = _slowest(links, group)
         # Peers on the same host, apart from this rank.
@@ -82,34 +90,40 @@ class Network:
         moving = near * each / links.intra.bytes_per_s
         if group.hosts > 1:
             # Both links work at the same time, so the slower one counts and not the sum.
-            moving = max(moving, (peers - near) * each / links.inter.bytes_per_s)
-        return self._book("all_to_all", calls, size, link.alpha_s + link.peer_s * (peers - 1) + moving)
+            moving = np.maximum(moving, (peers - near) * each / links.inter.bytes_per_s)
+        return link.alpha_s + link.peer_s * (peers - 1) + moving
 
-    def all_gather(self, group: Group, calls: float, size: float) -> float:
-        """Every rank's `size` bytes to everybody."""
-        if group.size == 1:
-            return 0.0
-        link = _slowest(self.hardware.network.all_to_all, group)
-        peers = group.size - 1
-        return self._book("all_gather", calls, size, link.alpha_s + link.peer_s * (peers - 1) + peers * size / link.bytes_per_s)
+    def all_gather_seconds(self, group: Group, size: Amount) -> Amount:
+        """Seconds of one gather of every rank's `size` bytes by everybody."""
+        return _gathered(self.hardware.network.all_to_all, group, size)
+
+    def control_seconds(self, group: Group, size: Amount) -> Amount:
+        """The same among hosts' processes, beside the devices."""
+        return _gathered(self.hardware.network.control, group, size)
+
+    def all_to_all(self, group: Group, calls: float, size: float) -> float:
+        """Book `calls` exchanges of `size` bytes per rank; their seconds."""
+        return self._book("all_to_all", group, calls, size, float(self.all_to_all_seconds(group, size)))
 
     def all_reduce(self, group: Group, calls: float, size: float) -> float:
         """Sum of `size` bytes: every rank sends and receives 2 (n - 1) / n of them."""
-        if group.size == 1:
-            return 0.0
         link = _slowest(self.hardware.network.all_reduce, group)
         share = 2.0 * (group.size - 1) / group.size
         # Latency grows with the depth of a tree; bytes are those of a ring.
         turns = math.ceil(math.log2(group.size))
         each = link.alpha_s + link.peer_s * (turns - 1) + share * size / link.bytes_per_s
-        return self._book("all_reduce", calls, size, each)
+        return self._book("all_reduce", group, calls, size, each)
 
     def control(self, group: Group, calls: float, size: float) -> float:
         """Host-side messages: every rank's `size` bytes to everybody."""
-        if group.size == 1:
-            return 0.0
-        link, peers = _slowest(self.hardware.network.control, group), group.size - 1
-        return self._book("control", calls, size, link.alpha_s + link.peer_s * (peers - 1) + peers * size / link.bytes_per_s)
+        return self._book("control", group, calls, size, float(self.control_seconds(group, size)))
+
+
+def _gathered(links: Links, group: Group, size: Amount) -> Amount:
+    if group.size == 1:
+        return 0.0 * size
+    link, peers = _slowest(links, group), group.size - 1
+    return link.alpha_s + link.peer_s * (peers - 1) + peers * size / link.bytes_per_s
 
 
 def _slowest(links: Links, group: Group) -> Link:

@@ -7,11 +7,13 @@ from typing import Any
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.topology import check_layout
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner import text
+from fedmoe_ds.planner.advice import advice
 from fedmoe_ds.planner.evaluation import evaluation_seconds
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import Hardware
-from fedmoe_ds.planner.legality import check_fits, check_world, idle_clusters
+from fedmoe_ds.planner.legality import check_world, host_shortage, idle_clusters, idle_ranks, shortage, tight
 from fedmoe_ds.planner.prediction import Prediction, predict_job
 from fedmoe_ds.planner.search import Choice, Refusal, search
 from fedmoe_ds.planner.verify import Verified, verify
@@ -48,10 +50,10 @@ class Plan:
         parts = [
             text.heading(self.job, self.world, self.hardware) + [f"warning: {warning}" for warning in self.warnings],
             text.layout_lines(self.job, self.world, ep_size, self.prediction),
-            text.memory_lines(self.prediction, self.hardware.available(self.world.ranks_per_host)),
-            text.round_lines(self.prediction),
+            text.memory_lines(self.prediction, self.hardware, self.world),
+            text.round_lines(self.prediction, self.hardware.spread),
             text.flops_lines(self.job, tier_flops(self.job)),
-            text.search_lines(self.choices, self.refusals) if self.choices else [],
+            text.search_lines(self.choices, self.refusals, self.hardware.spread) if self.choices else [],
             text.study_lines(self.world, self.hardware, self.seed_seconds, config.federation.rounds, self.seeds),
             text.verify_lines(self.verified, self.world) if self.verified else [],
         ]
@@ -70,6 +72,9 @@ class Plan:
             "train": chosen.train_split,
             "bytes": chosen.bytes,
             "memory": chosen.memory,
+            "host_memory": chosen.host_memory,
+            "spread": list(self.hardware.spread),
+            "ranks_without_clients": chosen.homeless,
             "balance": chosen.balance,
             "tokens": chosen.tokens,
             "flops": {tier.label: tier.total for tier in tier_flops(self.job)},
@@ -102,12 +107,29 @@ def plan(
     check_world(job, config.topology.ep_size, world)
     flight = config.execution.clients_in_flight
     first = predict_job(job, layout.ep_size, flight, world, hardware)
+    drawn, available = len(job.participants(1)), hardware.available(world.ranks_per_host)
     evaluation_s = evaluation_seconds(job, layout.ep_size, world, hardware)
     choices, refusals = search(job, world, hardware) if searching else ([], [])
-    check_fits(first.memory_total, hardware.available(world.ranks_per_host), layout.ep_size, flight)
+    _check_memory(job, first, world, hardware)
     verified = None
     if verify_ranks is not None:
         ranks = list(range(world.ranks)) if verify_ranks == "all" else None
         verified = verify(config.topology, layout, job.expert_layout.num_experts, ranks, hardware.kind)
-    warning = idle_clusters(layout.clusters, len(job.participants(1)))
-    return Plan(job, world, hardware, first, evaluation_s, choices, refusals, verified, [warning] if warning else [], seeds)
+    warnings = [
+        idle_clusters(layout.clusters, drawn),
+        idle_ranks(first.homeless, world.ranks, layout.clusters, drawn),
+        tight(first.memory_total, available),
+    ]
+    told = [warning for warning in warnings if warning]
+    return Plan(job, world, hardware, first, evaluation_s, choices, refusals, verified, told, seeds)
+
+
+def _check_memory(job: Job, found: Prediction, world: World, hardware: Hardware) -> None:
+    """Raise UserError where a rank or a host would hold more than there is, with what would help."""
+    ep_size, flight = job.config.topology.ep_size, job.config.execution.clients_in_flight
+    wrong = shortage(found.memory_total, hardware.available(world.ranks_per_host), ep_size, flight)
+    if wrong is not None:
+        raise UserError(f"{wrong}; {advice(job, ep_size, flight, world, hardware, len(job.participants(1)))}")
+    wrong = host_shortage(sum(found.host_memory.values()), world.ranks_per_host, hardware.host_memory_bytes)
+    if wrong is not None:
+        raise UserError(wrong)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import home_clients, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
+from fedmoe_ds.planner.client_costs import ClientCosts
+from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
 from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
-from fedmoe_ds.planner.memory import COPY, PASS, estimate, outlasting, parameters_per_client
+from fedmoe_ds.planner.memory import parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
+from fedmoe_ds.planner.rank_memory import host_memory, rank_memory
 from fedmoe_ds.planner.training import Spent, WaveModel
 from fedmoe_ds.planner.work import stage_seconds
 from fedmoe_ds.planner.workload import Job, resolve
@@ -34,18 +36,22 @@ class Prediction:
         train_split: seconds of `train` by cause.
         traffic: by collective, on one rank.
         memory: bytes per rank by purpose, the process itself included.
+        host_memory: bytes per rank by purpose on the host of a device; empty where ranks compute on the host.
         tokens: trained in the round, over all clusters.
         work: predicted compute seconds of every cluster: the balance of the schedule.
         waves: most waves of a cluster.
+        homeless: ranks on which no client of the round is at home: they serve their experts alone.
     """
 
     seconds: dict[str, float]
     train_split: dict[str, float]
     traffic: dict[str, Traffic]
     memory: dict[str, int]
+    host_memory: dict[str, int]
     tokens: int
     work: list[float] = field(repr=False)
     waves: int
+    homeless: int
 
     @property
     def round_seconds(self) -> float:
@@ -80,24 +86,31 @@ def predict(config: Config, world: World, hardware: Hardware, round_index: int =
 
 
 def predict_job(
-    job: Job, ep_size: int, in_flight: int | None, world: World, hardware: Hardware, round_index: int = 1
+    job: Job,
+    ep_size: int,
+    in_flight: int | None,
+    world: World,
+    hardware: Hardware,
+    round_index: int = 1,
+    costs: ClientCosts | None = None,
 ) -> Prediction:
-    """The same for a resolved job, with ep_size and clients in flight as given."""
+    """The same for a resolved job, with ep_size and clients in flight as given.
+
+    Args:
+        costs: of the round's clients on this hardware, where they are known; they are the same in every topology of a world.
+    """
     check_world(job, ep_size, world)
     clusters = world.ranks // ep_size
-    chosen = job.participants(round_index)
-    network = Network(hardware, world)
-    group = Group.cluster(world, ep_size)
-    home = home_clients(in_flight, len(chosen), ep_size)
-    model = WaveModel(job, hardware, network, ep_size, home, group)
-    plan = schedule(chosen, job.cost, job.config.local, clusters, ep_size, in_flight)
-    spent, traffic = _slowest(model, network, plan, round_index)
-    network.traffic = traffic
+    costs = costs or ClientCosts.of(job, hardware, world.ranks_per_host, round_index)
+    drawn, network = len(costs.chosen), Network(hardware, world)
+    model = WaveModel(job, hardware, network, ep_size, home_clients(in_flight, drawn, ep_size), costs)
+    plan = schedule(costs.chosen, job.cost, job.config.local, clusters, ep_size, in_flight)
+    spent, network.traffic = model.clusters(plan)
     train = _shared_cores(spent, world, hardware, clusters)
     # Clusters meet only at the aggregation, so a round waits for the slowest one.
     slowest = max(spent, key=lambda cluster: cluster.total)
-    seconds = {"schedule": _schedule(job, hardware, len(chosen)), "train": train}
-    seconds["aggregate"] = _aggregate(job, network, hardware, ep_size, len(chosen))
+    seconds = {"schedule": SCHEDULE_S[0] + SCHEDULE_S[1] * drawn, "train": train}
+    seconds["aggregate"] = _aggregate(job, network, hardware, ep_size, drawn)
     seconds["evaluate"] = one_evaluation_seconds(job, network, hardware, ep_size, Evaluation.of(job, round_index))
     split = dict(slowest.parts)
     if train > slowest.total:
@@ -106,29 +119,18 @@ def predict_job(
         seconds,
         split,
         network.traffic,
-        predict_memory(job, ep_size, in_flight, hardware, len(chosen), plan),
-        int(sum(job.steps(client, round_index).rows.sum() for client in chosen)),
+        rank_memory(job, ep_size, in_flight, hardware, drawn, plan),
+        host_memory(job, ep_size, hardware, drawn),
+        costs.tokens,
         [cluster.work for cluster in spent],
         max(map(len, plan)),
+        _homeless(plan, ep_size),
     )
 
 
-def _slowest(
-    model: WaveModel, network: Network, plan: list[list[list[list[Client]]]], round_index: int
-) -> tuple[list[Spent], dict[str, Traffic]]:
-    """Every cluster's training, and the traffic of the slowest one."""
-    found: list[tuple[Spent, dict[str, Traffic]]] = []
-    for waves in plan:
-        # Booked per cluster: the prediction shows one rank's bytes, not the sum of all.
-        network.traffic = {}
-        total = Spent()
-        for wave in waves:
-            spent = model.wave(wave, round_index)
-            total.work += spent.work
-            for cause, seconds in spent.parts.items():
-                total.add(cause, seconds)
-        found.append((total, network.traffic))
-    return [spent for spent, _ in found], max(found, key=lambda pair: pair[0].total)[1]
+def _homeless(plan: list[list[Wave]], ep_size: int) -> int:
+    """Ranks without a client at home in any wave."""
+    return sum(not any(wave[rank] for wave in waves) for waves in plan for rank in range(ep_size))
 
 
 def _shared_cores(spent: list[Spent], world: World, hardware: Hardware, clusters: int) -> float:
@@ -152,11 +154,6 @@ def _share(hardware: Hardware, world: World) -> float:
     return max(1.0, world.ranks_per_host / hardware.slots) if hardware.kind == "cpu" else 1.0
 
 
-def _schedule(job: Job, hardware: Hardware, participants: int) -> float:
-    # Calls of the schedule itself, counted once and per participant.
-    return (50 + 20 * participants) * hardware.compute.call_s
-
-
 def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, participants: int) -> float:
     """Sums over clusters, reports, server step."""
     world, compute = network.world, hardware.crowded(network.world.ranks_per_host)
@@ -178,11 +175,14 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
             seconds += network.all_reduce(group, times, (numbers + heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
-    expert_layout, tiers = job.expert_layout, len(tiers_of(job.clients))
+    expert_layout, tiers = job.expert_layout, len(job.by_tier)
     personal = [spec for spec in job.blocks if spec.personal] + job.method.client_state(job.blocks)
-    seconds += network.control(everyone, 1 + bool(personal), participants / world.ranks * REPORT_BYTES)
-    seconds += network.control(everyone, 1, tiers * len(expert_layout.layers) * expert_layout.num_experts * 8 / world.ranks)
-    seconds += network.control(everyone, 1 + 2 * len(personal), 4 * participants / world.ranks)
+    # Reports, activation counts and personal values are what these calls carry; most carry a word.
+    calls = CONTROL.per_round + bool(personal) * CONTROL.personal + CONTROL.per_personal_block * len(personal)
+    calls += CONTROL.per_checkpoint / job.config.checkpoint.every
+    counts = tiers * len(expert_layout.layers) * expert_layout.num_experts * 8
+    carried = participants * (REPORT_BYTES + 4 * len(personal)) + counts
+    seconds += network.control(everyone, calls, carried / world.ranks / calls)
     served = stage_seconds(compute, "serve", sum(parameters_per_client(shared_blocks(job.blocks), held)), len(job.blocks))
     return seconds + served * _share(hardware, world)
 
@@ -200,47 +200,3 @@ def _collect(job: Job, network: Network, ep_size: int, participants: int) -> flo
             seconds += network.all_reduce(group, 1, 4 * participants * sum(parameters_per_client(specs, held)))
             seconds += network.all_reduce(group, 1, 8 * participants * weights)
     return seconds
-
-
-def shared_passes(plan: list[list[Wave]]) -> set[tuple[int, float]]:
-    """(clients of a rank, their mean number of active experts) of all passes that clients share.
-
-    Rows of a whole wave meet at the experts, the same number on every rank of its cluster.
-    """
-    found = set()
-    for wave in (wave for waves in plan for wave in waves):
-        arriving = sum(client.cap for home in wave for client in home) / len(wave)
-        found |= {(len(home), arriving / len(home)) for home in wave if home}
-    return found
-
-
-def predict_memory(
-    job: Job,
-    ep_size: int,
-    in_flight: int | None,
-    hardware: Hardware,
-    participants: int,
-    plan: list[list[Wave]] | None = None,
-) -> dict[str, int]:
-    """Bytes of rank 0 by purpose; the other ranks hold as much or less.
-
-    Args:
-        plan: waves of every cluster, where a schedule is known; else all slots are taken by clients of the largest cap.
-    """
-    topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
-    execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
-    spec = replace(job, config=job.config.model_copy(update={"topology": topology, "execution": execution}))
-    home = home_clients(in_flight, participants, ep_size)
-    passes: set[tuple[int, float | None]] = {(home, None)}
-    if not spec.shares_passes:
-        passes = {(1, None)}
-    elif plan is not None:
-        passes = {*shared_passes(plan)} or passes
-    held = (estimate(spec, home, job.length, *each) for each in passes)
-    # The pass with the largest activations decides; everything else is the same in all of them.
-    found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
-    found[PASS] = int(found[PASS] * hardware.activation_slack)
-    found |= outlasting(spec, len(job.clients), participants)
-    if hardware.kind == "cuda":
-        found.pop(COPY, None)  # lies in the host's memory
-    return found

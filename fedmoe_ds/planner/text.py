@@ -46,6 +46,25 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds < 600 else f"{seconds / 3600:.2f} h"
 
 
+Spread = tuple[float, float]
+
+
+def format_span(seconds: float, spread: Spread = (1.0, 1.0)) -> str:
+    """A duration with three digits, or from where to where it may be with two."""
+    if spread == (1.0, 1.0):
+        return format_seconds(seconds)
+    low, high = (seconds * factor for factor in spread)
+    factor, unit = next((f, u) for f, u in _UNITS if high < 600 * f or u == "h")
+    return f"{_two_digits(low / factor)} to {_two_digits(high / factor)} {unit}"
+
+
+_UNITS = ((1e-6, "us"), (1e-3, "ms"), (1.0, "s"), (3600.0, "h"))
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"
+
+
 def heading(job: Job, world: World, hardware: Hardware) -> list[str]:
     """World, machine, federation."""
     config, expert_layout, drawn = job.config, job.expert_layout, len(job.participants(1))
@@ -73,6 +92,7 @@ def data_lines(job: Job) -> list[str]:
 def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -> list[str]:
     """Clusters with their ranks, hosts and work."""
     clusters = world.ranks // ep_size
+    alone = f"; {prediction.homeless} of {world.ranks} ranks without a client" if prediction.homeless else ""
     # `or 1.0`: where no cluster has work, nothing is divided by zero.
     mean = sum(prediction.work) / clusters or 1.0
     rows = []
@@ -84,41 +104,51 @@ def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -
     experts = f", {local} experts per rank and layer" if local else ""
     return [
         f"topology: {clusters} clusters x ep_size {ep_size}{experts}; work of the busiest cluster / "
-        f"mean: {prediction.balance:.3f}; {prediction.waves} waves",
+        f"mean: {prediction.balance:.3f}; {prediction.waves} waves{alone}",
         *aligned(["cluster", "ranks", "hosts", "work / mean"], summarised(rows)),
     ]
 
 
-def memory_lines(prediction: Prediction, available: float) -> list[str]:
-    """Memory of one rank by purpose."""
+def memory_lines(prediction: Prediction, hardware: Hardware, world: World) -> list[str]:
+    """Memory of one rank by purpose, and of its host where ranks compute on devices."""
+    available = hardware.available(world.ranks_per_host)
     rows = [[name, format_bytes(count)] for name, count in prediction.memory.items()]
     rows += [["total", format_bytes(prediction.memory_total)], ["available", format_bytes(available)]]
-    return ["memory per rank:", *aligned(["purpose", "bytes"], rows)]
+    lines = ["memory per rank:", *aligned(["purpose", "bytes"], rows)]
+    if not prediction.host_memory:
+        return lines
+    rows = [[name, format_bytes(count)] for name, count in prediction.host_memory.items()]
+    whole = sum(prediction.host_memory.values()) * world.ranks_per_host
+    rows.append([f"all {world.ranks_per_host} ranks of a host", format_bytes(whole)])
+    if hardware.host_memory_bytes is not None:
+        rows.append(["available", format_bytes(hardware.host_memory_bytes)])
+    return [*lines, "host memory per rank:", *aligned(["purpose", "bytes"], rows)]
 
 
-def round_lines(prediction: Prediction) -> list[str]:
+def round_lines(prediction: Prediction, spread: Spread) -> list[str]:
     """Seconds by phase and cause, traffic by collective."""
     total = prediction.round_seconds
-    phases = [[name, format_seconds(s), f"{100 * s / total:.1f} %"] for name, s in prediction.seconds.items()]
-    phases.append(["round", format_seconds(total), f"{prediction.tokens / total:.4g} tokens/s"])
+    phases = [[name, format_span(s, spread), f"{100 * s / total:.1f} %"] for name, s in prediction.seconds.items()]
+    rates = [f"{prediction.tokens / total / factor:.{2 if factor != 1 else 4}g}" for factor in sorted({*spread}, reverse=True)]
+    phases.append(["round", format_span(total, spread), f"{' to '.join(rates)} tokens/s"])
     trained = prediction.seconds["train"] or 1.0
-    causes = [[n, format_seconds(s), f"{100 * s / trained:.1f} %"] for n, s in prediction.train_split.items() if s]
+    causes = [[n, format_span(s, spread), f"{100 * s / trained:.1f} %"] for n, s in prediction.train_split.items() if s]
     lines = ["round 1 by phase:", *aligned(["phase", "time", ""], phases)]
     lines += ["of which training:", *aligned(["cause", "time", ""], causes)]
     if not prediction.traffic:
         return [*lines, "network: none, one rank"]
-    rows = [[n, f"{t.calls:.0f}", format_bytes(t.bytes), format_seconds(t.seconds)] for n, t in prediction.traffic.items()]
+    rows = [[n, f"{t.calls:.0f}", format_bytes(t.bytes), format_span(t.seconds, spread)] for n, t in prediction.traffic.items()]
     return [*lines, "network per rank and round:", *aligned(["collective", "calls", "bytes", "time"], rows)]
 
 
-def search_lines(choices: list[Choice], refusals: list[Refusal], shown: int = 8) -> list[str]:
+def search_lines(choices: list[Choice], refusals: list[Refusal], spread: Spread, shown: int = 8) -> list[str]:
     """The best combinations, and why others are refused."""
     rows = []
     for choice in choices[:shown]:
         p = choice.prediction
         moved = sum(p.bytes.values())
         rows.append(
-            [f"{choice.clusters} x {choice.ep_size}", str(choice.in_flight), format_seconds(p.round_seconds),
+            [f"{choice.clusters} x {choice.ep_size}", str(choice.in_flight), format_span(p.round_seconds, spread),
              format_bytes(p.memory_total), format_bytes(moved), f"{p.balance:.2f}"]
         )  # fmt: skip
     best = choices[0]
@@ -148,10 +178,12 @@ def flops_lines(job: Job, tiers: list[TierFlops]) -> list[str]:
 
 def study_lines(world: World, hardware: Hardware, seconds: float, rounds: int, seeds: int) -> list[str]:
     """The whole study."""
-    hours, unit = seconds / 3600, "rank-hours" if hardware.kind == "cpu" else "GPU-hours"
+    unit = "rank-hours" if hardware.kind == "cpu" else "GPU-hours"
+    hours = [seconds / 3600 * world.ranks * seeds * factor for factor in sorted({*hardware.spread})]
+    paid = f"{hours[0]:.4g}" if len(hours) == 1 else " to ".join(map(_two_digits, hours))
     return [
-        f"study: {rounds} rounds x {seeds} seeds: {format_seconds(seconds)} per seed, "
-        f"{hours * world.ranks * seeds:.4g} {unit} in all with every evaluation (start-up and checkpoints not counted)"
+        f"study: {rounds} rounds x {seeds} seeds: {format_span(seconds, hardware.spread)} per seed, "
+        f"{paid} {unit} in all with every evaluation (start-up and checkpoints not counted)"
     ]
 
 

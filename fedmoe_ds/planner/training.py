@@ -3,30 +3,39 @@
 All ranks of a cluster meet in every layer of every pass, so a pass takes as long as its slowest rank. Ranks of a host share its
 cores: where there are more ranks than cores, a pass takes at least the work of all of them over the cores.
 
-Legend: C clients of a wave, P ranks of a cluster, N local steps.
+All waves of a plan are computed at once. Legend: C clients of a round, W waves of all clusters, P ranks of a cluster, N local
+steps of the client with the most.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.methods import Method
+from fedmoe_ds.planner.activations import FP32
+from fedmoe_ds.planner.client_costs import ClientCosts
+from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
-from fedmoe_ds.planner.memory import FP32, parameters_per_client
-from fedmoe_ds.planner.network import Group, Network
-from fedmoe_ds.planner.work import PassWork, Rows, stage_seconds
+from fedmoe_ds.planner.memory import parameters_per_client
+from fedmoe_ds.planner.network import Group, Network, Traffic
+from fedmoe_ds.planner.work import PassWork, stage_seconds
 from fedmoe_ds.planner.workload import Job
 
-Seconds = NDArray[np.float64]
+Floats = NDArray[np.float64]
+Places = NDArray[np.int64]
+
+_CELLS = 2**22
+"""Numbers of a table [W, P, N] at a time: 32 MiB of float64."""
 
 
-def exchanged(job: Job, training: bool, routed: float) -> tuple[float, float]:
+def exchanged(job: Job, training: bool, routed: float | Floats) -> tuple[float, float | Floats]:
     """(token all-to-alls of a pass, numbers that a rank hands over in them) when `routed` rows of a layer leave it.
 
     Of a layer: row counts (not in the numbers); rows, weights and results forward; the gradients of these three backward, but
@@ -42,43 +51,60 @@ def exchanged(job: Job, training: bool, routed: float) -> tuple[float, float]:
     return (1 + again) * calls + 2 * layers + below, (1 + again) * numbers + routed * (layers * (width + 1) + below * width)
 
 
-@dataclass(frozen=True)
-class ClientCost:
-    """One client's local steps, [N] each: seconds of its rows outside the experts, routed rows of a layer, passes."""
-
-    home: Seconds
-    routed: Seconds
-    passes: Seconds
-
-
 @dataclass
 class Spent:
-    """Seconds of a wave or of a cluster's waves on the critical path, by cause; `work` is what all its ranks compute."""
+    """Seconds of a cluster's waves on the critical path, by cause; `work` is what all its ranks compute."""
 
     parts: dict[str, float] = field(default_factory=dict)
     work: float = 0.0
-
-    def add(self, cause: str, seconds: float) -> None:
-        self.parts[cause] = self.parts.get(cause, 0.0) + seconds
 
     @property
     def total(self) -> float:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class _Seats:
+    """Who trains where: wave, rank, place on the rank and row of the costs, [C] each; and the cluster of every wave, [W]."""
+
+    wave: Places
+    rank: Places
+    slot: Places
+    row: Places
+    cluster: Places
+
+    @classmethod
+    def of(cls, plan: list[list[Wave]], costs: ClientCosts) -> _Seats:
+        seats, clusters, wave = [], [], 0
+        for cluster, waves in enumerate(plan):
+            for homes in waves:
+                clusters.append(cluster)
+                for rank, home in enumerate(homes):
+                    seats += [(wave, rank, slot, costs.row[client.index]) for slot, client in enumerate(home)]
+                wave += 1
+        return cls(*np.array(seats, dtype=np.int64).reshape(-1, 4).T, np.array(clusters, dtype=np.int64))
+
+    def chunks(self, ranks: int, steps_C: Places) -> Iterator[tuple[slice, slice]]:
+        """(seats, waves) of so few waves that their tables stay small. Seats are in the order of waves."""
+        most = max(1, _CELLS // max(1, ranks * int(steps_C.max(initial=1))))
+        for first in range(0, len(self.cluster), most):
+            last = min(first + most, len(self.cluster))
+            begin, end = np.searchsorted(self.wave, [first, last])
+            yield slice(int(begin), int(end)), slice(first, last)
+
+
 class WaveModel:
-    """Predicts waves of one job on one kind of machine.
+    """Predicts the waves of one job on one kind of machine.
 
     Args:
         ep_size: ranks of a cluster.
         home: client slots per rank.
     """
 
-    def __init__(self, job: Job, hardware: Hardware, network: Network, ep_size: int, home: int, group: Group) -> None:
+    def __init__(self, job: Job, hardware: Hardware, network: Network, ep_size: int, home: int, costs: ClientCosts) -> None:
         self.job, self.hardware, self.network, self.ep_size, self.home_clients = job, hardware, network, ep_size, home
-        self.group = group
-        self.compute, self.dtype = hardware.crowded(network.world.ranks_per_host), job.config.foundation.dtype
-        self.shared = job.shares_passes
+        self.group, self.costs = Group.cluster(network.world, ep_size), costs
+        self.compute = hardware.crowded(network.world.ranks_per_host)
         self.work = PassWork(job, training=True)
         self.expert, self.dense = parameters_per_client(job.blocks, job.expert_layout.num_experts // ep_size)
         self.in_flight = home * (ep_size * self.expert + self.dense)
@@ -87,124 +113,162 @@ class WaveModel:
         self.blocks = len(trained)
         self.dense_blocks = self.blocks - self.expert_blocks
         self.cores = hardware.slots if hardware.kind == "cpu" else ep_size
-        self.costs: dict[int, ClientCost] = {}
 
-    def cost(self, client: Client, round_index: int) -> ClientCost:
-        """What a client costs wherever it trains."""
-        if client.index not in self.costs:
-            steps, packing = self.job.steps(client, round_index), self.job.config.execution.packing
-            rows = Rows(steps.samples, steps.longest, steps.targets, steps.rows if packing else None)
-            home = self.work.home(rows).seconds(self.compute, self.dtype, self.work.score_flops)
-            # Every row goes to `cap` experts: caps are kept by the router, not by chance.
-            routed = (steps.rows * client.cap).astype(np.float64)
-            self.costs[client.index] = ClientCost(np.asarray(home), routed, steps.passes.astype(np.float64))
-        return self.costs[client.index]
+    def clusters(self, plan: list[list[Wave]]) -> tuple[list[Spent], dict[str, Traffic]]:
+        """Every cluster's training, and what a rank of the slowest one sends and waits for."""
+        seats = _Seats.of(plan, self.costs)
+        waves = _Waves(self, seats)
+        waves.passes()
+        waves.optimizer()
+        waves.before_and_after()
+        by_cluster = {cause: np.bincount(seats.cluster, seconds, len(plan)) for cause, seconds in waves.parts.items()}
+        work = np.bincount(seats.cluster, waves.work, len(plan))
+        spent = [
+            Spent({cause: float(seconds[i]) for cause, seconds in by_cluster.items()}, float(work[i])) for i in range(len(plan))
+        ]
+        slowest = max(range(len(spent)), key=lambda i: spent[i].total)
+        return spent, waves.traffic_of(slowest)
 
-    def wave(self, wave: Wave, round_index: int) -> Spent:
-        """One wave of one cluster."""
-        spent = Spent()
-        costs = [[self.cost(client, round_index) for client in home] for home in wave]
-        steps = max((len(cost.home) for home in costs for cost in home), default=0)
-        self._passes(spent, costs, steps)
-        self._optimizer(spent, costs, steps)
-        self._before_and_after(spent, sum(map(len, wave)), max(map(len, wave), default=0))
-        return spent
 
-    def _passes(self, spent: Spent, costs: list[list[ClientCost]], steps: int) -> None:
-        if self.shared:
-            self._lockstep(spent, costs, steps, blocks=1)
-            return
-        # One client per rank at a time; a pass of bitwise mode then has one block of rows per peer.
-        for slot in range(max(map(len, costs), default=0)):
-            alone = [home[slot : slot + 1] for home in costs]
-            self._lockstep(spent, alone, steps, blocks=self.ep_size)
+class _Waves:
+    """Seconds of all waves by cause, [W] each, as they are added up."""
 
-    def _lockstep(self, spent: Spent, costs: list[list[ClientCost]], steps: int, blocks: int) -> None:
-        """Passes that all ranks run together: `costs` are the clients of each rank that take part."""
-        home_PN = np.stack([_total([cost.home for cost in home], steps) for home in costs])
-        routed_N = sum((_total([cost.routed for cost in home], steps) for home in costs), np.zeros(steps))
+    def __init__(self, model: WaveModel, seats: _Seats) -> None:
+        self.model, self.seats, self.count = model, seats, len(seats.cluster)
+        self.parts: dict[str, Floats] = defaultdict(lambda: np.zeros(self.count))
+        self.work = np.zeros(self.count)
+        self.sent: list[tuple[str, Floats, Floats, Floats]] = []
+        steps_C = model.costs.steps_C[seats.row]
+        self.steps = np.zeros(self.count, dtype=np.int64)
+        np.maximum.at(self.steps, seats.wave, steps_C)
+        shape = (self.count, model.ep_size)
+        place = seats.wave * model.ep_size + seats.rank
+        self.steps_WP = np.bincount(place, steps_C, self.count * model.ep_size).reshape(shape)
+        self.clients_WP = np.bincount(place, minlength=self.count * model.ep_size).reshape(shape)
+
+    def traffic_of(self, cluster: int) -> dict[str, Traffic]:
+        """Calls, bytes and seconds of the waves of one cluster."""
+        own, found = self.seats.cluster == cluster, dict[str, Traffic]()
+        for name, calls, sizes, seconds in self.sent:
+            booked = (float(values[own].sum()) for values in (calls, calls * sizes, seconds))
+            found.setdefault(name, Traffic()).add(*booked)
+        return {name: traffic for name, traffic in found.items() if traffic.calls}
+
+    def _send(self, name: str, calls: Floats, sizes: Floats, each: Floats) -> Floats:
+        """Book collectives of every wave; their seconds."""
+        seconds = calls * each * self.model.network.crowding
+        if self.model.ep_size > 1:
+            self.sent.append((name, calls, sizes, seconds))
+        return seconds
+
+    def _busy(self, cause: str, seconds_WP: Floats) -> None:
+        """Work of all ranks of a cluster, which may have to share cores."""
+        total = seconds_WP.sum(1)
+        self.work += total
+        self.parts[cause] += np.maximum(seconds_WP.max(1), total / self.model.cores)
+
+    def passes(self) -> None:
+        """Forward and backward passes of all local steps."""
+        costs, seats, model = self.model.costs, self.seats, self.model
+        for members, waves in seats.chunks(model.ep_size, costs.steps_C):
+            if model.job.shares_passes:
+                self._lockstep(np.arange(members.start, members.stop), waves, blocks=1)
+                continue
+            # One client per rank at a time; a pass of bitwise mode then has one block of rows per peer.
+            slots = seats.slot[members]
+            for slot in range(int(slots.max(initial=-1)) + 1):
+                self._lockstep(members.start + np.flatnonzero(slots == slot), waves, blocks=model.ep_size)
+
+    def _lockstep(self, members: Places, waves: slice, blocks: int) -> None:
+        """Passes that all ranks of a wave run together: `members` are the seats that take part."""
+        model, count = self.model, waves.stop - waves.start
+        home, routed, passes = model.costs.padded(self.seats.row[members])
+        wave = self.seats.wave[members] - waves.start
+        home_WPN = np.zeros((count * model.ep_size, home.shape[1]))
+        np.add.at(home_WPN, wave * model.ep_size + self.seats.rank[members], home)
+        home_WPN = home_WPN.reshape(count, model.ep_size, -1)
+        routed_WN, passes_WN = np.zeros((2, count, home.shape[1]))
+        np.add.at(routed_WN, wave, routed)
         # The longest decides: ranks without rows join with empty ones, so that collectives meet.
-        passes_N = np.max([_padded(cost.passes, steps) for home in costs for cost in home], axis=0, initial=0.0)
-        fixed = (self.work.fixed() + self.work.gradients(self.in_flight)).seconds(self.compute, self.dtype)
-        local = self.job.expert_layout.num_experts // self.ep_size
+        np.maximum.at(passes_WN, wave, passes)
+        fixed = model.work.seconds(model.work.fixed() + model.work.gradients(model.in_flight), model.compute)
+        local = model.job.expert_layout.num_experts // model.ep_size
         # Routed rows of the whole wave, even over the ranks of the cluster.
-        per_pass_N = routed_N / self.ep_size / np.maximum(passes_N, 1)
-        experts_N = self.work.experts(per_pass_N, blocks, local).seconds(self.compute, self.dtype) * passes_N
-        busy_PN = home_PN + experts_N + fixed * passes_N
+        per_pass_WN = routed_WN / model.ep_size / np.maximum(passes_WN, 1)
+        experts_WN = model.work.seconds(model.work.experts(per_pass_WN, blocks, local), model.compute) * passes_WN
+        busy_WPN = home_WPN + (experts_WN + fixed * passes_WN)[:, None]
         # The slowest rank, or where ranks share cores, all the work over the cores.
-        critical_N = np.maximum(busy_PN.max(0), busy_PN.sum(0) / self.cores)
-        spent.add("compute", float(busy_PN.mean(0).sum()))
+        critical_WN = np.maximum(busy_WPN.max(1), busy_WPN.sum(1) / model.cores)
+        mean_W = busy_WPN.mean(1).sum(1)
+        self.parts["compute"][waves] += mean_W
         # The mean is compute and the rest waiting: their sum is the critical path.
-        spent.add("waiting", float((critical_N - busy_PN.mean(0)).sum()))
-        spent.work += float(busy_PN.sum())
-        self._exchanges(spent, float(passes_N.sum()), float(routed_N.sum()) / self.ep_size)
+        self.parts["waiting"][waves] += critical_WN.sum(1) - mean_W
+        self.work[waves] += busy_WPN.sum((1, 2))
+        self._exchanges(waves, passes_WN.sum(1), routed_WN.sum(1) / model.ep_size)
 
-    def _exchanges(self, spent: Spent, passes: float, rows: float) -> None:
+    def _exchanges(self, waves: slice, passes_W: Floats, rows_W: Floats) -> None:
         """Token all-to-alls; `rows` leave a rank, per layer, over all passes."""
-        if self.ep_size == 1 or passes == 0:
+        model, layout = self.model, self.model.job.expert_layout
+        if model.ep_size == 1 or not layout.layers:
             return
-        expert_layout, layers = self.job.expert_layout, len(self.job.expert_layout.layers)
-        calls, numbers = exchanged(self.job, True, rows / passes)
-        counts = expert_layout.num_experts * (self.home_clients if self.shared else 1) * 8 * (1 + self.work.recompute)
-        size = numbers * self.work.number_bytes + layers * counts
-        spent.add("all_to_all", self.network.all_to_all(self.group, calls * passes, size / calls))
+        calls, numbers_W = exchanged(model.job, True, rows_W / np.maximum(passes_W, 1))
+        slots = model.home_clients if model.job.shares_passes else 1
+        counts = layout.num_experts * slots * 8 * (1 + model.work.recompute)
+        sizes_W = (numbers_W * model.work.number_bytes + len(layout.layers) * counts) / calls
+        each, booked = model.network.all_to_all_seconds(model.group, sizes_W), np.zeros((2, self.count))
+        booked[:, waves] = calls * passes_W, sizes_W
+        every = np.zeros(self.count)
+        every[waves] = each
+        self.parts["all_to_all"] += self._send("all_to_all", booked[0], booked[1], every)
 
-    def _optimizer(self, spent: Spent, costs: list[list[ClientCost]], steps: int) -> None:
-        everyone = [cost for home in costs for cost in home]
-        all_steps = float(sum(len(cost.home) for cost in everyone))
-        at_home = [float(sum(len(cost.home) for cost in home)) for home in costs]
-        shared = stage_seconds(self.compute, "update", self.expert * all_steps, self.expert_blocks * all_steps)
-        own = [stage_seconds(self.compute, "update", self.dense * n, self.dense_blocks * n) for n in at_home]
-        norms = 0.0
-        if self.job.config.local.clip is not None:
-            norms = stage_seconds(self.compute, "norm", self.in_flight * steps, self.blocks * steps)
+    def optimizer(self) -> None:
+        """The steps of all clients: experts' blocks on every rank, the others at home."""
+        model, steps_W = self.model, self.steps_WP.sum(1)
+        shared = stage_seconds(model.compute, "update", model.expert * steps_W, model.expert_blocks * steps_W)
+        own = stage_seconds(model.compute, "update", model.dense * self.steps_WP, model.dense_blocks * self.steps_WP)
+        norms = np.zeros(self.count)
+        if model.job.config.local.clip is not None:
+            norms = stage_seconds(model.compute, "norm", model.in_flight * self.steps, model.blocks * self.steps)
             # Norms travel as float64.
-            bytes_ = 8 * (self.expert_norms + self.dense_norms)
-            spent.add("norms", self.network.all_gather(self.group, 2 * steps, bytes_ / 2))
-        self._busy(spent, "optimizer", [shared + norms + mine for mine in own])
+            size = np.full(self.count, 8.0 * (self._expert_norms + self._dense_norms) / 2)
+            each = model.network.all_gather_seconds(model.group, size)
+            self.parts["norms"] += self._send("all_gather", 2.0 * self.steps, size, each)
+        self._busy("optimizer", own + (shared + norms)[:, None])
 
     @property
-    def expert_norms(self) -> int:
+    def _expert_norms(self) -> int:
         """Gradient norms of single expert items that a rank sends in a step."""
-        local = self.job.expert_layout.num_experts // self.ep_size
-        items = sum(len(spec.layers) for spec in self.job.blocks if spec.expert and spec.trained)
-        return items * local * self.ep_size * self.home_clients
+        model = self.model
+        local = model.job.expert_layout.num_experts // model.ep_size
+        items = sum(len(spec.layers) for spec in model.job.blocks if spec.expert and spec.trained)
+        return items * local * model.ep_size * model.home_clients
 
     @property
-    def dense_norms(self) -> int:
-        return sum(len(spec.layers) for spec in self.job.blocks if spec.trained and not spec.expert) * self.home_clients
+    def _dense_norms(self) -> int:
+        dense = sum(len(spec.layers) for spec in self.model.job.blocks if spec.trained and not spec.expert)
+        return dense * self.model.home_clients
 
-    def _before_and_after(self, spent: Spent, clients: int, most_at_home: int) -> None:
-        """The wave moves in, reports, and is folded into the sums."""
+    def before_and_after(self) -> None:
+        """Waves move in, report, and are folded into the sums."""
+        model = self.model
         # In float32 numbers, whatever type moments are kept in.
-        moments = moment_bytes(self.job.config.local) / FP32
-        ranks = [1.0] * self.ep_size
-        moved = stage_seconds(self.compute, "move", self.in_flight * (2 + moments), self.blocks)
-        checked = stage_seconds(self.compute, "norm", self.in_flight, self.blocks)
-        self._busy(spent, "set-up", [(moved + checked) * each for each in ranks])
-        numbers = clients * self.expert + most_at_home * self.dense
-        blocks = clients * self.expert_blocks + most_at_home * self.dense_blocks
-        folded = stage_seconds(self.compute, "fold", numbers, blocks)
-        self._busy(spent, "fold", [folded * each for each in ranks])
-        expert_layout = self.job.expert_layout
-        counts = self.home_clients * len(expert_layout.layers) * expert_layout.num_experts * 8
-        reports = self.network.all_gather(self.group, 2, counts)
-        reports += self.network.all_gather(self.group, 2, 8 * self.ep_size * self.home_clients)
+        moments = moment_bytes(model.job.config.local) / FP32
+        moved = stage_seconds(model.compute, "move", model.in_flight * (2 + moments), model.blocks)
+        checked = stage_seconds(model.compute, "norm", model.in_flight, model.blocks)
+        self._busy("set-up", np.full((self.count, model.ep_size), moved + checked))
+        clients_W, most_W = self.clients_WP.sum(1), self.clients_WP.max(1, initial=0)
+        numbers_W = clients_W * model.expert + most_W * model.dense
+        blocks_W = clients_W * model.expert_blocks + most_W * model.dense_blocks
+        folded_W = stage_seconds(model.compute, "fold", numbers_W, blocks_W)
+        self._busy("fold", np.repeat(folded_W[:, None], model.ep_size, 1))
+        layout, ones = model.job.expert_layout, np.ones(self.count)
+        counts = model.home_clients * len(layout.layers) * layout.num_experts * 8
+        gathered = [(2.0 * ones, counts), (2.0 * ones, 8 * model.ep_size * model.home_clients)]
         # Only methods that measure something gather it.
-        if type(self.job.method).measure is not Method.measure:
-            reports += self.network.all_gather(self.group, 2 * clients, counts / max(self.home_clients, 1))
-        reports += self.network.control(self.group, 1, 1)
-        spent.add("reports", reports)
-
-    def _busy(self, spent: Spent, cause: str, seconds: list[float]) -> None:
-        """Work of all ranks of the cluster, which may have to share cores."""
-        spent.work += sum(seconds)
-        spent.add(cause, max(max(seconds), sum(seconds) / self.cores))
-
-
-def _padded(values: Seconds, steps: int) -> Seconds:
-    return np.pad(values, (0, steps - len(values)))
-
-
-def _total(parts: list[Seconds], steps: int) -> Seconds:
-    return sum((_padded(part, steps) for part in parts), np.zeros(steps))
+        if type(model.job.method).measure is not Method.measure:
+            gathered.append((2.0 * clients_W, counts / max(model.home_clients, 1)))
+        for calls_W, size in gathered:
+            each = model.network.all_gather_seconds(model.group, size)
+            self.parts["reports"] += self._send("all_gather", calls_W, size * ones, each * ones)
+        each = model.network.control_seconds(model.group, 1.0)
+        self.parts["reports"] += self._send("control", CONTROL.per_wave * ones, ones, each * ones)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmoe_ds.planner.counts import counts_of
+from fedmoe_ds.planner.counts import Counts, counts_of
 from fedmoe_ds.planner.hardware import Compute, Stage
 from fedmoe_ds.planner.workload import Job
 
@@ -23,6 +23,8 @@ Amount = Any
 
 FORWARD_SCORE = 0.35
 """A forward pass's share of the time of an attention score."""
+ATTENTION_SHARE = 0.5
+"""How many of the numbers that a token row moves in a layer are as wide as attention, and not as the model; estimated."""
 PRODUCTS = 4
 """Grouped products with the experts' weights in a training pass: two forward, two backward."""
 WEIGHT_PRODUCTS = 2
@@ -60,17 +62,24 @@ class Work:
     def __mul__(self, factor: Amount) -> Work:
         return Work(*(getattr(self, f.name) * factor for f in fields(self)))
 
-    def seconds(self, compute: Compute, dtype: str, score_flops: float = 0.0) -> Amount:
-        """On one device or core. `score_flops` are the FLOPs of one attention score, for hardware without a time for it."""
+    def seconds(self, compute: Compute, dtype: str, score_flops: float = 0.0, adapter_bytes: float = 0.0) -> Amount:
+        """On one device or core.
+
+        Args:
+            score_flops: FLOPs of one attention score, for hardware without a time for it.
+            adapter_bytes: read and written for one FLOP of a product with adapters, for hardware without a time for that.
+        """
         rate = compute.flops_per_s[dtype]
         per_score = compute.score_s if compute.score_s is not None else score_flops / rate
+        # A narrow product waits for memory: R FLOPs are done for every number of its wide side (the roofline).
+        narrow = max(1.0 / rate, adapter_bytes / compute.bytes_per_s)
         return (
             self.calls * compute.call_s
             + self.flops / rate
             + self.bytes / compute.bytes_per_s
             + self.groups * compute.group_s
             + self.scores * per_score
-            + self.adapters * (compute.adapter_s if compute.adapter_s is not None else 1.0 / rate)
+            + self.adapters * (compute.adapter_s if compute.adapter_s is not None else narrow)
         )
 
 
@@ -105,13 +114,19 @@ class PassWork:
         self.recompute = training and job.config.execution.activation_checkpointing
         self.number_bytes = job.row_bytes
         self.counts = counts_of(job.device, bool(job.expert_layout.layers))
+        # Layers without experts of a model that has some.
+        self.plain = job.size.depth - len(job.expert_layout.layers) if job.expert_layout.layers else 0
+
+    def seconds(self, work: Work, compute: Compute) -> Amount:
+        """Of work of this job's passes, on one device or core."""
+        job = self.job
+        narrow = self.number_bytes / (2.0 * max(job.config.adapters.rank, 1))
+        return work.seconds(compute, job.config.foundation.dtype, self.score_flops, narrow)
 
     @property
     def score_flops(self) -> float:
-        """FLOPs of one attention score and its share of the values: forward 4 K, backward twice that (K: head width)."""
-        width = self.job.size.hidden / self.job.heads
-        # Two products of 2 K each: query with key, and score with value.
-        return 4.0 * width * (3.0 + self.recompute if self.training else 1.0)
+        """FLOPs of one attention score and its share of the values: one forward product of each, and two backward."""
+        return 2.0 * self.job.size.layer.attention.score_products * (3.0 + self.recompute if self.training else 1.0)
 
     def _times(self, training_factor: float) -> float:
         # Recomputing adds one forward pass to the backward one.
@@ -119,10 +134,11 @@ class PassWork:
 
     def fixed(self) -> Work:
         """What a pass is, rows or not: calls, and the frozen dense weights that it reads."""
-        job, layers = self.job, self.job.size.layers
-        n = self.counts.train_calls if self.training else self.counts.forward_calls
+        job, depth = self.job, self.job.size.depth
+        n, plain = (counts.train_calls if self.training else counts.forward_calls for counts in self._kinds)
         # Framework calls do not depend on rows: small passes are dominated by them.
-        calls = n.per_pass + layers * (n.per_layer + n.per_projection * job.projections)
+        calls = n.per_pass + (depth - self.plain) * n.per_layer + self.plain * plain.per_layer
+        calls += depth * n.per_projection * job.projections
         return Work(calls, 0.0, self._times(2) * (job.body + job.head) * job.size.bytes_per_parameter)
 
     def gradients(self, trainable: float) -> Work:
@@ -141,7 +157,7 @@ class PassWork:
         own = self._times(2) if adapters.moe is not None else 0.0
         flops += padded * job.cost.dense_weights * (own + self.training)
         numbers = padded * self._numbers_per_row() + rows.targets * self.counts.target * (job.head / size.hidden)
-        scores = padded * rows.longest * job.heads * size.layers * (1.0 if self.training else FORWARD_SCORE)
+        scores = padded * rows.longest * size.layer.attention.heads * size.depth * (1.0 if self.training else FORWARD_SCORE)
         return Work(0.0, flops, numbers * self._share * self.number_bytes, 0.0, scores, padded * lora * self._times(3))
 
     @property
@@ -152,15 +168,31 @@ class PassWork:
 
     def _numbers_per_row(self) -> float:
         """What one token row moves in all layers, outside of matrix products and experts."""
-        job, size, n = self.job, self.job.size, self.counts
-        per_layer = size.hidden * (n.row + n.projection * job.projections)
-        if job.expert_layout.layers:
-            per_layer += n.expert * job.expert_layout.num_experts + n.slot * job.expert_layout.top_k
+        job, size, layout = self.job, self.job.size, self.job.expert_layout
+        n, plain = self._kinds
+        row = (1.0 - ATTENTION_SHARE) * size.hidden + ATTENTION_SHARE * self._attention_width
+        projections = size.depth * size.hidden * n.projection * job.projections
+        # Shared experts and layers without experts are the model's own feed-forward blocks.
+        numbers = projections + self.plain * (plain.row * row + plain.feed_forward * size.layer.feed_forward)
+        if layout.layers:
+            mixed = n.row * row + n.expert * layout.num_experts + n.slot * layout.top_k
+            numbers += len(layout.layers) * (mixed + plain.feed_forward * size.layer.shared)
         else:
-            per_layer += n.feed_forward * size.ffn
+            numbers += size.depth * (n.row * row + n.feed_forward * size.ffn)
         # Nothing below the first layer's experts is trained: its attention has no backward pass.
         above = self.training and not (job.projections or self.recompute)
-        return size.layers * per_layer - (size.hidden * n.first_row if above else 0.0)
+        return numbers - (size.hidden * n.first_row if above else 0.0)
+
+    @property
+    def _kinds(self) -> tuple[Counts, Counts]:
+        """Counts of this model, and of layers without experts."""
+        return self.counts, counts_of(self.job.device, sparse=False)
+
+    @property
+    def _attention_width(self) -> float:
+        """Mean width of queries, keys, values and results: D in the models whose passes were counted."""
+        a = self.job.size.layer.attention
+        return ((a.heads + a.kv_heads) * a.key_width + a.kv_heads * a.value_stride + a.heads * a.value_width) / 4.0
 
     def experts(self, routed: Amount, blocks: float, local_experts: int) -> Work:
         """What a rank computes for the rows that arrive at its experts.
@@ -189,10 +221,10 @@ class PassWork:
         return Work(calls, flops, numbers * self.number_bytes + read, groups, 0.0, routed * lora * self._times(3)) * layers
 
 
-def stage_seconds(compute: Compute, stage: Stage, numbers: float, blocks: float = 0.0) -> float:
+def stage_seconds(compute: Compute, stage: Stage, numbers: Amount, blocks: Amount = 0.0) -> Amount:
     """Seconds of a stage of a round over trainable numbers, in so many blocks."""
     number, block = compute.number_s.get(stage), compute.block_s.get(stage)
     # A calibration's seconds where there are some, else an estimate from bytes.
     number = STAGE_BYTES[stage] / compute.bytes_per_s if number is None else number
     block = STAGE_CALLS[stage] * compute.call_s if block is None else block
-    return float(numbers * number + blocks * block)
+    return numbers * number + blocks * block

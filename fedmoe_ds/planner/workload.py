@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
-from fedmoe_ds.clients.client import Client, make_clients
+from fedmoe_ds.clients.batches import Packing, batch_size, local_batches, pass_bounds, step_count
+from fedmoe_ds.clients.client import Client, make_clients, tiers_of
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
@@ -64,6 +64,11 @@ class Lengths:
     def full(cls, count: int, length: int) -> Lengths:
         return cls(np.full(count, length), np.full(count, length - 1))
 
+    @cached_property
+    def alike(self) -> bool:
+        """Whether all samples are equally long, with as many targets."""
+        return len(self.rows) > 0 and bool((self.rows == self.rows[0]).all() and (self.targets == self.targets[0]).all())
+
     def head(self, count: int | None) -> Lengths:
         return Lengths(self.rows[:count], self.targets[:count])
 
@@ -88,14 +93,12 @@ class Job(RunSpec):
     """A resolved configuration, its clients and their data's lengths; its `expert_layout` is that of a rank with all experts.
 
     Attributes:
-        heads: attention heads of a layer.
         projections: projections with LoRA, per layer.
         head: numbers of the output matrix; `body`: of everything dense but it, the input embedding and the norms' worth.
         clients: of the federation.
     """
 
     clients: Sequence[Client]
-    heads: int
     projections: float
     head: int
     body: int
@@ -109,6 +112,11 @@ class Job(RunSpec):
     def participants(self, round_index: int) -> list[Client]:
         """Who trains in a round: the clients that are drawn, or the one that has their data."""
         return self.participants_among(self.clients, round_index)
+
+    @cached_property
+    def by_tier(self) -> dict[str, list[Client]]:
+        """Clients of every budget tier."""
+        return tiers_of(self.clients)
 
     @cached_property
     def _steps(self) -> dict[tuple[int, int], Steps]:
@@ -144,20 +152,27 @@ def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
         # The pooled client's batches index into the data of all clients, in canonical order.
         lengths, batches = _everything(job), pooled_batches(job.clients, drawn, local, seed, round_index)
     else:
-        lengths, batches = job.data.train(client.index), local_batches(client, local, seed, round_index)
-    # Drawn as the clients draw them, so that padding and targets are those of the run.
+        lengths = job.data.train(client.index)
+        if lengths.alike and not execution.packing:
+            return _equal_steps(lengths, batch_size(client, local), step_count(client, local), execution.micro_batch_size)
+        # Drawn as the clients draw them, so that padding and targets are those of the run.
+        batches = local_batches(client, local, seed, round_index)
+    samples = np.array([len(batch) for batch in batches], dtype=np.int64)
+    if not len(samples):
+        return Steps(*[samples] * 5)
     packing = Packing(job.length, lambda _: lengths.rows) if execution.packing else None
-    columns = [
-        [
-            len(batch),
-            int(lengths.rows[batch].max()),
-            int(lengths.rows[batch].sum()),
-            int(lengths.targets[batch].sum()),
-            len(pass_bounds(batch, execution.micro_batch_size, packing)) - 1,
-        ]
-        for batch in batches
-    ]
-    return Steps(*np.array(columns, dtype=np.int64).reshape(-1, 5).T)
+    passes = [len(pass_bounds(batch, execution.micro_batch_size, packing)) - 1 for batch in batches]
+    order, starts = np.concatenate(batches), samples.cumsum() - samples
+    rows, targets = lengths.rows[order], lengths.targets[order]
+    sums = (np.add.reduceat(values, starts) for values in (rows, targets))
+    return Steps(samples, np.maximum.reduceat(rows, starts), *sums, np.array(passes, dtype=np.int64))
+
+
+def _equal_steps(lengths: Lengths, size: int, steps: int, micro: int | None) -> Steps:
+    """Steps on samples of one length: whichever are drawn, they are the same."""
+    row, target = int(lengths.rows[0]), int(lengths.targets[0])
+    passes = -(-size // min(micro or size, size))
+    return Steps(*(np.full(steps, value, dtype=np.int64) for value in (size, row, size * row, size * target, passes)))
 
 
 def _everything(job: Job) -> Lengths:
@@ -190,15 +205,12 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: boo
             progress.note(ignored)
     size, images = spec.size, spec.images
     head = model.config.num_labels * size.hidden if images else size.vocabulary * size.hidden
-    # Tied weights are counted once, as the output matrix.
-    embedding = 0 if images or model.config.tie_word_embeddings else size.vocabulary * size.hidden
     return Job(
         **vars(spec),
         clients=clients,
-        heads=model.config.num_attention_heads,
-        projections=len(find_projections(model, config.adapters)) / size.layers,
+        projections=len(find_projections(model, config.adapters)) / size.depth,
         head=head,
-        body=size.dense_parameters - head - embedding,
+        body=size.head_and_body - head,
         data=data,
     )
 

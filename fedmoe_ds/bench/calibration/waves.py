@@ -35,7 +35,7 @@ from fedmoe_ds.model.expert_layout import hosted_layout
 from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import adapter_blocks, install
 from fedmoe_ds.model.pass_context import Execution
-from fedmoe_ds.planner.memory import activations
+from fedmoe_ds.planner.activations import activations
 from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import PassWork, Rows, Work
 from fedmoe_ds.planner.workload import resolve

@@ -28,7 +28,7 @@ def load_bare(
         tokenizer=None,
         layers=layers,
         top_k=0 if dense else config.num_experts_per_tok,
-        num_experts=0 if dense else config.num_experts,
+        num_experts=layers[0].num_experts if layers else 0,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         fingerprint="",

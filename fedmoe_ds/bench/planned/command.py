@@ -159,8 +159,31 @@ def compare(case: Case, ranks: int, predicted: list[Prediction], done: Finished)
         "predicted_phases": planned,
         "predicted_memory": predicted[0].memory,
         "predicted_train": predicted[0].train_split,
+        "collectives": _sent(measured),
+        "predicted_collectives": {
+            name: {
+                "calls": _mean(one.traffic[name].calls for one in predicted),
+                "bytes": _mean(one.traffic[name].bytes for one in predicted),
+            }
+            for name in predicted[0].traffic
+        },
     }
     return make_row(case.name, "planner", peak / 2**20, **facts)
+
+
+CONTROL_CALLS = ("gather", "sum", "largest")
+"""Names of the control plane's calls in a round's tallies; the planner has one for all of them."""
+
+
+def _sent(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Calls and bytes of rank 0 in a round, by the planner's names of collectives."""
+    found: dict[str, dict[str, float]] = {}
+    for event in rounds:
+        for name, tally in event["collectives"].items():
+            entry = found.setdefault("control" if name in CONTROL_CALLS else name, {"calls": 0.0, "bytes": 0.0})
+            for key in entry:
+                entry[key] += tally[key] / len(rounds)
+    return found
 
 
 def _mean(values: Any) -> float:

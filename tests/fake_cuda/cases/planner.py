@@ -12,7 +12,7 @@ import torch
 
 from fedmoe_ds.bench.calibration.waves import REPEATS, Bench
 from fedmoe_ds.bench.harness.shapes import Shape
-from fedmoe_ds.planner.memory import activations
+from fedmoe_ds.planner.activations import activations
 
 NAMES = {"case_counts_of_a_pass": ["two-layers", "no-attention"]}
 SHAPES = {
@@ -52,5 +52,4 @@ def case_counts_of_a_pass(fake: Any, name: str) -> None:
     local = bench.job.config.local.model_copy(update={"batch_size": SEQUENCES})
     job = replace(bench.job, config=bench.job.config.model_copy(update={"local": local}))
     planned = activations(job, 1, LENGTH, active=CAP)
-    # Without adapters in attention the first layer's is kept by nobody, which the plan does not take off.
-    assert planned == pytest.approx(peak, rel=TOLERANCE) if attention else planned >= peak
+    assert planned == pytest.approx(peak, rel=TOLERANCE), (planned, peak)
