@@ -64,7 +64,8 @@ name output foundation.preset foundation.cache foundation.pretrain.steps foundat
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
 execution.clients_in_flight
-execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
+execution.activation_checkpointing execution.client_state_gib
+evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """
 ELSEWHERE = {

@@ -50,6 +50,7 @@ class _Round:
         chosen: its clients in canonical order.
         partial, sums: what is known of it so far, from an earlier start or this one.
         waves: those of this rank's cluster.
+        clients: who is trained, by cluster.
         busiest: how many waves the cluster with most of them has.
     """
 
@@ -58,6 +59,7 @@ class _Round:
     partial: PartialRound
     sums: RoundSums
     waves: list[Wave] = field(default_factory=list)
+    clients: list[list[int]] = field(default_factory=list)
     busiest: int = 0
 
     @cached_property
@@ -165,11 +167,13 @@ class Federation:
         clusters, in_flight = parts.topology.layout.clusters, config.execution.clients_in_flight
         plan = schedule(waiting, parts.spec.cost, config.local, clusters, config.topology.ep_size, in_flight)
         work.waves, work.busiest = plan[parts.topology.cluster], max(len(waves) for waves in plan)
+        work.clients = [[client.index for wave in waves for home in wave for client in home] for waves in plan]
         self.journal.start_round(work.index, config.federation.rounds, len(work.waves))
 
     def _train(self, work: _Round) -> None:
         """Train this cluster's waves, and fold their updates into the sums. A stop request ends it after a wave."""
         parts = self.parts
+        self.state.personal.fetch(work.clients, parts.runtime)
         parts.trainer.timer = PhaseTimer()
         for number in range(1, len(work.waves) + 1):
             trained = self._train_wave(work, work.waves[number - 1 :])
@@ -195,7 +199,7 @@ class Federation:
             limits = parts.skipped.limits(work.index)
             try:
                 return parts.trainer.train(
-                    wave, work.index, state.adapters, state.personal.values, parts.training_data.train, limits
+                    wave, work.index, state.adapters, state.personal.state, parts.training_data.train, limits
                 )
             except OutOfMemory as error:
                 # Without its traceback, which would hold the wave.
@@ -248,7 +252,7 @@ class Federation:
         parts = self.parts
         for findings in parts.runtime.gather(parts.skipped.findings):
             parts.skipped.learn(findings)
-        self.state.personal.share(parts.runtime, parts.topology)
+        self.state.personal.share(parts.runtime, parts.topology.control)
         done = {index: report for part in parts.runtime.gather(_texts(partial.done)) for index, report in part.items()}
         partial.done = {int(index): report for index, report in done.items()}
         tiers = list(tiers_of(parts.clients))
@@ -306,7 +310,7 @@ class Federation:
 
     def _digest(self) -> str:
         parts = self.parts
-        return global_digest(parts.result_tensors(), parts.runtime, parts.config.topology.ep_size)
+        return global_digest(parts.result_tensors(), parts.runtime, parts.config.topology.ep_size, parts.own_hashes())
 
 
 def _texts(done: dict[int, dict[str, object]]) -> dict[str, dict[str, object]]:
