@@ -40,6 +40,8 @@ __all__ = [
     "joined",
     "leave_out",
     "make_config",
+    "own_tensors",
+    "own_values",
     "read_events",
     "run_alone",
     "run_joined",
@@ -61,6 +63,21 @@ class Result:
         keys = ("round", "tier", "split", "client", "loss", "accuracy", "tokens", "exact_match", "samples", "answer")
         rows = [event for event in self.events if event["event"] in ("eval", "generation")]
         return [tuple(event.get(key) for key in keys) for event in rows]
+
+
+def own_values(parts: Parts) -> dict[str, torch.Tensor]:
+    """What clients keep for themselves, of all of them, by block: [N, L, E, *item] or [N, L, *item]. In a world of one."""
+    personal = parts.state.personal
+    states = [personal.state(index) for index in range(personal.clients)]
+    return {name: torch.stack([state[name] for state in states]) for name in personal.specs}
+
+
+def own_tensors(parts: Parts) -> dict[str, torch.Tensor]:
+    """The same by canonical key, [N, *item]."""
+    personal, values = parts.state.personal, own_values(parts)
+    rows_NW = torch.cat([values[name].flatten(1) for name in values], 1) if values else torch.empty(0)
+    places = personal.layout.places(0, list(values))
+    return {place.key: rows_NW[:, place.numbers].reshape(-1, *place.spec.item) for place in places}
 
 
 def make_config(root: Path, name: str, *changes: dict[str, Any]) -> Config:

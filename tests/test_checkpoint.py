@@ -236,7 +236,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="format 99: this version reads format 2"):
+    with pytest.raises(UserError, match="format 99: this version reads formats 2 and 3"):
         checkpoint.read_snapshot(path)
 
 

@@ -3,6 +3,7 @@ weights only where something was merged."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "outputs.md"
 PLACEHOLDERS = {"<l>": r"(?:\d+)", "<e>": r"(?:\d+)", "<p>": r"(?P<projection>\w+)"}
 SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows": (1,)}
 KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
+TRAINED = (0, 2)
+"""Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
 """Together they have every kind of tensor and file."""
 OTHERS = [variant for variant in (*VARIANTS, *PLAIN) if variant not in KINDS]
@@ -89,7 +92,7 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
 
 def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tuple[int, ...], torch.dtype]:
     """(shape, type) of one tensor by the page."""
-    kind = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.safetensors", file)[1]  # type: ignore[index]
+    kind = re.fullmatch(r"([a-z.]+)(?:-\d+)*(?:-\d{5}-of-\d{5})+\.safetensors", file)[1]  # type: ignore[index]
     if kind == "sums":
         name, side = name.split("/")
         side = side.removeprefix("control-")
@@ -98,9 +101,12 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
             dtype = torch.float32 if side == "factors" else torch.float64
             return (participants, *(item if side == "factors" else ())), dtype
         return (*SIDES[side], *(item if side == "values" else ())), torch.int64
-    before = (len(parts.clients),) if kind == "personal" else ()
+    before = ()
     if kind == "personal":
-        name = name.replace("control.", "", 1)
+        # Level 0 has what everybody begins with, level 1 the clients that were trained.
+        before, name = (1 if "-00000-000-" in file else len(TRAINED),), name.replace("control.", "", 1)
+        if name == "clients":
+            return before, torch.int64
     group = {"server.base": "base", "personal": "personal", "adapters": "adapters"}.get(kind, "server")
     return (*before, *specified(name, group, parts)), torch.float32
 
@@ -111,6 +117,10 @@ def begun(config: Config) -> Parts:
 
 def saved(parts: Parts, topology: Topology | None = None) -> Path:
     """A checkpoint in the middle of round 1, in which everything is that there can be."""
+    personal = parts.state.personal
+    for index, (name, value) in itertools.product(TRAINED if personal else (), personal.state(0).items()):
+        personal.store(index, name, value)
+    personal.share(parts.runtime, parts.topology.control)
     writer = CheckpointWriter(parts.checkpoints, parts.runtime, 1, background=False)
     parts.state.partial, parts.state.sums = PartialRound(), parts.new_sums()
     names = [client.name for client in parts.clients]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import alone, build, finish, make_config, write_inputs
+from federations import alone, build, finish, make_config, own_values, write_inputs
 
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.federation.build import Parts
@@ -131,7 +131,7 @@ def check_block(parts: Parts, observer: Observer, spec: BlockSpec, x: np.ndarray
         c = c + changes
     assert np.allclose(numbers(parts.state.adapters.client(spec.name, 0)), x, rtol=0, atol=1e-5), spec.name
     assert np.allclose(numbers(parts.state.server[CONTROL].client(spec.name, 0)), c, rtol=0, atol=1e-4), spec.name
-    kept = parts.state.personal.values[control_block(spec).name]
+    kept = own_values(parts)[control_block(spec).name]
     for index in range(count):
         assert np.allclose(numbers(kept[index]), own[index], rtol=0, atol=1e-4), (spec.name, index)
     if spec.name.endswith("_B"):
@@ -143,6 +143,6 @@ def test_the_servers_control_variate_is_the_mean(root: Path) -> None:
     parts, journal = build(make_config(root, "scaffold-mean", SHORT, change), *alone())
     finish(parts, journal)
     for spec in shared_blocks(parts.spec.blocks):
-        kept = parts.state.personal.values[control_block(spec).name]
+        kept = own_values(parts)[control_block(spec).name]
         assert bool((kept.flatten(1) != 0).any(1).all()), "every client has one"
         assert torch.allclose(kept.double().mean(0).float(), parts.state.server[CONTROL].client(spec.name, 0), atol=1e-6)

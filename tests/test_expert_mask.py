@@ -27,7 +27,7 @@ def test_masked_experts_are_not_used(tmp_path: Path, mode: str) -> None:
 
     parts.trainer.hooks = LocalTrainingHooks(assign=assign)
     ((wave,),) = schedule(parts.clients, parts.spec.cost, parts.config.local, 1, 1, None)
-    trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.values, parts.data.train)
+    trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.state, parts.data.train)
     bank = parts.execution.bank
     for local, report in trained:
         used_E = report.counts_LE.sum(0) > 0

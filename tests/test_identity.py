@@ -65,7 +65,8 @@ foundation.pretrain.threads topology.clusters topology.device topology.timeout_s
 topology.interface federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
 execution.clients_in_flight
-execution.activation_checkpointing evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
+execution.activation_checkpointing execution.client_state_gib
+evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """
 ELSEWHERE = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from every import every
-from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
+from federations import Result, alone, build, finish, make_config, own_values, run_alone, write_inputs
 from torch import Tensor
 
 from fedmoe_ds.clients.client import Client
@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_together(parts: Parts, read: Callable[[int], Sequences]) -> dict[int, dict[str, Tensor]]:
     """One wave with every client; what each of them ends with, personal state included."""
     ((wave,),) = schedule(parts.clients, parts.spec.cost, parts.config.local, 1, 1, None)
-    trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.values, read)
+    trained = parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.state, read)
     return {
         local.client.index: {spec.name: local.value(spec).clone() for spec in local.blocks(trained=False)}
         for local, _ in trained
@@ -102,14 +102,14 @@ def test_a_client_that_is_not_finite_is_left_out(root: Path, monkeypatch: pytest
     parts, journal = build(make_config(root, f"poisoned-{mode}", ROUND, {"execution": {"reproducible": mode}}), *alone())
     parts.training_data = Poisoned(parts, victim)
     name = parts.clients[victim].name
-    kept = {block: values[victim].clone() for block, values in parts.state.personal.values.items()}
+    kept = {block: values[victim].clone() for block, values in own_values(parts).items()}
     result = finish(parts, journal)
     (event,) = [event for event in result.events if event["event"] == "round"]
     assert (event["participants"], event["dropped"], event["dropped_clients"]) == (6, 1, [name])
     statuses = {event["client"]: event["status"] for event in result.events if event["event"] == "client"}
     assert statuses.pop(name) == "non-finite" and set(statuses.values()) == {"ok"}
     assert every(np.isfinite(value).all() for value in result.adapters.values())
-    assert every(torch.equal(parts.state.personal.values[block][victim], value) for block, value in kept.items())
+    assert every(torch.equal(own_values(parts)[block][victim], value) for block, value in kept.items())
     if mode == "bitwise":
         assert result.digest == run_without(root, monkeypatch, victim).digest, "as if it had not been there"
 

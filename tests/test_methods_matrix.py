@@ -16,7 +16,7 @@ import pytest
 import torch
 from dense_inputs import write_dense
 from every import every
-from federations import alone, build, make_config, write_inputs
+from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_methods import FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
@@ -300,7 +300,7 @@ def wanted(expected: FedIT) -> dict[str, Adapters]:
 def found(parts: Parts) -> dict[str, Adapters]:
     banks = {"adapters": parts.state.adapters, **parts.state.server}
     ours = {name: {key: value.double() for key, _, value in bank.items(0)} for name, bank in banks.items()}
-    ours["personal"] = {key: value.double() for key, _, value in parts.state.personal.items(0)}
+    ours["personal"] = {key: value.double() for key, value in own_tensors(parts).items()}
     return ours
 
 

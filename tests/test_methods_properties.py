@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from every import every
-from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
+from federations import Result, alone, build, finish, make_config, own_values, run_alone, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -285,7 +285,7 @@ def test_ranks_fall_in_a_real_run_and_are_used(root: Path) -> None:
             ranks.setdefault(event["client"], []).append(event["rank"] or 4)
     assert every(later <= sooner for own in ranks.values() for sooner, later in pairwise(own))
     assert any(own[-1] < own[0] for own in ranks.values()), ranks
-    kept = result.parts.state.personal.values[RANK.name].flatten().tolist()
+    kept = own_values(result.parts)[RANK.name].flatten().tolist()
     assert every(kept[client.index] <= ranks[client.name][-1] for client in result.parts.clients)
 
 
@@ -365,7 +365,7 @@ def test_fedsa_shares_a_and_keeps_b(root: Path) -> None:
     start, result = values(parts), finish(parts, journal)
     assert start and every(key.endswith("lora_A") for key in start), "nothing but A is global"
     assert every(not np.array_equal(result.adapters[k], start[k].numpy()) for k in start if "attention" in k)
-    personal = parts.state.personal.values
+    personal = own_values(parts)
     assert set(personal) == {b.name for _, b in lora_pairs(parts.spec.blocks)}
     for name, value in personal.items():
         rows = {value[client.index].numpy().tobytes() for client in parts.clients}
@@ -400,7 +400,7 @@ def personal_after(root: Path, tag: str, name: str, victim: int | None) -> dict[
     if victim is not None:
         parts.training_data = OtherData(parts, victim)
     finish(parts, journal)
-    return parts.state.personal.values
+    return own_values(parts)
 
 
 def test_alone_nobody_learns_from_anybody(root: Path) -> None:
@@ -424,7 +424,7 @@ def start_digest(root: Path) -> str:
     """What the digest is before anything was learnt: personal models count."""
     parts, journal = build(config_of(root, "local-start", {"name": "local-only"}), *alone())
     journal.close()
-    return global_digest(parts.result_tensors(), parts.runtime, 1)
+    return global_digest(parts.result_tensors(), parts.runtime, 1, parts.own_hashes())
 
 
 @pytest.mark.parametrize("federation", [{}, {"participation": 0.5}, {"participation": 0.34, "sampling": "size"}], ids=str)

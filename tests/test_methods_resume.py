@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from dense_inputs import write_dense
 from distributed import run_distributed
-from federations import Result, alone, finish, joined, run_alone
+from federations import Result, alone, finish, joined, own_values, run_alone
 from method_variants import variant_config
 
 from fedmoe_ds.config import Config
@@ -110,8 +110,8 @@ def test_resume_in_a_fresh_start(straight: dict[str, Result], stopped: Path, var
     result = resumed(config_of(stopped, variant, "again"), *alone())
     check(result, straight[variant], variant)
     assert [event["round"] for event in result.events if event["event"] == "resume"] == [1]
-    for name, value in result.parts.state.personal.values.items():
-        assert value.equal(straight[variant].parts.state.personal.values[name]), name
+    for name, value in own_values(result.parts).items():
+        assert value.equal(own_values(straight[variant].parts)[name]), name
 
 
 def work(rank: int, root: Path) -> list[tuple[str, list[tuple[Any, ...]]]]:
@@ -134,5 +134,5 @@ def test_resume_on_two_ranks(straight: dict[str, Result], stopped: Path) -> None
 def test_there_is_something_to_keep(straight: dict[str, Result]) -> None:
     """Ranks were given up in these runs, so a forgotten rank would show."""
     parts = straight["hetlora"].parts
-    ranks = parts.state.personal.values[RANK.name].flatten().tolist()
+    ranks = own_values(parts)[RANK.name].flatten().tolist()
     assert any(rank < client.rank for rank, client in zip(ranks, parts.clients, strict=True)), ranks

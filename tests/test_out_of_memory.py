@@ -54,7 +54,7 @@ def little_memory(parts: Parts) -> Iterator[None]:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     _, second, *_ = parts.clients
     before = resident_mib()
-    parts.trainer.train([[second]], 1, parts.state.adapters, parts.state.personal.values, parts.training_data.train)
+    parts.trainer.train([[second]], 1, parts.state.adapters, parts.state.personal.state, parts.training_data.train)
     needed = (peak_mib() - before) * 2**20
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)

@@ -125,7 +125,7 @@ def gradients(root: Path, kind: str, packing: bool, micro: int | None) -> tuple[
     passes, inner = [], parts.trainer._run
     parts.trainer._run = lambda *rest: (passes.append(1), inner(*rest))[1]  # type: ignore[method-assign]
     parts.trainer.hooks = replace(parts.trainer.hooks, adjust=(keep,))
-    parts.trainer.train([parts.clients], 1, parts.state.adapters, parts.state.personal.values, parts.training_data.train)
+    parts.trainer.train([parts.clients], 1, parts.state.adapters, parts.state.personal.state, parts.training_data.train)
     journal.close()
     return found, len(passes)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from federations import alone, build, finish, make_config, write_inputs
+from federations import alone, build, finish, make_config, own_values, write_inputs
 from reference import Reference, Settings
 from reference_inputs import TOLERANCE, check_equal, initial, tasks
 from reference_methods import FedIT, Flame
@@ -100,10 +100,8 @@ def test_same_rounds(root: Path, case: str) -> None:
     result = finish(parts, journal)
     check_equal(expected.adapters, {key: torch.from_numpy(value) for key, value in result.adapters.items()})
     for index, value in expected.rescalers.items():
-        if RESCALER in parts.state.personal.values:
-            assert torch.allclose(
-                parts.state.personal.values[RESCALER][index].double().flatten(), value, rtol=0, atol=TOLERANCE
-            )
+        if RESCALER in parts.state.personal.specs:
+            assert torch.allclose(parts.state.personal.state(index)[RESCALER].double().flatten(), value, rtol=0, atol=TOLERANCE)
     held = parts.data.global_holdout()
     for event in result.events:
         if event["event"] == "eval" and event["round"] == config.federation.rounds:
@@ -113,7 +111,7 @@ def test_same_rounds(root: Path, case: str) -> None:
 
 
 def initial_rescalers(parts: Parts) -> dict[int, torch.Tensor]:
-    if RESCALER not in parts.state.personal.values:
+    if RESCALER not in parts.state.personal.specs:
         return {client.index: torch.ones(1, dtype=torch.float64) for client in parts.clients}
-    values = parts.state.personal.values[RESCALER]
+    values = own_values(parts)[RESCALER]
     return {client.index: values[client.index].clone().double().flatten() for client in parts.clients}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from federations import Result, alone, finish, make_config, run_alone, write_inputs
+from federations import Result, alone, finish, make_config, own_values, run_alone, write_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from test_methods_resume import StopsAfter, start
@@ -97,7 +97,7 @@ def of_kind(result: Result, kind: str, **wanted: Any) -> list[dict[str, Any]]:
 def test_a_tier_is_evaluated_with_the_rank_that_it_buys(ranks: Result) -> None:
     """The global adapters with their last rows set to zero, at full rank: what a client of a lower rank receives."""
     parts, found = ranks.parts, {}
-    left = parts.state.personal.values["hetlora.rank"].flatten().tolist()
+    left = own_values(parts)["hetlora.rank"].flatten().tolist()
     assert any(now < client.rank for now, client in zip(left, parts.clients, strict=True)), "clients have given rows up"
     kept = {name: parts.state.adapters.client(name, 0).clone() for name in parts.state.adapters.specs}
     for label, rank in zip(LABELS, (4, 4, 2, 1), strict=True):
@@ -227,4 +227,4 @@ def test_an_interrupted_round_keeps_its_tiers(root: Path, ranks: Result) -> None
     for kind in ("experts", "eval"):
         ours, theirs = ([{**e, "time": 0.0} for e in of_kind(result, kind, round=2)] for result in (again, ranks))
         assert ours == theirs
-    assert torch.equal(again.parts.state.personal.values["hetlora.rank"], ranks.parts.state.personal.values["hetlora.rank"])
+    assert torch.equal(own_values(again.parts)["hetlora.rank"], own_values(ranks.parts)["hetlora.rank"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from every import every
-from federations import Result, make_config, run_alone, write_inputs
+from federations import Result, make_config, own_values, run_alone, write_inputs
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.errors import UserError
@@ -48,7 +48,7 @@ def received(result: Result, selection: Selection, member: Client) -> dict[str, 
     parts, bank = result.parts, result.parts.state.adapters
     for name in (name for name in parts.state.personal.specs if name in bank):
         indices = [one.index for one in selection.members]
-        bank.client(name, 0).copy_(parts.state.personal.values[name][indices].double().mean(0))
+        bank.client(name, 0).copy_(own_values(parts)[name][indices].double().mean(0))
     assignment = parts.spec.method.assign(member, RoundContext(0, parts.state.personal.dense(member.index)))
     got = parts.evaluator._received(assignment)
     return {key: value.clone() for key, _, value in got.items(0, with_personal=True)}

@@ -181,7 +181,7 @@ def test_a_round_has_room_for_its_clients() -> None:
 
 def test_sums_of_another_version_are_not_misread(tmp_path: Path) -> None:
     partial = {"done": {}, "activation": {}, "seconds": 0.0}  # what versions before wrote
-    snapshot, nothing = Snapshot(3, {}, 0, partial), State(0, Bank([], 1, 1), Personal([], 1, 1, lambda spec, client: 0.0))
+    snapshot, nothing = Snapshot(3, {}, 0, partial), State(0, Bank([], 1, 1), Personal([], 1, 1))
     with pytest.raises(UserError, match=r"round 4 is unfinished and was added up by another version; remove"):
         restore(tmp_path, snapshot, nothing, None, None)  # type: ignore[arg-type]
 

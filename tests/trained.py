@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from federations import alone, build
+from federations import alone, build, own_values
 
 from fedmoe_ds.checkpoint import state
 from fedmoe_ds.checkpoint.writer import CheckpointWriter
@@ -34,13 +34,17 @@ def random_run(config: Config, spread: float = 0.05) -> Parts:
     draw = torch.Generator().manual_seed(1)
     own, bank = parts.state.personal, parts.state.adapters
     merged = [server.values for name, server in parts.state.server.items() if name == "base"]
-    shared = {name: value for name, value in own.values.items() if name in bank}
+    shared = {name: value for name, value in own_values(parts).items() if name in bank}
     for values in (bank.values, shared, *merged):
         for name, value in values.items():
             drawn = spread * torch.randn(value.shape, generator=draw)
             if name.startswith("experts") and name.endswith(("lora_B", "base")):
                 drawn.movedim(2 if values is shared else 1, 0)[list(UNTRAINED)] = 0.0
             value.add_(drawn)
+    for index in range(own.clients):
+        for name, value in shared.items():
+            own.store(index, name, value[index])
+    own.share(parts.runtime, parts.topology.control)
     for base in (server for name, server in parts.state.server.items() if name == "base"):
         # The others' weights are the foundation's own, and no part of a checkpoint.
         for key, _, value in base.items(0):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from fedmoe_ds.distributed.runtime import Runtime
 
 
-def global_digest(tensors: Iterable[tuple[str, Tensor]], runtime: Runtime, ep_size: int) -> str:
-    """Hash every (name, tensor) where it lives, then hash the sorted (name, hash) list. Identical on every rank."""
-    mine = {}
+def global_digest(
+    tensors: Iterable[tuple[str, Tensor]], runtime: Runtime, ep_size: int, hashes: Mapping[str, str] | None = None
+) -> str:
+    """Hash every (name, tensor) where it lives, then hash the sorted (name, hash) list. Identical on every rank.
+
+    `hashes`: those of tensors that no rank has as a whole, by name.
+    """
+    mine = dict(hashes or {})
     if runtime.rank < ep_size:  # cluster 0 holds one full copy
         for key, tensor in tensors:
             data = tensor.detach().cpu().contiguous().numpy().tobytes()

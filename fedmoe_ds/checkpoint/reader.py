@@ -25,12 +25,14 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import is_plain_name, open_plain
 from fedmoe_ds.storage.strict_json import parse_json, tree_sha256
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, FORMAT)
+"""Formats that are read. Until 3 a personal file held all clients (`personal_reader`)."""
 MANIFEST = "manifest.json"
 PRIVATE = ("personal-", "sums-")
 """Files of what is a client's own (`file_modes`): the sums of an unfinished round, too, can be those of one client."""
 CLIENTS = "clients"
-"""Metadata of private files: a JSON list of the clients' names, in the order of the client axis."""
+"""Metadata of the first personal file: a JSON list of the names of all clients, in the order of their numbers."""
 _FOLDER = re.compile(r"round-([0-9]{5,})(-partial)?")
 
 
@@ -217,9 +219,10 @@ def read_snapshot(path: Path) -> Snapshot:
         raise _foreign(path, str(error)) from None
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise _foreign(path, "format: missing")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in _READ:
         raise UserError(
-            f"checkpoint: {path}: format {manifest['format']!r}: this version reads format {FORMAT}; use another run name"
+            f"checkpoint: {path}: format {manifest['format']!r}: this version reads formats {_READ[0]} and {_READ[1]}; use "
+            "another run name"
         )
     try:
         _Manifest.model_validate(manifest)

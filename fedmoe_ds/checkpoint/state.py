@@ -6,7 +6,7 @@ Legend: L layers, E experts, N clients.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.checkpoint.personal_files import BEGINNING
+from fedmoe_ds.checkpoint.personal_reader import PersonalReader
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.reader import CLIENTS, Snapshot, TensorReader
-from fedmoe_ds.checkpoint.writer import CheckpointWriter
+from fedmoe_ds.checkpoint.writer import CheckpointWriter, Tensors
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
@@ -78,17 +80,15 @@ def save(
     Args:
         config: the resolved configuration.
         position: the length of metrics.jsonl.
-        clients: names of all clients, in the order of the client axis.
+        clients: names of all clients, in the order of their numbers.
         best: the round whose checkpoint stays.
     """
-    # Every cluster holds the same state; the first one writes it.
-    tensors: dict[str, dict[str, Tensor]] = {}
+    # Every cluster holds the same state; the first one writes it. What is the clients' own every rank writes of those at home.
+    tensors: dict[str, Tensors | Callable[[], Tensors]] = {}
     if topology.cluster == 0:
         shard, count = topology.shard, topology.layout.ep_size
         tail = f"{shard:05d}-of-{count:05d}.safetensors"
         tensors[f"adapters-{tail}"] = _mine(state.adapters.items(_first_expert(state.adapters, topology)), topology)
-        if state.personal:
-            tensors[f"personal-{tail}"] = _mine(state.personal.items(_first_expert(state.adapters, topology)), topology)
         for name, bank in state.server.items():
             theirs = _mine(bank.items(_first_expert(bank, topology)), topology)
             # A tensor that is as every start makes it need not be written: `restore` leaves it as it finds it.
@@ -106,8 +106,12 @@ def save(
         }
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
     snapshot = Snapshot(state.round, identity, position, partial, used)
-    # The axis of clients without their names would say nothing to whoever has the checkpoint alone.
-    writer.begin(snapshot, tensors, {"config.yaml": config}, best, {CLIENTS: json.dumps(clients)})
+    personal, plan = state.personal.to_write()
+    # Numbers of clients without their names would say nothing to whoever has the checkpoint alone.
+    headers = {name: {CLIENTS: json.dumps(clients)} for name, rows in plan.write.items() if rows == [BEGINNING]}
+    state.personal.files.source = writer.begin(
+        snapshot, {**tensors, **personal}, {"config.yaml": config}, best, headers, plan.keep, plan.source
+    )
 
 
 def _counts_LE(rows: list[list[int]]) -> np.ndarray:
@@ -153,9 +157,8 @@ def read_tensors(path: Path, snapshot: Snapshot, state: State, shard: int = 0) -
         for key, _, value in state.adapters.items(first):
             reader.read_into(key, value)
     if state.personal:
-        with TensorReader(path, "personal", snapshot.files) as reader:
-            for key, _, value in state.personal.items(first):
-                reader.read_into(key, value)
+        with PersonalReader(path, snapshot.files, state.personal.homes) as own:
+            state.personal.restore(own)
     for name, bank in state.server.items():
         with TensorReader(path, f"server.{name}-", snapshot.files) as reader:
             # What a warm start has changed is in every checkpoint of its run; the rest stays as every start makes it.

@@ -1,9 +1,10 @@
 """Checkpoint writer: one checkpoint at a time, written while the next round trains, or at once.
 
 Every rank of the first cluster writes its tensors into a folder beside the checkpoint's place, and notes each file's sha256 in
-another. Rank 0 waits for all notes, adds the manifest and renames the folder, so a reader never sees half a checkpoint. In the
-background this is done by threads, which take no part in collectives: they meet in the file system that all ranks share. The
-main threads meet in `begin` and `finish`, where a full disk on any rank becomes the same error on all.
+another; so does every rank with what it keeps of clients. Rank 0 waits for all notes, links what a checkpoint shares with the
+one before, adds the manifest and renames the folder, so a reader never sees half a checkpoint. In the background this is done
+by threads, which take no part in collectives: they meet in the file system that all ranks share. The main threads meet in
+`begin` and `finish`, where a full disk on any rank becomes the same error on all.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +24,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmoe_ds.checkpoint.reader import FORMAT, MANIFEST, PRIVATE, Snapshot, candidates, checksum, folder_name, sha256_of
+from fedmoe_ds.checkpoint.keeping import prune, take_over
+from fedmoe_ds.checkpoint.reader import FORMAT, MANIFEST, PRIVATE, Snapshot, checksum, folder_name, sha256_of
 from fedmoe_ds.distributed.runtime import Runtime, attempt
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.file_modes import follow_umask, keep_private, umask
 from fedmoe_ds.storage.files import make_folder, remove, sync
 
 T = TypeVar("T")
-Files = dict[str, dict[str, Tensor]]
+Tensors = dict[str, Tensor]
+Files = Mapping[str, Tensors | Callable[[], Tensors]]
 Sums = dict[str, str]
 _UNFINISHED = ".writing-"
 _POLL_S = 0.02
@@ -39,13 +43,14 @@ _LINGER_S = 5.0
 @dataclass
 class Written:
     """What a finished checkpoint cost: seconds for which the run stood still, and until every byte was on disk; `best` is the
-    round that is kept for its figures."""
+    round that is kept for its figures. `copied`: bytes of shared files that could not be linked (known on rank 0)."""
 
     round: int
     partial: bool
     held: float
     seconds: float
     best: int | None
+    copied: int = 0
 
 
 @dataclass
@@ -58,7 +63,9 @@ class _Job:
         written: this rank's files and their sha256.
         published: seconds until every byte was on disk (None on all ranks but the first).
         best: the round whose checkpoint stays, however old it is.
-        private: what the headers of private files say beside the tensors.
+        headers: what the headers of some files say beside the tensors.
+        kept: files of all ranks that are taken over from the folder `source`.
+        copied: bytes of these that could not be linked.
     """
 
     snapshot: Snapshot
@@ -74,7 +81,10 @@ class _Job:
     written: Future[Sums] | None = None
     published: Future[float] | None = None
     best: int | None = None
-    private: dict[str, str] | None = None
+    headers: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    source: Path | None = None
+    kept: list[str] = field(default_factory=list)
+    copied: int = 0
 
 
 class CheckpointWriter:
@@ -98,15 +108,19 @@ class CheckpointWriter:
         tensors: Files,
         texts: dict[str, str],
         best: int | None = None,
-        private: dict[str, str] | None = None,
-    ) -> None:
-        """Start to write a checkpoint, on all ranks; the one before must have been finished.
+        headers: Mapping[str, dict[str, str]] | None = None,
+        kept: Sequence[str] = (),
+        source: Path | None = None,
+    ) -> Path:
+        """Start to write a checkpoint, on all ranks, and say where it will be; the one before must have been finished.
 
         Args:
-            tensors: files this rank writes: file name -> tensors by name (empty on most ranks). They may change afterwards.
+            tensors: files this rank writes: file name -> tensors by name (empty on most ranks). They may change afterwards;
+                where a function makes them, it is called at some time before `finish` returns.
             texts: small text files, written by rank 0.
             best: a round whose checkpoint is kept whatever its age.
-            private: what the headers of the private tensor files say (safetensors' metadata).
+            headers: what the headers of some of these files say (safetensors' metadata).
+            kept: this rank's files of the checkpoint `source` that belong to this one as well.
         Raises:
             UserError: the disk is full or not writable; what was there before is untouched.
         """
@@ -114,15 +128,17 @@ class CheckpointWriter:
         began = time.monotonic()
         target = self.root / folder_name(snapshot.round, snapshot.partial is not None)
         working, notes = (self.root / f"{_UNFINISHED}{kind}{target.name}" for kind in ("", "sums-"))
-        job = _Job(snapshot, texts, working, notes, target, began, best=best, private=private)
+        job = _Job(snapshot, texts, working, notes, target, began, best=best, headers=headers or {}, source=source)
         made = attempt(lambda: self._guarded(lambda: _fresh_folders(working, notes))) if self.runtime.is_main else (None, None)
         # It returns on every rank after rank 0 has made the folders, so no rank writes too early.
-        told = self.runtime.gather([list(tensors), made[1]])
-        if (failure := told[0][1]) is not None:
+        told = self.runtime.gather([list(tensors), list(kept), made[1]])
+        if (failure := told[0][2]) is not None:
             raise UserError(failure)
-        job.files = [name for names, _ in told for name in names]
+        job.files, job.kept = ([name for part in told for name in part[side]] for side in (0, 1))
         waits = not self.background or snapshot.partial is not None  # a run that was asked to stop has nothing else to do
-        content = {file: _on_host(part, copy=not waits) for file, part in tensors.items()}
+        content = {
+            file: part if callable(part) else partial(dict, _on_host(part, copy=not waits)) for file, part in tensors.items()
+        }
         job.written = self._threads.submit(lambda: self._guarded(lambda: _write_tensors(job, content)))
         if self.runtime.is_main:
             job.published = self._threads.submit(lambda: self._guarded(lambda: self._publish_when_complete(job)))
@@ -130,6 +146,7 @@ class CheckpointWriter:
         if waits:
             self._wait(job)
         job.held = time.monotonic() - began
+        return target
 
     def finish(self) -> Written | None:
         """Wait, on all ranks, until the checkpoint that was begun is complete; what it cost, or None if there was none.
@@ -144,7 +161,7 @@ class CheckpointWriter:
         seconds = self._wait(job)
         self._job = None
         held = job.held + time.monotonic() - began
-        return Written(job.snapshot.round, job.snapshot.partial is not None, held, seconds, job.best)
+        return Written(job.snapshot.round, job.snapshot.partial is not None, held, seconds, job.best, job.copied)
 
     def drop(self) -> None:
         """Give up what is under way, on this rank alone: the run ends with an error.
@@ -180,7 +197,7 @@ class CheckpointWriter:
             time.sleep(_POLL_S)
         _publish(job, sums)
         seconds = time.monotonic() - job.began
-        _prune(self.root, self.keep, job.target, job.best)
+        prune(self.root, self.keep, job.target, job.best)
         return seconds
 
     def _guarded(self, action: Callable[[], T]) -> T:
@@ -193,7 +210,7 @@ class CheckpointWriter:
             ) from None
 
 
-def _on_host(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
+def _on_host(tensors: Tensors, copy: bool) -> Tensors:
     if not copy:
         return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     # Training goes on, and changes the tensors while the copy is being written.
@@ -213,13 +230,13 @@ def _open_up(folder: Path) -> None:
     folder.chmod((0o777 & ~umask()) | (folder.stat().st_mode & stat.S_ISGID))
 
 
-def _write_tensors(job: _Job, tensors: Files) -> Sums:
+def _write_tensors(job: _Job, tensors: dict[str, Callable[[], Tensors]]) -> Sums:
     """This rank's files; the note about a file appears when all of it is on disk."""
     sums = {}
     for name, content in tensors.items():
         path = job.working / name
         try:
-            save_file(content, path, job.private if name.startswith(PRIVATE) else None)
+            save_file(content(), path, job.headers.get(name))
         except Exception as error:  # safetensors wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
         # Until `_open_up` the folder is closed to others, so nobody reads the file before its mode is right.
@@ -242,6 +259,10 @@ def _noted(job: _Job) -> Sums | None:
 
 def _publish(job: _Job, sums: Sums) -> None:
     sums = dict(sums)
+    if job.kept:
+        assert job.source is not None
+        shared, job.copied = take_over(job.source, job.working, job.kept)
+        sums |= shared
     for name, text in job.texts.items():
         path = job.working / name
         path.write_text(text)
@@ -280,19 +301,3 @@ def remove_unfinished(root: Path) -> None:
     """Remove what a killed or failed writer left behind."""
     for leftover in root.glob(f"{_UNFINISHED}*"):
         remove(leftover)
-
-
-def _prune(root: Path, keep: int, written: Path, best: int | None) -> None:
-    """Keep the newest `keep` complete rounds, and the best one; an interrupted round goes as soon as a later checkpoint exists.
-
-    Whatever claims to be newer than the one just written was damaged, or this start would have continued from it.
-    """
-    found = candidates(root)
-    older = found[found.index(written) :]
-    complete = [path for path in older if not path.name.endswith("-partial")]
-    kept = {written, *complete[:keep]}
-    if best is not None:
-        kept.add(root / folder_name(best, False))
-    for path in found:
-        if path not in kept:
-            remove(path)

@@ -10,6 +10,7 @@ unless bits are promised and the kernels do not keep rows apart (`RunSpec.shares
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class WaveTrainer:
         wave: Wave,
         round_index: int,
         start: Bank,
-        personal: dict[str, Tensor],
+        personal: Callable[[int], dict[str, Tensor]],
         read: ReadClient,
         limits: PassLimits = PassLimits(),  # noqa: B008  (frozen)
     ) -> list[tuple[ClientView, ClientUpdate]]:
@@ -85,7 +86,7 @@ class WaveTrainer:
 
         Args:
             wave: clients at home on each rank of the cluster.
-            personal: by block name, [n_clients, L, ...]; read for the clients at home here.
+            personal: by client, its personal blocks [L, ...]; asked for the clients of the wave.
             read: training sequences of a client; called for clients at home here only.
             limits: of the passes, the same on every rank of the cluster.
         Returns:
@@ -103,7 +104,7 @@ class WaveTrainer:
         for work in works[self.shard]:
             work.data = read(work.client.index)
         views = [[self._view(work, shard, start, personal) for work in home] for shard, home in enumerate(works)]
-        self._load(works, views, start, personal)
+        self._load(works, views, start)
         self.timer.lap("set_up")
         counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts, self.bank.device)
         # The steps of the longest client, on every rank: where a rank's own have finished, rows of others still arrive.
@@ -135,18 +136,16 @@ class WaveTrainer:
         assignment = self.hooks.assign(client, round_index)
         return ClientWork(client, *place, assignment, batches, bounds, sizes, round_index, self.round_rate(round_index))
 
-    def _view(self, work: ClientWork, shard: int, start: Bank, personal: dict[str, Tensor]) -> ClientView:
+    def _view(self, work: ClientWork, shard: int, start: Bank, personal: Callable[[int], dict[str, Tensor]]) -> ClientView:
         slots = {True: shard * self.pool.home_clients + work.slot}
         if shard == self.shard:
             slots[False] = work.slot
         # On the CPU for all clients; here it meets tensors of the device.
-        state = {name: values[work.client.index].to(self.bank.device) for name, values in personal.items()}
+        state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
         return ClientView(work.client, work.assignment, self.bank, start, slots, state)
 
     @torch.no_grad()
-    def _load(
-        self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank, personal: dict[str, Tensor]
-    ) -> None:
+    def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
         # A step clears what it has used; what a wave that ran out of memory has left behind is cleared here.
         self.bank.zero_grad()
         self.optimizer.reset()

@@ -235,6 +235,13 @@ class ExecutionConfig(Section):
     )
     threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
+    client_state_gib: float = Field(
+        4.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="GiB of what clients keep for themselves (personal adapters, control variates) in a rank's memory; more "
+        "lies in mapped files without a name below foundation.cache",
+    )
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="low-rank products; auto: own C++ on CPU; on CUDA Triton's kernels where Triton is installed, else torch's "

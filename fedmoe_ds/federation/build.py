@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.checkpoint.client_homes import Homes
+from fedmoe_ds.checkpoint.client_rows import Slabs
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_skipped
@@ -108,15 +110,18 @@ class Parts:
         return self.server.new_sums(len(self.participants(round_index)), self.runtime.device)
 
     def result_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What the run has learnt, by canonical name (this rank's part): global adapters, merged weights, personal models."""
+        """What the run has learnt, by canonical name (this rank's part): global adapters, merged weights."""
         for bank in (self.state.adapters, self.state.server.get(BASE)):
             if bank is not None:
                 yield from ((key, value) for key, _, value in bank.items(self.first_expert))
-        if self.spec.method.personal_models:
-            for key, spec, value in self.state.personal.items(self.first_expert):
-                if spec.trained:
-                    # Control variates and other untrained client state are means to an end, not a result.
-                    yield f"personal.{key}", value
+
+    def own_hashes(self) -> dict[str, str]:
+        """For the digest: sha256 of the clients' own models, by canonical name (this rank's part). Collective."""
+        if not self.spec.method.personal_models:
+            return {}
+        # Control variates and other untrained client state are means to an end, not a result.
+        trained = [name for name, spec in self.state.personal.specs.items() if spec.trained]
+        return {f"personal.{key}": value for key, value in self.state.personal.hashes(trained).items()}
 
 
 def load_parts(
@@ -212,7 +217,8 @@ def _assemble(
     begun = begin_from(source, spec, adapters, own.get(BASE), runtime, unread)
     if source is not None:
         server.load_base(own)
-    state = State(0, adapters, initial_personal(spec, adapters, clients), own)
+    slabs = client_slabs(config)
+    state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), slabs), own)
     micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients)
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
@@ -255,7 +261,14 @@ def adapted_model(spec: RunSpec, foundation: Foundation, execution: Execution) -
     return AdaptedModel(foundation, execution, config.execution.packing)
 
 
-def initial_personal(spec: RunSpec, adapters: Bank, clients: Sequence[Client]) -> Personal:
+def client_slabs(config: Config) -> Slabs:
+    """The memory of what clients keep for themselves, and the files for what is beyond."""
+    return Slabs(int(config.execution.client_state_gib * 2**30), lambda: cache_folder(config.foundation, "scratch"))
+
+
+def initial_personal(
+    spec: RunSpec, adapters: Bank, clients: Sequence[Client], homes: Homes | None = None, slabs: Slabs | None = None
+) -> Personal:
     """Personal blocks of the bank, the method's client state, and control variates; the method is asked for the first two
     alone."""
     blocks, method = spec.blocks, spec.method
@@ -263,15 +276,14 @@ def initial_personal(spec: RunSpec, adapters: Bank, clients: Sequence[Client]) -
     controls = [control_block(block) for block in shared_blocks(blocks)] if spec.config.local.drift == "scaffold" else []
     zero = {block.name for block in controls}
 
-    def initial(block: BlockSpec, index: int) -> Tensor | float:
-        if block.name in zero:
-            return 0.0  # SCAFFOLD, algorithm 1: c_i = 0
-        value = method.initial(block, clients[index])
-        if value is not None:
-            return value
+    def common(block: BlockSpec) -> Tensor | float:
+        # What is not in the model begins at zero, as control variates do (SCAFFOLD, algorithm 1).
         return adapters.client(block.name, 0).cpu() if block.name in adapters else 0.0
 
-    return Personal(own + controls, adapters.experts, len(clients), initial)
+    def initial(block: BlockSpec, index: int) -> float | None:
+        return None if block.name in zero else method.initial(block, clients[index])
+
+    return Personal(own + controls, adapters.experts, len(clients), common, initial, homes, slabs)
 
 
 def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.device) -> Execution:

@@ -223,21 +223,36 @@ class Evaluator(ReceivedModel):
     ) -> list[_Row]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
         shared, own = [], {}
-        parts, cut = self._global_parts()
+        parts, _ = self._global_parts()
         scored = {client.index for client in owners}
+        untrained_KN: Tensor | None = None
         for client in members:
-            self.load_own(client, personal)
             last = [self.client_part(client)] if client.index in scored else []
-            # Its own hold-out in the turn after the last one of the global: ranks without a batch of that one have time for it.
-            sums_KN = self._run([*parts, *last], [*cut, *([len(parts)] for _ in last)], how)
-            shared.append(sums_KN[:, : len(parts)])
+            # Clients that were never trained have one model: the first of them speaks for all.
+            alike = personal.begins_as_all(client.index, self.own_blocks(personal))
+            spoken_KN = untrained_KN if alike else None
+            first = parts if spoken_KN is None else []
+            sums_KN = self._own_sums(client, personal, [*first, *last], how)
+            shared.append(sums_KN[:, : len(first)] if spoken_KN is None else spoken_KN)
+            untrained_KN = shared[-1] if alike else untrained_KN
             if last:
-                own[client.name] = sums_KN[:, len(parts) :]
+                own[client.name] = sums_KN[:, len(first) :]
         rows = [_Row(members[0], "global", torch.cat(shared, 1))]
         if own:
             rows.append(_Row(members[0], "clients", torch.cat(list(own.values()), 1)))
             rows += [_Row(members[0], "client", sums_KN, name) for name, sums_KN in own.items()]
         return rows
+
+    def _own_sums(self, client: Client, personal: Personal, parts: list[ReadPart], how: Assignment) -> Tensor:
+        """[K, N parts] by a client's own model, a pass each; its own hold-out comes last: ranks without a batch of the global
+        one have time for it."""
+        if not parts:
+            return self._no_sums(0)
+        self.load_own(client, personal)
+        return self._run(parts, [[place] for place in range(len(parts))], how)
+
+    def _no_sums(self, parts: int) -> Tensor:
+        return torch.zeros(SUMS + len(self.tasks.names), parts, dtype=torch.float64)
 
     def _global_parts(self) -> tuple[list[ReadPart], list[list[int]]]:
         """Batches of the global hold-out, a pass each."""
@@ -279,7 +294,7 @@ class Evaluator(ReceivedModel):
     @torch.no_grad()
     def _run(self, parts: list[ReadPart], cut: list[list[int]], how: Assignment) -> Tensor:
         """[K, N parts]: this rank's part of the sums under one assignment; `cut` says which parts share a pass."""
-        sums_KN = torch.zeros(SUMS + len(self.tasks.names), len(parts), dtype=torch.float64)
+        sums_KN = self._no_sums(len(parts))
         world, rank = self.runtime.world_size, self.runtime.rank
         with self.receiving(how):
             # Every rank runs every turn, with or without a batch: the layers' all-to-alls need all of the cluster.
@@ -294,7 +309,7 @@ class Evaluator(ReceivedModel):
         result = self.run_pass(parts, how)
         right_MB = self.tasks.right(parts, result, lambda asked: self.run_pass(asked, how))
         by_part = [torch.split(values_N, result.targets) for values_N in (result.nll_N.double(), result.correct_N)]
-        sums_KP = torch.zeros(SUMS + len(self.tasks.names), len(parts), dtype=torch.float64)
+        sums_KP = self._no_sums(len(parts))
         first, positions = 0, 1 if self.model.foundation.images is None else self.model.foundation.images.positions
         for place, (part, nll, correct) in enumerate(zip(parts, *by_part, strict=True)):
             right = [sum(right_B[first : first + len(part)]) for right_B in right_MB]

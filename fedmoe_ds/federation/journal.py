@@ -127,7 +127,7 @@ class Journal:
         """What metrics say about one client in one round."""
         first, last = update.losses or (None, None)
         # The mean over layers: one number per client and round keeps the record small.
-        rescaler = float(personal.values[RESCALER][update.client.index].mean()) if RESCALER in personal.values else None
+        rescaler = float(personal.state(update.client.index)[RESCALER].mean()) if RESCALER in personal.specs else None
         return {
             "client": update.client.name,
             "top_k": update.client.top_k,

@@ -37,20 +37,25 @@ class ReceivedModel:
 
     def assigned(self, member: Client, personal: Personal, plain: bool) -> Assignment:
         """What a client is told in evaluation; `plain`: all LoRA rows and no rescaler, as before the first round."""
-        how = self.method.assign(member, RoundContext(0, personal.dense(member.index)))
+        dense = [name for name, spec in personal.specs.items() if not spec.expert]
+        ((_, own),) = personal.visit([member.index], dense)
+        how = self.method.assign(member, RoundContext(0, own))
         return how if not plain else replace(how, rows_R=None, rescale=None)
 
     def load_mean(self, members: Sequence[Client], personal: Personal, plain: bool = False) -> None:
-        """Set the bank's personal blocks to their mean over clients."""
-        for name in (name for name in personal.specs if name in self.bank):
-            # float64, so that the mean of many equal float32 values is that value.
-            mean = personal.values[name][[client.index for client in members]].double().mean(0)
+        """Set the bank's personal blocks to their mean over clients. Collective, as are `load_own` and `assigned`."""
+        for name, mean in personal.means([client.index for client in members], self.own_blocks(personal)).items():
             self.bank.client(name, 0).copy_(torch.ones_like(mean) if plain and name == RESCALER else mean)
 
     def load_own(self, client: Client, personal: Personal) -> None:
         """Set them to those of one client."""
-        for name in (name for name in personal.specs if name in self.bank):
-            self.bank.client(name, 0).copy_(personal.values[name][client.index])
+        for _, own in personal.visit([client.index], self.own_blocks(personal)):
+            for name, value in own.items():
+                self.bank.client(name, 0).copy_(value)
+
+    def own_blocks(self, personal: Personal) -> list[str]:
+        """The blocks of the model that are personal."""
+        return [name for name in personal.specs if name in self.bank]
 
     @contextmanager
     def receiving(self, how: Assignment) -> Iterator[None]:

@@ -60,6 +60,11 @@ class RoundCheckpoints:
             kept = {} if done.best is None else {"best": done.best}
             spent = {"seconds": done.held, "written_s": done.seconds}
             self.journal.event("checkpoint", round=done.round, partial=done.partial, **spent, **kept)
+            if done.copied:
+                self.journal.note(
+                    f"checkpoint of round {done.round}: this file system makes no links, so {done.copied / 2**20:.0f} MiB of "
+                    "the one before were copied"
+                )
 
     def drop(self) -> None:
         """Give up the checkpoint that is being written, on this rank alone."""

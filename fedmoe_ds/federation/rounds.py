@@ -51,6 +51,7 @@ class _Round:
         chosen: its clients in canonical order.
         partial, sums: what is known of it so far, from an earlier start or this one.
         waves: those of this rank's cluster.
+        clients: who is trained, by cluster.
         busiest: how many waves the cluster with most of them has.
         weighted: by block, in how many tensors of all ranks the weights do not sum to zero (after `share_counts`).
     """
@@ -60,6 +61,7 @@ class _Round:
     partial: PartialRound
     sums: RoundSums
     waves: list[Wave] = field(default_factory=list)
+    clients: list[list[int]] = field(default_factory=list)
     busiest: int = 0
     weighted: dict[str, int] = field(default_factory=dict)
 
@@ -133,7 +135,7 @@ class Federation:
         self.checkpoints.finish()
         with self.timer.phase("aggregate"):
             work.sums.reduce(self.parts.topology)  # 4. The sums of all clusters.
-            self.state.personal.share(self.parts.runtime, self.parts.topology)
+            self.state.personal.share(self.parts.runtime, self.parts.topology.control)
             work.weighted = share_counts(self.parts, work.partial, work.sums)
             self.journal.limits(round_index + 1, self.parts.skipped.limits(round_index + 1))
         if stopped or work.unfinished:
@@ -169,11 +171,13 @@ class Federation:
         clusters, in_flight = parts.topology.layout.clusters, config.execution.clients_in_flight
         plan = schedule(waiting, parts.spec.cost, config.local, clusters, config.topology.ep_size, in_flight)
         work.waves, work.busiest = plan[parts.topology.cluster], max(len(waves) for waves in plan)
+        work.clients = [[client.index for wave in waves for home in wave for client in home] for waves in plan]
         self.journal.start_round(work.index, config.federation.rounds, len(work.waves))
 
     def _train(self, work: _Round) -> None:
         """Train this cluster's waves, and fold their updates into the sums. A stop request ends it after a wave."""
         parts = self.parts
+        self.state.personal.fetch(work.clients, parts.runtime)
         parts.trainer.timer = PhaseTimer()
         for number in range(1, len(work.waves) + 1):
             trained = self._train_wave(work, work.waves[number - 1 :])
@@ -199,7 +203,7 @@ class Federation:
             limits = parts.skipped.limits(work.index)
             try:
                 return parts.trainer.train(
-                    wave, work.index, state.adapters, state.personal.values, parts.training_data.train, limits
+                    wave, work.index, state.adapters, state.personal.state, parts.training_data.train, limits
                 )
             except OutOfMemory as error:
                 # Without its traceback, which would hold the wave.
@@ -286,4 +290,4 @@ class Federation:
 
     def _digest(self) -> str:
         parts = self.parts
-        return global_digest(parts.result_tensors(), parts.runtime, parts.config.topology.ep_size)
+        return global_digest(parts.result_tensors(), parts.runtime, parts.config.topology.ep_size, parts.own_hashes())

@@ -221,6 +221,7 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         return
     path = Path(source)
     snapshot, notes = parts.runtime.run_on_all_ranks(lambda: restore(path, parts))
+    parts.state.personal.agree(parts.runtime)
     for note in notes:
         journal.note(note)
     activity.enter("load", snapshot.round)

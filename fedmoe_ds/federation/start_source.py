@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fedmoe_ds.adapter_formats import read_adapter
+from fedmoe_ds.checkpoint.personal_reader import PersonalReader
 from fedmoe_ds.checkpoint.reader import MANIFEST, PRIVATE, Snapshot, TensorReader, find_damage, newest_intact, read_snapshot
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.identity import START
@@ -159,7 +160,7 @@ def _checkpoint(folder: Path) -> Source:
 def _own_blocks(folder: Path, snapshot: Snapshot) -> Collection[str] | None:
     """What each client keeps for itself; None where that cannot be read, which no start needs."""
     try:
-        with TensorReader(folder, "personal", snapshot.files) as reader:
+        with PersonalReader(folder, snapshot.files) as reader:
             return sorted({block_of(key) for key in reader})
     except (OSError, UserError):
         return None

@@ -29,7 +29,7 @@ from fedmoe_ds.distributed.control import Alone
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.build import adapted_model, initial_personal
+from fedmoe_ds.federation.build import adapted_model, client_slabs, initial_personal
 from fedmoe_ds.federation.continuation import named_in, take_class
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.received_model import ReceivedModel
@@ -118,7 +118,7 @@ class LoadedModel:
         self.adapters = initial_bank(foundation, spec.blocks, config.seed, spec.expert_layout.held, device)
         model = adapted_model(spec, foundation, _execution(spec, self.adapters, len(clients)))
         self.received = ReceivedModel(spec.method, model, self.adapters)
-        self.personal: Personal = initial_personal(spec, self.adapters, clients)
+        self.personal: Personal = initial_personal(spec, self.adapters, clients, slabs=client_slabs(config))
         self.trained = run is None
 
     @classmethod

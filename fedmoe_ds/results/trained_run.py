@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmoe_ds.checkpoint.client_mean import ClientMean
+from fedmoe_ds.checkpoint.personal_reader import PersonalReader
 from fedmoe_ds.checkpoint.reader import Snapshot, TensorReader, client_names, read_snapshot
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
@@ -133,12 +135,12 @@ class TrainedRun:
         return self.clients
 
     def _assignment(self, member: Client) -> Assignment:
-        return self.spec.method.assign(member, RoundContext(0, self._dense_state(member.index)))
+        return self.spec.method.assign(member, RoundContext(0, self._dense_state(member)))
 
-    def _dense_state(self, index: int) -> dict[str, Tensor]:
+    def _dense_state(self, member: Client) -> dict[str, Tensor]:
         """One client's personal blocks [L, *item] but those of experts: what its method may ask about."""
         return {
-            block.name: torch.stack([self._personal.slice(block.key(layer), index) for layer in block.layers])
+            block.name: torch.stack([self._own(block.key(layer), block, member) for layer in block.layers])
             for block in self.client_blocks
             if not block.expert
         }
@@ -175,15 +177,34 @@ class TrainedRun:
         if not block.personal:
             value = self._adapters.read(key)
         elif selection.client is not None:
-            value = self._personal.slice(key, selection.client.index)
+            value = self._own(key, block, selection.client)
         else:
-            members = [self._personal.slice(key, member.index).double() for member in selection.members]
-            # float64, so that the mean of many equal float32 values is that value.
-            value = torch.stack(members).mean(0).float()
+            value = self._mean(key, block, selection.members)
         if value.shape != block.item:
             raise UserError(f"checkpoint: {key}: shape {tuple(value.shape)}, but this run needs {block.item}")
         mask = selection.assignment.mask(block, value.device)
         return value if mask is None else torch.where(mask, value, 0.0)
+
+    def _own(self, key: str, block: BlockSpec, member: Client) -> Tensor:
+        """[*item] that a client has; before it was trained, what it begins with."""
+        value = self._personal.value(key, member.index)
+        if value is not None:
+            return value
+        number, common = self.spec.method.initial(block, member), self._personal.beginning(key)
+        assert common is not None, "only a checkpoint that has a beginning leaves clients out"
+        return common if number is None else torch.full_like(common, number)
+
+    def _mean(self, key: str, block: BlockSpec, members: Sequence[Client]) -> Tensor:
+        """As `Personal.means` adds up: those that have what everybody begins with first."""
+        common = self._personal.beginning(key)
+        alike = [
+            common is not None and self._personal.value(key, m.index) is None and self.spec.method.initial(block, m) is None
+            for m in members
+        ]
+        mean = ClientMean(torch.zeros(block.item) if common is None else common, sum(alike))
+        for member in (member for member, same in zip(members, alike, strict=True) if not same):
+            mean.add(self._own(key, block, member))
+        return mean.value.float()
 
     def base(self, key: str) -> Tensor | None:
         """A frozen weight that products have moved into (FLoRA), by the key of its pair and `.base`; None: the model's own."""
@@ -200,8 +221,8 @@ class TrainedRun:
         return TensorReader(self.checkpoint, "adapters", self.snapshot.files)
 
     @cached_property
-    def _personal(self) -> TensorReader:
-        return TensorReader(self.checkpoint, "personal", self.snapshot.files)
+    def _personal(self) -> PersonalReader:
+        return PersonalReader(self.checkpoint, self.snapshot.files)
 
     @cached_property
     def _base(self) -> TensorReader:

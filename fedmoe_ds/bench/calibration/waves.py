@@ -103,7 +103,7 @@ class Bench:
         self.start = Bank(blocks, places.num_experts // ep_size, clients=1, device=device, with_grad=False)
         for value in self.start.values.values():
             value.copy_(torch.empty(value.shape).uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(1)))
-        self.personal = {spec.name: torch.ones(ep_size, len(spec.layers), *spec.item) for spec in blocks if spec.personal}
+        self.personal = {spec.name: torch.ones(len(spec.layers), *spec.item) for spec in blocks if spec.personal}
         self.model, config = AdaptedModel(self.foundation, self.execution), self.job.config
         self.trainer = TimedTrainer(self.model, places.layers, config.local, config.execution.micro_batch_size, seed=0)
 
@@ -112,7 +112,7 @@ class Bench:
         clients = [Client(i, "c", cap, sequences, sequences, sequences * length, cap) for i in range(self.ep_size)]
         data = self._data(sequences, length)
         self.trainer.seconds = []  # one entry per step; the first one warms up
-        self.trainer.train([[client] for client in clients], 1, self.start, self.personal, lambda _: data)
+        self.trainer.train([[client] for client in clients], 1, self.start, lambda _: self.personal, lambda _: data)
         return self._sample(True, sequences, length, cap, self.trainer.seconds[1:])
 
     def forward(self, sequences: int, length: int, cap: int) -> Sample:

@@ -48,5 +48,5 @@ def case_steps_of_a_server_do_not_wait(fake: Any) -> None:
 
 def every_value_on_the_host(parts: Any) -> bool:
     """Memory of all clients would not fit on a device: theirs go there with the wave that trains them."""
-    values = list(parts.state.personal.values.values())
+    values = list(parts.state.personal.state(0).values())
     return bool(values) and not [value for value in values if value.device.type != "cpu"]

@@ -177,7 +177,7 @@ def case_a_failed_pass_is_given_back(fake: Any) -> None:
     gc.disable()  # what refers to nothing must go by itself, before anybody collects
     try:
         with watched(limited):
-            parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.values, parts.training_data.train)
+            parts.trainer.train(wave, 1, parts.state.adapters, parts.state.personal.state, parts.training_data.train)
         raise AssertionError("it fits")
     except Exception as error:
         assert type(error).__name__ == "OutOfMemory", error

@@ -1,0 +1,26 @@
+"""Client mean: the mean of one tensor over clients, with the same bits whoever holds which of them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class ClientMean:
+    """Adds up in float64, in the order in which it is told; first of all those that are alike.
+
+    Args:
+        common: what clients have that were never trained.
+        count: how many of these there are.
+    """
+
+    def __init__(self, common: Tensor, count: int) -> None:
+        # Exact below 2^29 clients, so that the mean of many equal float32 values is that value.
+        self.total, self.count = common.double() * count, count
+
+    def add(self, value: Tensor) -> None:
+        self.total += value
+        self.count += 1
+
+    @property
+    def value(self) -> Tensor:
+        return self.total / self.count
