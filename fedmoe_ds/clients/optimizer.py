@@ -231,13 +231,13 @@ def squared_norms(bank: Bank, expert: bool) -> Tensor:
 
     Each number is a sum over one contiguous item, so it does not depend on how many experts or clients are held here.
     """
-    clients = bank.expert_clients if expert else bank.clients
+    clients, experts = (bank.expert_clients, bank.experts) if expert else (bank.clients, 1)
     norms = []
     for name, spec in bank.specs.items():
         if spec.expert == expert and spec.trained:
             grad = bank.grads[name]
             norm = torch.linalg.vector_norm(grad.view(-1, math.prod(spec.item)), dim=-1, dtype=torch.float64)
-            norms.append(norm.view(len(spec.layers), -1, clients))
+            norms.append(norm.view(len(spec.layers), experts, clients))
     # A run may train expert blocks only, or dense ones only; the gather needs a tensor of the right shape all the same.
     if not norms:
         device = next(iter(bank.values.values())).device
