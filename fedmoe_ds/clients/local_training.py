@@ -51,6 +51,7 @@ class WaveTrainer:
         hooks: what the method prescribes per client.
         rounds: of the run; a learning rate scheduled across rounds needs it.
         packing: where samples are packed, what cuts a step into passes.
+        moments_on_host: whether a GPU's clients keep their optimizer state in the host's memory.
     """
 
     def __init__(
@@ -63,13 +64,15 @@ class WaveTrainer:
         hooks: LocalTrainingHooks | None = None,
         rounds: int = 1,
         packing: Packing | None = None,
+        moments_on_host: bool = False,
     ) -> None:
         assert model.packing == (packing is not None)
         self.model, self.execution, self.hooks = model, model.execution, hooks or LocalTrainingHooks()
         self.local, self.micro, self.seed, self.rounds, self.packing = local, micro_batch_size, seed, rounds, packing
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
-        self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
+        first_expert = self.shard * self.pool.local_experts
+        self.optimizer = ClientOptimizer(self.bank, local, seed, first_expert, moments_on_host)
         self.layers = layers
         self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
 

@@ -21,6 +21,7 @@ from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.batches import Packing
 from fedmoe_ds.clients.client import Client, make_clients, tiers_of
 from fedmoe_ds.clients.hooks import TrainingData
+from fedmoe_ds.clients.host_moments import check_moments_on
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.pooled import PooledData
 from fedmoe_ds.config import Config, dump_config
@@ -136,6 +137,7 @@ def load_parts(
     """
     stop, device = stop or StopRequest(), runtime.device
     check_promise(config, device.type)
+    check_moments_on(config.execution, device.type)
     before: dict[str, str] = {} if resume is None else runtime.run_on_rank0(lambda: continuation.read(Path(resume)))
     config, method = check_start(continuation.with_type(config, before), device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
@@ -221,7 +223,8 @@ def _assemble(
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
     layers, rounds = spec.expert_layout.layers, config.federation.rounds
-    trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing)
+    on_host = config.execution.moments_on == "host"
+    trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing, on_host)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
     same = agreed(runtime.gather(kernels), topology.hosts, spec.bitwise)
     ours = identity(config, foundation, data, same, spec.bitwise, None if begun is None else begun.digest)

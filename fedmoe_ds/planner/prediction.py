@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from fedmoe_ds.clients.client import Client, tiers_of
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.schedule import home_clients, largest_wave, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
-from fedmoe_ds.planner.memory import COPY, PASS, estimate, outlasting, parameters_per_client
+from fedmoe_ds.planner.memory import COPY, HOST_MOMENTS, PASS, estimate, outlasting, parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
 from fedmoe_ds.planner.training import Spent, WaveModel
 from fedmoe_ds.planner.work import stage_seconds
@@ -236,11 +236,14 @@ def predict_memory(
         passes = {(1, None)}
     elif plan is not None:
         passes = {*shared_passes(plan)} or passes
-    held = (estimate(spec, home, job.length, *each) for each in passes)
+    # A bank has slots for the largest wave of any cluster, as `wave_slots` says of a start.
+    flight = min(in_flight or participants, participants) if plan is None else largest_wave(plan)
+    held = (estimate(spec, home, job.length, *each, in_flight=flight) for each in passes)
     # The pass with the largest activations decides; everything else is the same in all of them.
     found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
     found[PASS] = int(found[PASS] * hardware.activation_slack)
     found |= outlasting(spec, len(job.clients), participants)
     if hardware.kind == "cuda":
-        found.pop(COPY, None)  # lies in the host's memory
+        for name in (COPY, HOST_MOMENTS):
+            found.pop(name, None)  # lies in the host's memory
     return found

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds
 from fedmoe_ds.clients.client import Client, make_clients
+from fedmoe_ds.clients.host_moments import check_moments_on
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
@@ -173,6 +174,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu") -> Job:
     """
     fault.guard("this plan")
     check_promise(config, kind)
+    check_moments_on(config.execution, kind)
     config, method = check_start(config, kind)
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, storage_type(config.foundation, kind, folder))
