@@ -86,6 +86,11 @@ CONFIGURATION = {
         (),
         ("execution.adapter_kernels: triton:", "needs a CUDA device", "use auto"),
     ),
+    "moments on the host of a CPU": (
+        {"topology": {"device": "cpu"}, "execution": {"moments_on": "host"}},
+        (),
+        ("execution.moments_on: host:", "in the host's memory as it is", "use device"),
+    ),
 }
 
 

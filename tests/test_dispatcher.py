@@ -139,7 +139,11 @@ def test_rows_keep_their_bits_in_other_company() -> None:
 
 
 def test_slots_of_a_wave() -> None:
-    two = Pool(None, 2, EXPERTS, 3, merge=False)
-    assert [two.wave_slot(peer, slot) for peer in range(2) for slot in range(3)] == list(range(6)) and two.wave_clients == 6
-    shared = Pool(None, 2, EXPERTS, 1, merge=False, shared=True)
+    two = Pool(None, 2, EXPERTS, 6, merge=False)
+    assert [two.wave_slot(peer, slot) for peer in range(2) for slot in range(3)] == list(range(6)) and two.home_clients == 3
+    # There, back, and there again: the fifth client is rank 0's third.
+    odd = Pool(None, 2, EXPERTS, 5, merge=False)
+    assert [odd.wave_slot(*place) for place in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))] == list(range(5))
+    assert odd.home_clients == 3
+    shared = Pool(None, 2, EXPERTS, 2, merge=False, shared=True)
     assert shared.wave_slot(1, 0) == 0, "in evaluation all peers read the one global copy"

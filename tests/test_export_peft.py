@@ -229,7 +229,7 @@ def run_logits(result: Result, run: TrainedRun, selection: Selection, ids: np.nd
         place.copy_(run.value(key, block, selection))
     execution, model = parts.execution, parts.trainer.model
     before = execution.bank, execution.pool
-    execution.bank, execution.pool = bank, replace(execution.pool, home_clients=1, merge=False, shared=True)
+    execution.bank, execution.pool = bank, replace(execution.pool, wave_clients=1, merge=False, shared=True)
     try:
         with torch.no_grad():
             hidden = model.forward(model.batch([Rows(0, selection.assignment.cap, [ids], [ids >= 0])]), 0).hidden_BSD

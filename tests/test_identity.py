@@ -78,6 +78,7 @@ ELSEWHERE = {
     "checkpoint.best_tier": "test_best_round.py",
     "deepspeed": "test_deepspeed_tools.py",
     "execution.threads": "refused at every start in bitwise mode",
+    "execution.moments_on": "fake_cuda/cases/rows_and_steps.py",
     "foundation.trust_remote_code": "test_own_code.py",
     "data.chat_template": "test_data_chat.py",
     "data.prompt.preset": "test_data_prompts.py",

@@ -77,7 +77,7 @@ class Hosted:
         adapters = AdapterConfig(rank=4, attention=names, router=router)
         blocks = adapter_blocks(self.foundation.model, hosted_layout(self.foundation.layers), adapters, "client")
         group = process_groups.create_groups(ep_size)[0] if ep_size > 1 else None
-        pool = Pool(group, ep_size, EXPERTS, CLIENTS, merge, shard=rank % ep_size)
+        pool = Pool(group, ep_size, EXPERTS, ep_size * CLIENTS, merge, shard=rank % ep_size)
         self.execution = Execution(Bank(blocks, EXPERTS // ep_size, CLIENTS, pool.wave_clients), pool, 2.0, rescaler=True)
         start = initial_bank(self.foundation, blocks, 0, self.foundation.layers[0].experts)
         for name, spec in self.execution.bank.specs.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from every import every
 from torch import Tensor
 
 from fedmoe_ds.clients.fused_step import ClientStep
+from fedmoe_ds.clients.host_moments import HostMoments
 from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
@@ -171,6 +174,45 @@ def test_all_clients_together_as_on_a_device(settings: dict[str, Any]) -> None:
             assert float((ours[name] - theirs[name]).abs().gt(1e-5 * theirs[name].abs() + 1e-6).double().mean()) <= 0.02
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", "weight_decay": 0.1, "clip": 1.0},
+        {"optimizer": "adamw", "moments": "bfloat16"},
+        {"optimizer": "sgd", "momentum": 0.9, "moments": "bfloat16"},
+        {"optimizer": "sgd"},
+    ],
+)
+def test_lent_moments_give_the_same_bits(settings: dict[str, Any]) -> None:
+    """Layer by layer, over two waves; what the host holds is not read before it was written. (On a device: test_fake_cuda.)"""
+    config, ends = LocalConfig(**settings), []
+    for lent in (False, True):
+        optimizer = ClientOptimizer(make_bank(), config, seed=3, first_expert=5)
+        states = [state for state in (optimizer.first, optimizer.second) if state]
+        if lent:
+            for tensor in (tensor for state in states for tensor in state.values()):
+                tensor.fill_(math.nan)
+            optimizer.host = optimizer.fused.host = HostMoments(states, torch.device("cpu"))
+        for wave in range(2):
+            optimizer.reset()
+            for step in range(3):
+                for name, gradient in gradients(step + wave).items():
+                    optimizer.bank.grads[name].copy_(gradient)
+                steps = [
+                    ClientStep({True: c, False: c}, 1 + step, 0.01 * (c + 1), (wave, 7 + c)) for c in range(CLIENTS - step // 2)
+                ]
+                with torch.no_grad():
+                    optimizer.fused.take(steps, None)
+        ends.append([tensor for state in (optimizer.bank.values, *states) for tensor in state.values()])
+    assert every(torch.equal(x, y) for x, y in zip(*ends, strict=True))
+
+
+def test_what_is_not_trained_has_no_moments() -> None:
+    frozen = replace(SPECS[0], name="experts.down.lora_B", trained=False)
+    optimizer = ClientOptimizer(Bank([*SPECS, frozen], EXPERTS, CLIENTS), LocalConfig())
+    assert list(optimizer.first) == list(optimizer.second) == NAMES
+
+
 def test_norms_are_the_norms() -> None:
     bank = make_bank()
     for name, gradient in gradients(0).items():
@@ -197,3 +239,9 @@ def test_norms_do_not_depend_on_the_company() -> None:
 
 def test_without_dense_blocks_there_is_nothing_to_norm() -> None:
     assert squared_norms(Bank(SPECS[:1], 2, 3), expert=False).shape == (0, 1, 3)
+
+
+def test_without_clients_at_home_there_are_norms_of_experts_alone() -> None:
+    bank = Bank(SPECS, EXPERTS, 0, CLIENTS)
+    assert squared_norms(bank, expert=True).shape == (2, EXPERTS, CLIENTS)
+    assert squared_norms(bank, expert=False).shape == (3, 1, 0)

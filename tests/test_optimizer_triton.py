@@ -13,6 +13,7 @@ from every import every
 from torch import Tensor
 
 from fedmoe_ds.clients.fused_step import ClientStep
+from fedmoe_ds.clients.host_moments import HostMoments
 from fedmoe_ds.clients.optimizer import ClientOptimizer
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows_on_device
@@ -41,10 +42,13 @@ def states(optimizer: ClientOptimizer) -> list[Tensor]:
     return [tensor for state in (optimizer.bank.values, optimizer.first, optimizer.second) for tensor in state.values()]
 
 
-def trained(settings: dict[str, Any], device: torch.device, kernels: object) -> list[Tensor]:
-    """Three steps of clients with factors of their own; client 2 takes only the first, client 3 none and is not touched."""
+def trained(settings: dict[str, Any], device: torch.device, kernels: object, lent: bool = False) -> list[Tensor]:
+    """Three steps of clients with factors of their own; client 2 takes only the first, client 3 none and is not touched.
+    `lent`: layer by layer, as with moments on the host."""
     config, draw = LocalConfig(**settings), torch.Generator().manual_seed(0)
     optimizer = ClientOptimizer(Bank(SPECS, EXPERTS, CLIENTS, device=device), config, seed=3, first_expert=5)
+    if lent:
+        optimizer.fused.host = HostMoments(optimizer.fused.moments, device)
     for value in optimizer.bank.values.values():
         value.copy_(torch.randn(value.shape, generator=draw))
     for step in range(3):
@@ -69,6 +73,8 @@ def check_steps(settings: dict[str, Any], device: torch.device) -> None:
         # A last digit of float32 that differs turns one rounding in some ten thousand; other random bits would turn half.
         same = torch.isclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)
         assert not same.numel() or float(same.double().mean()) >= 0.99, (settings, tuple(ours.shape))
+    whole, lent = (trained(settings, device, "Triton", lent) for lent in (False, True))
+    assert every(torch.equal(x, y) for x, y in zip(whole, lent, strict=True)), settings
 
 
 KERNELS = {

@@ -23,6 +23,7 @@ from torch import Tensor
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.model import dispatcher, expert_pass
 from fedmoe_ds.model import experts as ffn
+from fedmoe_ds.model.client_slots import ClientSlots
 from fedmoe_ds.model.dispatcher import Pool, make_plan
 from fedmoe_ds.model.expert_pass import send_to_experts
 from fedmoe_ds.model.experts import FrozenExperts
@@ -117,14 +118,22 @@ class Meeting:
         return [found[0], found[1]]
 
 
+@pytest.mark.parametrize("in_flight", [2 * CLIENTS, 2 * CLIENTS - 1], ids=["full", "a slot less"])
 @pytest.mark.parametrize("slot", [None, 1], ids=["all clients", "one client"])
-def test_two_ranks_are_one(slot: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results, gradients of rows, weights and adapters, to the bit; what is computed meanwhile runs in between."""
+def test_two_ranks_are_one(slot: int | None, in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results, gradients of rows, weights and adapters, to the bit; what is computed meanwhile runs in between.
+
+    With a slot less rank 0 has one client at home and rank 1 two: in the second client's pass rank 0 has no row of its own.
+    """
     meeting = Meeting(monkeypatch)
     w13, w2, lora = weights()
+    slots = ClientSlots(in_flight, 2)
 
     def one_layer(rank: int, pool: Pool, local: slice, clients: slice) -> list[Tensor]:
         routing, slot_T = random_routing(rank), segments() if slot is None else torch.full((len(segments()),), slot)
+        if slots.at_home[rank] == 1:
+            slot_T = torch.zeros_like(slot_T)
+            routing.kept_TK[:] &= slot is None
         draw = torch.Generator().manual_seed(7 + rank)
         x_TD, dy_TD = (torch.randn(len(slot_T), WIDTH, generator=draw) for _ in range(2))
         x_TD, p_TK = x_TD.requires_grad_(), routing.weights_TK.clone().requires_grad_()
@@ -142,20 +151,20 @@ def test_two_ranks_are_one(slot: int | None, monkeypatch: pytest.MonkeyPatch) ->
 
     half = EXPERTS // 2
     # Adapters of both ranks' clients, [E, C, ...]: a rank holds its experts' of all clients.
-    wave = torch.arange(CLIENTS).repeat(2)
+    wave = torch.cat([torch.arange(count) for count in slots.at_home])
     lora = ffn.Lora(*(value[:, wave] for value in (lora.a13, lora.b13, lora.a2, lora.b2)), [], 2.0, lora.products)
     merge = slot is None
     together = meeting.run(
         lambda rank: one_layer(
             rank,
-            Pool(None, 2, EXPERTS, CLIENTS, merge, shard=rank),
+            Pool(None, 2, EXPERTS, in_flight, merge, shard=rank),
             slice(rank * half, rank * half + half),
-            slice(0, 2 * CLIENTS),
+            slice(0, in_flight),
         )
     )
-    for rank in (0, 1):
-        mine = slice(rank * CLIENTS, rank * CLIENTS + CLIENTS)
-        alone = one_layer(rank, Pool(None, 1, EXPERTS, CLIENTS, merge), slice(0, EXPERTS), mine)
+    for rank in (0, 1) if in_flight == 2 * CLIENTS or merge else (1,):
+        mine = slots.span(rank)
+        alone = one_layer(rank, Pool(None, 1, EXPERTS, slots.at_home[rank], merge), slice(0, EXPERTS), mine)
         for ours, theirs in zip(together[rank][:3], alone[:3], strict=True):
             assert torch.equal(ours, theirs)
         for place, theirs in enumerate(alone[3:], 3):

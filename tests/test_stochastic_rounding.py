@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmoe_ds.clients.optimizer import ClientOptimizer, moment_bytes
-from fedmoe_ds.clients.stochastic_rounding import Rounding, random_bits, rounded, store
+from fedmoe_ds.clients.stochastic_rounding import Rounding, at_layer, mixed, random_bits, rounded, store
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
@@ -232,3 +232,9 @@ def test_second_moments_go_on_moving() -> None:
     assert float((first[0] - first[1]).norm() / first[0].norm()) < 0.02
     changes = [banks[kind].values[spec.name].double() for kind in ("float32", "bfloat16")]
     assert float((changes[0] - changes[1]).norm() / changes[0].norm()) < 0.05
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**20), st.integers(0, 2**20))
+def test_a_layer_by_itself_keeps_its_keys(base: int, layer: int, expert: int) -> None:
+    bases = torch.tensor([base])
+    assert torch.equal(mixed(at_layer(bases, layer), torch.tensor(expert)), mixed(bases, torch.tensor(layer << 32 | expert)))

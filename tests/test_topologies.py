@@ -13,6 +13,9 @@ import torch.distributed as torch_dist
 from distributed import run_distributed
 from federations import Result, joined, make_config, run_alone, run_joined, write_inputs
 
+from fedmoe_ds.clients.local_training import WaveTrainer
+from fedmoe_ds.model.adapter_bank import Bank
+
 pytestmark = pytest.mark.timeout(600)
 
 PARTIAL: dict[str, Any] = {
@@ -79,11 +82,13 @@ LIMIT = timedelta(seconds=540)
 
 
 class Outcome(NamedTuple):
-    """What a job ended with; adapters only where bits are not promised."""
+    """What a job ended with; adapters only where bits are not promised. `held`: bytes of clients in flight on this rank."""
 
     digest: str
     scores: list[tuple[Any, ...]]
     adapters: dict[str, np.ndarray]
+    in_flight: int
+    held: int
 
 
 def config_of(root: Path, job: Job, world_size: int) -> Any:
@@ -93,7 +98,14 @@ def config_of(root: Path, job: Job, world_size: int) -> Any:
 
 
 def outcome_of(result: Result, job: Job) -> Outcome:
-    return Outcome(result.digest, result.scores(), result.adapters if job.variant == "fast" else {})
+    adapters, parts = result.adapters if job.variant == "fast" else {}, result.parts
+    return Outcome(result.digest, result.scores(), adapters, parts.in_flight, held_bytes(parts.execution.bank, parts.trainer))
+
+
+def held_bytes(bank: Bank, trainer: WaveTrainer) -> int:
+    """Values, gradients and moments."""
+    states = (bank.values, bank.grads, trainer.optimizer.first, trainer.optimizer.second)
+    return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
 def work(rank: int, root: Path, jobs: list[Job]) -> list[Outcome]:
@@ -125,6 +137,7 @@ def single(root: Path) -> dict[str, Result]:
 
 def check(root: Path, single: dict[str, Result], jobs: list[Job], ranks: list[list[Outcome]]) -> None:
     for i, job in enumerate(jobs):
+        check_held([outcomes[i] for outcomes in ranks], job, single[job.variant])
         if job.variant == "fast":
             pool = {key: value for outcomes in ranks for key, value in outcomes[i].adapters.items()}
             assert distance(pool, single["base"].adapters) <= 1e-5, job
@@ -132,6 +145,16 @@ def check(root: Path, single: dict[str, Result], jobs: list[Job], ranks: list[li
         for outcomes in ranks:
             assert outcomes[i].digest == single[job.variant].digest, job
             assert outcomes[i].scores == single[job.variant].scores(), job
+
+
+def check_held(ranks: list[Outcome], job: Job, single: Result) -> None:
+    """The ranks of a cluster hold its clients in flight once between them, and rows of experts for no other."""
+    whole = outcome_of(single, job)
+    for first in range(0, len(ranks), job.ep_size):
+        cluster = ranks[first : first + job.ep_size]
+        assert cluster[0].in_flight <= (job.in_flight or whole.in_flight)
+        assert whole.in_flight * sum(one.held for one in cluster) == cluster[0].in_flight * whole.held, (job, first)
+        assert max(one.held for one in cluster) < whole.held or job.ep_size == 1
 
 
 def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmoe_ds.clients.stochastic_rounding import Rounding, mixed, store
+from fedmoe_ds.clients.host_moments import HostMoments
+from fedmoe_ds.clients.stochastic_rounding import Rounding, at_layer, mixed, store
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows_on_device
 from fedmoe_ds.kernels.client_block import ACTIVE, BLEND1, BLEND2, CLIP, FACTORS, KEEP, RATE, ROOT, ClientBlock
@@ -56,12 +57,18 @@ class FusedStep:
         config: optimizer settings.
         moments: the optimizer's state, one dictionary by block name for each moment.
         rounding: where moments are bfloat16.
+        host: lends the moments where they are on the host; None: they are on the device.
     """
 
     def __init__(
-        self, bank: Bank, config: LocalConfig, moments: Sequence[dict[str, Tensor]], rounding: Rounding | None
+        self,
+        bank: Bank,
+        config: LocalConfig,
+        moments: Sequence[dict[str, Tensor]],
+        rounding: Rounding | None,
+        host: HostMoments | None = None,
     ) -> None:
-        self.bank, self.config, self.moments, self.rounding = bank, config, moments, rounding
+        self.bank, self.config, self.moments, self.rounding, self.host = bank, config, moments, rounding, host
         self.trained = [spec for spec in bank.specs.values() if spec.trained]
         self.numbers: dict[str, Tensor] = {}  # of items, for random rounding; made at the first step
 
@@ -80,6 +87,8 @@ class FusedStep:
             first = 0 if spec.expert else self.bank.expert_clients
             columns = slice(first, first + (self.bank.expert_clients if spec.expert else self.bank.clients))
             self._step(spec, factors_7K[:, columns], None if self.rounding is None else whole[1 + row, columns])
+        if self.host is not None:
+            self.host.stepped()
         # Triton's kernels take addresses: torch does not know that anything was written.
         self.bank.note_step()
 
@@ -119,12 +128,21 @@ class FusedStep:
             self.rounding.held.start if self.rounding is not None and spec.expert else 0,
             self.config.weight_decay if spec.decay else 0.0,
         )
+        if self.host is None:
+            self._advance(spec, block)
+            return
+        for row in range(len(block.value)):
+            with self.host.lent(spec.name, row) as moments:
+                # A layer by itself is numbered 0: what its rounding starts from says which one it is.
+                self._advance(spec, block.layer(row, moments, None if bases_C is None else at_layer(bases_C, row)))
+
+    def _advance(self, spec: BlockSpec, block: ClientBlock) -> None:
         if rows_on_device.kernels(block.value) is not None:
             self._by_triton(block)
-        elif bases_C is None:
+        elif block.bases_C is None:
             self._by_torch(block)
         else:
-            self._rounding(spec, block, bases_C)
+            self._rounding(spec, block, block.bases_C)
 
     def _by_triton(self, block: ClientBlock) -> None:
         from fedmoe_ds.kernels import optimizer_triton  # Triton is there only with CUDA builds of torch
@@ -139,7 +157,7 @@ class FusedStep:
         assert self.rounding is not None
         if spec.name not in self.numbers:
             self.numbers[spec.name] = self.rounding.numbers(spec).to(self.bank.device)
-        keys = mixed(bases_C, self.numbers[spec.name].unsqueeze(-1))
+        keys = mixed(bases_C, self.numbers[spec.name][: len(block.value)].unsqueeze(-1))
         for row in range(len(block.value)):
             kept = [moment[row : row + 1] for moment in block.moments]
             # The step uses the moments in float32; they are rounded once, when it is done.

@@ -1,6 +1,7 @@
 """Local training: that of a wave, the clients in flight on one cluster, fused into common passes.
 
-Legend: C client slots of the wave, H home slots per rank, L layers, E experts of the model, N gradient norms.
+Legend: C client slots of the wave, P ranks of the cluster, H home slots of the rank with most, L layers, E experts of the
+model, N gradient norms.
 
 Every rank of a cluster runs the same sequence of passes and collectives, because all of them are derived from sizes that every
 rank knows; a rank without rows joins with a stand-in row that is not routed. A pass holds the rows of all clients in flight,
@@ -51,6 +52,7 @@ class WaveTrainer:
         hooks: what the method prescribes per client.
         rounds: of the run; a learning rate scheduled across rounds needs it.
         packing: where samples are packed, what cuts a step into passes.
+        moments_on_host: whether a GPU's clients keep their optimizer state in the host's memory.
     """
 
     def __init__(
@@ -63,13 +65,15 @@ class WaveTrainer:
         hooks: LocalTrainingHooks | None = None,
         rounds: int = 1,
         packing: Packing | None = None,
+        moments_on_host: bool = False,
     ) -> None:
         assert model.packing == (packing is not None)
         self.model, self.execution, self.hooks = model, model.execution, hooks or LocalTrainingHooks()
         self.local, self.micro, self.seed, self.rounds, self.packing = local, micro_batch_size, seed, rounds, packing
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
-        self.optimizer = ClientOptimizer(self.bank, local, seed, self.shard * self.pool.local_experts)
+        first_expert = self.shard * self.pool.local_experts
+        self.optimizer = ClientOptimizer(self.bank, local, seed, first_expert, moments_on_host)
         self.layers = layers
         self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
 
@@ -137,7 +141,7 @@ class WaveTrainer:
         return ClientWork(client, *place, assignment, batches, bounds, sizes, round_index, self.round_rate(round_index))
 
     def _view(self, work: ClientWork, shard: int, start: Bank, personal: Callable[[int], dict[str, Tensor]]) -> ClientView:
-        slots = {True: shard * self.pool.home_clients + work.slot}
+        slots = {True: self.pool.wave_slot(shard, work.slot)}
         if shard == self.shard:
             slots[False] = work.slot
         # On the CPU for all clients; here it meets tensors of the device.
@@ -161,18 +165,17 @@ class WaveTrainer:
         self.execution.wave = self._in_training(works)
 
     def _in_training(self, works: list[list[ClientWork]]) -> InTraining:
-        home = self.pool.home_clients
         factors = [1.0] * self.pool.wave_clients
         for shard, mine in enumerate(works):
             for work in mine:
-                factors[shard * home + work.slot] = work.assignment.scale
+                factors[self.pool.wave_slot(shard, work.slot)] = work.assignment.scale
         plain = all(factor == 1.0 for factor in factors)
         found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in works[self.shard]}
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
             self.hooks.selective,
             None if plain else ScaleFactors(factors),
-            None if plain else ScaleFactors(factors[self.shard * home : (self.shard + 1) * home]),
+            None if plain else ScaleFactors(factors[self.pool.slots.span(self.shard)]),
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
@@ -257,10 +260,14 @@ class WaveTrainer:
         """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""
         size, group = self.pool.ep_size, self.pool.group
         expert_PNEC = all_gather(squared_norms(self.bank, expert=True), group, size)
-        dense_PN1H = all_gather(squared_norms(self.bank, expert=False), group, size)
+        own_N1H = squared_norms(self.bank, expert=False)
+        if self.bank.clients < self.pool.home_clients:
+            # Ranks gather tensors of one shape: those with fewer clients at home add columns of zeros, and all drop them again.
+            own_N1H = torch.nn.functional.pad(own_N1H, (0, self.pool.home_clients - self.bank.clients))
+        dense_PN1H = all_gather(own_N1H, group, size)
         # Ranks times local experts is global expert order: the same order of summands for every expert-parallel size.
         expert_CN = expert_PNEC.permute(3, 1, 0, 2).flatten(1)
-        dense_CN = dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
+        dense_CN = self.pool.slots.of_wave(dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1)).flatten(1)
         # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
         rows = torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)
         # On a device they stay there: what they decide is a factor of the step, which is there as well.
@@ -283,7 +290,7 @@ class WaveTrainer:
                 ClientUpdate(
                     work.client,
                     place,
-                    place // self.pool.home_clients,
+                    work.home,
                     len(work.batches),
                     counted_CN[place][0],
                     counts_CLE[place].numpy(),

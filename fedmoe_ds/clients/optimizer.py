@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.clients.fused_step import ClientStep, FusedStep, clip_factors
+from fedmoe_ds.clients.host_moments import HostMoments, moments_of
 from fedmoe_ds.clients.stochastic_rounding import Keys, Rounding, store
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows
@@ -50,23 +51,26 @@ class ClientOptimizer:
         config: optimizer settings; AdamW is Loshchilov & Hutter (arXiv 1711.05101), SGD has classical momentum.
         seed: run seed, for moments in bfloat16.
         first_expert: global id of the first expert in the bank, for the same.
+        on_host: keep the moments of a bank on a device in the host's memory.
     """
 
-    def __init__(self, bank: Bank, config: LocalConfig, seed: int = 0, first_expert: int = 0) -> None:
+    def __init__(self, bank: Bank, config: LocalConfig, seed: int = 0, first_expert: int = 0, on_host: bool = False) -> None:
         self.bank = bank
         self.config = config
         held, dtype = range(first_expert, first_expert + bank.experts), _DTYPES[config.moments]
         self.rounding = Rounding(seed, held) if dtype == torch.bfloat16 else None
-        states = [
-            {name: torch.zeros_like(value, dtype=dtype) for name, value in bank.values.items()}
-            for _ in range(moment_count(config))
-        ]
+        assert not on_host or bank.device.type == "cuda"
+        states = [moments_of(bank, dtype, on_host) for _ in range(moment_count(config))]
+        self.host = HostMoments(states, bank.device) if on_host else None
         self.first: dict[str, Tensor] = states[0] if states else {}
         self.second: dict[str, Tensor] = states[1] if len(states) > 1 else {}
-        self.fused = FusedStep(bank, config, states, self.rounding)
+        self.fused = FusedStep(bank, config, states, self.rounding, self.host)
 
     def reset(self) -> None:
         """Forget all moments (a new wave moves in)."""
+        if self.host is not None:
+            self.host.forget()
+            return
         for state in (*self.first.values(), *self.second.values()):
             state.zero_()
 
@@ -231,13 +235,13 @@ def squared_norms(bank: Bank, expert: bool) -> Tensor:
 
     Each number is a sum over one contiguous item, so it does not depend on how many experts or clients are held here.
     """
-    clients = bank.expert_clients if expert else bank.clients
+    clients, experts = (bank.expert_clients, bank.experts) if expert else (bank.clients, 1)
     norms = []
     for name, spec in bank.specs.items():
         if spec.expert == expert and spec.trained:
             grad = bank.grads[name]
             norm = torch.linalg.vector_norm(grad.view(-1, math.prod(spec.item)), dim=-1, dtype=torch.float64)
-            norms.append(norm.view(len(spec.layers), -1, clients))
+            norms.append(norm.view(len(spec.layers), experts, clients))
     # A run may train expert blocks only, or dense ones only; the gather needs a tensor of the right shape all the same.
     if not norms:
         device = next(iter(bank.values.values())).device

@@ -25,6 +25,8 @@ from fedmoe_ds.randomness import address_key
 
 Keys = NDArray[np.uint64]
 
+# SplitMix64's distance between states.
+_STRIDE = 0x9E3779B97F4A7C15
 # The bits that bfloat16 drops, and the pattern of infinity: larger magnitudes are NaN.
 _LOW, _HIGH = 0xFFFF, 0x7F800000
 
@@ -64,10 +66,15 @@ def _signed(bits: int) -> int:
 def mixed(bases: Tensor, numbers: Tensor) -> Tensor:
     """SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): its outputs `numbers` when it starts from `bases`; all int64."""
     # int64 wraps around as the published generator's unsigned numbers do; `_shifted` fills up with zeros as theirs.
-    x = bases + numbers * _signed(0x9E3779B97F4A7C15)
+    x = bases + numbers * _signed(_STRIDE)
     x = _shifted(x, 30).mul_(_signed(0xBF58476D1CE4E5B9))
     x = _shifted(x, 27).mul_(_signed(0x94D049BB133111EB))
     return _shifted(x, 31)
+
+
+def at_layer(bases: Tensor, layer: int) -> Tensor:
+    """Bases from which the items of layer 0 get the keys that those of `layer` have from `bases`."""
+    return bases + _signed((layer << 32) * _STRIDE % (1 << 64))
 
 
 def random_bits(keys: Keys | Tensor, count: int, device: torch.device | None = None) -> Tensor:

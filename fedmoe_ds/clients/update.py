@@ -1,6 +1,7 @@
 """Update: what a client reports after local training, the same on every rank of its cluster.
 
-Legend: C client slots of the wave, H home slots per rank, L layers, E experts of the model, P ranks of the cluster.
+Legend: C client slots of the wave, H home slots of the rank with most, L layers, E experts of the model, P ranks of the
+cluster.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Gatherer:
     def home(self, values_H: Tensor) -> Tensor:
         """[H, ...] of every rank -> [C, ...], on the CPU."""
         gathered = all_gather(values_H.to(self.device), self.pool.group, self.pool.ep_size)
-        return gathered.flatten(0, 1).cpu()
+        return self.pool.slots.of_wave(gathered.flatten(0, 1)).cpu()
 
     def numbers(self, by_slot: dict[int, tuple[int, int]]) -> list[list[int]]:
         """Two integers per home slot -> two per wave slot."""
@@ -115,11 +116,12 @@ class Gatherer:
             # Expert and dense part by themselves: the first is joined over all ranks, the second exists at home alone.
             expert = measure(ClientView(view.client, view.assignment, view.bank, view.start, {True: view.slots[True]}, {}))
             result = {name: self._join(value).numpy() for name, value in sorted(expert.items())}
-            home = view.slots[True] // self.pool.home_clients
-            # A rank that is not the client's home takes part with another client's numbers, which are not used.
-            stand_in = ClientView(view.client, view.assignment, view.bank, view.start, {False: view.slots.get(False, 0)}, {})
+            home = self.pool.slots.rank_of(view.slots[True])
+            # A rank that is not the client's home, and may be that of none, takes part with numbers that are not used.
+            bank, slot = (view.bank, view.slots[False]) if False in view.slots else (view.start, 0)
+            own = ClientView(view.client, view.assignment, bank, view.start, {False: slot}, {})
             # Sorted: each name is a collective, and all ranks must come to them in one order.
-            for name, value in sorted(measure(stand_in).items()):
+            for name, value in sorted(measure(own).items()):
                 parts = all_gather(value.to(self.device), self.pool.group, self.pool.ep_size)
                 result[name] = parts[home].cpu().numpy()
             found.append(result)
@@ -136,10 +138,9 @@ class Gatherer:
             items = bank.broadcast(name).flatten(-len(spec.item))  # extremes of an item are NaN where there is one
             # Strict comparisons under `not`: NaN fails them and is flagged.
             flags = ~((items.amax(-1) < LARGEST_VALUE) & (items.amin(-1) > -LARGEST_VALUE)).flatten(1).all(1)
-            offset = 0 if spec.expert else self.shard * self.pool.home_clients
-            bad_C[offset : offset + len(flags)] += flags
+            bad_C[slice(None) if spec.expert else self.pool.slots.span(self.shard)] += flags
         for slot, values in losses.items():
             if not all(math.isfinite(loss) for loss in values):
-                bad_C[self.shard * self.pool.home_clients + slot] += 1
+                bad_C[self.pool.wave_slot(self.shard, slot)] += 1
         total_C = all_gather(bad_C, self.pool.group, self.pool.ep_size).sum(0)
         return [bool(bad == 0) for bad in total_C.tolist()]

@@ -44,6 +44,8 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         yield "local", ("momentum",), "local.optimizer is adamw"
     else:
         yield "local", ("betas", "eps"), f"local.optimizer is {local.optimizer}"
+        if local.momentum == 0:
+            yield "execution", ("moments_on",), "sgd without momentum keeps no moments"
     if local.rounds_schedule == "constant":
         yield "local", ("final_lr",), "local.rounds_schedule is constant"
     if local.drift != "fedprox":

@@ -233,6 +233,9 @@ class ExecutionConfig(Section):
     packing: bool = Field(
         False, description="lay the samples of a pass end to end, without padding; each attends to itself alone"
     )
+    moments_on: Literal["device", "host"] = Field(
+        "device", description="where a GPU's clients have their optimizer state; host: fetched for each step; refused on CPUs"
+    )
     threads: int = Field(1, ge=1, description="CPU threads per rank; bitwise mode needs 1")
     activation_checkpointing: bool = False
     client_state_gib: float = Field(

@@ -23,6 +23,7 @@ from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.batches import Packing
 from fedmoe_ds.clients.client import Client, make_clients, tiers_of
 from fedmoe_ds.clients.hooks import TrainingData
+from fedmoe_ds.clients.host_moments import check_moments_on
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.pooled import PooledData
 from fedmoe_ds.config import Config, dump_config
@@ -38,8 +39,7 @@ from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.identity import identity, memory_settings
 from fedmoe_ds.federation.kernel_identity import agreed, check_code, code_of, kernels_of
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
-from fedmoe_ds.federation.sampling import participant_count
-from fedmoe_ds.federation.schedule import home_clients
+from fedmoe_ds.federation.schedule import participants_per_round, wave_slots
 from fedmoe_ds.federation.server import BASE, Server
 from fedmoe_ds.federation.start_source import Source
 from fedmoe_ds.federation.training_hooks import training_hooks
@@ -65,7 +65,8 @@ class Parts:
     """Everything a `Federation` works with, on one rank.
 
     `training_data` are what rounds train on: the clients' own, or those of one client that has all where the method pools them.
-    `start` says what the adapters began as, where that was not the usual.
+    `in_flight` are the clients that any cluster trains at once. `start` says what the adapters began as, where that was not the
+    usual.
     """
 
     spec: RunSpec
@@ -75,6 +76,7 @@ class Parts:
     data: FederatedData
     training_data: TrainingData
     clients: Sequence[Client]
+    in_flight: int
     execution: Execution
     trainer: WaveTrainer
     evaluator: Evaluator
@@ -140,6 +142,7 @@ def load_parts(
     """
     stop, device = stop or StopRequest(), runtime.device
     check_promise(config, device.type)
+    check_moments_on(config.execution, device.type)
     before: dict[str, str] = {} if resume is None else runtime.run_on_rank0(lambda: continuation.read(Path(resume)))
     config, method = check_start(continuation.with_type(config, before), device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
@@ -206,7 +209,10 @@ def _assemble(
     unread: str | None,
 ) -> Parts:
     config, method, blocks, device = spec.config, spec.method, spec.blocks, runtime.device
-    execution = _execution(spec, topology, 1 if method.pooled else len(clients), device)
+    in_flight = wave_slots(spec, clients, topology.layout.clusters)
+    # Clusters that no client of any round comes to hold no adapters in flight.
+    is_idle = topology.cluster >= participants_per_round(spec, len(clients))
+    execution = _execution(spec, topology, 0 if is_idle else in_flight, device)
     model = adapted_model(spec, foundation, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
@@ -223,7 +229,8 @@ def _assemble(
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
     layers, rounds = spec.expert_layout.layers, config.federation.rounds
-    trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing)
+    on_host = config.execution.moments_on == "host"
+    trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing, on_host)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
     same = agreed(runtime.gather(kernels), topology.hosts, spec.bitwise)
     ours = identity(config, foundation, data, same, spec.bitwise, None if begun is None else begun.digest)
@@ -238,6 +245,7 @@ def _assemble(
         data=data,
         training_data=training_data,
         clients=clients,
+        in_flight=in_flight,
         execution=execution,
         trainer=trainer,
         evaluator=Evaluator(spec, model, runtime, adapters, data, clients),
@@ -286,14 +294,12 @@ def initial_personal(
     return Personal(own + controls, adapters.experts, len(clients), common, initial, homes, slabs)
 
 
-def _execution(spec: RunSpec, topology: Topology, clients: int, device: torch.device) -> Execution:
+def _execution(spec: RunSpec, topology: Topology, in_flight: int, device: torch.device) -> Execution:
     config, experts, ep_size = spec.config, spec.expert_layout.num_experts, topology.layout.ep_size
-    drawn = participant_count(clients, config.federation.participation)
-    # Sized once for the largest wave: a buffer that grew later could fail in the middle of a run.
-    home = home_clients(config.execution.clients_in_flight, drawn, ep_size)
-    pool = Pool(topology.ep_group, ep_size, experts, home, merge=spec.shares_passes, shard=topology.shard)
-    # Expert blocks have slots for all clients of the wave, dense ones only for those at home on this rank.
-    bank = Bank(spec.blocks, experts // ep_size, home, pool.wave_clients, device)
+    pool = Pool(topology.ep_group, ep_size, experts, in_flight, merge=spec.shares_passes, shard=topology.shard)
+    # Sized once for the largest wave: a buffer that grew later could fail in the middle of a run. Expert blocks have slots for
+    # all clients of the wave, dense ones only for those at home on this rank.
+    bank = Bank(spec.blocks, experts // ep_size, pool.slots.at_home[topology.shard], pool.wave_clients, device)
     return Execution(
         bank,
         pool,

@@ -24,6 +24,7 @@ from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.federation.generation import Generation, as_text, greedy
 from fedmoe_ds.federation.received_model import ReceivedModel
 from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.federation.schedule import home_clients, participants_per_round
 from fedmoe_ds.federation.task_metrics import TaskMetrics
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.model.adapter_bank import Bank
@@ -126,7 +127,10 @@ class Evaluator(ReceivedModel):
         super().__init__(spec.method, model, bank)
         self.runtime, self.data, self.clients, self.tiers = runtime, data, clients, tiers_of(clients)
         self.config, self.shares_passes = spec.config.evaluation, spec.shares_passes
-        self.together = most_together(spec.config, model.execution.pool.home_clients)
+        # Not the slots that a rank really has: they may differ between clusters, and ranks cut alike.
+        drawn = participants_per_round(spec, len(clients))
+        home = home_clients(spec.config.execution.clients_in_flight, drawn, model.execution.pool.ep_size)
+        self.together = most_together(spec.config, home)
         self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool, tiers: Collection[str] | None = None) -> list[Score]:

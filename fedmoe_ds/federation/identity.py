@@ -94,8 +94,10 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     """What decides which clients there are and how much a pass of theirs needs."""
     execution = config.execution
     passes = {"micro_batch_size": execution.micro_batch_size, "activation_checkpointing": execution.activation_checkpointing}
-    # Absent where nothing is packed, so that absences of earlier versions still count.
-    return {**{name: identity[name] for name in _FIRST}, **passes, **({"packing": True} if execution.packing else {})}
+    # Absent where a run does without, so that absences of earlier versions still count.
+    later = {"packing": (execution.packing, False), "moments_on": (execution.moments_on, "device")}
+    passes |= {key: value for key, (value, usual) in later.items() if value != usual}
+    return {**{name: identity[name] for name in _FIRST}, **passes}
 
 
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:

@@ -63,7 +63,7 @@ class ReceivedModel:
         trained_bank, trained_pool = self.execution.bank, self.execution.pool
         self.execution.bank = self._received(how)
         # One slot and one client on every rank: each rank runs batches of its own, with the same adapters.
-        self.execution.pool = replace(trained_pool, home_clients=1, merge=False, shared=True)
+        self.execution.pool = replace(trained_pool, wave_clients=trained_pool.ep_size, merge=False, shared=True)
         try:
             yield
         finally:

@@ -168,8 +168,8 @@ class Federation:
     def _schedule(self, work: _Round) -> None:
         parts, config = self.parts, self.parts.config
         waiting = [client for client in work.chosen if client.index not in work.partial.done]
-        clusters, in_flight = parts.topology.layout.clusters, config.execution.clients_in_flight
-        plan = schedule(waiting, parts.spec.cost, config.local, clusters, config.topology.ep_size, in_flight)
+        clusters = parts.topology.layout.clusters
+        plan = schedule(waiting, parts.spec.cost, config.local, clusters, config.topology.ep_size, parts.in_flight)
         work.waves, work.busiest = plan[parts.topology.cluster], max(len(waves) for waves in plan)
         work.clients = [[client.index for wave in waves for home in wave for client in home] for waves in plan]
         self.journal.start_round(work.index, config.federation.rounds, len(work.waves))

@@ -43,7 +43,7 @@ class ClientBlock:
         """E, or 1 without experts."""
         return self.value.shape[1] if self.value.dim() - self.item_axes == 3 else 1
 
-    def layer(self, row: int, moments: list[Tensor]) -> ClientBlock:
-        """One layer of it, with float32 copies of its moments."""
+    def layer(self, row: int, moments: list[Tensor], bases_C: Tensor | None = None) -> ClientBlock:
+        """One layer of it, with other tensors for its moments: float32 ones without `bases_C`."""
         one = slice(row, row + 1)
-        return replace(self, value=self.value[one], grad=self.grad[one], moments=moments, bases_C=None)
+        return replace(self, value=self.value[one], grad=self.grad[one], moments=moments, bases_C=bases_C)

@@ -11,12 +11,14 @@ peer sends one client's rows per pass; in `fast` mode all rows are merged by exp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 from fedmoe_ds.distributed.collectives import all_to_all
+from fedmoe_ds.model.client_slots import ClientSlots
 from fedmoe_ds.model.experts import Block
 from fedmoe_ds.model.router import Routing
 
@@ -25,28 +27,33 @@ from fedmoe_ds.model.router import Routing
 class Pool:
     """The expert pool as one rank sees it, and the client slots of the wave.
 
-    `home_clients` is the number of client slots per rank; wave slot = shard * home_clients + home slot, where `shard` is the
-    rank's place in its cluster. With `shared` all rows use the adapters at slot 0 (evaluation of the global model).
+    `wave_clients` is the number of clients in flight, each of which has a slot (`client_slots.py`); `shard` is the rank's place
+    in its cluster. With `shared` all rows use the adapters at slot 0 (evaluation of the global model).
     """
 
     group: torch_dist.ProcessGroup | None
     ep_size: int
     num_experts: int
-    home_clients: int
+    wave_clients: int
     merge: bool  # fast mode: one block for all clients
     shared: bool = False
     shard: int = 0
 
+    @cached_property
+    def slots(self) -> ClientSlots:
+        return ClientSlots(self.wave_clients, self.ep_size)
+
+    @property
+    def home_clients(self) -> int:
+        """Home slots of the rank that has most, by which ranks exchange what they know of their clients."""
+        return self.slots.most
+
     def wave_slot(self, peer: int, slot: int) -> int:
-        return 0 if self.shared else peer * self.home_clients + slot
+        return 0 if self.shared else self.slots.span(peer).start + slot
 
     @property
     def local_experts(self) -> int:
         return self.num_experts // self.ep_size
-
-    @property
-    def wave_clients(self) -> int:
-        return self.ep_size * self.home_clients
 
 
 @dataclass(frozen=True)
@@ -154,13 +161,16 @@ def _blocks(
     if slot is not None:
         blocks, start = [], 0
         for peer, rows in enumerate(receive):
+            # No client is at home there, so no row has come and there is no slot to look up.
+            if slot >= pool.slots.at_home[peer]:
+                continue
             # grouped_mm takes int32 ends.
             ends = received_PES[peer, :, 0].cumsum(0).to(torch.int32)
             blocks.append(Block(start, start + rows, pool.wave_slot(peer, slot), ends, ends))
             start += rows
         return None, None, blocks
     # [P, E, S] -> [E, P, S]: for each expert, the wave slots of all peers in order.
-    by_expert_EC = received_PES.transpose(0, 1).reshape(pool.local_experts, -1)
+    by_expert_EC = pool.slots.of_wave(received_PES.transpose(0, 1).reshape(pool.local_experts, -1), axis=1)
     ends_G = by_expert_EC.flatten().cumsum(0).to(torch.int32)
     ends_E = by_expert_EC.sum(1).cumsum(0).to(torch.int32)
     # One block for all: base weights are shared, so an expert's product runs over the rows of all clients at once.

@@ -14,7 +14,7 @@ from fedmoe_ds.model.adapter_bank import BlockSpec, base_block, lora_pairs, shar
 from fedmoe_ds.planner.activations import FP32, activations
 
 PASS = "activations of a pass"  # noqa: S105  (not a password)
-COPY, PERSONAL = "checkpoint's copy", "personal state"
+COPY, PERSONAL, HOST_MOMENTS = "checkpoint's copy", "personal state", "moments on the host"
 
 
 def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, int]:
@@ -24,23 +24,28 @@ def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, i
     return expert, dense
 
 
-def estimate(spec: RunSpec, home_clients: int, length: int, together: int, active: float | None = None) -> dict[str, int]:
+def estimate(
+    spec: RunSpec, home: int, length: int, together: int, active: float | None = None, in_flight: int | None = None
+) -> dict[str, int]:
     """Bytes per rank by purpose.
 
     Args:
-        home_clients: client slots of one rank; the wave has ep_size times as many.
+        home: clients at home on the rank that has most.
         length: rows of a sequence or an image.
         together: clients of a rank that go through the model together.
         active: their mean number of active experts; None for the largest.
+        in_flight: clients of the cluster's largest wave; None: as many as are configured and have a home.
     """
     config, model, ep_size = spec.config, spec.size, spec.config.topology.ep_size
+    if in_flight is None:
+        in_flight = min(config.execution.clients_in_flight or home * ep_size, home * ep_size)
     expert, dense = parameters_per_client(spec.blocks, spec.expert_layout.num_experts // ep_size)
     # Experts are sharded, so a rank holds its part for every client of the wave; dense adapters only for its own.
-    in_flight = home_clients * ep_size * expert + home_clients * dense
+    numbers = in_flight * expert + home * dense
     # Where rows are narrower, products read copies of the adapters in the rows' type, made once per step.
     narrow = [b for b in spec.blocks if b.pair is not None or (b.expert and config.adapters.moe is not None)]
     copied_expert, copied_dense = parameters_per_client(narrow, spec.expert_layout.num_experts // ep_size)
-    copies = home_clients * (ep_size * copied_expert + copied_dense) * (spec.row_bytes if spec.row_bytes < FP32 else 0)
+    copies = (in_flight * copied_expert + home * copied_dense) * (spec.row_bytes if spec.row_bytes < FP32 else 0)
     # Bitwise sums keep two int64 digits of every number.
     sum_bytes = 16 if spec.bitwise else 4
     return {
@@ -48,17 +53,36 @@ def estimate(spec: RunSpec, home_clients: int, length: int, together: int, activ
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
         "global adapters": (expert + dense) * FP32,
         # Values and gradients.
-        "adapters in flight": in_flight * FP32 * 2 + copies,
-        "client optimizer": in_flight * moment_bytes(config.local),
+        "adapters in flight": numbers * FP32 * 2 + copies,
+        "client optimizer": _on_device(spec, in_flight, home),
         "round sums": (expert + dense) * sum_bytes,
         PASS: activations(spec, together, length, active),
     }
 
 
+def _moments(spec: RunSpec, in_flight: int, home: int) -> dict[str, int]:
+    """Bytes of optimizer state of what is trained, by block."""
+    held = spec.expert_layout.num_experts // spec.config.topology.ep_size
+    each, found = moment_bytes(spec.config.local), {}
+    for block in (block for block in spec.blocks if block.trained):
+        clients = in_flight * held if block.expert else home
+        found[block.name] = clients * len(block.layers) * math.prod(block.item) * each
+    return found
+
+
+def _on_device(spec: RunSpec, in_flight: int, home: int) -> int:
+    """Bytes of optimizer state where steps are taken: all of it, or one layer of a block at a time where the host has it."""
+    found = _moments(spec, in_flight, home)
+    if spec.config.execution.moments_on == "device":
+        return sum(found.values())
+    layers = {block.name: len(block.layers) for block in spec.blocks}
+    return max((size // layers[name] for name, size in found.items() if size), default=0)
+
+
 def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
     """Bytes per rank of what a method keeps for all `clients`, for the `drawn` ones of a round, and for the server.
 
-    And of the copy of all that lasts which a checkpoint is written from while the next round trains.
+    And of moments on the host, and of the copy that a checkpoint is written from while the next round trains.
     """
     config, method, blocks = spec.config, spec.method, spec.blocks
     held = spec.expert_layout.num_experts // config.topology.ep_size
@@ -80,7 +104,11 @@ def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
         # Only what changes: frozen weights are in no checkpoint.
         adapters = sum(parameters_per_client([block for block in blocks if not block.personal], held))
         found[COPY] = adapters + found[PERSONAL] + found["server state"]
-    return {name: count * FP32 for name, count in found.items() if count}
+    lasting = {name: count * FP32 for name, count in found.items() if count}
+    if config.execution.moments_on == "host":
+        flight = min(config.execution.clients_in_flight or drawn, drawn)
+        lasting[HOST_MOMENTS] = sum(_moments(spec, flight, math.ceil(flight / config.topology.ep_size)).values())
+    return lasting
 
 
 def format_bytes(count: float) -> str:

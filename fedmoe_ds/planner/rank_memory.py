@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedmoe_ds.clients.local_training import Wave
-from fedmoe_ds.federation.schedule import home_clients
+from fedmoe_ds.federation.schedule import home_clients, largest_wave
 from fedmoe_ds.planner.hardware import Hardware
-from fedmoe_ds.planner.memory import COPY, PASS, PERSONAL, estimate, outlasting
+from fedmoe_ds.planner.memory import COPY, HOST_MOMENTS, PASS, PERSONAL, estimate, outlasting
 from fedmoe_ds.planner.workload import Job
 
-ON_HOST = (PERSONAL, COPY)
+ON_HOST = (PERSONAL, COPY, HOST_MOMENTS)
 """Purposes that lie in the host's memory where ranks compute on devices."""
 
 
@@ -51,7 +51,9 @@ def rank_memory(
         passes = {(1, None)}
     elif plan is not None:
         passes = {*shared_passes(plan)} or passes
-    held = (estimate(spec, home, job.length, *each) for each in passes)
+    # A bank has slots for the largest wave of any cluster, as `wave_slots` says of a start.
+    flight = min(in_flight or participants, participants) if plan is None else largest_wave(plan)
+    held = (estimate(spec, home, job.length, *each, in_flight=flight) for each in passes)
     # The pass with the largest activations decides; everything else is the same in all of them.
     found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
     found[PASS] = int(found[PASS] * hardware.activation_slack)

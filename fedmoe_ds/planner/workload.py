@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.clients.batches import Packing, batch_size, local_batches, pass_bounds, step_count
 from fedmoe_ds.clients.client import Client, make_clients, tiers_of
+from fedmoe_ds.clients.host_moments import check_moments_on
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
@@ -192,6 +193,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: boo
     """
     fault.guard("this plan")
     check_promise(config, kind)
+    check_moments_on(config.execution, kind)
     config, method = check_start(config, kind)
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, storage_type(config.foundation, kind, folder))

@@ -45,8 +45,6 @@ from fedmoe_ds.federation.run_spec import (
     positions,
     resolve_spec,
 )
-from fedmoe_ds.federation.sampling import participant_count
-from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.task_metrics import Forward
 from fedmoe_ds.federation.warm_start import begin_from, open_start
 from fedmoe_ds.foundation import Foundation, load_foundation, resolve_foundation
@@ -116,7 +114,7 @@ class LoadedModel:
         config, device = spec.config, runtime.device
         self.spec, self.foundation, self.clients, self.runtime, self.run = spec, foundation, clients, runtime, run
         self.adapters = initial_bank(foundation, spec.blocks, config.seed, spec.expert_layout.held, device)
-        model = adapted_model(spec, foundation, _execution(spec, self.adapters, len(clients)))
+        model = adapted_model(spec, foundation, _execution(spec, self.adapters))
         self.received = ReceivedModel(spec.method, model, self.adapters)
         self.personal: Personal = initial_personal(spec, self.adapters, clients, slabs=client_slabs(config))
         self.trained = run is None
@@ -218,13 +216,10 @@ class LoadedModel:
             yield lambda parts: self.received.run_pass(parts, how)
 
 
-def _execution(spec: RunSpec, adapters: Bank, clients: int) -> Execution:
+def _execution(spec: RunSpec, adapters: Bank) -> Execution:
     """What the layers read. There is no wave: the bank of one client is all that there is."""
     config, experts = spec.config, spec.expert_layout.num_experts
-    drawn = participant_count(1 if spec.method.pooled else clients, config.federation.participation)
-    # As many slots as a rank has in training: by them an evaluation decides which hold-outs share a pass.
-    home = home_clients(config.execution.clients_in_flight, drawn, 1)
-    pool = Pool(None, 1, experts, home, merge=spec.shares_passes, shared=True)
+    pool = Pool(None, 1, experts, 1, merge=spec.shares_passes, shared=True)
     scale = config.adapters.alpha / config.adapters.rank
     return Execution(adapters, pool, scale, spec.method.rescaler is not None, kernels=config.execution.adapter_kernels)
 

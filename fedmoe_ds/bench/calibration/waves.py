@@ -96,7 +96,7 @@ class Bench:
         places, model = hosted_layout(self.foundation.layers), self.foundation.model
         blocks = self.job.method.blocks(adapter_blocks(model, places, self.job.config.adapters, self.job.method.rescaler))
         # On the CPU a pass has one client per rank; on a GPU clients share passes.
-        pool = Pool(group, ep_size, places.num_experts, 2, merge=device.type == "cuda", shard=rank)
+        pool = Pool(group, ep_size, places.num_experts, 2 * ep_size, merge=device.type == "cuda", shard=rank)
         bank = Bank(blocks, places.num_experts // ep_size, 2, pool.wave_clients, device)
         self.execution = Execution(bank, pool, 2.0, rescaler=True)
         install(self.foundation, self.job.config.adapters, self.execution)

@@ -145,6 +145,45 @@ def case_a_step_of_all_clients(fake: Any) -> None:
     assert counts[0] == counts[1] <= 12 * len(SPECS) + 12, counts
 
 
+def case_moments_on_the_host(fake: Any) -> None:
+    """The bits of moments on the device, in each of two waves; they come and go layer by layer, and nobody waits for them."""
+    layers = sum(len(spec.layers) for spec in SPECS)
+    for kept in ("float32", "bfloat16"):
+        ends = []
+        for on_host in (False, True):
+            config, draw = LocalConfig(moments=kept), torch.Generator().manual_seed(0)
+            optimizer = ClientOptimizer(Bank(SPECS, 3, 2, device=fake.device), config, seed=1, on_host=on_host)
+            moments = [tensor for state in (optimizer.first, optimizer.second) for tensor in state.values()]
+            assert {tensor.device.type for tensor in moments} == {"cpu" if on_host else "cuda"}
+            assert every(tensor.is_pinned() for tensor in moments) or not on_host
+            for _ in range(2):
+                optimizer.reset()
+                for step in range(3):
+                    for tensor in optimizer.bank.grads.values():
+                        tensor.copy_(torch.randn(tensor.shape, generator=draw))
+                    fake.COUNT.reset()
+                    steps = [ClientStep({True: c, False: c}, 1 + step, 0.01, (1, c)) for c in range(2)]
+                    optimizer.step_all(steps)
+                    # Beside the table: both moments of every layer, but in a wave's first step, when they are zero.
+                    sent = 2 * layers if on_host and step else 0
+                    assert fake.COUNT.uploads.total() - sent <= 1 + len(SPECS) and fake.COUNT.uploads.total() > sent
+                    assert fake.COUNT.total_waits == 0 or step == 0, fake.COUNT.summary("step")
+            ends.append([tensor.cpu() for tensor in (*optimizer.bank.values.values(), *moments)])
+        assert every(torch.equal(x, y) for x, y in zip(*ends, strict=True)), kept
+
+
+def case_a_run_with_moments_on_the_host(fake: Any) -> None:
+    """The same adapters at its end; the identity does not know the key."""
+    digests, known = [], []
+    for place in ("device", "host"):
+        change = {"topology": {"device": "cuda"}, "execution": {"reproducible": "fast", "moments_on": place}}
+        result = run_on_device(variant_config(root(), "flame", f"moments-{place}", change, {"federation": {"rounds": 1}}))
+        digests.append(result.digest)
+        known.append(result.parts.identity)
+        assert (result.parts.trainer.optimizer.host is not None) == (place == "host")
+    assert digests[0] == digests[1] and known[0] == known[1]
+
+
 def case_a_wave_s_steps_wait_for_nothing(fake: Any) -> None:
     """In a run, with clipping: norms stay on the device, and one table per step goes there."""
     found: list[tuple[int, int]] = []
