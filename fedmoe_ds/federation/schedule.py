@@ -69,7 +69,7 @@ def schedule(
     return [_waves(mine, ep_size, in_flight or max(len(chosen), 1)) for mine in dealt]
 
 
-def _deal(chosen: list[Client], cost: CostModel, local: LocalConfig, clusters: int) -> list[list[Client]]:
+def _deal(chosen: Sequence[Client], cost: CostModel, local: LocalConfig, clusters: int) -> list[list[Client]]:
     """The clients of each cluster, longest first; with fewer clients than clusters the last clusters get none."""
     predicted = {client.index: cost.client(client, local) for client in chosen}
     # Longest first (Graham's LPT rule) takes at most 4/3 of the best makespan. By index among equals.

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.hardware import Hardware, load_hardware, table_names
-from fedmoe_ds.planner.legality import check_fits
 from fedmoe_ds.planner.memory import outlasting
-from fedmoe_ds.planner.network import Group, Network
-from fedmoe_ds.planner.prediction import predict_job, predict_memory
+from fedmoe_ds.planner.network import Network
+from fedmoe_ds.planner.plan import check_memory
+from fedmoe_ds.planner.prediction import predict_job
+from fedmoe_ds.planner.rank_memory import ON_HOST, rank_memory
 from fedmoe_ds.planner.training import WaveModel
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
@@ -105,20 +107,21 @@ def check_room(job: Job, world: World, hardware: Hardware) -> int:
     """Bytes that a rank holds on such a machine. Raises UserError where it has fewer."""
     config = job.config
     ep_size, in_flight = config.topology.ep_size, config.execution.clients_in_flight
-    needed = predict_job(job, ep_size, in_flight, world, hardware).memory_total
-    check_fits(needed, hardware.available(world.ranks_per_host), ep_size, in_flight)
-    return needed
+    found = predict_job(job, ep_size, in_flight, world, hardware)
+    check_memory(job, found, world, hardware)
+    return found.memory_total
 
 
 def memory_mib(job: Job, kind: str, ranks_per_host: int) -> int:
     """Host memory of a node, for `--mem`: on the CPU all of every rank, beside a GPU what stays on the host; whole GiB."""
     config, drawn = job.config, len(job.participants(1))
     if kind == "cpu":
-        held = predict_memory(job, config.topology.ep_size, config.execution.clients_in_flight, load_hardware("cpu"), drawn)
+        held = rank_memory(job, config.topology.ep_size, config.execution.clients_in_flight, load_hardware("cpu"), drawn)
         each = float(sum(held.values()))
     else:
         # Weights are read through files that are mapped: pages that the system may take back are no reason to kill a job.
-        each = _GPU_HOST_BYTES + sum(outlasting(job, len(job.clients), drawn).values())
+        lasting = outlasting(job, len(job.clients), drawn)
+        each = _GPU_HOST_BYTES + sum(lasting.get(name, 0) for name in ON_HOST)
     return 1024 * math.ceil((each * _SLACK * ranks_per_host + _NODE_BYTES) / 2**30)
 
 
@@ -126,10 +129,12 @@ def lead_s(job: Job, world: World, hardware: Hardware) -> int:
     """Seconds before the limit at which ranks must be told to stop, so that the longest wave ends and they save."""
     config = job.config
     ep_size, in_flight, chosen = config.topology.ep_size, config.execution.clients_in_flight, job.participants(1)
-    network, group = Network(hardware, world), Group.cluster(world, ep_size)
-    model = WaveModel(job, hardware, network, ep_size, home_clients(in_flight, len(chosen), ep_size), group)
+    costs = ClientCosts.of(job, hardware, world.ranks_per_host, 1)
+    model = WaveModel(job, hardware, Network(hardware, world), ep_size, home_clients(in_flight, len(chosen), ep_size), costs)
     plan = schedule(chosen, job.cost, config.local, world.ranks // ep_size, ep_size, in_flight)
-    longest = max((model.wave(wave, 1).total for waves in plan for wave in waves), default=0.0)
+    # A cluster of one wave takes as long as the wave.
+    spent, _ = model.clusters([[wave] for waves in plan for wave in waves])
+    longest = max((one.total for one in spent), default=0.0)
     factor = _MEASURED_FACTOR if hardware.measured else _ASSUMED_FACTOR
     # In whole tens: a prediction does not know single seconds.
     return max(LEAD_S, 10 * math.ceil((factor * longest + _SAVE_S) / 10))

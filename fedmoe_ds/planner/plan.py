@@ -110,7 +110,7 @@ def plan(
     drawn, available = len(job.participants(1)), hardware.available(world.ranks_per_host)
     evaluation_s = evaluation_seconds(job, layout.ep_size, world, hardware)
     choices, refusals = search(job, world, hardware) if searching else ([], [])
-    _check_memory(job, first, world, hardware)
+    check_memory(job, first, world, hardware)
     verified = None
     if verify_ranks is not None:
         ranks = list(range(world.ranks)) if verify_ranks == "all" else None
@@ -124,7 +124,7 @@ def plan(
     return Plan(job, world, hardware, first, evaluation_s, choices, refusals, verified, told, seeds)
 
 
-def _check_memory(job: Job, found: Prediction, world: World, hardware: Hardware) -> None:
+def check_memory(job: Job, found: Prediction, world: World, hardware: Hardware) -> None:
     """Raise UserError where a rank or a host would hold more than there is, with what would help."""
     ep_size, flight = job.config.topology.ep_size, job.config.execution.clients_in_flight
     wrong = shortage(found.memory_total, hardware.available(world.ranks_per_host), ep_size, flight)

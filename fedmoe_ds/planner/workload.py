@@ -6,7 +6,7 @@ then are assumed, because without the model's tokenizer nobody can count their t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +115,7 @@ class Job(RunSpec):
         return self.participants_among(self.clients, round_index)
 
     @cached_property
-    def by_tier(self) -> dict[str, list[Client]]:
+    def by_tier(self) -> Mapping[str, Sequence[Client]]:
         """Clients of every budget tier."""
         return tiers_of(self.clients)
 
@@ -304,7 +304,7 @@ def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[S
     return _equal_clients(config, tiers, named or [f"client-{i}" for i in range(count)], sequences, note)
 
 
-def _uncounted_clients(config: Config, tiers: list[Tier]) -> tuple[list[Client], Data]:
+def _uncounted_clients(config: Config, tiers: list[Tier]) -> tuple[Sequence[Client], Data]:
     """What the data would say is taken for granted: how many clients, in which tiers, with how many sequences."""
     local = config.local
     names = sorted(name for tier in tiers for name in tier.clients)
@@ -315,7 +315,7 @@ def _uncounted_clients(config: Config, tiers: list[Tier]) -> tuple[list[Client],
     return _equal_clients(config, tiers, names, sequences, note)
 
 
-def _equal_clients(config: Config, tiers: list[Tier], names: list[str], sequences: int, note: str) -> tuple[list[Client], Data]:
+def _equal_clients(config: Config, tiers: list[Tier], names: list[str], sequences: int, note: str) -> tuple[Sequence[Client], Data]:
     """Clients with so many full sequences each."""
     length, each = config.data.sequence_length, np.full(len(names), sequences)
     federation: Any = _AssumedFederation(names, each, each, each * length, each * length)
