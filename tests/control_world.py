@@ -1,11 +1,13 @@
-"""A world of light processes: `python tests/control_world.py RANKS LIMIT FOLDER` forks ranks that have imported all they need,
-limits their open files, and lets them join, talk and leave. Every rank writes `rank-N.json` with what it found."""
+"""A world of light processes: `python tests/control_world.py RANKS LIMIT FOLDER [DIES]` forks ranks that have imported all they
+need, limits their open files, and lets them join, talk and leave. Every rank writes `rank-N.json` with what it found; exit codes
+are in `codes.json`. Rank DIES is killed before it has talked to most of the others."""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -49,12 +51,14 @@ def answers(control: Control) -> dict[str, Any]:
     }
 
 
-def body(folder: Path, limit: int) -> int:
+def body(folder: Path, limit: int, dies: int | None) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 200), limit))
     launch = detect_launch()
     before = len(os.listdir("/proc/self/fd"))
     runtime = init_runtime(launch, TopologyConfig(device="cpu"))
     topology = build_topology(TopologyConfig(device="cpu"), runtime)
+    if launch.rank == dies:
+        os.kill(os.getpid(), signal.SIGKILL)
     topology.sum_shard.sum(torch.ones(1000))
     found = {"control": type(runtime.control).__name__, "world": answers(runtime.control)}
     found["files"] = len(os.listdir("/proc/self/fd")) - before
@@ -68,7 +72,7 @@ def body(folder: Path, limit: int) -> int:
     return 0
 
 
-def main(ranks: int, limit: int, folder: Path) -> int:
+def main(ranks: int, limit: int, folder: Path, dies: int | None = None) -> int:
     torch.set_num_threads(1)
     os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     children = []
@@ -76,12 +80,12 @@ def main(ranks: int, limit: int, folder: Path) -> int:
         child = os.fork()
         if not child:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            run_entry(lambda: body(folder, limit))
+            run_entry(lambda: body(folder, limit, dies))
         children.append(child)
-    codes = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
-    (folder / "codes.json").write_text(json.dumps(sorted(codes)))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / "codes.json").write_text(json.dumps(codes))
     return max(codes)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:])))

@@ -14,12 +14,14 @@ from control_world import SMALL
 from every import every
 
 from fedmoe_ds.distributed import open_files
+from fedmoe_ds.errors import EXIT_LOST
 
 RANKS, LIMIT = 64, 256
 
 
-def world(ranks: int, limit: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, str(Path(__file__).parent / "control_world.py"), str(ranks), str(limit), str(folder)]
+def world(ranks: int, limit: int, folder: Path, *dies: int) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, str(Path(__file__).parent / "control_world.py")]
+    program += [str(ranks), str(limit), str(folder), *map(str, dies)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=240)
 
@@ -61,6 +63,15 @@ def test_one_answer_whatever_the_tree(found: list[dict[str, Any]]) -> None:
         assert flat["class"] == "FlatControl" and every(tree["class"] == "TreeControl" for tree in trees)
         for answers in (flat, *trees):
             check(answers, rank, SMALL, sums)
+
+
+@pytest.mark.parametrize("dies", [5, 7], ids=["a head", "another"])
+def test_a_rank_that_is_lost_ends_all(tmp_path: Path, dies: int) -> None:
+    """Ranks that connect with it only now, too: gloo waits for it, and the watchdog knows that it is gone."""
+    done = world(20, 1024, tmp_path, dies)
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    assert codes == [EXIT_LOST] * dies + [-9] + [EXIT_LOST] * (19 - dies), done.stderr
+    assert f"error: rank {dies} on " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_too_few_open_files_for_rank_0(tmp_path: Path) -> None:

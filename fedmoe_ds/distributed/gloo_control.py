@@ -12,11 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.control import Alone, Control
@@ -74,14 +76,12 @@ class FlatControl:
 
     def largest(self, values: Tensor) -> Tensor:
         with activity.collective("largest", self.name, values.nbytes):
-            largest = torch_dist.AllreduceOptions()
-            largest.reduceOp = torch_dist.ReduceOp.MAX
-            self.group.allreduce([values], largest).wait()
+            self.group.allreduce([values], torch_dist.ReduceOp.MAX).wait()
         return values
 
     def send_down(self, tensor: Tensor) -> Tensor:
         """The first rank's tensor, in place on every rank."""
-        self.group.broadcast([tensor], torch_dist.BroadcastOptions()).wait()  # by themselves they say: from the first rank
+        self.group.broadcast(tensor, 0).wait()
         return tensor
 
     def split(self, ranks: Sequence[int], name: str) -> Control:
@@ -140,7 +140,7 @@ class TreeControl:
         return gloo_control([self.ranks[rank] for rank in ranks], name, self.timeout)
 
 
-def make_group(ranks: Sequence[int], timeout: timedelta) -> torch_dist.ProcessGroupGloo:
+def make_group(ranks: Sequence[int], timeout: timedelta) -> Any:
     """A gloo group of some global ranks, this one among them; every member calls it, and no other rank.
 
     Not the world's own group: that may be NCCL's, which carries no tensors of the CPU. Nor one of torch's `new_group`: either
@@ -151,7 +151,7 @@ def make_group(ranks: Sequence[int], timeout: timedelta) -> torch_dist.ProcessGr
     members = ",".join(map(str, ranks))
     # All members have made the same number of groups of just these ranks.
     _made[members] += 1
-    store = torch_dist.PrefixStore(f"control {_made[members]} of {members}", world)
+    store = PrefixStore(f"control {_made[members]} of {members}", world)
     return torch_dist.ProcessGroupGloo(store, ranks.index(torch_dist.get_rank()), len(ranks), timeout)
 
 
