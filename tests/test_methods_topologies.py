@@ -39,8 +39,10 @@ def thinned(config: Config, runtime: Runtime, topology: Topology) -> Result:
 def work(rank: int, root: Path, turns: dict[int, list[str]]) -> dict[tuple[str, int], Outcome]:
     runtime, found = joined(rank), {}
     for ep_size, variants in turns.items():
-        place = {"topology": {"ep_size": ep_size}}
-        for variant in variants:
+        for number, variant in enumerate(variants):
+            # Every other one with a single client in flight: where experts are shared, the other ranks are home to nobody.
+            flight = 1 if ep_size > 1 and number % 2 else 8
+            place = {"topology": {"ep_size": ep_size}, "execution": {"clients_in_flight": flight}}
             config = variant_config(root, variant, f"{runtime.world_size}-{ep_size}", THINNED, place)
             result = thinned(config, runtime, build_topology(config.topology, runtime))
             found[variant, ep_size] = (result.digest, result.scores())

@@ -93,10 +93,10 @@ def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
 def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     """What decides which clients there are and how much a pass of theirs needs."""
     execution = config.execution
-    passes = {"micro_batch_size": execution.micro_batch_size, "activation_checkpointing": execution.activation_checkpointing}
+    passes: dict[str, Any] = {key: getattr(execution, key) for key in ("micro_batch_size", "activation_checkpointing")}
     # Absent where a run does without, so that absences of earlier versions still count.
-    later = {"packing": (execution.packing, False), "moments_on": (execution.moments_on, "device")}
-    passes |= {key: value for key, (value, usual) in later.items() if value != usual}
+    later = {"packing": False, "moments_on": "device"}
+    passes |= {key: getattr(execution, key) for key, usual in later.items() if getattr(execution, key) != usual}
     return {**{name: identity[name] for name in _FIRST}, **passes}
 
 
