@@ -8,7 +8,7 @@ data = FederatedData.open(path)                                         # reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,10 @@ class FederatedData:
     def train_lengths(self, client: int) -> NDArray[np.int64]:
         """Return the tokens of each training sequence of one client; nothing else of them is read."""
         return self._store.lengths(2 * self._checked(client))
+
+    def train_lengths_of(self, clients: Sequence[int]) -> NDArray[np.int64]:
+        """Return those of some clients, which ascend, one after the other."""
+        return self._store.lengths_of_owners(2 * np.asarray(clients, np.int64))
 
     def holdout(self, client: int) -> Sequences:
         """Return the hold-out of one client, in random order; empty where the client has a single sample."""

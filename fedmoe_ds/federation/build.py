@@ -19,7 +19,7 @@ from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_skipped
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.batches import Packing
-from fedmoe_ds.clients.client import Client, make_clients, tiers_of
+from fedmoe_ds.clients.client import Client, Population, make_clients, tiers_of
 from fedmoe_ds.clients.hooks import TrainingData
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.pooled import PooledData
@@ -72,7 +72,7 @@ class Parts:
     foundation: Foundation
     data: FederatedData
     training_data: TrainingData
-    clients: Sequence[Client]
+    clients: Population
     execution: Execution
     trainer: WaveTrainer
     evaluator: Evaluator
@@ -196,7 +196,7 @@ def _assemble(
     topology: Topology,
     foundation: Foundation,
     data: FederatedData,
-    clients: Sequence[Client],
+    clients: Population,
     source: Source | None,
     unread: str | None,
 ) -> Parts:
