@@ -8,7 +8,7 @@ data = FederatedData.open(path)                                         # reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,9 +126,9 @@ class FederatedData:
         """Return the tokens of each training sequence of one client; nothing else of them is read."""
         return self._store.lengths(2 * self._checked(client))
 
-    def train_lengths_of(self, clients: Sequence[int]) -> NDArray[np.int64]:
+    def train_lengths_of(self, clients: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of some clients, which ascend, one after the other."""
-        return self._store.lengths_of_owners(2 * np.asarray(clients, np.int64))
+        return self._store.lengths_of_owners(2 * clients)
 
     def holdout(self, client: int) -> Sequences:
         """Return the hold-out of one client, in random order; empty where the client has a single sample."""
