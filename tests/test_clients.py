@@ -204,9 +204,10 @@ def test_a_population_is_what_its_clients_are(count: int, drawn: list[tuple[int,
     ours, theirs = clients_by_tier(population), clients_by_tier(plain)
     assert list(ours) == list(theirs) and every(ours[label] == theirs[label] for label in theirs)
     assert richest(population) == richest(plain) and top_k_of(population).tolist() == top_k_of(plain).tolist()
-    whats: tuple[Count, ...] = ("samples", "sequences", "targets", "token_rows")
+    whats: tuple[Count, ...] = ("samples", "sequences", "targets", "token_rows", "index")
     for what in whats:
         assert counts_of(population, what).tolist() == counts_of(plain, what).tolist()
+    assert [tier.label for tier in population.tiers_N()] == [client.tier for client in plain]
     for sampling in ("uniform", "size", "budget"):
         members = participants(population, 0.4, seed, 1, sampling)
         assert members == participants(plain, 0.4, seed, 1, sampling)

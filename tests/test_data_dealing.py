@@ -184,6 +184,8 @@ def test_what_is_stored_is_what_was_dealt(shared: bool, tiers: bool, tmp_path: P
         assert sum(int(mask.sum()) for mask in train.loss_mask) == data.train_tokens[client]
         assert sum(map(len, train.input_ids)) == data.train_rows[client]
         assert data.train_lengths(client).tolist() == [len(ids) for ids in train.input_ids]
+    some = np.arange(0, len(data), 2)
+    assert data.train_lengths_of(some).tolist() == [len(ids) for client in some for ids in data.train(client).input_ids]
     assert bool(list((tmp_path / "data").glob("units-*"))) == shared
 
 
@@ -234,6 +236,7 @@ def test_stores_of_earlier_versions_are_found_and_read(tmp_path: Path) -> None:
         for read in (FederatedData.train, FederatedData.holdout):
             assert reference.fingerprint([read(old, client)]) == reference.fingerprint([read(new, client)])
         assert old.train_lengths(client).tolist() == new.train_lengths(client).tolist()
+    assert np.array_equal(*(data.train_lengths_of(np.array([0, 3, 4])) for data in (old, new)))
     assert reference.fingerprint([old.global_holdout()]) == reference.fingerprint([new.global_holdout()])
 
 

@@ -59,8 +59,8 @@ class Client:
 
 
 Ints = NDArray[np.int64]
-Count = Literal["samples", "sequences", "targets", "token_rows"]
-"""What a client's data have some of."""
+Count = Literal["samples", "sequences", "targets", "token_rows", "index"]
+"""What of a client is a number: its place among all, or what its data have some of."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,17 @@ class Population(Sequence[Client]):
     __hash__ = None  # type: ignore[assignment]
 
     def counts_N(self, what: Count) -> Ints:
-        """One count of every client."""
-        return self._columns.counts[what][self._index_N]
+        """One number of every client."""
+        return self._index_N if what == "index" else self._columns.counts[what][self._index_N]
 
     def top_k_N(self) -> Ints:
         """The top-k of every client."""
-        return np.array([tier.top_k for tier in self._columns.tiers])[self._columns.tier_N[self._index_N]]
+        return np.array([tier.top_k for tier in self._columns.tiers], np.int64)[self._columns.tier_N[self._index_N]]
+
+    def tiers_N(self) -> list[Tier]:
+        """The tier of every client."""
+        tiers = self._columns.tiers
+        return [tiers[place] for place in self._columns.tier_N[self._index_N].tolist()]
 
     def by_tier(self) -> dict[str, Population]:
         """The clients of every tier that has any, by its label, the largest budget first."""
@@ -131,7 +136,7 @@ class Population(Sequence[Client]):
 
 
 def counts_of(clients: Sequence[Client], what: Count) -> Ints:
-    """One count of every client, int64 [N]."""
+    """One number of every client, int64 [N]."""
     if isinstance(clients, Population):
         return clients.counts_N(what)
     return np.array([getattr(client, what) for client in clients], np.int64)

@@ -126,6 +126,10 @@ class FederatedData:
         """Return the tokens of each training sequence of one client; nothing else of them is read."""
         return self._store.lengths(2 * self._checked(client))
 
+    def train_lengths_of(self, clients: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of some clients, which ascend, one after the other."""
+        return self._store.lengths_of_owners(2 * clients)
+
     def holdout(self, client: int) -> Sequences:
         """Return the hold-out of one client, in random order; empty where the client has a single sample."""
         return self._store.read(2 * self._checked(client) + 1)

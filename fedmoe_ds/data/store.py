@@ -155,9 +155,13 @@ class Store:
         start, end = int(bounds[owner]), int(bounds[owner + 1]) if owner + 1 < len(bounds) else int(self.header["owned"])
         if self._units is None:
             return np.arange(start, end)
+        return self._row_numbers()[start:end]
+
+    def _row_numbers(self) -> NDArray[np.int64]:
+        """The numbers of all owners' sequences in the store of units, owner by owner: a view, made once."""
         if self._numbers is None:
             self._numbers = self._reader.get_batch(0).column("rows").to_numpy(zero_copy_only=True)
-        return self._numbers[start:end]
+        return self._numbers
 
     def _unit_batch(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """Bounds of a batch's sequences, its tokens and its targets: views of the memory map, made once."""
@@ -175,6 +179,17 @@ class Store:
             return (self._units or self).lengths_of(self._rows(owner))
         lengths: NDArray[np.int64] = np.diff(self._reader.get_batch(owner).column("tokens").offsets.to_numpy())
         return lengths
+
+    def lengths_of_owners(self, owners: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the lengths of all sequences of some owners, which ascend; none of them is the global hold-out."""
+        bounds = self.clients.bounds
+        if bounds is None:
+            return np.concatenate([np.empty(0, np.int64), *map(self.lengths, owners.tolist())])
+        # All at once: a call an owner would be seconds for a million of them.
+        taken = np.zeros(len(bounds) - 1, dtype=bool)
+        taken[owners] = True
+        rows = np.flatnonzero(np.repeat(taken, np.diff(bounds)))
+        return (self._units or self).lengths_of(rows if self._units is None else self._row_numbers()[rows])
 
     def lengths_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens of the sequences with these numbers; this store is one of units."""

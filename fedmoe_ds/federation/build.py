@@ -21,7 +21,7 @@ from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.checkpoint.skipped_clients import read_lines as read_skipped
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.batches import Packing
-from fedmoe_ds.clients.client import Client, make_clients, tiers_of
+from fedmoe_ds.clients.client import Client, Population, make_clients, tiers_of
 from fedmoe_ds.clients.hooks import TrainingData
 from fedmoe_ds.clients.host_moments import check_moments_on
 from fedmoe_ds.clients.local_training import WaveTrainer
@@ -75,7 +75,7 @@ class Parts:
     foundation: Foundation
     data: FederatedData
     training_data: TrainingData
-    clients: Sequence[Client]
+    clients: Population
     in_flight: int
     execution: Execution
     trainer: WaveTrainer
@@ -204,7 +204,7 @@ def _assemble(
     topology: Topology,
     foundation: Foundation,
     data: FederatedData,
-    clients: Sequence[Client],
+    clients: Population,
     source: Source | None,
     unread: str | None,
 ) -> Parts:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmoe_ds.clients.client import tiers_of
+from fedmoe_ds.clients.client import counts_of, tiers_of
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.federation.build import Parts
 
@@ -29,7 +29,7 @@ def length_counts(parts: Parts) -> dict[str, Any] | None:
     width = -(-parts.data.sequence_length // BINS)
     counts = {}
     for tier, members in tiers_of(parts.clients).items():
-        lengths = np.concatenate([parts.data.train_lengths(client.index) for client in members])
+        lengths = parts.data.train_lengths_of(counts_of(members, "index"))
         counts[tier] = np.bincount((lengths - 1) // width, minlength=BINS).tolist()
     return {"width": width, "counts": counts}
 

@@ -214,7 +214,8 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         journal.truncate(0)
         journal.config(parts.config_text)
         journal.event("run", **run_facts(parts))
-        journal.data(data_facts(parts))
+        # Of all clients, so on the one rank that writes it: a gigabyte for a million of them.
+        journal.data(data_facts(parts) if parts.runtime.is_main else {})
         for line in parts.start.notes if parts.start is not None else ():
             journal.note(line)
         journal.samples(shown_samples(parts))

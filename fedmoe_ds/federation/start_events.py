@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds.clients.client import tiers_of
+from fedmoe_ds.clients.client import Count, counts_of, tiers_of
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
@@ -20,6 +20,8 @@ from fedmoe_ds.kernels.device_kernels import grouped_by, triton_fault
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import products_for
 from fedmoe_ds.model.moe_layer import GATE_UP
+
+_COUNTS: tuple[Count, ...] = ("samples", "sequences", "targets")
 
 
 def start_line(parts: Parts) -> str:
@@ -140,13 +142,14 @@ def budgets(parts: Parts) -> list[dict[str, Any]]:
 
 def data_facts(parts: Parts) -> dict[str, Any]:
     """The `data` event."""
+    data, population = parts.data, parts.clients
+    counts = (counts_of(population, what).tolist() for what in _COUNTS)
     clients = [
         # `tokens` is the old name of `targets`: it is an interface.
-        {"name": c.name, "samples": c.samples, "sequences": c.sequences, "tokens": c.targets, "targets": c.targets,
-         "top_k": c.top_k, "tier_label": c.tier}
-        for c in parts.clients
+        {"name": name, "samples": samples, "sequences": sequences, "tokens": targets, "targets": targets, "top_k": tier.top_k,
+         "tier_label": tier.label}
+        for name, tier, samples, sequences, targets in zip(data.names, population.tiers_N(), *counts, strict=True)
     ]  # fmt: skip
-    data = parts.data
     told = {"distribution": data.distribution, "omissions": data.omissions.as_dict(), "fingerprint": data.fingerprint}
     # Absent for images, and for data that an earlier version has prepared.
     return {"clients": clients, "lengths": length_counts(parts), **told, **({"reading": data.reading} if data.reading else {})}

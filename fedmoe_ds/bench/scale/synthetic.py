@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmoe_ds.clients.client import Client, make_clients
+from fedmoe_ds.clients.client import Population, make_clients
 from fedmoe_ds.clients.tiers import Capacity, resolve_tiers
 from fedmoe_ds.config import FederationConfig
 from fedmoe_ds.data.dealing import Prepared
@@ -60,7 +59,7 @@ def store(prepared: Prepared, cache: Path) -> FederatedData:
     return FederatedData.open(cache / "deal")
 
 
-def clients_of(sizes: Sizes | FederatedData) -> Sequence[Client]:
+def clients_of(sizes: Sizes | FederatedData) -> Population:
     """Them with the default tiers of a model with top-k 8."""
     federation = FederationConfig()
     tiers = resolve_tiers(federation, Capacity(_TOP_K, _RANK, _EXPERTS), "top_k")
