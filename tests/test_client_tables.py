@@ -91,7 +91,8 @@ def test_a_table_holds_what_lines_would(tmp_path_factory: pytest.TempPathFactory
 
 
 def test_few_clients_are_lines_and_many_are_tables(tmp_path: Path) -> None:
-    for count, tables in ((MOST_LINES, 0), (MOST_LINES + 1, 5)):
+    # Four tiers score every client: the first have as many rows as there may be lines.
+    for count, tables in ((MOST_LINES // 4, 0), (MOST_LINES, 2), (MOST_LINES + 1, 5)):
         folder = tmp_path / str(count)
         write_record(folder, count)
         assert len(list(folder.glob("clients/*"))) == tables
@@ -148,9 +149,27 @@ def test_quantiles_are_those_of_the_rows(record: Path) -> None:
     assert dict(zip(trained.places, trained.figure("loss_last").tolist(), strict=True)) == latest
 
 
+def test_scores_are_kept_by_tier(record: Path) -> None:
+    """Without personal models every tier's model is scored on every client's hold-out: four rows of a client and round."""
+    rows = [event for event in read_metrics(record / "metrics.jsonl") if event.get("split") == "client"]
+    own = History.of(Record(record / "metrics.jsonl")).own_scores
+    assert len(own) == MANY and len(own.tiers) == 4 and len(rows) == 2 * 4 * MANY
+    found = {(row["round"], row["tier_label"], row["client"]): row["perplexity"] for row in rows}
+    for tier in own.tiers:
+        for round_index in (0, own.last_round(tier)):
+            assert own.values(tier, round_index, "perplexity") == [found[round_index, tier, name] for name in own.places]
+        assert own.values(tier, 1, "perplexity") == [], "neither the first round nor the last"
+    names = list(own.places)
+    codes = own.tier_codes(names[:-1], ["8"] * (MANY - 1))
+    before, after = own.ends("perplexity", codes)
+    assert before[:-1].tolist() == [found[0, "8", name] for name in names[:-1]]
+    assert after[:-1].tolist() == [found[2, "8", name] for name in names[:-1]]
+    assert codes[-1] == -1 and before[-1] == found[0, "1", names[-1]] and after[-1] == found[2, "8", names[-1]]
+
+
 def test_the_page_of_very_many_clients_does_not_grow(tmp_path: Path) -> None:
     sizes = []
-    for count in (1_000, 20_000):
+    for count in (1_000, 5_000):
         write_record(tmp_path / str(count), count, rounds=1)
         sizes.append(write_report(tmp_path / str(count)).stat().st_size)
     assert sizes[1] < 1.02 * sizes[0] < 2e6
@@ -159,9 +178,9 @@ def test_the_page_of_very_many_clients_does_not_grow(tmp_path: Path) -> None:
 def test_memory_grows_with_clients_and_not_with_rounds(tmp_path: Path) -> None:
     peaks = []
     for rounds in (2, 16):
-        write_record(tmp_path / str(rounds), 2_000, rounds)
+        write_record(tmp_path / str(rounds), 1_000, rounds)
         tracemalloc.start()
-        write_report(tmp_path / str(rounds))
+        History.of(Record(tmp_path / str(rounds) / "metrics.jsonl"))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]

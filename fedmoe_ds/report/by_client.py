@@ -6,7 +6,7 @@ Rows come as lines of `metrics.jsonl` or as tables; both become columns of a rou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,7 @@ class Participation(_ByClient):
 
 
 class OwnScores(_ByClient):
-    """How every client's own hold-out was scored at first and at last.
+    """How every client's own hold-out was scored at first and at last, by the model of each tier that scored it.
 
     Attributes:
         known: figures that the record has.
@@ -193,41 +193,67 @@ class OwnScores(_ByClient):
         super().__init__(tuple(FIGURES))
         self.known: set[str] = set()
 
-    def first(self, name: str) -> Floats:
-        """A figure of every client's first evaluation [clients], NaN where there is none."""
-        return self._array(f"first {name}")
-
-    def last(self, name: str) -> Floats:
-        """The same of the latest one."""
-        return self._array(f"last {name}")
-
     def last_round(self, tier: str) -> int:
-        """The last round in which clients of the tier were evaluated."""
-        return int(self._array("last round", -1.0)[self._array("tier") == self.tiers[tier]].max(initial=0))
+        """The last round in which the tier's model was evaluated."""
+        return int(self._rounds(tier, last=True).max(initial=0))
 
     def values(self, tier: str, round_index: int | None, name: str) -> list[float]:
-        """A figure of all clients of a tier in their first or last round, as far as it is finite; of another round none."""
+        """A figure of all clients by a tier's model in the first or last round, where it is finite; of another round none."""
         if round_index is None or tier not in self.tiers:
             return []
         found = np.full(len(self), np.nan)
         # The last one counts where a client has one evaluation, and where a round was evaluated twice.
-        for rounds, values in ((self._array("first round", np.inf), self.first), (self._array("last round", -1.0), self.last)):
-            found = np.where(rounds == round_index, values(name), found)
-        found = found[self._array("tier") == self.tiers[tier]]
+        for last in (False, True):
+            found = np.where(self._rounds(tier, last) == round_index, self._figure(tier, name, last), found)
         kept: list[float] = found[~np.isnan(found)].tolist()
         return kept
 
+    def ends(self, name: str, own: NDArray[np.int64] | None = None) -> tuple[Floats, Floats]:
+        """A figure of every client at first and at last [clients], NaN where there is none.
+
+        Args:
+            own: by whose model: a code of `tiers` for every client, -1 where nobody knows [clients]. None: the first row of the
+                record by round and label of the tier, and the last one.
+        """
+        ends = []
+        for last in (False, True):
+            found, best = np.full(len(self), np.nan), np.full(len(self), -1.0 if last else np.inf)
+            for tier in sorted(self.tiers):
+                rounds = self._rounds(tier, last)
+                better = (rounds >= best) & (rounds >= 0) if last else rounds < best
+                if own is not None:
+                    better &= (own == self.tiers[tier]) | (own < 0)
+                found[better], best[better] = self._figure(tier, name, last)[better], rounds[better]
+            ends.append(found)
+        return ends[0], ends[1]
+
+    def tier_codes(self, names: Iterable[str], tiers: Iterable[str]) -> NDArray[np.int64]:
+        """The tiers of these clients as `ends` takes them."""
+        codes = np.full(len(self), -1, dtype=np.int64)
+        for name, tier in zip(names, tiers, strict=True):
+            if (place := self.places.get(name)) is not None:
+                codes[place] = self.tiers.get(tier, -1)
+        return codes
+
+    def _rounds(self, tier: str, last: bool) -> Floats:
+        return self._array(f"{tier}: {last}", -1.0 if last else np.inf)
+
+    def _figure(self, tier: str, name: str, last: bool) -> Floats:
+        return self._array(f"{tier}: {last} {name}")
+
     def _add(self, rows: _Round) -> None:
-        places, tiers = self._places_of(rows), self._tiers_of(rows)
+        places, codes = self._places_of(rows), self._tiers_of(rows)
         self.known |= rows.known
-        for place_of, rounds, later in (
-            (self.first, self._array("first round", np.inf), rows.index <= self._array("first round", np.inf)[places]),
-            (self.last, self._array("last round", -1.0), rows.index >= self._array("last round", -1.0)[places]),
-        ):
-            rounds[places[later]] = rows.index
-            for name in FIGURES:
-                place_of(name)[places[later]] = rows.figures[name][later]
-        self._array("tier")[places] = tiers
+        for tier, code in self.tiers.items():
+            chosen = codes == code
+            here = places[chosen]
+            for last in (False, True):
+                rounds = self._rounds(tier, last)
+                # Of a round that was evaluated twice the later record counts, at both ends.
+                newer = rows.index >= rounds[here] if last else rows.index <= rounds[here]
+                rounds[here[newer]] = rows.index
+                for name in FIGURES:
+                    self._figure(tier, name, last)[here[newer]] = rows.figures[name][chosen][newer]
 
 
 def latest(events: Iterator[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

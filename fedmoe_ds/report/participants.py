@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.by_client import Floats
@@ -22,8 +23,9 @@ CLIENT_LEAD = (
 )
 MANY_LEAD = (
     "Steps, tokens and time are sums over the rounds a client took part in. First loss is that of its first step ever, "
-    "last loss that of its latest step. With {clients} the page names those at either end; the other {others} are in the "
-    "run's record (metrics.jsonl, and the tables in clients/ if there are any). {idle}"
+    "last loss that of its latest step; own perplexity is by the model of the client's tier. With {clients} the page names "
+    "those at either end; the other {others} are in the run's record (metrics.jsonl, and the tables in clients/ if there are "
+    "any). {idle}"
 )
 Form = Callable[[float | None], str]
 TRAINED: Mapping[str, tuple[str, Form]] = {
@@ -49,7 +51,7 @@ def client_section(history: History) -> Markup:
         return _many(history, len(names))
     described = {client["name"]: client for client in history.holdings}
     # Every known client gets a row, those that were never drawn as well.
-    body = _Table(history).of(names, described)
+    body = _Table(history, None).of(names, described)
     filter_ = tag("input", type="search", placeholder=f"Filter {len(names)} clients", aria_label="Filter clients", cls="filter")
     lead = tag("p", CLIENT_LEAD, cls="lead")
     return tag("div", lead, _lost(history), filter_ if len(names) > 15 else None, tag("div", body, cls="scroll"))
@@ -57,11 +59,12 @@ def client_section(history: History) -> Markup:
 
 def _many(history: History, clients: int) -> Markup:
     """Quantiles of every figure, and the clients at both ends."""
-    columns = _Table(history)
-    low, high, by = _ends(history)
+    holdings, own = history.holdings, history.own_scores
+    columns = _Table(history, own.tier_codes(holdings.names, holdings.tiers))
+    low, high, by = _ends(history, columns)
     wanted = {*low, *high}
-    places = {name: place for place, name in enumerate(history.holdings.names) if name in wanted}
-    described = {name: history.holdings[place] for name, place in places.items()}
+    places = {name: place for place, name in enumerate(holdings.names) if name in wanted}
+    described = {name: holdings[place] for name, place in places.items()}
     idle = clients - len(history.trained)
     told = f"{formats.many(idle, 'client')} of them took part in no round yet." if idle else ""
     others = formats.count(clients - len(wanted))
@@ -72,10 +75,10 @@ def _many(history: History, clients: int) -> Markup:
     return tag("div", tag("p", lead, cls="lead"), _lost(history), *(parts if wanted else parts[:1]))
 
 
-def _ends(history: History) -> tuple[list[str], list[str], str]:
+def _ends(history: History, columns: _Table) -> tuple[list[str], list[str], str]:
     """Names at both ends, and of which figure: of the clients' own hold-outs where these are scored, else the last loss."""
     own, trained = history.own_scores, history.trained
-    scored = own.last("perplexity") if own else np.full(0, np.nan)
+    scored = columns.perplexity
     told = bool(np.isfinite(scored).any())
     names, values = (list(own.places), scored) if told else (list(trained.places), trained.figure("loss_last"))
     # By place among equals: the page is the same whenever it is built.
@@ -101,9 +104,9 @@ def _lost(history: History) -> Markup | None:
 
 
 class _Table:
-    """The columns about clients: what they trained, and how their own hold-outs were scored."""
+    """The columns about clients: what they trained, and how their own hold-outs were scored, by which tiers' models."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, own_tiers: NDArray[np.int64] | None) -> None:
         self._trained, self._own = history.trained, history.own_scores
         self._colours = tier_colours(history.tiers)
         self._figures = {name: self._trained.figure(name) for name in TRAINED}
@@ -111,7 +114,13 @@ class _Table:
         self._scores: list[tuple[str, Floats, Form]] = []
         for name in scored:
             called, form = ("perplexity", formats.number) if name == "perplexity" else (TASK_METRICS[name], formats.percent)
-            self._scores += [(f"{called} before", self._own.first(name), form), ("after", self._own.last(name), form)]
+            before, after = self._own.ends(name, own_tiers)
+            self._scores += [(f"{called} before", before, form), ("after", after, form)]
+
+    @property
+    def perplexity(self) -> Floats:
+        """That of the clients' own hold-outs at last [clients]; of none where these are not scored."""
+        return self._scores[1][1] if self._scores else np.full(0, np.nan)
 
     def rows(self) -> list[tuple[str, Floats, Form]]:
         """Every figure over all clients that have it."""
