@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from federations import Result, make_config, run_alone, write_inputs
 
+from fedmoe_ds.bench.scale.curves import evaluation, personal
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.federation.evaluation import Evaluator
 
@@ -39,3 +42,35 @@ def test_clients_that_were_never_trained_share_a_score(tmp_path: Path, monkeypat
     every_one, many = scored(tmp_path, "apart", monkeypatch)
     assert result.scores() == every_one.scores() and result.digest == every_one.digest
     assert few < many
+
+
+def calls(action: Callable[[], object]) -> int:
+    """How many calls of functions an action makes: a cost that no busy machine changes."""
+    count = 0
+
+    def seen(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("method", ["fedit", "fedsa-lora"])
+def test_an_evaluation_is_linear_in_clients(method: str) -> None:
+    found = []
+    for clients in (150, 300):
+        evaluator, own = evaluation._evaluator(method, clients)
+        found.append(calls(lambda e=evaluator, p=own: e.scores(p, per_client=True, plain=False)))  # type: ignore[misc]
+    assert 1.6 < found[1] / found[0] < 2.1, found
+
+
+def test_the_curve_of_personal_state() -> None:
+    """A later checkpoint writes its participants' rows, however many clients there are."""
+    few, many = personal.measure(200), personal.measure(800)
+    assert many["first_mib"] > 3.9 * few["first_mib"] and many["written_mib"] < 3 * 100 / 64
+    assert many["folder_mib"] < 2 * many["rows_mib"]

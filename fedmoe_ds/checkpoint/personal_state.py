@@ -124,7 +124,10 @@ class Personal:
         runtime.run_on_all_ranks(reserve)
         away = [(i, cluster) for cluster, clients in enumerate(wanted) for i in clients if self.homes.home(i) != cluster]
         moves = [Move(i, self.homes.home(i), cluster) for i, cluster in sorted(away) if i in self._known]
-        self.homes.move(moves, self.layout.width, self._home.__getitem__, lambda i, row_W: self._guest(i).copy_(row_W))
+        self.homes.move(moves, self.layout.width, self._home.__getitem__, self._arrive)
+
+    def _arrive(self, index: int, row_W: Tensor) -> None:
+        self._guest(index).copy_(row_W)
 
     def _guest(self, index: int) -> Tensor:
         """[W] of a client in training, made of what is known of it."""
@@ -237,7 +240,7 @@ class Personal:
                 continue
             parts_NW = torch.stack([rows[i] if i in rows else self.layout.part(self._row(i), names) for i in clients])
             for place, hasher in zip(places, hashers, strict=True):
-                hasher.update(parts_NW[:, place.numbers].contiguous().numpy())
+                hasher.update(parts_NW[:, place.numbers].contiguous().numpy().tobytes())
         return {} if self.homes.cluster else {p.key: h.hexdigest() for p, h in zip(places, hashers, strict=True)}
 
     # Checkpoints

@@ -52,7 +52,7 @@ class FederatedRank(Fused):
         training = 0.0
         for wave in waves:
             started = time.perf_counter()
-            trained = self.trainer.train(wave, 0, self.start, {}, data.__getitem__)
+            trained = self.trainer.train(wave, 0, self.start, lambda _: {}, data.__getitem__)
             training += time.perf_counter() - started
             for local, report in trained:
                 assert report.finite, report.client
