@@ -149,6 +149,20 @@ def test_a_point_fills_the_first_nodes(ranks: int, tasks: str | None, expected: 
     assert step_options(ranks, environment) == expected.split()
 
 
+def test_the_ranks_of_a_point_are_started_so(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By srun, which would otherwise go by the allocation's tasks per node."""
+    tools = request_.config.parent / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text('#!/bin/bash\necho "$@" "${SLURM_NTASKS_PER_NODE-unset}"\nexit 3\n')
+    (tools / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    here = environment(SLURM_JOB_ID="1", SLURM_TASKS_PER_NODE="2(x4)", SLURM_NTASKS_PER_NODE="2")
+    run = plan(request_)[1].runs[0]
+    Runner(NOWHERE, here, lambda text: None, by_slurm=True).run([run])
+    said = Path(f"{run.folder}.log").read_text().split()
+    assert said[:3] == ["--nodes=1", "--ntasks=2", "--distribution=plane=2"] and said[-1] == "unset"
+
+
 def test_an_allocation_of_several_kinds_of_nodes_is_refused() -> None:
     with pytest.raises(UserError, match=r"^SLURM_HET_SIZE: 2: a heterogeneous job, .*; ask for nodes of one kind"):
         check_capacity("ranks-4", 4, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_HET_SIZE": "2"})

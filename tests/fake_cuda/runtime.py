@@ -33,8 +33,9 @@ class Properties:
 class Event:
     """One stream does all work in order, and all but collectives at once: an event has happened when those before it have."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, enable_timing: bool = False, **kwargs: Any) -> None:
         self._before: tuple[Any, ...] = ()
+        self._timing = enable_timing
 
     def record(self, stream: Any = None) -> None:
         self._before = distributed.unfinished()
@@ -50,7 +51,11 @@ class Event:
         _synchronize()
 
     def elapsed_time(self, end: Any) -> float:
-        return 0.0
+        if not (self._timing and end._timing):
+            COUNT.refuse("cudaEventElapsedTime of events that were made without timing")
+        if not (self.query() and end.query()):
+            COUNT.refuse("cudaEventElapsedTime of events that have not happened")
+        return 125.0
 
 
 class Stream:

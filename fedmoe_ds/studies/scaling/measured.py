@@ -60,7 +60,6 @@ class Measured:
     tokens: float
     flops: float | None
     seconds: float
-    round_seconds: tuple[float, ...]
     recorded: float
     phases: Mapping[str, float]
     collectives: Mapping[str, float] | None
@@ -70,10 +69,11 @@ class Measured:
     bitwise: bool
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
-    device: str | None
-    dtype: str
-    ranks_on: tuple[str, ...]
-    machines: Sequence[Mapping[str, Any]]
+    round_seconds: tuple[float, ...] = ()
+    device: str | None = None
+    dtype: str = "auto"
+    ranks_on: tuple[str, ...] = ()
+    machines: Sequence[Mapping[str, Any]] = ()
 
     @property
     def federated_s(self) -> float:

@@ -129,6 +129,19 @@ def case_a_peer_that_comes_late_is_waited_for_on_the_device(fake: Any) -> None:
     assert activity.state()["waiting"] is None and fake.COUNT.errors == []
 
 
+def case_collectives_are_timed_by_the_device(fake: Any) -> None:
+    """What the host takes to queue them says nothing; to find out, nobody waits."""
+    runtime, group = world(), dist.group.WORLD
+    activity.take()
+    rows, received = torch.ones(2, 2, device=runtime.device), torch.empty(2, 2, device=runtime.device)
+    for _ in range(3):
+        all_to_all(received, rows, group)
+    received.tolist()
+    waits = fake.COUNT.total_waits
+    assert activity.take()["all_to_all"] == {"calls": 3, "seconds": 0.375, "bytes": 48}
+    assert fake.COUNT.total_waits == waits and fake.COUNT.errors == []
+
+
 def case_one_pool(fake: Any) -> None:
     """Ranks tell each other how many rows come, and the host waits for these numbers once in every layer; for no rows."""
     with passes_of(fake) as passes:
