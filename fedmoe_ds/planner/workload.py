@@ -315,7 +315,9 @@ def _uncounted_clients(config: Config, tiers: list[Tier]) -> tuple[Sequence[Clie
     return _equal_clients(config, tiers, names, sequences, note)
 
 
-def _equal_clients(config: Config, tiers: list[Tier], names: list[str], sequences: int, note: str) -> tuple[Sequence[Client], Data]:
+def _equal_clients(
+    config: Config, tiers: list[Tier], names: list[str], sequences: int, note: str
+) -> tuple[Sequence[Client], Data]:
     """Clients with so many full sequences each."""
     length, each = config.data.sequence_length, np.full(len(names), sequences)
     federation: Any = _AssumedFederation(names, each, each, each * length, each * length)

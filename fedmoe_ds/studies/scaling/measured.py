@@ -17,9 +17,9 @@ from typing import Any
 
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.machine import commit, machine_facts
 from fedmoe_ds.report import Record
 from fedmoe_ds.report.client_tables import numbers
-from fedmoe_ds.machine import commit, machine_facts
 from fedmoe_ds.report.history import Event
 from fedmoe_ds.report.record import ROWS
 from fedmoe_ds.storage.files import write_whole
