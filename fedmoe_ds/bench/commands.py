@@ -17,6 +17,7 @@ from fedmoe_ds.bench.planned.command import COMMAND as PLAN
 from fedmoe_ds.bench.preparation.command import COMMAND as DATA
 from fedmoe_ds.bench.products.command import COMMAND as KERNELS
 from fedmoe_ds.bench.rounds.command import COMMAND as ROUND
+from fedmoe_ds.bench.scale.command import COMMAND as SCALE
 from fedmoe_ds.bench.wave.command import COMMAND as WAVE
 
 COMMANDS: dict[str, Command] = {
@@ -37,5 +38,6 @@ COMMANDS: dict[str, Command] = {
         DATA,
         KERNELS,
         GPU,
+        SCALE,
     )
 }
