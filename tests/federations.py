@@ -19,7 +19,8 @@ from fedmoe_ds.aggregation.postprocessors import Postprocessor
 from fedmoe_ds.checkpoint.skipped_clients import SkippedClients
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.collectives import TorchSumming
-from fedmoe_ds.distributed.control import Alone, make_control
+from fedmoe_ds.distributed.control import Alone
+from fedmoe_ds.distributed.control_plane import make_control
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import ParallelLayout, Topology, build_topology

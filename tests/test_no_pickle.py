@@ -13,6 +13,8 @@ MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "mar
 MPI = {"bcast", "allgather", "allreduce", "alltoall", "sendrecv", "isend", "irecv", "ssend", "issend", "bsend", "ibsend",
        "exscan", "mprobe", "improbe"}  # fmt: skip
 """Of mpi4py: the lower-case calls pickle; the others of their kind have names that others use, too."""
+GLOO = "self.group"
+"""A group of torch, whose calls of the same names take tensors."""
 AMBIGUOUS = {"gather", "reduce", "scatter", "send", "recv", "scan"}
 COMMUNICATOR = re.compile(r"(^|[._])(comm|communicator)$|COMM_(WORLD|SELF)$|\.Split(_type)?\(|mpi_world\(")
 
@@ -29,7 +31,7 @@ def offences(source: str) -> list[str]:
             found += [name for name in names if re.search(r"(_object|_object_list)$", name) and name != "tokenizer_object"]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             name, receiver = node.func.attr, ast.unparse(node.func.value)
-            if name in MPI or (name in AMBIGUOUS and COMMUNICATOR.search(receiver)):
+            if (name in MPI and receiver != GLOO) or (name in AMBIGUOUS and COMMUNICATOR.search(receiver)):
                 found.append(f"{receiver}.{name}")
             if (
                 receiver in ("torch", "np", "numpy")

@@ -15,7 +15,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedmoe_ds.distributed.control import uses_mpi
+from fedmoe_ds.distributed.control_plane import uses_mpi
 from fedmoe_ds.distributed.gloo_control import FLAT, block_width, tree_groups
 from fedmoe_ds.errors import UserError
 

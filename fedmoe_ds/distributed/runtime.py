@@ -26,7 +26,8 @@ from fedmoe_ds import terminal
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import open_files
 from fedmoe_ds.distributed.activity import activity
-from fedmoe_ds.distributed.control import Control, make_control
+from fedmoe_ds.distributed.control import Control
+from fedmoe_ds.distributed.control_plane import make_control
 from fedmoe_ds.distributed.devices import own_device
 from fedmoe_ds.distributed.launcher import Launch, free_port, known_rank
 from fedmoe_ds.distributed.mpi_control import check_mpi

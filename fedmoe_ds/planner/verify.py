@@ -2,7 +2,7 @@
 
 torch's `fake` backend makes a process believe that it is rank r of n; nothing travels. All groups go through the code of a real
 start: `topology.build_topology` and `distributed.process_groups.create_groups`, hence DeepSpeed's own group creation, and
-`control.make_control`. So it proves who is in which group, and counts what that takes; it proves nothing of a network.
+`control_plane.make_control`. So it proves who is in which group, and counts what that takes; it proves nothing of a network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import gloo_control
-from fedmoe_ds.distributed.control import Control, make_control
+from fedmoe_ds.distributed.control import Control
+from fedmoe_ds.distributed.control_plane import make_control
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.open_files import control_groups, files_of
 from fedmoe_ds.distributed.topology import ParallelLayout

@@ -12,7 +12,8 @@ import torch
 from mpi4py import MPI
 
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.distributed.control import Control, make_control
+from fedmoe_ds.distributed.control import Control
+from fedmoe_ds.distributed.control_plane import make_control
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.runtime import init_runtime, run_entry
 
