@@ -128,6 +128,15 @@ def test_a_host_reads_each_byte_once_and_no_more_at_its_next_start(
     assert not reads, "remembered"
 
 
+def test_one_process_alone_reads_once_and_no_more_at_its_next_start(model: Path, tmp_path: Path, reads: Reads) -> None:
+    """As `fedmoe evaluate` and `generate` ask for it, several times in one start."""
+    expected = prints.fingerprint(model)
+    for count in (1, 0):
+        reads.clear()
+        assert prints.remembered_fingerprint(model, tmp_path / "sums") == expected
+        assert {name for _, name in reads} == (weight_names(model) if count else set()) and set(reads.values()) <= {1}
+
+
 def on_a_network(monkeypatch: pytest.MonkeyPatch, sources: dict[str, str]) -> None:
     """Every host of a world sees its files on the network file system that is named for it."""
     monkeypatch.setattr(file_sums, "network_source", lambda path: sources.get(threading.current_thread().name, "nfs4 s:/m"))
