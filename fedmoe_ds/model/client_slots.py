@@ -12,8 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fedmoe_ds.model.upload import upload
 
 
 def home_of(place: int, ep_size: int) -> tuple[int, int]:
@@ -75,5 +78,6 @@ def _places(slots: ClientSlots) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def _places_on(slots: ClientSlots, device: torch.device) -> Tensor:
-    # Kept: every layer of every pass asks, and to send them once more would make the host wait for a device.
-    return torch.tensor(_places(slots), dtype=torch.int64, device=device)
+    # Kept: every layer of every pass asks.
+    (places_C,) = upload([np.array(_places(slots), dtype=np.int64)], device)
+    return places_C
