@@ -57,7 +57,7 @@ def as_lines(folder: Path, target: Path) -> Path:
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    write_record(folder, MANY)
+    write_record(folder, MANY, every_tier=True)
     return folder
 
 
@@ -94,7 +94,7 @@ def test_few_clients_are_lines_and_many_are_tables(tmp_path: Path) -> None:
     # Four tiers score every client: the first have as many rows as there may be lines.
     for count, tables in ((MOST_LINES // 4, 0), (MOST_LINES, 2), (MOST_LINES + 1, 5)):
         folder = tmp_path / str(count)
-        write_record(folder, count)
+        write_record(folder, count, every_tier=True)
         assert len(list(folder.glob("clients/*"))) == tables
         events = read_metrics(folder / "metrics.jsonl")
         kinds = [event["event"] for event in events]

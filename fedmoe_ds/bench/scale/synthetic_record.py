@@ -38,8 +38,12 @@ def write_round(log: MetricsLog, rows: list[dict[str, Any]], round_index: int) -
     log.write("round", round=round_index, participants=len(rows), dropped=0, tokens=1, seconds=1.0, phases={"train": 1.0})
 
 
-def write_record(folder: Path, count: int, rounds: int = 2) -> None:
-    """The record of a whole run."""
+def write_record(folder: Path, count: int, rounds: int = 2, every_tier: bool = False) -> None:
+    """The record of a whole run.
+
+    Args:
+        every_tier: every client's hold-out is scored by each tier's model, as without personal models; else by its own alone.
+    """
     with MetricsLog(folder / "metrics.jsonl") as log:
         log.write("run", name="synthetic", method="flame", clients=count, tiers=CAPS, num_experts=0, world_size=1)
         holdings = [
@@ -48,26 +52,28 @@ def write_record(folder: Path, count: int, rounds: int = 2) -> None:
         ]
         counts = np.random.default_rng(SEED).multinomial(20, [1 / LABELS] * LABELS, count).tolist()
         log.write_data(clients=holdings, distribution={"labels": [f"label {i}" for i in range(LABELS)], "counts": counts})
-        _write_scores(log, count, 0)
+        _write_scores(log, count, 0, every_tier)
         for round_index in range(1, rounds + 1):
             write_round(log, client_rows(count, round_index), round_index)
-        _write_scores(log, count, rounds)
+        _write_scores(log, count, rounds, every_tier)
         log.write("end", rounds=rounds, digest="00" * 32, seconds=1.0)
 
 
-def _write_scores(log: MetricsLog, count: int, round_index: int) -> None:
+def _write_scores(log: MetricsLog, count: int, round_index: int, every_tier: bool) -> None:
     for cap in CAPS:
         log.write("eval", round=round_index, tier=cap, split="global", perplexity=30.0, loss=3.4, accuracy=0.2, targets=5000)
     draws = np.random.default_rng((SEED, 1, round_index))
 
+    turns = len(CAPS) if every_tier else 1
+
     def rows() -> Iterator[dict[str, Any]]:
-        # The model of every tier is scored on every client's hold-out, as in a run without personal models.
-        for cap in CAPS:
+        for turn in range(turns):
             for i, loss in enumerate(draws.normal(3, 0.2, count).tolist()):
+                cap = CAPS[(i + turn) % len(CAPS)]
                 yield {"client": _name(i), "tier": cap, "tier_label": str(cap), "loss": loss, "perplexity": math.exp(loss),
                        "accuracy": 0.3, "targets": 80}  # fmt: skip
 
-    if count * len(CAPS) > MOST_LINES:
+    if count * turns > MOST_LINES:
         log.write_table("eval", round_index, rows())
     else:
         for row in rows():
