@@ -19,7 +19,7 @@ import test_foundation_dense as dense
 import torch
 import yaml
 from every import every
-from federations import Result, alone, make_config, run_alone, write_inputs
+from federations import Result, alone, make_config, own_tensors, run_alone, write_inputs
 from lora_folders import expert_blocks, random_values, write_folder
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -206,8 +206,8 @@ def shards(result: Result, world: int, ep_size: int) -> dict[str, dict[str, Tens
     class Recorder:
         def begin(self, snapshot: Any, tensors: dict[str, dict[str, Tensor]], *texts: Any) -> None:
             assert not files.keys() & tensors.keys()
-            made = {name: content() if callable(content) else content for name, content in tensors.items()}
-            files.update({name: {k: v.contiguous() for k, v in content.items()} for name, content in made.items()})
+            shared = {name: content for name, content in tensors.items() if not callable(content)}
+            files.update({name: {k: v.contiguous() for k, v in content.items()} for name, content in shared.items()})
 
     whole, state = result.parts.state.adapters, result.parts.state
     for rank in range(world):
@@ -218,6 +218,8 @@ def shards(result: Result, world: int, ep_size: int) -> dict[str, dict[str, Tens
             place.copy_(values[key])
         save(Recorder(), topology, State(1, held, state.personal), {}, "", 0, [])  # type: ignore[arg-type]
     assert len([name for name in files if name.startswith("adapters-")]) == ep_size
+    if own := own_tensors(result.parts):
+        files["personal-00000-of-00001.safetensors"] = own  # of all clients, as earlier versions wrote it
     return files
 
 
