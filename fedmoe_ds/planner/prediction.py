@@ -184,7 +184,7 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     carried = participants * (REPORT_BYTES + 4 * len(personal)) + counts
     seconds += network.control(everyone, calls, carried / world.ranks / calls)
     served = stage_seconds(compute, "serve", sum(parameters_per_client(shared_blocks(job.blocks), held)), len(job.blocks))
-    return seconds + served * _share(hardware, world)
+    return seconds + float(served) * _share(hardware, world)
 
 
 def _collect(job: Job, network: Network, ep_size: int, participants: int) -> float:

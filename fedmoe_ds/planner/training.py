@@ -25,7 +25,7 @@ from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.memory import parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
-from fedmoe_ds.planner.work import PassWork, stage_seconds
+from fedmoe_ds.planner.work import Amount, PassWork, stage_seconds
 from fedmoe_ds.planner.workload import Job
 
 Floats = NDArray[np.float64]
@@ -35,7 +35,7 @@ _CELLS = 2**22
 """Numbers of a table [W, P, N] at a time: 32 MiB of float64."""
 
 
-def exchanged(job: Job, training: bool, routed: float | Floats) -> tuple[float, float | Floats]:
+def exchanged(job: Job, training: bool, routed: Amount) -> tuple[float, Amount]:
     """(token all-to-alls of a pass, numbers that a rank hands over in them) when `routed` rows of a layer leave it.
 
     Of a layer: row counts (not in the numbers); rows, weights and results forward; the gradients of these three backward, but
@@ -82,7 +82,8 @@ class _Seats:
                 for rank, home in enumerate(homes):
                     seats += [(wave, rank, slot, costs.row[client.index]) for slot, client in enumerate(home)]
                 wave += 1
-        return cls(*np.array(seats, dtype=np.int64).reshape(-1, 4).T, np.array(clusters, dtype=np.int64))
+        wave_C, rank_C, slot_C, row_C = np.array(seats, dtype=np.int64).reshape(-1, 4).T
+        return cls(wave_C, rank_C, slot_C, row_C, np.array(clusters, dtype=np.int64))
 
     def chunks(self, ranks: int, steps_C: Places) -> Iterator[tuple[slice, slice]]:
         """(seats, waves) of so few waves that their tables stay small. Seats are in the order of waves."""
@@ -230,9 +231,9 @@ class _Waves:
         if model.job.config.local.clip is not None:
             norms = stage_seconds(model.compute, "norm", model.in_flight * self.steps, model.blocks * self.steps)
             # Norms travel as float64.
-            size = np.full(self.count, 8.0 * (self._expert_norms + self._dense_norms) / 2)
+            size: Floats = np.full(self.count, 8.0 * (self._expert_norms + self._dense_norms) / 2)
             each = model.network.all_gather_seconds(model.group, size)
-            self.parts["norms"] += self._send("all_gather", 2.0 * self.steps, size, each)
+            self.parts["norms"] += self._send("all_gather", self.steps * np.float64(2.0), size, each)
         self._busy("optimizer", own + (shared + norms)[:, None])
 
     @property
@@ -256,14 +257,15 @@ class _Waves:
         moved = stage_seconds(model.compute, "move", model.in_flight * (2 + moments), model.blocks)
         checked = stage_seconds(model.compute, "norm", model.in_flight, model.blocks)
         self._busy("set-up", np.full((self.count, model.ep_size), moved + checked))
-        clients_W, most_W = self.clients_WP.sum(1), self.clients_WP.max(1, initial=0)
+        clients_W: Floats
+        clients_W, most_W = self.clients_WP.sum(1).astype(np.float64), self.clients_WP.max(1, initial=0)
         numbers_W = clients_W * model.expert + most_W * model.dense
         blocks_W = clients_W * model.expert_blocks + most_W * model.dense_blocks
         folded_W = stage_seconds(model.compute, "fold", numbers_W, blocks_W)
         self._busy("fold", np.repeat(folded_W[:, None], model.ep_size, 1))
         layout, ones = model.job.expert_layout, np.ones(self.count)
         counts = model.home_clients * len(layout.layers) * layout.num_experts * 8
-        gathered = [(2.0 * ones, counts), (2.0 * ones, 8 * model.ep_size * model.home_clients)]
+        gathered: list[tuple[Floats, float]] = [(2.0 * ones, counts), (2.0 * ones, 8 * model.ep_size * model.home_clients)]
         # Only methods that measure something gather it.
         if type(model.job.method).measure is not Method.measure:
             gathered.append((2.0 * clients_W, counts / max(model.home_clients, 1)))

@@ -160,13 +160,17 @@ def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
         batches = local_batches(client, local, seed, round_index)
     samples = np.array([len(batch) for batch in batches], dtype=np.int64)
     if not len(samples):
-        return Steps(*[samples] * 5)
+        return Steps(samples, samples, samples, samples, samples)
     packing = Packing(job.length, lambda _: lengths.rows) if execution.packing else None
     passes = [len(pass_bounds(batch, execution.micro_batch_size, packing)) - 1 for batch in batches]
     order, starts = np.concatenate(batches), samples.cumsum() - samples
     rows, targets = lengths.rows[order], lengths.targets[order]
-    sums = (np.add.reduceat(values, starts) for values in (rows, targets))
-    return Steps(samples, np.maximum.reduceat(rows, starts), *sums, np.array(passes, dtype=np.int64))
+    longest, row_sums, target_sums = (
+        np.maximum.reduceat(rows, starts),
+        np.add.reduceat(rows, starts),
+        np.add.reduceat(targets, starts),
+    )
+    return Steps(samples, longest, row_sums, target_sums, np.array(passes, dtype=np.int64))
 
 
 def _equal_steps(lengths: Lengths, size: int, steps: int, micro: int | None) -> Steps:

@@ -93,8 +93,10 @@ def _efficient(func: Any, args: Any, kwargs: Any) -> Any:
     query, key, value, bias = args[:4]
     dropout, causal = (*args[5:], 0.0, False)[:2]
     out, sums = aten._scaled_dot_product_flash_attention_for_cpu(
-        *unwrap((query, key, value)), dropout, causal, attn_mask=unwrap(bias), scale=kwargs.get("scale")
+        unwrap(query), unwrap(key), _wide(value, key), dropout, causal, attn_mask=unwrap(bias), scale=kwargs.get("scale")
     )
+    if value.shape[-1] < key.shape[-1]:  # as dense as the kernel's own result
+        out = out[..., : value.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2)
     seed = torch.zeros((), dtype=torch.int64)
     return wrap((out, sums, seed, seed.clone()), query.device)
 
@@ -102,16 +104,24 @@ def _efficient(func: Any, args: Any, kwargs: Any) -> Any:
 def _efficient_backward(func: Any, args: Any, kwargs: Any) -> Any:
     grad, query, key, value, bias, out, sums, _, _, dropout, _ = args[:11]
     causal = args[11] if len(args) > 11 else kwargs.get("is_causal", False)
-    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *unwrap((grad, query, key, value, out, sums)), dropout, causal, attn_mask=unwrap(bias), scale=kwargs.get("scale")
+    wide = (_wide(grad, key), unwrap(query), unwrap(key), _wide(value, key), _wide(out, key), unwrap(sums))
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *wide, dropout, causal, attn_mask=unwrap(bias), scale=kwargs.get("scale")
     )
-    return (*wrap(tuple(found), query.device), None)
+    return (*wrap((dq, dk, dv[..., : value.shape[-1]].contiguous()), query.device), None)
+
+
+def _wide(values: Any, key: Any) -> torch.Tensor:
+    """As wide as keys, with zeros: the CPU's kernel takes one width alone."""
+    plain: torch.Tensor = unwrap(values)
+    return torch.nn.functional.pad(plain, (0, key.shape[-1] - values.shape[-1]))
 
 
 def _choice(func: Any, args: Any, kwargs: Any) -> int:
     query = args[0]
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-    return _FLASH if query.dtype in _HALVES and mask is None and query.shape[-1] % 8 == 0 else _EFFICIENT
+    one_width = args[2].shape[-1] == query.shape[-1]
+    return _FLASH if query.dtype in _HALVES and mask is None and one_width and query.shape[-1] % 8 == 0 else _EFFICIENT
 
 
 def _histc(func: Any, args: Any, kwargs: Any) -> Any:
@@ -134,13 +144,16 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` as on CUDA: flash for 16-bit numbers without a mask, else the memory-efficient kernel."""
+    """`scaled_dot_product_attention` as on CUDA: flash for 16-bit numbers of one width without a mask, else the
+    memory-efficient kernel."""
     if not isinstance(query, CudaTensor):
         return _cpu_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if enable_gqa:
+    # Flash reads few heads of keys and values as they are, and takes one width alone.
+    flash = query.dtype in _HALVES and attn_mask is None and key.shape[-1] == value.shape[-1]
+    if enable_gqa and not flash:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
-    if query.dtype in _HALVES and attn_mask is None:
+    if flash:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if attn_mask is not None and not on_cuda(attn_mask):
         COUNT.refuse("scaled_dot_product_attention: Expected query, key, value and attn_mask to be on the same device")
