@@ -178,29 +178,59 @@ def test_gloo_is_led_to_the_network(master: str, expected: str, hosts: Hosts) ->
 
 
 WATCH = """
+import os
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.runtime import init_runtime
 from fedmoe_ds.distributed.watchdog import start
 listen = start.listen
 start.listen = lambda addresses: [one for one in listen(addresses) if print("listens", one.getsockname()[0]) is None]
-runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu"))
-print("together", len(runtime.gather(None)), *runtime.notes)
+runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu", interface=os.environ.get("WANTED")))
+print("together", len(runtime.gather(None)))
+print(*runtime.notes, sep="\\n")
 """
+
+
+def watch(hosts: Hosts, places: tuple[int, ...], **more: str) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and standard error of a rank of WATCH on each of these hosts; host 1 is rank 0's."""
+    ranks = []
+    for rank, host in enumerate(places):
+        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": len(places), "MASTER_ADDR": hosts.name(1), "MASTER_PORT": 29511}
+        inside = hosts.command(host, [sys.executable, "-c", WATCH])
+        environment = os.environ | FORWARDED | {name: str(value) for name, value in place.items()} | more
+        ranks.append(subprocess.Popen(inside, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    told = [rank.communicate(timeout=120) for rank in ranks]
+    return [(rank.returncode, *streams) for rank, streams in zip(ranks, told, strict=True)]
 
 
 def test_the_watchdog_listens_only_where_a_name_leads_others(hosts: Hosts) -> None:
     """The name of rank 0's host means 127.0.1.1 to itself; the second rank is on that host, too."""
-    ranks = []
-    for rank, host in enumerate((1, 1, 2)):
-        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": hosts.name(1), "MASTER_PORT": 29511}
-        inside = hosts.command(host, [sys.executable, "-c", WATCH])
-        environment = os.environ | FORWARDED | {name: str(value) for name, value in place.items()}
-        ranks.append(subprocess.Popen(inside, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    told = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0, 0], told
-    lines = [[line for line in out.splitlines() if line.startswith(("listens", "together"))] for out, _ in told]
+    told = watch(hosts, (1, 1, 2))
+    assert [code for code, _, _ in told] == [0, 0, 0], told
+    lines = [[line for line in out.splitlines() if line.startswith(("listens", "together"))] for _, out, _ in told]
     assert lines == [[f"listens {hosts.address(1)}", "together 3"], ["together 3"], ["together 3"]]
+    assert "network: eth0 for gloo; no fabric (hsn, ib) connects all hosts" in told[0][1].splitlines()
+
+
+def test_ranks_meet_over_a_fabric_that_all_hosts_have(hosts: Hosts) -> None:
+    """Its name differs from host to host; one that a host lacks is refused on every rank, before any group is built."""
+    for host, name in ((1, "ib0"), (2, "ibp3s0"), (3, "hsn0")):
+        for command in ("link set eth0 down", f"link set eth0 name {name}", f"link set {name} up"):
+            hosts.run(host, ["ip", *command.split()])
+    told = watch(hosts, (1, 2, 3))
+    assert [code for code, _, _ in told] == [0, 0, 0], told
+    lines = [next(line for line in out.splitlines() if line.startswith("network: ")) for _, out, _ in told]
+    network = f"({hosts.address(1).rpartition('.')[0]}.0/24)"
+    assert lines == [f"network: {name} for gloo, {name} for NCCL {network}" for name in ("ib0", "ibp3s0", "hsn0")]
+    refused = watch(hosts, (1, 2), WANTED="ib0")
+    assert [code for code, _, _ in refused] == [1, 1], "this program has no run_entry, which would make it 2"
+    said = [error.splitlines()[-1].partition("UserError: ")[2] for _, _, error in refused]
+    assert (
+        said[0]
+        == said[1]
+        == f"topology.interface: ib0: {hosts.name(2)} has no such interface that is up with an IPv4 "
+        + ("address; it has ibp3s0")
+    )
 
 
 def assert_who(command: Command, launcher: str, ep_size: int) -> None:
