@@ -1,7 +1,8 @@
 """A world of light processes: `python tests/control_world.py RANKS LIMIT FOLDER [DIES]`.
 
 It forks ranks that have imported all they need, limits their open files, and lets them join, talk and leave. Every rank writes
-`rank-N.json` with what it found; exit codes are in `codes.json`. Rank DIES is killed before it has talked to most of the others."""
+`rank-N.json` with what it found; exit codes are in `codes.json`. Rank DIES is killed before it has talked to most of the
+others."""
 
 from __future__ import annotations
 

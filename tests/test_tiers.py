@@ -17,7 +17,7 @@ from test_methods_resume import StopsAfter, start
 from fedmoe_ds.clients.client import richest
 from fedmoe_ds.clients.tiers import tier_labels, tier_order, tier_top_k
 from fedmoe_ds.config import Config
-from fedmoe_ds.federation.evaluation import passes
+from fedmoe_ds.federation.evaluation_passes import passes
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.planner.flops import tier_flops

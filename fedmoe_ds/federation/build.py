@@ -65,8 +65,7 @@ class Parts:
     """Everything a `Federation` works with, on one rank.
 
     `training_data` are what rounds train on: the clients' own, or those of one client that has all where the method pools them.
-    `in_flight` are the clients that any cluster trains at once. `start` says what the adapters began as, where that was not the
-    usual.
+    `in_flight` are the clients that any cluster trains at once. `start` says what the adapters began as, where unusual.
     """
 
     spec: RunSpec

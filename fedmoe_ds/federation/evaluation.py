@@ -17,10 +17,10 @@ from torch import Tensor
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client, tiers_of
-from fedmoe_ds.config import Config
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.data.answers import AnswerData
 from fedmoe_ds.distributed.runtime import Runtime
+from fedmoe_ds.federation.evaluation_passes import most_together, passes
 from fedmoe_ds.federation.generation import Generation, as_text, greedy
 from fedmoe_ds.federation.received_model import ReceivedModel
 from fedmoe_ds.federation.run_spec import RunSpec
@@ -69,27 +69,6 @@ def pooled(member: Client, split: str, sums_KN: Tensor, names: Iterable[str], cl
     loss, accuracy = (nll / targets, correct / targets) if targets else (math.nan, math.nan)
     metrics = {name: count / samples if samples else math.nan for name, count in zip(names, right, strict=True)}
     return Score(member.top_k, member.tier, split, loss, accuracy, int(targets), client, int(samples), int(tokens), metrics)
-
-
-def most_together(config: Config, home: int) -> int:
-    """Sequences of clients' hold-outs in one pass: as many as a pass of training has with `home` clients on a rank."""
-    step = config.local.batch_size
-    return max(config.evaluation.batch_size, home * min(config.execution.micro_batch_size or step, step))
-
-
-def passes(sizes: list[int], longest: list[int], limit: int) -> list[list[int]]:
-    """Cut parts of so many sequences into passes of at most `limit` sequences, or of a single larger part.
-
-    Parts whose longest sequences are about equally long come together: a pass is padded to the longest of all.
-    """
-    found, total = list[list[int]](), limit
-    for place in sorted(range(len(sizes)), key=lambda place: longest[place]):
-        if not found or total + sizes[place] > limit:
-            found.append([])
-            total = 0
-        found[-1].append(place)
-        total += sizes[place]
-    return found
 
 
 @dataclass(frozen=True)

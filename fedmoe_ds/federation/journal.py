@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmoe_ds.aggregation.postprocessors import OK
-from fedmoe_ds.checkpoint.personal_state import Personal
-from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.pass_limits import PassLimits
 from fedmoe_ds.clients.tiers import tier_order, tier_top_k
-from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.runtime import Runtime, attempt
 from fedmoe_ds.errors import UserError
@@ -23,7 +20,6 @@ from fedmoe_ds.federation import monitors
 from fedmoe_ds.federation.evaluation import Score
 from fedmoe_ds.federation.generation import Generation
 from fedmoe_ds.federation.shortage import limit_fields, limit_line
-from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.report import MetricsLog, Progress, write_report
 from fedmoe_ds.report.client_tables import MOST_LINES
 from fedmoe_ds.storage.file_modes import keep_private
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
     from fedmoe_ds.distributed.phase_timer import PhaseTimer
 
 
-OUT_OF_MEMORY = "out-of-memory"
 MOST_NAMES = 20
 """Clients that a line of progress names."""
 
@@ -122,42 +117,6 @@ class Journal:
 
     def wave_done(self, wave: int, waves: int, tokens: int, seconds: float) -> None:
         self.progress.wave_done(wave, waves, tokens, seconds)
-
-    def client(self, update: ClientUpdate, status: str, flops: float, personal: Personal) -> dict[str, Any]:
-        """What metrics say about one client in one round."""
-        first, last = update.losses or (None, None)
-        # The mean over layers: one number per client and round keeps the record small.
-        rescaler = float(personal.state(update.client.index)[RESCALER].mean()) if RESCALER in personal.specs else None
-        return {
-            "client": update.client.name,
-            "top_k": update.client.top_k,
-            "tier_label": update.client.tier,
-            "steps": update.steps,
-            "tokens": update.tokens,
-            "targets": update.targets,
-            "loss_first": first,
-            "loss_last": last,
-            "active_experts": update.assignment.cap,
-            "rank": None if update.assignment.rows_R is None else int(update.assignment.rows_R.sum()),
-            "flops": flops,
-            "seconds": update.seconds,
-            "status": status,
-            "rescaler": rescaler,
-        }
-
-    def absent(self, client: Client) -> dict[str, Any]:
-        """The same of a client that did not fit into memory."""
-        nothing = {
-            "steps": 0,
-            "tokens": 0,
-            "targets": 0,
-            "loss_first": None,
-            "loss_last": None,
-            "active_experts": client.cap,
-            "rank": None,
-        }
-        rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
-        return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
 
     def limits(self, round_index: int, limits: PassLimits) -> None:
         """How the passes of a round are cut, where memory ran out before; nothing where that has been told."""

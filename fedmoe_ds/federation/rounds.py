@@ -27,6 +27,7 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.errors import LostError
+from fedmoe_ds.federation import client_record
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
@@ -162,7 +163,7 @@ class Federation:
         # A checkpoint within the round must not take these for those of a round that begins.
         self.state.partial, self.state.sums = None, None
         absent = parts.skipped.of(round_index)
-        partial.done |= {c.index: self.journal.absent(c) for c in chosen if c.index in absent}
+        partial.done |= {c.index: client_record.absent(c) for c in chosen if c.index in absent}
         return _Round(round_index, chosen, partial, sums)
 
     def _schedule(self, work: _Round) -> None:
@@ -215,7 +216,7 @@ class Federation:
                 raise LostError(f"{where}: {for_next_start(shortage, way)}")
             self.journal.note(f"round {work.index}: {shortage}; {way}")
             if lost is not None:
-                work.partial.done[lost.index] = self.journal.absent(lost)
+                work.partial.done[lost.index] = client_record.absent(lost)
                 wave = [[client for client in home if client.index != lost.index] for home in wave]
             release_memory()
         return []
@@ -237,7 +238,7 @@ class Federation:
             rank = update.assignment.rank(parts.config.adapters.rank)
             routed, trained = int(update.counts_LE.sum()), int(update.trained_LE.sum())
             spent = parts.spec.cost.spent(update.tokens, routed, trained, rank)
-            partial.done[update.client.index] = self.journal.client(update, status, spent, self.state.personal)
+            partial.done[update.client.index] = client_record.trained(update, status, spent, self.state.personal)
 
     def _remember(self, view: ClientView, update: ClientUpdate, at_home: bool) -> None:
         """Store the client's personal blocks, its control variates, and (at home) what the method wants to know of it again."""

@@ -229,13 +229,8 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
     # What came after the checkpoint is trained and recorded again: no round may be there twice.
     journal.truncate(snapshot.metrics_position)
     journal.config(parts.config_text)
-    journal.event(
-        "resume",
-        round=snapshot.round,
-        checkpoint=path.name,
-        world_size=parts.runtime.world_size,
-        topology=rank_table(parts),
-    )
+    world = {"world_size": parts.runtime.world_size, "topology": rank_table(parts)}
+    journal.event("resume", round=snapshot.round, checkpoint=path.name, **world)
     journal.note(f"resumed from {path.name}")
     # Asked for after the start: they are of the data, which are the same.
     if parts.config.data.show_samples and not parts.runtime.run_on_rank0(lambda: _has_samples(journal.log.path)):

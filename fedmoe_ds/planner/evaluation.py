@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe_ds.federation.evaluation import most_together, passes
+from fedmoe_ds.federation.evaluation_passes import most_together, passes
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
+from fedmoe_ds.planner.lengths import Lengths
 from fedmoe_ds.planner.network import Group, Network
 from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import PassWork, Rows
-from fedmoe_ds.planner.workload import Job, Lengths
+from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 
 

@@ -6,25 +6,21 @@ then are assumed, because without the model's tokenizer nobody can count their t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedmoe_ds.clients.batches import Packing, batch_size, local_batches, pass_bounds, step_count
 from fedmoe_ds.clients.client import Client, make_clients, tiers_of
 from fedmoe_ds.clients.host_moments import check_moments_on
 from fedmoe_ds.clients.pooled import pooled_batches
-from fedmoe_ds.clients.tiers import Tier
 from fedmoe_ds.config import Config
-from fedmoe_ds.data import FederatedData, ImageInput, Sequences, prepare
+from fedmoe_ds.data import FederatedData, ImageInput, prepare
 from fedmoe_ds.data.sources import open_sources
 from fedmoe_ds.data.templates.reading import reading_line
-from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
 from fedmoe_ds.federation.start_source import find_start
 from fedmoe_ds.federation.task_metrics import candidates_of
@@ -39,54 +35,10 @@ from fedmoe_ds.foundation.storage_type import storage_type
 from fedmoe_ds.foundation.tokenizer import has_tokenizer, load_tokenizer
 from fedmoe_ds.kernels import fault
 from fedmoe_ds.model.lora_linear import find_projections
+from fedmoe_ds.planner.assumed_clients import assumed_clients, uncounted_clients
+from fedmoe_ds.planner.lengths import Counts, Data, Lengths
 from fedmoe_ds.report import Progress
 from fedmoe_ds.storage import cache
-
-Counts = NDArray[np.int64]
-_UNKNOWN_CLIENTS, _UNKNOWN_STEPS = 64, 16
-"""What is taken for granted of data that are not read, where the configuration says nothing."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Token rows and targets of every sample of an owner, int64 [n]."""
-
-    rows: Counts
-    targets: Counts
-
-    @classmethod
-    def of(cls, data: Sequences, images: ImageInput | None) -> Lengths:
-        if images is not None:
-            return cls(np.full(len(data), images.positions), np.ones(len(data), dtype=np.int64))
-        rows = np.array([len(ids) for ids in data.input_ids], dtype=np.int64)
-        return cls(rows, np.array([int(mask.sum()) for mask in data.loss_mask], dtype=np.int64))
-
-    @classmethod
-    def full(cls, count: int, length: int) -> Lengths:
-        return cls(np.full(count, length), np.full(count, length - 1))
-
-    @cached_property
-    def alike(self) -> bool:
-        """Whether all samples are equally long, with as many targets."""
-        return len(self.rows) > 0 and bool((self.rows == self.rows[0]).all() and (self.targets == self.targets[0]).all())
-
-    def head(self, count: int | None) -> Lengths:
-        return Lengths(self.rows[:count], self.targets[:count])
-
-
-@dataclass(frozen=True)
-class Data:
-    """Who has how much. `assumed` says what was taken for granted where nothing could be counted, `omissions` what samples
-    are left out or cut, `reading` how rows were read where that is a choice; each is one line or None. `candidates` is how
-    many answers a sample is ranked against."""
-
-    train: Callable[[int], Lengths]
-    holdout: Callable[[int], Lengths]
-    global_holdout: Lengths
-    assumed: str | None = None
-    omissions: str | None = None
-    reading: str | None = None
-    candidates: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,12 +183,12 @@ def _untrained_foundation(config: Config) -> Path:
 def _clients(spec: RunSpec, folder: Path, assume: bool, counted: bool) -> tuple[Sequence[Client], Data]:
     config, images, trust = spec.config, spec.images, spec.config.foundation.trust_remote_code
     if assume and images is None and not has_tokenizer(folder, trust):
-        return _assumed_clients(config, folder, spec.tiers)
+        return assumed_clients(config, folder, spec.tiers)
     if not counted and images is None:
         # A start would refuse these two at once, and they cost nothing.
         load_tokenizer(folder, spec.size.vocabulary, trust)
         open_sources(config.data, cache.root(config.foundation.cache))
-        return _uncounted_clients(config, spec.tiers)
+        return uncounted_clients(config, spec.tiers)
     with Progress() as progress:
         if (line := told(folder, trust)) is not None:
             progress.note(line)
@@ -267,67 +219,3 @@ def _counted(data: FederatedData, images: ImageInput | None, candidates: int) ->
         reading=reading_line(data.reading),
         candidates=candidates,
     )
-
-
-@dataclass(frozen=True)
-class _AssumedFederation:
-    """Stands in for prepared data: equal clients."""
-
-    names: list[str]
-    samples: Counts
-    train_sequences: Counts
-    train_tokens: Counts
-    train_rows: Counts
-    tiers: None = None
-
-
-def _assumed_clients(config: Config, folder: Path, tiers: list[Tier]) -> tuple[Sequence[Client], Data]:
-    """Equal clients with full sequences. Raises UserError where the configuration leaves their number or size open."""
-    named = sorted(name for tier in tiers for name in tier.clients)
-    count, local = config.data.partition.clients or len(named) or None, config.local
-    if named and count != len(named):
-        raise UserError(f"data.partition.clients: {count}: federation.tiers name {len(named)} clients; name each in one tier")
-    if (column := config.federation.tier_column) is not None:
-        raise UserError(
-            f"federation.tier_column: {column}: {folder} holds no tokenizer, so the data are not read; give every tier a share"
-        )
-    steps = local.steps or local.max_steps
-    sequences = config.data.max_samples or (None if steps is None else steps * local.batch_size)
-    for key, value in (("data.partition.clients", count), ("local.steps", sequences)):
-        if value is None:
-            raise UserError(
-                f"{key}: not set: {folder} holds no tokenizer, so no tokens can be counted and clients must be assumed; set "
-                "data.partition.clients, and local.steps or data.max_samples"
-            )
-    assert count is not None and sequences is not None
-    note = f"assumed: every client has {sequences} sequences of {config.data.sequence_length} tokens (no tokenizer in {folder})"
-    if config.data.validation is not None:  # its rows cannot be counted either
-        note += ", and data.validation as many as data.global_holdout would draw"
-    if "ranked_choice" in config.evaluation.metrics:
-        note += "; nor can answers, so the passes of ranked_choice are left out"
-    return _equal_clients(config, tiers, named or [f"client-{i}" for i in range(count)], sequences, note)
-
-
-def _uncounted_clients(config: Config, tiers: list[Tier]) -> tuple[Sequence[Client], Data]:
-    """What the data would say is taken for granted: how many clients, in which tiers, with how many sequences."""
-    local = config.local
-    names = sorted(name for tier in tiers for name in tier.clients)
-    names = names or [f"client-{i}" for i in range(config.data.partition.clients or _UNKNOWN_CLIENTS)]
-    sequences = config.data.max_samples or (local.steps or local.max_steps or _UNKNOWN_STEPS) * local.batch_size
-    each = f"{sequences} sequences of {config.data.sequence_length} tokens"
-    note = f"assumed: {len(names)} clients with {each} each; the data were not read"
-    return _equal_clients(config, tiers, names, sequences, note)
-
-
-def _equal_clients(
-    config: Config, tiers: list[Tier], names: list[str], sequences: int, note: str
-) -> tuple[Sequence[Client], Data]:
-    """Clients with so many full sequences each."""
-    length, each = config.data.sequence_length, np.full(len(names), sequences)
-    federation: Any = _AssumedFederation(names, each, each, each * length, each * length)
-    # One object for all: assumed clients are equal.
-    everyone = Lengths.full(sequences, length)
-    held_out = max(1, round(len(names) * sequences * config.data.global_holdout))
-    own = Lengths.full(config.evaluation.client_sequences, length)
-    data = Data(lambda _: everyone, lambda _: own, Lengths.full(held_out, length), note)
-    return make_clients(federation, config.federation, tiers, config.seed), data

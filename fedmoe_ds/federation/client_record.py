@@ -1,0 +1,50 @@
+"""Client record: what the record says of one client in one round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.update import ClientUpdate
+from fedmoe_ds.model.moe_layer import RESCALER
+
+OUT_OF_MEMORY = "out-of-memory"
+
+
+def trained(update: ClientUpdate, status: str, flops: float, personal: Personal) -> dict[str, Any]:
+    """What metrics say about one client in one round."""
+    first, last = update.losses or (None, None)
+    # The mean over layers: one number per client and round keeps the record small.
+    rescaler = float(personal.state(update.client.index)[RESCALER].mean()) if RESCALER in personal.specs else None
+    return {
+        "client": update.client.name,
+        "top_k": update.client.top_k,
+        "tier_label": update.client.tier,
+        "steps": update.steps,
+        "tokens": update.tokens,
+        "targets": update.targets,
+        "loss_first": first,
+        "loss_last": last,
+        "active_experts": update.assignment.cap,
+        "rank": None if update.assignment.rows_R is None else int(update.assignment.rows_R.sum()),
+        "flops": flops,
+        "seconds": update.seconds,
+        "status": status,
+        "rescaler": rescaler,
+    }
+
+
+def absent(client: Client) -> dict[str, Any]:
+    """What metrics say about a client that did not fit into memory."""
+    nothing = {
+        "steps": 0,
+        "tokens": 0,
+        "targets": 0,
+        "loss_first": None,
+        "loss_last": None,
+        "active_experts": client.cap,
+        "rank": None,
+    }
+    rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
+    return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}
