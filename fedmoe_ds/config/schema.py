@@ -118,9 +118,7 @@ class TopologyConfig(Section):
     )
     aggregation: Literal["torch", "mpi"] = Field("torch", description="what carries the sums of a round")
     interface: str | None = Field(
-        None,
-        min_length=1,
-        description="network interface of gloo and NCCL on every host (ib0, hsn0); default: a fabric of all hosts",
+        None, min_length=1, description="interface of gloo and NCCL on every host (ib0, hsn0); default: a fabric of all hosts"
     )
     # Long enough for a slow cluster's waves: the others wait for it in the aggregation.
     timeout_s: float = Field(1800.0, gt=0, description="longest wait in one collective, seconds; then the job ends")
