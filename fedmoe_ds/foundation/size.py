@@ -79,7 +79,7 @@ def _dense_size(model: Any) -> ModelSize:
         vocabulary=vocabulary(model.config),
         depth=len(sites),
         layer=layer_shape(model, []),
-        tied=model.config.tie_word_embeddings and vocabulary(model.config) > 0,
+        tied=vocabulary(model.config) > 0 and model.config.tie_word_embeddings,
     )
 
 
