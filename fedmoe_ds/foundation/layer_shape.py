@@ -82,14 +82,15 @@ def layer_shape(model: Any, experts: list[Any]) -> LayerShape:
         attention=attention_shape(model),
         # Norms hang on a layer itself; those inside of its attention are counted there.
         norms=sum(type(part).__name__.endswith("Norm") for part in layers[0].children()),
-        feed_forward=config.intermediate_size if blocks else 0,
-        shared=_width_out(shared, "up_proj"),
+        feed_forward=_inner_width(blocks[0], config) if blocks else 0,
+        shared=_inner_width(shared, config) if shared is not None else 0,
         shared_gate=experts != [] and experts[0].module.shared_experts_gate is not None,
-        gated=not blocks or any(name.endswith("gate_proj") for name, _ in blocks[0].named_modules()),
+        gated=not blocks or any(name.endswith(("gate_proj", "gate_up_proj")) for name, _ in blocks[0].named_modules()),
     )
 
 
-def _width_out(block: nn.Module | None, name: str) -> int:
-    """The width of a linear layer of this name in a block; 0 without a block."""
-    found = [module for path, module in block.named_modules() if path.endswith(name)] if block is not None else []
-    return int(found[0].out_features) if found else 0
+def _inner_width(block: nn.Module, config: Any) -> int:
+    """The width between the two products of a feed-forward block."""
+    # Families join gate and up, or do not; what leads back is the same in all of them, but for ViT.
+    found = [module for path, module in block.named_modules() if path.endswith("down_proj")]
+    return int(found[0].in_features) if found else int(config.intermediate_size)
