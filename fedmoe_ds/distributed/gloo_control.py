@@ -169,6 +169,14 @@ def block_width(size: int) -> int:
     return math.isqrt(size - 1) + 1
 
 
+def hops(size: int) -> int:
+    """Messages that follow each other in a gather: round a ring, or round a block and the heads, and down the block."""
+    if size <= FLAT:
+        return size - 1
+    around = block_width(size) - 1
+    return 2 * around + around.bit_length()
+
+
 def tree_groups(rank: int, size: int, width: int) -> tuple[range, range]:
     """The block of a rank, and the heads of all blocks where it is one of them."""
     first = rank // width * width

@@ -101,23 +101,21 @@ class ControlCalls:
     """Calls of the host-side control plane, in which every rank waits for the others; counted in the tallies of real rounds.
 
     Attributes:
-        per_round: of any round: meeting, findings, reports, activation, a stop (twice), what was averaged.
-        personal: where clients keep blocks at all.
-        per_personal_block: for each of them beside that.
+        per_round: of any round (`federation/round_messages.py`): what ranks know of it, what they have counted, its end.
+        personal: where clients keep blocks: room for them, and who was trained where.
         per_wave: among the ranks of a cluster.
-        per_score: of each tier that is evaluated, on the global hold-out or on clients' own.
+        per_evaluation: of all tiers together.
         per_checkpoint: of a checkpoint.
     """
 
     per_round: float
     personal: float
-    per_personal_block: float
     per_wave: float
-    per_score: float
+    per_evaluation: float
     per_checkpoint: float
 
 
-CONTROL = ControlCalls(per_round=7, personal=1, per_personal_block=2, per_wave=1, per_score=1, per_checkpoint=4)
+CONTROL = ControlCalls(per_round=3, personal=2, per_wave=1, per_evaluation=1, per_checkpoint=3)
 
 SCHEDULE_S = (2e-4, 4e-6)
 """Seconds of drawing and scheduling a round on one core of a server: of any round, and of each participant. No framework call

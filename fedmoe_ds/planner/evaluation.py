@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedmoe_ds.federation.evaluation import SUMS
 from fedmoe_ds.federation.evaluation_passes import most_together, passes
 from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.planner.counts import CONTROL
@@ -63,10 +64,11 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
     own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
     owners = [lengths for lengths in own if len(lengths.rows)]
     home = home_clients(job.config.execution.clients_in_flight, len(job.participants(1)), ep_size)
-    seconds = 0.0
+    seconds, sums = 0.0, 0
     for members in job.by_tier.values():
         runs = len(members) if personal else 1
         seconds += runs * _scored(job, network, hardware, ep_size, shared, members[0].cap)
+        sums += runs * len(shared)
         if owners:
             # Personal models see their own clients' data only; the first so many owners stand for them.
             mine = owners[: len(members)] if job.method.personal_models else owners
@@ -75,7 +77,10 @@ def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_si
                 cut = passes([len(part.rows) for part in mine], longest, most_together(job.config, home))
                 mine = [_together([mine[place] for place in chosen]) for chosen in cut]
             seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
+            sums += len(mine)
     seconds *= 1 + job.data.candidates
+    # Sums of each batch in float64, of all tiers in one message; a ring carries them once round and once back.
+    seconds += network.control(Group.everyone(network.world), CONTROL.per_evaluation, 16 * SUMS * sums / network.world.ranks)
     if asked.generations and config.generations:
         seconds += _generated(job, network, hardware, ep_size)
     return seconds
@@ -126,7 +131,6 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     # A host is done when its cores have done the work of all its ranks.
     crowded = busy.reshape(turns, world.hosts, -1).sum(2).max(1) / cores
     seconds = float(np.maximum(busy.max(1), crowded).sum())
-    seconds += network.control(Group.everyone(world), CONTROL.per_score, 24 * len(batches) / world.ranks)
     group, expert_layout = Group.cluster(world, ep_size), job.expert_layout
     if not expert_layout.layers:
         return seconds

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmoe_ds.distributed.gloo_control import hops
 from fedmoe_ds.planner.hardware import Hardware, Link, Links
 from fedmoe_ds.planner.world import World
 
@@ -98,8 +99,11 @@ class Network:
         return _gathered(self.hardware.network.all_to_all, group, size)
 
     def control_seconds(self, group: Group, size: Amount) -> Amount:
-        """The same among hosts' processes, beside the devices."""
-        return _gathered(self.hardware.network.control, group, size)
+        """The same among hosts' processes, beside the devices: over a tree where there are many ranks."""
+        if group.size == 1:
+            return 0.0 * size
+        link = _slowest(self.hardware.network.control, group)
+        return link.alpha_s + link.peer_s * (hops(group.size) - 1) + (group.size - 1) * size / link.bytes_per_s
 
     def all_to_all(self, group: Group, calls: float, size: float) -> float:
         """Book `calls` exchanges of `size` bytes per rank; their seconds."""

@@ -178,7 +178,7 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     expert_layout, tiers = job.expert_layout, len(job.by_tier)
     personal = [spec for spec in job.blocks if spec.personal] + job.method.client_state(job.blocks)
     # Reports, activation counts and personal values are what these calls carry; most carry a word.
-    calls = CONTROL.per_round + bool(personal) * CONTROL.personal + CONTROL.per_personal_block * len(personal)
+    calls = CONTROL.per_round + bool(personal) * CONTROL.personal
     calls += CONTROL.per_checkpoint / job.config.checkpoint.every
     counts = tiers * len(expert_layout.layers) * expert_layout.num_experts * 8
     carried = participants * (REPORT_BYTES + 4 * len(personal)) + counts

@@ -272,5 +272,6 @@ class _Waves:
         for calls_W, size in gathered:
             each = model.network.all_gather_seconds(model.group, size)
             self.parts["reports"] += self._send("all_gather", calls_W, size * ones, each * ones)
-        each = model.network.control_seconds(model.group, 1.0)
-        self.parts["reports"] += self._send("control", CONTROL.per_wave * ones, ones, each * ones)
+        # A cluster of one rank has nobody to ask whether to stop.
+        asked, each = CONTROL.per_wave * (model.ep_size > 1), model.network.control_seconds(model.group, 1.0)
+        self.parts["reports"] += self._send("control", asked * ones, ones, each * ones)

@@ -171,7 +171,7 @@ def compare(case: Case, ranks: int, predicted: list[Prediction], done: Finished)
     return make_row(case.name, "planner", peak / 2**20, **facts)
 
 
-CONTROL_CALLS = ("gather", "sum", "largest")
+CONTROL_CALLS = ("gather", "sum", "largest", "broadcast")
 """Names of the control plane's calls in a round's tallies; the planner has one for all of them."""
 
 
