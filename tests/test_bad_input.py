@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.config import Config, TopologyConfig
-from fedmoe_ds.distributed import control
+from fedmoe_ds.distributed import mpi_control
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import init_runtime
 from fedmoe_ds.errors import UserError
@@ -215,7 +215,7 @@ def test_all_ranks_end_on_a_mistake(case: str, nano: dict[str, Any], tmp_path: P
 def test_every_rank_can_tell_that_there_is_no_mpi(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it waits for the others, so that none hangs."""
     for name in list(os.environ):
-        if name.startswith(control._CONNECTED):
+        if name.startswith(mpi_control._CONNECTED):
             monkeypatch.delenv(name)
     with pytest.raises(UserError, match=rf"^topology\.{key}: mpi: the 2 ranks .* without MPI: .* use topology\.{key}=torch"):
         init_runtime(Launch("environment", 1, 2, 1), TopologyConfig.model_validate({key: "mpi"}))

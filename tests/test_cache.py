@@ -172,7 +172,8 @@ def ending(pid: int) -> int:
 
 
 def test_every_kind_is_used_here() -> None:
-    assert USES.keys() == cache.KINDS.keys()
+    # Of scratch no entry is ever seen; tests/test_personal_state.py uses it.
+    assert USES.keys() | {"scratch"} == cache.KINDS.keys()
 
 
 @pytest.mark.parametrize("kind", USES)

@@ -120,9 +120,10 @@ def check(folder: Path) -> None:
     rows = [Rows(slot, hosted.foundation.top_k, [ids], [ids > 0]) for slot, ids in enumerate((tokens(), tokens()[::-1][:7]))]
     with torch.no_grad():
         ours_BSV, _, _ = hosted.logits(rows, None)
-    assert theirs_SV.abs().max() > 0.3
+    largest = float(theirs_SV.abs().max())
+    assert largest > 0.3
     difference = float((ours_BSV[0] - theirs_SV).abs().max())
-    assert difference <= TOLERANCE, difference
+    assert difference <= TOLERANCE * max(1.0, largest), (difference, largest)
 
 
 def test_every_preset_of_autoep_is_handled() -> None:

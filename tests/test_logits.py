@@ -121,9 +121,11 @@ def compare(logits: torch.Tensor, members: list[int], rank: int, cap: int | None
     for client in members:
         for i, ids in enumerate(sequences(rank, client)):
             theirs = expected[f"{cap}/{rank}/{client}/{i}"]
-            assert theirs.abs().max() > 0.3
+            largest = float(theirs.abs().max())
+            assert largest > 0.3
             difference = float((logits[row, : len(ids)] - theirs).abs().max())
-            assert difference <= TOLERANCE, (rank, client, i, cap, difference)
+            # Of the largest where that is above one: what float32 can tell grows with it, and processors add in other orders.
+            assert difference <= TOLERANCE * max(1.0, largest), (rank, client, i, cap, difference)
             row += 1
 
 

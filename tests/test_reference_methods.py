@@ -189,8 +189,29 @@ def outcome(expected: FedIT) -> dict[str, Adapters]:
 def written(parts: Parts, round_index: int) -> dict[str, Adapters]:
     """The tensors in the checkpoint of a round, by kind."""
     folder = parts.checkpoints / f"round-{round_index:05d}"
-    found = {path.name.split("-")[0].removeprefix("server."): load_file(path) for path in folder.glob("*.safetensors")}
+    whole = [path for path in folder.glob("*.safetensors") if not path.name.startswith("personal-")]
+    found = {path.name.split("-")[0].removeprefix("server."): load_file(path) for path in whole}
+    found["personal"] = of_clients(folder, parts)
     return {name: values for name, values in found.items() if values}
+
+
+def of_clients(folder: Path, parts: Parts) -> Adapters:
+    """Every client's own tensors, client by client, of files whose later levels count."""
+    rows: dict[str, list[torch.Tensor]] = {}
+    personal, clients = parts.state.personal, range(len(parts.clients))
+    for path in sorted(folder.glob("personal-*.safetensors")):
+        tensors = load_file(path)
+        whose = tensors.pop("clients").tolist()
+        for key, values in tensors.items():
+            for client, value in zip(whose, values, strict=True):
+                # What everybody begins with is first, and has no client; a number of their own is in no file until they trained.
+                if client < 0:
+                    spec = next((spec for name, spec in personal.specs.items() if key.endswith(name)), None)
+                    own = [None if spec is None else personal.initial(spec, index) for index in clients]
+                    rows[key] = [value if number is None else torch.full_like(value, number) for number in own]
+                else:
+                    rows[key][client] = value
+    return {key: torch.stack(values) for key, values in rows.items()}
 
 
 def both(theirs: Adapters, ours: Adapters) -> tuple[Adapters, Adapters]:

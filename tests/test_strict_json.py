@@ -88,6 +88,7 @@ OURS = {
     "federation/identity.py": "of its own configuration",
     "distributed/watchdog/json_socket.py": "what ranks say to each other",
     "distributed/devices.py": "what ranks say to each other",
+    "distributed/meeting.py": "what ranks say to each other",
     "distributed/mpi.py": "what ranks say to each other",
     "distributed/runtime.py": "what ranks say to each other",
     "storage/strict_json.py": "this is it",
