@@ -1,8 +1,8 @@
-"""A world of light processes: `python tests/control_world.py RANKS LIMIT FOLDER [DIES]`.
+"""Worlds of light processes: `python tests/control_world.py` reads a line `[ranks, limit, folder, dies]` for each.
 
 It forks ranks that have imported all they need, limits their open files, and lets them join, talk and leave. Every rank writes
-`rank-N.json` with what it found; exit codes are in `codes.json`. Rank DIES is killed before it has talked to most of the
-others."""
+`rank-N.json` with what it found; exit codes are in `codes.json`, what ranks print in `output`. Rank `dies`, if any, is killed
+before it has talked to most of the others. The answer to a line is the largest exit code."""
 
 from __future__ import annotations
 
@@ -89,5 +89,18 @@ def main(ranks: int, limit: int, folder: Path, dies: int | None = None) -> int:
     return max(codes)
 
 
+def serve() -> None:
+    """One world after another, each in a process of its own: importing takes longer than most worlds."""
+    for line in sys.stdin:
+        ranks, limit, folder, dies = json.loads(line)
+        child = os.fork()
+        if not child:
+            output = os.open(Path(folder) / "output", os.O_WRONLY | os.O_CREAT, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os._exit(main(ranks, limit, Path(folder), dies))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:])))
+    serve()

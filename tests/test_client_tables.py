@@ -63,6 +63,11 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def page(record: Path) -> str:
+    return write_report(record).read_text()
+
+
 # Content ------------------------------------------------------------------------------------------------------------------
 
 WHOLE = st.none() | st.integers(0, 2**53)
@@ -77,19 +82,24 @@ ROW = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(ROW, min_size=1, max_size=30))
-def test_a_table_holds_what_lines_would(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
-    folder = tmp_path_factory.mktemp("rows")
-    with MetricsLog(folder / "lines" / "metrics.jsonl") as log:
-        for row in rows:
-            log.write("client", round=3, **row)
-    with MetricsLog(folder / "table" / "metrics.jsonl") as log:
-        log.write_table("client", 3, iter(rows))
-    lines, table = (same(read_metrics(folder / name / "metrics.jsonl")) for name in ("lines", "table"))
-    assert lines == table and len(table) == len(rows)
-    events = list(Record(folder / "table" / "metrics.jsonl"))
-    assert [(event["event"], event["of"], event["table"]["rows"]) for event in events] == [("table", "client", len(rows))]
+@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.sweep)])
+def test_a_table_holds_what_lines_would(tmp_path_factory: pytest.TempPathFactory, examples: int) -> None:
+    @settings(deadline=None, max_examples=examples)
+    @given(st.lists(ROW, min_size=1, max_size=30))
+    def holds(rows: list[dict[str, Any]]) -> None:
+        folder = tmp_path_factory.mktemp("rows")
+        with MetricsLog(folder / "lines" / "metrics.jsonl") as log:
+            for row in rows:
+                log.write("client", round=3, **row)
+        with MetricsLog(folder / "table" / "metrics.jsonl") as log:
+            log.write_table("client", 3, iter(rows))
+        lines, table = (same(read_metrics(folder / name / "metrics.jsonl")) for name in ("lines", "table"))
+        assert lines == table and len(table) == len(rows)
+        events = list(Record(folder / "table" / "metrics.jsonl"))
+        told = [(event["event"], event["of"], event["table"]["rows"]) for event in events]
+        assert told == [("table", "client", len(rows))]
+
+    holds()
 
 
 def test_few_clients_are_lines_and_many_are_tables(tmp_path: Path) -> None:
@@ -125,13 +135,29 @@ def test_a_table_follows_the_umask(tmp_path: Path) -> None:
     assert [stat.S_IMODE(path.stat().st_mode) for path in (table, table.parent)] == [0o640, 0o750]
 
 
+def test_a_result_tells_tables_with_their_summary_and_their_rows(record: Path) -> None:
+    """`metrics` of the interface for Python: a table's event is what its line says, its rows are events of their kind."""
+    result, lines = fedmoe_ds.open_run(record), [json.loads(line) for line in (record / "metrics.jsonl").open()]
+    tables = [line for line in lines if line["event"] == "table"]
+    assert result.metrics("table") == tables and len(tables) == 4 and every(line["summary"] for line in tables)
+    (data,), (line,) = result.metrics("data"), (line for line in lines if line["event"] == "data")
+    assert [data[name] for name in ("table", "summary")] == [line[name] for name in ("table", "summary")]
+    assert len(data["clients"]) == len(data["distribution"]["counts"]) == MANY
+    told = result.metrics()
+    assert [event for event in told if event["event"] != "table"] == [
+        {**event, **(data if event["event"] == "data" else {})} for event in read_metrics(record / "metrics.jsonl")
+    ]
+    assert [event["event"] for event in told if event["event"] == "table"] == ["table"] * 4
+    place = told.index(tables[1])
+    assert [event["client"] for event in told[place + 1 : place + 3]] == ["client-0000000", "client-0000001"]
+
+
 # The page -----------------------------------------------------------------------------------------------------------------
 
 
-def test_lines_and_tables_make_the_same_page(record: Path, tmp_path: Path) -> None:
-    texts = [write_report(folder).read_text() for folder in (record, as_lines(record, tmp_path / "lines"))]
-    assert texts[0] == texts[1]
-    text = Page(texts[0]) and texts[0]
+def test_lines_and_tables_make_the_same_page(record: Path, page: str, tmp_path: Path) -> None:
+    assert write_report(as_lines(record, tmp_path / "lines")).read_text() == page
+    text = Page(page) and page
     assert f"With {MANY} clients the page names those at either end; the other {MANY - 50} are in" in text
     assert "The 25 with the lowest own perplexity after and the 25 with the highest" in text
     assert f"(500 of {MANY} clients, evenly spaced within every tier)" in text and "<h3>Targets per client</h3>" in text
@@ -197,13 +223,13 @@ def test_memory_grows_with_clients_and_not_with_rounds(tmp_path: Path) -> None:
     assert sizes[1_000, 16] < 1.2 * sizes[1_000, 2] < sizes[2_000, 2]
 
 
-def test_a_round_that_was_recorded_twice_counts_once(record: Path, tmp_path: Path) -> None:
+def test_a_round_that_was_recorded_twice_counts_once(record: Path, page: str, tmp_path: Path) -> None:
     """No run writes such a record, but somebody may join two."""
     folder = Path(shutil.copytree(record, tmp_path / "run"))
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     table = next(line for line in lines if '"of":"client"' in line)
     (folder / "metrics.jsonl").write_text("".join([*lines, table]))
-    assert write_report(folder).read_text() == write_report(record).read_text()
+    assert write_report(folder).read_text() == page
 
 
 # Kills --------------------------------------------------------------------------------------------------------------------
@@ -314,7 +340,7 @@ def test_a_run_with_tables_is_the_run_with_lines(tmp_path: Path, monkeypatch: py
     assert train(tmp_path, "tables") == (tables, digest)
     assert sorted(same(read_metrics(tables / "metrics.jsonl")), key=key) == wanted
     result = fedmoe_ds.open_run(tables)
-    assert len(result.metrics("client")) == len(wanted) - len(result.evaluations) - 1 > 0 and result.metrics("table") == []
+    assert len(result.metrics("client")) == len(wanted) - len(result.evaluations) - 1 > 0
     names = [client.name for client in open_trained(tables).clients]
     assert names == result.clients == fedmoe_ds.open_run(lines).clients and len(names) == 4
     told = [
@@ -394,3 +420,18 @@ def test_a_line_names_no_other_file(tmp_path: Path, file: object) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "table", "of": "client", "round": 1, "table": table}) + "\n")
     with pytest.raises(UserError, match=r"line 1: table\.table\.file"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("foreign", [{"of": [1], "round": {}}, {"of": "client", "round": 7}, {"of": {"a": 1}, "rows": 3}, {}])
+def test_a_data_event_has_no_kind_but_its_own(record: Path, tmp_path: Path, foreign: dict[str, Any]) -> None:
+    """Fields that no reader of this event knows decide nothing, of whatever type they are."""
+    folder = Path(shutil.copytree(record, tmp_path / "run"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    (place,) = (place for place, line in enumerate(lines) if line["event"] == "data")
+    lines[place] |= foreign
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert History.of(Record(folder / "metrics.jsonl")).holdings.names[7] == "client-0000007"
+    (folder / FOLDER / "data.parquet").unlink()
+    with pytest.raises(UserError, match=r"data\.parquet: cannot be read") as error:
+        read_metrics(folder / "metrics.jsonl")
+    assert "\n" not in str(error.value)

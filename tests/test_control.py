@@ -1,4 +1,4 @@
-"""The control plane in a world of light processes: 64 ranks with 256 open files each, and one answer whatever the tree."""
+"""The control plane in worlds of light processes: 64 ranks with 256 open files each, and one answer whatever the tree."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,37 @@ from every import every
 from fedmoe_ds.distributed import open_files
 from fedmoe_ds.errors import EXIT_LOST
 
-RANKS, LIMIT = 64, 256
-
-
-def world(ranks: int, limit: int, folder: Path, *dies: int) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, str(Path(__file__).parent / "control_world.py")]
-    program += [str(ranks), str(limit), str(folder), *map(str, dies)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=240)
+LIMIT = 256
+World = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def world() -> Iterator[World]:
+    """Runs a world of so many ranks with so many open files: its exit code, and what its ranks have printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    program = [sys.executable, str(Path(__file__).parent / "control_world.py")]
+    with subprocess.Popen(program, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None and server.stdout is not None
+        stdin, stdout = server.stdin, server.stdout
+
+        def run(ranks: int, limit: int, folder: Path, dies: int | None = None) -> tuple[int, str]:
+            stdin.write(json.dumps([ranks, limit, str(folder), dies]) + "\n")
+            stdin.flush()
+            return int(stdout.readline()), (folder / "output").read_text()
+
+        yield run
+        stdin.close()
+        assert server.wait(60) == 0
+
+
+# Both are trees; the larger one takes half a minute of a busy machine.
+@pytest.fixture(scope="module", params=[32, pytest.param(64, marks=pytest.mark.cluster)])
+def found(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every rank of a large world has found."""
-    folder = tmp_path_factory.mktemp("world")
-    done = world(RANKS, LIMIT, folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(RANKS)]
+    folder, ranks = tmp_path_factory.mktemp("world"), int(request.param)
+    code, output = world(ranks, LIMIT, folder)
+    assert code == 0, output
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def check(answers: dict[str, Any], rank: int, size: int, sums: list[Any]) -> None:
@@ -45,12 +60,12 @@ def check(answers: dict[str, Any], rank: int, size: int, sums: list[Any]) -> Non
     assert [answers[name] for name in ("sum", "disjoint", "largest")] == sums
 
 
-def test_64_ranks_with_256_open_files_each(found: list[dict[str, Any]]) -> None:
+def test_many_ranks_with_256_open_files_each(found: list[dict[str, Any]]) -> None:
     sums = [found[0]["world"][name] for name in ("sum", "disjoint", "largest")]
     for rank, here in enumerate(found):
         assert here["control"] == "TreeControl" and here["soft"] == LIMIT, "the soft limit was lower"
-        check(here["world"], rank, RANKS, sums)
-        planned = open_files.files_of(rank, RANKS, 1)
+        check(here["world"], rank, len(found), sums)
+        planned = open_files.files_of(rank, len(found), 1)
         # The halves of `answers` are gone by now; a file or two are the system's own matter.
         assert planned - 2 <= here["files"] <= planned, (rank, here["files"], planned)
 
@@ -66,16 +81,16 @@ def test_one_answer_whatever_the_tree(found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("dies", [5, 7], ids=["a head", "another"])
-def test_a_rank_that_is_lost_ends_all(tmp_path: Path, dies: int) -> None:
+def test_a_rank_that_is_lost_ends_all(world: World, tmp_path: Path, dies: int) -> None:
     """Ranks that connect with it only now, too: gloo waits for it, and the watchdog knows that it is gone."""
-    done = world(20, 1024, tmp_path, dies)
+    _, output = world(20, 1024, tmp_path, dies)
     codes = json.loads((tmp_path / "codes.json").read_text())
-    assert codes == [EXIT_LOST] * dies + [-9] + [EXIT_LOST] * (19 - dies), done.stderr
-    assert f"error: rank {dies} on " in done.stderr and "Traceback" not in done.stderr
+    assert codes == [EXIT_LOST] * dies + [-9] + [EXIT_LOST] * (19 - dies), output
+    assert f"error: rank {dies} on " in output and "Traceback" not in output
 
 
-def test_too_few_open_files_for_rank_0(tmp_path: Path) -> None:
+def test_too_few_open_files_for_rank_0(world: World, tmp_path: Path) -> None:
     """It needs the most: it says so before it joins, and the launcher ends the others."""
-    done = world(1, 60, tmp_path)
-    assert done.returncode == 2 and "error: open files: 60: rank 0 on " in done.stderr, done.stderr
+    code, output = world(1, 60, tmp_path)
+    assert code == 2 and "error: open files: 60: rank 0 on " in output, output
     assert not list(tmp_path.glob("rank-*"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from every import every
@@ -12,7 +14,10 @@ from every import every
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.scale import command
 from fedmoe_ds.bench.scale.curve import Curve, curve_names, growth, load_curve
+from fedmoe_ds.bench.scale.curves import start, start_events
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import file_sums
+from fedmoe_ds.report.client_tables import MOST_LINES
 
 ASKED = {"curves": None, "most": None, "limit": 60, "mib": 4096}
 
@@ -81,3 +86,49 @@ def test_asking_for_nothing_is_refused_or_fails() -> None:
         command.run(asked(limit=0), quiet)
     rows = command.run(asked(curves=["sampling"], most=10), quiet)
     assert rows[0]["failed"] == "no point up to --most 10" and code_of(rows) == 1
+
+
+@pytest.fixture
+def small_start(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A `GiB` of 128 MiB in two files, which are as old as they must be at once."""
+    monkeypatch.setattr(start, "_GIB", 2**27)
+    monkeypatch.setattr(start, "_FILE", 2**26)
+    monkeypatch.setattr(file_sums, "_SETTLED_NS", 0)
+    return monkeypatch
+
+
+def test_a_start_reads_each_byte_once_and_its_successor_pages(small_start: pytest.MonkeyPatch) -> None:
+    found = start.measure(1)
+    assert found["read_gib"] == pytest.approx(1.0, rel=0.05)
+    assert 0 < found["second_start_read_mib"] < 0.05 * 1024 and found["seconds"] > 0
+
+
+@pytest.mark.parametrize("ranks", [(3,), range(8)])
+def test_a_start_that_fails_is_no_fast_one(small_start: pytest.MonkeyPatch, ranks: Sequence[int]) -> None:
+    """On one rank, while the others wait for it, or on all of them at once."""
+
+    def fails(folder: Path, place: Path, hosts: list[str], world: Any) -> str:
+        if world.rank in ranks:
+            raise OSError(f"rank {world.rank} cannot read")
+        return str(world.gather("x"))
+
+    small_start.setattr(start, "shared_fingerprint", fails)
+    with pytest.raises(OSError, match=f"rank {min(ranks)} cannot read"):
+        start.measure(1)
+
+
+@pytest.mark.parametrize(("of_rank", "message"), [(str, "8 fingerprints"), (lambda rank: "same", "has read 0.0")])
+def test_a_start_that_does_not_do_its_work_is_no_fast_one(
+    small_start: pytest.MonkeyPatch, of_rank: Callable[[int], str], message: str
+) -> None:
+    small_start.setattr(start, "shared_fingerprint", lambda folder, place, hosts, world: of_rank(world.rank))
+    with pytest.raises(RuntimeError, match=message):
+        start.measure(1)
+
+
+@pytest.mark.parametrize("clients", [MOST_LINES, MOST_LINES + 1])
+def test_what_a_start_writes_down_is_what_a_start_writes(clients: int) -> None:
+    """Clients are in the line where they are few, and in a table beside it where they are many."""
+    found = start_events.measure(clients)
+    many = clients > MOST_LINES
+    assert (found["table_mib"] > 0) == many and (found["line_kib"] < 16) == many

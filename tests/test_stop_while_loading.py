@@ -311,52 +311,93 @@ def test_a_download_is_left_alone(tmp_path: Path) -> None:
         file_sha256(tmp_path / "file")
 
 
-def busy(until: threading.Event) -> None:
-    while not until.is_set():
-        sum(range(10_000))
+class Looks:
+    """A clock that goes on by ten seconds at every look, and what the system counts then; `last` is the last look with a
+    sign."""
+
+    def __init__(self, kind: str, last: int) -> None:
+        self.kind, self.last, self.number = kind, last, -1
+
+    def clock(self) -> float:
+        self.number += 1
+        return 10.0 * self.number
+
+    def counts(self) -> tuple[float, int] | None:
+        signs = min(self.number, self.last)
+        # What is too little to be a sign goes on: threads that wait are woken, and looking reads.
+        seconds, size = 0.09 * self.number, 200_000 * self.number
+        if self.kind == "computes":
+            seconds += 0.02 * signs
+        elif self.kind == "reads and writes":
+            size += 100_000 * signs
+        return None if self.kind == "unknown" else (seconds, size)
 
 
-def writing(until: threading.Event) -> None:
-    with TemporaryFile() as file:
-        while not until.wait(0.01):
-            file.write(bytes(1 << 20))
-            file.seek(0)
+@pytest.mark.parametrize("kind", ["computes", "reads and writes", "nothing", "unknown"])
+@pytest.mark.parametrize("last", [0, 1, 30])
+def test_work_without_stop_points_reports_as_long_as_it_works(kind: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that hangs stops reporting, so that the others wait for it and the watchdog says so; a stop is heard still.
 
-
-def idle(until: threading.Event) -> None:
-    until.wait(60)
-
-
-@pytest.mark.parametrize("work", [busy, writing, idle])
-def test_work_without_stop_points_reports_as_long_as_it_works(
-    work: Callable[[threading.Event], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A download that hangs stops reporting, so that the others wait for it and the watchdog says so; a stop is heard still."""
-    monkeypatch.setattr(signs_of_work, "STANDSTILL_S", 0.8)
-    monkeypatch.setattr(stop_points, "_LOOK_S", 0.02)
-    release, asked, reports = threading.Event(), threading.Event(), list[bool]()
-    began = time.monotonic()
+    A system that counts nothing is believed."""
+    monkeypatch.setattr(stop_points, "_LOOK_S", 0.0)
+    looks, release, reports = Looks(kind, last), threading.Event(), list[int]()
+    signs = signs_of_work.SignsOfWork(looks.counts, looks.clock)
 
     def listen() -> None:
-        reports.append(time.monotonic() - began > 2.4)
-        # Three times as long as it may stand still.
-        if asked.is_set() or (reports[-1] and work is not idle):
+        reports.append(looks.number)
+        if looks.number >= 60:
             raise StopError("SIGTERM")
 
-    timer = threading.Timer(3.2, asked.set)
-    if work is idle:
-        timer.start()
-    with heard_by(listen, asked.is_set), pytest.raises(StopError):
-        run_waiting(lambda: work(release))
+    with heard_by(listen, lambda: looks.number >= 60), pytest.raises(StopError):
+        run_waiting(lambda: release.wait(60), signs)
     release.set()
-    assert sum(reports) == 1 and len(reports) > 5, "none while it stands still, until a stop is asked for"
+    still = {"nothing": 0, "unknown": 60}.get(kind, last) + int(signs_of_work.STANDSTILL_S) // 10
+    assert reports == [*range(1, min(still, 59) + 1), 60], "none while it stands still, until a stop is asked for"
 
 
-def test_a_system_that_counts_nothing_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signs_of_work, "STANDSTILL_S", 0.0)
-    monkeypatch.setattr(signs_of_work.SignsOfWork, "_counts", lambda self: None)
-    signs = signs_of_work.SignsOfWork()
-    assert signs.fresh() and signs.fresh()
+def spend(seconds: float) -> None:
+    """Processor time of this thread."""
+    began = time.thread_time()
+    while time.thread_time() - began < seconds:
+        sum(range(1000))
+
+
+def write() -> None:
+    with TemporaryFile() as file:
+        file.write(bytes(1 << 20))
+
+
+KINDS: dict[str, tuple[Callable[[], None], str]] = {
+    "computes": (lambda: spend(0.1), "long work"),
+    "writes": (write, "long work"),
+    "watches": (lambda: spend(0.1), signs_of_work.WATCHING),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_system_counts_of_work(kind: str) -> None:
+    """What the thread that waits and the watchdog's do is none."""
+    action, name = KINDS[kind]
+    begin, done, end = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begin.wait(60)
+        action()
+        done.set()
+        end.wait(60)  # of a thread that has ended nothing is known
+
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    before = signs_of_work.process_counts()
+    begin.set()
+    spend(0.1)
+    assert done.wait(60)
+    after = signs_of_work.process_counts()
+    end.set()
+    thread.join()
+    assert before is not None and after is not None
+    assert (after[0] - before[0] >= 0.06) == (kind == "computes"), (before, after)
+    assert (after[1] - before[1] >= 1 << 20) == (kind == "writes"), (before, after)
 
 
 class Table:

@@ -70,12 +70,9 @@ class Result:
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """The events of the record (docs/outputs.md) in their order: all of them, or those of one kind. Rows about clients are
-        among them wherever they are stored; of very many clients, ask for one kind."""
-        from fedmoe_ds.report.record import expanded
-
-        # A table has rows of one kind: those of another need not be read.
-        chosen = [row for row in self._events if event in (None, row["of"] if row["event"] == "table" else row["event"])]
-        return [dict(one) for row in chosen for one in expanded(row)]
+        among them wherever they are stored, those of a table after its `table` event, which has their summary; of very many
+        clients, ask for one kind. Raises UserError: a table whose rows are asked for is missing or damaged."""
+        return [one for row in self._events for one in _told(row, event)]
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -148,6 +145,20 @@ class Result:
             return f"not begun: resume='auto' begins it\nrun: {visible(self.folder)}"
         ending = f"digest: {self.digest}" if self.finished else "not finished: resume='auto' continues it"
         return "\n".join([final_table(self._events), ending, f"run: {visible(self.folder)}"])
+
+
+def _told(event: dict[str, Any], kind: str | None) -> Iterator[dict[str, Any]]:
+    """What an event of a `Record` says, as far as it is of a kind; None: of any."""
+    from fedmoe_ds.report.record import ROWS, expanded
+
+    line = {key: value for key, value in event.items() if key != ROWS}
+    is_table = event["event"] == "table"
+    if is_table and kind in (None, "table"):
+        yield line
+    # A table has rows of one kind: those of another need not be read.
+    if kind in (None, event["of"] if is_table else event["event"]):
+        # A `data` event keeps its table and its summary beside its clients.
+        yield from (dict(one) if is_table else {**line, **one} for one in expanded(event))
 
 
 def open_run(folder: str | Path) -> Result:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import psutil  # type: ignore[import-untyped]
 
@@ -21,36 +22,48 @@ WATCHING = "watchdog"
 """Name of the watchdog's thread."""
 
 
-class SignsOfWork:
-    """Of this process from now on, to be asked now and then by the thread that waits."""
+Counts = tuple[float, int]
+"""Processor seconds, and bytes read and written: what the system has counted so far."""
 
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._looked = self._last = time.monotonic()
-        self._before = self._counts()
+
+def process_counts() -> Counts | None:
+    """Of this process, without its watchdog's and the calling thread's seconds; None where the system does not say."""
+    idle = {thread.native_id for thread in threading.enumerate() if thread.name == WATCHING}
+    idle.add(threading.get_native_id())
+    try:
+        process = psutil.Process()
+        seconds = sum(one.user_time + one.system_time for one in process.threads() if one.id not in idle)
+        moved = process.io_counters()
+        return seconds, moved.read_chars + moved.write_chars
+    except (psutil.Error, AttributeError, OSError):
+        return None
+
+
+class SignsOfWork:
+    """Of this process from now on, to be asked now and then by the thread that waits.
+
+    Args:
+        counts: what is looked at.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, counts: Callable[[], Counts | None] = process_counts, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._counts, self._clock = counts, clock
+        self._looked = self._last = clock()
+        self._before = counts()
 
     def fresh(self) -> bool:
         """Whether there was a sign within the last `STANDSTILL_S`; always where the system counts nothing."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._looked >= min(_EVERY_S, STANDSTILL_S / 4):
             counts = self._counts()
-            if self._before is None or counts is None or self._moved(counts, now - self._looked):
+            if self._before is None or counts is None or self._moved(self._before, counts, now - self._looked):
                 self._last = now
             self._before, self._looked = counts, now
         return now - self._last <= STANDSTILL_S
 
-    def _moved(self, counts: tuple[float, int], elapsed: float) -> bool:
-        assert self._before is not None
-        seconds, size = counts[0] - self._before[0], counts[1] - self._before[1]
+    def _moved(self, before: Counts, after: Counts, elapsed: float) -> bool:
+        seconds, size = after[0] - before[0], after[1] - before[1]
         return seconds >= _LEAST_SHARE * elapsed or size >= _LEAST_BYTES
-
-    def _counts(self) -> tuple[float, int] | None:
-        """Processor seconds of the other threads, and bytes read and written; None where the system does not say."""
-        idle = {thread.native_id for thread in threading.enumerate() if thread.name == WATCHING}
-        idle.add(threading.get_native_id())
-        try:
-            seconds = sum(one.user_time + one.system_time for one in self._process.threads() if one.id not in idle)
-            moved = self._process.io_counters()
-            return seconds, moved.read_chars + moved.write_chars
-        except (psutil.Error, AttributeError, OSError):
-            return None

@@ -44,8 +44,10 @@ class Record:
 
     def _with_rows(self, event: dict[str, Any]) -> dict[str, Any]:
         if event["event"] in ("table", "data") and (table := event.get("table")):
-            kind, place = event.get("of", "data"), self.path.parent / table["file"]
-            event[ROWS] = Rows(place, kind, table["rows"], table["sha256"], event.get("round", 0), event.get("time"))
+            # Of a `data` event neither field is one that readers know: a foreign one may hold anything.
+            kind, round_index = (event["of"], event["round"]) if event["event"] == "table" else ("data", 0)
+            place = self.path.parent / table["file"]
+            event[ROWS] = Rows(place, kind, table["rows"], table["sha256"], round_index, event.get("time"))
         return event
 
 

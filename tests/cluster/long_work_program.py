@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from tempfile import TemporaryFile
 
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import signs_of_work
@@ -19,16 +20,23 @@ from fedmoe_ds.distributed.stop_request import StopRequest
 
 def main() -> int:
     kind, seconds, timeout = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-    signs_of_work.STANDSTILL_S = 1.0
+    signs_of_work.STANDSTILL_S = 3.0
+    # The system counts in steps of 10 ms, and threads that serve the exchanges take one now and then: too coarse for a share of
+    # so short a time. The bytes that this work writes are its signs.
+    signs_of_work._LEAST_SHARE = 0.5
     runtime = init_runtime(detect_launch(), TopologyConfig(device="cpu", timeout_s=timeout))
 
     def work() -> str:
+        if kind == "hangs":
+            time.sleep(seconds)
+            return "done"
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if kind == "works":
-                sum(range(10_000))
-            else:
-                time.sleep(0.1)
+        with TemporaryFile(buffering=0) as file:
+            while time.monotonic() < end:
+                # A sign of work that competes with no rank for a core.
+                file.write(bytes(1 << 20))
+                file.seek(0)
+                time.sleep(0.05)
         return "done"
 
     print(LongWork(runtime, StopRequest()).run_on_rank0(lambda: run_waiting(work)), flush=True)

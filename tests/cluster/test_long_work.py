@@ -13,12 +13,13 @@ from fedmoe_ds.errors import EXIT_LOST
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 PROGRAM = Path(__file__).with_name("long_work_program.py")
-TIMEOUT_S = 4.0
+TIMEOUT_S = 10.0
+"""Far longer than a busy machine lets ranks wait that need next to no processor time: a verdict is one on the work."""
 
 
 @pytest.mark.parametrize("kind", ["works", "hangs"])
 def test_a_rank_that_works_alone_is_waited_for(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
-    seconds = 3 * TIMEOUT_S if kind == "works" else 200.0
+    seconds = 2 * TIMEOUT_S if kind == "works" else 200.0
     command = [sys.executable, str(PROGRAM), kind, str(seconds), str(TIMEOUT_S)]
     code = Supervisor(command, 2, 0, 60.0, print).run()
     said = capfd.readouterr()
