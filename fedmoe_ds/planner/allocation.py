@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.hardware import Hardware, load_hardware, table_names
 from fedmoe_ds.planner.memory import outlasting
@@ -130,8 +130,8 @@ def lead_s(job: Job, world: World, hardware: Hardware) -> int:
     config = job.config
     ep_size, in_flight, chosen = config.topology.ep_size, config.execution.clients_in_flight, job.participants(1)
     costs = ClientCosts.of(job, hardware, world.ranks_per_host, 1)
-    model = WaveModel(job, hardware, Network(hardware, world), ep_size, home_clients(in_flight, len(chosen), ep_size), costs)
     plan = schedule(chosen, job.cost, config.local, world.ranks // ep_size, ep_size, in_flight)
+    model = WaveModel(job, hardware, Network(hardware, world), ep_size, largest_wave(plan), costs)
     # A cluster of one wave takes as long as the wave.
     spent, _ = model.clusters([[wave] for waves in plan for wave in waves])
     longest = max((one.total for one in spent), default=0.0)

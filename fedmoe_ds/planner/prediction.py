@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
@@ -103,9 +103,8 @@ def predict_job(
     clusters = world.ranks // ep_size
     costs = costs or ClientCosts.of(job, hardware, world.ranks_per_host, round_index)
     drawn, network = len(costs.chosen), Network(hardware, world)
-    model = WaveModel(job, hardware, network, ep_size, home_clients(in_flight, drawn, ep_size), costs)
     plan = schedule(costs.chosen, job.cost, job.config.local, clusters, ep_size, in_flight)
-    spent, network.traffic = model.clusters(plan)
+    spent, network.traffic = WaveModel(job, hardware, network, ep_size, largest_wave(plan), costs).clusters(plan)
     train = _shared_cores(spent, world, hardware, clusters)
     # Clusters meet only at the aggregation, so a round waits for the slowest one.
     slowest = max(spent, key=lambda cluster: cluster.total)
