@@ -103,9 +103,7 @@ class WaveModel:
         most: clients of the largest wave of any cluster: every rank holds as many slots for experts.
     """
 
-    def __init__(
-        self, job: Job, hardware: Hardware, network: Network, ep_size: int, in_flight: int, costs: ClientCosts
-    ) -> None:
+    def __init__(self, job: Job, hardware: Hardware, network: Network, ep_size: int, most: int, costs: ClientCosts) -> None:
         self.job, self.hardware, self.network, self.ep_size = job, hardware, network, ep_size
         self.slots = ClientSlots(most, ep_size)
         self.group, self.costs = Group.cluster(network.world, ep_size), costs
@@ -271,12 +269,9 @@ class _Waves:
         self._busy("fold", np.repeat(folded_W[:, None], model.ep_size, 1))
         layout, ones = model.job.expert_layout, np.ones(self.count)
         # Routed and trained rows, tokens and targets by home slot; by slot of the wave whether all is finite.
-        counts = model.slots.most * len(layout.layers) * layout.num_experts * 8
-        gathered: list[tuple[Floats, float]] = [
-            (2.0 * ones, counts),
-            (ones, 16 * model.slots.most),
-            (ones, 8 * model.slots.clients),
-        ]
+        home, clients = model.slots.most, model.slots.clients
+        counts = home * len(layout.layers) * layout.num_experts * 8
+        gathered: list[tuple[Floats, float]] = [(2.0 * ones, counts), (ones, 16 * home), (ones, 8 * clients)]
         # Only methods that measure something gather it.
         if type(model.job.method).measure is not Method.measure:
             gathered.append((2.0 * clients_W, counts / max(home, 1)))
