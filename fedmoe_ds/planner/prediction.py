@@ -15,7 +15,7 @@ from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
 from fedmoe_ds.planner.memory import parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
-from fedmoe_ds.planner.rank_memory import host_memory, rank_memory
+from fedmoe_ds.planner.rank_memory import client_files, host_memory, rank_memory
 from fedmoe_ds.planner.training import Spent, WaveModel
 from fedmoe_ds.planner.work import stage_seconds
 from fedmoe_ds.planner.workload import Job, resolve
@@ -37,6 +37,7 @@ class Prediction:
         traffic: by collective, on one rank.
         memory: bytes per rank by purpose, the process itself included.
         host_memory: bytes per rank by purpose on the host of a device; empty where ranks compute on the host.
+        client_files: bytes per rank of clients' own state beyond its memory, in mapped files below the cache.
         tokens: trained in the round, over all clusters.
         work: predicted compute seconds of every cluster: the balance of the schedule.
         waves: most waves of a cluster.
@@ -48,6 +49,7 @@ class Prediction:
     traffic: dict[str, Traffic]
     memory: dict[str, int]
     host_memory: dict[str, int]
+    client_files: int
     tokens: int
     work: list[float] = field(repr=False)
     waves: int
@@ -119,7 +121,8 @@ def predict_job(
         split,
         network.traffic,
         rank_memory(job, ep_size, in_flight, hardware, drawn, plan),
-        host_memory(job, ep_size, hardware, drawn),
+        host_memory(job, ep_size, in_flight, hardware, drawn, plan),
+        client_files(job, ep_size, drawn, plan),
         costs.tokens,
         [cluster.work for cluster in spent],
         max(map(len, plan)),

@@ -44,7 +44,7 @@ def search(job: Job, world: World, hardware: Hardware) -> tuple[list[Choice], li
     choices, refusals = try_all(job, world, hardware)
     if not choices:
         least = smallest(refusals)
-        help_ = advice(job, least.ep_size, least.in_flight, world, hardware, len(job.participants(1)))
+        help_ = advice(job, least.ep_size, least.in_flight, world, hardware)
         raise UserError(f"no topology of {world.ranks} ranks fits; the smallest: {least.reason}; {help_}")
     return choices, refusals
 
@@ -76,10 +76,11 @@ def smallest(refusals: list[Refusal]) -> Refusal:
 
 
 def _flights(job: Job, drawn: int, ep_size: int, clusters: int) -> list[int]:
-    """Numbers of clients in flight worth a try: one per rank, doubled, up to a cluster's share, and what is configured."""
+    """Numbers of clients in flight worth a try: one, one per rank, doubled, up to a cluster's share, and what is configured."""
     # More slots than a cluster gets clients would only take memory.
     most = max(1, -(-drawn // clusters))
-    found, flight = {most}, ep_size
+    # One is the least that a cluster can hold: what does not fit with it does not fit at all.
+    found, flight = {1, most}, ep_size
     while flight < most:
         found.add(flight)
         flight *= 2
