@@ -148,7 +148,7 @@ def test_memory_is_refused_with_the_numbers(olmoe: Job) -> None:
     card = (needed + 1e6) / HEADROOM
     choices, refusals = search(olmoe, World(1, 8), a100.model_copy(update={"memory_bytes": card}))
     fitting = {(choice.ep_size, choice.in_flight) for choice in choices}
-    assert fitting == {(8, 8), (8, 1), (4, 1)}, "only wide pools with few clients fit"
+    assert fitting == {(8, 8), (4, 1)}, "only wide pools with few clients fit; one is for where no more fit"
     held = f"a rank has {card / 2**30:.1f} GiB, 90 % of which may be planned with"
     assert any("GiB per rank at ep_size 1 with" in refusal.reason and held in refusal.reason for refusal in refusals)
     with pytest.raises(UserError, match=r"no topology of 8 ranks fits; .* ep_size 8 with 1 clients .* a rank has 0\.9 GiB"):
@@ -197,6 +197,19 @@ def test_advice_goes_down_to_one_client_in_flight(olmoe: Job) -> None:
         if room == held[1]:
             choices, _ = search(olmoe, world, card)
             assert {(choice.ep_size, choice.in_flight) for choice in choices} == {(8, 1)}
+
+
+def test_one_client_in_flight_is_tried_where_it_is_configured(olmoe: Job) -> None:
+    """A plan that fits has it only then."""
+    for configured, expected in ((1, {1, 8}), (8, {8})):
+        topology = olmoe.config.topology.model_copy(update={"ep_size": 8})
+        execution = olmoe.config.execution.model_copy(update={"clients_in_flight": configured})
+        few = olmoe.config.federation.model_copy(update={"participation": 8 / len(olmoe.clients)})
+        update = {"topology": topology, "execution": execution, "federation": few}
+        choices, refusals = search(
+            replace(olmoe, config=olmoe.config.model_copy(update=update)), World(1, 8), load_hardware("h200")
+        )
+        assert not refusals and {choice.in_flight for choice in choices if choice.ep_size == 8} == expected
 
 
 def test_moments_on_the_host_are_named_where_it_has_room(olmoe: Job) -> None:
