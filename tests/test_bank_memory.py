@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from method_variants import variant_config
 
 from fedmoe_ds.clients.optimizer import ClientOptimizer
-from fedmoe_ds.federation.build import _execution
+from fedmoe_ds.federation.execution import execution_of
 from fedmoe_ds.federation.schedule import largest_wave, schedule, wave_slots
 from fedmoe_ds.model.client_slots import ClientSlots, home_of
 from fedmoe_ds.planner import Job, resolve
@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held(job: Job, ep_size: int, in_flight: int, shard: int) -> dict[str, int]:
     """Bytes on one rank by purpose, as a start makes them."""
     topology: Any = SimpleNamespace(ep_group=None, layout=SimpleNamespace(ep_size=ep_size), shard=shard)
-    bank = _execution(job, topology, in_flight, CPU).bank
+    bank = execution_of(job, topology, in_flight, CPU).bank
     optimizer = ClientOptimizer(bank, job.config.local)
     values, grads, moments = (
         sum(tensor.nbytes for state in states for tensor in state.values())

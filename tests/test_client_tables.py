@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import sys
@@ -39,6 +40,10 @@ from fedmoe_ds.studies.scaling.measured import _client_flops
 
 SPENT = {"time", "seconds"}
 MANY = MOST_LINES + 20
+CLIENT_ROW = re.compile(
+    r'class="name">(client-\d+)</td>(?:(?!</tr>).)*data-v="([^"]+)">[^<]*</td><td class="num" data-v="([^"]+)">[^<]*</td></tr>'
+)
+"""Of a client its name, and its own perplexity before and after."""
 
 
 def same(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,7 +197,26 @@ def test_scores_are_kept_by_tier(record: Path) -> None:
     before, after = own.ends("perplexity", codes)
     assert before[:-1].tolist() == [found[0, "8", name] for name in names[:-1]]
     assert after[:-1].tolist() == [found[2, "8", name] for name in names[:-1]]
-    assert codes[-1] == -1 and before[-1] == found[0, "1", names[-1]] and after[-1] == found[2, "8", names[-1]]
+    assert codes[-1] == -1, "nobody knows the tier of the last one: both ends are by the largest"
+    assert [before[-1], after[-1]] == [found[0, "8", names[-1]], found[2, "8", names[-1]]]
+
+
+@pytest.mark.parametrize("clients", [6, MANY])
+@pytest.mark.parametrize("cut", [False, True])
+def test_before_and_after_are_of_one_model(clients: int, cut: bool, tmp_path: Path) -> None:
+    """That of the client's tier, however many clients the page names, and where the record has lost the `data` event."""
+    write_record(tmp_path / "whole", clients, every_tier=True)
+    events = [event for event in read_metrics(tmp_path / "whole" / "metrics.jsonl") if not (cut and event["event"] == "data")]
+    scored = {(e["round"], e["tier_label"], e["client"]): e["perplexity"] for e in events if e.get("split") == "client"}
+    tiers = {event["client"]: event["tier_label"] for event in events if event["event"] == "client"}
+    assert len({*tiers.values()}) > 1
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    rows = CLIENT_ROW.findall(write_report(tmp_path / "cut").read_text())
+    assert len(rows) == min(clients, 50)
+    for name, before, after in rows:
+        expected = [scored[round_index, tiers[name], name] for round_index in (0, 2)]
+        assert [float(before), float(after)] == pytest.approx(expected, rel=1e-8), name
 
 
 def test_the_page_of_very_many_clients_does_not_grow(tmp_path: Path) -> None:

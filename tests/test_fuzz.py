@@ -36,7 +36,7 @@ from fedmoe_ds.config import Config, DataConfig, dump_config, load_config
 from fedmoe_ds.data import prepare
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.distributed.topology import check_layout
-from fedmoe_ds.federation import session
+from fedmoe_ds.federation import resumption, session
 from fedmoe_ds.federation.build import Parts, load_shared_foundation
 from fedmoe_ds.federation.run_spec import check_plan
 from fedmoe_ds.foundation import planned_sparse, planned_task
@@ -337,7 +337,7 @@ def _run_with(kit: Kit, folder: Path) -> Path:
 def _resumed(kit: Kit, root: Path) -> None:
     source = session.claim_folder(root.parent, "auto")
     if source["checkpoint"] is not None:
-        snapshot, _ = session.restore(Path(source["checkpoint"]), kit.parts)
+        snapshot, _ = resumption.restore(Path(source["checkpoint"]), kit.parts)
         json.dumps(snapshot.partial)
 
 

@@ -7,13 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from federations import make_config, write_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local_training import Wave
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.clients.optimizer import squared_norms
+from fedmoe_ds.federation.schedule import schedule
+from fedmoe_ds.methods import Method
+from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.planner import Hardware, Job, World, load_hardware, predict_job, resolve
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.network import Group, Network
@@ -49,12 +53,17 @@ def with_clients(job: Job, steps: list[int], caps: list[int], seed: int) -> Job:
 class OneByOne:
     """Waves of one plan, each by itself."""
 
-    def __init__(self, job: Job, hardware: Hardware, world: World, ep_size: int, home: int) -> None:
-        self.job, self.network, self.ep_size, self.home = job, Network(hardware, world), ep_size, home
+    def __init__(self, job: Job, hardware: Hardware, world: World, ep_size: int, in_flight: int) -> None:
+        self.job, self.network, self.ep_size = job, Network(hardware, world), ep_size
+        # Dealt to ranks there and back again: so many clients at home on each.
+        turns = [*range(ep_size), *reversed(range(ep_size))]
+        homes = [turns[place % len(turns)] for place in range(in_flight)]
+        self.at_home, self.home = [homes.count(rank) for rank in range(ep_size)], -(-in_flight // ep_size)
         self.group = Group.cluster(world, ep_size)
         self.model = WaveModel(
-            job, hardware, self.network, ep_size, home, ClientCosts.of(job, hardware, world.ranks_per_host, 1)
+            job, hardware, self.network, ep_size, in_flight, ClientCosts.of(job, hardware, world.ranks_per_host, 1)
         )
+        self.held = in_flight * self.model.expert + self.home * self.model.dense
         self.compute, self.cores = self.model.compute, self.model.cores
         self.spent: Table = defaultdict(float)
 
@@ -64,13 +73,14 @@ class OneByOne:
             most = max(map(len, wave)) if not self.job.shares_passes else 1
             for slot in range(most):
                 part = wave if self.job.shares_passes else [home[slot : slot + 1] for home in wave]
+                blocks = 1 if self.job.shares_passes else sum(slot < count for count in self.at_home)
                 for step in range(steps):
-                    self._step(part, step)
+                    self._step(part, step, blocks)
             self._optimizer(wave, steps)
             self._before_and_after(wave)
         return dict(self.spent)
 
-    def _step(self, homes: Wave, step: int) -> None:
+    def _step(self, homes: Wave, step: int, blocks: int) -> None:
         model, layout = self.model, self.job.expert_layout
         busy, routed, passes = [0.0] * self.ep_size, 0.0, 0.0
         for rank, home in enumerate(homes):
@@ -84,8 +94,7 @@ class OneByOne:
                 passes = max(passes, float(own.passes[step]))
         if not passes:
             return
-        fixed = model.work.seconds(model.work.fixed() + model.work.gradients(model.in_flight), self.compute)
-        blocks = 1 if self.job.shares_passes else self.ep_size
+        fixed = model.work.seconds(model.work.fixed() + model.work.gradients(self.held), self.compute)
         there = model.work.experts(routed / self.ep_size / passes, blocks, layout.num_experts // self.ep_size)
         experts = float(model.work.seconds(there, self.compute))
         busy = [own + (experts + fixed) * passes for own in busy]
@@ -113,14 +122,14 @@ class OneByOne:
         at_home = [sum(len(self.job.steps(client, 1)) for client in home) for home in wave]
         every = sum(at_home)
         shared = stage_seconds(self.compute, "update", model.expert * every, model.expert_blocks * every)
-        shared += stage_seconds(self.compute, "norm", model.in_flight * steps, model.blocks * steps)
+        shared += stage_seconds(self.compute, "norm", self.held * steps, model.blocks * steps)
         own = [stage_seconds(self.compute, "update", model.dense * n, model.dense_blocks * n) for n in at_home]
         self._busy("optimizer", [shared + mine for mine in own])
 
     def _before_and_after(self, wave: Wave) -> None:
         model, clients = self.model, sum(map(len, wave))
-        moved = stage_seconds(self.compute, "move", model.in_flight * 4, model.blocks)  # values, gradients, two moments
-        moved += stage_seconds(self.compute, "norm", model.in_flight, model.blocks)
+        moved = stage_seconds(self.compute, "move", self.held * 4, model.blocks)  # values, gradients, two moments
+        moved += stage_seconds(self.compute, "norm", self.held, model.blocks)
         self._busy("set-up", [moved] * self.ep_size)
         most = max(map(len, wave))
         blocks = clients * model.expert_blocks + most * model.dense_blocks
@@ -142,10 +151,11 @@ def test_waves_at_once(
     ep_size, ranks = place
     hardware, world = load_hardware("a100" if gpu else "cpu"), World(1, ranks)
     job = with_clients(replace(small, device=hardware.kind), [n for n, _ in drawn], [cap for _, cap in drawn], seed)
-    costs, home = ClientCosts.of(job, hardware, ranks, 1), home_clients(in_flight, len(drawn), ep_size)
+    costs = ClientCosts.of(job, hardware, ranks, 1)
     plan = schedule(costs.chosen, job.cost, job.config.local, ranks // ep_size, ep_size, in_flight)
-    spent, traffic = WaveModel(job, hardware, Network(hardware, world), ep_size, home, costs).clusters(plan)
-    references = [OneByOne(job, hardware, world, ep_size, home) for _ in plan]
+    most = max(sum(map(len, wave)) for waves in plan for wave in waves)
+    spent, traffic = WaveModel(job, hardware, Network(hardware, world), ep_size, most, costs).clusters(plan)
+    references = [OneByOne(job, hardware, world, ep_size, most) for _ in plan]
     for own, reference, waves in zip(spent, references, plan, strict=True):
         expected = reference.run(waves)
         found = {**own.parts, "work": own.work}
@@ -157,6 +167,28 @@ def test_waves_at_once(
         for name in ("calls", "bytes", "seconds"):
             ours, theirs = getattr(traffic["all_to_all"], name), getattr(booked["all_to_all"], name)
             assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_what_a_rank_gathers_is_what_it_holds(small: Job) -> None:
+    """Norms and reports of five clients in flight on four ranks: five slots of experts, two homes."""
+    ep_size, in_flight, clip = 4, 5, {"clip": 1.0}
+    local = small.config.local.model_copy(update=clip)
+    clipped = replace(small, config=small.config.model_copy(update={"local": local}))
+    job = with_clients(clipped, [3] * in_flight, [1] * in_flight, 0)
+    assert type(job.method).measure is Method.measure, "nothing else is gathered"
+    hardware, world = load_hardware("cpu"), World(1, ep_size)
+    costs = ClientCosts.of(job, hardware, ep_size, 1)
+    plan = schedule(costs.chosen, job.cost, job.config.local, 1, ep_size, in_flight)
+    model = WaveModel(job, hardware, Network(hardware, world), ep_size, in_flight, costs)
+    _, traffic = model.clusters(plan)
+    layers, experts, homes = len(job.expert_layout.layers), job.expert_layout.num_experts, 2
+    bank = Bank(job.blocks, experts // ep_size, homes, in_flight, torch.device("cpu"))
+    norms = sum(squared_norms(bank, expert).nbytes for expert in (True, False))
+    reports = 2 * homes * layers * experts * 8 + homes * 2 * 8 + in_flight * 8
+    found = traffic["all_gather"]
+    assert (found.calls, found.bytes) == (2 * 3 + 4, 3 * norms + reports)
+    numbers = sum(value.numel() for value in bank.values.values())
+    assert model.in_flight == numbers
 
 
 def test_tables_in_parts(small: Job, monkeypatch: pytest.MonkeyPatch) -> None:

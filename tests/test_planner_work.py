@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fedmoe_ds.bench.calibration.least_squares import KINDS, fit, fit_link, fit_stage, fit_together
 from fedmoe_ds.bench.calibration.waves import Bench, Sample
 from fedmoe_ds.bench.harness.shapes import Shape
-from fedmoe_ds.federation.build import enable_checkpointing
+from fedmoe_ds.federation.execution import enable_checkpointing
 from fedmoe_ds.kernels import matrix, rows
 from fedmoe_ds.kernels.lora_products import NativeProducts
 from fedmoe_ds.model import dispatcher, expert_pass

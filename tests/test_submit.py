@@ -239,7 +239,9 @@ def test_the_job_is_checked_where_it_will_run(config: Path, monkeypatch: pytest.
     assert found.config.topology.device == "auto" and found.lead == 120
     assert found.notes[0].startswith("assumed: ") and "per rank on h100, which has 74.5 GiB" in found.notes[1]
     assert "--hardware says it" in check(Request(config, gpus_per_node=4)).notes[1], "nobody knows what GPUs these are"
-    with pytest.raises(UserError, match=r"^memory: \d+\.\d GiB per rank at ep_size 1 .*a rank has 0\.\d GiB; use a larger"):
+    with pytest.raises(
+        UserError, match=r"^memory: \d+\.\d GiB per rank at ep_size 1 .*a rank has 0\.\d GiB; nothing in its configuration"
+    ):
         small = make_hardware(config.parent / "small.json", memory_bytes=2**28)
         check(Request(config, gpus_per_node=4, hardware=str(small)))
 

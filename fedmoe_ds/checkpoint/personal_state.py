@@ -28,7 +28,7 @@ from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
-_PIECE, _MOST = 1 << 26, 4096
+PIECE, _MOST = 1 << 26, 4096
 """Bytes, and clients, that are gathered at once."""
 
 
@@ -173,7 +173,7 @@ class Personal:
         width, most = self.layout.dense, max(map(len, theirs))
         if control.size == 1 or not width:
             return
-        step = max(1, _PIECE // (FP32 * width))
+        step = max(1, PIECE // (FP32 * width))
         for start in range(0, most, step):
             mine = [self._guests[index][:width] for index in theirs[control.rank][start : start + step]]
             payload = torch.stack(mine).numpy().tobytes() if mine else b""
@@ -207,7 +207,7 @@ class Personal:
     def _gathered(self, indices: Iterable[int], names: Sequence[str]) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
         """Clients piece by piece, and what `RowLayout.part` makes of the rows of those that are at home elsewhere."""
         everyone, width = list(indices), self.layout.numbers(names)
-        step = min(_MOST, max(1, _PIECE // max(FP32 * width, 1)))
+        step = min(_MOST, max(1, PIECE // max(FP32 * width, 1)))
         for start in range(0, len(everyone), step):
             clients, found = everyone[start : start + step], dict[int, Tensor]()
             away = [(i, self.homes.home(i)) for i in clients if i in self._known]
@@ -250,7 +250,7 @@ class Personal:
         # Of blocks without experts the first shard speaks for all.
         if not self or (self.homes.shard > 0 and self.layout.dense == self.layout.width):
             return {}, Plan({}, [], None)
-        plan = self.files.plan(max(1, _PIECE // max(FP32 * self.layout.width, 1)))
+        plan = self.files.plan(max(1, PIECE // max(FP32 * self.layout.width, 1)))
         return {name: partial(self._written, clients) for name, clients in plan.write.items()}, plan
 
     def _written(self, clients: Sequence[int]) -> dict[str, Tensor]:
@@ -287,7 +287,7 @@ class Personal:
 
     def _rows_of(self, file: OpenFile, places: list[Place]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(client at home here, which numbers of its row, these) of a file's rows that count."""
-        clients, step = file.rows(self.clients), max(1, _PIECE // max(FP32 * self.layout.width, 1))
+        clients, step = file.rows(self.clients), max(1, PIECE // max(FP32 * self.layout.width, 1))
         mine = [client != BEGINNING and self.homes.is_here(client) for client in clients]
         if not places or not any(mine):
             return

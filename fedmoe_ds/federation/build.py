@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
@@ -36,6 +35,7 @@ from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation import continuation
 from fedmoe_ds.federation.best_round import check_best_tier
 from fedmoe_ds.federation.evaluation import Evaluator
+from fedmoe_ds.federation.execution import adapted_model, enable_checkpointing, execution_of
 from fedmoe_ds.federation.identity import identity, memory_settings
 from fedmoe_ds.federation.kernel_identity import agreed, check_code, code_of, kernels_of
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
@@ -51,12 +51,8 @@ from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import check_kernels
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
-from fedmoe_ds.model.adapter_dropout import AdapterDropout
-from fedmoe_ds.model.dispatcher import Pool
-from fedmoe_ds.model.forward import AdaptedModel
-from fedmoe_ds.model.install import initial_bank, install
+from fedmoe_ds.model.install import initial_bank
 from fedmoe_ds.model.pass_context import Execution
-from fedmoe_ds.model.per_client_attention import use_per_client_attention
 from fedmoe_ds.report import Progress
 
 
@@ -211,7 +207,7 @@ def _assemble(
     in_flight = wave_slots(spec, clients, topology.layout.clusters)
     # Clusters that no client of any round comes to hold no adapters in flight.
     is_idle = topology.cluster >= participants_per_round(spec, len(clients))
-    execution = _execution(spec, topology, 0 if is_idle else in_flight, device)
+    execution = execution_of(spec, topology, 0 if is_idle else in_flight, device)
     model = adapted_model(spec, foundation, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
@@ -258,16 +254,6 @@ def _assemble(
     )
 
 
-def adapted_model(spec: RunSpec, foundation: Foundation, execution: Execution) -> AdaptedModel:
-    """Put the federated layers of a run into its foundation."""
-    config = spec.config
-    install(foundation, config.adapters, execution)
-    # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
-    if (spec.bitwise and spec.shares_passes) or config.execution.packing:
-        use_per_client_attention(foundation.model, execution)
-    return AdaptedModel(foundation, execution, config.execution.packing)
-
-
 def client_slabs(config: Config) -> Slabs:
     """The memory of what clients keep for themselves, and the files for what is beyond."""
     return Slabs(int(config.execution.client_state_gib * 2**30), lambda: cache_folder(config.foundation, "scratch"))
@@ -291,30 +277,3 @@ def initial_personal(
         return None if block.name in zero else method.initial(block, clients[index])
 
     return Personal(own + controls, adapters.experts, len(clients), common, initial, homes, slabs)
-
-
-def _execution(spec: RunSpec, topology: Topology, in_flight: int, device: torch.device) -> Execution:
-    config, experts, ep_size = spec.config, spec.expert_layout.num_experts, topology.layout.ep_size
-    pool = Pool(topology.ep_group, ep_size, experts, in_flight, merge=spec.shares_passes, shard=topology.shard)
-    # Sized once for the largest wave: a buffer that grew later could fail in the middle of a run. Expert blocks have slots for
-    # all clients of the wave, dense ones only for those at home on this rank.
-    bank = Bank(spec.blocks, experts // ep_size, pool.slots.at_home[topology.shard], pool.wave_clients, device)
-    return Execution(
-        bank,
-        pool,
-        scale=config.adapters.alpha / config.adapters.rank,
-        rescaler=spec.method.rescaler is not None,
-        balance=config.local.balance_loss,
-        z=config.local.z_loss,
-        kernels=config.execution.adapter_kernels,
-        dropout=AdapterDropout(config.adapters.dropout, config.seed) if config.adapters.dropout else None,
-    )
-
-
-def enable_checkpointing(foundation: Foundation) -> None:
-    """Recompute each decoder layer in the backward pass. Only the layers' own switch is set: nothing else enters train mode."""
-    model: Any = foundation.model
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", None) is True:
-            module.training = True

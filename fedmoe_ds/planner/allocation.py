@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.hardware import Hardware, load_hardware, table_names
 from fedmoe_ds.planner.memory import outlasting
@@ -112,17 +112,22 @@ def check_room(job: Job, world: World, hardware: Hardware) -> int:
     return found.memory_total
 
 
-def memory_mib(job: Job, kind: str, ranks_per_host: int) -> int:
+def memory_mib(job: Job, kind: str, world: World) -> int:
     """Host memory of a node, for `--mem`: on the CPU all of every rank, beside a GPU what stays on the host; whole GiB."""
     config, drawn = job.config, len(job.participants(1))
+    ep_size, in_flight, clusters = (
+        config.topology.ep_size,
+        config.execution.clients_in_flight,
+        world.ranks // config.topology.ep_size,
+    )
     if kind == "cpu":
-        held = rank_memory(job, config.topology.ep_size, config.execution.clients_in_flight, load_hardware("cpu"), drawn)
+        held = rank_memory(job, ep_size, in_flight, load_hardware("cpu"), drawn, clusters=clusters)
         each = float(sum(held.values()))
     else:
         # Weights are read through files that are mapped: pages that the system may take back are no reason to kill a job.
-        lasting = outlasting(job, len(job.clients), drawn)
+        lasting = outlasting(job, len(job.clients), drawn, clusters)
         each = _GPU_HOST_BYTES + sum(lasting.get(name, 0) for name in ON_HOST)
-    return 1024 * math.ceil((each * _SLACK * ranks_per_host + _NODE_BYTES) / 2**30)
+    return 1024 * math.ceil((each * _SLACK * world.ranks_per_host + _NODE_BYTES) / 2**30)
 
 
 def lead_s(job: Job, world: World, hardware: Hardware) -> int:
@@ -130,8 +135,8 @@ def lead_s(job: Job, world: World, hardware: Hardware) -> int:
     config = job.config
     ep_size, in_flight, chosen = config.topology.ep_size, config.execution.clients_in_flight, job.participants(1)
     costs = ClientCosts.of(job, hardware, world.ranks_per_host, 1)
-    model = WaveModel(job, hardware, Network(hardware, world), ep_size, home_clients(in_flight, len(chosen), ep_size), costs)
     plan = schedule(chosen, job.cost, config.local, world.ranks // ep_size, ep_size, in_flight)
+    model = WaveModel(job, hardware, Network(hardware, world), ep_size, largest_wave(plan), costs)
     # A cluster of one wave takes as long as the wave.
     spent, _ = model.clusters([[wave] for waves in plan for wave in waves])
     longest = max((one.total for one in spent), default=0.0)

@@ -107,7 +107,7 @@ def check(request: Request, environment: Mapping[str, str] | None = None) -> Che
     # Heavy: it builds the model, without weights. The login node has neither the GPUs nor the time for the data.
     job, world = checked(config, request.ranks, kind, counted=False), World(request.nodes, request.tasks)
     hardware, notes = hardware_of(request.hardware, request.gpus), [job.data.assumed or ""]
-    cores, mem = CORES_PER_GPU if kind == "cuda" else config.execution.threads, memory_mib(job, kind, world.ranks_per_host)
+    cores, mem = CORES_PER_GPU if kind == "cuda" else config.execution.threads, memory_mib(job, kind, world)
     if hardware is None:
         what = "whether it fits into its GPUs, and " if kind == "cuda" else ""
         notes.append(f"not known: {what}how long a wave takes; --hardware says it (`fedmoe plan --help`)")

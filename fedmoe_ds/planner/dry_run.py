@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fedmoe_ds.clients.batches import step_count
 from fedmoe_ds.clients.client import tiers_of
 from fedmoe_ds.clients.local_training import Wave
@@ -11,13 +13,14 @@ from fedmoe_ds.distributed.topology import check_layout, format_table
 from fedmoe_ds.federation.best_round import check_best_tier
 from fedmoe_ds.federation.monitors import check_monitors
 from fedmoe_ds.federation.run_spec import of_known_type
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.federation.server import check_terms
 from fedmoe_ds.methods import load_method, with_defaults
+from fedmoe_ds.planner.client_state import client_state
 from fedmoe_ds.planner.legality import check_ep_size
 from fedmoe_ds.planner.memory import estimate, format_bytes, outlasting
-from fedmoe_ds.planner.rank_memory import ON_HOST
-from fedmoe_ds.planner.text import data_lines, summarised
+from fedmoe_ds.planner.rank_memory import ON_HOST, trained_here
+from fedmoe_ds.planner.text import client_files_lines, data_lines, summarised
 from fedmoe_ds.planner.workload import Job, resolve
 
 _MOST_RANKS = 64
@@ -55,10 +58,12 @@ def describe(config: Config, world_size: int, kind: str | None = None) -> list[s
     shown = summarised([[str(value) for value in row.values()] for row in ranks], _MOST_RANKS)
     chosen = job.participants(1)
     plan = schedule(chosen, job.cost, config.local, layout.clusters, layout.ep_size, config.execution.clients_in_flight)
-    home = home_clients(config.execution.clients_in_flight, len(chosen), layout.ep_size)
+    most, here = largest_wave(plan), trained_here(plan)
+    home = max(1, math.ceil(most / layout.ep_size))
     # Full sequences of the largest budget: an upper bound, before any batch is drawn.
-    memory = estimate(job, home, job.length, together=home if job.shares_passes else 1)
-    memory |= outlasting(job, len(job.clients), len(chosen))
+    memory = estimate(job, home, job.length, together=home if job.shares_passes else 1, in_flight=most)
+    memory |= outlasting(job, len(job.clients), len(chosen), layout.clusters, here, most)
+    files = client_state(job, len(job.clients), len(chosen), layout.clusters, here).files
     beside = {name: memory.pop(name) for name in ON_HOST if kind == "cuda" and name in memory}
     return [
         f"topology: {layout.clusters} clusters x ep_size {layout.ep_size} = {world_size} ranks",
@@ -72,6 +77,7 @@ def describe(config: Config, world_size: int, kind: str | None = None) -> list[s
         *[f"  {name:<22} {format_bytes(count):>11}" for name, count in memory.items()],
         f"  {'total':<22} {format_bytes(sum(memory.values())):>11}",
         *[f"  on the host: {name:<9} {format_bytes(count):>11}" for name, count in beside.items()],
+        *client_files_lines(files),
     ]
 
 

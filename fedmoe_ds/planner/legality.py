@@ -50,8 +50,8 @@ def host_shortage(needed: int, ranks_per_host: int, available: float | None) -> 
         return None
     return (
         f"memory: {needed * ranks_per_host / 2**30:.1f} GiB on a host for {ranks_per_host} ranks (personal state, the "
-        f"checkpoint's copy): a host has {available / 2**30:.1f} GiB; use fewer ranks per host, a larger topology.ep_size, "
-        "a smaller adapters.rank, or fewer clients"
+        f"checkpoint's copy, moments): a host has {available / 2**30:.1f} GiB; use fewer ranks per host, a larger "
+        "topology.ep_size, a smaller adapters.rank, a smaller execution.client_state_gib, or execution.moments_on=device"
     )
 
 

@@ -12,6 +12,7 @@ from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.model.adapter_bank import BlockSpec, base_block, lora_pairs, shared_blocks
 from fedmoe_ds.planner.activations import FP32, activations
+from fedmoe_ds.planner.client_state import client_state
 
 PASS = "activations of a pass"  # noqa: S105  (not a password)
 COPY, PERSONAL, HOST_MOMENTS = "checkpoint's copy", "personal state", "moments on the host"
@@ -79,34 +80,43 @@ def _on_device(spec: RunSpec, in_flight: int, home: int) -> int:
     return max((size // layers[name] for name, size in found.items() if size), default=0)
 
 
-def outlasting(spec: RunSpec, clients: int, drawn: int) -> dict[str, int]:
-    """Bytes per rank of what a method keeps for all `clients`, for the `drawn` ones of a round, and for the server.
+def outlasting(
+    spec: RunSpec,
+    clients: int,
+    drawn: int,
+    clusters: int = 1,
+    trained_here: int | None = None,
+    in_flight: int | None = None,
+) -> dict[str, int]:
+    """Bytes per rank of what a method keeps of `clients`, of the `drawn` ones of a round, and for the server.
 
     And of moments on the host, and of the copy that a checkpoint is written from while the next round trains.
+
+    Args:
+        clusters: over which the clients are at home; on one cluster a rank keeps most.
+        trained_here: clients of a round that one cluster trains; None: an even share.
+        in_flight: clients of the cluster's largest wave; None: as many as are configured.
     """
     config, method, blocks = spec.config, spec.method, spec.blocks
     held = spec.expert_layout.num_experts // config.topology.ep_size
-    personal = [block for block in blocks if block.personal] + method.client_state(blocks)
-    if config.local.drift == "scaffold":
-        # A control variate per client, as large as what it corrects.
-        personal += shared_blocks(blocks)
     # The server's own control variate besides its moments.
     server = len(server_moments(config.server)) + (config.local.drift == "scaffold")
     halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
     merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
     shared = sum(parameters_per_client(shared_blocks(blocks), held))
     found = {
-        PERSONAL: clients * sum(parameters_per_client(personal, held)),
         "collected factors": drawn * sum(parameters_per_client(halves, held)),
         "server state": server * shared + sum(parameters_per_client(merged, held)),
     }
-    if config.checkpoint.background:
-        # Only what changes: frozen weights are in no checkpoint.
+    # What a device has is copied to its host, whether or not the run waits for the writer.
+    if config.checkpoint.background or spec.device != "cpu":
+        # Frozen weights are in no checkpoint, and clients' rows stand still while they are written from where they lie.
         adapters = sum(parameters_per_client([block for block in blocks if not block.personal], held))
-        found[COPY] = adapters + found[PERSONAL] + found["server state"]
-    lasting = {name: count * FP32 for name, count in found.items() if count}
+        found[COPY] = adapters + found["server state"]
+    kept = client_state(spec, clients, drawn, clusters, trained_here).memory
+    lasting = {name: size for name, size in {PERSONAL: kept, **{n: c * FP32 for n, c in found.items()}}.items() if size}
     if config.execution.moments_on == "host":
-        flight = min(config.execution.clients_in_flight or drawn, drawn)
+        flight = min(config.execution.clients_in_flight or drawn, drawn) if in_flight is None else in_flight
         lasting[HOST_MOMENTS] = sum(_moments(spec, flight, math.ceil(flight / config.topology.ep_size)).values())
     return lasting
 

@@ -56,6 +56,7 @@ class ModelPlan:
             "memory": prediction.memory_total,
             "round_s": prediction.round_seconds,
             "host_memory": prediction.host_memory,
+            "client_files": prediction.client_files,
         }
         return facts | {"fits": True, "ranks_without_clients": prediction.homeless, **figures}
 
@@ -80,8 +81,7 @@ def _best(name: str, job: Job, world: World, hardware: Hardware) -> ModelPlan:
     if not refusals:
         raise UserError(f"{name}: no topology of {world.ranks} ranks divides its experts")
     least = smallest(refusals)
-    drawn = len(job.participants(1))
-    return ModelPlan(name, world, least, advice(job, least.ep_size, least.in_flight, world, hardware, drawn))
+    return ModelPlan(name, world, least, advice(job, least.ep_size, least.in_flight, world, hardware))
 
 
 def lines(plans: list[ModelPlan], hardware: Hardware) -> list[str]:

@@ -73,6 +73,7 @@ class Plan:
             "bytes": chosen.bytes,
             "memory": chosen.memory,
             "host_memory": chosen.host_memory,
+            "client_files": chosen.client_files,
             "spread": list(self.hardware.spread),
             "ranks_without_clients": chosen.homeless,
             "balance": chosen.balance,
@@ -129,7 +130,7 @@ def check_memory(job: Job, found: Prediction, world: World, hardware: Hardware) 
     ep_size, flight = job.config.topology.ep_size, job.config.execution.clients_in_flight
     wrong = shortage(found.memory_total, hardware.available(world.ranks_per_host), ep_size, flight)
     if wrong is not None:
-        raise UserError(f"{wrong}; {advice(job, ep_size, flight, world, hardware, len(job.participants(1)))}")
+        raise UserError(f"{wrong}; {advice(job, ep_size, flight, world, hardware)}")
     wrong = host_shortage(sum(found.host_memory.values()), world.ranks_per_host, hardware.host_memory_bytes)
     if wrong is not None:
         raise UserError(wrong)

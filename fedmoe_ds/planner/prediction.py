@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
@@ -15,7 +15,7 @@ from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
 from fedmoe_ds.planner.memory import parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
-from fedmoe_ds.planner.rank_memory import host_memory, rank_memory
+from fedmoe_ds.planner.rank_memory import client_files, host_memory, rank_memory
 from fedmoe_ds.planner.training import Spent, WaveModel
 from fedmoe_ds.planner.work import stage_seconds
 from fedmoe_ds.planner.workload import Job, resolve
@@ -37,6 +37,7 @@ class Prediction:
         traffic: by collective, on one rank.
         memory: bytes per rank by purpose, the process itself included.
         host_memory: bytes per rank by purpose on the host of a device; empty where ranks compute on the host.
+        client_files: bytes per rank of clients' own state beyond its memory, in mapped files below the cache.
         tokens: trained in the round, over all clusters.
         work: predicted compute seconds of every cluster: the balance of the schedule.
         waves: most waves of a cluster.
@@ -48,6 +49,7 @@ class Prediction:
     traffic: dict[str, Traffic]
     memory: dict[str, int]
     host_memory: dict[str, int]
+    client_files: int
     tokens: int
     work: list[float] = field(repr=False)
     waves: int
@@ -103,9 +105,8 @@ def predict_job(
     clusters = world.ranks // ep_size
     costs = costs or ClientCosts.of(job, hardware, world.ranks_per_host, round_index)
     drawn, network = len(costs.chosen), Network(hardware, world)
-    model = WaveModel(job, hardware, network, ep_size, home_clients(in_flight, drawn, ep_size), costs)
     plan = schedule(costs.chosen, job.cost, job.config.local, clusters, ep_size, in_flight)
-    spent, network.traffic = model.clusters(plan)
+    spent, network.traffic = WaveModel(job, hardware, network, ep_size, largest_wave(plan), costs).clusters(plan)
     train = _shared_cores(spent, world, hardware, clusters)
     # Clusters meet only at the aggregation, so a round waits for the slowest one.
     slowest = max(spent, key=lambda cluster: cluster.total)
@@ -120,7 +121,8 @@ def predict_job(
         split,
         network.traffic,
         rank_memory(job, ep_size, in_flight, hardware, drawn, plan),
-        host_memory(job, ep_size, hardware, drawn),
+        host_memory(job, ep_size, in_flight, hardware, drawn, plan),
+        client_files(job, ep_size, drawn, plan),
         costs.tokens,
         [cluster.work for cluster in spent],
         max(map(len, plan)),

@@ -5,10 +5,12 @@ One predictor serves the plan, the search and the advice, so that nothing is rec
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from fedmoe_ds.clients.local_training import Wave
-from fedmoe_ds.federation.schedule import home_clients, largest_wave
+from fedmoe_ds.federation.schedule import largest_wave
+from fedmoe_ds.planner.client_state import client_state
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.memory import COPY, HOST_MOMENTS, PASS, PERSONAL, estimate, outlasting
 from fedmoe_ds.planner.workload import Job
@@ -36,36 +38,71 @@ def rank_memory(
     hardware: Hardware,
     participants: int,
     plan: list[list[Wave]] | None = None,
+    clusters: int = 1,
 ) -> dict[str, int]:
     """Bytes of rank 0 by purpose; the other ranks hold as much or less.
 
     Args:
         plan: waves of every cluster, where a schedule is known; else all slots are taken by clients of the largest cap.
+        clusters: how many there are, where no schedule says it; with one a rank keeps most of clients.
     """
-    topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
-    execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
-    spec = replace(job, config=job.config.model_copy(update={"topology": topology, "execution": execution}))
-    home = home_clients(in_flight, participants, ep_size)
+    spec = _placed(job, ep_size, in_flight)
+    # A bank has slots for the largest wave of any cluster, as `wave_slots` says of a start.
+    flight = min(in_flight or participants, participants) if plan is None else largest_wave(plan)
+    home = max(1, math.ceil(flight / ep_size))
     passes: set[tuple[int, float | None]] = {(home, None)}
     if not spec.shares_passes:
         passes = {(1, None)}
     elif plan is not None:
         passes = {*shared_passes(plan)} or passes
-    # A bank has slots for the largest wave of any cluster, as `wave_slots` says of a start.
-    flight = min(in_flight or participants, participants) if plan is None else largest_wave(plan)
     held = (estimate(spec, home, job.length, *each, in_flight=flight) for each in passes)
     # The pass with the largest activations decides; everything else is the same in all of them.
     found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
     found[PASS] = int(found[PASS] * hardware.activation_slack)
-    found |= outlasting(spec, len(job.clients), participants)
+    found |= _lasting(spec, flight, participants, plan, clusters)
     return {name: size for name, size in found.items() if hardware.kind == "cpu" or name not in ON_HOST}
 
 
-def host_memory(job: Job, ep_size: int, hardware: Hardware, participants: int) -> dict[str, int]:
-    """Bytes of rank 0 by purpose in the memory of its host, beside its device; empty where the host is what computes."""
+def host_memory(
+    job: Job,
+    ep_size: int,
+    in_flight: int | None,
+    hardware: Hardware,
+    participants: int,
+    plan: list[list[Wave]] | None = None,
+    clusters: int = 1,
+) -> dict[str, int]:
+    """Bytes of rank 0 by purpose in the memory of its host, beside its device; empty where the host is what computes.
+
+    Arguments as those of `rank_memory`.
+    """
     if hardware.kind == "cpu":
         return {}
-    topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
-    spec = replace(job, config=job.config.model_copy(update={"topology": topology}))
-    lasting = outlasting(spec, len(job.clients), participants)
+    flight = min(in_flight or participants, participants) if plan is None else largest_wave(plan)
+    lasting = _lasting(_placed(job, ep_size, in_flight), flight, participants, plan, clusters)
     return {"process": int(hardware.host_baseline_bytes), **{name: lasting[name] for name in ON_HOST if name in lasting}}
+
+
+def client_files(job: Job, ep_size: int, participants: int, plan: list[list[Wave]]) -> int:
+    """Bytes of clients' own state that a rank has no room for in memory (`execution.client_state_gib`): files of its host."""
+    spec = _placed(job, ep_size, job.config.execution.clients_in_flight)
+    return client_state(spec, len(job.clients), participants, len(plan), trained_here(plan)).files
+
+
+def _placed(job: Job, ep_size: int, in_flight: int | None) -> Job:
+    """The job with another topology and number of clients in flight."""
+    topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
+    execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
+    return replace(job, config=job.config.model_copy(update={"topology": topology, "execution": execution}))
+
+
+def _lasting(spec: Job, flight: int, participants: int, plan: list[list[Wave]] | None, clusters: int) -> dict[str, int]:
+    clients = len(spec.clients)
+    if plan is None:
+        return outlasting(spec, clients, participants, clusters, None, flight)
+    return outlasting(spec, clients, participants, len(plan), trained_here(plan), flight)
+
+
+def trained_here(plan: list[list[Wave]]) -> int:
+    """Clients of the cluster that trains most of them."""
+    return max(sum(len(home) for wave in waves for home in wave) for waves in plan)

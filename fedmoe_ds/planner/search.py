@@ -44,7 +44,7 @@ def search(job: Job, world: World, hardware: Hardware) -> tuple[list[Choice], li
     choices, refusals = try_all(job, world, hardware)
     if not choices:
         least = smallest(refusals)
-        help_ = advice(job, least.ep_size, least.in_flight, world, hardware, len(job.participants(1)))
+        help_ = advice(job, least.ep_size, least.in_flight, world, hardware)
         raise UserError(f"no topology of {world.ranks} ranks fits; the smallest: {least.reason}; {help_}")
     return choices, refusals
 
@@ -52,11 +52,16 @@ def search(job: Job, world: World, hardware: Hardware) -> tuple[list[Choice], li
 def try_all(job: Job, world: World, hardware: Hardware) -> tuple[list[Choice], list[Refusal]]:
     """The same, whether or not any fits. What is configured is tried too, so that nothing slower can be called the best."""
     drawn = 1 if job.method.pooled else participant_count(len(job.clients), job.config.federation.participation)
-    choices, refusals = [], []
+    choices, refusals = list[Choice](), list[Refusal]()
+    configured = (job.config.topology.ep_size, job.config.execution.clients_in_flight)
     available = hardware.available(world.ranks_per_host)
     costs = ClientCosts.of(job, hardware, world.ranks_per_host, 1)
     for ep_size in legal_sizes(world.ranks, job.expert_layout.num_experts):
         for flight in _flights(job, drawn, ep_size, world.ranks // ep_size):
+            # A wave for each client takes longest to run and to plan: one in flight is for where no more fit.
+            fits = any(choice.ep_size == ep_size for choice in choices)
+            if flight == 1 < ep_size and fits and (ep_size, flight) != configured:
+                continue
             found = predict_job(job, ep_size, flight, world, hardware, costs=costs)
             # The plan's own figure, and less of the card than the plan accepts: a recommendation must not be what fails.
             wrong = shortage(found.memory_total, available, ep_size, flight, HEADROOM)
@@ -76,14 +81,15 @@ def smallest(refusals: list[Refusal]) -> Refusal:
 
 
 def _flights(job: Job, drawn: int, ep_size: int, clusters: int) -> list[int]:
-    """Numbers of clients in flight worth a try: one per rank, doubled, up to a cluster's share, and what is configured."""
+    """Numbers of clients in flight worth a try: one per rank, doubled, up to a cluster's share, what is configured, and one."""
     # More slots than a cluster gets clients would only take memory.
     most = max(1, -(-drawn // clusters))
-    found, flight = {most}, ep_size
+    # One comes last. It is the least that a cluster can hold: what does not fit with it does not fit at all.
+    found, flight = {1, most}, ep_size
     while flight < most:
         found.add(flight)
         flight *= 2
     asked = job.config.execution.clients_in_flight
     if ep_size == job.config.topology.ep_size and asked is not None and asked < most:
         found.add(asked)
-    return sorted(found)
+    return [*sorted(found - {1}), 1]

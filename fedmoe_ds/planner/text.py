@@ -115,14 +115,28 @@ def memory_lines(prediction: Prediction, hardware: Hardware, world: World) -> li
     rows = [[name, format_bytes(count)] for name, count in prediction.memory.items()]
     rows += [["total", format_bytes(prediction.memory_total)], ["available", format_bytes(available)]]
     lines = ["memory per rank:", *aligned(["purpose", "bytes"], rows)]
+    files = client_files_lines(prediction.client_files, world.ranks_per_host)
     if not prediction.host_memory:
-        return lines
+        return lines + files
     rows = [[name, format_bytes(count)] for name, count in prediction.host_memory.items()]
     whole = sum(prediction.host_memory.values()) * world.ranks_per_host
     rows.append([f"all {world.ranks_per_host} ranks of a host", format_bytes(whole)])
     if hardware.host_memory_bytes is not None:
         rows.append(["available", format_bytes(hardware.host_memory_bytes)])
-    return [*lines, "host memory per rank:", *aligned(["purpose", "bytes"], rows)]
+    return [*lines, "host memory per rank:", *aligned(["purpose", "bytes"], rows), *files]
+
+
+def client_files_lines(size: int, ranks_per_host: int | None = None) -> list[str]:
+    """The disk that clients' own state takes beyond a rank's memory; nothing where it takes none."""
+    if not size:
+        return []
+    hosts = (
+        "" if ranks_per_host is None else f", {format_bytes(size * ranks_per_host)} for the {ranks_per_host} ranks of a host"
+    )
+    return [
+        f"disk per rank: {format_bytes(size)} of clients' own state beyond execution.client_state_gib, in files below "
+        f"foundation.cache{hosts}"
+    ]
 
 
 def round_lines(prediction: Prediction, spread: Spread) -> list[str]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.methods import Method
+from fedmoe_ds.model.client_slots import ClientSlots
 from fedmoe_ds.planner.activations import FP32
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.counts import CONTROL
@@ -99,16 +100,18 @@ class WaveModel:
 
     Args:
         ep_size: ranks of a cluster.
-        home: client slots per rank.
+        most: clients of the largest wave of any cluster: every rank holds as many slots for experts.
     """
 
-    def __init__(self, job: Job, hardware: Hardware, network: Network, ep_size: int, home: int, costs: ClientCosts) -> None:
-        self.job, self.hardware, self.network, self.ep_size, self.home_clients = job, hardware, network, ep_size, home
+    def __init__(self, job: Job, hardware: Hardware, network: Network, ep_size: int, most: int, costs: ClientCosts) -> None:
+        self.job, self.hardware, self.network, self.ep_size = job, hardware, network, ep_size
+        self.slots = ClientSlots(most, ep_size)
         self.group, self.costs = Group.cluster(network.world, ep_size), costs
         self.compute = hardware.crowded(network.world.ranks_per_host)
         self.work = PassWork(job, training=True)
         self.expert, self.dense = parameters_per_client(job.blocks, job.expert_layout.num_experts // ep_size)
-        self.in_flight = home * (ep_size * self.expert + self.dense)
+        # Of the rank that has most clients at home.
+        self.in_flight = self.slots.clients * self.expert + self.slots.most * self.dense
         trained = [spec for spec in job.blocks if spec.trained]
         self.expert_blocks = sum(spec.expert for spec in trained)
         self.blocks = len(trained)
@@ -175,10 +178,11 @@ class _Waves:
             if model.job.shares_passes:
                 self._lockstep(np.arange(members.start, members.stop), waves, blocks=1)
                 continue
-            # One client per rank at a time; a pass of bitwise mode then has one block of rows per peer.
+            # One client per rank at a time; a pass of bitwise mode then has one block of rows per peer that has such a slot.
             slots = seats.slot[members]
             for slot in range(int(slots.max(initial=-1)) + 1):
-                self._lockstep(members.start + np.flatnonzero(slots == slot), waves, blocks=model.ep_size)
+                blocks = sum(slot < at_home for at_home in model.slots.at_home)
+                self._lockstep(members.start + np.flatnonzero(slots == slot), waves, blocks)
 
     def _lockstep(self, members: Places, waves: slice, blocks: int) -> None:
         """Passes that all ranks of a wave run together: `members` are the seats that take part."""
@@ -213,7 +217,7 @@ class _Waves:
         if model.ep_size == 1 or not layout.layers:
             return
         calls, numbers_W = exchanged(model.job, True, rows_W / np.maximum(passes_W, 1))
-        slots = model.home_clients if model.job.shares_passes else 1
+        slots = model.slots.most if model.job.shares_passes else 1
         counts = layout.num_experts * slots * 8 * (1 + model.work.recompute)
         sizes_W = (numbers_W * model.work.number_bytes + len(layout.layers) * counts) / calls
         each, booked = model.network.all_to_all_seconds(model.group, sizes_W), np.zeros((2, self.count))
@@ -242,12 +246,12 @@ class _Waves:
         model = self.model
         local = model.job.expert_layout.num_experts // model.ep_size
         items = sum(len(spec.layers) for spec in model.job.blocks if spec.expert and spec.trained)
-        return items * local * model.ep_size * model.home_clients
+        return items * local * model.slots.clients
 
     @property
     def _dense_norms(self) -> int:
         dense = sum(len(spec.layers) for spec in self.model.job.blocks if spec.trained and not spec.expert)
-        return dense * self.model.home_clients
+        return dense * self.model.slots.most
 
     def before_and_after(self) -> None:
         """Waves move in, report, and are folded into the sums."""
@@ -264,11 +268,13 @@ class _Waves:
         folded_W = stage_seconds(model.compute, "fold", numbers_W, blocks_W)
         self._busy("fold", np.repeat(folded_W[:, None], model.ep_size, 1))
         layout, ones = model.job.expert_layout, np.ones(self.count)
-        counts = model.home_clients * len(layout.layers) * layout.num_experts * 8
-        gathered: list[tuple[Floats, float]] = [(2.0 * ones, counts), (2.0 * ones, 8 * model.ep_size * model.home_clients)]
+        # Routed and trained rows, tokens and targets by home slot; by slot of the wave whether all is finite.
+        home, clients = model.slots.most, model.slots.clients
+        counts = home * len(layout.layers) * layout.num_experts * 8
+        gathered: list[tuple[Floats, float]] = [(2.0 * ones, counts), (ones, 16 * home), (ones, 8 * clients)]
         # Only methods that measure something gather it.
         if type(model.job.method).measure is not Method.measure:
-            gathered.append((2.0 * clients_W, counts / max(model.home_clients, 1)))
+            gathered.append((2.0 * clients_W, counts / max(home, 1)))
         for calls_W, size in gathered:
             each = model.network.all_gather_seconds(model.group, size)
             self.parts["reports"] += self._send("all_gather", calls_W, size * ones, each * ones)

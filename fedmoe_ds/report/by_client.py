@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report.client_tables import Rows, numbers
 
 Floats = NDArray[np.float64]
@@ -208,24 +209,21 @@ class OwnScores(_ByClient):
         kept: list[float] = found[~np.isnan(found)].tolist()
         return kept
 
-    def ends(self, name: str, own: NDArray[np.int64] | None = None) -> tuple[Floats, Floats]:
-        """A figure of every client at first and at last [clients], NaN where there is none.
+    def ends(self, name: str, own: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """A figure of every client at first and at last, both by one model [clients], NaN where there is none.
 
         Args:
-            own: by whose model: a code of `tiers` for every client, -1 where nobody knows [clients]. None: the first row of the
-                record by round and label of the tier, and the last one.
+            own: by whose model: a code of `tiers` for every client [clients]; where nobody knows, -1, by the largest that has
+                scored the client.
         """
-        ends = []
-        for last in (False, True):
-            found, best = np.full(len(self), np.nan), np.full(len(self), -1.0 if last else np.inf)
-            for tier in sorted(self.tiers):
-                rounds = self._rounds(tier, last)
-                better = (rounds >= best) & (rounds >= 0) if last else rounds < best
-                if own is not None:
-                    better &= (own == self.tiers[tier]) | (own < 0)
-                found[better], best[better] = self._figure(tier, name, last)[better], rounds[better]
-            ends.append(found)
-        return ends[0], ends[1]
+        ends, models = (np.full(len(self), np.nan), np.full(len(self), np.nan)), own.copy()
+        # Smaller ones first, so that the largest is what stays.
+        for tier in sorted(self.tiers, key=tier_order, reverse=True):
+            models[(own < 0) & (self._rounds(tier, last=True) >= 0)] = self.tiers[tier]
+        for tier, code in self.tiers.items():
+            for found, last in zip(ends, (False, True), strict=True):
+                found[models == code] = self._figure(tier, name, last)[models == code]
+        return ends
 
     def tier_codes(self, names: Iterable[str], tiers: Iterable[str]) -> NDArray[np.int64]:
         """The tiers of these clients as `ends` takes them."""

@@ -27,6 +27,7 @@ MANY_LEAD = (
     "those at either end; the other {others} are in the run's record (metrics.jsonl, and the tables in clients/ if there are "
     "any). {idle}"
 )
+SCORED_LEAD = "Its own hold-out is scored by the model of the client's tier."
 Form = Callable[[float | None], str]
 TRAINED: Mapping[str, tuple[str, Form]] = {
     "rounds": ("rounds", formats.count),
@@ -51,16 +52,16 @@ def client_section(history: History) -> Markup:
         return _many(history, len(names))
     described = {client["name"]: client for client in history.holdings}
     # Every known client gets a row, those that were never drawn as well.
-    body = _Table(history, None).of(names, described)
+    columns = _Table(history)
+    body = columns.of(names, described)
     filter_ = tag("input", type="search", placeholder=f"Filter {len(names)} clients", aria_label="Filter clients", cls="filter")
-    lead = tag("p", CLIENT_LEAD, cls="lead")
+    lead = tag("p", f"{CLIENT_LEAD} {SCORED_LEAD}" if len(columns.perplexity) else CLIENT_LEAD, cls="lead")
     return tag("div", lead, _lost(history), filter_ if len(names) > 15 else None, tag("div", body, cls="scroll"))
 
 
 def _many(history: History, clients: int) -> Markup:
     """Quantiles of every figure, and the clients at both ends."""
-    holdings, own = history.holdings, history.own_scores
-    columns = _Table(history, own.tier_codes(holdings.names, holdings.tiers))
+    holdings, columns = history.holdings, _Table(history)
     low, high, by = _ends(history, columns)
     wanted = {*low, *high}
     places = {name: place for place, name in enumerate(holdings.names) if name in wanted}
@@ -103,14 +104,24 @@ def _lost(history: History) -> Markup | None:
     )
 
 
-class _Table:
-    """The columns about clients: what they trained, and how their own hold-outs were scored, by which tiers' models."""
+def _own_tiers(history: History) -> NDArray[np.int64]:
+    """The tiers of the clients whose hold-outs are scored, as `OwnScores.ends` takes them."""
+    holdings, trained = history.holdings, history.trained
+    names, known = holdings.names, set(holdings.names)
+    # A record may be cut, and hold no word about a client but what it has trained.
+    others = {name: trained.tier(place) for name, place in trained.places.items() if name not in known}
+    return history.own_scores.tier_codes([*names, *others], [*holdings.tiers, *others.values()])
 
-    def __init__(self, history: History, own_tiers: NDArray[np.int64] | None) -> None:
+
+class _Table:
+    """The columns about clients: what they trained, and how their own hold-outs were scored by their tiers' models."""
+
+    def __init__(self, history: History) -> None:
         self._trained, self._own = history.trained, history.own_scores
         self._colours = tier_colours(history.tiers)
         self._figures = {name: self._trained.figure(name) for name in TRAINED}
         scored = ["perplexity", *(name for name in TASK_METRICS if name in self._own.known)] if self._own else []
+        own_tiers = _own_tiers(history)
         self._scores: list[tuple[str, Floats, Form]] = []
         for name in scored:
             called, form = ("perplexity", formats.number) if name == "perplexity" else (TASK_METRICS[name], formats.percent)

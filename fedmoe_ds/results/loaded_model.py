@@ -29,9 +29,10 @@ from fedmoe_ds.distributed.control import Alone
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.build import adapted_model, client_slabs, initial_personal
+from fedmoe_ds.federation.build import client_slabs, initial_personal
 from fedmoe_ds.federation.continuation import named_in, take_class
 from fedmoe_ds.federation.cost import CostModel
+from fedmoe_ds.federation.execution import adapted_model
 from fedmoe_ds.federation.received_model import ReceivedModel
 from fedmoe_ds.federation.run_spec import (
     RunSpec,

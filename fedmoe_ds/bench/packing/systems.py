@@ -82,7 +82,7 @@ class PackedWave:
         bank = Bank(spec.blocks, experts, clients, clients, device)
         execution = Execution(bank, pool, adapters.alpha / adapters.rank)
         install(foundation, adapters, execution)
-        if (spec.bitwise and spec.shares_passes) or packing:  # as fedmoe_ds.federation.build does
+        if (spec.bitwise and spec.shares_passes) or packing:  # as fedmoe_ds.federation.execution does
             use_per_client_attention(foundation.model, execution)
         self.start = initial_bank(foundation, spec.blocks, workload.seed, spec.expert_layout.held)
         self.model = CountingModel(foundation, execution, packing)

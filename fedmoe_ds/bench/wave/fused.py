@@ -41,7 +41,7 @@ class Fused:
         bank = Bank(spec.blocks, experts, clients, clients, device)
         execution = Execution(bank, pool, workload.alpha / workload.rank, kernels=workload.kernels)
         install(foundation, config.adapters, execution)
-        if bitwise and spec.shares_passes:  # as fedmoe_ds.federation.build does
+        if bitwise and spec.shares_passes:  # as fedmoe_ds.federation.execution does
             use_per_client_attention(foundation.model, execution)
         self.start = Bank(spec.blocks, experts, clients=1, device=device, with_grad=False)
         for key, _, value in self.start.items(first_expert=0):

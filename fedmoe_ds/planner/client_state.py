@@ -1,0 +1,62 @@
+"""Client state: what a rank keeps of single clients between their rounds, in its memory and in files beyond it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedmoe_ds.checkpoint.personal_state import PIECE
+from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.model.adapter_bank import BlockSpec, control_block, shared_blocks
+from fedmoe_ds.planner.activations import FP32
+
+_DEVIATIONS = 3
+"""By how much the cluster with most clients that were ever drawn is taken to exceed the mean."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one rank: in memory, and in mapped files below the cache, on a disk of its host."""
+
+    memory: int = 0
+    files: int = 0
+
+
+def kept_blocks(spec: RunSpec) -> list[BlockSpec]:
+    """The blocks of a client's row."""
+    own = [block for block in spec.blocks if block.personal] + spec.method.client_state(spec.blocks)
+    # A control variate per client, as large as what it corrects.
+    controls = [control_block(block) for block in shared_blocks(spec.blocks)] if spec.config.local.drift == "scaffold" else []
+    return own + controls
+
+
+def client_state(spec: RunSpec, clients: int, drawn: int, clusters: int, trained_here: int | None = None) -> Kept:
+    """What the fullest rank keeps of `clients`, of whom `drawn` train in a round, at most.
+
+    Args:
+        trained_here: clients of a round that one cluster trains; None: an even share.
+    """
+    experts = spec.expert_layout.num_experts // spec.config.topology.ep_size
+    row = FP32 * sum(
+        len(block.layers) * (experts if block.expert else 1) * math.prod(block.item) for block in kept_blocks(spec)
+    )
+    if not row:
+        return Kept()
+    at_home = rows_at_home(spec, clients, drawn, clusters)
+    guests = math.ceil(drawn / clusters) if trained_here is None else trained_here
+    rows = (at_home + guests) * row
+    memory = min(rows, int(spec.config.execution.client_state_gib * 2**30))
+    # A file is written from rows end to end and from their blocks; rows that travel leave and arrive at the same time.
+    pieces = 2 if clusters == 1 else 4
+    return Kept(memory + row + pieces * max(row, min(PIECE, at_home * row)), rows - memory)
+
+
+def rows_at_home(spec: RunSpec, clients: int, drawn: int, clusters: int) -> int:
+    """Clients of the fullest cluster that are trained at all: nobody else has a row."""
+    federation = spec.config.federation
+    most = min(math.ceil(clients / clusters), drawn * federation.rounds)
+    # Draws by size or budget may prefer the clients of one cluster.
+    if federation.sampling != "uniform":
+        return most
+    mean = clients / clusters * (1 - (1 - drawn / clients) ** federation.rounds)
+    return min(most, math.ceil(mean + _DEVIATIONS * math.sqrt(mean)))
