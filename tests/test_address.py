@@ -57,6 +57,18 @@ def test_gloo_is_led_out(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ.get("GLOO_SOCKET_IFNAME") == host.told
 
 
+def test_exported_without_a_value_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo takes it so, and would go by the host's name."""
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.setattr(address, "_interfaces", lambda: {OUT: "eth0"})
+    monkeypatch.setattr(address, "_source", lambda target: OUT)
+    monkeypatch.setenv("MASTER_ADDR", OTHER)
+    for given, kept in (("", "eth0"), ("ib9", "ib9")):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+        address.set_gloo_interface()
+        assert os.environ["GLOO_SOCKET_IFNAME"] == kept
+
+
 @pytest.mark.parametrize(
     ("named", "offered"),
     [("127.0.1.1", [OUT, FABRIC]), (None, [OUT, FABRIC]), (FABRIC, [FABRIC, OUT]), (OUT, [OUT, FABRIC])],

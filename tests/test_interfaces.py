@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,9 +46,13 @@ JOBS = {
     "one host": Job([{"eth0": [ETH], "ib0": [IB]}], None),
     "the environment is kept": Job([{"ib0": [IB]}] * 2, "eth0", "=ib0", environment={GLOO: "eth0"}),
     "both are kept": Job([{"ib0": [IB]}] * 2, "eth0", "eth1", environment={GLOO: "eth0", NCCL: "eth1"}),
+    "exported without a value": Job([{"ib0": [IB]}] * 2, "ib0", "=ib0", environment={GLOO: "", NCCL: ""}),
+    "named, and exported without a value": Job([{"eth0": [ETH]}] * 2, "eth0", "=eth0", "eth0", {GLOO: "", NCCL: ""}),
     "named in the configuration": Job([{"eth0": [ETH], "ib0": [IB]}] * 2, "eth0", "=eth0", "eth0"),
     "named, on one host": Job([{"eth0": [ETH]}], "eth0", "=eth0", "eth0"),
     "named and in the environment": Job([{"eth0": [ETH]}] * 2, "eth0", "=eth0", "eth0", {GLOO: "eth0"}),
+    "named and NCCL's in the environment": Job([{"eth0": [ETH]}] * 2, "eth0", "=eth0", "eth0", {NCCL: "=eth0"}),
+    "named, a beginning of names for NCCL": Job([{"eth0": [ETH]}] * 2, "eth0", "eth0", "eth0", {NCCL: "eth0"}),
 }
 
 
@@ -58,7 +63,8 @@ def told(monkeypatch: pytest.MonkeyPatch, job: Job) -> str | None:
         monkeypatch.delenv(variable)
     for variable, value in job.environment.items():
         monkeypatch.setenv(variable, value)
-    views = [HostView(f"n{place}", networks, job.environment.get(GLOO)) for place, networks in enumerate(job.hosts)]
+    here = HostView.here()
+    views = [HostView(f"n{place}", networks, here.given, here.given_nccl) for place, networks in enumerate(job.hosts)]
     monkeypatch.setattr(interfaces, "decide", lambda store, rank, world, mine, decision: decision(list(map(vars, views))))
     monkeypatch.setattr(HostView, "here", lambda: views[0])
     monkeypatch.setattr(interfaces, "set_gloo_interface", lambda: None)
@@ -75,7 +81,7 @@ def test_the_network_of_a_job(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(job.hosts) == 1, "a user of several hosts is told"
     else:
         assert line.startswith(f"network: {job.gloo or 'the interface of the host'}") and "\n" not in line
-        assert ("from the environment" in line) == bool(job.environment)
+        assert ("from the environment" in line) == any(job.environment.values())
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,13 @@ def test_the_network_of_a_job(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
         (
             Job([{"ib0": [IB]}] * 2, None, wanted="ib0", environment={GLOO: "eth0"}),
             r"^topology\.interface: ib0: GLOO_SOCKET_IFNAME is eth0 on n0; unset it, or drop the key$",
+        ),
+        *(
+            (
+                Job([{"ib0": [IB]}] * 2, None, wanted="ib0", environment={NCCL: value}),
+                rf"^topology\.interface: ib0: NCCL_SOCKET_IFNAME is {re.escape(value)} on n0; unset it, or drop the key$",
+            )
+            for value in ("eth0", "=eth0,ib0", "^ib0")
         ),
     ],
 )

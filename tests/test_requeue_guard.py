@@ -14,7 +14,7 @@ from fedmoe_ds.checkpoint.reader import Snapshot
 from fedmoe_ds.distributed.stop_request import MAX_REQUEUES, StopRequest
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.federation import requeue_guard, rounds, session
-from fedmoe_ds.federation.requeue_guard import FILE, RequeueGuard
+from fedmoe_ds.federation.requeue_guard import FILE, RUN_FILE, RequeueGuard
 
 
 def guard(folder: Path, limit: str = "3", job: str = "7") -> RequeueGuard:
@@ -61,6 +61,23 @@ def test_without_a_limit_nothing_is_counted(tmp_path: Path) -> None:
 def test_another_job_begins_anew(tmp_path: Path) -> None:
     """Somebody has raised the limit of time, and submitted again."""
     assert stops(tmp_path, 3) is None and stops(tmp_path, 3, job="8") is None and stops(tmp_path, 9, job="8") == 1
+
+
+def test_a_stop_before_the_folder_is_had_counts_for_its_own_job(tmp_path: Path) -> None:
+    """Rank 0 was asked to stop while it waited for the lock, so `begin` was never called: another job's stops are no matter."""
+    assert stops(tmp_path, 3) is None
+    for _ in range(3):
+        guard(tmp_path, job="8").stopped("SIGUSR1", "", 1.0)
+    with pytest.raises(UserError, match="stopped 4 times in a row"):
+        guard(tmp_path, job="8").stopped("SIGUSR1", "", 1.0)
+
+
+def test_the_script_is_told_where_the_run_is(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    RequeueGuard(tmp_path / "run", {RUN_FILE: str(tmp_path / "told")}).begin()
+    assert (tmp_path / "told").read_text() == f"{tmp_path / 'run'}\n" and not list((tmp_path / "run").iterdir())
+    with pytest.raises(UserError, match=rf"^{RUN_FILE}: /no/such/told: cannot be written: .*; unset it$"):
+        RequeueGuard(tmp_path / "run", {RUN_FILE: "/no/such/told"}).begin()
 
 
 def test_kept_work_counts_only_where_it_has_come_further(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from every import every
 from launching import REPOSITORY
 from scaling_inputs import NOWHERE, environment, make_request, plan, record_all, record_run, start, write_study
 
-from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
+from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from fedmoe_ds.studies.resources import check_capacity, cores, step_options
 from fedmoe_ds.studies.runner import Outcome, Runner, locked
 from fedmoe_ds.studies.scaling import Request
@@ -248,7 +248,9 @@ def test_exit_codes_of_the_ranks_become_those_of_the_study(
 
 def test_failures_of_several_kinds_are_just_failures() -> None:
     assert Outcome({"a": 2, "b": EXIT_LOST}).exit_code == 1 and Outcome({"a": 2, "b": 2}).exit_code == 2
-    assert Outcome({"a": 2}, stopped=True).exit_code == EXIT_STOPPED and Outcome().exit_code == 0
+    assert Outcome({"a": 1}, stopped=True).exit_code == EXIT_STOPPED and Outcome().exit_code == 0
+    assert [Outcome({"a": code}, stopped=True).exit_code for code in (2, EXIT_LOST)] == [2, EXIT_LOST]
+    assert Outcome({"a": EXIT_LOST, "b": 2, "c": 1}, stopped=True).exit_code == 2, "which no script requeues"
 
 
 @contextlib.contextmanager
@@ -301,6 +303,26 @@ def test_a_signal_stops_the_run_and_starts_no_other(request_: Request, number: s
         assert signal.getsignal(number) is before
     assert outcome.exit_code == EXIT_STOPPED and not outcome.codes
     assert [mark.read_text() if mark.exists() else None for mark in marks] == ["saved", None, None, None]
+
+
+@pytest.mark.parametrize("code", [EXIT_USER_ERROR, EXIT_LOST, EXIT_STOPPED, 0, -signal.SIGKILL])
+def test_what_a_stopped_run_counts_is_the_studys(code: int, request_: Request) -> None:
+    """One stop too many, or a stop before anything was begun, must reach the batch script; a kill after a signal need not."""
+    script = request_.config.parent / "command.py"
+    script.write_text(
+        "import os, signal, sys, time, pathlib\n"
+        f"leave = lambda *_: os.kill(os.getpid(), {-code}) if {code} < 0 else (print('error: too many'), sys.exit({code}))\n"
+        "signal.signal(signal.SIGUSR1, leave)\n"
+        "pathlib.Path(sys.argv[2] + '.mark').write_text('up')\n"
+        "time.sleep(60)\n"
+    )
+    runs, notes = plan(request_)[0].runs, list[str]()
+    with soon(signal.SIGUSR1, Path(f"{runs[0].folder}.yaml.mark"), 1):
+        outcome = Runner(script, environment(), notes.append).run(runs)
+    counted = code in (EXIT_USER_ERROR, EXIT_LOST)
+    assert outcome.stopped and outcome.exit_code == (code if counted else EXIT_STOPPED)
+    assert outcome.codes == ({"ranks-1-r0": code} if counted else {}), "the other run was not started"
+    assert notes[-1].startswith("ranks-1-r0: failed: too many (" if counted else "ranks-1-r0: stopped after round 0")
 
 
 def test_a_folder_of_another_study_is_refused(request_: Request) -> None:

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from scaling_inputs import make_request, plan, record_all, record_run, round_event, start, write_study
 from scipy import stats
 
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.planner import World, load_hardware, predict
 from fedmoe_ds.studies.ratio import Ratio, ratio_of
 from fedmoe_ds.studies.scaling import Request
-from fedmoe_ds.studies.scaling.measured import measure, timed_rounds
+from fedmoe_ds.studies.scaling.measured import machine_file, measure, timed_rounds
 from fedmoe_ds.studies.spread import Spread
 
 
@@ -135,6 +136,41 @@ def test_rounds_of_a_run_and_where_it_ran_are_in_the_table(request_: Request) ->
     assert found == [("2", "0", "n1", "1"), ("2", "1", "n2", "2")]
     report = (request_.output / "scaling.md").read_text()
     assert "a CPU, 64 cores, 512 GiB, Linux; torch 2.13 (on a, b); a CPU, 64 cores, 512 GiB, 8 x H100, Linux; " in report
+
+
+@pytest.mark.parametrize(
+    ("machine", "told"),
+    [
+        ({"host": "a", "cpu": "a CPU"}, "Measured on: a CPU; torch 2.13 (on a)."),
+        ({"cores": 8, "gpu": {"name": "H100"}}, "Measured on: 8 cores, H100; torch 2.13."),
+        ({"host": "a", "cpu": None, "memory_gib": None, "system_name": "Linux"}, "Measured on: Linux; torch 2.13 (on a)."),
+        ({"host": "a"}, "Measured on: torch 2.13 (on a)."),
+        ({}, "Measured on: torch 2.13."),
+    ],
+)
+def test_a_machine_of_which_less_is_known(machine: dict[str, Any], told: str, request_: Request) -> None:
+    """By the record of another version, and by the study's own note."""
+    record_run(plan(request_)[1], 0, 4.0, start={"machines": [machine]})
+    start(replace(request_, collect=True))
+    assert request_.output is not None
+    assert told in (request_.output / "scaling.md").read_text()
+    run = plan(request_)[1].runs[0]
+    run.metrics.write_text(run.metrics.read_text().replace(json.dumps([machine]), "null"))
+    machine_file(run).write_text(json.dumps(machine))
+    start(replace(request_, collect=True))
+    assert told in (request_.output / "scaling.md").read_text()
+
+
+@pytest.mark.parametrize("fact", [{"cpu": 7}, {"cores": "8"}, {"memory_gib": -1}, {"gpu": "H100"}, {"gpu": {"count": []}}])
+def test_a_machine_that_is_none_is_refused(fact: dict[str, Any], request_: Request) -> None:
+    record_run(plan(request_)[1], 0, 4.0, start={"machines": [fact]})
+    with pytest.raises(UserError, match=rf"metrics\.jsonl.*run\.machines\.0\.{next(iter(fact))}"):
+        start(replace(request_, collect=True))
+    run = plan(request_)[1].runs[0]
+    run.metrics.write_text(run.metrics.read_text().replace(json.dumps([fact]), "null"))
+    machine_file(run).write_text(json.dumps(fact))
+    with pytest.raises(UserError, match=r"machine\.json: describes no machine; remove it$"):
+        start(replace(request_, collect=True))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.stop_request import MAX_REQUEUES
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, UserError
 from fedmoe_ds.federation.shortage import for_next_start
-from fedmoe_ds.planner.allocation import asked_gpus, hardware_of, limit_s
+from fedmoe_ds.planner.allocation import asked_gpus, check_gpus, hardware_of, limit_s
 from fedmoe_ds.planner.batch_job import Checked, Request, check
 from fedmoe_ds.planner.hardware import load_hardware
 from fedmoe_ds.planner.slurm import compose, log_folder, submit
@@ -149,6 +149,10 @@ def test_a_mistake_is_one_line(config: Path) -> None:
         ({"gpus_per_node": 2, "overrides": ["topology.device=cpu"]}, r"device: cpu: the job asks for GPUs \(gpus-per-node=2\)"),
         ({"tasks_per_node": 4, "sbatch": ["gres=gpu:a100:2"]}, r"--tasks-per-node: 4: a node has 4 tasks and 2 GPUs \(gres="),
         ({"nodes": 2, "tasks_per_node": 2, "sbatch": ["gpus=3"]}, r"-node: 2: the job has 4 tasks and 3 GPUs \(gpus=3\)"),
+        (
+            {"nodes": 2, "tasks_per_node": 5, "sbatch": ["gpus=a100:4,h100:5"]},
+            r"-node: 5: the job has 10 tasks and 9 GPUs \(gpus=a1",
+        ),
         ({"cpus_per_gpu": 8}, r"--cpus-per-gpu: 8: the job asks for no GPU; use --cpus-per-task"),
         ({"cpus_per_task": 0}, r"--cpus-per-task: 0: is no number of them"),
         ({"hardware": "h100"}, r"--hardware: h100: is cuda, and the job's ranks are on cpu"),
@@ -201,7 +205,7 @@ def test_the_type_of_a_gpu_names_the_hardware(type_: str | None, hardware: str |
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("90", 5400), ("10:30", 630), ("24:00:00", 86400), ("1-12", 129600), ("1-00:30", 88200), ("2-01:00:05", 176405),
-     ("UNLIMITED", None), ("soon", None), (None, None)],
+     ("UNLIMITED", None), ("0", None), ("0:00", None), ("00:00:00", None), ("soon", None), (None, None)],
 )  # fmt: skip
 def test_limits_as_sbatch_takes_them(text: str | None, seconds: int | None) -> None:
     assert limit_s(text) == seconds
@@ -226,6 +230,13 @@ def test_cores_and_memory_are_asked_for(config: Path, changes: dict[str, Any], e
     assert sum(line.startswith("--mem") for line in lines) == 1
 
 
+@pytest.mark.parametrize(("option", "nodes"), [("gpus=a100:4,h100:4", 2), ("gres=gpu:a100:2,gpu:h100:2", 2)])
+def test_gpus_of_several_types_add_up(option: str, nodes: int) -> None:
+    check_gpus(asked_gpus([option]), nodes, 4)
+    with pytest.raises(UserError, match=r"^--tasks-per-node: 5: .* tasks and [48] GPUs "):
+        check_gpus(asked_gpus([option]), nodes, 5)
+
+
 def test_memory_follows_the_ranks(config: Path) -> None:
     """Every rank of a node has its own; whole GiB."""
     one, four = (check(Request(config, tasks_per_node=tasks)).mem for tasks in (1, 4))
@@ -239,9 +250,7 @@ def test_the_job_is_checked_where_it_will_run(config: Path, monkeypatch: pytest.
     assert found.config.topology.device == "auto" and found.lead == 120
     assert found.notes[0].startswith("assumed: ") and "per rank on h100, which has 74.5 GiB" in found.notes[1]
     assert "--hardware says it" in check(Request(config, gpus_per_node=4)).notes[1], "nobody knows what GPUs these are"
-    with pytest.raises(
-        UserError, match=r"^memory: \d+\.\d GiB per rank at ep_size 1 .*a rank has 0\.\d GiB; nothing in its configuration"
-    ):
+    with pytest.raises(UserError, match=r"^memory: \d+\.\d GiB per rank at ep_size 1 .*a rank has 0\.\d GiB; .* more memory"):
         small = make_hardware(config.parent / "small.json", memory_bytes=2**28)
         check(Request(config, gpus_per_node=4, hardware=str(small)))
 
@@ -263,6 +272,7 @@ def test_the_signal_comes_a_wave_before_the_limit(config: Path) -> None:
     slow = str(make_hardware(config.parent / "h.json", compute=fast.slower(1e4)))
     request = Request(config, gpus_per_node=1, hardware=slow, time="10-00:00:00")
     assert f"--signal=B:USR1@{leads[1]}" in header(written(request))
+    check(replace(request, time="0"))
     with pytest.raises(UserError, match=rf"^--time: 5: the ranks need {leads[1]} s of it to finish a wave and save, more than"):
         check(replace(request, time="5"))
 
@@ -556,3 +566,32 @@ def test_logs_are_not_written_through_links(tmp_path: Path, bash: Callable[..., 
             )
             assert done.returncode == 2 and "there is a symbolic link" in done.stderr and victim.read_text() == "mine", place
             path.unlink()
+
+
+@pytest.mark.parametrize("name", ["train", "scaling"])
+def test_losses_count_since_the_newest_checkpoint(
+    name: str, tmp_path: Path, bash: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Each start is lost: before it had the run folder, then with it, then after each of two checkpoints of one round."""
+    run = tmp_path / "runs" / "study 7"
+    (run / "checkpoints").mkdir(parents=True)
+    has = f'echo "{run}" > "$FEDMOE_RUN_FILE"'
+    saves = f'rm -rf "{run}/checkpoints/round-00000-partial"; mkdir "{run}/checkpoints/round-00000-partial"'
+    starts = [":", has, f"{has}; {saves}", ":", f"{has}; {saves}", has, ":"]
+    body = f'case "$SLURM_RESTART_COUNT" in {" ".join(f"{n}) {do};;" for n, do in enumerate(starts))} esac; exit 76'
+    (tmp_path / "bin").mkdir()
+    for tool, text in {"srun": body, "python": body, "scontrol": "echo n1"}.items():
+        (tmp_path / "bin" / tool).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    ends = []
+    for start in range(len(starts)):
+        variables = {"FEDMOE_HOME": str(REPOSITORY), "FEDMOE_LOGS": "logs", "MAX_RESTARTS": "2"}
+        variables |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
+        variables |= {"FEDMOE_PYTHON": str(tmp_path / "bin" / "python"), "SLURM_RESTART_COUNT": str(start)}
+        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables)
+        assert done.returncode == 76 and not done.stderr, done.stderr
+        ends += [line[20:] for line in done.stdout.splitlines() if "requeueing" in line or "ends with" in line]
+    counted = [1, 2, 1, 2, 1, 2]
+    assert ends == [*(f"a rank was lost ({lost} of at most 2 restarts); requeueing" for lost in counted), "ends with 76"]
+    (listed,) = (tmp_path / "logs" / "7").glob("lost*")
+    assert len(listed.read_text().splitlines()) == len(starts), "all losses stay listed"

@@ -90,7 +90,8 @@ def set_gloo_interface() -> None:
     The interface is the one that leads to MASTER_ADDR; on MASTER_ADDR's own host the one of the default route, or the first.
     """
     master = os.environ.get("MASTER_ADDR", "localhost")
-    if "GLOO_SOCKET_IFNAME" in os.environ or master == "localhost" or is_loopback(master):
+    # Exported without a value it names none: gloo takes it for unset, too.
+    if os.environ.get("GLOO_SOCKET_IFNAME") or master == "localhost" or is_loopback(master):
         return
     named = _resolve(socket.gethostname())
     if named is not None and not is_loopback(named):

@@ -32,12 +32,13 @@ class HostView:
 
     Attributes:
         networks: by interface that is up, the IPv4 networks that it is on: `10.1.0.0/16`; loopback left out.
-        given: what the environment says for gloo.
+        given: what the environment says for gloo; `given_nccl` for NCCL. None for nothing, and for no value.
     """
 
     host: str
     networks: dict[str, list[str]]
     given: str | None = None
+    given_nccl: str | None = None
 
     @classmethod
     def here(cls) -> HostView:
@@ -48,7 +49,7 @@ class HostView:
                 if name in up and entry.family == socket.AF_INET and entry.netmask and not is_loopback(entry.address):
                     network = ipaddress.ip_network(f"{entry.address}/{entry.netmask}", strict=False)
                     networks.setdefault(name, []).append(str(network))
-        return cls(socket.gethostname(), networks, os.environ.get(GLOO))
+        return cls(socket.gethostname(), networks, _given(GLOO), _given(NCCL))
 
 
 def use_common_network(store: Store, rank: int, world_size: int, wanted: str | None) -> str | None:
@@ -72,11 +73,11 @@ def use_common_network(store: Store, rank: int, world_size: int, wanted: str | N
     names = [wanted] if wanted is not None else _names(here.networks, networks)
     if not names:
         set_gloo_interface()
-        return f"network: {_named(os.environ.get(GLOO))} for gloo; no fabric ({', '.join(FABRICS)}) connects all hosts"
-    kept = {variable: os.environ.get(variable) for variable in (GLOO, NCCL)}
-    os.environ.setdefault(GLOO, names[0])
+        return f"network: {_named(_given(GLOO))} for gloo; no fabric ({', '.join(FABRICS)}) connects all hosts"
+    kept = {variable: _given(variable) for variable in (GLOO, NCCL)}
+    os.environ[GLOO] = kept[GLOO] or names[0]
     # Exactly these: without the sign NCCL takes names for beginnings of names.
-    os.environ.setdefault(NCCL, f"={','.join(names)}")
+    os.environ[NCCL] = kept[NCCL] or f"={','.join(names)}"
     which = f"network: {os.environ[GLOO]} for gloo, {os.environ[NCCL].lstrip('=')} for NCCL"
     return f"{which}{f' ({networks[0]})' if networks else ''}{_kept(kept)}"
 
@@ -91,10 +92,11 @@ def _choice(views: Sequence[HostView], wanted: str | None) -> dict[str, object]:
                     f"topology.interface: {wanted}: {view.host} has no such interface that is up with an IPv4 address; it has "
                     f"{known}"
                 )
-            if view.given not in (None, wanted):
-                raise UserError(
-                    f"topology.interface: {wanted}: {GLOO} is {view.given} on {view.host}; unset it, or drop the key"
-                )
+            for variable, given in ((GLOO, view.given), (NCCL, view.given_nccl)):
+                if given not in (None, wanted, f"={wanted}" if variable == NCCL else wanted):
+                    raise UserError(
+                        f"topology.interface: {wanted}: {variable} is {given} on {view.host}; unset it, or drop the key"
+                    )
     several = len({view.host for view in views}) > 1
     if not several or wanted is not None:
         return {"several": several, "networks": []}
@@ -122,6 +124,11 @@ def _rank_of(name: str) -> tuple[int, list[int], str]:
     """Order of interfaces: by kind, then as people count: ib2 before ib10."""
     kind = next((place for place, beginning in enumerate(FABRICS) if name.startswith(beginning)), len(FABRICS))
     return kind, [int(number) for number in re.findall(r"\d+", name)], name
+
+
+def _given(variable: str) -> str | None:
+    """Of the environment; exported without a value it says nothing."""
+    return os.environ.get(variable) or None
 
 
 def _named(interface: str | None) -> str:

@@ -6,7 +6,8 @@ folder, under the run's lock, and begins again with every job and every newer ch
 counts as one. The stop that is one too many ends as a mistake does: EXIT_USER_ERROR, which no script requeues.
 
 A start that is stopped before it comes here (imports, the meeting of ranks) cannot count. It ends as a loss does
-(`stop_request.py`), which the script counts itself.
+(`stop_request.py`), which the script counts itself: losses in a row without a newer checkpoint, too. Where checkpoints are it
+learns from the file $FEDMOE_RUN_FILE.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from fedmoe_ds.storage.strict_json import read_json
 
 FILE = "requeues.json"
 """In the run folder."""
+RUN_FILE = "FEDMOE_RUN_FILE"
+"""Of the environment: where a batch script wants to be told which run folder its job has."""
 
 
 class _Count(BaseModel):
@@ -55,9 +58,11 @@ class RequeueGuard:
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder, self.path = folder, folder / FILE
         self.limit, self.job = _limit(environment.get(MAX_REQUEUES)), environment.get("SLURM_JOB_ID", "")
+        self.told = environment.get(RUN_FILE) or None
 
     def begin(self) -> None:
-        """A start has the run folder. Raises UserError: the count cannot be written."""
+        """A start has the run folder. Raises UserError: the count cannot be written, or the script cannot be told."""
+        self._tell()
         if self.limit is None:
             return
         known, progress = self._read(), self._progress()
@@ -77,6 +82,9 @@ class RequeueGuard:
         if self.limit is None:
             return
         known, progress = self._read(), self._progress()
+        # A stop may come while rank 0 waits for the folder, before `begin`: what another job has counted is not its own.
+        if known.job != self.job:
+            known = _Count(job=self.job, progress=progress)
         newer = known.surpassed_by(progress)
         stops = 0 if newer or (kept != "" and kept != known.kept) else known.stops + 1
         farthest = progress if newer else known.progress
@@ -105,6 +113,14 @@ class RequeueGuard:
             return _Count.model_validate(read_json(self.path))
         except (OSError, ValueError):  # the first start, or a damaged file: counted from here on
             return _Count(job="")
+
+    def _tell(self) -> None:
+        if self.told is None:
+            return
+        try:
+            write_whole(Path(self.told), f"{self.folder.absolute()}\n")
+        except OSError as error:
+            raise UserError(f"{RUN_FILE}: {self.told}: cannot be written: {error.strerror or error}; unset it") from None
 
     def _write(self, count: _Count) -> None:
         try:

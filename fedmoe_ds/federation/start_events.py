@@ -120,7 +120,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "device": str(parts.runtime.device) if parts.runtime.device.type == "cpu" else torch.cuda.get_device_name(),
         "topology": rank_table(parts),
         "machines": parts.topology.machines,
-        "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+        "interface": os.environ.get("GLOO_SOCKET_IFNAME") or None,
         "collectives_timed": "device" if parts.runtime.device.type == "cuda" else "host",
     }
 

@@ -77,9 +77,11 @@ def check_gpus(gpus: Sequence[Gpus], nodes: int, tasks: int) -> None:
     """Raise UserError where a node's tasks, or all of them, are more than the GPUs that they get: a rank needs one."""
     for asked in gpus:
         ranks, where = {"node": (tasks, "a node"), "job": (nodes * tasks, "the job")}.get(asked.per, (0, ""))
-        if ranks > asked.count:
+        # One option may name several types, of which each has its own number.
+        count = sum(other.count for other in gpus if other.option == asked.option)
+        if ranks > count:
             raise UserError(
-                f"--tasks-per-node: {tasks}: {where} has {ranks} tasks and {asked.count} GPUs ({asked.option}); give every "
+                f"--tasks-per-node: {tasks}: {where} has {ranks} tasks and {count} GPUs ({asked.option}); give every "
                 "task one (--gpus-per-node starts as many), or use topology.device=cpu"
             )
 
@@ -168,4 +170,5 @@ def limit_s(text: str | None) -> int | None:
     # After days come hours; without them one number, or the first of two, is minutes.
     hours_first = days is not None or len(parts) == 3
     hours, minutes, seconds = [*parts, 0, 0][:3] if hours_first else [0, *parts, 0][:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    # sbatch takes zero for no limit.
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None

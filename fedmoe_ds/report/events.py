@@ -73,6 +73,22 @@ class _Start(_Fields):
     round: Round | None = None
 
 
+class _Gpu(_Fields):
+    name: str | None = None
+    count: Count | None = None
+
+
+class Machine(_Fields):
+    """What a host of a run is (`machine.host_facts`); a study's note on its own machine says the same."""
+
+    host: str | None = None
+    cpu: str | None = None
+    cores: Count | None = None
+    memory_gib: Amount | None = None
+    gpu: _Gpu | None = None
+    system_name: str | None = None
+
+
 class _Run(_Fields):
     time: Time | None = None
     name: str | None = None
@@ -94,6 +110,7 @@ class _Run(_Fields):
     reproducible: str | None = None
     versions: dict[str, str] | None = None
     topology: list[_Place] | None = None
+    machines: list[Machine] | None = None
 
 
 class _Resume(_Fields):

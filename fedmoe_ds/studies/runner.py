@@ -20,6 +20,8 @@ from fedmoe_ds.terminal import note
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_S, _REPEAT_S = 0.1, 1.0
+_COUNTED = (EXIT_USER_ERROR, EXIT_LOST)
+"""What a run means by these it means after a signal, too: one stop too many (`requeue_guard.py`), one that saved nothing."""
 
 
 @dataclass
@@ -32,10 +34,13 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0; 75 after a stop; the code of the failures where all are of one kind (a mistake, a lost rank); else 1."""
-        if self.stopped:
-            return EXIT_STOPPED
+        """0; 75 after a stop; the code of the failures where all are of one kind (a mistake, a lost rank); else 1.
+
+        After a stop a mistake comes before a lost rank, and both before 75, which a batch script requeues without counting.
+        """
         kinds = set(self.codes.values())
+        if self.stopped:
+            return next((code for code in _COUNTED if code in kinds), EXIT_STOPPED)
         return 0 if not kinds else kinds.pop() if kinds in ({EXIT_LOST}, {EXIT_USER_ERROR}) else 1
 
 
@@ -109,7 +114,7 @@ class Runner:
             self._done += 1
             said = [formats.duration(child.seconds), *([self.result(run)] if self.result else [])]
             self.note(f"[{self._done}/{self._total}] {run.name}: {'; '.join(said)}")
-        elif self._requests or code == EXIT_STOPPED:
+        elif code == EXIT_STOPPED or (self._requests and code not in _COUNTED):
             if not self._requests:  # somebody else asked the ranks themselves: a stop of the study all the same
                 self._requests.append("SIGUSR1")
             self.note(f"{run.name}: stopped after round {run.history().last_round}; the same command continues it")

@@ -128,8 +128,10 @@ def test_four_nodes(slurm: Slurm, root: Path, short: str, tmp_path: Path) -> Non
     (event,) = run.events("run")
     assert (event["launcher"], event["world_size"]) == ("srun", 4)
     assert sorted(path.name for path in (tmp_path / "logs" / str(run.number)).iterdir()) == [
-        f"rank-{rank}.log" for rank in range(4)
+        *(f"rank-{rank}.log" for rank in range(4)),
+        "run",
     ]
+    assert (tmp_path / "logs" / str(run.number) / "run").read_text() == f"{tmp_path / 'run'}\n"
     assert "digest: " in run.log(0) and "digest: " not in run.log(1)
 
 
@@ -175,6 +177,8 @@ def test_a_lost_rank(slurm: Slurm, root: Path, long: str, tmp_path: Path) -> Non
     assert run.restarts() == 1
     assert "a rank was lost (1 of at most 5 restarts); requeueing" in run.output
     assert "error: rank 1 " in run.log(0)
+    (lost,) = (tmp_path / "logs" / str(run.number) / "lost").read_text().splitlines()
+    assert "start 0, newest checkpoint:\trun round-00001 " in lost
     assert run.digest == long
 
 
@@ -304,6 +308,14 @@ def test_a_rank_gets_the_cores_that_its_job_has(option: str, cores: str, gpu_slu
     assert gpu_slurm.finish(job) == 0, (tmp_path / "job.out").read_text()
     said = {path.read_text().strip() for path in (tmp_path / "logs" / str(job)).glob("rank-*.log")}
     assert said == {f"cores {cores}"}
+
+
+@pytest.mark.parametrize("name", ["train", "scaling"])
+def test_cores_by_gpu_need_another_header(name: str, gpu_slurm: Slurm) -> None:
+    """As slurm/README.md says of the scripts as they are shipped; sbatch refuses the job, so none is started."""
+    wanted = ("--nodes=1", "--gpus-per-node=2", "--cpus-per-gpu=3", "--test-only")
+    done = gpu_slurm.attempt("sbatch", *wanted, REPOSITORY / "slurm" / f"{name}.sbatch", cwd=REPOSITORY)
+    assert done.returncode != 0 and "--cpus-per-gpu is mutually exclusive with --cpus-per-task" in done.stderr
 
 
 def test_an_array_of_scaling_points(slurm: Slurm, root: Path, tmp_path: Path) -> None:

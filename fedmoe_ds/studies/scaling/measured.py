@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.machine import commit, machine_facts
 from fedmoe_ds.report import Record
 from fedmoe_ds.report.client_tables import numbers
+from fedmoe_ds.report.events import Machine
 from fedmoe_ds.report.history import Event
 from fedmoe_ds.report.record import ROWS
 from fedmoe_ds.storage.files import write_whole
@@ -121,9 +124,11 @@ def _machine(path: Path) -> dict[str, Any]:
         facts = read_json(path) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}; remove it") from None
-    if not isinstance(facts, dict) or not isinstance(facts.get("cores"), int | None):
-        raise UserError(f"{path}: describes no machine; remove it")
-    return facts
+    try:
+        Machine.model_validate(facts)
+    except ValidationError:
+        raise UserError(f"{path}: describes no machine; remove it") from None
+    return dict(facts)
 
 
 def _dtype(run: Run) -> str:

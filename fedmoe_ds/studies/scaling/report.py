@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedmoe_ds.report import formats
+from fedmoe_ds.report.events import Machine
 from fedmoe_ds.report.tables import markdown
 from fedmoe_ds.studies.report_files import write_files
 from fedmoe_ds.studies.scaling.plot import picture
@@ -147,19 +147,22 @@ def _machine(results: Results) -> str:
         measured = row.measured
         versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
         # Runs of earlier versions know the machine alone on which the study was typed.
-        for facts in measured.machines or ([measured.machine] if measured.machine else [{}]):
-            where = f"{_described(facts)}; " if facts else ""
-            hosts = found.setdefault(f"{where}{versions}", {})
-            hosts |= {str(facts["host"]): None} if "host" in facts else {}
-    told = [f"{text}{f' (on {_some(list(hosts))})' if hosts else ''}" for text, hosts in found.items()]
+        for facts in measured.machines or [measured.machine]:
+            machine = Machine.model_validate(facts)
+            where = _described(machine)
+            hosts = found.setdefault("; ".join(filter(None, (where, versions))), {})
+            hosts |= {machine.host: None} if machine.host is not None else {}
+    told = [f"{text}{f' (on {_some(list(hosts))})' if hosts else ''}" for text, hosts in found.items() if text]
     return "Measured on: " + "; ".join(told) + "." if told else ""
 
 
-def _described(facts: Mapping[str, Any]) -> str:
-    gpu = facts.get("gpu")
-    device = f", {gpu['count']} x {gpu['name']}" if gpu else ""
-    memory = f", {facts['memory_gib']:.0f} GiB" if "memory_gib" in facts else ""
-    return f"{facts['cpu']}, {facts['cores']} cores{memory}{device}, {facts['system_name']}"
+def _described(machine: Machine) -> str:
+    """What is known of it: other versions have recorded less."""
+    cores = None if machine.cores is None else f"{machine.cores} cores"
+    memory = None if machine.memory_gib is None else f"{machine.memory_gib:.0f} GiB"
+    gpu = machine.gpu
+    device = None if gpu is None else " x ".join(str(fact) for fact in (gpu.count, gpu.name) if fact is not None)
+    return ", ".join(filter(None, (machine.cpu, cores, memory, device, machine.system_name)))
 
 
 def _some(hosts: Sequence[str]) -> str:
