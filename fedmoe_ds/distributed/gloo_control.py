@@ -169,6 +169,14 @@ def block_width(size: int) -> int:
     return math.isqrt(size - 1) + 1
 
 
+def gather_hops(size: int) -> int:
+    """Messages one after another in a gather of so many ranks: a ring, or two and a broadcast within the block above `FLAT`."""
+    if size <= FLAT:
+        return size - 1
+    others = block_width(size) - 1
+    return 2 * others + others.bit_length()
+
+
 def tree_groups(rank: int, size: int, width: int) -> tuple[range, range]:
     """The block of a rank, and the heads of all blocks where it is one of them."""
     first = rank // width * width
