@@ -48,7 +48,10 @@ class Names(Sequence[str]):
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(self.count))]
-        return f"client-{place:0{self._width}d}"
+        # Without it nothing that runs over the names would end.
+        if not -self.count <= place < self.count:
+            raise IndexError(place)
+        return f"client-{place % self.count:0{self._width}d}"
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ def peopled(job: Job, setting: Setting) -> Job:
     drawn = max(1, round(federation.participation * count))
     if drawn > MOST_PARTICIPANTS:
         raise UserError(
-            f"--participants: {drawn} of a round: must be at most {MOST_PARTICIPANTS}, which are scheduled one by one; lower it "
-            "or federation.participation"
+            f"--participants: {drawn} of a round: must be at most {MOST_PARTICIPANTS}, which are scheduled one by one; "
+            "lower it or federation.participation"
         )
     job = replace(job, config=config.model_copy(update={"federation": federation}))
     check_terms(job, count)

@@ -83,7 +83,7 @@ class Simulated:
     @property
     def record_s(self) -> float:
         """Seconds in which rank 0 writes a round's figures."""
-        return RECORD_S * self.drawn
+        return RECORD_S[0] + RECORD_S[1] * self.drawn
 
     @property
     def write_s(self) -> float:

@@ -12,8 +12,9 @@ from fedmoe_ds.planner.prediction import Prediction
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 
-RECORD_BYTES, RECORD_S = 46, 1.7e-5
-"""Of one client's row of a round's table: on disk, and of rank 0's time (docs/log.md, records of very many clients)."""
+RECORD_BYTES, RECORD_S = 46, (0.13, 3.4e-6)
+"""Bytes of a row of a round's table of clients; rank 0's seconds for any table, and for each row (docs/log.md, very many
+clients)."""
 COLUMN_BYTES = 5 * 8 + 8 + 64
 """Of one client in the memory of every rank: five columns, a place in the list of names, and a name."""
 SPILLED, COLUMNS = "personal state in mapped files", "columns of all clients"
@@ -24,12 +25,13 @@ class Storage:
     """Bytes on the shared file system, of the whole job.
 
     Attributes:
-        checkpoint: of one checkpoint: global adapters, the server's state, rows of the round's clients.
+        checkpoint: of one checkpoint: global adapters, the server's state, rows of the round's clients; `rows`: of these alone.
         record: of a round's figures.
         start: read by a start: every host its ranks' weights once, and a checkpoint.
     """
 
     checkpoint: float
+    rows: float
     record: float
     start: float
 
@@ -40,12 +42,13 @@ class Storage:
         whole = replace(job, config=job.config.model_copy(update={"topology": topology}))
         lasting = outlasting(whole, drawn, drawn)
         adapters = FP32 * sum(parameters_per_client(shared_blocks(job.blocks), job.expert_layout.num_experts))
-        checkpoint = adapters + lasting.get(PERSONAL, 0) + lasting.get("server state", 0)
+        rows = lasting.get(PERSONAL, 0)
+        checkpoint = adapters + rows + lasting.get("server state", 0)
         size, ep_size = job.size, job.config.topology.ep_size
         host = (
             size.dense_parameters + size.pool_parameters * min(1.0, world.ranks_per_host / ep_size)
         ) * size.bytes_per_parameter
-        return cls(checkpoint, RECORD_BYTES * drawn, world.hosts * host + checkpoint)
+        return cls(checkpoint, rows, RECORD_BYTES * drawn, world.hosts * host + checkpoint)
 
 
 def kept(job: Job, prediction: Prediction, world: World, drawn: int) -> tuple[dict[str, int], dict[str, int], int]:

@@ -113,7 +113,7 @@ def _walls(simulated: Simulated) -> list[str]:
     widths = [max(len(row[i]) for row in [["wall", "used", "stands at", ""], *rows]) for i in range(3)]
     head = f"  {'wall':<{widths[0]}}  {'used':>{widths[1]}}  {'stands at':<{widths[2]}}  moved by"
     shown = [f"  {n:<{widths[0]}}  {u:>{widths[1]}}  {s:<{widths[2]}}  {m}" for n, u, s, m in rows]
-    return ["the next walls, nearest first (in proportion, everything else as it is):", head, *shown]
+    return ["the next walls, nearest first (by the model, everything else as it is):", head, *shown]
 
 
 def _stands(wall: Wall) -> str:
@@ -136,7 +136,7 @@ def assumptions(simulated: Simulated) -> list[str]:
         f"a restart: {setting.restart_minutes:g} minutes, and {format_size(simulated.storage.start)} read; --restart-minutes",
         "every cluster sends what the slowest one sends, and rings go host by host; a message of the control plane "
         f"takes {gather_hops(simulated.world.ranks)} hops",
-        "sampled rounds stand for all; a client's samples are the same in every round",
+        "evaluation's time counts, its messages do not; sampled rounds stand for all; clients' samples stay what they are",
         f"what all ranks wait for may take {100 * SHARE:.0f} % of a round, and rank 0 may open {OPEN_FILES} files",
     ]
     if simulated.job.config.evaluation.client_sequences and len(simulated.job.clients) > SCORED:
