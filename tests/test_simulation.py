@@ -146,7 +146,7 @@ def test_dalys_interval_is_near_the_best(checkpoint: float, between: float) -> N
 def test_a_job_that_cannot_finish_a_round_says_so(job: Job) -> None:
     found = simulated(job, clients=1000, participants=64, mtbf_hours=0.01, restart_minutes=1e5)
     assert math.isinf(found.run_seconds()) and "never hours" in "\n".join(lines(found)).replace("days", "hours")
-    assert found.checkpointing().best(found.failures, 10) == 1
+    assert found.checkpointing().best(found.failures, 10) == 1 and figures(found)["run_s"] is None
 
 
 @given(st.integers(1, 64), st.integers(1, 8))
@@ -200,6 +200,9 @@ def test_more_of_everything_brings_walls_nearer(job: Job) -> None:
     shown = "\n".join(lines(far))
     assert every(f"--{name}" in shown for name in ("samples", "sigma", "mtbf-hours", "storage-gb-per-s", "restart-minutes"))
     assert every(wall.name in shown and wall.moves in shown for wall in walls(far))
+    assert ("beyond 100 x the clients" in shown) == any(
+        wall.stands >= 100 * wall.at for wall in walls(far) if wall.x == "clients"
+    )
 
 
 @pytest.mark.parametrize(

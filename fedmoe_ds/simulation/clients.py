@@ -34,10 +34,10 @@ class Names(Sequence[str]):
     """The names of N clients, each made where it is asked for: ten million strings would be a GiB."""
 
     def __init__(self, count: int) -> None:
-        self.count, self._width = count, len(str(count - 1))
+        self._count, self._width = count, len(str(count - 1))
 
     def __len__(self) -> int:
-        return self.count
+        return self._count
 
     @overload
     def __getitem__(self, place: int) -> str: ...
@@ -47,11 +47,11 @@ class Names(Sequence[str]):
 
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(self.count))]
+            return [self[i] for i in range(*place.indices(self._count))]
         # Without it nothing that runs over the names would end.
-        if not -self.count <= place < self.count:
+        if not -self._count <= place < self._count:
             raise IndexError(place)
-        return f"client-{place % self.count:0{self._width}d}"
+        return f"client-{place % self._count:0{self._width}d}"
 
 
 @dataclass(frozen=True)

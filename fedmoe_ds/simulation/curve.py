@@ -134,9 +134,14 @@ def figures(simulated: Simulated) -> dict[str, Any]:
         "young_s": failures.young(simulated.write_s),
         "daly_s": failures.daly(simulated.write_s),
         "checkpoint_every": checkpointing.best(failures, simulated.total_rounds),
-        "run_s": simulated.run_seconds(),
-        "walls": [{"name": w.name, "x": w.x, "at": w.at, "used": w.used, "moves": w.moves} for w in walls(simulated)],
+        "run_s": _finite(simulated.run_seconds()),
+        "walls": [{"name": w.name, "x": w.x, "at": w.at, "used": _finite(w.used), "moves": w.moves} for w in walls(simulated)],
     }
+
+
+def _finite(value: float) -> float | None:
+    """None for a run that never ends: JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _cells(simulated: Simulated) -> list[str]:

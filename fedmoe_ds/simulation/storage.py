@@ -12,7 +12,7 @@ from fedmoe_ds.planner.prediction import Prediction
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 
-RECORD_BYTES, RECORD_S = 46, (0.13, 3.4e-6)
+RECORD_BYTES, RECORD_S = 46, (0.02, 3.4e-6)
 """Bytes of a row of a round's table of clients; rank 0's seconds for any table, and for each row (docs/log.md, very many
 clients)."""
 COLUMN_BYTES = 5 * 8 + 8 + 64

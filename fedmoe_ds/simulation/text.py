@@ -117,7 +117,8 @@ def _walls(simulated: Simulated) -> list[str]:
 
 
 def _stands(wall: Wall) -> str:
-    return f"{wall.stands:.2g} {wall.x}" if math.isfinite(wall.stands) else "nowhere"
+    # No model is right a hundred times further out.
+    return f"{wall.stands:.2g} {wall.x}" if wall.stands < 100 * wall.at else f"beyond 100 x the {wall.x}"
 
 
 def assumptions(simulated: Simulated) -> list[str]:

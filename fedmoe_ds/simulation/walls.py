@@ -47,7 +47,7 @@ class Wall:
         growing = self.used - self.fixed
         if growing <= 0.0:
             return math.inf
-        return self.at * (max(0.0, 1.0 - self.fixed) / growing) ** (1.0 / self.power)
+        return float(self.at * (max(0.0, 1.0 - self.fixed) / growing) ** (1.0 / self.power))
 
 
 def walls(simulated: Simulated) -> list[Wall]:
@@ -85,7 +85,7 @@ def _all(simulated: Simulated) -> Iterator[Wall]:
     yield from _memory(simulated)
     failing = (checkpointing.round_s * every + simulated.restart_s) / simulated.failures.between
     yield Wall("failures", "hosts", world.hosts, failing,
-               "shorter rounds, checkpoint.every=1, faster restarts; clusters that go on without a lost one")  # fmt: skip
+               "shorter rounds, faster restarts (weights on local disks), clusters that go on without a lost one")  # fmt: skip
 
 
 def _place(simulated: Simulated) -> dict[str, int]:
