@@ -67,7 +67,7 @@ Count = Literal["samples", "sequences", "targets", "token_rows", "index"]
 class _Columns:
     """What is known of all clients of a federation; `tier_N` are places among `tiers`."""
 
-    names: list[str]
+    names: Sequence[str]
     counts: dict[Count, Ints]
     tiers: list[Tier]
     tier_N: Ints
@@ -179,7 +179,7 @@ def _by_share(count: int, config: FederationConfig, tiers: list[Tier], seed: int
     return tier_N
 
 
-def _named(names: list[str], tiers: list[Tier]) -> Ints:
+def _named(names: Sequence[str], tiers: list[Tier]) -> Ints:
     place = {name: i for i, tier in enumerate(tiers) for name in tier.clients}
     known = set(names)
     for name, i in place.items():
@@ -192,7 +192,7 @@ def _named(names: list[str], tiers: list[Tier]) -> Ints:
     return np.array([place[name] for name in names], np.int64)
 
 
-def _by_column(names: list[str], labels: list[str], config: FederationConfig, tiers: list[Tier]) -> Ints:
+def _by_column(names: Sequence[str], labels: list[str], config: FederationConfig, tiers: list[Tier]) -> Ints:
     # The last of equal labels: their budgets are equal, too.
     place = {tier.label: i for i, tier in enumerate(tiers)}
     for name, label in zip(names, labels, strict=True):

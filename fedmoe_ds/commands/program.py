@@ -53,6 +53,7 @@ COMMANDS = {
     "generate": Command("fedmoe_ds.results.generate_command", "what a run's model answers", on_cpu=True),
     "export": Command("fedmoe_ds.export.command", "a run's model as other tools load it: LoRA or whole", on_cpu=True),
     "plan": Command("fedmoe_ds.commands.plan", "memory, time and the best topology of a run, before it is queued"),
+    "simulate": Command("fedmoe_ds.commands.simulate", "a federation of any size on paper: rates, failures, walls"),
     "prepare": Command("fedmoe_ds.commands.prepare", "do before a job what its start would do", STOP.install, on_cpu=True),
     "submit": Command("fedmoe_ds.commands.submit", "check a run and submit it to SLURM"),
     "compare": Command("fedmoe_ds.commands.compare", "methods x seeds as runs, and one report about all of them"),

@@ -169,12 +169,12 @@ def block_width(size: int) -> int:
     return math.isqrt(size - 1) + 1
 
 
-def hops(size: int) -> int:
-    """Messages that follow each other in a gather: round a ring, or round a block and the heads, and down the block."""
+def gather_hops(size: int) -> int:
+    """Messages one after another in a gather of so many ranks: a ring, or two and a broadcast within the block above `FLAT`."""
     if size <= FLAT:
         return size - 1
-    around = block_width(size) - 1
-    return 2 * around + around.bit_length()
+    others = block_width(size) - 1
+    return 2 * others + others.bit_length()
 
 
 def tree_groups(rank: int, size: int, width: int) -> tuple[range, range]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmoe_ds.distributed.gloo_control import hops
+from fedmoe_ds.distributed.gloo_control import gather_hops
 from fedmoe_ds.planner.hardware import Hardware, Link, Links
 from fedmoe_ds.planner.world import World
 
@@ -21,14 +21,21 @@ Amount = Any
 
 @dataclass
 class Traffic:
-    """All calls of one collective in a round, on one rank."""
+    """All calls of one collective in a round, on one rank.
+
+    `inside` and `between` are the bytes that cross links within hosts and between them, the mean over the ranks of the group.
+    """
 
     calls: float = 0.0
     bytes: float = 0.0
     seconds: float = 0.0
+    inside: float = 0.0
+    between: float = 0.0
 
-    def add(self, calls: float, size: float, seconds: float) -> None:
+    def add(self, calls: float, size: float, seconds: float, shares: tuple[float, float]) -> None:
+        """Calls with `size` bytes in all, of which each crosses links so many times (`wire_shares`)."""
         self.calls, self.bytes, self.seconds = self.calls + calls, self.bytes + size, self.seconds + seconds
+        self.inside, self.between = self.inside + shares[0] * size, self.between + shares[1] * size
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Network:
             return 0.0
         seconds = calls * each * self.crowding
         # Calls of one rank: every rank of a group books the same ones.
-        self.traffic.setdefault(name, Traffic()).add(calls, calls * size, seconds)
+        self.traffic.setdefault(name, Traffic()).add(calls, calls * size, seconds, wire_shares(name, group))
         return seconds
 
     def all_to_all_seconds(self, group: Group, size: Amount) -> Amount:
@@ -99,11 +106,8 @@ class Network:
         return _gathered(self.hardware.network.all_to_all, group, size)
 
     def control_seconds(self, group: Group, size: Amount) -> Amount:
-        """The same among hosts' processes, beside the devices: over a tree where there are many ranks."""
-        if group.size == 1:
-            return 0.0 * size
-        link = _slowest(self.hardware.network.control, group)
-        return link.alpha_s + link.peer_s * (hops(group.size) - 1) + (group.size - 1) * size / link.bytes_per_s
+        """The same among hosts' processes, beside the devices: a tree where there are many."""
+        return _gathered(self.hardware.network.control, group, size, gather_hops(group.size))
 
     def all_to_all(self, group: Group, calls: float, size: float) -> float:
         """Book `calls` exchanges of `size` bytes per rank; their seconds."""
@@ -123,11 +127,24 @@ class Network:
         return self._book("control", group, calls, size, float(self.control_seconds(group, size)))
 
 
-def _gathered(links: Links, group: Group, size: Amount) -> Amount:
+def wire_shares(name: str, group: Group) -> tuple[float, float]:
+    """How often a byte that a rank hands over crosses links inside hosts, and between them, in one collective by its name."""
+    size, near = group.size, math.ceil(group.size / group.hosts)
+    if name == "all_to_all":  # an even part for every rank, its own included
+        return (near - 1) / size, (size - near) / size
+    # Rings, host by host: one rank of each host sends to another host.
+    turns = 2.0 * (size - 1) / size if name == "all_reduce" else size - 1.0
+    crossing = group.hosts / size if group.hosts > 1 else 0.0
+    return turns * (1.0 - crossing), turns * crossing
+
+
+def _gathered(links: Links, group: Group, size: Amount, hops: int | None = None) -> Amount:
+    """A ring of all ranks, or so many hops."""
     if group.size == 1:
         return 0.0 * size
     link, peers = _slowest(links, group), group.size - 1
-    return link.alpha_s + link.peer_s * (peers - 1) + peers * size / link.bytes_per_s
+    turns = (peers if hops is None else hops) - 1
+    return link.alpha_s + link.peer_s * turns + peers * size / link.bytes_per_s
 
 
 def _slowest(links: Links, group: Group) -> Link:

@@ -55,13 +55,13 @@ def format_span(seconds: float, spread: Spread = (1.0, 1.0)) -> str:
         return format_seconds(seconds)
     low, high = (seconds * factor for factor in spread)
     factor, unit = next((f, u) for f, u in _UNITS if high < 600 * f or u == "h")
-    return f"{_two_digits(low / factor)} to {_two_digits(high / factor)} {unit}"
+    return f"{two_digits(low / factor)} to {two_digits(high / factor)} {unit}"
 
 
 _UNITS = ((1e-6, "us"), (1e-3, "ms"), (1.0, "s"), (3600.0, "h"))
 
 
-def _two_digits(value: float) -> str:
+def two_digits(value: float) -> str:
     return f"{float(f'{value:.2g}'):g}"
 
 
@@ -194,7 +194,7 @@ def study_lines(world: World, hardware: Hardware, seconds: float, rounds: int, s
     """The whole study."""
     unit = "rank-hours" if hardware.kind == "cpu" else "GPU-hours"
     hours = [seconds / 3600 * world.ranks * seeds * factor for factor in sorted({*hardware.spread})]
-    paid = f"{hours[0]:.4g}" if len(hours) == 1 else " to ".join(map(_two_digits, hours))
+    paid = f"{hours[0]:.4g}" if len(hours) == 1 else " to ".join(map(two_digits, hours))
     return [
         f"study: {rounds} rounds x {seeds} seeds: {format_span(seconds, hardware.spread)} per seed, "
         f"{paid} {unit} in all with every evaluation (start-up and checkpoints not counted)"

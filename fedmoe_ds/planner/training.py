@@ -25,7 +25,7 @@ from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.memory import parameters_per_client
-from fedmoe_ds.planner.network import Group, Network, Traffic
+from fedmoe_ds.planner.network import Group, Network, Traffic, wire_shares
 from fedmoe_ds.planner.work import Amount, PassWork, stage_seconds
 from fedmoe_ds.planner.workload import Job
 
@@ -155,7 +155,8 @@ class _Waves:
         own, found = self.seats.cluster == cluster, dict[str, Traffic]()
         for name, calls, sizes, seconds in self.sent:
             booked = (float(values[own].sum()) for values in (calls, calls * sizes, seconds))
-            found.setdefault(name, Traffic()).add(*booked)
+            calls_all, size_all, waited = booked
+            found.setdefault(name, Traffic()).add(calls_all, size_all, waited, wire_shares(name, self.model.group))
         return {name: traffic for name, traffic in found.items() if traffic.calls}
 
     def _send(self, name: str, calls: Floats, sizes: Floats, each: Floats) -> Floats:

@@ -6,7 +6,7 @@ then are assumed, because without the model's tokenizer nobody can count their t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,13 +137,18 @@ def _everything(job: Job) -> Lengths:
     return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate([part.targets for part in parts]))
 
 
-def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: bool = True) -> Job:
+Clients = Callable[[RunSpec], tuple[Sequence[Client], Data]]
+"""Makes the clients of a run, where they are neither read nor assumed."""
+
+
+def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: bool = True, made: Clients | None = None) -> Job:
     """Resolve a configuration.
 
     Args:
         kind: of device that the run is for, `cpu` or `cuda`: what it would refuse depends on it.
         assume: take clients for granted where the model folder holds no tokenizer, instead of refusing it.
         counted: read and encode the data; else clients are taken for granted, and what the rows show is not refused.
+        made: the clients are these; no data, and no tokenizer.
     Raises:
         UserError: what a real start would refuse on any number of ranks.
     """
@@ -157,7 +162,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: boo
     spec = resolve_spec(config, method, kind, outline(model, host_model(model, 1, 0)))
     if config.adapters.start is not None:  # names and shapes alone; whose model it is needs the weights
         open_start(find_start(config.adapters.start, whole=False), spec, None)
-    clients, data = _clients(spec, folder, assume, counted)
+    clients, data = _clients(spec, folder, assume, counted) if made is None else made(spec)
     if (ignored := cache.line([cache.passed_over()])) is not None:
         with Progress() as progress:
             progress.note(ignored)

@@ -7,7 +7,7 @@ arithmetic on them (`distributed.open_files`), held against a real world of 64 r
 from __future__ import annotations
 
 from fedmoe_ds.config import TopologyConfig
-from fedmoe_ds.distributed.gloo_control import hops
+from fedmoe_ds.distributed.gloo_control import gather_hops
 from fedmoe_ds.distributed.open_files import OWN, files_of, gloo_groups
 from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.planner.verify import verify
@@ -35,7 +35,7 @@ def measure(x: int) -> dict[str, float]:
         "connections": peers,
         # Every rank writes a record per group, and reads those of its peers there.
         "store_mib": x * _RECORD * (len(groups) + peers) / 2**20,
-        "gather_hops": hops(x),
+        "gather_hops": gather_hops(x),
         "mesh_files": files_of(x - 1, x, _EP_SIZE, False, False) + sum(OWN + size - 1 for size in mesh),
         "mesh_store_mib": sum(x * size * (_RECORD + 8 * size) for size in mesh) / 2**20,
     }
