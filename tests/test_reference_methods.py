@@ -204,7 +204,7 @@ def of_clients(folder: Path, parts: Parts) -> Adapters:
         whose = tensors.pop("clients").tolist()
         for key, values in tensors.items():
             for client, value in zip(whose, values, strict=True):
-                # What everybody begins with is first, and has no client; a number of their own is in no file until they trained.
+                # What everybody begins with is first, and has no client; numbers of their own are in no file until they train.
                 if client < 0:
                     spec = next((spec for name, spec in personal.specs.items() if key.endswith(name)), None)
                     own = [None if spec is None else personal.initial(spec, index) for index in clients]

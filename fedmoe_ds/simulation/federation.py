@@ -141,7 +141,7 @@ def simulate(config: Config, world: World, hardware: Hardware, setting: Setting,
     count = min(setting.sampled, config.federation.rounds)
     indices = sorted({int(index) for index in np.linspace(1, config.federation.rounds, count)})
     rounds = {index: _round(job, world, hardware, index) for index in indices}
-    memory, host_memory, spilled = kept(job, rounds[1], world, drawn)
+    memory, host_memory, spilled = kept(job, rounds[1])
     return Simulated(
         job,
         world,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from fedmoe_ds.model.adapter_bank import shared_blocks
 from fedmoe_ds.planner.activations import FP32
-from fedmoe_ds.planner.memory import COPY, PERSONAL, outlasting, parameters_per_client
+from fedmoe_ds.planner.client_state import kept_blocks
+from fedmoe_ds.planner.memory import outlasting, parameters_per_client
 from fedmoe_ds.planner.prediction import Prediction
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
@@ -42,7 +42,7 @@ class Storage:
         whole = replace(job, config=job.config.model_copy(update={"topology": topology}))
         lasting = outlasting(whole, drawn, drawn)
         adapters = FP32 * sum(parameters_per_client(shared_blocks(job.blocks), job.expert_layout.num_experts))
-        rows = lasting.get(PERSONAL, 0)
+        rows = FP32 * drawn * sum(parameters_per_client(kept_blocks(whole), job.expert_layout.num_experts))
         checkpoint = adapters + rows + lasting.get("server state", 0)
         size, ep_size = job.size, job.config.topology.ep_size
         host = (
@@ -51,22 +51,9 @@ class Storage:
         return cls(checkpoint, rows, RECORD_BYTES * drawn, world.hosts * host + checkpoint)
 
 
-def kept(job: Job, prediction: Prediction, world: World, drawn: int) -> tuple[dict[str, int], dict[str, int], int]:
-    """Memory per rank, host memory per rank beside a device, and bytes per rank in mapped files.
-
-    The planner books the personal state of all clients on every rank. A rank keeps that of its cluster's clients and of those
-    that it trains, in memory up to `execution.client_state_gib`; a checkpoint copies the rows that a round has changed.
-    """
+def kept(job: Job, prediction: Prediction) -> tuple[dict[str, int], dict[str, int], int]:
+    """Memory per rank, host memory per rank beside a device, and bytes per rank in mapped files: the plan's, and the columns
+    that every rank has of all clients, which are no small thing among millions."""
     memory, host = dict(prediction.memory), dict(prediction.host_memory)
-    clusters = world.ranks // job.config.topology.ep_size
-    trained = math.ceil(drawn / clusters)
-    place = host if host else memory
-    place[COLUMNS] = COLUMN_BYTES * len(job.clients)
-    spilled = 0
-    if PERSONAL in place:
-        home = outlasting(job, math.ceil(len(job.clients) / clusters) + trained, drawn)[PERSONAL]
-        place[PERSONAL] = min(home, int(job.config.execution.client_state_gib * 2**30))
-        spilled = home - place[PERSONAL]
-    if COPY in place:
-        place[COPY] = outlasting(job, trained, drawn)[COPY]
-    return memory, host, spilled
+    (host if host else memory)[COLUMNS] = COLUMN_BYTES * len(job.clients)
+    return memory, host, prediction.client_files
