@@ -1,7 +1,8 @@
-"""A world of light processes: `python tests/control_world.py RANKS LIMIT FOLDER [DIES]`.
+"""A world of light processes: `python tests/control_world.py RANKS LIMITS FOLDER [DIES]`.
 
-It forks ranks that have imported all they need, limits their open files (LIMIT is one for all, or `7,9` with a comma: the last
-one is that of all further ranks), and lets them join, talk and leave. Every rank writes `rank-N.json` with what it found,; exit codes are in `codes.json`. Rank DIES is killed before it has talked to most of the others."""
+It forks ranks that have imported all they need, limits their open files (`300,90`: rank 0's limit, and that of all further
+ones), and lets them join, talk and leave. Every rank writes `rank-N.json` with what it found; exit codes are in `codes.json`.
+Rank DIES is killed before it has talked to most of the others."""
 
 from __future__ import annotations
 
@@ -96,6 +97,5 @@ def main(ranks: int, limits: list[int], folder: Path, dies: int | None = None) -
 
 
 if __name__ == "__main__":
-    sys.exit(
-        main(int(sys.argv[1]), [int(limit) for limit in sys.argv[2].split(",")], Path(sys.argv[3]), *map(int, sys.argv[4:]))
-    )
+    count, given, place, *dying = sys.argv[1:]
+    sys.exit(main(int(count), [int(limit) for limit in given.split(",")], Path(place), *map(int, dying)))
