@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.schedule import home_clients, largest_wave, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
@@ -111,7 +111,8 @@ def predict_job(
     slowest = max(spent, key=lambda cluster: cluster.total)
     seconds = {"schedule": SCHEDULE_S[0] + SCHEDULE_S[1] * drawn, "train": train}
     seconds["aggregate"] = _aggregate(job, network, hardware, ep_size, drawn)
-    seconds["evaluate"] = one_evaluation_seconds(job, network, hardware, ep_size, Evaluation.of(job, round_index))
+    asked = Evaluation.of(job, round_index)
+    seconds["evaluate"] = one_evaluation_seconds(job, network, hardware, ep_size, asked, largest_wave(plan))
     split = dict(slowest.parts)
     if train > slowest.total:
         split["other clusters on the same cores"] = train - slowest.total
