@@ -3,10 +3,12 @@ and ranks leave together or not at all."""
 
 from __future__ import annotations
 
+import fcntl
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,20 +18,24 @@ from typing import Any
 import pytest
 import torch
 from federations import alone, make_config, read_events, run_alone, write_inputs
+from filelock import FileLock
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import Job, changed
 from torch import nn
 
 from fedmoe_ds.config import Config
-from fedmoe_ds.config.schema import PretrainConfig
+from fedmoe_ds.config.schema import FoundationConfig, PretrainConfig
 from fedmoe_ds.data import stdlib
+from fedmoe_ds.data.sources import hub
 from fedmoe_ds.distributed import long_work, signs_of_work, stop_points
 from fedmoe_ds.distributed.long_work import LongWork
 from fedmoe_ds.distributed.stop_points import StopError, file_sha256, heard_by, run_waiting, stop_point
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.federation import build, session
+from fedmoe_ds.foundation import foundation
 from fedmoe_ds.foundation.builtin.loop import train_new
 from fedmoe_ds.foundation.builtin.loop_state import FILE, TrainingState
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
@@ -327,29 +333,75 @@ def idle(until: threading.Event) -> None:
     until.wait(60)
 
 
-@pytest.mark.parametrize("work", [busy, writing, idle])
-def test_work_without_stop_points_reports_as_long_as_it_works(
-    work: Callable[[threading.Event], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A download that hangs stops reporting, so that the others wait for it and the watchdog says so; a stop is heard still."""
+def reports(work: Callable[[], object], watched: Path, stands_still: bool, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of all reports of work, until it is stopped, whether they came after three times as long as it may stand still. Where it
+    does, a stop is asked for later."""
     monkeypatch.setattr(signs_of_work, "STANDSTILL_S", 0.8)
     monkeypatch.setattr(stop_points, "_LOOK_S", 0.02)
-    release, asked, reports = threading.Event(), threading.Event(), list[bool]()
+    asked, late = threading.Event(), list[bool]()
     began = time.monotonic()
 
     def listen() -> None:
-        reports.append(time.monotonic() - began > 2.4)
-        # Three times as long as it may stand still.
-        if asked.is_set() or (reports[-1] and work is not idle):
+        late.append(time.monotonic() - began > 2.4)
+        if asked.is_set() or (late[-1] and not stands_still):
             raise StopError("SIGTERM")
 
     timer = threading.Timer(3.2, asked.set)
-    if work is idle:
+    if stands_still:
         timer.start()
     with heard_by(listen, asked.is_set), pytest.raises(StopError):
-        run_waiting(lambda: work(release))
+        run_waiting(work, [watched])
+    return late
+
+
+@pytest.mark.parametrize("work", [busy, writing, idle])
+def test_work_without_stop_points_reports_as_long_as_it_works(
+    work: Callable[[threading.Event], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A download that hangs stops reporting, so that the others wait for it and the watchdog says so; a stop is heard still."""
+    release = threading.Event()
+    found = reports(lambda: work(release), tmp_path / "none", work is idle, monkeypatch)
     release.set()
-    assert sum(reports) == 1 and len(reports) > 5, "none while it stands still, until a stop is asked for"
+    assert sum(found) == 1 and len(found) > 5, "none while it stands still, until a stop is asked for"
+
+
+@pytest.mark.parametrize("holder", ["writes", "hangs"])
+def test_who_waits_for_anothers_download_reports_as_long_as_that_goes_on(
+    holder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """This process only asks for the lock again and again, by which the lock's own file changes, too."""
+    (tmp_path / "blobs").mkdir()
+    line = "while :; do echo more >> blobs/model.incomplete; sleep 0.1; done"
+    lock = tmp_path / "blobs" / "model.lock"
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        other = subprocess.Popen(["sh", "-c", line if holder == "writes" else "sleep 60"], cwd=tmp_path)
+        try:
+            found = reports(lambda: FileLock(lock).acquire(poll_interval=0.1), tmp_path, holder == "hangs", monkeypatch)
+        finally:
+            other.kill()
+            other.wait()
+    assert sum(found) == 1 and len(found) > 5
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_what_is_watched_is_where_the_hub_writes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Path]()
+
+    def stand_in(action: Callable[[], Any], watched: Iterable[Path] = ()) -> Any:
+        seen.extend(watched)
+        raise OSError("no network")
+
+    for module in (foundation, hub):
+        monkeypatch.setattr(module, "run_waiting", stand_in)
+    with pytest.raises(UserError, match="no network"):
+        if kind == "model":
+            foundation.resolve_foundation(FoundationConfig(path="some/Model"), 0, print)
+        else:
+            hub.HubSource("some/MyData", "train").digest()
+    names = ["models--some--Model"] if kind == "model" else ["datasets--some--MyData", "some___my_data"]
+    assert [path.name for path in seen] == names
+    assert seen[0].parent == Path(constants.HF_HUB_CACHE)
 
 
 def test_a_system_that_counts_nothing_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from io import FileIO
@@ -79,12 +79,15 @@ def stream_sha256(file: FileIO) -> str:
     return content.hexdigest()
 
 
-def run_waiting(action: Callable[[], T]) -> T:
+def run_waiting(action: Callable[[], T], watched: Iterable[Path] = ()) -> T:
     """Run an action that has no stop points of its own, a download or a library's conversion, and have some while it works.
 
     Once it stands still there are no more of them, unless this process is asked to stop: the other ranks then wait for this
     one, and after `topology.timeout_s` the watchdog says so. After a stop it is left alone, in a thread that ends with the
     process: only for what is safe to end at any moment.
+
+    Args:
+        watched: folders that it fills; it works as long as another process fills them, for which it may have to wait.
     """
     # Without a listener a stop request cannot be noticed, so a thread would be of no use.
     if _listener.get() is None:
@@ -99,7 +102,7 @@ def run_waiting(action: Callable[[], T]) -> T:
             failures.append(error)
 
     thread = threading.Thread(target=work, name="long work", daemon=True)
-    signs, asked = SignsOfWork(), _asked.get()
+    signs, asked = SignsOfWork(watched), _asked.get()
     thread.start()
     while thread.is_alive():
         thread.join(_LOOK_S)
