@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import resource
+import socket
+import sys
 
 import pytest
+import torch.distributed as torch_dist
 from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,12 +96,12 @@ def test_the_limit_is_raised(
     wanted: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda which, what: wanted.append(what))
-    open_files.allow(needed, Launch("test", 0, 64, 0))
+    assert open_files.allow(needed).allowed == (sys.maxsize if limits[0] < 0 else max(limits[0], asked[0] if asked else 0))
     assert wanted == ([] if asked is None else [asked])
 
 
 @pytest.mark.parametrize(("limits", "obeys"), [((256, 256), True), ((128, 256), True), ((256, 1048576), False)])
-def test_too_low_a_limit_is_one_line(monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], obeys: bool) -> None:
+def test_too_low_a_limit_is_told(monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], obeys: bool) -> None:
     """Also where the system does not let it be raised as far as it says."""
 
     def refuse(which: int, what: tuple[int, int]) -> None:
@@ -107,5 +110,25 @@ def test_too_low_a_limit_is_one_line(monkeypatch: pytest.MonkeyPatch, limits: tu
 
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    with pytest.raises(UserError, match=r"^open files: 256: rank 7 on \S+ needs 257 in a world of 64 ranks; raise the host's "):
-        open_files.allow(257, Launch("test", 7, 64, 7))
+    mine = open_files.allow(257)
+    assert (mine.needed, mine.allowed) == (257, 256)
+    with pytest.raises(UserError, match=r"^open files: 256: rank 0 on \S+ needs 257 in a world of 1 ranks; raise the hard "):
+        open_files.check_together(torch_dist.HashStore(), 0, 1, mine)
+
+
+def test_ranks_that_cannot_meet_refuse_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All by the same line; where rank 0's host has more than this one, its store answers, and nobody refuses."""
+    monkeypatch.setattr(open_files, "_ANSWER_S", 0.0)
+    few, enough = (open_files.Allowance("node", 70, allowed) for allowed in (1023, 1024))
+    words = r"^open files: 1023: rank 0 needs 1024 for 950 ranks to meet, and twice as many later; raise the hard limit of "
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
+        open_files.check_meeting(few, 7, 950)
+        with pytest.raises(UserError, match=words):
+            open_files.check_meeting(few, 0, 950)
+    with pytest.raises(UserError, match=words):
+        open_files.check_meeting(few, 7, 950)
+    for rank in (0, 7):
+        open_files.check_meeting(enough, rank, 950)
+    open_files.check_meeting(few, 0, 1)

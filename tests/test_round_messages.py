@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +15,19 @@ from typing import Any
 import pytest
 import torch
 from every import every
-from federations import alone, build, make_config, write_inputs
+from federations import alone, build, leave_out, make_config, write_inputs
 from torch import Tensor
 
+from fedmoe_ds.checkpoint.state import PartialRound
+from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.control import Alone
 from fedmoe_ds.distributed.launcher import Launch
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.journal import Journal
-from fedmoe_ds.federation.round_messages import stop_agreed
+from fedmoe_ds.federation.round_messages import meet, stop_agreed
 from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.planner.counts import CONTROL, ControlCalls
 
 SMALL: dict[str, Any] = {
     "method": {"name": "fedit"},  # without personal state, which travels by itself
@@ -34,13 +39,15 @@ SMALL: dict[str, Any] = {
 
 
 class Counting(Alone):
-    """Counts the messages that would reach every rank."""
+    """Counts the messages that would reach every rank, and keeps what this one tells in gathers."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
+        self.told: list[Any] = []
 
     def gather(self, payload: bytes) -> list[bytes]:
         self.calls["gather"] += 1
+        self.told.append(json.loads(payload))
         return [payload]
 
     def broadcast(self, payload: bytes) -> bytes:
@@ -63,31 +70,72 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def per_round(root: Path, name: str, changes: dict[str, Any]) -> Counter[str]:
-    """The messages of one more round."""
+def counted(config: Config) -> tuple[Federation, Journal, Counting, Counting]:
+    """A run at the beginning of round 1, and the messages among all ranks and within a cluster from here on."""
+    world, inside = Counting(), Counting()
+    runtime, topology = alone()
+    parts, journal = build(config, runtime, replace(topology, control=inside))
+    parts.runtime = journal.runtime = parts.evaluator.runtime = Runtime(runtime.launch, runtime.device, world)
+    federation = Federation(parts, journal)
+    federation.checkpoints.writer.runtime = parts.runtime
+    inside.calls.clear()
+    return federation, journal, world, inside
+
+
+def per_round(root: Path, name: str, changes: dict[str, Any]) -> tuple[Counter[str], Counter[str]]:
+    """The messages of one more round, among all ranks and within a cluster."""
     found = []
     for rounds in (2, 3):
         config = make_config(root, f"{name}-{rounds}", SMALL, {"federation": {"rounds": rounds}}, changes)
-        parts, journal = build(config, *alone())
-        counting = Counting()
-        runtime = Runtime(parts.runtime.launch, parts.runtime.device, counting)
-        parts.runtime = journal.runtime = parts.evaluator.runtime = runtime
-        federation = Federation(parts, journal)
-        federation.checkpoints.writer.runtime = parts.runtime
+        federation, journal, world, inside = counted(config)
         federation.run()
         journal.close()
-        found.append(counting.calls)
-    return found[1] - found[0]
+        found.append((world.calls, inside.calls))
+    (world_2, inside_2), (world_3, inside_3) = found
+    return world_3 - world_2, inside_3 - inside_2
 
 
 def test_messages_of_a_round(root: Path) -> None:
     """Reports and stop requests, counts, and the question at its end; what is recorded asks nobody."""
-    plain = Counter(gather=1, sum=1, largest=1)
-    assert per_round(root, "plain", {}) == plain
-    evaluated = per_round(root, "evaluated", {"evaluation": {"every": 1}})
+    plain, inside = per_round(root, "plain", {})
+    assert plain == Counter(gather=1, sum=1, largest=1)
+    evaluated, _ = per_round(root, "evaluated", {"evaluation": {"every": 1}})
     assert evaluated == plain + Counter(sum=1), "all tiers"
-    saved = per_round(root, "saved", {"checkpoint": {"every": 1}})
+    saved, _ = per_round(root, "saved", {"checkpoint": {"every": 1}})
     assert saved == plain + Counter(gather=2, broadcast=2)
+    own, _ = per_round(root, "own", {"method": {"name": "fedsa-lora"}})
+    assert own == plain + Counter(gather=1, largest=1), "room for what clients keep, and who was trained where"
+    _, waves = per_round(root, "waves", {"execution": {"clients_in_flight": 1}})
+    assert (inside, waves) == (Counter(largest=1), Counter(largest=3)), "a question after every wave: one, and three"
+    # What the planner takes a round for.
+    seen = ControlCalls(
+        per_round=plain.total(),
+        personal=(own - plain).total(),
+        per_wave=(waves - inside).total() / 2,
+        per_evaluation=(evaluated - plain).total(),
+        per_checkpoint=(saved - plain).total(),
+    )
+    assert seen == CONTROL
+
+
+def test_a_rank_tells_what_it_has_added(root: Path) -> None:
+    """Reports that an earlier start has left are on every rank, and so are absences and limits that this start has read: told
+    by all, they would travel as often as there are ranks."""
+    federation, journal, world, _ = counted(make_config(root, "again", SMALL))
+    parts = federation.parts
+    parts.state.partial, parts.state.sums = PartialRound({0: {"status": "ok"}}), parts.new_sums(1)
+    leave_out(parts, {1: 2})
+    (absent,) = parts.skipped.of(1)
+    work = federation._sample(1)
+    assert set(work.partial.done) == {0, absent}
+    work.partial.done[1] = {"status": "ok", "tokens": 7}
+    parts.skipped.limit(1, [1], 2)
+    assert not meet(parts, work.partial)
+    assert world.told == [[False, [[1, 1, 2]], {"1": {"status": "ok", "tokens": 7}}]]
+    assert set(work.partial.done) == {0, 1, absent} and not work.unfinished
+    meet(parts, work.partial)
+    assert world.told[1:] == [[False, [], {}]], "everybody knows by now"
+    journal.close()
 
 
 class Meeting:

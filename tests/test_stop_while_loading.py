@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,20 +16,23 @@ from typing import Any
 import pytest
 import torch
 from federations import alone, make_config, read_events, run_alone, write_inputs
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import Job, changed
 from torch import nn
 
 from fedmoe_ds.config import Config
-from fedmoe_ds.config.schema import PretrainConfig
+from fedmoe_ds.config.schema import FoundationConfig, PretrainConfig
 from fedmoe_ds.data import stdlib
+from fedmoe_ds.data.sources import hub
 from fedmoe_ds.distributed import long_work, signs_of_work, stop_points
 from fedmoe_ds.distributed.long_work import LongWork
 from fedmoe_ds.distributed.stop_points import StopError, file_sha256, heard_by, run_waiting, stop_point
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
 from fedmoe_ds.federation import build, session
+from fedmoe_ds.foundation import foundation
 from fedmoe_ds.foundation.builtin.loop import train_new
 from fedmoe_ds.foundation.builtin.loop_state import FILE, TrainingState
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
@@ -322,7 +325,7 @@ class Looks:
         self.number += 1
         return 10.0 * self.number
 
-    def counts(self) -> tuple[float, int] | None:
+    def counts(self) -> signs_of_work.Counts | None:
         signs = min(self.number, self.last)
         # What is too little to be a sign goes on: threads that wait are woken, and looking reads.
         seconds, size = 0.09 * self.number, 200_000 * self.number
@@ -330,10 +333,11 @@ class Looks:
             seconds += 0.02 * signs
         elif self.kind == "reads and writes":
             size += 100_000 * signs
-        return None if self.kind == "unknown" else (seconds, size)
+        files = frozenset({("model", signs if self.kind == "others write" else 0, 0)})
+        return None if self.kind == "unknown" else (seconds, size, files)
 
 
-@pytest.mark.parametrize("kind", ["computes", "reads and writes", "nothing", "unknown"])
+@pytest.mark.parametrize("kind", ["computes", "reads and writes", "others write", "nothing", "unknown"])
 @pytest.mark.parametrize("last", [0, 1, 30])
 def test_work_without_stop_points_reports_as_long_as_it_works(kind: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A download that hangs stops reporting, so that the others wait for it and the watchdog says so; a stop is heard still.
@@ -349,10 +353,49 @@ def test_work_without_stop_points_reports_as_long_as_it_works(kind: str, last: i
             raise StopError("SIGTERM")
 
     with heard_by(listen, lambda: looks.number >= 60), pytest.raises(StopError):
-        run_waiting(lambda: release.wait(60), signs)
+        run_waiting(lambda: release.wait(60), signs=signs)
     release.set()
     still = {"nothing": 0, "unknown": 60}.get(kind, last) + int(signs_of_work.STANDSTILL_S) // 10
     assert reports == [*range(1, min(still, 59) + 1), 60], "none while it stands still, until a stop is asked for"
+
+
+def test_what_another_process_downloads_is_a_sign(tmp_path: Path) -> None:
+    """Who waits for its lock only asks for it again and again, by which the lock's own file changes, too."""
+    (tmp_path / "blobs").mkdir()
+    lock, part = tmp_path / "blobs" / "model.lock", tmp_path / "blobs" / "model.incomplete"
+    part.write_bytes(b"some")
+    lock.touch()
+
+    def files() -> frozenset[signs_of_work.File]:
+        counts = signs_of_work.process_counts([tmp_path, tmp_path / "none"])
+        assert counts is not None
+        return counts[2]
+
+    before = files()
+    os.utime(lock, (1, 1))
+    assert files() == before and len(before) == 1
+    part.write_bytes(b"some more")
+    assert files() != before
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_what_is_watched_is_where_the_hub_writes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Path]()
+
+    def stand_in(action: Callable[[], Any], watched: Iterable[Path]) -> Any:
+        seen.extend(watched)
+        raise OSError("no network")
+
+    for module in (foundation, hub):
+        monkeypatch.setattr(module, "run_waiting", stand_in)
+    with pytest.raises(UserError, match="no network"):
+        if kind == "model":
+            foundation.resolve_foundation(FoundationConfig(path="some/Model"), 0, print)
+        else:
+            hub.HubSource("some/MyData", "train").digest()
+    names = ["models--some--Model"] if kind == "model" else ["datasets--some--MyData", "some___my_data"]
+    assert [path.name for path in seen] == names
+    assert seen[0].parent == Path(constants.HF_HUB_CACHE)
 
 
 def spend(seconds: float) -> None:

@@ -281,7 +281,7 @@ def test_what_an_evaluation_is_predicted_to_cost(result: Result, monkeypatch: py
 
     def seconds(job: Any, round_index: int) -> float:
         asked = planned.Evaluation.of(job, round_index)
-        return planned.one_evaluation_seconds(job, network, network.hardware, 1, asked)
+        return planned.one_evaluation_seconds(job, network, network.hardware, 1, asked, 1)
 
     plain = replace(job, data=replace(job.data, candidates=0))
     assert seconds(plain, 1) * 4 == seconds(job, 1) > 0

@@ -40,6 +40,7 @@ class SkippedClients:
         self.path = folder / NAME
         self.key = tree_sha256(settings)[:16]
         self._known = {found for line in lines if (found := _parse(line, self.key)) is not None}
+        self._news = set[Finding]()
 
     def of(self, round_index: int) -> set[int]:
         """Indices of the clients that this round leaves out."""
@@ -60,12 +61,15 @@ class SkippedClients:
         return PassLimits(min(together, default=None), min(each, default=None), {client: -count for count, client in own})
 
     @property
-    def findings(self) -> list[Finding]:
-        return sorted(self._known, key=str)
+    def news(self) -> list[Finding]:
+        """What this rank has written down since the ranks last told each other."""
+        return sorted(self._news, key=str)
 
     def learn(self, findings: Iterable[Iterable[Any]]) -> None:
-        """Take over what other ranks have written down."""
-        self._known |= {(found, client, sequences) for found, client, sequences in findings}
+        """Take over what a rank has written down, and told all of them."""
+        told = {(found, client, sequences) for found, client, sequences in findings}
+        self._known |= told
+        self._news -= told
 
     def add(self, round_index: int, client: int) -> None:
         """Write an absence down; any rank may, at the moment of its failure. Raises OSError."""
@@ -78,6 +82,7 @@ class SkippedClients:
 
     def _write(self, findings: list[Finding]) -> None:
         self._known |= set(findings)
+        self._news |= set(findings)
         entries = [[found, client] if count is None else [found, client, count] for found, client, count in findings]
         text = "".join(json.dumps([self.key, *entry]) + "\n" for entry in entries)
         # Appended in one write: several ranks may run out of memory at the same moment.

@@ -30,17 +30,19 @@ SUMS_LAYOUT = 2
 
 @dataclass
 class PartialRound:
-    """How far an unfinished round has come (the same on every rank).
+    """How far an unfinished round has come (the same on every rank, once they have met).
 
     Attributes:
         done: client index -> what it reported, for metrics.
         activation: label of a tier -> routed rows per (layer, expert).
         seconds: training time spent on it before an interruption.
+        known: clients of `done` whose reports all ranks have; the others' are those of this rank alone.
     """
 
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
     activation: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
+    known: frozenset[int] = frozenset()
 
 
 @dataclass

@@ -2,21 +2,26 @@
 
 gloo connects two ranks when they first exchange something (`process_groups`), so a rank holds the connections of its rings and
 trees, and those of an all-to-all: a few dozen, whatever the size of the world. Only rank 0 is known to everybody: by torch's
-store, and by the watchdog.
+store, and by the watchdog. Whether all have enough they decide together, at the store and before any group is built: a rank
+that ended alone would leave the others waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import resource
 import socket
-from dataclasses import dataclass
+import sys
+import time
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
+
+from torch.distributed.distributed_c10d import Store
 
 from fedmoe_ds.distributed.control_plane import uses_mpi
 from fedmoe_ds.distributed.gloo_control import FLAT, block_width, tree_groups
+from fedmoe_ds.distributed.meeting import decide
 from fedmoe_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +36,9 @@ WORK = 64
 """Files of a rank's own work: libraries, mapped weights and data, records, a checkpoint under way."""
 _PLENTY = 1 << 16
 """Enough for anything that is not counted here, and not so much that programs that look at every possible file take long."""
+_FIX = "raise the hard limit of every host (ulimit -Hn, LimitNOFILE, limits.conf)"
+_ANSWER_S = 120.0
+"""How long a rank that takes rank 0 for refused looks for it all the same; srun ends what is left of a step after 300 s."""
 
 
 @dataclass(frozen=True)
@@ -129,22 +137,80 @@ def open_now() -> int:
         return 0
 
 
-def allow(needed: int, launch: Launch) -> None:
-    """Raise this process's limit on open files to plenty, or to what is needed, as far as the hard limit lets it.
+@dataclass(frozen=True)
+class Allowance:
+    """Open files of one rank.
 
-    Raises:
-        UserError: that is less than what is needed.
+    Attributes:
+        host: where it runs.
+        needed: how many it needs at once.
+        allowed: how many it may have.
     """
+
+    host: str
+    needed: int
+    allowed: int
+
+
+def allow(needed: int) -> Allowance:
+    """Raise this process's limit on open files to plenty, or to what is needed, as far as the hard limit lets it."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
     wanted = min(max(needed, _PLENTY), hard)
     if soft < wanted:
         # A system may have a limit of its own below the hard one.
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), limits[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
             soft = wanted
-    if soft < needed:
+    return Allowance(socket.gethostname(), needed, soft)
+
+
+def check_meeting(mine: Allowance, rank: int, world_size: int) -> None:
+    """Refuse a world whose ranks cannot even meet: rank 0 has too few files for the store, so nobody can be told.
+
+    Every rank finds that out by itself, by its own limit: hosts of a cluster have the same one. Where rank 0's host has more
+    than this one, its store answers at `MASTER_ADDR` and `MASTER_PORT`.
+
+    Raises:
+        UserError: the same one on every rank.
+    """
+    met = WORK + STORE + world_size
+    if world_size > 1 and mine.allowed < met and (rank == 0 or not _answers(time.monotonic() + _ANSWER_S)):
         raise UserError(
-            f"open files: {soft:.0f}: rank {launch.rank} on {socket.gethostname()} needs {needed} in a world of "
-            f"{launch.world_size} ranks; raise the host's hard limit (ulimit -Hn, LimitNOFILE, limits.conf)"
+            f"open files: {mine.allowed}: rank 0 needs {met} for {world_size} ranks to meet, and twice as many later; {_FIX}"
+        )
+
+
+def _answers(until: float) -> bool:
+    """Whether somebody listens where ranks meet, or begins to within this time."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    while True:
+        try:
+            socket.create_connection(address, timeout=5.0).close()
+            return True
+        except OSError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.5)
+
+
+def check_together(store: Store, rank: int, world_size: int, mine: Allowance) -> None:
+    """Compare what all ranks need with what they may have. Every rank calls it, and all of them get the same answer.
+
+    Args:
+        store: that all ranks have met at.
+    Raises:
+        UserError: a rank may have too few open files.
+    """
+    decide(store, rank, world_size, astuple(mine), _refuse)
+
+
+def _refuse(told: list[tuple[str, int, int]]) -> None:
+    """Raise UserError for the first rank that lacks files."""
+    lacking = [rank for rank, (_, needed, allowed) in enumerate(told) if allowed < needed]
+    if lacking:
+        host, needed, allowed = told[lacking[0]]
+        others = f", {len(lacking)} of which have too few" if len(lacking) > 1 else ""
+        raise UserError(
+            f"open files: {allowed}: rank {lacking[0]} on {host} needs {needed} in a world of {len(told)} ranks{others}; {_FIX}"
         )

@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fedmoe_ds.distributed.devices import Place, check_places
 from fedmoe_ds.distributed.interfaces import use_common_network
+from fedmoe_ds.distributed.open_files import Allowance, check_together
 from fedmoe_ds.errors import UserError
 
 _OPERATORS = "__compatible_ops__"
@@ -48,16 +49,22 @@ def has_world() -> bool:
     return bool(deepspeed.comm.is_initialized())
 
 
-def join_world(timeout: datetime.timedelta, device: torch.device, interface: str | None = None) -> str | None:
+def join_world(
+    timeout: datetime.timedelta,
+    device: torch.device,
+    interface: str | None = None,
+    files: Allowance | None = None,
+) -> str | None:
     """Join torch's world and DeepSpeed's, by the environment variables of this rank: NCCL between GPUs, else gloo.
 
     A world that is there already is taken as it is. Returns a line about the network that was chosen between several hosts.
 
     Args:
         interface: `topology.interface`.
+        files: open files of this rank; None: nobody asks whether they are enough.
     Raises:
-        UserError: the groups of a world that is there have a shorter limit; before any group is built: two ranks would share a
-            GPU, or a host has no such interface.
+        UserError: the groups of a world that is there have a shorter limit; before any group is built, on all ranks: two ranks
+            would share a GPU, a host has no such interface, or a rank has too few files.
     """
     global _limit
     os.environ.setdefault(_LAZY, "1")  # torch reads it when it makes a group
@@ -68,12 +75,15 @@ def join_world(timeout: datetime.timedelta, device: torch.device, interface: str
                 f"topology.timeout_s: with topology.silence_s {timeout.total_seconds():g} s for a collective: the first run of "
                 f"this process has made its groups for {_limit.total_seconds():g} s; give every run what the longest needs"
             )
+        _compare_files(files)
         return None
     _limit = timeout
     backend = "nccl" if device.type == "cuda" else "gloo"
     network = None
     if not torch_dist.is_initialized():
-        network = _join_torch(backend, timeout, device, interface)
+        network = _join_torch(backend, timeout, device, interface, files)
+    else:
+        _compare_files(files)
     with _no_operators():
         # It takes torch's world as its own. By itself it would bind NCCL to the GPU of number LOCAL_RANK, which a rank that
         # sees its own GPU alone does not have.
@@ -81,9 +91,20 @@ def join_world(timeout: datetime.timedelta, device: torch.device, interface: str
     return network
 
 
-def _join_torch(backend: str, timeout: datetime.timedelta, device: torch.device, interface: str | None) -> str | None:
+def _compare_files(files: Allowance | None) -> None:
+    """The same check in a world that is there already."""
+    if files is not None:
+        store = torch_dist.distributed_c10d._get_default_store()
+        check_together(store, torch_dist.get_rank(), torch_dist.get_world_size(), files)
+
+
+def _join_torch(
+    backend: str, timeout: datetime.timedelta, device: torch.device, interface: str | None, files: Allowance | None
+) -> str | None:
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
+    if files is not None:
+        check_together(store, rank, world_size, files)
     place: dict[str, Any] = {}
     network = None
     if world_size > 1:

@@ -106,7 +106,7 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
 
     Raises:
         UserError: cuda is asked for but absent, ranks would share a GPU, MPI is asked for but does not know this world, the
-            launcher's promise does not hold, or this host lets a process open too few files.
+            launcher's promise does not hold, or a host lets a process open too few files.
         LostError: the other ranks did not come.
     """
     limits = Limits(topology.silence_s, topology.timeout_s, launch.world_size)
@@ -115,7 +115,7 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
             check_mpi(launch.world_size, f"topology.{name}")
     device = own_device(topology.device, launch.local_rank)
     # Before any socket of the world exists: a rank that runs out of them later takes the job with it.
-    open_files.allow(open_files.needed(launch, topology, device.type), launch)
+    files = open_files.allow(open_files.needed(launch, topology, device.type))
     torch.set_num_threads(threads)
     keep_freed_memory()
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
@@ -123,9 +123,10 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     # Runs of one rank share a machine, so each takes a free port; several ranks need one that all of them know.
     os.environ.setdefault("MASTER_PORT", str(free_port()) if launch.world_size == 1 else "29500")
+    open_files.check_meeting(files, launch.rank, launch.world_size)
     # Longer than the watchdog's limits: the watchdog ends the job first, because it knows who is missing.
     timeout = datetime.timedelta(seconds=topology.timeout_s + 2 * topology.silence_s)
-    control, network = _join(device, launch, topology, timeout)
+    control, network = _join(device, launch, topology, timeout, files)
     try:
         watch = start_watchdog(control, limits, launch.local_rank, device)
     except (OSError, RuntimeError) as error:
@@ -137,7 +138,7 @@ def init_runtime(launch: Launch, topology: TopologyConfig, threads: int = 1) -> 
 
 
 def _join(
-    device: torch.device, launch: Launch, topology: TopologyConfig, timeout: datetime.timedelta
+    device: torch.device, launch: Launch, topology: TopologyConfig, timeout: datetime.timedelta, files: open_files.Allowance
 ) -> tuple[Control, str | None]:
     """The control plane, and a line about the network."""
     from fedmoe_ds.distributed import (
@@ -145,7 +146,7 @@ def _join(
     )
 
     try:
-        network = process_groups.join_world(timeout, device, topology.interface)
+        network = process_groups.join_world(timeout, device, topology.interface, files)
         return make_control(topology.control, launch.launcher, launch.rank, launch.world_size, timeout), network
     except RuntimeError as error:  # of torch's store, or of gloo
         if not isinstance(error, torch_dist.DistError) and "gloo" not in str(error).lower():

@@ -2,14 +2,20 @@
 
 A download and a library's conversion have no steps to count. What the system counts of the process tells as much: processor
 time of its threads, and bytes that it has read and written. The thread that waits for the work and the watchdog's are left out:
-they are busy whatever the work does.
+they are busy whatever the work does. Linux does not count what comes through `recv`, but a download is written to a file.
+
+Of several processes that want the same download one does it, and the others wait for its lock (the hub's libraries), without
+any sign of their own. What the work is to fill is watched for that: as long as anybody's files there change, it goes on.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
@@ -22,21 +28,37 @@ WATCHING = "watchdog"
 """Name of the watchdog's thread."""
 
 
-Counts = tuple[float, int]
-"""Processor seconds, and bytes read and written: what the system has counted so far."""
+File = tuple[str, int, int]
+"""Path, size and time of the last change."""
+Counts = tuple[float, int, frozenset[File]]
+"""Processor seconds, bytes read and written, which the system has counted so far, and the files of watched folders."""
 
 
-def process_counts() -> Counts | None:
-    """Of this process, without its watchdog's and the calling thread's seconds; None where the system does not say."""
+def process_counts(watched: Iterable[Path] = ()) -> Counts | None:
+    """Of this process, without its watchdog's and the calling thread's seconds; None where the system does not say.
+
+    Args:
+        watched: folders that the work fills, here or in another process; they need not exist.
+    """
     idle = {thread.native_id for thread in threading.enumerate() if thread.name == WATCHING}
     idle.add(threading.get_native_id())
     try:
         process = psutil.Process()
         seconds = sum(one.user_time + one.system_time for one in process.threads() if one.id not in idle)
         moved = process.io_counters()
-        return seconds, moved.read_chars + moved.write_chars
+        return seconds, moved.read_chars + moved.write_chars, frozenset(_files(watched))
     except (psutil.Error, AttributeError, OSError):
         return None
+
+
+def _files(folders: Iterable[Path]) -> Iterator[File]:
+    for folder in folders:
+        for place, _, names in os.walk(folder):
+            # Who waits for a lock opens its file again and again, which changes its time.
+            for path in (os.path.join(place, name) for name in names if not name.endswith(".lock")):
+                with suppress(OSError):  # just gone: renamed, by whoever works
+                    found = os.lstat(path)
+                    yield path, found.st_size, found.st_mtime_ns
 
 
 class SignsOfWork:
@@ -66,4 +88,4 @@ class SignsOfWork:
 
     def _moved(self, before: Counts, after: Counts, elapsed: float) -> bool:
         seconds, size = after[0] - before[0], after[1] - before[1]
-        return seconds >= _LEAST_SHARE * elapsed or size >= _LEAST_BYTES
+        return seconds >= _LEAST_SHARE * elapsed or size >= _LEAST_BYTES or after[2] != before[2]

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
-from fedmoe_ds.distributed.signs_of_work import SignsOfWork
+from fedmoe_ds.distributed.signs_of_work import SignsOfWork, process_counts
 
 T = TypeVar("T")
 _PIECE = 1 << 20  # bytes between two stop points of `file_sha256`
@@ -79,7 +80,7 @@ def stream_sha256(file: FileIO) -> str:
     return content.hexdigest()
 
 
-def run_waiting(action: Callable[[], T], signs: SignsOfWork | None = None) -> T:
+def run_waiting(action: Callable[[], T], watched: Iterable[Path] = (), signs: SignsOfWork | None = None) -> T:
     """Run an action that has no stop points of its own, a download or a library's conversion, and have some while it works.
 
     Once it stands still there are no more of them, unless this process is asked to stop: the other ranks then wait for this
@@ -87,7 +88,8 @@ def run_waiting(action: Callable[[], T], signs: SignsOfWork | None = None) -> T:
     process: only for what is safe to end at any moment.
 
     Args:
-        signs: of its work; this process's.
+        watched: folders that it fills; it works as long as another process fills them, for which it may have to wait.
+        signs: of its work; by default what the system counts of this process.
     """
     # Without a listener a stop request cannot be noticed, so a thread would be of no use.
     if _listener.get() is None:
@@ -102,7 +104,7 @@ def run_waiting(action: Callable[[], T], signs: SignsOfWork | None = None) -> T:
             failures.append(error)
 
     thread = threading.Thread(target=work, name="long work", daemon=True)
-    signs, asked = signs or SignsOfWork(), _asked.get()
+    signs, asked = signs or SignsOfWork(partial(process_counts, list(watched))), _asked.get()
     thread.start()
     while thread.is_alive():
         thread.join(_LOOK_S)

@@ -243,7 +243,7 @@ def _assemble(
         in_flight=in_flight,
         execution=execution,
         trainer=trainer,
-        evaluator=Evaluator(spec, model, runtime, adapters, data, clients),
+        evaluator=Evaluator(spec, model, runtime, adapters, data, clients, in_flight),
         server=server,
         state=state,
         identity=ours,

@@ -24,7 +24,7 @@ from fedmoe_ds.federation.evaluation_passes import most_together, passes
 from fedmoe_ds.federation.generation import Generation, as_text, greedy
 from fedmoe_ds.federation.received_model import ReceivedModel
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.schedule import home_clients, participants_per_round
+from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.task_metrics import TaskMetrics
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.model.adapter_bank import Bank
@@ -92,6 +92,7 @@ class Evaluator(ReceivedModel):
         bank: the global adapters (one client slot, no gradients); in the model only while an evaluation runs.
         data: what is scored: a global hold-out, and clients' own.
         clients: all clients; a tier's personal state is the mean over its clients.
+        in_flight: clients in flight on a cluster at most (`wave_slots`), the same number on every rank.
     """
 
     def __init__(
@@ -102,14 +103,13 @@ class Evaluator(ReceivedModel):
         bank: Bank,
         data: AnswerData,
         clients: Sequence[Client],
+        in_flight: int,
     ) -> None:
         super().__init__(spec.method, model, bank)
         self.runtime, self.data, self.clients, self.tiers = runtime, data, clients, tiers_of(clients)
         self.config, self.shares_passes = spec.config.evaluation, spec.shares_passes
-        # Not the slots that a rank really has: they may differ between clusters, and ranks cut alike.
-        drawn = participants_per_round(spec, len(clients))
-        home = home_clients(spec.config.execution.clients_in_flight, drawn, model.execution.pool.ep_size)
-        self.together = most_together(spec.config, home)
+        # Not the slots that this rank really has: idle clusters have none, and ranks cut alike.
+        self.together = most_together(spec.config, home_clients(None, in_flight, model.execution.pool.ep_size))
         self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool, tiers: Collection[str] | None = None) -> list[Score]:

@@ -24,9 +24,11 @@ def meet(parts: Parts, partial: PartialRound) -> bool:
     Returns:
         Whether any of them was asked to stop.
     """
-    mine = {str(index): report for index, report in partial.done.items()}
-    told = parts.runtime.gather([parts.stop.requested, parts.skipped.findings, mine])
-    partial.done = {int(index): report for _, _, done in told for index, report in done.items()}
+    # What an earlier start has left is on every rank: told again, it would travel as often as there are ranks.
+    mine = {str(index): report for index, report in partial.done.items() if index not in partial.known}
+    told = parts.runtime.gather([parts.stop.requested, parts.skipped.news, mine])
+    partial.done |= {int(index): report for _, _, done in told for index, report in done.items()}
+    partial.known = frozenset(partial.done)
     for _, findings, _ in told:
         parts.skipped.learn(findings)
     return any(stopped for stopped, _, _ in told)

@@ -164,6 +164,7 @@ class Federation:
         self.state.partial, self.state.sums = None, None
         absent = parts.skipped.of(round_index)
         partial.done |= {c.index: client_record.absent(c) for c in chosen if c.index in absent}
+        partial.known = frozenset(partial.done)
         return _Round(round_index, chosen, partial, sums)
 
     def _schedule(self, work: _Round) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 
 from fedmoe_ds.config.schema import FoundationConfig
@@ -206,7 +208,9 @@ def _resolve_path(path: str, trust: bool) -> Path:
 
 def _download(hub_id: str, files: list[str]) -> Path:
     try:
-        return Path(run_waiting(lambda: snapshot_download(hub_id, allow_patterns=files)))
+        # One process of a host, or of several that share the cache, downloads; this one may wait for it.
+        filled = Path(HF_HUB_CACHE, repo_folder_name(repo_id=hub_id, repo_type="model"))
+        return Path(run_waiting(lambda: snapshot_download(hub_id, allow_patterns=files), [filled]))
     except (HFValidationError, HTTPError, OSError) as error:
         raise UserError(
             f"foundation.path: {hub_id}: neither a folder nor a hub model that can be reached ({first_line(error)}); "

@@ -98,7 +98,7 @@ _DENSE = {
 
 @dataclass(frozen=True)
 class ControlCalls:
-    """Calls of the host-side control plane, in which every rank waits for the others; counted in the tallies of real rounds.
+    """Calls of the host-side control plane, in which every rank waits for the others; tests/test_round_messages.py counts.
 
     Attributes:
         per_round: of any round (`federation/round_messages.py`): what ranks know of it, what they have counted, its end.
@@ -115,7 +115,7 @@ class ControlCalls:
     per_checkpoint: float
 
 
-CONTROL = ControlCalls(per_round=3, personal=2, per_wave=1, per_evaluation=1, per_checkpoint=3)
+CONTROL = ControlCalls(per_round=3, personal=2, per_wave=1, per_evaluation=1, per_checkpoint=4)
 
 SCHEDULE_S = (2e-4, 4e-6)
 """Seconds of drawing and scheduling a round on one core of a server: of any round, and of each participant. No framework call

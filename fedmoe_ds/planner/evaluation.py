@@ -14,7 +14,7 @@ import numpy as np
 
 from fedmoe_ds.federation.evaluation import SUMS
 from fedmoe_ds.federation.evaluation_passes import most_together, passes
-from fedmoe_ds.federation.schedule import home_clients
+from fedmoe_ds.federation.schedule import home_clients, wave_slots
 from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.lengths import Lengths
@@ -50,20 +50,28 @@ class Evaluation:
 
 def evaluation_seconds(job: Job, ep_size: int, world: World, hardware: Hardware) -> float:
     """Seconds of all evaluations of a run, the foundation's included."""
-    network = Network(hardware, world)
+    network, in_flight = Network(hardware, world), wave_slots(job, job.clients, world.ranks // ep_size)
     kinds = Counter(Evaluation.of(job, index) for index in range(job.config.federation.rounds + 1))
-    return sum(count * one_evaluation_seconds(job, network, hardware, ep_size, kind) for kind, count in kinds.items())
+    return sum(
+        count * one_evaluation_seconds(job, network, hardware, ep_size, kind, in_flight) for kind, count in kinds.items()
+    )
 
 
-def one_evaluation_seconds(job: Job, network: Network, hardware: Hardware, ep_size: int, asked: Evaluation) -> float:
-    """Seconds of one evaluation: every tier on the global hold-out; where asked for, every client on its own."""
+def one_evaluation_seconds(
+    job: Job, network: Network, hardware: Hardware, ep_size: int, asked: Evaluation, in_flight: int
+) -> float:
+    """Seconds of one evaluation: every tier on the global hold-out; where asked for, every client on its own.
+
+    Args:
+        in_flight: clients in flight on a cluster at most; hold-outs of as many share a pass.
+    """
     if not asked.due:
         return 0.0
     config, personal = job.config.evaluation, job.method.personal_models and not asked.plain
     shared = _batches(job.data.global_holdout.head(config.max_sequences), config.batch_size)
     own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
     owners = [lengths for lengths in own if len(lengths.rows)]
-    home = home_clients(job.config.execution.clients_in_flight, len(job.participants(1)), ep_size)
+    home = home_clients(None, in_flight, ep_size)
     seconds, sums = 0.0, 0
     for members in job.by_tier.values():
         runs = len(members) if personal else 1

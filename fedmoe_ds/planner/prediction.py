@@ -112,7 +112,8 @@ def predict_job(
     slowest = max(spent, key=lambda cluster: cluster.total)
     seconds = {"schedule": SCHEDULE_S[0] + SCHEDULE_S[1] * drawn, "train": train}
     seconds["aggregate"] = _aggregate(job, network, hardware, ep_size, drawn)
-    seconds["evaluate"] = one_evaluation_seconds(job, network, hardware, ep_size, Evaluation.of(job, round_index))
+    asked = Evaluation.of(job, round_index)
+    seconds["evaluate"] = one_evaluation_seconds(job, network, hardware, ep_size, asked, largest_wave(plan))
     split = dict(slowest.parts)
     if train > slowest.total:
         split["other clusters on the same cores"] = train - slowest.total

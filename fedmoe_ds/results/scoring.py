@@ -18,6 +18,7 @@ from fedmoe_ds.data.sources import source_name
 from fedmoe_ds.data.templates.reading import reading_line
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.evaluation import Evaluator, ReadPart, Score
+from fedmoe_ds.federation.schedule import participants_per_round
 from fedmoe_ds.foundation.foundation import cache_folder
 from fedmoe_ds.report.history import History
 from fedmoe_ds.results.loaded_model import LoadedModel
@@ -141,7 +142,10 @@ def _tell(data: GivenData | FederatedData, note: Note) -> None:
 def _scores(
     loaded: LoadedModel, data: GivenData | FederatedData, tier: str | None, request: Request, facts: dict[str, Any]
 ) -> Scores:
-    evaluator = Evaluator(loaded.spec, loaded.received.model, loaded.runtime, loaded.adapters, data, loaded.clients)
+    # Nobody trains here, so what a run had in flight on all of its clusters (null) says nothing about this machine.
+    asked = loaded.spec.config.execution.clients_in_flight or 1
+    in_flight = min(asked, participants_per_round(loaded.spec, len(loaded.clients)))
+    evaluator = Evaluator(loaded.spec, loaded.received.model, loaded.runtime, loaded.adapters, data, loaded.clients, in_flight)
     rows: list[Row] = []
     if request.before:
         rows += _rows(loaded, evaluator, tier, request, 0)

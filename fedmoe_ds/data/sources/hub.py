@@ -39,7 +39,7 @@ class HubSource:
 
         with quiet_datasets():
             try:
-                return run_waiting(lambda: datasets.load_dataset(self.name, split=self.split))
+                return run_waiting(lambda: datasets.load_dataset(self.name, split=self.split), cached(self.name))
             except Exception as error:  # network, permission, spelling, script: one line serves the user for all of them
                 raise UserError(
                     f"{self.key}: {self.name} (split {self.split}): cannot be loaded from the hub: "
@@ -58,6 +58,21 @@ class HubSource:
 
     def table(self, wanted: Collection[str]) -> Table:
         return _table(self._rows, wanted, self.key, self.name)
+
+
+def cached(name: str) -> list[Path]:
+    """Where a data set of the hub goes: as downloaded, and as the library prepares it. There need not be anything."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    *owner, last = name.split("/")
+    prepared = "___".join([*owner, camelcase_to_snakecase(last)])
+    return [
+        Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset")),
+        Path(datasets.config.HF_DATASETS_CACHE, prepared),
+    ]
 
 
 @dataclass(frozen=True)

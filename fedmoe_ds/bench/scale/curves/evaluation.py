@@ -74,4 +74,4 @@ def _evaluator(name: str, count: int) -> tuple[Evaluator, Personal]:
     for index in range(count if method.personal_models else 0):
         personal.store(index, _SPEC.name, torch.tensor(float(index)))  # everybody's own, so that nobody shares a score
     personal.share(runtime, runtime.control)
-    return _Unscored(spec, model, runtime, bank, data, clients), personal
+    return _Unscored(spec, model, runtime, bank, data, clients, config.execution.clients_in_flight or count), personal
