@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedmoe_ds.checkpoint.reader import candidates, folder_name, read_snapshot
@@ -20,12 +20,17 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK
 """How file systems say that they have no links, or no more to this file."""
 
 
-def take_over(source: Path, target: Path, names: Iterable[str]) -> tuple[dict[str, str], int]:
+def take_over(
+    source: Path, target: Path, names: Iterable[str], known: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], int]:
     """Give private files of one checkpoint a place in another one as well.
 
     Returns their sha256, as the manifest of `source` has them, and how many bytes had to be copied. Raises OSError.
+
+    Args:
+        known: their sha256, where the caller need not read that manifest for it.
     """
-    known, sums, copied = read_snapshot(source).files, dict[str, str](), 0
+    known, sums, copied = read_snapshot(source).files if known is None else known, dict[str, str](), 0
     for name in names:
         try:
             os.link(source / name, target / name, follow_symlinks=False)
