@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedmoe_ds.checkpoint.reader import candidates, folder_name, read_snapshot
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.file_modes import keep_private
 from fedmoe_ds.storage.files import remove, sync
 
@@ -43,6 +44,20 @@ def take_over(
             copied += (target / name).stat().st_size
         sums[name] = known[name]
     return sums, copied
+
+
+def none_intact(root: Path, notes: Sequence[str]) -> UserError:
+    """Where a run has trained and all its checkpoints are damaged, perhaps by one file that they share: to begin again would
+    drop the record of what may still be saved, so its owner decides.
+
+    Args:
+        notes: what `newest_intact` says of them.
+    """
+    damage, older = notes[0].rpartition(";")[0], f" and {len(notes) - 1} older" if notes[1:] else ""
+    return UserError(
+        f"--resume: {root}: no intact checkpoint is left: {damage}{older}; put its file back from a copy, remove this folder "
+        "to train and record from the beginning, or set another name"
+    )
 
 
 def prune(root: Path, keep: int, written: Path, best: int | None) -> None:
