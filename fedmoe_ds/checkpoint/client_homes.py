@@ -107,13 +107,13 @@ class Homes:
             # Equal parts, as an all-gather asks for: clusters that have fewer rows fill up with zeros.
             part_NW = torch.zeros(most, width)
             part_NW[: len(mine_NW)] = mine_NW
-            found_GNW = all_gather(part_NW.to(self.device), self.group, self.clusters).cpu()
+            found_GNW = self._gather(part_NW)
             return {client: found_GNW[home, i] for home, others in theirs.items() for i, client in enumerate(others)}
         # Few homes, as for one client: nearly all of an all-gather would be zeros.
         found = {}
         for home, others in sorted(theirs.items()):
-            rows_NW = (mine_NW if home == self.cluster else torch.empty(len(others), width)).to(self.device)
-            found |= zip(others, broadcast(rows_NW, self.group, home).cpu(), strict=True)
+            rows_NW = mine_NW if home == self.cluster else torch.empty(len(others), width)
+            found |= zip(others, self._broadcast(rows_NW, home), strict=True)
         return found
 
     def _to_one(self, theirs: dict[int, list[int]], mine_NW: Tensor, target: int) -> dict[int, Tensor]:
@@ -124,6 +124,13 @@ class Homes:
         found_NW = self._exchange(mine_NW, receive, send)
         order = [client for _, others in sorted(theirs.items()) for client in others] if here else []
         return dict(zip(order, found_NW, strict=True))
+
+    def _gather(self, part_NW: Tensor) -> Tensor:
+        """[G, N, W]."""
+        return all_gather(part_NW.to(self.device), self.group, self.clusters).cpu()
+
+    def _broadcast(self, rows_NW: Tensor, home: int) -> Tensor:
+        return broadcast(rows_NW.to(self.device), self.group, home).cpu()
 
     def _exchange(self, rows_NW: Tensor, receive: list[int], send: list[int]) -> Tensor:
         found_NW = torch.empty(sum(receive), rows_NW.shape[1], device=self.device)

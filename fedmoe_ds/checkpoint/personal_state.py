@@ -23,6 +23,7 @@ from fedmoe_ds.checkpoint.client_mean import ClientMean
 from fedmoe_ds.checkpoint.client_rows import FP32, ClientRows, Place, RowLayout, Slabs
 from fedmoe_ds.checkpoint.personal_files import BEGINNING, Plan, SavedFiles
 from fedmoe_ds.checkpoint.personal_reader import CLIENTS, OpenFile, PersonalReader
+from fedmoe_ds.distributed import open_files
 from fedmoe_ds.distributed.control import Control
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
@@ -102,6 +103,13 @@ class Personal:
     def begins_as_all(self, index: int, names: Iterable[str]) -> bool:
         """Whether a client has, of these blocks, what everybody begins with; every rank knows that."""
         return index not in self._known and all(self.initial(self.specs[name], index) is None for name in names)
+
+    def allow_peers(self, runtime: Runtime) -> None:
+        """Let this process connect with all clusters. Collective. Raises UserError where the host does not allow that."""
+        launch, device = runtime.launch, self.homes.device.type
+        if self and self.homes.clusters > 1:
+            needed = partial(open_files.needed_for_rows, launch, self.homes.shards, device)
+            runtime.run_on_all_ranks(lambda: open_files.allow(needed(), launch))
 
     # A round
 
