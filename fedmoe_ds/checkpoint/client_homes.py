@@ -89,7 +89,7 @@ class Homes:
         """Rows [W] of clients that have one, on all ranks, or with `target` in that cluster alone (the others get none).
 
         Collective over the group; every rank names the same clients in one order, and a rank gives each row of its own once. A
-        rank receives twice the bytes of these rows at most, so the caller decides how many are under way.
+        rank receives twice the bytes of these rows, or 64 MiB, at most, so the caller decides how many are under way.
 
         Args:
             read: a row that is at home here.
@@ -102,15 +102,16 @@ class Homes:
         mine_NW = _stacked([read(client) for client in theirs.get(self.cluster, ())], width)
         if target is not None:
             return self._to_one(theirs, mine_NW, target)
-        most = max(map(len, theirs.values()))
-        if self.clusters * most < 2 * sum(map(len, theirs.values())):
+        most, useful = max(map(len, theirs.values())), sum(map(len, theirs.values()))
+        fits = self.clusters * most <= max(2 * useful, _PIECE // max(4 * width, 1))
+        # Hops: an all-gather is one ring, a broadcast a tree for every home.
+        if fits and self.clusters - 1 < len(theirs) * (self.clusters - 1).bit_length():
             # Equal parts, as an all-gather asks for: clusters that have fewer rows fill up with zeros.
             part_NW = torch.zeros(most, width)
             part_NW[: len(mine_NW)] = mine_NW
             found_GNW = self._gather(part_NW)
             return {client: found_GNW[home, i] for home, others in theirs.items() for i, client in enumerate(others)}
-        # Few homes, as for one client: nearly all of an all-gather would be zeros.
-        found = {}
+        found = dict[int, Tensor]()
         for home, others in sorted(theirs.items()):
             rows_NW = mine_NW if home == self.cluster else torch.empty(len(others), width)
             found |= zip(others, self._broadcast(rows_NW, home), strict=True)
