@@ -24,8 +24,8 @@ World = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """Runs a world of so many ranks with so many open files (rank by rank, where several are given): its exit code, and what its
-    ranks have printed."""
+    """Runs a world of so many ranks with so many open files which may be given rank by rank: its exit code, and what
+    they have printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     program = [sys.executable, str(Path(__file__).parent / "control_world.py")]
     with subprocess.Popen(program, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:

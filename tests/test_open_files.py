@@ -7,16 +7,22 @@ import socket
 import sys
 
 import pytest
+import torch
 import torch.distributed as torch_dist
 from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmoe_ds.checkpoint.client_homes import Homes
+from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import open_files
+from fedmoe_ds.distributed.control import Alone
 from fedmoe_ds.distributed.gloo_control import FLAT, block_width, tree_groups
 from fedmoe_ds.distributed.launcher import Launch
+from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.model.adapter_bank import BlockSpec
 
 FEW = 256 - open_files.WORK
 """What the others may take of `ulimit -n 256`."""
@@ -66,7 +72,7 @@ def test_what_is_counted() -> None:
         found = open_files.gloo_groups(*asked, **{"tensors": True, "control": True, **what})
         return [(group.name, group.size, group.peers) for group in found]
 
-    data = [("the world's own", 8, 0), ("tokens within the cluster", 4, 3), ("sums over the clusters", 2, 1)]
+    data = [("the world's own", 8, 0), ("tokens within the cluster", 4, 3), ("sums and rows between the clusters", 2, 1)]
     control = [("control of the world", 8, 4), ("control of the cluster", 4, 3)]
     assert groups(0, 8, 4) == data + control
     assert groups(4, 8, 4, tensors=False) == [("control of the world", 8, 3), control[1]], "NCCL carries the tensors"
@@ -74,6 +80,8 @@ def test_what_is_counted() -> None:
     assert groups(0, 1, 1) == [] and open_files.files_of(0, 1, 1) == 0
     head, other = groups(0, FLAT + 9, 1, tensors=False), groups(1, FLAT + 9, 1, tensors=False)
     assert head == [("control of the world, block", 5, 3), ("control of the world, heads", 5, 3)] and other == head[:1]
+    rows = {one: groups(3, 24, 2, control=False, personal=one)[-1][-1] for one in (False, True)}
+    assert rows == {False: 2, True: 11}, "rows of clients go from any cluster to any other"
     by_mpi = TopologyConfig(control="mpi", ep_size=4)
     assert open_files.needed(Launch("mpirun", 1, 8, 1), by_mpi, "cuda") < open_files.open_now() + open_files.WORK + 8
 
@@ -98,6 +106,21 @@ def test_the_limit_is_raised(
     monkeypatch.setattr(resource, "setrlimit", lambda which, what: wanted.append(what))
     assert open_files.allow(needed).allowed == (sys.maxsize if limits[0] < 0 else max(limits[0], asked[0] if asked else 0))
     assert wanted == ([] if asked is None else [asked])
+
+
+def test_rows_of_clients_need_a_connection_with_every_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told when the run is loaded, before anything travels; nothing is asked of a run whose clients keep nothing."""
+    block = BlockSpec("attention.q_proj.lora_B", (0,), (2, 2), personal=True)
+
+    def ask(specs: list[BlockSpec], clusters: int) -> None:
+        runtime = Runtime(Launch("test", 7, 8 * clusters, 7), torch.device("cpu"), Alone())
+        Personal(specs, 8, 9, homes=Homes(clusters, shards=8)).allow_peers(runtime)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
+    for specs, clusters in (([], 1000), ([block], 1), ([block], 500)):
+        ask(specs, clusters)
+    with pytest.raises(UserError, match=r"^open files: 1024: rank 0 on \S+ needs 1\d{3} in a world of 1 ranks; raise"):
+        ask([block], 1000)
 
 
 @pytest.mark.parametrize(("limits", "obeys"), [((256, 256), True), ((128, 256), True), ((256, 1048576), False)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from federations import Result, make_config, run_alone, write_inputs
 
-from fedmoe_ds.bench.scale.curves import evaluation, personal
+from fedmoe_ds.bench.scale.curves import evaluation, homes, personal
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.federation.evaluation import Evaluator
 
@@ -74,3 +74,12 @@ def test_the_curve_of_personal_state() -> None:
     few, many = personal.measure(200), personal.measure(800)
     assert many["first_mib"] > 3.9 * few["first_mib"] and many["written_mib"] < 3 * 100 / 64
     assert many["folder_mib"] < 2 * many["rows_mib"]
+
+
+@pytest.mark.parametrize("clusters", [2, 64])
+def test_the_curve_of_many_clusters(clusters: int) -> None:
+    """Whoever looks at all rows receives each once, and no rank gives one of its own twice."""
+    found, clients = homes.measure(clusters), homes._CLIENTS
+    assert found["mean_given"] == found["digest_given"] == clients / clusters
+    assert found["mean_received"] == clients and found["digest_received"] == 0
+    assert (found["one_received"], found["one_messages"]) == (1, 1)

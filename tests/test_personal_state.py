@@ -14,10 +14,11 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmoe_ds.checkpoint import client_homes, keeping
+from fedmoe_ds.checkpoint import client_homes, keeping, personal_state
+from fedmoe_ds.checkpoint import writer as checkpoint_writer
 from fedmoe_ds.checkpoint.client_homes import Homes
 from fedmoe_ds.checkpoint.client_rows import ClientRows, Slabs
 from fedmoe_ds.checkpoint.personal_files import BEGINNING, FileName, SavedFiles
@@ -36,6 +38,8 @@ from fedmoe_ds.checkpoint.personal_reader import CLIENTS, PersonalReader
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.reader import Snapshot, find_damage, newest_intact, read_snapshot
 from fedmoe_ds.checkpoint.writer import CheckpointWriter, remove_unfinished
+from fedmoe_ds.distributed.launcher import Launch
+from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
@@ -87,6 +91,8 @@ class Rank:
     meeting: Meeting
     rank: int
     size: int
+    handed: list[int] = field(default_factory=list)
+    """Rows that it has given, by message."""
 
     def gather(self, value: Any) -> list[Any]:
         return self.meeting.exchange(self.rank, value)
@@ -98,9 +104,21 @@ class Rank:
 
 
 def threads_all_to_all(output: Tensor, rows: Tensor, group: Rank, receive: list[int], send: list[int]) -> None:
+    group.handed.append(len(rows))
     parts = [theirs[group.rank] for theirs in group.gather(torch.split(rows, send))]
     assert [len(part) for part in parts] == receive, "both ends know what travels"
     output.copy_(torch.cat(parts))
+
+
+def threads_all_gather(part: Tensor, group: Rank, size: int) -> Tensor:
+    group.handed.append(len(part))
+    return torch.stack(group.gather(part))
+
+
+def threads_broadcast(tensor: Tensor, group: Rank, source: int) -> Tensor:
+    group.handed.append(len(tensor) if group.rank == source else 0)
+    found: Tensor = group.gather(tensor)[source]
+    return found
 
 
 class World:
@@ -218,6 +236,8 @@ def tensors(expected: State, clients: int) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_homes, "all_to_all", threads_all_to_all)
+    monkeypatch.setattr(client_homes, "all_gather", threads_all_gather)
+    monkeypatch.setattr(client_homes, "broadcast", threads_broadcast)
 
 
 STEPS = st.lists(
@@ -315,6 +335,67 @@ def test_a_client_that_was_never_trained_takes_no_row(tmp_path: Path) -> None:
     assert size < 40_000, size
 
 
+@pytest.mark.parametrize("clusters", [2, 8])
+def test_a_row_leaves_its_home_once(clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at all clients, at few, or at one, however many clusters there are: no copy for each of them."""
+    world, expected = World(40, clusters, 1), {index: begun(index) for index in range(40)}
+    world.round(1, list(range(40)), set(range(40)), expected)
+    names, groups = [spec.name for spec in SPECS], [own.homes.group for own in world.own]
+
+    def refuse(*names: Any) -> None:
+        raise AssertionError("an object for a client and a cluster")
+
+    def handed(action: Callable[[Personal], Any]) -> list[list[int]]:
+        for group in groups:
+            group.handed.clear()
+        world.together(lambda rank: action(world.own[rank]))
+        return [group.handed[:] for group in groups]
+
+    monkeypatch.setattr(personal_state, "Move", refuse)
+    assert handed(lambda own: own.means(range(40), names)) == [[40 // clusters]] * clusters
+    assert handed(lambda own: list(own.visit([5], names))) == [[int(5 % clusters == i)] for i in range(clusters)]
+    few = handed(lambda own: list(own.visit([1, 3], names)))
+    assert [sum(rows) for rows in few] == [len([i for i in (1, 3) if i % clusters == c]) for c in range(clusters)]
+    many = handed(lambda own: list(own.visit(range(25), names)))
+    assert many == [[-(-25 // clusters)]] * clusters, "one message, in which some fill up with zeros"
+    monkeypatch.setattr(client_homes, "_PIECE", 0)
+    uneven = handed(lambda own: list(own.visit([1, 9, 17, 2, 3], names)))
+    wanted = [4, 4] if clusters == 2 else [0, 3, 1, 1, 0, 0, 0, 0]
+    assert [sum(rows) for rows in uneven] == wanted, "large rows are not padded to more than twice as many"
+
+
+def test_the_first_cluster_alone_receives_what_it_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, expected = World(9, 3, 1), {index: begun(index) for index in range(9)}
+    world.round(1, list(range(9)), set(range(9)), expected)
+    received = [0, 0, 0]
+
+    def counted(output: Tensor, rows: Tensor, group: Rank, receive: list[int], send: list[int]) -> None:
+        received[group.rank] += len(output)
+        threads_all_to_all(output, rows, group, receive, send)
+
+    monkeypatch.setattr(client_homes, "all_to_all", counted)
+    for name in ("all_gather", "broadcast"):
+        monkeypatch.setattr(client_homes, name, None)
+    found = world.together(lambda rank: world.own[rank].hashes([spec.name for spec in SPECS]))
+    assert received == [9, 0, 0] and found[0] and not found[1] and not found[2]
+
+
+def test_a_piece_of_dense_blocks_is_shared_by_all_who_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank receives what all of the cluster give, so each gives a part of the limit."""
+    world, expected = World(32, 1, 4), {index: begun(index) for index in range(32)}
+    most, gather = 4 * 4 * world.own[0].layout.dense, Rank.gather
+
+    def counted(self: Rank, value: Any) -> list[Any]:
+        found = gather(self, value)
+        assert not isinstance(value, bytes) or sum(map(len, found)) <= most
+        return found
+
+    monkeypatch.setattr(personal_state, "_PIECE", most)
+    monkeypatch.setattr(Rank, "gather", counted)
+    world.round(1, list(range(32)), set(range(32)), expected)
+    world.check(expected)
+
+
 def test_files_are_shared_by_links_and_copied_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world, expected = World(9, 1, 1), {index: begun(index) for index in range(9)}
     writer = CheckpointWriter(tmp_path, alone()[0], 9, background=True)
@@ -339,6 +420,49 @@ def test_files_are_shared_by_links_and_copied_where_there_are_none(tmp_path: Pat
     again.restore(tmp_path / "round-00003")
     assert find_damage(tmp_path / "round-00003") is None
     assert every(value.equal(expected[4][name]) for name, value in again.own[0].state(4).items())
+
+
+def test_every_rank_takes_over_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file system makes no links, nobody copies for the others; and nobody reads the manifest of all for its own."""
+    world, expected = World(9, 2, 1), {index: begun(index) for index in range(9)}
+    taken: list[list[str]] = []
+    take_over = keeping.take_over
+
+    def noted(source: Path, target: Path, names: Sequence[str], known: Any = None) -> tuple[dict[str, str], int]:
+        assert known is not None
+        taken.append(sorted(names))
+        return take_over(source, target, names, known)
+
+    def refuse(*names: Any, **options: Any) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    def runtime(rank: Rank) -> Runtime:
+        control: Any = SimpleNamespace(gather=rank.gather, broadcast=lambda payload: rank.gather(payload)[0])
+        return Runtime(Launch("test", rank.rank, rank.size, rank.rank), torch.device("cpu"), control)
+
+    writers = [CheckpointWriter(tmp_path, runtime(rank), 9, background=True) for rank in world.ranks]
+
+    def save(rank: int, number: int) -> int:
+        own, writer = world.own[rank], writers[rank]
+        new, plan = own.to_write()
+        files = {"adapters-00000-of-00001.safetensors": {"x": torch.ones(1)}, **new} if rank == 0 else new
+        own.files.source = writer.begin(Snapshot(number, {}, 0), files, {}, kept=plan.keep, source=plan.source)
+        done = writer.finish()
+        assert done is not None
+        return done.copied
+
+    monkeypatch.setattr(checkpoint_writer, "take_over", noted)
+    monkeypatch.setattr(keeping.os, "link", refuse)
+    world.round(1, list(range(9)), set(range(9)), expected)
+    assert world.together(lambda rank: save(rank, 1)) == [0, 0]
+    world.round(2, [4, 5], {4, 5}, expected)
+    copied = world.together(lambda rank: save(rank, 2))
+    first, second = sorted(taken, key=len, reverse=True)
+    assert every("-00000-of-00002-" in name for name in first) and every("-00001-of-00002-" in name for name in second)
+    folder = tmp_path / "round-00002"
+    size = sum((folder / name).stat().st_size for name in first + second)
+    assert copied == [size, size] and find_damage(folder) is None
+    check_reader(folder, expected, 9)
 
 
 @pytest.mark.parametrize(("layout", "rows"), [((2, 1), 1), ((1, 1), 9), ((2, 2), 18)], ids=str)

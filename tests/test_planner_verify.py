@@ -29,6 +29,8 @@ def test_every_rank_of_a_small_world(world: int, ep_size: int) -> None:
 def test_4096_ranks() -> None:
     found = verify(TopologyConfig(), ParallelLayout(4096, 64), 64, [0, 4095])
     assert found.groups >= 64
+    kept = verify(TopologyConfig(), ParallelLayout(4096, 8), 64, [0], personal=True)
+    assert kept.files[0] > 2 * 4096 + 511 and 511 < kept.files[1] < 600, "rows of clients go from any cluster to any other"
     # A head's block and the heads, and its cluster's; rank 0 is known to everybody, the others to a few dozen.
     assert found.control == 4 and 2 * 4096 < found.files[0] < 2 * 4096 + 256 and found.files[1] < 192
 

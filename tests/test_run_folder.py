@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -334,6 +335,28 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(root: Path, tmp_p
     with pytest.raises(UserError, match="has finished and no intact checkpoint of it is left"):
         train(config, "auto")
     assert content(config) == kept
+
+
+def test_a_trained_record_is_not_dropped_for_damage(root: Path, tmp_path: Path) -> None:
+    """Checkpoints share files of clients, so one bad block may be in all of them: the record stays until its owner decides."""
+    rounds = {"federation": {"rounds": 2}, "checkpoint": {"keep": 2}}
+    config = make_config(root, "shared", SMALL, {"output": str(tmp_path), "method": {"name": "fedsa-lora"}}, rounds)
+    train(config)
+    folder = folder_of(config)
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if json.loads(line)["event"] != "end"]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    # What everybody begins with is written once, and linked from then on.
+    (shared,) = (folder / "checkpoints" / "round-00002").glob("personal-00000-*")
+    assert shared.stat().st_nlink == 2
+    with shared.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    kept = content(config)
+    with pytest.raises(UserError, match=rf"^--resume: .*round-00002 is damaged \({shared.name} .*\) and 1 older; put .* back"):
+        train(config, "auto")
+    assert content(config) == kept
+    shutil.rmtree(folder / "checkpoints")
+    assert train(config, "auto").exit_code == 0
 
 
 @pytest.mark.parametrize("stage", BEFORE_A_ROUND)

@@ -3,6 +3,7 @@ and ranks leave together or not at all."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time

@@ -8,17 +8,17 @@ dense blocks. A place that follows from the number alone needs no table, and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedmoe_ds.distributed.collectives import Group, all_to_all
+from fedmoe_ds.distributed.collectives import Group, all_gather, all_to_all, broadcast
 from fedmoe_ds.distributed.topology import Topology
 
 _PIECE = 1 << 26
-"""Bytes of rows that a rank receives at once."""
+"""Bytes of rows that move at once."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ class Homes:
         """Bring rows [W] from cluster to cluster. Collective over the group; every rank names the same moves in one order.
 
         Args:
-            moves: none from a cluster to itself; those of one client are neighbours.
+            moves: none from a cluster to itself.
             read: a row that leaves from here.
             write: takes a row that arrives; it is valid until the call returns.
         """
-        for part in _pieces(moves, max(1, _PIECE // max(4 * width, 1))):
+        step = max(1, _PIECE // max(4 * width, 1))
+        for start in range(0, len(moves), step):
+            part = moves[start : start + step]
             # Rows lie in the order of peers in both buffers; sorting is stable, so both ends agree on the order within a peer.
             leaving = sorted((m for m in part if m.source == self.cluster), key=lambda m: m.target)
             coming = sorted((m for m in part if m.target == self.cluster), key=lambda m: m.source)
@@ -77,21 +79,66 @@ class Homes:
                 send[each.target] += 1
             for each in coming:
                 receive[each.source] += 1
-            rows_NW = torch.stack([read(each.client) for each in leaving]) if leaving else torch.empty(0, width)
-            found_NW = torch.empty(len(coming), width, device=self.device)
-            all_to_all(found_NW, rows_NW.to(self.device), self.group, receive, send)
-            for each, row_W in zip(coming, found_NW.cpu(), strict=True):
+            found_NW = self._exchange(_stacked([read(each.client) for each in leaving], width), receive, send)
+            for each, row_W in zip(coming, found_NW, strict=True):
                 write(each.client, row_W)
 
+    def collect(
+        self, clients: Iterable[int], width: int, read: Callable[[int], Tensor], target: int | None = None
+    ) -> dict[int, Tensor]:
+        """Rows [W] of clients that have one, on all ranks, or with `target` in that cluster alone (the others get none).
 
-def _pieces(moves: Sequence[Move], clients: int) -> list[list[Move]]:
-    """Moves of at most so many clients each."""
-    found: list[list[Move]] = []
-    seen, last = 0, None
-    for each in moves:
-        if each.client != last:
-            seen, last = seen + 1, each.client
-        if (seen - 1) // clients >= len(found):
-            found.append([])
-        found[-1].append(each)
-    return found
+        Collective over the group; every rank names the same clients in one order, and a rank gives each row of its own once. A
+        rank receives twice the bytes of these rows, or 64 MiB, at most, so the caller decides how many are under way.
+
+        Args:
+            read: a row that is at home here.
+        """
+        theirs: dict[int, list[int]] = {}
+        for client in clients:
+            theirs.setdefault(self.home(client), []).append(client)
+        if not theirs:
+            return {}
+        mine_NW = _stacked([read(client) for client in theirs.get(self.cluster, ())], width)
+        if target is not None:
+            return self._to_one(theirs, mine_NW, target)
+        most, useful = max(map(len, theirs.values())), sum(map(len, theirs.values()))
+        fits = self.clusters * most <= max(2 * useful, _PIECE // max(4 * width, 1))
+        # Hops: an all-gather is one ring, a broadcast a tree for every home.
+        if fits and self.clusters - 1 < len(theirs) * (self.clusters - 1).bit_length():
+            # Equal parts, as an all-gather asks for: clusters that have fewer rows fill up with zeros.
+            part_NW = torch.zeros(most, width)
+            part_NW[: len(mine_NW)] = mine_NW
+            found_GNW = self._gather(part_NW)
+            return {client: found_GNW[home, i] for home, others in theirs.items() for i, client in enumerate(others)}
+        found = dict[int, Tensor]()
+        for home, others in sorted(theirs.items()):
+            rows_NW = mine_NW if home == self.cluster else torch.empty(len(others), width)
+            found |= zip(others, self._broadcast(rows_NW, home), strict=True)
+        return found
+
+    def _to_one(self, theirs: dict[int, list[int]], mine_NW: Tensor, target: int) -> dict[int, Tensor]:
+        send, receive, here = [0] * self.clusters, [0] * self.clusters, self.cluster == target
+        send[target] = len(mine_NW)
+        for home, others in theirs.items():
+            receive[home] = len(others) if here else 0
+        found_NW = self._exchange(mine_NW, receive, send)
+        order = [client for _, others in sorted(theirs.items()) for client in others] if here else []
+        return dict(zip(order, found_NW, strict=True))
+
+    def _gather(self, part_NW: Tensor) -> Tensor:
+        """[G, N, W]."""
+        return all_gather(part_NW.to(self.device), self.group, self.clusters).cpu()
+
+    def _broadcast(self, rows_NW: Tensor, home: int) -> Tensor:
+        return broadcast(rows_NW.to(self.device), self.group, home).cpu()
+
+    def _exchange(self, rows_NW: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        found_NW = torch.empty(sum(receive), rows_NW.shape[1], device=self.device)
+        all_to_all(found_NW, rows_NW.to(self.device), self.group, receive, send)
+        return found_NW.cpu()
+
+
+def _stacked(rows: list[Tensor], width: int) -> Tensor:
+    """[N, W], also of no row."""
+    return torch.stack(rows) if rows else torch.empty(0, width)

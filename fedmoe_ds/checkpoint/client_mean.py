@@ -8,6 +8,9 @@ from torch import Tensor
 class ClientMean:
     """Adds up in float64, in the order in which it is told; first of all those that are alike.
 
+    Every rank is told every client. A sum of sums would send less and depend on who is at home where: float64 rounds, and the
+    digest of a run counts the bits.
+
     Args:
         common: what clients have that were never trained.
         count: how many of these there are.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedmoe_ds.checkpoint.reader import candidates, folder_name, read_snapshot
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.file_modes import keep_private
 from fedmoe_ds.storage.files import remove, sync
 
@@ -20,12 +21,17 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK
 """How file systems say that they have no links, or no more to this file."""
 
 
-def take_over(source: Path, target: Path, names: Iterable[str]) -> tuple[dict[str, str], int]:
+def take_over(
+    source: Path, target: Path, names: Iterable[str], known: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], int]:
     """Give private files of one checkpoint a place in another one as well.
 
     Returns their sha256, as the manifest of `source` has them, and how many bytes had to be copied. Raises OSError.
+
+    Args:
+        known: their sha256, where the caller need not read that manifest for it.
     """
-    known, sums, copied = read_snapshot(source).files, dict[str, str](), 0
+    known, sums, copied = read_snapshot(source).files if known is None else known, dict[str, str](), 0
     for name in names:
         try:
             os.link(source / name, target / name, follow_symlinks=False)
@@ -38,6 +44,20 @@ def take_over(source: Path, target: Path, names: Iterable[str]) -> tuple[dict[st
             copied += (target / name).stat().st_size
         sums[name] = known[name]
     return sums, copied
+
+
+def none_intact(root: Path, notes: Sequence[str]) -> UserError:
+    """Where a run has trained and all its checkpoints are damaged, perhaps by one file that they share: to begin again would
+    drop the record of what may still be saved, so its owner decides.
+
+    Args:
+        notes: what `newest_intact` says of them.
+    """
+    damage, older = notes[0].rpartition(";")[0], f" and {len(notes) - 1} older" if notes[1:] else ""
+    return UserError(
+        f"--resume: {root}: no intact checkpoint is left: {damage}{older}; put its file back from a copy, remove this folder "
+        "to train and record from the beginning, or set another name"
+    )
 
 
 def prune(root: Path, keep: int, written: Path, best: int | None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple
 from functools import partial
 
 import torch
@@ -23,6 +24,7 @@ from fedmoe_ds.checkpoint.client_mean import ClientMean
 from fedmoe_ds.checkpoint.client_rows import FP32, ClientRows, Place, RowLayout, Slabs
 from fedmoe_ds.checkpoint.personal_files import BEGINNING, Plan, SavedFiles
 from fedmoe_ds.checkpoint.personal_reader import CLIENTS, OpenFile, PersonalReader
+from fedmoe_ds.distributed import open_files
 from fedmoe_ds.distributed.control import Control
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
@@ -103,6 +105,13 @@ class Personal:
         """Whether a client has, of these blocks, what everybody begins with; every rank knows that."""
         return index not in self._known and all(self.initial(self.specs[name], index) is None for name in names)
 
+    def allow_peers(self, runtime: Runtime) -> None:
+        """Let this process connect with all clusters. Collective. Raises UserError where the host does not allow that."""
+        launch, device = runtime.launch, self.homes.device.type
+        if self and self.homes.clusters > 1:
+            needed = open_files.needed_for_rows(launch, self.homes.shards, device)
+            open_files.refuse(runtime.gather(astuple(open_files.allow(needed))))
+
     # A round
 
     def fetch(self, wanted: Sequence[Iterable[int]], runtime: Runtime) -> None:
@@ -173,7 +182,8 @@ class Personal:
         width, most = self.layout.dense, max(map(len, theirs))
         if control.size == 1 or not width:
             return
-        step = max(1, PIECE // (FP32 * width))
+        # Every rank gives as many, and all of them are received.
+        step = max(1, PIECE // (FP32 * width * control.size))
         for start in range(0, most, step):
             mine = [self._guests[index][:width] for index in theirs[control.rank][start : start + step]]
             payload = torch.stack(mine).numpy().tobytes() if mine else b""
@@ -204,17 +214,18 @@ class Personal:
                     row_W = self._row(index)
                     yield index, {name: self.layout.view(row_W, name) for name in names}
 
-    def _gathered(self, indices: Iterable[int], names: Sequence[str]) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
-        """Clients piece by piece, and what `RowLayout.part` makes of the rows of those that are at home elsewhere."""
+    def _gathered(
+        self, indices: Iterable[int], names: Sequence[str], target: int | None = None
+    ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
+        """Clients piece by piece, and what `RowLayout.part` makes of rows that may be elsewhere; with `target` these reach that
+        cluster alone."""
         everyone, width = list(indices), self.layout.numbers(names)
         step = min(_MOST, max(1, PIECE // max(FP32 * width, 1)))
         for start in range(0, len(everyone), step):
-            clients, found = everyone[start : start + step], dict[int, Tensor]()
-            away = [(i, self.homes.home(i)) for i in clients if i in self._known]
-            targets = range(self.homes.clusters)
-            moves = [Move(i, home, target) for i, home in away for target in targets if target != home]
-            self.homes.move(moves, width, lambda i: self.layout.part(self._home[i], names), found.__setitem__)
-            yield clients, found
+            clients = everyone[start : start + step]
+            # In a world of one cluster all rows are read where they are.
+            known = [index for index in clients if index in self._known] if self.homes.clusters > 1 else []
+            yield clients, self.homes.collect(known, width, lambda i: self.layout.part(self._home[i], names), target)
 
     def means(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
         """The mean of blocks over clients, float64. Collective."""
@@ -231,11 +242,11 @@ class Personal:
     def hashes(self, names: Sequence[str]) -> dict[str, str]:
         """sha256 of [N clients, *item] by canonical key, as `digest` hashes tensors, for the experts of this rank. Collective.
 
-        Only the first cluster hashes; the others get nothing.
+        Only the first cluster hashes, and only it receives rows: a sum over all clients in their order cannot be made in parts.
         """
         places = list(self.layout.places(self.first_expert, names))
         hashers = [hashlib.sha256(str((self.clients, *place.spec.item)).encode()) for place in places]
-        for clients, rows in self._gathered(range(self.clients), names):
+        for clients, rows in self._gathered(range(self.clients), names, target=0):
             if self.homes.cluster > 0:
                 continue
             parts_NW = torch.stack([rows[i] if i in rows else self.layout.part(self._row(i), names) for i in clients])

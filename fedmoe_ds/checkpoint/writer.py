@@ -1,9 +1,9 @@
 """Checkpoint writer: one checkpoint at a time, written while the next round trains, or at once.
 
-Every rank of the first cluster writes its tensors into a folder beside the checkpoint's place, and notes each file's sha256 in
-another; so does every rank with what it keeps of clients. Rank 0 waits for all notes, links what a checkpoint shares with the
-one before, adds the manifest and renames the folder, so a reader never sees half a checkpoint. In the background this is done
-by threads, which take no part in collectives: they meet in the file system that all ranks share. The main threads meet in
+Every rank of the first cluster writes its tensors into a folder beside the checkpoint's place, and notes their sha256 in
+another; so does every rank with what it keeps of clients, and with what a checkpoint shares with the one before. Rank 0 waits
+for all notes, adds the manifest and renames the folder, so a reader never sees half a checkpoint. In the background this is
+done by threads, which take no part in collectives: they meet in the file system that all ranks share. The main threads meet in
 `begin` and `finish`, where a full disk on any rank becomes the same error on all.
 """
 
@@ -43,7 +43,7 @@ _LINGER_S = 5.0
 @dataclass
 class Written:
     """What a finished checkpoint cost: seconds for which the run stood still, and until every byte was on disk; `best` is the
-    round that is kept for its figures. `copied`: bytes of shared files that could not be linked (known on rank 0)."""
+    round that is kept for its figures. `copied`: bytes of shared files that could not be linked (of all ranks)."""
 
     round: int
     partial: bool
@@ -58,14 +58,16 @@ class _Job:
     """A checkpoint under way.
 
     Attributes:
-        files: names of the tensor files of all ranks.
-        sums: their sha256, once the main threads have exchanged them; a shared file system may show the notes late.
+        rank: of this process.
+        writers: the ranks that have files.
+        sums: sha256 of all their files, once the main threads have exchanged them; a file system may show the notes late.
         written: this rank's files and their sha256.
         published: seconds until every byte was on disk (None on all ranks but the first).
         best: the round whose checkpoint stays, however old it is.
         headers: what the headers of some files say beside the tensors.
-        kept: files of all ranks that are taken over from the folder `source`.
-        copied: bytes of these that could not be linked.
+        kept: this rank's files that are taken over from the folder `source`.
+        known: their sha256, where this process has written that folder.
+        copied, copied_by_all: bytes of these that could not be linked, and of those of all ranks.
     """
 
     snapshot: Snapshot
@@ -74,7 +76,8 @@ class _Job:
     notes: Path
     target: Path
     began: float
-    files: list[str] = field(default_factory=list)
+    rank: int
+    writers: list[int] = field(default_factory=list)
     sums: Sums | None = None
     held: float = 0.0
     dropped: bool = False
@@ -83,8 +86,10 @@ class _Job:
     best: int | None = None
     headers: Mapping[str, dict[str, str]] = field(default_factory=dict)
     source: Path | None = None
-    kept: list[str] = field(default_factory=list)
+    kept: Sequence[str] = ()
+    known: Sums | None = None
     copied: int = 0
+    copied_by_all: int = 0
 
 
 class CheckpointWriter:
@@ -101,6 +106,8 @@ class CheckpointWriter:
         # On rank 0 one thread writes its tensors while the other waits for the notes of all ranks.
         self._threads = ThreadPoolExecutor(2, "checkpoint")
         self._job: _Job | None = None
+        # This rank's files of the checkpoint before: to read a manifest of all ranks' for them would cost ranks x ranks.
+        self._before: tuple[Path, Sums] | None = None
 
     def begin(
         self,
@@ -128,18 +135,20 @@ class CheckpointWriter:
         began = time.monotonic()
         target = self.root / folder_name(snapshot.round, snapshot.partial is not None)
         working, notes = (self.root / f"{_UNFINISHED}{kind}{target.name}" for kind in ("", "sums-"))
-        job = _Job(snapshot, texts, working, notes, target, began, best=best, headers=headers or {}, source=source)
+        job = _Job(snapshot, texts, working, notes, target, began, self.runtime.rank, best=best, headers=headers or {})
+        job.kept, job.source = kept, source
+        job.known = self._before[1] if self._before is not None and self._before[0] == source else None
         made = attempt(lambda: self._guarded(lambda: _fresh_folders(working, notes))) if self.runtime.is_main else (None, None)
         # It returns on every rank after rank 0 has made the folders, so no rank writes too early.
-        told = self.runtime.gather([list(tensors), list(kept), made[1]])
-        if (failure := told[0][2]) is not None:
+        told = self.runtime.gather([bool(tensors or kept), made[1]])
+        if (failure := told[0][1]) is not None:
             raise UserError(failure)
-        job.files, job.kept = ([name for part in told for name in part[side]] for side in (0, 1))
+        job.writers = [rank for rank, (writes, _) in enumerate(told) if writes]
         waits = not self.background or snapshot.partial is not None  # a run that was asked to stop has nothing else to do
         content = {
             file: part if callable(part) else partial(dict, _on_host(part, copy=not waits)) for file, part in tensors.items()
         }
-        job.written = self._threads.submit(lambda: self._guarded(lambda: _write_tensors(job, content)))
+        job.written = self._threads.submit(lambda: self._guarded(lambda: _write_files(job, content)))
         if self.runtime.is_main:
             job.published = self._threads.submit(lambda: self._guarded(lambda: self._publish_when_complete(job)))
         self._job = job
@@ -161,7 +170,7 @@ class CheckpointWriter:
         seconds = self._wait(job)
         self._job = None
         held = job.held + time.monotonic() - began
-        return Written(job.snapshot.round, job.snapshot.partial is not None, held, seconds, job.best, job.copied)
+        return Written(job.snapshot.round, job.snapshot.partial is not None, held, seconds, job.best, job.copied_by_all)
 
     def drop(self) -> None:
         """Give up what is under way, on this rank alone: the run ends with an error.
@@ -181,10 +190,13 @@ class CheckpointWriter:
         written, published = job.written, job.published
         assert written is not None
         try:
-            told = self.runtime.gather(attempt(written.result))
-            if (failure := next((text for _, text in told if text is not None), None)) is not None:
+            mine, problem = attempt(written.result)
+            told = self.runtime.gather([mine, problem, job.copied])
+            if (failure := next((text for _, text, _ in told if text is not None), None)) is not None:
                 raise UserError(failure)
-            job.sums = {name: value for sums, _ in told for name, value in sums.items()}
+            job.copied_by_all = sum(copied for *_, copied in told)
+            job.sums = {name: value for sums, *_ in told for name, value in sums.items()}
+            self._before = job.target, written.result()
             return float(self.runtime.run_on_rank0(lambda: published.result() if published is not None else 0.0))
         except UserError:
             self.drop()
@@ -230,9 +242,11 @@ def _open_up(folder: Path) -> None:
     folder.chmod((0o777 & ~umask()) | (folder.stat().st_mode & stat.S_ISGID))
 
 
-def _write_tensors(job: _Job, tensors: dict[str, Callable[[], Tensors]]) -> Sums:
-    """This rank's files; the note about a file appears when all of it is on disk."""
-    sums = {}
+def _write_files(job: _Job, tensors: dict[str, Callable[[], Tensors]]) -> Sums:
+    """This rank's files, those of the checkpoint before among them; the note about them appears when all are on disk."""
+    sums: Sums = {}
+    if job.source is not None and job.kept:
+        sums, job.copied = take_over(job.source, job.working, job.kept, job.known)
     for name, content in tensors.items():
         path = job.working / name
         try:
@@ -243,26 +257,25 @@ def _write_tensors(job: _Job, tensors: dict[str, Callable[[], Tensors]]) -> Sums
         (keep_private if name.startswith(PRIVATE) else follow_umask)(path)
         sync(path)
         sums[name] = sha256_of(path)
+    if job.rank in job.writers:
         # Renamed when it is whole: rank 0 may read it at any moment.
-        early = job.notes / f"{_UNFINISHED}{name}"
-        early.write_text(sums[name])
-        early.rename(job.notes / name)
+        early = job.notes / f"{_UNFINISHED}{job.rank}"
+        early.write_text("".join(f"{value} {name}\n" for name, value in sums.items()))
+        early.rename(job.notes / str(job.rank))
     return sums
 
 
 def _noted(job: _Job) -> Sums | None:
     """What the notes of all ranks say; None until all of them are there."""
-    if not all((job.notes / name).exists() for name in job.files):
+    notes = [job.notes / str(rank) for rank in job.writers]
+    if not all(note.exists() for note in notes):
         return None
-    return {name: (job.notes / name).read_text() for name in job.files}
+    lines = [line.split(" ", 1) for note in notes for line in note.read_text().splitlines()]
+    return {name: value for value, name in lines}
 
 
 def _publish(job: _Job, sums: Sums) -> None:
     sums = dict(sums)
-    if job.kept:
-        assert job.source is not None
-        shared, job.copied = take_over(job.source, job.working, job.kept)
-        sums |= shared
     for name, text in job.texts.items():
         path = job.working / name
         path.write_text(text)

@@ -91,10 +91,18 @@ def all_gather(part: Tensor, group: Group, size: int) -> Tensor:
     """[size, *part.shape]: the same-shaped tensor of every peer, in group order."""
     if size == 1:
         return part.unsqueeze(0)
-    parts = [torch.empty_like(part) for _ in range(size)]
+    found = part.new_empty(size, *part.shape)
     with _collective("all_gather", group, part):
-        ds_comm.all_gather(parts, part.contiguous(), group=group)  # the backends refuse strided tensors
-    return torch.stack(parts)
+        ds_comm.all_gather(list(found), part.contiguous(), group=group)  # the backends refuse strided tensors
+    return found
+
+
+def broadcast(tensor: Tensor, group: Group, source: int) -> Tensor:
+    """What the peer of that number in the group has, on all of them, in place."""
+    if group is not None:
+        with _collective("broadcast", group, tensor):
+            ds_comm.broadcast(tensor, torch_dist.get_global_rank(group, source), group=group)
+    return tensor
 
 
 def all_reduce_sum(total: Tensor, group: Group, size: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Open files: how many a rank needs at once, connections included, and this process's limit on them (`ulimit -n`).
 
 gloo connects two ranks when they first exchange something (`process_groups`), so a rank holds the connections of its rings and
-trees, and those of an all-to-all: a few dozen, whatever the size of the world. Only rank 0 is known to everybody: by torch's
-store, and by the watchdog. Whether all have enough they decide together, at the store and before any group is built: a rank
-that ended alone would leave the others waiting.
+trees, and those of an all-to-all: a few dozen, whatever the size of the world. Two kinds of ranks hold more: rank 0 is known to
+everybody, by torch's store and by the watchdog; and where clients keep blocks, their rows go from any cluster to any other, so
+a rank comes to know its like in all of them. Whether all have enough they decide together, at the store and before any group is
+built, and clients' rows when the run is loaded: a rank that ended alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.distributed_c10d import Store
 
@@ -86,12 +88,15 @@ def control_groups(name: str, rank: int, size: int) -> list[GlooGroup]:
     return found
 
 
-def gloo_groups(rank: int, world_size: int, ep_size: int, tensors: bool, control: bool) -> list[GlooGroup]:
+def gloo_groups(
+    rank: int, world_size: int, ep_size: int, tensors: bool, control: bool, personal: bool = False
+) -> list[GlooGroup]:
     """All gloo groups of a rank.
 
     Args:
         tensors: they carry tensors of the model, too (on the CPU; GPUs have NCCL for it).
         control: they carry the control plane (else MPI does).
+        personal: clients keep blocks, whose rows travel between the clusters (`checkpoint.client_homes`).
     """
     if world_size == 1:
         return []
@@ -101,7 +106,8 @@ def gloo_groups(rank: int, world_size: int, ep_size: int, tensors: bool, control
         # torch's own group of the world is never used, so it has no connections.
         groups.append(GlooGroup("the world's own", world_size, 0))
         groups.append(GlooGroup("tokens within the cluster", ep_size, ep_size - 1))
-        groups.append(GlooGroup("sums over the clusters", clusters, len(ring_peers(rank // ep_size, clusters))))
+        others = clusters - 1 if personal else len(ring_peers(rank // ep_size, clusters))
+        groups.append(GlooGroup("sums and rows between the clusters", clusters, others))
     if control:
         groups += control_groups("control of the world", rank, world_size)
         groups += control_groups("control of the cluster", rank % ep_size, ep_size)
@@ -115,9 +121,11 @@ def rank0_files(rank: int, world_size: int) -> int:
     return 2 * world_size + STORE if rank == 0 else 3
 
 
-def files_of(rank: int, world_size: int, ep_size: int, tensors: bool = True, control: bool = True) -> int:
+def files_of(
+    rank: int, world_size: int, ep_size: int, tensors: bool = True, control: bool = True, personal: bool = False
+) -> int:
     """Open files that a rank needs at most for the others, see `gloo_groups`."""
-    groups = gloo_groups(rank, world_size, ep_size, tensors, control)
+    groups = gloo_groups(rank, world_size, ep_size, tensors, control, personal)
     return rank0_files(rank, world_size) + sum(group.files for group in groups)
 
 
@@ -127,6 +135,13 @@ def needed(launch: Launch, topology: TopologyConfig, device: str) -> int:
     ep_size = min(topology.ep_size, launch.world_size)
     control = not uses_mpi(topology.control, launch.launcher, launch.world_size)
     return open_now() + WORK + files_of(launch.rank, launch.world_size, ep_size, device != "cuda", control)
+
+
+def needed_for_rows(launch: Launch, ep_size: int, device: str) -> int:
+    """Open files that this rank needs in all where clients keep blocks, which only a loaded run knows: the store's connections
+    and those of the control plane are open then, the others may not be."""
+    groups = gloo_groups(launch.rank, launch.world_size, ep_size, device != "cuda", control=False, personal=True)
+    return open_now() + WORK + sum(group.files for group in groups)
 
 
 def open_now() -> int:
@@ -202,11 +217,11 @@ def check_together(store: Store, rank: int, world_size: int, mine: Allowance) ->
     Raises:
         UserError: a rank may have too few open files.
     """
-    decide(store, rank, world_size, astuple(mine), _refuse)
+    decide(store, rank, world_size, astuple(mine), refuse)
 
 
-def _refuse(told: list[tuple[str, int, int]]) -> None:
-    """Raise UserError for the first rank that lacks files."""
+def refuse(told: Sequence[Sequence[Any]]) -> None:
+    """Raise UserError for the first rank that lacks files, of the allowances of all ranks as tuples."""
     lacking = [rank for rank, (_, needed, allowed) in enumerate(told) if allowed < needed]
     if lacking:
         host, needed, allowed = told[lacking[0]]

@@ -218,8 +218,8 @@ def _assemble(
     begun = begin_from(source, spec, adapters, own.get(BASE), runtime, unread)
     if source is not None:
         server.load_base(own)
-    slabs = client_slabs(config)
-    state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), slabs), own)
+    state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), client_slabs(config)), own)
+    state.personal.allow_peers(runtime)
     micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients)
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.checkpoint.keeping import none_intact
 from fedmoe_ds.checkpoint.reader import newest_intact, progress_of
 from fedmoe_ds.checkpoint.writer import remove_unfinished
 from fedmoe_ds.config import Config
@@ -188,6 +189,8 @@ def claim_folder(folder: Path, resume: str) -> dict[str, Any]:
             f"--resume: {folder}: the run has finished and no intact checkpoint of it is left: nothing to continue; "
             "set another name"
         )
+    if trained and found is None and notes:
+        raise none_intact(root, notes)
     # Only under the lock: the drafts are those of killed writers.
     remove_unfinished(root)
     if found is None and (notes or trained):

@@ -115,7 +115,9 @@ def plan(
     verified = None
     if verify_ranks is not None:
         ranks = list(range(world.ranks)) if verify_ranks == "all" else None
-        verified = verify(config.topology, layout, job.expert_layout.num_experts, ranks, hardware.kind)
+        kept = [block for block in job.blocks if block.personal] + job.method.client_state(job.blocks)
+        personal = bool(kept) or config.local.drift == "scaffold"
+        verified = verify(config.topology, layout, job.expert_layout.num_experts, ranks, hardware.kind, personal)
     warnings = [
         idle_clusters(layout.clusters, drawn),
         idle_ranks(first.homeless, world.ranks, layout.clusters, drawn),

@@ -89,7 +89,12 @@ def sample_ranks(layout: ParallelLayout) -> list[int]:
 
 
 def verify(
-    config: TopologyConfig, layout: ParallelLayout, num_experts: int, ranks: list[int] | None = None, device: str = "cpu"
+    config: TopologyConfig,
+    layout: ParallelLayout,
+    num_experts: int,
+    ranks: list[int] | None = None,
+    device: str = "cpu",
+    personal: bool = False,
 ) -> Verified:
     """Build the world as each of `ranks` (default: a sample) and check every group.
 
@@ -97,6 +102,7 @@ def verify(
 
     Args:
         device: what the ranks compute on: `cpu` or `cuda`.
+        personal: clients keep blocks, whose rows travel between the clusters.
     """
     check_partition(layout, num_experts)
     chosen = sample_ranks(layout) if ranks is None else ranks
@@ -105,12 +111,13 @@ def verify(
     # Every rank must create every group, its own or not: torch's new_group is collective.
     assert len(set(groups)) == 1, groups
     seconds = (time.monotonic() - began) / len(chosen)
-    return Verified(chosen, groups[0], max(control), seconds, _files(layout, device != "cuda"))
+    return Verified(chosen, groups[0], max(control), seconds, _files(layout, device != "cuda", personal))
 
 
-def _files(layout: ParallelLayout, tensors: bool) -> tuple[int, int]:
+def _files(layout: ParallelLayout, tensors: bool, personal: bool) -> tuple[int, int]:
     """Of rank 0, and the most of any other rank. A rank that heads blocks has the most: the first of a cluster does."""
-    found = [files_of(rank, layout.world_size, layout.ep_size, tensors) for rank in range(layout.world_size)]
+    size = layout.world_size
+    found = [files_of(rank, size, layout.ep_size, tensors, personal=personal) for rank in range(size)]
     return found[0], max(found[1:], default=0)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.open_files import WORK, files_of
 from fedmoe_ds.distributed.topology import check_layout
-from fedmoe_ds.federation.schedule import schedule
+from fedmoe_ds.federation.schedule import schedule, wave_slots
 from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
@@ -203,10 +203,11 @@ def _evaluation(job: Job, world: World, hardware: Hardware, drawn: int) -> float
     share = len(job.clients) / len(few.clients)
     kinds = Counter(Evaluation.of(job, index) for index in range(job.config.federation.rounds + 1))
     network, ep_size = Network(hardware, world), job.config.topology.ep_size
+    slots = wave_slots(few, few.clients, world.ranks // ep_size)
     for kind, count in kinds.items():
         # Answers and the global hold-out are the same with any number of clients; only clients' own hold-outs grow.
-        fixed = one_evaluation_seconds(few, network, hardware, ep_size, replace(kind, per_client=False))
-        whole = one_evaluation_seconds(few, network, hardware, ep_size, kind) if kind.per_client else fixed
+        fixed = one_evaluation_seconds(few, network, hardware, ep_size, replace(kind, per_client=False), slots)
+        whole = one_evaluation_seconds(few, network, hardware, ep_size, kind, slots) if kind.per_client else fixed
         if job.method.personal_models and not kind.plain:
             fixed = 0.0  # every client's own model is scored on all of it
         total += count * (fixed + share * (whole - fixed))

@@ -32,6 +32,7 @@ def measure(x: int) -> dict[str, float]:
         "seconds": built.seconds,
         "files_rank_0": built.files[0],
         "files": built.files[1],
+        "files_personal": files_of(x - 1, x, _EP_SIZE, personal=True),
         "connections": peers,
         # Every rank writes a record per group, and reads those of its peers there.
         "store_mib": x * _RECORD * (len(groups) + peers) / 2**20,
