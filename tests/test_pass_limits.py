@@ -288,7 +288,7 @@ def test_an_evaluation_after_a_lost_wave(root: Path, monkeypatch: pytest.MonkeyP
     real, factors = WaveTrainer._run, list[float]()
 
     def run(trainer: WaveTrainer, works: list[ClientWork], *rest: Any) -> None:
-        if works[0].client.index == waves[-1][0][0].index:
+        if works[0].client == waves[-1][0][0]:
             factors.append(works[0].assignment.scale)
             raise RuntimeError(WORDS)
         real(trainer, works, *rest)
