@@ -29,7 +29,7 @@ def test_a_cache_in_doubt_is_told_once_and_a_cut_file_ends_the_job(nano: dict[st
     with Job(tree, tmp_path, ranks=2) as job:
         assert job.wait_until(lambda: job.events("round"))
         # What the rounds read; the rows of every seed ("units-") were closed when the partition had been drawn.
-        (file,) = [path for path in (own / "data").rglob("*.arrow") if not path.parent.name.startswith("units-")]
+        (file,) = [path for path in (own / "data").rglob("sequences.arrow") if not path.parent.name.startswith("units-")]
         os.truncate(file, 0)
         result = job.finish()
     lines = [line for line in result.stderr.splitlines() if "foundation.cache" in line]
