@@ -390,7 +390,7 @@ def test_a_piece_of_dense_blocks_is_shared_by_all_who_give(monkeypatch: pytest.M
         assert not isinstance(value, bytes) or sum(map(len, found)) <= most
         return found
 
-    monkeypatch.setattr(personal_state, "_PIECE", most)
+    monkeypatch.setattr(personal_state, "PIECE", most)
     monkeypatch.setattr(Rank, "gather", counted)
     world.round(1, list(range(32)), set(range(32)), expected)
     world.check(expected)
