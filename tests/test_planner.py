@@ -191,7 +191,8 @@ def test_prediction_counts_what_a_round_sends(small: Job) -> None:
     assert not alone.traffic
     numbers = sum(len(b.layers) * (16 if b.expert else 1) * (_product(b.item) + 1) for b in small.blocks if not b.personal)
     weights = sum(len(b.layers) * (16 if b.expert else 1) for b in small.blocks if not b.personal)
-    assert apart.bytes["all_reduce"] == (numbers + weights) * 16 and "all_to_all" not in apart.bytes
+    assert apart.bytes["all_reduce"] == (numbers + weights) * 16
+    assert 0 < apart.bytes["all_to_all"] < 100, "clients' own rows alone: no row of theirs leaves for experts"
     assert shared.bytes["all_to_all"] > 0
     rows = sum(int(small.steps(client, 1).rows.sum()) * client.cap for client in small.clients)
     wide = rows * len(small.expert_layout.layers) * small.expert_layout.width * 4 / 2

@@ -60,8 +60,9 @@ def test_equal_clients_take_what_a_plan_says(job: Job) -> None:
     expected = {name: seconds for name, seconds in planned.prediction.seconds.items() if name != "evaluate"}
     assert {name: found.first.seconds[name] for name in expected} == expected
     sent = planned.prediction.bytes
-    assert found.first.bytes["all_reduce"] == sent["all_reduce"] > 0 and found.first.bytes["all_gather"] == sent["all_gather"]
-    assert 0.9 * sent["all_to_all"] < found.first.bytes["all_to_all"] < sent["all_to_all"], "without that of the evaluation"
+    assert found.first.bytes["all_reduce"] == sent["all_reduce"] > 0
+    for name in ("all_gather", "all_to_all"):
+        assert 0.9 * sent[name] < found.first.bytes[name] < sent[name], "without that of the evaluation"
     assert found.evaluation_s == pytest.approx(planned.evaluation_s) and planned.evaluation_s > 0
     assert found.seconds == pytest.approx(planned.seed_seconds, rel=0.01), "rounds of equal clients differ in their tiers alone"
 

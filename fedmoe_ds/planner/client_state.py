@@ -30,16 +30,18 @@ def kept_blocks(spec: RunSpec) -> list[BlockSpec]:
     return own + controls
 
 
+def row_bytes(blocks: list[BlockSpec], experts: int) -> int:
+    """Of a client's row of these blocks on a rank with so many experts."""
+    return FP32 * sum(len(block.layers) * (experts if block.expert else 1) * math.prod(block.item) for block in blocks)
+
+
 def client_state(spec: RunSpec, clients: int, drawn: int, clusters: int, trained_here: int | None = None) -> Kept:
     """What the fullest rank keeps of `clients`, of whom `drawn` train in a round, at most.
 
     Args:
         trained_here: clients of a round that one cluster trains; None: an even share.
     """
-    experts = spec.expert_layout.num_experts // spec.config.topology.ep_size
-    row = FP32 * sum(
-        len(block.layers) * (experts if block.expert else 1) * math.prod(block.item) for block in kept_blocks(spec)
-    )
+    row = row_bytes(kept_blocks(spec), spec.expert_layout.num_experts // spec.config.topology.ep_size)
     if not row:
         return Kept()
     at_home = rows_at_home(spec, clients, drawn, clusters)

@@ -15,6 +15,7 @@ import numpy as np
 from fedmoe_ds.federation.evaluation import SUMS
 from fedmoe_ds.federation.evaluation_passes import most_together, passes
 from fedmoe_ds.federation.schedule import home_clients, wave_slots
+from fedmoe_ds.planner.client_state import row_bytes
 from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.lengths import Lengths
@@ -87,11 +88,22 @@ def one_evaluation_seconds(
             seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
             sums += len(mine)
     seconds *= 1 + job.data.candidates
+    if not (personal or asked.plain):
+        seconds += _means(job, network, ep_size)
     # Sums of each batch in float64, of all tiers in one message; a ring carries them once round and once back.
     seconds += network.control(Group.everyone(network.world), CONTROL.per_evaluation, 16 * SUMS * sums / network.world.ranks)
     if asked.generations and config.generations:
         seconds += _generated(job, network, hardware, ep_size)
     return seconds
+
+
+def _means(job: Job, network: Network, ep_size: int) -> float:
+    """Rows of every tier's clients, whose mean is its model's, where they are at home in several clusters."""
+    group, clusters = Group.shard(network.world, ep_size), network.world.ranks // ep_size
+    row = row_bytes([block for block in job.blocks if block.personal], job.expert_layout.num_experts // ep_size)
+    if not row or clusters == 1:
+        return 0.0
+    return sum(network.all_gather(group, 1, row * math.ceil(len(members) / clusters)) for members in job.by_tier.values())
 
 
 def _generated(job: Job, network: Network, hardware: Hardware, ep_size: int) -> float:

@@ -113,6 +113,10 @@ class Network:
         """Book `calls` exchanges of `size` bytes per rank; their seconds."""
         return self._book("all_to_all", group, calls, size, float(self.all_to_all_seconds(group, size)))
 
+    def all_gather(self, group: Group, calls: float, size: float) -> float:
+        """Book `calls` gathers of every rank's `size` bytes; their seconds."""
+        return self._book("all_gather", group, calls, size, float(self.all_gather_seconds(group, size)))
+
     def all_reduce(self, group: Group, calls: float, size: float) -> float:
         """Sum of `size` bytes: every rank sends and receives 2 (n - 1) / n of them."""
         link = _slowest(self.hardware.network.all_reduce, group)

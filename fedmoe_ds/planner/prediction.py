@@ -9,6 +9,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.client_costs import ClientCosts
+from fedmoe_ds.planner.client_state import kept_blocks, row_bytes
 from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
 from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
@@ -178,6 +179,11 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
             seconds += network.all_reduce(group, times, (numbers + heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
+    row, clusters = row_bytes(kept_blocks(job), held), world.ranks // ep_size
+    if row and clusters > 1:
+        # To the clusters that train their clients, and home again; one in `clusters` is there already.
+        away = participants / clusters * (1 - 1 / clusters)
+        seconds += network.all_to_all(shard, 2, away * row)
     expert_layout, tiers = job.expert_layout, len(job.by_tier)
     personal = [spec for spec in job.blocks if spec.personal] + job.method.client_state(job.blocks)
     # Reports, activation counts and personal values are what these calls carry; most carry a word.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,11 @@ import psutil
 import pytest
 
 BENCH = Path(__file__).parents[2] / "launch" / "bench.py"
-MEMORY_TOLERANCE, CALLS_TOLERANCE, BYTES_TOLERANCE = 0.10, 0.20, 0.15
+MEMORY_TOLERANCE, BYTES_TOLERANCE = 0.10, 0.15
+ROWS_TOLERANCE = 0.40
+"""Of the bytes of rows on their way to experts, on rank 0: of six clients on four ranks it has two, a third over its share."""
+MESSAGES = 2
+"""By which the control plane's calls in a round may differ: a checkpoint is finished in this round or in the next."""
 SHAPES, RANKS = ("narrow", "long"), (1, 2, 4)
 CALIBRATE_S, PLAN_S, GRACE_S = 400, 900, 10
 
@@ -73,6 +78,7 @@ def test_memory_calls_and_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert {*measured} == {*predicted} and ("control" in measured) == (row["ranks"] > 1), row
         for name, tally in predicted.items():
             # Only the control plane is not called the same number of times in every round.
-            assert abs(tally["calls"] / measured[name]["calls"] - 1.0) <= (CALLS_TOLERANCE if name == "control" else 0.0), row
-            # Rank 0's rows may be more or fewer than its share; what the control plane carries is text of any length.
-            assert name == "control" or abs(tally["bytes"] / measured[name]["bytes"] - 1.0) <= BYTES_TOLERANCE, row
+            assert abs(tally["calls"] - measured[name]["calls"]) <= (MESSAGES if name == "control" else 1e-9), (name, row)
+            # What the control plane carries is text of any length.
+            most = {"control": math.inf, "all_to_all": ROWS_TOLERANCE}.get(name, BYTES_TOLERANCE)
+            assert abs(tally["bytes"] / measured[name]["bytes"] - 1.0) <= most, (name, row)
