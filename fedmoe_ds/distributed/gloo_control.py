@@ -1,14 +1,15 @@
 """Gloo control: the control plane over gloo, flat among few ranks, a tree of two levels among many.
 
 gloo's gathers and sums go round a ring: as many hops as there are ranks. Among many ranks, blocks of neighbours (on a cluster:
-mostly ranks of one host) meet first, then the blocks' heads, and each head tells its block. So a message takes some three times
-the square root of as many hops, and no group has more members than that, whatever the size of the world.
+mostly ranks of one host) meet first, then the blocks' heads, and each head tells its block. So a gather takes about twice the
+square root of as many hops (`gather_hops`), and no group has more members than that, whatever the size of the world.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -31,17 +32,39 @@ _made: Counter[str] = Counter()
 """Groups of this process by their members."""
 
 
-class FlatControl:
-    """Over one gloo group.
+class GlooControl(ABC):
+    """Ranks that are members of gloo groups, this process's among them.
 
     Args:
-        ranks: global ranks of the group, ascending.
+        ranks: global ranks, ascending.
         timeout: of one collective.
     """
 
     def __init__(self, ranks: Sequence[int], name: str, timeout: timedelta) -> None:
         self.ranks, self.name, self.timeout = ranks, name, timeout
         self.rank, self.size = ranks.index(torch_dist.get_rank()), len(ranks)
+
+    @abstractmethod
+    def reduce(self, tensor: Tensor, operation: torch_dist.ReduceOp.RedOpType) -> Tensor:
+        """One tensor of all of the ranks', in place on every rank."""
+
+    def sum(self, total: Tensor) -> Tensor:
+        with activity.collective("sum", self.name, total.nbytes):
+            return self.reduce(total, torch_dist.ReduceOp.SUM)
+
+    def largest(self, values: Tensor) -> Tensor:
+        with activity.collective("largest", self.name, values.nbytes):
+            return self.reduce(values, torch_dist.ReduceOp.MAX)
+
+    def split(self, ranks: Sequence[int], name: str) -> Control:
+        return gloo_control([self.ranks[rank] for rank in ranks], name, self.timeout)
+
+
+class FlatControl(GlooControl):
+    """Over one gloo group."""
+
+    def __init__(self, ranks: Sequence[int], name: str, timeout: timedelta) -> None:
+        super().__init__(ranks, name, timeout)
         self.group = make_group(ranks, timeout)
 
     def gather(self, payload: bytes) -> list[bytes]:
@@ -69,36 +92,25 @@ class FlatControl:
             rest = _bytes(payload) if self.rank == 0 else torch.empty(size, dtype=torch.uint8)
             return self.send_down(rest).numpy().tobytes()
 
-    def sum(self, total: Tensor) -> Tensor:
-        with activity.collective("sum", self.name, total.nbytes):
-            self.group.allreduce([total]).wait()
-        return total
-
-    def largest(self, values: Tensor) -> Tensor:
-        with activity.collective("largest", self.name, values.nbytes):
-            self.group.allreduce([values], torch_dist.ReduceOp.MAX).wait()
-        return values
+    def reduce(self, tensor: Tensor, operation: torch_dist.ReduceOp.RedOpType) -> Tensor:
+        self.group.allreduce([tensor], operation).wait()
+        return tensor
 
     def send_down(self, tensor: Tensor) -> Tensor:
         """The first rank's tensor, in place on every rank."""
         self.group.broadcast(tensor, 0).wait()
         return tensor
 
-    def split(self, ranks: Sequence[int], name: str) -> Control:
-        return gloo_control([self.ranks[rank] for rank in ranks], name, self.timeout)
 
-
-class TreeControl:
+class TreeControl(GlooControl):
     """Blocks of consecutive ranks, and their first ranks, the heads.
 
     Args:
-        ranks: global ranks, ascending.
         width: ranks of a block; the last one may have fewer.
     """
 
     def __init__(self, ranks: Sequence[int], name: str, timeout: timedelta, width: int) -> None:
-        self.ranks, self.name, self.timeout = ranks, name, timeout
-        self.rank, self.size = ranks.index(torch_dist.get_rank()), len(ranks)
+        super().__init__(ranks, name, timeout)
         block, heads = tree_groups(self.rank, self.size, width)
         here = [ranks[rank] for rank in block]
         self.block = FlatControl(here, name, timeout) if len(here) > 1 else None
@@ -118,26 +130,11 @@ class TreeControl:
                 payload = self.heads.broadcast(payload)
             return payload if self.block is None else self.block.broadcast(payload)
 
-    def sum(self, total: Tensor) -> Tensor:
-        with activity.collective("sum", self.name, total.nbytes):
-            for level in (self.block, self.heads):
-                if level is not None:
-                    level.sum(total)
-            return self._send_down(total)
-
-    def largest(self, values: Tensor) -> Tensor:
-        with activity.collective("largest", self.name, values.nbytes):
-            for level in (self.block, self.heads):
-                if level is not None:
-                    level.largest(values)
-            return self._send_down(values)
-
-    def _send_down(self, tensor: Tensor) -> Tensor:
-        """What the heads have found, to their blocks."""
+    def reduce(self, tensor: Tensor, operation: torch_dist.ReduceOp.RedOpType) -> Tensor:
+        for level in (self.block, self.heads):
+            if level is not None:
+                level.reduce(tensor, operation)
         return tensor if self.block is None else self.block.send_down(tensor)
-
-    def split(self, ranks: Sequence[int], name: str) -> Control:
-        return gloo_control([self.ranks[rank] for rank in ranks], name, self.timeout)
 
 
 def make_group(ranks: Sequence[int], timeout: timedelta) -> Any:
