@@ -9,7 +9,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -58,7 +59,7 @@ def _reached_by_all(world: MPI.Comm, local: MPI.Comm, addresses: list[str], port
     beside_rank_0 = any(gather_json(local, world.rank == 0))
     # One rank per host tries for all. Rank 0's own host does not: it reaches each of its addresses, which says nothing.
     knocks = local.rank == 0 and not beside_rank_0
-    reached = [not knocks or _answers(address, port) for address in addresses]
+    reached = [not knocks or answers(address, port) for address in addresses]
     common = [all(answers) for answers in zip(*gather_json(world, reached), strict=True)]
     if not any(common):
         tried = ", ".join(addresses) or "none but loopback"
@@ -69,7 +70,8 @@ def _reached_by_all(world: MPI.Comm, local: MPI.Comm, addresses: list[str], port
     return addresses[common.index(True)]
 
 
-def _answers(address: str, port: int) -> bool:
+def answers(address: str, port: int) -> bool:
+    """Whether somebody listens there; after `_KNOCK_S` nobody does."""
     try:
         with socket.create_connection((address, port), timeout=_KNOCK_S):
             return True
@@ -143,15 +145,18 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def _interfaces() -> dict[str, str]:
-    """Names of interfaces that are up, by IPv4 address; loopback left out."""
+def ipv4_entries() -> Iterator[tuple[str, Any]]:
+    """Interfaces that are up, by name, each with psutil's word on one of its IPv4 addresses; loopback left out."""
     up = {name for name, facts in psutil.net_if_stats().items() if facts.isup}
-    return {
-        entry.address: name
-        for name, entries in psutil.net_if_addrs().items()
-        for entry in entries
-        if name in up and entry.family == socket.AF_INET and not is_loopback(entry.address)
-    }
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            if name in up and entry.family == socket.AF_INET and not is_loopback(entry.address):
+                yield name, entry
+
+
+def _interfaces() -> dict[str, str]:
+    """Names of interfaces by IPv4 address."""
+    return {entry.address: name for name, entry in ipv4_entries()}
 
 
 def _resolve(name: str) -> str | None:

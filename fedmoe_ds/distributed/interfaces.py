@@ -14,10 +14,9 @@ import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import psutil  # type: ignore[import-untyped]
 from torch.distributed.distributed_c10d import Store
 
-from fedmoe_ds.distributed.address import is_loopback, set_gloo_interface
+from fedmoe_ds.distributed.address import ipv4_entries, set_gloo_interface
 from fedmoe_ds.distributed.meeting import decide
 from fedmoe_ds.errors import UserError
 
@@ -42,13 +41,11 @@ class HostView:
 
     @classmethod
     def here(cls) -> HostView:
-        up = {name for name, facts in psutil.net_if_stats().items() if facts.isup}
         networks: dict[str, list[str]] = {}
-        for name, entries in psutil.net_if_addrs().items():
-            for entry in entries:
-                if name in up and entry.family == socket.AF_INET and entry.netmask and not is_loopback(entry.address):
-                    network = ipaddress.ip_network(f"{entry.address}/{entry.netmask}", strict=False)
-                    networks.setdefault(name, []).append(str(network))
+        for name, entry in ipv4_entries():
+            if entry.netmask:
+                network = ipaddress.ip_network(f"{entry.address}/{entry.netmask}", strict=False)
+                networks.setdefault(name, []).append(str(network))
         return cls(socket.gethostname(), networks, _given(GLOO), _given(NCCL))
 
 
@@ -86,20 +83,25 @@ def _choice(views: Sequence[HostView], wanted: str | None) -> dict[str, object]:
     """Whether there are several hosts, and the networks of fabrics that all of them are on, the best first."""
     if wanted is not None:
         for view in views:
-            if wanted not in view.networks:
-                known = ", ".join(sorted(view.networks)) or "none but loopback"
-                raise UserError(
-                    f"topology.interface: {wanted}: {view.host} has no such interface that is up with an IPv4 address; it has "
-                    f"{known}"
-                )
-            for variable, given in ((GLOO, view.given), (NCCL, view.given_nccl)):
-                if given not in (None, wanted, f"={wanted}" if variable == NCCL else wanted):
-                    raise UserError(
-                        f"topology.interface: {wanted}: {variable} is {given} on {view.host}; unset it, or drop the key"
-                    )
+            _check(view, wanted)
     several = len({view.host for view in views}) > 1
-    if not several or wanted is not None:
-        return {"several": several, "networks": []}
+    return {"several": several, "networks": _common_fabrics(views) if several and wanted is None else []}
+
+
+def _check(view: HostView, wanted: str) -> None:
+    """Raise UserError where a host lacks the interface that is wanted, or its environment says another one."""
+    if wanted not in view.networks:
+        known = ", ".join(sorted(view.networks)) or "none but loopback"
+        raise UserError(
+            f"topology.interface: {wanted}: {view.host} has no such interface that is up with an IPv4 address; it has {known}"
+        )
+    for variable, given, alike in ((GLOO, view.given, [wanted]), (NCCL, view.given_nccl, [wanted, f"={wanted}"])):
+        if given is not None and given not in alike:
+            raise UserError(f"topology.interface: {wanted}: {variable} is {given} on {view.host}; unset it, or drop the key")
+
+
+def _common_fabrics(views: Sequence[HostView]) -> list[str]:
+    """Networks of fabrics that all hosts are on, in the order of the first one's interfaces."""
     first, *others = views
     shared = [
         network
@@ -107,7 +109,7 @@ def _choice(views: Sequence[HostView], wanted: str | None) -> dict[str, object]:
         for network in first.networks[name]
         if _is_fabric(name) and all(_names(view.networks, [network]) for view in others)
     ]
-    return {"several": several, "networks": list(dict.fromkeys(shared))}
+    return list(dict.fromkeys(shared))
 
 
 def _names(networks: dict[str, list[str]], common: Sequence[str]) -> list[str]:

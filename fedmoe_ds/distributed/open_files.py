@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.distributed_c10d import Store
 
+from fedmoe_ds.distributed.address import answers
 from fedmoe_ds.distributed.control_plane import uses_mpi
 from fedmoe_ds.distributed.gloo_control import FLAT, block_width, tree_groups
 from fedmoe_ds.distributed.meeting import decide
@@ -190,23 +191,19 @@ def check_meeting(mine: Allowance, rank: int, world_size: int) -> None:
         UserError: the same one on every rank.
     """
     met = WORK + STORE + world_size
-    if world_size > 1 and mine.allowed < met and (rank == 0 or not _answers(time.monotonic() + _ANSWER_S)):
+    if world_size > 1 and mine.allowed < met and (rank == 0 or not _is_there(time.monotonic() + _ANSWER_S)):
         raise UserError(
             f"open files: {mine.allowed}: rank 0 needs {met} for {world_size} ranks to meet, and twice as many later; {_FIX}"
         )
 
 
-def _answers(until: float) -> bool:
+def _is_there(until: float) -> bool:
     """Whether somebody listens where ranks meet, or begins to within this time."""
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    while True:
-        try:
-            socket.create_connection(address, timeout=5.0).close()
-            return True
-        except OSError:
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.5)
+    while not answers(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def check_together(store: Store, rank: int, world_size: int, mine: Allowance) -> None:
