@@ -44,7 +44,7 @@ def prepare(config: Config, ranks: int, note: Note) -> Iterator[str]:
         ranks: of each host of a job on CPUs; from two on they map common weights, which are written here.
         note: takes lines of progress.
     Raises:
-        UserError: whatever a start would refuse before it trains.
+        UserError: whatever a start would refuse on the way to what is prepared.
         StopError: asked to stop between two steps.
     """
     began, kind = time.monotonic(), "cuda" if config.topology.device == "cuda" else "cpu"

@@ -16,7 +16,7 @@ def open_snapshot(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     try:
         snapshot = read_snapshot(path)
     except OSError as error:
-        raise unreadable(path, parts, error) from None
+        raise _unreadable(path, parts, error) from None
     notes = check_identity(snapshot.identity, path, parts.identity, parts.config)
     if parts.start is not None and parts.identity[START] == GONE:
         began = parts.identity[START] = snapshot.identity.get(START)
@@ -45,7 +45,7 @@ def restore(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
         # Merged weights are the server's state, but the model computes with its own copy of them.
         parts.server.load_base(parts.state.server)
     except OSError as error:
-        raise unreadable(path, parts, error) from None
+        raise _unreadable(path, parts, error) from None
     return snapshot, notes
 
 
@@ -67,7 +67,7 @@ def _check_progress(path: Path, snapshot: Snapshot, parts: Parts) -> None:
         )
 
 
-def unreadable(path: Path, parts: Parts, error: OSError) -> UserError:
+def _unreadable(path: Path, parts: Parts, error: OSError) -> UserError:
     return UserError(
         f"output: {path}: rank {parts.runtime.rank} cannot read it: {error.strerror or error}; "
         "put the runs on a file system that all ranks share"

@@ -58,14 +58,13 @@ def file_sum(file: Path, place: Path) -> str:
     if file.stat().st_size < WORTH:
         return file_sha256(file)
     before, began = _facts(file), time.time_ns()
-    entry = place / tree_sha256(before)[:32]
-    known = _remembered(entry, before)
+    known = _remembered(place, before)
     if known is not None:
         return known
     found = file_sha256(file)
     # Only of a file that nobody was writing meanwhile, or just before.
     if began - max(before["stamp"][2:]) > _settled_ns(before) and _facts(file) == before:
-        _remember(entry, before, found)
+        _remember(place, before, found)
     return found
 
 
@@ -81,7 +80,7 @@ def is_remembered(file: Path, place: Path) -> bool:
     if file.stat().st_size < WORTH:
         return False
     facts = _facts(file)
-    return _remembered(place / tree_sha256(facts)[:32], facts) is not None
+    return _remembered(place, facts) is not None
 
 
 def remember_written(file: Path, found: str, place: Path) -> None:
@@ -95,7 +94,7 @@ def remember_written(file: Path, found: str, place: Path) -> None:
         return
     facts = _facts(file)
     if not facts["network"]:
-        _remember(place / tree_sha256(facts)[:32], facts, found)
+        _remember(place, facts, found)
 
 
 def unsettled_s(files: Iterable[Path]) -> float:
@@ -136,7 +135,12 @@ def _stamp(handle: int) -> list[int]:
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _remembered(entry: Path, facts: dict[str, Any]) -> str | None:
+def _entry(place: Path, facts: dict[str, Any]) -> Path:
+    return place / tree_sha256(facts)[:32]
+
+
+def _remembered(place: Path, facts: dict[str, Any]) -> str | None:
+    entry = _entry(place, facts)
     try:
         return _sum_in(entry, facts) if _usable(entry, facts) else None
     except OSError as error:
@@ -144,14 +148,15 @@ def _remembered(entry: Path, facts: dict[str, Any]) -> str | None:
         return None
 
 
-def _remember(entry: Path, facts: dict[str, Any], found: str) -> None:
+def _remember(place: Path, facts: dict[str, Any], found: str) -> None:
+    entry = _entry(place, facts)
     content = cache.sealed({MADE_FROM: facts["path"], "facts": facts, _SUM: found})
     try:
         with cache.draft(entry, lambda: _usable(entry, facts)) as draft:
             (draft / _HEADER).write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
-        cache.pass_over(f"{entry.parent}: cannot be written: {reason}; the model is read whole at every start")
+        cache.pass_over(f"{place}: cannot be written: {reason}; the model is read whole at every start")
 
 
 def _usable(entry: Path, facts: dict[str, Any]) -> bool:
