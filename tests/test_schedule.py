@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-import pytest
 from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,8 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.sampling import participants
-from fedmoe_ds.federation.schedule import home_clients, schedule
+from fedmoe_ds.federation.schedule import schedule
+from fedmoe_ds.model.client_slots import ClientSlots
 
 COST = CostModel(dense=1000.0, expert=300.0)
 LOCAL = LocalConfig(batch_size=4, max_steps=20)
@@ -39,7 +39,7 @@ def test_everyone_exactly_once_within_bounds(chosen: list[Client], world: tuple[
     assert len(plan) == clusters
     placed = [client.index for waves in plan for wave in waves for home in wave for client in home]
     assert sorted(placed) == [client.index for client in chosen]
-    room = home_clients(in_flight, len(chosen), ep_size)
+    room = ClientSlots(min(in_flight or len(chosen), len(chosen)), ep_size).most
     for waves in plan:
         for wave in waves:
             assert len(wave) == ep_size and every(len(home) <= room for home in wave)
@@ -105,11 +105,3 @@ def test_participants_differ_by_round_and_seed_and_reach_everyone() -> None:
     draws = {(seed, r): tuple(c.index for c in participants(clients, 0.3, seed, r)) for seed in range(2) for r in range(1, 30)}
     assert len(set(draws.values())) == len(draws)
     assert {index for draw in draws.values() for index in draw} == set(range(30))
-
-
-@pytest.mark.parametrize(
-    ("in_flight", "drawn", "ep_size", "expected"),
-    [(8, 100, 1, 8), (8, 100, 4, 2), (1, 100, 4, 1), (None, 10, 4, 3), (8, 3, 1, 3), (5, 100, 2, 3)],
-)
-def test_slots_per_rank(in_flight: int | None, drawn: int, ep_size: int, expected: int) -> None:
-    assert home_clients(in_flight, drawn, ep_size) == expected

@@ -24,10 +24,10 @@ from fedmoe_ds.federation.evaluation_passes import most_together, passes
 from fedmoe_ds.federation.generation import Generation, as_text, greedy
 from fedmoe_ds.federation.received_model import ReceivedModel
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.schedule import home_clients
 from fedmoe_ds.federation.task_metrics import TaskMetrics
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.client_slots import ClientSlots
 from fedmoe_ds.model.forward import AdaptedModel
 
 ReadPart = Callable[[], Sequences]
@@ -109,7 +109,7 @@ class Evaluator(ReceivedModel):
         self.runtime, self.data, self.clients, self.tiers = runtime, data, clients, tiers_of(clients)
         self.config, self.shares_passes = spec.config.evaluation, spec.shares_passes
         # Not the slots that this rank really has: idle clusters have none, and ranks cut alike.
-        self.together = most_together(spec.config, home_clients(None, in_flight, model.execution.pool.ep_size))
+        self.together = most_together(spec.config, ClientSlots(in_flight, model.execution.pool.ep_size).most)
         self.tasks = TaskMetrics.of(self.config, model.foundation, data, runtime)
 
     def scores(self, personal: Personal, per_client: bool, plain: bool, tiers: Collection[str] | None = None) -> list[Score]:

@@ -19,14 +19,7 @@ from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.model.client_slots import home_of
 
 LOOKED_AHEAD = 100_000
-"""Clients among which `wave_slots` draws, over all rounds that it deals: the work of a second."""
-
-
-def home_clients(in_flight: int | None, participants_per_round: int, ep_size: int) -> int:
-    """Clients at home on a rank at most: those in flight on a cluster, dealt to its ranks."""
-    most = participants_per_round if in_flight is None else min(in_flight, participants_per_round)
-    # Rounded up: a slot may stay empty, but every client of a wave needs one.
-    return max(1, math.ceil(most / ep_size))
+"""Clients among which `wave_slots` draws, over all rounds that it deals: seconds of a start (`scale --curves schedule`)."""
 
 
 def participants_per_round(spec: RunSpec, clients: int) -> int:

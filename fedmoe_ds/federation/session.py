@@ -216,7 +216,7 @@ def begin(parts: Parts, journal: Journal, source: str | None) -> None:
         journal.truncate(0)
         journal.config(parts.config_text)
         journal.event("run", **run_facts(parts))
-        # Of all clients, so on the one rank that writes it: a gigabyte for a million of them.
+        # Of all clients, so on the one rank that writes it (`launch/bench.py scale --curves start_events`).
         journal.data(data_facts(parts) if parts.runtime.is_main else {})
         for line in parts.start.notes if parts.start is not None else ():
             journal.note(line)

@@ -14,7 +14,8 @@ import numpy as np
 
 from fedmoe_ds.federation.evaluation import SUMS
 from fedmoe_ds.federation.evaluation_passes import most_together, passes
-from fedmoe_ds.federation.schedule import home_clients, wave_slots
+from fedmoe_ds.federation.schedule import wave_slots
+from fedmoe_ds.model.client_slots import ClientSlots
 from fedmoe_ds.planner.client_state import row_bytes
 from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
@@ -72,7 +73,7 @@ def one_evaluation_seconds(
     shared = _batches(job.data.global_holdout.head(config.max_sequences), config.batch_size)
     own = [job.data.holdout(c.index).head(config.client_sequences) for c in job.clients] if asked.per_client else []
     owners = [lengths for lengths in own if len(lengths.rows)]
-    home = home_clients(None, in_flight, ep_size)
+    home = ClientSlots(in_flight, ep_size).most
     seconds, sums = 0.0, 0
     for members in job.by_tier.values():
         runs = len(members) if personal else 1
