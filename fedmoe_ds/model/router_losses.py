@@ -15,11 +15,11 @@ from torch import Tensor
 from fedmoe_ds.model.router import Routing
 
 
-def balance_loss(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
+def balance_loss(routing: Routing) -> Tensor:
     """Switch / GShard load balance: E * sum_m f_m P_m; 1 when routing is uniform (methods 2.4 (a)).
 
-    f_m is the share of routed slots that went to expert m (no gradient), P_m the mean normalised score of m. Without `valid_T`
-    all rows are valid; with it, a GPU is asked how many are.
+    f_m is the share of routed slots that went to expert m (no gradient), P_m the mean normalised score of m; all
+    rows are valid.
     """
     num_experts = routing.probs_TE.shape[1]
     with torch.no_grad():
@@ -28,8 +28,6 @@ def balance_loss(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
         share_E = counts_E / counts_E.sum().clamp(min=1)
     # Sigmoid scores do not sum to one, softmax scores do; the normalised form serves both.
     probs_TE = routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20)
-    if valid_T is not None:
-        probs_TE = probs_TE[valid_T]
     # Times zero and not a constant zero: the loss then keeps its place in the graph and backward finds a path.
     mean_E = probs_TE.mean(0) if len(probs_TE) else probs_TE.sum(0) * 0.0
     return num_experts * (share_E * mean_E).sum()
