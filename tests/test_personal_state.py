@@ -358,7 +358,7 @@ def test_a_row_leaves_its_home_once(clusters: int, monkeypatch: pytest.MonkeyPat
     assert [sum(rows) for rows in few] == [len([i for i in (1, 3) if i % clusters == c]) for c in range(clusters)]
     many = handed(lambda own: list(own.visit(range(25), names)))
     assert many == [[-(-25 // clusters)]] * clusters, "one message, in which some fill up with zeros"
-    monkeypatch.setattr(client_homes, "_PIECE", 0)
+    monkeypatch.setattr(client_homes, "PIECE", 0)
     uneven = handed(lambda own: list(own.visit([1, 9, 17, 2, 3], names)))
     wanted = [4, 4] if clusters == 2 else [0, 3, 1, 1, 0, 0, 0, 0]
     assert [sum(rows) for rows in uneven] == wanted, "large rows are not padded to more than twice as many"
