@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe_ds.checkpoint.client_homes import Homes
+from fedmoe_ds.checkpoint.reader import PERSONAL
 
 BEGINNING = -1
 """In the place of a client: what everybody begins with."""
-PREFIX = "personal-"
-_NAME = re.compile(PREFIX + r"(\d{5,})-(\d{3,})-(\d{5,})-of-(\d{5,})-(\d{5,})-of-(\d{5,})\.safetensors")
+_NAME = re.compile(PERSONAL + r"(\d{5,})-(\d{3,})-(\d{5,})-of-(\d{5,})-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +36,7 @@ class FileName:
 
     def __str__(self) -> str:
         where = f"{self.cluster:05d}-of-{self.clusters:05d}-{self.shard:05d}-of-{self.shards:05d}"
-        return f"{PREFIX}{self.level:05d}-{self.piece:03d}-{where}.safetensors"
+        return f"{PERSONAL}{self.level:05d}-{self.piece:03d}-{where}.safetensors"
 
     @classmethod
     def of(cls, name: str) -> FileName | None:
