@@ -313,6 +313,7 @@ def test_a_checkpoint_costs_what_has_changed(rounds: list[set[int]], most: int) 
     for number, chosen in enumerate(rounds, 1):
         files.changed |= chosen
         plan = files.plan(most)
+        files.source = Path(f"round-{number:05d}")
         assert not plan.write.keys() & rows.keys() and all(len(clients) <= most for clients in plan.write.values())
         rows = {name: rows[name] for name in plan.keep} | plan.write
         written += sum(map(len, plan.write.values()))
