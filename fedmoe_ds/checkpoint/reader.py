@@ -304,7 +304,9 @@ class TensorReader:
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises UserError when the checkpoint has no such tensor."""
-        value: Tensor = self._file_of(name).get_tensor(name)
+        if name not in self._files:
+            raise no_such_tensor(name)
+        value: Tensor = self._files[name].get_tensor(name)
         return value
 
     def read_into(self, name: str, place: Tensor) -> None:
@@ -314,8 +316,3 @@ class TensorReader:
             raise UserError(f"checkpoint: {name}: shape {tuple(value.shape)}, but this run needs {tuple(place.shape)}")
         with torch.no_grad():
             place.copy_(value)
-
-    def _file_of(self, name: str) -> Any:
-        if name not in self._files:
-            raise no_such_tensor(name)
-        return self._files[name]
