@@ -27,7 +27,7 @@ def generator(seed: int, purpose: str, *address: int | str) -> np.random.Generat
 
 def generators(seed: int, purpose: str, addresses: Iterable[int | str]) -> Iterator[np.random.Generator]:
     """For each address the generator that `generator(seed, purpose, address)` would be, valid until the next is asked for."""
-    # One generator is moved from key to key: making one takes ten times as long, which a million clients would notice.
+    # One generator is moved from key to key: making one takes several times as long, which a million clients would notice.
     bits = np.random.Philox(key=0)
     start, moved = bits.state, np.random.Generator(bits)
     for address in addresses:

@@ -22,7 +22,7 @@ from fedmoe_ds.data.federated import FederatedData, _write
 from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.data.ragged import Ragged
 from fedmoe_ds.data.sequences import Sequences, fingerprint
-from fedmoe_ds.data.store import SCHEMA, intact
+from fedmoe_ds.data.store import ROWS_SCHEMA, SCHEMA, usable, write_units
 from fedmoe_ds.data.templates.samples import all_but_first, pack
 from fedmoe_ds.distributed.stop_points import file_sha256
 from fedmoe_ds.errors import UserError
@@ -192,14 +192,19 @@ def test_what_is_stored_is_what_was_dealt(shared: bool, tiers: bool, tmp_path: P
 def write_as_before(folder: Path, made: Prepared) -> None:
     """A store as earlier versions wrote it: one record batch an owner, and the clients in the header."""
     owners = [made.content.select(rows) for rows in made.owned]
+    units = {"units": write_units(folder.parent, made.content, {"sequence_length": 12})} if made.shared else {}
+    schema = ROWS_SCHEMA if made.shared else SCHEMA
     with cache.draft(folder, lambda: False) as draft:
-        with pa.OSFile(str(draft / "sequences.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for owner in owners:
+        with pa.OSFile(str(draft / "sequences.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for rows, owner in zip(made.owned, owners, strict=True):
+                if made.shared:
+                    writer.write_batch(pa.record_batch([rows], schema=schema))
+                    continue
                 bounds = pa.array(np.cumsum([0, *map(len, owner.input_ids)]), type=pa.int64())
                 ids = np.concatenate([np.empty(0, np.int64), *owner.input_ids])
                 mask = np.concatenate([np.empty(0, np.bool_), *owner.loss_mask]).view(np.uint8)
                 lists = [pa.LargeListArray.from_arrays(bounds, pa.array(values)) for values in (ids, mask)]
-                writer.write_batch(pa.record_batch(lists, schema=SCHEMA))
+                writer.write_batch(pa.record_batch(lists, schema=schema))
         train = owners[:-1:2]
         header = {
             "names": made.names,
@@ -213,16 +218,18 @@ def write_as_before(folder: Path, made: Prepared) -> None:
             "tiers": made.tiers,
             "reading": {},
             "fingerprint": reference.fingerprint(owners),
+            **units,
         }
         sealed = cache.sealed({**header, "checksum": file_sha256(draft / "sequences.arrow")})
         (draft / "header.json").write_text(json.dumps(sealed, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def test_stores_of_earlier_versions_are_found_and_read(tmp_path: Path) -> None:
-    made = prepared_text(tiers=True)
+@pytest.mark.parametrize("shared", [False, True], ids=["sequences", "row numbers"])
+def test_stores_of_earlier_versions_are_found_and_read(shared: bool, tmp_path: Path) -> None:
+    made = prepared_text(shared=shared, tiers=True)
     write_as_before(tmp_path / "data" / "old", made)
     _write(tmp_path / "data" / "new", made, {"sequence_length": 12})
-    assert intact(tmp_path / "data" / "old")
+    assert usable(tmp_path / "data" / "old")
     old, new = (FederatedData.open(tmp_path / "data" / name) for name in ("old", "new"))
     assert (old.names, old.tiers, old.distribution, old.fingerprint) == (
         new.names,

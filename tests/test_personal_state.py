@@ -313,6 +313,7 @@ def test_a_checkpoint_costs_what_has_changed(rounds: list[set[int]], most: int) 
     for number, chosen in enumerate(rounds, 1):
         files.changed |= chosen
         plan = files.plan(most)
+        files.source = Path(f"round-{number:05d}")
         assert not plan.write.keys() & rows.keys() and all(len(clients) <= most for clients in plan.write.values())
         rows = {name: rows[name] for name in plan.keep} | plan.write
         written += sum(map(len, plan.write.values()))
@@ -358,7 +359,7 @@ def test_a_row_leaves_its_home_once(clusters: int, monkeypatch: pytest.MonkeyPat
     assert [sum(rows) for rows in few] == [len([i for i in (1, 3) if i % clusters == c]) for c in range(clusters)]
     many = handed(lambda own: list(own.visit(range(25), names)))
     assert many == [[-(-25 // clusters)]] * clusters, "one message, in which some fill up with zeros"
-    monkeypatch.setattr(client_homes, "_PIECE", 0)
+    monkeypatch.setattr(client_homes, "PIECE", 0)
     uneven = handed(lambda own: list(own.visit([1, 9, 17, 2, 3], names)))
     wanted = [4, 4] if clusters == 2 else [0, 3, 1, 1, 0, 0, 0, 0]
     assert [sum(rows) for rows in uneven] == wanted, "large rows are not padded to more than twice as many"

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedmoe_ds.checkpoint.client_rows import PIECE, rows_in
 from fedmoe_ds.distributed.collectives import Group, all_gather, all_to_all, broadcast
 from fedmoe_ds.distributed.topology import Topology
-
-_PIECE = 1 << 26
-"""Bytes of rows that move at once."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Homes:
             read: a row that leaves from here.
             write: takes a row that arrives; it is valid until the call returns.
         """
-        step = max(1, _PIECE // max(4 * width, 1))
+        step = rows_in(PIECE, width)
         for start in range(0, len(moves), step):
             part = moves[start : start + step]
             # Rows lie in the order of peers in both buffers; sorting is stable, so both ends agree on the order within a peer.
@@ -103,7 +101,7 @@ class Homes:
         if target is not None:
             return self._to_one(theirs, mine_NW, target)
         most, useful = max(map(len, theirs.values())), sum(map(len, theirs.values()))
-        fits = self.clusters * most <= max(2 * useful, _PIECE // max(4 * width, 1))
+        fits = self.clusters * most <= max(2 * useful, rows_in(PIECE, width))
         # Hops: an all-gather is one ring, a broadcast a tree for every home.
         if fits and self.clusters - 1 < len(theirs) * (self.clusters - 1).bit_length():
             # Equal parts, as an all-gather asks for: clusters that have fewer rows fill up with zeros.

@@ -22,10 +22,17 @@ from torch import Tensor
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
-FP32 = 4
+FP32 = torch.float32.itemsize
+PIECE = 1 << 26
+"""Bytes of rows that are read, sent or written at once."""
 _SLAB, _FILE = 1 << 26, 1 << 30
 """Bytes of one slab in memory, and in a file."""
 _NO_LIMIT = 1 << 62
+
+
+def rows_in(size: int, width: int) -> int:
+    """How many rows of so many numbers fit into so many bytes; one at least."""
+    return max(1, size // max(FP32 * width, 1))
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,7 @@ class Slabs:
 
     def rows(self, most: int, width: int) -> int:
         """How many rows the next slab holds, where no more than `most` are needed."""
-        size = max(width * FP32, 1)
-        return max(1, min(most, (_SLAB if self.in_memory + _SLAB <= self.limit else _FILE) // size))
+        return min(most, rows_in(_SLAB if self.in_memory + _SLAB <= self.limit else _FILE, width))
 
     def take(self, count: int, width: int) -> Tensor:
         """Zeros [count, W]. Raises UserError where the disk has no room."""

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe_ds.checkpoint.client_homes import Homes
+from fedmoe_ds.checkpoint.reader import PERSONAL
 
 BEGINNING = -1
 """In the place of a client: what everybody begins with."""
-PREFIX = "personal-"
-_NAME = re.compile(PREFIX + r"(\d{5,})-(\d{3,})-(\d{5,})-of-(\d{5,})-(\d{5,})-of-(\d{5,})\.safetensors")
+_NAME = re.compile(PERSONAL + r"(\d{5,})-(\d{3,})-(\d{5,})-of-(\d{5,})-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +36,7 @@ class FileName:
 
     def __str__(self) -> str:
         where = f"{self.cluster:05d}-of-{self.clusters:05d}-{self.shard:05d}-of-{self.shards:05d}"
-        return f"{PREFIX}{self.level:05d}-{self.piece:03d}-{where}.safetensors"
+        return f"{PERSONAL}{self.level:05d}-{self.piece:03d}-{where}.safetensors"
 
     @classmethod
     def of(cls, name: str) -> FileName | None:
@@ -87,7 +87,7 @@ class SavedFiles:
         self.homes, self.changed = homes, set[int]()
         self.source: Path | None = None
         self._files: list[_File] = []
-        self._level, self._begun = 0, False
+        self._level = 0
 
     def take(self, folder: Path, files: Iterable[tuple[FileName, int, set[int]]], clients: Iterable[int]) -> None:
         """Go on from a checkpoint.
@@ -98,17 +98,18 @@ class SavedFiles:
         """
         found = [_File(*each) for each in files]
         mine = [file for file in found if file.name.is_of_rank(self.homes)]
-        self.source, self._files, self._begun, self.changed = None, [], False, set()
+        self.source, self._files, self.changed = None, [], set()
         if not found or not all(file.name.is_of_layout(self.homes) for file in found):
             # Rows of one client may lie in files of several ranks there: all of it is written once more, in this layout.
             self.changed = set(clients)
             return
-        self.source, self._begun = folder, True
+        self.source = folder
         self._files = [file for file in mine if file.name.level > 0]
         self._level = max((file.name.level for file in mine), default=0)
 
     def plan(self, most: int) -> Plan:
-        """What to write now, in files of `most` rows at most. It counts as written: a checkpoint that fails ends the run."""
+        """What to write now, in files of `most` rows at most. It counts as written: a checkpoint that fails ends the run, and
+        after any other one the caller says in `source` where it is."""
         writing, source = set(self.changed), self.source
         for file in self._files:
             file.newest -= writing
@@ -123,15 +124,17 @@ class SavedFiles:
         write: dict[str, list[int]] = {}
         if self.homes.cluster == 0:
             beginning = str(self._named(0, 0))
-            keep += [beginning] if self._begun else []
-            write |= {} if self._begun else {beginning: [BEGINNING]}
+            if source is None:
+                write[beginning] = [BEGINNING]
+            else:
+                keep.append(beginning)
         self._level += bool(writing)
         ordered = sorted(writing)
         for piece, start in enumerate(range(0, len(ordered), most)):
             clients = ordered[start : start + most]
             self._files.append(_File(self._named(self._level, piece), len(clients), set(clients)))
             write[str(self._files[-1].name)] = clients
-        self.changed, self._begun = set(), True
+        self.changed = set()
         return Plan(write, keep, source)
 
     def _named(self, level: int, piece: int) -> FileName:

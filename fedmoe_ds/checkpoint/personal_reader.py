@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmoe_ds.checkpoint.client_homes import Homes
-from fedmoe_ds.checkpoint.personal_files import BEGINNING, PREFIX, FileName
+from fedmoe_ds.checkpoint.personal_files import BEGINNING, FileName
+from fedmoe_ds.checkpoint.reader import PERSONAL, damaged, no_such_tensor, tensor_files
 from fedmoe_ds.errors import UserError
 
 CLIENTS = "clients"
@@ -66,8 +67,7 @@ class PersonalReader:
 
     def __init__(self, path: Path, files: Iterable[str], homes: Homes | None = None) -> None:
         self.path, self._stack = path, contextlib.ExitStack()
-        listed = [name for name in files if name.startswith(PREFIX) and name.endswith(".safetensors")]
-        parsed = {name: FileName.of(name) for name in listed}
+        parsed = {name: FileName.of(name) for name in tensor_files(files, PERSONAL)}
         if homes is not None and all(name is not None and name.is_of_layout(homes) for name in parsed.values()):
             parsed = {name: found for name, found in parsed.items() if found is not None and _concerns(found, homes)}
         # Levels in order: what comes later is newer. Files of earlier versions are alone.
@@ -89,7 +89,7 @@ class PersonalReader:
             keys = list(opened.keys())
             clients = opened.get_tensor(CLIENTS) if CLIENTS in keys else None
         except SafetensorError as error:
-            raise UserError(f"checkpoint: {self.path / name}: damaged: {error}; remove this checkpoint") from None
+            raise damaged(self.path / name, error) from None
         if clients is not None and (clients.dim() != 1 or clients.dtype != torch.int64 or len(clients.unique()) < len(clients)):
             raise UserError(f"checkpoint: {self.path / name}: {CLIENTS}: expected numbers of clients; remove this checkpoint")
         numbers = None if clients is None else clients.tolist()
@@ -132,9 +132,7 @@ class PersonalReader:
 
     def _holder(self, key: str, client: int) -> OpenFile | None:
         if key not in self._file_of:
-            raise UserError(
-                f"checkpoint: {key}: the checkpoint has no such tensor; it belongs to another model or configuration"
-            )
+            raise no_such_tensor(key)
         file = self._file_of[key]
         return file if file.clients is None else self._newest[file.shard].get(client)
 

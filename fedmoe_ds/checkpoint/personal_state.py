@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedmoe_ds.checkpoint.client_homes import Homes, Move
 from fedmoe_ds.checkpoint.client_mean import ClientMean
-from fedmoe_ds.checkpoint.client_rows import FP32, ClientRows, Place, RowLayout, Slabs
+from fedmoe_ds.checkpoint.client_rows import FP32, PIECE, ClientRows, Place, RowLayout, Slabs, rows_in
 from fedmoe_ds.checkpoint.personal_files import BEGINNING, Plan, SavedFiles
 from fedmoe_ds.checkpoint.personal_reader import CLIENTS, OpenFile, PersonalReader
 from fedmoe_ds.distributed import open_files
@@ -30,8 +30,8 @@ from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
-PIECE, _MOST = 1 << 26, 4096
-"""Bytes, and clients, that are gathered at once."""
+_MOST = 4096
+"""Clients whose rows are gathered at once, however small these are."""
 
 
 class Personal:
@@ -183,7 +183,7 @@ class Personal:
         if control.size == 1 or not width:
             return
         # Every rank gives as many, and all of them are received.
-        step = max(1, PIECE // (FP32 * width * control.size))
+        step = rows_in(PIECE, width * control.size)
         for start in range(0, most, step):
             mine = [self._guests[index][:width] for index in theirs[control.rank][start : start + step]]
             payload = torch.stack(mine).numpy().tobytes() if mine else b""
@@ -220,7 +220,7 @@ class Personal:
         """Clients piece by piece, and what `RowLayout.part` makes of rows that may be elsewhere; with `target` these reach that
         cluster alone."""
         everyone, width = list(indices), self.layout.numbers(names)
-        step = min(_MOST, max(1, PIECE // max(FP32 * width, 1)))
+        step = min(_MOST, rows_in(PIECE, width))
         for start in range(0, len(everyone), step):
             clients = everyone[start : start + step]
             # In a world of one cluster all rows are read where they are.
@@ -261,7 +261,7 @@ class Personal:
         # Of blocks without experts the first shard speaks for all.
         if not self or (self.homes.shard > 0 and self.layout.dense == self.layout.width):
             return {}, Plan({}, [], None)
-        plan = self.files.plan(max(1, PIECE // max(FP32 * self.layout.width, 1)))
+        plan = self.files.plan(rows_in(PIECE, self.layout.width))
         return {name: partial(self._written, clients) for name, clients in plan.write.items()}, plan
 
     def _written(self, clients: Sequence[int]) -> dict[str, Tensor]:
@@ -298,7 +298,7 @@ class Personal:
 
     def _rows_of(self, file: OpenFile, places: list[Place]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(client at home here, which numbers of its row, these) of a file's rows that count."""
-        clients, step = file.rows(self.clients), max(1, PIECE // max(FP32 * self.layout.width, 1))
+        clients, step = file.rows(self.clients), rows_in(PIECE, self.layout.width)
         mine = [client != BEGINNING and self.homes.is_here(client) for client in clients]
         if not places or not any(mine):
             return

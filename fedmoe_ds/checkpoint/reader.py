@@ -29,7 +29,8 @@ FORMAT = 3
 _READ = (2, FORMAT)
 """Formats that are read. Until 3 a personal file held all clients (`personal_reader`)."""
 MANIFEST = "manifest.json"
-PRIVATE = ("personal-", "sums-")
+PERSONAL = "personal-"
+PRIVATE = (PERSONAL, "sums-")
 """Files of what is a client's own (`file_modes`): the sums of an unfinished round, too, can be those of one client."""
 CLIENTS = "clients"
 """Metadata of the first personal file: a JSON list of the names of all clients, in the order of their numbers."""
@@ -175,7 +176,7 @@ def find_damage(path: Path, unread: tuple[str, ...] = ()) -> str | None:
     if checksum(manifest) != promised:
         return f"{MANIFEST} does not match its checksum"
     # With an empty list of files every check below would hold.
-    if not any(_holds_tensors(name) for name in files):
+    if not tensor_files(files):
         return f"{MANIFEST} lists no tensors"
     for name, expected in files.items():
         # A path in the list could lead out of this folder.
@@ -200,8 +201,9 @@ def _manifest(path: Path) -> Any:
         return parse_json(stream.read())
 
 
-def _holds_tensors(name: str) -> bool:
-    return name.endswith(".safetensors")
+def tensor_files(names: Iterable[str], prefix: str = "") -> list[str]:
+    """Names of files that hold tensors, sorted."""
+    return sorted(name for name in names if name.startswith(prefix) and name.endswith(".safetensors"))
 
 
 def _closed(path: Path, error: OSError) -> UserError:
@@ -241,14 +243,14 @@ def client_names(path: Path, files: Iterable[str]) -> list[str] | None:
     Raises:
         UserError: the file is damaged, or another user's.
     """
-    for name in sorted(name for name in files if name.startswith(PRIVATE[0]) and _holds_tensors(name)):
+    for name in tensor_files(files, PERSONAL):
         try:
             with safe_open(path / name, framework="pt") as opened:
                 told = parse_json((opened.metadata() or {}).get(CLIENTS, "null"))
         except PermissionError as error:
             raise _closed(path / name, error) from None
         except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(f"checkpoint: {path / name}: damaged: {error}; remove this checkpoint") from None
+            raise damaged(path / name, error) from None
         # Checkpoints of earlier versions have no names.
         return told if isinstance(told, list) and {type(client) for client in told} <= {str} else None
     return None
@@ -257,6 +259,15 @@ def client_names(path: Path, files: Iterable[str]) -> list[str] | None:
 def _foreign(path: Path, reason: str) -> UserError:
     """An intact file, and yet not one that this version has written."""
     return UserError(f"checkpoint: {path / MANIFEST}: {reason}; remove this folder to go on from the checkpoint before it")
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """A file that holds no tensors, though its checksum may be what the manifest says."""
+    return UserError(f"checkpoint: {path}: damaged: {error}; remove this checkpoint")
+
+
+def no_such_tensor(key: str) -> UserError:
+    return UserError(f"checkpoint: {key}: the checkpoint has no such tensor; it belongs to another model or configuration")
 
 
 class TensorReader:
@@ -272,11 +283,11 @@ class TensorReader:
         self._files: dict[str, Any] = {}
         listed = read_snapshot(path).files if files is None else files
         # The manifest's list, not the folder's: a file that was put beside it is never opened.
-        for name in sorted(name for name in listed if name.startswith(prefix) and _holds_tensors(name)):
+        for name in tensor_files(listed, prefix):
             try:
                 opened = self._stack.enter_context(safe_open(path / name, framework="pt"))
             except SafetensorError as error:
-                raise UserError(f"checkpoint: {path / name}: damaged: {error}; remove this checkpoint") from None
+                raise damaged(path / name, error) from None
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
     def __enter__(self) -> TensorReader:
@@ -293,12 +304,9 @@ class TensorReader:
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises UserError when the checkpoint has no such tensor."""
-        value: Tensor = self._file_of(name).get_tensor(name)
-        return value
-
-    def slice(self, name: str, index: int) -> Tensor:
-        """One entry of a tensor's first axis, without reading the others. Raises UserError when there is no such tensor."""
-        value: Tensor = self._file_of(name).get_slice(name)[index]
+        if name not in self._files:
+            raise no_such_tensor(name)
+        value: Tensor = self._files[name].get_tensor(name)
         return value
 
     def read_into(self, name: str, place: Tensor) -> None:
@@ -308,10 +316,3 @@ class TensorReader:
             raise UserError(f"checkpoint: {name}: shape {tuple(value.shape)}, but this run needs {tuple(place.shape)}")
         with torch.no_grad():
             place.copy_(value)
-
-    def _file_of(self, name: str) -> Any:
-        if name not in self._files:
-            raise UserError(
-                f"checkpoint: {name}: the checkpoint has no such tensor; it belongs to another model or configuration"
-            )
-        return self._files[name]

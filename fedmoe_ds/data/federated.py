@@ -92,21 +92,21 @@ class FederatedData:
         header, clients = store.header, store.clients
         shape = header.get(IMAGE_SHAPE)
         return cls(
-            clients.names,
-            clients.samples,
+            names=clients.names,
+            samples=clients.samples,
             # A sample of packed text is one sequence.
-            clients.samples,
-            clients.train_tokens,
-            clients.train_rows,
-            header["sequence_length"],
-            header["fingerprint"],
-            Omissions(**header["omissions"]),
-            path,
-            store,
-            None if shape is None else tuple(shape),
-            clients.tiers,
+            train_sequences=clients.samples,
+            train_tokens=clients.train_tokens,
+            train_rows=clients.train_rows,
+            sequence_length=header["sequence_length"],
+            fingerprint=header["fingerprint"],
+            omissions=Omissions(**header["omissions"]),
+            path=path,
+            _store=store,
+            image_shape=None if shape is None else tuple(shape),
+            tiers=clients.tiers,
             # Data that an earlier version prepared do not say it.
-            header.get(READING, {}),
+            reading=header.get(READING, {}),
         )
 
     @property

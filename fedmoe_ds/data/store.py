@@ -122,23 +122,19 @@ class Store:
         if not self._by_batch or self._units is not None:
             return (self._units or self).pick(self._rows(owner))
         # zero_copy_only below: a silent copy would put a rank's whole data into its own memory.
-        batch = self._reader.get_batch(owner)
         if (shape := self.header.get(IMAGE_SHAPE)) is not None:
+            batch = self._reader.get_batch(owner)
             pixels_NCHW = batch.column("pixels").values.to_numpy(zero_copy_only=True).reshape(-1, *shape)
             return Sequences.of_images(pixels_NCHW, batch.column("labels").to_numpy(zero_copy_only=True))
-        tokens, targets = batch.column("tokens"), batch.column("targets")
-        # Tokens and targets have the same lengths, so one list of offsets serves both.
-        bounds = tokens.offsets.to_numpy().tolist()
-        ids = tokens.values.to_numpy(zero_copy_only=True)
-        mask = targets.values.to_numpy(zero_copy_only=True).view(np.bool_)
-        spans = list(itertools.pairwise(bounds))
+        bounds, ids, mask = self._batch(owner)
+        spans = list(itertools.pairwise(bounds.tolist()))
         return Sequences([ids[a:b] for a, b in spans], [mask[a:b] for a, b in spans])
 
     def pick(self, rows: NDArray[np.int64]) -> Sequences:
-        """Return the sequences with these numbers, in that order; this store is one of units."""
+        """Return the sequences with these numbers, in that order; no batch here is one owner's."""
         ids, masks = [], []
         for row in rows.tolist():
-            bounds, tokens, targets = self._unit_batch(row // _PER_BATCH)
+            bounds, tokens, targets = self._batch(row // _PER_BATCH)
             place = row % _PER_BATCH
             ids.append(tokens[bounds[place] : bounds[place + 1]])
             masks.append(targets[bounds[place] : bounds[place + 1]])
@@ -163,10 +159,11 @@ class Store:
             self._numbers = self._reader.get_batch(0).column("rows").to_numpy(zero_copy_only=True)
         return self._numbers
 
-    def _unit_batch(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    def _batch(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """Bounds of a batch's sequences, its tokens and its targets: views of the memory map, made once."""
         if number not in self._views:
             batch = self._reader.get_batch(number)
+            # Tokens and targets have the same lengths, so one list of offsets serves both.
             tokens, targets = batch.column("tokens"), batch.column("targets").values.to_numpy(zero_copy_only=True)
             values = tokens.values.to_numpy(zero_copy_only=True)
             self._views[number] = tokens.offsets.to_numpy(), values, targets.view(np.bool_)
@@ -177,8 +174,7 @@ class Store:
         assert IMAGE_SHAPE not in self.header, "images have no length"
         if not self._by_batch or self._units is not None:
             return (self._units or self).lengths_of(self._rows(owner))
-        lengths: NDArray[np.int64] = np.diff(self._reader.get_batch(owner).column("tokens").offsets.to_numpy())
-        return lengths
+        return np.diff(self._batch(owner)[0])
 
     def lengths_of_owners(self, owners: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the lengths of all sequences of some owners, which ascend; none of them is the global hold-out."""
@@ -192,10 +188,10 @@ class Store:
         return (self._units or self).lengths_of(rows if self._units is None else self._row_numbers()[rows])
 
     def lengths_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the tokens of the sequences with these numbers; this store is one of units."""
+        """Return the tokens of the sequences with these numbers; no batch here is one owner's."""
         if self._lengths is None:
             batches = range(self._reader.num_record_batches)
-            every = [np.diff(self._unit_batch(number)[0]) for number in batches]
+            every = [np.diff(self._batch(number)[0]) for number in batches]
             self._lengths = np.concatenate([np.empty(0, np.int64), *every])
         return self._lengths[rows]
 

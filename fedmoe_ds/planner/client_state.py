@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedmoe_ds.checkpoint.personal_state import PIECE
+from fedmoe_ds.checkpoint.client_rows import PIECE
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.model.adapter_bank import BlockSpec, control_block, shared_blocks
 from fedmoe_ds.planner.activations import FP32

@@ -31,7 +31,7 @@ from fedmoe_ds.storage.files import remove, sync
 from fedmoe_ds.storage.in_use import hold
 from fedmoe_ds.storage.strict_json import tree_sha256
 
-KINDS = {"data": True, "native": True, "scratch": True} | dict.fromkeys(("foundations", "shared", "sums", "wheels"), False)
+KINDS = {"data": True, "native": True, "scratch": True, "foundations": False, "shared": False, "sums": False, "wheels": False}
 """The folders below a root, and whether only this user may read what is there: clients' data, and code, which he alone runs.
 `scratch` has no entries: files without a name, which go with their process."""
 
