@@ -14,8 +14,8 @@ from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
 from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
-from fedmoe_ds.planner.memory import parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
+from fedmoe_ds.planner.parameters import parameters_per_client
 from fedmoe_ds.planner.rank_memory import client_files, host_memory, rank_memory
 from fedmoe_ds.planner.training import Spent, WaveModel
 from fedmoe_ds.planner.work import stage_seconds

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from fedmoe_ds.model.adapter_bank import shared_blocks
 from fedmoe_ds.planner.activations import FP32
-from fedmoe_ds.planner.client_state import kept_blocks
-from fedmoe_ds.planner.memory import outlasting, parameters_per_client
+from fedmoe_ds.planner.client_state import kept_blocks, row_bytes
+from fedmoe_ds.planner.memory import outlasting
+from fedmoe_ds.planner.parameters import parameters_per_client
 from fedmoe_ds.planner.prediction import Prediction
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
@@ -42,7 +43,7 @@ class Storage:
         whole = replace(job, config=job.config.model_copy(update={"topology": topology}))
         lasting = outlasting(whole, drawn, drawn)
         adapters = FP32 * sum(parameters_per_client(shared_blocks(job.blocks), job.expert_layout.num_experts))
-        rows = FP32 * drawn * sum(parameters_per_client(kept_blocks(whole), job.expert_layout.num_experts))
+        rows = drawn * row_bytes(kept_blocks(whole), job.expert_layout.num_experts)
         checkpoint = adapters + rows + lasting.get("server state", 0)
         size, ep_size = job.size, job.config.topology.ep_size
         host = (
