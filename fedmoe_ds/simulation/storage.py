@@ -1,4 +1,4 @@
-"""Storage: what a run writes in a round, reads at a start, and keeps of its clients, by the planner's arithmetic on blocks."""
+"""Storage: what a run writes in a round and reads at a start, by the planner's arithmetic on blocks; its columns of clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORD_BYTES, RECORD_S = 46, (0.02, 3.4e-6)
 clients)."""
 COLUMN_BYTES = 5 * 8 + 8 + 64
 """Of one client in the memory of every rank: five columns, a place in the list of names, and a name."""
-SPILLED, COLUMNS = "personal state in mapped files", "columns of all clients"
+COLUMNS = "columns of all clients"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Storage:
         return cls(checkpoint, rows, RECORD_BYTES * drawn, world.hosts * host + checkpoint)
 
 
-def kept(job: Job, prediction: Prediction) -> tuple[dict[str, int], dict[str, int], int]:
-    """Memory per rank, host memory per rank beside a device, and bytes per rank in mapped files: the plan's, and the columns
-    that every rank has of all clients, which are no small thing among millions."""
+def with_columns(prediction: Prediction, clients: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Memory per rank and host memory per rank beside a device: the plan's, and the columns that every rank has of all clients,
+    which are no small thing among millions."""
     memory, host = dict(prediction.memory), dict(prediction.host_memory)
-    (host if host else memory)[COLUMNS] = COLUMN_BYTES * len(job.clients)
-    return memory, host, prediction.client_files
+    (host if host else memory)[COLUMNS] = COLUMN_BYTES * clients
+    return memory, host
