@@ -27,7 +27,7 @@ from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.planner.legality import HEADROOM, host_shortage, shortage, tight
 from fedmoe_ds.planner.memory import COPY, HOST_MOMENTS, PERSONAL, format_bytes
 from fedmoe_ds.planner.plan import plan
-from fedmoe_ds.planner.rank_memory import host_memory, rank_memory
+from fedmoe_ds.planner.rank_memory import rank_memory
 from fedmoe_ds.planner.search import search
 
 REPOSITORY = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_moments_in_bfloat16_take_half(small: Job) -> None:
     local = small.config.local.model_copy(update={"moments": "bfloat16"})
     job = replace(small, config=small.config.model_copy(update={"local": local}))
     a100 = load_hardware("a100")
-    whole, half = (rank_memory(each, 1, 4, a100, 6) for each in (small, job))
+    whole, half = (rank_memory(each, 1, 4, a100, 6).device for each in (small, job))
     assert whole["client optimizer"] == whole["adapters in flight"] == 2 * half["client optimizer"]
     assert {purpose for purpose in whole if whole[purpose] != half[purpose]} == {"client optimizer"}
     wide, narrow = (predict_job(each, 1, 4, World(1, 1), a100) for each in (small, job))
@@ -63,14 +63,16 @@ def test_a_checkpoint_in_the_background_takes_a_copy(small: Job) -> None:
     saving = small.config.checkpoint.model_copy(update={"background": False})
     job = replace(small, config=small.config.model_copy(update={"checkpoint": saving}))
     host = load_hardware("a100").model_copy(update={"kind": "cpu"})
-    copying, waiting = (rank_memory(each, 1, 4, host, 6) for each in (small, job))
+    copying, waiting = (rank_memory(each, 1, 4, host, 6).device for each in (small, job))
     bank = Bank(small.blocks, small.expert_layout.num_experts, 1, 1, torch.device("cpu"))
     written = sum(tensor.nbytes for _, _, tensor in bank.items(0))
     assert copying.pop(COPY) == written < waiting["global adapters"], "the rescalers of a client are no part of it"
     assert copying == waiting
-    assert COPY not in rank_memory(small, 1, 4, load_hardware("a100"), 6), "it is in the host's memory"
+    assert COPY not in rank_memory(small, 1, 4, load_hardware("a100"), 6).device, "it is in the host's memory"
     device = replace(job, device="cuda")
-    assert host_memory(device, 1, 4, load_hardware("a100"), 6)[COPY] == written, "a device's tensors have to come to the host"
+    assert rank_memory(device, 1, 4, load_hardware("a100"), 6).host[COPY] == written, (
+        "a device's tensors have to come to the host"
+    )
 
 
 def test_clients_own_state_is_planned_as_a_run_keeps_it(small: Job, tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ def test_dalys_interval_is_near_the_best(checkpoint: float, between: float) -> N
     assert failures.young(checkpoint) - checkpoint <= daly <= failures.young(checkpoint) * 1.1
 
 
+@pytest.mark.parametrize(("between_min", "best_min"), [(24 * 60, 117.0), (6 * 60, 57.0), (15, 9.1)])
+def test_dalys_own_examples(between_min: float, best_min: float) -> None:
+    """Figures 3 to 5 of the paper: a checkpoint takes five minutes, a restart ten."""
+    assert Failures(60.0 * between_min, 600.0).daly(300.0) / 60.0 == pytest.approx(best_min, rel=0.007)
+
+
 def test_a_job_that_cannot_finish_a_round_says_so(job: Job) -> None:
     found = simulated(job, clients=1000, participants=64, mtbf_hours=0.01, restart_minutes=1e5)
     assert math.isinf(found.run_seconds()) and "never hours" in "\n".join(lines(found)).replace("days", "hours")

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmoe_ds.commands.options import check_counts, config_options, world_options
 from fedmoe_ds.config import Config, load_config
-from fedmoe_ds.errors import UserError
 from fedmoe_ds.terminal import show, visible
 
 if TYPE_CHECKING:
@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance topology.ep_size=8")
-    parser.add_argument(
-        "--config", type=Path, required=True, help="YAML file, or the name of one of the package (`fedmoe configs`)"
-    )
-    parser.add_argument("--nodes", type=int, help="hosts (default: as many as --ranks needs, else 1)")
-    parser.add_argument("--gpus-per-node", type=int, help="ranks per host (default: devices of the machine in the table)")
-    parser.add_argument("--ranks", type=int, help="ranks in all, instead of --nodes")
-    parser.add_argument("--gpu", "--hardware", dest="hardware", default="h200", metavar="NAME|FILE",
-                        help="a machine of the table, or a file of `fedmoe bench calibrate` (default: h200)")  # fmt: skip
+    config_options(parser, "topology.ep_size=8")
+    world_options(parser)
     parser.add_argument("--seeds", type=int, default=1, help="repetitions of the run in the study")
     parser.add_argument("--verify", action="store_true",
                         help="also build the world's process groups and control plane in this process, as some of its "
@@ -53,10 +46,7 @@ def main(argv: list[str]) -> int:
     from fedmoe_ds.planner.plan import plan
     from fedmoe_ds.planner.world import world_of
 
-    for name in ("nodes", "gpus_per_node", "ranks", "seeds"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {value}: must be 1 or more")
+    check_counts(args, "nodes", "gpus_per_node", "ranks", "seeds", *(["sizes"] if args.models is not None else []))
     # Before a search that may take minutes.
     check_writable(args.json)
     hardware = load_hardware(args.hardware)
@@ -76,9 +66,6 @@ def _several(args: argparse.Namespace, config: Config, hardware: Hardware) -> in
     from fedmoe_ds.bench.harness.table import write_json
     from fedmoe_ds.planner.models import lines, plan_models
 
-    for count in args.sizes:
-        if count < 1:
-            raise UserError(f"--sizes: {count}: must be 1 or more")
     plans = list(plan_models(config, args.models, args.sizes, hardware))
     show("\n".join(map(visible, lines(plans, hardware))))
     if args.json is not None:

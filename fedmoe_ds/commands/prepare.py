@@ -9,8 +9,8 @@ Exit codes: 0 done, 2 a mistake in the input, 75 stopped (pre-training and whole
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from fedmoe_ds.commands.options import config_options
 from fedmoe_ds.commands.program import STOP
 from fedmoe_ds.config import load_config
 from fedmoe_ds.distributed.launcher import known_rank
@@ -20,10 +20,7 @@ from fedmoe_ds.terminal import note, show, visible
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance data.sequence_length=1024")
-    parser.add_argument(
-        "--config", type=Path, required=True, help="YAML file, or the name of one of the package (`fedmoe configs`)"
-    )
+    config_options(parser, "data.sequence_length=1024")
     parser.add_argument("--ranks", type=int, default=1, help="ranks that each host of a job on CPUs will have (default: 1)")
     return parser.parse_intermixed_args(argv)  # overrides may stand between the options
 

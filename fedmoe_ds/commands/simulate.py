@@ -11,22 +11,15 @@ import argparse
 import os
 from pathlib import Path
 
+from fedmoe_ds.commands.options import check_counts, config_options, world_options
 from fedmoe_ds.config import Config, load_config
-from fedmoe_ds.errors import UserError
 from fedmoe_ds.terminal import show, visible
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance topology.ep_size=8")
-    parser.add_argument(
-        "--config", type=Path, required=True, help="YAML file, or the name of one of the package (`fedmoe configs`)"
-    )
-    parser.add_argument("--nodes", type=int, help="hosts (default: as many as --ranks needs, else 1)")
-    parser.add_argument("--gpus-per-node", type=int, help="ranks per host (default: devices of the machine in the table)")
-    parser.add_argument("--ranks", type=int, help="ranks in all, instead of --nodes")
-    parser.add_argument("--gpu", "--hardware", dest="hardware", default="h200", metavar="NAME|FILE",
-                        help="a machine of the table, or a file of `fedmoe bench calibrate` (default: h200)")  # fmt: skip
+    config_options(parser, "topology.ep_size=8")
+    world_options(parser)
     parser.add_argument("--clients", type=int, help="of the federation (default: data.partition.clients)")
     parser.add_argument("--participants", type=int, help="of a round (default: federation.participation of the clients)")
     parser.add_argument("--rounds", type=int, help="of the run (default: federation.rounds)")
@@ -45,10 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported; nothing is computed on a device
     args = parse(argv)
-    for name in ("nodes", "gpus_per_node", "ranks", "clients", "participants", "rounds", "checkpoint_every", "sampled"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {value}: must be 1 or more")
+    check_counts(args, "nodes", "gpus_per_node", "ranks", "clients", "participants", "rounds", "checkpoint_every", "sampled")
     config = _config(args)
     from fedmoe_ds.bench.harness.table import check_writable, write_json
     from fedmoe_ds.planner import load_hardware

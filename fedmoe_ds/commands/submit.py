@@ -12,16 +12,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fedmoe_ds.commands.options import config_options
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.terminal import note, show, visible
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance federation.rounds=20")
-    parser.add_argument(
-        "--config", type=Path, required=True, help="YAML file, or the name of one of the package (`fedmoe configs`)"
-    )
+    config_options(parser, "federation.rounds=20")
     parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument("--gpus-per-node", metavar="[TYPE:]N", help="one rank per GPU; a type as the site calls it: a100:8")

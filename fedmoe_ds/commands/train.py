@@ -19,6 +19,7 @@ import argparse
 from pathlib import Path
 
 from fedmoe_ds.commands.console import logging_options, show_ending, start_console
+from fedmoe_ds.commands.options import config_options
 from fedmoe_ds.commands.program import STOP
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.distributed.launcher import Launch, detect_launch, known_rank
@@ -30,10 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance federation.rounds=20")
-    parser.add_argument(
-        "--config", type=Path, required=True, help="YAML file, or the name of one of the package (`fedmoe configs`)"
-    )
+    config_options(parser, "federation.rounds=20")
     parser.add_argument("--resume", choices=("never", "auto"), default="never", help="auto: continue where the run stopped")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="print topology, schedule and memory; train nothing")

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmoe_ds.clients.client import Client
-from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import may_cut_steps
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import HEADROOM, host_shortage, legal_sizes
-from fedmoe_ds.planner.rank_memory import host_memory, rank_memory
+from fedmoe_ds.planner.rank_memory import RankMemory, rank_memory
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
 
@@ -47,8 +46,7 @@ class _Asked:
 
     def bytes(self, job: Job, ep_size: int, in_flight: int | None) -> int:
         """Of a rank, as a plan says it."""
-        plan = self._plan(job, ep_size, in_flight)
-        return sum(rank_memory(job, ep_size, in_flight, self.hardware, len(self.chosen), plan).values())
+        return sum(self._held(job, ep_size, in_flight).device.values())
 
     def fits(self, job: Job, ep_size: int, in_flight: int | None) -> bool:
         """Into so much of a rank's memory as a recommendation may take."""
@@ -56,12 +54,12 @@ class _Asked:
 
     def host_has_room(self, job: Job, ep_size: int, in_flight: int | None) -> bool:
         """For all ranks of a host, where its memory is known."""
-        plan = self._plan(job, ep_size, in_flight)
-        held = sum(host_memory(job, ep_size, in_flight, self.hardware, len(self.chosen), plan).values())
+        held = sum(self._held(job, ep_size, in_flight).host.values())
         return host_shortage(held, self.world.ranks_per_host, self.hardware.host_memory_bytes) is None
 
-    def _plan(self, job: Job, ep_size: int, in_flight: int | None) -> list[list[Wave]]:
-        return schedule(self.chosen, job.cost, job.config.local, self.world.ranks // ep_size, ep_size, in_flight)
+    def _held(self, job: Job, ep_size: int, in_flight: int | None) -> RankMemory:
+        plan = schedule(self.chosen, job.cost, job.config.local, self.world.ranks // ep_size, ep_size, in_flight)
+        return rank_memory(job, ep_size, in_flight, self.hardware, len(self.chosen), plan)
 
 
 def _changes(asked: _Asked, job: Job, ep_size: int, in_flight: int | None) -> Iterator[tuple[str, Job, int, int | None]]:

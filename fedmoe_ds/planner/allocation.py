@@ -124,7 +124,7 @@ def memory_mib(job: Job, kind: str, world: World) -> int:
     )
     if kind == "cpu":
         held = rank_memory(job, ep_size, in_flight, load_hardware("cpu"), drawn, clusters=clusters)
-        each = float(sum(held.values()))
+        each = float(sum(held.device.values()))
     else:
         # Weights are read through files that are mapped: pages that the system may take back are no reason to kill a job.
         lasting = outlasting(job, len(job.clients), drawn, clusters)

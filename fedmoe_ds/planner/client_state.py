@@ -9,6 +9,7 @@ from fedmoe_ds.checkpoint.client_rows import PIECE
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.model.adapter_bank import BlockSpec, control_block, shared_blocks
 from fedmoe_ds.planner.activations import FP32
+from fedmoe_ds.planner.parameters import parameters_per_client
 
 _DEVIATIONS = 3
 """By how much the cluster with most clients that were ever drawn is taken to exceed the mean."""
@@ -32,7 +33,7 @@ def kept_blocks(spec: RunSpec) -> list[BlockSpec]:
 
 def row_bytes(blocks: list[BlockSpec], experts: int) -> int:
     """Of a client's row of these blocks on a rank with so many experts."""
-    return FP32 * sum(len(block.layers) * (experts if block.expert else 1) * math.prod(block.item) for block in blocks)
+    return FP32 * sum(parameters_per_client(blocks, experts))
 
 
 def client_state(spec: RunSpec, clients: int, drawn: int, clusters: int, trained_here: int | None = None) -> Kept:

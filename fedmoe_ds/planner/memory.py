@@ -10,19 +10,13 @@ import math
 from fedmoe_ds.aggregation.server_optimizer import server_moments
 from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.model.adapter_bank import BlockSpec, base_block, lora_pairs, shared_blocks
+from fedmoe_ds.model.adapter_bank import base_block, lora_pairs, shared_blocks
 from fedmoe_ds.planner.activations import FP32, activations
 from fedmoe_ds.planner.client_state import client_state
+from fedmoe_ds.planner.parameters import parameters_per_client
 
 PASS = "activations of a pass"  # noqa: S105  (not a password)
 COPY, PERSONAL, HOST_MOMENTS = "checkpoint's copy", "personal state", "moments on the host"
-
-
-def parameters_per_client(blocks: list[BlockSpec], experts: int) -> tuple[int, int]:
-    """(expert, dense) trainable numbers of one client on one rank that holds `experts` experts."""
-    expert = sum(len(b.layers) * experts * math.prod(b.item) for b in blocks if b.expert)
-    dense = sum(len(b.layers) * math.prod(b.item) for b in blocks if not b.expert)
-    return expert, dense
 
 
 def estimate(

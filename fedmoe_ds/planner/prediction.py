@@ -14,9 +14,9 @@ from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
 from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.legality import check_world
-from fedmoe_ds.planner.memory import parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic
-from fedmoe_ds.planner.rank_memory import client_files, host_memory, rank_memory
+from fedmoe_ds.planner.parameters import parameters_per_client
+from fedmoe_ds.planner.rank_memory import rank_memory
 from fedmoe_ds.planner.training import Spent, WaveModel
 from fedmoe_ds.planner.work import stage_seconds
 from fedmoe_ds.planner.workload import Job, resolve
@@ -118,13 +118,14 @@ def predict_job(
     split = dict(slowest.parts)
     if train > slowest.total:
         split["other clusters on the same cores"] = train - slowest.total
+    held = rank_memory(job, ep_size, in_flight, hardware, drawn, plan)
     return Prediction(
         seconds,
         split,
         network.traffic,
-        rank_memory(job, ep_size, in_flight, hardware, drawn, plan),
-        host_memory(job, ep_size, in_flight, hardware, drawn, plan),
-        client_files(job, ep_size, drawn, plan),
+        held.device,
+        held.host,
+        held.client_files,
         costs.tokens,
         [cluster.work for cluster in spent],
         max(map(len, plan)),

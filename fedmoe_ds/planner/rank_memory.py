@@ -6,7 +6,7 @@ One predictor serves the plan, the search and the advice, so that nothing is rec
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.federation.schedule import largest_wave
@@ -31,6 +31,21 @@ def shared_passes(plan: list[list[Wave]]) -> set[tuple[int, float]]:
     return found
 
 
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of rank 0; the other ranks hold as much or less.
+
+    Attributes:
+        device: by purpose, where the rank computes.
+        host: by purpose in its host's memory beside a device; empty where the host is what computes.
+        client_files: of clients' own state that there is no room for in memory (`execution.client_state_gib`).
+    """
+
+    device: dict[str, int]
+    host: dict[str, int]
+    client_files: int
+
+
 def rank_memory(
     job: Job,
     ep_size: int,
@@ -39,54 +54,39 @@ def rank_memory(
     participants: int,
     plan: list[list[Wave]] | None = None,
     clusters: int = 1,
-) -> dict[str, int]:
-    """Bytes of rank 0 by purpose; the other ranks hold as much or less.
+) -> RankMemory:
+    """What a rank holds.
 
     Args:
         plan: waves of every cluster, where a schedule is known; else all slots are taken by clients of the largest cap.
         clusters: how many there are, where no schedule says it; with one a rank keeps most of clients.
     """
-    spec = _placed(job, ep_size, in_flight)
+    spec, here = _placed(job, ep_size, in_flight), None
     # A bank has slots for the largest wave of any cluster, as `wave_slots` says of a start.
-    flight = min(in_flight or participants, participants) if plan is None else largest_wave(plan)
-    home = max(1, math.ceil(flight / ep_size))
+    flight = min(in_flight or participants, participants)
+    if plan is not None:
+        flight, clusters, here = largest_wave(plan), len(plan), trained_here(plan)
+    lasting = outlasting(spec, len(spec.clients), participants, clusters, here, flight)
+    files = client_state(spec, len(spec.clients), participants, clusters, here).files
+    device = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **_training(spec, flight, hardware, plan)}
+    if hardware.kind == "cpu":
+        return RankMemory(device | lasting, {}, files)
+    host = {"process": int(hardware.host_baseline_bytes), **{name: lasting[name] for name in ON_HOST if name in lasting}}
+    return RankMemory(device | {name: size for name, size in lasting.items() if name not in ON_HOST}, host, files)
+
+
+def _training(spec: Job, flight: int, hardware: Hardware, plan: list[list[Wave]] | None) -> dict[str, int]:
+    """Of weights, adapters and passes."""
+    home = max(1, math.ceil(flight / spec.config.topology.ep_size))
     passes: set[tuple[int, float | None]] = {(home, None)}
     if not spec.shares_passes:
         passes = {(1, None)}
     elif plan is not None:
         passes = {*shared_passes(plan)} or passes
-    held = (estimate(spec, home, job.length, *each, in_flight=flight) for each in passes)
+    held = (estimate(spec, home, spec.length, *each, in_flight=flight) for each in passes)
     # The pass with the largest activations decides; everything else is the same in all of them.
-    found = {"process": int(hardware.baseline_bytes + hardware.main_extra_bytes), **max(held, key=lambda one: one[PASS])}
-    found[PASS] = int(found[PASS] * hardware.activation_slack)
-    found |= _lasting(spec, flight, participants, plan, clusters)
-    return {name: size for name, size in found.items() if hardware.kind == "cpu" or name not in ON_HOST}
-
-
-def host_memory(
-    job: Job,
-    ep_size: int,
-    in_flight: int | None,
-    hardware: Hardware,
-    participants: int,
-    plan: list[list[Wave]] | None = None,
-    clusters: int = 1,
-) -> dict[str, int]:
-    """Bytes of rank 0 by purpose in the memory of its host, beside its device; empty where the host is what computes.
-
-    Arguments as those of `rank_memory`.
-    """
-    if hardware.kind == "cpu":
-        return {}
-    flight = min(in_flight or participants, participants) if plan is None else largest_wave(plan)
-    lasting = _lasting(_placed(job, ep_size, in_flight), flight, participants, plan, clusters)
-    return {"process": int(hardware.host_baseline_bytes), **{name: lasting[name] for name in ON_HOST if name in lasting}}
-
-
-def client_files(job: Job, ep_size: int, participants: int, plan: list[list[Wave]]) -> int:
-    """Bytes of clients' own state that a rank has no room for in memory (`execution.client_state_gib`): files of its host."""
-    spec = _placed(job, ep_size, job.config.execution.clients_in_flight)
-    return client_state(spec, len(job.clients), participants, len(plan), trained_here(plan)).files
+    found = max(held, key=lambda one: one[PASS])
+    return found | {PASS: int(found[PASS] * hardware.activation_slack)}
 
 
 def _placed(job: Job, ep_size: int, in_flight: int | None) -> Job:
@@ -94,13 +94,6 @@ def _placed(job: Job, ep_size: int, in_flight: int | None) -> Job:
     topology = job.config.topology.model_copy(update={"ep_size": ep_size, "clusters": None})
     execution = job.config.execution.model_copy(update={"clients_in_flight": in_flight})
     return replace(job, config=job.config.model_copy(update={"topology": topology, "execution": execution}))
-
-
-def _lasting(spec: Job, flight: int, participants: int, plan: list[list[Wave]] | None, clusters: int) -> dict[str, int]:
-    clients = len(spec.clients)
-    if plan is None:
-        return outlasting(spec, clients, participants, clusters, None, flight)
-    return outlasting(spec, clients, participants, len(plan), trained_here(plan), flight)
 
 
 def trained_here(plan: list[list[Wave]]) -> int:

@@ -24,8 +24,8 @@ from fedmoe_ds.planner.activations import FP32
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.counts import CONTROL
 from fedmoe_ds.planner.hardware import Hardware
-from fedmoe_ds.planner.memory import parameters_per_client
 from fedmoe_ds.planner.network import Group, Network, Traffic, wire_shares
+from fedmoe_ds.planner.parameters import parameters_per_client
 from fedmoe_ds.planner.work import Amount, PassWork, stage_seconds
 from fedmoe_ds.planner.workload import Job
 

@@ -24,7 +24,7 @@ from fedmoe_ds.planner.world import World
 from fedmoe_ds.simulation.clients import peopled, placeholder
 from fedmoe_ds.simulation.failures import Checkpointing, Failures
 from fedmoe_ds.simulation.setting import Setting
-from fedmoe_ds.simulation.storage import RECORD_S, Storage, kept
+from fedmoe_ds.simulation.storage import RECORD_S, Storage, with_columns
 
 _NEVER, _REPEATS = 10**9, 5
 SCORED = 10_000
@@ -38,8 +38,6 @@ class Simulated:
     Attributes:
         rounds: predictions of the sampled rounds, without evaluation.
         evaluation_s: of all evaluations of the run.
-        memory, host_memory: bytes per rank by purpose, on its device and on the host beside it, see `kept`.
-        spilled: bytes per rank in mapped files.
         drawing_s, scheduling_s: of one round on this machine, measured.
         open_files: of rank 0.
     """
@@ -51,9 +49,6 @@ class Simulated:
     drawn: int
     rounds: dict[int, Prediction]
     evaluation_s: float
-    memory: dict[str, int]
-    host_memory: dict[str, int]
-    spilled: int
     storage: Storage
     drawing_s: float
     scheduling_s: float
@@ -111,6 +106,25 @@ class Simulated:
         slowdown = self.checkpointing(factor).slowdown(self.failures, every)
         return float(factor * self.seconds * slowdown)
 
+    @cached_property
+    def _held(self) -> tuple[dict[str, int], dict[str, int]]:
+        return with_columns(self.first, len(self.job.clients))
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes per rank by purpose, where it computes."""
+        return self._held[0]
+
+    @property
+    def host_memory(self) -> dict[str, int]:
+        """Bytes per rank by purpose on the host beside its device; empty where the host is what computes."""
+        return self._held[1]
+
+    @property
+    def spilled(self) -> int:
+        """Bytes per rank of clients' own state in mapped files."""
+        return self.first.client_files
+
     @property
     def device_bytes(self) -> int:
         return sum(self.memory.values())
@@ -141,7 +155,6 @@ def simulate(config: Config, world: World, hardware: Hardware, setting: Setting,
     count = min(setting.sampled, config.federation.rounds)
     indices = sorted({int(index) for index in np.linspace(1, config.federation.rounds, count)})
     rounds = {index: _round(job, world, hardware, index) for index in indices}
-    memory, host_memory, spilled = kept(job, rounds[1])
     return Simulated(
         job,
         world,
@@ -150,9 +163,6 @@ def simulate(config: Config, world: World, hardware: Hardware, setting: Setting,
         drawn,
         rounds,
         _evaluation(job, world, hardware, drawn),
-        memory,
-        host_memory,
-        spilled,
         Storage.of(job, world, drawn),
         drawing_s,
         scheduling_s,

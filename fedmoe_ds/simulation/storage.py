@@ -1,4 +1,4 @@
-"""Storage: what a run writes in a round, reads at a start, and keeps of its clients, by the planner's arithmetic on blocks."""
+"""Storage: what a run writes in a round and reads at a start, by the planner's arithmetic on blocks; its columns of clients."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from fedmoe_ds.model.adapter_bank import shared_blocks
 from fedmoe_ds.planner.activations import FP32
-from fedmoe_ds.planner.client_state import kept_blocks
-from fedmoe_ds.planner.memory import outlasting, parameters_per_client
+from fedmoe_ds.planner.client_state import kept_blocks, row_bytes
+from fedmoe_ds.planner.memory import outlasting
+from fedmoe_ds.planner.parameters import parameters_per_client
 from fedmoe_ds.planner.prediction import Prediction
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
@@ -17,7 +18,7 @@ RECORD_BYTES, RECORD_S = 46, (0.02, 3.4e-6)
 clients)."""
 COLUMN_BYTES = 5 * 8 + 8 + 64
 """Of one client in the memory of every rank: five columns, a place in the list of names, and a name."""
-SPILLED, COLUMNS = "personal state in mapped files", "columns of all clients"
+COLUMNS = "columns of all clients"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Storage:
         whole = replace(job, config=job.config.model_copy(update={"topology": topology}))
         lasting = outlasting(whole, drawn, drawn)
         adapters = FP32 * sum(parameters_per_client(shared_blocks(job.blocks), job.expert_layout.num_experts))
-        rows = FP32 * drawn * sum(parameters_per_client(kept_blocks(whole), job.expert_layout.num_experts))
+        rows = drawn * row_bytes(kept_blocks(whole), job.expert_layout.num_experts)
         checkpoint = adapters + rows + lasting.get("server state", 0)
         size, ep_size = job.size, job.config.topology.ep_size
         host = (
@@ -51,9 +52,9 @@ class Storage:
         return cls(checkpoint, rows, RECORD_BYTES * drawn, world.hosts * host + checkpoint)
 
 
-def kept(job: Job, prediction: Prediction) -> tuple[dict[str, int], dict[str, int], int]:
-    """Memory per rank, host memory per rank beside a device, and bytes per rank in mapped files: the plan's, and the columns
-    that every rank has of all clients, which are no small thing among millions."""
+def with_columns(prediction: Prediction, clients: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Memory per rank and host memory per rank beside a device: the plan's, and the columns that every rank has of all clients,
+    which are no small thing among millions."""
     memory, host = dict(prediction.memory), dict(prediction.host_memory)
-    (host if host else memory)[COLUMNS] = COLUMN_BYTES * len(job.clients)
-    return memory, host, prediction.client_files
+    (host if host else memory)[COLUMNS] = COLUMN_BYTES * clients
+    return memory, host
