@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as torch_dist
 
+from fedmoe_ds.bench.scale.curves import control
 from fedmoe_ds.config import TopologyConfig
 from fedmoe_ds.distributed import gloo_control, process_groups
 from fedmoe_ds.distributed.topology import ParallelLayout
@@ -31,6 +32,7 @@ def test_4096_ranks() -> None:
     assert found.groups >= 64
     kept = verify(TopologyConfig(), ParallelLayout(4096, 8), 64, [0], personal=True)
     assert kept.files[0] > 2 * 4096 + 511 and 511 < kept.files[1] < 600, "rows of clients go from any cluster to any other"
+    assert control.measure(4096)["files_personal"] == kept.files[1], "of the rank that needs most, as without rows"
     # A head's block and the heads, and its cluster's; rank 0 is known to everybody, the others to a few dozen.
     assert found.control == 4 and 2 * 4096 < found.files[0] < 2 * 4096 + 256 and found.files[1] < 192
 

@@ -55,9 +55,9 @@ def test_phases_add_up_to_the_wall_clock(request_: Request) -> None:
     tally = {"all_to_all": {"calls": 3, "seconds": 0.5, "bytes": 8}, "all_reduce": {"calls": 1, "seconds": 0.25, "bytes": 8}}
     record_run(point, 0, 6.0, collectives=tally)
     found = measure(point.runs[0])
-    assert (found.rounds, found.seconds, found.recorded, found.tokens_per_s) == ((2, 3), 6.0, 5.0, 200.0)
+    assert (found.rounds, found.seconds, found.recorded, found.tokens) == ((2, 3), 6.0, 5.0, 1200)
     assert found.phases == {"train": 4.0, "aggregate": 0.5, "evaluate": 0.25, "other": 1.25}
-    assert found.collectives == {"all_to_all": 0.5, "all_reduce": 0.25} and found.flops_per_s == 1.0e9
+    assert found.collectives == {"all_to_all": 0.5, "all_reduce": 0.25} and found.flops == 6.0e9
     assert found.peak_mib is None and found.cores == 1
 
 

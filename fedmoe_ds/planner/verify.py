@@ -111,11 +111,14 @@ def verify(
     # Every rank must create every group, its own or not: torch's new_group is collective.
     assert len(set(groups)) == 1, groups
     seconds = (time.monotonic() - began) / len(chosen)
-    return Verified(chosen, groups[0], max(control), seconds, _files(layout, device != "cuda", personal))
+    return Verified(chosen, groups[0], max(control), seconds, files_needed(layout, device != "cuda", personal))
 
 
-def _files(layout: ParallelLayout, tensors: bool, personal: bool) -> tuple[int, int]:
-    """Of rank 0, and the most of any other rank. A rank that heads blocks has the most: the first of a cluster does."""
+def files_needed(layout: ParallelLayout, tensors: bool, personal: bool) -> tuple[int, int]:
+    """Open files (`distributed.open_files`) of rank 0, and the most of any other rank.
+
+    A rank that heads blocks has the most: the first of a cluster does.
+    """
     size = layout.world_size
     found = [files_of(rank, size, layout.ep_size, tensors, personal=personal) for rank in range(size)]
     return found[0], max(found[1:], default=0)

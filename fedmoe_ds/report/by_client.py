@@ -6,6 +6,7 @@ Rows come as lines of `metrics.jsonl` or as tables; both become columns of a rou
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,9 @@ from fedmoe_ds.report.client_tables import Rows, numbers
 
 Floats = NDArray[np.float64]
 SHOWN_LOST = 20
-FIGURES = {
-    "perplexity": "perplexity",
-    "accuracy": "accuracy",
-    "exact_match": "exact match",
-    "ranked_choice": "ranked choice",
-}
+TASK_METRICS = {"exact_match": "exact match", "ranked_choice": "ranked choice"}
+"""Optional fields of `eval` that are shares of its `samples`, and what they are called."""
+FIGURES = {"perplexity": "perplexity", "accuracy": "accuracy", **TASK_METRICS}
 """Of a client's own hold-out, and what they are called."""
 OK = "ok"
 _TRAINED = ("top_k", "steps", "tokens", "seconds", "flops", "loss_first", "loss_last", "rescaler")
@@ -69,7 +67,7 @@ def _of_table(rows: Rows, fields: Sequence[str]) -> _Round:
     return _Round(rows.round, names, tiers, statuses, figures, set(fields) & set(table.column_names))
 
 
-class _ByClient:
+class _ByClient(ABC):
     """Arrays with a place per client, in the order in which clients turn up; `fields` are what is read of their rows."""
 
     def __init__(self, fields: Sequence[str]) -> None:
@@ -99,8 +97,9 @@ class _ByClient:
         if waiting:
             self._add(_of_lines(waiting, self._fields))
 
+    @abstractmethod
     def _add(self, rows: _Round) -> None:
-        raise NotImplementedError
+        """Add the rows of a round."""
 
     def _array(self, name: str, empty: float = np.nan) -> NDArray[Any]:
         """An array over all clients so far [clients] float64, `empty` where nothing has been said."""

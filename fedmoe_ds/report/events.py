@@ -54,7 +54,7 @@ class _OfTier(_Tiered):
 
     def _names(self) -> list[str | int | None]:
         names = ("tier_label", "tier", "top_k")
-        # In the order in which `history.tier_of` looks.
+        # In the order in which `by_client.tier_of` looks.
         return [getattr(self, name) for name in names if name in self.model_fields_set]
 
 

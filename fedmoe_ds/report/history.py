@@ -9,6 +9,7 @@ from typing import Any
 
 from fedmoe_ds.clients.tiers import tier_order
 from fedmoe_ds.report import formats
+from fedmoe_ds.report.by_client import TASK_METRICS as TASK_METRICS
 from fedmoe_ds.report.by_client import OwnScores, Participation, RepeatedError, latest
 from fedmoe_ds.report.by_client import tier_of as tier_of
 from fedmoe_ds.report.holdings import Holdings
@@ -17,8 +18,6 @@ from fedmoe_ds.report.record import ROWS, expanded
 Event = Mapping[str, Any]
 Cells = list["array[int]"]
 SPLITS = ("global", "clients")
-TASK_METRICS = {"exact_match": "exact match", "ranked_choice": "ranked choice"}
-"""Optional fields of `eval` that are shares of its `samples`, and what they are called."""
 
 
 @dataclass(frozen=True)

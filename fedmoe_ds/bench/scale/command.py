@@ -99,9 +99,9 @@ def _row(
     peak: float | None = None,
     failed: str | None = None,
 ) -> Row:
-    facts = {"curve": name, "x": x, "unit": unit, "wall": wall, SECONDS: None, "growth": None, "failed": failed}
-    others = {key: value for key, value in (figures or {}).items() if key != SECONDS}
-    return make_row(name, OURS, peak, None, **{**facts, SECONDS: (figures or {}).get(SECONDS), "figures": others})
+    others = dict(figures or {})
+    facts = {"curve": name, "x": x, "unit": unit, "wall": wall, SECONDS: others.pop(SECONDS, None), "growth": None}
+    return make_row(name, OURS, peak, None, **facts, failed=failed, figures=others)
 
 
 def _table(rows: list[Row]) -> Table:

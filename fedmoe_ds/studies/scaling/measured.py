@@ -83,14 +83,6 @@ class Measured:
         """Seconds of training alone: local training and the sums, in which ranks wait for the slowest cluster."""
         return self.phases["train"] + self.phases["aggregate"]
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def flops_per_s(self) -> float | None:
-        return None if self.flops is None else self.flops / self.seconds
-
 
 def machine_file(run: Run) -> Path:
     """Where the study notes the machine of a run."""

@@ -53,8 +53,8 @@ class Row:
         inside = measured.collectives
         exchanged = None if inside is None else inside.get(ALL_TO_ALL, 0.0)
         return {
-            "tokens_per_s": measured.tokens_per_s,
-            "flops_per_s": measured.flops_per_s,
+            "tokens_per_s": self.throughput(by_flops=False),
+            "flops_per_s": self.throughput(by_flops=True),
             "s_per_round": measured.seconds,
             "s_per_round_min": min(measured.round_seconds, default=None),
             "s_per_round_median": statistics.median(measured.round_seconds) if measured.round_seconds else None,

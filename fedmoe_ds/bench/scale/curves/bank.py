@@ -7,13 +7,12 @@ up to the one per expert.
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from transformers import DeepseekV3Config
 
 from fedmoe_ds.aggregation.weighted_average import Statistics
+from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.clients.optimizer import ClientOptimizer
 from fedmoe_ds.config import AdapterConfig, LocalConfig
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
@@ -53,10 +52,10 @@ def measure(x: int) -> dict[str, float]:
 
 def _blocks() -> tuple[list[BlockSpec], int]:
     """The adapters of one client, and the experts of a layer."""
-    with TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         # The defaults of its configuration class are the published model's.
         DeepseekV3Config().save_pretrained(folder)
-        model = build_on_meta(Path(folder), torch.bfloat16)
+        model = build_on_meta(folder, torch.bfloat16)
     layout = hosted_layout(host_model(model, 1, 0))
     return adapter_blocks(model, layout, _ADAPTERS, rescaler=None), layout.num_experts
 

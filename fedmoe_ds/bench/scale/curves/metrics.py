@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
+from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.bench.scale.synthetic_record import client_rows, write_round
 from fedmoe_ds.report import MetricsLog, Record
 from fedmoe_ds.report.history import History
@@ -18,13 +17,13 @@ WALL = "rank 0 writes a round's rows alone: a minute and 4 GiB at most"
 
 def measure(x: int) -> dict[str, float]:
     rows = client_rows(x, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "metrics.jsonl"
+    with scratch_folder() as folder:
+        path = folder / "metrics.jsonl"
         with MetricsLog(path) as log:
             began = time.perf_counter()
             write_round(log, rows, 1)
             written = time.perf_counter() - began
-        sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
+        sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
         began = time.perf_counter()
         history = History.of(Record(path))
         read = time.perf_counter() - began

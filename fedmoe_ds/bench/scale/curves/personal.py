@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
+from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.checkpoint.client_rows import Slabs
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.reader import Snapshot
@@ -28,8 +27,8 @@ _MIB = 2**20
 
 def measure(x: int) -> dict[str, float]:
     """Seconds of a later round, and MiB that its checkpoint writes (mean of 8), of all files of a checkpoint, and of rows."""
-    with tempfile.TemporaryDirectory() as place:
-        root, scratch = Path(place, "checkpoints"), Path(place, "scratch")
+    with scratch_folder() as place:
+        root, scratch = place / "checkpoints", place / "scratch"
         personal = Personal([_SPEC], 1, x, slabs=Slabs(_MIB << 10, lambda: scratch))
         runtime = Runtime(Launch("bench", 0, 1, 0), torch.device("cpu"), Alone())
         writer = CheckpointWriter(root, runtime, keep=2, background=False)

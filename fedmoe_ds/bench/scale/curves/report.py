@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
+from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.bench.scale.synthetic_record import write_record
 from fedmoe_ds.report import write_report
 
@@ -16,8 +15,8 @@ WALL = "a browser opens a few MiB: above 500 clients the page stays as it is; a 
 
 
 def measure(x: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        write_record(Path(folder), x)
+    with scratch_folder() as folder:
+        write_record(folder, x)
         began = time.perf_counter()
-        page = write_report(Path(folder))
+        page = write_report(folder)
         return {"seconds": time.perf_counter() - began, "page_mib": page.stat().st_size / 2**20}

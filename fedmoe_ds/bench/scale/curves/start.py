@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
+from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation.fingerprint import shared_fingerprint
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE
@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 def measure(x: int) -> dict[str, float]:
     """Raises what a rank has raised, and RuntimeError where a start has not read what it has to read."""
-    with tempfile.TemporaryDirectory(prefix="fedmoe-scale-") as scratch:
-        model = _written(Path(scratch) / "model", x * _GIB // _FILE)
+    with scratch_folder() as scratch:
+        model = _written(scratch / "model", x * _GIB // _FILE)
         # As of a model that was there before: what has just been written is read again.
         time.sleep(max(0.0, file_sums.unsettled_s(model.glob("*.safetensors"))))
-        first_s, first_gib, found = _start(model, Path(scratch) / "sums")
-        again_s, again_gib, found_again = _start(model, Path(scratch) / "sums")
+        first_s, first_gib, found = _start(model, scratch / "sums")
+        again_s, again_gib, found_again = _start(model, scratch / "sums")
     # Without these a fingerprint that does nothing would have the best curve.
     if len(found | found_again) != 1:
         raise RuntimeError(f"ranks and starts have {len(found | found_again)} fingerprints of one model")
