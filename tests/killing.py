@@ -1,22 +1,23 @@
-"""Kills at random moments that are chosen from a run's observed progress, and the comparison with a run that was left alone.
+"""Kills at random moments in which the run waits for them, and the comparison with a run that was left alone.
 
 A topology is written (clusters, ep_size); (1, 1) runs under plain python, everything else under the deepspeed launcher.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from launching import Job, Result, changed, read_events
+from launching import SCRIPT, Job, Result, changed, read_events
 
 Topology = tuple[int, int]
+HOLDING = Path(__file__).with_name("holding.py")
 PHASES = ("training", "evaluation", "checkpoint")
 START = "start"
 START_S = 5.0  # CPU time of imports and loading, about
@@ -35,85 +36,79 @@ def several_waves(nano: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def start(config: dict[str, Any], folder: Path, topology: Topology, options: tuple[str, ...] = RESUME) -> Job:
-    """Start or continue a run on a topology."""
+@dataclass(frozen=True)
+class Aim:
+    """A moment of one start at which something is done to it.
+
+    Attributes:
+        phase: START, or one of PHASES.
+        rounds: this start finishes so many before.
+        place: how far into the phase, 0 to 1, at the pace of another run; if this one is faster, at the end of the phase.
+    """
+
+    phase: str
+    rounds: int
+    place: float
+
+
+def draw_aim(draw: np.random.Generator, rounds: int, phases: tuple[str, ...] = PHASES) -> Aim:
+    """A random moment within the first so many rounds of a start."""
+    phase = phases[int(draw.integers(len(phases)))]
+    return Aim(phase, int(draw.integers(rounds)), float(draw.random()))
+
+
+def program(aim: Aim, folder: Path | str) -> tuple[str, ...]:
+    """The command of ranks that wait for what is done to them (`holding.py`), before the arguments of launch/train.py."""
+    return (str(HOLDING), str(folder), aim.phase, str(aim.rounds))
+
+
+def start(
+    config: dict[str, Any], folder: Path, topology: Topology, options: tuple[str, ...] = RESUME, aim: Aim | None = None
+) -> Job:
+    """Start or continue a run on a topology, with a moment that it waits in if it has an aim."""
     clusters, ep_size = topology
     ranks = clusters * ep_size
-    return Job(changed(config, topology={"ep_size": ep_size}), folder, 0 if ranks == 1 else ranks, options)
+    config = changed(config, topology={"ep_size": ep_size})
+    script = (str(SCRIPT),) if aim is None else program(aim, ".")
+    return Job(config, folder, 0 if ranks == 1 else ranks, options, script=script)
 
 
-class Watch:
-    """What one start of a run has done so far; what earlier starts wrote does not count."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self._since = time.time()
-
-    def begun(self) -> bool:
-        return any(event["event"] in ("run", "resume") for event in self._fresh())
-
-    def rounds(self) -> list[dict[str, Any]]:
-        """The rounds that this start has finished."""
-        return [event for event in self._fresh() if event["event"] == "round"]
-
-    def is_writing(self) -> bool:
-        """Whether a checkpoint is being written right now."""
-        return any((self.job.folder / "checkpoints").glob(".writing-*"))
-
-    def work(self, seconds: float) -> bool:
-        """Wait until rank 0 has used this much more CPU time: how far it gets does not depend on the machine's load."""
-        process = psutil.Process(self.job.ranks()[0])
-        with contextlib.suppress(psutil.NoSuchProcess):
-            until = process.cpu_times().user + seconds
-            return self.job.wait_until(lambda: _used(process) >= until)
-        return False
-
-    def _fresh(self) -> list[dict[str, Any]]:
-        return [event for event in self.job.events() if event["time"] >= self._since]
-
-
-def _used(process: psutil.Process) -> float:
-    try:
-        return process.cpu_times().user
-    except psutil.NoSuchProcess:
-        return float("inf")
-
-
-def kill_a_rank(
-    job: Job, draw: np.random.Generator, pace: dict[str, float], rounds: int, phases: tuple[str, ...] = PHASES
-) -> str | None:
-    """SIGKILL a random rank at a random moment; None if the run was over before.
+def reach(job: Job, aim: Aim, pace: dict[str, float]) -> bool:
+    """Wait for the moment that a job was started with; whether it came to that. Rank 0 stays in it until `go_on`.
 
     Args:
         pace: seconds of a round in `train` and `evaluate`, as its `round` event tells.
-        rounds: the moment lies within the first so many rounds of this start.
-        phases: what the moment may be aimed at.
-    Returns:
-        The phase that it was aimed at.
     """
-    watch = Watch(job)
-    phase = phases[int(draw.integers(len(phases)))]
-    wanted, place, which = int(draw.integers(rounds)), float(draw.random()), int(draw.integers(8))
-    if not job.wait_until(lambda: job.ranks() if phase == START else watch.begun() and len(watch.rounds()) >= wanted):
-        return None
+    if not job.wait_until((job.here / "begun").exists, poll_s=0.001):
+        return False
+    held = job.here / "held"
+    if aim.phase == "checkpoint":  # it takes a few milliseconds
+        time.sleep(0.01 * aim.place)
+        return True
+    # CPU time: how far it gets does not depend on the machine's load.
+    rank = psutil.Process(job.ranks()[0])
+    until = rank.cpu_times().user + seconds_into(aim, pace)
+    return job.wait_until(lambda: held.exists() or rank.cpu_times().user >= until)
+
+
+def seconds_into(aim: Aim, pace: dict[str, float]) -> float:
+    """From the beginning of the phase."""
+    return aim.place * {START: START_S, "training": pace["train"], "evaluation": pace["evaluate"]}[aim.phase]
+
+
+def go_on(job: Job) -> None:
+    """Whatever was to be done is done."""
+    (job.here / "free").touch()
+
+
+def kill_a_rank(job: Job, aim: Aim, pace: dict[str, float], which: int) -> bool:
+    """SIGKILL a rank at the moment that the job was started with; whether it came to that before the run was over."""
+    if not reach(job, aim, pace):
+        return False
     ranks = job.ranks()
-    if phase == "checkpoint":  # it takes a few milliseconds
-        if not job.wait_until(watch.is_writing, poll_s=0.0002):
-            return None
-        time.sleep(0.01 * place)
-    elif not watch.work(_work_before(phase, place, pace)):
-        return None
-    try:
-        os.kill(ranks[which % len(ranks)], signal.SIGKILL)
-    except ProcessLookupError:
-        return None
-    return phase
-
-
-def _work_before(phase: str, place: float, pace: dict[str, float]) -> float:
-    if phase == START:
-        return place * START_S
-    return place * pace["train"] if phase == "training" else pace["train"] + place * pace["evaluate"]
+    os.kill(ranks[which % len(ranks)], signal.SIGKILL)
+    go_on(job)
+    return True
 
 
 def evaluations(folder: Path) -> list[tuple[Any, ...]]:

@@ -79,6 +79,9 @@ class Job:
         ranks: 0 is plain python, anything else the deepspeed launcher.
         options: further command line, after the configuration.
         prepare: called in the new process before it becomes the command.
+        script: what python runs, with arguments of its own in front of launch/train.py's.
+    Attributes:
+        here: the folder of this job, in which its processes are.
     """
 
     def __init__(
@@ -88,9 +91,10 @@ class Job:
         ranks: int = 0,
         options: tuple[str, ...] = (),
         prepare: Callable[[], None] | None = None,
+        script: tuple[str, ...] = (str(SCRIPT),),
     ) -> None:
         self.mark = uuid.uuid4().hex
-        here = folder / f"job-{self.mark[:8]}"
+        self.here = here = folder / f"job-{self.mark[:8]}"
         here.mkdir(parents=True)
         path = config if isinstance(config, Path) else here / "config.yaml"
         tree: dict[str, Any] = {} if isinstance(config, Path) else config
@@ -99,7 +103,7 @@ class Job:
         self.folder = Path(tree.get("output", "runs")) / tree.get("name", "run")
         self._streams = (here / "stdout", here / "stderr")
         self._port = _free_port()
-        command = [*_launcher(ranks, self._port), str(SCRIPT), "--config", str(path), *options]
+        command = [*_launcher(ranks, self._port), *script, "--config", str(path), *options]
         with self._streams[0].open("wb") as out, self._streams[1].open("wb") as err:
             self._process = subprocess.Popen(
                 command,

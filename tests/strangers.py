@@ -77,7 +77,7 @@ MANNERS = ("idle", "half-open", "reset", "spelling", "flooding")
 def connect(address: str, port: int) -> socket.socket:
     """Refused connections raise; the socket does not wait."""
     made = _create(AF(address))
-    made.settimeout(10.0)
+    made.settimeout(60.0)
     made.connect((address, port))
     return made
 
@@ -90,7 +90,7 @@ def _create(family: socket.AddressFamily) -> socket.socket:
     return socket.socket(family)
 
 
-def is_closed(connection: socket.socket, limit_s: float = 10.0) -> bool:
+def is_closed(connection: socket.socket, limit_s: float = 60.0) -> bool:
     """Whether the other side ends the connection, whatever it says before."""
     connection.settimeout(limit_s)
     try:

@@ -387,6 +387,14 @@ def change(path: Path, position: float) -> None:
     path.write_bytes(content)
 
 
+def detach(path: Path) -> None:
+    """Put a copy in the place of a file. This process has libraries mapped: what is cut off a file is gone in memory, too, and
+    the process that ends would jump to nowhere."""
+    copy = path.with_name("copy")
+    shutil.copy2(path, copy)
+    copy.replace(path)
+
+
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "its first bit": lambda path: change(path, 0),
     "a bit in the middle": lambda path: change(path, 0.3),
@@ -417,6 +425,7 @@ def test_a_damaged_entry_is_made_anew_once(
     path = (max if part == "largest" else min)(before, key=lambda path: len(before[path]))
     loaded, built = compiling.ctypes.CDLL, before.get(entry / compiling.LIBRARY)
     monkeypatch.setattr(compiling.ctypes, "CDLL", load)
+    detach(path)
     DAMAGES[damage](path)
     assert USES[kind](root)
     assert {path: path.read_bytes() for path in entry.iterdir()} == before

@@ -310,6 +310,7 @@ DIGITS = {"control": (2e-4, 0.05), "variance": (2e-5, 1e-4)}
 
 
 def check(theirs: dict[str, Adapters], ours: dict[str, Adapters], case: str) -> None:
+    assert any(theirs.values()) and any(ours.values()), f"{case}: nothing to compare"
     for name in theirs.keys() | ours.keys():
         expected, values = theirs.get(name, {}), ours.get(name, {})
         assert expected.keys() <= values.keys() and (expected.keys() == values.keys() or name in UNTOUCHED), (case, name)

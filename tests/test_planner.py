@@ -14,6 +14,7 @@ from federations import make_config, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_variants import variant_config
+from planned import OLMOE, olmoe, small
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
@@ -39,24 +40,9 @@ from fedmoe_ds.planner.world import world_of
 from fedmoe_ds.studies.scaling.measured import Measured
 from fedmoe_ds.studies.scaling.predicted import Predictor
 
-REPOSITORY = Path(__file__).parents[1]
-OLMOE = REPOSITORY / "configs" / "olmoe-7b.yaml"
+__all__ = ["olmoe", "small"]
 # FLAME prints the first and the last; the two between follow from C(k) = C_dense + k C_expert.
 FLAME = {8: 342.8e9, 4: 237.2e9, 2: 184.4e9, 1: 158.0e9}
-
-
-@pytest.fixture(scope="module")
-def olmoe() -> Job:
-    folder = REPOSITORY / "configs" / "models" / "olmoe-1b-7b"
-    assert [file.name for file in folder.iterdir()] == ["config.json"], "planning needs no weights and no tokenizer"
-    return resolve(load_config(OLMOE, [f"foundation.path={folder}"]))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    root = tmp_path_factory.mktemp("planner")
-    write_inputs(root)
-    return resolve(make_config(root, "planned", {"execution": {"micro_batch_size": None}}))
 
 
 def test_flame_table(olmoe: Job) -> None:

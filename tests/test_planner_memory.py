@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from every import every
-from federations import make_config, write_inputs
+from planned import OLMOE, olmoe, small
 
 from fedmoe_ds.checkpoint.client_rows import ClientRows, RowLayout, Slabs
 from fedmoe_ds.config import load_config
@@ -30,20 +30,7 @@ from fedmoe_ds.planner.plan import plan
 from fedmoe_ds.planner.rank_memory import rank_memory
 from fedmoe_ds.planner.search import search
 
-REPOSITORY = Path(__file__).parents[1]
-OLMOE = REPOSITORY / "configs" / "olmoe-7b.yaml"
-
-
-@pytest.fixture(scope="module")
-def olmoe() -> Job:
-    return resolve(load_config(OLMOE, [f"foundation.path={REPOSITORY / 'configs' / 'models' / 'olmoe-1b-7b'}"]))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    root = tmp_path_factory.mktemp("planner-memory")
-    write_inputs(root)
-    return resolve(make_config(root, "planned", {"execution": {"micro_batch_size": None}}))
+__all__ = ["olmoe", "small"]
 
 
 def test_moments_in_bfloat16_take_half(small: Job) -> None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from federations import make_config, write_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from planned import small
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local_training import Wave
@@ -18,7 +18,7 @@ from fedmoe_ds.clients.optimizer import squared_norms
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.methods import Method
 from fedmoe_ds.model.adapter_bank import Bank
-from fedmoe_ds.planner import Hardware, Job, World, load_hardware, predict_job, resolve
+from fedmoe_ds.planner import Hardware, Job, World, load_hardware, predict_job
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.network import Group, Network
 from fedmoe_ds.planner.search import search
@@ -26,14 +26,8 @@ from fedmoe_ds.planner.training import WaveModel, exchanged
 from fedmoe_ds.planner.work import Rows, stage_seconds
 from fedmoe_ds.planner.workload import Steps
 
+__all__ = ["small"]
 Table = dict[str, float]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    root = tmp_path_factory.mktemp("waves")
-    write_inputs(root)
-    return resolve(make_config(root, "waves", {"execution": {"micro_batch_size": None}}))
 
 
 def with_clients(job: Job, steps: list[int], caps: list[int], seed: int) -> Job:

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from killing import PHASES, Topology, Watch, assert_same, kill_a_rank, several_waves, start
+from killing import PHASES, Aim, Topology, assert_same, go_on, kill_a_rank, reach, several_waves, start
 from launching import Result, changed, read_events
 
 from fedmoe_ds.checkpoint import reader as checkpoint
@@ -47,21 +46,27 @@ def newest(folder: Path) -> Path:
     return found
 
 
+KILLS: list[tuple[Topology, Aim, int]] = [
+    ((1, 1), Aim("checkpoint", rounds=1, place=0.4), 0),
+    ((2, 1), Aim("evaluation", rounds=0, place=0.4), 0),
+    ((1, 2), Aim("training", rounds=1, place=0.4), 1),
+]
+"""A topology, a moment, and who is killed then. The first start saves a round, from which the others go on."""
+
+
 @pytest.mark.cluster
 def test_three_kills(undisturbed: Result, config: dict[str, Any], tmp_path: Path) -> None:
-    draw = np.random.default_rng(17)  # aims at every phase once
-    topologies: list[Topology] = [(1, 1), (2, 1), (1, 2)]
-    phases = []
-    for topology in topologies:
-        with start(config, tmp_path, topology) as job:
-            phases.append(kill_a_rank(job, draw, pace(undisturbed), rounds=1))
+    assert {aim.phase for _, aim, _ in KILLS} == set(PHASES)
+    for number, (topology, aim, which) in enumerate(KILLS):
+        with start(config, tmp_path, topology, aim=aim) as job:
+            assert kill_a_rank(job, aim, pace(undisturbed), which)
             result = job.finish()
         assert result.code != 0, result.stdout
         if topology != (1, 1):  # the ranks that are left say which one is gone, and nothing else
             assert any(re.match(r"error: rank \d on \S+ died \(last heard in round \d, ", line) for line in result.errors)
             assert "Traceback" not in result.stderr
+        assert ("resumed from round-00001" in result.stderr) == (number > 0), result.stderr
         assert not read_events(result.folder, "end")
-    assert set(phases) == set(PHASES)
     with start(config, tmp_path, (1, 1)) as job:
         result = job.finish()
     assert_same(result, undisturbed)
@@ -77,11 +82,11 @@ def assert_stopped(result: Result, name: str) -> None:
 
 @pytest.mark.cluster
 def test_sigterm_in_the_middle_of_a_round(undisturbed: Result, config: dict[str, Any], tmp_path: Path) -> None:
-    with start(config, tmp_path, (2, 1)) as job:
-        watch = Watch(job)
-        assert job.wait_until(lambda: (job.folder / "checkpoints" / "round-00001").exists())
-        assert watch.work(0.3 * pace(undisturbed)["train"] / 2)
+    aim = Aim("training", rounds=1, place=0.15)  # of the time that one rank takes for all clients
+    with start(config, tmp_path, (2, 1), aim=aim) as job:
+        assert reach(job, aim, pace(undisturbed))
         job.signal_ranks(signal.SIGTERM)
+        go_on(job)
         stopped = job.finish()
     assert_stopped(stopped, "SIGTERM")
     assert newest(stopped.folder).name == "round-00001-partial"
@@ -101,15 +106,14 @@ def test_sigusr1_at_the_beginning_and_during_evaluation(undisturbed: Result, con
     assert newest(stopped.folder).name.startswith("round-00000")
     # Nothing but the stop itself asks for this checkpoint; and how one is written is no part of a run's identity.
     rare = changed(config, checkpoint={"every": 9, "background": False})
-    with start(rare, tmp_path, (1, 1)) as job:
-        watch, seconds = Watch(job), pace(undisturbed)
-        assert job.wait_until(lambda: watch.begun() and job.events("eval"))
-        assert watch.work(seconds["train"] + 0.3 * seconds["evaluate"])
+    aim = Aim("evaluation", rounds=0, place=0.3)
+    with start(rare, tmp_path, (1, 1), aim=aim) as job:
+        assert reach(job, aim, pace(undisturbed))
         job.signal_ranks(signal.SIGUSR1)
+        go_on(job)
         stopped = job.finish()
     assert_stopped(stopped, "SIGUSR1")
-    # A slow poll may send the signal a round later than aimed; whichever round it hit, the stop alone has saved it.
-    assert newest(stopped.folder).name.startswith("round-0000") and newest(stopped.folder).name != "round-00000"
+    assert newest(stopped.folder).name == "round-00001"
     with start(config, tmp_path, (2, 1)) as job:
         assert_same(job.finish(), undisturbed)
 

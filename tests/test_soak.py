@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from killing import PHASES, START, Topology, assert_same, kill_a_rank, several_waves, start
+from killing import PHASES, START, Topology, assert_same, draw_aim, kill_a_rank, several_waves, start
 from launching import changed, read_events
 
 KILLS, MOST = 20, 60
@@ -49,15 +49,16 @@ def test_twenty_kills(nano: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
         ended = False
         while not ended:
             topology = TOPOLOGIES[int(draw.integers(len(TOPOLOGIES)))]
-            with start(disturbed, tmp_path, topology) as job:
-                phase = kill_a_rank(job, draw, pace, 3, (START, *PHASES)) if wanted(kills) else None
+            aim = draw_aim(draw, 3, (START, *PHASES)) if wanted(kills) else None
+            with start(disturbed, tmp_path, topology, aim=aim) as job:
+                killed = aim is not None and kill_a_rank(job, aim, pace, int(draw.integers(8)))
                 result = job.finish()
             starts += 1
             resumed.update(re.findall(r"resumed from (\S+)", result.stderr))
             ended = result.code == 0
-            if phase is not None and not ended:
-                kills[f"{topology[0]}x{topology[1]}", phase] += 1
-            assert ended or phase is not None, f"{topology} failed by itself\n{result.stdout}\n{result.stderr}"
+            if aim is not None and killed:
+                kills[f"{topology[0]}x{topology[1]}", aim.phase] += 1
+            assert ended != killed, f"{topology} failed by itself\n{result.stdout}\n{result.stderr}"
         assert_same(result, undisturbed)
         runs += 1
     by_topology, by_phase = by(kills, 0), by(kills, 1)

@@ -48,6 +48,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def stand_ins(folder: Path, **tools: str) -> str:
+    """A search path that begins with tools of this name, whose programs in bash these are; they are in `folder/bin`."""
+    (folder / "bin").mkdir()
+    for tool, body in tools.items():
+        (folder / "bin" / tool).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / "bin" / tool).chmod(0o755)
+    return f"{folder / 'bin'}:{os.environ['PATH']}"
+
+
 def header(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
@@ -345,15 +354,12 @@ def test_ranks_get_the_cores_of_the_job(
     bash: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     """What was asked for, or all that the job has; with cores by GPU srun finds them itself, and takes no other word."""
-    (tmp_path / "bin").mkdir()
-    tools = {
-        "scontrol": "echo n1",
-        "srun": f'echo "$@" > {tmp_path}/said',
-        "python": f'echo "$SRUN_CPUS_PER_TASK" > {tmp_path}/said',
-    }
-    for tool, body in tools.items():
-        (tmp_path / "bin" / tool).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / "bin" / tool).chmod(0o755)
+    path = stand_ins(
+        tmp_path,
+        scontrol="echo n1",
+        srun=f'echo "$@" > {tmp_path}/said',
+        python=f'echo "$SRUN_CPUS_PER_TASK" > {tmp_path}/said',
+    )
     fixed = {
         "FEDMOE_HOME": str(REPOSITORY),
         "FEDMOE_LOGS": str(tmp_path / "logs"),
@@ -361,7 +367,6 @@ def test_ranks_get_the_cores_of_the_job(
         "SLURM_ARRAY_JOB_ID": "7",
     }
     fixed |= {"FEDMOE_PYTHON": str(tmp_path / "bin" / "python"), "SLURM_ARRAY_TASK_ID": "0"}
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     assert bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=path, **fixed, **variables).returncode == 0
     said = (tmp_path / "said").read_text().split()
     if name == "train":
@@ -389,20 +394,19 @@ def test_requeues_that_bring_smaller_passes_are_not_counted(
     for number, sequences in enumerate([128, 64, 32, 32, 32]):
         words = f"error: rank 0 on n{number}, round 1: {for_next_start(OutOfMemory(client, sequences), 'smaller')}"
         (tmp_path / f"said-{number}").write_text(f"{words}\n")
-    tools = {"scontrol": "echo n1"}
     # The ranks under srun write into their logs, scaling.py to its own output.
-    tools["srun"] = f'cat "{tmp_path}/said-$SLURM_RESTART_COUNT" >> "{tmp_path}/logs/7/rank-1.log"; exit 76'
-    tools["python"] = f'cat "{tmp_path}/said-$SLURM_RESTART_COUNT" >&2; exit 76'
-    (tmp_path / "bin").mkdir()
-    for tool, body in tools.items():
-        (tmp_path / "bin" / tool).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / "bin" / tool).chmod(0o755)
+    path = stand_ins(
+        tmp_path,
+        scontrol="echo n1",
+        srun=f'cat "{tmp_path}/said-$SLURM_RESTART_COUNT" >> "{tmp_path}/logs/7/rank-1.log"; exit 76',
+        python=f'cat "{tmp_path}/said-$SLURM_RESTART_COUNT" >&2; exit 76',
+    )
     said = []
     for start in range(5):
         variables = {"FEDMOE_HOME": str(REPOSITORY), "FEDMOE_LOGS": str(tmp_path / "logs"), "MAX_RESTARTS": "1"}
         variables |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
         variables |= {"FEDMOE_PYTHON": str(tmp_path / "bin" / "python"), "SLURM_RESTART_COUNT": str(start)}
-        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables)
+        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=path, **variables)
         assert done.returncode == 76, done.stderr
         assert name == "train" or "do not fit into memory" in done.stdout, "the log is in the job's output, too"
         said.append([line[20:] for line in done.stdout.splitlines() if "requeueing" in line or "ends with" in line])
@@ -416,16 +420,13 @@ def test_a_job_that_brings_nothing_is_not_queued_again(
 ) -> None:
     """What counts is the run (test_requeue_guard.py); the script says how many it takes, and leaves a mistake's code alone."""
     counts = f'echo >> "{tmp_path}/stops"; [ "$(wc -l < "{tmp_path}/stops")" -gt "$FEDMOE_MAX_REQUEUES" ] && exit 2; exit 75'
-    (tmp_path / "bin").mkdir()
-    for tool, body in {"srun": counts, "python": counts, "scontrol": "echo n1"}.items():
-        (tmp_path / "bin" / tool).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / "bin" / tool).chmod(0o755)
+    path = stand_ins(tmp_path, srun=counts, python=counts, scontrol="echo n1")
     ends = []
     for start in range(3):
         variables = {"FEDMOE_HOME": str(REPOSITORY), "FEDMOE_LOGS": str(tmp_path / "logs"), "MAX_REQUEUES": "2"}
         variables |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
         variables |= {"FEDMOE_PYTHON": str(tmp_path / "bin" / "python"), "SLURM_RESTART_COUNT": str(start)}
-        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables)
+        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=path, **variables)
         said = [line[20:] for line in done.stdout.splitlines() if "requeueing" in line or "ends with" in line]
         ends.append((done.returncode, said))
     assert ends == [(75, ["stopped, to be continued; requeueing"])] * 2 + [(2, ["ends with 2"])], ends
@@ -548,10 +549,7 @@ def test_percent_signs_stand_for_themselves(planned: Checked, tmp_path: Path) ->
 
 def test_logs_are_not_written_through_links(tmp_path: Path, bash: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """Of the job, and of the ranks."""
-    (tmp_path / "bin").mkdir()
-    for tool in ("scontrol", "srun"):
-        (tmp_path / "bin" / tool).write_text("#!/bin/sh\necho n1\n")
-        (tmp_path / "bin" / tool).chmod(0o755)
+    tools = stand_ins(tmp_path, scontrol="echo n1", srun="echo n1")
     victim = tmp_path / "victim"
     victim.write_text("mine")
     for script, job in (("train", "SLURM_JOB_ID"), ("scaling", "SLURM_ARRAY_JOB_ID")):
@@ -560,10 +558,8 @@ def test_logs_are_not_written_through_links(tmp_path: Path, bash: Callable[..., 
             path.parent.mkdir(parents=True, exist_ok=True)
             path.symlink_to(victim if path.suffix else victim.parent)
             variables = {"FEDMOE_HOME": str(REPOSITORY), "FEDMOE_LOGS": str(tmp_path / script), "SLURM_ARRAY_TASK_ID": "0"}
-            path_variable = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-            done = bash(
-                REPOSITORY / "slurm" / f"{script}.sbatch", PATH=path_variable, **variables, **{job: place.split("/")[1]}
-            )
+            variables[job] = place.split("/")[1]
+            done = bash(REPOSITORY / "slurm" / f"{script}.sbatch", PATH=tools, **variables)
             assert done.returncode == 2 and "there is a symbolic link" in done.stderr and victim.read_text() == "mine", place
             path.unlink()
 
@@ -579,16 +575,13 @@ def test_losses_count_since_the_newest_checkpoint(
     saves = f'rm -rf "{run}/checkpoints/round-00000-partial"; mkdir "{run}/checkpoints/round-00000-partial"'
     starts = [":", has, f"{has}; {saves}", ":", f"{has}; {saves}", has, ":"]
     body = f'case "$SLURM_RESTART_COUNT" in {" ".join(f"{n}) {do};;" for n, do in enumerate(starts))} esac; exit 76'
-    (tmp_path / "bin").mkdir()
-    for tool, text in {"srun": body, "python": body, "scontrol": "echo n1"}.items():
-        (tmp_path / "bin" / tool).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / tool).chmod(0o755)
+    path = stand_ins(tmp_path, srun=body, python=body, scontrol="echo n1")
     ends = []
     for start in range(len(starts)):
         variables = {"FEDMOE_HOME": str(REPOSITORY), "FEDMOE_LOGS": "logs", "MAX_RESTARTS": "2"}
         variables |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7"}
         variables |= {"FEDMOE_PYTHON": str(tmp_path / "bin" / "python"), "SLURM_RESTART_COUNT": str(start)}
-        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables)
+        done = bash(REPOSITORY / "slurm" / f"{name}.sbatch", PATH=path, **variables)
         assert done.returncode == 76 and not done.stderr, done.stderr
         ends += [line[20:] for line in done.stdout.splitlines() if "requeueing" in line or "ends with" in line]
     counted = [1, 2, 1, 2, 1, 2]

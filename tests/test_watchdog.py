@@ -21,7 +21,7 @@ from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strangers import WORDS, ZEROS, Crowd, connect, is_closed
-from worlds import LIMITS, Endings, endings, until, world
+from worlds import LIMITS, LONG_S, Endings, endings, until, world
 
 from fedmoe_ds.distributed import address
 from fedmoe_ds.distributed.activity import activity
@@ -128,7 +128,7 @@ def test_places_are_limited_and_the_oldest_gives_way(monkeypatch: pytest.MonkeyP
         clock[0] += listener_module.HELLO_S + 0.1
         listener.step()
         assert listener.turned_away["silent for 5 s"] == 5
-        joined = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 5.0))
+        joined = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, LONG_S))
         came = []
         until(lambda: clock.__setitem__(0, clock[0] + 0.2) or came.extend(listener.step()) or came)
         assert [rank for rank, _ in came] == [1] and not listener.is_open
@@ -208,7 +208,7 @@ IMPOSTORS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_rank_obeys_nobody_who_does_not_know_the_token(name: str) -> None:
     """Somebody has taken the port of rank 0 over."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        joining = in_thread(lambda: handshake.join([server.getsockname()], 1, TOKEN, 5.0))
+        joining = in_thread(lambda: handshake.join([server.getsockname()], 1, TOKEN, LONG_S))
         connection, _ = server.accept()
         connection.sendall(json.dumps({"challenge": ZEROS}).encode() + b"\n")
         hello = json.loads(connection.recv(4096))
@@ -221,7 +221,7 @@ def test_a_rank_obeys_nobody_who_does_not_know_the_token(name: str) -> None:
 @pytest.mark.parametrize("first", [{"challenge": "\ud800"}, {"challenge": 1}, {"over": 1, "kill": [1]}, [], "x"])
 def test_a_rank_tells_nothing_to_who_does_not_challenge_it(first: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        joining = in_thread(lambda: handshake.join([server.getsockname()], 1, TOKEN, 5.0))
+        joining = in_thread(lambda: handshake.join([server.getsockname()], 1, TOKEN, LONG_S))
         connection, _ = server.accept()
         connection.sendall(json.dumps(first).encode() + b"\n")
         with pytest.raises(OSError, match="is not rank 0 of this job: "):
@@ -242,7 +242,7 @@ def test_a_rank_gives_up_on_who_is_silent_or_hangs_up() -> None:
 
 def test_a_rank_that_was_pushed_out_comes_again() -> None:
     with a_listener(1) as (listener, port):
-        joining = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, 5.0))
+        joining = in_thread(lambda: handshake.join([("127.0.0.1", port)], 1, TOKEN, LONG_S))
         until(lambda: listener.step() or listener._guests)
         listener._turn_away(next(iter(listener._guests.values())), "pushed out")
         until(lambda: listener.step())
@@ -300,13 +300,13 @@ def a_monitor(size: int = 3) -> Iterator[tuple[MainWatchdog, list[JsonSocket]]]:
     port = listener.getsockname()[1]
     monitor.thread.start()
     try:
-        yield monitor, [handshake.join([("127.0.0.1", port)], rank, TOKEN, 5.0)[0] for rank in range(1, size)]
+        yield monitor, [handshake.join([("127.0.0.1", port)], rank, TOKEN, LONG_S)[0] for rank in range(1, size)]
     finally:
         monitor.stop()
-        monitor.thread.join(10.0)
+        monitor.thread.join(LONG_S)
 
 
-def heard_by(line: JsonSocket, key: str, limit_s: float = 5.0) -> dict[str, Any]:
+def heard_by(line: JsonSocket, key: str, limit_s: float = LONG_S) -> dict[str, Any]:
     """The first message with this key."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
@@ -348,7 +348,7 @@ def a_beacon() -> Iterator[tuple[WorkerWatchdog, JsonSocket]]:
         yield beacon, JsonSocket(theirs)
     finally:
         beacon.stop()
-        beacon.thread.join(10.0)
+        beacon.thread.join(LONG_S)
 
 
 @pytest.mark.parametrize("name", [*GARBLED, *ORDERS])
@@ -585,7 +585,7 @@ def in_thread(action: Callable[[], Any]) -> Callable[[], Any]:
     thread.start()
 
     def result() -> Any:
-        thread.join(10.0)
+        thread.join(LONG_S)
         value, error = found[0]
         if error is not None:
             raise error

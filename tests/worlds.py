@@ -19,6 +19,8 @@ from fedmoe_ds.distributed.watchdog.rank_health import Limits, Process
 from fedmoe_ds.distributed.watchdog.watchdog import Watchdog
 
 LIMITS = Limits(silence=20.0, waiting=1800.0, ranks=3)
+LONG_S = 60.0
+"""For what ends by an event: only a test that fails waits so long, and a busy machine is no failure."""
 
 
 @dataclass
@@ -41,24 +43,34 @@ class Endings:
 
     all: list[Ending] = field(default_factory=list)
 
-    def wait(self, count: int = 1, limit_s: float = 10.0) -> list[Ending]:
+    def wait(self, count: int = 1, limit_s: float = LONG_S) -> list[Ending]:
         until(lambda: len(self.all) >= count, limit_s)
         return self.all
 
 
 @pytest.fixture(autouse=True)
-def endings(monkeypatch: pytest.MonkeyPatch) -> Endings:
-    """Instead of ending this process, watchdogs end their thread and are noted: in every test that may start one."""
-    found = Endings()
+def endings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endings]:
+    """Instead of ending this process, watchdogs end their thread and are noted: in every test that may start one.
+
+    None outlives its test: left alone it would miss its ranks some seconds later, and end the process of other tests.
+    """
+    found, made, init = Endings(), list[Watchdog](), Watchdog.__init__
+
+    def note(watch: Watchdog, *args: Any, **options: Any) -> None:
+        init(watch, *args, **options)
+        made.append(watch)
 
     def end(watch: Watchdog, text: str, code: int, speaks: bool = True, kill: Any = ()) -> None:
         found.all.append(Ending(watch.me.rank, text, code, list(kill)))
         raise EndError
 
     monkeypatch.setattr(threading, "excepthook", lambda args, real=threading.excepthook: _report(args, real))
+    monkeypatch.setattr(Watchdog, "__init__", note)
     monkeypatch.setattr(Watchdog, "end", end)
     monkeypatch.setattr(start, "_watch", None)
-    return found
+    yield found
+    for watch in made:
+        watch.stop()  # from here on it ends nothing but its thread
 
 
 def _report(args: threading.ExceptHookArgs, real: Callable[[threading.ExceptHookArgs], Any]) -> None:
@@ -71,7 +83,7 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.size, self.told = size, list[list[bytes]]()
-        self._barrier, self._slots = threading.Barrier(size, timeout=20.0), [b""] * size
+        self._barrier, self._slots = threading.Barrier(size, timeout=LONG_S), [b""] * size
 
     def rank(self, rank: int) -> Any:
         meeting = self
@@ -133,10 +145,12 @@ class World:
         until(lambda: all(self.watches[0].peers[rank].heard > now for rank in ranks))
 
     def stop(self) -> None:
+        for thread in self._threads:  # who comes only now is stopped, too
+            thread.join(LONG_S)
         for watch in self.watches.values():
             watch.stop()
         for watch in self.watches.values():
-            watch.thread.join(10.0)
+            watch.thread.join(LONG_S)
 
 
 @contextmanager
@@ -146,20 +160,20 @@ def world(size: int, monkeypatch: pytest.MonkeyPatch, master: str = "127.0.0.1")
 
     def create(*args: Any, **options: Any) -> socket.socket:
         if threading.current_thread() is made._threads[-1]:
-            made.late.wait(20.0)
+            made.late.wait(LONG_S)
         return real(*args, **options)
 
     monkeypatch.setattr(socket, "create_connection", create)
     monkeypatch.setenv("MASTER_ADDR", master)
-    made.begin()
     try:
+        made.begin()
         yield made
     finally:
         made.late.set()
         made.stop()
 
 
-def until(condition: Callable[[], Any], limit_s: float = 10.0) -> None:
+def until(condition: Callable[[], Any], limit_s: float = LONG_S) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"

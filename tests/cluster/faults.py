@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ HARD = ("kill",) * 8 + ("stop",) * 5 + ("link",) * 5 + ("disk",) * 5
 SOFT = ("clock", "damage")
 """Faults that a start survives: it goes on to the end, or is asked to stop."""
 RANKS = {"kill": (1, 2, 2, 3), "stop": (2, 2, 3), "link": (2, 2, 3), "disk": (1, 2), "clock": (2, 2, 3), "damage": (1, 2)}
-PHASES = ("train", "train", "evaluate", "checkpoint")
+PHASES = ("training", "training", "evaluation", "checkpoint")
 LATE_S = 20
 
 # The kernel's namespaces do not cover the time of day, so the late rank asks this library instead of libc.
@@ -65,7 +65,7 @@ class Fault:
         ranks, ep_size: the world of this start.
         rank: whom it hits.
         after: rounds that this start may finish before.
-        phase, place: where in the round, and how far into it (0 to 1).
+        phase, place: where in the round (`killing.PHASES`), and how far into it (0 to 1).
         last: the start goes on to the end of the run.
     """
 
@@ -94,7 +94,9 @@ def draw_chains(seed: int, chains: int) -> list[list[Fault]]:
         deck = kinds[chain * length : (chain + 1) * length]
         deck.sort(key=lambda kind: kind == "damage")  # there is something to damage only later
         ends = SOFT[chain % len(SOFT)]
-        result.append([_draw_fault(draw, kind, False) for kind in deck] + [_draw_fault(draw, ends, True)])
+        first, *others = [_draw_fault(draw, kind, False) for kind in deck]
+        # Whatever the others leave, round 1 is saved then: it is on disk before round 2 is added up.
+        result.append([replace(first, after=2), *others, _draw_fault(draw, ends, True)])
     return result
 
 

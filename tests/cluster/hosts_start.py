@@ -1,7 +1,7 @@
 """One start of a run on several hosts, without a launcher: its ranks, one fault, and how it ended.
 
-with Start(hosts, config, folder, fault, late_clock) as start:
-    start.reach(pace, rounds)
+with Start(hosts, config, folder, fault, late_clock, left) as start:
+    start.reach(pace)
     start.strike()
     seconds = start.end()
 """
@@ -23,26 +23,32 @@ from types import TracebackType
 from typing import Any
 
 import psutil
-from faults import Fault, newest_round
+from faults import Fault
 from hosts import Hosts
+from killing import Aim, program, seconds_into
 from launching import SCRIPT, changed
 
 from fedmoe_ds.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
-ENDS_S = 40.0
-"""All ranks are gone so long after a fault: 6 s of silence, and the rest for slow cores."""
+ENDS_S = 100.0
+"""All ranks are gone so long after a fault at the latest: 6 s of silence, and the rest for a busy machine."""
 BEGINS_S = 120.0
 
 
 class Start:
-    """The ranks of one start, one per host; leaving the block ends what is left of them."""
+    """The ranks of one start, one per host; leaving the block ends what is left of them.
 
-    def __init__(self, hosts: Hosts, config: dict[str, Any], folder: Path, fault: Fault, late_clock: Path) -> None:
-        self.hosts, self.fault = hosts, fault
+    `left` rounds of the run are not saved yet: near its end no fault waits until some are.
+    """
+
+    def __init__(self, hosts: Hosts, config: dict[str, Any], folder: Path, fault: Fault, late_clock: Path, left: int) -> None:
+        self.hosts, self.fault, self.folder = hosts, fault, folder
         self.run = Path(config["output"]) / config["name"]
+        self.aim = None if fault.last else Aim(fault.phase, fault.after if left > 4 else 0, fault.place)
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(json.dumps(changed(config, topology={"ep_size": fault.ep_size})))
-        command = [sys.executable, str(SCRIPT), "--config", str(folder / "config.yaml"), "--resume", "auto"]
+        script = [str(SCRIPT)] if self.aim is None else program(self.aim, folder)
+        command = [sys.executable, *script, "--config", str(folder / "config.yaml"), "--resume", "auto"]
         port, self._errors, self._outputs, self.ranks = _free_port(), [], [], []
         for rank in range(fault.ranks):
             world = {"RANK": rank, "WORLD_SIZE": fault.ranks, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
@@ -79,11 +85,6 @@ class Start:
         (child,) = psutil.Process(self.ranks[rank].pid).children()
         return child
 
-    def begun(self) -> bool:
-        """Whether the state is there and the first round of this start begins."""
-        words = self._errors[0].read_text(errors="replace")
-        return "resumed from" in words or "foundation: perplexity" in words
-
     def until(self, condition: Callable[[], Any], poll_s: float = 0.02) -> None:
         """Wait for something that must happen while all ranks are there."""
         deadline = time.monotonic() + BEGINS_S
@@ -93,22 +94,16 @@ class Start:
             assert time.monotonic() < deadline, f"{self.fault}: nothing happened in {BEGINS_S:.0f} s\n{self.words}"
             time.sleep(poll_s)
 
-    def reach(self, pace: dict[str, float], rounds: int) -> None:
-        """Wait for the moment of the fault; `pace` is the CPU time of the phases of a round on one rank."""
-        self.until(self.begun)
-        base = newest_round(self.run)
-        if self.fault.after and base < rounds - 4:
-            self.until(lambda: newest_round(self.run) >= base + self.fault.after)
-        if self.fault.phase == "checkpoint":
-            seen, folder = newest_round(self.run), self.run / "checkpoints"
-            # It may have been written between two looks: then the fault comes right after it.
-            self.until(lambda: any(folder.glob(".writing-*")) or newest_round(self.run) > seen, poll_s=0.0005)
-            time.sleep(0.01 * self.fault.place)
+    def reach(self, pace: dict[str, float]) -> None:
+        """Wait for the moment of the fault, in which rank 0 stays; `pace` as `killing.seconds_into` has it, of one rank."""
+        assert self.aim is not None
+        self.until((self.folder / "begun").exists, poll_s=0.001)
+        if self.aim.phase == "checkpoint":
+            time.sleep(0.01 * self.aim.place)
             return
-        train, first = pace["train"] / self.fault.ranks, self.process(0)
-        work = self.fault.place * train if self.fault.phase == "train" else train + self.fault.place * pace["evaluate"]
-        goal = first.cpu_times().user + work
-        self.until(lambda: first.cpu_times().user >= goal)
+        first, held = self.process(0), self.folder / "held"
+        goal = first.cpu_times().user + seconds_into(self.aim, pace | {"train": pace["train"] / self.fault.ranks})
+        self.until(lambda: held.exists() or first.cpu_times().user >= goal)
 
     def strike(self) -> None:
         """Do it."""
@@ -123,6 +118,7 @@ class Start:
         else:
             for rank in range(self.fault.ranks):
                 self.process(rank).send_signal(signal.SIGTERM)
+        (self.folder / "free").touch()
 
     def end(self) -> float:
         """Wait until all ranks are gone, each by itself, and check their exit codes; seconds that it took."""

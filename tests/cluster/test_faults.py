@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults import Fault, compile_late_clock, damage_newest, draw_chains, finished_rounds
+from faults import Fault, compile_late_clock, damage_newest, draw_chains, finished_rounds, newest_round
 from federations import make_config, run_alone, write_inputs
 from hosts import Hosts
 from hosts_start import Start
@@ -119,12 +119,13 @@ class Chain:
             assert damaged == intact.pop(0)
         expected = intact[0] if intact else None
         self.starts += 1
-        with Start(self.hosts, self.config, self.folder / str(self.starts), fault, self.late_clock) as start:
+        folder, left = self.folder / str(self.starts), ROUNDS - newest_round(self.run)
+        with Start(self.hosts, self.config, folder, fault, self.late_clock, left) as start:
             if fault.last:
                 digest, seconds = start.finish(), 0.0
                 assert digest == self.calm.digest, f"{fault}: another digest"
             else:
-                start.reach(self.calm.pace, ROUNDS)
+                start.reach(self.calm.pace)
                 start.strike()
                 seconds = start.end()
             assert start.resumed_from() == expected, f"{fault}: it should have resumed from {expected}\n{start.words}"
