@@ -2,8 +2,8 @@
 
 Any host that fails ends the job; failures come at random, at a rate that does not change (exponential). Sources: J. W. Young, A
 first order approximation to the optimum checkpoint interval, CACM 17 (1974); J. T. Daly, A higher order estimate of the optimum
-checkpoint interval for restart dumps, FGCS 22 (2006); a test computes the intervals of its figures 3 to 5 again. A checkpoint that
-is written in the background counts once it is on disk. Seconds everywhere.
+checkpoint interval for restart dumps, FGCS 22 (2006); a test computes the intervals of its figures 3 to 5 again. A checkpoint
+that is written in the background counts once it is on disk. Seconds everywhere.
 """
 
 from __future__ import annotations
