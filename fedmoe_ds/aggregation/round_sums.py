@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedmoe_ds.aggregation.lora_factors import Collection
-from fedmoe_ds.aggregation.weighted_average import Statistics
+from fedmoe_ds.aggregation.weighing import MEAN, Weighing
+from fedmoe_ds.aggregation.weighted_average import Factor, Statistics
 from fedmoe_ds.distributed.topology import Topology
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 
 class RoundSums:
@@ -23,6 +24,7 @@ class RoundSums:
         exact: order-free integer sums (bitwise) or float32 sums (fast).
         participants: clients of the round if their factors are collected, else None.
         controls: whether changes of control variates are summed.
+        weighing: what the weights of the method are.
     """
 
     def __init__(
@@ -33,29 +35,45 @@ class RoundSums:
         participants: int | None = None,
         controls: bool = False,
         device: torch.device | None = None,
+        weighing: Weighing = MEAN,
     ) -> None:
         # Factors that are collected are not averaged as well: the mean of A and B would not be used.
         averaged = specs if participants is None else [spec for spec in specs if spec.pair is None]
-        self.statistics = Statistics(averaged, experts, exact, device)
+        self.statistics = Statistics(averaged, experts, exact, device, weighing)
         self.collection = None if participants is None else Collection(specs, experts, participants, device)
         # Sums of their own: control variates weigh 1 / N, whatever the method weighs a client by.
         self.controls = Statistics(specs, experts, exact, device) if controls else None
 
-    def add(self, place: int, spec: BlockSpec, value: Tensor, weight: np.ndarray) -> None:
+    def add(
+        self,
+        place: int,
+        spec: BlockSpec,
+        value: Tensor,
+        weight: np.ndarray,
+        tallies: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """One client's block; `place` is the client's place among the round's participants."""
         if self.collection is not None and spec.pair is not None:
             self.collection.add(place, spec.name, value, weight)
         else:
-            self.statistics.add(spec.name, value, weight)
+            self.statistics.add(spec.name, value, weight, tallies)
 
     def add_control(self, spec: BlockSpec, change: Tensor, weight: np.ndarray) -> None:
         """The change of one client's control variate."""
         assert self.controls is not None
         self.controls.add(spec.name, change, weight)
 
+    def average(self, current: Bank, factor: Factor) -> dict[str, Tensor]:
+        """What the method's weights make of the current value of each averaged block, before the server's step."""
+        return self.statistics.average(current, factor)
+
+    def trained(self, name: str) -> Tensor:
+        """Where anybody had weight: bool [L, E] or [L]."""
+        return self.statistics.weight(name) > 0
+
     def weighted(self) -> dict[str, int]:
         """By block: in how many of this rank's tensors the weights of the round do not sum to zero. After `reduce`."""
-        found = {spec.name: int((self.statistics.weight(spec.name) > 0).sum()) for spec in self.statistics.specs}
+        found = {spec.name: int(self.trained(spec.name).sum()) for spec in self.statistics.specs}
         if self.collection is not None:
             found |= {name: int((weight_PLE > 0).any(0).sum()) for name, weight_PLE in self.collection.weights.items()}
         return found

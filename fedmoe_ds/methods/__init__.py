@@ -5,6 +5,7 @@ name and meaning within a minor version, wherever in the package it moves.
 """
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
@@ -48,6 +49,7 @@ __all__ = [
     "Routing",
     "RoutingObserver",
     "UserError",
+    "Weighing",
     "balance_loss",
     "generator",
     "leading",

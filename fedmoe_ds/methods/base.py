@@ -7,6 +7,8 @@ Legend: L layers, E experts of the model, R adapter rank.
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
+    tally(update)           further numbers of it that are summed (with `weighing.tallies`)
+    factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -24,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighing import MEAN, Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
@@ -114,6 +117,7 @@ class Method:
         averages: whether anything is averaged at all.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
+        weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
@@ -123,11 +127,12 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the three below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the four below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     selective: bool = False
     whole_steps: bool = False
+    weighing: Weighing = MEAN
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
@@ -194,6 +199,14 @@ class Method:
         # The same for all experts, used or not: FedAvg. The mean divides by the sum of weights, so a share need not sum to one.
         shape = update.counts_LE.shape if spec.expert else (len(spec.layers),)
         return np.full(shape, data_share)
+
+    def tally(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> dict[str, np.ndarray]:
+        """The numbers that `weighing.tallies` names: float64 [L, E] or [L] each, not negative."""
+        raise NotImplementedError
+
+    def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:
+        """What the sum of a block's weighted changes is multiplied by, from the sums of its tallies, [L, E] or [L] each."""
+        return 1.0
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""

@@ -1,0 +1,37 @@
+"""Weighing: what a method's weights are. By default those of one mean: the sum of weight x value over the sum of weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How the weights of a round's clients make the next global value of a block.
+
+    Attributes:
+        changes: weights are factors on what clients changed (value - received), and the sum is not divided by theirs:
+            x + factor sum_i w_i (x_i - received_i), with the method's `factor`.
+        tallies: names of further numbers per client that are summed beside the changes, for `factor`.
+    """
+
+    changes: bool = False
+    tallies: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # A mean is divided by its own weights; a factor besides would be a second rule for the same number.
+        if self.tallies and not self.changes:
+            raise ValueError("tallies: are what a sum of changes is multiplied by; set changes=True")
+
+    @property
+    def full(self) -> int:
+        """Sums of a block that are as large as the block."""
+        return 1
+
+    @property
+    def heads(self) -> int:
+        """Sums of a block that have one number per (layer, expert)."""
+        return 1 + len(self.tallies)
+
+
+MEAN = Weighing()

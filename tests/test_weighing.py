@@ -1,0 +1,185 @@
+"""Weights that are not those of one mean: factors on changes with tallies, against loops in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from every import every
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.aggregation.weighing import Weighing
+from fedmoe_ds.aggregation.weighted_average import Statistics
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+
+EXPERT = BlockSpec("experts.down.lora_A", (0, 1), (2, 3), expert=True)
+DENSE = BlockSpec("attention.q_proj.lora_B", (0, 1), (4,))
+SPECS = [EXPERT, DENSE]
+EXPERTS, CLIENTS = 3, 4
+NAMES = ("steps", "share")
+
+
+def make_bank(clients: int, seed: int) -> Bank:
+    bank = Bank(SPECS, EXPERTS, clients)
+    for value in bank.values.values():
+        value.normal_(generator=torch.Generator().manual_seed(seed))
+    return bank
+
+
+def numbers(seed: int, spec: BlockSpec) -> np.ndarray:
+    """[C, *head], some of them zero; nobody has weight in the first place of the first layer."""
+    head = (2, EXPERTS) if spec.expert else (2,)
+    drawn = np.random.default_rng(seed).random((CLIENTS, *head))
+    drawn[drawn < 0.3] = 0.0
+    drawn.reshape(CLIENTS, -1)[:, 0] = 0.0
+    return drawn
+
+
+def places(spec: BlockSpec) -> Iterator[tuple[int, ...]]:
+    yield from np.ndindex(2, *((EXPERTS,) if spec.expert else ()))
+
+
+def sums_of(specs: list[BlockSpec], weighing: Weighing, exact: bool = True) -> RoundSums:
+    return RoundSums(specs, EXPERTS, exact, weighing=weighing)
+
+
+# Changes
+
+
+def fold_changes(sums: RoundSums, bank: Bank, current: Bank, seed: int, order: list[int]) -> None:
+    for client in order:
+        for spec in SPECS:
+            tallies = {name: numbers(seed + 1 + i, spec)[client] for i, name in enumerate(sums.statistics.weighing.tallies)}
+            change = bank.client(spec.name, client) - current.client(spec.name, 0)
+            sums.add(client, spec, change, numbers(seed, spec)[client], tallies)
+
+
+def ratio(tallies: dict[str, np.ndarray]) -> np.ndarray:
+    return tallies["steps"] / tallies["share"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("tallies", [(), NAMES])
+def test_changes_are_added_and_not_divided(exact: bool, tallies: tuple[str, ...]) -> None:
+    bank, current = make_bank(CLIENTS, 0), make_bank(1, 1)
+    sums = sums_of(SPECS, Weighing(changes=True, tallies=tallies), exact)
+    fold_changes(sums, bank, current, 7, list(range(CLIENTS)))
+    found = sums.average(current, ratio if tallies else lambda none: 2.0)
+    for spec in SPECS:
+        weights, steps, share = (numbers(7 + i, spec).sum(0) for i in range(3))
+        for place in places(spec):
+            old = current.client(spec.name, 0)[place].double()
+            moved = sum(
+                float(numbers(7, spec)[(c, *place)]) * (bank.client(spec.name, c)[place].double() - old) for c in range(CLIENTS)
+            )
+            factor = float(steps[place] / share[place]) if tallies and weights[place] else 2.0
+            assert torch.allclose(found[spec.name][place], old + factor * moved, atol=1e-6, rtol=0)
+            assert bool(sums.trained(spec.name)[place]) == bool(weights[place] > 0)
+    assert found[EXPERT.name].dtype == torch.float64, "a server step sees the change before it is rounded"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(CLIENTS)), st.integers(0, 1000))
+def test_the_order_of_changes_and_tallies_does_not_matter(order: list[int], seed: int) -> None:
+    bank, current = make_bank(CLIENTS, seed), make_bank(1, seed + 1)
+    one, other = (sums_of(SPECS, Weighing(changes=True, tallies=NAMES)) for _ in range(2))
+    fold_changes(one, bank, current, seed, list(range(CLIENTS)))
+    fold_changes(other, bank, current, seed, order)
+    assert every(torch.equal(ours[3], theirs[3]) for ours, theirs in zip(one.tensors(), other.tensors(), strict=True))
+
+
+def test_what_nobody_changed_keeps_its_bits() -> None:
+    """Whatever the factor: no change is added, and nothing is multiplied and divided on the way."""
+    current = make_bank(1, 1)
+    sums = sums_of(SPECS, Weighing(changes=True))
+    for spec in SPECS:
+        for client in range(CLIENTS):
+            sums.add(client, spec, torch.zeros_like(current.client(spec.name, 0)), numbers(3, spec)[client])
+    found = sums.average(current, lambda none: 1e6 / 3)
+    assert every(torch.equal(found[spec.name].float(), current.client(spec.name, 0)) for spec in SPECS)
+
+
+def test_a_factor_that_is_not_finite_is_refused_where_somebody_trained() -> None:
+    bank, current = make_bank(CLIENTS, 0), make_bank(1, 1)
+    sums = sums_of(SPECS, Weighing(changes=True, tallies=("share",)))
+    for client in range(CLIENTS):
+        for spec in SPECS:
+            change = bank.client(spec.name, client) - current.client(spec.name, 0)
+            sums.add(client, spec, change, numbers(7, spec)[client], {"share": numbers(7, spec)[client]})
+    # One over the share is infinite where nobody has weight, which is nobody's concern.
+    sums.average(current, lambda tallies: 1 / tallies["share"])
+    with pytest.raises(UserError, match="not finite"):
+        sums.average(current, lambda tallies: tallies["share"] * np.inf)
+
+
+def test_tallies_are_sums_beside_the_others_and_part_of_the_state() -> None:
+    bank, current = make_bank(CLIENTS, 0), make_bank(1, 1)
+    plain, full, copy = (sums_of(SPECS, Weighing(changes=True, tallies=names)) for names in ((), NAMES, NAMES))
+    fold_changes(full, bank, current, 7, list(range(CLIENTS)))
+    for (*_, ours), (*_, theirs) in zip(copy.tensors(), full.tensors(), strict=True):
+        ours.copy_(theirs)
+    assert every(torch.equal(full.average(current, ratio)[s.name], copy.average(current, ratio)[s.name]) for s in SPECS)
+    heads = 2 * EXPERTS + 2
+    assert full.statistics.flat.memory.numel() == plain.statistics.flat.memory.numel() + 2 * 2 * heads
+    assert full.statistics.windows.memory.numel() == plain.statistics.windows.memory.numel() + 2 * heads
+
+
+def test_tallies_belong_to_changes() -> None:
+    with pytest.raises(ValueError, match="changes"):
+        Weighing(tallies=("steps",))
+
+
+# Sums travel
+
+
+class Alone:
+    """A group of one rank."""
+
+    size = 1
+
+    def sum(self, tensor: Tensor) -> None: ...
+
+    def largest(self, tensor: Tensor) -> None: ...
+
+
+class Peer:
+    """The collectives of a group of two, seen from one of them."""
+
+    size = 2
+
+    def __init__(self, other: Statistics) -> None:
+        self.other = other
+
+    def largest(self, tensor: Tensor) -> None:
+        torch.maximum(tensor, self.other.windows.memory, out=tensor)
+        agreed = self.other._empty_windows()
+        agreed.memory.copy_(tensor)
+        for name, windows in agreed.parts.items():
+            for part, own in zip(self.other._sums(name), windows, strict=True):
+                part.raise_to(own[0])
+
+    def sum(self, tensor: Tensor) -> None:
+        tensor += self.other.flat.memory
+
+
+@pytest.mark.parametrize("large", [1.0, 2.0**60])
+def test_two_ranks_add_up_to_one(large: float) -> None:
+    """Also where the clients of one of them have numbers that need another window, in weights and in tallies."""
+    bank, current, weighing = make_bank(CLIENTS, 0), make_bank(1, 1), Weighing(changes=True, tallies=NAMES)
+    one, other, both = (sums_of(SPECS, weighing) for _ in range(3))
+    for client in range(CLIENTS):
+        for spec in SPECS:
+            change = bank.client(spec.name, client) - current.client(spec.name, 0)
+            times = large if client == 3 else 1.0
+            weights, steps, share = (times * numbers(7 + i, spec)[client] for i in range(3))
+            for sums in (both, other if client % 2 else one):
+                sums.add(client, spec, change, weights, {"steps": steps, "share": share})
+    one.statistics.reduce(Alone(), Peer(other.statistics))
+    for ours, theirs in zip(one.tensors(), both.tensors(), strict=True):
+        assert torch.equal(ours[3], theirs[3]), ours[1]
