@@ -57,7 +57,7 @@ def fold_changes(sums: RoundSums, bank: Bank, current: Bank, seed: int, order: l
         for spec in SPECS:
             tallies = {name: numbers(seed + 1 + i, spec)[client] for i, name in enumerate(sums.statistics.weighing.tallies)}
             change = bank.client(spec.name, client) - current.client(spec.name, 0)
-            sums.add(client, spec, change, numbers(seed, spec)[client], tallies)
+            sums.add(client, spec, change, [numbers(seed, spec)[client]], tallies)
 
 
 def ratio(tallies: dict[str, np.ndarray]) -> np.ndarray:
@@ -100,7 +100,7 @@ def test_what_nobody_changed_keeps_its_bits() -> None:
     sums = sums_of(SPECS, Weighing(changes=True))
     for spec in SPECS:
         for client in range(CLIENTS):
-            sums.add(client, spec, torch.zeros_like(current.client(spec.name, 0)), numbers(3, spec)[client])
+            sums.add(client, spec, torch.zeros_like(current.client(spec.name, 0)), [numbers(3, spec)[client]])
     found = sums.average(current, lambda none: 1e6 / 3)
     assert every(torch.equal(found[spec.name].float(), current.client(spec.name, 0)) for spec in SPECS)
 
@@ -111,7 +111,7 @@ def test_a_factor_that_is_not_finite_is_refused_where_somebody_trained() -> None
     for client in range(CLIENTS):
         for spec in SPECS:
             change = bank.client(spec.name, client) - current.client(spec.name, 0)
-            sums.add(client, spec, change, numbers(7, spec)[client], {"share": numbers(7, spec)[client]})
+            sums.add(client, spec, change, [numbers(7, spec)[client]], {"share": numbers(7, spec)[client]})
     # One over the share is infinite where nobody has weight, which is nobody's concern.
     sums.average(current, lambda tallies: 1 / tallies["share"])
     with pytest.raises(UserError, match="not finite"):
@@ -133,6 +133,80 @@ def test_tallies_are_sums_beside_the_others_and_part_of_the_state() -> None:
 def test_tallies_belong_to_changes() -> None:
     with pytest.raises(ValueError, match="changes"):
         Weighing(tallies=("steps",))
+
+
+# Several weightings
+
+
+def fold(sums: RoundSums, bank: Bank, order: list[int], seed: int = 7) -> None:
+    """Every weighting has weights of its own."""
+    for client in order:
+        for spec in SPECS:
+            weights = [numbers(seed + i, spec)[client] for i in range(len(sums.weightings))]
+            sums.add(client, spec, bank.client(spec.name, client), weights)
+
+
+def only(none: dict[str, np.ndarray]) -> float:
+    raise AssertionError("a mean asks for no factor")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("shares", [(1.0, 0.5), (0.2, 0.3, 0.5), (1.0, 0.0)])
+def test_means_are_normalised_one_by_one_and_mixed(exact: bool, shares: tuple[float, ...]) -> None:
+    bank, current = make_bank(CLIENTS, 0), make_bank(1, 1)
+    sums = sums_of(SPECS, Weighing(shares=shares), exact)
+    fold(sums, bank, list(range(CLIENTS)))
+    found = sums.average(current, only)
+    for spec in SPECS:
+        for place in places(spec):
+            mixed, whole = torch.zeros(spec.item, dtype=torch.float64), 0.0
+            for i, share in enumerate(shares):
+                weights = numbers(7 + i, spec)[(slice(None), *place)]
+                if share and weights.sum():
+                    values = [bank.client(spec.name, c)[place].double() for c in range(CLIENTS)]
+                    mixed += share * sum(w * v for w, v in zip(weights / weights.sum(), values, strict=True))
+                    whole += share
+            expected = mixed / whole if whole else current.client(spec.name, 0)[place].double()
+            assert torch.allclose(found[spec.name][place].double(), expected, atol=1e-6, rtol=0)
+            assert bool(sums.trained(spec.name)[place]) == (whole > 0)
+
+
+def test_a_share_of_zero_leaves_the_bits_of_the_other() -> None:
+    bank, current = make_bank(CLIENTS, 0), make_bank(1, 1)
+    both, alone = sums_of(SPECS, Weighing(shares=(0.7, 0.0))), sums_of(SPECS, Weighing())
+    for sums in (both, alone):
+        fold(sums, bank, list(range(CLIENTS)))
+    assert every(torch.equal(both.average(current, only)[s.name], alone.average(current, only)[s.name]) for s in SPECS)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_what_all_clients_agree_on_is_every_mean(seed: int, weight_seed: int) -> None:
+    one = make_bank(1, seed)
+    sums = sums_of(SPECS, Weighing(shares=(1.0, 0.3)))
+    for client in range(CLIENTS):
+        for spec in SPECS:
+            weights = [np.maximum(numbers(weight_seed + i, spec)[client], 1e-6) for i in range(2)]
+            sums.add(client, spec, one.client(spec.name, 0), weights)
+    assert every(torch.equal(sums.average(make_bank(1, seed + 1), only)[s.name], one.client(s.name, 0)) for s in SPECS)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(CLIENTS)))
+def test_the_order_of_clients_does_not_matter_to_several_weightings(order: list[int]) -> None:
+    bank = make_bank(CLIENTS, 0)
+    one, other = (sums_of(SPECS, Weighing(shares=(1.0, 0.5))) for _ in range(2))
+    fold(one, bank, list(range(CLIENTS)))
+    fold(other, bank, order)
+    ours, theirs = ({(spec.name, side): tensor for spec, side, _, tensor in sums.tensors()} for sums in (one, other))
+    assert len(ours) == len(SPECS) * 2 * 4, "every sum and window has a name of its own in a checkpoint"
+    assert every(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize("shares", [(), (0.0, 0.0), (1.0, -0.1), (1.0, float("nan"))])
+def test_shares_are_those_of_a_mixture(shares: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="shares"):
+        Weighing(shares=shares)
 
 
 # Sums travel
@@ -179,7 +253,7 @@ def test_two_ranks_add_up_to_one(large: float) -> None:
             times = large if client == 3 else 1.0
             weights, steps, share = (times * numbers(7 + i, spec)[client] for i in range(3))
             for sums in (both, other if client % 2 else one):
-                sums.add(client, spec, change, weights, {"steps": steps, "share": share})
+                sums.add(client, spec, change, [weights], {"steps": steps, "share": share})
     one.statistics.reduce(Alone(), Peer(other.statistics))
     for ours, theirs in zip(one.tensors(), both.tensors(), strict=True):
         assert torch.equal(ours[3], theirs[3]), ours[1]

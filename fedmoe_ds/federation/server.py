@@ -93,13 +93,13 @@ class Server:
         # Weights are per global expert; the sums of this rank are about its own experts.
         held = slice(self.first_expert, self.first_expert + self.experts)
         for spec in shared_blocks(view.blocks()):
-            weight = self.method.weights(spec, update, share)
-            part = weight[:, held] if spec.expert else weight
-            sums.add(place, spec, self._contribution(view, spec), part, self._tallies(spec, update, share))
+            weights = self.method.weightings(spec, update, share)
+            parts = [weight[:, held] if spec.expert else weight for weight in weights]
+            sums.add(place, spec, self._contribution(view, spec), parts, self._tallies(spec, update, share))
             if self.scaffold:
                 # The server's c moves by 1 / N of every change, N being all clients, drawn or not (SCAFFOLD, algorithm 1).
                 change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]
-                sums.add_control(spec, change, np.full(part.shape, 1.0 / len(self.clients)))
+                sums.add_control(spec, change, np.full(parts[0].shape, 1.0 / len(self.clients)))
 
     def _tallies(self, spec: BlockSpec, update: ClientUpdate, share: float) -> dict[str, np.ndarray]:
         if not self.method.weighing.tallies:

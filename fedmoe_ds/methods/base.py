@@ -7,6 +7,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
+    weightings(update)      its weights under several weightings (with `weighing.shares`)
     tally(update)           further numbers of it that are summed (with `weighing.tallies`)
     factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
@@ -199,6 +200,10 @@ class Method:
         # The same for all experts, used or not: FedAvg. The mean divides by the sum of weights, so a share need not sum to one.
         shape = update.counts_LE.shape if spec.expert else (len(spec.layers),)
         return np.full(shape, data_share)
+
+    def weightings(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> list[np.ndarray]:
+        """The client's weight under each of several weightings, one per `weighing.shares`; by default `weights` alone."""
+        return [self.weights(spec, update, data_share)]
 
     def tally(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> dict[str, np.ndarray]:
         """The numbers that `weighing.tallies` names: float64 [L, E] or [L] each, not negative."""

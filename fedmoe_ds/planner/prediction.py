@@ -172,11 +172,11 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     # Two int64 digits of a number, or one float32.
     each = 16 if job.bitwise else 4
     # SCAFFOLD sums the changes of control variates beside the adapters, with weights of its own.
-    weighings = [job.method.weighing, *[MEAN] * (job.config.local.drift == "scaffold")]
+    statistics = [*[job.method.weighing] * len(job.method.weighing.shares), *[MEAN] * (job.config.local.drift == "scaffold")]
     seconds = 0.0
     for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
         # Without dense blocks (no adapters on attention, say) the ranks of a cluster have nothing to sum.
-        for weighing in weighings if heads else []:
+        for weighing in statistics if heads else []:
             seconds += network.all_reduce(group, 1, WINDOW_BYTES * (weighing.full + weighing.heads) * heads)
             seconds += network.all_reduce(group, 1, (weighing.full * numbers + weighing.heads * heads) * each)
     if job.method.collects:
