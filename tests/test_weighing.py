@@ -257,3 +257,97 @@ def test_two_ranks_add_up_to_one(large: float) -> None:
     one.statistics.reduce(Alone(), Peer(other.statistics))
     for ours, theirs in zip(one.tensors(), both.tensors(), strict=True):
         assert torch.equal(ours[3], theirs[3]), ours[1]
+
+
+# Elements
+
+
+def elements(seed: int, spec: BlockSpec, client: int) -> Tensor:
+    """Weights of a block's elements, over three orders of magnitude: terms of the usual sizes (`exact_sum.py`)."""
+    draw = torch.Generator().manual_seed(100 * seed + client)
+    shape = (2, *((EXPERTS,) if spec.expert else ()), *spec.item)
+    return torch.exp(3.5 * (2 * torch.rand(shape, generator=draw) - 1))
+
+
+def fold_elements(sums: RoundSums, bank: Bank, order: list[int], seed: int = 7) -> None:
+    for client in order:
+        for spec in SPECS:
+            weight, own = numbers(seed, spec)[client], elements(seed, spec, client)
+            sums.add(client, spec, bank.client(spec.name, client), [weight], elements=own)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_every_element_has_a_mean_of_its_own(exact: bool) -> None:
+    bank, current = make_bank(CLIENTS, 0), make_bank(1, 1)
+    sums = sums_of(SPECS, Weighing(elements=True), exact)
+    fold_elements(sums, bank, list(range(CLIENTS)))
+    found = sums.average(current, only)
+    for spec in SPECS:
+        for place in places(spec):
+            weights = [numbers(7, spec)[(c, *place)] * elements(7, spec, c)[place].double() for c in range(CLIENTS)]
+            whole = sum(weights, torch.zeros(spec.item, dtype=torch.float64))
+            mean = sum(w * bank.client(spec.name, c)[place].double() for c, w in enumerate(weights)) / whole
+            some = bool(numbers(7, spec)[(slice(None), *place)].any())
+            expected = mean if some else current.client(spec.name, 0)[place].double()
+            assert torch.allclose(found[spec.name][place].double(), expected, atol=1e-6 if exact else 1e-4, rtol=0)
+            assert bool(sums.trained(spec.name)[place]) == some
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(CLIENTS)), st.integers(0, 1000))
+def test_the_order_of_clients_does_not_matter_to_elements(order: list[int], seed: int) -> None:
+    bank = make_bank(CLIENTS, seed)
+    one, other = (sums_of(SPECS, Weighing(elements=True)) for _ in range(2))
+    fold_elements(one, bank, list(range(CLIENTS)), seed)
+    fold_elements(other, bank, order, seed)
+    assert every(torch.equal(ours[3], theirs[3]) for ours, theirs in zip(one.tensors(), other.tensors(), strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000))
+def test_one_client_is_its_own_mean_whatever_its_elements_weigh(seed: int) -> None:
+    """A product of two float32 is exact in float64, so dividing by the weight gives the value back."""
+    bank = make_bank(CLIENTS, seed)
+    sums = sums_of(SPECS, Weighing(elements=True))
+    for spec in SPECS:
+        whole = np.full((2, EXPERTS) if spec.expert else (2,), 1.0)
+        sums.add(0, spec, bank.client(spec.name, 2), [whole], elements=elements(seed, spec, 0))
+    found = sums.average(make_bank(1, seed + 1), only)
+    assert every(torch.equal(found[spec.name], bank.client(spec.name, 2)) for spec in SPECS)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000))
+def test_a_mean_of_elements_lies_between_the_clients(seed: int) -> None:
+    bank = make_bank(CLIENTS, seed)
+    sums = sums_of(SPECS, Weighing(elements=True))
+    fold_elements(sums, bank, list(range(CLIENTS)), seed)
+    found = sums.average(make_bank(1, seed + 1), only)
+    for spec in SPECS:
+        for place in places(spec):
+            taking = [c for c in range(CLIENTS) if numbers(seed, spec)[(c, *place)]]
+            if taking:
+                values = torch.stack([bank.client(spec.name, c)[place] for c in taking])
+                assert bool(
+                    (found[spec.name][place] >= values.amin(0)).all() & (found[spec.name][place] <= values.amax(0)).all()
+                )
+
+
+def test_elements_that_weigh_the_same_leave_the_bits_of_the_mean() -> None:
+    bank, current = make_bank(CLIENTS, 0), make_bank(1, 1)
+    own, plain = sums_of(SPECS, Weighing(elements=True)), sums_of(SPECS, Weighing())
+    for client in range(CLIENTS):
+        for spec in SPECS:
+            value, weight = bank.client(spec.name, client), [numbers(7, spec)[client]]
+            own.add(client, spec, value, weight, elements=torch.ones_like(value))
+            plain.add(client, spec, value, weight)
+    ours, theirs = own.average(current, only), plain.average(current, only)
+    assert every(torch.equal(ours[spec.name], theirs[spec.name]) for spec in SPECS)
+    numbers_of_a_client = sum(bank.client(spec.name, 0).numel() for spec in SPECS)
+    assert own.statistics.flat.memory.numel() == 2 * 2 * numbers_of_a_client, "two sums, as large as the blocks"
+
+
+def test_kinds_of_weights_are_not_mixed() -> None:
+    for kinds in ({"changes": True, "shares": (1.0, 1.0)}, {"changes": True, "elements": True}):
+        with pytest.raises(ValueError, match="one of them"):
+            Weighing(**kinds)  # type: ignore[arg-type]

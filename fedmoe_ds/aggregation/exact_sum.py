@@ -69,7 +69,7 @@ class Sum(ABC):
         """Raise the windows of `rows` (bool [*head]) by so many (int64 [*head], positive there)."""
 
     def add_product(self, value: Tensor, factor: Tensor) -> None:
-        """Add value [*head, *item] times factor, float64 [*head]; what has a factor of zero adds zero, whatever it is.
+        """Add value [*head, *item], float32 or float64, times factor, float64 [*head]; a factor of zero adds zero to all.
 
         Raises:
             ArithmeticError: a value that is not finite has a factor that is not zero. The sum is of no use then.
@@ -103,10 +103,11 @@ class Sum(ABC):
         return scaled * spread(power_of_two(_unit(self.windows)), scaled)
 
     def mean(self, weight: Sum, old: Tensor) -> Tensor:
-        """float32 [*head, *item]: this sum over `weight`, a sum of [*head]; `old` where that is zero."""
+        """float32 [*head, *item]: this sum over `weight`, a sum of [*head] or [*head, *item]; `old` where that is zero."""
         # Values and weights have windows of their own; their ratio needs the distance of the two alone.
         apart = torch.where(self.windows > EMPTY, weight.windows - self.windows, 0)
-        divisor = weight.scaled() * power_of_two(DIGIT_BITS * apart)
+        scaled = weight.scaled()
+        divisor = scaled * spread(power_of_two(DIGIT_BITS * apart), scaled)
         loops = loops_for(old)
         if loops is not None:
             return loops.mean(self.limbs, divisor, old)

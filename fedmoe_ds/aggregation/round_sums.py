@@ -55,13 +55,14 @@ class RoundSums:
         value: Tensor,
         weights: Sequence[np.ndarray],
         tallies: Mapping[str, np.ndarray] | None = None,
+        elements: Tensor | None = None,
     ) -> None:
         """One client's block and its weight under every weighting; `place` is its place among the round's participants."""
         if self.collection is not None and spec.pair is not None:
             self.collection.add(place, spec.name, value, weights[0])
             return
         for sums, weight in zip(self.weightings, weights, strict=True):
-            sums.add(spec.name, value, weight, tallies)
+            sums.add(spec.name, value, weight, tallies, elements)
 
     def add_control(self, spec: BlockSpec, change: Tensor, weight: np.ndarray) -> None:
         """The change of one client's control variate."""

@@ -10,6 +10,7 @@ data alone, experts that it never used count as it holds them (weight decay has 
 
 A method may have other weights than those of a mean (`weighing.py`). Weighted changes are not divided: what they are added to
 is the current value, and beside them tallies are summed, one number per client and (layer, expert), for the factor of the sum.
+Weights of single elements make two sums that are as large as a block: of weight x value, and of the weights.
 """
 
 from __future__ import annotations
@@ -57,9 +58,7 @@ class Statistics:
             spec.name: (len(spec.layers), experts) if spec.expert else (len(spec.layers),) for spec in self.specs
         }
         heads = self.heads
-        shapes = [
-            (spec, ((*heads[spec.name], *spec.item), *[heads[spec.name]] * (1 + len(weighing.tallies)))) for spec in self.specs
-        ]
+        shapes = [(spec, _shapes(heads[spec.name], spec.item, weighing)) for spec in self.specs]
         self.flat = Flat.zeros([(spec, tuple((kind.COUNT, *s) for s in each)) for spec, each in shapes], kind.DTYPE, device)
         self.windows = self._empty_windows()
         self.values: dict[str, Sum] = {}
@@ -72,24 +71,37 @@ class Statistics:
             self.tallies[spec.name] = dict(zip(weighing.tallies, tallies, strict=True))
 
     @torch.no_grad()
-    def add(self, name: str, value: Tensor, weight: np.ndarray, tallies: Mapping[str, np.ndarray] | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        value: Tensor,
+        weight: np.ndarray,
+        tallies: Mapping[str, np.ndarray] | None = None,
+        elements: Tensor | None = None,
+    ) -> None:
         """Add one client's block.
 
         Args:
             value: [L, E, *item] or [L, *item], this rank's part; the change of it where changes are weighed.
             weight: float64 [L, E] or [L], the client's weight.
             tallies: of the same shape, by name.
+            elements: float32, shaped like the value: its elements' weights, a factor on `weight`.
         Raises:
             UserError: a weight or a weighted value that no sum can hold.
         """
         factor = _factor(name, weight, value.device)
+        ones = torch.ones_like(factor, dtype=torch.float32)
+        assert (elements is not None) == self.weighing.elements
+        if elements is not None:
+            assert elements.dtype == torch.float32 and not bool((elements < 0).any()), "weights are not negative"
+            # A product of two float32 is exact in float64: a client that is alone gets its own value back.
+            value = value.double() * elements.double()
         try:
             self.values[name].add_product(value, factor)
+            # The weights go through the same kind of sum: numerator and denominator are then both free of order.
+            self.weights[name].add_product(ones if elements is None else elements, factor)
         except ArithmeticError as error:
             raise UserError(f"aggregation: {name}: {error}; lower local.lr") from None
-        # The weights go through the same kind of sum: numerator and denominator are then both free of order.
-        ones = torch.ones_like(factor, dtype=torch.float32)
-        self.weights[name].add_product(ones, factor)
         for tally, total in self.tallies[name].items():
             assert tallies is not None
             total.add_product(ones, _factor(name, tallies[tally], value.device))
@@ -144,8 +156,9 @@ class Statistics:
         return self.values[name].value()
 
     def weight(self, name: str) -> Tensor:
-        """The sum of its weights, float64 [L, E] or [L]."""
-        return self.weights[name].value()
+        """The sum of its weights, float64 [L, E] or [L]; of elements with weights of their own, the largest."""
+        total = self.weights[name].value()
+        return total.flatten(len(self.heads[name])).amax(-1) if self.weighing.elements else total
 
     def tensors(self) -> Iterator[tuple[BlockSpec, str, int, Tensor]]:
         """(block, side, axes before the layer axis, tensor) of every sum, for a checkpoint in the middle of a round."""
@@ -168,6 +181,11 @@ class Statistics:
         windows = Flat.zeros(shapes, torch.int64, self.flat.memory.device)
         windows.memory.fill_(EMPTY)
         return windows
+
+
+def _shapes(head: tuple[int, ...], item: tuple[int, ...], weighing: Weighing) -> tuple[tuple[int, ...], ...]:
+    """Those of a block's sums: of its values, of its weights, and of its tallies."""
+    return (*head, *item), ((*head, *item) if weighing.elements else head), *[head] * len(weighing.tallies)
 
 
 def _factor(name: str, weight: np.ndarray, device: torch.device) -> Tensor:

@@ -95,7 +95,9 @@ class Server:
         for spec in shared_blocks(view.blocks()):
             weights = self.method.weightings(spec, update, share)
             parts = [weight[:, held] if spec.expert else weight for weight in weights]
-            sums.add(place, spec, self._contribution(view, spec), parts, self._tallies(spec, update, share))
+            tallies = self._tallies(spec, update, share)
+            elements = self.method.element_weights(spec, view, update) if self.method.weighing.elements else None
+            sums.add(place, spec, self._contribution(view, spec), parts, tallies, elements)
             if self.scaffold:
                 # The server's c moves by 1 / N of every change, N being all clients, drawn or not (SCAFFOLD, algorithm 1).
                 change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]

@@ -23,7 +23,7 @@ from fedmoe_ds.methods.base import (
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
@@ -58,6 +58,8 @@ __all__ = [
     "method_names",
     "present",
     "product_norms",
+    "remembered_block",
+    "shared_blocks",
     "upload",
     "with_defaults",
 ]

@@ -9,6 +9,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
     weightings(update)      its weights under several weightings (with `weighing.shares`)
     tally(update)           further numbers of it that are summed (with `weighing.tallies`)
+    element_weights(view)   weights of single elements (with `weighing.elements`)
     factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
@@ -18,7 +19,7 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
-from fedmoe_ds.config import Config, ServerConfig
+from fedmoe_ds.config import Config, LocalConfig, ServerConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
@@ -73,6 +74,7 @@ class ModelFacts:
     seed: int
     renormalised: bool = False
     layers: tuple[int, ...] = ()
+    local: LocalConfig = field(default_factory=LocalConfig)
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Method:
         averages: whether anything is averaged at all.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
+        weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
@@ -134,6 +137,7 @@ class Method:
     selective: bool = False
     whole_steps: bool = False
     weighing: Weighing = MEAN
+    weighs_losses: ClassVar[bool] = False
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
@@ -193,6 +197,10 @@ class Method:
         """New values of dense memory blocks, from the client's update."""
         return {}
 
+    def remember_blocks(self, view: ClientView) -> dict[str, Tensor]:
+        """New values of `client_state` blocks that are shaped like trained ones, where the tensors are (this rank's part)."""
+        return {}
+
     # Aggregation
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
@@ -207,6 +215,10 @@ class Method:
 
     def tally(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> dict[str, np.ndarray]:
         """The numbers that `weighing.tallies` names: float64 [L, E] or [L] each, not negative."""
+        raise NotImplementedError
+
+    def element_weights(self, spec: BlockSpec, view: ClientView, update: ClientUpdate) -> Tensor:
+        """Weights of a block's elements, float32, not negative, where the tensors are (this rank's part of the block)."""
         raise NotImplementedError
 
     def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:
