@@ -30,7 +30,7 @@ from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.foundation.storage_type import of_type, resolved
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
-from fedmoe_ds.methods.base import check_needs
+from fedmoe_ds.methods.requirements import check_needs
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, empty_layout, hosted_layout
 from fedmoe_ds.model.install import adapter_blocks
@@ -196,15 +196,8 @@ def check_model(config: Config, model: Outline, device: str) -> None:
 
 def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:
     """What methods may ask about the model."""
-    return ModelFacts(
-        expert_layout.top_k,
-        expert_layout.num_experts,
-        config.adapters.rank,
-        config.seed,
-        expert_layout.renormalised,
-        tuple(expert_layout.layers),
-        config.local,
-    )
+    return ModelFacts(expert_layout.top_k, expert_layout.num_experts, config.adapters.rank, config.seed,
+                      expert_layout.renormalised, tuple(expert_layout.layers), config.local)  # fmt: skip
 
 
 def check_plan(config: Config, bitwise: bool) -> None:
