@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
@@ -18,7 +19,7 @@ from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
-    method, local, seed = spec.method, spec.config.local, spec.config.seed
+    method, local, seed, past = spec.method, spec.config.local, spec.config.seed, PastAdapters(spec.most_delay)
 
     def context(client: Client, round_index: int) -> RoundContext:
         return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)
@@ -43,4 +44,5 @@ def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> Lo
         remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
         selective=method.selective,
         batches=pooled if method.pooled else None,
+        past=lambda delay, round_index: past.of(delay, round_index, state.server),
     )

@@ -93,8 +93,8 @@ def outlasting(
     """
     config, method, blocks = spec.config, spec.method, spec.blocks
     held = spec.expert_layout.num_experts // config.topology.ep_size
-    # The server's own control variate besides its moments.
-    server = len(server_moments(config.server)) + (config.local.drift == "scaffold")
+    # The server's own control variate besides its moments, and the adapters of past rounds.
+    server = len(server_moments(config.server)) + (config.local.drift == "scaffold") + spec.most_delay
     halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
     merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
     shared = sum(parameters_per_client(shared_blocks(blocks), held))
