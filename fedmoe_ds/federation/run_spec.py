@@ -83,11 +83,6 @@ class RunSpec:
         apart = is_batch_invariant(self.model_type, self.config.foundation.dtype, self.device)
         return 4 if apart else self.size.bytes_per_parameter
 
-    @property
-    def most_delay(self) -> int:
-        """By how many rounds a client may be late: of so many past rounds the server keeps the global adapters."""
-        return self.method.most_delay
-
     def drawn_among(self, clients: Sequence[Client], round_index: int) -> list[Client]:
         """The clients that are drawn for a round, in canonical order."""
         federation = self.config.federation

@@ -21,6 +21,7 @@ from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import participant_count
 from fedmoe_ds.foundation import Foundation
@@ -60,7 +61,7 @@ class Server:
         check_terms(spec, len(clients))
         # Over all clients, not those of a round: fixed weights, of which only the ratio counts in a mean.
         self.total_samples = int(counts_of(clients, "samples").sum())
-        self.optimizer, self.past = ServerOptimizer(self.config.server), PastAdapters(spec.most_delay)
+        self.optimizer, self.past = ServerOptimizer(self.config.server), PastAdapters(most_delay(spec))
         self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
 
     @property

@@ -11,6 +11,7 @@ from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.server import CONTROL
 from fedmoe_ds.methods import Method, RoundContext
@@ -19,7 +20,7 @@ from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
-    method, local, seed, past = spec.method, spec.config.local, spec.config.seed, PastAdapters(spec.most_delay)
+    method, local, seed, past = spec.method, spec.config.local, spec.config.seed, PastAdapters(most_delay(spec))
 
     def context(client: Client, round_index: int) -> RoundContext:
         return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)

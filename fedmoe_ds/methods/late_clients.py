@@ -6,18 +6,18 @@ asks for a mean whose coordinates mean the same in all of these rounds.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 
-if TYPE_CHECKING:
-    from fedmoe_ds.methods.base import Method
 
+def refuse_delays(place: str, config: Config, has_mean: bool) -> None:
+    """Raise UserError where clients cannot start from the adapters of past rounds.
 
-def refuse_delays(method: Method, place: str, config: Config) -> None:
-    """Raise UserError where clients cannot start from the adapters of past rounds; `place` is the key and value that asks."""
-    if method.collects or method.pooled or not method.averages:
+    Args:
+        place: the key and the value that ask for it, as an error begins.
+        has_mean: whether the method averages adapters.
+    """
+    if not has_mean:
         raise UserError(
             f"{place}: clients start from adapters of past rounds, and method {config.method.name} has no mean that their "
             "change could go into; use a method that averages adapters"
