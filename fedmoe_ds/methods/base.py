@@ -7,6 +7,10 @@ Legend: L layers, E experts of the model, R adapter rank.
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
+    weightings(update)      its weights under several weightings (with `weighing.shares`)
+    tally(update)           further numbers of it that are summed (with `weighing.tallies`)
+    element_weights(view)   weights of single elements (with `weighing.elements`)
+    factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -15,7 +19,7 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,12 +28,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighing import MEAN, Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
-from fedmoe_ds.config import Config, ServerConfig
+from fedmoe_ds.config import Config, LocalConfig, ServerConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.late_clients import refuse_delays
 from fedmoe_ds.model.adapter_bank import BlockSpec
@@ -70,6 +75,7 @@ class ModelFacts:
     seed: int
     renormalised: bool = False
     layers: tuple[int, ...] = ()
+    local: LocalConfig = field(default_factory=LocalConfig)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,8 @@ class Method:
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
         most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
+        weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
+        weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
@@ -125,11 +133,13 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the three below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the four below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     selective: bool = False
     whole_steps: bool = False
+    weighing: Weighing = MEAN
+    weighs_losses: ClassVar[bool] = False
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
@@ -190,6 +200,10 @@ class Method:
         """New values of dense memory blocks, from the client's update."""
         return {}
 
+    def remember_blocks(self, view: ClientView) -> dict[str, Tensor]:
+        """New values of `client_state` blocks that are shaped like trained ones, where the tensors are (this rank's part)."""
+        return {}
+
     # Aggregation
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
@@ -197,6 +211,22 @@ class Method:
         # The same for all experts, used or not: FedAvg. The mean divides by the sum of weights, so a share need not sum to one.
         shape = update.counts_LE.shape if spec.expert else (len(spec.layers),)
         return np.full(shape, data_share)
+
+    def weightings(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> list[np.ndarray]:
+        """The client's weight under each of several weightings, one per `weighing.shares`; by default `weights` alone."""
+        return [self.weights(spec, update, data_share)]
+
+    def tally(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> dict[str, np.ndarray]:
+        """The numbers that `weighing.tallies` names: float64 [L, E] or [L] each, not negative."""
+        raise NotImplementedError
+
+    def element_weights(self, spec: BlockSpec, view: ClientView, update: ClientUpdate) -> Tensor:
+        """Weights of a block's elements, float32, not negative, where the tensors are (this rank's part of the block)."""
+        raise NotImplementedError
+
+    def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:
+        """What the sum of a block's weighted changes is multiplied by, from the sums of its tallies, [L, E] or [L] each."""
+        return 1.0
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
