@@ -7,8 +7,9 @@ cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class ClientUpdate:
         targets: predictions that its loss was taken over, of next tokens or of classes: at most one per token row.
         rates: learning rates of its steps.
         shared_losses: mean loss of its first step, and of all its steps, on every rank; None unless the method asks for them.
+        plan, memory: its part of the round's plan, and what the server knew of it when the round began.
     """
 
     client: Client
@@ -61,6 +63,8 @@ class ClientUpdate:
     targets: int = 0
     rates: tuple[float, ...] = ()
     shared_losses: tuple[float, float] | None = None
+    plan: Any = None
+    memory: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Counts:
