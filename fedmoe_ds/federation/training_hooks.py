@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.server import CONTROL
@@ -21,7 +23,7 @@ from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client], planning: RoundPlanning) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
-    method, local, seed = spec.method, spec.config.local, spec.config.seed
+    method, local, seed, past = spec.method, spec.config.local, spec.config.seed, PastAdapters(most_delay(spec))
 
     def context(client: Client, round_index: int) -> RoundContext:
         own, told = state.personal.dense(client.index), planning.part(client.index, round_index)
@@ -51,4 +53,5 @@ def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client], plann
         losses=method.weighs_losses,
         selective=method.selective,
         batches=pooled if method.pooled else None,
+        past=lambda delay, round_index: past.of(delay, round_index, state.server),
     )

@@ -107,6 +107,7 @@ class Method:
         averages: whether anything is averaged at all.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
+        most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
         weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
@@ -131,6 +132,7 @@ class Method:
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
+    most_delay: int = 0  # may be set from the parameters, too
 
     def __init__(self, params: Any) -> None:
         self.params = params
