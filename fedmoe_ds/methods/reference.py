@@ -119,12 +119,13 @@ def _table(found: dict[str, type[Method]]) -> str:
     lines = ["| `method.name` | adapts to the budget | trains | sends | weighs | paper | our completion |", "|---" * 7 + "|"]
     for name, method in sorted(found.items()):
         info = method.info
-        cells = (f"`{name}`", info.adapts, info.trains, info.sends, info.weighs, _paper(info.paper), info.completion)
+        cells = (f"`{name}`", info.adapts, info.trains, info.sends, info.weighs, paper_link(info.paper), info.completion)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _paper(paper: str) -> str:
+def paper_link(paper: str) -> str:
+    """The paper, and a link to it where it has a number."""
     number = paper.removeprefix("arXiv ")
     return f"[{paper}](https://arxiv.org/abs/{number})" if number != paper else paper
 
