@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_methods_resume import StopsAfter, start
 
 from fedmoe_ds.clients.client import richest
-from fedmoe_ds.clients.tiers import tier_labels, tier_order, tier_top_k
+from fedmoe_ds.clients.tiers import Budget, tier_labels, tier_order, tier_top_k
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.evaluation_passes import passes
 from fedmoe_ds.federation.rounds import Federation
@@ -55,11 +55,11 @@ EXPERTS: dict[str, Any] = {
     "execution": {"micro_batch_size": None},
 }
 
-budgets = st.tuples(*[st.integers(1, 4)] * 3)
+budgets = st.tuples(*[st.integers(1, 4)] * 4)
 
 
 @given(st.lists(budgets, min_size=1, max_size=8))
-def test_labels_name_every_budget_once_and_say_no_more_than_they_must(listed: list[tuple[int, int, int]]) -> None:
+def test_labels_name_every_budget_once_and_say_no_more_than_they_must(listed: list[Budget]) -> None:
     labels = tier_labels(listed)
     assert set(labels) == set(listed) and len(set(labels.values())) == len(labels)
     assert sorted(labels.values(), key=tier_order) == list(labels.values()), "the largest budget first"

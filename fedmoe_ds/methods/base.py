@@ -61,7 +61,7 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model and the run."""
+    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all."""
 
     top_k: int
     num_experts: int
@@ -69,6 +69,7 @@ class ModelFacts:
     seed: int
     renormalised: bool = False
     layers: tuple[int, ...] = ()
+    depth: int = 1
 
 
 @dataclass(frozen=True)
