@@ -216,6 +216,21 @@ class HetLoRA(FedIT):
         return float((one.trained.adapters[f"{stem}B"] @ one.trained.adapters[f"{stem}A"]).norm())
 
 
+class EmbracingFL(FedIT):
+    """A client trains its last layers, and counts in their means alone."""
+
+    def first(self, task: Task) -> int:
+        assert task.layers is not None
+        return self.reference.layers - task.layers
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        before = tuple(key for key in received if int(key.split(".")[1]) < self.first(task))
+        return self.reference.train(task, received, self.rescalers[task.index], before, extra=self.extra(task, received))
+
+    def weight(self, key: str, one: Returned) -> float:
+        return super().weight(key, one) if int(key.split(".")[1]) >= self.first(one.task) else 0.0
+
+
 class FSLoRA(FedIT):
     """Random rows with the scale R / r; the plain mean of changes."""
 
