@@ -11,8 +11,8 @@ import pytest
 from every import every
 from federations import Result, alone, build, finish, make_config, own_tensors, run_alone, write_inputs
 
+from fedmoe_ds.clients import local_training
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.methods import method_for
@@ -116,7 +116,7 @@ def test_the_prefix_runs_without_a_backward_pass(root: Path, mixed: Result, monk
     monkeypatch.setattr(ClientView, "clear_untrained", look)
     run_alone(make_config(root, "looked-at", SMALL, EMBRACING, tiers(2)))
     assert every(seen[0]) and not all(seen[1]) and not all(seen[2])
-    monkeypatch.setattr(WaveTrainer, "_first_trained", lambda trainer, works: 0)
+    monkeypatch.setattr(local_training, "first_trained", lambda works, bank: 0)
     seen.clear()
     whole = run_alone(make_config(root, "whole", SMALL, *MIXED, {"execution": {"clients_in_flight": 1}}))
     assert not all(seen[0]), "this run has computed them"

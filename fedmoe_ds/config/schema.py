@@ -141,9 +141,7 @@ class TierConfig(Section):
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
     experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
-    layers: int | None = Field(
-        None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K of the model's N"
-    )
+    layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
 
 
 class FederationConfig(Section):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.clients.batches import batch_size, step_count
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.foundation.size import ModelSize
 from fedmoe_ds.model.adapter_bank import BlockSpec
@@ -91,6 +92,14 @@ class CostModel:
         dense = tokens * (self.dense + back + share * self.dense_weights + (1 + 2 * share) * rank * self.dense_row)
         lora = rank * self.expert_row
         return dense + forward * (self.expert + lora) + backward * (self.expert + self.expert_weights + 2 * lora)
+
+    def counted(self, update: ClientUpdate, rank: int, layers: Sequence[int]) -> float:
+        """FLOPs of a client's training, counted after it; `rank` is that of the adapters, `layers` are those with experts."""
+        first = update.assignment.first_trained
+        # Rows of the layers before it were routed, and no gradient of theirs is needed: a device would not compute it.
+        trained_LE = update.trained_LE[[layer >= first for layer in layers]]
+        routed, trained = int(update.counts_LE.sum()), int(trained_LE.sum())
+        return self.spent(update.tokens, routed, trained, update.assignment.rank(rank), self.depth - first)
 
     def client(self, client: Client, local: LocalConfig) -> float:
         """Predicted FLOPs of one client in one round, all of its routed rows trained."""
