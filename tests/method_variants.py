@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fedsa-lora": {"method": {"name": "fedsa-lora"}, "evaluation": EACH_CLIENT},
     "local-only": {"method": {"name": "local-only"}, "evaluation": EACH_CLIENT},
     "centralised": {"method": {"name": "centralised"}},
+    # With decay: layers that a client does not train keep what they received all the same.
+    "embracing-fl": {"method": {"name": "embracing-fl"}, "local": {"weight_decay": 0.5}},
     "moments": {
         "method": {"name": "fedit"},
         "adapters": {"dropout": 0.1},
@@ -74,6 +76,10 @@ PLAIN: dict[str, dict[str, Any]] = {
     "plain-fedit": {"method": {"name": "fedit"}, "federation": {"tiers": None}},
     "plain-hetlora": {"method": {"name": "hetlora"}, "federation": RANKS},
     "plain-flora": {"method": {"name": "flora"}, "federation": RANKS},
+    "plain-embracing-fl": {
+        "method": {"name": "embracing-fl"},
+        "federation": {"tiers": [{"layers": layers, "share": 1.0} for layers in (2, 1)]},
+    },
     "plain-scaffold": {
         "method": {"name": "fslora"},
         "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05},

@@ -45,7 +45,7 @@ class Settings:
 class Task:
     """One client's work in one round: its cap, size, and for every step the (tokens, targets) of each sequence.
 
-    Further budgets: `rank` LoRA rows, or those in `sketch`, and `experts` per layer that a batch may train.
+    Further budgets: `rank` LoRA rows, or those in `sketch`, `experts` per layer that a batch may train, and `layers`.
     """
 
     index: int
@@ -55,6 +55,7 @@ class Task:
     rank: int | None = None
     sketch: list[int] | None = None
     experts: int | None = None
+    layers: int | None = None
 
 
 Extra = Callable[[Adapters], Tensor]

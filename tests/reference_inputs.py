@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
-    """Every participant's batches, in client order; `buys` is what a tier's budget buys: top_k, rank, both, experts."""
+    """Every participant's batches, in client order; `buys` is what a tier's budget buys: top_k, rank, both, experts, layers."""
     config = parts.config
     most = parts.spec.expert_layout.top_k
     found = []
@@ -37,6 +37,7 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
                 rank=rank if buys in ("rank", "both") else None,
                 sketch=sketch(parts, client.index, round_index, rank) if config.method.name == "fslora" else None,
                 experts=parts.spec.expert_layout.num_experts * client.top_k // most if buys == "experts" else None,
+                layers=max(1, parts.spec.size.depth * client.top_k // most) if buys == "layers" else None,
             )
         )
     return found

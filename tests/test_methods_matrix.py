@@ -19,7 +19,7 @@ from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
-from reference_methods import FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
+from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
@@ -74,6 +74,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "fslora": ({}, Told(FSLoRA, {}, "rank")),
     "lora-fair": ({"server_steps": 5}, Told(LoRAFair, {"regularisation": 0.01, "steps": 5, "lr": 0.05})),
     "ffa-lora": ({}, Told(FFALoRA, {})),
+    "embracing-fl": ({}, Told(EmbracingFL, {}, "layers")),
     "fedsa-lora": ({}, Told(FedSALoRA, {})),
     "local-only": ({}, Told(LocalOnly, {})),
     "centralised": ({}, Told(FedIT, {})),

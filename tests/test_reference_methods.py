@@ -16,6 +16,7 @@ from federations import alone, build, finish, make_config, write_inputs
 from reference import Adapters, Reference, Settings
 from reference_inputs import TOLERANCE, check_equal, client_rank, fresh, initial, tasks
 from reference_methods import (
+    EmbracingFL,
     FedIT,
     FedProx,
     FedSALoRA,
@@ -126,6 +127,12 @@ CASES = {
         LoRAFair, {**method("lora-fair", server_steps=20)}, {}, {"regularisation": 0.01, "steps": 20, "lr": 0.05}
     ),
     "ffa-lora": Case(FFALoRA, method("ffa-lora")),
+    "embracing-fl": Case(
+        EmbracingFL,
+        {**method("embracing-fl"), "local": {"weight_decay": 0.5}, "adapters": ROUTER},
+        {"weight_decay": 0.5},
+        buys="layers",
+    ),
     "fedsa-lora": Case(FedSALoRA, {**method("fedsa-lora"), "federation": {"participation": 0.75}, "adapters": ROUTER}),
     "local-only": Case(LocalOnly, {**method("local-only"), "federation": {"participation": 0.75}}),
     "centralised": Case(

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds, pass_sizes
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.client_work import ClientWork, read_losses
+from fedmoe_ds.clients.client_work import ClientWork, first_trained, read_losses
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
@@ -198,7 +198,7 @@ class WaveTrainer:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
         works = [work for work in everyone if work.data is not None]
         try:
-            self._run(works, step, micro, slot, counts)
+            self._run(works, step, micro, slot, counts, first_trained(everyone, self.bank))
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -207,12 +207,12 @@ class WaveTrainer:
         self.execution.current = None
         raise shortage(everyone, step, micro)
 
-    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts, first_layer: int) -> None:
         rows = [self._rows(work, step, micro) for work in works]
         batch = self.model.batch(rows)
         whole = [self._step_sums(work, step) for work in works]
         # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
-        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works))
+        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), first_layer)
         loss = found.sum
         for work, part, own, (targets, tokens) in zip(works, rows, segment_sums(found.nll_N, batch), whole, strict=True):
             # Read at the end of the wave: every number that is read here makes the processor wait for the device.

@@ -242,9 +242,7 @@ class Federation:
             tier = partial.activation.setdefault(update.client.tier, np.zeros_like(update.counts_LE))
             tier += update.counts_LE
         if at_home:
-            rank = update.assignment.rank(parts.config.adapters.rank)
-            routed, trained = int(update.counts_LE.sum()), int(update.trained_LE.sum())
-            spent = parts.spec.cost.spent(update.tokens, routed, trained, rank)
+            spent = parts.spec.cost.counted(update, parts.config.adapters.rank, parts.spec.expert_layout.layers)
             partial.done[update.client.index] = client_record.trained(update, status, spent, self.state.personal)
 
     def _remember(self, view: ClientView, update: ClientUpdate, at_home: bool) -> None:

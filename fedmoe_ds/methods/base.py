@@ -68,7 +68,7 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model and the run."""
+    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all."""
 
     top_k: int
     num_experts: int
@@ -77,6 +77,7 @@ class ModelFacts:
     renormalised: bool = False
     layers: tuple[int, ...] = ()
     local: LocalConfig = field(default_factory=LocalConfig)
+    depth: int = 1
 
 
 @dataclass(frozen=True)
