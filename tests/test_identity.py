@@ -51,6 +51,7 @@ local.warmup local.weight_decay local.momentum local.moments local.betas local.e
 local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
 method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
 execution.reproducible execution.micro_batch_size execution.packing evaluation.max_sequences evaluation.client_sequences
+devices.mix devices.profiles devices.availability
 """
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
@@ -91,6 +92,7 @@ ELSEWHERE = {
     "data.prompt.answer_lead": "test_data_prompts.py",
     "data.separator": "test_data_sources.py",
     "data.split": "test_data_sources.py",
+    "devices.trace": "test_device_profiles.py",
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
@@ -122,6 +124,8 @@ OTHER: dict[str, Any] = {
     "data.encoding": "ascii",
     "data.label_names": ["yes", "no"],
     "evaluation.metrics": ["exact_match"],
+    "devices.mix": {"phone-mid": 1.0},
+    "devices.profiles": {"laptop": {"like": "phone-mid"}},
 }
 """Another value, where the type does not suggest one."""
 BESIDES = {
@@ -284,6 +288,10 @@ def test_another_value_is_refused(key: str, world: World) -> None:
         # Attention as it was: without the key, adapter experts would come without LoRA, which is a difference of its own.
         changed = {"moe": {"experts": 4, "width": 4, "top_k": 2}, "attention": base.adapters.attention}
         here, old, config = "adapters.moe", "None", world.config({"adapters": changed})
+    elif key.startswith("devices."):
+        here, old = "devices", "None"
+        changed = {"mix": {"laptop": 1.0}, key.rpartition(".")[2]: another(key, KEYS[key], value_at(base, key))}
+        config = world.config({"devices": changed})
     else:
         here, old = key, str(value_at(world.parts.config, key))
         config = world.config(nested(key, another(key, KEYS[key], value_at(base, key))))

@@ -58,5 +58,7 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         yield "evaluation", ("max_new_tokens",), "evaluation.generations is 0"
     if config.checkpoint.best is None:
         yield "checkpoint", ("best_split", "best_tier"), "checkpoint.best is null"
+    if not config.devices.simulated:
+        yield "devices", ("profiles", "availability"), "neither devices.mix nor devices.trace is given"
     if config.data.validation is not None:
         yield "data", ("global_holdout",), "data.validation is given"

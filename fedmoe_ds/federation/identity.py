@@ -78,6 +78,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
+        "devices": _devices(tree["devices"]),
     }
 
 
@@ -88,6 +89,13 @@ def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
         return federation
     plain = [{key: value for key, value in tier.items() if (key, value) != ("clients", None)} for tier in tiers]
     return {**federation, "tiers": plain}
+
+
+def _devices(devices: dict[str, Any]) -> dict[str, Any] | None:
+    """What is simulated; of a trace its digest counts, not where it lies. None: nothing, as in earlier versions."""
+    if not devices["mix"] and devices["trace"] is None:
+        return None
+    return {key: value for key, value in devices.items() if key != "trace"}
 
 
 def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
@@ -122,8 +130,8 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     theirs = _as_kept(theirs)
     unknown, notes = list[str](), list[str]()
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
-        # A method's parameters count whole: one that only one side has is a difference.
-        if isinstance(ours[name], dict) and name != "method":
+        # A method's parameters, and devices, count whole: one that only one side has is a difference.
+        if isinstance(ours[name], dict) and name not in ("method", "devices"):
             there = theirs.get(name, {})
             unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
             # Keys that the checkpoint does not say are told, not refused.

@@ -1,0 +1,21 @@
+"""Devices: what clients train on, simulated: profiles, traces of real ones, and who has which.
+
+`DeviceProfile` is what others build on: its fields keep their names and units.
+"""
+
+from fedmoe_ds.devices.availability import ALWAYS, SECOND, Availability, ticks
+from fedmoe_ds.devices.builtin import BUILTIN
+from fedmoe_ds.devices.fleet import Device, Fleet, make_fleet
+from fedmoe_ds.devices.profile import DeviceProfile
+
+__all__ = [
+    "ALWAYS",
+    "BUILTIN",
+    "SECOND",
+    "Availability",
+    "Device",
+    "DeviceProfile",
+    "Fleet",
+    "make_fleet",
+    "ticks",
+]
