@@ -16,7 +16,6 @@ from fedmoe_ds.devices import BUILTIN, SECOND, Availability, DeviceProfile, make
 from fedmoe_ds.devices.profile import FIGURES
 from fedmoe_ds.devices.trace import read_trace
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.identity import of_settings
 
 
 def fleet(devices: dict[str, object], clients: int = 10, seed: int = 0, names: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
@@ -158,10 +157,3 @@ def test_wrong_sections() -> None:
     ):
         with pytest.raises(UserError, match=message):
             fleet(devices)
-
-
-def test_a_trace_counts_by_what_is_in_it() -> None:
-    """Its place is no part of a run's identity; its digest is added where the file is read."""
-    trees = [json.loads(config_of({"devices": {"trace": name}}).model_dump_json()) for name in ("a.csv", "b.csv")]
-    assert of_settings(trees[0]) == of_settings(trees[1])
-    assert of_settings(json.loads(config_of({}).model_dump_json()))["devices"] is None

@@ -92,7 +92,7 @@ ELSEWHERE = {
     "data.prompt.answer_lead": "test_data_prompts.py",
     "data.separator": "test_data_sources.py",
     "data.split": "test_data_sources.py",
-    "devices.trace": "test_device_profiles.py",
+    "devices.trace": "test_identity.py",
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
@@ -314,6 +314,13 @@ def test_another_content_is_refused(key: str, world: World) -> None:
     line = str(caught.value)
     assert line.startswith(f"--resume: {key}" if key not in BESIDES else f"--resume: {section}."), line
     assert "or another name" in line or "use another name" in line, line
+
+
+def test_a_trace_counts_by_what_is_in_it() -> None:
+    """Its place is no part of a run's identity; its digest is added where the file is read."""
+    trees = [json.loads(Config.model_validate({"devices": {"trace": name}}).model_dump_json()) for name in ("a.csv", "b.csv")]
+    assert of_settings(trees[0]) == of_settings(trees[1])
+    assert of_settings(json.loads(Config.model_validate({}).model_dump_json()))["devices"] is None
 
 
 def test_other_rounds_are_refused_where_rates_follow_from_them(world: World) -> None:

@@ -59,6 +59,26 @@ class DevicesConfig(Section):
         "profile", description="when devices are on; always: what profiles say is left out"
     )
 
+    spread: float = Field(
+        0.0, ge=0, le=3, description="of a client's pace from time to time: sigma of a log-normal factor on how long it takes"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a client is lost in the middle of its work")
+    aggregation: Literal["synchronous", "deadline", "buffered"] = Field(
+        "synchronous",
+        description="synchronous: a round waits for all; deadline: for those in time; buffered: asynchronous, a server step "
+        "for every `buffer` updates that arrive (FedBuff)",
+    )
+    deadline_s: float | None = Field(None, gt=0, le=LONGEST_PERIOD, description="deadline: virtual seconds of a round")
+    over_selection: float = Field(
+        1.0, ge=1, le=100, description="deadline: so many times as many clients are asked, and the first to arrive are taken"
+    )
+    buffer: int = Field(10, ge=1, description="buffered: updates of a server step; federation.participation does nothing then")
+    concurrency: int = Field(30, ge=1, description="buffered: clients at work at the same time")
+    staleness: Literal["sqrt", "constant"] = Field(
+        "sqrt", description="buffered: factor on an update that is tau steps late; sqrt: 1 / sqrt(1 + tau); constant: 1"
+    )
+    max_staleness: int = Field(20, ge=0, le=1000, description="buffered: most tau; a later update is not taken")
+
     @property
     def simulated(self) -> bool:
         """Whether there are any."""
@@ -71,4 +91,10 @@ class DevicesConfig(Section):
         for name, share in self.mix.items():
             if not 0 < share <= 1e9:
                 raise ValueError(f"mix.{name}: {share}: expected a share above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_deadline(self) -> DevicesConfig:
+        if self.simulated and self.aggregation == "deadline" and self.deadline_s is None and self.over_selection == 1.0:
+            raise ValueError("deadline_s: null: with aggregation=deadline; give it, or over_selection above 1")
         return self

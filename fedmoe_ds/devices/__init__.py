@@ -5,7 +5,7 @@
 
 from fedmoe_ds.devices.availability import ALWAYS, SECOND, Availability, ticks
 from fedmoe_ds.devices.builtin import BUILTIN
-from fedmoe_ds.devices.fleet import Device, Fleet, make_fleet
+from fedmoe_ds.devices.fleet import Device, Fleet, Sources, make_fleet, read_sources
 from fedmoe_ds.devices.profile import DeviceProfile
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "Device",
     "DeviceProfile",
     "Fleet",
+    "Sources",
     "make_fleet",
+    "read_sources",
     "ticks",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ class Fleet(Sequence[Device]):
     def __getitem__(self, client: int) -> Device:  # type: ignore[override]
         return Device(self.profiles[self.kind_N[client]], int(self.shift_N[client]))
 
-    @property
+    @cached_property
     def always_on(self) -> bool:
         """Whether no device is ever off."""
         return all(profile.availability.always for profile in self.profiles)
@@ -76,28 +77,52 @@ class Fleet(Sequence[Device]):
         return {profile.name: count for profile, count in zip(self.profiles, found, strict=True) if count}
 
 
-def make_fleet(config: DevicesConfig, clients: int, names: Sequence[str], seed: int) -> Fleet | None:
-    """The devices of a run; None where none are simulated.
+@dataclass(frozen=True)
+class Sources:
+    """What devices a configuration has, before it is known which clients there are: a trace, or the profiles of a mix."""
 
-    Args:
-        names: of the clients, for a trace that names them.
+    config: DevicesConfig
+    profiles: list[DeviceProfile]
+    trace: Trace | None = None
+
+    @property
+    def names_clients(self) -> bool:
+        """Whether devices belong to certain clients."""
+        return self.trace is not None and self.trace.clients is not None
+
+    def fleet(self, clients: int, names: Sequence[str], seed: int) -> Fleet:
+        """The devices of so many clients; `names` are theirs. Raises UserError where a trace that names clients lacks one."""
+        if self.trace is not None:
+            return _traced(self.trace, self.profiles, self.config, clients, names, seed)
+        kind_N = _dealt(list(self.config.mix.values()), clients, seed)
+        # A number of every client, whether its profile needs it or not: another profile changes no other client's day.
+        part_N = generator(seed, "device-days").random(clients)
+        periods_N = np.array([profile.availability.period for profile in self.profiles], np.int64)[kind_N]
+        return Fleet(self.profiles, kind_N, (part_N * periods_N).astype(np.int64))
+
+
+def read_sources(config: DevicesConfig) -> Sources | None:
+    """The devices that a configuration names; None where none are simulated.
+
     Raises:
         UserError: a profile or a file is not what it has to be.
     """
     if not config.simulated:
         return None
     if config.trace is not None:
-        return _traced(read_trace(Path(config.trace)), config, clients, names, seed)
-    profiles = _known(config)
+        trace = read_trace(Path(config.trace))
+        return Sources(config, [_as_available(profile, config) for profile in trace.profiles], trace)
+    known = _known(config)
     for name in config.mix:
-        if name not in profiles:
-            raise UserError(f"devices.mix.{name}: there is no such profile{nearest(name, profiles)}")
-    chosen = [_as_available(profiles[name], config) for name in config.mix]
-    kind_N = _dealt(list(config.mix.values()), clients, seed)
-    # A number of every client, whether its profile needs it or not: another profile changes no other client's day.
-    part_N = generator(seed, "device-days").random(clients)
-    periods_N = np.array([profile.availability.period for profile in chosen], np.int64)[kind_N]
-    return Fleet(chosen, kind_N, (part_N * periods_N).astype(np.int64))
+        if name not in known:
+            raise UserError(f"devices.mix.{name}: there is no such profile{nearest(name, known)}")
+    return Sources(config, [_as_available(known[name], config) for name in config.mix])
+
+
+def make_fleet(config: DevicesConfig, clients: int, names: Sequence[str], seed: int) -> Fleet | None:
+    """The devices of a run; None where none are simulated. Raises UserError as `read_sources` and `Sources.fleet` do."""
+    sources = read_sources(config)
+    return None if sources is None else sources.fleet(clients, names, seed)
 
 
 def _known(config: DevicesConfig) -> dict[str, DeviceProfile]:
@@ -126,9 +151,10 @@ def _dealt(shares: Sequence[float], clients: int, seed: int) -> NDArray[np.int64
     return dealt[generator(seed, "devices").permutation(clients)]
 
 
-def _traced(trace: Trace, config: DevicesConfig, clients: int, names: Sequence[str], seed: int) -> Fleet:
+def _traced(
+    trace: Trace, profiles: list[DeviceProfile], config: DevicesConfig, clients: int, names: Sequence[str], seed: int
+) -> Fleet:
     """Rows by the client that they name; else dealt by lot, and again from the first one where there are fewer than clients."""
-    profiles = [_as_available(profile, config) for profile in trace.profiles]
     still = np.zeros(clients, np.int64)
     if trace.clients is None:
         kind_N = generator(seed, "devices").permutation(clients) % len(profiles)

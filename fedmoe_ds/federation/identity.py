@@ -40,8 +40,15 @@ def identity(
     kernels: Mapping[str, str],
     bitwise: bool,
     start: str | None = None,
+    trace: str | None = None,
 ) -> Identity:
-    """That of a start; `kernels` are its own (`kernels_of`), `start` is the digest of what its adapters begin as."""
+    """That of a start.
+
+    Args:
+        kernels: its own (`kernels_of`).
+        start: the digest of what its adapters begin as.
+        trace: that of a file of devices.
+    """
     known = of_settings(json.loads(config.model_dump_json()))
     # Resolved: `auto` depends on the machine, so a checkpoint must say what it meant.
     known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
@@ -51,6 +58,8 @@ def identity(
         contents["federation.tier_column"] = tree_sha256({"tiers": data.tiers})
     if start is not None:
         contents[START] = start
+    if trace is not None:
+        contents["devices.trace"] = trace
     return {**known, "kernels": dict(kernels), **contents}
 
 

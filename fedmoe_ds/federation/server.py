@@ -21,7 +21,7 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.sampling import participant_count
+from fedmoe_ds.federation.sampling import buffered, participant_count
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, base_block, control_block, lora_pairs, shared_blocks
 from fedmoe_ds.model.install import base_weights, drawn_a
@@ -32,7 +32,7 @@ CONTROL, BASE = "control", "base"
 def check_terms(spec: RunSpec, clients: int) -> None:
     """Raises UserError where a round of so many clients adds up more of them than exact sums have room for."""
     share = spec.config.federation.participation
-    drawn = participant_count(clients, share)
+    drawn = buffered(spec.config, clients) or participant_count(clients, share)
     # Pooled data are one client's, however many are drawn.
     if spec.bitwise and not spec.method.pooled and drawn > MOST_TERMS:
         # Rounded down: the number that is named must be one that is taken.

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from fedmoe_ds.checkpoint.state import State
+from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.server import CONTROL
+from fedmoe_ds.federation.virtual_clock import VirtualClock
 from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 
-def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> LocalTrainingHooks:
+def training_hooks(
+    spec: RunSpec, state: State, clients: Sequence[Client], clock: VirtualClock | None = None
+) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
     method, local, seed = spec.method, spec.config.local, spec.config.seed
 
     def context(client: Client, round_index: int) -> RoundContext:
         return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)
+
+    def assign(client: Client, round_index: int) -> Assignment:
+        assignment = method.assign(client, context(client, round_index))
+        late = None if clock is None else clock.delay(state.clock, round_index, client.index)
+        return assignment if late is None else replace(assignment, delay=late)
 
     def pooled(client: Client, round_index: int) -> list[np.ndarray]:
         return pooled_batches(clients, spec.drawn_among(clients, round_index), local, seed, round_index)
@@ -35,7 +45,7 @@ def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> Lo
     # A method that does not override it is left out, so that no wave pays for an empty call in every step.
     adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
     return LocalTrainingHooks(
-        assign=lambda client, round_index: method.assign(client, context(client, round_index)),
+        assign=assign,
         observer=lambda client, assignment: method.observer(client, assignment, context(client, state.round + 1)),
         observes=method.observes,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),

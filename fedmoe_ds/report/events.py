@@ -199,6 +199,8 @@ class _Eval(_OfTier):
     samples: Count | None = None
     targets: Count | None = None
     tokens: Count | None = None
+    virtual_time: Seconds | None = None
+    joules_total: Amount | None = None
 
 
 class _Generation(_OfTier):
@@ -243,6 +245,16 @@ class _Round(_Fields):
     weight_entropy: Number | None = None
     phases: dict[str, Seconds | None] | None = None
     collectives: dict[str, _Tally] | None = None
+    virtual_s: Seconds | None = None
+    virtual_time: Seconds | None = None
+    joules: Amount | None = None
+    joules_total: Amount | None = None
+    late: Count | None = None
+    lost: Count | None = None
+    stale: Count | None = None
+    down_bytes: Count | None = None
+    up_bytes: Count | None = None
+    mean_delay: Amount | None = None
 
 
 class _Experts(_OfTier):
