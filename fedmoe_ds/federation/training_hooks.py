@@ -12,6 +12,7 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.server import CONTROL
 from fedmoe_ds.federation.virtual_clock import VirtualClock
@@ -20,13 +21,14 @@ from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 
 def training_hooks(
-    spec: RunSpec, state: State, clients: Sequence[Client], clock: VirtualClock | None = None
+    spec: RunSpec, state: State, clients: Sequence[Client], planning: RoundPlanning, clock: VirtualClock | None = None
 ) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
     method, local, seed = spec.method, spec.config.local, spec.config.seed
 
     def context(client: Client, round_index: int) -> RoundContext:
-        return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)
+        own, told = state.personal.dense(client.index), planning.part(client.index, round_index)
+        return RoundContext(round_index, own, state.utilisation_LE, told, planning.memory(client.index))
 
     def assign(client: Client, round_index: int) -> Assignment:
         assignment = method.assign(client, context(client, round_index))
