@@ -51,7 +51,8 @@ local.warmup local.weight_decay local.momentum local.moments local.betas local.e
 local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
 method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
 execution.reproducible execution.micro_batch_size execution.packing evaluation.max_sequences evaluation.client_sequences
-devices.mix devices.profiles devices.availability
+devices.mix devices.profiles devices.availability devices.spread devices.dropout devices.aggregation devices.deadline_s
+devices.over_selection devices.buffer devices.concurrency devices.staleness devices.max_staleness
 """
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
@@ -65,7 +66,7 @@ name output foundation.preset foundation.cache foundation.pretrain.steps foundat
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s
 topology.interface federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
-execution.clients_in_flight
+execution.clients_in_flight devices.target_perplexity devices.target_accuracy
 execution.activation_checkpointing execution.client_state_gib
 evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
@@ -125,6 +126,9 @@ OTHER: dict[str, Any] = {
     "data.label_names": ["yes", "no"],
     "evaluation.metrics": ["exact_match"],
     "devices.mix": {"phone-mid": 1.0},
+    "devices.aggregation": "buffered",
+    "devices.over_selection": 2.0,
+    "devices.target_perplexity": 90.0,
     "devices.profiles": {"laptop": {"like": "phone-mid"}},
 }
 """Another value, where the type does not suggest one."""

@@ -2,7 +2,7 @@
 
 from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
-from fedmoe_ds.config.devices_section import DevicesConfig, ProfileConfig
+from fedmoe_ds.config.devices_section import TARGETS, DevicesConfig, ProfileConfig
 from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig
 from fedmoe_ds.config.foundation_section import FoundationConfig, PretrainConfig
 from fedmoe_ds.config.idle import idle_keys
@@ -24,6 +24,7 @@ from fedmoe_ds.config.section import Section
 from fedmoe_ds.config.shipped import find_config
 
 __all__ = [
+    "TARGETS",
     "AdapterConfig",
     "CheckpointConfig",
     "Config",

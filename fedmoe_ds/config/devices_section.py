@@ -11,6 +11,8 @@ from fedmoe_ds.config.section import Section
 
 MOST_INTERVALS = 10_000
 LONGEST_PERIOD = 366 * 86_400
+TARGETS = ("target_perplexity", "target_accuracy")
+"""Keys that only say what reports look for."""
 
 
 class ProfileConfig(Section):
@@ -78,6 +80,10 @@ class DevicesConfig(Section):
         "sqrt", description="buffered: factor on an update that is tau steps late; sqrt: 1 / sqrt(1 + tau); constant: 1"
     )
     max_staleness: int = Field(20, ge=0, le=1000, description="buffered: most tau; a later update is not taken")
+    target_perplexity: float | None = Field(
+        None, gt=1, description="reports say when and at what cost the global hold-out's perplexity is this low; null: a ladder"
+    )
+    target_accuracy: float | None = Field(None, gt=0, lt=1, description="the same of its accuracy, a share of 1")
 
     @property
     def simulated(self) -> bool:

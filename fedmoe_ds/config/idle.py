@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fedmoe_ds.config.devices_section import TARGETS
 from fedmoe_ds.config.schema import Config
 
 
@@ -67,7 +68,7 @@ def _idle_devices(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
     devices, deadline = config.devices, ("deadline_s", "over_selection")
     buffered = ("buffer", "concurrency", "staleness", "max_staleness")
     if not devices.simulated:
-        keys = ("profiles", "availability", "spread", "dropout", "aggregation", *deadline, *buffered)
+        keys = ("profiles", "availability", "spread", "dropout", "aggregation", *deadline, *buffered, *TARGETS)
         yield "devices", keys, "neither devices.mix nor devices.trace is given"
         return
     if devices.aggregation != "deadline":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.checkpoint.reader import read_snapshot
-from fedmoe_ds.config import Config
+from fedmoe_ds.config import TARGETS, Config
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
@@ -104,7 +104,7 @@ def _devices(devices: dict[str, Any]) -> dict[str, Any] | None:
     """What is simulated; of a trace its digest counts, not where it lies. None: nothing, as in earlier versions."""
     if not devices["mix"] and devices["trace"] is None:
         return None
-    return {key: value for key, value in devices.items() if key != "trace"}
+    return {key: value for key, value in devices.items() if key not in ("trace", *TARGETS)}
 
 
 def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:

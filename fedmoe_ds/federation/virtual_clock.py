@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.config import TARGETS
 from fedmoe_ds.devices import SECOND, DeviceProfile, Fleet, Sources
 from fedmoe_ds.devices.buffer import select_step
 from fedmoe_ds.devices.flight import LATE, LOST, STALE, ClockState, Conditions, Missed, Selection
@@ -78,7 +79,8 @@ class VirtualClock:
 
     def facts(self) -> dict[str, Any]:
         """What the `run` event says of it."""
-        return {"aggregation": self.config.aggregation, "profiles": self.fleet.counts(), "trace": self.fleet.digest}
+        told = {"aggregation": self.config.aggregation, "profiles": self.fleet.counts(), "trace": self.fleet.digest}
+        return told | {key: getattr(self.config, key) for key in TARGETS}
 
     def participants(self, state: ClockState, round_index: int) -> list[Client]:
         """The clients whose updates a round takes, in canonical order."""

@@ -89,6 +89,13 @@ class Machine(_Fields):
     system_name: str | None = None
 
 
+class _Devices(_Fields):
+    aggregation: str | None = None
+    profiles: dict[str, Count] | None = None
+    target_perplexity: Amount | None = None
+    target_accuracy: Amount | None = None
+
+
 class _Run(_Fields):
     time: Time | None = None
     name: str | None = None
@@ -107,6 +114,7 @@ class _Run(_Fields):
     foundation_code: str | None = None
     foundation_converted: str | None = None
     start: _Start | None = None
+    devices: _Devices | None = None
     reproducible: str | None = None
     versions: dict[str, str] | None = None
     topology: list[_Place] | None = None
