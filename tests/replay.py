@@ -96,7 +96,8 @@ class Replay:
                 for value, grad in zip(trained.values(), grads, strict=True):
                     value -= self.lr * min(1.0, self.clip / norm) * grad
         result = {key: value.detach() for key, value in values.items()}
-        return Trained(result, rescaler, update.counts_LE, update.tokens, self.lr * len(slopes))
+        assert update.losses is not None
+        return Trained(result, rescaler, update.counts_LE, update.tokens, self.lr * len(slopes), update.losses[0])
 
 
 class PersonalFlame(Flame):

@@ -22,6 +22,7 @@ from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_methods import FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
+from reference_wireless import OverTheAir
 from replay import ObservedHFedMoE, PersonalFlame, Replay
 
 from fedmoe_ds.errors import UserError
@@ -77,6 +78,9 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "local-only": ({}, Told(LocalOnly, {})),
     "centralised": ({}, Told(FedIT, {})),
     "fft-moe": ({}, Told(FedIT, {})),
+    "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
+    # A channel for everybody, all the time in the world: FedIT.
+    "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
 PAIRS = {"hetlora", "flexlora", "flora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
 NO_MEAN = {"flexlora", "flora", "lora-fair", "local-only", "centralised"}
@@ -216,8 +220,8 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
-# Of local-only, the server has no experts: nothing of them could move.
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "local-only"])
+# Of local-only, the server has no experts: nothing of them could move. Noise on the channel reaches all of them.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl")])
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
     adapters = {"fft-moe": "beside"}.get(method, "router")
@@ -288,7 +292,7 @@ def reference_of(parts: Parts, case: Case) -> FedIT:
     ranks = {client.index: client_rank(parts, client) for client in parts.clients}
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     replay: Any = Replay(parts, LR, CLIP)
-    return kind(replay, start, clients, server, **told.options, mu=MU, ranks=ranks)
+    return kind(replay, start, clients, server, **told.options, mu=MU, ranks=ranks, seed=parts.config.seed)
 
 
 def wanted(expected: FedIT) -> dict[str, Adapters]:

@@ -9,6 +9,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     measure(view)           numbers about its tensors                                        after local training
     memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
+    after_mean(context)     what becomes of the mean before the server's step
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -32,7 +33,7 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
-from fedmoe_ds.methods.round_plan import PlanContext, RoundContext, RoundPlan
+from fedmoe_ds.methods.round_plan import MeanContext, PlanContext, RoundContext, RoundPlan, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
@@ -99,6 +100,7 @@ class Method:
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
         averages: whether anything is averaged at all.
+        accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
@@ -118,6 +120,7 @@ class Method:
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
+    accounts: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
@@ -203,6 +206,13 @@ class Method:
         trained = update.assignment.trains(spec)
         # What a client was told not to train is as it received it, which says nothing about its data.
         return np.full(shape, data_share) if trained is None else np.full(shape, data_share) * trained
+
+    def after_mean(self, context: MeanContext) -> TensorRule | None:
+        """What becomes of a round's mean, tensor by tensor, before the server's step; None: nothing, and it costs nothing.
+
+        The rule knows a tensor by its canonical name, with layer and global expert: whoever holds it must do the same.
+        """
+        return None
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
