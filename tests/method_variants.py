@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "centralised": {"method": {"name": "centralised"}},
     "ota-ffl": {"method": {"name": "ota-ffl", "epsilon": 0.2, "snr_db": 20.0}, "server": {"optimizer": "fedavgm", "lr": 0.5}},
     "wireless-fl": {
-        "method": {"name": "wireless-fl", "channels": 3, "epochs": 2, "deadline_s": 0.2, "energy_j": 1e-3, "trade_off": 5e-5},
+        "method": {"name": "wireless-fl", "channels": 5, "epochs": 2, "deadline_s": 0.2, "energy_j": 1e-3, "trade_off": 1e-4},
     },
     "moments": {
         "method": {"name": "fedit"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,6 +121,25 @@ def test_without_a_limit_the_best_clients_do_all_epochs() -> None:
     assert every([c.index for c in plan.participants] == best for plan in plans)
     assert every(part.epochs == 5 and part.queue == 0.0 for plan in plans for part in plan.parts.values())
     assert every(client.steps == 15 for plan in plans for client in plan.participants)
+
+
+def test_fewest_and_most_epochs_bound_the_choice() -> None:
+    tight = {"energy_j": 0.02, "trade_off": 0.05, "channels": 3, "deadline_s": 60.0}
+    chosen = [
+        {part.epochs for plan in Run(4, **tight, **bounds).go() for part in plan.parts.values()}
+        for bounds in ({}, {"least_epochs": 3}, {"least_epochs": 2, "epochs": 2})
+    ]
+    assert min(chosen[0]) < 3 <= min(chosen[1]) and chosen[2] == {2}
+
+
+def test_clients_whose_labels_are_like_everybodys_come_first() -> None:
+    run = Run(2, clients=2, labels=2, channels=1, divergence=10.0)
+    run.clients = [replace(client, samples=10) for client in run.clients]
+    run.counts_NC = np.array([[9, 1], [40, 60]])
+    assert [client.index for client in run.plan(1).participants] == [1]
+    run.method = load_method(MethodConfig.model_validate({"name": "wireless-fl", "channels": 1, "divergence": 0.0}))
+    run.method.facts = ModelFacts(1, 1, 1, 2)
+    assert [client.index for client in run.plan(1).participants] == [0]
 
 
 def test_with_a_channel_for_everybody_and_no_limit_it_is_fedavg() -> None:
