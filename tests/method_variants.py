@@ -41,6 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "centralised": {"method": {"name": "centralised"}},
     # With decay: layers that a client does not train keep what they received all the same.
     "embracing-fl": {"method": {"name": "embracing-fl"}, "local": {"weight_decay": 0.5}},
+    "ota-ffl": {"method": {"name": "ota-ffl", "epsilon": 0.2, "snr_db": 20.0}, "server": {"optimizer": "fedavgm", "lr": 0.5}},
+    "wireless-fl": {
+        "method": {"name": "wireless-fl", "channels": 5, "epochs": 2, "deadline_s": 0.2, "energy_j": 1e-3, "trade_off": 1e-4},
+    },
     "moments": {
         "method": {"name": "fedit"},
         "adapters": {"dropout": 0.1},

@@ -80,7 +80,8 @@ class Running:
 
 @dataclass
 class Trained:
-    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` the mean of its steps' losses."""
+    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` the mean of its steps' losses, and `first_loss`
+    that of its first step."""
 
     adapters: Adapters
     rescaler: Tensor
@@ -88,6 +89,7 @@ class Trained:
     tokens: int
     rates: float
     loss: float = math.nan
+    first_loss: float = math.nan
 
 
 class Reference:
@@ -221,7 +223,7 @@ class Reference:
                 group["lr"] = rate
             optimizer.step()
         trained = {key: value.detach() for key, value in adapters.items()}
-        return Trained(trained, own.detach(), run.counts, tokens, rates, sum(losses) / len(losses))
+        return Trained(trained, own.detach(), run.counts, tokens, rates, sum(losses) / len(losses), losses[0])
 
     def frozen_weight(self, stem: str) -> Tensor:
         """The frozen matrix under an adapter: the one that is computed with, to be changed in place."""

@@ -1,0 +1,22 @@
+"""Device check: what of a configuration cannot go together with simulated devices, told before anything is loaded."""
+
+from __future__ import annotations
+
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods import Method
+
+
+def check_devices(config: Config, method: Method) -> None:
+    """Raise UserError where method and devices do not go together."""
+    devices, name = config.devices, config.method.name
+    if not devices.simulated:
+        return
+    if method.accounts:
+        raise UserError(
+            f"devices: method {name} plans with devices and a channel of its own, and a client has one device; drop the section"
+        )
+    if method.pooled:
+        raise UserError(
+            f"devices: method {name} trains one client that has everybody's data, and nobody has its device; drop the section"
+        )
