@@ -53,6 +53,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "federation": {"sampling": "budget"},
     },
     "fedadam": {"method": {"name": "hetlora", "gamma": 0.5}, "server": {"optimizer": "fedadam", "lr": 0.01}},
+    "fedadagrad": {"method": {"name": "fedit"}, "server": {"optimizer": "fedadagrad", "lr": 0.01}},
+    "fedams": {"method": {"name": "flame"}, "server": {"optimizer": "fedams", "lr": 0.01}},
     "fedyogi": {
         "method": {"name": "fslora"},
         "server": {"optimizer": "fedyogi", "lr": 0.01},

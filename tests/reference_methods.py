@@ -232,6 +232,28 @@ class FSLoRA(FedIT):
         return 1.0
 
 
+class Late(FedIT):
+    """A client starts from the adapters of some rounds ago, and its change since then counts; options: delay(index, round)."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.history = [dict(self.adapters)]
+
+    def train(self, task: Task) -> Returned:
+        done, now = len(self.history) - 1, self.adapters
+        self.adapters = self.history[max(done - self.options["delay"](task.index, done + 1), 0)]
+        one = super().train(task)
+        self.adapters = now
+        return one
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        for one in returned:
+            for key, now in self.adapters.items():
+                one.trained.adapters[key] = cut(key, now, one.rows) + (one.trained.adapters[key] - one.received[key])
+        super().step(returned, fresh)
+        self.history.append(dict(self.adapters))
+
+
 class Corrected(FedIT):
     """A term of the loss on what the client got and shares, beside the method's own (`class X(FedProx, Method)`)."""
 

@@ -176,6 +176,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"server": {"beta1": 0.5}}, {"server": {"optimizer": "fedavgm"}}),
     ({"server": {"beta2": 0.5}}, {"server": {"optimizer": "fedadam"}}),
     ({"server": {"tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
+    ({"server": {"optimizer": "fedadagrad", "beta2": 0.5}}, {"server": {"optimizer": "fedams"}}),
     ({"server": {"optimizer": "fedavgm", "tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
     ({"data": {"validation": "v.jsonl", "global_holdout": 0.1}}, {"data": {"validation": None}}),
 ]

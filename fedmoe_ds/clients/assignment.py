@@ -26,6 +26,7 @@ class Assignment:
         rescale: fixed factor on the expert output, or None (FLAME's static rescaler).
         allowed_E: bool mask of the experts it may route to, or None for all.
         trainable: most experts per layer that one batch may train, or None for all (HFedMoE).
+        delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
     """
 
     cap: int
@@ -34,6 +35,7 @@ class Assignment:
     rescale: float | None = None
     allowed_E: np.ndarray | None = None
     trainable: int | None = None
+    delay: int | None = None
 
     def rank(self, full: int) -> int:
         """Number of LoRA rows trained."""

@@ -146,7 +146,8 @@ class WaveTrainer:
             slots[False] = work.slot
         # On the CPU for all clients; here it meets tensors of the device.
         state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
-        return ClientView(work.client, work.assignment, self.bank, start, slots, state)
+        past = self.hooks.past(work.assignment.delay, work.round_index)
+        return ClientView(work.client, work.assignment, self.bank, start, slots, state, past)
 
     @torch.no_grad()
     def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
@@ -160,7 +161,7 @@ class WaveTrainer:
             for spec in view.blocks(trained=False):
                 if spec.personal:
                     view.value(spec).copy_(view.client_state[spec.name])
-                elif view.assignment.rows_R is not None and spec.pair is not None:
+                elif view.past is not None or (view.assignment.rows_R is not None and spec.pair is not None):
                     view.value(spec).copy_(view.received(spec))
         self.execution.wave = self._in_training(works)
 

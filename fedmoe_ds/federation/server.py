@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.aggregation.exact_sum import MOST_TERMS
+from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.aggregation.server_optimizer import ServerOptimizer
 from fedmoe_ds.aggregation.weighted_average import Statistics
@@ -20,6 +21,7 @@ from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import buffered, participant_count
 from fedmoe_ds.foundation import Foundation
@@ -59,7 +61,7 @@ class Server:
         check_terms(spec, len(clients))
         # Over all clients, not those of a round: fixed weights, of which only the ratio counts in a mean.
         self.total_samples = int(counts_of(clients, "samples").sum())
-        self.optimizer = ServerOptimizer(self.config.server)
+        self.optimizer, self.past = ServerOptimizer(self.config.server), PastAdapters(most_delay(spec))
         self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
 
     @property
@@ -69,7 +71,7 @@ class Server:
     def initial_state(self, device: torch.device) -> dict[str, Bank]:
         """The server's own state before the first round."""
         shared = shared_blocks(self.blocks)
-        banks = self.optimizer.banks(shared, self.experts, device)
+        banks = self.optimizer.banks(shared, self.experts, device) | self.past.banks(shared, self.experts, device)
         if self.scaffold:
             banks[CONTROL] = Bank(shared, self.experts, clients=1, device=device, with_grad=False)
         if self.method.absorbs:
@@ -102,17 +104,24 @@ class Server:
                 sums.add_control(spec, change, np.full(part.shape, 1.0 / len(self.clients)))
 
     def _contribution(self, view: ClientView, spec: BlockSpec) -> Tensor:
-        mask = view.assignment.mask(spec, view.value(spec).device)
+        mask, value = view.assignment.mask(spec, view.value(spec).device), view.value(spec)
+        if view.past is not None:
+            # The change since its own start, on the present adapters: it does not pull the mean back to where it started.
+            # In float64 and rounded once; where the client changed nothing, the present bits.
+            now = view.start.client(spec.name, 0).double()
+            moved = (now + (value.double() - view.received(spec).double())).float()
+            value = moved if mask is None else torch.where(mask, moved, value)
         if mask is None or self.method.missing_rows == "zero":
-            return view.value(spec)
+            return value
         # Rows that the client does not hold count as unchanged, so they do not pull the mean to zero.
-        return torch.where(mask, view.value(spec), view.start.client(spec.name, 0))
+        return torch.where(mask, value, view.start.client(spec.name, 0))
 
     @torch.no_grad()
     def step(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int) -> None:
         """Replace the global adapters (and the server's own state) by those of the next round."""
         # Clones: the steps below overwrite the adapters that they are computed from.
         old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
+        self.past.keep(old, round_index, own)
         means = sums.statistics.average(adapters)
         for spec in sums.statistics.specs:
             # Where no client had weight there is no mean; a momentum step there would move untrained experts.

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.server import CONTROL
 from fedmoe_ds.federation.virtual_clock import VirtualClock
@@ -23,7 +25,7 @@ def training_hooks(
     spec: RunSpec, state: State, clients: Sequence[Client], clock: VirtualClock | None = None
 ) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
-    method, local, seed = spec.method, spec.config.local, spec.config.seed
+    method, local, seed, past = spec.method, spec.config.local, spec.config.seed, PastAdapters(most_delay(spec))
 
     def context(client: Client, round_index: int) -> RoundContext:
         return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)
@@ -53,4 +55,5 @@ def training_hooks(
         remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
         selective=method.selective,
         batches=pooled if method.pooled else None,
+        past=lambda delay, round_index: past.of(delay, round_index, state.server),
     )

@@ -31,6 +31,7 @@ from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods.late_clients import refuse_delays
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
@@ -114,6 +115,7 @@ class Method:
         averages: whether anything is averaged at all.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
+        most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
@@ -134,6 +136,7 @@ class Method:
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
+    most_delay: int = 0  # may be set from the parameters, too
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -222,8 +225,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     # Server optimizers step along mean - global: without a mean there is nothing to step along.
-    if method.collects or method.pooled or not method.averages:
+    has_mean = method.averages and not (method.collects or method.pooled)
+    if not has_mean:
         refuse_server_step(name, server)
+    if method.most_delay:
+        refuse_delays(f"method.name: {name}", config, has_mean)
     if config.local.drift == "scaffold" and (method.collects or method.pooled):
         raise UserError(
             f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "

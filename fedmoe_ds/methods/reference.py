@@ -32,7 +32,7 @@ _COMBINATIONS = """\
 | key | choice |
 |---|---|
 | `local.drift` | `fedprox`; `scaffold` (plain SGD only) |
-| `server.optimizer` | `fedavg`, `fedavgm`, `fedadam`, `fedyogi` |
+| `server.optimizer` | `fedavg`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fedams` |
 | `federation.sampling` | `uniform`, `size`, `budget` |
 | `federation.budget` | what a tier buys |
 | `adapters.attention`, `adapters.router` | LoRA on attention; trained routers |
