@@ -77,6 +77,32 @@ DEVICES: dict[str, dict[str, Any]] = {
             "spread": 0.3,
         },
     },
+    "buffered": {
+        "method": {"name": "flame"},
+        "devices": {
+            "mix": {"phone-entry": 1.0, "laptop": 1.0, "edge-small": 1.0},
+            "aggregation": "buffered",
+            "availability": "always",
+            "buffer": 2,
+            "concurrency": 4,
+            "max_staleness": 3,
+            "dropout": 0.1,
+            "spread": 0.5,
+        },
+    },
+    "buffered-adam": {
+        "method": {"name": "hetlora"},
+        "server": {"optimizer": "fedadam", "lr": 0.01},
+        "devices": {
+            "mix": {"phone-entry": 1.0, "edge-small": 2.0},
+            "aggregation": "buffered",
+            "availability": "always",
+            "staleness": "constant",
+            "buffer": 3,
+            "concurrency": 3,
+            "max_staleness": 2,
+        },
+    },
 }
 """On simulated devices."""
 RANKS: dict[str, Any] = {"tiers": [{"rank": rank, "share": 1.0} for rank in (4, 2, 1)]}

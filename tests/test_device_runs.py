@@ -108,6 +108,20 @@ def test_clocks_of_devices_that_sleep(straight: dict[str, Result]) -> None:
     assert rounds[-1]["virtual_time"] > 0
 
 
+def test_buffered_updates_are_late(straight: dict[str, Result]) -> None:
+    """Whoever arrives in a step has begun so many steps before; the clock goes on from arrival to arrival."""
+    for variant, buffer, most in (("buffered", 2, 3), ("buffered-adam", 3, 2)):
+        result = straight[variant]
+        taken = [event for event in of_kind(result, "client") if event["status"] == "ok"]
+        assert every(0 <= event["delay"] <= min(most, event["round"] - 1) for event in taken)
+        assert any(event["delay"] > 0 for event in taken), variant
+        for event in of_kind(result, "round"):
+            own = [one for one in taken if one["round"] == event["round"]]
+            assert len(own) == buffer and event["mean_delay"] == sum(one["delay"] for one in own) / buffer
+        times = [event["virtual_time"] for event in of_kind(result, "round")]
+        assert times == sorted(times) and times[0] > 0
+
+
 @pytest.mark.parametrize("variant", DEVICES)
 def test_one_client_at_a_time(root: Path, straight: dict[str, Result], variant: str) -> None:
     waves = run_alone(config_of(root, variant, "waves", {"execution": {"clients_in_flight": 1}}))
@@ -140,6 +154,8 @@ def test_refusals(root: Path) -> None:
     for changes, message in (
         ({"method": {"name": "centralised"}, "devices": mix}, "devices: method centralised trains one client"),
         ({"devices": {"mix": {"tablet": 1.0}}}, "devices.mix.tablet: there is no such profile"),
+        ({"method": {"name": "flora"}, "devices": {**mix, "aggregation": "buffered"}}, "buffered: clients start from .* flora"),
+        ({"devices": {**mix, "aggregation": "buffered", "buffer": 7}}, "devices.buffer: 7: there are 6 clients"),
         ({"devices": {**mix, "aggregation": "deadline", "deadline_s": 1e-6}}, "devices.deadline_s: 1e-06: no device trains"),
     ):
         with pytest.raises(UserError, match=message):
