@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 from every import every
-from federations import Result, alone, finish, make_config, run_alone, write_inputs
+from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
 from method_variants import DEVICES, variant_config
+from reference import Adapters
+from reference_inputs import check_equal, initial, tasks
+from reference_methods import Late, Returned
+from replay import Replay
 from test_methods_resume import StopsAfter, start
 
 from fedmoe_ds.config import Config
@@ -165,3 +169,46 @@ def test_refusals(root: Path) -> None:
 def test_refusals_come_before_anything_is_loaded(root: Path) -> None:
     with pytest.raises(UserError, match="centralised"):
         check_start(make_config(root, "r", {"method": {"name": "centralised"}, "devices": {"mix": {"laptop": 1.0}}}), "cpu")
+
+
+class Buffered(Late):
+    """FedBuff: a change that is tau steps late counts 1 / sqrt(1 + tau)."""
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        for one in returned:
+            tau = self.options["delay"](one.task.index, len(self.history))
+            for key, received in one.received.items():
+                if key in one.trained.adapters:
+                    change = one.trained.adapters[key] - received
+                    one.trained.adapters[key] = received + change / math.sqrt(1 + tau)
+        super().step(returned, fresh)
+
+
+def test_buffered_rounds_are_the_plain_ones(tmp_path: Path) -> None:
+    """FedIT's mean of changes, each from its own start and weighed by its lateness, in plain loops in float64."""
+    model = {"num_hidden_layers": 1, "num_experts": 8, "num_experts_per_tok": 4, "hidden_size": 16}
+    write_inputs(tmp_path, (13, 9, 7, 5, 6), **model)
+    small = {
+        "method": {"name": "fedit"},
+        "federation": {"rounds": 9, "tiers": [{"top_k": 4, "share": 1.0}]},
+        "local": {"max_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.5, "clip": 0.5},
+        "execution": {"micro_batch_size": None, "clients_in_flight": 4},
+        "evaluation": {"max_sequences": 1, "client_sequences": 0, "every": 9},
+        "devices": {**DEVICES["buffered"]["devices"], "dropout": 0.0},
+    }
+    parts, journal = build(make_config(tmp_path, "plain", small), *alone())
+    assert parts.clock is not None
+    delays: dict[tuple[int, int], int] = {}
+    replay: Any = Replay(parts, 0.5, 0.5)
+    expected = Buffered(replay, initial(parts), [c.index for c in parts.clients], delay=lambda i, r: delays[i, r])
+    federation = Federation(parts, journal)
+    for round_index in range(1, 5):
+        arrivals = parts.clock.select(parts.state.clock, round_index).arrivals
+        delays |= {(flight.client, round_index): round_index - 1 - flight.version for flight in arrivals}
+        todo = tasks(parts, round_index)
+        replay.forget()
+        assert not federation._round(round_index)
+        expected.round(todo, {})
+        check_equal(dict(expected.adapters), {key: value.double() for key, _, value in parts.state.adapters.items(0)})
+    journal.close()
+    assert len(set(delays.values())) > 1
