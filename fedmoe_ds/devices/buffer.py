@@ -66,8 +66,7 @@ class _Step:
             client = draw()
             if client not in busy and self.conditions.on(client, self.time):
                 return client
-        everybody = range(len(self.conditions.fleet))
-        free = self.conditions.on_among([client for client in everybody if client not in busy], self.time)
+        free = self.conditions.on_but(busy, self.time)
         return free[draw() % len(free)] if free else None
 
     def wait(self) -> None:
