@@ -39,6 +39,7 @@ from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.execution import adapted_model, enable_checkpointing, execution_of
 from fedmoe_ds.federation.identity import identity, memory_settings
 from fedmoe_ds.federation.kernel_identity import agreed, check_code, code_of, kernels_of
+from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec, check_promise, check_start, resolve_spec
 from fedmoe_ds.federation.schedule import participants_per_round, wave_slots
 from fedmoe_ds.federation.sequence_checks import check_packed_samples
@@ -81,6 +82,7 @@ class Parts:
     evaluator: Evaluator
     server: Server
     state: State
+    planning: RoundPlanning
     identity: dict[str, Any]
     config_text: str
     checkpoints: Path
@@ -104,10 +106,8 @@ class Parts:
         return len(self.spec.expert_layout.layers), self.spec.expert_layout.num_experts
 
     def participants(self, round_index: int) -> list[Client]:
-        """The clients of a round, in canonical order."""
-        if self.clock is not None:
-            return self.clock.participants(self.state.clock, round_index)
-        return self.spec.participants_among(self.clients, round_index)
+        """The clients that are drawn for a round, in canonical order."""
+        return _drawn(self.spec, self.clients, self.state, self.clock, round_index)
 
     def new_sums(self, round_index: int = 1) -> RoundSums:
         """Empty sums for one round."""
@@ -126,6 +126,13 @@ class Parts:
         # Control variates and other untrained client state are means to an end, not a result.
         trained = [name for name, spec in self.state.personal.specs.items() if spec.trained]
         return {f"personal.{key}": value for key, value in self.state.personal.hashes(trained).items()}
+
+
+def _drawn(
+    spec: RunSpec, clients: Sequence[Client], state: State, clock: VirtualClock | None, round_index: int
+) -> list[Client]:
+    """The clients that are drawn for a round: of simulated devices, those that will arrive."""
+    return spec.participants_among(clients, round_index) if clock is None else clock.participants(state.clock, round_index)
 
 
 def load_parts(
@@ -231,7 +238,10 @@ def _assemble(
         server.load_base(own)
     state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), client_slabs(config)), own)
     state.personal.allow_peers(runtime)
-    micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients, clock)
+    planning = RoundPlanning(
+        spec, clients, state.personal, lambda round_index: _drawn(spec, clients, state, clock, round_index)
+    )
+    micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients, planning, clock)
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
     layers, rounds = spec.expert_layout.layers, config.federation.rounds
@@ -258,6 +268,7 @@ def _assemble(
         evaluator=Evaluator(spec, model, runtime, adapters, data, clients, in_flight),
         server=server,
         state=state,
+        planning=planning,
         identity=ours,
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",

@@ -17,9 +17,11 @@ def check_devices(config: Config, method: Method) -> None:
         raise UserError(
             f"devices: method {name} trains one client that has everybody's data, and nobody has its device; drop the section"
         )
+    place = f"devices.aggregation: {devices.aggregation}"
+    if devices.aggregation != "synchronous" and type(method).plan is not Method.plan:
+        raise UserError(f"{place}: method {name} plans itself who takes part in a round; use synchronous, or another method")
     if devices.aggregation != "buffered":
         return
-    place = f"devices.aggregation: {devices.aggregation}"
     refuse_delays(place, config, method.averages and not method.collects)
     if method.most_delay:
         raise UserError(
