@@ -6,5 +6,7 @@ from fedmoe_ds.federation.run_spec import RunSpec
 
 
 def most_delay(spec: RunSpec) -> int:
-    """The largest delay that the method assigns."""
-    return spec.method.most_delay
+    """The largest delay that the method assigns, or with which updates arrive from simulated devices."""
+    devices = spec.config.devices
+    arriving = devices.max_staleness if devices.simulated and devices.aggregation == "buffered" else 0
+    return max(spec.method.most_delay, arriving)

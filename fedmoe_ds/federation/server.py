@@ -20,6 +20,7 @@ from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
+from fedmoe_ds.devices.buffer import staleness
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
@@ -114,15 +115,20 @@ class Server:
         return {name: value[:, held] if spec.expert else value for name, value in found.items()}
 
     def _contribution(self, view: ClientView, spec: BlockSpec) -> Tensor:
+        # An update that comes late by device time counts less, by the method's weights as much as any: FedBuff's sum over the
+        # buffer of s(tau) times the change, divided by their weights and not by those times s(tau).
+        factor = staleness(self.config.devices, view.assignment.delay or 0)
         if self.method.weighing.changes:
             # Rows that the client does not hold are zero in both: no change.
-            return view.value(spec) - view.received(spec)
+            change = view.value(spec) - view.received(spec)
+            return change if factor == 1.0 else (factor * change.double()).float()
         mask, value = view.assignment.mask(spec, view.value(spec).device), view.value(spec)
         if view.past is not None:
             # The change since its own start, on the present adapters: it does not pull the mean back to where it started.
             # In float64 and rounded once; where the client changed nothing, the present bits.
             now = view.start.client(spec.name, 0).double()
-            moved = (now + (value.double() - view.received(spec).double())).float()
+            change = value.double() - view.received(spec).double()
+            moved = (now + (change if factor == 1.0 else factor * change)).float()
             value = moved if mask is None else torch.where(mask, moved, value)
         if mask is None or self.method.missing_rows == "zero":
             return value
