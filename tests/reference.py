@@ -80,8 +80,8 @@ class Running:
 
 @dataclass
 class Trained:
-    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` the mean of its steps' losses, and `first_loss`
-    that of its first step."""
+    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` the mean of its steps' losses, and
+    `first_loss` that of its first step."""
 
     adapters: Adapters
     rescaler: Tensor
