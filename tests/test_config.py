@@ -341,6 +341,7 @@ tiers = st.fixed_dictionaries(
         "clients": st.none() | st.lists(texts, min_size=1, max_size=2),
         "rank": st.none() | counts,
         "experts": st.none() | counts,
+        "layers": st.none() | counts,
     }
 )
 values: dict[str, st.SearchStrategy[Any]] = {
