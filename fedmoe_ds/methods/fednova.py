@@ -88,7 +88,8 @@ class FedNova(Method):
 
     def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray:
         """tau_eff over the sum of shares: of a round's clients that came back, shares need not sum to one."""
-        return tallies["way"] / tallies["share"] ** 2
+        factor: np.ndarray = tallies["way"] / tallies["share"] ** 2
+        return factor
 
     def _norm(self, update: ClientUpdate) -> float:
         local = self.facts.local
