@@ -269,7 +269,7 @@ class Federation:
         """Make the next global state of the sums."""
         parts, partial = self.parts, work.partial
         self._tell_averaged(work)
-        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index)
+        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, work.chosen)
         self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
         self.state.personal.memories |= partial.memories
         self.state.round = work.index

@@ -13,6 +13,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     tally(update)           further numbers of it that are summed (with `weighing.tallies`)
     element_weights(view)   weights of single elements (with `weighing.elements`)
     factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
+    server_rate(clients)    a factor on the server's learning rate
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -21,6 +22,7 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -234,6 +236,10 @@ class Method:
 
     def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:
         """What the sum of a block's weighted changes is multiplied by, from the sums of its tallies, [L, E] or [L] each."""
+        return 1.0
+
+    def server_rate(self, round_index: int, participants: Sequence[Client]) -> float:
+        """A factor on `server.lr` in this round; `participants` are those of its plan, whether or not they came back."""
         return 1.0
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
