@@ -149,6 +149,7 @@ CASES = {
         {
             **method("cc-fao", steps=2, max_delay=2, delay_threshold=0),
             "local": {**SGD, "max_steps": None},
+            "federation": {"rounds": 3},
             "server": {"optimizer": "fedams", "lr": 0.02, "beta1": 0.8, "beta2": 0.5, "tau": 0.01},
         },
         SGD,
