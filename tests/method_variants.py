@@ -59,6 +59,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "federation": {"sampling": "budget"},
     },
     "fedadam": {"method": {"name": "hetlora", "gamma": 0.5}, "server": {"optimizer": "fedadam", "lr": 0.01}},
+    "cc-fao": {
+        "method": {"name": "cc-fao", "steps": 1, "max_delay": 2},
+        "server": {"optimizer": "fedams", "lr": 0.01},
+        "local": {"optimizer": "sgd", "lr": 0.05},
+    },
     "fedadagrad": {"method": {"name": "fedit"}, "server": {"optimizer": "fedadagrad", "lr": 0.01}},
     "fedams": {"method": {"name": "flame"}, "server": {"optimizer": "fedams", "lr": 0.01}},
     "fedyogi": {

@@ -24,7 +24,7 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
     config = parts.config
     most = parts.spec.expert_layout.top_k
     found = []
-    for client in parts.participants(round_index):
+    for client in parts.planning.of(round_index).participants:
         data = parts.training_data.train(client.index)
         members = parts.clients if parts.spec.method.pooled else [client]  # pooled: the largest budget of all
         batches = pooled(parts, round_index) if parts.spec.method.pooled else own_batches(parts, client, round_index)
@@ -52,7 +52,7 @@ def own_batches(parts: Parts, client: Client, round_index: int) -> list[np.ndarr
     """Sequences of every step: one epoch, at most `max_steps`."""
     local = parts.config.local
     batches = local_batches(client, local, parts.config.seed, round_index)
-    steps = -(-client.sequences // local.batch_size)
+    steps = client.steps or -(-client.sequences // local.batch_size)
     assert len(batches) == min(steps, local.max_steps or steps)
     return batches
 

@@ -13,19 +13,20 @@ class ServerRule:
         self, kind: str = "fedavg", lr: float = 1.0, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
     ) -> None:
         self.kind, self.lr, self.beta1, self.beta2, self.tau = kind, lr, beta1, beta2, tau
+        self.rate = 1.0  # a factor on lr, from round to round
         self.moments: dict[str, dict[str, Tensor]] = {"momentum": {}, "variance": {}, "largest": {}}
 
     def step(self, key: str, old: Tensor, mean: Tensor) -> Tensor:
         """The new global value."""
         d = mean - old
         if self.kind == "fedavg":
-            return old + self.lr * d
+            return old + self.lr * self.rate * d
         m = self.moments["momentum"].get(key, torch.zeros_like(d))
         v = self.moments["variance"].get(key, torch.full_like(d, 0.0 if self.kind == "fedams" else self.tau**2))
         if self.kind == "fedavgm":
             m = self.beta1 * m + d
             self.moments["momentum"][key] = m
-            return old + self.lr * m
+            return old + self.lr * self.rate * m
         m = self.beta1 * m + (1 - self.beta1) * d
         if self.kind == "fedadagrad":
             v = v + d**2
@@ -36,4 +37,4 @@ class ServerRule:
         self.moments["momentum"][key], self.moments["variance"][key] = m, v
         if self.kind == "fedams":
             v = self.moments["largest"][key] = torch.maximum(v, self.moments["largest"].get(key, torch.zeros_like(v)))
-        return old + self.lr * m / (v.sqrt() + self.tau)
+        return old + self.lr * self.rate * m / (v.sqrt() + self.tau)

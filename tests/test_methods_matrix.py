@@ -19,6 +19,7 @@ from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
+from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
@@ -81,6 +82,10 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "centralised": ({}, Told(FedIT, {})),
     "fft-moe": ({}, Told(FedIT, {})),
     "ewwa-fl": ({"alpha": 2.0, "eps": 1e-4}, Told(EWWAFL, {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4})),
+    "cc-fao": (
+        {"amsgrad": False, "steps": 1, "max_delay": 2, "delay_threshold": 0},
+        Told(CCFAO, {"seed": 0, "most": 2, "threshold": 1}),
+    ),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
@@ -105,6 +110,7 @@ class Case(NamedTuple):
             (self.method in NO_MEAN and self.server != "fedavg")
             or (self.method in NO_MEAN - {"local-only"} and self.drift == "scaffold")
             or (self.method == "local-only" and self.drift != "none")
+            or (self.method == "cc-fao" and self.drift == "scaffold")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")

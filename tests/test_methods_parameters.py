@@ -16,6 +16,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import load_method, method_for
 from fedmoe_ds.methods.base import MethodParams
 
+AGED: dict[str, Any] = {"amsgrad": False, "steps": 1, "max_delay": 2}
 # (method, what both runs are told, what one of them is told in addition)
 CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("flame", {}, {"temperature": 0.5}),
@@ -59,6 +60,13 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ewwa-fl", {}, {"beta2": 0.9}),
     ("ewwa-fl", {}, {"eps": 1.0}),
     ("ewwa-fl", {"alpha": 0.0}, {"beta1": 0.5}),
+    ("cc-fao", AGED, {"steps": 3}),
+    ("cc-fao", AGED, {"pace": "equal"}),
+    ("cc-fao", AGED, {"max_delay": 0}),
+    ("cc-fao", AGED, {"normalise": False}),
+    ("cc-fao", {**AGED, "max_delay": 1}, {"scaled_rate": False}),
+    ("cc-fao", {**AGED, "max_delay": 1}, {"delay_threshold": 3}),
+    ("cc-fao", AGED, {"amsgrad": True}),
     ("fednova", {}, {"effective": "steps"}),
     ("q-fedavg", {}, {"q": 2.0}),
     ("q-fedavg", {}, {"lipschitz": 10.0}),

@@ -25,6 +25,7 @@ NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
+    "cc-fao": [{"local": {"optimizer": "sgd"}, "method": {"amsgrad": False, "max_delay": 0}}],
     "q-fedavg": [{"local": {"optimizer": "sgd"}}],
 }
 """What a method cannot do without: everything else is the small federation."""

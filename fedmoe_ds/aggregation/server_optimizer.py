@@ -56,21 +56,24 @@ class ServerOptimizer:
         return banks
 
     @torch.no_grad()
-    def step(self, spec: BlockSpec, old: Tensor, mean: Tensor, trained: Tensor, banks: dict[str, Bank]) -> Tensor:
+    def step(
+        self, spec: BlockSpec, old: Tensor, mean: Tensor, trained: Tensor, banks: dict[str, Bank], rate: float = 1.0
+    ) -> Tensor:
         """The new global value of a block; moments are updated in place.
 
         Args:
             old, mean: [L, E, *item] or [L, *item].
             trained: bool [L, E] or [L]: where anybody trained.
+            rate: a factor on the learning rate of this round.
         """
         # old + (mean - old) need not round to mean: plain averaging returns the mean's own bits.
-        if self.plain:
+        if self.plain and rate == 1.0:
             return mean
         change = mean.double() - old.double()
         # Per (layer, expert): a round without a pseudo-gradient is no step, neither for an expert nor for its moments.
         where = trained.view(*trained.shape, *([1] * len(spec.item)))
         direction = self._direction(spec, change, where, banks)
-        return torch.where(where, old.double() + self.config.lr * direction, old.double()).float()
+        return torch.where(where, old.double() + self.config.lr * rate * direction, old.double()).float()
 
     def _direction(self, spec: BlockSpec, change: Tensor, where: Tensor, banks: dict[str, Bank]) -> Tensor:
         config = self.config

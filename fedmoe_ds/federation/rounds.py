@@ -276,7 +276,7 @@ class Federation:
         parts, partial = self.parts, work.partial
         self._tell_averaged(work)
         arrives = parts.spec.method.after_mean(MeanContext(work.index, partial.memories))
-        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, arrives)
+        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, work.chosen, arrives)
         self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
         self.state.personal.memories |= partial.memories
         if parts.clock is not None:

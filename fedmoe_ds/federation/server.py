@@ -137,21 +137,27 @@ class Server:
 
     @torch.no_grad()
     def step(
-        self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int, arrives: TensorRule | None = None
+        self,
+        sums: RoundSums,
+        adapters: Bank,
+        own: dict[str, Bank],
+        round_index: int,
+        participants: Sequence[Client] = (),
+        arrives: TensorRule | None = None,
     ) -> None:
         """Replace the global adapters (and the server's own state) by those of the next round.
 
-        `arrives`: what becomes of the mean on its way to the server (`Method.after_mean`); None: nothing.
+        `participants` are those of its plan; `arrives`: what becomes of the mean on its way to the server (`Method.after_mean`); None: nothing.
         """
         # Clones: the steps below overwrite the adapters that they are computed from.
         old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
         self.past.keep(old, round_index, own)
-        means = sums.average(adapters, self.method.factor)
+        means, rate = sums.average(adapters, self.method.factor), self.method.server_rate(round_index, participants)
         if arrives is not None:
             _let_arrive(means, sums.statistics, arrives, self.first_expert)
         for spec in sums.statistics.specs:
             # Where no client had weight there is no mean; a momentum step there would move untrained experts.
-            new = self.optimizer.step(spec, old[spec.name], means[spec.name], sums.trained(spec.name), own)
+            new = self.optimizer.step(spec, old[spec.name], means[spec.name], sums.trained(spec.name), own, rate)
             adapters.client(spec.name, 0).copy_(new)
         if sums.collection is not None:
             self._combine(sums, adapters, own, old, round_index)

@@ -14,6 +14,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     element_weights(view)   weights of single elements (with `weighing.elements`)
     factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
     after_mean(context)     what becomes of the mean before the server's step
+    server_rate(clients)    a factor on the server's learning rate
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -22,6 +23,7 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -246,6 +248,9 @@ class Method:
         The rule knows a tensor by its canonical name, with layer and global expert: whoever holds it must do the same.
         """
         return None
+    def server_rate(self, round_index: int, participants: Sequence[Client]) -> float:
+        """A factor on `server.lr` in this round; `participants` are those of its plan, whether or not they came back."""
+        return 1.0
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
