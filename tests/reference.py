@@ -79,7 +79,7 @@ class Running:
 
 @dataclass
 class Trained:
-    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` that of its first step."""
+    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` the mean of its steps' losses."""
 
     adapters: Adapters
     rescaler: Tensor
@@ -87,6 +87,7 @@ class Trained:
     tokens: int
     rates: float
     loss: float = math.nan
+    first_loss: float = math.nan
 
 
 class Reference:
@@ -203,14 +204,14 @@ class Reference:
         others = [own] if learns else []
         optimizer = self._optimizer(decayed, others)
         run = self.start(adapters, own, task.cap, scale)
-        tokens, rates, first_loss = 0, 0.0, math.nan
+        tokens, rates, losses = 0, 0.0, list[float]()
         for step, sequences in enumerate(task.steps):
             for parameter in (*decayed, *others):
                 parameter.grad = torch.zeros_like(parameter)
             if select is not None:
                 run.active = self._survey(run, sequences, select)
-            trained_on, loss = self._backward(run, sequences)
-            tokens, first_loss = tokens + trained_on, first_loss if step else loss
+            count, loss = self._backward(run, sequences)
+            tokens, losses = tokens + count, [*losses, loss]
             if extra is not None:
                 extra(adapters).backward()
             self._clip([*decayed, *others])
@@ -220,7 +221,7 @@ class Reference:
                 group["lr"] = rate
             optimizer.step()
         trained = {key: value.detach() for key, value in adapters.items()}
-        return Trained(trained, own.detach(), run.counts, tokens, rates, first_loss)
+        return Trained(trained, own.detach(), run.counts, tokens, rates, sum(losses) / len(losses), losses[0])
 
     def frozen_weight(self, stem: str) -> Tensor:
         """The frozen matrix under an adapter: the one that is computed with, to be changed in place."""
@@ -251,19 +252,18 @@ class Reference:
                 parameter.grad *= self.settings.clip / norm
 
     def _backward(self, run: Running, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[int, float]:
-        """Tokens, and the mean loss of the targets without auxiliary terms."""
+        """Tokens of a step, and its mean loss over targets."""
         targets = sum(int(mask.sum()) for _, mask in sequences)
         tokens = sum(len(ids) for ids, _ in sequences)
-        size = self.settings.micro or len(sequences)
-        total = 0.0
+        size, mean = self.settings.micro or len(sequences), 0.0
         for first in range(0, len(sequences), size):
             part = sequences[first : first + size]
             run.logits.clear()
             loss = torch.stack([self.loss_sum(ids, mask) for ids, mask in part]).sum() / targets
-            total += float(loss.detach())
+            mean += float(loss.detach())
             loss = loss + self.auxiliary() * sum(len(ids) for ids, _ in part) / tokens
             loss.backward()
-        return tokens, total
+        return tokens, mean
 
     def _optimizer(self, decayed: list[Tensor], others: list[Tensor]) -> torch.optim.Optimizer:
         groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}]

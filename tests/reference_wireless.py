@@ -56,7 +56,7 @@ class OverTheAir(FedIT):
     def step(self, returned: list[Returned], fresh: Adapters) -> None:
         seed, loudness = self.options["seed"], []
         for one in returned:
-            self.losses[one.task.index] = one.trained.loss
+            self.losses[one.task.index] = one.trained.first_loss
             sent = [one.trained.adapters[key] - one.received[key] for key in self.adapters]
             scale = math.sqrt(sum(float(x.square().sum()) for x in sent) / sum(x.numel() for x in sent))
             amplitude = math.sqrt(fading(seed, self.number, one.task.index))

@@ -224,6 +224,22 @@ def test_the_buffer_waits_for_devices_that_are_off() -> None:
         select_step(never, ClockState(), 1, picker(2))
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 100), st.integers(0, 400), st.integers(0, 3))
+def test_all_at_once_is_one_by_one(count: int, time: int, seed: int) -> None:
+    """Few profiles with days of their own beginning, and as many profiles as devices."""
+    random = np.random.default_rng(seed)
+    days = [sorted(random.choice(100, 2 * int(random.integers(1, 4)), replace=False).tolist()) for _ in range(count)]
+    on: list[Availability | None] = [
+        Availability.of([day[i : i + 2] for i in range(0, len(day), 2)], 100 + int(random.integers(0, 9))) for day in days
+    ]
+    traced = conditions([1.0] * count, on).fleet
+    mixed = make_fleet(DevicesConfig(mix={"phone-mid": 1.0, "laptop": 1.0, "edge-small": 1.0}), count, [], seed)
+    assert mixed is not None
+    for fleet, moment in ((traced, time * SECOND), (mixed, time * 211 * SECOND)):
+        assert fleet.on_N(moment).tolist() == [device.until(moment) is not None for device in fleet]
+
+
 def test_a_mix_of_builtin_profiles_runs_for_days() -> None:
     """Nights of phones, working days of laptops: time goes on, nobody is at work who is off."""
     config = DevicesConfig(

@@ -51,8 +51,11 @@ local.warmup local.weight_decay local.momentum local.moments local.betas local.e
 local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
 method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
 execution.reproducible execution.micro_batch_size execution.packing evaluation.max_sequences evaluation.client_sequences
-devices.mix devices.profiles devices.availability devices.spread devices.dropout devices.aggregation devices.deadline_s
+devices.mix devices.availability devices.spread devices.dropout devices.aggregation devices.deadline_s
 devices.over_selection devices.buffer devices.concurrency devices.staleness devices.max_staleness
+devices.profiles.like devices.profiles.flops_per_s devices.profiles.memory_bytes devices.profiles.down_bytes_per_s
+devices.profiles.up_bytes_per_s devices.profiles.joules_per_flop devices.profiles.joules_per_byte_sent
+devices.profiles.joules_per_byte_received devices.profiles.on devices.profiles.period_s
 """
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
@@ -129,7 +132,12 @@ OTHER: dict[str, Any] = {
     "devices.aggregation": "buffered",
     "devices.over_selection": 2.0,
     "devices.target_perplexity": 90.0,
-    "devices.profiles": {"laptop": {"like": "phone-mid"}},
+    "devices.profiles.like": "phone-high",
+    "devices.profiles.flops_per_s": 1e9,
+    "devices.profiles.memory_bytes": 1e9,
+    "devices.profiles.down_bytes_per_s": 1e6,
+    "devices.profiles.up_bytes_per_s": 1e6,
+    "devices.profiles.on": [[0, 10]],
 }
 """Another value, where the type does not suggest one."""
 BESIDES = {
@@ -294,7 +302,9 @@ def test_another_value_is_refused(key: str, world: World) -> None:
         here, old, config = "adapters.moe", "None", world.config({"adapters": changed})
     elif key.startswith("devices."):
         here, old = "devices", "None"
-        changed = {"mix": {"laptop": 1.0}, key.rpartition(".")[2]: another(key, KEYS[key], value_at(base, key))}
+        leaf, value = key.rpartition(".")[2], another(key, KEYS[key], value_at(base, key))
+        own = {"profiles": {"laptop": {"like": "phone-mid", leaf: value}}} if ".profiles." in key else {leaf: value}
+        changed = {"mix": {"laptop": 1.0}, **own}
         config = world.config({"devices": changed})
     else:
         here, old = key, str(value_at(world.parts.config, key))

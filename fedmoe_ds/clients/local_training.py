@@ -147,7 +147,8 @@ class WaveTrainer:
             slots[False] = work.slot
         # On the CPU for all clients; here it meets tensors of the device.
         state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
-        return ClientView(work.client, work.assignment, self.bank, start, slots, state, self.first_expert)
+        past = self.hooks.past(work.assignment.delay, work.round_index)
+        return ClientView(work.client, work.assignment, self.bank, start, slots, state, past, self.first_expert)
 
     @torch.no_grad()
     def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
@@ -161,7 +162,7 @@ class WaveTrainer:
             for spec in view.blocks(trained=False):
                 if spec.personal:
                     view.value(spec).copy_(view.client_state[spec.name])
-                elif view.assignment.rows_R is not None and spec.pair is not None:
+                elif view.past is not None or (view.assignment.rows_R is not None and spec.pair is not None):
                     view.value(spec).copy_(view.received(spec))
         self.execution.wave = self._in_training(works)
 
@@ -291,9 +292,10 @@ class WaveTrainer:
         observed = gatherer.observations({w.slot: w.observed for w in mine}, self.hooks.observes, len(self.layers))
         measured = gatherer.measures([view for home in views for view in home], self.hooks.measure)
         finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
+        losses_C = gatherer.losses({work.slot: work.losses for work in mine if work.losses}) if self.hooks.losses else None
         updates = []
         for i, (work, view) in enumerate(_flat(works, views)):
-            place = view.slots[True]
+            place, rates = view.slots[True], tuple(work.rate(self.local, step) for step in range(len(work.batches)))
             updates.append(
                 ClientUpdate(
                     work.client,
@@ -309,14 +311,15 @@ class WaveTrainer:
                     trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
                     {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
                     measured[i],
-                    self._remembered(work, view),
+                    self._remembered(view, sum(rates)),
                     counted_CN[place][1],
+                    rates,
+                    None if losses_C is None else losses_C[place],
                 )
             )
         return updates
 
-    def _remembered(self, work: ClientWork, view: ClientView) -> dict[str, Tensor]:
-        rates = sum(work.rate(self.local, step) for step in range(len(work.batches)))
+    def _remembered(self, view: ClientView, rates: float) -> dict[str, Tensor]:
         return {name: value for remember in self.hooks.remember for name, value in remember(view, rates).items()}
 
 

@@ -55,6 +55,8 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         # FedAvgM has momentum but no second moment.
         first = ("beta1",) if server.optimizer == "fedavg" else ()
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
+    if server.optimizer == "fedadagrad":
+        yield "server", ("beta2",), "server.optimizer is fedadagrad, which adds squares up"
     if evaluation.generations == 0:
         yield "evaluation", ("max_new_tokens",), "evaluation.generations is 0"
     if config.checkpoint.best is None:

@@ -177,10 +177,10 @@ class LocalConfig(Section):
 class ServerConfig(Section):
     """What the server does with the mean of a round (Reddi et al., arXiv 2003.00295); fedavg takes it as it is."""
 
-    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
-    lr: float = Field(1.0, gt=0, description="server learning rate on mean - global; about 0.01 for fedadam and fedyogi")
+    optimizer: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"] = "fedavg"
+    lr: float = Field(1.0, gt=0, description="server learning rate on mean - global; about 0.01 for those that are adaptive")
     beta1: float = Field(0.9, ge=0, lt=1, description="momentum")
-    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi)")
+    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi, fedams)")
     tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root of the second moment")
 
 

@@ -7,6 +7,7 @@ from fedmoe_ds.devices.availability import ALWAYS, SECOND, Availability, ticks
 from fedmoe_ds.devices.builtin import BUILTIN
 from fedmoe_ds.devices.fleet import Device, Fleet, Sources, make_fleet, read_sources
 from fedmoe_ds.devices.profile import DeviceProfile
+from fedmoe_ds.devices.work import Work
 
 __all__ = [
     "ALWAYS",
@@ -17,6 +18,7 @@ __all__ = [
     "DeviceProfile",
     "Fleet",
     "Sources",
+    "Work",
     "make_fleet",
     "read_sources",
     "ticks",

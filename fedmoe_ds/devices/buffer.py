@@ -11,9 +11,11 @@ steps late is not taken, and whom to ask is drawn among those who are on and not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from fedmoe_ds.config import DevicesConfig
 from fedmoe_ds.devices.availability import SECOND
 from fedmoe_ds.devices.flight import LOST, STALE, ClockState, Conditions, Flight, Missed, Selection
 from fedmoe_ds.errors import UserError
@@ -24,6 +26,13 @@ MOST_DRAWS = 64
 """Before those who can be asked are looked for one by one."""
 MOST_MISSED = 10_000
 """Updates of a step that are not taken; then it is given up."""
+
+
+def staleness(config: DevicesConfig, tau: int) -> float:
+    """The factor on the change of an update that is `tau` server steps late; 1 where updates do not arrive one by one."""
+    if not config.simulated or config.aggregation != "buffered" or config.staleness == "constant":
+        return 1.0
+    return 1.0 / math.sqrt(1 + tau)
 
 
 @dataclass
@@ -57,8 +66,7 @@ class _Step:
             client = draw()
             if client not in busy and self.conditions.on(client, self.time):
                 return client
-        everybody = range(len(self.conditions.fleet))
-        free = self.conditions.on_among([client for client in everybody if client not in busy], self.time)
+        free = self.conditions.on_but(busy, self.time)
         return free[draw() % len(free)] if free else None
 
     def wait(self) -> None:

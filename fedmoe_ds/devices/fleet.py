@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedmoe_ds.config import DevicesConfig
 from fedmoe_ds.devices.availability import ALWAYS
 from fedmoe_ds.devices.builtin import BUILTIN
+from fedmoe_ds.devices.presence import Presence
 from fedmoe_ds.devices.profile import DeviceProfile, resolved
 from fedmoe_ds.devices.trace import Trace, read_trace
 from fedmoe_ds.errors import UserError, nearest
@@ -70,6 +71,14 @@ class Fleet(Sequence[Device]):
     def always_on(self) -> bool:
         """Whether no device is ever off."""
         return all(profile.availability.always for profile in self.profiles)
+
+    @cached_property
+    def _presence(self) -> Presence:
+        return Presence(self.profiles, self.kind_N, self.shift_N)
+
+    def on_N(self, time: int) -> NDArray[np.bool_]:
+        """Whether each device is on at a moment."""
+        return self._presence.on_N(time)
 
     def counts(self) -> dict[str, int]:
         """How many clients have each profile, by its name."""

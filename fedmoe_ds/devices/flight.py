@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from fedmoe_ds.config import DevicesConfig
 from fedmoe_ds.devices.fleet import Fleet
@@ -118,9 +120,12 @@ class Conditions:
     def on(self, client: int, time: int) -> bool:
         return self.fleet[client].until(time) is not None
 
-    def on_among(self, clients: Sequence[int], time: int) -> list[int]:
-        """Those of some clients that are on."""
-        return list(clients) if self.fleet.always_on else [client for client in clients if self.on(client, time)]
+    def on_but(self, others: Collection[int], time: int) -> list[int]:
+        """All clients whose devices are on, but for some."""
+        on_N = self.fleet.on_N(time)
+        on_N[list(others)] = False
+        found: list[int] = np.flatnonzero(on_N).tolist()
+        return found
 
     def first_on(self, clients: Sequence[int], time: int) -> int:
         """The first moment from `time` on in which any of some clients is on."""

@@ -55,10 +55,10 @@ def _asked(conditions: Conditions, time: int, wanted: int, draw: Draw, attempt: 
     # Nobody is off: drawn among all, as without devices.
     if conditions.fleet.always_on:
         return draw(None, size, attempt), time
-    on = conditions.on_among(everybody, time)
+    on = conditions.on_but((), time)
     if not on:
         time = conditions.first_on(everybody, time)
-        on = conditions.on_among(everybody, time)
+        on = conditions.on_but((), time)
     return (draw(on, size, attempt) if len(on) > size else on), time
 
 

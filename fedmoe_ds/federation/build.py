@@ -233,6 +233,7 @@ def _assemble(
     own = server.initial_state(device)
     # Before personal blocks are made: they begin as the global ones.
     begun = begin_from(source, spec, adapters, own.get(BASE), runtime, unread)
+    server.past.begin(adapters, own)
     if source is not None:
         server.load_base(own)
     state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), client_slabs(config)), own)

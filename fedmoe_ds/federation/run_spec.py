@@ -205,6 +205,7 @@ def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:
         config.seed,
         expert_layout.renormalised,
         tuple(expert_layout.layers),
+        config.local,
     )
 
 

@@ -18,7 +18,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.config import TARGETS
 from fedmoe_ds.devices import SECOND, DeviceProfile, Fleet, Sources
 from fedmoe_ds.devices.buffer import select_step
-from fedmoe_ds.devices.flight import LATE, LOST, STALE, ClockState, Conditions, Missed, Selection
+from fedmoe_ds.devices.flight import LATE, LOST, STALE, ClockState, Conditions, Flight, Missed, Selection
 from fedmoe_ds.devices.rounds import select_round
 from fedmoe_ds.devices.work import Span, Work, joules_of, span_of
 from fedmoe_ds.errors import UserError
@@ -130,7 +130,7 @@ class VirtualClock:
         selection = self.select(state, round_index)
         rows, end, spent = list[Report](), selection.after.time, list[float]()
         counted = 0
-        for flight in selection.arrivals:
+        for flight in self._flights(selection, round_index, reports):
             profile, work = self.fleet[flight.client].profile, self._counted(flight.client, reports[flight.client])
             span, joules = span_of(profile, work, flight.pace), joules_of(profile, work)
             counted = max(counted, flight.began + span.total)
@@ -144,6 +144,14 @@ class VirtualClock:
         after = replace(selection.after, time=end, joules=state.joules + math.fsum(spent))
         rows += self._missed_rows(selection)
         return Settled(after, rows, self._fields(state, after, selection, rows, math.fsum(spent)))
+
+    def _flights(self, selection: Selection, round_index: int, reports: Mapping[int, Report]) -> list[Flight]:
+        """Of those that have trained. A method that plans takes some of the drawn clients, or others, from the same moment."""
+        drawn = {flight.client: flight for flight in selection.arrivals}
+        others = [index for index in sorted(reports) if index not in drawn]
+        began = selection.arrivals[0].began
+        drawn |= {index: self.conditions.flight(index, round_index - 1, began, round_index, 0) for index in others}
+        return [drawn[index] for index in sorted(reports)]
 
     def _counted(self, client: int, report: Report) -> Work:
         # A client that the host had no memory for is counted as predicted: its device has tried.

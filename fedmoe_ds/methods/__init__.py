@@ -5,6 +5,7 @@ name and meaning within a minor version, wherever in the package it moves.
 """
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
@@ -23,7 +24,7 @@ from fedmoe_ds.methods.base import (
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
@@ -57,6 +58,7 @@ __all__ = [
     "Spending",
     "TensorRule",
     "UserError",
+    "Weighing",
     "balance_loss",
     "computing_joules",
     "counts_of",
@@ -70,6 +72,8 @@ __all__ = [
     "path_gain",
     "present",
     "product_norms",
+    "remembered_block",
+    "shared_blocks",
     "upload",
     "watts",
     "with_defaults",
