@@ -54,5 +54,5 @@ def test_without_room_and_noise_it_is_fedavg_to_the_bit(root: Path) -> None:
 
 def test_a_client_has_one_device(root: Path) -> None:
     config = make_config(root, "two", QUICK, {"method": RADIO, "devices": {"mix": {"phone-mid": 1.0}}})
-    with pytest.raises(UserError, match="^devices: method wireless-fl plans with devices and a channel of its own"):
+    with pytest.raises(UserError, match=r"^devices: method wireless-fl plans with devices and a channel of its own"):
         check_start(config, "cpu")
