@@ -99,9 +99,8 @@ class Replay:
                 for value, grad in zip(trained.values(), grads, strict=True):
                     value -= self.lr * min(1.0, self.clip / norm) * grad
         result = {key: value.detach() for key, value in values.items()}
-        assert update.losses is not None
-        first = update.losses[0]
         loss = update.shared_losses[1] if update.shared_losses else math.nan
+        first = update.losses[0] if update.losses else math.nan
         return Trained(result, rescaler, update.counts_LE, update.tokens, self.lr * len(slopes), loss, first)
 
 

@@ -36,7 +36,8 @@ def distances(seed: int, clients: Iterable[int], radius: float) -> Floats:
     """Metres between these clients and the base station, float64 [N]: evenly spread over a disc, the same in every round."""
     share = np.array([generator(seed, "distance", client).random() for client in clients])
     # The square root: area grows with the square of the distance.
-    return np.maximum(radius * np.sqrt(share), NEAREST)
+    metres: Floats = np.maximum(radius * np.sqrt(share), NEAREST)
+    return metres
 
 
 def path_gain(metres: Floats) -> Floats:

@@ -309,8 +309,7 @@ class Federation:
         plain = round_index == 0 and parts.start is None
         due = config.clients_every > 0 and round_index % config.clients_every == 0
         rows = parts.evaluator.scores(self.state.personal, config.client_sequences > 0 and (ends or due), plain)
-        timed = parts.clock is not None or parts.spec.method.accounts
-        spent = spent_fields(self.state.clock) if timed else None
+        spent = spent_fields(self.state.clock) if parts.clock is not None or parts.spec.method.accounts else None
         self.journal.evaluation(round_index, rows, plain, self.checkpoints.see(round_index, rows), spent)
         if ends:
             self.journal.generations(round_index, parts.evaluator.generations(self.state.personal, plain))

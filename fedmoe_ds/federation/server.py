@@ -154,7 +154,7 @@ class Server:
         self.past.keep(old, round_index, own)
         means, rate = sums.average(adapters, self.method.factor), self.method.server_rate(round_index, participants)
         if arrives is not None:
-            _let_arrive(means, sums.statistics, arrives, self.first_expert)
+            _let_arrive(means, sums, arrives, self.first_expert)
         for spec in sums.statistics.specs:
             # Where no client had weight there is no mean; a momentum step there would move untrained experts.
             new = self.optimizer.step(spec, old[spec.name], means[spec.name], sums.trained(spec.name), own, rate)
@@ -193,10 +193,10 @@ class Server:
             weights[key].copy_(value)
 
 
-def _let_arrive(means: dict[str, Tensor], statistics: Statistics, arrives: TensorRule, first_expert: int) -> None:
+def _let_arrive(means: dict[str, Tensor], sums: RoundSums, arrives: TensorRule, first_expert: int) -> None:
     """Pass every adapter tensor of which there is a mean through the rule, by its canonical name."""
-    for spec in statistics.specs:
-        for place in (statistics.weight(spec.name) > 0).nonzero().tolist():
+    for spec in sums.statistics.specs:
+        for place in sums.trained(spec.name).nonzero().tolist():
             # Global experts: the rule must not know who holds them.
             expert = first_expert + place[1] if spec.expert else None
             value = means[spec.name][tuple(place)]

@@ -248,6 +248,7 @@ class Method:
         The rule knows a tensor by its canonical name, with layer and global expert: whoever holds it must do the same.
         """
         return None
+
     def server_rate(self, round_index: int, participants: Sequence[Client]) -> float:
         """A factor on `server.lr` in this round; `participants` are those of its plan, whether or not they came back."""
         return 1.0

@@ -184,4 +184,4 @@ class OTAFFL(Method):
         weight_K, scale_K = (np.array([float(memory[name]) for _, memory in sent]) for name in ("weight", "scale"))
         amplitude_K = np.sqrt(fading(self.facts.seed, context.round, [client for client, _ in sent]))
         eta = de_noising(weight_K / math.fsum(weight_K), scale_K, amplitude_K, power=1.0)
-        return 10.0 ** (-snr_db / 20.0) / math.sqrt(eta)
+        return float(10.0 ** (-snr_db / 20.0) / math.sqrt(eta))

@@ -219,7 +219,7 @@ class WirelessFL(Method):
 
     def _worth(self, context: PlanContext) -> Floats:
         """p_k (1 + omega (1 - d_k)) of every candidate."""
-        share_N = counts_of(context.drawn, "samples") / counts_of(context.clients, "samples").sum()
+        share_N: Floats = counts_of(context.drawn, "samples") / counts_of(context.clients, "samples").sum()
         if self.params.divergence == 0.0:
             return share_N
         counts_NC = context.labels()
@@ -228,7 +228,9 @@ class WirelessFL(Method):
                 f"method.divergence: {self.params.divergence}: the data have no labels whose distributions could differ; use 0"
             )
         own_NC = counts_NC[[client.index for client in context.drawn]]
-        return share_N * (1.0 + self.params.divergence * (1.0 - divergence(own_NC, counts_NC.sum(0))))
+        likeness_N: Floats = 1.0 - divergence(own_NC, counts_NC.sum(0))
+        worth_N: Floats = share_N * (1.0 + self.params.divergence * likeness_N)
+        return worth_N
 
     def _queues(self, context: PlanContext) -> Floats:
         limit = self.params.energy_j
