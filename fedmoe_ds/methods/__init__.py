@@ -21,7 +21,7 @@ from fedmoe_ds.methods.base import (
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
-from fedmoe_ds.methods.round_plan import Memory, PlanContext, RoundContext, RoundPlan
+from fedmoe_ds.methods.round_plan import PlanContext, RoundContext, RoundPlan
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
@@ -40,7 +40,6 @@ __all__ = [
     "Combined",
     "Config",
     "FactorPair",
-    "Memory",
     "Method",
     "MethodInfo",
     "MethodParams",
