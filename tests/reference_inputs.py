@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from every import every
@@ -26,6 +28,9 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
         data = parts.training_data.train(client.index)
         members = parts.clients if parts.spec.method.pooled else [client]  # pooled: the largest budget of all
         batches = pooled(parts, round_index) if parts.spec.method.pooled else own_batches(parts, client, round_index)
+        if config.method.name == "wireless-fl":  # as many as a plan may ask for
+            steps = len(batches) * parts.spec.method.params.epochs
+            batches = local_batches(replace(client, steps=steps), config.local, config.seed, round_index)
         steps = [[(data.input_ids[i], data.loss_mask[i]) for i in batch] for batch in batches]
         rank = client_rank(parts, client)
         found.append(

@@ -93,7 +93,11 @@ class FedIT:
             values = [padded(key, one.trained.adapters[key], one.rows, self.missing_value(old)) for one in returned]
             if sum(weights) > 0:
                 mean = sum((w * value for w, value in zip(weights, values, strict=True)), torch.zeros_like(old)) / sum(weights)
-                self.adapters[key] = self.server.step(key, old, mean)
+                self.adapters[key] = self.server.step(key, old, self.arrived(key, mean))
+
+    def arrived(self, key: str, mean: Tensor) -> Tensor:
+        """The mean as the server receives it."""
+        return mean
 
     def missing_value(self, old: Tensor) -> Tensor:
         return torch.zeros_like(old) if self.missing == "zero" else old
@@ -251,6 +255,28 @@ class FSLoRA(FedIT):
         return 1.0
 
 
+class Late(FedIT):
+    """A client starts from the adapters of some rounds ago, and its change since then counts; options: delay(index, round)."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.history = [dict(self.adapters)]
+
+    def train(self, task: Task) -> Returned:
+        done, now = len(self.history) - 1, self.adapters
+        self.adapters = self.history[max(done - self.options["delay"](task.index, done + 1), 0)]
+        one = super().train(task)
+        self.adapters = now
+        return one
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        for one in returned:
+            for key, now in self.adapters.items():
+                one.trained.adapters[key] = cut(key, now, one.rows) + (one.trained.adapters[key] - one.received[key])
+        super().step(returned, fresh)
+        self.history.append(dict(self.adapters))
+
+
 class Corrected(FedIT):
     """A term of the loss on what the client got and shares, beside the method's own (`class X(FedProx, Method)`)."""
 
@@ -307,17 +333,17 @@ class Scaffold(Corrected):
         self.control = {key: value + changes[key] / len(self.clients) for key, value in self.control.items()}
 
     def memory(self, index: int) -> Adapters:
-        return super().memory(index) | {control_key(key): value for key, value in self.controls[index].items()}
+        return super().memory(index) | {remembered_key(key, "control"): value for key, value in self.controls[index].items()}
 
     def extras(self) -> dict[str, Adapters]:
         return super().extras() | {"control": self.control}
 
 
-def control_key(key: str) -> str:
-    """How the package calls a client's control variate: `control` stands before the last words of the name."""
+def remembered_key(key: str, word: str) -> str:
+    """How the package calls what a client remembers of a block: `word` stands before the last words of the name."""
     parts = key.split(".")
     place = 4 if parts[2] == "experts" else 3
-    return ".".join([*parts[:place], "control", *parts[place:]])
+    return ".".join([*parts[:place], word, *parts[place:]])
 
 
 def has_rows(key: str, one: Returned) -> bool:

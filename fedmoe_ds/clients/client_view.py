@@ -29,6 +29,7 @@ class ClientView:
         slots: block kind (is it an expert block?) -> the client's slot on that kind's client axis; a kind without tensors of
             this client on this rank is absent.
         client_state: the client's personal state on this rank, by block: [L, E, *item] or [L, *item].
+        past: the adapters that a client with a delay started from, of the blocks that rounds change; None: from `start`.
         first_expert: global id of the first expert that this rank holds.
     """
 
@@ -38,6 +39,7 @@ class ClientView:
     start: Bank
     slots: dict[bool, int]
     client_state: dict[str, Tensor]
+    past: Bank | None = None
     first_expert: int = 0
 
     def blocks(self, trained: bool = True) -> Iterator[BlockSpec]:
@@ -61,7 +63,9 @@ class ClientView:
 
     def received(self, spec: BlockSpec) -> Tensor:
         """Same shape: what the client started the round from (rows that it does not hold are zero)."""
-        value = self.start.client(spec.name, 0)
+        # Blocks that nobody trains are the same in all rounds: the past has none of them.
+        source = self.past if self.past is not None and spec.name in self.past else self.start
+        value = source.client(spec.name, 0)
         mask = self.assignment.mask(spec, value.device)
         # What a client of lower rank never got is no part of its start: differences to it are zero in those rows.
         return value if mask is None else torch.where(mask, value, 0.0)

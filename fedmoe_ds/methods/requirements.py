@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import Method, MethodParams
+from fedmoe_ds.methods.late_clients import refuse_delays
 
 
 def check_needs(method: Method, name: str, config: Config) -> None:
@@ -29,8 +30,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     # Server optimizers step along mean - global: without a mean there is nothing to step along.
-    if method.collects or method.pooled or not method.averages:
+    has_mean = method.averages and not (method.collects or method.pooled)
+    if not has_mean:
         refuse_server_step(name, server)
+    if method.most_delay:
+        refuse_delays(f"method.name: {name}", config, has_mean)
     if config.local.drift == "scaffold" and (method.collects or method.pooled):
         raise UserError(
             f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "
