@@ -39,6 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fedsa-lora": {"method": {"name": "fedsa-lora"}, "evaluation": EACH_CLIENT},
     "local-only": {"method": {"name": "local-only"}, "evaluation": EACH_CLIENT},
     "centralised": {"method": {"name": "centralised"}},
+    # With decay: layers that a client does not train keep what they received all the same.
+    "embracing-fl": {"method": {"name": "embracing-fl"}, "local": {"weight_decay": 0.5}},
+    "ota-ffl": {"method": {"name": "ota-ffl", "epsilon": 0.2, "snr_db": 20.0}, "server": {"optimizer": "fedavgm", "lr": 0.5}},
+    "wireless-fl": {
+        "method": {"name": "wireless-fl", "channels": 5, "epochs": 2, "deadline_s": 0.2, "energy_j": 1e-3, "trade_off": 1e-4},
+    },
     "moments": {
         "method": {"name": "fedit"},
         "adapters": {"dropout": 0.1},
@@ -117,6 +123,10 @@ PLAIN: dict[str, dict[str, Any]] = {
     "plain-fedit": {"method": {"name": "fedit"}, "federation": {"tiers": None}},
     "plain-hetlora": {"method": {"name": "hetlora"}, "federation": RANKS},
     "plain-flora": {"method": {"name": "flora"}, "federation": RANKS},
+    "plain-embracing-fl": {
+        "method": {"name": "embracing-fl"},
+        "federation": {"tiers": [{"layers": layers, "share": 1.0} for layers in (2, 1)]},
+    },
     "plain-scaffold": {
         "method": {"name": "fslora"},
         "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05},

@@ -19,10 +19,11 @@ from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
-from reference_methods import FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
+from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
+from reference_wireless import OverTheAir
 from replay import ObservedHFedMoE, PersonalFlame, Replay
 
 from fedmoe_ds.errors import UserError
@@ -74,6 +75,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "fslora": ({}, Told(FSLoRA, {}, "rank")),
     "lora-fair": ({"server_steps": 5}, Told(LoRAFair, {"regularisation": 0.01, "steps": 5, "lr": 0.05})),
     "ffa-lora": ({}, Told(FFALoRA, {})),
+    "embracing-fl": ({}, Told(EmbracingFL, {}, "layers")),
     "fedsa-lora": ({}, Told(FedSALoRA, {})),
     "local-only": ({}, Told(LocalOnly, {})),
     "centralised": ({}, Told(FedIT, {})),
@@ -81,6 +83,9 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "ewwa-fl": ({"alpha": 2.0, "eps": 1e-4}, Told(EWWAFL, {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
+    "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
+    # A channel for everybody, all the time in the world: FedIT.
+    "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
 PAIRS = {"hetlora", "flexlora", "flora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
 NO_MEAN = {"flexlora", "flora", "lora-fair", "local-only", "centralised"}
@@ -221,8 +226,8 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
-# Of local-only, the server has no experts: nothing of them could move.
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "local-only"])
+# Of local-only, the server has no experts: nothing of them could move. Noise on the channel reaches all of them.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl")])
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
     adapters = {"fft-moe": "beside"}.get(method, "router")
@@ -294,7 +299,7 @@ def reference_of(parts: Parts, case: Case) -> FedIT:
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     replay: Any = Replay(parts, LR, CLIP)
     pull = {"pull": MU} if case.drift == "fedprox" else {}
-    return kind(replay, start, clients, server, **told.options, **pull, mu=MU, ranks=ranks)
+    return kind(replay, start, clients, server, **told.options, **pull, mu=MU, ranks=ranks, seed=parts.config.seed)
 
 
 def wanted(expected: FedIT) -> dict[str, Adapters]:

@@ -47,6 +47,11 @@ class Assignment:
         """Number of LoRA rows trained."""
         return full if self.rows_R is None else int(self.rows_R.sum())
 
+    @property
+    def first_trained(self) -> int:
+        """The first layer that it trains; 0 where it trains all, or none."""
+        return 0 if self.trained_N is None else int(self.trained_N.argmax())
+
     def mask(self, spec: BlockSpec, device: torch.device) -> Tensor | None:
         """Bool, shaped to broadcast over one `item` of this block: True where the client holds it. None: everywhere."""
         if self.rows_R is None or spec.rank_axis is None:

@@ -81,16 +81,22 @@ class ClientView:
             own = self.client_state[spec.name] if spec.personal else self.received(spec)
             self.value(spec).copy_(torch.where(untrained, own, self.value(spec)))
 
+    def untrained(self, spec: BlockSpec) -> Tensor | None:
+        """Bool [L, 1, ...] or [L, E, 1, ...], what the client does not train; None: it trains all."""
+        trained = self.assignment.trains(spec)
+        if trained is None:
+            return None
+        value = self.value(spec)
+        if spec.expert and trained.shape[1] > 1:
+            trained = trained[:, self.first_expert : self.first_expert + value.shape[1]]
+        shape = (*trained.shape, *([1] * len(spec.item)))
+        return ~torch.from_numpy(trained).view(shape).to(value.device)
+
     def _untrained(self) -> Iterator[tuple[BlockSpec, Tensor]]:
         """Trained blocks of which the client trains some, and bool [L, 1, ...] or [L, E, 1, ...], what it does not."""
         assignment = self.assignment
         if assignment.trained_N is None and assignment.trained_LE is None:
             return
         for spec in self.blocks():
-            trained = assignment.trains(spec)
-            if trained is not None:
-                value = self.value(spec)
-                if spec.expert and trained.shape[1] > 1:
-                    trained = trained[:, self.first_expert : self.first_expert + value.shape[1]]
-                shape = (*trained.shape, *([1] * len(spec.item)))
-                yield spec, ~torch.from_numpy(trained).view(shape).to(value.device)
+            if (untrained := self.untrained(spec)) is not None:
+                yield spec, untrained

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds, pass_sizes
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.client_work import ClientWork, read_losses
+from fedmoe_ds.clients.client_work import ClientWork, first_trained, read_losses
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
@@ -198,7 +198,7 @@ class WaveTrainer:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
         works = [work for work in everyone if work.data is not None]
         try:
-            self._run(works, step, micro, slot, counts)
+            self._run(works, step, micro, slot, counts, first_trained(everyone, self.bank))
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -207,12 +207,12 @@ class WaveTrainer:
         self.execution.current = None
         raise shortage(everyone, step, micro)
 
-    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts, first_layer: int) -> None:
         rows = [self._rows(work, step, micro) for work in works]
         batch = self.model.batch(rows)
         whole = [self._step_sums(work, step) for work in works]
         # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
-        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works))
+        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), first_layer)
         loss = found.sum
         for work, part, own, (targets, tokens) in zip(works, rows, segment_sums(found.nll_N, batch), whole, strict=True):
             # Read at the end of the wave: every number that is read here makes the processor wait for the device.
@@ -285,42 +285,36 @@ class WaveTrainer:
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float
     ) -> list[ClientUpdate]:
-        gatherer = Gatherer(self.pool, self.bank.device)
-        mine = works[self.shard]
+        gatherer, mine, updates = Gatherer(self.pool, self.bank.device), works[self.shard], list[ClientUpdate]()
         counted_CN = gatherer.numbers({work.slot: (work.tokens, work.targets) for work in mine})
         counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
         observed = gatherer.observations({w.slot: w.observed for w in mine}, self.hooks.observes, len(self.layers))
         measured = gatherer.measures([view for home in views for view in home], self.hooks.measure)
         finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
         losses_C = gatherer.losses({work.slot: work.losses for work in mine if work.losses}) if self.hooks.losses else None
-        updates = []
         for i, (work, view) in enumerate(_flat(works, views)):
             place, rates = view.slots[True], tuple(work.rate(self.local, step) for step in range(len(work.batches)))
-            updates.append(
-                ClientUpdate(
-                    work.client,
-                    place,
-                    work.home,
-                    len(work.batches),
-                    counted_CN[place][0],
-                    counts_CLE[place].numpy(),
-                    finite_C[place],
-                    (work.losses[0], work.losses[-1]) if work.losses else None,
-                    seconds,
-                    work.assignment,
-                    trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
-                    {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
-                    measured[i],
-                    self._remembered(view, sum(rates)),
-                    counted_CN[place][1],
-                    rates,
-                    None if losses_C is None else losses_C[place],
-                )
+            update = ClientUpdate(
+                work.client,
+                place,
+                work.home,
+                len(work.batches),
+                counted_CN[place][0],
+                counts_CLE[place].numpy(),
+                finite_C[place],
+                (work.losses[0], work.losses[-1]) if work.losses else None,
+                seconds,
+                work.assignment,
+                trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
+                {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
+                measured[i],
+                {name: value for remember in self.hooks.remember for name, value in remember(view, sum(rates)).items()},
+                counted_CN[place][1],
+                rates=rates,
+                shared_losses=None if losses_C is None else losses_C[place],
             )
+            updates.append(update)
         return updates
-
-    def _remembered(self, view: ClientView, rates: float) -> dict[str, Tensor]:
-        return {name: value for remember in self.hooks.remember for name, value in remember(view, rates).items()}
 
 
 def _flat(works: list[list[ClientWork]], views: list[list[ClientView]]) -> list[tuple[ClientWork, ClientView]]:

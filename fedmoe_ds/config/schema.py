@@ -105,9 +105,9 @@ class TopologyConfig(Section):
 class TierConfig(Section):
     """One budget tier: the FLOPs of `top_k` active experts per token, and the share or names of the clients under it.
 
-    FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
-    may train, take the fraction top_k / K of theirs, unless the tier says another number. Without experts (plain LoRA on a
-    dense foundation) K is 1, and tiers differ by rank.
+    FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, on the number of experts that a batch may
+    train, or on the number of layers, take the fraction top_k / K of theirs, unless the tier says another number. Without
+    experts (plain LoRA on a dense foundation) K is 1, and tiers differ by rank or by layers.
     """
 
     top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
@@ -117,6 +117,7 @@ class TierConfig(Section):
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
     experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
+    layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
 
 
 class FederationConfig(Section):

@@ -239,7 +239,7 @@ def _assemble(
     state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), client_slabs(config)), own)
     state.personal.allow_peers(runtime)
     planning = RoundPlanning(
-        spec, clients, state.personal, lambda round_index: _drawn(spec, clients, state, clock, round_index)
+        spec, clients, state.personal, lambda round_index: _drawn(spec, clients, state, clock, round_index), data.label_counts
     )
     micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients, planning, clock)
     training_data: TrainingData = PooledData(data) if method.pooled else data

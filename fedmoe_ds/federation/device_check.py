@@ -13,6 +13,10 @@ def check_devices(config: Config, method: Method) -> None:
     devices, name = config.devices, config.method.name
     if not devices.simulated:
         return
+    if method.accounts:
+        raise UserError(
+            f"devices: method {name} plans with devices and a channel of its own, and a client has one device; drop the section"
+        )
     if method.pooled:
         raise UserError(
             f"devices: method {name} trains one client that has everybody's data, and nobody has its device; drop the section"

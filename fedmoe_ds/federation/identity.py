@@ -96,7 +96,8 @@ def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
     tiers = federation["tiers"]
     if not isinstance(tiers, list):
         return federation
-    plain = [{key: value for key, value in tier.items() if (key, value) != ("clients", None)} for tier in tiers]
+    later = (("clients", None), ("layers", None))
+    plain = [{key: value for key, value in tier.items() if (key, value) not in later} for tier in tiers]
     return {**federation, "tiers": plain}
 
 

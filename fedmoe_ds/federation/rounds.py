@@ -31,11 +31,13 @@ from fedmoe_ds.errors import LostError
 from fedmoe_ds.federation import client_record
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.planned_spending import settle_planned
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
 from fedmoe_ds.federation.round_messages import meet, share_counts, stop_agreed, stop_requested_here
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import for_next_start, make_room
 from fedmoe_ds.federation.virtual_clock import Settled, spent_fields
+from fedmoe_ds.methods import MeanContext
 
 
 @dataclass(frozen=True)
@@ -246,8 +248,7 @@ class Federation:
             tier += update.counts_LE
         if at_home:
             rank = update.assignment.rank(parts.config.adapters.rank)
-            routed, trained = int(update.counts_LE.sum()), int(update.trained_LE.sum())
-            spent = parts.spec.cost.spent(update.tokens, routed, trained, rank)
+            spent = parts.spec.cost.counted(update, parts.config.adapters.rank, parts.spec.expert_layout.layers)
             report = client_record.trained(update, status, spent, self.state.personal)
             sent = {} if parts.clock is None else parts.clock.traffic.fields(update.assignment, rank)
             partial.done[update.client.index] = report | sent
@@ -274,11 +275,15 @@ class Federation:
         """Make the next global state of the sums."""
         parts, partial = self.parts, work.partial
         self._tell_averaged(work)
-        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index)
+        arrives = parts.spec.method.after_mean(MeanContext(work.index, partial.memories))
+        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, arrives)
         self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
         self.state.personal.memories |= partial.memories
         if parts.clock is not None:
             work.settled = parts.clock.settle(self.state.clock, work.index, partial.done)
+            self.state.clock = work.settled.state
+        elif parts.spec.method.accounts:
+            work.settled = settle_planned(self.state.clock, parts.planning.of(work.index).spending, partial.done)
             self.state.clock = work.settled.state
         self.state.round = work.index
 
@@ -304,7 +309,8 @@ class Federation:
         plain = round_index == 0 and parts.start is None
         due = config.clients_every > 0 and round_index % config.clients_every == 0
         rows = parts.evaluator.scores(self.state.personal, config.client_sequences > 0 and (ends or due), plain)
-        spent = None if parts.clock is None else spent_fields(self.state.clock)
+        timed = parts.clock is not None or parts.spec.method.accounts
+        spent = spent_fields(self.state.clock) if timed else None
         self.journal.evaluation(round_index, rows, plain, self.checkpoints.see(round_index, rows), spent)
         if ends:
             self.journal.generations(round_index, parts.evaluator.generations(self.state.personal, plain))

@@ -155,13 +155,12 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     if is_bitwise(config, device):
         check_widths(expert_layout)
     # Before check and blocks: both are answered from these facts.
-    method.facts = facts_of(config, expert_layout)
-    method.check(method.facts)
-    tiers = resolve_tiers(
-        config.federation, Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts), method.spends
-    )
-    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler))
     size = model_size(model.model, model.layers)
+    method.facts = facts_of(config, expert_layout, size.depth)
+    method.check(method.facts)
+    full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth)
+    tiers = resolve_tiers(config.federation, full, method.spends)
+    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler))
     return RunSpec(
         config=config,
         method=method,
@@ -196,7 +195,7 @@ def check_model(config: Config, model: Outline, device: str) -> None:
     check_rotations(config, model.model.config, is_bitwise(config, device))
 
 
-def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:
+def facts_of(config: Config, expert_layout: ExpertLayout, depth: int) -> ModelFacts:
     """What methods may ask about the model."""
     return ModelFacts(
         expert_layout.top_k,
@@ -206,6 +205,7 @@ def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:
         expert_layout.renormalised,
         tuple(expert_layout.layers),
         config.local,
+        depth,
     )
 
 

@@ -26,6 +26,7 @@ from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import buffered, participant_count
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.methods import TensorRule
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, base_block, control_block, lora_pairs, shared_blocks
 from fedmoe_ds.model.install import base_weights, drawn_a
 
@@ -135,12 +136,19 @@ class Server:
         return torch.where(mask, value, view.start.client(spec.name, 0))
 
     @torch.no_grad()
-    def step(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int) -> None:
-        """Replace the global adapters (and the server's own state) by those of the next round."""
+    def step(
+        self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int, arrives: TensorRule | None = None
+    ) -> None:
+        """Replace the global adapters (and the server's own state) by those of the next round.
+
+        `arrives`: what becomes of the mean on its way to the server (`Method.after_mean`); None: nothing.
+        """
         # Clones: the steps below overwrite the adapters that they are computed from.
         old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
         self.past.keep(old, round_index, own)
         means = sums.average(adapters, self.method.factor)
+        if arrives is not None:
+            _let_arrive(means, sums.statistics, arrives, self.first_expert)
         for spec in sums.statistics.specs:
             # Where no client had weight there is no mean; a momentum step there would move untrained experts.
             new = self.optimizer.step(spec, old[spec.name], means[spec.name], sums.trained(spec.name), own)
@@ -177,6 +185,16 @@ class Server:
         weights = base_weights(self.foundation, self.first_expert)
         for key, _, value in own[BASE].items(self.first_expert):
             weights[key].copy_(value)
+
+
+def _let_arrive(means: dict[str, Tensor], statistics: Statistics, arrives: TensorRule, first_expert: int) -> None:
+    """Pass every adapter tensor of which there is a mean through the rule, by its canonical name."""
+    for spec in statistics.specs:
+        for place in (statistics.weight(spec.name) > 0).nonzero().tolist():
+            # Global experts: the rule must not know who holds them.
+            expert = first_expert + place[1] if spec.expert else None
+            value = means[spec.name][tuple(place)]
+            value.copy_(arrives(spec.key(spec.layers[place[0]], expert), value))
 
 
 def _move_controls(changes: Statistics, control: Bank) -> None:

@@ -147,7 +147,8 @@ def budgets(parts: Parts) -> list[dict[str, Any]]:
     """What the clients of every tier have to spend, the largest tier first."""
     return [
         {"tier_label": tier, "top_k": members[0].top_k, "active_experts": members[0].cap, "rank": members[0].rank,
-         "experts": members[0].experts, "clients": len(members)}
+         "experts": members[0].experts, "clients": len(members),
+         **({} if members[0].layers is None else {"layers": members[0].layers})}
         for tier, members in tiers_of(parts.clients).items()
     ]  # fmt: skip
 
