@@ -237,7 +237,9 @@ def test_all_at_once_is_one_by_one(count: int, time: int, seed: int) -> None:
     mixed = make_fleet(DevicesConfig(mix={"phone-mid": 1.0, "laptop": 1.0, "edge-small": 1.0}), count, [], seed)
     assert mixed is not None
     for fleet, moment in ((traced, time * SECOND), (mixed, time * 211 * SECOND)):
-        assert fleet.on_N(moment).tolist() == [device.until(moment) is not None for device in fleet]
+        wait = fleet.wait_N(moment).tolist()
+        assert [ticks == 0 for ticks in wait] == [device.until(moment) is not None for device in fleet]
+        assert [moment + ticks for ticks in wait] == [device.next(moment) for device in fleet]
 
 
 def test_a_mix_of_builtin_profiles_runs_for_days() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from every import every
 from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
@@ -17,6 +19,7 @@ from reference_methods import Late, Returned
 from replay import Replay
 from test_methods_resume import StopsAfter, start
 
+from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices import BUILTIN
 from fedmoe_ds.devices.work import Work, joules_of, span_of
@@ -24,6 +27,13 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_start
 from fedmoe_ds.model.adapter_bank import shared_blocks
+from fedmoe_ds.report import write_report
+from fedmoe_ds.report.device_time import device_section, reached, scored, targets
+from fedmoe_ds.report.history import History
+from fedmoe_ds.report.html import read_history
+from fedmoe_ds.studies.compare.aggregate import Comparison
+from fedmoe_ds.studies.compare.device_time import device_table, picture, target_of
+from fedmoe_ds.studies.compare.record import Record
 
 pytestmark = pytest.mark.timeout(600)
 LONGER: dict[str, Any] = {"federation": {"rounds": 4}, "execution": {"clients_in_flight": 2}, "evaluation": {"every": 1}}
@@ -212,3 +222,47 @@ def test_buffered_rounds_are_the_plain_ones(tmp_path: Path) -> None:
         check_equal(dict(expected.adapters), {key: value.double() for key, _, value in parts.state.adapters.items(0)})
     journal.close()
     assert len(set(delays.values())) > 1
+
+
+def test_pages_say_when_a_target_was_reached(straight: dict[str, Result]) -> None:
+    result = straight["buffered"]
+    history = read_history(result.parts.checkpoints.parent)
+    rows = scored(history, "8")
+    assert [row["round"] for row in rows] == [0, 1, 2, 3, 4] and rows[0]["virtual_time"] == 0
+    best = min(row["perplexity"] for row in rows)
+    hit = reached(rows, "perplexity", best)
+    assert hit is not None and hit["perplexity"] == best and reached(rows, "perplexity", best * 0.99) is None
+    assert reached(rows, "accuracy", 0.0) == rows[0]
+    assert [target for _, target in targets(history, rows)][-1] == pytest.approx(best)
+    text = write_report(result.parts.checkpoints.parent).read_text()
+    assert "Virtual time and energy" in text and "Time and energy to a target" in text and "phone-entry" in text
+    assert device_section(History()) is None
+
+
+def test_comparisons_say_how_long_each_takes_to_the_same_target(straight: dict[str, Result]) -> None:
+    """The target of a seed is what all of its runs reach: the worst of their best."""
+    records = []
+    for label in ("devices", "buffered"):
+        courses = {"8": scored(read_history(straight[label].parts.checkpoints.parent), "8")}
+        records.append(Record(label, 0, label, "", {}, {"8": {}}, {"hold-outs": {}}, {}, courses=courses))
+    comparison = Comparison(["devices", "buffered"], 1, records)
+    bests = [min(row["perplexity"] for row in record.courses["8"]) for record in records]
+    assert target_of(comparison, "8", 0, "perplexity") == max(bests)
+    table = device_table(comparison, "8").splitlines()
+    assert len(table) == 4 and every("1 of 1" in line for line in table[2:]) and "virtual time" in table[0]
+    named = [replace(record, targets={"accuracy": 1.0}) for record in records]
+    assert "0 of 1" in device_table(Comparison(["devices", "buffered"], 1, named), "8")
+    assert "<svg" in picture(comparison)
+
+
+def test_traffic_is_what_the_assignment_says(straight: dict[str, Result]) -> None:
+    clock = straight["devices"].parts.clock
+    assert clock is not None
+    layers, experts = straight["devices"].parts.counts_shape
+    whole, dense = clock.traffic.of(4), clock.traffic.of(4, Assignment(8, allowed_LE=np.zeros((layers, experts), bool)))
+    assert whole[0] == whole[1] and clock.traffic.of(2) == (whole[0] // 2, whole[1] // 2), "LoRA alone is trained"
+    half = np.zeros((layers, experts), bool)
+    half[:, ::2] = True
+    allowed, trained = (clock.traffic.of(4, Assignment(8, **{key: half})) for key in ("allowed_LE", "trained_LE"))
+    assert allowed == (dense[0] + (whole[0] - dense[0]) // 2,) * 2
+    assert trained == (whole[0], allowed[1])

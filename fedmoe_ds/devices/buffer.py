@@ -71,11 +71,9 @@ class _Step:
 
     def wait(self) -> None:
         """Nobody is at work and nobody can be asked: let time pass until somebody is on."""
-        taken = {flight.client for flight in self.buffer}
         # Whose update was not taken may be asked again, rather than nobody.
-        self.resting = taken
-        others = [client for client in range(len(self.conditions.fleet)) if client not in taken]
-        self.time = self.conditions.first_on(others, self.time)
+        self.resting = {flight.client for flight in self.buffer}
+        self.time = self.conditions.first_on(self.resting, self.time)
 
     def advance(self) -> None:
         """Go to the next moment in which somebody arrives, or is lost."""

@@ -76,9 +76,9 @@ class Fleet(Sequence[Device]):
     def _presence(self) -> Presence:
         return Presence(self.profiles, self.kind_N, self.shift_N)
 
-    def on_N(self, time: int) -> NDArray[np.bool_]:
-        """Whether each device is on at a moment."""
-        return self._presence.on_N(time)
+    def wait_N(self, time: int) -> NDArray[np.int64]:
+        """Ticks from a moment on until each device is on; 0 where it is."""
+        return self._presence.wait_N(time)
 
     def counts(self) -> dict[str, int]:
         """How many clients have each profile, by its name."""

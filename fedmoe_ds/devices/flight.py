@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,14 +122,16 @@ class Conditions:
 
     def on_but(self, others: Collection[int], time: int) -> list[int]:
         """All clients whose devices are on, but for some."""
-        on_N = self.fleet.on_N(time)
+        on_N = self.fleet.wait_N(time) == 0
         on_N[list(others)] = False
         found: list[int] = np.flatnonzero(on_N).tolist()
         return found
 
-    def first_on(self, clients: Sequence[int], time: int) -> int:
-        """The first moment from `time` on in which any of some clients is on."""
-        return min(self.fleet[client].next(time) for client in clients)
+    def first_on(self, others: Collection[int], time: int) -> int:
+        """The first moment from `time` on in which any client is on, but for some."""
+        wait_N = self.fleet.wait_N(time)
+        wait_N[list(others)] = np.iinfo(np.int64).max
+        return time + int(wait_N.min())
 
 
 def state_of(saved: Mapping[str, Any] | None) -> ClockState:

@@ -1,4 +1,4 @@
-"""Presence: which of all devices are on at a moment, in one go.
+"""Presence: which of all devices are on at a moment, or how soon, in one go.
 
 Legend: N clients, K profiles, I intervals of all profiles, one profile after the other.
 """
@@ -33,17 +33,20 @@ class Presence:
         self.starts_I = np.array([start for day in self.days for start in day.starts], np.int64)
         self.ends_I = np.array([end for day in self.days for end in day.ends], np.int64)
 
-    def on_N(self, time: int) -> NDArray[np.bool_]:
-        """Whether each client's device is on."""
+    def wait_N(self, time: int) -> NDArray[np.int64]:
+        """How long it takes from a moment on until each client's device is on; 0 where it is."""
         if not self.few:
             place_I = (time % self.periods_K)[self.row_I]
+            # To the beginning of every interval, in this period or in the next one.
+            ahead_I = self.starts_I - place_I + np.where(self.starts_I > place_I, 0, self.periods_K[self.row_I])
             inside_I = (self.starts_I <= place_I) & (place_I < self.ends_I)
-            on_K: NDArray[np.bool_] = np.logical_or.reduceat(inside_I, self.first_K)
-            return on_K[self.kind_N]
-        found_N = np.zeros(len(self.kind_N), np.bool_)
+            wait_K: NDArray[np.int64] = np.minimum.reduceat(np.where(inside_I, 0, ahead_I), self.first_K)
+            return wait_K[self.kind_N]
+        found_N = np.zeros(len(self.kind_N), np.int64)
         for kind, day in enumerate(self.days):
             mine = np.flatnonzero(self.kind_N == kind)
             place = (time - self.shift_N[mine]) % day.period
-            before = np.searchsorted(day.starts, place, side="right") - 1
-            found_N[mine] = (before >= 0) & (place < np.array(day.ends)[before])
+            after = np.searchsorted(day.starts, place, side="right")
+            inside = (after > 0) & (place < np.array(day.ends)[after - 1])
+            found_N[mine] = np.where(inside, 0, np.array([*day.starts, day.period + day.starts[0]])[after] - place)
         return found_N

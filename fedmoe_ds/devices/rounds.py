@@ -49,15 +49,15 @@ def select_round(conditions: Conditions, state: ClockState, round_index: int, wa
 
 def _asked(conditions: Conditions, time: int, wanted: int, draw: Draw, attempt: int) -> tuple[list[int], int]:
     """The clients that a round asks, and when: as soon as anybody is on."""
-    config, everybody = conditions.config, range(len(conditions.fleet))
+    config = conditions.config
     factor = config.over_selection if config.aggregation == "deadline" else 1.0
-    size = min(math.ceil(wanted * factor), len(everybody))
+    size = min(math.ceil(wanted * factor), len(conditions.fleet))
     # Nobody is off: drawn among all, as without devices.
     if conditions.fleet.always_on:
         return draw(None, size, attempt), time
     on = conditions.on_but((), time)
     if not on:
-        time = conditions.first_on(everybody, time)
+        time = conditions.first_on((), time)
         on = conditions.on_but((), time)
     return (draw(on, size, attempt) if len(on) > size else on), time
 

@@ -147,7 +147,8 @@ class Server:
     ) -> None:
         """Replace the global adapters (and the server's own state) by those of the next round.
 
-        `participants` are those of its plan; `arrives`: what becomes of the mean on its way to the server (`Method.after_mean`); None: nothing.
+        `participants` are those of its plan; `arrives`: what becomes of the mean on its way to the server
+        (`Method.after_mean`), None: nothing.
         """
         # Clones: the steps below overwrite the adapters that they are computed from.
         old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
