@@ -73,12 +73,12 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
     "losses of a whole step": (
         {"fft-moe"},
         {"execution": {"micro_batch_size": 3}},
-        "execution.micro_batch_size: 3: method {} weighs the routing of a whole step of 4 sequences; use null",
+        "execution.micro_batch_size: 3: method {} weighs a whole step of 4 sequences at once; use null",
     ),
     "balance loss": (
         set(method_names()) - {"hfedmoe", "fft-moe"},
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
-        "execution.micro_batch_size: 3: local.balance_loss weighs the routing of a whole step of 4 sequences; use null",
+        "execution.micro_batch_size: 3: local.balance_loss weighs a whole step of 4 sequences at once; use null",
     ),
     "server optimizer": (
         NO_MEAN,

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds, pass_sizes
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.client_work import ClientWork, read_losses
+from fedmoe_ds.clients.client_work import ClientWork, asked_of, read_losses
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
@@ -33,6 +33,7 @@ from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
+from fedmoe_ds.model.objective import add_sums
 from fedmoe_ds.model.pass_context import InTraining
 from fedmoe_ds.model.scale_factors import ScaleFactors
 
@@ -171,11 +172,15 @@ class WaveTrainer:
                 factors[self.pool.wave_slot(shard, work.slot)] = work.assignment.scale
         plain = all(factor == 1.0 for factor in factors)
         found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in works[self.shard]}
+        ask, mine = self.hooks.objective, works[self.shard]
+        objectives = {} if ask is None else {work.slot: ask(work.client, work.assignment) for work in mine}
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
             self.hooks.selective,
             None if plain else ScaleFactors(factors),
             None if plain else ScaleFactors(factors[self.pool.slots.span(self.shard)]),
+            objectives={slot: objective for slot, objective in objectives.items() if objective is not None},
+            whole_steps=self.hooks.whole_steps,
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
@@ -205,7 +210,8 @@ class WaveTrainer:
         batch = self.model.batch(rows)
         whole = [self._step_sums(work, step) for work in works]
         # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
-        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works))
+        asked = asked_of(works, rows, (step, micro), [targets for targets, _ in whole], self.execution.wave.objectives)
+        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), asked)
         loss = found.sum
         for work, part, own, (targets, tokens) in zip(works, rows, segment_sums(found.nll_N, batch), whole, strict=True):
             # Read at the end of the wave: every number that is read here makes the processor wait for the device.
@@ -218,6 +224,8 @@ class WaveTrainer:
         counts.add(found.run, self.layers)
         for work in works:
             work.observe(found.run.observed, self.layers, self.hooks.observes)
+        for work, sums in zip(works, found.observed, strict=False):
+            add_sums(work.summed, sums)
 
     def _factors(self, works: list[ClientWork]) -> list[float] | None:
         factors = {work.slot: work.assignment.rescale for work in works if work.assignment.rescale is not None}
@@ -281,6 +289,7 @@ class WaveTrainer:
         counted_CN = gatherer.numbers({work.slot: (work.tokens, work.targets) for work in mine})
         counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
         observed = gatherer.observations({w.slot: w.observed for w in mine}, self.hooks.observes, len(self.layers))
+        summed = gatherer.sums({w.slot: w.summed for w in mine}, self.hooks.sums)
         measured = gatherer.measures([view for home in views for view in home], self.hooks.measure)
         finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
         updates = []
@@ -299,7 +308,7 @@ class WaveTrainer:
                     seconds,
                     work.assignment,
                     trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
-                    {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
+                    {name: values_C[place].numpy() for name, values_C in (observed | summed).items()},
                     measured[i],
                     self._remembered(work, view),
                     counted_CN[place][1],

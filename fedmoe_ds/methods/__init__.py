@@ -23,7 +23,9 @@ from fedmoe_ds.methods.base import (
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.objective import LocalStep, Objective, Predictions, Targets, TokenRouting
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
 from fedmoe_ds.model.router_losses import balance_loss
@@ -31,6 +33,8 @@ from fedmoe_ds.model.upload import upload
 from fedmoe_ds.randomness import generator
 
 __all__ = [
+    "EXPERT_LOSS",
+    "EXPERT_TARGETS",
     "RESCALER",
     "Assignment",
     "BlockSpec",
@@ -40,18 +44,24 @@ __all__ = [
     "Combined",
     "Config",
     "FactorPair",
+    "LocalStep",
     "Method",
     "MethodInfo",
     "MethodParams",
     "ModelFacts",
+    "Objective",
+    "Predictions",
     "RoundContext",
     "Routing",
     "RoutingObserver",
+    "Targets",
+    "TokenRouting",
     "UserError",
     "balance_loss",
     "generator",
     "leading",
     "load_method",
+    "loss_per_expert",
     "method_for",
     "method_names",
     "present",

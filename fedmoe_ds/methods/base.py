@@ -4,6 +4,7 @@ Legend: L layers, E experts of the model, R adapter rank.
 
     assign(client)          what a client does: active experts, LoRA rows, expert mask       before local training
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
+    objective(client)       what is minimised and summed up at the model's output
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
@@ -33,6 +34,7 @@ from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.objective import Objective
 from fedmoe_ds.model.pass_context import RoutingObserver
 
 
@@ -108,7 +110,9 @@ class Method:
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
         observes: names of the sums that `observer` returns.
         selective: whether some batches train only some of the experts.
-        whole_steps: whether its observer needs all rows of a local step at once: a loss that is no mean over rows, a decision.
+        whole_steps: whether its observer, or its objective, needs all rows of a local step at once: for a loss that is no mean
+            over rows, for a decision, for a quantile.
+        logit_copies: float32 tensors in the shape of its logits that its objective holds, beside cross-entropy's own.
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
         averages: whether anything is averaged at all.
@@ -128,6 +132,7 @@ class Method:
     observes: tuple[str, ...] = ()
     selective: bool = False
     whole_steps: bool = False
+    logit_copies: ClassVar[int] = 1
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
@@ -173,6 +178,14 @@ class Method:
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
         """What is looked at, decided and minimised in the client's layers."""
         return None
+
+    def objective(self, client: Client, assignment: Assignment, context: RoundContext) -> Objective | None:
+        """What the client minimises, or sums up, at the model's output; None: cross-entropy, and no sums."""
+        return None
+
+    def sums(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the numbers that its objectives sum up; `observed` of a client's update has them, float64."""
+        return {}
 
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""
@@ -240,7 +253,7 @@ def _check_micro_batches(method: Method, name: str, config: Config) -> None:
     owners = [f"method {name}"] * method.whole_steps + ["local.balance_loss"] * (config.local.balance_loss > 0)
     if owners:
         raise UserError(
-            f"execution.micro_batch_size: {micro}: {owners[0]} weighs the routing of a whole step of {step} sequences; "
+            f"execution.micro_batch_size: {micro}: {owners[0]} weighs a whole step of {step} sequences at once; "
             "use null, and execution.activation_checkpointing=true or a smaller local.batch_size where memory is short"
         )
 

@@ -19,6 +19,7 @@ from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.objective import Objective
 from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Demand, Routing
 from fedmoe_ds.model.scale_factors import ScaleFactors
@@ -43,6 +44,7 @@ class Pass:
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
         trained: routed rows that take part in the backward pass, like `counts`; only layers that hold some back write it.
+        routed: decisions without gradients, by layer; the layers write them where clients have objectives.
     """
 
     segments: list[Segment]
@@ -59,6 +61,7 @@ class Pass:
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     trained: dict[int, Tensor] = field(default_factory=dict)
+    routed: dict[int, Routing] = field(default_factory=dict)
     _groups: dict[int, Groups] = field(default_factory=dict)
     _places: list[slice | Tensor] | None = None
 
@@ -124,6 +127,8 @@ class InTraining:
 
     Attributes:
         observers: by home slot.
+        objectives: at the model's output, by home slot.
+        whole_steps: whether an objective needs all targets of a client's step at once (the same on all ranks).
         selective: whether a batch may train only some of the experts (the same on all ranks).
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
     """
@@ -132,6 +137,8 @@ class InTraining:
     selective: bool = False
     wave_factors: ScaleFactors | None = None
     home_factors: ScaleFactors | None = None
+    objectives: dict[int, Objective] = field(default_factory=dict)
+    whole_steps: bool = False
 
 
 @dataclass
