@@ -23,12 +23,11 @@ from fedmoe_ds.clients.client_work import ClientWork, asked_of, read_losses
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
-from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
+from fedmoe_ds.clients.optimizer import ClientOptimizer, global_norms
 from fedmoe_ds.clients.out_of_memory import is_out_of_memory
 from fedmoe_ds.clients.pass_limits import PassLimits, shortage
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.distributed.collectives import all_gather
 from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
@@ -73,8 +72,8 @@ class WaveTrainer:
         self.local, self.micro, self.seed, self.rounds, self.packing = local, micro_batch_size, seed, rounds, packing
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
-        first_expert = self.shard * self.pool.local_experts
-        self.optimizer = ClientOptimizer(self.bank, local, seed, first_expert, moments_on_host)
+        self.first_expert = self.shard * self.pool.local_experts
+        self.optimizer = ClientOptimizer(self.bank, local, seed, self.first_expert, moments_on_host)
         self.layers = layers
         self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
 
@@ -134,11 +133,12 @@ class WaveTrainer:
 
     def _work(self, client: Client, place: tuple[int, int], round_index: int, limits: PassLimits) -> ClientWork:
         given = self.hooks.batches
-        batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
+        assignment = self.hooks.assign(client, round_index)
+        own = (client, self.local, self.seed, round_index, assignment.samples)
+        batches = local_batches(*own) if given is None else given(client, round_index)
         size, packing = limits.of(client.index, self.micro), self.packing
         bounds = [pass_bounds(batch, size, packing, client.index) for batch in batches]
         sizes = [pass_sizes(*each, packing, client.index) for each in zip(batches, bounds, strict=True)]
-        assignment = self.hooks.assign(client, round_index)
         return ClientWork(client, *place, assignment, batches, bounds, sizes, round_index, self.round_rate(round_index))
 
     def _view(self, work: ClientWork, shard: int, start: Bank, personal: Callable[[int], dict[str, Tensor]]) -> ClientView:
@@ -147,7 +147,7 @@ class WaveTrainer:
             slots[False] = work.slot
         # On the CPU for all clients; here it meets tensors of the device.
         state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
-        return ClientView(work.client, work.assignment, self.bank, start, slots, state)
+        return ClientView(work.client, work.assignment, self.bank, start, slots, state, self.first_expert)
 
     @torch.no_grad()
     def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
@@ -171,14 +171,19 @@ class WaveTrainer:
             for work in mine:
                 factors[self.pool.wave_slot(shard, work.slot)] = work.assignment.scale
         plain = all(factor == 1.0 for factor in factors)
-        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in works[self.shard]}
-        ask, mine = self.hooks.objective, works[self.shard]
+        mine = works[self.shard]
+        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in mine}
+        trained = {work.slot: mask_LE for work in mine if (mask_LE := work.assignment.trained_LE) is not None}
+        # A client of another rank that trains some of its experts makes this rank take the second trip, too.
+        some = any(work.assignment.trained_LE is not None for home in works for work in home)
+        ask = self.hooks.objective
         objectives = {} if ask is None else {work.slot: ask(work.client, work.assignment) for work in mine}
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
-            self.hooks.selective,
+            self.hooks.selective or some,
             None if plain else ScaleFactors(factors),
             None if plain else ScaleFactors(factors[self.pool.slots.span(self.shard)]),
+            {slot: torch.from_numpy(mask_LE).to(self.bank.device) for slot, mask_LE in trained.items()},
             objectives={slot: objective for slot, objective in objectives.items() if objective is not None},
             whole_steps=self.hooks.whole_steps,
         )
@@ -234,9 +239,8 @@ class WaveTrainer:
     def _rows(self, work: ClientWork, step: int, micro: int) -> Rows:
         assert work.data is not None
         chosen, address = work.chosen(step, micro)
-        allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
         images = self.model.foundation.images
-        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, images, address)
+        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, work.assignment.allowed_LE, images, address)
 
     def _step_sums(self, work: ClientWork, step: int) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
@@ -250,36 +254,22 @@ class WaveTrainer:
 
     def _optimize(self, step: int, round_index: int, works: list[list[ClientWork]], views: list[list[ClientView]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
-        for work, view in _flat(works, views):
-            if step < len(work.batches):
-                # Before the norms are taken: clipping acts on the corrected gradient (see `client_drift`).
-                for adjust in self.hooks.adjust:
-                    adjust(view)
+        training = [(work, view) for work, view in _flat(works, views) if step < len(work.batches)]
+        for _, view in training:
+            # Before the norms are taken: clipping acts on the corrected gradient (see `client_drift`).
+            for adjust in self.hooks.adjust:
+                adjust(view)
+            # Last: what a client does not train has no gradient, whatever a correction has made of it.
+            view.clear_untrained()
         # A collective: all ranks call it in every step, also those whose clients have finished.
-        norms_C = self._global_norms() if self.local.clip is not None else None
+        norms_C = global_norms(self.bank, self.pool) if self.local.clip is not None else None
         steps = [
             ClientStep(view.slots, step + 1, work.rate(self.local, step), (round_index, work.client.index))
-            for work, view in _flat(works, views)
-            if step < len(work.batches)
+            for work, view in training
         ]
         self.optimizer.step_all(steps, norms_C)
-
-    def _global_norms(self) -> Tensor:
-        """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""
-        size, group = self.pool.ep_size, self.pool.group
-        expert_PNEC = all_gather(squared_norms(self.bank, expert=True), group, size)
-        own_N1H = squared_norms(self.bank, expert=False)
-        if self.bank.clients < self.pool.home_clients:
-            # Ranks gather tensors of one shape: those with fewer clients at home add columns of zeros, and all drop them again.
-            own_N1H = torch.nn.functional.pad(own_N1H, (0, self.pool.home_clients - self.bank.clients))
-        dense_PN1H = all_gather(own_N1H, group, size)
-        # Ranks times local experts is global expert order: the same order of summands for every expert-parallel size.
-        expert_CN = expert_PNEC.permute(3, 1, 0, 2).flatten(1)
-        dense_CN = self.pool.slots.of_wave(dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1)).flatten(1)
-        # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
-        rows = torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)
-        # On a device they stay there: what they decide is a factor of the step, which is there as well.
-        return torch.stack([row.sum() for row in rows]).sqrt_()
+        for _, view in training:
+            view.restore_untrained()
 
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float

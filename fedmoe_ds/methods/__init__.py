@@ -17,11 +17,11 @@ from fedmoe_ds.methods.base import (
     MethodInfo,
     MethodParams,
     ModelFacts,
-    RoundContext,
     present,
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
+from fedmoe_ds.methods.round_plan import Memory, PlanContext, RoundContext, RoundPlan
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER
@@ -45,13 +45,16 @@ __all__ = [
     "Config",
     "FactorPair",
     "LocalStep",
+    "Memory",
     "Method",
     "MethodInfo",
     "MethodParams",
     "ModelFacts",
     "Objective",
+    "PlanContext",
     "Predictions",
     "RoundContext",
+    "RoundPlan",
     "Routing",
     "RoutingObserver",
     "Targets",

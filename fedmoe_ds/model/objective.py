@@ -1,8 +1,8 @@
 """Objective: what one client minimises, or sums up, at the model's output, where that is not plain cross-entropy.
 
-An objective with a loss sees logits. They are held for one client at a time: all targets of its pass where the loss needs them at
-once, else as many as a chunk of cross-entropy has (`fedmoe_ds.model.cross_entropy`), one chunk after the other. An objective that
-only sums up sees everything but logits, after the loss, whose bits stay those of cross-entropy.
+An objective with a loss sees logits. They are held for one client at a time: of all targets of its pass where the loss needs
+them at once, else of as many as a chunk of cross-entropy has (`fedmoe_ds.model.cross_entropy`), one chunk after the other. An
+objective that only sums up sees everything but logits, after the loss, whose bits stay those of cross-entropy.
 
 Legend: N targets, V vocabulary or classes, D model width, L layers with experts, K top-k, E experts.
 """
@@ -98,7 +98,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Predictions(Targets):
-    """Targets with their logits, float32. These, `nll_N` and `hidden_ND` lead back to the adapters: a loss made of them trains."""
+    """Targets with their logits, float32; they, `nll_N` and `hidden_ND` have gradients."""
 
     logits_NV: Tensor
 
@@ -108,8 +108,8 @@ class Objective:
     """What one client minimises, or sums up, at the model's output; both functions are called on its home rank alone.
 
     Attributes:
-        loss: (predictions) -> (what is minimised in the place of cross-entropy, named sums). The first is a scalar: the sum over
-            these targets, which is divided by the targets of the whole step. None: cross-entropy.
+        loss: (predictions) -> (what is minimised in the place of cross-entropy, named sums). The first is a scalar: the sum
+            over these targets, which is divided by the targets of the whole step. None: cross-entropy.
         observe: (targets) -> named sums.
     """
 

@@ -74,7 +74,8 @@ class Routing:
 
     def detached(self) -> Routing:
         """The decision without its graph, and without the scores of experts that were not selected."""
-        return Routing(self.probs_TE.new_empty(len(self.probs_TE), 0), self.weights_TK.detach(), self.experts_TK, self.kept_TK, self.kept)
+        none_TE = self.probs_TE.new_empty(len(self.probs_TE), 0)
+        return Routing(none_TE, self.weights_TK.detach(), self.experts_TK, self.kept_TK, self.kept)
 
     def rows(self, places: slice | Tensor) -> Routing:
         """The decision for some of the rows, given as a slice or by their numbers."""
