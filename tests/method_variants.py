@@ -58,6 +58,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "server": {"optimizer": "fedyogi", "lr": 0.01},
         "federation": {"budget": "both", "sampling": "size"},
     },
+    "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
+    "fednova": {
+        "method": {"name": "fednova", "effective": "steps"},
+        "local": {"optimizer": "sgd", "momentum": 0.5, "lr": 0.05, "max_steps": 3},
+        "server": {"optimizer": "fedavgm", "lr": 0.5},
+    },
+    "q-fedavg": {"method": {"name": "q-fedavg", "q": 2.0}, "local": {"optimizer": "sgd", "lr": 0.05}},
 }
 
 RANKS: dict[str, Any] = {"tiers": [{"rank": rank, "share": 1.0} for rank in (4, 2, 1)]}

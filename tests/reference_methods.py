@@ -286,17 +286,17 @@ class Scaffold(Corrected):
         self.control = {key: value + changes[key] / len(self.clients) for key, value in self.control.items()}
 
     def memory(self, index: int) -> Adapters:
-        return super().memory(index) | {control_key(key): value for key, value in self.controls[index].items()}
+        return super().memory(index) | {remembered_key(key, "control"): value for key, value in self.controls[index].items()}
 
     def extras(self) -> dict[str, Adapters]:
         return super().extras() | {"control": self.control}
 
 
-def control_key(key: str) -> str:
-    """How the package calls a client's control variate: `control` stands before the last words of the name."""
+def remembered_key(key: str, word: str) -> str:
+    """How the package calls what a client remembers of a block: `word` stands before the last words of the name."""
     parts = key.split(".")
     place = 4 if parts[2] == "experts" else 3
-    return ".".join([*parts[:place], "control", *parts[place:]])
+    return ".".join([*parts[:place], word, *parts[place:]])
 
 
 def has_rows(key: str, one: Returned) -> bool:

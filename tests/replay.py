@@ -8,6 +8,7 @@ That takes milliseconds, so that every combination can be asked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +97,8 @@ class Replay:
                 for value, grad in zip(trained.values(), grads, strict=True):
                     value -= self.lr * min(1.0, self.clip / norm) * grad
         result = {key: value.detach() for key, value in values.items()}
-        return Trained(result, rescaler, update.counts_LE, update.tokens, self.lr * len(slopes))
+        loss = update.shared_losses[1] if update.shared_losses else math.nan
+        return Trained(result, rescaler, update.counts_LE, update.tokens, self.lr * len(slopes), loss)
 
 
 class PersonalFlame(Flame):

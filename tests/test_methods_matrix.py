@@ -22,6 +22,7 @@ from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_methods import FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
+from reference_weights import EWWAFL, FedNova, QFedAvg
 from replay import ObservedHFedMoE, PersonalFlame, Replay
 
 from fedmoe_ds.errors import UserError
@@ -77,6 +78,9 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "local-only": ({}, Told(LocalOnly, {})),
     "centralised": ({}, Told(FedIT, {})),
     "fft-moe": ({}, Told(FedIT, {})),
+    "ewwa-fl": ({"alpha": 2.0, "eps": 1e-4}, Told(EWWAFL, {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4})),
+    "fednova": ({}, Told(FedNova, {"lr": LR})),
+    "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
 }
 PAIRS = {"hetlora", "flexlora", "flora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
 NO_MEAN = {"flexlora", "flora", "lora-fair", "local-only", "centralised"}
@@ -177,7 +181,7 @@ def test_every_combination_is_accepted_or_refused_in_one_line(tmp_path: Path, mo
         with pytest.raises(UserError) as caught:
             method_for(config)
         assert "\n" not in str(caught.value) and "; " in str(caught.value), case
-    assert len(ACCEPTED) > 1000 and len(SOME) < 80
+    assert len(ACCEPTED) > 1000 and len(SOME) < len(METHODS) * len(ADAPTERS), "about one per method and adapters"
 
 
 @pytest.mark.parametrize("case", SOME, ids="-".join)
@@ -288,7 +292,8 @@ def reference_of(parts: Parts, case: Case) -> FedIT:
     ranks = {client.index: client_rank(parts, client) for client in parts.clients}
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     replay: Any = Replay(parts, LR, CLIP)
-    return kind(replay, start, clients, server, **told.options, mu=MU, ranks=ranks)
+    pull = {"pull": MU} if case.drift == "fedprox" else {}
+    return kind(replay, start, clients, server, **told.options, **pull, mu=MU, ranks=ranks)
 
 
 def wanted(expected: FedIT) -> dict[str, Adapters]:

@@ -54,6 +54,16 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fft-moe", {"auxiliary": "switch"}, {"gamma": 3.0}),
     ("fft-moe", {"auxiliary": "none"}, {"coefficient": 0.5}),
     ("fft-moe", {"coefficient": 0.0}, {"epsilon": 1.0}),
+    ("ewwa-fl", {}, {"alpha": 2.0}),
+    ("ewwa-fl", {}, {"beta1": 0.5}),
+    ("ewwa-fl", {}, {"beta2": 0.9}),
+    ("ewwa-fl", {}, {"eps": 1.0}),
+    ("ewwa-fl", {"alpha": 0.0}, {"beta1": 0.5}),
+    ("fednova", {}, {"effective": "steps"}),
+    ("q-fedavg", {}, {"q": 2.0}),
+    ("q-fedavg", {}, {"lipschitz": 10.0}),
+    ("q-fedavg", {}, {"loss": "first"}),
+    ("q-fedavg", {"q": 0.0}, {"loss": "first"}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]

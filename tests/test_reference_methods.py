@@ -28,6 +28,7 @@ from reference_methods import (
     pairs,
 )
 from reference_products import FlexLoRA, FLoRA, LoRAFair
+from reference_weights import EWWAFL, FedNova, ProximalFedNova, QFedAvg
 from safetensors.torch import load_file
 
 from fedmoe_ds.federation.build import Parts
@@ -133,6 +134,30 @@ CASES = {
     "fedprox": Case(FedProx, {**method("fedit"), "local": {"drift": "fedprox", "proximal": 0.5}}, {}, {"mu": 0.5}),
     "scaffold": Case(
         Scaffold, {**method("fedit"), "local": {**SGD, "drift": "scaffold"}, "federation": {"participation": 0.75}}, SGD
+    ),
+    "ewwa-fl": Case(
+        EWWAFL,
+        {**method("ewwa-fl", alpha=2.0, eps=1e-4), "federation": {"participation": 0.75}},
+        {},
+        {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4},
+    ),
+    "fednova-momentum": Case(
+        FedNova,
+        {**method("fednova", effective="steps"), "local": {**SGD, "momentum": 0.9, "max_steps": 3}, "adapters": ROUTER},
+        {**SGD, "momentum": 0.9},
+        {"lr": SGD["lr"], "momentum": 0.9, "effective": "steps"},
+    ),
+    "fednova-proximal": Case(
+        ProximalFedNova,
+        {**method("fednova"), "local": {**SGD, "drift": "fedprox", "proximal": 0.5, "max_steps": 3}},
+        SGD,
+        {"lr": SGD["lr"], "mu": 0.5, "pull": 0.5},
+    ),
+    "q-fedavg": Case(
+        QFedAvg,
+        {**method("q-fedavg", q=3.0), "local": SGD, "federation": {"participation": 0.75}},
+        SGD,
+        {"q": 3.0, "lipschitz": 1 / SGD["lr"]},
     ),
 }
 

@@ -43,6 +43,7 @@ class LocalTrainingHooks:
         adjust: change the gradients of a step in place, before clipping.
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
+        losses: whether every rank of a cluster is told its clients' losses.
         selective: whether some batches train only some of the experts.
         batches: sequence indices of every step of a client in a round, where they are not its own local ones (pooled data).
     """
@@ -57,5 +58,6 @@ class LocalTrainingHooks:
     adjust: tuple[Callable[[ClientView], None], ...] = ()
     measure: Callable[[ClientView], dict[str, Tensor]] = lambda view: {}
     remember: tuple[Callable[[ClientView, float], dict[str, Tensor]], ...] = ()
+    losses: bool = False
     selective: bool = False
     batches: Callable[[Client, int], list[np.ndarray]] | None = None

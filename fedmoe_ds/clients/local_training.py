@@ -274,41 +274,37 @@ class WaveTrainer:
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float
     ) -> list[ClientUpdate]:
-        gatherer = Gatherer(self.pool, self.bank.device)
-        mine = works[self.shard]
+        gatherer, mine, updates = Gatherer(self.pool, self.bank.device), works[self.shard], list[ClientUpdate]()
         counted_CN = gatherer.numbers({work.slot: (work.tokens, work.targets) for work in mine})
         counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
         observed = gatherer.observations({w.slot: w.observed for w in mine}, self.hooks.observes, len(self.layers))
         summed = gatherer.sums({w.slot: w.summed for w in mine}, self.hooks.sums)
         measured = gatherer.measures([view for home in views for view in home], self.hooks.measure)
         finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
-        updates = []
+        losses_C = gatherer.losses({work.slot: work.losses for work in mine if work.losses}) if self.hooks.losses else None
         for i, (work, view) in enumerate(_flat(works, views)):
-            place = view.slots[True]
-            updates.append(
-                ClientUpdate(
-                    work.client,
-                    place,
-                    work.home,
-                    len(work.batches),
-                    counted_CN[place][0],
-                    counts_CLE[place].numpy(),
-                    finite_C[place],
-                    (work.losses[0], work.losses[-1]) if work.losses else None,
-                    seconds,
-                    work.assignment,
-                    trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
-                    {name: values_C[place].numpy() for name, values_C in (observed | summed).items()},
-                    measured[i],
-                    self._remembered(work, view),
-                    counted_CN[place][1],
-                )
+            place, rates = view.slots[True], tuple(work.rate(self.local, step) for step in range(len(work.batches)))
+            update = ClientUpdate(
+                work.client,
+                place,
+                work.home,
+                len(work.batches),
+                counted_CN[place][0],
+                counts_CLE[place].numpy(),
+                finite_C[place],
+                (work.losses[0], work.losses[-1]) if work.losses else None,
+                seconds,
+                work.assignment,
+                trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
+                {name: values_C[place].numpy() for name, values_C in (observed | summed).items()},
+                measured[i],
+                {name: value for remember in self.hooks.remember for name, value in remember(view, sum(rates)).items()},
+                counted_CN[place][1],
+                rates=rates,
+                shared_losses=None if losses_C is None else losses_C[place],
             )
+            updates.append(update)
         return updates
-
-    def _remembered(self, work: ClientWork, view: ClientView) -> dict[str, Tensor]:
-        rates = sum(work.rate(self.local, step) for step in range(len(work.batches)))
-        return {name: value for remember in self.hooks.remember for name, value in remember(view, rates).items()}
 
 
 def _flat(works: list[list[ClientWork]], views: list[list[ClientView]]) -> list[tuple[ClientWork, ClientView]]:

@@ -44,6 +44,8 @@ class ClientUpdate:
         remembered: new values of personal memory blocks (this rank's part).
         targets: predictions that its loss was taken over, of next tokens or of classes: at most one per token row.
         plan, memory: its part of the round's plan, and what the server knew of it when the round began.
+        rates: learning rates of its steps.
+        shared_losses: mean loss of its first step, and of all its steps, on every rank; None unless the method asks for them.
     """
 
     client: Client
@@ -63,6 +65,8 @@ class ClientUpdate:
     targets: int = 0
     plan: Any = None
     memory: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
+    shared_losses: tuple[float, float] | None = None
 
 
 class Counts:
@@ -102,6 +106,13 @@ class Gatherer:
             values_HN[slot] = torch.tensor(numbers)
         found: list[list[int]] = self.home(values_HN).tolist()
         return found
+
+    def losses(self, by_slot: dict[int, list[float]]) -> list[tuple[float, float]]:
+        """Losses of all steps per home slot -> (first, mean) per wave slot."""
+        values_HN = torch.zeros(self.pool.home_clients, 2, dtype=torch.float64)
+        for slot, losses in by_slot.items():
+            values_HN[slot] = torch.tensor([losses[0], math.fsum(losses) / len(losses)], dtype=torch.float64)
+        return [(first, mean) for first, mean in self.home(values_HN).tolist()]
 
     def observations(self, by_slot: dict[int, dict[str, Tensor]], names: tuple[str, ...], layers: int) -> dict[str, Tensor]:
         """Named [L, E] sums per home slot -> [C, L, E] by name."""

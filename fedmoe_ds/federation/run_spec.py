@@ -196,14 +196,8 @@ def check_model(config: Config, model: Outline, device: str) -> None:
 
 def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:
     """What methods may ask about the model."""
-    return ModelFacts(
-        expert_layout.top_k,
-        expert_layout.num_experts,
-        config.adapters.rank,
-        config.seed,
-        expert_layout.renormalised,
-        tuple(expert_layout.layers),
-    )
+    return ModelFacts(expert_layout.top_k, expert_layout.num_experts, config.adapters.rank, config.seed,
+                      expert_layout.renormalised, tuple(expert_layout.layers), config.local)  # fmt: skip
 
 
 def check_plan(config: Config, bitwise: bool) -> None:

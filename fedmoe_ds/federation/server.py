@@ -84,7 +84,7 @@ class Server:
     def new_sums(self, participants: int, device: torch.device) -> RoundSums:
         """Empty sums for one round."""
         return RoundSums(self.blocks, self.experts, self.exact, participants if self.method.collects else None,
-                         self.scaffold, device)  # fmt: skip
+                         self.scaffold, device, self.method.weighing)  # fmt: skip
 
     @torch.no_grad()
     def fold(self, sums: RoundSums, place: int, view: ClientView, update: ClientUpdate) -> None:
@@ -93,15 +93,27 @@ class Server:
         # Weights are per global expert; the sums of this rank are about its own experts.
         held = slice(self.first_expert, self.first_expert + self.experts)
         for spec in shared_blocks(view.blocks()):
-            weight = self.method.weights(spec, update, share)
-            part = weight[:, held] if spec.expert else weight
-            sums.add(place, spec, self._contribution(view, spec), part)
+            weights = self.method.weightings(spec, update, share)
+            parts = [weight[:, held] if spec.expert else weight for weight in weights]
+            tallies = self._tallies(spec, update, share)
+            elements = self.method.element_weights(spec, view, update) if self.method.weighing.elements else None
+            sums.add(place, spec, self._contribution(view, spec), parts, tallies, elements)
             if self.scaffold:
                 # The server's c moves by 1 / N of every change, N being all clients, drawn or not (SCAFFOLD, algorithm 1).
                 change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]
-                sums.add_control(spec, change, np.full(part.shape, 1.0 / len(self.clients)))
+                sums.add_control(spec, change, np.full(parts[0].shape, 1.0 / len(self.clients)))
+
+    def _tallies(self, spec: BlockSpec, update: ClientUpdate, share: float) -> dict[str, np.ndarray]:
+        if not self.method.weighing.tallies:
+            return {}
+        held = slice(self.first_expert, self.first_expert + self.experts)
+        found = self.method.tally(spec, update, share)
+        return {name: value[:, held] if spec.expert else value for name, value in found.items()}
 
     def _contribution(self, view: ClientView, spec: BlockSpec) -> Tensor:
+        if self.method.weighing.changes:
+            # Rows that the client does not hold are zero in both: no change.
+            return view.value(spec) - view.received(spec)
         mask = view.assignment.mask(spec, view.value(spec).device)
         if mask is None or self.method.missing_rows == "zero":
             return view.value(spec)
@@ -113,11 +125,10 @@ class Server:
         """Replace the global adapters (and the server's own state) by those of the next round."""
         # Clones: the steps below overwrite the adapters that they are computed from.
         old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
-        means = sums.statistics.average(adapters)
+        means = sums.average(adapters, self.method.factor)
         for spec in sums.statistics.specs:
             # Where no client had weight there is no mean; a momentum step there would move untrained experts.
-            trained = sums.statistics.weight(spec.name) > 0
-            new = self.optimizer.step(spec, old[spec.name], means[spec.name], trained, own)
+            new = self.optimizer.step(spec, old[spec.name], means[spec.name], sums.trained(spec.name), own)
             adapters.client(spec.name, 0).copy_(new)
         if sums.collection is not None:
             self._combine(sums, adapters, own, old, round_index)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.federation.round_planning import RoundPlanning
@@ -39,6 +41,9 @@ def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client], plann
     }[local.drift]
     # A method that does not override it is left out, so that no wave pays for an empty call in every step.
     adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
+    remembers: list[Callable[[ClientView, float], dict[str, Tensor]]] = [drift.remember] if isinstance(drift, Scaffold) else []
+    if type(method).remember_blocks is not Method.remember_blocks:
+        remembers.insert(0, lambda view, rates: method.remember_blocks(view))
     return LocalTrainingHooks(
         assign=lambda client, round_index: method.assign(client, context(client, round_index)),
         observer=lambda client, assignment: method.observer(client, assignment, context(client, state.round + 1)),
@@ -48,7 +53,8 @@ def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client], plann
         whole_steps=method.whole_steps,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         measure=method.measure,
-        remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
+        remember=tuple(remembers),
+        losses=method.weighs_losses,
         selective=method.selective,
         batches=pooled if method.pooled else None,
     )

@@ -5,6 +5,7 @@ name and meaning within a minor version, wherever in the package it moves.
 """
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
@@ -22,7 +23,7 @@ from fedmoe_ds.methods.base import (
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Memory, PlanContext, RoundContext, RoundPlan
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.objective import LocalStep, Objective, Predictions, Targets, TokenRouting
@@ -60,6 +61,7 @@ __all__ = [
     "Targets",
     "TokenRouting",
     "UserError",
+    "Weighing",
     "balance_loss",
     "generator",
     "leading",
@@ -69,6 +71,8 @@ __all__ = [
     "method_names",
     "present",
     "product_norms",
+    "remembered_block",
+    "shared_blocks",
     "upload",
     "with_defaults",
 ]

@@ -10,6 +10,10 @@ Legend: L layers, E experts of the model, R adapter rank.
     measure(view)           numbers about its tensors                                        after local training
     memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
+    weightings(update)      its weights under several weightings (with `weighing.shares`)
+    tally(update)           further numbers of it that are summed (with `weighing.tallies`)
+    element_weights(view)   weights of single elements (with `weighing.elements`)
+    factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -18,7 +22,7 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,12 +31,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighing import MEAN, Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
-from fedmoe_ds.config import Config
+from fedmoe_ds.config import Config, LocalConfig
 from fedmoe_ds.methods.round_plan import PlanContext, RoundContext, RoundPlan
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
@@ -73,6 +78,7 @@ class ModelFacts:
     seed: int
     renormalised: bool = False
     layers: tuple[int, ...] = ()
+    local: LocalConfig = field(default_factory=LocalConfig)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class Method:
         averages: whether anything is averaged at all.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
+        weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
+        weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
@@ -114,12 +122,14 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the three below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the four below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     selective: bool = False
     whole_steps: bool = False
     logit_copies: ClassVar[int] = 1
+    weighing: Weighing = MEAN
+    weighs_losses: ClassVar[bool] = False
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
@@ -200,6 +210,10 @@ class Method:
         """New values of dense memory blocks, from the client's update."""
         return {}
 
+    def remember_blocks(self, view: ClientView) -> dict[str, Tensor]:
+        """New values of `client_state` blocks that are shaped like trained ones, where the tensors are (this rank's part)."""
+        return {}
+
     def memorise(self, update: ClientUpdate) -> dict[str, np.ndarray]:
         """All numbers of `memory` about the client, at its home; `update.memory` has those of before, if there are any.
 
@@ -216,6 +230,22 @@ class Method:
         trained = update.assignment.trains(spec)
         # What a client was told not to train is as it received it, which says nothing about its data.
         return np.full(shape, data_share) if trained is None else np.full(shape, data_share) * trained
+
+    def weightings(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> list[np.ndarray]:
+        """The client's weight under each of several weightings, one per `weighing.shares`; by default `weights` alone."""
+        return [self.weights(spec, update, data_share)]
+
+    def tally(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> dict[str, np.ndarray]:
+        """The numbers that `weighing.tallies` names: float64 [L, E] or [L] each, not negative."""
+        raise NotImplementedError
+
+    def element_weights(self, spec: BlockSpec, view: ClientView, update: ClientUpdate) -> Tensor:
+        """Weights of a block's elements, float32, not negative, where the tensors are (this rank's part of the block)."""
+        raise NotImplementedError
+
+    def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:
+        """What the sum of a block's weighted changes is multiplied by, from the sums of its tallies, [L, E] or [L] each."""
+        return 1.0
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""

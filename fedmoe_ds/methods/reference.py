@@ -43,7 +43,8 @@ round, unequal ranks where A and B are averaged element by element, `hfedmoe` wi
 model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or `local.balance_loss`.
 
 What it costs: `flexlora`, `flora` and `lora-fair` keep the factors of all participants of a round on every rank that holds the
-adapter; `fedsa-lora`, `local-only` and `scaffold` keep personal blocks of every client that was trained, each in one cluster.
+adapter; `fedsa-lora`, `local-only`, `ewwa-fl` and `scaffold` keep personal blocks of every client that was trained, each in one
+cluster. The sums of `ewwa-fl` are twice those of a mean.
 """
 _ADDING = '''\
 ## Adding a method

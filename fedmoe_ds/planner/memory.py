@@ -42,7 +42,7 @@ def estimate(
     copied_expert, copied_dense = parameters_per_client(narrow, spec.expert_layout.num_experts // ep_size)
     copies = (in_flight * copied_expert + home * copied_dense) * (spec.row_bytes if spec.row_bytes < FP32 else 0)
     # Bitwise sums keep two int64 digits of every number.
-    sum_bytes = 16 if spec.bitwise else 4
+    sum_bytes, weighing = 16 if spec.bitwise else 4, spec.method.weighing
     return {
         "dense part": model.dense_parameters * model.bytes_per_parameter,
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
@@ -50,7 +50,7 @@ def estimate(
         # Values and gradients.
         "adapters in flight": numbers * FP32 * 2 + copies,
         "client optimizer": _on_device(spec, in_flight, home),
-        "round sums": (expert + dense) * sum_bytes,
+        "round sums": (expert + dense) * sum_bytes * len(weighing.shares) * weighing.full,
         PASS: activations(spec, together, length, active),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import largest_wave, schedule
@@ -24,8 +25,8 @@ from fedmoe_ds.planner.world import World
 
 REPORT_BYTES = 400
 """What a client's report takes as JSON."""
-WINDOW_BYTES = 16
-"""Of the windows of one weight's sums: its values' and its own."""
+WINDOW_BYTES = 8
+"""Of one sum's window."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,14 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
     # Two int64 digits of a number, or one float32.
     each = 16 if job.bitwise else 4
-    # SCAFFOLD sums the changes of control variates beside the adapters.
-    times = 2 if job.config.local.drift == "scaffold" else 1
+    # SCAFFOLD sums the changes of control variates beside the adapters, with weights of its own.
+    statistics = [*[job.method.weighing] * len(job.method.weighing.shares), *[MEAN] * (job.config.local.drift == "scaffold")]
     seconds = 0.0
     for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
         # Without dense blocks (no adapters on attention, say) the ranks of a cluster have nothing to sum.
-        if heads:
-            seconds += network.all_reduce(group, times, WINDOW_BYTES * heads)
-            seconds += network.all_reduce(group, times, (numbers + heads) * each)
+        for weighing in statistics if heads else []:
+            seconds += network.all_reduce(group, 1, WINDOW_BYTES * (weighing.full + weighing.heads) * heads)
+            seconds += network.all_reduce(group, 1, (weighing.full * numbers + weighing.heads * heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
     row, clusters = row_bytes(kept_blocks(job), held), world.ranks // ep_size
