@@ -22,7 +22,7 @@ from fedmoe_ds.methods.base import (
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
-from fedmoe_ds.methods.round_plan import Memory, PlanContext, RoundContext, RoundPlan
+from fedmoe_ds.methods.round_plan import PlanContext, RoundContext, RoundPlan
 from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER
@@ -46,7 +46,6 @@ __all__ = [
     "Config",
     "FactorPair",
     "LocalStep",
-    "Memory",
     "Method",
     "MethodInfo",
     "MethodParams",

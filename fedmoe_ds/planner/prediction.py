@@ -10,7 +10,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.client_costs import ClientCosts
-from fedmoe_ds.planner.client_state import kept_blocks, row_bytes
+from fedmoe_ds.planner.client_state import kept_blocks, memory_bytes, row_bytes
 from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
 from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
@@ -192,7 +192,8 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     calls = CONTROL.per_round + bool(personal) * CONTROL.personal
     calls += CONTROL.per_checkpoint / job.config.checkpoint.every
     counts = tiers * len(expert_layout.layers) * expert_layout.num_experts * 8
-    carried = participants * (REPORT_BYTES + 4 * len(personal)) + counts
+    # Memories travel in base64, 4 letters for 3 bytes.
+    carried = participants * (REPORT_BYTES + 4 * len(personal) + memory_bytes(job) * 4 / 3) + counts
     seconds += network.control(everyone, calls, carried / world.ranks / calls)
     served = stage_seconds(compute, "serve", sum(parameters_per_client(shared_blocks(job.blocks), held)), len(job.blocks))
     return seconds + float(served) * _share(hardware, world)
