@@ -20,6 +20,7 @@ from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_methods import FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
+from reference_objectives import ObservedFLood
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
@@ -79,6 +80,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "centralised": ({}, Told(FedIT, {})),
     "fft-moe": ({}, Told(FedIT, {})),
     "ewwa-fl": ({"alpha": 2.0, "eps": 1e-4}, Told(EWWAFL, {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4})),
+    "flood": ({"horizon": 3}, Told(ObservedFLood, {"alpha": 0.5})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
 }

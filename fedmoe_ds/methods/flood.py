@@ -14,8 +14,8 @@ averaged by how far their models take their own data for known. CODE (LingAndZer
 The server's weights are two means, each normalised by itself, mixed 1 : alpha: no client needs to know the others' scores.
 
 COMPLETION:
-- `schedule: cosine` with a = 1 is the default. The released one is a step: 0 for the first half of the rounds and 2a after it, so
-  that 70 % of every batch do not count at all and later count a hundredfold. `constant` is W = a, for ablations.
+- `schedule: cosine` with a = 1 is the default. The released one is a step: 0 for the first half of the rounds and 2a after it,
+  so that 70 % of every batch do not count at all and later count a hundredfold. `constant` is W = a, for ablations.
 - s_k is the mean over the targets of the client's last local epoch, as they are trained on, and no further pass after it.
 - s_k below zero counts as zero: a share must not be negative. Where all are zero, clients weigh by their data alone.
 - A sample is a target: the class of an image, or a token of a text. After T rounds W stays as it is.
