@@ -45,7 +45,7 @@ class Settings:
 class Task:
     """One client's work in one round: its cap, size, and for every step the (tokens, targets) of each sequence.
 
-    Further budgets: `rank` LoRA rows, or those in `sketch`, and `experts` per layer that a batch may train.
+    Further budgets: `rank` LoRA rows, or those in `sketch`, `experts` per layer that a batch may train, and `layers`.
     """
 
     index: int
@@ -55,6 +55,7 @@ class Task:
     rank: int | None = None
     sketch: list[int] | None = None
     experts: int | None = None
+    layers: int | None = None
 
 
 Extra = Callable[[Adapters], Tensor]
@@ -79,7 +80,8 @@ class Running:
 
 @dataclass
 class Trained:
-    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` the mean of its steps' losses."""
+    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` the mean of its steps' losses, and
+    `first_loss` that of its first step."""
 
     adapters: Adapters
     rescaler: Tensor
@@ -87,6 +89,7 @@ class Trained:
     tokens: int
     rates: float
     loss: float = math.nan
+    first_loss: float = math.nan
 
 
 class Reference:
@@ -226,7 +229,7 @@ class Reference:
                 group["lr"] = rate
             optimizer.step()
         trained = {key: value.detach() for key, value in adapters.items()}
-        return Trained(trained, own.detach(), run.counts, tokens, rates, sum(losses) / len(losses))
+        return Trained(trained, own.detach(), run.counts, tokens, rates, sum(losses) / len(losses), losses[0])
 
     def frozen_weight(self, stem: str) -> Tensor:
         """The frozen matrix under an adapter: the one that is computed with, to be changed in place."""

@@ -71,6 +71,24 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("q-fedavg", {}, {"lipschitz": 10.0}),
     ("q-fedavg", {}, {"loss": "first"}),
     ("q-fedavg", {"q": 0.0}, {"loss": "first"}),
+    ("ota-ffl", {}, {"epsilon": 0.5}),
+    ("ota-ffl", {}, {"snr_db": None}),
+    ("wireless-fl", {"channels": 2}, {"schedule": "random"}),
+    ("wireless-fl", {}, {"channels": 1}),
+    ("wireless-fl", {}, {"epochs": 1}),
+    ("wireless-fl", {"epochs": 2}, {"least_epochs": 3}),
+    # From here on nobody can send, or is worth it, in the second round or from the beginning.
+    ("wireless-fl", {"energy_j": 1e-30}, {"trade_off": 1e-30}),
+    ("wireless-fl", {"trade_off": 1e-30}, {"energy_j": 1e-30}),
+    ("wireless-fl", {"energy_j": 10.0}, {"capacitance": 1e-12}),
+    ("wireless-fl", {}, {"deadline_s": 1e-9}),
+    ("wireless-fl", {}, {"power_w": 1e-30}),
+    ("wireless-fl", {}, {"bandwidth_hz": 1.0}),
+    ("wireless-fl", {}, {"noise_dbm_hz": 200.0}),
+    ("wireless-fl", {}, {"radius_m": 1e12}),
+    ("wireless-fl", {}, {"clock_hz": 1.0}),
+    ("wireless-fl", {}, {"flops_per_cycle": 1e-9}),
+    ("wireless-fl", {"schedule": "random"}, {"divergence": 2.0}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
@@ -193,6 +211,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"server": {"beta1": 0.5}}, {"server": {"optimizer": "fedavgm"}}),
     ({"server": {"beta2": 0.5}}, {"server": {"optimizer": "fedadam"}}),
     ({"server": {"tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
+    ({"server": {"optimizer": "fedadagrad", "beta2": 0.5}}, {"server": {"optimizer": "fedams"}}),
     ({"server": {"optimizer": "fedavgm", "tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
     ({"data": {"validation": "v.jsonl", "global_holdout": 0.1}}, {"data": {"validation": None}}),
 ]

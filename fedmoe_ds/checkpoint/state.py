@@ -21,6 +21,7 @@ from fedmoe_ds.checkpoint.personal_reader import PersonalReader
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.reader import CLIENTS, Snapshot, TensorReader
 from fedmoe_ds.checkpoint.writer import CheckpointWriter, Tensors
+from fedmoe_ds.devices.flight import ClockState, saved_state
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
@@ -59,6 +60,7 @@ class State:
         server: the server's own state by name, shaped like the adapters: moments, control variates, merged base weights.
         utilisation_LE: routed rows per (layer, expert) over all clients of the last finished round, or None.
         partial, sums: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
+        clock: the virtual clock of simulated devices after the last finished round; that of the beginning where there are none.
     """
 
     round: int
@@ -68,6 +70,7 @@ class State:
     utilisation_LE: np.ndarray | None = None
     partial: PartialRound | None = None
     sums: RoundSums | None = None
+    clock: ClockState = field(default_factory=ClockState)
 
 
 def save(
@@ -112,7 +115,9 @@ def save(
             "sums": SUMS_LAYOUT,
         }
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
-    snapshot = Snapshot(state.round, identity, position, partial, used)
+    # Without devices it stays as it began, and is not written.
+    clock = None if state.clock == ClockState() else saved_state(state.clock)
+    snapshot = Snapshot(state.round, identity, position, partial, used, clock=clock)
     personal, plan = state.personal.to_write()
     # Numbers of clients without their names would say nothing to whoever has the checkpoint alone.
     headers = {name: {CLIENTS: json.dumps(clients)} for name, rows in plan.write.items() if rows == [BEGINNING]}

@@ -29,6 +29,7 @@ class Assignment:
         trained_N: bool, the transformer layers whose adapters it trains, or None for all.
         samples: int64 numbers of the training samples that it uses, or None for all.
         trainable: most experts per layer that one batch may train, or None for all (HFedMoE).
+        delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
     """
 
     cap: int
@@ -40,10 +41,16 @@ class Assignment:
     trained_N: np.ndarray | None = None
     samples: np.ndarray | None = None
     trainable: int | None = None
+    delay: int | None = None
 
     def rank(self, full: int) -> int:
         """Number of LoRA rows trained."""
         return full if self.rows_R is None else int(self.rows_R.sum())
+
+    @property
+    def first_trained(self) -> int:
+        """The first layer that it trains; 0 where it trains all, or none."""
+        return 0 if self.trained_N is None else int(self.trained_N.argmax())
 
     def mask(self, spec: BlockSpec, device: torch.device) -> Tensor | None:
         """Bool, shaped to broadcast over one `item` of this block: True where the client holds it. None: everywhere."""

@@ -14,6 +14,7 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.objective import Objective
 from fedmoe_ds.model.pass_context import RoutingObserver
 
@@ -26,6 +27,10 @@ class TrainingData(Protocol):
     def train(self, client: int) -> Sequences: ...
 
     def train_lengths(self, client: int) -> NDArray[np.int64]: ...
+
+
+def _nobody_is_late(delay: int | None, round_index: int) -> None:
+    assert not delay, "a trainer with late clients must be told what they start from"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class LocalTrainingHooks:
         losses: whether every rank of a cluster is told its clients' losses.
         selective: whether some batches train only some of the experts.
         batches: sequence indices of every step of a client in a round, where they are not its own local ones (pooled data).
+        past: (delay, round) -> the global adapters that a client which is late by so many rounds starts from; None: those of
+            the round, which those that are not late start from.
     """
 
     assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
@@ -61,3 +68,4 @@ class LocalTrainingHooks:
     losses: bool = False
     selective: bool = False
     batches: Callable[[Client, int], list[np.ndarray]] | None = None
+    past: Callable[[int | None, int], Bank | None] = _nobody_is_late

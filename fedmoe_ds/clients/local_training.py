@@ -19,7 +19,7 @@ from torch import Tensor
 from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds, pass_sizes
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.client_work import ClientWork, asked_of, read_losses
+from fedmoe_ds.clients.client_work import ClientWork, asked_of, first_trained, read_losses
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
@@ -147,7 +147,8 @@ class WaveTrainer:
             slots[False] = work.slot
         # On the CPU for all clients; here it meets tensors of the device.
         state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
-        return ClientView(work.client, work.assignment, self.bank, start, slots, state, self.first_expert)
+        past = self.hooks.past(work.assignment.delay, work.round_index)
+        return ClientView(work.client, work.assignment, self.bank, start, slots, state, past, self.first_expert)
 
     @torch.no_grad()
     def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
@@ -161,7 +162,7 @@ class WaveTrainer:
             for spec in view.blocks(trained=False):
                 if spec.personal:
                     view.value(spec).copy_(view.client_state[spec.name])
-                elif view.assignment.rows_R is not None and spec.pair is not None:
+                elif view.past is not None or (view.assignment.rows_R is not None and spec.pair is not None):
                     view.value(spec).copy_(view.received(spec))
         self.execution.wave = self._in_training(works)
 
@@ -201,7 +202,7 @@ class WaveTrainer:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
         works = [work for work in everyone if work.data is not None]
         try:
-            self._run(works, step, micro, slot, counts)
+            self._run(works, step, micro, slot, counts, first_trained(everyone, self.bank))
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -210,13 +211,13 @@ class WaveTrainer:
         self.execution.current = None
         raise shortage(everyone, step, micro)
 
-    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts, first_layer: int) -> None:
         rows = [self._rows(work, step, micro) for work in works]
         batch = self.model.batch(rows)
         whole = [self._step_sums(work, step) for work in works]
         # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
         asked = asked_of(works, rows, (step, micro), [targets for targets, _ in whole], self.execution.wave.objectives)
-        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), asked)
+        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), first_layer, asked)
         loss = found.sum
         for work, part, own, (targets, tokens) in zip(works, rows, segment_sums(found.nll_N, batch), whole, strict=True):
             # Read at the end of the wave: every number that is read here makes the processor wait for the device.

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedmoe_ds.checkpoint.memories import Memory
 from fedmoe_ds.checkpoint.personal_state import Personal
+from fedmoe_ds.clients.batches import step_count
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.methods import Method, PlanContext, RoundPlan
+from fedmoe_ds.federation.schedule import participants_per_round
+from fedmoe_ds.federation.traffic import Traffic
+from fedmoe_ds.methods import Load, Method, PlanContext, RoundPlan
 
 
 class RoundPlanning:
@@ -20,10 +28,19 @@ class RoundPlanning:
         spec: method and sampling of the run.
         clients: all clients.
         personal: what is known of them.
+        drawn: those that sampling gives for a round.
+        labels: how many units of each label they were dealt, asked for by methods that want to know.
     """
 
-    def __init__(self, spec: RunSpec, clients: Sequence[Client], personal: Personal) -> None:
-        self.spec, self.clients, self.personal = spec, clients, personal
+    def __init__(
+        self,
+        spec: RunSpec,
+        clients: Sequence[Client],
+        personal: Personal,
+        drawn: Callable[[int], list[Client]],
+        labels: Callable[[], NDArray[np.int64]],
+    ) -> None:
+        self.spec, self.clients, self.personal, self.drawn, self.labels = spec, clients, personal, drawn, labels
         self.plans = type(spec.method).plan is not Method.plan
         self._round, self._plan = 0, RoundPlan(())
 
@@ -34,15 +51,15 @@ class RoundPlanning:
             UserError: the method plans with clients that there are not, twice with one, or with more than are drawn.
         """
         if not self.plans:
-            return RoundPlan(self.spec.participants_among(self.clients, round_index))
+            return RoundPlan(self.drawn(round_index))
         if round_index != self._round:
-            drawn = self.spec.participants_among(self.clients, round_index)
-            context = PlanContext(round_index, drawn, self.clients, self.personal.memories)
+            drawn = self.drawn(round_index)
+            context = PlanContext(round_index, drawn, self.clients, self.personal.memories, self._load, self.labels)
             plan = self.spec.method.plan(context)
             self._check(plan, len(drawn))
             # Canonical order: a client's place among the participants is no matter of the method's loops.
             ordered = sorted(plan.participants, key=lambda client: client.index)
-            self._round, self._plan = round_index, RoundPlan(ordered, plan.parts)
+            self._round, self._plan = round_index, replace(plan, participants=ordered)
         return self._plan
 
     def part(self, client: int, round_index: int) -> Any:
@@ -53,6 +70,15 @@ class RoundPlanning:
         """What the server knows of a client; empty before it is trained."""
         known: Mapping[int, Memory] = self.personal.memories
         return known.get(client, {})
+
+    @cached_property
+    def _traffic(self) -> Traffic:
+        return Traffic(self.spec, self.clients, participants_per_round(self.spec, len(self.clients)))
+
+    def _load(self, client: Client) -> Load:
+        local = self.spec.config.local
+        _, up = self._traffic.of(client.rank)
+        return Load(step_count(client, local), self.spec.cost.client(client, local), up)
 
     def _check(self, plan: RoundPlan, drawn: int) -> None:
         indices = [client.index for client in plan.participants]

@@ -7,10 +7,11 @@ name and meaning within a minor version, wherever in the package it moves.
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
+from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import (
     Combined,
@@ -22,7 +23,7 @@ from fedmoe_ds.methods.base import (
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
-from fedmoe_ds.methods.round_plan import PlanContext, RoundContext, RoundPlan
+from fedmoe_ds.methods.round_plan import Load, MeanContext, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER
@@ -38,6 +39,7 @@ __all__ = [
     "EXPERT_TARGETS",
     "RESCALER",
     "Assignment",
+    "Band",
     "BlockSpec",
     "Client",
     "ClientUpdate",
@@ -45,7 +47,9 @@ __all__ = [
     "Combined",
     "Config",
     "FactorPair",
+    "Load",
     "LocalStep",
+    "MeanContext",
     "Method",
     "MethodInfo",
     "MethodParams",
@@ -57,21 +61,29 @@ __all__ = [
     "RoundPlan",
     "Routing",
     "RoutingObserver",
+    "Spending",
     "Targets",
+    "TensorRule",
     "TokenRouting",
     "UserError",
     "Weighing",
     "balance_loss",
+    "computing_joules",
+    "counts_of",
+    "distances",
+    "fading",
     "generator",
     "leading",
     "load_method",
     "loss_per_expert",
     "method_for",
     "method_names",
+    "path_gain",
     "present",
     "product_norms",
     "remembered_block",
     "shared_blocks",
     "upload",
+    "watts",
     "with_defaults",
 ]

@@ -14,6 +14,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     tally(update)           further numbers of it that are summed (with `weighing.tallies`)
     element_weights(view)   weights of single elements (with `weighing.elements`)
     factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
+    after_mean(context)     what becomes of the mean before the server's step
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -38,7 +39,7 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config, LocalConfig
-from fedmoe_ds.methods.round_plan import PlanContext, RoundContext, RoundPlan
+from fedmoe_ds.methods.round_plan import MeanContext, PlanContext, RoundContext, RoundPlan, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.objective import Objective
@@ -70,7 +71,7 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model and the run."""
+    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all."""
 
     top_k: int
     num_experts: int
@@ -79,6 +80,7 @@ class ModelFacts:
     renormalised: bool = False
     layers: tuple[int, ...] = ()
     local: LocalConfig = field(default_factory=LocalConfig)
+    depth: int = 1
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,10 @@ class Method:
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
         averages: whether anything is averaged at all.
+        accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
+        most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
         weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
@@ -133,9 +137,11 @@ class Method:
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
+    accounts: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
+    most_delay: int = 0  # may be set from the parameters, too
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -246,6 +252,13 @@ class Method:
     def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:
         """What the sum of a block's weighted changes is multiplied by, from the sums of its tallies, [L, E] or [L] each."""
         return 1.0
+
+    def after_mean(self, context: MeanContext) -> TensorRule | None:
+        """What becomes of a round's mean, tensor by tensor, before the server's step; None: nothing, and it costs nothing.
+
+        The rule knows a tensor by its canonical name, with layer and global expert: whoever holds it must do the same.
+        """
+        return None
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import Method, MethodParams
+from fedmoe_ds.methods.late_clients import refuse_delays
 
 
 def check_needs(method: Method, name: str, config: Config) -> None:
@@ -29,8 +30,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     # Server optimizers step along mean - global: without a mean there is nothing to step along.
-    if method.collects or method.pooled or not method.averages:
+    has_mean = method.averages and not (method.collects or method.pooled)
+    if not has_mean:
         refuse_server_step(name, server)
+    if method.most_delay:
+        refuse_delays(f"method.name: {name}", config, has_mean)
     if config.local.drift == "scaffold" and (method.collects or method.pooled):
         raise UserError(
             f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "
@@ -80,6 +84,11 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
             raise UserError(
                 f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts per batch; drop the "
                 "key, or use hfedmoe with federation.budget=method"
+            )
+        if tier.layers is not None and bought != "layers":
+            raise UserError(
+                f"federation.tiers.{i}.layers: {tier.layers}: here a budget buys {bought}, not layers; drop the key, or use "
+                "embracing-fl with federation.budget=method"
             )
         if tier.rank is not None and method.unequal_ranks and bought not in ("rank", "both"):
             raise UserError(

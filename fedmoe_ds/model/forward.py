@@ -90,6 +90,7 @@ class AdaptedModel:
         slot: int | None,
         step_targets: list[int],
         rescale_C: list[float] | None = None,
+        first_trained: int = 0,
         asked: list[Asked] | None = None,
     ) -> Loss:
         """Run the model once, to train it.
@@ -99,9 +100,10 @@ class AdaptedModel:
 
         Args:
             step_targets: per segment, what its client's sum is divided by: the targets of its whole local step.
+            first_trained: the first layer that is trained in this pass, the same on every rank of the cluster.
             asked: the objective of each segment's client, where clients have one.
         """
-        hidden_BSD, run = self._hidden(batch, slot, rescale_C)
+        hidden_BSD, run = self._hidden(batch, slot, rescale_C, first_trained)
         # Rounded as the division of a float32 loss is, whose derivative this is.
         weight_S = np.float32(1.0) / np.array(step_targets, dtype=np.float32)
         (weight_N,) = upload([np.repeat(weight_S, batch.targets)], hidden_BSD.device)
@@ -115,10 +117,12 @@ class AdaptedModel:
         total, nll_N = weighted_loss(self.head, hidden_ND, batch.labels_N, weight_N)
         return Loss(total, nll_N, run)
 
-    def _hidden(self, batch: Batch, slot: int | None, rescale_C: list[float] | None) -> tuple[Tensor, Pass]:
+    def _hidden(
+        self, batch: Batch, slot: int | None, rescale_C: list[float] | None, first_trained: int = 0
+    ) -> tuple[Tensor, Pass]:
         """The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed."""
         rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.masks)
-        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at)
+        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at, first_trained)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model

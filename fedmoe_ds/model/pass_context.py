@@ -41,6 +41,7 @@ class Pass:
         demands: what each client's rows ask of a router; None where nobody counted them.
         packed: where the samples are, if each sequence is one token of a packed pass; None where a sequence is a sample.
         drawn_at: where each segment's dropout is drawn; None in an evaluation, which has none.
+        first_trained: the first layer that some client of the pass trains, on any rank: before it there is no backward pass.
         counts: routed rows per (home slot, expert), by layer; written by the layers.
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
@@ -58,6 +59,7 @@ class Pass:
     demands: list[Demand] | None = None
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None
+    first_trained: int = 0
     counts: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
@@ -180,6 +182,11 @@ class Execution:
 
     def __post_init__(self) -> None:
         self.anchor = torch.zeros((), device=self.bank.device, requires_grad=True)
+
+    def anchor_of(self, layer: int) -> Tensor:
+        """The anchor; for a layer before the first that the running pass trains, one that requires no gradient."""
+        # Rows need none there either, so nothing of these layers enters the graph: no activation is kept, no product made.
+        return self.anchor if layer >= self.running().first_trained else self.anchor.detach()
 
     def products_for(self, rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
         """The implementation of the adapters' products for rows of this type, chosen once."""

@@ -301,7 +301,7 @@ def _clients(events: list[dict[str, Any]], spec: RunSpec) -> list[Client]:
         tier, targets = by_label[label], row.get("targets", row.get("tokens", 0))
         found.append(
             Client(index, row["name"], tier.top_k, row["samples"], row["sequences"], targets, tier.cap, tier.rank, tier.experts,
-                   tier=tier.label)
+                   tier=tier.label, layers=tier.layers)
         )  # fmt: skip
     return found
 
@@ -311,6 +311,6 @@ def _named_clients(checkpoint: Path, snapshot: Snapshot, spec: RunSpec) -> list[
     names = client_names(checkpoint, snapshot.files) if len(spec.tiers) == 1 else None
     (tier, *_) = spec.tiers
     return [
-        Client(index, name, tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
+        Client(index, name, tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label, layers=tier.layers)
         for index, name in enumerate(names or [])
     ]
