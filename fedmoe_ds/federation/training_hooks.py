@@ -20,7 +20,7 @@ from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.server import CONTROL
 from fedmoe_ds.federation.virtual_clock import VirtualClock
-from fedmoe_ds.methods import Assignment, Method, Objective, RoundContext
+from fedmoe_ds.methods import Method, Objective, RoundContext
 from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 
