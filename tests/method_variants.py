@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "server": {"optimizer": "fedyogi", "lr": 0.01},
         "federation": {"budget": "both", "sampling": "size"},
     },
+    "flood": {"method": {"name": "flood", "horizon": 3, "alpha": 2.0}},
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {
         "method": {"name": "fednova", "effective": "steps"},

@@ -105,6 +105,8 @@ class Reference:
         self.top_k = self.model.config.num_experts_per_tok
         self.experts, self.layers = self.model.config.num_experts, self.model.config.num_hidden_layers
         self.running: Running | None = None
+        # In the place of cross-entropy: (logits, right tokens) of all targets of a step -> what is minimised, summed over them.
+        self.objective: Callable[[Tensor, Tensor], Tensor] | None = None
         self.margin = math.inf  # smallest distance between a chosen and the next score: how near routing was to a tie
         for index, layer in enumerate(self.model.model.layers):
             layer.mlp = _Block(layer.mlp, index, self)
@@ -161,9 +163,13 @@ class Reference:
 
     def loss_sum(self, tokens: np.ndarray, targets: np.ndarray) -> Tensor:
         """Negative log-likelihood of one sequence, summed over its targets."""
+        return F.cross_entropy(*self.predictions(tokens, targets), reduction="sum")
+
+    def predictions(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Logits and right tokens of one sequence's targets."""
         logits = self.model(input_ids=torch.from_numpy(np.array(tokens))[None], use_cache=False).logits[0]
         places = torch.from_numpy(np.flatnonzero(targets))
-        return F.cross_entropy(logits[places - 1], torch.from_numpy(np.array(tokens))[places], reduction="sum")
+        return logits[places - 1], torch.from_numpy(np.array(tokens))[places]
 
     def auxiliary(self) -> Tensor:
         """Switch's load balance and ST-MoE's z-loss over the sequences since `logits` was cleared, mean over layers."""
@@ -261,7 +267,11 @@ class Reference:
         for first in range(0, len(sequences), size):
             part = sequences[first : first + size]
             run.logits.clear()
-            loss = torch.stack([self.loss_sum(ids, mask) for ids, mask in part]).sum() / targets
+            if self.objective is None:
+                loss = torch.stack([self.loss_sum(ids, mask) for ids, mask in part]).sum() / targets
+            else:
+                logits, labels = zip(*(self.predictions(ids, mask) for ids, mask in part), strict=True)
+                loss = self.objective(torch.cat(logits), torch.cat(labels)) / targets
             mean += float(loss.detach())
             loss = loss + self.auxiliary() * sum(len(ids) for ids, _ in part) / tokens
             loss.backward()

@@ -21,6 +21,7 @@ from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
+from reference_objectives import ObservedFLood
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
@@ -86,6 +87,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
         {"amsgrad": False, "steps": 1, "max_delay": 2, "delay_threshold": 0},
         Told(CCFAO, {"seed": 0, "most": 2, "threshold": 1}),
     ),
+    "flood": ({"horizon": 3}, Told(ObservedFLood, {"alpha": 0.5})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),

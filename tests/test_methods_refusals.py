@@ -24,6 +24,7 @@ MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
 NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
+    "flood": [{"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
     "cc-fao": [{"local": {"optimizer": "sgd"}, "method": {"amsgrad": False, "max_delay": 0}}],
     "q-fedavg": [{"local": {"optimizer": "sgd"}}],
@@ -74,14 +75,14 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "execution.micro_batch_size: 3: HFedMoE selects the experts of a whole batch; use null",
     ),
     "losses of a whole step": (
-        {"fft-moe"},
+        {"fft-moe", "flood"},
         {"execution": {"micro_batch_size": 3}},
-        "execution.micro_batch_size: 3: method {} weighs the routing of a whole step of 4 sequences; use null",
+        "execution.micro_batch_size: 3: method {} weighs a whole step of 4 sequences at once; use null",
     ),
     "balance loss": (
-        set(method_names()) - {"hfedmoe", "fft-moe"},
+        set(method_names()) - {"hfedmoe", "fft-moe", "flood"},
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
-        "execution.micro_batch_size: 3: local.balance_loss weighs the routing of a whole step of 4 sequences; use null",
+        "execution.micro_batch_size: 3: local.balance_loss weighs a whole step of 4 sequences at once; use null",
     ),
     "server optimizer": (
         NO_MEAN,

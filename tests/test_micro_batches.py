@@ -34,7 +34,7 @@ DENSE: dict[str, list[dict[str, Any]]] = {
     auxiliary: [{"method": {"auxiliary": auxiliary, **({} if auxiliary == "none" else {"coefficient": 0.3})}}, PLAIN]
     for auxiliary in ("none", "switch", "adaptive", "global")
 }
-REFUSED = {"hfedmoe", "hfedmoe-full", "balance", "switch", "adaptive", "global"}
+REFUSED = {"flood", "hfedmoe", "hfedmoe-full", "balance", "switch", "adaptive", "global"}
 QUICK = {"fedit", "z-loss", "none"}
 """What `make test` runs; the rest, with `make test-sweep`."""
 

@@ -30,6 +30,7 @@ from reference_methods import (
     Scaffold,
     pairs,
 )
+from reference_objectives import FLood
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, ProximalFedNova, QFedAvg
@@ -154,6 +155,16 @@ CASES = {
     "fedprox": Case(FedProx, {**method("fedit"), "local": {"drift": "fedprox", "proximal": 0.5}}, {}, {"mu": 0.5}),
     "scaffold": Case(
         Scaffold, {**method("fedit"), "local": {**SGD, "drift": "scaffold"}, "federation": {"participation": 0.75}}, SGD
+    ),
+    "flood": Case(
+        FLood,
+        {
+            **method("flood", horizon=3, temperature=2.0, alpha=0.8),
+            "federation": {"participation": 0.75},
+            "execution": {"micro_batch_size": None},
+        },
+        {"micro": None},
+        {"alpha": 0.8, "quantile": 0.7, "temperature": 2.0, "amplitude": 1.0, "horizon": 3},
     ),
     "ewwa-fl": Case(
         EWWAFL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,8 @@ from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import Address
+from fedmoe_ds.model.batch import Rows
+from fedmoe_ds.model.objective import Asked, LocalStep, Objective, Sums
 
 
 @dataclass
@@ -32,6 +35,7 @@ class ClientWork:
         on_device: (step, part of its mean loss) of every pass so far, which nobody has waited for yet.
         tokens, targets: passed so far.
         observed: the method's sums over the round's batches, [L, E] each.
+        summed: those of its objective.
     """
 
     client: Client
@@ -49,6 +53,7 @@ class ClientWork:
     tokens: int = 0
     targets: int = 0
     observed: dict[str, Tensor] = field(default_factory=dict)
+    summed: Sums = field(default_factory=dict)
 
     def micro_batches(self, step: int) -> int:
         """Passes of a step."""
@@ -69,9 +74,36 @@ class ClientWork:
             sums_LE = torch.stack([observed[layer][self.slot][name].double() for layer in layers])
             self.observed[name] = self.observed[name] + sums_LE if name in self.observed else sums_LE
 
+    def local_step(self, step: int, targets: int) -> LocalStep:
+        """What an objective is told about one of its steps."""
+        # The last steps that hold no more samples than the client uses: steps run over the boundaries of its passes.
+        left, used = sum(map(len, self.batches[step:])), len(np.unique(np.concatenate(self.batches)))
+        return LocalStep(targets, step, len(self.batches), left <= used or step == len(self.batches) - 1)
+
     def rate(self, local: LocalConfig, step: int) -> float:
         """Learning rate of one of its steps."""
         return learning_rate(local, self.lr, step, len(self.batches))
+
+
+def asked_of(
+    works: list[ClientWork], rows: list[Rows], place: tuple[int, int], targets: list[int], objectives: Mapping[int, Objective]
+) -> list[Asked] | None:
+    """What the clients of a pass are asked at the model's output; None where no client of the wave has an objective.
+
+    Args:
+        rows: of each client.
+        place: (step, pass of the step).
+        targets: of each client's whole step.
+        objectives: by home slot; clients that are not there have cross-entropy.
+    """
+    if not objectives:
+        return None
+    found = []
+    for work, part, count in zip(works, rows, targets, strict=True):
+        chosen, _ = work.chosen(*place)
+        sample_N = np.repeat(chosen, part.targets_of_samples)
+        found.append(Asked(objectives.get(work.slot, Objective()), sample_N, work.local_step(place[0], count)))
+    return found
 
 
 def first_trained(everyone: list[ClientWork], bank: Bank) -> int:

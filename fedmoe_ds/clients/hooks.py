@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.objective import Objective
 from fedmoe_ds.model.pass_context import RoutingObserver
 
 ReadClient = Callable[[int], Sequences]
@@ -40,6 +41,10 @@ class LocalTrainingHooks:
         assign: (client, round) -> what it is told to do; the same on every rank.
         observer: what is looked at and decided in its layers, or None; called on the home rank.
         observes: names of the sums that observers return.
+        objective: what is minimised, or summed up, at the model's output, or None; called on the home rank. None: cross-entropy
+            for everybody.
+        sums: names and shapes of what objectives sum up.
+        whole_steps: whether an objective needs all targets of a client's step at once.
         adjust: change the gradients of a step in place, before clipping.
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
@@ -53,6 +58,9 @@ class LocalTrainingHooks:
     assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
     observer: Callable[[Client, Assignment], RoutingObserver | None] = lambda client, assignment: None
     observes: tuple[str, ...] = ()
+    objective: Callable[[Client, Assignment], Objective | None] | None = None
+    sums: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    whole_steps: bool = False
     # In order: the method's change of the gradients first, then the correction of client drift.
     adjust: tuple[Callable[[ClientView], None], ...] = ()
     measure: Callable[[ClientView], dict[str, Tensor]] = lambda view: {}

@@ -19,20 +19,20 @@ from torch import Tensor
 from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds, pass_sizes
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.client_work import ClientWork, first_trained, read_losses
+from fedmoe_ds.clients.client_work import ClientWork, asked_of, first_trained, read_losses
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
-from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
+from fedmoe_ds.clients.optimizer import ClientOptimizer, global_norms
 from fedmoe_ds.clients.out_of_memory import is_out_of_memory
 from fedmoe_ds.clients.pass_limits import PassLimits, shortage
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.distributed.collectives import all_gather
 from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
+from fedmoe_ds.model.objective import add_sums
 from fedmoe_ds.model.pass_context import InTraining
 from fedmoe_ds.model.scale_factors import ScaleFactors
 
@@ -177,12 +177,16 @@ class WaveTrainer:
         trained = {work.slot: mask_LE for work in mine if (mask_LE := work.assignment.trained_LE) is not None}
         # A client of another rank that trains some of its experts makes this rank take the second trip, too.
         some = any(work.assignment.trained_LE is not None for home in works for work in home)
+        ask = self.hooks.objective
+        objectives = {} if ask is None else {work.slot: ask(work.client, work.assignment) for work in mine}
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
             self.hooks.selective or some,
             None if plain else ScaleFactors(factors),
             None if plain else ScaleFactors(factors[self.pool.slots.span(self.shard)]),
             {slot: torch.from_numpy(mask_LE).to(self.bank.device) for slot, mask_LE in trained.items()},
+            objectives={slot: objective for slot, objective in objectives.items() if objective is not None},
+            whole_steps=self.hooks.whole_steps,
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
@@ -212,7 +216,8 @@ class WaveTrainer:
         batch = self.model.batch(rows)
         whole = [self._step_sums(work, step) for work in works]
         # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
-        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), first_layer)
+        asked = asked_of(works, rows, (step, micro), [targets for targets, _ in whole], self.execution.wave.objectives)
+        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), first_layer, asked)
         loss = found.sum
         for work, part, own, (targets, tokens) in zip(works, rows, segment_sums(found.nll_N, batch), whole, strict=True):
             # Read at the end of the wave: every number that is read here makes the processor wait for the device.
@@ -225,6 +230,8 @@ class WaveTrainer:
         counts.add(found.run, self.layers)
         for work in works:
             work.observe(found.run.observed, self.layers, self.hooks.observes)
+        for work, sums in zip(works, found.observed, strict=False):
+            add_sums(work.summed, sums)
 
     def _factors(self, works: list[ClientWork]) -> list[float] | None:
         factors = {work.slot: work.assignment.rescale for work in works if work.assignment.rescale is not None}
@@ -256,7 +263,7 @@ class WaveTrainer:
             # Last: what a client does not train has no gradient, whatever a correction has made of it.
             view.clear_untrained()
         # A collective: all ranks call it in every step, also those whose clients have finished.
-        norms_C = self._global_norms() if self.local.clip is not None else None
+        norms_C = global_norms(self.bank, self.pool) if self.local.clip is not None else None
         steps = [
             ClientStep(view.slots, step + 1, work.rate(self.local, step), (round_index, work.client.index))
             for work, view in training
@@ -265,23 +272,6 @@ class WaveTrainer:
         for _, view in training:
             view.restore_untrained()
 
-    def _global_norms(self) -> Tensor:
-        """Gradient norm of every wave slot over its adapters on all ranks, [C], summed in one fixed order."""
-        size, group = self.pool.ep_size, self.pool.group
-        expert_PNEC = all_gather(squared_norms(self.bank, expert=True), group, size)
-        own_N1H = squared_norms(self.bank, expert=False)
-        if self.bank.clients < self.pool.home_clients:
-            # Ranks gather tensors of one shape: those with fewer clients at home add columns of zeros, and all drop them again.
-            own_N1H = torch.nn.functional.pad(own_N1H, (0, self.pool.home_clients - self.bank.clients))
-        dense_PN1H = all_gather(own_N1H, group, size)
-        # Ranks times local experts is global expert order: the same order of summands for every expert-parallel size.
-        expert_CN = expert_PNEC.permute(3, 1, 0, 2).flatten(1)
-        dense_CN = self.pool.slots.of_wave(dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1)).flatten(1)
-        # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
-        rows = torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)
-        # On a device they stay there: what they decide is a factor of the step, which is there as well.
-        return torch.stack([row.sum() for row in rows]).sqrt_()
-
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float
     ) -> list[ClientUpdate]:
@@ -289,6 +279,7 @@ class WaveTrainer:
         counted_CN = gatherer.numbers({work.slot: (work.tokens, work.targets) for work in mine})
         counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
         observed = gatherer.observations({w.slot: w.observed for w in mine}, self.hooks.observes, len(self.layers))
+        summed = gatherer.sums({w.slot: w.summed for w in mine}, self.hooks.sums)
         measured = gatherer.measures([view for home in views for view in home], self.hooks.measure)
         finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
         losses_C = gatherer.losses({work.slot: work.losses for work in mine if work.losses}) if self.hooks.losses else None
@@ -306,7 +297,7 @@ class WaveTrainer:
                 seconds,
                 work.assignment,
                 trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
-                {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
+                {name: values_C[place].numpy() for name, values_C in (observed | summed).items()},
                 measured[i],
                 {name: value for remember in self.hooks.remember for name, value in remember(view, sum(rates)).items()},
                 counted_CN[place][1],

@@ -23,8 +23,10 @@ from fedmoe_ds.clients.fused_step import ClientStep, FusedStep, clip_factors
 from fedmoe_ds.clients.host_moments import HostMoments, moments_of
 from fedmoe_ds.clients.stochastic_rounding import Keys, Rounding, store
 from fedmoe_ds.config import LocalConfig
+from fedmoe_ds.distributed.collectives import all_gather
 from fedmoe_ds.kernels import rows
 from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.dispatcher import Pool
 
 # Two AVX-512 registers of floats: the longest stride of torch's vectorised loops.
 _VECTOR_ELEMENTS = 32
@@ -247,3 +249,21 @@ def squared_norms(bank: Bank, expert: bool) -> Tensor:
         device = next(iter(bank.values.values())).device
         return torch.zeros(0, 1, clients, dtype=torch.float64, device=device)
     return torch.cat(norms).square_()
+
+
+def global_norms(bank: Bank, pool: Pool) -> Tensor:
+    """Gradient norm of every wave slot over its adapters on all ranks, [C], summed in one fixed order."""
+    size, group = pool.ep_size, pool.group
+    expert_PNEC = all_gather(squared_norms(bank, expert=True), group, size)
+    own_N1H = squared_norms(bank, expert=False)
+    if bank.clients < pool.home_clients:
+        # Ranks gather tensors of one shape: those with fewer clients at home add columns of zeros, and all drop them again.
+        own_N1H = torch.nn.functional.pad(own_N1H, (0, pool.home_clients - bank.clients))
+    dense_PN1H = all_gather(own_N1H, group, size)
+    # Ranks times local experts is global expert order: the same order of summands for every expert-parallel size.
+    expert_CN = expert_PNEC.permute(3, 1, 0, 2).flatten(1)
+    dense_CN = pool.slots.of_wave(dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1)).flatten(1)
+    # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
+    rows = torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)
+    # On a device they stay there: what they decide is a factor of the step, which is there as well.
+    return torch.stack([row.sum() for row in rows]).sqrt_()

@@ -21,6 +21,7 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.distributed.collectives import all_gather
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.objective import Sums
 from fedmoe_ds.model.pass_context import Pass
 
 LARGEST_VALUE = 2.0**19
@@ -37,7 +38,8 @@ class ClientUpdate:
         finite: False when its loss or any adapter value is not finite.
         losses: mean loss of the first and the last local step (known on the home rank only).
         trained_LE: routed rows that took part in the backward pass; equal to `counts_LE` unless the method holds some back.
-        observed: [L, E] float64 sums over the round's batches of what the method observed.
+        observed: float64 sums over the round's batches: [L, E] of what its observer saw in the layers, and in the shapes that
+            it names (`Method.sums`) of what its objective saw at the output.
         measured: float64 [L, E] for expert blocks and [L] for dense ones, by name: what the method measured at the end.
         remembered: new values of personal memory blocks (this rank's part).
         targets: predictions that its loss was taken over, of next tokens or of classes: at most one per token row.
@@ -121,6 +123,20 @@ class Gatherer:
         for slot, sums in by_slot.items():
             values_HNLE[slot] = torch.stack([sums[name] for name in names])
         return dict(zip(names, self.home(values_HNLE).unbind(1), strict=True))
+
+    def sums(self, by_slot: dict[int, Sums], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Named sums of these shapes per home slot -> [C, *shape] by name; zero where a client has none."""
+        if not shapes:
+            return {}
+        widths = [math.prod(shape) for shape in shapes.values()]
+        values_HN = torch.zeros(self.pool.home_clients, sum(widths), dtype=torch.float64, device=self.device)
+        for slot, sums in by_slot.items():
+            if sums:
+                given = {name: tuple(value.shape) for name, value in sums.items()}
+                assert given == dict(shapes), f"an objective sums up {given}, its method names {dict(shapes)}"
+                values_HN[slot] = torch.cat([sums[name].flatten() for name in shapes])
+        parts = torch.split(self.home(values_HN), widths, dim=1)
+        return {name: part.reshape(-1, *shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
 
     def measures(
         self, views: list[ClientView], measure: Callable[[ClientView], dict[str, Tensor]]

@@ -20,7 +20,7 @@ from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.server import CONTROL
 from fedmoe_ds.federation.virtual_clock import VirtualClock
-from fedmoe_ds.methods import Method, RoundContext
+from fedmoe_ds.methods import Method, Objective, RoundContext
 from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 
@@ -42,6 +42,9 @@ def training_hooks(
     def pooled(client: Client, round_index: int) -> list[np.ndarray]:
         return pooled_batches(clients, spec.drawn_among(clients, round_index), local, seed, round_index)
 
+    def objective(client: Client, assignment: Assignment) -> Objective | None:
+        return method.objective(client, assignment, context(client, state.round + 1))
+
     # At most one correction: each defines where a client's steps should point.
     drift = {
         "none": None,
@@ -57,6 +60,9 @@ def training_hooks(
         assign=assign,
         observer=lambda client, assignment: method.observer(client, assignment, context(client, state.round + 1)),
         observes=method.observes,
+        objective=objective if type(method).objective is not Method.objective else None,
+        sums=method.sums(),
+        whole_steps=method.whole_steps,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         measure=method.measure,
         remember=tuple(remembers),

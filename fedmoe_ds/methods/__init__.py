@@ -25,7 +25,9 @@ from fedmoe_ds.methods.base import (
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
+from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.objective import LocalStep, Objective, Predictions, Targets, TokenRouting
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
 from fedmoe_ds.model.router_losses import balance_loss
@@ -33,6 +35,8 @@ from fedmoe_ds.model.upload import upload
 from fedmoe_ds.randomness import generator
 
 __all__ = [
+    "EXPERT_LOSS",
+    "EXPERT_TARGETS",
     "RESCALER",
     "Assignment",
     "Band",
@@ -44,18 +48,23 @@ __all__ = [
     "Config",
     "FactorPair",
     "Load",
+    "LocalStep",
     "MeanContext",
     "Method",
     "MethodInfo",
     "MethodParams",
     "ModelFacts",
+    "Objective",
     "PlanContext",
+    "Predictions",
     "RoundContext",
     "RoundPlan",
     "Routing",
     "RoutingObserver",
     "Spending",
+    "Targets",
     "TensorRule",
+    "TokenRouting",
     "UserError",
     "Weighing",
     "balance_loss",
@@ -66,6 +75,7 @@ __all__ = [
     "generator",
     "leading",
     "load_method",
+    "loss_per_expert",
     "method_for",
     "method_names",
     "path_gain",

@@ -5,6 +5,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     plan(context)           who takes part, and what each is told                            before a round
     assign(client)          what a client does: active experts, LoRA rows, expert masks      before local training
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
+    objective(client)       what is minimised and summed up at the model's output
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
     memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
@@ -43,6 +44,7 @@ from fedmoe_ds.config import Config, LocalConfig
 from fedmoe_ds.methods.round_plan import MeanContext, PlanContext, RoundContext, RoundPlan, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.objective import Objective
 from fedmoe_ds.model.pass_context import RoutingObserver
 
 
@@ -105,7 +107,9 @@ class Method:
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
         observes: names of the sums that `observer` returns.
         selective: whether some batches train only some of the experts.
-        whole_steps: whether its observer needs all rows of a local step at once: a loss that is no mean over rows, a decision.
+        whole_steps: whether its observer, or its objective, needs all rows of a local step at once: for a loss that is no mean
+            over rows, for a decision, for a quantile.
+        logit_copies: float32 tensors in the shape of its logits that its objective holds, beside cross-entropy's own.
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
         averages: whether anything is averaged at all.
@@ -129,6 +133,7 @@ class Method:
     observes: tuple[str, ...] = ()
     selective: bool = False
     whole_steps: bool = False
+    logit_copies: ClassVar[int] = 1
     weighing: Weighing = MEAN
     weighs_losses: ClassVar[bool] = False
     collects: ClassVar[bool] = False
@@ -191,6 +196,14 @@ class Method:
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
         """What is looked at, decided and minimised in the client's layers."""
         return None
+
+    def objective(self, client: Client, assignment: Assignment, context: RoundContext) -> Objective | None:
+        """What the client minimises, or sums up, at the model's output; None: cross-entropy, and no sums."""
+        return None
+
+    def sums(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the numbers that its objectives sum up; `observed` of a client's update has them, float64."""
+        return {}
 
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""

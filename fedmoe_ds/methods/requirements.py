@@ -51,7 +51,7 @@ def _check_micro_batches(method: Method, name: str, config: Config) -> None:
     owners = [f"method {name}"] * method.whole_steps + ["local.balance_loss"] * (config.local.balance_loss > 0)
     if owners:
         raise UserError(
-            f"execution.micro_batch_size: {micro}: {owners[0]} weighs the routing of a whole step of {step} sequences; "
+            f"execution.micro_batch_size: {micro}: {owners[0]} weighs a whole step of {step} sequences at once; "
             "use null, and execution.activation_checkpointing=true or a smaller local.batch_size where memory is short"
         )
 

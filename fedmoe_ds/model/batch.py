@@ -73,9 +73,14 @@ class Rows:
         return max((len(ids) for ids in self.input_ids), default=0) if self.labels is None else self.positions
 
     @property
+    def targets_of_samples(self) -> list[int]:
+        """Next tokens to be predicted, of every sequence; an image has one target."""
+        return [int(mask.sum()) for mask in self.loss_mask] if self.labels is None else [1] * len(self.labels)
+
+    @property
     def targets(self) -> int:
-        """Next tokens to be predicted; an image has one target."""
-        return int(sum(int(mask.sum()) for mask in self.loss_mask)) if self.labels is None else len(self.labels)
+        """Of all samples."""
+        return sum(self.targets_of_samples)
 
     @property
     def tokens(self) -> int:

@@ -41,7 +41,8 @@ def chunk_rows(classes: int) -> int:
     return rows - rows % _TILE if rows > _TILE else rows
 
 
-def _chunks(count: int, classes: int) -> Iterator[slice]:
+def chunks(count: int, classes: int) -> Iterator[slice]:
+    """Rows whose logits are held at a time."""
     rows = chunk_rows(classes)
     return (slice(first, min(first + rows, count)) for first in range(0, count, rows))
 
@@ -56,7 +57,7 @@ def scores(head: Head, x_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of every target (float32), and whether the likeliest token (or class) is the right one."""
     nll_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
     correct_N = labels_N.new_empty(len(labels_N), dtype=torch.bool)
-    for part in _chunks(len(x_ND), head.out_features):
+    for part in chunks(len(x_ND), head.out_features):
         logits_NV = logits_of(head, x_ND[part])
         nll_N[part] = F.cross_entropy(logits_NV, labels_N[part], reduction="none")
         correct_N[part] = logits_NV.argmax(-1) == labels_N[part]
@@ -67,7 +68,7 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, labels_N: Tensor, weight_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         nll_N, grad_ND = torch.empty_like(weight_N), torch.empty_like(x_ND)
-        for part in _chunks(len(x_ND), head.out_features):
+        for part in chunks(len(x_ND), head.out_features):
             # Autograd itself differentiates a chunk: whatever the head is, these are the bits of one without chunks.
             with torch.enable_grad():
                 own_ND = x_ND[part].detach().requires_grad_()

@@ -5,7 +5,7 @@ Legend: B sequences or images, S positions, D model width, N targets (next token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
 from fedmoe_ds.model.cross_entropy import Head, logits_of, scores, weighted_loss
+from fedmoe_ds.model.objective import Asked, Output, Sums
 from fedmoe_ds.model.pass_context import Execution, Pass
 from fedmoe_ds.model.upload import upload
 
@@ -46,12 +47,14 @@ class Loss:
     Attributes:
         sum: to be differentiated; a rank without rows has one as well, so that its backward pass meets the others' in every
             layer's all-to-all.
-        nll_N: per target, without a gradient.
+        nll_N: per target, without a gradient: cross-entropy's, whatever is minimised.
+        observed: what the objective of each client has summed up, where clients have one.
     """
 
     sum: Tensor
     nll_N: Tensor
     run: Pass
+    observed: list[Sums] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,21 +91,30 @@ class AdaptedModel:
         step_targets: list[int],
         rescale_C: list[float] | None = None,
         first_trained: int = 0,
+        asked: list[Asked] | None = None,
     ) -> Loss:
         """Run the model once, to train it.
 
         The loss is the same for both tasks: cross-entropy of the next token, or of the class that the class token's hidden
-        state is read out to.
+        state is read out to; or it is what clients' objectives say.
 
         Args:
             step_targets: per segment, what its client's sum is divided by: the targets of its whole local step.
             first_trained: the first layer that is trained in this pass, the same on every rank of the cluster.
+            asked: the objective of each segment's client, where clients have one.
         """
         hidden_BSD, run = self._hidden(batch, slot, rescale_C, first_trained)
         # Rounded as the division of a float32 loss is, whose derivative this is.
         weight_S = np.float32(1.0) / np.array(step_targets, dtype=np.float32)
         (weight_N,) = upload([np.repeat(weight_S, batch.targets)], hidden_BSD.device)
-        total, nll_N = weighted_loss(self.head, batch.predicting(hidden_BSD), batch.labels_N, weight_N)
+        hidden_ND = batch.predicting(hidden_BSD)
+        if asked is not None:
+            training = self.execution.wave
+            places = (batch.labels_N, weight_N, batch.predict_N, batch.targets)
+            output = Output(self.head, hidden_ND, *places, run.routed, training.whole_steps)
+            total, nll_N, observed = output.minimise(asked)
+            return Loss(total, nll_N, run, observed)
+        total, nll_N = weighted_loss(self.head, hidden_ND, batch.labels_N, weight_N)
         return Loss(total, nll_N, run)
 
     def _hidden(

@@ -20,6 +20,7 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.expert_masks import ExpertMasks
+from fedmoe_ds.model.objective import Objective
 from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Demand, Routing
 from fedmoe_ds.model.scale_factors import ScaleFactors
@@ -45,6 +46,7 @@ class Pass:
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
         trained: routed rows that take part in the backward pass, like `counts`; only layers that hold some back write it.
+        routed: decisions without gradients, by layer; the layers write them where clients have objectives.
     """
 
     segments: list[Segment]
@@ -62,6 +64,7 @@ class Pass:
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     trained: dict[int, Tensor] = field(default_factory=dict)
+    routed: dict[int, Routing] = field(default_factory=dict)
     _groups: dict[int, Groups] = field(default_factory=dict)
     _places: list[slice | Tensor] | None = None
 
@@ -128,6 +131,8 @@ class InTraining:
     Attributes:
         observers: by home slot.
         trained: by home slot, the experts that the client trains in every layer, bool [L, E]; others train all.
+        objectives: at the model's output, by home slot.
+        whole_steps: whether an objective needs all targets of a client's step at once (the same on all ranks).
         selective: whether a batch may train only some of the experts (the same on all ranks).
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
     """
@@ -137,6 +142,8 @@ class InTraining:
     wave_factors: ScaleFactors | None = None
     home_factors: ScaleFactors | None = None
     trained: dict[int, Tensor] = field(default_factory=dict)
+    objectives: dict[int, Objective] = field(default_factory=dict)
+    whole_steps: bool = False
 
 
 @dataclass

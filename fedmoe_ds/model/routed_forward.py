@@ -66,6 +66,8 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
     """Write counts, observations and auxiliary losses of a layer. Overwrites: a recomputed layer counts once."""
     run = execution.running()
     run.counts[layer] = _count(execution, run, routing, routing.kept_TK)
+    if execution.wave.objectives:
+        run.routed[layer] = routing.detached()
     found_losses: dict[int, Tensor] = {}
     # Emptied, not added to: activation checkpointing runs the layer a second time in the backward pass.
     run.observed[layer] = {}

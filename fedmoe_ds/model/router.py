@@ -72,6 +72,11 @@ class Routing:
         zeros_E = self.experts_TK.new_zeros(self.probs_TE.shape[1])
         return zeros_E.scatter_add_(0, self.experts_TK.flatten(), self.kept_TK.flatten().long())
 
+    def detached(self) -> Routing:
+        """The decision without its graph, and without the scores of experts that were not selected."""
+        none_TE = self.probs_TE.new_empty(len(self.probs_TE), 0)
+        return Routing(none_TE, self.weights_TK.detach(), self.experts_TK, self.kept_TK, self.kept)
+
     def rows(self, places: slice | Tensor) -> Routing:
         """The decision for some of the rows, given as a slice or by their numbers."""
 

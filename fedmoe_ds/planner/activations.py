@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
+from fedmoe_ds.methods import Method
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.cross_entropy import COPIES, chunk_rows
 from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
@@ -35,9 +36,30 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
         # One layer at a time is recomputed; of the others only their inputs are kept.
         widest = max(layer_bytes(spec, layer, length, active) for layer in range(model.depth))
         kept = widest + (model.depth + 2) * model.hidden * spec.row_bytes
-    # A chunk of the head's logits is gone before the backward pass begins.
-    chunk = COPIES * FP32 * min(tokens, chunk_rows(model.vocabulary)) * model.vocabulary
-    return int(tokens * kept + max(tokens * _backward(spec, active) * spec.row_bytes, chunk))
+        if _has_objectives(spec):  # which see every layer's decisions; kept layers have them anyway
+            kept += len(spec.expert_layout.layers) * spec.expert_layout.top_k * _DECISION
+    # Logits are gone before the backward pass begins.
+    logits = _logit_bytes(spec, tokens, length)
+    return int(tokens * kept + max(tokens * _backward(spec, active) * spec.row_bytes, logits))
+
+
+_DECISION = INT64 + FP32 + 1
+"""Bytes of a selected expert: its number, its weight, and whether it is kept."""
+
+
+def _has_objectives(spec: RunSpec) -> bool:
+    return type(spec.method).objective is not Method.objective
+
+
+def _logit_bytes(spec: RunSpec, tokens: int, length: int) -> int:
+    """Of the logits that exist at one time: a chunk's, or those that an objective sees of one client's whole step."""
+    vocabulary, copies = spec.size.vocabulary, COPIES
+    rows = chunk_rows(vocabulary)
+    if _has_objectives(spec):
+        copies += spec.method.logit_copies
+        if spec.method.whole_steps:
+            rows = spec.config.local.batch_size * length
+    return copies * FP32 * min(tokens, rows) * vocabulary
 
 
 def kept_bytes(spec: RunSpec, length: int, active: float | None = None) -> float:
@@ -125,7 +147,7 @@ def _mixture_bytes(spec: RunSpec, active: float | None) -> float:
     rank = spec.config.adapters.rank if _adapted(spec.blocks) else 0
     inner = (layout.matrices - 1) * layout.ffn  # gate and up rows, or one bottleneck
     routed = active * ((layout.width + inner + 2 * rank + 1) * row + PLAN_BYTES)
-    choice = layout.top_k * (INT64 + FP32 + 1) * (1 + layout.renormalised / 3) + INT64
+    choice = layout.top_k * _DECISION * (1 + layout.renormalised / 3) + INT64
     return routed + layout.num_experts * FP32 + choice
 
 

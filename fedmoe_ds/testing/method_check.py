@@ -115,6 +115,8 @@ def check_functions(method: type[Method]) -> None:
             )
         if attribute == "observes" and method.observes and not overridden:
             raise MethodError(f"{method.__name__}.observes: {method.observes}: an observer returns these; override `observer`")
+    if method.sums is not Method.sums and method.objective is Method.objective:
+        raise MethodError(f"{method.__name__}.sums: an objective sums these up; override `objective`")
     try:
         method.Params(**{"no such key": 1})
     except ValidationError:

@@ -1,0 +1,77 @@
+"""Methods with an objective of their own at the model's output, in plain float64: FLood, target by target.
+
+Keys are those of `reference_methods.py`, whose local training this is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from reference import Adapters, Task, Trained
+from reference_methods import FedIT, Returned
+from torch import Tensor
+
+
+class FLood(FedIT):
+    """Options: alpha, quantile, temperature, amplitude, horizon; the schedule is the cosine."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.rounds = 0
+
+    def round(self, tasks: list[Task], fresh: Adapters) -> None:
+        self.rounds += 1
+        super().round(tasks, fresh)
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        sizes, taken, scores = [len(step) for step in task.steps], iter(range(len(task.steps))), list[float]()
+        amplitude, horizon, temperature = (self.options[name] for name in ("amplitude", "horizon", "temperature"))
+        weight = amplitude * (1 - math.cos(math.pi * self.rounds / horizon))
+
+        def objective(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+            step = next(taken)
+            own = [temperature * math.log(sum(math.exp(z / temperature) for z in row)) for row in logits_NV.tolist()]
+            ranked = sorted(own)
+            place = int(self.options["quantile"] * (len(own) - 1) + 1e-9)
+            # Tokens after one and the same beginning have one and the same score, here and there: they are no near tie.
+            limit = ranked[place] - 1e-12
+            self.margin = min([self.margin, *(ranked[place] - score for score in ranked[:place] if score < limit)])
+            # The last pass over the client's samples: no more of them are left than it has, or uses.
+            if sum(sizes[step:]) <= min(task.samples, sum(sizes)) or step == len(sizes) - 1:
+                scores.extend(own)
+            total = torch.zeros((), dtype=torch.float64)
+            for row, label, score in zip(logits_NV, labels_N, own, strict=True):
+                total = total + (weight if score < limit else 1.0) * (row.logsumexp(-1) - row[label])
+            return total
+
+        self.reference.objective = objective
+        result = super().local(task, received)
+        self.reference.objective = None
+        self.notes = {"score": max(sum(scores) / len(scores), 0.0)}
+        return result
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        """Two means, each normalised by itself, mixed 1 : alpha."""
+        samples, alpha = [one.task.samples for one in returned], self.options["alpha"]
+        scores = [one.notes["score"] for one in returned]
+        for key, old in list(self.adapters.items()):
+            if not key.endswith(self.frozen):
+                values = [one.trained.adapters[key] for one in returned]
+                means = [
+                    sum((w * value for w, value in zip(weights, values, strict=True)), torch.zeros_like(old)) / sum(weights)
+                    for weights in (samples, scores)
+                ]
+                self.adapters[key] = self.server.step(key, old, (means[0] + alpha * means[1]) / (1 + alpha))
+
+
+class ObservedFLood(FLood):
+    """Scores are the package's; the gradients are replayed (`replay.py`)."""
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        result = FedIT.local(self, task, received)
+        replay: Any = self.reference
+        observed = replay.updates[task.index].observed
+        self.notes = {"score": max(float(observed["score"]) / float(observed["scored"]), 0.0)}
+        return result
