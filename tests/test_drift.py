@@ -13,7 +13,7 @@ from federations import alone, build, finish, make_config, own_values, write_inp
 
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.federation.build import Parts
-from fedmoe_ds.federation.server import CONTROL
+from fedmoe_ds.methods.client_drift import CONTROL
 from fedmoe_ds.model.adapter_bank import BlockSpec, control_block, shared_blocks
 
 MU, LR, ROUNDS = 0.3, 0.05, 3

@@ -5,6 +5,7 @@ from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
 from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig
 from fedmoe_ds.config.idle import idle_keys
 from fedmoe_ds.config.loading import config_of, dump_config, load_config, with_overrides
+from fedmoe_ds.config.local_section import LocalConfig
 from fedmoe_ds.config.reference import config_schema_markdown
 from fedmoe_ds.config.schema import (
     AdapterConfig,
@@ -12,7 +13,6 @@ from fedmoe_ds.config.schema import (
     ExecutionConfig,
     FederationConfig,
     FoundationConfig,
-    LocalConfig,
     MethodConfig,
     MoEAdapterConfig,
     PretrainConfig,

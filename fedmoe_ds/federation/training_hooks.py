@@ -11,9 +11,8 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.server import CONTROL
 from fedmoe_ds.methods import Method, RoundContext
-from fedmoe_ds.methods.client_drift import FedProx, Scaffold
+from fedmoe_ds.methods.client_drift import FedVRA, Scaffold, correction
 
 
 def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> LocalTrainingHooks:
@@ -26,12 +25,7 @@ def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> Lo
     def pooled(client: Client, round_index: int) -> list[np.ndarray]:
         return pooled_batches(clients, spec.drawn_among(clients, round_index), local, seed, round_index)
 
-    # At most one correction: each defines where a client's steps should point.
-    drift = {
-        "none": None,
-        "fedprox": FedProx(local.proximal),
-        "scaffold": Scaffold(state.server[CONTROL]) if local.drift == "scaffold" else None,
-    }[local.drift]
+    drift = correction(local, state.server)
     # A method that does not override it is left out, so that no wave pays for an empty call in every step.
     adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
     return LocalTrainingHooks(
@@ -40,7 +34,7 @@ def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> Lo
         observes=method.observes,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         measure=method.measure,
-        remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
+        remember=(drift.remember,) if isinstance(drift, Scaffold | FedVRA) else (),
         selective=method.selective,
         batches=pooled if method.pooled else None,
     )

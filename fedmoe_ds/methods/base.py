@@ -159,7 +159,7 @@ class Method:
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
         """What a personal block of this method is filled with before the first round; None: the global initial value, or zero.
 
-        Asked for personal blocks of the bank and for those of `client_state`, never for what others keep (control variates).
+        Asked for personal blocks of the bank and for those of `client_state`, never for what a correction of drift keeps.
         """
         return 1.0 if spec.name == RESCALER else None
 
@@ -224,10 +224,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
     # Server optimizers step along mean - global: without a mean there is nothing to step along.
     if method.collects or method.pooled or not method.averages:
         refuse_server_step(name, server)
-    if config.local.drift == "scaffold" and (method.collects or method.pooled):
+    if config.local.drift not in ("none", "fedprox") and (method.collects or method.pooled):
+        kept = "control variates" if config.local.drift == "scaffold" else "dual variables"
         raise UserError(
-            f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "
-            "variates of the last round do not apply; use none or fedprox"
+            f"local.drift: {config.local.drift}: method {name} changes what the adapters' coordinates mean in every round, so "
+            f"{kept} of the last round do not apply; use none or fedprox"
         )
 
 

@@ -31,19 +31,20 @@ _COMBINATIONS = """\
 
 | key | choice |
 |---|---|
-| `local.drift` | `fedprox`; `scaffold` (plain SGD only) |
+| `local.drift` | `fedprox`; `scaffold` (plain SGD only); `fedvra`, `feddyn` |
 | `server.optimizer` | `fedavg`, `fedavgm`, `fedadam`, `fedyogi` |
 | `federation.sampling` | `uniform`, `size`, `budget` |
 | `federation.budget` | what a tier buys |
 | `adapters.attention`, `adapters.router` | LoRA on attention; trained routers |
 
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
-(`flexlora`, `flora`, `lora-fair`, `local-only`, `centralised`), control variates where the adapters' coordinates change every
-round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen router, `flame` on a dense
-model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or `local.balance_loss`.
+(`flexlora`, `flora`, `lora-fair`, `local-only`, `centralised`), control or dual variables where the adapters' coordinates
+change every round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen router, `flame` on a
+dense model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or `local.balance_loss`.
 
 What it costs: `flexlora`, `flora` and `lora-fair` keep the factors of all participants of a round on every rank that holds the
-adapter; `fedsa-lora`, `local-only` and `scaffold` keep personal blocks of every client that was trained, each in one cluster.
+adapter; `fedsa-lora`, `local-only`, `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was trained,
+each in one cluster.
 """
 _ADDING = '''\
 ## Adding a method

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import largest_wave, schedule
+from fedmoe_ds.methods.client_drift import keeps_variables
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.client_state import kept_blocks, row_bytes
@@ -170,8 +171,8 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
     # Two int64 digits of a number, or one float32.
     each = 16 if job.bitwise else 4
-    # SCAFFOLD sums the changes of control variates beside the adapters.
-    times = 2 if job.config.local.drift == "scaffold" else 1
+    # The changes of control or dual variables are summed beside the adapters.
+    times = 2 if keeps_variables(job.config.local) else 1
     seconds = 0.0
     for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
         # Without dense blocks (no adapters on attention, say) the ranks of a cluster have nothing to sum.
