@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.checkpoint import memories
 from fedmoe_ds.checkpoint.personal_files import BEGINNING
 from fedmoe_ds.checkpoint.personal_reader import PersonalReader
 from fedmoe_ds.checkpoint.personal_state import Personal
@@ -37,12 +38,14 @@ class PartialRound:
         activation: label of a tier -> routed rows per (layer, expert).
         seconds: training time spent on it before an interruption.
         known: clients of `done` whose reports all ranks have; the others' are those of this rank alone.
+        memories: client index -> what the server knows of it when the round is over; known as `done` is.
     """
 
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
     activation: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
     known: frozenset[int] = frozenset()
+    memories: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,6 +102,8 @@ def save(
             tensors[f"server.{name}-{tail}"] = {key: value for key, value in theirs.items() if key in changed}
         if state.sums is not None:
             tensors[f"sums-{tail}"] = dict(_sum_places(state.sums, topology, shard == 0))
+        if shard == 0:
+            tensors |= _memories(state)
     partial = None
     if state.partial is not None:
         partial = {
@@ -115,6 +120,13 @@ def save(
     state.personal.files.source = writer.begin(
         snapshot, {**tensors, **personal}, {"config.yaml": config}, best, headers, plan.keep, plan.source
     )
+
+
+def _memories(state: State) -> dict[str, Tensors | Callable[[], Tensors]]:
+    """The file of what the server knows of clients, if it knows anything: before this round, and from the part that is done."""
+    known = memories.tensors(state.personal.memories, "known")
+    learnt = {} if state.partial is None else memories.tensors(state.partial.memories, "learnt")
+    return {memories.FILE: known | learnt} if known or learnt else {}
 
 
 def _counts_LE(rows: list[list[int]]) -> np.ndarray:
@@ -143,6 +155,7 @@ def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, su
         {int(index): report for index, report in snapshot.partial["done"].items()},
         activation if topology.rank == 0 else {},  # counts are summed over ranks when the round ends
         snapshot.partial["seconds"],
+        memories=memories.read(path, snapshot.files, "learnt"),
     )
     # On one cluster alone: the end of the round adds up the clusters, and a second copy would count twice.
     if topology.cluster == 0:
@@ -159,6 +172,7 @@ def read_tensors(path: Path, snapshot: Snapshot, state: State, shard: int = 0) -
         # `items` gives views, so reading into them fills the adapters themselves.
         for key, _, value in state.adapters.items(first):
             reader.read_into(key, value)
+    state.personal.memories = memories.read(path, snapshot.files, "known")
     if state.personal:
         with PersonalReader(path, snapshot.files, state.personal.homes) as own:
             state.personal.restore(own)

@@ -72,8 +72,8 @@ class WaveTrainer:
         self.local, self.micro, self.seed, self.rounds, self.packing = local, micro_batch_size, seed, rounds, packing
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
-        first_expert = self.shard * self.pool.local_experts
-        self.optimizer = ClientOptimizer(self.bank, local, seed, first_expert, moments_on_host)
+        self.first_expert = self.shard * self.pool.local_experts
+        self.optimizer = ClientOptimizer(self.bank, local, seed, self.first_expert, moments_on_host)
         self.layers = layers
         self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
 
@@ -133,11 +133,12 @@ class WaveTrainer:
 
     def _work(self, client: Client, place: tuple[int, int], round_index: int, limits: PassLimits) -> ClientWork:
         given = self.hooks.batches
-        batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
+        assignment = self.hooks.assign(client, round_index)
+        own = (client, self.local, self.seed, round_index, assignment.samples)
+        batches = local_batches(*own) if given is None else given(client, round_index)
         size, packing = limits.of(client.index, self.micro), self.packing
         bounds = [pass_bounds(batch, size, packing, client.index) for batch in batches]
         sizes = [pass_sizes(*each, packing, client.index) for each in zip(batches, bounds, strict=True)]
-        assignment = self.hooks.assign(client, round_index)
         return ClientWork(client, *place, assignment, batches, bounds, sizes, round_index, self.round_rate(round_index))
 
     def _view(self, work: ClientWork, shard: int, start: Bank, personal: Callable[[int], dict[str, Tensor]]) -> ClientView:
@@ -146,7 +147,7 @@ class WaveTrainer:
             slots[False] = work.slot
         # On the CPU for all clients; here it meets tensors of the device.
         state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
-        return ClientView(work.client, work.assignment, self.bank, start, slots, state)
+        return ClientView(work.client, work.assignment, self.bank, start, slots, state, self.first_expert)
 
     @torch.no_grad()
     def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
@@ -170,12 +171,17 @@ class WaveTrainer:
             for work in mine:
                 factors[self.pool.wave_slot(shard, work.slot)] = work.assignment.scale
         plain = all(factor == 1.0 for factor in factors)
-        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in works[self.shard]}
+        mine = works[self.shard]
+        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in mine}
+        trained = {work.slot: mask_LE for work in mine if (mask_LE := work.assignment.trained_LE) is not None}
+        # A client of another rank that trains some of its experts makes this rank take the second trip, too.
+        some = any(work.assignment.trained_LE is not None for home in works for work in home)
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
-            self.hooks.selective,
+            self.hooks.selective or some,
             None if plain else ScaleFactors(factors),
             None if plain else ScaleFactors(factors[self.pool.slots.span(self.shard)]),
+            {slot: torch.from_numpy(mask_LE).to(self.bank.device) for slot, mask_LE in trained.items()},
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
@@ -226,9 +232,8 @@ class WaveTrainer:
     def _rows(self, work: ClientWork, step: int, micro: int) -> Rows:
         assert work.data is not None
         chosen, address = work.chosen(step, micro)
-        allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
         images = self.model.foundation.images
-        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, images, address)
+        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, work.assignment.allowed_LE, images, address)
 
     def _step_sums(self, work: ClientWork, step: int) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
@@ -242,22 +247,25 @@ class WaveTrainer:
 
     def _optimize(self, step: int, round_index: int, works: list[list[ClientWork]], views: list[list[ClientView]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
-        for work, view in _flat(works, views):
-            if step < len(work.batches):
-                # Before the norms are taken: clipping acts on the corrected gradient (see `client_drift`).
-                for adjust in self.hooks.adjust:
-                    adjust(view)
+        training = [(work, view) for work, view in _flat(works, views) if step < len(work.batches)]
+        for _, view in training:
+            # Before the norms are taken: clipping acts on the corrected gradient (see `client_drift`).
+            for adjust in self.hooks.adjust:
+                adjust(view)
+            # Last: what a client does not train has no gradient, whatever a correction has made of it.
+            view.clear_untrained()
         # A collective: all ranks call it in every step, also those whose clients have finished.
         norms_C = self._global_norms() if self.local.clip is not None else None
         steps = [
             ClientStep(view.slots, step + 1, work.rate(self.local, step), (round_index, work.client.index))
-            for work, view in _flat(works, views)
-            if step < len(work.batches)
+            for work, view in training
         ]
         self.optimizer.step_all(steps, norms_C)
+        for _, view in training:
+            view.restore_untrained()
 
     def _global_norms(self) -> Tensor:
-        """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""
+        """Gradient norm of every wave slot over its adapters on all ranks, [C], summed in one fixed order."""
         size, group = self.pool.ep_size, self.pool.group
         expert_PNEC = all_gather(squared_norms(self.bank, expert=True), group, size)
         own_N1H = squared_norms(self.bank, expert=False)

@@ -7,8 +7,9 @@ cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class ClientUpdate:
         measured: float64 [L, E] for expert blocks and [L] for dense ones, by name: what the method measured at the end.
         remembered: new values of personal memory blocks (this rank's part).
         targets: predictions that its loss was taken over, of next tokens or of classes: at most one per token row.
+        plan, memory: its part of the round's plan, and what the server knew of it when the round began.
     """
 
     client: Client
@@ -57,6 +59,8 @@ class ClientUpdate:
     measured: dict[str, np.ndarray] = field(default_factory=dict)
     remembered: dict[str, Tensor] = field(default_factory=dict)
     targets: int = 0
+    plan: Any = None
+    memory: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Counts:

@@ -38,6 +38,7 @@ from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.execution import adapted_model, enable_checkpointing, execution_of
 from fedmoe_ds.federation.identity import identity, memory_settings
 from fedmoe_ds.federation.kernel_identity import agreed, check_code, code_of, kernels_of
+from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
 from fedmoe_ds.federation.schedule import participants_per_round, wave_slots
 from fedmoe_ds.federation.server import BASE, Server
@@ -78,6 +79,7 @@ class Parts:
     evaluator: Evaluator
     server: Server
     state: State
+    planning: RoundPlanning
     identity: dict[str, Any]
     config_text: str
     checkpoints: Path
@@ -100,7 +102,7 @@ class Parts:
         return len(self.spec.expert_layout.layers), self.spec.expert_layout.num_experts
 
     def participants(self, round_index: int) -> list[Client]:
-        """The clients of a round, in canonical order."""
+        """The clients that are drawn for a round, in canonical order."""
         return self.spec.participants_among(self.clients, round_index)
 
     def new_sums(self, round_index: int = 1) -> RoundSums:
@@ -221,7 +223,8 @@ def _assemble(
         server.load_base(own)
     state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), client_slabs(config)), own)
     state.personal.allow_peers(runtime)
-    micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients)
+    planning = RoundPlanning(spec, clients, state.personal)
+    micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients, planning)
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
     layers, rounds = spec.expert_layout.layers, config.federation.rounds
@@ -247,6 +250,7 @@ def _assemble(
         evaluator=Evaluator(spec, model, runtime, adapters, data, clients, in_flight),
         server=server,
         state=state,
+        planning=planning,
         identity=ours,
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",

@@ -18,6 +18,7 @@ import torch
 from fedmoe_ds.aggregation.postprocessors import OK, Postprocessor, keep_out_non_finite, postprocess
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.checkpoint.digest import global_digest
+from fedmoe_ds.checkpoint.memories import checked
 from fedmoe_ds.checkpoint.state import PartialRound
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
@@ -157,7 +158,7 @@ class Federation:
     def _sample(self, round_index: int) -> _Round:
         """The round's clients. Those that an earlier start finished, or that a start found no memory for, are done."""
         parts = self.parts
-        chosen = parts.participants(round_index)
+        chosen = list(parts.planning.of(round_index).participants)
         partial = self.state.partial or PartialRound()
         sums = self.state.sums or parts.new_sums(round_index)
         # A checkpoint within the round must not take these for those of a round that begins.
@@ -227,10 +228,15 @@ class Federation:
         """Postprocess one update, fold it into the sums, keep what its client remembers, and book its row of metrics."""
         parts, partial, shard = self.parts, work.partial, self.parts.topology.shard
         at_home = update.home == shard
+        update.plan = parts.planning.part(update.client.index, work.index)
+        update.memory = parts.planning.memory(update.client.index)
         status = postprocess(self.postprocessors, view, update)
         if status == OK:
             parts.server.fold(work.sums, work.places[update.client.index], view, update)
             self._remember(view, update, at_home)
+            if at_home and (shapes := parts.spec.method.memory()):
+                known = checked(parts.config.method.name, shapes, parts.spec.method.memorise(update))
+                partial.memories[update.client.index] = known
         # Counts have been added up within the cluster: one of its ranks speaks for all.
         if shard == 0:
             tier = partial.activation.setdefault(update.client.tier, np.zeros_like(update.counts_LE))
@@ -265,6 +271,7 @@ class Federation:
         self._tell_averaged(work)
         parts.server.step(work.sums, self.state.adapters, self.state.server, work.index)
         self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
+        self.state.personal.memories |= partial.memories
         self.state.round = work.index
 
     def _report(self, work: _Round) -> None:

@@ -10,17 +10,19 @@ from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.methods.client_drift import FedVRA, Scaffold, correction
 
 
-def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> LocalTrainingHooks:
+def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client], planning: RoundPlanning) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
     method, local, seed = spec.method, spec.config.local, spec.config.seed
 
     def context(client: Client, round_index: int) -> RoundContext:
-        return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)
+        own, told = state.personal.dense(client.index), planning.part(client.index, round_index)
+        return RoundContext(round_index, own, state.utilisation_LE, told, planning.memory(client.index))
 
     def pooled(client: Client, round_index: int) -> list[np.ndarray]:
         return pooled_batches(clients, spec.drawn_among(clients, round_index), local, seed, round_index)

@@ -17,11 +17,11 @@ from fedmoe_ds.methods.base import (
     MethodInfo,
     MethodParams,
     ModelFacts,
-    RoundContext,
     present,
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
+from fedmoe_ds.methods.round_plan import Memory, PlanContext, RoundContext, RoundPlan
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
@@ -40,11 +40,14 @@ __all__ = [
     "Combined",
     "Config",
     "FactorPair",
+    "Memory",
     "Method",
     "MethodInfo",
     "MethodParams",
     "ModelFacts",
+    "PlanContext",
     "RoundContext",
+    "RoundPlan",
     "Routing",
     "RoutingObserver",
     "UserError",

@@ -2,10 +2,12 @@
 
 Legend: L layers, E experts of the model, R adapter rank.
 
-    assign(client)          what a client does: active experts, LoRA rows, expert mask       before local training
+    plan(context)           who takes part, and what each is told                            before a round
+    assign(client)          what a client does: active experts, LoRA rows, expert masks      before local training
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
+    memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
@@ -29,8 +31,8 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
-from fedmoe_ds.config import Config, ServerConfig
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.config import Config
+from fedmoe_ds.methods.round_plan import PlanContext, RoundContext, RoundPlan
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
@@ -69,21 +71,6 @@ class ModelFacts:
     seed: int
     renormalised: bool = False
     layers: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class RoundContext:
-    """What is known when a client is told what to do.
-
-    Attributes:
-        round: from 1; 0 stands for the evaluation of the client's tier.
-        client_state: the client's dense personal state, [L, *item] by block.
-        utilisation_LE: routed rows over all clients of the last round, or None.
-    """
-
-    round: int
-    client_state: dict[str, Tensor]
-    utilisation_LE: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +150,20 @@ class Method:
         """
         return 1.0 if spec.name == RESCALER else None
 
+    def memory(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the numbers that the server knows of every client that has been trained: few, float64, on every
+        rank and in every checkpoint. What is large, or must not leave the client, is `client_state`."""
+        return {}
+
     # Before and during local training
+
+    def plan(self, context: PlanContext) -> RoundPlan:
+        """Who takes part in a round, and what each of them is told: a pure function of what every rank knows.
+
+        At most as many clients as were drawn, each once; `dataclasses.replace(client, steps=K)` gives one K local steps. A
+        method that keeps this one costs nothing here.
+        """
+        return RoundPlan(context.drawn)
 
     def assign(self, client: Client, context: RoundContext) -> Assignment:
         """What the client does in this round."""
@@ -187,112 +187,26 @@ class Method:
         """New values of dense memory blocks, from the client's update."""
         return {}
 
+    def memorise(self, update: ClientUpdate) -> dict[str, np.ndarray]:
+        """All numbers of `memory` about the client, at its home; `update.memory` has those of before, if there are any.
+
+        They count from the next round on.
+        """
+        return {}
+
     # Aggregation
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """The client's weight in the mean of a block: float64 [L, E] or [L]. `data_share` = |D_i| / sum_j |D_j|."""
         # The same for all experts, used or not: FedAvg. The mean divides by the sum of weights, so a share need not sum to one.
         shape = update.counts_LE.shape if spec.expert else (len(spec.layers),)
-        return np.full(shape, data_share)
+        trained = update.assignment.trains(spec)
+        # What a client was told not to train is as it received it, which says nothing about its data.
+        return np.full(shape, data_share) if trained is None else np.full(shape, data_share) * trained
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
         raise NotImplementedError
-
-
-def check_needs(method: Method, name: str, config: Config) -> None:
-    """The refusals that follow from a method's attributes. Raises UserError, one line each."""
-    adapters, server = config.adapters, config.server
-    if "lora" in method.needs and adapters.experts and adapters.expert_training != "lora":
-        raise UserError(
-            f"adapters.expert_training: {adapters.expert_training}: method {name} works on LoRA pairs; "
-            "use adapters.expert_training=lora"
-        )
-    # Adapter experts (`adapters.moe`) are no LoRA pairs; projections may still bring some.
-    if "lora" in method.needs and not adapters.projections and (not adapters.experts or adapters.moe is not None):
-        raise UserError(
-            f"adapters.attention: []: method {name} works on LoRA pairs and there would be none; name attention projections"
-        )
-    if "experts" in method.needs and not adapters.experts:
-        raise UserError(f"adapters.experts: false: method {name} works on expert adapters; use adapters.experts=true")
-    if "router" in method.needs and adapters.router != "train" and adapters.moe is None:
-        raise UserError(
-            f"adapters.router: {adapters.router}: method {name} aggregates trained routers; use adapters.router=train"
-        )
-    _check_ranks(method, name, config)
-    _check_micro_batches(method, name, config)
-    # Server optimizers step along mean - global: without a mean there is nothing to step along.
-    if method.collects or method.pooled or not method.averages:
-        refuse_server_step(name, server)
-    if config.local.drift not in ("none", "fedprox") and (method.collects or method.pooled):
-        kept = "control variates" if config.local.drift == "scaffold" else "dual variables"
-        raise UserError(
-            f"local.drift: {config.local.drift}: method {name} changes what the adapters' coordinates mean in every round, so "
-            f"{kept} of the last round do not apply; use none or fedprox"
-        )
-
-
-def _check_micro_batches(method: Method, name: str, config: Config) -> None:
-    """Micro-batches promise the same mathematics; what is no mean over the rows of a step cannot be added up from them."""
-    micro, step = config.execution.micro_batch_size, config.local.batch_size
-    # One micro-batch per step is the whole step.
-    if micro is None or micro >= step:
-        return
-    owners = [f"method {name}"] * method.whole_steps + ["local.balance_loss"] * (config.local.balance_loss > 0)
-    if owners:
-        raise UserError(
-            f"execution.micro_batch_size: {micro}: {owners[0]} weighs the routing of a whole step of {step} sequences; "
-            "use null, and execution.activation_checkpointing=true or a smaller local.batch_size where memory is short"
-        )
-
-
-def check_idle(params: MethodParams, config: Config) -> None:
-    """Raise UserError where a parameter is set and does nothing."""
-    for key, why in params.idle(config).items():
-        value, default = getattr(params, key), type(params).model_fields[key].default
-        # Compared with the default and not with what the user wrote: a run saves all keys, and its own file must resume.
-        if value != default:
-            raise UserError(f"method.{key}: {value}: has no effect {why}; drop the key")
-
-
-def refuse_server_step(name: str, server: ServerConfig) -> None:
-    """Raise UserError unless the server takes what the method gives it."""
-    if server.optimizer != "fedavg":
-        raise UserError(
-            f"server.optimizer: {server.optimizer}: method {name} has no mean of adapters whose change could be a gradient; "
-            "use fedavg"
-        )
-    if server.lr != 1.0:
-        raise UserError(f"server.lr: {server.lr}: method {name} replaces the adapters, there is no step; use 1.0")
-
-
-def _check_ranks(method: Method, name: str, config: Config) -> None:
-    bought = method.spends if config.federation.budget == "method" else config.federation.budget
-    for i, tier in enumerate(config.federation.tiers or []):
-        # A key without effect is refused: the tier's label would promise a budget that no client spends.
-        if tier.experts is not None and bought != "experts":
-            raise UserError(
-                f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts per batch; drop the "
-                "key, or use hfedmoe with federation.budget=method"
-            )
-        if tier.rank is not None and method.unequal_ranks and bought not in ("rank", "both"):
-            raise UserError(
-                f"federation.tiers.{i}.rank: {tier.rank}: here a budget buys {bought}, not LoRA rows; drop the key, or use "
-                "federation.budget=rank"
-            )
-    if method.unequal_ranks:
-        return
-    if config.federation.budget in ("rank", "both"):
-        raise UserError(
-            f"federation.budget: {config.federation.budget}: method {name} needs equal ranks on all clients; use top_k, or a "
-            "method for unequal ranks (hetlora, flexlora, flora, fslora)"
-        )
-    for i, tier in enumerate(config.federation.tiers or []):
-        if tier.rank is not None:
-            raise UserError(
-                f"federation.tiers.{i}.rank: {tier.rank}: method {name} needs equal ranks on all clients; drop the key, or use "
-                "a method for unequal ranks (hetlora, flexlora, flora, fslora)"
-            )
 
 
 def present(spec: BlockSpec, update: ClientUpdate) -> np.ndarray:

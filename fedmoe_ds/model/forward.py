@@ -65,7 +65,7 @@ class AdaptedModel:
     def batch(self, rows: list[Rows]) -> Batch:
         """Rows of clients as one batch on the model's device."""
         execution = self.execution
-        return make_batch(rows, execution.pool.num_experts, execution.bank.device, self.foundation.images, self.packing)
+        return make_batch(rows, execution.bank.device, self.foundation.images, self.packing)
 
     @property
     def head(self) -> Head:
@@ -99,7 +99,7 @@ class AdaptedModel:
 
     def _hidden(self, batch: Batch, slot: int | None, rescale_C: list[float] | None) -> tuple[Tensor, Pass]:
         """The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed."""
-        rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE)
+        rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.masks)
         run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run

@@ -19,6 +19,7 @@ from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.expert_masks import ExpertMasks
 from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Demand, Routing
 from fedmoe_ds.model.scale_factors import ScaleFactors
@@ -34,7 +35,7 @@ class Pass:
         slot_T: int64 home slot of each token row.
         cap_T: int64 top-k cap of each token row.
         valid_T: bool, False for padding.
-        allowed_TE: expert mask per row, or None.
+        masks: the experts that clients may use, or None for all.
         rescale_C: fixed factor on the expert output per home slot, or None (FLAME's static rescaler; evaluation of a tier).
         demands: what each client's rows ask of a router; None where nobody counted them.
         packed: where the samples are, if each sequence is one token of a packed pass; None where a sequence is a sample.
@@ -50,7 +51,7 @@ class Pass:
     slot_T: Tensor
     cap_T: Tensor
     valid_T: Tensor
-    allowed_TE: Tensor | None = None
+    masks: ExpertMasks | None = None
     rescale_C: list[float] | None = None
     demands: list[Demand] | None = None
     packed: PackedSamples | None = None
@@ -124,6 +125,7 @@ class InTraining:
 
     Attributes:
         observers: by home slot.
+        trained: by home slot, the experts that the client trains in every layer, bool [L, E]; others train all.
         selective: whether a batch may train only some of the experts (the same on all ranks).
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
     """
@@ -132,6 +134,7 @@ class InTraining:
     selective: bool = False
     wave_factors: ScaleFactors | None = None
     home_factors: ScaleFactors | None = None
+    trained: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -146,6 +149,7 @@ class Execution:
         balance, z: coefficients of the auxiliary losses.
         kernels: what computes the adapters' products.
         dropout: of the inputs of projections' adapters in training, if there is any.
+        layers: the model's layers with experts, in the order in which masks have them.
         wave: what holds for the clients in training; evaluation puts an empty one in its place.
     """
 
@@ -157,6 +161,7 @@ class Execution:
     z: float = 0.0
     kernels: Kernels = "auto"
     dropout: AdapterDropout | None = None
+    layers: list[int] = field(default_factory=list)
     # An evaluation sees no observers and no scale factors: the global model belongs to no client.
     wave: InTraining = field(default_factory=InTraining)
     current: Pass | None = None
@@ -174,6 +179,15 @@ class Execution:
         if self.products is None:
             self.products = products_for(rank, dtype, device, self.kernels)
         return self.products
+
+    def asked(self, layer: int) -> tuple[Tensor | None, list[Demand] | None]:
+        """What the rows of the running pass ask of a layer's router: the experts that each may use, bool [T, E], and numbers
+        of the same for the host; None for all, and where nobody counted."""
+        run = self.running()
+        if run.masks is None:
+            return None, run.demands
+        place = self.layers.index(layer)
+        return run.masks.rows(place), None if run.demands is None else run.masks.demands(place, run.demands)
 
     def running(self) -> Pass:
         assert self.current is not None, "a layer ran outside a pass"

@@ -96,11 +96,14 @@ ACTIVE = "active"
 def _active_slots(execution: Execution, layer: int, routing: Routing) -> Tensor | None:
     """[T, K] bool: routed slots that take part in the backward pass; None for all of them."""
     run = execution.running()
-    masks = {slot: sums[ACTIVE] for slot, sums in run.observed[layer].items() if ACTIVE in sums}
     # Every rank of the cluster must take the same number of trips, whether or not it has rows in this pass.
     if not execution.wave.selective:
         return None
-    # Clients whose observer names no experts train all that they are routed to.
+    masks = {slot: sums[ACTIVE] for slot, sums in run.observed[layer].items() if ACTIVE in sums}
+    for slot, trained_LE in execution.wave.trained.items():
+        trained_E = trained_LE[execution.layers.index(layer)]
+        masks[slot] = masks[slot] & trained_E if slot in masks else trained_E
+    # Clients for whom nobody names experts train all that they are routed to.
     active_TK = torch.ones_like(routing.kept_TK)
     for seg, rows in zip(run.segments, run.spans(routing.kept_TK.shape[0]), strict=True):
         if seg.slot in masks:
