@@ -19,7 +19,7 @@ from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
-from reference_methods import FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
+from reference_methods import FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from replay import ObservedHFedMoE, PersonalFlame, Replay
@@ -47,7 +47,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "beside": {"attention": ["q_proj"], "feed_forward": ["up_proj"], "moe": {"experts": 8, "width": 8, "top_k": 4}},
     "plain": {"attention": ["v_proj"], "feed_forward": ["gate_proj", "down_proj"]},
 }
-DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}}
+DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}
+DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}, "fedvra": DUAL}
 SERVERS = ["fedavg", "fedavgm", "fedadam", "fedyogi"]
 SAMPLINGS = ["uniform", "size", "budget"]
 
@@ -94,7 +95,7 @@ class Case(NamedTuple):
         plain = self.adapters == "plain"
         return (
             (self.method in NO_MEAN and self.server != "fedavg")
-            or (self.method in NO_MEAN - {"local-only"} and self.drift == "scaffold")
+            or (self.method in NO_MEAN - {"local-only"} and self.drift in ("scaffold", "fedvra"))
             or (self.method == "local-only" and self.drift != "none")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
@@ -279,7 +280,7 @@ def compare(root: Path, case: Case) -> None:
 
 def reference_of(parts: Parts, case: Case) -> FedIT:
     told = METHODS["fedit" if (case.method, case.adapters) == ("flame", "plain") else case.method][1]
-    correction = {"none": [], "fedprox": [FedProx], "scaffold": [Scaffold]}[case.drift]
+    correction = {"none": [], "fedprox": [FedProx], "scaffold": [Scaffold], "fedvra": [FedVRA]}[case.drift]
     kind: type[FedIT] = type(case.method, (*correction, told.kind), {})
     server = ServerRule(case.server, **({} if case.server == "fedavg" else SERVER))
     start = initial(parts)
@@ -288,7 +289,9 @@ def reference_of(parts: Parts, case: Case) -> FedIT:
     ranks = {client.index: client_rank(parts, client) for client in parts.clients}
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     replay: Any = Replay(parts, LR, CLIP)
-    return kind(replay, start, clients, server, **told.options, mu=MU, ranks=ranks)
+    dual = {"dual": DUAL["dual_step"], "ahead": DUAL["aggregation_step"]}
+    sizes = {client.index: client.samples for client in parts.clients}
+    return kind(replay, start, clients, server, **told.options, **dual, mu=MU, ranks=ranks, sizes=sizes)
 
 
 def wanted(expected: FedIT) -> dict[str, Adapters]:

@@ -17,7 +17,8 @@ aggregation, which controls the bias of the global model where clients are drawn
 NOT FOUND: the server's rule with both step sizes, and how a and d would follow the client and the round.
 COMPLETION: the server's rule above, with constant a and d. (a, d) = (0, 0) is FedProx, gamma = 0 with it FedAvg, (1, 1) FedDyn
 (Acar et al., arXiv 2111.04263; here with p_i in the place of 1 / N). sum_i p_i l_i = L always holds. With everybody in the
-round x rests where sum_i p_i grad f_i(x) = 0, whatever the method weighs clients by in its mean.
+round and a, d > 0, x rests where sum_i p_i grad f_i(x) = 0, whatever the method weighs clients by in its mean. With a > 0 = d
+it does not where that mean is by p_i: L = a gamma (x - x_0) then, a pull back to the start.
 Limits: an item of an adapter that nobody trains (weights sum to zero) keeps its global value, without the step along L;
 clipping acts on the corrected gradient; with a server optimizer the pseudo-gradient is mean + d L / gamma - x.
 
