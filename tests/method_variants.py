@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hetlora": {"method": {"name": "hetlora"}},
     "flexlora": {"method": {"name": "flexlora"}},
     "flora": {"method": {"name": "flora"}},
+    "fedex-lora": {"method": {"name": "fedex-lora"}},
     "fslora": {"method": {"name": "fslora"}},
     "lora-fair": {"method": {"name": "lora-fair"}},
     "ffa-lora": {"method": {"name": "ffa-lora"}},

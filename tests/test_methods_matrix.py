@@ -20,7 +20,7 @@ from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_methods import FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
-from reference_products import FlexLoRA, FLoRA, LoRAFair
+from reference_products import FedExLoRA, FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from replay import ObservedHFedMoE, PersonalFlame, Replay
 
@@ -71,6 +71,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
+    "fedex-lora": ({}, Told(FedExLoRA, {})),
     "fslora": ({}, Told(FSLoRA, {}, "rank")),
     "lora-fair": ({"server_steps": 5}, Told(LoRAFair, {"regularisation": 0.01, "steps": 5, "lr": 0.05})),
     "ffa-lora": ({}, Told(FFALoRA, {})),
@@ -79,8 +80,8 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "centralised": ({}, Told(FedIT, {})),
     "fft-moe": ({}, Told(FedIT, {})),
 }
-PAIRS = {"hetlora", "flexlora", "flora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
-NO_MEAN = {"flexlora", "flora", "lora-fair", "local-only", "centralised"}
+PAIRS = {"hetlora", "flexlora", "flora", "fedex-lora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
+NO_MEAN = {"flexlora", "flora", "fedex-lora", "lora-fair", "local-only", "centralised"}
 
 
 class Case(NamedTuple):

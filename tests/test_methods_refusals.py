@@ -15,8 +15,8 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, method_names
 
 UNEQUAL = {"hetlora", "flexlora", "flora", "fslora"}
-PAIRS = UNEQUAL | {"lora-fair", "ffa-lora", "fedsa-lora"}
-COLLECTING = {"flexlora", "flora", "lora-fair"}
+PAIRS = UNEQUAL | {"fedex-lora", "lora-fair", "ffa-lora", "fedsa-lora"}
+COLLECTING = {"flexlora", "flora", "fedex-lora", "lora-fair"}
 NO_MEAN = COLLECTING | {"local-only", "centralised"}
 NO_CONTROL = COLLECTING | {"centralised"}
 MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
@@ -109,6 +109,11 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"flora"},
         {"foundation": {"dtype": "bfloat16"}},
         "foundation.dtype: bfloat16: FLoRA adds small products to the frozen weights in every round",
+    ),
+    "small residuals": (
+        {"fedex-lora"},
+        {"foundation": {"dtype": "bfloat16"}},
+        "foundation.dtype: bfloat16: FedEx-LoRA adds small residuals to the frozen weights in every round",
     ),
     "no adapter experts": ({"fft-moe"}, {"adapters": {"moe": None}}, "adapters.moe: null: FFT-MoE trains adapter experts"),
 }

@@ -17,7 +17,7 @@ NAMES = {
     "case_round": [
         "flame", "flame-layers", "flame-static", "fedit", "hfedmoe", "hfedmoe-full", "hetlora", "flexlora", "flora", "fslora",
         "lora-fair", "ffa-lora", "fedsa-lora", "local-only", "centralised", "moments", "fedprox", "scaffold", "scaffold-rows",
-        "feddyn", "fedvra-rows", "fedavgm", "fedadam", "fedyogi", "plain-fedit", "plain-hetlora", "plain-flora",
+        "fedex-lora", "feddyn", "fedvra-rows", "fedavgm", "fedadam", "fedyogi", "plain-fedit", "plain-hetlora", "plain-flora",
         "plain-scaffold", "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments",
         "attention-only",
     ],
