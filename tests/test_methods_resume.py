@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(600)
 LONGER: dict[str, Any] = {"federation": {"rounds": 3}, "execution": {"clients_in_flight": 2}, "evaluation": {"every": 1}}
 PRUNING: dict[str, Any] = {"method": {"gamma": 0.5, "penalty": 20.0}}
 SPARSE = ["flame", "hfedmoe", "hetlora", "flexlora", "flora", "fedsa-lora", "local-only", "scaffold", "fedadam", "moments"]
-SPARSE.append("fedvra-rows")
+SPARSE += ["fedvra-rows", "fedex-lora"]
 STATEFUL = [*SPARSE, "plain-flora", "plain-scaffold"]
 TWO_RANKS = {variant: 1 + place % 2 if variant in SPARSE else 1 for place, variant in enumerate(STATEFUL)}
 """Expert-parallel size in a world of two ranks: two clusters, or one that shares the experts."""
