@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hetlora": {"method": {"name": "hetlora"}},
     "flexlora": {"method": {"name": "flexlora"}},
     "flora": {"method": {"name": "flora"}},
+    "fedex-lora": {"method": {"name": "fedex-lora"}},
     "fslora": {"method": {"name": "fslora"}},
     "lora-fair": {"method": {"name": "lora-fair"}},
     "ffa-lora": {"method": {"name": "ffa-lora"}},
@@ -53,6 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fedprox": {"method": {"name": "fedit"}, "local": {"drift": "fedprox"}},
     "scaffold": {"method": {"name": "fedit"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
     "scaffold-rows": {"method": {"name": "fslora"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
+    "feddyn": {"method": {"name": "fedit"}, "local": {"drift": "feddyn", "proximal": 0.5}},
+    "fedvra-rows": {"method": {"name": "fslora"}, "local": {"drift": "fedvra", "dual_step": 0.5, "aggregation_step": 0.7}},
     "fedavgm": {
         "method": {"name": "flame"},
         "server": {"optimizer": "fedavgm", "lr": 0.5},

@@ -93,7 +93,11 @@ class FedIT:
             values = [padded(key, one.trained.adapters[key], one.rows, self.missing_value(old)) for one in returned]
             if sum(weights) > 0:
                 mean = sum((w * value for w, value in zip(weights, values, strict=True)), torch.zeros_like(old)) / sum(weights)
-                self.adapters[key] = self.server.step(key, old, self.arrived(key, mean))
+                self.adapters[key] = self.server.step(key, old, self.target(key, self.arrived(key, mean)))
+
+    def target(self, key: str, mean: Tensor) -> Tensor:
+        """Where the server steps to."""
+        return mean
 
     def arrived(self, key: str, mean: Tensor) -> Tensor:
         """The mean as the server receives it."""
@@ -337,6 +341,41 @@ class Scaffold(Corrected):
 
     def extras(self) -> dict[str, Adapters]:
         return super().extras() | {"control": self.control}
+
+
+class FedVRA(FedProx):
+    """+ <l_i, w> beside the proximal term; options: mu, dual (a), ahead (d), sizes (samples of every client).
+
+    l_i <- l_i + a mu (w_i - x) where the client holds rows; L <- L + sum_i p_i change; x <- mean + d L / mu.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        shared = {key: value for key, value in self.adapters.items() if not key.endswith(self.frozen)}
+        self.dual = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in shared.items()}
+        self.duals = {index: dict(self.dual) for index in self.clients}
+
+    def term(self, key: str, task: Task, value: Tensor, old: Tensor) -> Tensor:
+        return super().term(key, task, value, old) + (cut(key, self.duals[task.index][key], self.rows(task)) * value).sum()
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        for one in returned:
+            share = one.task.samples / sum(self.options["sizes"].values())
+            for key, total in self.dual.items():
+                away = one.trained.adapters[key] - one.received[key]
+                change = self.options["dual"] * self.options["mu"] * padded(key, away, one.rows, torch.zeros_like(total))
+                self.duals[one.task.index][key] = self.duals[one.task.index][key] + change
+                self.dual[key] = self.dual[key] + share * change
+        super().step(returned, fresh)
+
+    def target(self, key: str, mean: Tensor) -> Tensor:
+        return mean + self.options["ahead"] / self.options["mu"] * self.dual[key]
+
+    def memory(self, index: int) -> Adapters:
+        return super().memory(index) | {remembered_key(key, "control"): value for key, value in self.duals[index].items()}
+
+    def extras(self) -> dict[str, Adapters]:
+        return super().extras() | {"control": self.dual}
 
 
 def remembered_key(key: str, word: str) -> str:

@@ -66,6 +66,14 @@ class FLoRA(Products):
         return {"base": self.base}
 
 
+class FedExLoRA(FLoRA):
+    """W - B A of the means moves into the frozen weight; the means stay."""
+
+    def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
+        super().renew(stem, w - b @ a, a, b, fresh)
+        return a, b
+
+
 class LoRAFair(Products):
     """The best dB on a gradient descent on 1 - cos(W, (B + dB) A) + lambda ||dB||; options: regularisation, steps, lr."""
 

@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hetlora": {"method": {"name": "hetlora"}, "federation": RANKS},
     "fslora": {"method": {"name": "fslora"}, "federation": RANKS},
     "flora-merged": {"method": {"name": "flora"}},
+    "fedex-lora": {"method": {"name": "fedex-lora"}},
     "full": {"method": {"name": "flame"}, "adapters": {"router": "train", "expert_training": "full"}},
     "fedsa-lora": {"method": {"name": "fedsa-lora"}, **PERSONAL},
     "local-only": {"method": {"name": "local-only"}, **PERSONAL},

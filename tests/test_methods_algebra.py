@@ -5,6 +5,7 @@ Legend: P participants, R adapter rank, I and O input and output width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ R = 4
 SEEDS = st.integers(0, 10**6)
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 CROWDS = st.integers(1, 5)
-COLLECTING = ["flexlora", "flora", "lora-fair"]
+COLLECTING = ["flexlora", "flora", "fedex-lora", "lora-fair"]
 
 
 def method(name: str, **keys: Any) -> Method:
@@ -80,6 +81,24 @@ def test_flora_absorbs_the_dense_sum_and_starts_afresh(seed: int, count: int, si
     assert combined.absorbed is not None
     assert gap(combined.absorbed[0] @ combined.absorbed[1], dense(pair)) <= 1e-12
     assert torch.equal(combined.a_RI, fresh(pair)) and not bool(combined.b_OR.any())
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS, CROWDS, SIZES)
+def test_fedex_loras_weight_and_pair_are_the_mean_of_the_products(seed: int, count: int, sizes: tuple[int, int]) -> None:
+    """Exactly, with A and B as float32 keeps them; equal factors leave no residual."""
+    pair = make_pair(seed, count, sizes)
+    combined = method("fedex-lora").combine(pair, fresh(pair))
+    assert combined.absorbed is not None
+    share = pair.share_P.view(-1, 1, 1)
+    assert torch.equal(combined.a_RI, (pair.a_PRI * share).sum(0).float().double()), "A is FedIT's"
+    assert torch.equal(combined.b_OR, (pair.b_POR * share).sum(0).float().double()), "B is FedIT's"
+    kept = combined.b_OR.float().double() @ combined.a_RI.float().double()
+    assert gap(combined.absorbed[0] @ combined.absorbed[1] + kept, dense(pair)) <= 1e-12
+    same = pair.a_PRI[:1].float().double().expand_as(pair.a_PRI), pair.b_POR[:1].float().double().expand_as(pair.b_POR)
+    combined = method("fedex-lora").combine(replace(pair, a_PRI=same[0], b_POR=same[1]), fresh(pair))
+    assert combined.absorbed is not None and torch.equal(combined.a_RI, same[0][0]) and torch.equal(combined.b_OR, same[1][0])
+    assert float((combined.absorbed[0] @ combined.absorbed[1]).abs().max()) <= 1e-12
 
 
 @settings(max_examples=50, deadline=None)

@@ -20,9 +20,9 @@ from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
-from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
+from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_objectives import ObservedFLood
-from reference_products import FlexLoRA, FLoRA, LoRAFair
+from reference_products import FedExLoRA, FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
 from reference_wireless import OverTheAir
@@ -51,7 +51,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "beside": {"attention": ["q_proj"], "feed_forward": ["up_proj"], "moe": {"experts": 8, "width": 8, "top_k": 4}},
     "plain": {"attention": ["v_proj"], "feed_forward": ["gate_proj", "down_proj"]},
 }
-DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}}
+DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}
+DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}, "fedvra": DUAL}
 SERVERS = ["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"]
 SAMPLINGS = ["uniform", "size", "budget"]
 
@@ -74,6 +75,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
+    "fedex-lora": ({}, Told(FedExLoRA, {})),
     "fslora": ({}, Told(FSLoRA, {}, "rank")),
     "lora-fair": ({"server_steps": 5}, Told(LoRAFair, {"regularisation": 0.01, "steps": 5, "lr": 0.05})),
     "ffa-lora": ({}, Told(FFALoRA, {})),
@@ -94,8 +96,8 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     # A channel for everybody, all the time in the world: FedIT.
     "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
-PAIRS = {"hetlora", "flexlora", "flora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
-NO_MEAN = {"flexlora", "flora", "lora-fair", "local-only", "centralised"}
+PAIRS = {"hetlora", "flexlora", "flora", "fedex-lora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
+NO_MEAN = {"flexlora", "flora", "fedex-lora", "lora-fair", "local-only", "centralised"}
 
 
 class Case(NamedTuple):
@@ -110,7 +112,7 @@ class Case(NamedTuple):
         plain = self.adapters == "plain"
         return (
             (self.method in NO_MEAN and self.server != "fedavg")
-            or (self.method in NO_MEAN - {"local-only"} and self.drift == "scaffold")
+            or (self.method in NO_MEAN - {"local-only"} and self.drift in ("scaffold", "fedvra"))
             or (self.method == "local-only" and self.drift != "none")
             or (self.method == "cc-fao" and self.drift == "scaffold")
             or (self.method in PAIRS and self.adapters == "full")
@@ -297,7 +299,7 @@ def compare(root: Path, case: Case) -> None:
 
 def reference_of(parts: Parts, case: Case) -> FedIT:
     told = METHODS["fedit" if (case.method, case.adapters) == ("flame", "plain") else case.method][1]
-    correction = {"none": [], "fedprox": [FedProx], "scaffold": [Scaffold]}[case.drift]
+    correction = {"none": [], "fedprox": [FedProx], "scaffold": [Scaffold], "fedvra": [FedVRA]}[case.drift]
     kind: type[FedIT] = type(case.method, (*correction, told.kind), {})
     server = ServerRule(case.server, **({} if case.server == "fedavg" else SERVER))
     start = initial(parts)
@@ -306,8 +308,11 @@ def reference_of(parts: Parts, case: Case) -> FedIT:
     ranks = {client.index: client_rank(parts, client) for client in parts.clients}
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     replay: Any = Replay(parts, LR, CLIP)
-    pull = {"pull": MU} if case.drift == "fedprox" else {}
-    return kind(replay, start, clients, server, **told.options, **pull, mu=MU, ranks=ranks, seed=parts.config.seed)
+    more = {"pull": MU} if case.drift == "fedprox" else {}
+    more |= {"dual": DUAL["dual_step"], "ahead": DUAL["aggregation_step"]}
+    sizes = {client.index: client.samples for client in parts.clients}
+    seed = parts.config.seed
+    return kind(replay, start, clients, server, **told.options, **more, mu=MU, ranks=ranks, sizes=sizes, seed=seed)
 
 
 def wanted(expected: FedIT) -> dict[str, Adapters]:

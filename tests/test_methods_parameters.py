@@ -216,6 +216,8 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"local": {"optimizer": "sgd", "betas": [0.8, 0.9]}}, {"local": {"optimizer": "adamw"}}),
     ({"local": {"optimizer": "sgd", "eps": 1e-4}}, {"local": {"optimizer": "adamw"}}),
     ({"local": {"proximal": 0.5}}, {"local": {"drift": "fedprox"}}),
+    ({"local": {"drift": "feddyn", "dual_step": 0.5}}, {"local": {"drift": "fedvra"}}),
+    ({"local": {"drift": "fedvra", "dual_step": 0.0, "aggregation_step": 0.5}}, {"local": {"dual_step": 0.5}}),
     ({"server": {"beta1": 0.5}}, {"server": {"optimizer": "fedavgm"}}),
     ({"server": {"beta2": 0.5}}, {"server": {"optimizer": "fedadam"}}),
     ({"server": {"tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),

@@ -15,8 +15,8 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, method_names
 
 UNEQUAL = {"hetlora", "flexlora", "flora", "fslora"}
-PAIRS = UNEQUAL | {"lora-fair", "ffa-lora", "fedsa-lora"}
-COLLECTING = {"flexlora", "flora", "lora-fair"}
+PAIRS = UNEQUAL | {"fedex-lora", "lora-fair", "ffa-lora", "fedsa-lora"}
+COLLECTING = {"flexlora", "flora", "fedex-lora", "lora-fair"}
 NO_MEAN = COLLECTING | {"local-only", "centralised"}
 NO_CONTROL = COLLECTING | {"centralised"}
 MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
@@ -99,6 +99,11 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"local": {"drift": "scaffold", "optimizer": "sgd"}},
         "local.drift: scaffold: method {} changes what the adapters' coordinates mean in every round",
     ),
+    "dual variables": (
+        NO_CONTROL,
+        {"local": {"drift": "feddyn"}},
+        "local.drift: feddyn: method {} changes what the adapters' coordinates mean in every round, so dual variables",
+    ),
     "nothing to drift from": (
         {"local-only"},
         {"local": {"drift": "fedprox"}},
@@ -108,6 +113,11 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"flora"},
         {"foundation": {"dtype": "bfloat16"}},
         "foundation.dtype: bfloat16: FLoRA adds small products to the frozen weights in every round",
+    ),
+    "small residuals": (
+        {"fedex-lora"},
+        {"foundation": {"dtype": "bfloat16"}},
+        "foundation.dtype: bfloat16: FedEx-LoRA adds small residuals to the frozen weights in every round",
     ),
     "no adapter experts": ({"fft-moe"}, {"adapters": {"moe": None}}, "adapters.moe: null: FFT-MoE trains adapter experts"),
 }
@@ -124,6 +134,7 @@ def test_without_the_combination_nothing_is_refused(tmp_path: Path, name: str) -
         method_for(config_of(tmp_path, name, {"server": {"optimizer": "fedyogi", "lr": 0.1}}))
     if name not in NO_CONTROL | {"local-only"}:
         method_for(config_of(tmp_path, name, {"local": {"drift": "scaffold", "optimizer": "sgd"}}))
+        method_for(config_of(tmp_path, name, {"local": {"drift": "fedvra"}}))
     if name in UNEQUAL:
         method_for(config_of(tmp_path, name, {"federation": {"budget": "both"}}))
 
@@ -143,6 +154,13 @@ def test_control_variates_need_plain_steps(tmp_path: Path) -> None:
     for local in ({"optimizer": "adamw"}, {"optimizer": "sgd", "momentum": 0.9}):
         with pytest.raises(ValidationError, match=r"local.drift: scaffold: .*use local.optimizer=sgd and local.momentum=0"):
             make_config(tmp_path, "refused", {"local": {"drift": "scaffold", **local}})
+
+
+def test_dual_variables_need_a_pull(tmp_path: Path) -> None:
+    for local in ({"drift": "fedvra"}, {"drift": "feddyn", "aggregation_step": 0.0}):
+        with pytest.raises(ValidationError, match=r"local.proximal: 0.0: fed\w+'s server divides its dual variables by it"):
+            make_config(tmp_path, "refused", {"local": {"proximal": 0.0, **local}})
+    make_config(tmp_path, "taken", {"local": {"drift": "fedvra", "proximal": 0.0, "aggregation_step": 0.0}})
 
 
 def test_budgets_are_checked_against_the_adapters(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fedmoe_ds.commands import plan as plan_command
 from fedmoe_ds.config import Config, load_config
 from fedmoe_ds.distributed.topology import ParallelLayout
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods.client_drift import keeps_variables
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.hardware import TABLE
@@ -185,21 +186,21 @@ def test_prediction_counts_what_a_round_sends(small: Job) -> None:
     assert 4.0 < shared.bytes["all_to_all"] / wide < 5.5, "rows and results, forward and backward, and evaluation"
 
 
-@pytest.mark.parametrize("variant", ["flora", "scaffold", "fedit", "ewwa-fl", "fednova"])
+@pytest.mark.parametrize("variant", ["flora", "scaffold", "fedvra-rows", "fedit", "ewwa-fl", "fednova"])
 def test_prediction_counts_every_sum_of_a_method(tmp_path: Path, variant: str) -> None:
     """Collected factors, control variates, tallies and weights of elements travel, too: the bytes are those of a real round's
     sums, dense ones twice."""
     write_inputs(tmp_path)
     job, cpu = resolve(variant_config(tmp_path, variant, "planned")), load_hardware("cpu")
-    participants, scaffold = len(job.participants(1)), job.config.local.drift == "scaffold"
+    participants, kept = len(job.participants(1)), keeps_variables(job.config.local)
     sums = RoundSums(
-        job.blocks, job.expert_layout.num_experts // 2, True, participants if job.method.collects else None, scaffold,
+        job.blocks, job.expert_layout.num_experts // 2, True, participants if job.method.collects else None, kept,
         weighing=job.method.weighing,
     )  # fmt: skip
     sizes = [(spec.expert, tensor.nbytes) for spec, _, _, tensor in sums.tensors()]
     found = predict_job(job, 2, 8, World(1, 4), cpu)
     assert found.bytes["all_reduce"] == sum(size if expert else 2 * size for expert, size in sizes)
-    assert found.traffic["all_reduce"].calls == {"flora": 4, "scaffold": 8}.get(variant, 4)
+    assert found.traffic["all_reduce"].calls == {"scaffold": 8, "fedvra-rows": 8}.get(variant, 4)
 
 
 def _product(item: tuple[int, ...]) -> int:

@@ -22,6 +22,7 @@ from reference_methods import (
     FedIT,
     FedProx,
     FedSALoRA,
+    FedVRA,
     FFALoRA,
     FSLoRA,
     HetLoRA,
@@ -153,6 +154,16 @@ CASES = {
     "ota-ffl": Case(OverTheAir, {**method("ota-ffl", **AIR), "federation": {"participation": 0.75}}, {}, AIR),
     "wireless-fl": Case(Wireless, method("wireless-fl", **RADIO), {}, RADIO | RADIO_DEFAULTS),
     "fedprox": Case(FedProx, {**method("fedit"), "local": {"drift": "fedprox", "proximal": 0.5}}, {}, {"mu": 0.5}),
+    "fedvra": Case(
+        FedVRA,
+        {
+            **method("fedit"),
+            "local": {"drift": "fedvra", "proximal": 0.5, "dual_step": 0.8, "aggregation_step": 0.6},
+            "federation": {"participation": 0.75},
+        },
+        {},
+        {"mu": 0.5, "dual": 0.8, "ahead": 0.6},
+    ),
     "scaffold": Case(
         Scaffold, {**method("fedit"), "local": {**SGD, "drift": "scaffold"}, "federation": {"participation": 0.75}}, SGD
     ),
@@ -225,6 +236,7 @@ def test_same_rounds(root: Path, name: str) -> None:
     reference = Reference(root / "model", Settings(**{"scale": 2.0, "eps": EPS, "clip": 0.5, "micro": 3, **case.told}))
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     options = {**case.options, "ranks": {client.index: client_rank(parts, client) for client in parts.clients}}
+    options["sizes"] = {client.index: client.samples for client in parts.clients}
     if case.kind is Wireless:
         options["physics"] = {client.index: physics(parts, client) for client in parts.clients}
     expected = case.kind(reference, initial(parts), clients, **options, seed=case.seed)

@@ -17,14 +17,15 @@ from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 
 class RoundSums:
-    """Weighted sums of the averaged blocks; on request every participant's LoRA factors, and the changes of control variates.
+    """Weighted sums of the averaged blocks; on request every participant's LoRA factors, and the changes of control or dual
+    variables.
 
     Args:
         specs: blocks of the run.
         experts: number of experts of this rank.
         exact: order-free integer sums (bitwise) or float32 sums (fast).
         participants: clients of the round if their factors are collected, else None.
-        controls: whether changes of control variates are summed.
+        controls: whether changes of control or dual variables are summed.
         weighing: what the weights of the method are.
     """
 
@@ -45,7 +46,7 @@ class RoundSums:
         self.weightings = [Statistics(averaged, experts, exact, device, weighing) for _ in weighing.shares]
         self.statistics = self.weightings[0]
         self.collection = None if participants is None else Collection(specs, experts, participants, device)
-        # Sums of their own: control variates weigh 1 / N, whatever the method weighs a client by.
+        # Sums of their own: these changes weigh 1 / N or the share of all data, whatever the method weighs a client by.
         self.controls = Statistics(specs, experts, exact, device) if controls else None
 
     def add(

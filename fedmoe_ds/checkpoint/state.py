@@ -57,7 +57,8 @@ class State:
         round: rounds completed.
         adapters: the global adapters, one client slot; expert blocks hold this rank's experts.
         personal: every client's own state.
-        server: the server's own state by name, shaped like the adapters: moments, control variates, merged base weights.
+        server: the server's own state by name, shaped like the adapters: moments, control or dual variables, merged base
+            weights.
         utilisation_LE: routed rows per (layer, expert) over all clients of the last finished round, or None.
         partial, sums: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
         clock: the virtual clock of simulated devices after the last finished round; that of the beginning where there are none.

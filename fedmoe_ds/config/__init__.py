@@ -7,13 +7,13 @@ from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConf
 from fedmoe_ds.config.foundation_section import FoundationConfig, PretrainConfig
 from fedmoe_ds.config.idle import idle_keys
 from fedmoe_ds.config.loading import config_of, dump_config, load_config, with_overrides
+from fedmoe_ds.config.local_section import LocalConfig
 from fedmoe_ds.config.reference import config_schema_markdown
 from fedmoe_ds.config.schema import (
     AdapterConfig,
     Config,
     ExecutionConfig,
     FederationConfig,
-    LocalConfig,
     MethodConfig,
     MoEAdapterConfig,
     ServerConfig,

@@ -49,8 +49,12 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
             yield "execution", ("moments_on",), "sgd without momentum keeps no moments"
     if local.rounds_schedule == "constant":
         yield "local", ("final_lr",), "local.rounds_schedule is constant"
-    if local.drift != "fedprox":
+    if local.drift in ("none", "scaffold"):
         yield "local", ("proximal",), f"local.drift is {local.drift}"
+    if local.drift != "fedvra":
+        yield "local", ("dual_step", "aggregation_step"), f"local.drift is {local.drift}"
+    elif local.dual_step == 0:
+        yield "local", ("aggregation_step",), "local.dual_step is 0: the server has no duals to step along"
     if server.optimizer in ("fedavg", "fedavgm"):
         # FedAvgM has momentum but no second moment.
         first = ("beta1",) if server.optimizer == "fedavg" else ()

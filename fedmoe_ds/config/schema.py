@@ -15,6 +15,7 @@ from fedmoe_ds.config.data_section import DataConfig
 from fedmoe_ds.config.devices_section import DevicesConfig
 from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig, problem_of_best
 from fedmoe_ds.config.foundation_section import FoundationConfig
+from fedmoe_ds.config.local_section import LocalConfig, problem_of_drift
 from fedmoe_ds.config.section import Section
 
 
@@ -143,38 +144,6 @@ class FederationConfig(Section):
     )
 
 
-class LocalConfig(Section):
-    """Local training of one client in one round."""
-
-    epochs: float = Field(1.0, gt=0, description="passes over the client's data, rounded up to whole steps")
-    steps: int | None = Field(None, ge=1, description="exact number of steps for everyone; overrides epochs")
-    max_steps: int | None = Field(None, ge=1, description="upper bound on the step count that epochs gives")
-    batch_size: int = Field(4, ge=1, description="sequences per step")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="over the client's own steps")
-    rounds_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="of the rate that a round starts from: across federation.rounds, from lr to final_lr"
-    )
-    final_lr: float = Field(1e-6, gt=0, description="rate of the last round, with rounds_schedule linear or cosine")
-    warmup: float = Field(0.0, ge=0, lt=1, description="share of the client's own steps")
-    weight_decay: float = Field(0.0, ge=0, description="of all that a client trains, experts that it never used included")
-    momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
-    moments: Literal["float32", "bfloat16"] = Field(
-        "float32", description="what optimizer state is kept in; bfloat16 is rounded at random, steps compute in float32"
-    )
-    # A list and not a tuple: strict pydantic takes no YAML sequence for a tuple.
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
-    eps: float = Field(1e-8, gt=0)
-    clip: float | None = Field(1.0, gt=0, description="per-client gradient norm bound over all of its adapters")
-    drift: Literal["none", "fedprox", "scaffold"] = Field(
-        "none", description="correction of client drift; scaffold: variates are mean steps, clipped ones where clip acts"
-    )
-    proximal: float = Field(0.01, ge=0, description="FedProx mu")
-    balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss of a step")
-    z_loss: float = Field(0.0, ge=0, description="coefficient of the router z-loss")
-
-
 class ServerConfig(Section):
     """What the server does with the mean of a round (Reddi et al., arXiv 2003.00295); fedavg takes it as it is."""
 
@@ -217,8 +186,8 @@ class ExecutionConfig(Section):
         4.0,
         ge=0,
         allow_inf_nan=False,
-        description="GiB of what clients keep for themselves (personal adapters, control variates) in a rank's memory; more "
-        "lies in mapped files without a name below foundation.cache",
+        description="GiB of what clients keep for themselves (personal adapters, control or dual variables) in a rank's "
+        "memory; more lies in mapped files without a name below foundation.cache",
     )
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
@@ -271,13 +240,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_scaffold_optimizer(self) -> Config:
-        # Karimireddy et al., arXiv 1910.06378, option II: c_i+ = c_i - c + (x - y_i) / (K lr) holds for plain steps only.
-        if self.local.drift == "scaffold" and (self.local.optimizer != "sgd" or self.local.momentum > 0):
-            raise ValueError(
-                "local.drift: scaffold: its control variates are mean gradients, so clients must take plain gradient steps; "
-                "use local.optimizer=sgd and local.momentum=0"
-            )
+    def _check_drift(self) -> Config:
+        if (problem := problem_of_drift(self.local)) is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -54,7 +54,8 @@ from fedmoe_ds.foundation.foundation import assemble, cache_folder, open_skeleto
 from fedmoe_ds.foundation.own_code import told
 from fedmoe_ds.kernels.frozen_layers import row_dtype
 from fedmoe_ds.kernels.lora_products import check_kernels
-from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, control_block, shared_blocks
+from fedmoe_ds.methods.client_drift import client_variables
+from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.install import initial_bank
 from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.report import Progress
@@ -123,7 +124,7 @@ class Parts:
         """For the digest: sha256 of the clients' own models, by canonical name (this rank's part). Collective."""
         if not self.spec.method.personal_models:
             return {}
-        # Control variates and other untrained client state are means to an end, not a result.
+        # Control and dual variables and other untrained client state are means to an end, not a result.
         trained = [name for name, spec in self.state.personal.specs.items() if spec.trained]
         return {f"personal.{key}": value for key, value in self.state.personal.hashes(trained).items()}
 
@@ -286,18 +287,18 @@ def client_slabs(config: Config) -> Slabs:
 def initial_personal(
     spec: RunSpec, adapters: Bank, clients: Sequence[Client], homes: Homes | None = None, slabs: Slabs | None = None
 ) -> Personal:
-    """Personal blocks of the bank, the method's client state, and control variates; the method is asked for the first two
-    alone."""
+    """Personal blocks of the bank, the method's client state, and what a correction of drift keeps; the method is asked for
+    the first two alone."""
     blocks, method = spec.blocks, spec.method
     own = [block for block in blocks if block.personal] + method.client_state(blocks)
-    controls = [control_block(block) for block in shared_blocks(blocks)] if spec.config.local.drift == "scaffold" else []
-    zero = {block.name for block in controls}
+    variables = client_variables(spec.config.local, blocks)
+    zero = {block.name for block in variables}
 
     def common(block: BlockSpec) -> Tensor | float:
-        # What is not in the model begins at zero, as control variates do (SCAFFOLD, algorithm 1).
+        # What is not in the model begins at zero, as control variates (SCAFFOLD, algorithm 1) and dual variables do.
         return adapters.client(block.name, 0).cpu() if block.name in adapters else 0.0
 
     def initial(block: BlockSpec, index: int) -> float | None:
         return None if block.name in zero else method.initial(block, clients[index])
 
-    return Personal(own + controls, adapters.experts, len(clients), common, initial, homes, slabs)
+    return Personal(own + variables, adapters.experts, len(clients), common, initial, homes, slabs)

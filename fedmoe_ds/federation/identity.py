@@ -115,7 +115,9 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     # Absent where a run does without, so that absences of earlier versions still count.
     later = {"packing": False, "moments_on": "device"}
     passes |= {key: getattr(execution, key) for key, usual in later.items() if getattr(execution, key) != usual}
-    return {**{name: identity[name] for name in _FIRST}, **passes}
+    steps = {"dual_step": 1.0, "aggregation_step": 1.0}
+    local = {key: value for key, value in identity["local"].items() if (key, value) not in steps.items()}
+    return {**{name: identity[name] for name in _FIRST}, "local": local, **passes}
 
 
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:

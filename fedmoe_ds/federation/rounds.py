@@ -254,7 +254,7 @@ class Federation:
             partial.done[update.client.index] = report | sent
 
     def _remember(self, view: ClientView, update: ClientUpdate, at_home: bool) -> None:
-        """Store the client's personal blocks, its control variates, and (at home) what the method wants to know of it again."""
+        """Store the client's personal blocks, control or dual variables, and (at home) what the method wants to know again."""
         index, personal = update.client.index, self.state.personal
         for spec in view.blocks():
             if spec.personal:

@@ -27,10 +27,11 @@ from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import buffered, participant_count
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.methods import TensorRule
+from fedmoe_ds.methods.client_drift import CONTROL, keeps_variables, server_step, variable_share
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, base_block, control_block, lora_pairs, shared_blocks
 from fedmoe_ds.model.install import base_weights, drawn_a
 
-CONTROL, BASE = "control", "base"
+BASE = "base"
 
 
 def check_terms(spec: RunSpec, clients: int) -> None:
@@ -64,17 +65,14 @@ class Server:
         # Over all clients, not those of a round: fixed weights, of which only the ratio counts in a mean.
         self.total_samples = int(counts_of(clients, "samples").sum())
         self.optimizer, self.past = ServerOptimizer(self.config.server), PastAdapters(most_delay(spec))
+        self.keeps_variables, self.dual_step = keeps_variables(self.config.local), server_step(self.config.local)
         self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
-
-    @property
-    def scaffold(self) -> bool:
-        return self.config.local.drift == "scaffold"
 
     def initial_state(self, device: torch.device) -> dict[str, Bank]:
         """The server's own state before the first round."""
         shared = shared_blocks(self.blocks)
         banks = self.optimizer.banks(shared, self.experts, device) | self.past.banks(shared, self.experts, device)
-        if self.scaffold:
+        if self.keeps_variables:
             banks[CONTROL] = Bank(shared, self.experts, clients=1, device=device, with_grad=False)
         if self.method.absorbs:
             specs = [base_block(a, b) for a, b in lora_pairs(shared)]
@@ -88,7 +86,7 @@ class Server:
     def new_sums(self, participants: int, device: torch.device) -> RoundSums:
         """Empty sums for one round."""
         return RoundSums(self.blocks, self.experts, self.exact, participants if self.method.collects else None,
-                         self.scaffold, device, self.method.weighing)  # fmt: skip
+                         self.keeps_variables, device, self.method.weighing)  # fmt: skip
 
     @torch.no_grad()
     def fold(self, sums: RoundSums, place: int, view: ClientView, update: ClientUpdate) -> None:
@@ -102,10 +100,10 @@ class Server:
             tallies = self._tallies(spec, update, share)
             elements = self.method.element_weights(spec, view, update) if self.method.weighing.elements else None
             sums.add(place, spec, self._contribution(view, spec), parts, tallies, elements)
-            if self.scaffold:
-                # The server's c moves by 1 / N of every change, N being all clients, drawn or not (SCAFFOLD, algorithm 1).
+            if self.keeps_variables:
+                moves = variable_share(self.config.local, share, len(self.clients))
                 change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]
-                sums.add_control(spec, change, np.full(parts[0].shape, 1.0 / len(self.clients)))
+                sums.add_control(spec, change, np.full(parts[0].shape, moves))
 
     def _tallies(self, spec: BlockSpec, update: ClientUpdate, share: float) -> dict[str, np.ndarray]:
         if not self.method.weighing.tallies:
@@ -156,14 +154,26 @@ class Server:
         means, rate = sums.average(adapters, self.method.factor), self.method.server_rate(round_index, participants)
         if arrives is not None:
             _let_arrive(means, sums, arrives, self.first_expert)
+        # Before the adapters: FedVRA's step goes along the duals of this round.
+        if sums.controls is not None:
+            _move_controls(sums.controls, own[CONTROL])
         for spec in sums.statistics.specs:
             # Where no client had weight there is no mean; a momentum step there would move untrained experts.
-            new = self.optimizer.step(spec, old[spec.name], means[spec.name], sums.trained(spec.name), own, rate)
+            trained = sums.trained(spec.name)
+            target = self._target(spec, means[spec.name], trained, own)
+            new = self.optimizer.step(spec, old[spec.name], target, trained, own, rate)
             adapters.client(spec.name, 0).copy_(new)
         if sums.collection is not None:
             self._combine(sums, adapters, own, old, round_index)
-        if sums.controls is not None:
-            _move_controls(sums.controls, own[CONTROL])
+
+    def _target(self, spec: BlockSpec, mean: Tensor, trained: Tensor, own: dict[str, Bank]) -> Tensor:
+        """The mean, or where the duals lead from it."""
+        # A step of zero would cost the mean's own bits where they are -0.0.
+        if self.dual_step == 0:
+            return mean
+        where = trained.view(*trained.shape, *([1] * len(spec.item)))
+        ahead = own[CONTROL].client(spec.name, 0).double() * self.dual_step
+        return torch.where(where, mean.double() + ahead, mean.double()).float()
 
     def _combine(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], old: dict[str, Tensor], round_index: int) -> None:
         assert sums.collection is not None
@@ -205,7 +215,7 @@ def _let_arrive(means: dict[str, Tensor], sums: RoundSums, arrives: TensorRule, 
 
 
 def _move_controls(changes: Statistics, control: Bank) -> None:
-    """c <- c + (1 / N) sum_i (c_i' - c_i): the weights are 1 / N and the sum is taken as it is."""
+    """c <- c + sum_i share_i (c_i' - c_i): shares are of all clients, so the sum is taken as it is."""
     for spec in changes.specs:
         value = control.client(spec.name, 0)
         value.copy_(value.double() + changes.total(spec.name))

@@ -151,7 +151,7 @@ def _checkpoint(folder: Path) -> Source:
         foundation=snapshot.identity.get("foundation"),
         dtype=snapshot.identity.get("foundation.dtype"),
         top_k=moe.get("top_k") if isinstance(moe := adapters.get("moe"), dict) else None,
-        # Control variates are a means of training, and no part of a model.
+        # Control and dual variables are a means of training, and no part of a model.
         left=tuple(name for name in own or () if ".control" not in name),
         closed=own is None,
     )

@@ -27,6 +27,7 @@ class Traffic:
         method = spec.method
         self._blocks = shared_blocks(spec.blocks) if method.averages else []
         self._experts = spec.expert_layout.num_experts
+        # Changes of dual variables (FedVRA) follow from the adapters; SCAFFOLD's control variates travel both ways.
         self._variates = 2 if spec.config.local.drift == "scaffold" else 1
         # Of a round whose participants nobody knows yet: as many rows as clients have on average.
         rank = sum(client.rank for client in clients[:1000]) / len(clients[:1000])

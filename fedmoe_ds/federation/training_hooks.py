@@ -18,10 +18,9 @@ from fedmoe_ds.clients.pooled import pooled_batches
 from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.server import CONTROL
 from fedmoe_ds.federation.virtual_clock import VirtualClock
 from fedmoe_ds.methods import Method, Objective, RoundContext
-from fedmoe_ds.methods.client_drift import FedProx, Scaffold
+from fedmoe_ds.methods.client_drift import FedVRA, Scaffold, correction
 
 
 def training_hooks(
@@ -45,15 +44,12 @@ def training_hooks(
     def objective(client: Client, assignment: Assignment) -> Objective | None:
         return method.objective(client, assignment, context(client, state.round + 1))
 
-    # At most one correction: each defines where a client's steps should point.
-    drift = {
-        "none": None,
-        "fedprox": FedProx(local.proximal),
-        "scaffold": Scaffold(state.server[CONTROL]) if local.drift == "scaffold" else None,
-    }[local.drift]
+    drift = correction(local, state.server)
     # A method that does not override it is left out, so that no wave pays for an empty call in every step.
     adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
-    remembers: list[Callable[[ClientView, float], dict[str, Tensor]]] = [drift.remember] if isinstance(drift, Scaffold) else []
+    remembers: list[Callable[[ClientView, float], dict[str, Tensor]]] = []
+    if isinstance(drift, Scaffold | FedVRA):
+        remembers.append(drift.remember)
     if type(method).remember_blocks is not Method.remember_blocks:
         remembers.insert(0, lambda view, rates: method.remember_blocks(view))
     return LocalTrainingHooks(

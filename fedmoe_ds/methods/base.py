@@ -169,7 +169,7 @@ class Method:
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
         """What a personal block of this method is filled with before the first round; None: the global initial value, or zero.
 
-        Asked for personal blocks of the bank and for those of `client_state`, never for what others keep (control variates).
+        Asked for personal blocks of the bank and for those of `client_state`, never for what a correction of drift keeps.
         """
         return 1.0 if spec.name == RESCALER else None
 

@@ -22,8 +22,9 @@ def refuse_delays(place: str, config: Config, has_mean: bool) -> None:
             f"{place}: clients start from adapters of past rounds, and method {config.method.name} has no mean that their "
             "change could go into; use a method that averages adapters"
         )
-    if config.local.drift == "scaffold":
+    if config.local.drift not in ("none", "fedprox"):
+        kept = "control variate" if config.local.drift == "scaffold" else "dual variable"
         raise UserError(
-            f"local.drift: scaffold: {place.replace(': ', '=')} lets clients start from adapters of past rounds, and the "
-            "server's control variate of those rounds is not kept; use none or fedprox"
+            f"local.drift: {config.local.drift}: {place.replace(': ', '=')} lets clients start from adapters of past rounds, "
+            f"and the server's {kept} of those rounds is not kept; use none or fedprox"
         )

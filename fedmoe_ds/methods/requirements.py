@@ -35,10 +35,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         refuse_server_step(name, server)
     if method.most_delay:
         refuse_delays(f"method.name: {name}", config, has_mean)
-    if config.local.drift == "scaffold" and (method.collects or method.pooled):
+    if config.local.drift not in ("none", "fedprox") and (method.collects or method.pooled):
+        kept = "control variates" if config.local.drift == "scaffold" else "dual variables"
         raise UserError(
-            f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "
-            "variates of the last round do not apply; use none or fedprox"
+            f"local.drift: {config.local.drift}: method {name} changes what the adapters' coordinates mean in every round, so "
+            f"{kept} of the last round do not apply; use none or fedprox"
         )
 
 

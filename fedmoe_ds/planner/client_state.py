@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from fedmoe_ds.checkpoint.client_rows import PIECE
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.model.adapter_bank import BlockSpec, control_block, shared_blocks
+from fedmoe_ds.methods.client_drift import client_variables
+from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.planner.activations import FP32
 from fedmoe_ds.planner.parameters import parameters_per_client
 
@@ -27,9 +28,7 @@ class Kept:
 def kept_blocks(spec: RunSpec) -> list[BlockSpec]:
     """The blocks of a client's row."""
     own = [block for block in spec.blocks if block.personal] + spec.method.client_state(spec.blocks)
-    # A control variate per client, as large as what it corrects.
-    controls = [control_block(block) for block in shared_blocks(spec.blocks)] if spec.config.local.drift == "scaffold" else []
-    return own + controls
+    return own + client_variables(spec.config.local, spec.blocks)
 
 
 def row_bytes(blocks: list[BlockSpec], experts: int) -> int:

@@ -11,6 +11,7 @@ from fedmoe_ds.aggregation.server_optimizer import server_moments
 from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.methods.client_drift import keeps_variables
 from fedmoe_ds.model.adapter_bank import base_block, lora_pairs, shared_blocks
 from fedmoe_ds.planner.activations import FP32, activations
 from fedmoe_ds.planner.client_state import client_state
@@ -94,8 +95,8 @@ def outlasting(
     """
     config, method, blocks = spec.config, spec.method, spec.blocks
     held = spec.expert_layout.num_experts // config.topology.ep_size
-    # The server's own control variate besides its moments, and the adapters of past rounds.
-    server = len(server_moments(config.server)) + (config.local.drift == "scaffold") + most_delay(spec)
+    # The server's own control or dual variables besides its moments, and the adapters of past rounds.
+    server = len(server_moments(config.server)) + keeps_variables(config.local) + most_delay(spec)
     halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
     merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
     shared = sum(parameters_per_client(shared_blocks(blocks), held))

@@ -8,6 +8,7 @@ from typing import Any
 from fedmoe_ds.config import Config
 from fedmoe_ds.distributed.topology import check_layout
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods.client_drift import keeps_variables
 from fedmoe_ds.planner import text
 from fedmoe_ds.planner.advice import advice
 from fedmoe_ds.planner.evaluation import evaluation_seconds
@@ -116,7 +117,7 @@ def plan(
     if verify_ranks is not None:
         ranks = list(range(world.ranks)) if verify_ranks == "all" else None
         kept = [block for block in job.blocks if block.personal] + job.method.client_state(job.blocks)
-        personal = bool(kept) or config.local.drift == "scaffold"
+        personal = bool(kept) or keeps_variables(config.local)
         verified = verify(config.topology, layout, job.expert_layout.num_experts, ranks, hardware.kind, personal)
     warnings = [
         idle_clusters(layout.clusters, drawn),

@@ -8,6 +8,7 @@ from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import largest_wave, schedule
+from fedmoe_ds.methods.client_drift import keeps_variables
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.client_state import kept_blocks, memory_bytes, row_bytes
@@ -171,8 +172,8 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
     # Two int64 digits of a number, or one float32.
     each = 16 if job.bitwise else 4
-    # SCAFFOLD sums the changes of control variates beside the adapters, with weights of its own.
-    statistics = [*[job.method.weighing] * len(job.method.weighing.shares), *[MEAN] * (job.config.local.drift == "scaffold")]
+    # The changes of control or dual variables are summed beside the adapters, with weights of their own.
+    statistics = [*[job.method.weighing] * len(job.method.weighing.shares), *[MEAN] * keeps_variables(job.config.local)]
     seconds = 0.0
     for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
         # Without dense blocks (no adapters on attention, say) the ranks of a cluster have nothing to sum.
