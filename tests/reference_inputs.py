@@ -19,14 +19,18 @@ from fedmoe_ds.randomness import generator
 TOLERANCE = 1e-5
 
 
-def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
-    """Every participant's batches, in client order; `buys` is what a tier's budget buys: top_k, rank, both, experts, layers."""
+def tasks(parts: Parts, round_index: int, buys: str = "top_k", planned: bool = True) -> list[Task]:
+    """Every participant's batches, in client order; `buys` is what a tier's budget buys: top_k, rank, both, experts, layers.
+
+    Not `planned`: those of the clients that are drawn, for a reference that plans by itself.
+    """
     config = parts.config
     most = parts.spec.expert_layout.top_k
     found = []
-    for client in parts.planning.of(round_index).participants:
+    members = parts.planning.of(round_index).participants if planned else parts.participants(round_index)
+    for client in members:
         data = parts.training_data.train(client.index)
-        members = parts.clients if parts.spec.method.pooled else [client]  # pooled: the largest budget of all
+        owners = parts.clients if parts.spec.method.pooled else [client]  # pooled: the largest budget of all
         batches = pooled(parts, round_index) if parts.spec.method.pooled else own_batches(parts, client, round_index)
         if config.method.name == "wireless-fl":  # as many as a plan may ask for
             steps = len(batches) * parts.spec.method.params.epochs
@@ -36,7 +40,7 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
         found.append(
             Task(
                 client.index,
-                max(member.top_k for member in members) if buys in ("top_k", "both") else most,
+                max(member.top_k for member in owners) if buys in ("top_k", "both") else most,
                 client.samples,
                 steps,
                 rank=rank if buys in ("rank", "both") else None,
@@ -52,8 +56,9 @@ def own_batches(parts: Parts, client: Client, round_index: int) -> list[np.ndarr
     """Sequences of every step: one epoch, at most `max_steps`."""
     local = parts.config.local
     batches = local_batches(client, local, parts.config.seed, round_index)
-    steps = client.steps or -(-client.sequences // local.batch_size)
-    assert len(batches) == min(steps, local.max_steps or steps)
+    steps = -(-client.sequences // local.batch_size)
+    # What a plan says is not cut again.
+    assert len(batches) == (client.steps or min(steps, local.max_steps or steps))
     return batches
 
 

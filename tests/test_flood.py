@@ -32,18 +32,20 @@ def flood(**keys: Any) -> FLood:
 @pytest.mark.parametrize("horizon", [1, 8, 1000])
 def test_schedules_begin_at_zero_and_end_at_twice_a(schedule: str, horizon: int) -> None:
     method = flood(schedule=schedule, horizon=horizon, amplitude=50.0)
-    assert method.weight(0) == 0.0
-    assert method.weight(horizon) == method.weight(horizon + 5) == pytest.approx(100.0)
-    course = [method.weight(t) for t in range(horizon + 1)]
+    assert method._weight(0) == 0.0
+    assert method._weight(horizon) == method._weight(horizon + 5) == pytest.approx(100.0)
+    course = [method._weight(t) for t in range(horizon + 1)]
     assert course == sorted(course)
 
 
 def test_the_released_schedule_is_a_step() -> None:
     method = flood(schedule="released", horizon=1000, amplitude=50.0)
     assert (
-        method.weight(490) < 1e-40 and method.weight(500) == pytest.approx(50.0) and method.weight(510) == pytest.approx(100.0)
+        method._weight(490) < 1e-40
+        and method._weight(500) == pytest.approx(50.0)
+        and method._weight(510) == pytest.approx(100.0)
     )
-    assert flood(schedule="constant", amplitude=3.0).weight(1) == 3.0
+    assert flood(schedule="constant", amplitude=3.0)._weight(1) == 3.0
 
 
 @settings(max_examples=50, deadline=None)

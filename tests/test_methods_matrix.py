@@ -87,7 +87,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "ewwa-fl": ({"alpha": 2.0, "eps": 1e-4}, Told(EWWAFL, {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4})),
     "cc-fao": (
         {"amsgrad": False, "steps": 1, "max_delay": 2, "delay_threshold": 0},
-        Told(CCFAO, {"seed": 0, "most": 2, "threshold": 1}),
+        Told(CCFAO, {"most": 2, "threshold": 1}),
     ),
     "flood": ({"horizon": 3}, Told(ObservedFLood, {"alpha": 0.5})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),

@@ -94,7 +94,7 @@ class FLood(Method):
         self.whole_steps = params.quantile > 0
         self.weighing = Weighing(shares=(1.0, params.alpha)) if params.alpha else Weighing()
 
-    def weight(self, round_index: int) -> float:
+    def _weight(self, round_index: int) -> float:
         """W(t)."""
         amplitude, horizon = self.params.amplitude, self.params.horizon
         done = min(round_index, horizon)
@@ -109,7 +109,7 @@ class FLood(Method):
         return {SCORE: (), SCORED: ()}
 
     def objective(self, client: Client, assignment: Assignment, context: RoundContext) -> Objective | None:
-        weight = self.weight(context.round)
+        weight = self._weight(context.round)
         return Objective(loss=lambda given: self.loss(given, weight))
 
     def loss(self, given: Predictions, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
