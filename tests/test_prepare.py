@@ -30,6 +30,7 @@ SHORT: dict[str, Any] = {"federation": {"rounds": 1}, "local": {"max_steps": 1},
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
+    cache.passed_over()  # by tests before, in this process: they are not told here
     write_inputs(tmp_path)
     return make_config(tmp_path, "run", SHORT, {"foundation": {"cache": str(tmp_path / "prepared")}})
 
