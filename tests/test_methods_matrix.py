@@ -97,6 +97,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
 PAIRS = {"hetlora", "flexlora", "flora", "fedex-lora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
+NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "q-fedavg"}
 NO_MEAN = {"flexlora", "flora", "fedex-lora", "lora-fair", "local-only", "centralised"}
 
 
@@ -115,6 +116,7 @@ class Case(NamedTuple):
             or (self.method in NO_MEAN - {"local-only"} and self.drift in ("scaffold", "fedvra"))
             or (self.method == "local-only" and self.drift != "none")
             or (self.method == "cc-fao" and self.drift == "scaffold")
+            or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")

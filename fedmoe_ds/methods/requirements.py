@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.config import Config, ServerConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import Method, MethodParams
+from fedmoe_ds.methods.client_drift import DUAL
 from fedmoe_ds.methods.late_clients import refuse_delays
 
 
@@ -29,6 +31,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         )
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
+    _check_dual_variables(method, name, config)
     # Server optimizers step along mean - global: without a mean there is nothing to step along.
     has_mean = method.averages and not (method.collects or method.pooled)
     if not has_mean:
@@ -40,6 +43,15 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         raise UserError(
             f"local.drift: {config.local.drift}: method {name} changes what the adapters' coordinates mean in every round, so "
             f"{kept} of the last round do not apply; use none or fedprox"
+        )
+
+
+def _check_dual_variables(method: Method, name: str, config: Config) -> None:
+    """FedVRA's server goes on from one mean of adapters; a method that makes something else of them has no such step."""
+    if config.local.drift in DUAL and method.weighing != MEAN:
+        raise UserError(
+            f"local.drift: {config.local.drift}: its server adds dual variables to a weighted mean of adapters, and method "
+            f"{name} takes no such mean; use none, fedprox or scaffold"
         )
 
 
