@@ -97,7 +97,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
 PAIRS = {"hetlora", "flexlora", "flora", "fedex-lora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
-NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "q-fedavg"}
+NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg"}
 NO_MEAN = {"flexlora", "flora", "fedex-lora", "lora-fair", "local-only", "centralised"}
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, method_names
 
-NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "q-fedavg"}
+NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg"}
 UNEQUAL = {"hetlora", "flexlora", "flora", "fslora"}
 PAIRS = UNEQUAL | {"fedex-lora", "lora-fair", "ffa-lora", "fedsa-lora"}
 COLLECTING = {"flexlora", "flora", "fedex-lora", "lora-fair"}

@@ -113,7 +113,8 @@ def test_sigusr1_at_the_beginning_and_during_evaluation(undisturbed: Result, con
         go_on(job)
         stopped = job.finish()
     assert_stopped(stopped, "SIGUSR1")
-    assert newest(stopped.folder).name == "round-00001"
+    # Struck at the very end of the evaluation, the round after it is the one that is stopped; the stop alone has saved either.
+    assert newest(stopped.folder).name in ("round-00001", "round-00001-partial")
     with start(config, tmp_path, (2, 1)) as job:
         assert_same(job.finish(), undisturbed)
 

@@ -124,7 +124,7 @@ class FLood(Method):
     @torch.no_grad()
     def scores(self, logits_NV: Tensor) -> Tensor:
         """s(z) of every target."""
-        temperature = self.params.temperature
+        temperature: float = self.params.temperature
         if temperature == 1.0:  # no copy of the logits
             return logits_NV.logsumexp(-1)
         return temperature * (logits_NV / temperature).logsumexp(-1)

@@ -189,7 +189,7 @@ def _batch(
     masked = [] if allowed is None else [allowed, np.repeat(np.arange(len(rows)), [n * valid.shape[1] for n in counts])]
     tensors = upload(arrays + masked + [array for array in (pixels_BCHW,) if array is not None], device)
     pixels = None if pixels_BCHW is None else tensors.pop()
-    allowing = ExpertMasks(*tensors[6:], counts_of(masks)) if masked else None
+    allowing = ExpertMasks(tensors[6], tensors[7], counts_of(masks)) if masked else None
     ids, slot_T, cap_T, valid_T, predict_N, labels_N = tensors[:6]
     demands = [Demand(part.tokens, part.cap) for part in rows]
     targets = [part.targets for part in rows]
