@@ -98,7 +98,7 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
     kind = re.fullmatch(r"([a-z.]+)(?:-\d+)*(?:-\d{5}-of-\d{5})+\.safetensors", file)[1]  # type: ignore[index]
     if kind == "sums":
         name, side = name.split("/")
-        side = side.removeprefix("control-")
+        side = side.removeprefix("control-").removeprefix("weighting-2-")  # FLood's second mean
         item = specified(name, "adapters", parts)
         if side in ("factors", "factor-weights"):
             dtype = torch.float32 if side == "factors" else torch.float64
