@@ -42,7 +42,8 @@ class Hold:
             return
         (self.folder / "held").touch()
         deadline = time.monotonic() + LONGEST_S
-        while not (self.folder / "free").exists() and time.monotonic() < deadline:
+        while not (self.folder / "free").exists():
+            assert time.monotonic() < deadline, "nobody has said `free`: what was to be done here would be done somewhere else"
             time.sleep(0.005)
 
 

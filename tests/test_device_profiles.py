@@ -157,3 +157,8 @@ def test_wrong_sections() -> None:
     ):
         with pytest.raises(UserError, match=message):
             fleet(devices)
+
+
+def test_devices_that_cannot_hold_the_model_are_counted() -> None:
+    found = fleet({"mix": {"phone-entry": 0.5, "laptop": 0.5}})
+    assert [found.with_less_than(gib * 2**30) for gib in (1, 2, 3, 13)] == [0, 0, 5, 10]

@@ -85,6 +85,10 @@ class Fleet(Sequence[Device]):
         found = np.bincount(self.kind_N, minlength=len(self.profiles)).tolist()
         return {profile.name: count for profile, count in zip(self.profiles, found, strict=True) if count}
 
+    def with_less_than(self, size: float) -> int:
+        """How many devices have less memory than so many bytes."""
+        return int(np.array([profile.memory_bytes < size for profile in self.profiles])[self.kind_N].sum())
+
 
 @dataclass(frozen=True)
 class Sources:

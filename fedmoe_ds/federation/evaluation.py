@@ -132,7 +132,7 @@ class Evaluator(ReceivedModel):
             if plain:
                 rows += self._tier_rows(members, how, personal, own, plain)
             else:
-                rows += self._personal_rows(members, personal, own)
+                rows += self._personal_rows(members, how, personal, own)
         return self._summed(rows)
 
     def _summed(self, rows: list[_Row]) -> list[Score]:
@@ -201,9 +201,10 @@ class Evaluator(ReceivedModel):
             rows += [_Row(members[0], "client", sums_KN[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
 
-    def _personal_rows(self, members: Sequence[Client], personal: Personal, owners: Sequence[Client]) -> list[_Row]:
+    def _personal_rows(
+        self, members: Sequence[Client], how: Assignment, personal: Personal, owners: Sequence[Client]
+    ) -> list[_Row]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
-        how = self.assigned(members[0], personal, plain=False)
         shared, own = [], {}
         parts, _ = self._global_parts()
         scored = {client.index for client in owners}

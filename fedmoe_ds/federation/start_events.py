@@ -14,6 +14,7 @@ from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.samples import length_counts
+from fedmoe_ds.federation.virtual_clock import VirtualClock
 from fedmoe_ds.foundation import conversion
 from fedmoe_ds.kernels import matrix
 from fedmoe_ds.kernels.device_kernels import grouped_by, triton_fault
@@ -89,7 +90,16 @@ def _devices(parts: Parts) -> str:
     facts = parts.clock.facts()
     counts = [f"{count} {name}" for name, count in list(facts["profiles"].items())[:5]]
     more = f" and {len(facts['profiles']) - 5} more kinds" if len(facts["profiles"]) > 5 else ""
-    return f"; devices: {', '.join(counts)}{more}, {facts['aggregation']}"
+    return f"; devices: {', '.join(counts)}{more}, {facts['aggregation']}{_too_small(parts.clock)}"
+
+
+def _too_small(clock: VirtualClock) -> str:
+    """How many devices could not hold the model's weights. They are simulated all the same: what training takes beside them
+    depends on software that nobody simulates."""
+    size = clock.spec.size
+    weights = (size.dense_parameters + size.pool_parameters) * size.bytes_per_parameter
+    few = clock.fleet.with_less_than(weights)
+    return f"; {few} of them have less memory than its weights take ({weights / 2**30:.2f} GiB)" if few else ""
 
 
 def _without_effect(config: Config) -> str:
