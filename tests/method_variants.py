@@ -39,6 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fedsa-lora": {"method": {"name": "fedsa-lora"}, "evaluation": EACH_CLIENT},
     "local-only": {"method": {"name": "local-only"}, "evaluation": EACH_CLIENT},
     "centralised": {"method": {"name": "centralised"}},
+    # With decay: layers that a client does not train keep what they received all the same.
+    "embracing-fl": {"method": {"name": "embracing-fl"}, "local": {"weight_decay": 0.5}},
+    "ota-ffl": {"method": {"name": "ota-ffl", "epsilon": 0.2, "snr_db": 20.0}, "server": {"optimizer": "fedavgm", "lr": 0.5}},
+    "wireless-fl": {
+        "method": {"name": "wireless-fl", "channels": 5, "epochs": 2, "deadline_s": 0.2, "energy_j": 1e-3, "trade_off": 1e-4},
+    },
     "moments": {
         "method": {"name": "fedit"},
         "adapters": {"dropout": 0.1},
@@ -53,18 +59,74 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "federation": {"sampling": "budget"},
     },
     "fedadam": {"method": {"name": "hetlora", "gamma": 0.5}, "server": {"optimizer": "fedadam", "lr": 0.01}},
+    "fedadagrad": {"method": {"name": "fedit"}, "server": {"optimizer": "fedadagrad", "lr": 0.01}},
+    "fedams": {"method": {"name": "flame"}, "server": {"optimizer": "fedams", "lr": 0.01}},
     "fedyogi": {
         "method": {"name": "fslora"},
         "server": {"optimizer": "fedyogi", "lr": 0.01},
         "federation": {"budget": "both", "sampling": "size"},
     },
+    "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
+    "fednova": {
+        "method": {"name": "fednova", "effective": "steps"},
+        "local": {"optimizer": "sgd", "momentum": 0.5, "lr": 0.05, "max_steps": 3},
+        "server": {"optimizer": "fedavgm", "lr": 0.5},
+    },
+    "q-fedavg": {"method": {"name": "q-fedavg", "q": 2.0}, "local": {"optimizer": "sgd", "lr": 0.05}},
 }
 
+DEVICES: dict[str, dict[str, Any]] = {
+    "devices": {"method": {"name": "fedit"}, "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "availability": "always"}},
+    "nights": {"method": {"name": "flame"}, "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "spread": 0.5}},
+    "deadline": {
+        "method": {"name": "hetlora"},
+        "federation": {"participation": 0.5, "sampling": "size"},
+        "devices": {
+            "mix": {"phone-entry": 1.0, "laptop": 1.0, "edge-small": 1.0},
+            "aggregation": "deadline",
+            "availability": "always",
+            "over_selection": 1.5,
+            "dropout": 0.2,
+            "spread": 0.3,
+        },
+    },
+    "buffered": {
+        "method": {"name": "flame"},
+        "devices": {
+            "mix": {"phone-entry": 1.0, "laptop": 1.0, "edge-small": 1.0},
+            "aggregation": "buffered",
+            "availability": "always",
+            "buffer": 2,
+            "concurrency": 4,
+            "max_staleness": 3,
+            "dropout": 0.1,
+            "spread": 0.5,
+        },
+    },
+    "buffered-adam": {
+        "method": {"name": "hetlora"},
+        "server": {"optimizer": "fedadam", "lr": 0.01},
+        "devices": {
+            "mix": {"phone-entry": 1.0, "edge-small": 2.0},
+            "aggregation": "buffered",
+            "availability": "always",
+            "staleness": "constant",
+            "buffer": 3,
+            "concurrency": 3,
+            "max_staleness": 2,
+        },
+    },
+}
+"""On simulated devices."""
 RANKS: dict[str, Any] = {"tiers": [{"rank": rank, "share": 1.0} for rank in (4, 2, 1)]}
 PLAIN: dict[str, dict[str, Any]] = {
     "plain-fedit": {"method": {"name": "fedit"}, "federation": {"tiers": None}},
     "plain-hetlora": {"method": {"name": "hetlora"}, "federation": RANKS},
     "plain-flora": {"method": {"name": "flora"}, "federation": RANKS},
+    "plain-embracing-fl": {
+        "method": {"name": "embracing-fl"},
+        "federation": {"tiers": [{"layers": layers, "share": 1.0} for layers in (2, 1)]},
+    },
     "plain-scaffold": {
         "method": {"name": "fslora"},
         "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05},
@@ -78,4 +140,4 @@ ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_pro
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
     plain = {**ON_LLAMA, "foundation": {"path": str(root / "llama")}} if variant in PLAIN else {}
-    return make_config(root, f"{variant}-{tag}", SMALL, plain, (VARIANTS | PLAIN)[variant], *changes)
+    return make_config(root, f"{variant}-{tag}", SMALL, plain, (VARIANTS | PLAIN | DEVICES)[variant], *changes)

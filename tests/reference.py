@@ -45,7 +45,7 @@ class Settings:
 class Task:
     """One client's work in one round: its cap, size, and for every step the (tokens, targets) of each sequence.
 
-    Further budgets: `rank` LoRA rows, or those in `sketch`, and `experts` per layer that a batch may train.
+    Further budgets: `rank` LoRA rows, or those in `sketch`, `experts` per layer that a batch may train, and `layers`.
     """
 
     index: int
@@ -55,6 +55,7 @@ class Task:
     rank: int | None = None
     sketch: list[int] | None = None
     experts: int | None = None
+    layers: int | None = None
 
 
 Extra = Callable[[Adapters], Tensor]
@@ -79,13 +80,16 @@ class Running:
 
 @dataclass
 class Trained:
-    """What a client ends a round with; `rates` is the sum of its learning rates."""
+    """What a client ends a round with; `rates` is the sum of its learning rates, `loss` the mean of its steps' losses, and
+    `first_loss` that of its first step."""
 
     adapters: Adapters
     rescaler: Tensor
     counts: np.ndarray
     tokens: int
     rates: float
+    loss: float = math.nan
+    first_loss: float = math.nan
 
 
 class Reference:
@@ -202,13 +206,14 @@ class Reference:
         others = [own] if learns else []
         optimizer = self._optimizer(decayed, others)
         run = self.start(adapters, own, task.cap, scale)
-        tokens, rates = 0, 0.0
+        tokens, rates, losses = 0, 0.0, list[float]()
         for step, sequences in enumerate(task.steps):
             for parameter in (*decayed, *others):
                 parameter.grad = torch.zeros_like(parameter)
             if select is not None:
                 run.active = self._survey(run, sequences, select)
-            tokens += self._backward(run, sequences)
+            count, loss = self._backward(run, sequences)
+            tokens, losses = tokens + count, [*losses, loss]
             if extra is not None:
                 extra(adapters).backward()
             self._clip([*decayed, *others])
@@ -218,7 +223,7 @@ class Reference:
                 group["lr"] = rate
             optimizer.step()
         trained = {key: value.detach() for key, value in adapters.items()}
-        return Trained(trained, own.detach(), run.counts, tokens, rates)
+        return Trained(trained, own.detach(), run.counts, tokens, rates, sum(losses) / len(losses), losses[0])
 
     def frozen_weight(self, stem: str) -> Tensor:
         """The frozen matrix under an adapter: the one that is computed with, to be changed in place."""
@@ -248,17 +253,19 @@ class Reference:
                 assert parameter.grad is not None
                 parameter.grad *= self.settings.clip / norm
 
-    def _backward(self, run: Running, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
+    def _backward(self, run: Running, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[int, float]:
+        """Tokens of a step, and its mean loss over targets."""
         targets = sum(int(mask.sum()) for _, mask in sequences)
         tokens = sum(len(ids) for ids, _ in sequences)
-        size = self.settings.micro or len(sequences)
+        size, mean = self.settings.micro or len(sequences), 0.0
         for first in range(0, len(sequences), size):
             part = sequences[first : first + size]
             run.logits.clear()
             loss = torch.stack([self.loss_sum(ids, mask) for ids, mask in part]).sum() / targets
+            mean += float(loss.detach())
             loss = loss + self.auxiliary() * sum(len(ids) for ids, _ in part) / tokens
             loss.backward()
-        return tokens
+        return tokens, mean
 
     def _optimizer(self, decayed: list[Tensor], others: list[Tensor]) -> torch.optim.Optimizer:
         groups = [{"params": decayed, "weight_decay": self.settings.weight_decay}]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from every import every
@@ -18,7 +20,7 @@ TOLERANCE = 1e-5
 
 
 def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
-    """Every participant's batches, in client order; `buys` is what a tier's budget buys: top_k, rank, both, experts."""
+    """Every participant's batches, in client order; `buys` is what a tier's budget buys: top_k, rank, both, experts, layers."""
     config = parts.config
     most = parts.spec.expert_layout.top_k
     found = []
@@ -26,6 +28,9 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
         data = parts.training_data.train(client.index)
         members = parts.clients if parts.spec.method.pooled else [client]  # pooled: the largest budget of all
         batches = pooled(parts, round_index) if parts.spec.method.pooled else own_batches(parts, client, round_index)
+        if config.method.name == "wireless-fl":  # as many as a plan may ask for
+            steps = len(batches) * parts.spec.method.params.epochs
+            batches = local_batches(replace(client, steps=steps), config.local, config.seed, round_index)
         steps = [[(data.input_ids[i], data.loss_mask[i]) for i in batch] for batch in batches]
         rank = client_rank(parts, client)
         found.append(
@@ -37,6 +42,7 @@ def tasks(parts: Parts, round_index: int, buys: str = "top_k") -> list[Task]:
                 rank=rank if buys in ("rank", "both") else None,
                 sketch=sketch(parts, client.index, round_index, rank) if config.method.name == "fslora" else None,
                 experts=parts.spec.expert_layout.num_experts * client.top_k // most if buys == "experts" else None,
+                layers=max(1, parts.spec.size.depth * client.top_k // most) if buys == "layers" else None,
             )
         )
     return found

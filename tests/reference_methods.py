@@ -77,6 +77,10 @@ class FedIT:
     def extra(self, task: Task, received: Adapters) -> Extra | None:
         return None
 
+    def trains(self, key: str, task: Task) -> bool:
+        """Whether the client trains this one of the keys that somebody trains."""
+        return True
+
     def weight(self, key: str, one: Returned) -> float:
         return float(one.task.samples)
 
@@ -89,7 +93,11 @@ class FedIT:
             values = [padded(key, one.trained.adapters[key], one.rows, self.missing_value(old)) for one in returned]
             if sum(weights) > 0:
                 mean = sum((w * value for w, value in zip(weights, values, strict=True)), torch.zeros_like(old)) / sum(weights)
-                self.adapters[key] = self.server.step(key, old, mean)
+                self.adapters[key] = self.server.step(key, old, self.arrived(key, mean))
+
+    def arrived(self, key: str, mean: Tensor) -> Tensor:
+        """The mean as the server receives it."""
+        return mean
 
     def missing_value(self, old: Tensor) -> Tensor:
         return torch.zeros_like(old) if self.missing == "zero" else old
@@ -216,6 +224,21 @@ class HetLoRA(FedIT):
         return float((one.trained.adapters[f"{stem}B"] @ one.trained.adapters[f"{stem}A"]).norm())
 
 
+class EmbracingFL(FedIT):
+    """A client trains its last layers, and counts in their means alone."""
+
+    def trains(self, key: str, task: Task) -> bool:
+        assert task.layers is not None
+        return int(key.split(".")[1]) >= self.reference.layers - task.layers
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        before = tuple(key for key in received if not self.trains(key, task))
+        return self.reference.train(task, received, self.rescalers[task.index], before, extra=self.extra(task, received))
+
+    def weight(self, key: str, one: Returned) -> float:
+        return super().weight(key, one) if self.trains(key, one.task) else 0.0
+
+
 class FSLoRA(FedIT):
     """Random rows with the scale R / r; the plain mean of changes."""
 
@@ -230,6 +253,28 @@ class FSLoRA(FedIT):
 
     def weight(self, key: str, one: Returned) -> float:
         return 1.0
+
+
+class Late(FedIT):
+    """A client starts from the adapters of some rounds ago, and its change since then counts; options: delay(index, round)."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.history = [dict(self.adapters)]
+
+    def train(self, task: Task) -> Returned:
+        done, now = len(self.history) - 1, self.adapters
+        self.adapters = self.history[max(done - self.options["delay"](task.index, done + 1), 0)]
+        one = super().train(task)
+        self.adapters = now
+        return one
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        for one in returned:
+            for key, now in self.adapters.items():
+                one.trained.adapters[key] = cut(key, now, one.rows) + (one.trained.adapters[key] - one.received[key])
+        super().step(returned, fresh)
+        self.history.append(dict(self.adapters))
 
 
 class Corrected(FedIT):
@@ -279,6 +324,8 @@ class Scaffold(Corrected):
         for one in returned:
             own = self.controls[one.task.index]
             for key, control in self.control.items():
+                if not self.trains(key, one.task):
+                    continue
                 slope = (one.received[key] - one.trained.adapters[key]) / one.trained.rates
                 change = padded(key, slope - cut(key, control, one.rows), one.rows, torch.zeros_like(control))
                 own[key] = own[key] + change
@@ -286,17 +333,17 @@ class Scaffold(Corrected):
         self.control = {key: value + changes[key] / len(self.clients) for key, value in self.control.items()}
 
     def memory(self, index: int) -> Adapters:
-        return super().memory(index) | {control_key(key): value for key, value in self.controls[index].items()}
+        return super().memory(index) | {remembered_key(key, "control"): value for key, value in self.controls[index].items()}
 
     def extras(self) -> dict[str, Adapters]:
         return super().extras() | {"control": self.control}
 
 
-def control_key(key: str) -> str:
-    """How the package calls a client's control variate: `control` stands before the last words of the name."""
+def remembered_key(key: str, word: str) -> str:
+    """How the package calls what a client remembers of a block: `word` stands before the last words of the name."""
     parts = key.split(".")
     place = 4 if parts[2] == "experts" else 3
-    return ".".join([*parts[:place], "control", *parts[place:]])
+    return ".".join([*parts[:place], word, *parts[place:]])
 
 
 def has_rows(key: str, one: Returned) -> bool:

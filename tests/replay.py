@@ -8,6 +8,7 @@ That takes milliseconds, so that every combination can be asked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +81,9 @@ class Replay:
         values = {key: value.double().clone().requires_grad_(not key.endswith(tuple(frozen))) for key, value in start.items()}
         trained = {key: value for key, value in values.items() if value.requires_grad}
         slopes, update = self.slopes[task.index], self.updates[task.index]
-        assert len(slopes) == len(task.steps) and every(step.keys() == trained.keys() for step in slopes)
+        assert len(slopes) == len(task.steps) and every(
+            {key for key in step if not key.endswith(tuple(frozen))} == trained.keys() for step in slopes
+        )
         for step in slopes:
             for key, value in trained.items():
                 rows = task.sketch or list(range(value.shape[1 if key.endswith("lora_B") else 0])) if "lora" in key else []
@@ -96,7 +99,10 @@ class Replay:
                 for value, grad in zip(trained.values(), grads, strict=True):
                     value -= self.lr * min(1.0, self.clip / norm) * grad
         result = {key: value.detach() for key, value in values.items()}
-        return Trained(result, rescaler, update.counts_LE, update.tokens, self.lr * len(slopes))
+        assert update.losses is not None
+        first = update.losses[0]
+        loss = update.shared_losses[1] if update.shared_losses else math.nan
+        return Trained(result, rescaler, update.counts_LE, update.tokens, self.lr * len(slopes), loss, first)
 
 
 class PersonalFlame(Flame):

@@ -59,18 +59,18 @@ def images() -> Sequences:
 def run(foundation: Foundation, rows: list[Rows]) -> tuple[Any, PassResult]:
     """One pass without any adapter."""
     execution = Execution(Bank([], 1, 2), Pool(None, 1, 1, 2, merge=True), 1.0)
-    batch = make_batch(rows, 1, CPU, foundation.images)
+    batch = make_batch(rows, CPU, foundation.images)
     with torch.no_grad():
         return batch, AdaptedModel(foundation, execution).forward(batch, None)
 
 
 def test_images_of_two_clients(classifier: Foundation, images: Sequences) -> None:
     first, second = range(3), [10, 7]
-    allowed = torch.tensor([True, False])
+    allowed = np.array([[True, False], [True, True]])  # of two layers
     rows = [Rows.of(1, 4, images, first, allowed, classifier.images), Rows.of(0, 2, images, second, None, classifier.images)]
     assert [len(part) for part in rows] == [part.targets for part in rows] == [3, 2]
     assert [part.tokens for part in rows] == [3 * POSITIONS, 2 * POSITIONS]
-    batch = make_batch(rows, 2, CPU, classifier.images)
+    batch = make_batch(rows, CPU, classifier.images)
     assert batch.pixels_BCHW is not None and batch.pixels_BCHW.shape == (5, 1, 8, 8) and batch.input_ids.shape == (5, 0)
     assert images.labels is not None and batch.labels_N.tolist() == images.labels[[0, 1, 2, 10, 7]].tolist()
     assert batch.segments == [Segment(1, 0, 3, POSITIONS), Segment(0, 3, 5, POSITIONS)] and batch.targets == [3, 2]
@@ -78,10 +78,11 @@ def test_images_of_two_clients(classifier: Foundation, images: Sequences) -> Non
     assert batch.cap_T.tolist() == [4] * 3 * POSITIONS + [2] * 2 * POSITIONS
     assert batch.valid_T.all() and len(batch.valid_T) == 5 * POSITIONS
     assert batch.predict_N.tolist() == [b * POSITIONS for b in range(5)]
-    assert batch.demands == [Demand(3 * POSITIONS, 4, 1), Demand(2 * POSITIONS, 2)]
-    assert batch.allowed_TE is not None and batch.allowed_TE.shape == (5 * POSITIONS, 2)
-    assert batch.allowed_TE[: 3 * POSITIONS].tolist() == [[True, False]] * 3 * POSITIONS
-    assert batch.allowed_TE[3 * POSITIONS :].all()
+    plain = [Demand(3 * POSITIONS, 4), Demand(2 * POSITIONS, 2)]
+    assert batch.demands == plain and batch.masks is not None
+    for place, mask in enumerate(allowed.tolist()):
+        assert batch.masks.rows(place).tolist() == [mask] * 3 * POSITIONS + [[True, True]] * 2 * POSITIONS
+        assert batch.masks.demands(place, plain) == [Demand(3 * POSITIONS, 4, sum(mask)), plain[1]]
 
 
 def test_loss_and_logits_of_images_are_hugging_faces(classifier: Foundation, images: Sequences) -> None:
@@ -136,7 +137,7 @@ def test_text_never_meets_an_image_classifier(classifier: Foundation, images: Se
     with pytest.raises(AssertionError, match="of one task"):
         Rows.of(0, 1, images, [0])
     with pytest.raises(AssertionError, match="text in a pass"):
-        make_batch([Rows(0, 1, text.input_ids, text.loss_mask)], 1, CPU, classifier.images)
+        make_batch([Rows(0, 1, text.input_ids, text.loss_mask)], CPU, classifier.images)
 
 
 def test_a_folder_is_enough(classifier: Foundation, tmp_path: Path) -> None:

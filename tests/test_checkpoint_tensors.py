@@ -35,7 +35,10 @@ from fedmoe_ds.report import Progress
 PAGE = Path(__file__).parents[1] / "docs" / "outputs.md"
 PLACEHOLDERS = {"<l>": r"(?:\d+)", "<e>": r"(?:\d+)", "<p>": r"(?P<projection>\w+)"}
 SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows": (1,)}
+TALLIES = {"tally-way": (2,), "tally-share": (2,), "tally-h": (2,)}
+SIDES |= TALLIES | {f"{side}-windows": (1,) for side in TALLIES}
 KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
+KINDS += ["ewwa-fl", "fednova"]
 TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
@@ -100,11 +103,15 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
         if side in ("factors", "factor-weights"):
             dtype = torch.float32 if side == "factors" else torch.float64
             return (participants, *(item if side == "factors" else ())), dtype
-        return (*SIDES[side], *(item if side == "values" else ())), torch.int64
+        full = side == "values" or (side == "weights" and parts.spec.method.weighing.elements)
+        return (*SIDES[side], *(item if full else ())), torch.int64
     before = ()
     if kind == "personal":
         # Level 0 has what everybody begins with, level 1 the clients that were trained.
-        before, name = (1 if "-00000-000-" in file else len(TRAINED),), name.replace("control.", "", 1)
+        before, name = (
+            (1 if "-00000-000-" in file else len(TRAINED),),
+            re.sub(r"(control|ewwa-first|ewwa-second)\.", "", name, count=1),
+        )
         if name == "clients":
             return before, torch.int64
     group = {"server.base": "base", "personal": "personal", "adapters": "adapters"}.get(kind, "server")
@@ -162,7 +169,7 @@ def compare(root: Path, variant: str) -> set[str]:
 
 
 def test_the_page_has_every_tensor_and_no_other(root: Path) -> None:
-    assert len(ROWS) == 20
+    assert len(ROWS) == 21
     assert set().union(*(compare(root, variant) for variant in KINDS)) == {row.pattern.pattern for row in ROWS}
 
 

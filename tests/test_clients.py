@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from fedmoe_ds.data.omissions import Omissions
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.sampling import participants
 
-FULL = Capacity(top_k=8, rank=16, experts=64)
+FULL = Capacity(top_k=8, rank=16, experts=64, layers=16)
 
 
 def make_data(count: int) -> FederatedData:
@@ -83,6 +83,9 @@ def test_what_a_budget_buys() -> None:
     assert bought(config, "top_k") == [(8, 16, 64), (4, 16, 64), (1, 16, 64)]
     assert bought(config, "rank") == [(8, 16, 64), (8, 8, 64), (8, 2, 64)]
     assert bought(config, "experts") == [(8, 16, 64), (8, 16, 32), (8, 16, 8)]
+    assert bought(config, "layers") == [(8, 16, 64)] * 3
+    assert [tier.layers for tier in resolve_tiers(config, FULL, "layers")] == [16, 8, 2]
+    assert [tier.layers for tier in resolve_tiers(config, FULL, "rank")] == [None] * 3
     named = [(tier.top_k, tier.share) for tier in resolve_tiers(config, FULL, "rank")]
     assert named == [(8, 1.0), (4, 2.0), (1, 1.0)], "a tier is named by its FLOPs, whatever they buy"
 
@@ -101,13 +104,14 @@ def test_a_tier_may_say_its_own_numbers() -> None:
     assert bought(FederationConfig(tiers=tiers), "top_k") == [(4, 16, 64)], "not spent on it: not bought"
 
 
-@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
-def test_everyone_can_buy_at_least_one(top_k: int, rank: int, experts: int) -> None:
-    full = Capacity(top_k, rank, experts)
-    for spends in ("top_k", "rank", "experts"):
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
+def test_everyone_can_buy_at_least_one(top_k: int, rank: int, experts: int, layers: int) -> None:
+    full = Capacity(top_k, rank, experts, layers)
+    for spends in get_args(BudgetKind):
         tiers = resolve_tiers(FederationConfig(), full, spends)
         assert (tiers[0].cap, tiers[0].rank, tiers[0].experts) == (top_k, rank, experts)
-        assert every(min(tier.cap, tier.rank, tier.experts) >= 1 for tier in tiers)
+        assert tiers[0].layers == (layers if spends == "layers" else None)
+        assert every(min(tier.cap, tier.rank, tier.experts, tier.layers or 1) >= 1 for tier in tiers)
 
 
 def test_clients_carry_what_their_tier_buys() -> None:
@@ -121,7 +125,7 @@ def test_tiers_are_checked_against_the_model() -> None:
     assert defaults == [Tier(cap, 1.0, cap, 16, 64, str(cap)) for cap in (8, 4, 2, 1)]
     given_tiers = FederationConfig(tiers=tiers_of((8, 1.0), (2, 1.0)))
     with pytest.raises(UserError, match=r"^federation.tiers.0.top_k: 8: the model activates 4 experts per token; use 1 to 4"):
-        resolve_tiers(given_tiers, Capacity(4, 16, 64), "top_k")
+        resolve_tiers(given_tiers, Capacity(4, 16, 64, 16), "top_k")
     with pytest.raises(UserError, match=r"^federation.tiers: \[\]: at least one tier is needed"):
         resolve_tiers(FederationConfig(tiers=[]), FULL, "top_k")
 
@@ -131,6 +135,7 @@ def test_tiers_are_checked_against_the_model() -> None:
     [
         ("rank", 17, "the model has 16 LoRA rows; use 1 to 16"),
         ("experts", 65, "the model has 64 experts per layer; use 1 to 64"),
+        ("layers", 17, "the model has 16 layers; use 1 to 16"),
     ],
 )
 def test_explicit_numbers_are_checked_too(key: str, value: int, message: str) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_foundation import save_model
 from transformers import LlamaConfig
 
-from fedmoe_ds.config.schema import FoundationConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.distributed.stop_points import file_sha256
 from fedmoe_ds.errors import UserError

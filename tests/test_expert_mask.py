@@ -20,10 +20,11 @@ def test_masked_experts_are_not_used(tmp_path: Path, mode: str) -> None:
     write_inputs(tmp_path)
     parts, journal = build(make_config(tmp_path, mode, {"execution": {"reproducible": mode}}), *alone())
     journal.close()
-    experts = parts.foundation.num_experts
+    layers, experts = parts.counts_shape
+    even_LE = np.tile(np.arange(experts) % 2 == 0, (layers, 1))
 
     def assign(client: Client, round_index: int) -> Assignment:
-        return Assignment(client.cap, allowed_E=np.arange(experts) % 2 == 0 if client.index % 2 else None)
+        return Assignment(client.cap, allowed_LE=even_LE if client.index % 2 else None)
 
     parts.trainer.hooks = LocalTrainingHooks(assign=assign)
     ((wave,),) = schedule(parts.clients, parts.spec.cost, parts.config.local, 1, 1, None)

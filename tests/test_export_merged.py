@@ -324,7 +324,7 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     own = run.select(client=run.clients[0].name)
     with pytest.raises(UserError, match=r"--format: merged: method fedsa-lora has a model for every client .* name a --client"):
         export("merged", request(run, run.select(), tmp_path / "out"))
-    masked = dataclasses.replace(own, assignment=dataclasses.replace(own.assignment, allowed_E=np.ones(8, dtype=bool)))
+    masked = dataclasses.replace(own, assignment=dataclasses.replace(own.assignment, allowed_LE=np.ones((2, 8), dtype=bool)))
     with pytest.raises(UserError, match=r"--tier: 4: method fedsa-lora lets it use some of the experts alone"):
         export("merged", request(run, masked, tmp_path / "out"))
     extra = dataclasses.replace(run.spec.blocks[0], name="elsewhere.lora_A")

@@ -360,7 +360,7 @@ def test_what_a_lora_file_has_no_place_for(trained: Result, root: Path, tmp_path
     run = open_run(root / "worlds" / "2")
     selection, blocks = run.select(), run.spec.blocks
     scaled = replace(selection, assignment=replace(selection.assignment, rescale=2.0))
-    masked = replace(selection, assignment=replace(selection.assignment, allowed_E=np.arange(8) < 4))
+    masked = replace(selection, assignment=replace(selection.assignment, allowed_LE=np.arange(8)[None] < 4))
     more = {name: [*blocks, BlockSpec(name, (0, 1), (2, 2))] for name in (ROUTER, GATE_UP, INNER, "own.gain")}
     cases: list[tuple[dict[str, Any], Selection, str]] = [
         ({"blocks": more[ROUTER]}, selection, "a trained router is whole weights; use --format merged"),

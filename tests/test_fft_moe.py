@@ -80,7 +80,7 @@ class Hosted:
     @torch.no_grad()
     def logits(self, parts: list[Rows]) -> tuple[list[torch.Tensor], Pass]:
         """Per sample, of the positions that predict, and what the pass counted."""
-        batch = make_batch(parts, EXPERTS, torch.device("cpu"), self.images)
+        batch = make_batch(parts, torch.device("cpu"), self.images)
         result = AdaptedModel(self.foundation, self.execution).forward(batch, None)
         sizes = [len(ids) - 1 for part in parts for ids in part.input_ids] if self.images is None else 1
         return list(result.logits_NV.split(sizes)), result.run

@@ -25,7 +25,7 @@ from transformers import (
     ViTModel,
 )
 
-from fedmoe_ds.config.schema import FoundationConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import Foundation, load_foundation, loading

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedmoe_ds.config.schema import FoundationConfig, PretrainConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig, PretrainConfig
 from fedmoe_ds.data import ImageInput, digits, stdlib
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import load_foundation, planned_task, resolve_foundation

@@ -44,13 +44,18 @@ REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
 adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation
 federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
-federation.tiers.clients federation.tier_column
+federation.tiers.clients federation.tiers.layers federation.tier_column
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
 local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
 local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
 method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
 execution.reproducible execution.micro_batch_size execution.packing evaluation.max_sequences evaluation.client_sequences
+devices.mix devices.availability devices.spread devices.dropout devices.aggregation devices.deadline_s
+devices.over_selection devices.buffer devices.concurrency devices.staleness devices.max_staleness
+devices.profiles.like devices.profiles.flops_per_s devices.profiles.memory_bytes devices.profiles.down_bytes_per_s
+devices.profiles.up_bytes_per_s devices.profiles.joules_per_flop devices.profiles.joules_per_byte_sent
+devices.profiles.joules_per_byte_received devices.profiles.on devices.profiles.period_s
 """
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
@@ -64,7 +69,7 @@ name output foundation.preset foundation.cache foundation.pretrain.steps foundat
 foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s
 topology.interface federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
-execution.clients_in_flight
+execution.clients_in_flight devices.target_perplexity devices.target_accuracy
 execution.activation_checkpointing execution.client_state_gib
 evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
@@ -91,6 +96,7 @@ ELSEWHERE = {
     "data.prompt.answer_lead": "test_data_prompts.py",
     "data.separator": "test_data_sources.py",
     "data.split": "test_data_sources.py",
+    "devices.trace": "test_identity.py",
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
@@ -122,6 +128,16 @@ OTHER: dict[str, Any] = {
     "data.encoding": "ascii",
     "data.label_names": ["yes", "no"],
     "evaluation.metrics": ["exact_match"],
+    "devices.mix": {"phone-mid": 1.0},
+    "devices.aggregation": "buffered",
+    "devices.over_selection": 2.0,
+    "devices.target_perplexity": 90.0,
+    "devices.profiles.like": "phone-high",
+    "devices.profiles.flops_per_s": 1e9,
+    "devices.profiles.memory_bytes": 1e9,
+    "devices.profiles.down_bytes_per_s": 1e6,
+    "devices.profiles.up_bytes_per_s": 1e6,
+    "devices.profiles.on": [[0, 10]],
 }
 """Another value, where the type does not suggest one."""
 BESIDES = {
@@ -284,6 +300,12 @@ def test_another_value_is_refused(key: str, world: World) -> None:
         # Attention as it was: without the key, adapter experts would come without LoRA, which is a difference of its own.
         changed = {"moe": {"experts": 4, "width": 4, "top_k": 2}, "attention": base.adapters.attention}
         here, old, config = "adapters.moe", "None", world.config({"adapters": changed})
+    elif key.startswith("devices."):
+        here, old = "devices", "None"
+        leaf, value = key.rpartition(".")[2], another(key, KEYS[key], value_at(base, key))
+        own = {"profiles": {"laptop": {"like": "phone-mid", leaf: value}}} if ".profiles." in key else {leaf: value}
+        changed = {"mix": {"laptop": 1.0}, **own}
+        config = world.config({"devices": changed})
     else:
         here, old = key, str(value_at(world.parts.config, key))
         config = world.config(nested(key, another(key, KEYS[key], value_at(base, key))))
@@ -306,6 +328,13 @@ def test_another_content_is_refused(key: str, world: World) -> None:
     line = str(caught.value)
     assert line.startswith(f"--resume: {key}" if key not in BESIDES else f"--resume: {section}."), line
     assert "or another name" in line or "use another name" in line, line
+
+
+def test_a_trace_counts_by_what_is_in_it() -> None:
+    """Its place is no part of a run's identity; its digest is added where the file is read."""
+    trees = [json.loads(Config.model_validate({"devices": {"trace": name}}).model_dump_json()) for name in ("a.csv", "b.csv")]
+    assert of_settings(trees[0]) == of_settings(trees[1])
+    assert of_settings(json.loads(Config.model_validate({}).model_dump_json()))["devices"] is None
 
 
 def test_other_rounds_are_refused_where_rates_follow_from_them(world: World) -> None:

@@ -87,7 +87,7 @@ class Hosted:
 
     def logits(self, rows: list[Rows], slot: int | None) -> tuple[torch.Tensor, Batch, Pass]:
         """One pass; [B, S, V] for all positions."""
-        batch = make_batch(rows, EXPERTS, torch.device("cpu"))
+        batch = make_batch(rows, torch.device("cpu"))
         result = AdaptedModel(self.foundation, self.execution).forward(batch, slot)
         model: Any = self.foundation.model
         return model.get_output_embeddings()(result.hidden_BSD).float(), batch, result.run

@@ -20,8 +20,10 @@ def test_the_page_is_what_the_package_prints() -> None:
     assert PAGE.read_text() == methods_markdown(), "run python -m fedmoe_ds.methods > docs/methods.md"
 
 
-def test_the_example_is_the_one_that_is_tested() -> None:
-    assert (ROOT / "tests" / "third_party" / "tempered.py").read_text() in PAGE.read_text()
+def test_the_examples_are_those_that_are_tested() -> None:
+    assert every(
+        (ROOT / "tests" / "third_party" / f"{name}.py").read_text() in PAGE.read_text() for name in ("tempered", "struggling")
+    )
 
 
 def test_every_method_has_a_row_and_a_configuration() -> None:

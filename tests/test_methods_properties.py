@@ -92,10 +92,11 @@ def run_without_one_expert(root: Path, name: str, changes: dict[str, Any]) -> tu
     """A run in which no client may route a token to one expert."""
     parts, journal = build(config_of(root, f"unused-{name}", {"name": name}, changes), *alone())
     start, rules = values(parts), parts.trainer.hooks
-    allowed_E = np.arange(parts.spec.expert_layout.num_experts) != FORBIDDEN
+    allowed_LE = np.ones(parts.counts_shape, dtype=bool)
+    allowed_LE[:, FORBIDDEN] = False
 
     def assign(client: Client, round_index: int) -> Assignment:
-        return replace(rules.assign(client, round_index), allowed_E=allowed_E)
+        return replace(rules.assign(client, round_index), allowed_LE=allowed_LE)
 
     parts.trainer.hooks = replace(rules, assign=assign)
     return parts, start, finish(parts, journal)

@@ -24,6 +24,8 @@ MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
 NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
+    "fednova": [{"local": {"optimizer": "sgd"}}],
+    "q-fedavg": [{"local": {"optimizer": "sgd"}}],
 }
 """What a method cannot do without: everything else is the small federation."""
 

@@ -1,6 +1,7 @@
 """A stop between the waves of round 2 and a new start: the bits of the run that nobody stopped, whatever a method keeps.
 
-What is kept: control variates, moments, merged weights, personal adapters, ranks, collected factors of an unfinished round.
+What is kept: control variates, moments, merged weights, personal adapters, ranks, collected factors of an unfinished round, and
+what the server knows of clients.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ pytestmark = pytest.mark.timeout(600)
 LONGER: dict[str, Any] = {"federation": {"rounds": 3}, "execution": {"clients_in_flight": 2}, "evaluation": {"every": 1}}
 PRUNING: dict[str, Any] = {"method": {"gamma": 0.5, "penalty": 20.0}}
 SPARSE = ["flame", "hfedmoe", "hetlora", "flexlora", "flora", "fedsa-lora", "local-only", "scaffold", "fedadam", "moments"]
-STATEFUL = [*SPARSE, "plain-flora", "plain-scaffold"]
-TWO_RANKS = {variant: 1 + place % 2 if variant in SPARSE else 1 for place, variant in enumerate(STATEFUL)}
+SPARSE += ["fednova", "ewwa-fl"]
+PLANNED = ["ota-ffl", "wireless-fl"]
+STATEFUL = [*SPARSE, *PLANNED, "plain-flora", "plain-scaffold"]
+TWO_RANKS = {variant: 1 + place % 2 if variant in SPARSE + PLANNED else 1 for place, variant in enumerate(STATEFUL)}
 """Expert-parallel size in a world of two ranks: two clusters, or one that shares the experts."""
 
 

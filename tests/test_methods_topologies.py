@@ -13,9 +13,10 @@ import pytest
 from dense_inputs import write_dense
 from distributed import run_distributed
 from federations import Result, alone, build, finish, joined, leave_out
-from method_variants import PLAIN, VARIANTS, variant_config
+from method_variants import DEVICES, PLAIN, VARIANTS, variant_config
 
 from fedmoe_ds.config import Config
+from fedmoe_ds.devices.flight import ClockState
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Topology, build_topology
 
@@ -26,13 +27,14 @@ THINNED: dict[str, Any] = {"federation": {"rounds": 4}}
 KEPT = {3: 1, 4: 0}
 """Clients that are left in a round."""
 CLUSTER, SWEEP = pytest.mark.cluster, pytest.mark.sweep
-Outcome = tuple[str, list[tuple[Any, ...]]]
+Outcome = tuple[str, list[tuple[Any, ...]], ClockState]
 
 
 def thinned(config: Config, runtime: Runtime, topology: Topology) -> Result:
-    """A whole run whose last rounds have next to nobody."""
+    """A whole run whose last rounds have next to nobody; on devices, who takes part is theirs to say."""
     parts, journal = build(config, runtime, topology)
-    leave_out(parts, KEPT)
+    if not config.devices.simulated:
+        leave_out(parts, KEPT)
     return finish(parts, journal)
 
 
@@ -45,7 +47,7 @@ def work(rank: int, root: Path, turns: dict[int, list[str]]) -> dict[tuple[str, 
             place = {"topology": {"ep_size": ep_size}, "execution": {"clients_in_flight": flight}}
             config = variant_config(root, variant, f"{runtime.world_size}-{ep_size}", THINNED, place)
             result = thinned(config, runtime, build_topology(config.topology, runtime))
-            found[variant, ep_size] = (result.digest, result.scores())
+            found[variant, ep_size] = (result.digest, result.scores(), result.parts.state.clock)
     return found
 
 
@@ -61,6 +63,11 @@ def single(root: Path) -> dict[str, Result]:
     return {
         variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone()) for variant in VARIANTS | PLAIN
     }
+
+
+@pytest.fixture(scope="module")
+def on_devices(root: Path) -> dict[str, Result]:
+    return {variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone()) for variant in DEVICES}
 
 
 def test_methods_differ(single: dict[str, Result]) -> None:
@@ -117,17 +124,21 @@ def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
 
 
 # Neighbours in the table are kin (rescalers, drift corrections): on two ranks each kind meets both expert-parallel sizes.
-ALTERNATELY = {2: [*VARIANTS][::2], 1: [*[*VARIANTS][1::2], *PLAIN]}
-EVERYWHERE = {2: [*VARIANTS], 1: [*VARIANTS, *PLAIN]}
+ALTERNATELY = {2: [*VARIANTS, *DEVICES][::2], 1: [*[*VARIANTS, *DEVICES][1::2], *PLAIN]}
+EVERYWHERE = {2: [*VARIANTS, *DEVICES], 1: [*VARIANTS, *DEVICES, *PLAIN]}
 
 
 @pytest.mark.parametrize(
     ("world_size", "turns"),
     [(2, ALTERNATELY), *(pytest.param(size, EVERYWHERE, marks=marks) for size, marks in ((2, SWEEP), (4, CLUSTER)))],
 )
-def test_topologies(root: Path, single: dict[str, Result], world_size: int, turns: dict[int, list[str]]) -> None:
+def test_topologies(
+    root: Path, single: dict[str, Result], on_devices: dict[str, Result], world_size: int, turns: dict[int, list[str]]
+) -> None:
+    expected = single | on_devices
     for found in run_distributed(work, world_size, root, turns, timeout_s=540.0):
         assert found.keys() == {(variant, ep_size) for ep_size, variants in turns.items() for variant in variants}
-        for (variant, ep_size), (digest, scores) in found.items():
-            assert digest == single[variant].digest, (variant, ep_size)
-            assert scores == single[variant].scores(), (variant, ep_size)
+        for (variant, ep_size), (digest, scores, clock) in found.items():
+            assert digest == expected[variant].digest, (variant, ep_size)
+            assert scores == expected[variant].scores(), (variant, ep_size)
+            assert clock == expected[variant].parts.state.clock, (variant, ep_size)

@@ -32,7 +32,7 @@ from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.config import Config
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.run_spec import check_packing
+from fedmoe_ds.federation.sequence_checks import check_packing
 from fedmoe_ds.foundation.dense import DECODERS
 from fedmoe_ds.foundation.families import FAMILIES, packs
 from fedmoe_ds.model import per_client_attention

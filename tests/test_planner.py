@@ -185,19 +185,21 @@ def test_prediction_counts_what_a_round_sends(small: Job) -> None:
     assert 4.0 < shared.bytes["all_to_all"] / wide < 5.5, "rows and results, forward and backward, and evaluation"
 
 
-@pytest.mark.parametrize("variant", ["flora", "scaffold", "fedit"])
+@pytest.mark.parametrize("variant", ["flora", "scaffold", "fedit", "ewwa-fl", "fednova"])
 def test_prediction_counts_every_sum_of_a_method(tmp_path: Path, variant: str) -> None:
-    """Collected factors and control variates travel, too: the bytes are those of a real round's sums, dense ones twice."""
+    """Collected factors, control variates, tallies and weights of elements travel, too: the bytes are those of a real round's
+    sums, dense ones twice."""
     write_inputs(tmp_path)
     job, cpu = resolve(variant_config(tmp_path, variant, "planned")), load_hardware("cpu")
     participants, scaffold = len(job.participants(1)), job.config.local.drift == "scaffold"
     sums = RoundSums(
-        job.blocks, job.expert_layout.num_experts // 2, True, participants if job.method.collects else None, scaffold
-    )
+        job.blocks, job.expert_layout.num_experts // 2, True, participants if job.method.collects else None, scaffold,
+        weighing=job.method.weighing,
+    )  # fmt: skip
     sizes = [(spec.expert, tensor.nbytes) for spec, _, _, tensor in sums.tensors()]
     found = predict_job(job, 2, 8, World(1, 4), cpu)
     assert found.bytes["all_reduce"] == sum(size if expert else 2 * size for expert, size in sizes)
-    assert found.traffic["all_reduce"].calls == {"flora": 4, "scaffold": 8, "fedit": 4}[variant]
+    assert found.traffic["all_reduce"].calls == {"flora": 4, "scaffold": 8}.get(variant, 4)
 
 
 def _product(item: tuple[int, ...]) -> int:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fedmoe_ds.config import load_config
-from fedmoe_ds.config.schema import DataConfig, FoundationConfig
+from fedmoe_ds.config.data_section import DataConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.data import wheels
 from fedmoe_ds.data.mnist import mnist
 from fedmoe_ds.data.sources import open_sources

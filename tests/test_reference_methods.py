@@ -14,8 +14,9 @@ import pytest
 import torch
 from federations import alone, build, finish, make_config, write_inputs
 from reference import Adapters, Reference, Settings
-from reference_inputs import TOLERANCE, check_equal, client_rank, fresh, initial, tasks
+from reference_inputs import TOLERANCE, check_equal, client_rank, fresh, initial, own_batches, tasks
 from reference_methods import (
+    EmbracingFL,
     FedIT,
     FedProx,
     FedSALoRA,
@@ -28,8 +29,11 @@ from reference_methods import (
     pairs,
 )
 from reference_products import FlexLoRA, FLoRA, LoRAFair
+from reference_weights import EWWAFL, FedNova, ProximalFedNova, QFedAvg
+from reference_wireless import OverTheAir, Physics, Wireless
 from safetensors.torch import load_file
 
+from fedmoe_ds.clients.client import Client
 from fedmoe_ds.federation.build import Parts
 
 SAMPLES = (13, 9, 7, 5)
@@ -67,6 +71,12 @@ def hfedmoe(params: dict[str, Any], **change: Any) -> dict[str, Any]:
 
 
 GATED = {"mix": 0.5, "beta": 0.1, "tau": 0.05, "rank_by": "information", "participation": "trained"}
+AIR = {"epsilon": 0.2, "snr_db": 20.0}
+RADIO = {"channels": 2, "epochs": 2, "deadline_s": 0.2, "energy_j": 2e-3, "trade_off": 5e-5, "divergence": 1.0}
+# Of the parameters that the configuration leaves at their defaults.
+RADIO_DEFAULTS = {
+    "power_w": 0.1, "bandwidth_hz": 1e6, "radius_m": 500.0, "clock_hz": 1e9, "flops_per_cycle": 4.0, "capacitance": 1e-28
+}  # fmt: skip
 HET = {"gamma": 0.5, "penalty": 0.01, "pruning": True, "sparsity": True}
 
 CASES = {
@@ -125,14 +135,46 @@ CASES = {
         LoRAFair, {**method("lora-fair", server_steps=20)}, {}, {"regularisation": 0.01, "steps": 20, "lr": 0.05}
     ),
     "ffa-lora": Case(FFALoRA, method("ffa-lora")),
+    "embracing-fl": Case(
+        EmbracingFL,
+        {**method("embracing-fl"), "local": {"weight_decay": 0.5}, "adapters": ROUTER},
+        {"weight_decay": 0.5},
+        buys="layers",
+    ),
     "fedsa-lora": Case(FedSALoRA, {**method("fedsa-lora"), "federation": {"participation": 0.75}, "adapters": ROUTER}),
     "local-only": Case(LocalOnly, {**method("local-only"), "federation": {"participation": 0.75}}),
     "centralised": Case(
         FedIT, {**method("centralised"), "federation": {"participation": 0.5}, "local": {"max_steps": 1}}, seed=4
     ),
+    "ota-ffl": Case(OverTheAir, {**method("ota-ffl", **AIR), "federation": {"participation": 0.75}}, {}, AIR),
+    "wireless-fl": Case(Wireless, method("wireless-fl", **RADIO), {}, RADIO | RADIO_DEFAULTS),
     "fedprox": Case(FedProx, {**method("fedit"), "local": {"drift": "fedprox", "proximal": 0.5}}, {}, {"mu": 0.5}),
     "scaffold": Case(
         Scaffold, {**method("fedit"), "local": {**SGD, "drift": "scaffold"}, "federation": {"participation": 0.75}}, SGD
+    ),
+    "ewwa-fl": Case(
+        EWWAFL,
+        {**method("ewwa-fl", alpha=2.0, eps=1e-4), "federation": {"participation": 0.75}},
+        {},
+        {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4},
+    ),
+    "fednova-momentum": Case(
+        FedNova,
+        {**method("fednova", effective="steps"), "local": {**SGD, "momentum": 0.9, "max_steps": 3}, "adapters": ROUTER},
+        {**SGD, "momentum": 0.9},
+        {"lr": SGD["lr"], "momentum": 0.9, "effective": "steps"},
+    ),
+    "fednova-proximal": Case(
+        ProximalFedNova,
+        {**method("fednova"), "local": {**SGD, "drift": "fedprox", "proximal": 0.5, "max_steps": 3}},
+        SGD,
+        {"lr": SGD["lr"], "mu": 0.5, "pull": 0.5},
+    ),
+    "q-fedavg": Case(
+        QFedAvg,
+        {**method("q-fedavg", q=3.0), "local": SGD, "federation": {"participation": 0.75}},
+        SGD,
+        {"q": 3.0, "lipschitz": 1 / SGD["lr"]},
     ),
 }
 
@@ -157,7 +199,9 @@ def test_same_rounds(root: Path, name: str) -> None:
     reference = Reference(root / "model", Settings(**{"scale": 2.0, "eps": EPS, "clip": 0.5, "micro": 3, **case.told}))
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     options = {**case.options, "ranks": {client.index: client_rank(parts, client) for client in parts.clients}}
-    expected = case.kind(reference, initial(parts), clients, **options)
+    if case.kind is Wireless:
+        options["physics"] = {client.index: physics(parts, client) for client in parts.clients}
+    expected = case.kind(reference, initial(parts), clients, **options, seed=case.seed)
     rounds, outcomes = range(1, case.rounds + 1), []
     for round_index in rounds:
         expected.round(tasks(parts, round_index, case.buys), fresh(parts, round_index))
@@ -174,6 +218,15 @@ def test_same_rounds(root: Path, name: str) -> None:
     if name == "hetlora-pruning":
         ranks = [values["personal"]["model.hetlora.rank"] for values in outcomes]
         assert (ranks[1] < ranks[0]).any(), "the last round trains fewer rows than the second"
+    if isinstance(expected, Wireless):
+        assert any(expected.queues.values()) and len(set(expected.plans)) == 2, "queues and fading change the second round"
+
+
+def physics(parts: Parts, client: Client) -> Physics:
+    """What a client's radio and processor have to do for an epoch."""
+    numbers = sum(value.numel() for value in initial(parts).values())
+    local, counts = parts.config.local, parts.data.distribution["counts"][client.index]
+    return Physics(parts.spec.cost.client(client, local), len(own_batches(parts, client, 1)), 32 * numbers, counts)
 
 
 def outcome(expected: FedIT) -> dict[str, Adapters]:
@@ -192,6 +245,7 @@ def written(parts: Parts, round_index: int) -> dict[str, Adapters]:
     whole = [path for path in folder.glob("*.safetensors") if not path.name.startswith("personal-")]
     found = {path.name.split("-")[0].removeprefix("server."): load_file(path) for path in whole}
     found["personal"] = of_clients(folder, parts)
+    found.pop("memories", None)  # what the server makes of them shows in the next round
     return {name: values for name, values in found.items() if values}
 
 

@@ -20,7 +20,8 @@ from transformers import (
 
 from fedmoe_ds.config.schema import Config
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.run_spec import check_length, check_plan, check_rotations
+from fedmoe_ds.federation.run_spec import check_plan
+from fedmoe_ds.federation.sequence_checks import check_length, check_rotations
 from fedmoe_ds.foundation.builtin.presets import PRESETS
 from fedmoe_ds.foundation.context_length import longest_sequence
 

@@ -11,7 +11,7 @@ from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_ds.aggregation.server_optimizer import MOMENTUM, VARIANCE, ServerOptimizer
+from fedmoe_ds.aggregation.server_optimizer import LARGEST, MOMENTUM, VARIANCE, ServerOptimizer
 from fedmoe_ds.config import ServerConfig
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
@@ -24,6 +24,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"optimizer": "fedavgm", "lr": 0.5, "beta1": 0.8},
     {"optimizer": "fedadam", "lr": 0.02, "beta1": 0.7, "beta2": 0.9, "tau": 1e-2},
     {"optimizer": "fedyogi", "lr": 0.02, "beta1": 0.7, "beta2": 0.9, "tau": 1e-2},
+    {"optimizer": "fedadagrad", "lr": 0.02, "beta1": 0.7, "tau": 1e-2},
+    {"optimizer": "fedams", "lr": 0.02, "beta1": 0.7, "beta2": 0.5, "tau": 1e-2},
 ]
 HEADS = {EXPERT.name: (2, EXPERTS), DENSE.name: (2,)}
 
@@ -32,7 +34,7 @@ def reference(config: ServerConfig, start: np.ndarray, means: list[np.ndarray], 
     """Algorithm 2 of Reddi et al., entry by entry, in float64."""
     found = np.empty_like(start)
     for place in np.ndindex(*start.shape):
-        x, m, v = float(start[place]), 0.0, config.tau**2
+        x, m, largest, v = float(start[place]), 0.0, 0.0, 0.0 if config.optimizer == "fedams" else config.tau**2
         for mean, here in zip(means, trained, strict=True):
             if not here[place]:
                 continue
@@ -45,9 +47,14 @@ def reference(config: ServerConfig, start: np.ndarray, means: list[np.ndarray], 
                 m = config.beta1 * m + (1 - config.beta1) * d
                 if config.optimizer == "fedadam":
                     v = config.beta2 * v + (1 - config.beta2) * d**2
+                elif config.optimizer == "fedadagrad":
+                    v = v + d**2
+                elif config.optimizer == "fedams":
+                    v = config.beta2 * v + (1 - config.beta2) * d**2
+                    largest = max(largest, v)
                 else:
                     v = v - (1 - config.beta2) * d**2 * np.sign(v - d**2)
-                step = m / (np.sqrt(v) + config.tau)
+                step = m / (np.sqrt(largest or v) + config.tau)
             x = x + config.lr * step
         found[place] = x
     return found
@@ -98,6 +105,8 @@ def test_what_nobody_trained_keeps_value_and_moments(given_settings: dict[str, A
     for name, bank in banks.items():
         moment = bank.client(EXPERT.name, 0)
         assert torch.equal(moment[1, 2], moments[name][1, 2])
+        if name == LARGEST:  # it moves only where the second moment has grown
+            continue
         assert not torch.isclose(moment[partly], moments[name][partly], rtol=1e-7, atol=0).all(), name
 
 
@@ -110,11 +119,37 @@ def test_plain_averaging_takes_the_mean_bit_by_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "names"), [("fedavgm", {MOMENTUM}), ("fedadam", {MOMENTUM, VARIANCE}), ("fedyogi", {MOMENTUM, VARIANCE})]
+    ("optimizer", "names"),
+    [
+        ("fedavgm", {MOMENTUM}),
+        ("fedadagrad", {MOMENTUM, VARIANCE}),
+        ("fedadam", {MOMENTUM, VARIANCE}),
+        ("fedyogi", {MOMENTUM, VARIANCE}),
+        ("fedams", {MOMENTUM, VARIANCE, LARGEST}),
+    ],
 )
 def test_moments_before_the_first_round(optimizer: Any, names: set[str]) -> None:
     banks: dict[str, Bank] = ServerOptimizer(ServerConfig(optimizer=optimizer, tau=0.5)).banks(SPECS, EXPERTS)
     assert set(banks) == names
     assert every(not bool(value.any()) for value in banks[MOMENTUM].values.values())
-    if VARIANCE in banks:
+    if LARGEST in banks:
+        both = [*banks[VARIANCE].values.values(), *banks[LARGEST].values.values()]
+        assert every(not bool(value.any()) for value in both), "v and vhat start at zero"
+    elif VARIANCE in banks:
         assert every(bool((value == 0.25).all()) for value in banks[VARIANCE].values.values()), "v starts at tau^2"
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), beta2=st.floats(0.0, 0.99))
+def test_the_maximum_never_falls(seed: int, beta2: float) -> None:
+    optimizer = ServerOptimizer(ServerConfig(optimizer="fedams", lr=0.01, beta2=beta2))
+    banks = optimizer.banks(SPECS, EXPERTS)
+    start, means, trained = rounds_of(EXPERT, seed)
+    value, before, fell = torch.from_numpy(start), torch.zeros(start.shape), False
+    for mean, here in zip(means, trained, strict=True):
+        second = banks[VARIANCE].client(EXPERT.name, 0).clone()
+        value = optimizer.step(EXPERT, value, torch.from_numpy(mean), torch.from_numpy(here), banks)
+        largest, variance = (banks[name].client(EXPERT.name, 0) for name in (LARGEST, VARIANCE))
+        assert bool((largest >= before).all() and (largest >= variance).all())
+        before, fell = largest.clone(), fell or bool((variance < second).any())
+    assert fell or beta2 > 0.5, "a second moment that never falls would show nothing"

@@ -24,7 +24,7 @@ from launching import Job, changed
 from torch import nn
 
 from fedmoe_ds.config import Config
-from fedmoe_ds.config.schema import FoundationConfig, PretrainConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig, PretrainConfig
 from fedmoe_ds.data import stdlib
 from fedmoe_ds.data.sources import hub
 from fedmoe_ds.distributed import long_work, signs_of_work, stop_points

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.methods import BlockSpec, ClientUpdate, ClientView, Method, MethodInfo, method_names
+from fedmoe_ds.methods import BlockSpec, ClientUpdate, ClientView, Method, MethodInfo, PlanContext, RoundPlan, method_names
 from fedmoe_ds.methods.registry import GROUP
 from fedmoe_ds.testing import MethodError, check_method, tiny_federation
 from fedmoe_ds.testing.method_check import check_functions
@@ -50,6 +50,11 @@ class TakesAnything(Named):
         exponent: float = 1.0
 
 
+class Forgets(Named):
+    def memory(self) -> dict[str, tuple[int, ...]]:
+        return {"loss": ()}
+
+
 class Nothing(Named):
     """Multiplies every gradient by zero."""
 
@@ -62,6 +67,16 @@ class Infinite(Named):
     def adjust(self, view: ClientView) -> None:
         for spec in view.blocks():
             view.grad(spec).fill_(float("inf"))
+
+
+class PlansFreely(Named):
+    """A plan out of what a process remembers: another start trains other clients."""
+
+    planned = 0
+
+    def plan(self, context: PlanContext) -> RoundPlan:
+        type(self).planned += 1
+        return RoundPlan([context.clients[(self.planned + place) % 6] for place in range(3)])
 
 
 class DrawsFreely(Named):
@@ -79,6 +94,7 @@ FUNCTIONS: list[tuple[Any, str]] = [
     (Collects, r"^Collects\.combine: is called where collects = True"),
     (Observes, r"^Observes\.observes: \('counts',\): an observer returns these"),
     (TakesAnything, r"^TakesAnything\.Params: takes a key that it does not know"),
+    (Forgets, r"^Forgets\.memory: names what `memorise` gives the values of; override both or neither"),
     (type("Bare", (Method,), {}), r"^Bare\.info: missing"),
     (dict, r"is no subclass of fedmoe_ds\.methods\.Method"),
 ]
@@ -102,6 +118,7 @@ def test_ours_are_such_methods() -> None:
     [
         (Nothing, "^training changed no figure of the evaluation"),
         (Infinite, "^round 1: the update of client-00.* was left out: non-finite"),
+        (PlansFreely, r"^with two clients in flight instead of all, the result has other bits"),
         (DrawsFreely, r"^with two clients in flight instead of all, the result has other bits \(\d+ of \d+ global adapters"),
     ],
 )
@@ -123,6 +140,17 @@ def test_a_sound_method_in_this_process(tmp_path: Path) -> None:
         check_method(tempered.Tempered, ranks=1, folder=tmp_path)
     tree = tiny_federation(tmp_path, SHORT, {"local": {"max_steps": 2}})
     assert tree["local"]["max_steps"] == 2 and tree["evaluation"]["client_sequences"] == 0
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.sweep)])
+def test_one_that_plans_its_rounds(ranks: int, tmp_path: Path) -> None:
+    import struggling
+
+    result = check_method(
+        struggling.Struggling, {"power": 4.0}, SHORT | {"federation": {"rounds": 2}}, ranks=ranks, folder=tmp_path
+    )
+    by_round = [{row["client"] for row in result.metrics("client") if row["round"] == index} for index in (1, 2)]
+    assert [len(names) for names in by_round] == [3, 3], "three of six, so that there is something to choose"
 
 
 def test_what_nobody_can_import() -> None:

@@ -6,7 +6,9 @@ import ast
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from federations import Result, make_config, run_alone, write_inputs
 
@@ -14,24 +16,22 @@ from fedmoe_ds import methods
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, method_names
+from fedmoe_ds.randomness import generator
 
-SOURCE = (Path(__file__).parent / "third_party" / "tempered.py").read_text()
-DISTRIBUTION = {
-    "METADATA": "Metadata-Version: 2.1\nName: tempered\nVersion: 0.1\n",
-    "entry_points.txt": "[fedmoe_ds.methods]\ntempered = tempered:Tempered\n",
-}
+FOLDER = Path(__file__).parent / "third_party"
+SOURCE = (FOLDER / "tempered.py").read_text()
 
 
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: str = "tempered") -> None:
     """What `pip install` leaves behind: the module, and a folder that names its entry points."""
     site = tmp_path / "site"
-    info = site / "tempered-0.1.dist-info"
+    info = site / f"{name}-0.1.dist-info"
     info.mkdir(parents=True)
-    for name, text in DISTRIBUTION.items():
-        (info / name).write_text(text)
-    (site / "tempered.py").write_text(source)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[fedmoe_ds.methods]\n{name} = {name}:{name.title()}\n")
+    (site / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(site)
-    monkeypatch.delitem(sys.modules, "tempered", raising=False)
+    monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, SOURCE)
 
 
-def run(tmp_path: Path, name: str, method: str) -> Result:
+def run(tmp_path: Path, name: str, method: str, **federation: Any) -> Result:
     """From a file, as the command does it."""
-    tree = make_config(tmp_path, name, {"federation": {"rounds": 1}}).model_dump()
+    tree = make_config(tmp_path, name, {"federation": {"rounds": 1, **federation}}).model_dump()
     path = tmp_path / f"{name}.yaml"
     path.write_text(json.dumps(tree | {"method": {"name": "fedit"}}))
     return run_alone(load_config(path, [f"method={method}"]))
@@ -57,6 +57,28 @@ def test_a_run_with_it(installed: None, tmp_path: Path) -> None:
     assert run(tmp_path, "equal", "{name: tempered, exponent: 0.0}").digest not in (half.digest, fedit.digest)
     assert "exponent: 0.5" in default.parts.config_text, "its own defaults are saved with the run"
     assert default.parts.identity["method"] == {"name": "tempered", "exponent": 0.5}
+
+
+def test_one_that_plans_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom it chooses, out of losses that it has memorised: recomputed here from what the record says of them."""
+    install(tmp_path, monkeypatch, (FOLDER / "struggling.py").read_text(), "struggling")
+    write_inputs(tmp_path)
+    rounds, count = 4, 3
+    result = run(tmp_path, "planned", "{name: struggling, power: 8.0}", rounds=rounds, participation=0.5)
+    rows = [event for event in result.events if event["event"] == "client"]
+    names = [client.name for client in result.parts.clients]
+    losses: dict[int, float] = {}
+    for index in range(1, rounds + 1):
+        usual = float(np.mean([losses[client] for client in sorted(losses)])) if losses else 1.0
+        chances = np.array([losses.get(client, usual) ** 8.0 for client in range(len(names))])
+        draw = generator(result.parts.config.seed, "struggling", index)
+        chosen = draw.choice(len(names), size=count, replace=False, p=chances / chances.sum())
+        here = [row for row in rows if row["round"] == index]
+        assert sorted(names.index(row["client"]) for row in here) == sorted(int(client) for client in chosen)
+        losses |= {names.index(row["client"]): row["loss_last"] for row in here}
+    known = {client: float(memory["loss"]) for client, memory in result.parts.state.personal.memories.items()}
+    assert known == pytest.approx(losses)
+    assert {name for name, _ in imported(FOLDER / "struggling.py")} == {"fedmoe_ds.methods"}
 
 
 def test_its_parameters_are_checked_like_everybodys(installed: None, tmp_path: Path) -> None:

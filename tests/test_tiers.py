@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from every import every
 from federations import Result, alone, finish, make_config, own_values, run_alone, write_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from test_methods_resume import StopsAfter, start
 
 from fedmoe_ds.clients.client import richest
-from fedmoe_ds.clients.tiers import tier_labels, tier_order, tier_top_k
+from fedmoe_ds.clients.tiers import Budget, tier_labels, tier_order, tier_top_k
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.evaluation_passes import passes
 from fedmoe_ds.federation.rounds import Federation
@@ -23,6 +25,7 @@ from fedmoe_ds.planner.dry_run import describe
 from fedmoe_ds.planner.flops import tier_flops
 from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.report import MetricsLog, final_table, write_report
+from fedmoe_ds.report.events import LABEL
 from fedmoe_ds.report.history import History
 from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.protocol import Expectation
@@ -55,15 +58,16 @@ EXPERTS: dict[str, Any] = {
     "execution": {"micro_batch_size": None},
 }
 
-budgets = st.tuples(*[st.integers(1, 4)] * 3)
+budgets = st.tuples(*[st.integers(1, 4)] * 4)
 
 
 @given(st.lists(budgets, min_size=1, max_size=8))
-def test_labels_name_every_budget_once_and_say_no_more_than_they_must(listed: list[tuple[int, int, int]]) -> None:
+def test_labels_name_every_budget_once_and_say_no_more_than_they_must(listed: list[Budget]) -> None:
     labels = tier_labels(listed)
     assert set(labels) == set(listed) and len(set(labels.values())) == len(labels)
     assert sorted(labels.values(), key=tier_order) == list(labels.values()), "the largest budget first"
     assert [budget for budget, _ in labels.items()] == sorted(labels, reverse=True)
+    assert every(re.match(LABEL, label) for label in labels.values()), "reports read it back"
     for budget, label in labels.items():
         alone_there = sum(other[0] == budget[0] for other in labels) == 1
         assert tier_top_k(label) == budget[0] and (label == str(budget[0])) == alone_there

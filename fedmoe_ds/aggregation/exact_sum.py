@@ -69,7 +69,7 @@ class Sum(ABC):
         """Raise the windows of `rows` (bool [*head]) by so many (int64 [*head], positive there)."""
 
     def add_product(self, value: Tensor, factor: Tensor) -> None:
-        """Add value [*head, *item] times factor, float64 [*head]; what has a factor of zero adds zero, whatever it is.
+        """Add value [*head, *item], float32 or float64, times factor, float64 [*head]; a factor of zero adds zero to all.
 
         Raises:
             ArithmeticError: a value that is not finite has a factor that is not zero. The sum is of no use then.
@@ -83,7 +83,7 @@ class Sum(ABC):
         # A power of two scales exactly, so the factor may carry it: the product rounds as it would without.
         # A row that is still empty takes zeros only; 2^-unit of EMPTY lies beyond float64.
         scale = torch.where(self.windows > EMPTY, factor * power_of_two(-_unit(self.windows)), 0.0)
-        scale = _spread(scale, value)
+        scale = spread(scale, value)
         # 0 times infinity is NaN: a client without weight must add zero whatever its value has become.
         self._take(torch.where(scale == 0.0, 0.0, value.double()), scale)
 
@@ -100,17 +100,18 @@ class Sum(ABC):
     def value(self) -> Tensor:
         """The sum in float64."""
         scaled = self.scaled()
-        return scaled * _spread(power_of_two(_unit(self.windows)), scaled)
+        return scaled * spread(power_of_two(_unit(self.windows)), scaled)
 
     def mean(self, weight: Sum, old: Tensor) -> Tensor:
-        """float32 [*head, *item]: this sum over `weight`, a sum of [*head]; `old` where that is zero."""
+        """float32 [*head, *item]: this sum over `weight`, a sum of [*head] or [*head, *item]; `old` where that is zero."""
         # Values and weights have windows of their own; their ratio needs the distance of the two alone.
         apart = torch.where(self.windows > EMPTY, weight.windows - self.windows, 0)
-        divisor = weight.scaled() * power_of_two(DIGIT_BITS * apart)
+        scaled = weight.scaled()
+        divisor = scaled * spread(power_of_two(DIGIT_BITS * apart), scaled)
         loops = loops_for(old)
         if loops is not None:
             return loops.mean(self.limbs, divisor, old)
-        divisor = _spread(divisor, old)
+        divisor = spread(divisor, old)
         return torch.where(divisor > 0, (self.scaled() / torch.where(divisor > 0, divisor, 1.0)).float(), old)
 
 
@@ -135,7 +136,7 @@ class ExactSum(Sum):
         high, low = self.limbs.unbind(0)
         kept = high[rows]
         # One window up, the high digit becomes the low one and the low one is forgotten; further up both are.
-        low[rows] = torch.where(_spread(by[rows] == 1, kept), kept, 0)
+        low[rows] = torch.where(spread(by[rows] == 1, kept), kept, 0)
         high[rows] = 0
 
 
@@ -153,7 +154,7 @@ class FloatSum(Sum):
     def _shift(self, rows: Tensor, by: Tensor) -> None:
         kept = self.limbs[0][rows]
         # Scaling by a power of two: exact unless the old sum is too small to count beside the new term.
-        self.limbs[0][rows] = (kept * _spread(power_of_two(-DIGIT_BITS * by[rows]), kept)).float()
+        self.limbs[0][rows] = (kept * spread(power_of_two(-DIGIT_BITS * by[rows]), kept)).float()
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
@@ -179,5 +180,6 @@ def _unit(windows: Tensor) -> Tensor:
     return DIGIT_BITS * windows + ORIGIN
 
 
-def _spread(head: Tensor, full: Tensor) -> Tensor:
+def spread(head: Tensor, full: Tensor) -> Tensor:
+    """What holds for a row, shaped to be broadcast over its numbers."""
     return head.view(*head.shape, *([1] * (full.dim() - head.dim())))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,8 @@ class Personal:
         self._trained, self._at_home = set[int](), set[int]()
         self._known = set[int]()
         self.files = SavedFiles(self.homes)
+        # Not a row: every rank has them all (`memories.py`).
+        self.memories = dict[int, dict[str, np.ndarray]]()
 
     def __bool__(self) -> bool:
         return bool(self.specs)

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedmoe_ds.checkpoint.manifest import Manifest
 from fedmoe_ds.distributed.stop_points import stream_sha256
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.storage.files import is_plain_name, open_plain
@@ -47,6 +48,7 @@ class Snapshot:
         metrics_position: bytes of metrics.jsonl that belong to the saved state.
         partial: present when a round was interrupted: done clients and their reports.
         utilisation: routed rows per (layer, expert) of the last finished round.
+        clock: the virtual clock of simulated devices at the end of it, or None.
     """
 
     round: int
@@ -55,59 +57,7 @@ class Snapshot:
     partial: dict[str, Any] | None = None
     utilisation: list[list[int]] | None = None
     files: dict[str, str] = field(default_factory=dict)
-
-
-def _even(rows: list[list[int]]) -> list[list[int]]:
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError("expected rows of one length")
-    return rows
-
-
-_Count = Annotated[int, Field(ge=0, lt=2**63)]  # fits int64
-_Counts = Annotated[list[list[_Count]], AfterValidator(_even)]
-"""Routed rows per (layer, expert)."""
-
-
-class _Report(BaseModel):
-    """What a client has reported of an unfinished round; it becomes an event when the round ends, which adds its own fields."""
-
-    model_config = ConfigDict(strict=True)
-
-    client: str
-    status: str
-    tokens: _Count
-    targets: _Count | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leaves_room(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (taken := {"event", "round", "time"} & given.keys()):
-            raise ValueError(f"{min(taken)}: not part of a report")
-        return given
-
-
-class _Partial(BaseModel):
-    """An unfinished round; `sums` says how they lie in their files."""
-
-    model_config = ConfigDict(strict=True)
-
-    # Keys of a JSON object are text: these become indices of clients again.
-    done: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], _Report]
-    activation: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}( [re][0-9]{1,9}){0,2}$")], _Counts]
-    seconds: Annotated[float, Field(ge=0, le=1e15)]
-
-
-class _Manifest(BaseModel):
-    """The types of a manifest's fields."""
-
-    model_config = ConfigDict(strict=True)
-
-    round: Annotated[int, Field(ge=0, le=10**6)]
-    identity: dict[str, Any]
-    metrics_position: _Count
-    partial: _Partial | None
-    utilisation: _Counts | None
-    files: dict[str, str]
+    clock: dict[str, Any] | None = None
 
 
 def folder_name(round_index: int, partial: bool) -> str:
@@ -227,12 +177,12 @@ def read_snapshot(path: Path) -> Snapshot:
             "another run name"
         )
     try:
-        _Manifest.model_validate(manifest)
+        Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _foreign(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     # The raw values go on, not the validated model: a report has more fields than `_Report` names.
-    return Snapshot(**{name: manifest[name] for name in _Manifest.model_fields})
+    return Snapshot(**{name: manifest[name] for name in Manifest.model_fields if name in manifest})
 
 
 def client_names(path: Path, files: Iterable[str]) -> list[str] | None:

@@ -15,11 +15,13 @@ import numpy as np
 from torch import Tensor
 
 from fedmoe_ds.aggregation.round_sums import RoundSums
+from fedmoe_ds.checkpoint import memories
 from fedmoe_ds.checkpoint.personal_files import BEGINNING
 from fedmoe_ds.checkpoint.personal_reader import PersonalReader
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.checkpoint.reader import CLIENTS, Snapshot, TensorReader
 from fedmoe_ds.checkpoint.writer import CheckpointWriter, Tensors
+from fedmoe_ds.devices.flight import ClockState, saved_state
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
@@ -37,12 +39,14 @@ class PartialRound:
         activation: label of a tier -> routed rows per (layer, expert).
         seconds: training time spent on it before an interruption.
         known: clients of `done` whose reports all ranks have; the others' are those of this rank alone.
+        memories: client index -> what the server knows of it when the round is over; known as `done` is.
     """
 
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
     activation: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
     known: frozenset[int] = frozenset()
+    memories: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,6 +60,7 @@ class State:
         server: the server's own state by name, shaped like the adapters: moments, control variates, merged base weights.
         utilisation_LE: routed rows per (layer, expert) over all clients of the last finished round, or None.
         partial, sums: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
+        clock: the virtual clock of simulated devices after the last finished round; that of the beginning where there are none.
     """
 
     round: int
@@ -65,6 +70,7 @@ class State:
     utilisation_LE: np.ndarray | None = None
     partial: PartialRound | None = None
     sums: RoundSums | None = None
+    clock: ClockState = field(default_factory=ClockState)
 
 
 def save(
@@ -98,6 +104,8 @@ def save(
             tensors[f"server.{name}-{tail}"] = {key: value for key, value in theirs.items() if key in changed}
         if state.sums is not None:
             tensors[f"sums-{tail}"] = dict(_sum_places(state.sums, topology, shard == 0))
+        if shard == 0:
+            tensors |= _memories(state)
     partial = None
     if state.partial is not None:
         partial = {
@@ -107,13 +115,22 @@ def save(
             "sums": SUMS_LAYOUT,
         }
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
-    snapshot = Snapshot(state.round, identity, position, partial, used)
+    # Without devices it stays as it began, and is not written.
+    clock = None if state.clock == ClockState() else saved_state(state.clock)
+    snapshot = Snapshot(state.round, identity, position, partial, used, clock=clock)
     personal, plan = state.personal.to_write()
     # Numbers of clients without their names would say nothing to whoever has the checkpoint alone.
     headers = {name: {CLIENTS: json.dumps(clients)} for name, rows in plan.write.items() if rows == [BEGINNING]}
     state.personal.files.source = writer.begin(
         snapshot, {**tensors, **personal}, {"config.yaml": config}, best, headers, plan.keep, plan.source
     )
+
+
+def _memories(state: State) -> dict[str, Tensors | Callable[[], Tensors]]:
+    """The file of what the server knows of clients, if it knows anything: before this round, and from the part that is done."""
+    known = memories.tensors(state.personal.memories, "known")
+    learnt = {} if state.partial is None else memories.tensors(state.partial.memories, "learnt")
+    return {memories.FILE: known | learnt} if known or learnt else {}
 
 
 def _counts_LE(rows: list[list[int]]) -> np.ndarray:
@@ -142,6 +159,7 @@ def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, su
         {int(index): report for index, report in snapshot.partial["done"].items()},
         activation if topology.rank == 0 else {},  # counts are summed over ranks when the round ends
         snapshot.partial["seconds"],
+        memories=memories.read(path, snapshot.files, "learnt"),
     )
     # On one cluster alone: the end of the round adds up the clusters, and a second copy would count twice.
     if topology.cluster == 0:
@@ -158,6 +176,7 @@ def read_tensors(path: Path, snapshot: Snapshot, state: State, shard: int = 0) -
         # `items` gives views, so reading into them fills the adapters themselves.
         for key, _, value in state.adapters.items(first):
             reader.read_into(key, value)
+    state.personal.memories = memories.read(path, snapshot.files, "known")
     if state.personal:
         with PersonalReader(path, snapshot.files, state.personal.homes) as own:
             state.personal.restore(own)

@@ -306,6 +306,8 @@ def _manifest(snapshot: Snapshot, sums: dict[str, str]) -> str:
         "partial": snapshot.partial,
         "utilisation": snapshot.utilisation,
         "files": sums,
+        # Absent where no devices are simulated: such manifests are what they were.
+        **({} if snapshot.clock is None else {"clock": snapshot.clock}),
     }
     return json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1, sort_keys=True)
 

@@ -1,6 +1,6 @@
 """Assignment: what a client is told to do in one round, decided by the method from the client's budget.
 
-Legend: E experts of the model, R adapter rank.
+Legend: L layers with experts, E experts of the model, N transformer layers of the model, R adapter rank.
 """
 
 from __future__ import annotations
@@ -24,20 +24,33 @@ class Assignment:
             others are zero for this client: they change neither its output nor, since A and B vanish together, its gradient.
         scale: factor on the LoRA scale alpha / rank (FSLoRA's R / r).
         rescale: fixed factor on the expert output, or None (FLAME's static rescaler).
-        allowed_E: bool mask of the experts it may route to, or None for all.
+        allowed_LE: bool, the experts that it may route to in every layer, or None for all.
+        trained_LE: bool, the experts that it trains, or None for all: rows of the others only run forward.
+        trained_N: bool, the transformer layers whose adapters it trains, or None for all.
+        samples: int64 numbers of the training samples that it uses, or None for all.
         trainable: most experts per layer that one batch may train, or None for all (HFedMoE).
+        delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
     """
 
     cap: int
     rows_R: np.ndarray | None = None
     scale: float = 1.0
     rescale: float | None = None
-    allowed_E: np.ndarray | None = None
+    allowed_LE: np.ndarray | None = None
+    trained_LE: np.ndarray | None = None
+    trained_N: np.ndarray | None = None
+    samples: np.ndarray | None = None
     trainable: int | None = None
+    delay: int | None = None
 
     def rank(self, full: int) -> int:
         """Number of LoRA rows trained."""
         return full if self.rows_R is None else int(self.rows_R.sum())
+
+    @property
+    def first_trained(self) -> int:
+        """The first layer that it trains; 0 where it trains all, or none."""
+        return 0 if self.trained_N is None else int(self.trained_N.argmax())
 
     def mask(self, spec: BlockSpec, device: torch.device) -> Tensor | None:
         """Bool, shaped to broadcast over one `item` of this block: True where the client holds it. None: everywhere."""
@@ -45,6 +58,16 @@ class Assignment:
             return None
         rows_R = torch.from_numpy(self.rows_R).to(device)
         return rows_R.unsqueeze(1) if spec.rank_axis == 0 else rows_R.unsqueeze(0)
+
+    def trains(self, spec: BlockSpec) -> np.ndarray | None:
+        """Bool, to be broadcast over [L, E] of an expert block or [L] of a dense one: what the client trains; None for all."""
+        experts_LE = self.trained_LE if spec.expert else None
+        if self.trained_N is None:
+            return experts_LE
+        # What serves the whole model belongs to no layer that could be left out.
+        layers_L = np.array([layer < 0 or bool(self.trained_N[layer]) for layer in spec.layers])
+        layers = layers_L[:, None] if spec.expert else layers_L
+        return layers if experts_LE is None else experts_LE & layers
 
 
 def leading(rank: int, full: int) -> np.ndarray | None:

@@ -17,31 +17,40 @@ from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.randomness import generator
 
 
-def step_count(client: Client, config: LocalConfig) -> int:
-    """Number of local steps in one round: as many batches as `epochs` passes over the client's data fill, rounded up."""
+def step_count(client: Client, config: LocalConfig, samples: int | None = None) -> int:
+    """Number of local steps in one round: as many batches as `epochs` passes over the client's data fill, rounded up.
+
+    `samples`: how many of its samples it uses, None for all.
+    """
     if client.steps is not None:
         return client.steps
     if config.steps is not None:
         return config.steps
     # The decimal number that the user wrote: as a float, 1.1 passes over 10 sequences would be a little more than 11.
-    passes = Fraction(str(config.epochs))
-    steps = math.ceil(passes * client.sequences / batch_size(client, config))
+    passes, count = Fraction(str(config.epochs)), client.sequences if samples is None else samples
+    steps = math.ceil(passes * count / batch_size(client, config, samples))
     return min(steps, config.max_steps) if config.max_steps is not None else steps
 
 
-def batch_size(client: Client, config: LocalConfig) -> int:
-    """Sequences per step: never more than the client has."""
-    return min(config.batch_size, client.sequences)
+def batch_size(client: Client, config: LocalConfig, samples: int | None = None) -> int:
+    """Sequences per step: never more than the client has, or uses."""
+    return min(config.batch_size, client.sequences if samples is None else samples)
 
 
-def local_batches(client: Client, config: LocalConfig, seed: int, round_index: int) -> list[np.ndarray]:
-    """Sequence indices of every step. Each pass over the data is an addressed permutation; steps run over its boundaries."""
-    size, steps = batch_size(client, config), step_count(client, config)
-    epochs = math.ceil(steps * size / client.sequences)
+def local_batches(
+    client: Client, config: LocalConfig, seed: int, round_index: int, samples: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Sequence indices of every step. Each pass over the data is an addressed permutation; steps run over its boundaries.
+
+    `samples`: the numbers of the samples that it uses, None for all.
+    """
+    count = client.sequences if samples is None else len(samples)
+    used = None if samples is None else count
+    size, steps = batch_size(client, config, used), step_count(client, config, used)
+    epochs = math.ceil(steps * size / count)
     # Addressed by (round, client, pass), no running stream: a resumed round and any other rank draw the same order.
-    order = np.concatenate(
-        [generator(seed, "batches", round_index, client.index, e).permutation(client.sequences) for e in range(epochs)]
-    )
+    order = np.concatenate([generator(seed, "batches", round_index, client.index, e).permutation(count) for e in range(epochs)])
+    order = order if samples is None else samples[order]
     return [order[s * size : (s + 1) * size] for s in range(steps)]
 
 

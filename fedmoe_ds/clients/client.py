@@ -30,6 +30,7 @@ class Client:
         cap: active experts per token that the client really uses.
         rank: LoRA rank that it trains.
         experts: experts per layer that one of its batches may train.
+        layers: layers that it trains, the last ones, where a budget buys them; None: all.
         steps: exact local steps, where they are not derived from the sequences (the pooled client of centralised training).
         rows: token rows (or images) of one epoch, which predict its cost; None: as many as targets.
         tier: what outputs call its tier, see `fedmoe_ds.clients.tiers`; clients of one tier have one budget.
@@ -47,6 +48,7 @@ class Client:
     steps: int | None = None
     tier: str = ""
     rows: int | None = None
+    layers: int | None = None
 
     @property
     def token_rows(self) -> int:
@@ -55,7 +57,7 @@ class Client:
 
     @property
     def budget(self) -> Budget:
-        return self.top_k, self.rank, self.experts
+        return self.top_k, self.rank, self.experts, self.layers or 0
 
 
 Ints = NDArray[np.int64]
@@ -105,6 +107,7 @@ class Population(Sequence[Client]):
             tier.experts,
             tier=tier.label,
             rows=int(counts["token_rows"][index]),
+            layers=tier.layers,
         )
 
     def __eq__(self, other: object) -> bool:

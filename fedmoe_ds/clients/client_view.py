@@ -29,6 +29,8 @@ class ClientView:
         slots: block kind (is it an expert block?) -> the client's slot on that kind's client axis; a kind without tensors of
             this client on this rank is absent.
         client_state: the client's personal state on this rank, by block: [L, E, *item] or [L, *item].
+        past: the adapters that a client with a delay started from, of the blocks that rounds change; None: from `start`.
+        first_expert: global id of the first expert that this rank holds.
     """
 
     client: Client
@@ -37,6 +39,8 @@ class ClientView:
     start: Bank
     slots: dict[bool, int]
     client_state: dict[str, Tensor]
+    past: Bank | None = None
+    first_expert: int = 0
 
     def blocks(self, trained: bool = True) -> Iterator[BlockSpec]:
         """The blocks that this rank holds for the client; by default those that it trains."""
@@ -59,7 +63,40 @@ class ClientView:
 
     def received(self, spec: BlockSpec) -> Tensor:
         """Same shape: what the client started the round from (rows that it does not hold are zero)."""
-        value = self.start.client(spec.name, 0)
+        # Blocks that nobody trains are the same in all rounds: the past has none of them.
+        source = self.past if self.past is not None and spec.name in self.past else self.start
+        value = source.client(spec.name, 0)
         mask = self.assignment.mask(spec, value.device)
         # What a client of lower rank never got is no part of its start: differences to it are zero in those rows.
         return value if mask is None else torch.where(mask, value, 0.0)
+
+    def clear_untrained(self) -> None:
+        """Set the gradients of what the client does not train to zero: they count in no norm."""
+        for spec, untrained in self._untrained():
+            self.grad(spec).masked_fill_(untrained, 0.0)
+
+    def restore_untrained(self) -> None:
+        """Give back their values to tensors that the client does not train: weight decay has moved them."""
+        for spec, untrained in self._untrained():
+            own = self.client_state[spec.name] if spec.personal else self.received(spec)
+            self.value(spec).copy_(torch.where(untrained, own, self.value(spec)))
+
+    def untrained(self, spec: BlockSpec) -> Tensor | None:
+        """Bool [L, 1, ...] or [L, E, 1, ...], what the client does not train; None: it trains all."""
+        trained = self.assignment.trains(spec)
+        if trained is None:
+            return None
+        value = self.value(spec)
+        if spec.expert and trained.shape[1] > 1:
+            trained = trained[:, self.first_expert : self.first_expert + value.shape[1]]
+        shape = (*trained.shape, *([1] * len(spec.item)))
+        return ~torch.from_numpy(trained).view(shape).to(value.device)
+
+    def _untrained(self) -> Iterator[tuple[BlockSpec, Tensor]]:
+        """Trained blocks of which the client trains some, and bool [L, 1, ...] or [L, E, 1, ...], what it does not."""
+        assignment = self.assignment
+        if assignment.trained_N is None and assignment.trained_LE is None:
+            return
+        for spec in self.blocks():
+            if (untrained := self.untrained(spec)) is not None:
+                yield spec, untrained

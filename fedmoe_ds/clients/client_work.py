@@ -13,6 +13,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import Address
 
 
@@ -71,6 +72,16 @@ class ClientWork:
     def rate(self, local: LocalConfig, step: int) -> float:
         """Learning rate of one of its steps."""
         return learning_rate(local, self.lr, step, len(self.batches))
+
+
+def first_trained(everyone: list[ClientWork], bank: Bank) -> int:
+    """The first layer that one of these clients trains, those of other ranks among them: no gradient is needed before it."""
+    first = min((work.assignment.first_trained for work in everyone), default=0)
+    if first == 0:
+        return 0
+    layers = [layer for spec in bank.specs.values() if spec.trained for layer in spec.layers]
+    # What serves the whole model is of layer -1: its gradient comes through all layers. A loss without any has no graph.
+    return 0 if min(layers) < 0 else min(first, max(layers))
 
 
 def read_losses(works: list[ClientWork]) -> None:

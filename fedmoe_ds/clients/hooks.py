@@ -14,6 +14,7 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.data import Sequences
+from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.pass_context import RoutingObserver
 
 ReadClient = Callable[[int], Sequences]
@@ -27,6 +28,10 @@ class TrainingData(Protocol):
     def train_lengths(self, client: int) -> NDArray[np.int64]: ...
 
 
+def _nobody_is_late(delay: int | None, round_index: int) -> None:
+    assert not delay, "a trainer with late clients must be told what they start from"
+
+
 @dataclass(frozen=True)
 class LocalTrainingHooks:
     """What the method, and a correction of client drift, prescribe; see `fedmoe_ds.methods.base` for the meaning.
@@ -38,8 +43,11 @@ class LocalTrainingHooks:
         adjust: change the gradients of a step in place, before clipping.
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
+        losses: whether every rank of a cluster is told its clients' losses.
         selective: whether some batches train only some of the experts.
         batches: sequence indices of every step of a client in a round, where they are not its own local ones (pooled data).
+        past: (delay, round) -> the global adapters that a client which is late by so many rounds starts from; None: those of
+            the round, which those that are not late start from.
     """
 
     assign: Callable[[Client, int], Assignment] = lambda client, round_index: Assignment(client.cap)
@@ -49,5 +57,7 @@ class LocalTrainingHooks:
     adjust: tuple[Callable[[ClientView], None], ...] = ()
     measure: Callable[[ClientView], dict[str, Tensor]] = lambda view: {}
     remember: tuple[Callable[[ClientView, float], dict[str, Tensor]], ...] = ()
+    losses: bool = False
     selective: bool = False
     batches: Callable[[Client, int], list[np.ndarray]] | None = None
+    past: Callable[[int | None, int], Bank | None] = _nobody_is_late

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds, pass_sizes
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
-from fedmoe_ds.clients.client_work import ClientWork, read_losses
+from fedmoe_ds.clients.client_work import ClientWork, first_trained, read_losses
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
@@ -72,8 +72,8 @@ class WaveTrainer:
         self.local, self.micro, self.seed, self.rounds, self.packing = local, micro_batch_size, seed, rounds, packing
         self.bank, self.pool, self.shard = self.execution.bank, self.execution.pool, self.execution.pool.shard
         # The global id of this rank's first expert: random rounding is addressed by it, not by the place in the bank.
-        first_expert = self.shard * self.pool.local_experts
-        self.optimizer = ClientOptimizer(self.bank, local, seed, first_expert, moments_on_host)
+        self.first_expert = self.shard * self.pool.local_experts
+        self.optimizer = ClientOptimizer(self.bank, local, seed, self.first_expert, moments_on_host)
         self.layers = layers
         self.timer = PhaseTimer()  # phases: set_up, passes, optimizer, reports
 
@@ -133,11 +133,12 @@ class WaveTrainer:
 
     def _work(self, client: Client, place: tuple[int, int], round_index: int, limits: PassLimits) -> ClientWork:
         given = self.hooks.batches
-        batches = local_batches(client, self.local, self.seed, round_index) if given is None else given(client, round_index)
+        assignment = self.hooks.assign(client, round_index)
+        own = (client, self.local, self.seed, round_index, assignment.samples)
+        batches = local_batches(*own) if given is None else given(client, round_index)
         size, packing = limits.of(client.index, self.micro), self.packing
         bounds = [pass_bounds(batch, size, packing, client.index) for batch in batches]
         sizes = [pass_sizes(*each, packing, client.index) for each in zip(batches, bounds, strict=True)]
-        assignment = self.hooks.assign(client, round_index)
         return ClientWork(client, *place, assignment, batches, bounds, sizes, round_index, self.round_rate(round_index))
 
     def _view(self, work: ClientWork, shard: int, start: Bank, personal: Callable[[int], dict[str, Tensor]]) -> ClientView:
@@ -146,7 +147,8 @@ class WaveTrainer:
             slots[False] = work.slot
         # On the CPU for all clients; here it meets tensors of the device.
         state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
-        return ClientView(work.client, work.assignment, self.bank, start, slots, state)
+        past = self.hooks.past(work.assignment.delay, work.round_index)
+        return ClientView(work.client, work.assignment, self.bank, start, slots, state, past, self.first_expert)
 
     @torch.no_grad()
     def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
@@ -160,7 +162,7 @@ class WaveTrainer:
             for spec in view.blocks(trained=False):
                 if spec.personal:
                     view.value(spec).copy_(view.client_state[spec.name])
-                elif view.assignment.rows_R is not None and spec.pair is not None:
+                elif view.past is not None or (view.assignment.rows_R is not None and spec.pair is not None):
                     view.value(spec).copy_(view.received(spec))
         self.execution.wave = self._in_training(works)
 
@@ -170,12 +172,17 @@ class WaveTrainer:
             for work in mine:
                 factors[self.pool.wave_slot(shard, work.slot)] = work.assignment.scale
         plain = all(factor == 1.0 for factor in factors)
-        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in works[self.shard]}
+        mine = works[self.shard]
+        found = {work.slot: self.hooks.observer(work.client, work.assignment) for work in mine}
+        trained = {work.slot: mask_LE for work in mine if (mask_LE := work.assignment.trained_LE) is not None}
+        # A client of another rank that trains some of its experts makes this rank take the second trip, too.
+        some = any(work.assignment.trained_LE is not None for home in works for work in home)
         return InTraining(
             {slot: observer for slot, observer in found.items() if observer is not None},
-            self.hooks.selective,
+            self.hooks.selective or some,
             None if plain else ScaleFactors(factors),
             None if plain else ScaleFactors(factors[self.pool.slots.span(self.shard)]),
+            {slot: torch.from_numpy(mask_LE).to(self.bank.device) for slot, mask_LE in trained.items()},
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
@@ -191,7 +198,7 @@ class WaveTrainer:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
         works = [work for work in everyone if work.data is not None]
         try:
-            self._run(works, step, micro, slot, counts)
+            self._run(works, step, micro, slot, counts, first_trained(everyone, self.bank))
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -200,12 +207,12 @@ class WaveTrainer:
         self.execution.current = None
         raise shortage(everyone, step, micro)
 
-    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts, first_layer: int) -> None:
         rows = [self._rows(work, step, micro) for work in works]
         batch = self.model.batch(rows)
         whole = [self._step_sums(work, step) for work in works]
         # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
-        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works))
+        found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), first_layer)
         loss = found.sum
         for work, part, own, (targets, tokens) in zip(works, rows, segment_sums(found.nll_N, batch), whole, strict=True):
             # Read at the end of the wave: every number that is read here makes the processor wait for the device.
@@ -226,9 +233,8 @@ class WaveTrainer:
     def _rows(self, work: ClientWork, step: int, micro: int) -> Rows:
         assert work.data is not None
         chosen, address = work.chosen(step, micro)
-        allowed_E = None if work.assignment.allowed_E is None else torch.from_numpy(work.assignment.allowed_E)
         images = self.model.foundation.images
-        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, allowed_E, images, address)
+        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, work.assignment.allowed_LE, images, address)
 
     def _step_sums(self, work: ClientWork, step: int) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
@@ -242,22 +248,25 @@ class WaveTrainer:
 
     def _optimize(self, step: int, round_index: int, works: list[list[ClientWork]], views: list[list[ClientView]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
-        for work, view in _flat(works, views):
-            if step < len(work.batches):
-                # Before the norms are taken: clipping acts on the corrected gradient (see `client_drift`).
-                for adjust in self.hooks.adjust:
-                    adjust(view)
+        training = [(work, view) for work, view in _flat(works, views) if step < len(work.batches)]
+        for _, view in training:
+            # Before the norms are taken: clipping acts on the corrected gradient (see `client_drift`).
+            for adjust in self.hooks.adjust:
+                adjust(view)
+            # Last: what a client does not train has no gradient, whatever a correction has made of it.
+            view.clear_untrained()
         # A collective: all ranks call it in every step, also those whose clients have finished.
         norms_C = self._global_norms() if self.local.clip is not None else None
         steps = [
             ClientStep(view.slots, step + 1, work.rate(self.local, step), (round_index, work.client.index))
-            for work, view in _flat(works, views)
-            if step < len(work.batches)
+            for work, view in training
         ]
         self.optimizer.step_all(steps, norms_C)
+        for _, view in training:
+            view.restore_untrained()
 
     def _global_norms(self) -> Tensor:
-        """Gradient norm of every wave slot over all of its adapters on all ranks, [C], summed in one fixed order."""
+        """Gradient norm of every wave slot over its adapters on all ranks, [C], summed in one fixed order."""
         size, group = self.pool.ep_size, self.pool.group
         expert_PNEC = all_gather(squared_norms(self.bank, expert=True), group, size)
         own_N1H = squared_norms(self.bank, expert=False)
@@ -276,40 +285,36 @@ class WaveTrainer:
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float
     ) -> list[ClientUpdate]:
-        gatherer = Gatherer(self.pool, self.bank.device)
-        mine = works[self.shard]
+        gatherer, mine, updates = Gatherer(self.pool, self.bank.device), works[self.shard], list[ClientUpdate]()
         counted_CN = gatherer.numbers({work.slot: (work.tokens, work.targets) for work in mine})
         counts_CLE, trained_CLE = gatherer.home(counts.routed), gatherer.home(counts.trained)
         observed = gatherer.observations({w.slot: w.observed for w in mine}, self.hooks.observes, len(self.layers))
         measured = gatherer.measures([view for home in views for view in home], self.hooks.measure)
         finite_C = gatherer.finite(self.bank, {work.slot: work.losses for work in mine})
-        updates = []
+        losses_C = gatherer.losses({work.slot: work.losses for work in mine if work.losses}) if self.hooks.losses else None
         for i, (work, view) in enumerate(_flat(works, views)):
-            place = view.slots[True]
-            updates.append(
-                ClientUpdate(
-                    work.client,
-                    place,
-                    work.home,
-                    len(work.batches),
-                    counted_CN[place][0],
-                    counts_CLE[place].numpy(),
-                    finite_C[place],
-                    (work.losses[0], work.losses[-1]) if work.losses else None,
-                    seconds,
-                    work.assignment,
-                    trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
-                    {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
-                    measured[i],
-                    self._remembered(work, view),
-                    counted_CN[place][1],
-                )
+            place, rates = view.slots[True], tuple(work.rate(self.local, step) for step in range(len(work.batches)))
+            update = ClientUpdate(
+                work.client,
+                place,
+                work.home,
+                len(work.batches),
+                counted_CN[place][0],
+                counts_CLE[place].numpy(),
+                finite_C[place],
+                (work.losses[0], work.losses[-1]) if work.losses else None,
+                seconds,
+                work.assignment,
+                trained_CLE[place].numpy() if counts.selective else counts_CLE[place].numpy(),
+                {name: sums_CLE[place].numpy() for name, sums_CLE in observed.items()},
+                measured[i],
+                {name: value for remember in self.hooks.remember for name, value in remember(view, sum(rates)).items()},
+                counted_CN[place][1],
+                rates=rates,
+                shared_losses=None if losses_C is None else losses_C[place],
             )
+            updates.append(update)
         return updates
-
-    def _remembered(self, work: ClientWork, view: ClientView) -> dict[str, Tensor]:
-        rates = sum(work.rate(self.local, step) for step in range(len(work.batches)))
-        return {name: value for remember in self.hooks.remember for name, value in remember(view, rates).items()}
 
 
 def _flat(works: list[list[ClientWork]], views: list[list[ClientView]]) -> list[tuple[ClientWork, ClientView]]:

@@ -1,7 +1,7 @@
 """Budget tiers: what a client's budget buys, and what outputs call it.
 
-A tier is called by its top-k, `4`. Where tiers of one top-k buy unequal LoRA ranks or numbers of experts, these are said too:
-`4 r2` trains two LoRA rows, `4 e8` eight experts per batch.
+A tier is called by its top-k, `4`. Where tiers of one top-k buy unequal LoRA ranks, experts or layers, these are said too:
+`4 r2` trains two LoRA rows, `4 e8` eight experts per batch, `4 l2` the last two layers.
 
 Clients come to their tiers in one of three ways: by the tiers' shares, dealt in random order; by name (`clients` of a tier);
 or by a column of the data that holds the label of their tier.
@@ -17,17 +17,18 @@ from fedmoe_ds.config import FederationConfig, TierConfig
 from fedmoe_ds.data.groups import group_name
 from fedmoe_ds.errors import UserError
 
-BudgetKind = Literal["top_k", "rank", "experts"]
-"""What a method spends a budget on: active experts per token, LoRA rank, or experts trained per batch."""
+BudgetKind = Literal["top_k", "rank", "experts", "layers"]
+"""What a method spends a budget on: active experts per token, LoRA rank, experts trained per batch, or layers trained."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The largest of what a budget can buy: the model's top-k, the adapters' rank, the experts of a layer."""
+    """The largest of what a budget can buy: the model's top-k, the adapters' rank, the experts of a layer, the layers."""
 
     top_k: int
     rank: int
     experts: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class Tier:
     experts: int
     label: str = ""
     clients: tuple[str, ...] = ()
+    layers: int | None = None
 
     @property
     def budget(self) -> Budget:
-        return self.top_k, self.rank, self.experts
+        return self.top_k, self.rank, self.experts, self.layers or 0
 
 
 def default_tiers(top_k: int) -> list[TierConfig]:
@@ -70,7 +72,7 @@ def resolve_tiers(config: FederationConfig, full: Capacity, spends: BudgetKind) 
     for i, tier in enumerate(given):
         # Refused and not cut: the run would otherwise report a budget that no client had.
         limits = (("top_k", full.top_k, "activates", "experts per token"), ("rank", full.rank, "has", "LoRA rows"),
-                  ("experts", full.experts, "has", "experts per layer"))  # fmt: skip
+                  ("experts", full.experts, "has", "experts per layer"), ("layers", full.layers, "has", "layers"))  # fmt: skip
         for key, most, verb, unit in limits:
             value = getattr(tier, key)
             if value is not None and value > most:
@@ -95,6 +97,7 @@ def _decide(tier: TierConfig, full: Capacity, spends: str) -> Tier:
         rank=rank if spends in ("rank", "both") else full.rank,
         experts=experts if spends == "experts" else full.experts,
         clients=tuple(group_name(name) or name for name in tier.clients or ()),
+        layers=(tier.layers or max(1, int(full.layers * share))) if spends == "layers" else None,
     )
 
 
@@ -123,8 +126,14 @@ def _check_dealing(config: FederationConfig) -> None:
                 raise UserError(f"federation.tiers.{i}.clients: {name}: tier {other} names it, too; leave it in one of them")
 
 
-Budget = tuple[int, int, int]
-"""(top-k, LoRA rank, experts per batch): what tells tiers apart. A larger budget compares as larger."""
+Budget = tuple[int, int, int, int]
+"""(top-k, LoRA rank, experts per batch, layers): what tells tiers apart. A larger budget compares as larger.
+
+Layers are 0 where no budget buys them."""
+
+
+_LETTERS = "rel"
+"""What a label says of LoRA rows, experts and layers; in the order of a budget."""
 
 
 def tier_labels(budgets: Iterable[Budget]) -> dict[Budget, str]:
@@ -136,7 +145,7 @@ def tier_labels(budgets: Iterable[Budget]) -> dict[Budget, str]:
 
 def _label(budget: Budget, peers: list[Budget]) -> str:
     """`peers` are the budgets of the same top-k, this one included."""
-    told = [f"{letter}{budget[i]}" for i, letter in ((1, "r"), (2, "e")) if len({peer[i] for peer in peers}) > 1]
+    told = [f"{letter}{budget[i]}" for i, letter in enumerate(_LETTERS, 1) if len({peer[i] for peer in peers}) > 1]
     return " ".join([str(budget[0]), *told])
 
 
@@ -147,4 +156,4 @@ def tier_top_k(label: str) -> int:
 
 def tier_order(label: str) -> tuple[int, ...]:
     """A key that sorts labels of one run: the largest budget first."""
-    return tuple(-int(part.lstrip("re")) for part in label.split())
+    return tuple(-int(part.lstrip(_LETTERS)) for part in label.split())

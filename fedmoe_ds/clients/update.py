@@ -7,8 +7,9 @@ cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ class ClientUpdate:
         measured: float64 [L, E] for expert blocks and [L] for dense ones, by name: what the method measured at the end.
         remembered: new values of personal memory blocks (this rank's part).
         targets: predictions that its loss was taken over, of next tokens or of classes: at most one per token row.
+        rates: learning rates of its steps.
+        shared_losses: mean loss of its first step, and of all its steps, on every rank; None unless the method asks for them.
+        plan, memory: its part of the round's plan, and what the server knew of it when the round began.
     """
 
     client: Client
@@ -57,6 +61,10 @@ class ClientUpdate:
     measured: dict[str, np.ndarray] = field(default_factory=dict)
     remembered: dict[str, Tensor] = field(default_factory=dict)
     targets: int = 0
+    rates: tuple[float, ...] = ()
+    shared_losses: tuple[float, float] | None = None
+    plan: Any = None
+    memory: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Counts:
@@ -97,6 +105,13 @@ class Gatherer:
         found: list[list[int]] = self.home(values_HN).tolist()
         return found
 
+    def losses(self, by_slot: dict[int, list[float]]) -> list[tuple[float, float]]:
+        """Losses of all steps per home slot -> (first, mean) per wave slot."""
+        values_HN = torch.zeros(self.pool.home_clients, 2, dtype=torch.float64)
+        for slot, losses in by_slot.items():
+            values_HN[slot] = torch.tensor([losses[0], math.fsum(losses) / len(losses)], dtype=torch.float64)
+        return [(first, mean) for first, mean in self.home(values_HN).tolist()]
+
     def observations(self, by_slot: dict[int, dict[str, Tensor]], names: tuple[str, ...], layers: int) -> dict[str, Tensor]:
         """Named [L, E] sums per home slot -> [C, L, E] by name."""
         if not names:
@@ -114,12 +129,13 @@ class Gatherer:
         found: list[dict[str, np.ndarray]] = []
         for view in views:
             # Expert and dense part by themselves: the first is joined over all ranks, the second exists at home alone.
-            expert = measure(ClientView(view.client, view.assignment, view.bank, view.start, {True: view.slots[True]}, {}))
+            slots = {True: view.slots[True]}
+            expert = measure(ClientView(view.client, view.assignment, view.bank, view.start, slots, {}, view.past))
             result = {name: self._join(value).numpy() for name, value in sorted(expert.items())}
             home = self.pool.slots.rank_of(view.slots[True])
             # A rank that is not the client's home, and may be that of none, takes part with numbers that are not used.
             bank, slot = (view.bank, view.slots[False]) if False in view.slots else (view.start, 0)
-            own = ClientView(view.client, view.assignment, bank, view.start, {False: slot}, {})
+            own = ClientView(view.client, view.assignment, bank, view.start, {False: slot}, {}, view.past)
             # Sorted: each name is a collective, and all ranks must come to them in one order.
             for name, value in sorted(measure(own).items()):
                 parts = all_gather(value.to(self.device), self.pool.group, self.pool.ep_size)

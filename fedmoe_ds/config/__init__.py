@@ -2,7 +2,9 @@
 
 from fedmoe_ds.config.data_section import DataConfig, PartitionConfig
 from fedmoe_ds.config.deepspeed_section import checked_deepspeed_section
+from fedmoe_ds.config.devices_section import TARGETS, DevicesConfig, ProfileConfig
 from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig, PretrainConfig
 from fedmoe_ds.config.idle import idle_keys
 from fedmoe_ds.config.loading import config_of, dump_config, load_config, with_overrides
 from fedmoe_ds.config.reference import config_schema_markdown
@@ -11,11 +13,9 @@ from fedmoe_ds.config.schema import (
     Config,
     ExecutionConfig,
     FederationConfig,
-    FoundationConfig,
     LocalConfig,
     MethodConfig,
     MoEAdapterConfig,
-    PretrainConfig,
     ServerConfig,
     TierConfig,
     TopologyConfig,
@@ -24,10 +24,12 @@ from fedmoe_ds.config.section import Section
 from fedmoe_ds.config.shipped import find_config
 
 __all__ = [
+    "TARGETS",
     "AdapterConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DevicesConfig",
     "EvaluationConfig",
     "ExecutionConfig",
     "FederationConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "MoEAdapterConfig",
     "PartitionConfig",
     "PretrainConfig",
+    "ProfileConfig",
     "Section",
     "ServerConfig",
     "TierConfig",

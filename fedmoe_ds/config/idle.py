@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fedmoe_ds.config.devices_section import TARGETS
 from fedmoe_ds.config.schema import Config
 
 
@@ -54,9 +55,27 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         # FedAvgM has momentum but no second moment.
         first = ("beta1",) if server.optimizer == "fedavg" else ()
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
+    if server.optimizer == "fedadagrad":
+        yield "server", ("beta2",), "server.optimizer is fedadagrad, which adds squares up"
     if evaluation.generations == 0:
         yield "evaluation", ("max_new_tokens",), "evaluation.generations is 0"
     if config.checkpoint.best is None:
         yield "checkpoint", ("best_split", "best_tier"), "checkpoint.best is null"
+    yield from _idle_devices(config)
     if config.data.validation is not None:
         yield "data", ("global_holdout",), "data.validation is given"
+
+
+def _idle_devices(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    devices, deadline = config.devices, ("deadline_s", "over_selection")
+    buffered = ("buffer", "concurrency", "staleness", "max_staleness")
+    if not devices.simulated:
+        keys = ("profiles", "availability", "spread", "dropout", "aggregation", *deadline, *buffered, *TARGETS)
+        yield "devices", keys, "neither devices.mix nor devices.trace is given"
+        return
+    if devices.aggregation != "deadline":
+        yield "devices", deadline, f"devices.aggregation is {devices.aggregation}"
+    if devices.aggregation != "buffered":
+        yield "devices", buffered, f"devices.aggregation is {devices.aggregation}"
+    else:
+        yield "federation", ("participation",), "devices.buffer says how many clients a round has"

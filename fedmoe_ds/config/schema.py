@@ -12,34 +12,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedmoe_ds.config.data_section import DataConfig
+from fedmoe_ds.config.devices_section import DevicesConfig
 from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig, problem_of_best
+from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.config.section import Section
-
-
-class PretrainConfig(Section):
-    """How the built-in foundation is pre-trained on the spot (ignored with `foundation.path` and smollm2-135m)."""
-
-    steps: int = Field(450, ge=0, description="optimizer steps; 0 keeps the random initialisation")
-    batch_size: int = Field(8, ge=1, description="sequences per step")
-    lr: float = Field(3e-3, gt=0, description="peak AdamW learning rate, cosine to zero")
-    threads: int = Field(1, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
-
-
-class FoundationConfig(Section):
-    """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
-
-    preset: str | None = Field("tiny-olmoe", description="built-in foundation, or smollm2-135m (fetched); ignored with `path`")
-    path: str | None = Field(None, description="Hugging Face model folder or hub id")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="storage type of the frozen weights; auto: float32 on CPU, on CUDA bfloat16 where the model's own is, "
-        "else float32; what it meant is saved with the run",
-    )
-    pretrain: PretrainConfig = PretrainConfig()
-    trust_remote_code: bool = Field(
-        False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
-    )
-    cache: str | None = Field(None, description="cache folder; default $FEDMOE_CACHE or ~/.cache/fedmoe_ds")
 
 
 class MoEAdapterConfig(Section):
@@ -129,9 +105,9 @@ class TopologyConfig(Section):
 class TierConfig(Section):
     """One budget tier: the FLOPs of `top_k` active experts per token, and the share or names of the clients under it.
 
-    FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, or on the number of experts that a batch
-    may train, take the fraction top_k / K of theirs, unless the tier says another number. Without experts (plain LoRA on a
-    dense foundation) K is 1, and tiers differ by rank.
+    FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, on the number of experts that a batch may
+    train, or on the number of layers, take the fraction top_k / K of theirs, unless the tier says another number. Without
+    experts (plain LoRA on a dense foundation) K is 1, and tiers differ by rank or by layers.
     """
 
     top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
@@ -141,6 +117,7 @@ class TierConfig(Section):
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
     experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
+    layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
 
 
 class FederationConfig(Section):
@@ -201,10 +178,10 @@ class LocalConfig(Section):
 class ServerConfig(Section):
     """What the server does with the mean of a round (Reddi et al., arXiv 2003.00295); fedavg takes it as it is."""
 
-    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
-    lr: float = Field(1.0, gt=0, description="server learning rate on mean - global; about 0.01 for fedadam and fedyogi")
+    optimizer: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"] = "fedavg"
+    lr: float = Field(1.0, gt=0, description="server learning rate on mean - global; about 0.01 for those that are adaptive")
     beta1: float = Field(0.9, ge=0, lt=1, description="momentum")
-    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi)")
+    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi, fedams)")
     tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root of the second moment")
 
 
@@ -264,6 +241,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     server: ServerConfig = ServerConfig()
     data: DataConfig = DataConfig()
+    devices: DevicesConfig = DevicesConfig()
     execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -114,6 +114,10 @@ class FederatedData:
         """{"labels": [...], "counts": [client][label]}, in units dealt to the client, its hold-out included."""
         return self._store.clients.distribution
 
+    def label_counts(self) -> NDArray[np.int64]:
+        """The same as one array, [clients, labels]."""
+        return self._store.clients.counts_CS
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -109,7 +109,7 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
             f"{where}: method {run.config.method.name} moves its products into the base model, so that its adapters alone are "
             f"nothing; {out}"
         )
-    if selection.assignment.allowed_E is not None:
+    if selection.assignment.allowed_LE is not None:
         raise UserError(
             f"{where}: method {run.config.method.name} lets tier {selection.tier} use some of the experts alone, and neither a "
             "LoRA file nor a model's configuration can say that; export another tier"

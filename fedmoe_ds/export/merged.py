@@ -76,7 +76,7 @@ def _check(request: Request) -> None:
     run, selection, method = request.run, request.selection, request.run.config.method.name
     if run.spec.method.personal_models and selection.client is None:
         raise UserError(f"--format: merged: method {method} has a model for every client and none for all; name a --client")
-    if selection.assignment.allowed_E is not None:
+    if selection.assignment.allowed_LE is not None:
         raise UserError(
             f"--tier: {selection.tier}: method {method} lets it use some of the experts alone, and no {CONFIG_FILE} can say "
             "that; export another tier"

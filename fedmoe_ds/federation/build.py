@@ -28,6 +28,7 @@ from fedmoe_ds.clients.pooled import PooledData
 from fedmoe_ds.config import Config, dump_config
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.data import prepare as prepare_data
+from fedmoe_ds.devices import read_sources
 from fedmoe_ds.distributed.long_work import LongWork
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.stop_request import StopRequest
@@ -38,11 +39,14 @@ from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.execution import adapted_model, enable_checkpointing, execution_of
 from fedmoe_ds.federation.identity import identity, memory_settings
 from fedmoe_ds.federation.kernel_identity import agreed, check_code, code_of, kernels_of
-from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
+from fedmoe_ds.federation.round_planning import RoundPlanning
+from fedmoe_ds.federation.run_spec import RunSpec, check_promise, check_start, resolve_spec
 from fedmoe_ds.federation.schedule import participants_per_round, wave_slots
+from fedmoe_ds.federation.sequence_checks import check_packed_samples
 from fedmoe_ds.federation.server import BASE, Server
 from fedmoe_ds.federation.start_source import Source
 from fedmoe_ds.federation.training_hooks import training_hooks
+from fedmoe_ds.federation.virtual_clock import VirtualClock, virtual_clock
 from fedmoe_ds.federation.warm_start import WarmStart, begin_from, locate, open_start
 from fedmoe_ds.foundation import Foundation, conversion, file_sums, host_sharing, resolve_foundation
 from fedmoe_ds.foundation.fingerprint import shared_fingerprint
@@ -61,7 +65,8 @@ class Parts:
     """Everything a `Federation` works with, on one rank.
 
     `training_data` are what rounds train on: the clients' own, or those of one client that has all where the method pools them.
-    `in_flight` are the clients that any cluster trains at once. `start` says what the adapters began as, where unusual.
+    `in_flight` are the clients that any cluster trains at once. `start` says what the adapters began as, where unusual; `clock`
+    is that of simulated devices.
     """
 
     spec: RunSpec
@@ -77,11 +82,13 @@ class Parts:
     evaluator: Evaluator
     server: Server
     state: State
+    planning: RoundPlanning
     identity: dict[str, Any]
     config_text: str
     checkpoints: Path
     skipped: SkippedClients
     start: WarmStart | None = None
+    clock: VirtualClock | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -99,8 +106,8 @@ class Parts:
         return len(self.spec.expert_layout.layers), self.spec.expert_layout.num_experts
 
     def participants(self, round_index: int) -> list[Client]:
-        """The clients of a round, in canonical order."""
-        return self.spec.participants_among(self.clients, round_index)
+        """The clients that are drawn for a round, in canonical order."""
+        return _drawn(self.spec, self.clients, self.state, self.clock, round_index)
 
     def new_sums(self, round_index: int = 1) -> RoundSums:
         """Empty sums for one round."""
@@ -119,6 +126,13 @@ class Parts:
         # Control variates and other untrained client state are means to an end, not a result.
         trained = [name for name, spec in self.state.personal.specs.items() if spec.trained]
         return {f"personal.{key}": value for key, value in self.state.personal.hashes(trained).items()}
+
+
+def _drawn(
+    spec: RunSpec, clients: Sequence[Client], state: State, clock: VirtualClock | None, round_index: int
+) -> list[Client]:
+    """The clients that are drawn for a round: of simulated devices, those that will arrive."""
+    return spec.participants_among(clients, round_index) if clock is None else clock.participants(state.clock, round_index)
 
 
 def load_parts(
@@ -141,6 +155,7 @@ def load_parts(
     before: dict[str, str] = {} if resume is None else runtime.run_on_rank0(lambda: continuation.read(Path(resume)))
     config, method = check_start(continuation.with_type(config, before), device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
+    devices = runtime.run_on_all_ranks(lambda: read_sources(config.devices))
     start, unread = runtime.run_on_rank0(lambda: locate(config.adapters.start, resume))
     foundation = load_shared_foundation(config, runtime, topology, progress, stop)
     spec = resolve_spec(config, method, device.type, foundation.outline, topology.layout.ep_size, topology.shard)
@@ -151,7 +166,8 @@ def load_parts(
     check_packed_samples(config, data.reading.get("template"))
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
     check_best_tier(config.checkpoint, tiers_of(clients))
-    parts = _assemble(spec, runtime, topology, foundation, data, clients, source, unread)
+    clock = runtime.run_on_all_ranks(lambda: virtual_clock(spec, clients, devices))
+    parts = _assemble(spec, runtime, topology, foundation, data, clients, source, unread, clock)
     parts.stop = stop
     return parts
 
@@ -202,6 +218,7 @@ def _assemble(
     clients: Population,
     source: Source | None,
     unread: str | None,
+    clock: VirtualClock | None,
 ) -> Parts:
     config, method, blocks, device = spec.config, spec.method, spec.blocks, runtime.device
     in_flight = wave_slots(spec, clients, topology.layout.clusters)
@@ -216,11 +233,15 @@ def _assemble(
     own = server.initial_state(device)
     # Before personal blocks are made: they begin as the global ones.
     begun = begin_from(source, spec, adapters, own.get(BASE), runtime, unread)
+    server.past.begin(adapters, own)
     if source is not None:
         server.load_base(own)
     state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), client_slabs(config)), own)
     state.personal.allow_peers(runtime)
-    micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients)
+    planning = RoundPlanning(
+        spec, clients, state.personal, lambda round_index: _drawn(spec, clients, state, clock, round_index), data.label_counts
+    )
+    micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients, planning, clock)
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None
     layers, rounds = spec.expert_layout.layers, config.federation.rounds
@@ -228,7 +249,8 @@ def _assemble(
     trainer = WaveTrainer(model, layers, config.local, micro, config.seed, hooks, rounds, packing, on_host)
     kernels = kernels_of(config, foundation, blocks, device, spec.bitwise)
     same = agreed(runtime.gather(kernels), topology.hosts, spec.bitwise)
-    ours = identity(config, foundation, data, same, spec.bitwise, None if begun is None else begun.digest)
+    began, trace = None if begun is None else begun.digest, None if clock is None else clock.fleet.digest
+    ours = identity(config, foundation, data, same, spec.bitwise, began, trace)
     # After kernels_of: that loads the kernels whose code is compared here.
     check_code(runtime.gather(code_of(device)), topology.hosts, spec.bitwise)
     folder = Path(config.output) / config.name
@@ -246,11 +268,13 @@ def _assemble(
         evaluator=Evaluator(spec, model, runtime, adapters, data, clients, in_flight),
         server=server,
         state=state,
+        planning=planning,
         identity=ours,
         config_text=dump_config(config),
         checkpoints=folder / "checkpoints",
         skipped=SkippedClients(folder, memory_settings(config, ours), runtime.run_on_rank0(lambda: read_skipped(folder))),
         start=begun,
+        clock=clock,
     )
 
 

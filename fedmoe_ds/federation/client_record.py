@@ -35,8 +35,8 @@ def trained(update: ClientUpdate, status: str, flops: float, personal: Personal)
     }
 
 
-def absent(client: Client) -> dict[str, Any]:
-    """What metrics say about a client that did not fit into memory."""
+def absent(client: Client, status: str = OUT_OF_MEMORY) -> dict[str, Any]:
+    """What metrics say about a client that was not trained: because it did not fit into memory, unless `status` says why."""
     nothing = {
         "steps": 0,
         "tokens": 0,
@@ -46,5 +46,5 @@ def absent(client: Client) -> dict[str, Any]:
         "active_experts": client.cap,
         "rank": None,
     }
-    rest = {"flops": 0.0, "seconds": 0.0, "status": OUT_OF_MEMORY, "rescaler": None}
+    rest = {"flops": 0.0, "seconds": 0.0, "status": status, "rescaler": None}
     return {"client": client.name, "top_k": client.top_k, "tier_label": client.tier, **nothing, **rest}

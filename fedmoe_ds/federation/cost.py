@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedmoe_ds.clients.batches import batch_size, step_count
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.foundation.size import ModelSize
 from fedmoe_ds.model.adapter_bank import BlockSpec
@@ -20,12 +21,15 @@ class CostModel:
 
     What counts is the mathematics of a step, 2 FLOPs per multiply-add: a product forward, again backward for the gradient of
     its input, and again for the gradient of its weights where these are trained (LoRA rows, whole experts, adapter experts,
-    routers). An expert that a batch does not train has no backward pass. The output matrix counts on every row. What does not
+    routers). An expert that a batch does not train has no backward pass, nor
+    have the layers before the first that a client trains. The output matrix counts on every row. What does not
     count: attention scores, the input embedding (a look-up), padding, LoRA rows that a client does not hold though kernels
     compute them, and the second forward pass of activation checkpointing.
 
     Attributes:
         dense, expert: weights outside the experts, and of one active expert in every layer.
+        head: those of `dense` that come after the last layer.
+        depth: layers of the model, with experts or without.
         dense_row, expert_row: one LoRA row (rank 1) on all dense adapters, and on one active expert in every layer.
         layers: mixture layers, over which routed rows are counted; 0 where there are no experts, and no routed rows.
         positions: token rows per token of the data (images: rows per image).
@@ -40,6 +44,8 @@ class CostModel:
     positions: int = 1
     dense_weights: float = 0.0
     expert_weights: float = 0.0
+    head: float = 0.0
+    depth: int = 1
 
     @classmethod
     def of(
@@ -59,25 +65,41 @@ class CostModel:
         # The input embedding is a look-up, no product; tied to the output matrix it is one all the same.
         dense = 2.0 * max(model.head_and_body, 1)
         dense += weights[False] if model.experts == 0 else 0.0
-        return cls(dense, expert, rows[False], rows[True], len(expert_layout.layers), positions, weights[False], weights[True])
+        head = 2.0 * model.vocabulary * model.hidden
+        layers = len(expert_layout.layers)
+        return cls(
+            dense, expert, rows[False], rows[True], layers, positions, weights[False], weights[True], head, max(model.depth, 1)
+        )
 
     def forward(self, cap: float, rank: int) -> float:
         """FLOPs of one token's forward pass with `cap` active experts and adapters of this rank."""
         return self.dense + rank * self.dense_row + cap * (self.expert + rank * self.expert_row)
 
-    def spent(self, tokens: float, routed: float, trained: float, rank: int) -> float:
+    def spent(self, tokens: float, routed: float, trained: float, rank: int, trained_layers: int | None = None) -> float:
         """FLOPs of a client's training: forward, the gradient of every activation, and that of everything trained.
 
         Args:
             tokens: token rows it trained on.
             routed, trained: (row, expert) slots over all layers that were computed, and that took part in the backward pass.
+            trained_layers: how many layers, the last ones, the backward pass goes through; None: all.
         """
         layers = max(self.layers, 1)
         forward, backward = routed / layers, trained / layers
-        # 2: forward and the gradient of the input. LoRA rows take 3: their own gradient, too.
-        dense = tokens * (2 * self.dense + self.dense_weights + 3 * rank * self.dense_row)
+        # Layers are taken to be alike; what comes before the first of them is a look-up, or little (patches of images).
+        share = 1.0 if trained_layers is None else trained_layers / self.depth
+        back = self.head + share * (self.dense - self.head)
+        # LoRA rows take three products: forward, the gradient of the input, and their own.
+        dense = tokens * (self.dense + back + share * self.dense_weights + (1 + 2 * share) * rank * self.dense_row)
         lora = rank * self.expert_row
         return dense + forward * (self.expert + lora) + backward * (self.expert + self.expert_weights + 2 * lora)
+
+    def counted(self, update: ClientUpdate, rank: int, layers: Sequence[int]) -> float:
+        """FLOPs of a client's training, counted after it; `rank` is that of the adapters, `layers` are those with experts."""
+        first = update.assignment.first_trained
+        # Rows of the layers before it were routed, and no gradient of theirs is needed: a device would not compute it.
+        trained_LE = update.trained_LE[[layer >= first for layer in layers]]
+        routed, trained = int(update.counts_LE.sum()), int(trained_LE.sum())
+        return self.spent(update.tokens, routed, trained, update.assignment.rank(rank), self.depth - first)
 
     def client(self, client: Client, local: LocalConfig) -> float:
         """Predicted FLOPs of one client in one round, all of its routed rows trained."""
@@ -86,4 +108,5 @@ class CostModel:
         per_sequence = client.token_rows / client.sequences
         tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions
         routed = tokens * client.cap * self.layers
-        return self.spent(tokens, routed, routed, client.rank)
+        trained = routed if client.layers is None else routed * client.layers / self.depth
+        return self.spent(tokens, routed, trained, client.rank, client.layers)

@@ -132,7 +132,7 @@ class Evaluator(ReceivedModel):
             if plain:
                 rows += self._tier_rows(members, how, personal, own, plain)
             else:
-                rows += self._personal_rows(members, how, personal, own)
+                rows += self._personal_rows(members, personal, own)
         return self._summed(rows)
 
     def _summed(self, rows: list[_Row]) -> list[Score]:
@@ -201,10 +201,9 @@ class Evaluator(ReceivedModel):
             rows += [_Row(members[0], "client", sums_KN[:, i : i + 1], c.name) for i, c in enumerate(owners)]
         return rows
 
-    def _personal_rows(
-        self, members: Sequence[Client], how: Assignment, personal: Personal, owners: Sequence[Client]
-    ) -> list[_Row]:
+    def _personal_rows(self, members: Sequence[Client], personal: Personal, owners: Sequence[Client]) -> list[_Row]:
         """One model per client; each is scored on the global hold-out, and on its own client's."""
+        how = self.assigned(members[0], personal, plain=False)
         shared, own = [], {}
         parts, _ = self._global_parts()
         scored = {client.index for client in owners}
@@ -212,7 +211,9 @@ class Evaluator(ReceivedModel):
         for client in members:
             last = [self.client_part(client)] if client.index in scored else []
             # Clients that were never trained have one model: the first of them speaks for all.
-            alike = personal.begins_as_all(client.index, self.own_blocks(personal))
+            alike = personal.begins_as_all(client.index, self.own_blocks(personal)) and client.index not in personal.memories
+            # What is known of one client may tell it to do what no other does.
+            how = self.assigned(client, personal, plain=False) if personal.memories else how
             spoken_KN = untrained_KN if alike else None
             first = parts if spoken_KN is None else []
             sums_KN = self._own_sums(client, personal, [*first, *last], how)

@@ -34,6 +34,7 @@ def execution_of(spec: RunSpec, topology: Topology, in_flight: int, device: torc
         z=config.local.z_loss,
         kernels=config.execution.adapter_kernels,
         dropout=AdapterDropout(config.adapters.dropout, config.seed) if config.adapters.dropout else None,
+        layers=list(spec.expert_layout.layers),
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_ds.checkpoint.reader import read_snapshot
-from fedmoe_ds.config import Config
+from fedmoe_ds.config import TARGETS, Config
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
@@ -40,8 +40,15 @@ def identity(
     kernels: Mapping[str, str],
     bitwise: bool,
     start: str | None = None,
+    trace: str | None = None,
 ) -> Identity:
-    """That of a start; `kernels` are its own (`kernels_of`), `start` is the digest of what its adapters begin as."""
+    """That of a start.
+
+    Args:
+        kernels: its own (`kernels_of`).
+        start: the digest of what its adapters begin as.
+        trace: that of a file of devices.
+    """
     known = of_settings(json.loads(config.model_dump_json()))
     # Resolved: `auto` depends on the machine, so a checkpoint must say what it meant.
     known["execution"]["reproducible"] = "bitwise" if bitwise else "fast"
@@ -51,6 +58,8 @@ def identity(
         contents["federation.tier_column"] = tree_sha256({"tiers": data.tiers})
     if start is not None:
         contents[START] = start
+    if trace is not None:
+        contents["devices.trace"] = trace
     return {**known, "kernels": dict(kernels), **contents}
 
 
@@ -78,6 +87,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
+        "devices": _devices(tree["devices"]),
     }
 
 
@@ -86,8 +96,16 @@ def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
     tiers = federation["tiers"]
     if not isinstance(tiers, list):
         return federation
-    plain = [{key: value for key, value in tier.items() if (key, value) != ("clients", None)} for tier in tiers]
+    later = (("clients", None), ("layers", None))
+    plain = [{key: value for key, value in tier.items() if (key, value) not in later} for tier in tiers]
     return {**federation, "tiers": plain}
+
+
+def _devices(devices: dict[str, Any]) -> dict[str, Any] | None:
+    """What is simulated; of a trace its digest counts, not where it lies. None: nothing, as in earlier versions."""
+    if not devices["mix"] and devices["trace"] is None:
+        return None
+    return {key: value for key, value in devices.items() if key not in ("trace", *TARGETS)}
 
 
 def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
@@ -122,8 +140,8 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     theirs = _as_kept(theirs)
     unknown, notes = list[str](), list[str]()
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
-        # A method's parameters count whole: one that only one side has is a difference.
-        if isinstance(ours[name], dict) and name != "method":
+        # A method's parameters, and devices, count whole: one that only one side has is a difference.
+        if isinstance(ours[name], dict) and name not in ("method", "devices"):
             there = theirs.get(name, {})
             unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
             # Keys that the checkpoint does not say are told, not refused.

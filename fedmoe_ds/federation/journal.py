@@ -6,7 +6,7 @@ once, or when the ranks `settle` what a round has recorded. Nothing is written a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,15 +125,29 @@ class Journal:
             self.event("limits", round=round_index, **limit_fields(limits))
             self.note(f"round {round_index}: {limit_line(limits)}")
 
-    def evaluation(self, round_index: int, rows: list[Score], plain: bool, best: str | None = None) -> None:
-        """Evaluation rows, and one progress line; `plain`: of the foundation itself; `best`: what it says of the best round."""
+    def evaluation(
+        self,
+        round_index: int,
+        rows: list[Score],
+        plain: bool,
+        best: str | None = None,
+        spent: Mapping[str, float] | None = None,
+    ) -> None:
+        """Evaluation rows, and one progress line.
+
+        Args:
+            plain: of the foundation itself.
+            best: what it says of the best round.
+            spent: virtual time and energy so far, on simulated devices.
+        """
+        so_far = spent or {}
 
         def write() -> None:
             own = [row for row in rows if row.client is not None]
             many = len(own) > MOST_LINES
             for row in rows:
                 if row.client is None or not many:
-                    self.log.write("eval", round=round_index, **_score_fields(row))
+                    self.log.write("eval", round=round_index, **_score_fields(row), **so_far)
             if many:
                 self.log.write_table("eval", round_index, (_score_fields(row) for row in own))
 
@@ -180,8 +194,12 @@ class Journal:
         timer: PhaseTimer,
         trainer: WaveTrainer,
         waves: int,
+        virtual: Mapping[str, Any] | None = None,
     ) -> None:
-        """Client, expert and round rows of a finished round; the trainer tells the phases inside its waves, and its rate."""
+        """Client, expert and round rows of a finished round; the trainer tells the phases inside its waves, and its rate.
+
+        `virtual`: what the round was on simulated devices.
+        """
         dropped = [client["client"] for client in clients if client["status"] != OK]
         reasons = sorted({client["status"] for client in clients} - {OK})
         tokens = sum(client["tokens"] for client in clients)
@@ -203,6 +221,7 @@ class Journal:
             "collectives": activity.take(),
             "waves": waves,
             "lr": trainer.round_rate(round_index),
+            **(virtual or {}),
         }
 
         def write() -> None:
@@ -223,6 +242,8 @@ class Journal:
         self._record(write)
         self._monitored(lambda: monitors.of_round(round_index, clients, fields))
         text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
+        if virtual is not None:
+            text += f"; virtual {virtual['virtual_s']:.4g} s, {virtual['joules']:.4g} J"
         if dropped:
             text += f"; left out ({', '.join(reasons)}): {', '.join(dropped[:MOST_NAMES])}"
             text += f" and {len(dropped) - MOST_NAMES} more" if len(dropped) > MOST_NAMES else ""

@@ -17,7 +17,8 @@ from fedmoe_ds.data import FederatedData
 from fedmoe_ds.data import prepare as prepare_data
 from fedmoe_ds.distributed.stop_points import run_waiting, stop_point
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
+from fedmoe_ds.federation.run_spec import RunSpec, check_promise, check_start, resolve_spec
+from fedmoe_ds.federation.sequence_checks import check_packed_samples
 from fedmoe_ds.foundation import file_sums, host_sharing, resolve_foundation
 from fedmoe_ds.foundation.fingerprint import fingerprint_of, unnamed_files
 from fedmoe_ds.foundation.foundation import cache_folder, open_skeleton

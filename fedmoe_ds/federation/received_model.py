@@ -39,8 +39,10 @@ class ReceivedModel:
         """What a client is told in evaluation; `plain`: all LoRA rows and no rescaler, as before the first round."""
         dense = [name for name, spec in personal.specs.items() if not spec.expert]
         ((_, own),) = personal.visit([member.index], dense)
-        how = self.method.assign(member, RoundContext(0, own))
-        return how if not plain else replace(how, rows_R=None, rescale=None)
+        # A tier's model is nobody's own: what is known of one of its clients says nothing about it.
+        known = personal.memories.get(member.index, {}) if self.method.personal_models else {}
+        how = self.method.assign(member, RoundContext(0, own, memory={} if plain else known))
+        return how if not plain else replace(how, rows_R=None, rescale=None, allowed_LE=None)
 
     def load_mean(self, members: Sequence[Client], personal: Personal, plain: bool = False) -> None:
         """Set the bank's personal blocks to their mean over clients. Collective, as are `load_own` and `assigned`."""
@@ -85,5 +87,5 @@ class ReceivedModel:
         all-to-alls."""
         images = self.model.foundation.images
         # Rows of their own for every part: in bitwise mode each is attended to at its own length, whoever is beside it.
-        rows = [Rows.of(0, how.cap, part, range(len(part)), images=images) for part in parts]
+        rows = [Rows.of(0, how.cap, part, range(len(part)), how.allowed_LE, images) for part in parts]
         return self.model.forward(self.model.batch(rows), 0, None if how.rescale is None else [how.rescale])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedmoe_ds.checkpoint import state
 from fedmoe_ds.checkpoint.reader import Snapshot, read_snapshot
+from fedmoe_ds.devices.flight import state_of
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.identity import GONE, START, check_identity, check_no_effect
@@ -40,6 +41,8 @@ def restore(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     snapshot, notes = open_snapshot(path, parts)
     # Before the first tensor is read: a failure afterwards would leave the state half restored.
     _check_progress(path, snapshot, parts)
+    # Who takes part in the round follows from it, and with them the room that sums need.
+    parts.state.clock = state_of(snapshot.clock)
     try:
         state.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
         # Merged weights are the server's state, but the model computes with its own copy of them.

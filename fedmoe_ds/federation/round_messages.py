@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedmoe_ds.checkpoint.memories import decoded, encoded
+
 if TYPE_CHECKING:
     from fedmoe_ds.aggregation.round_sums import RoundSums
     from fedmoe_ds.checkpoint.state import PartialRound
@@ -26,12 +28,16 @@ def meet(parts: Parts, partial: PartialRound) -> bool:
     """
     # What an earlier start has left is on every rank: told again, it would travel as often as there are ranks.
     mine = {str(index): report for index, report in partial.done.items() if index not in partial.known}
-    told = parts.runtime.gather([parts.stop.requested, parts.skipped.news, mine])
-    partial.done |= {int(index): report for _, _, done in told for index, report in done.items()}
+    learnt = {str(i): encoded(memory) for i, memory in partial.memories.items() if i not in partial.known}
+    told = parts.runtime.gather([parts.stop.requested, parts.skipped.news, mine, *([learnt] if learnt else [])])
+    partial.done |= {int(index): report for _, _, done, *_ in told for index, report in done.items()}
     partial.known = frozenset(partial.done)
-    for _, findings, _ in told:
+    shapes = parts.spec.method.memory()
+    for _, findings, _, *learnt_there in told:
         parts.skipped.learn(findings)
-    return any(stopped for stopped, _, _ in told)
+        for theirs in learnt_there:
+            partial.memories |= {int(index): decoded(memory, shapes) for index, memory in theirs.items()}
+    return any(stopped for stopped, *_ in told)
 
 
 def share_counts(parts: Parts, partial: PartialRound, sums: RoundSums) -> dict[str, int]:

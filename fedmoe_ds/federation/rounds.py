@@ -18,6 +18,7 @@ import torch
 from fedmoe_ds.aggregation.postprocessors import OK, Postprocessor, keep_out_non_finite, postprocess
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.checkpoint.digest import global_digest
+from fedmoe_ds.checkpoint.memories import checked
 from fedmoe_ds.checkpoint.state import PartialRound
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
@@ -30,10 +31,13 @@ from fedmoe_ds.errors import LostError
 from fedmoe_ds.federation import client_record
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
+from fedmoe_ds.federation.planned_spending import settle_planned
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
 from fedmoe_ds.federation.round_messages import meet, share_counts, stop_agreed, stop_requested_here
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import for_next_start, make_room
+from fedmoe_ds.federation.virtual_clock import Settled, spent_fields
+from fedmoe_ds.methods import MeanContext
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Round:
         clients: who is trained, by cluster.
         busiest: how many waves the cluster with most of them has.
         weighted: by block, in how many tensors of all ranks the weights do not sum to zero (after `share_counts`).
+        settled: what it was on simulated devices, once it has ended; None without any.
     """
 
     index: int
@@ -65,6 +70,7 @@ class _Round:
     clients: list[list[int]] = field(default_factory=list)
     busiest: int = 0
     weighted: dict[str, int] = field(default_factory=dict)
+    settled: Settled | None = None
 
     @cached_property
     def places(self) -> dict[int, int]:
@@ -157,7 +163,7 @@ class Federation:
     def _sample(self, round_index: int) -> _Round:
         """The round's clients. Those that an earlier start finished, or that a start found no memory for, are done."""
         parts = self.parts
-        chosen = parts.participants(round_index)
+        chosen = list(parts.planning.of(round_index).participants)
         partial = self.state.partial or PartialRound()
         sums = self.state.sums or parts.new_sums(round_index)
         # A checkpoint within the round must not take these for those of a round that begins.
@@ -227,19 +233,25 @@ class Federation:
         """Postprocess one update, fold it into the sums, keep what its client remembers, and book its row of metrics."""
         parts, partial, shard = self.parts, work.partial, self.parts.topology.shard
         at_home = update.home == shard
+        update.plan = parts.planning.part(update.client.index, work.index)
+        update.memory = parts.planning.memory(update.client.index)
         status = postprocess(self.postprocessors, view, update)
         if status == OK:
             parts.server.fold(work.sums, work.places[update.client.index], view, update)
             self._remember(view, update, at_home)
+            if at_home and (shapes := parts.spec.method.memory()):
+                known = checked(parts.config.method.name, shapes, parts.spec.method.memorise(update))
+                partial.memories[update.client.index] = known
         # Counts have been added up within the cluster: one of its ranks speaks for all.
         if shard == 0:
             tier = partial.activation.setdefault(update.client.tier, np.zeros_like(update.counts_LE))
             tier += update.counts_LE
         if at_home:
             rank = update.assignment.rank(parts.config.adapters.rank)
-            routed, trained = int(update.counts_LE.sum()), int(update.trained_LE.sum())
-            spent = parts.spec.cost.spent(update.tokens, routed, trained, rank)
-            partial.done[update.client.index] = client_record.trained(update, status, spent, self.state.personal)
+            spent = parts.spec.cost.counted(update, parts.config.adapters.rank, parts.spec.expert_layout.layers)
+            report = client_record.trained(update, status, spent, self.state.personal)
+            sent = {} if parts.clock is None else parts.clock.traffic.fields(update.assignment, rank)
+            partial.done[update.client.index] = report | sent
 
     def _remember(self, view: ClientView, update: ClientUpdate, at_home: bool) -> None:
         """Store the client's personal blocks, its control variates, and (at home) what the method wants to know of it again."""
@@ -263,13 +275,24 @@ class Federation:
         """Make the next global state of the sums."""
         parts, partial = self.parts, work.partial
         self._tell_averaged(work)
-        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index)
+        arrives = parts.spec.method.after_mean(MeanContext(work.index, partial.memories))
+        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, arrives)
         self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
+        self.state.personal.memories |= partial.memories
+        if parts.clock is not None:
+            work.settled = parts.clock.settle(self.state.clock, work.index, partial.done)
+            self.state.clock = work.settled.state
+        elif parts.spec.method.accounts:
+            work.settled = settle_planned(self.state.clock, parts.planning.of(work.index).spending, partial.done)
+            self.state.clock = work.settled.state
         self.state.round = work.index
 
     def _report(self, work: _Round) -> None:
+        settled, virtual = work.settled, None
         done = [work.partial.done[client.index] for client in work.chosen]
-        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest)
+        if settled is not None:
+            done, virtual = settled.rows, settled.fields
+        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest, virtual)
 
     def _tell_averaged(self, work: _Round) -> None:
         """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""
@@ -286,7 +309,9 @@ class Federation:
         plain = round_index == 0 and parts.start is None
         due = config.clients_every > 0 and round_index % config.clients_every == 0
         rows = parts.evaluator.scores(self.state.personal, config.client_sequences > 0 and (ends or due), plain)
-        self.journal.evaluation(round_index, rows, plain, self.checkpoints.see(round_index, rows))
+        timed = parts.clock is not None or parts.spec.method.accounts
+        spent = spent_fields(self.state.clock) if timed else None
+        self.journal.evaluation(round_index, rows, plain, self.checkpoints.see(round_index, rows), spent)
         if ends:
             self.journal.generations(round_index, parts.evaluator.generations(self.state.personal, plain))
 

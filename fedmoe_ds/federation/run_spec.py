@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.pooled import pooled_client
@@ -17,20 +16,19 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.cost import CostModel
+from fedmoe_ds.federation.device_check import check_devices
 from fedmoe_ds.federation.no_experts import as_meant, named
-from fedmoe_ds.federation.sampling import participants
+from fedmoe_ds.federation.sampling import buffered, draw, participants
+from fedmoe_ds.federation.sequence_checks import check_length, check_packing, check_rotations
 from fedmoe_ds.federation.task_metrics import check_task_metrics
 from fedmoe_ds.foundation import planned_sparse, planned_task
-from fedmoe_ds.foundation.context_length import longest_alone, longest_sequence
-from fedmoe_ds.foundation.dense import type_task
-from fedmoe_ds.foundation.families import packs
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.foundation.storage_type import of_type, resolved
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
-from fedmoe_ds.methods.base import check_needs
+from fedmoe_ds.methods.requirements import check_needs
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, empty_layout, hosted_layout
 from fedmoe_ds.model.install import adapter_blocks
@@ -85,8 +83,11 @@ class RunSpec:
 
     def drawn_among(self, clients: Sequence[Client], round_index: int) -> list[Client]:
         """The clients that are drawn for a round, in canonical order."""
-        federation = self.config.federation
-        return participants(clients, federation.participation, self.config.seed, round_index, federation.sampling)
+        federation, seed = self.config.federation, self.config.seed
+        if (buffer := buffered(self.config, len(clients))) is not None:
+            # As many as arrive; who they are the virtual clock knows.
+            return [clients[place] for place in draw(clients, buffer, seed, (round_index,), federation.sampling)]
+        return participants(clients, federation.participation, seed, round_index, federation.sampling)
 
     def participants_among(self, clients: Sequence[Client], round_index: int) -> list[Client]:
         """Who trains in a round: the clients that are drawn, or the one that has the data of all."""
@@ -132,6 +133,7 @@ def check_start(config: Config, device: str) -> tuple[Config, Method]:
     config = with_defaults(config, method)
     # After the method's own defaults: what is checked is what will run.
     check_plan(config, is_bitwise(config, device))
+    check_devices(config, method)
     return config, method
 
 
@@ -153,13 +155,12 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     if is_bitwise(config, device):
         check_widths(expert_layout)
     # Before check and blocks: both are answered from these facts.
-    method.facts = facts_of(config, expert_layout)
-    method.check(method.facts)
-    tiers = resolve_tiers(
-        config.federation, Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts), method.spends
-    )
-    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler))
     size = model_size(model.model, model.layers)
+    method.facts = facts_of(config, expert_layout, size.depth)
+    method.check(method.facts)
+    full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth)
+    tiers = resolve_tiers(config.federation, full, method.spends)
+    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler))
     return RunSpec(
         config=config,
         method=method,
@@ -194,7 +195,7 @@ def check_model(config: Config, model: Outline, device: str) -> None:
     check_rotations(config, model.model.config, is_bitwise(config, device))
 
 
-def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:
+def facts_of(config: Config, expert_layout: ExpertLayout, depth: int) -> ModelFacts:
     """What methods may ask about the model."""
     return ModelFacts(
         expert_layout.top_k,
@@ -203,6 +204,8 @@ def facts_of(config: Config, expert_layout: ExpertLayout) -> ModelFacts:
         config.seed,
         expert_layout.renormalised,
         tuple(expert_layout.layers),
+        config.local,
+        depth,
     )
 
 
@@ -233,53 +236,6 @@ def check_plan(config: Config, bitwise: bool) -> None:
         raise UserError(
             f"adapters.moe.width: {moe.width}: bitwise mode needs a multiple of {ROW} (rows start on 16 bytes); change it, or "
             "use execution.reproducible=fast"
-        )
-
-
-def check_length(config: Config, model: Any) -> None:
-    """The model has a position for every token of a sequence. `model` is its transformers configuration, None if unknown yet.
-
-    Raises UserError.
-    """
-    longest = longest_sequence(model)
-    if longest is not None and config.data.sequence_length > longest:
-        raise UserError(
-            f"data.sequence_length: {config.data.sequence_length}: the foundation "
-            f"({config.foundation.path or config.foundation.preset}) has {longest} positions; use at most {longest}"
-        )
-
-
-def check_rotations(config: Config, model: Any, bitwise: bool) -> None:
-    """In bitwise mode no client's rotary embeddings depend on another's length. Raises UserError."""
-    longest = longest_alone(model) if bitwise else None
-    if longest is not None and config.data.sequence_length > longest:
-        raise UserError(
-            f"data.sequence_length: {config.data.sequence_length}: beyond {longest} positions the foundation's rotary "
-            f"embeddings depend on the longest sequence of a pass, so bits would depend on neighbours; use at most {longest}, "
-            "or execution.reproducible=fast"
-        )
-
-
-def check_packing(config: Config, model: Any) -> None:
-    """Samples can be packed, and are not already. `model` is its transformers configuration, None if unknown yet.
-
-    Raises UserError.
-    """
-    if not config.execution.packing:
-        return
-    if model is not None and not packs(model.model_type):
-        text = type_task(model.model_type) == "causal_lm"
-        why = "in some of its layers tokens meet outside plain attention" if text else "images need no padding"
-        raise UserError(f"execution.packing: true: the foundation is a '{model.model_type}' model: {why}; use false")
-    check_packed_samples(config, config.data.template)
-
-
-def check_packed_samples(config: Config, template: str | None) -> None:
-    """Samples of this template can be packed. Raises UserError; with data.template=auto only the data tell the template."""
-    if config.execution.packing and template == "text":
-        raise UserError(
-            "execution.packing: true: documents (data.template=text) are cut into full sequences already, so nothing would be "
-            "saved; use false"
         )
 
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedmoe_ds.clients.client import Client, counts_of, top_k_of
+from fedmoe_ds.config import Config
 from fedmoe_ds.randomness import generator
 
 
 def participant_count(clients: int, participation: float) -> int:
     """Clients drawn per round."""
     return max(1, round(participation * clients))
+
+
+def buffered(config: Config, clients: int) -> int | None:
+    """Updates of a server step, where they arrive one by one; None where rounds draw their clients."""
+    devices = config.devices
+    return min(devices.buffer, clients) if devices.simulated and devices.aggregation == "buffered" else None
 
 
 def participants(
@@ -26,10 +34,29 @@ def participants(
     """
     # A count and not one coin per client: the schedule and the planner rely on its size.
     count = participant_count(len(clients), participation)
-    chances = None
-    if sampling != "uniform":
-        mass = (counts_of(clients, "samples") if sampling == "size" else top_k_of(clients)).astype(np.float64)
-        chances = mass / mass.sum()
-    chosen = generator(seed, "participants", round_index).choice(len(clients), size=count, replace=False, p=chances)
     # Canonical order: a client's place here is its place among the collected factors.
-    return [clients[i] for i in sorted(chosen.tolist())]
+    return [clients[i] for i in draw(clients, count, seed, (round_index,), sampling)]
+
+
+def draw(
+    clients: Sequence[Client],
+    count: int,
+    seed: int,
+    address: tuple[int, ...],
+    sampling: str = "uniform",
+    among: Sequence[int] | None = None,
+) -> list[int]:
+    """The places of `count` clients, in order; `among`: the places of those that may be drawn, None for all."""
+    chances, total = None, len(clients) if among is None else len(among)
+    if sampling != "uniform":
+        mass = masses(clients, sampling) if among is None else masses(clients, sampling)[list(among)]
+        chances = mass / mass.sum()
+    chosen = sorted(generator(seed, "participants", *address).choice(total, size=count, replace=False, p=chances).tolist())
+    return chosen if among is None else [among[place] for place in chosen]
+
+
+def masses(clients: Sequence[Client], sampling: str) -> NDArray[np.float64]:
+    """What clients are drawn in proportion to."""
+    if sampling == "uniform":
+        return np.ones(len(clients))
+    return (counts_of(clients, "samples") if sampling == "size" else top_k_of(clients)).astype(np.float64)

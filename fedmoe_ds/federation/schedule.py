@@ -15,7 +15,7 @@ from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.sampling import participant_count
+from fedmoe_ds.federation.sampling import buffered, participant_count
 from fedmoe_ds.model.client_slots import home_of
 
 LOOKED_AHEAD = 100_000
@@ -24,6 +24,8 @@ LOOKED_AHEAD = 100_000
 
 def participants_per_round(spec: RunSpec, clients: int) -> int:
     """Clients that train in a round; one where the method pools the data of all."""
+    if (buffer := buffered(spec.config, clients)) is not None:
+        return buffer
     return participant_count(1 if spec.method.pooled else clients, spec.config.federation.participation)
 
 

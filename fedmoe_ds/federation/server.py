@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.aggregation.exact_sum import MOST_TERMS
+from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.aggregation.server_optimizer import ServerOptimizer
 from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
+from fedmoe_ds.devices.buffer import staleness
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.federation.sampling import participant_count
+from fedmoe_ds.federation.sampling import buffered, participant_count
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.methods import TensorRule
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, base_block, control_block, lora_pairs, shared_blocks
 from fedmoe_ds.model.install import base_weights, drawn_a
 
@@ -32,7 +36,7 @@ CONTROL, BASE = "control", "base"
 def check_terms(spec: RunSpec, clients: int) -> None:
     """Raises UserError where a round of so many clients adds up more of them than exact sums have room for."""
     share = spec.config.federation.participation
-    drawn = participant_count(clients, share)
+    drawn = buffered(spec.config, clients) or participant_count(clients, share)
     # Pooled data are one client's, however many are drawn.
     if spec.bitwise and not spec.method.pooled and drawn > MOST_TERMS:
         # Rounded down: the number that is named must be one that is taken.
@@ -59,7 +63,7 @@ class Server:
         check_terms(spec, len(clients))
         # Over all clients, not those of a round: fixed weights, of which only the ratio counts in a mean.
         self.total_samples = int(counts_of(clients, "samples").sum())
-        self.optimizer = ServerOptimizer(self.config.server)
+        self.optimizer, self.past = ServerOptimizer(self.config.server), PastAdapters(most_delay(spec))
         self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
 
     @property
@@ -69,7 +73,7 @@ class Server:
     def initial_state(self, device: torch.device) -> dict[str, Bank]:
         """The server's own state before the first round."""
         shared = shared_blocks(self.blocks)
-        banks = self.optimizer.banks(shared, self.experts, device)
+        banks = self.optimizer.banks(shared, self.experts, device) | self.past.banks(shared, self.experts, device)
         if self.scaffold:
             banks[CONTROL] = Bank(shared, self.experts, clients=1, device=device, with_grad=False)
         if self.method.absorbs:
@@ -84,7 +88,7 @@ class Server:
     def new_sums(self, participants: int, device: torch.device) -> RoundSums:
         """Empty sums for one round."""
         return RoundSums(self.blocks, self.experts, self.exact, participants if self.method.collects else None,
-                         self.scaffold, device)  # fmt: skip
+                         self.scaffold, device, self.method.weighing)  # fmt: skip
 
     @torch.no_grad()
     def fold(self, sums: RoundSums, place: int, view: ClientView, update: ClientUpdate) -> None:
@@ -93,31 +97,61 @@ class Server:
         # Weights are per global expert; the sums of this rank are about its own experts.
         held = slice(self.first_expert, self.first_expert + self.experts)
         for spec in shared_blocks(view.blocks()):
-            weight = self.method.weights(spec, update, share)
-            part = weight[:, held] if spec.expert else weight
-            sums.add(place, spec, self._contribution(view, spec), part)
+            weights = self.method.weightings(spec, update, share)
+            parts = [weight[:, held] if spec.expert else weight for weight in weights]
+            tallies = self._tallies(spec, update, share)
+            elements = self.method.element_weights(spec, view, update) if self.method.weighing.elements else None
+            sums.add(place, spec, self._contribution(view, spec), parts, tallies, elements)
             if self.scaffold:
                 # The server's c moves by 1 / N of every change, N being all clients, drawn or not (SCAFFOLD, algorithm 1).
                 change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]
-                sums.add_control(spec, change, np.full(part.shape, 1.0 / len(self.clients)))
+                sums.add_control(spec, change, np.full(parts[0].shape, 1.0 / len(self.clients)))
+
+    def _tallies(self, spec: BlockSpec, update: ClientUpdate, share: float) -> dict[str, np.ndarray]:
+        if not self.method.weighing.tallies:
+            return {}
+        held = slice(self.first_expert, self.first_expert + self.experts)
+        found = self.method.tally(spec, update, share)
+        return {name: value[:, held] if spec.expert else value for name, value in found.items()}
 
     def _contribution(self, view: ClientView, spec: BlockSpec) -> Tensor:
-        mask = view.assignment.mask(spec, view.value(spec).device)
+        # An update that comes late by device time counts less, by the method's weights as much as any: FedBuff's sum over the
+        # buffer of s(tau) times the change, divided by their weights and not by those times s(tau).
+        factor = staleness(self.config.devices, view.assignment.delay or 0)
+        if self.method.weighing.changes:
+            # Rows that the client does not hold are zero in both: no change.
+            change = view.value(spec) - view.received(spec)
+            return change if factor == 1.0 else (factor * change.double()).float()
+        mask, value = view.assignment.mask(spec, view.value(spec).device), view.value(spec)
+        if view.past is not None:
+            # The change since its own start, on the present adapters: it does not pull the mean back to where it started.
+            # In float64 and rounded once; where the client changed nothing, the present bits.
+            now = view.start.client(spec.name, 0).double()
+            change = value.double() - view.received(spec).double()
+            moved = (now + (change if factor == 1.0 else factor * change)).float()
+            value = moved if mask is None else torch.where(mask, moved, value)
         if mask is None or self.method.missing_rows == "zero":
-            return view.value(spec)
+            return value
         # Rows that the client does not hold count as unchanged, so they do not pull the mean to zero.
-        return torch.where(mask, view.value(spec), view.start.client(spec.name, 0))
+        return torch.where(mask, value, view.start.client(spec.name, 0))
 
     @torch.no_grad()
-    def step(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int) -> None:
-        """Replace the global adapters (and the server's own state) by those of the next round."""
+    def step(
+        self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], round_index: int, arrives: TensorRule | None = None
+    ) -> None:
+        """Replace the global adapters (and the server's own state) by those of the next round.
+
+        `arrives`: what becomes of the mean on its way to the server (`Method.after_mean`); None: nothing.
+        """
         # Clones: the steps below overwrite the adapters that they are computed from.
         old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
-        means = sums.statistics.average(adapters)
+        self.past.keep(old, round_index, own)
+        means = sums.average(adapters, self.method.factor)
+        if arrives is not None:
+            _let_arrive(means, sums.statistics, arrives, self.first_expert)
         for spec in sums.statistics.specs:
             # Where no client had weight there is no mean; a momentum step there would move untrained experts.
-            trained = sums.statistics.weight(spec.name) > 0
-            new = self.optimizer.step(spec, old[spec.name], means[spec.name], trained, own)
+            new = self.optimizer.step(spec, old[spec.name], means[spec.name], sums.trained(spec.name), own)
             adapters.client(spec.name, 0).copy_(new)
         if sums.collection is not None:
             self._combine(sums, adapters, own, old, round_index)
@@ -151,6 +185,16 @@ class Server:
         weights = base_weights(self.foundation, self.first_expert)
         for key, _, value in own[BASE].items(self.first_expert):
             weights[key].copy_(value)
+
+
+def _let_arrive(means: dict[str, Tensor], statistics: Statistics, arrives: TensorRule, first_expert: int) -> None:
+    """Pass every adapter tensor of which there is a mean through the rule, by its canonical name."""
+    for spec in statistics.specs:
+        for place in (statistics.weight(spec.name) > 0).nonzero().tolist():
+            # Global experts: the rule must not know who holds them.
+            expert = first_expert + place[1] if spec.expert else None
+            value = means[spec.name][tuple(place)]
+            value.copy_(arrives(spec.key(spec.layers[place[0]], expert), value))
 
 
 def _move_controls(changes: Statistics, control: Bank) -> None:

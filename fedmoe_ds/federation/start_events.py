@@ -40,7 +40,8 @@ def start_line(parts: Parts) -> str:
     mode = "bitwise" if parts.spec.bitwise else "fast"
     return (
         f"{layout.world_size} ranks ({launch.launcher}, {parts.runtime.device.type}) = {layout.clusters} clusters x ep_size "
-        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_trained(parts)}{_without_effect(config)}"
+        f"{layout.ep_size}; {len(parts.clients)} clients; {mode}{products}{_trained(parts)}{_devices(parts)}"
+        f"{_without_effect(config)}"
     )
 
 
@@ -81,6 +82,16 @@ def _trained(parts: Parts) -> str:
     return f"; LoRA of rank {config.adapters.rank} on {', '.join(config.adapters.projections)} (no experts{equal})"
 
 
+def _devices(parts: Parts) -> str:
+    """What is simulated, where anything is."""
+    if parts.clock is None:
+        return ""
+    facts = parts.clock.facts()
+    counts = [f"{count} {name}" for name, count in list(facts["profiles"].items())[:5]]
+    more = f" and {len(facts['profiles']) - 5} more kinds" if len(facts["profiles"]) > 5 else ""
+    return f"; devices: {', '.join(counts)}{more}, {facts['aggregation']}"
+
+
 def _without_effect(config: Config) -> str:
     idle = idle_keys(config)
     return f"; without effect: {', '.join(idle)}" if idle else ""
@@ -113,6 +124,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "foundation_code": foundation.code,
         "foundation_converted": conversion.told(foundation.path),
         **({"start": parts.start.facts} if parts.start is not None else {}),
+        **({"devices": parts.clock.facts()} if parts.clock is not None else {}),
         "seed": config.seed,
         "reproducible": "bitwise" if parts.spec.bitwise else "fast",
         "versions": versions(),
@@ -135,7 +147,8 @@ def budgets(parts: Parts) -> list[dict[str, Any]]:
     """What the clients of every tier have to spend, the largest tier first."""
     return [
         {"tier_label": tier, "top_k": members[0].top_k, "active_experts": members[0].cap, "rank": members[0].rank,
-         "experts": members[0].experts, "clients": len(members)}
+         "experts": members[0].experts, "clients": len(members),
+         **({} if members[0].layers is None else {"layers": members[0].layers})}
         for tier, members in tiers_of(parts.clients).items()
     ]  # fmt: skip
 

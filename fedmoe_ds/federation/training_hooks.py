@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
+from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.checkpoint.state import State
+from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.hooks import LocalTrainingHooks
 from fedmoe_ds.clients.pooled import pooled_batches
+from fedmoe_ds.federation.most_delay import most_delay
+from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.server import CONTROL
+from fedmoe_ds.federation.virtual_clock import VirtualClock
 from fedmoe_ds.methods import Method, RoundContext
 from fedmoe_ds.methods.client_drift import FedProx, Scaffold
 
 
-def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> LocalTrainingHooks:
+def training_hooks(
+    spec: RunSpec, state: State, clients: Sequence[Client], planning: RoundPlanning, clock: VirtualClock | None = None
+) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
-    method, local, seed = spec.method, spec.config.local, spec.config.seed
+    method, local, seed, past = spec.method, spec.config.local, spec.config.seed, PastAdapters(most_delay(spec))
 
     def context(client: Client, round_index: int) -> RoundContext:
-        return RoundContext(round_index, state.personal.dense(client.index), state.utilisation_LE)
+        own, told = state.personal.dense(client.index), planning.part(client.index, round_index)
+        return RoundContext(round_index, own, state.utilisation_LE, told, planning.memory(client.index))
+
+    def assign(client: Client, round_index: int) -> Assignment:
+        assignment = method.assign(client, context(client, round_index))
+        late = None if clock is None else clock.delay(state.clock, round_index, client.index)
+        return assignment if late is None else replace(assignment, delay=late)
 
     def pooled(client: Client, round_index: int) -> list[np.ndarray]:
         return pooled_batches(clients, spec.drawn_among(clients, round_index), local, seed, round_index)
@@ -34,13 +50,18 @@ def training_hooks(spec: RunSpec, state: State, clients: Sequence[Client]) -> Lo
     }[local.drift]
     # A method that does not override it is left out, so that no wave pays for an empty call in every step.
     adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
+    remembers: list[Callable[[ClientView, float], dict[str, Tensor]]] = [drift.remember] if isinstance(drift, Scaffold) else []
+    if type(method).remember_blocks is not Method.remember_blocks:
+        remembers.insert(0, lambda view, rates: method.remember_blocks(view))
     return LocalTrainingHooks(
-        assign=lambda client, round_index: method.assign(client, context(client, round_index)),
+        assign=assign,
         observer=lambda client, assignment: method.observer(client, assignment, context(client, state.round + 1)),
         observes=method.observes,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         measure=method.measure,
-        remember=(drift.remember,) if isinstance(drift, Scaffold) else (),
+        remember=tuple(remembers),
+        losses=method.weighs_losses,
         selective=method.selective,
         batches=pooled if method.pooled else None,
+        past=lambda delay, round_index: past.of(delay, round_index, state.server),
     )

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 
-from fedmoe_ds.config.schema import FoundationConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.data import ImageInput, Task
 from fedmoe_ds.distributed.stop_points import run_waiting
 from fedmoe_ds.errors import UserError

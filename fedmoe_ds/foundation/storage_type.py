@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds.config.schema import FoundationConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.foundation.meta_model import read_config
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

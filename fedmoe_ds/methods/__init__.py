@@ -5,11 +5,13 @@ name and meaning within a minor version, wherever in the package it moves.
 """
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
+from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import (
     Combined,
@@ -17,12 +19,12 @@ from fedmoe_ds.methods.base import (
     MethodInfo,
     MethodParams,
     ModelFacts,
-    RoundContext,
     present,
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.methods.round_plan import Load, MeanContext, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
+from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
@@ -33,6 +35,7 @@ from fedmoe_ds.randomness import generator
 __all__ = [
     "RESCALER",
     "Assignment",
+    "Band",
     "BlockSpec",
     "Client",
     "ClientUpdate",
@@ -40,22 +43,37 @@ __all__ = [
     "Combined",
     "Config",
     "FactorPair",
+    "Load",
+    "MeanContext",
     "Method",
     "MethodInfo",
     "MethodParams",
     "ModelFacts",
+    "PlanContext",
     "RoundContext",
+    "RoundPlan",
     "Routing",
     "RoutingObserver",
+    "Spending",
+    "TensorRule",
     "UserError",
+    "Weighing",
     "balance_loss",
+    "computing_joules",
+    "counts_of",
+    "distances",
+    "fading",
     "generator",
     "leading",
     "load_method",
     "method_for",
     "method_names",
+    "path_gain",
     "present",
     "product_norms",
+    "remembered_block",
+    "shared_blocks",
     "upload",
+    "watts",
     "with_defaults",
 ]

@@ -2,11 +2,18 @@
 
 Legend: L layers, E experts of the model, R adapter rank.
 
-    assign(client)          what a client does: active experts, LoRA rows, expert mask       before local training
+    plan(context)           who takes part, and what each is told                            before a round
+    assign(client)          what a client does: active experts, LoRA rows, expert masks      before local training
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
+    memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
+    weightings(update)      its weights under several weightings (with `weighing.shares`)
+    tally(update)           further numbers of it that are summed (with `weighing.tallies`)
+    element_weights(view)   weights of single elements (with `weighing.elements`)
+    factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
+    after_mean(context)     what becomes of the mean before the server's step
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
 The defaults are FedAvg on everything that is trained. A method never touches a process group and the expert pool never knows
@@ -15,7 +22,7 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,13 +31,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
+from fedmoe_ds.aggregation.weighing import MEAN, Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
-from fedmoe_ds.config import Config, ServerConfig
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.config import Config, LocalConfig
+from fedmoe_ds.methods.round_plan import MeanContext, PlanContext, RoundContext, RoundPlan, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
@@ -61,7 +69,7 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model and the run."""
+    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all."""
 
     top_k: int
     num_experts: int
@@ -69,21 +77,8 @@ class ModelFacts:
     seed: int
     renormalised: bool = False
     layers: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class RoundContext:
-    """What is known when a client is told what to do.
-
-    Attributes:
-        round: from 1; 0 stands for the evaluation of the client's tier.
-        client_state: the client's dense personal state, [L, *item] by block.
-        utilisation_LE: routed rows over all clients of the last round, or None.
-    """
-
-    round: int
-    client_state: dict[str, Tensor]
-    utilisation_LE: np.ndarray | None = None
+    local: LocalConfig = field(default_factory=LocalConfig)
+    depth: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,12 @@ class Method:
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
         averages: whether anything is averaged at all.
+        accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
+        most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
+        weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
+        weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
@@ -123,17 +122,21 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the three below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the four below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     selective: bool = False
     whole_steps: bool = False
+    weighing: Weighing = MEAN
+    weighs_losses: ClassVar[bool] = False
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
+    accounts: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
+    most_delay: int = 0  # may be set from the parameters, too
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -163,7 +166,20 @@ class Method:
         """
         return 1.0 if spec.name == RESCALER else None
 
+    def memory(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the numbers that the server knows of every client that has been trained: few, float64, on every
+        rank and in every checkpoint. What is large, or must not leave the client, is `client_state`."""
+        return {}
+
     # Before and during local training
+
+    def plan(self, context: PlanContext) -> RoundPlan:
+        """Who takes part in a round, and what each of them is told: a pure function of what every rank knows.
+
+        At most as many clients as were drawn, each once; `dataclasses.replace(client, steps=K)` gives one K local steps. A
+        method that keeps this one costs nothing here.
+        """
+        return RoundPlan(context.drawn)
 
     def assign(self, client: Client, context: RoundContext) -> Assignment:
         """What the client does in this round."""
@@ -187,111 +203,53 @@ class Method:
         """New values of dense memory blocks, from the client's update."""
         return {}
 
+    def remember_blocks(self, view: ClientView) -> dict[str, Tensor]:
+        """New values of `client_state` blocks that are shaped like trained ones, where the tensors are (this rank's part)."""
+        return {}
+
+    def memorise(self, update: ClientUpdate) -> dict[str, np.ndarray]:
+        """All numbers of `memory` about the client, at its home; `update.memory` has those of before, if there are any.
+
+        They count from the next round on.
+        """
+        return {}
+
     # Aggregation
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """The client's weight in the mean of a block: float64 [L, E] or [L]. `data_share` = |D_i| / sum_j |D_j|."""
         # The same for all experts, used or not: FedAvg. The mean divides by the sum of weights, so a share need not sum to one.
         shape = update.counts_LE.shape if spec.expert else (len(spec.layers),)
-        return np.full(shape, data_share)
+        trained = update.assignment.trains(spec)
+        # What a client was told not to train is as it received it, which says nothing about its data.
+        return np.full(shape, data_share) if trained is None else np.full(shape, data_share) * trained
+
+    def weightings(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> list[np.ndarray]:
+        """The client's weight under each of several weightings, one per `weighing.shares`; by default `weights` alone."""
+        return [self.weights(spec, update, data_share)]
+
+    def tally(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> dict[str, np.ndarray]:
+        """The numbers that `weighing.tallies` names: float64 [L, E] or [L] each, not negative."""
+        raise NotImplementedError
+
+    def element_weights(self, spec: BlockSpec, view: ClientView, update: ClientUpdate) -> Tensor:
+        """Weights of a block's elements, float32, not negative, where the tensors are (this rank's part of the block)."""
+        raise NotImplementedError
+
+    def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:
+        """What the sum of a block's weighted changes is multiplied by, from the sums of its tallies, [L, E] or [L] each."""
+        return 1.0
+
+    def after_mean(self, context: MeanContext) -> TensorRule | None:
+        """What becomes of a round's mean, tensor by tensor, before the server's step; None: nothing, and it costs nothing.
+
+        The rule knows a tensor by its canonical name, with layer and global expert: whoever holds it must do the same.
+        """
+        return None
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
         raise NotImplementedError
-
-
-def check_needs(method: Method, name: str, config: Config) -> None:
-    """The refusals that follow from a method's attributes. Raises UserError, one line each."""
-    adapters, server = config.adapters, config.server
-    if "lora" in method.needs and adapters.experts and adapters.expert_training != "lora":
-        raise UserError(
-            f"adapters.expert_training: {adapters.expert_training}: method {name} works on LoRA pairs; "
-            "use adapters.expert_training=lora"
-        )
-    # Adapter experts (`adapters.moe`) are no LoRA pairs; projections may still bring some.
-    if "lora" in method.needs and not adapters.projections and (not adapters.experts or adapters.moe is not None):
-        raise UserError(
-            f"adapters.attention: []: method {name} works on LoRA pairs and there would be none; name attention projections"
-        )
-    if "experts" in method.needs and not adapters.experts:
-        raise UserError(f"adapters.experts: false: method {name} works on expert adapters; use adapters.experts=true")
-    if "router" in method.needs and adapters.router != "train" and adapters.moe is None:
-        raise UserError(
-            f"adapters.router: {adapters.router}: method {name} aggregates trained routers; use adapters.router=train"
-        )
-    _check_ranks(method, name, config)
-    _check_micro_batches(method, name, config)
-    # Server optimizers step along mean - global: without a mean there is nothing to step along.
-    if method.collects or method.pooled or not method.averages:
-        refuse_server_step(name, server)
-    if config.local.drift == "scaffold" and (method.collects or method.pooled):
-        raise UserError(
-            f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "
-            "variates of the last round do not apply; use none or fedprox"
-        )
-
-
-def _check_micro_batches(method: Method, name: str, config: Config) -> None:
-    """Micro-batches promise the same mathematics; what is no mean over the rows of a step cannot be added up from them."""
-    micro, step = config.execution.micro_batch_size, config.local.batch_size
-    # One micro-batch per step is the whole step.
-    if micro is None or micro >= step:
-        return
-    owners = [f"method {name}"] * method.whole_steps + ["local.balance_loss"] * (config.local.balance_loss > 0)
-    if owners:
-        raise UserError(
-            f"execution.micro_batch_size: {micro}: {owners[0]} weighs the routing of a whole step of {step} sequences; "
-            "use null, and execution.activation_checkpointing=true or a smaller local.batch_size where memory is short"
-        )
-
-
-def check_idle(params: MethodParams, config: Config) -> None:
-    """Raise UserError where a parameter is set and does nothing."""
-    for key, why in params.idle(config).items():
-        value, default = getattr(params, key), type(params).model_fields[key].default
-        # Compared with the default and not with what the user wrote: a run saves all keys, and its own file must resume.
-        if value != default:
-            raise UserError(f"method.{key}: {value}: has no effect {why}; drop the key")
-
-
-def refuse_server_step(name: str, server: ServerConfig) -> None:
-    """Raise UserError unless the server takes what the method gives it."""
-    if server.optimizer != "fedavg":
-        raise UserError(
-            f"server.optimizer: {server.optimizer}: method {name} has no mean of adapters whose change could be a gradient; "
-            "use fedavg"
-        )
-    if server.lr != 1.0:
-        raise UserError(f"server.lr: {server.lr}: method {name} replaces the adapters, there is no step; use 1.0")
-
-
-def _check_ranks(method: Method, name: str, config: Config) -> None:
-    bought = method.spends if config.federation.budget == "method" else config.federation.budget
-    for i, tier in enumerate(config.federation.tiers or []):
-        # A key without effect is refused: the tier's label would promise a budget that no client spends.
-        if tier.experts is not None and bought != "experts":
-            raise UserError(
-                f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts per batch; drop the "
-                "key, or use hfedmoe with federation.budget=method"
-            )
-        if tier.rank is not None and method.unequal_ranks and bought not in ("rank", "both"):
-            raise UserError(
-                f"federation.tiers.{i}.rank: {tier.rank}: here a budget buys {bought}, not LoRA rows; drop the key, or use "
-                "federation.budget=rank"
-            )
-    if method.unequal_ranks:
-        return
-    if config.federation.budget in ("rank", "both"):
-        raise UserError(
-            f"federation.budget: {config.federation.budget}: method {name} needs equal ranks on all clients; use top_k, or a "
-            "method for unequal ranks (hetlora, flexlora, flora, fslora)"
-        )
-    for i, tier in enumerate(config.federation.tiers or []):
-        if tier.rank is not None:
-            raise UserError(
-                f"federation.tiers.{i}.rank: {tier.rank}: method {name} needs equal ranks on all clients; drop the key, or use "
-                "a method for unequal ranks (hetlora, flexlora, flora, fslora)"
-            )
 
 
 def present(spec: BlockSpec, update: ClientUpdate) -> np.ndarray:

@@ -61,6 +61,7 @@ class Scaffold:
 
 
 def _held(view: ClientView, spec: BlockSpec, value: Tensor) -> Tensor:
-    """Zero in the LoRA rows that the client does not hold."""
-    mask = view.assignment.mask(spec, value.device)
-    return value if mask is None else torch.where(mask, value, 0.0)
+    """Zero in the LoRA rows that the client does not hold, and in layers and experts that it does not train."""
+    mask, untrained = view.assignment.mask(spec, value.device), view.untrained(spec)
+    value = value if mask is None else torch.where(mask, value, 0.0)
+    return value if untrained is None else torch.where(untrained, 0.0, value)

@@ -32,7 +32,7 @@ _COMBINATIONS = """\
 | key | choice |
 |---|---|
 | `local.drift` | `fedprox`; `scaffold` (plain SGD only) |
-| `server.optimizer` | `fedavg`, `fedavgm`, `fedadam`, `fedyogi` |
+| `server.optimizer` | `fedavg`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fedams` |
 | `federation.sampling` | `uniform`, `size`, `budget` |
 | `federation.budget` | what a tier buys |
 | `adapters.attention`, `adapters.router` | LoRA on attention; trained routers |
@@ -43,7 +43,8 @@ round, unequal ranks where A and B are averaged element by element, `hfedmoe` wi
 model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or `local.balance_loss`.
 
 What it costs: `flexlora`, `flora` and `lora-fair` keep the factors of all participants of a round on every rank that holds the
-adapter; `fedsa-lora`, `local-only` and `scaffold` keep personal blocks of every client that was trained, each in one cluster.
+adapter; `fedsa-lora`, `local-only`, `ewwa-fl` and `scaffold` keep personal blocks of every client that was trained, each in one
+cluster. The sums of `ewwa-fl` are twice those of a mean.
 """
 _ADDING = '''\
 ## Adding a method
@@ -89,8 +90,61 @@ tempered = "tempered:Tempered"
 `method: {name: tempered, exponent: 0.25}` then runs it: same waves, topologies, checkpoints, reports. The other functions that
 a method may override, and what they may assume, are listed at the top of `fedmoe_ds/methods/base.py`.
 
+### Planning a round
+
+What a method knows of its clients from round to round, and uses to plan the next one, is `memory` (names and shapes of a few
+float64 numbers), `memorise` (their values after a client's training) and `plan` (who takes part, and what each is told). Every
+rank has the memories and computes the plan alike; they are in checkpoints. This one draws clients by their last loss:
+
+```python
+"""Loss-guided selection: clients whose last training loss was high are drawn more often. A method outside the package."""
+
+import numpy as np
+from pydantic import Field
+
+from fedmoe_ds.methods import ClientUpdate, Method, MethodInfo, MethodParams, PlanContext, RoundPlan, generator
+
+
+class StrugglingParams(MethodParams):
+    power: float = Field(1.0, ge=0, le=8, description="chances in proportion to loss^power; 0: all alike")
+
+
+class Struggling(Method):
+    Params = StrugglingParams
+    info = MethodInfo(
+        title="Struggling",
+        paper="example",
+        adapts="active experts k",
+        trains="LoRA A and B",
+        sends="A, B, its loss",
+        weighs="data size",
+        completion="all of it",
+    )
+
+    def memory(self) -> dict[str, tuple[int, ...]]:
+        return {"loss": ()}
+
+    def memorise(self, update: ClientUpdate) -> dict[str, np.ndarray]:
+        assert update.losses is not None, "the home rank knows them, and this is called there"
+        return {"loss": np.array(update.losses[1])}
+
+    def plan(self, context: PlanContext) -> RoundPlan:
+        known = {index: float(memory["loss"]) for index, memory in sorted(context.memories.items())}
+        # Who was never trained counts as the mean of the others.
+        usual = float(np.mean(list(known.values()))) if known else 1.0
+        chances = np.array([known.get(client.index, usual) ** self.params.power for client in context.clients])
+        # Addressed by the round: every rank draws the same, and a resumed round the same again.
+        draw = generator(self.facts.seed, "struggling", context.round)
+        chosen = draw.choice(len(chances), size=len(context.drawn), replace=False, p=chances / chances.sum())
+        return RoundPlan([context.clients[int(place)] for place in chosen])
+```
+
+What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
+and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
+experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses.
+
 A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.
-`fedmoe_ds.testing.check_method` tries it on a tiny federation: [python.md](python.md#a-method-of-your-own).
+`fedmoe_ds.testing.check_method` tries one on a tiny federation: [python.md](python.md#a-method-of-your-own).
 
 '''
 
@@ -119,12 +173,13 @@ def _table(found: dict[str, type[Method]]) -> str:
     lines = ["| `method.name` | adapts to the budget | trains | sends | weighs | paper | our completion |", "|---" * 7 + "|"]
     for name, method in sorted(found.items()):
         info = method.info
-        cells = (f"`{name}`", info.adapts, info.trains, info.sends, info.weighs, _paper(info.paper), info.completion)
+        cells = (f"`{name}`", info.adapts, info.trains, info.sends, info.weighs, paper_link(info.paper), info.completion)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _paper(paper: str) -> str:
+def paper_link(paper: str) -> str:
+    """The paper, and a link to it where it has a number."""
     number = paper.removeprefix("arXiv ")
     return f"[{paper}](https://arxiv.org/abs/{number})" if number != paper else paper
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from inspect import signature
 
 from pydantic import ValidationError
 
 from fedmoe_ds.config import Config, MethodConfig
 from fedmoe_ds.errors import UserError, nearest
-from fedmoe_ds.methods.base import Method, check_idle, check_needs
+from fedmoe_ds.methods.base import Method
+from fedmoe_ds.methods.requirements import check_idle, check_needs
 
 GROUP = "fedmoe_ds.methods"
 _RENAMED = {"watch": "observer", "memory": "client_state", "card": "info"}
@@ -56,9 +58,14 @@ def _method_class(name: str) -> type[Method]:
         raise UserError(f"method.name: {name}: {found[name].value} is no subclass of fedmoe_ds.methods.Method")
     # Asked before the class is used: a method written for an older version is refused and not run with half of its rules.
     for old, new in _RENAMED.items():
-        if hasattr(method, old):
+        if hasattr(method, old) and not _is_ours(method, old):
             raise UserError(f"method.name: {name}: {found[name].value} defines `{old}`, which is called `{new}` now; rename it")
     return method
+
+
+def _is_ours(method: type[Method], name: str) -> bool:
+    """Whether a former name means something else now, and the method uses it so: `memory` took blocks once, now nothing."""
+    return hasattr(Method, name) and len(signature(getattr(method, name)).parameters) == 1
 
 
 def method_for(config: Config) -> Method:

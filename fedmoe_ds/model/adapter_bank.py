@@ -22,10 +22,15 @@ def base_block(a: BlockSpec, b: BlockSpec) -> BlockSpec:
     return BlockSpec(f"{a.pair}.base", a.layers, (b.item[0], a.item[1]), expert=a.expert, trained=False)
 
 
+def remembered_block(spec: BlockSpec, word: str) -> BlockSpec:
+    """Where a client remembers something of the shape of a block that it trains; `word` says what."""
+    head, _, tail = spec.name.partition(".")
+    return replace(spec, name=f"{head}.{word}.{tail}" if tail else f"{head}.{word}", personal=True, trained=False)
+
+
 def control_block(spec: BlockSpec) -> BlockSpec:
     """Where a client remembers its control variate of a block."""
-    head, _, tail = spec.name.partition(".")
-    return replace(spec, name=f"{head}.control.{tail}" if tail else f"{head}.control", personal=True, trained=False)
+    return remembered_block(spec, "control")
 
 
 def shared_blocks(specs: Iterable[BlockSpec]) -> list[BlockSpec]:

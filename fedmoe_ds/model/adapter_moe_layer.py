@@ -53,8 +53,8 @@ class AdapterMoELayer(nn.Module):
         run, bank = self.execution.running(), self.execution.bank
         # A dense model has no router to freeze, so this one is always in the bank and always trained.
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
-        logits_TE = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments).flatten(0, -2)
-        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, run.allowed_TE, run.demands)
+        logits_TE = client_linear(hidden_BSD, self.execution.anchor_of(self.layer), weight, grad, run.segments).flatten(0, -2)
+        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, *self.execution.asked(self.layer))
         record_routing(self.execution, self.layer, routing, logits_TE)
         at_experts = send_routed(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing)
         # The frozen block needs no row of another rank: it is computed while routed rows travel.

@@ -1,7 +1,7 @@
 """Batch: what a pass runs on, stacked and padded, with its targets: token sequences, or images with their classes.
 
 Legend: B sequences or images, S positions (of an image: the class token and its patches), T = B * S rows as the blocks see
-them, C channels, H height, W width, N targets, E experts.
+them, C channels, H height, W width, N targets, L layers with experts, E experts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmoe_ds.data import ImageInput, Sequences
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_dropout import Address, Drawn
+from fedmoe_ds.model.expert_masks import ExpertMasks, counts_of, stacked
 from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Demand
 from fedmoe_ds.model.upload import upload
@@ -35,7 +36,7 @@ class Rows:
     cap: int
     input_ids: list[np.ndarray]
     loss_mask: list[np.ndarray]
-    allowed_E: Tensor | None = None
+    allowed_LE: np.ndarray | None = None
     pixels: np.ndarray | None = None  # float32 [B, C, H, W]
     labels: np.ndarray | None = None  # int64 [B]
     positions: int = 1
@@ -48,7 +49,7 @@ class Rows:
         cap: int,
         data: Sequences,
         chosen: Iterable[int],
-        allowed_E: Tensor | None = None,
+        allowed_LE: np.ndarray | None = None,
         images: ImageInput | None = None,
         drawn_at: Address | None = None,
     ) -> Rows:
@@ -56,7 +57,7 @@ class Rows:
         part = data.select(chosen)
         assert (part.labels is None) == (images is None), "data and foundation are checked to be of one task"
         positions = 1 if images is None else images.positions
-        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_E, part.pixels, part.labels, positions, drawn_at)
+        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_LE, part.pixels, part.labels, positions, drawn_at)
 
     def __len__(self) -> int:
         return len(self.input_ids) if self.labels is None else len(self.labels)
@@ -95,7 +96,7 @@ class Batch:
     slot_T: Tensor
     cap_T: Tensor
     valid_T: Tensor
-    allowed_TE: Tensor | None
+    masks: ExpertMasks | None
     predict_N: Tensor  # int64 rows of the T whose hidden states predict a target (the next token, or the image's class)
     labels_N: Tensor  # those targets, in row order
     targets: list[int]  # per segment
@@ -109,9 +110,7 @@ class Batch:
         return hidden_BSD.flatten(0, 1).index_select(0, self.predict_N)
 
 
-def make_batch(
-    rows: list[Rows], num_experts: int, device: torch.device, images: ImageInput | None = None, packing: bool = False
-) -> Batch:
+def make_batch(rows: list[Rows], device: torch.device, images: ImageInput | None = None, packing: bool = False) -> Batch:
     """Stack the rows of several clients; with none, a single padding token stands in, so that an idle rank still takes part.
 
     Args:
@@ -120,11 +119,11 @@ def make_batch(
     """
     # The stand-in has nothing to pack.
     if packing and rows:
-        return _pack_text(rows, num_experts, device)
-    return _stack_text(rows, num_experts, device) if images is None else _stack_images(rows, num_experts, device, images)
+        return _pack_text(rows, device)
+    return _stack_text(rows, device) if images is None else _stack_images(rows, device, images)
 
 
-def _stack_text(rows: list[Rows], num_experts: int, device: torch.device) -> Batch:
+def _stack_text(rows: list[Rows], device: torch.device) -> Batch:
     ids = [seq for part in rows for seq in part.input_ids]
     masks = [mask for part in rows for mask in part.loss_mask]
     shape = (max(len(ids), 1), max((len(seq) for seq in ids), default=1))
@@ -137,20 +136,20 @@ def _stack_text(rows: list[Rows], num_experts: int, device: torch.device) -> Bat
         predict[b, : len(seq) - 1] = mask[1:]
     # Sequence by sequence, then by position: the order of `predict` flattened.
     labels = np.concatenate([seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)] or [np.zeros(0, np.int64)])
-    return _batch(rows, num_experts, device, input_ids, valid, predict, labels, None)
+    return _batch(rows, device, input_ids, valid, predict, labels, None)
 
 
-def _pack_text(rows: list[Rows], num_experts: int, device: torch.device) -> Batch:
+def _pack_text(rows: list[Rows], device: torch.device) -> Batch:
     ids = [seq for part in rows for seq in part.input_ids]
     masks = [mask for part in rows for mask in part.loss_mask]
     # As in `_stack_text`, sample by sample: a sample's last hidden state predicts nothing, not the token after it.
     predict = np.concatenate([np.append(mask[1:], False) for mask in masks])[:, None]
     labels = np.concatenate([seq[1:][mask[1:]] for seq, mask in zip(ids, masks, strict=True)])
     input_ids, packed = np.concatenate(ids)[:, None], PackedSamples.of([len(seq) for seq in ids], device)
-    return _batch(rows, num_experts, device, input_ids, np.ones_like(predict), predict, labels, None, packed)
+    return _batch(rows, device, input_ids, np.ones_like(predict), predict, labels, None, packed)
 
 
-def _stack_images(rows: list[Rows], num_experts: int, device: torch.device, images: ImageInput) -> Batch:
+def _stack_images(rows: list[Rows], device: torch.device, images: ImageInput) -> Batch:
     pixels = [part.pixels for part in rows if part.pixels is not None]
     labels = [part.labels for part in rows if part.labels is not None]
     assert len(pixels) == len(labels) == len(rows), "text in a pass of an image classifier"
@@ -162,12 +161,11 @@ def _stack_images(rows: list[Rows], num_experts: int, device: torch.device, imag
     predict[:, CLASS_TOKEN] = bool(rows)
     no_ids = np.zeros((len(pixels_BCHW), 0), dtype=np.int64)
     labels_N = np.concatenate(labels or [np.zeros(0, np.int64)])
-    return _batch(rows, num_experts, device, no_ids, valid, predict, labels_N, pixels_BCHW)
+    return _batch(rows, device, no_ids, valid, predict, labels_N, pixels_BCHW)
 
 
 def _batch(
     rows: list[Rows],
-    num_experts: int,
     device: torch.device,
     input_ids: np.ndarray,
     valid: np.ndarray,
@@ -180,25 +178,18 @@ def _batch(
     segments, slot, cap = _segments(rows, counts, valid.shape)
     # Where the mask is True and not the mask itself: to index by a mask, the host has to ask the device how many there are.
     arrays = [input_ids, slot, cap, valid.reshape(-1), predict.reshape(-1).nonzero()[0], labels]
-    allowed = _allowed(rows, [count * valid.shape[1] for count in counts], num_experts)
-    tensors = upload(arrays + [array for array in (allowed, pixels_BCHW) if array is not None], device)
+    masks = [part.allowed_LE for part in rows]
+    allowed = stacked(masks)
+    # The mask is that of the client, and each row says which one is its own.
+    masked = [] if allowed is None else [allowed, np.repeat(np.arange(len(rows)), [n * valid.shape[1] for n in counts])]
+    tensors = upload(arrays + masked + [array for array in (pixels_BCHW,) if array is not None], device)
     pixels = None if pixels_BCHW is None else tensors.pop()
-    allowed_TE = None if allowed is None else tensors.pop()
-    ids, slot_T, cap_T, valid_T, predict_N, labels_N = tensors
-    demands = [Demand(part.tokens, part.cap, None if part.allowed_E is None else int(part.allowed_E.sum())) for part in rows]
+    allowing = ExpertMasks(*tensors[6:], counts_of(masks)) if masked else None
+    ids, slot_T, cap_T, valid_T, predict_N, labels_N = tensors[:6]
+    demands = [Demand(part.tokens, part.cap) for part in rows]
     targets = [part.targets for part in rows]
-    own = (slot_T, cap_T, valid_T, allowed_TE, predict_N, labels_N)
+    own = (slot_T, cap_T, valid_T, allowing, predict_N, labels_N)
     return Batch(ids, segments, *own, targets, demands, pixels, packed, _drawn(rows))
-
-
-def _allowed(rows: list[Rows], counts: list[int], num_experts: int) -> np.ndarray | None:
-    """bool [T, E] for `counts` rows of each client, or None where every client may use all experts."""
-    if all(part.allowed_E is None for part in rows):
-        return None
-    # One client with a mask gives all rows one: a mask is data of its row, and rows of other clients allow everything.
-    everyone = np.ones(num_experts, dtype=bool)
-    per_part = [everyone if part.allowed_E is None else part.allowed_E.numpy() for part in rows]
-    return np.repeat(np.stack(per_part), counts, axis=0)
 
 
 def _drawn(rows: list[Rows]) -> list[Drawn] | None:

@@ -65,7 +65,7 @@ class AdaptedModel:
     def batch(self, rows: list[Rows]) -> Batch:
         """Rows of clients as one batch on the model's device."""
         execution = self.execution
-        return make_batch(rows, execution.pool.num_experts, execution.bank.device, self.foundation.images, self.packing)
+        return make_batch(rows, execution.bank.device, self.foundation.images, self.packing)
 
     @property
     def head(self) -> Head:
@@ -81,7 +81,14 @@ class AdaptedModel:
         nll_N, correct_N = scores(self.head, hidden_ND, batch.labels_N)
         return PassResult(nll_N, correct_N, batch.targets, hidden_BSD, hidden_ND, run, self.head)
 
-    def loss(self, batch: Batch, slot: int | None, step_targets: list[int], rescale_C: list[float] | None = None) -> Loss:
+    def loss(
+        self,
+        batch: Batch,
+        slot: int | None,
+        step_targets: list[int],
+        rescale_C: list[float] | None = None,
+        first_trained: int = 0,
+    ) -> Loss:
         """Run the model once, to train it.
 
         The loss is the same for both tasks: cross-entropy of the next token, or of the class that the class token's hidden
@@ -89,18 +96,21 @@ class AdaptedModel:
 
         Args:
             step_targets: per segment, what its client's sum is divided by: the targets of its whole local step.
+            first_trained: the first layer that is trained in this pass, the same on every rank of the cluster.
         """
-        hidden_BSD, run = self._hidden(batch, slot, rescale_C)
+        hidden_BSD, run = self._hidden(batch, slot, rescale_C, first_trained)
         # Rounded as the division of a float32 loss is, whose derivative this is.
         weight_S = np.float32(1.0) / np.array(step_targets, dtype=np.float32)
         (weight_N,) = upload([np.repeat(weight_S, batch.targets)], hidden_BSD.device)
         total, nll_N = weighted_loss(self.head, batch.predicting(hidden_BSD), batch.labels_N, weight_N)
         return Loss(total, nll_N, run)
 
-    def _hidden(self, batch: Batch, slot: int | None, rescale_C: list[float] | None) -> tuple[Tensor, Pass]:
+    def _hidden(
+        self, batch: Batch, slot: int | None, rescale_C: list[float] | None, first_trained: int = 0
+    ) -> tuple[Tensor, Pass]:
         """The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed."""
-        rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE)
-        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at)
+        rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.masks)
+        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at, first_trained)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model

@@ -143,12 +143,12 @@ class ClientLoRALinear(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         run = self.execution.running()
         if not run.segments:  # the stand-in row of an idle rank belongs to nobody, but needs a gradient where other rows do
-            y_BSO: Tensor = self.base(x_BSD) + 0.0 * self.execution.anchor
+            y_BSO: Tensor = self.base(x_BSD) + 0.0 * self.execution.anchor_of(self.projection.layer)
             return y_BSO
         x_TD = x_BSD.flatten(0, -2)
         adapters = self._adapters(run.row_groups(len(x_TD), self._clients()), x_TD.dtype, self._kept(run, x_TD))
         y_TO: Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
-            x_TD, self.execution.anchor, self.base.weight, adapters
+            x_TD, self.execution.anchor_of(self.projection.layer), self.base.weight, adapters
         )
         # The bias is frozen, so it stays outside the autograd function.
         y_TO = y_TO if self.base.bias is None else y_TO + self.base.bias

@@ -41,7 +41,7 @@ class FederatedMoELayer(nn.Module):
         x_TD = hidden_BSD.flatten(0, -2)
         # [B, S, D] goes in, not [T, D]: a trained router is per client, and clients are cut by sequences.
         logits_TE = self._logits(hidden_BSD, run).flatten(0, -2)
-        routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, run.allowed_TE, run.demands)
+        routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, *self.execution.asked(self.layer))
         # Before the experts run: it stores which of them the method lets this batch train.
         record_routing(self.execution, self.layer, routing, logits_TE)
         at_experts = send_routed(self.execution, self.layer, x_TD, routing)
@@ -59,7 +59,7 @@ class FederatedMoELayer(nn.Module):
             logits = frozen_product(hidden_BSD.to(gate.weight.dtype), gate.weight)
             return logits if gate.bias is None else logits + gate.bias
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
-        logits = client_linear(hidden_BSD, self.execution.anchor, weight, grad, run.segments)
+        logits = client_linear(hidden_BSD, self.execution.anchor_of(self.layer), weight, grad, run.segments)
         return logits if gate.bias is None else logits + gate.bias
 
     def _experts(self, dtype: torch.dtype) -> experts.Experts:
@@ -86,7 +86,7 @@ def rescaled(execution: Execution, layer: int, y_BSD: Tensor) -> Tensor:
     run, bank = execution.running(), execution.bank
     if execution.rescaler:
         scale, grad = bank.value(RESCALER, layer), bank.grad(RESCALER, layer)
-        y_BSD = client_scale(y_BSD, execution.anchor, scale, grad, run.segments)
+        y_BSD = client_scale(y_BSD, execution.anchor_of(layer), scale, grad, run.segments)
     if run.rescale_C is None or not run.segments:  # the stand-in row of an idle rank belongs to no client
         return y_BSD
     # Segments are contiguous and cover the pass, so joining them gives the rows back in order.

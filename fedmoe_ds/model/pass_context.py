@@ -19,6 +19,7 @@ from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
+from fedmoe_ds.model.expert_masks import ExpertMasks
 from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.router import Demand, Routing
 from fedmoe_ds.model.scale_factors import ScaleFactors
@@ -34,11 +35,12 @@ class Pass:
         slot_T: int64 home slot of each token row.
         cap_T: int64 top-k cap of each token row.
         valid_T: bool, False for padding.
-        allowed_TE: expert mask per row, or None.
+        masks: the experts that clients may use, or None for all.
         rescale_C: fixed factor on the expert output per home slot, or None (FLAME's static rescaler; evaluation of a tier).
         demands: what each client's rows ask of a router; None where nobody counted them.
         packed: where the samples are, if each sequence is one token of a packed pass; None where a sequence is a sample.
         drawn_at: where each segment's dropout is drawn; None in an evaluation, which has none.
+        first_trained: the first layer that some client of the pass trains, on any rank: before it there is no backward pass.
         counts: routed rows per (home slot, expert), by layer; written by the layers.
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
@@ -50,11 +52,12 @@ class Pass:
     slot_T: Tensor
     cap_T: Tensor
     valid_T: Tensor
-    allowed_TE: Tensor | None = None
+    masks: ExpertMasks | None = None
     rescale_C: list[float] | None = None
     demands: list[Demand] | None = None
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None
+    first_trained: int = 0
     counts: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
@@ -124,6 +127,7 @@ class InTraining:
 
     Attributes:
         observers: by home slot.
+        trained: by home slot, the experts that the client trains in every layer, bool [L, E]; others train all.
         selective: whether a batch may train only some of the experts (the same on all ranks).
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
     """
@@ -132,6 +136,7 @@ class InTraining:
     selective: bool = False
     wave_factors: ScaleFactors | None = None
     home_factors: ScaleFactors | None = None
+    trained: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -146,6 +151,7 @@ class Execution:
         balance, z: coefficients of the auxiliary losses.
         kernels: what computes the adapters' products.
         dropout: of the inputs of projections' adapters in training, if there is any.
+        layers: the model's layers with experts, in the order in which masks have them.
         wave: what holds for the clients in training; evaluation puts an empty one in its place.
     """
 
@@ -157,6 +163,7 @@ class Execution:
     z: float = 0.0
     kernels: Kernels = "auto"
     dropout: AdapterDropout | None = None
+    layers: list[int] = field(default_factory=list)
     # An evaluation sees no observers and no scale factors: the global model belongs to no client.
     wave: InTraining = field(default_factory=InTraining)
     current: Pass | None = None
@@ -169,11 +176,25 @@ class Execution:
     def __post_init__(self) -> None:
         self.anchor = torch.zeros((), device=self.bank.device, requires_grad=True)
 
+    def anchor_of(self, layer: int) -> Tensor:
+        """The anchor; for a layer before the first that the running pass trains, one that requires no gradient."""
+        # Rows need none there either, so nothing of these layers enters the graph: no activation is kept, no product made.
+        return self.anchor if layer >= self.running().first_trained else self.anchor.detach()
+
     def products_for(self, rank: int, dtype: torch.dtype, device: torch.device) -> LowRankProducts:
         """The implementation of the adapters' products for rows of this type, chosen once."""
         if self.products is None:
             self.products = products_for(rank, dtype, device, self.kernels)
         return self.products
+
+    def asked(self, layer: int) -> tuple[Tensor | None, list[Demand] | None]:
+        """What the rows of the running pass ask of a layer's router: the experts that each may use, bool [T, E], and numbers
+        of the same for the host; None for all, and where nobody counted."""
+        run = self.running()
+        if run.masks is None:
+            return None, run.demands
+        place = self.layers.index(layer)
+        return run.masks.rows(place), None if run.demands is None else run.masks.demands(place, run.demands)
 
     def running(self) -> Pass:
         assert self.current is not None, "a layer ran outside a pass"

@@ -34,28 +34,29 @@ def send_routed(execution: Execution, layer: int, x_TD: Tensor, routing: Routing
     active_TK = _active_slots(execution, layer, routing)
     if active_TK is None:
         plan = make_plan(routing, run.slot_T, run.slot, execution.pool)
-        return send_to_experts(x_TD, routing, execution.anchor, plan, execution.pool)
-    return _send_in_parts(execution, run, x_TD, routing, active_TK)
+        return send_to_experts(x_TD, routing, execution.anchor_of(layer), plan, execution.pool)
+    return _send_in_parts(execution, layer, x_TD, routing, active_TK)
 
 
 def _send_in_parts(
-    execution: Execution, run: Pass, x_TD: Tensor, routing: Routing, active_TK: Tensor
+    execution: Execution, layer: int, x_TD: Tensor, routing: Routing, active_TK: Tensor
 ) -> Callable[[Experts], Tensor]:
     """As `send_routed`, where only the active slots take part in the backward pass."""
+    run, anchor = execution.running(), execution.anchor_of(layer)
     # The two masks part the kept slots: every routed row is computed once, with autograd or without. How many are in the first
     # depends on the scores, and is what the host has to wait for; the second has the rest.
     first = replace(routing, kept_TK=routing.kept_TK & active_TK, kept=None)
     plan = make_plan(first, run.slot_T, run.slot, execution.pool)
     rest = None if routing.kept is None else routing.kept - len(plan.slots_N)
     held_back = replace(routing, kept_TK=routing.kept_TK & ~active_TK, kept=rest)
-    at_experts = send_to_experts(x_TD, first, execution.anchor, plan, execution.pool)
+    at_experts = send_to_experts(x_TD, first, anchor, plan, execution.pool)
 
     def at_both(experts: Experts) -> Tensor:
         y_TD = at_experts(experts)
         with torch.no_grad():
             # Nothing is saved here, so held-back rows cost no memory for the backward pass and no product in it.
             plan = make_plan(held_back, run.slot_T, run.slot, execution.pool)
-            held_TD = expert_pass(x_TD, held_back, execution.anchor, plan, execution.pool, experts)
+            held_TD = expert_pass(x_TD, held_back, anchor, plan, execution.pool, experts)
         return y_TD + held_TD
 
     return at_both
@@ -96,11 +97,14 @@ ACTIVE = "active"
 def _active_slots(execution: Execution, layer: int, routing: Routing) -> Tensor | None:
     """[T, K] bool: routed slots that take part in the backward pass; None for all of them."""
     run = execution.running()
-    masks = {slot: sums[ACTIVE] for slot, sums in run.observed[layer].items() if ACTIVE in sums}
     # Every rank of the cluster must take the same number of trips, whether or not it has rows in this pass.
     if not execution.wave.selective:
         return None
-    # Clients whose observer names no experts train all that they are routed to.
+    masks = {slot: sums[ACTIVE] for slot, sums in run.observed[layer].items() if ACTIVE in sums}
+    for slot, trained_LE in execution.wave.trained.items():
+        trained_E = trained_LE[execution.layers.index(layer)]
+        masks[slot] = masks[slot] & trained_E if slot in masks else trained_E
+    # Clients for whom nobody names experts train all that they are routed to.
     active_TK = torch.ones_like(routing.kept_TK)
     for seg, rows in zip(run.segments, run.spans(routing.kept_TK.shape[0]), strict=True):
         if seg.slot in masks:

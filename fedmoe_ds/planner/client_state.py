@@ -11,6 +11,7 @@ from fedmoe_ds.model.adapter_bank import BlockSpec, control_block, shared_blocks
 from fedmoe_ds.planner.activations import FP32
 from fedmoe_ds.planner.parameters import parameters_per_client
 
+_FP64 = 8
 _DEVIATIONS = 3
 """By how much the cluster with most clients that were ever drawn is taken to exceed the mean."""
 
@@ -36,6 +37,11 @@ def row_bytes(blocks: list[BlockSpec], experts: int) -> int:
     return FP32 * sum(parameters_per_client(blocks, experts))
 
 
+def memory_bytes(spec: RunSpec) -> int:
+    """Of what the server knows of a client (`Method.memory`), in float64."""
+    return _FP64 * sum(math.prod(shape) for shape in spec.method.memory().values())
+
+
 def client_state(spec: RunSpec, clients: int, drawn: int, clusters: int, trained_here: int | None = None) -> Kept:
     """What the fullest rank keeps of `clients`, of whom `drawn` train in a round, at most.
 
@@ -43,15 +49,17 @@ def client_state(spec: RunSpec, clients: int, drawn: int, clusters: int, trained
         trained_here: clients of a round that one cluster trains; None: an even share.
     """
     row = row_bytes(kept_blocks(spec), spec.expert_layout.num_experts // spec.config.topology.ep_size)
+    # Known of all that were ever trained, on every rank: as if there were one cluster.
+    known = memory_bytes(spec) * rows_at_home(spec, clients, drawn, 1) if spec.method.memory() else 0
     if not row:
-        return Kept()
+        return Kept(known)
     at_home = rows_at_home(spec, clients, drawn, clusters)
     guests = math.ceil(drawn / clusters) if trained_here is None else trained_here
     rows = (at_home + guests) * row
     memory = min(rows, int(spec.config.execution.client_state_gib * 2**30))
     # A file is written from rows end to end and from their blocks; rows that travel leave and arrive at the same time.
     pieces = 2 if clusters == 1 else 4
-    return Kept(memory + row + pieces * max(row, min(PIECE, at_home * row)), rows - memory)
+    return Kept(known + memory + row + pieces * max(row, min(PIECE, at_home * row)), rows - memory)
 
 
 def rows_at_home(spec: RunSpec, clients: int, drawn: int, clusters: int) -> int:

@@ -9,6 +9,7 @@ import math
 
 from fedmoe_ds.aggregation.server_optimizer import server_moments
 from fedmoe_ds.clients.optimizer import moment_bytes
+from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.model.adapter_bank import base_block, lora_pairs, shared_blocks
 from fedmoe_ds.planner.activations import FP32, activations
@@ -42,7 +43,7 @@ def estimate(
     copied_expert, copied_dense = parameters_per_client(narrow, spec.expert_layout.num_experts // ep_size)
     copies = (in_flight * copied_expert + home * copied_dense) * (spec.row_bytes if spec.row_bytes < FP32 else 0)
     # Bitwise sums keep two int64 digits of every number.
-    sum_bytes = 16 if spec.bitwise else 4
+    sum_bytes, weighing = 16 if spec.bitwise else 4, spec.method.weighing
     return {
         "dense part": model.dense_parameters * model.bytes_per_parameter,
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
@@ -50,7 +51,7 @@ def estimate(
         # Values and gradients.
         "adapters in flight": numbers * FP32 * 2 + copies,
         "client optimizer": _on_device(spec, in_flight, home),
-        "round sums": (expert + dense) * sum_bytes,
+        "round sums": (expert + dense) * sum_bytes * len(weighing.shares) * weighing.full,
         PASS: activations(spec, together, length, active),
     }
 
@@ -93,8 +94,8 @@ def outlasting(
     """
     config, method, blocks = spec.config, spec.method, spec.blocks
     held = spec.expert_layout.num_experts // config.topology.ep_size
-    # The server's own control variate besides its moments.
-    server = len(server_moments(config.server)) + (config.local.drift == "scaffold")
+    # The server's own control variate besides its moments, and the adapters of past rounds.
+    server = len(server_moments(config.server)) + (config.local.drift == "scaffold") + most_delay(spec)
     halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
     merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
     shared = sum(parameters_per_client(shared_blocks(blocks), held))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.config import Config
 from fedmoe_ds.federation.schedule import largest_wave, schedule
 from fedmoe_ds.model.adapter_bank import lora_pairs, shared_blocks
 from fedmoe_ds.planner.client_costs import ClientCosts
-from fedmoe_ds.planner.client_state import kept_blocks, row_bytes
+from fedmoe_ds.planner.client_state import kept_blocks, memory_bytes, row_bytes
 from fedmoe_ds.planner.counts import CONTROL, SCHEDULE_S
 from fedmoe_ds.planner.evaluation import Evaluation, one_evaluation_seconds
 from fedmoe_ds.planner.hardware import Hardware
@@ -24,8 +25,8 @@ from fedmoe_ds.planner.world import World
 
 REPORT_BYTES = 400
 """What a client's report takes as JSON."""
-WINDOW_BYTES = 16
-"""Of the windows of one weight's sums: its values' and its own."""
+WINDOW_BYTES = 8
+"""Of one sum's window."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,14 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     dense_weights = sum(len(spec.layers) for spec in averaged if not spec.expert)
     # Two int64 digits of a number, or one float32.
     each = 16 if job.bitwise else 4
-    # SCAFFOLD sums the changes of control variates beside the adapters.
-    times = 2 if job.config.local.drift == "scaffold" else 1
+    # SCAFFOLD sums the changes of control variates beside the adapters, with weights of its own.
+    statistics = [*[job.method.weighing] * len(job.method.weighing.shares), *[MEAN] * (job.config.local.drift == "scaffold")]
     seconds = 0.0
     for group, numbers, heads in ((cluster, dense, dense_weights), (shard, expert + dense, weights)):
         # Without dense blocks (no adapters on attention, say) the ranks of a cluster have nothing to sum.
-        if heads:
-            seconds += network.all_reduce(group, times, WINDOW_BYTES * heads)
-            seconds += network.all_reduce(group, times, (numbers + heads) * each)
+        for weighing in statistics if heads else []:
+            seconds += network.all_reduce(group, 1, WINDOW_BYTES * (weighing.full + weighing.heads) * heads)
+            seconds += network.all_reduce(group, 1, (weighing.full * numbers + weighing.heads * heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
     row, clusters = row_bytes(kept_blocks(job), held), world.ranks // ep_size
@@ -191,7 +192,8 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
     calls = CONTROL.per_round + bool(personal) * CONTROL.personal
     calls += CONTROL.per_checkpoint / job.config.checkpoint.every
     counts = tiers * len(expert_layout.layers) * expert_layout.num_experts * 8
-    carried = participants * (REPORT_BYTES + 4 * len(personal)) + counts
+    # Memories travel in base64, 4 letters for 3 bytes.
+    carried = participants * (REPORT_BYTES + 4 * len(personal) + memory_bytes(job) * 4 / 3) + counts
     seconds += network.control(everyone, calls, carried / world.ranks / calls)
     served = stage_seconds(compute, "serve", sum(parameters_per_client(shared_blocks(job.blocks), held)), len(job.blocks))
     return seconds + float(served) * _share(hardware, world)

@@ -21,7 +21,8 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.data import FederatedData, ImageInput, prepare
 from fedmoe_ds.data.sources import open_sources
 from fedmoe_ds.data.templates.reading import reading_line
-from fedmoe_ds.federation.run_spec import RunSpec, check_packed_samples, check_promise, check_start, resolve_spec
+from fedmoe_ds.federation.run_spec import RunSpec, check_promise, check_start, resolve_spec
+from fedmoe_ds.federation.sequence_checks import check_packed_samples
 from fedmoe_ds.federation.start_source import find_start
 from fedmoe_ds.federation.task_metrics import candidates_of
 from fedmoe_ds.federation.warm_start import open_start

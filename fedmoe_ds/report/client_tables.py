@@ -33,7 +33,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "client": {
         "client": _TEXT, "tier_label": _TEXT, "top_k": _WHOLE, "steps": _WHOLE, "tokens": _WHOLE, "targets": _WHOLE,
         "active_experts": _WHOLE, "rank": _WHOLE, "flops": _REAL, "loss_first": _REAL, "loss_last": _REAL, "seconds": _REAL,
-        "status": _TEXT, "rescaler": _REAL,
+        "status": _TEXT, "rescaler": _REAL, "device": _TEXT, "virtual_s": _REAL, "down_s": _REAL, "compute_s": _REAL,
+        "up_s": _REAL, "joules": _REAL, "down_bytes": _WHOLE, "up_bytes": _WHOLE, "delay": _WHOLE,
     },
     "eval": {
         "client": _TEXT, "tier_label": _TEXT, "tier": _WHOLE, "perplexity": _REAL, "accuracy": _REAL, "loss": _REAL,

@@ -22,7 +22,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=1e15)]
 Time = Annotated[float, Field(ge=0, le=_LAST_SECOND)]
-LABEL = r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?$"
+LABEL = r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?( l[0-9]{1,9})?$"
 Label = Annotated[str, Field(pattern=LABEL)]
 """Of a tier: `4`, `4 r2`, `4 e8`."""
 
@@ -89,6 +89,13 @@ class Machine(_Fields):
     system_name: str | None = None
 
 
+class _Devices(_Fields):
+    aggregation: str | None = None
+    profiles: dict[str, Count] | None = None
+    target_perplexity: Amount | None = None
+    target_accuracy: Amount | None = None
+
+
 class _Run(_Fields):
     time: Time | None = None
     name: str | None = None
@@ -107,6 +114,7 @@ class _Run(_Fields):
     foundation_code: str | None = None
     foundation_converted: str | None = None
     start: _Start | None = None
+    devices: _Devices | None = None
     reproducible: str | None = None
     versions: dict[str, str] | None = None
     topology: list[_Place] | None = None
@@ -199,6 +207,8 @@ class _Eval(_OfTier):
     samples: Count | None = None
     targets: Count | None = None
     tokens: Count | None = None
+    virtual_time: Seconds | None = None
+    joules_total: Amount | None = None
 
 
 class _Generation(_OfTier):
@@ -243,6 +253,16 @@ class _Round(_Fields):
     weight_entropy: Number | None = None
     phases: dict[str, Seconds | None] | None = None
     collectives: dict[str, _Tally] | None = None
+    virtual_s: Seconds | None = None
+    virtual_time: Seconds | None = None
+    joules: Amount | None = None
+    joules_total: Amount | None = None
+    late: Count | None = None
+    lost: Count | None = None
+    stale: Count | None = None
+    down_bytes: Count | None = None
+    up_bytes: Count | None = None
+    mean_delay: Amount | None = None
 
 
 class _Experts(_OfTier):

@@ -8,6 +8,7 @@ from string import Template
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.report.activation import expert_section
+from fedmoe_ds.report.device_time import device_section
 from fedmoe_ds.report.headline import header
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.markup import Markup, join, tag
@@ -76,6 +77,7 @@ def page(history: History, config: str | None) -> str:
         ("data", "How the data lie on clients", data_section(history)),
         ("samples", "What clients learn from", sample_section(history)),
         *([] if history.run.get("num_experts") == 0 else [experts]),
+        ("devices", "Virtual time and energy", device_section(history)),
         ("time", "Where the time went", time_section(history)),
         ("clients", "Clients", client_section(history)),
         ("topology", "Topology", topology_section(history)),

@@ -168,7 +168,8 @@ class LoadedModel:
             spec = resolve_spec(*check_start(config, kind), kind, foundation.outline)
         take_class(spec, runtime, {})
         tier = spec.tiers[0]
-        everybody = Client(0, "", tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
+        budget = (tier.cap, tier.rank, tier.experts)
+        everybody = Client(0, "", tier.top_k, 0, 0, 0, *budget, tier=tier.label, layers=tier.layers)
         loaded = cls(spec, foundation, [everybody], runtime, None)
         if start is not None:
             begin_from(open_start(Path(start), spec, foundation.fingerprint), spec, loaded.adapters, None, runtime)
@@ -248,8 +249,8 @@ def _bare_spec(config: Config, foundation: Foundation, device: str) -> RunSpec:
     layout = hosted_layout(known.layers) if known.layers else empty_layout(known.sites)
     # Any method whose clients receive the model as it is.
     method = load_method(MethodConfig(name="fedit"))
-    method.facts = facts_of(config, layout)
     size = model_size(known.model, known.layers)
+    method.facts = facts_of(config, layout, size.depth)
     tier = Tier(layout.top_k, 1.0, layout.top_k, config.adapters.rank, layout.num_experts, str(layout.top_k))
     cost = CostModel.of(size, layout, [], positions(known.images))
     kind: str = known.model.config.model_type

@@ -14,9 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_ds.checkpoint import memories
 from fedmoe_ds.checkpoint.client_mean import ClientMean
 from fedmoe_ds.checkpoint.personal_reader import PersonalReader
 from fedmoe_ds.checkpoint.reader import Snapshot, TensorReader, client_names, read_snapshot
@@ -135,7 +137,12 @@ class TrainedRun:
         return self.clients
 
     def _assignment(self, member: Client) -> Assignment:
-        return self.spec.method.assign(member, RoundContext(0, self._dense_state(member)))
+        known = self._memories.get(member.index, {}) if self.spec.method.personal_models else {}
+        return self.spec.method.assign(member, RoundContext(0, self._dense_state(member), memory=known))
+
+    @cached_property
+    def _memories(self) -> dict[int, dict[str, np.ndarray]]:
+        return memories.read(self.checkpoint, self.snapshot.files, "known")
 
     def _dense_state(self, member: Client) -> dict[str, Tensor]:
         """One client's personal blocks [L, *item] but those of experts: what its method may ask about."""
@@ -294,7 +301,7 @@ def _clients(events: list[dict[str, Any]], spec: RunSpec) -> list[Client]:
         tier, targets = by_label[label], row.get("targets", row.get("tokens", 0))
         found.append(
             Client(index, row["name"], tier.top_k, row["samples"], row["sequences"], targets, tier.cap, tier.rank, tier.experts,
-                   tier=tier.label)
+                   tier=tier.label, layers=tier.layers)
         )  # fmt: skip
     return found
 
@@ -304,6 +311,6 @@ def _named_clients(checkpoint: Path, snapshot: Snapshot, spec: RunSpec) -> list[
     names = client_names(checkpoint, snapshot.files) if len(spec.tiers) == 1 else None
     (tier, *_) = spec.tiers
     return [
-        Client(index, name, tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label)
+        Client(index, name, tier.top_k, 0, 0, 0, tier.cap, tier.rank, tier.experts, tier=tier.label, layers=tier.layers)
         for index, name in enumerate(names or [])
     ]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart without seeing red or green, and in print.
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, GREY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8b8f97"
+LINES = (BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, GREY)
+"""In the order in which lines take them."""
 INK, SOFT = "#1b1c1f", "#5d6169"
 COLUMNS = 2
 """Panels in a row."""

@@ -13,7 +13,7 @@ import inspect
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ def check_method(
 ) -> Result:
     """Check a method on a tiny federation, and return its run on one rank: six clients, two rounds.
 
+    A method that plans its rounds gets three of the six drawn: where all take part there is nothing to choose.
+
     Args:
         method: at the top of a module; its entry point need not be installed.
         parameters: values of its own keys.
@@ -63,7 +65,8 @@ def check_method(
     if folder is not None and (folder / "runs").exists():
         raise UserError(f"folder: {folder}: holds runs already; give an empty or a new one")
     with announced(method, processes=ranks > 1) as name, tempfile.TemporaryDirectory(prefix="fedmoe-check-") as temporary:
-        tried = _Trial(Path(temporary) if folder is None else folder, {"name": name, **(parameters or {})}, changes or {})
+        told = ({"federation": {"participation": 0.5}} if _overrides(method, "plan") else {}, changes or {})
+        tried = _Trial(Path(temporary) if folder is None else folder, {"name": name, **(parameters or {})}, told)
         whole = run(tried.config("whole"))
         check_figures(whole)
         tried.same(whole, run(tried.config("two-in-flight", _TWO_IN_FLIGHT)), "with two clients in flight instead of all")
@@ -101,8 +104,11 @@ def check_functions(method: type[Method]) -> None:
                 _check_parameters(f"{owner.__name__}.{name}", value, hooks[name])
             elif near := difflib.get_close_matches(name, hooks, n=1, cutoff=0.75):
                 raise MethodError(f"{owner.__name__}.{name}: nobody calls it; did you mean `{near[0]}`? Else call it _{name}")
+    # Numbers that nobody gives, or that are of no name, would end the first round.
+    if _overrides(method, "memory") != _overrides(method, "memorise"):
+        raise MethodError(f"{method.__name__}.memory: names what `memorise` gives the values of; override both or neither")
     for hook, attribute in (("combine", "collects"), ("observer", "observes")):
-        overridden = getattr(method, hook) is not getattr(Method, hook)
+        overridden = _overrides(method, hook)
         if attribute == "collects" and overridden != method.collects:
             raise MethodError(
                 f"{method.__name__}.combine: is called where collects = True, and only there; set both or neither"
@@ -116,6 +122,10 @@ def check_functions(method: type[Method]) -> None:
     raise MethodError(
         f"{method.__name__}.Params: takes a key that it does not know; subclass MethodParams, keep its model_config"
     )
+
+
+def _overrides(method: type[Method], hook: str) -> bool:
+    return getattr(method, hook) is not getattr(Method, hook)
 
 
 def _check_parameters(name: str, given: Any, expected: Any) -> None:
@@ -159,11 +169,11 @@ class _Trial:
 
     folder: Path
     method: dict[str, Any]
-    changes: Mapping[str, Any]
+    changes: Sequence[Mapping[str, Any]]
 
     def config(self, name: str, change: Mapping[str, Any] | None = None) -> Config:
         own = {"name": name, "method": self.method, "execution": {"reproducible": "bitwise"}}
-        return load_config(tiny_federation(self.folder, self.changes, own, change or {}))
+        return load_config(tiny_federation(self.folder, *self.changes, own, change or {}))
 
     def stop(self, name: str) -> None:
         """Begin a run that is stopped after its first wave."""

@@ -55,7 +55,7 @@ class OurStack:
         length = self.inputs.x_CTD.shape[1]
         ids, mask = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=bool)  # the layers never see them
         rows = [Rows(slot, cap, [ids], [mask]) for slot, cap in enumerate(workload.caps)]
-        self.batch = make_batch(rows, experts, torch.device("cpu"))
+        self.batch = make_batch(rows, torch.device("cpu"))
 
     def run(self) -> Tensor:
         """Forward and backward of all layers for all clients; the first layer's output, [C, T, D].

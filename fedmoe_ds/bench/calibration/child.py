@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedmoe_ds.bench.calibration.kernels import known_units
+from fedmoe_ds.bench.calibration.kernels import known_units, narrow_gain
 from fedmoe_ds.bench.calibration.waves import activation_slack, pass_samples, pass_samples_together, stage_samples, write_models
 from fedmoe_ds.bench.harness.ranks import leave_answer, read_request
 from fedmoe_ds.config import TopologyConfig
@@ -72,7 +72,8 @@ def cluster(folder: str) -> dict[str, Any]:
 def alone() -> dict[str, Any]:
     """Passes and stages of a round, and units that are known by themselves."""
     samples, known = pass_samples(), known_units()
-    return {"samples": [asdict(sample) for sample in samples], "stages": stage_samples(), "known": known}
+    stages, gain = stage_samples(), narrow_gain()
+    return {"samples": [asdict(sample) for sample in samples], "stages": stages, "known": known, "narrow_gain": gain}
 
 
 PARTS: dict[str, Callable[..., Any]] = {

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
 
 def calibrate(note: Note) -> Hardware:
     """Measure this machine; takes about two minutes on two cores."""
-    units, residual, stages = _waves(note)
+    units, residual, stages, gain = _waves(note)
     for kind in ("flops", "bytes"):
         if units[kind] <= 0.0:
             note(f"warning: the fit gives {kind} no cost, plans take them as free; calibrate again on an idle machine")
@@ -55,7 +55,7 @@ def calibrate(note: Note) -> Hardware:
         for ranks, found in clusters.items()
     }
     compute = Compute(
-        flops_per_s={dtype: 1.0 / max(units["flops"], 1e-15) for dtype in ("float32", "bfloat16")},
+        flops_per_s={"float32": 1.0 / max(units["flops"], 1e-15), "bfloat16": gain / max(units["flops"], 1e-15)},
         bytes_per_s=1.0 / max(units["bytes"], 1e-15),
         call_s=max(units["calls"], 1e-9),
         group_s=units["groups"],
@@ -86,12 +86,12 @@ def calibrate(note: Note) -> Hardware:
     )
 
 
-def _waves(note: Note) -> tuple[dict[str, float], float, dict[str, list[tuple[int, int, float]]]]:
+def _waves(note: Note) -> tuple[dict[str, float], float, dict[str, list[tuple[int, int, float]]], float]:
     note("passes and stages of a round")
     found = _child("waves")
     samples = _samples(found["samples"])
     units = fit(samples, found["known"])
-    return units, spread(errors(samples, units)), found["stages"]
+    return units, spread(errors(samples, units)), found["stages"], found["narrow_gain"]
 
 
 def _samples(trees: list[dict[str, Any]]) -> list[Sample]:
@@ -147,6 +147,7 @@ def table(rows: list[Row]) -> Table:
     cells = [
         ["cores", f"{hardware.slots}"],
         ["matrix products, one core", f"{compute.flops_per_s['float32'] / 1e9:.1f} GFLOP/s"],
+        ["with weights in bfloat16", f"{compute.flops_per_s['bfloat16'] / 1e9:.1f} GFLOP/s"],
         ["elementwise work, one core", f"{compute.bytes_per_s / 1e9:.1f} GB/s"],
         ["a framework call", f"{compute.call_s * 1e6:.1f} us"],
         ["a group of a grouped product", f"{compute.group_s * 1e6:.1f} us"],

@@ -20,20 +20,32 @@ CPU = torch.device("cpu")
 ROWS, GROUPS = (24, 192), 24
 """Rows of a group, in small passes and in large ones."""
 WIDTHS = (64, 128, 192)
+WIDE = (512, 1024)
+"""Widths of models whose weights are in bfloat16."""
 RANKS = (8, 32)
 REPEATS, WARM_UP = 28, 7
 
 
 def known_units() -> dict[str, float]:
     """Seconds per FLOP of products with frozen weights (`flops`) and with adapters (`adapters`), and per score (`scores`)."""
-    frozen = [_frozen(rows, width) for rows in ROWS for width in WIDTHS]
+    frozen = [_frozen(rows, width, torch.float32) for rows in ROWS for width in WIDTHS]
     adapters = [_adapters(rows, width, rank) for rows in ROWS for width in WIDTHS for rank in RANKS]
     return {"flops": statistics.mean(frozen), "adapters": statistics.mean(adapters), "scores": _score()}
 
 
-def _frozen(rows: int, width: int) -> float:
+def narrow_gain() -> float:
+    """How many times as fast products are with frozen weights in bfloat16, by the medians of the same shapes in turns."""
+    gains = []
+    for rows in ROWS:
+        for width in WIDE:
+            wide = _frozen(rows, width, torch.float32)
+            gains.append(wide / _frozen(rows, width, torch.bfloat16))
+    return statistics.median(gains)
+
+
+def _frozen(rows: int, width: int, dtype: torch.dtype) -> float:
     """Forward and backward of one grouped product."""
-    x, w = torch.randn(GROUPS * rows, width), torch.randn(GROUPS, width, width)
+    x, w = torch.randn(GROUPS * rows, width), torch.randn(GROUPS, width, width, dtype=dtype)
     groups = _groups(rows)
     seconds = typical(lambda: (grouped_mm(x, w, groups), grouped_mm_t(x, w, groups)))
     return seconds / (2 * 2.0 * x.shape[0] * width * width)

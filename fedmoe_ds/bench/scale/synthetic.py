@@ -21,7 +21,7 @@ TOKENS_PER_SAMPLE = 200
 SEED = 0
 LONGEST = 48
 _TOKENS = 24
-_TOP_K, _RANK, _EXPERTS = 8, 16, 64
+_TOP_K, _RANK, _EXPERTS, _LAYERS = 8, 16, 64, 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,6 @@ def store(prepared: Prepared, cache: Path) -> FederatedData:
 def clients_of(sizes: Sizes | FederatedData) -> Population:
     """Them with the default tiers of a model with top-k 8."""
     federation = FederationConfig()
-    tiers = resolve_tiers(federation, Capacity(_TOP_K, _RANK, _EXPERTS), "top_k")
+    tiers = resolve_tiers(federation, Capacity(_TOP_K, _RANK, _EXPERTS, _LAYERS), "top_k")
     data: Any = sizes
     return make_clients(data, federation, tiers, SEED)

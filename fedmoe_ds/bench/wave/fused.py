@@ -12,7 +12,7 @@ from fedmoe_ds.bench.harness.workload import Workload
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import AdapterConfig, Config, ExecutionConfig, LocalConfig, MethodConfig
-from fedmoe_ds.config.schema import FoundationConfig
+from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.distributed.runtime import keep_freed_memory
 from fedmoe_ds.federation.run_spec import resolve_spec

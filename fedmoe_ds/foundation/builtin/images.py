@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from fedmoe_ds.config.schema import PretrainConfig
+from fedmoe_ds.config.foundation_section import PretrainConfig
 from fedmoe_ds.data.digits import Images
 from fedmoe_ds.foundation.builtin.loop import Progress, train_new
 from fedmoe_ds.foundation.builtin.loop_state import TrainingState

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_ds.config.schema import PretrainConfig
+from fedmoe_ds.config.foundation_section import PretrainConfig
 from fedmoe_ds.distributed.stop_points import StopError, stop_point
 from fedmoe_ds.foundation.builtin.loop_state import TrainingState
 from fedmoe_ds.randomness import address_key, generator

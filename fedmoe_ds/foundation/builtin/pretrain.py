@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from fedmoe_ds.config.schema import PretrainConfig
+from fedmoe_ds.config.foundation_section import PretrainConfig
 from fedmoe_ds.data import digits, stdlib
 from fedmoe_ds.foundation import folder_record
 from fedmoe_ds.foundation.builtin.images import INK_SHARE, train_on_images

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedmoe_ds.config.schema import PretrainConfig
+from fedmoe_ds.config.foundation_section import PretrainConfig
 from fedmoe_ds.data.encoder import Encoder
 from fedmoe_ds.data.tokenizer import train_tokenizer
 from fedmoe_ds.foundation.builtin.loop import Progress, train_new

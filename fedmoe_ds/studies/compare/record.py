@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedmoe_ds.clients.tiers import tier_top_k
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.report.device_time import scored
 from fedmoe_ds.report.formats import targets_of
 from fedmoe_ds.report.history import SPLITS, TASK_METRICS, Event, History, tier_results
 from fedmoe_ds.report.tasks import across_clients
@@ -30,7 +31,9 @@ class Record:
     `before` and `after` hold per tier the figures of the foundation and of the last round: those of the global hold-out, with
     `clients_` those of all clients' hold-outs pooled, with `worst_` the mean over the worst tenth of the clients. `flops` are
     forward and backward floating-point operations of one client in one round, averaged over the rounds and the clients of the
-    tier that trained. `experts`: whether there are any; plain LoRA on a dense foundation has none.
+    tier that trained. `experts`: whether there are any; plain LoRA on a dense foundation has none. `courses`: by tier, the
+    evaluations of the global hold-out with the virtual time and energy until then, of a run on simulated devices; `targets`:
+    perplexity and accuracy that it looks for.
     """
 
     label: str
@@ -42,6 +45,8 @@ class Record:
     ground: Mapping[str, Any]
     versions: Mapping[str, str]
     experts: bool = True
+    courses: Mapping[str, Sequence[Event]] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_record(run: Run) -> Record:
@@ -62,7 +67,10 @@ def read_record(run: Run) -> Record:
     versions = {str(key): str(value) for key, value in (history.run.get("versions") or {}).items()}
     digest = str(history.end.get("digest"))
     experts = history.run.get("num_experts") != 0
-    return Record(run.label, run.seed, run.name, digest, before, after, _ground(history), versions, experts)
+    courses = {tier: rows for tier in after if (rows := scored(history, tier))}
+    named = history.run.get("devices") or {}
+    targets = {metric: float(value) for metric in _BROKEN if (value := named.get(f"target_{metric}")) is not None}
+    return Record(run.label, run.seed, run.name, digest, before, after, _ground(history), versions, experts, courses, targets)
 
 
 def aligned(records: Sequence[Record]) -> list[Record]:
@@ -84,7 +92,8 @@ def _at(record: Record, tier: str) -> Record:
     held = {name.replace(f"k={own}", f"k={tier}"): count for name, count in record.ground["hold-outs"].items()}
     ground = {**record.ground, "clients": clients, "hold-outs": held}
     before = {tier: record.before[own]} if own in record.before else {}
-    return replace(record, before=before, after={tier: record.after[own]}, ground=ground)
+    courses = {tier: record.courses[own]} if own in record.courses else {}
+    return replace(record, before=before, after={tier: record.after[own]}, ground=ground, courses=courses)
 
 
 def _scores(event: Event, prefix: str) -> Figures:

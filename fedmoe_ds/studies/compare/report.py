@@ -14,7 +14,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.config.problems import shown
 from fedmoe_ds.data.sources import source_name
 from fedmoe_ds.report.tables import markdown
-from fedmoe_ds.studies.compare import reading
+from fedmoe_ds.studies.compare import device_time, reading
 from fedmoe_ds.studies.compare.aggregate import HIGHER_IS_BETTER, Comparison
 from fedmoe_ds.studies.compare.plan import Variant
 from fedmoe_ds.studies.compare.plot import picture
@@ -63,12 +63,21 @@ def write_report(study: Study, output: Path, copy: Path | None) -> Path:
     content = {
         target: text(study, f"{STEM}.svg"),
         target.with_suffix(".svg"): picture(study.comparison),
+        **_time_picture(study, target),
         target.with_suffix(".json"): json.dumps(_finite(numbers(study)), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
     }
     if copy is not None:
         content |= {copy: text(study, copy.with_suffix(".svg").name), copy.with_suffix(".svg"): picture(study.comparison)}
+        content |= _time_picture(study, copy)
     write_files(content)
     return target
+
+
+def _time_picture(study: Study, target: Path) -> dict[Path, str]:
+    """Beside the text: a picture more, of a study on simulated devices."""
+    if not device_time.simulated(study.comparison):
+        return {}
+    return {target.with_name(f"{target.stem}-time.svg"): device_time.picture(study.comparison)}
 
 
 def results_text(study: Study) -> str:
@@ -76,7 +85,8 @@ def results_text(study: Study) -> str:
     comparison = study.comparison
     parts = []
     for tier in comparison.tiers:
-        parts += [f"top-k {tier}", tier_table(comparison, tier), task_table(comparison, tier), _order(comparison, tier)]
+        parts += [f"top-k {tier}", tier_table(comparison, tier), task_table(comparison, tier)]
+        parts += [device_time.device_table(comparison, tier), _order(comparison, tier)]
     tested = [verdict for verdict in study.verdicts if verdict.answer != "not tested"]
     for title, verdicts in (("Published orderings", measured(tested)), ("By count alone", counted(tested))):
         parts += [title, verdict_table(verdicts, sources=False)] if verdicts else []
@@ -99,10 +109,13 @@ def text(study: Study, svg: str) -> str:
         without = [] if all(record.experts for record in study.comparison.records) else [reading.WITHOUT_EXPERTS]
         parts += ["## Results", reading.COLUMNS, *without, reading.holdouts(study.base_config, study.comparison.records)]
         parts += [reading.tests(study.comparison, study.verdicts), f"![Perplexity per tier and method]({svg})"]
+        if device_time.simulated(comparison):
+            parts += [f"![Perplexity over virtual time]({svg.removesuffix('.svg')}-time.svg)"]
     for tier in comparison.tiers:
         tasks = task_table(comparison, tier)
         parts += [f"### top-k {tier}", tier_table(comparison, tier), *([reading.TASKS, tasks] if tasks else [])]
-        parts += [_order(comparison, tier)]
+        devices = device_time.device_table(comparison, tier)
+        parts += [*([device_time.LEAD, devices] if devices else []), _order(comparison, tier)]
     results, counts = measured(study.verdicts), counted(study.verdicts)
     if results:
         parts += ["## Published orderings", _verdict_lead(results), verdict_table(results)]

@@ -56,13 +56,13 @@ RULES = {
 
 def batch_on(device: torch.device, masked: bool) -> Batch:
     """Sequences of unequal lengths, so that there is padding; another cap for each client; one may use two experts."""
-    lengths, allowed_E = [[7, 3], [5], [9, 2]], torch.arange(EXPERTS) < 2
+    lengths, allowed_LE = [[7, 3], [5], [9, 2]], np.arange(EXPERTS)[None] < 2
     ids = [[np.arange(length) for length in own] for own in lengths]
     rows = [
-        Rows(slot, cap, own, [np.arange(len(seq)) > 0 for seq in own], allowed_E if masked and slot == 0 else None)
+        Rows(slot, cap, own, [np.arange(len(seq)) > 0 for seq in own], allowed_LE if masked and slot == 0 else None)
         for slot, (cap, own) in enumerate(zip((4, 2, 1), ids, strict=True))
     ]
-    return make_batch(rows, EXPERTS, device)
+    return make_batch(rows, device)
 
 
 def layer_on(device: torch.device, rule: Rule, batch: Batch) -> tuple[Routing, Pass, list[Tensor]]:
@@ -80,11 +80,11 @@ def layer_on(device: torch.device, rule: Rule, batch: Batch) -> tuple[Routing, P
     values = [drawn(EXPERTS, CLIENTS, *shape) for shape in shapes]
     grads = [torch.zeros_like(value) for value in values]
     pool = Pool(None, 1, EXPERTS, CLIENTS, merge=True)
-    execution = Execution(Bank([], EXPERTS, CLIENTS, CLIENTS, device), pool, 2.0, balance=0.01, z=0.001)
-    run = Pass(batch.segments, None, batch.slot_T, batch.cap_T, batch.valid_T, batch.allowed_TE, demands=batch.demands)
+    execution = Execution(Bank([], EXPERTS, CLIENTS, CLIENTS, device), pool, 2.0, balance=0.01, z=0.001, layers=[0])
+    run = Pass(batch.segments, None, batch.slot_T, batch.cap_T, batch.valid_T, batch.masks, demands=batch.demands)
     execution.current = run
     x_TD, logits_TE = x_TD.to(BFLOAT16).requires_grad_(), logits_TE.requires_grad_()
-    routing = route(logits_TE, rule, run.cap_T, run.valid_T, run.allowed_TE, run.demands)
+    routing = route(logits_TE, rule, run.cap_T, run.valid_T, *execution.asked(0))
     record_routing(execution, 0, routing, logits_TE)
     plan = make_plan(routing, run.slot_T, run.slot, pool)
     lora = Lora(*values, grads, 2.0, products_for(RANK, BFLOAT16, device))
@@ -120,7 +120,7 @@ def case_a_router_that_has_blown_up(fake: Any) -> None:
 
 def case_an_idle_rank(fake: Any) -> None:
     """Its stand-in row is sent like any other batch, and is not routed."""
-    batch = make_batch([], EXPERTS, fake.device)
+    batch = make_batch([], fake.device)
     assert fake.COUNT.total_waits == 0 and batch.demands == []
     routing = route(
         torch.zeros(1, EXPERTS, device=fake.device), RULES["olmoe"], batch.cap_T, batch.valid_T, None, batch.demands

@@ -17,7 +17,8 @@ NAMES = {
     "case_round": [
         "flame", "flame-layers", "flame-static", "fedit", "hfedmoe", "hfedmoe-full", "hetlora", "flexlora", "flora", "fslora",
         "lora-fair", "ffa-lora", "fedsa-lora", "local-only", "centralised", "moments", "fedprox", "scaffold", "scaffold-rows",
-        "fedavgm", "fedadam", "fedyogi", "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold",
+        "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "plain-fedit",
+        "plain-hetlora", "plain-flora", "plain-scaffold",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
     "case_losses_are_the_cpu_s": ["flame", "fft-moe", "losses"],

@@ -1,0 +1,34 @@
+"""Device check: what of a configuration cannot go together with simulated devices, told before anything is loaded."""
+
+from __future__ import annotations
+
+from fedmoe_ds.config import Config
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods import Method
+from fedmoe_ds.methods.late_clients import refuse_delays
+
+
+def check_devices(config: Config, method: Method) -> None:
+    """Raise UserError where method and devices do not go together."""
+    devices, name = config.devices, config.method.name
+    if not devices.simulated:
+        return
+    if method.accounts:
+        raise UserError(
+            f"devices: method {name} plans with devices and a channel of its own, and a client has one device; drop the section"
+        )
+    if method.pooled:
+        raise UserError(
+            f"devices: method {name} trains one client that has everybody's data, and nobody has its device; drop the section"
+        )
+    place = f"devices.aggregation: {devices.aggregation}"
+    if devices.aggregation != "synchronous" and type(method).plan is not Method.plan:
+        raise UserError(f"{place}: method {name} plans itself who takes part in a round; use synchronous, or another method")
+    if devices.aggregation != "buffered":
+        return
+    refuse_delays(place, config, method.averages and not method.collects)
+    if method.most_delay:
+        raise UserError(
+            f"{place}: method {name} says itself how late its clients are, and here arrivals do; use synchronous or deadline, "
+            "or another method"
+        )

@@ -1,0 +1,110 @@
+"""Requirements: what a method asks of the configuration, as far as that follows from its attributes."""
+
+from __future__ import annotations
+
+from fedmoe_ds.config import Config, ServerConfig
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.methods.base import Method, MethodParams
+from fedmoe_ds.methods.late_clients import refuse_delays
+
+
+def check_needs(method: Method, name: str, config: Config) -> None:
+    """The refusals that follow from a method's attributes. Raises UserError, one line each."""
+    adapters, server = config.adapters, config.server
+    if "lora" in method.needs and adapters.experts and adapters.expert_training != "lora":
+        raise UserError(
+            f"adapters.expert_training: {adapters.expert_training}: method {name} works on LoRA pairs; "
+            "use adapters.expert_training=lora"
+        )
+    # Adapter experts (`adapters.moe`) are no LoRA pairs; projections may still bring some.
+    if "lora" in method.needs and not adapters.projections and (not adapters.experts or adapters.moe is not None):
+        raise UserError(
+            f"adapters.attention: []: method {name} works on LoRA pairs and there would be none; name attention projections"
+        )
+    if "experts" in method.needs and not adapters.experts:
+        raise UserError(f"adapters.experts: false: method {name} works on expert adapters; use adapters.experts=true")
+    if "router" in method.needs and adapters.router != "train" and adapters.moe is None:
+        raise UserError(
+            f"adapters.router: {adapters.router}: method {name} aggregates trained routers; use adapters.router=train"
+        )
+    _check_ranks(method, name, config)
+    _check_micro_batches(method, name, config)
+    # Server optimizers step along mean - global: without a mean there is nothing to step along.
+    has_mean = method.averages and not (method.collects or method.pooled)
+    if not has_mean:
+        refuse_server_step(name, server)
+    if method.most_delay:
+        refuse_delays(f"method.name: {name}", config, has_mean)
+    if config.local.drift == "scaffold" and (method.collects or method.pooled):
+        raise UserError(
+            f"local.drift: scaffold: method {name} changes what the adapters' coordinates mean in every round, so control "
+            "variates of the last round do not apply; use none or fedprox"
+        )
+
+
+def _check_micro_batches(method: Method, name: str, config: Config) -> None:
+    """Micro-batches promise the same mathematics; what is no mean over the rows of a step cannot be added up from them."""
+    micro, step = config.execution.micro_batch_size, config.local.batch_size
+    # One micro-batch per step is the whole step.
+    if micro is None or micro >= step:
+        return
+    owners = [f"method {name}"] * method.whole_steps + ["local.balance_loss"] * (config.local.balance_loss > 0)
+    if owners:
+        raise UserError(
+            f"execution.micro_batch_size: {micro}: {owners[0]} weighs the routing of a whole step of {step} sequences; "
+            "use null, and execution.activation_checkpointing=true or a smaller local.batch_size where memory is short"
+        )
+
+
+def check_idle(params: MethodParams, config: Config) -> None:
+    """Raise UserError where a parameter is set and does nothing."""
+    for key, why in params.idle(config).items():
+        value, default = getattr(params, key), type(params).model_fields[key].default
+        # Compared with the default and not with what the user wrote: a run saves all keys, and its own file must resume.
+        if value != default:
+            raise UserError(f"method.{key}: {value}: has no effect {why}; drop the key")
+
+
+def refuse_server_step(name: str, server: ServerConfig) -> None:
+    """Raise UserError unless the server takes what the method gives it."""
+    if server.optimizer != "fedavg":
+        raise UserError(
+            f"server.optimizer: {server.optimizer}: method {name} has no mean of adapters whose change could be a gradient; "
+            "use fedavg"
+        )
+    if server.lr != 1.0:
+        raise UserError(f"server.lr: {server.lr}: method {name} replaces the adapters, there is no step; use 1.0")
+
+
+def _check_ranks(method: Method, name: str, config: Config) -> None:
+    bought = method.spends if config.federation.budget == "method" else config.federation.budget
+    for i, tier in enumerate(config.federation.tiers or []):
+        # A key without effect is refused: the tier's label would promise a budget that no client spends.
+        if tier.experts is not None and bought != "experts":
+            raise UserError(
+                f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts per batch; drop the "
+                "key, or use hfedmoe with federation.budget=method"
+            )
+        if tier.layers is not None and bought != "layers":
+            raise UserError(
+                f"federation.tiers.{i}.layers: {tier.layers}: here a budget buys {bought}, not layers; drop the key, or use "
+                "embracing-fl with federation.budget=method"
+            )
+        if tier.rank is not None and method.unequal_ranks and bought not in ("rank", "both"):
+            raise UserError(
+                f"federation.tiers.{i}.rank: {tier.rank}: here a budget buys {bought}, not LoRA rows; drop the key, or use "
+                "federation.budget=rank"
+            )
+    if method.unequal_ranks:
+        return
+    if config.federation.budget in ("rank", "both"):
+        raise UserError(
+            f"federation.budget: {config.federation.budget}: method {name} needs equal ranks on all clients; use top_k, or a "
+            "method for unequal ranks (hetlora, flexlora, flora, fslora)"
+        )
+    for i, tier in enumerate(config.federation.tiers or []):
+        if tier.rank is not None:
+            raise UserError(
+                f"federation.tiers.{i}.rank: {tier.rank}: method {name} needs equal ranks on all clients; drop the key, or use "
+                "a method for unequal ranks (hetlora, flexlora, flora, fslora)"
+            )

@@ -1,0 +1,214 @@
+"""Runs on simulated devices: time and energy are what reports and profiles say, on any topology, however often resumed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from every import every
+from federations import Result, alone, build, finish, make_config, run_alone, write_inputs
+from method_variants import DEVICES, variant_config
+from reference import Adapters
+from reference_inputs import check_equal, initial, tasks
+from reference_methods import Late, Returned
+from replay import Replay
+from test_methods_resume import StopsAfter, start
+
+from fedmoe_ds.config import Config
+from fedmoe_ds.devices import BUILTIN
+from fedmoe_ds.devices.work import Work, joules_of, span_of
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.rounds import Federation
+from fedmoe_ds.federation.run_spec import check_start
+from fedmoe_ds.model.adapter_bank import shared_blocks
+
+pytestmark = pytest.mark.timeout(600)
+LONGER: dict[str, Any] = {"federation": {"rounds": 4}, "execution": {"clients_in_flight": 2}, "evaluation": {"every": 1}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("devices")
+    write_inputs(folder)
+    return folder
+
+
+def config_of(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
+    return variant_config(root, variant, tag, LONGER, *changes)
+
+
+@pytest.fixture(scope="module")
+def straight(root: Path) -> dict[str, Result]:
+    return {variant: run_alone(config_of(root, variant, "straight")) for variant in DEVICES}
+
+
+def of_kind(result: Result, kind: str) -> list[dict[str, Any]]:
+    return [event for event in result.events if event["event"] == kind]
+
+
+TIMED = ("virtual_s", "virtual_time", "joules", "joules_total", "late", "lost", "stale", "down_bytes", "up_bytes")
+OWN = ("client", "round", "status", "device", "virtual_s", "down_s", "compute_s", "up_s", "joules", "delay", "flops")
+
+
+def told(result: Result) -> list[tuple[Any, ...]]:
+    """All that a run says about devices, exact."""
+    rounds = [tuple(event.get(key) for key in TIMED) for event in of_kind(result, "round")]
+    clients = [tuple(event.get(key) for key in OWN) for event in of_kind(result, "client")]
+    scores = [(event["loss"], event["virtual_time"], event["joules_total"]) for event in of_kind(result, "eval")]
+    return [*rounds, *clients, *scores]
+
+
+def test_without_devices_nothing_is_said_and_with_idle_ones_nothing_changes(root: Path, straight: dict[str, Result]) -> None:
+    """Synchronous rounds on devices that are always on train the same clients to the same bits."""
+    plain = run_alone(config_of(root, "fedit", "plain"))
+    assert plain.digest == straight["devices"].digest and plain.scores() == straight["devices"].scores()
+    keys = {key for event in plain.events if event["event"] != "run" for key in event}
+    assert not keys & {*TIMED, "device"} and "devices" not in of_kind(plain, "run")[0]
+
+
+def test_time_and_energy_are_those_of_what_was_counted(straight: dict[str, Result]) -> None:
+    result = straight["devices"]
+    parts, time, joules = result.parts, 0.0, 0.0
+    layout = parts.spec.expert_layout
+    numbers = sum(
+        len(block.layers) * (layout.num_experts if block.expert else 1) * math.prod(block.item)
+        for block in shared_blocks(parts.spec.blocks)
+    )
+    for event in of_kind(result, "round"):
+        clients = [one for one in of_kind(result, "client") if one["round"] == event["round"]]
+        for one in clients:
+            profile, work = BUILTIN[one["device"]], Work(one["flops"], 4 * numbers, 4 * numbers)
+            assert (one["down_bytes"], one["up_bytes"]) == (work.down_bytes, work.up_bytes)
+            assert one["virtual_s"] == span_of(profile, work).total / 1e9 and one["joules"] == joules_of(profile, work)
+            assert math.isclose(one["down_s"] + one["compute_s"] + one["up_s"], one["virtual_s"])
+        assert event["virtual_s"] == max(one["virtual_s"] for one in clients)
+        time, joules = time + event["virtual_s"], joules + math.fsum(one["joules"] for one in clients)
+        assert math.isclose(event["virtual_time"], time) and math.isclose(event["joules_total"], joules)
+        scores = [one for one in of_kind(result, "eval") if one["round"] == event["round"]]
+        assert every(one["virtual_time"] == event["virtual_time"] for one in scores)
+    assert of_kind(result, "run")[0]["devices"]["profiles"] == {"phone-mid": 3, "laptop": 3}
+
+
+def test_deadlines_leave_out_who_is_late(straight: dict[str, Result]) -> None:
+    """Nobody trains in vain: who is left out has no steps, but time and energy."""
+    result = straight["deadline"]
+    rounds = of_kind(result, "round")
+    assert sum(event["late"] + event["lost"] for event in rounds) > 3
+    missed = [event for event in of_kind(result, "client") if event["status"] in ("late", "lost")]
+    assert missed and every(event["steps"] == 0 and event["virtual_s"] >= 0 for event in missed)
+    assert sum(event["joules"] for event in missed) > 0
+    for event in rounds:
+        taken = [one for one in of_kind(result, "client") if one["round"] == event["round"] and one["status"] == "ok"]
+        assert 1 <= len(taken) <= 3 and event["dropped"] + len(taken) == event["participants"]
+
+
+def test_clocks_of_devices_that_sleep(straight: dict[str, Result]) -> None:
+    """The rounds wait for devices that are on, which takes hours."""
+    rounds = of_kind(straight["nights"], "round")
+    assert every(event["participants"] < 5 for event in rounds), "others are off"
+    assert rounds[-1]["virtual_time"] > 0
+
+
+def test_buffered_updates_are_late(straight: dict[str, Result]) -> None:
+    """Whoever arrives in a step has begun so many steps before; the clock goes on from arrival to arrival."""
+    for variant, buffer, most in (("buffered", 2, 3), ("buffered-adam", 3, 2)):
+        result = straight[variant]
+        taken = [event for event in of_kind(result, "client") if event["status"] == "ok"]
+        assert every(0 <= event["delay"] <= min(most, event["round"] - 1) for event in taken)
+        assert any(event["delay"] > 0 for event in taken), variant
+        for event in of_kind(result, "round"):
+            own = [one for one in taken if one["round"] == event["round"]]
+            assert len(own) == buffer and event["mean_delay"] == sum(one["delay"] for one in own) / buffer
+        times = [event["virtual_time"] for event in of_kind(result, "round")]
+        assert times == sorted(times) and times[0] > 0
+
+
+@pytest.mark.parametrize("variant", DEVICES)
+def test_one_client_at_a_time(root: Path, straight: dict[str, Result], variant: str) -> None:
+    waves = run_alone(config_of(root, variant, "waves", {"execution": {"clients_in_flight": 1}}))
+    assert waves.digest == straight[variant].digest and told(waves) == told(straight[variant])
+
+
+@pytest.mark.parametrize("variant", DEVICES)
+def test_stopped_and_resumed(root: Path, straight: dict[str, Result], variant: str) -> None:
+    """In the middle of round 3, by a signal, then killed after it: the clock is in every checkpoint."""
+    config = config_of(root, variant, "stopped", {"execution": {"clients_in_flight": 1}})
+    parts, journal = start(config, *alone(), "never")
+    trained = [
+        len([e for e in of_kind(straight[variant], "client") if e["round"] == r and e["status"] == "ok"]) for r in (1, 2, 3)
+    ]
+    parts.training_data = StopsAfter(parts, sum(trained[:2]) + 1)
+    outcome = Federation(parts, journal).run()
+    journal.close()
+    assert outcome.interrupted == "SIGTERM"
+    result = finish(*start(config, *alone(), "auto"))
+    assert result.digest == straight[variant].digest and told(result) == told(straight[variant])
+    # Back to the checkpoint of a whole round: what was recorded after it is trained again.
+    folder = Path(config.output) / config.name / "checkpoints"
+    shutil.rmtree(folder / "round-00004")
+    again = finish(*start(config, *alone(), "auto"))
+    assert again.digest == result.digest and told(again) == told(result)
+
+
+def test_refusals(root: Path) -> None:
+    mix = {"mix": {"laptop": 1.0}}
+    for changes, message in (
+        ({"method": {"name": "centralised"}, "devices": mix}, "devices: method centralised trains one client"),
+        ({"devices": {"mix": {"tablet": 1.0}}}, "devices.mix.tablet: there is no such profile"),
+        ({"method": {"name": "flora"}, "devices": {**mix, "aggregation": "buffered"}}, "buffered: clients start from .* flora"),
+        ({"devices": {**mix, "aggregation": "buffered", "buffer": 7}}, "devices.buffer: 7: there are 6 clients"),
+        ({"devices": {**mix, "aggregation": "deadline", "deadline_s": 1e-6}}, "devices.deadline_s: 1e-06: no device trains"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_alone(make_config(root, "refused", changes))
+
+
+def test_refusals_come_before_anything_is_loaded(root: Path) -> None:
+    with pytest.raises(UserError, match="centralised"):
+        check_start(make_config(root, "r", {"method": {"name": "centralised"}, "devices": {"mix": {"laptop": 1.0}}}), "cpu")
+
+
+class Buffered(Late):
+    """FedBuff: a change that is tau steps late counts 1 / sqrt(1 + tau)."""
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        for one in returned:
+            tau = self.options["delay"](one.task.index, len(self.history))
+            for key, received in one.received.items():
+                if key in one.trained.adapters:
+                    change = one.trained.adapters[key] - received
+                    one.trained.adapters[key] = received + change / math.sqrt(1 + tau)
+        super().step(returned, fresh)
+
+
+def test_buffered_rounds_are_the_plain_ones(tmp_path: Path) -> None:
+    """FedIT's mean of changes, each from its own start and weighed by its lateness, in plain loops in float64."""
+    model = {"num_hidden_layers": 1, "num_experts": 8, "num_experts_per_tok": 4, "hidden_size": 16}
+    write_inputs(tmp_path, (13, 9, 7, 5, 6), **model)
+    small = {
+        "method": {"name": "fedit"},
+        "federation": {"rounds": 9, "tiers": [{"top_k": 4, "share": 1.0}]},
+        "local": {"max_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.5, "clip": 0.5},
+        "execution": {"micro_batch_size": None, "clients_in_flight": 4},
+        "evaluation": {"max_sequences": 1, "client_sequences": 0, "every": 9},
+        "devices": {**DEVICES["buffered"]["devices"], "dropout": 0.0},
+    }
+    parts, journal = build(make_config(tmp_path, "plain", small), *alone())
+    assert parts.clock is not None
+    delays: dict[tuple[int, int], int] = {}
+    replay: Any = Replay(parts, 0.5, 0.5)
+    expected = Buffered(replay, initial(parts), [c.index for c in parts.clients], delay=lambda i, r: delays[i, r])
+    federation = Federation(parts, journal)
+    for round_index in range(1, 5):
+        arrivals = parts.clock.select(parts.state.clock, round_index).arrivals
+        delays |= {(flight.client, round_index): round_index - 1 - flight.version for flight in arrivals}
+        todo = tasks(parts, round_index)
+        replay.forget()
+        assert not federation._round(round_index)
+        expected.round(todo, {})
+        check_equal(dict(expected.adapters), {key: value.double() for key, _, value in parts.state.adapters.items(0)})
+    journal.close()
+    assert len(set(delays.values())) > 1
