@@ -1,11 +1,10 @@
-"""FedMoE's and FLEX-MoE's plans: pure functions of what the server remembers. Sub-models, phases, loads and fitness."""
+"""FedMoE's plans: pure functions of what the server remembers. Sub-models and phases."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import pytest
 from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +14,6 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.methods import (
-    EXPERT_LOSS,
-    EXPERT_TARGETS,
     BlockSpec,
     Memory,
     Method,
@@ -26,7 +23,6 @@ from fedmoe_ds.methods import (
     load_method,
 )
 from fedmoe_ds.methods.fed_moe import CHANGED, FROZEN, PROFILE, SEARCHED, FedMoE, SubModel
-from fedmoe_ds.methods.flex_moe import FlexMoE, missed, usual
 
 L, E = 2, 6
 SHAPE = (L, E)
@@ -43,12 +39,6 @@ def make(name: str, experts: int = E, **keys: Any) -> Method:
 def fed_moe(**keys: Any) -> FedMoE:
     method = make("fed-moe", **{"profile_rounds": 1, **keys})
     assert isinstance(method, FedMoE)
-    return method
-
-
-def flex_moe(experts: int = E, **keys: Any) -> FlexMoE:
-    method = make("flex-moe", experts, **keys)
-    assert isinstance(method, FlexMoE)
     return method
 
 
@@ -129,7 +119,7 @@ def test_the_twins_experts_are_wanted() -> None:
         3: remembered(score_LE, np.ones(SHAPE), PROFILE),
     }
     more_LE = method.changed(small, memories) & ~held_LE
-    outside = sorted(((-score_LE[l, e], l, e) for l in range(L) for e in range(E) if not held_LE[l, e]))[:3]  # noqa: E741
+    outside = sorted((-score_LE[l, e], l, e) for l in range(L) for e in range(E) if not held_LE[l, e])[:3]  # noqa: E741
     assert {(l, e) for l, e in np.argwhere(more_LE)} == {(l, e) for _, l, e in outside}  # noqa: E741
     # And the other way round: the larger one drops its three worst, by the same p.
     memories[1]["progress"][3] = 2.0
@@ -197,107 +187,3 @@ def test_holders_weigh_their_data() -> None:
     update = report(client(0), SubModel(held_LE, held_LE, SEARCHED), {}, None)
     assert (method.weights(EXPERTS, update, 0.25) == 0.25 * held_LE).all()
     assert (method.weights(ATTENTION, update, 0.25) == [0.25, 0.25]).all()
-
-
-# FLEX-MoE
-
-
-@settings(max_examples=30, derandomize=True)
-@given(st.lists(st.integers(1, E), min_size=1, max_size=7), st.sampled_from([0.0, 0.1, 0.5]), st.integers(0, 99))
-def test_every_layer_keeps_budgets_and_bounds(budgets: list[int], tolerance: float, seed: int) -> None:
-    method, clients = flex_moe(tolerance=tolerance), [client(i, experts) for i, experts in enumerate(budgets)]
-    draws = np.random.default_rng(seed)
-    known = {i: draws.random(SHAPE) for i in range(0, len(clients), 2)}
-    memories = {
-        i: {"fitness": q, "known": np.ones(SHAPE), "held": np.ones(SHAPE), "assigned": draws.integers(0, 4, SHAPE)}
-        for i, q in known.items()
-    }
-    parts = method.plan(asked(clients, memories)).parts
-    taken_CLE = np.stack([parts[i] for i in range(len(clients))])
-    mean = sum(budgets) / E
-    assert (taken_CLE.sum(2) == np.array(budgets)[:, None]).all()
-    assert taken_CLE.sum(0).min() >= np.floor((1 - tolerance) * mean)
-    assert taken_CLE.sum(0).max() <= np.ceil((1 + tolerance) * mean)
-    again = method.plan(asked(clients, dict(reversed(memories.items())))).parts
-    assert every((again[i] == parts[i]).all() for i in parts)
-
-
-def known(fitness_LE: np.ndarray, assigned: float = 1.0) -> Memory:
-    full = np.ones_like(fitness_LE)
-    return {"fitness": fitness_LE, "known": full, "held": full, "assigned": assigned * full}
-
-
-def test_without_bounds_it_is_the_greedy_choice() -> None:
-    method, clients = flex_moe(tolerance=None, kappa=0.0), [client(i, 1 + i) for i in range(4)]
-    memories = {i: known(np.random.default_rng(i).random(SHAPE)) for i in range(4)}
-    parts = method.plan(asked(clients, memories)).parts
-    for i in range(4):
-        for layer in range(L):
-            best = np.argsort(-memories[i]["fitness"][layer])[: 1 + i]
-            assert np.flatnonzero(parts[i][layer]).tolist() == sorted(best.tolist())
-
-
-def test_fitness_moves_on_what_was_assigned_and_used() -> None:
-    method = flex_moe(alpha=0.5, beta=0.25)
-    plan = np.zeros(SHAPE, dtype=bool)
-    plan[0, :3] = True
-    targets_LE, loss_LE = np.zeros(SHAPE), np.zeros(SHAPE)
-    targets_LE[0, :2], loss_LE[0, :2] = 4, (8.0, 4.0)
-    observed = {EXPERT_TARGETS: targets_LE, EXPERT_LOSS: loss_LE}
-    first = method.memorise(report(client(0), plan, observed, None))
-    assert first["fitness"][0].tolist() == pytest.approx([np.exp(-1.0), np.exp(-0.5), 0, 0, 0, 0])
-    assert first["known"][0].tolist() == [1, 1, 0, 0, 0, 0] and first["assigned"][0].tolist() == [1, 1, 1, 0, 0, 0]
-    loss_LE[0, 0] = 0.0
-    second = method.memorise(report(client(0), plan, observed, first))
-    assert second["fitness"][0, 0] == pytest.approx(0.75 * np.exp(-1.0) + 0.25)
-    assert second["fitness"][0, 1] == pytest.approx(first["fitness"][0, 1]) and second["assigned"].sum() == 6
-    assert {name: value.shape for name, value in second.items()} == method.memory()
-
-
-def test_what_a_client_does_not_know_it_expects_as_others_found_it() -> None:
-    half = {**known(np.full(SHAPE, 0.2)), "known": np.zeros(SHAPE)}
-    half["known"][:, 0] = 1
-    expected_LE = usual([half, {**half, "fitness": np.full(SHAPE, 0.6)}], SHAPE)
-    assert expected_LE == pytest.approx(np.full(SHAPE, 0.4))
-    half["known"][0, 1] = 1
-    assert usual([half, half], SHAPE)[0, 1] == pytest.approx(0.2)
-    assert (usual([], SHAPE) == 0).all()
-
-
-def test_what_was_missed_counts_most_where_most_was() -> None:
-    memory = known(np.ones(SHAPE))
-    memory["assigned"][0] = [0, 4, 8, 4, 4, 4]
-    assert missed([memory], SHAPE)[0].tolist() == [1, 0, 0, 0, 0, 0] and not missed([memory], SHAPE)[1].any()
-    # All else being equal, it comes first.
-    parts = flex_moe().plan(asked([client(0, 1)], {0: memory})).parts
-    assert parts[0][0].tolist() == [True, False, False, False, False, False]
-
-
-def test_usage_weighs_and_what_is_not_used_weighs_nothing() -> None:
-    method = flex_moe()
-    update = report(client(0), np.ones(SHAPE, dtype=bool), {}, None)
-    update.counts_LE[0, 0], update.counts_LE[1, 2] = 7, 0
-    weight_LE = method.weights(EXPERTS, update, 0.25)
-    assert weight_LE[0, 0] == 7 and weight_LE[1, 2] == 0 and weight_LE[1, 3] == 1
-    assert (method.weights(ATTENTION, update, 0.25) == 0.25).all()
-
-
-def load_variation(method: FlexMoE, experts: int, rounds: int) -> float:
-    """Coefficient of variation of how often experts were assigned, where all clients tend to like the same ones."""
-    clients, popular_E = [client(i, 2) for i in range(10)], np.linspace(0.0, 0.3, experts)
-    taste_CLE = np.random.default_rng(0).random((10, L, experts)) * 0.4 + popular_E
-    memories: dict[int, Memory] = {}
-    for round_index in range(1, rounds + 1):
-        parts = method.plan(asked(clients, memories, round_index)).parts
-        for i, part in parts.items():
-            old = memories.get(i, known(taste_CLE[i], 0.0))
-            memories[i] = {**old, "held": part.astype(float), "assigned": old["assigned"] + part}
-    load_LE = sum(memory["assigned"] for memory in memories.values())
-    return float((load_LE.std(1) / load_LE.mean(1)).max())
-
-
-def test_loads_vary_less_than_those_of_the_greedy_choice() -> None:
-    """The paper's ordering: greedy more than 0.29, the program about 0.003. Ten clients, two of eight experts each."""
-    greedy = load_variation(flex_moe(8, tolerance=None, kappa=0.0), 8, 30)
-    balanced = load_variation(flex_moe(8), 8, 30)
-    assert greedy > 0.29 and balanced < 0.02, (greedy, balanced)

@@ -42,8 +42,8 @@ def cover(score_LE: np.ndarray, slots: int, least: int) -> tuple[float, np.ndarr
     """(theta, bool [L, E]): the largest theta such that at most `slots` experts in all, and at least `least` in every layer,
     have scores that sum to theta or more in every layer.
 
-    The fewest experts that reach theta in a layer are its best ones, and more of them are needed for a larger theta. So theta is
-    one of the sums over a layer's best experts, and is found among them by binary search. `slots` must be L x `least` or more.
+    The fewest experts that reach theta in a layer are its best ones, and more of them are needed for a larger theta. So theta
+    is one of the sums over a layer's best experts, found among them by binary search. `slots` must be L x `least` or more.
     """
     layers, experts = score_LE.shape
     assert layers * least <= slots and least <= experts, (slots, least, score_LE.shape)
@@ -66,6 +66,6 @@ def _needed(sums_LE: np.ndarray, theta: float, least: int) -> np.ndarray:
 
 
 def scattered(draw_LE: np.ndarray, slots: int, least: int) -> np.ndarray:
-    """`slots` experts, at least `least` in every layer, by what was drawn for each: the baseline that knows nothing of scores."""
+    """`slots` experts, at least `least` in every layer, by what was drawn for each: a baseline without scores."""
     held_LE = best(draw_LE, np.full(len(draw_LE), least))
     return add_best(held_LE, draw_LE, slots - int(held_LE.sum()))

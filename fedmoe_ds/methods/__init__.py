@@ -9,6 +9,7 @@ from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.expert_budgets import add_best, best, cover, drop_worst, scattered
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
@@ -23,7 +24,7 @@ from fedmoe_ds.methods.base import (
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
-from fedmoe_ds.methods.round_plan import Load, MeanContext, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
+from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.moe_layer import RESCALER
 from fedmoe_ds.model.pass_context import RoutingObserver
@@ -45,6 +46,7 @@ __all__ = [
     "FactorPair",
     "Load",
     "MeanContext",
+    "Memory",
     "Method",
     "MethodInfo",
     "MethodParams",
@@ -58,10 +60,14 @@ __all__ = [
     "TensorRule",
     "UserError",
     "Weighing",
+    "add_best",
     "balance_loss",
+    "best",
     "computing_joules",
     "counts_of",
+    "cover",
     "distances",
+    "drop_worst",
     "fading",
     "generator",
     "leading",
@@ -72,6 +78,7 @@ __all__ = [
     "present",
     "product_norms",
     "remembered_block",
+    "scattered",
     "shared_blocks",
     "upload",
     "watts",

@@ -22,10 +22,11 @@ If that does not help, it is reverted and the sub-model stays as it is for good.
 COMPLETION. Memory is counted in experts over all layers, L times the tier's experts, because every expert's adapters weigh the
 same; every layer keeps `least`, so that top-k is defined. The search may use `memory_share` (alpha) of it and stage 2 the rest:
 where the search has filled everything, nothing could ever be added. What alpha leaves between the best theta and its slots goes
-to the largest p. p is the mean softmax score per token and not the share of routed slots, because afterwards a client routes to
-experts that it holds alone, while the paper still sends p of all. Loss (mean of the first and the last step's) takes the place of
-accuracy. A stall: the loss did not fall by 1 % in `patience` rounds of the client, which are counted as it takes part; the same
-decides whether a change has helped. Clients that still profile are similar to nobody. A holder weighs its data size, used or not.
+to the largest p. p is the mean softmax score per token and not the share of routed slots, because afterwards a client routes
+to experts that it holds alone, while the paper still sends p of all. Loss (mean of the first and the last step's) takes the
+place of accuracy. A stall: the loss did not fall by 1 % in `patience` rounds of the client, which are counted as it takes part;
+the same decides whether a change has helped. Clients that still profile are similar to nobody. A holder weighs its data size,
+used or not.
 
 Limits. A router, where it is trained, is averaged as a whole: a row of it is no block of its own. Every expert's weights stay
 where they are, on its rank of the cluster: a sub-model saves compute, and what a client would send, not memory here.
