@@ -35,9 +35,8 @@ def tiers(*experts: int) -> dict[str, Any]:
 def test_a_budget_for_all_experts_is_fedit_to_the_bit(root: Path) -> None:
     method = {"name": "fed-moe", "profile_rounds": 1, "memory_share": 1.0}
     ours = run_alone(make_config(root, "all", QUICK, {"method": method, "federation": tiers(16)}))
-    theirs = run_alone(
-        make_config(root, "fedit", QUICK, {"method": {"name": "fedit"}, "federation": {"rounds": 2, "tiers": [{"top_k": 8, "share": 1.0}]}})
-    )
+    everything = {"rounds": 2, "tiers": [{"top_k": 8, "share": 1.0}]}
+    theirs = run_alone(make_config(root, "fedit", QUICK, {"method": {"name": "fedit"}, "federation": everything}))
     assert ours.adapters.keys() == theirs.adapters.keys()
     assert every(np.array_equal(value, theirs.adapters[key]) for key, value in ours.adapters.items())
 
@@ -55,7 +54,8 @@ def test_an_expert_is_made_of_what_its_holders_trained(root: Path) -> None:
         if parts.state.round == 1:
             if not start:
                 start.append(parts.state.adapters.client(name, 0).clone())
-            seen[update.client.index] = update.plan.held_LE, view.value(parts.execution.bank.specs[name]).clone(), update.client.samples
+            value = view.value(parts.execution.bank.specs[name]).clone()
+            seen[update.client.index] = update.plan.held_LE, value, update.client.samples
         return None
 
     finish(parts, journal, look)

@@ -24,7 +24,7 @@ from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
 from reference_wireless import OverTheAir
-from replay import ObservedHFedMoE, PersonalFlame, Replay
+from replay import ObservedFedMoE, ObservedHFedMoE, PersonalFlame, Replay
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import Parts
@@ -69,6 +69,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "flame": ({"temperature": 2.0}, Told(PersonalFlame, {"temperature": 2.0})),
     "fedit": ({}, Told(FedIT, {})),
     "hfedmoe": ({"tau_share": 0.8}, Told(ObservedHFedMoE, GATED, "experts")),
+    "fed-moe": ({"profile_rounds": 1, "least": 1}, Told(ObservedFedMoE, {}, "experts")),
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
@@ -106,6 +107,7 @@ class Case(NamedTuple):
             or (self.method in NO_MEAN - {"local-only"} and self.drift == "scaffold")
             or (self.method == "local-only" and self.drift != "none")
             or (self.method in PAIRS and self.adapters == "full")
+            or (self.method == "fed-moe" and self.adapters in ("attention", "plain"))
             or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")
             or (plain and self.sampling == "budget")

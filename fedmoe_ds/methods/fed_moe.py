@@ -58,6 +58,7 @@ from fedmoe_ds.methods import (
     RoundPlan,
     Routing,
     RoutingObserver,
+    UserError,
     add_best,
     best,
     cover,
@@ -117,6 +118,13 @@ class FedMoE(Method):
     needs = frozenset({"experts"})
     observes = ("scores",)
     personal_models = True
+
+    def check_config(self, config: Config) -> None:
+        if config.adapters.feed_forward and config.adapters.moe is None:
+            raise UserError(
+                f"adapters.feed_forward: {config.adapters.feed_forward}: dense blocks have no experts to choose from; "
+                "use a sparse model, or adapter experts (adapters.moe)"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
