@@ -30,6 +30,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "method": {"name": "hfedmoe"},
         "adapters": {"router": "train", "expert_training": "full"},
     },
+    "fed-moe": {
+        "method": {"name": "fed-moe", "profile_rounds": 1, "least": 2, "patience": 1},
+        "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}], "rounds": 3},
+        "evaluation": EACH_CLIENT,
+    },
     "hetlora": {"method": {"name": "hetlora"}},
     "flexlora": {"method": {"name": "flexlora"}},
     "flora": {"method": {"name": "flora"}},

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from every import every
 from reference import Adapters, Extra, Select, Task, Trained
-from reference_methods import FedIT, Flame, HFedMoE, cut, padded
+from reference_methods import FedIT, Flame, HFedMoE, Returned, cut, padded
 from torch import Tensor
 
 from fedmoe_ds.clients.client_view import ClientView
@@ -120,3 +120,14 @@ class ObservedHFedMoE(HFedMoE):
         usage, importance = update.observed["usage"] / update.tokens, update.observed["importance"] / len(task.steps)
         self.notes = {"usage": usage, "importance": importance, "trained": update.trained_LE > 0}
         return result
+
+
+class ObservedFedMoE(FedIT):
+    """Sub-models are the package's plan; holders weigh their data."""
+
+    def weight(self, key: str, one: Returned) -> float:
+        parts, replay = key.split("."), self.reference
+        assert isinstance(replay, Replay)
+        held_LE = replay.updates[one.task.index].plan.held_LE
+        held = parts[2] != "experts" or held_LE[int(parts[1]), int(parts[3])]
+        return super().weight(key, one) if held else 0.0

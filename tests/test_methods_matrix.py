@@ -26,7 +26,7 @@ from reference_products import FedExLoRA, FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
 from reference_wireless import OverTheAir
-from replay import ObservedHFedMoE, PersonalFlame, Replay
+from replay import ObservedFedMoE, ObservedHFedMoE, PersonalFlame, Replay
 
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import Parts
@@ -72,6 +72,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "flame": ({"temperature": 2.0}, Told(PersonalFlame, {"temperature": 2.0})),
     "fedit": ({}, Told(FedIT, {})),
     "hfedmoe": ({"tau_share": 0.8}, Told(ObservedHFedMoE, GATED, "experts")),
+    "fed-moe": ({"profile_rounds": 1, "least": 1}, Told(ObservedFedMoE, {}, "experts")),
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
@@ -118,6 +119,7 @@ class Case(NamedTuple):
             or (self.method == "cc-fao" and self.drift == "scaffold")
             or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
+            or (self.method == "fed-moe" and self.adapters in ("attention", "plain"))
             or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")
             or (plain and self.sampling == "budget")

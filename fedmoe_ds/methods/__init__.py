@@ -9,6 +9,7 @@ from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.expert_budgets import add_best, best, cover, drop_worst, scattered
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
@@ -23,7 +24,7 @@ from fedmoe_ds.methods.base import (
     product_norms,
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
-from fedmoe_ds.methods.round_plan import Load, MeanContext, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
+from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER
@@ -50,6 +51,7 @@ __all__ = [
     "Load",
     "LocalStep",
     "MeanContext",
+    "Memory",
     "Method",
     "MethodInfo",
     "MethodParams",
@@ -67,10 +69,14 @@ __all__ = [
     "TokenRouting",
     "UserError",
     "Weighing",
+    "add_best",
     "balance_loss",
+    "best",
     "computing_joules",
     "counts_of",
+    "cover",
     "distances",
+    "drop_worst",
     "fading",
     "generator",
     "leading",
@@ -82,6 +88,7 @@ __all__ = [
     "present",
     "product_norms",
     "remembered_block",
+    "scattered",
     "shared_blocks",
     "upload",
     "watts",

@@ -1,0 +1,245 @@
+"""FedMoE: every client trains and runs a sub-model, the experts that its own data use (arXiv 2408.11304).
+
+Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, S similar clients.
+
+READ (the paper and public readings of it; no public code was found). A few rounds with all experts give a client's activation
+
+    p_{l,e} = how much its tokens use expert e of layer l
+
+Stage 1, coarse search, by binary search over theta (`clients/expert_budgets.py`):
+
+    max theta   with   sum_e x_{l,e} p_{l,e} >= theta in every layer l,   memory(x) <= alpha M
+
+Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders. Stage 2,
+when a client's training stalls: S are the K clients whose activation is most similar (cosine), n = mean number of experts of S
+minus its own; the n best experts outside its sub-model are added, or its |n| worst dropped, by
+
+    phat_{l,e} = sum_{a in S} sim(a) p_{l,e}(a) / sum_{a in S} sim(a)
+
+If that does not help, it is reverted and the sub-model stays as it is for good. The local objective has the Switch balance loss
+(`local.balance_loss`; the coefficient of the paper is not known, Switch's is 0.01).
+
+COMPLETION. Memory is counted in experts over all layers, L times the tier's experts, because every expert's adapters weigh the
+same; every layer keeps `least`, so that top-k is defined. The search may use `memory_share` (alpha) of it and stage 2 the rest:
+where the search has filled everything, nothing could ever be added. What alpha leaves between the best theta and its slots goes
+to the largest p. p is the mean softmax score per token and not the share of routed slots, because afterwards a client routes
+to experts that it holds alone, while the paper still sends p of all. Loss (mean of the first and the last step's) takes the
+place of accuracy. A stall: the loss did not fall by 1 % in `patience` rounds of the client, which are counted as it takes part;
+the same decides whether a change has helped. Clients that still profile are similar to nobody. A holder weighs its data size,
+used or not.
+
+Limits. A router, where it is trained, is averaged as a whole: a row of it is no block of its own. Every expert's weights stay
+where they are, on its rank of the cluster: a sub-model saves compute, and what a client would send, not memory here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedmoe_ds.methods import (
+    Assignment,
+    BlockSpec,
+    Client,
+    ClientUpdate,
+    Config,
+    Memory,
+    Method,
+    MethodInfo,
+    MethodParams,
+    PlanContext,
+    RoundContext,
+    RoundPlan,
+    Routing,
+    RoutingObserver,
+    UserError,
+    add_best,
+    best,
+    cover,
+    drop_worst,
+    generator,
+    leading,
+    scattered,
+)
+
+PROFILE, SEARCHED, CHANGED, FROZEN = range(4)
+"""Phases of a client: all experts, its sub-model, one changed after those of similar clients, one that stays."""
+FALL = 0.01
+"""A loss that falls by less, relatively, has not fallen."""
+
+
+class FedMoEParams(MethodParams):
+    """The two searches; the paper's values of the last two are not known."""
+
+    profile_rounds: int = Field(5, ge=1, description="rounds of a client with all experts, before its sub-model is searched")
+    memory_share: float = Field(0.8, gt=0, le=1, description="alpha: share of the budget that the search may use")
+    least: int | None = Field(None, ge=1, description="fewest experts of a layer; null: as many as a token activates")
+    search: Literal["max-min", "uniform", "random"] = Field(
+        "max-min", description="stage 1; baselines: the same number in every layer, or drawn, as many in all"
+    )
+    refine: bool = Field(True, description="whether stage 2 happens")
+    similar: int = Field(3, ge=1, description="K: clients that stage 2 looks at")
+    patience: int = Field(2, ge=1, description="rounds of a client without a fall of its loss that are a stall")
+
+    def idle(self, config: Config) -> dict[str, str]:
+        off = "with method.refine=false: nothing follows a stall"
+        return {} if self.refine else {"similar": off, "patience": off}
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """A client's part of a plan: what it holds in this round, what a change that fails goes back to, and its phase."""
+
+    held_LE: np.ndarray
+    before_LE: np.ndarray
+    phase: int
+
+
+class FedMoE(Method):
+    """A sub-model per client."""
+
+    Params: ClassVar[type[MethodParams]] = FedMoEParams
+    info = MethodInfo(
+        title="FedMoE",
+        paper="arXiv 2408.11304",
+        adapts="experts held, per layer",
+        trains="held experts (LoRA or whole)",
+        sends="held experts, activation p, loss",
+        weighs="experts: data size of their holders",
+        completion="budget in experts over all layers; alpha leaves room for stage 2; stall rule; p is the mean score",
+    )
+    spends = "experts"
+    needs = frozenset({"experts"})
+    observes = ("scores",)
+    personal_models = True
+
+    def check_config(self, config: Config) -> None:
+        if config.adapters.feed_forward and config.adapters.moe is None:
+            raise UserError(
+                f"adapters.feed_forward: {config.adapters.feed_forward}: dense blocks have no experts to choose from; "
+                "use a sparse model, or adapter experts (adapters.moe)"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[L, E]."""
+        return len(self.facts.layers), self.facts.num_experts
+
+    # What the server knows, and what it plans
+
+    def memory(self) -> dict[str, tuple[int, ...]]:
+        # `progress`: rounds taken part in, phase, best loss, rounds since the loss fell.
+        return {"scores": self.shape, "held": self.shape, "before": self.shape, "progress": (4,)}
+
+    def memorise(self, update: ClientUpdate) -> dict[str, np.ndarray]:
+        plan: SubModel = update.plan
+        memory = update.memory
+        assert update.losses is not None, "a client's memory is written at its home rank, which knows its losses"
+        rounds, old, lowest, stale = memory["progress"] if memory else (0.0, PROFILE, np.inf, 0.0)
+        # A sub-model is not measured by what all experts reached.
+        if plan.phase == SEARCHED and old == PROFILE:
+            lowest = np.inf
+        loss, phase, before_LE = float(np.mean(update.losses)), plan.phase, plan.before_LE
+        fell = loss < (1 - FALL) * lowest
+        # Every sub-model gets as many rounds as it takes to call the last one stalled.
+        stale = 0.0 if fell else 1.0 if plan.phase != old else stale + 1
+        if fell and phase == CHANGED:  # it helped, and may be changed again
+            phase, before_LE = SEARCHED, plan.held_LE
+        return {
+            "scores": update.observed["scores"] / max(update.tokens, 1),
+            "held": plan.held_LE.astype(np.float64),
+            "before": before_LE.astype(np.float64),
+            "progress": np.array([rounds + 1, phase, loss if fell else lowest, stale]),
+        }
+
+    def plan(self, context: PlanContext) -> RoundPlan:
+        parts = {client.index: self.next_model(client, context.memories) for client in context.drawn}
+        return RoundPlan(context.drawn, parts)
+
+    def next_model(self, client: Client, memories: Mapping[int, Memory]) -> SubModel:
+        """What a client holds when it takes part again."""
+        own = memories.get(client.index)
+        if not own or own["progress"][0] < self.params.profile_rounds:
+            everything_LE = np.ones(self.shape, dtype=bool)
+            return SubModel(everything_LE, everything_LE, PROFILE)
+        held_LE, before_LE = own["held"] > 0, own["before"] > 0
+        _, phase, _, stale = own["progress"]
+        if phase == PROFILE:
+            held_LE = self.search(client, own["scores"])
+            return SubModel(held_LE, held_LE, SEARCHED)
+        stalled = self.params.refine and stale >= self.params.patience
+        if phase == SEARCHED and stalled:
+            return SubModel(self.changed(client, memories), held_LE, CHANGED)
+        if phase == CHANGED and stalled:
+            return SubModel(before_LE, before_LE, FROZEN)
+        return SubModel(held_LE, before_LE, int(phase))
+
+    def budget(self, client: Client) -> tuple[int, int]:
+        """(experts over all layers, fewest of a layer)."""
+        least = client.cap if self.params.least is None else self.params.least
+        return self.shape[0] * client.experts, min(least, client.experts)
+
+    def search(self, client: Client, score_LE: np.ndarray) -> np.ndarray:
+        """Stage 1, or one of its baselines: bool [L, E]."""
+        most, least = self.budget(client)
+        layers = self.shape[0]
+        # The small number undoes a product's rounding: 0.7 x 10 slots are seven.
+        slots = max(layers * least, int(self.params.memory_share * most + 1e-9))
+        if self.params.search == "random":
+            return scattered(generator(self.facts.seed, "sub-model", client.index).random(self.shape), slots, least)
+        if self.params.search == "uniform":
+            held_LE = best(score_LE, np.full(layers, slots // layers))
+        else:
+            _, held_LE = cover(score_LE, slots, least)
+        return add_best(held_LE, score_LE, slots - int(held_LE.sum()))
+
+    def changed(self, client: Client, memories: Mapping[int, Memory]) -> np.ndarray:
+        """Stage 2: more or fewer experts, after those of the most similar clients; bool [L, E]."""
+        own = memories[client.index]
+        held_LE = own["held"] > 0
+        others = {index: one for index, one in memories.items() if index != client.index and one["progress"][1] != PROFILE}
+        likeness = {index: cosine(own["scores"], one["scores"]) for index, one in others.items()}
+        nearest = sorted(likeness, key=lambda index: (-likeness[index], index))[: self.params.similar]
+        if not nearest:
+            return held_LE
+        mean = np.mean([np.count_nonzero(others[index]["held"]) for index in nearest])
+        missing = int(np.rint(mean - held_LE.sum()))
+        wanted_LE = np.average([others[i]["scores"] for i in nearest], axis=0, weights=[likeness[i] for i in nearest])
+        most, least = self.budget(client)
+        if missing >= 0:
+            return add_best(held_LE, wanted_LE, min(missing, most - int(held_LE.sum())))
+        return drop_worst(held_LE, wanted_LE, -missing, least)
+
+    # What a client does, and what it weighs
+
+    def assign(self, client: Client, context: RoundContext) -> Assignment:
+        # An evaluation follows no plan: there a client has the sub-model that it trained last, or all experts before that.
+        part, known = context.plan, context.memory
+        held_LE = part.held_LE if part is not None else known["held"] > 0 if known else np.ones(self.shape, dtype=bool)
+        allowed_LE = None if held_LE.all() else held_LE
+        return Assignment(client.cap, leading(client.rank, self.facts.rank), allowed_LE=allowed_LE)
+
+    def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
+        return RoutingObserver(observe=sum_scores)
+
+    def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
+        weight = super().weights(spec, update, data_share)
+        return weight * update.plan.held_LE if spec.expert else weight
+
+
+def sum_scores(routing: Routing, valid_T: Tensor) -> tuple[None, dict[str, Tensor]]:
+    """The router's scores of all experts, summed over the tokens of a batch."""
+    # Sigmoid routers' scores do not sum to one. Float64: they are compared over rounds and clients.
+    score_TE = routing.probs_TE.detach().to(torch.float64)
+    return None, {"scores": (score_TE / score_TE.sum(-1, keepdim=True).clamp(min=1e-20)).sum(0)}
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """Cosine of the angle between two activation patterns; both have scores above zero."""
+    return float(np.vdot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))
