@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from fedmoe_ds.bench.fullsize import command, export
 from fedmoe_ds.bench.fullsize.weights import full_size, shards, weight_bytes, write_weights
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.planner import load_hardware
 
 SMALL = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 4, "vocab_size": 64, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
@@ -52,6 +54,19 @@ def test_a_machine_that_is_too_small_is_told_before_weights_are_written(
     monkeypatch.setattr(command.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 20 * 2**30}))
     with pytest.raises(UserError, match=r"--folder: .*: 20\.0 GiB of disk are free, and weights and run take up to 27\.8"):
         command.check_room(18.2 * 2**30, weights, tmp_path)
+
+
+@pytest.mark.cluster
+def test_a_run_and_its_second_start_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights mapped: the second start reads none of the model's own files, and goes on with another round."""
+    small = {**SMALL, "vocab_size": 2048, "num_experts_per_tok": 4}
+    monkeypatch.setattr(command, "full_size", lambda layers: {**full_size(layers), **small})
+    monkeypatch.setattr(command, "calibrate", lambda note: load_hardware("cpu"))
+    given = {"layers": 2, "length": 32, "mapped": "all", "hardware": None, "folder": tmp_path, "keep": False, "seed": 0}
+    (row,) = command.run(Namespace(**given), lambda text: None)
+    assert row["mapped"] == "all" and 0 < row["restart_s"] < 300 and row["restart_read_bytes"] >= 0
+    assert row["rounds"] == command.ROUNDS - 1 and next(command.lines([row])).startswith("memory by plan, MiB: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.cluster

@@ -66,8 +66,8 @@ data.prompt.end_of_text adapters.start
 """
 """In it by what they lead to: other weights, other sequences, other kernels, other adapters to begin with."""
 NEUTRAL = """
-name output foundation.preset foundation.cache foundation.pretrain.steps foundation.pretrain.batch_size foundation.pretrain.lr
-foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s
+name output foundation.preset foundation.cache foundation.mapped foundation.pretrain.steps foundation.pretrain.batch_size
+foundation.pretrain.lr foundation.pretrain.threads topology.clusters topology.device topology.timeout_s topology.silence_s
 topology.interface federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
 execution.clients_in_flight devices.target_perplexity devices.target_accuracy

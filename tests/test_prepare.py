@@ -53,7 +53,7 @@ def test_a_start_finds_what_was_prepared(config: Config, worth: None, monkeypatc
     kept = entries(config)
     assert every(kept[kind] for kind in ("data", "shared", "sums")) and len(kept["shared"]) == 2, kept
     assert [line.split(":")[0] for line in told] == [
-        "foundation", "data", "sums of the model's files", "weights that 2 ranks of a host map", told[-1].split(":")[0],
+        "foundation", "data", "sums of the model's files", "weights that ranks of a host map", told[-1].split(":")[0],
     ]  # fmt: skip
     assert "1 weight files" in told[0] and "found" in told[0] and "made, " in told[1] and "1 read, " in told[2]
     assert "2 files" in told[3] and "2 written, 0 found" in told[3] and told[-1].startswith("prepared in ")
@@ -86,6 +86,19 @@ def test_ranks_of_a_host_map_what_was_prepared(config: Config, worth: None, monk
     place = (root / "shared", Ranks(), lambda line: None, root / "sums")
     memory = host_sharing.load_shared(skeleton, fingerprint(Path(path)), 1, ["a"] * 2, *place)
     assert memory.keys() == own.keys() and every(memory[name].equal(own[name]) for name in own)
+
+
+def test_one_rank_finds_what_was_prepared_where_all_weights_are_mapped(config: Config) -> None:
+    """A start of one rank maps both files, and reads no weight of the model's."""
+    tree = changed(config.model_dump(), foundation={"mapped": "all"})
+    told = list(prepare(Config.model_validate(tree), 1, lambda line: None))
+    assert "weights that ranks of a host map: 2 files" in told[3] and "2 written, 0 found" in told[3]
+
+
+def test_mapped_weights_are_refused_for_gpus(config: Config) -> None:
+    tree = changed(config.model_dump(), foundation={"mapped": "all"}, topology={"device": "cuda"}, execution={"reproducible": "fast"})
+    with pytest.raises(UserError, match="foundation.mapped: all: weights are in the memory of the cuda device; leave it at shared"):
+        list(prepare(Config.model_validate(tree), 1, lambda line: None))
 
 
 def test_shards_of_experts_are_left_to_the_start_and_told(config: Config) -> None:

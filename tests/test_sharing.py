@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from distributed import run_distributed
+from every import every
 from federations import joined, make_config, run_alone, run_joined, write_inputs
 
 from fedmoe_ds.config import Config
@@ -156,9 +157,9 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def changed(root: Path, name: str, ep_size: int = 1, cache: Path | None = None) -> Config:
+def changed(root: Path, name: str, ep_size: int = 1, cache: Path | None = None, mapped: str = "shared") -> Config:
     """FLoRA, which writes into frozen weights, for one round; cached apart from the run of one rank."""
-    folder = {"cache": str(cache or root / "shared-cache")}
+    folder = {"cache": str(cache or root / "shared-cache"), "mapped": mapped}
     rest = {"federation": {"rounds": 1}, "method": {"name": "flora"}, "topology": {"ep_size": ep_size}}
     return make_config(root, name, {"foundation": folder, **rest})
 
@@ -214,6 +215,8 @@ def on_two_ranks(rank: int, root: Path) -> dict[str, Any]:
     half = Loaded(changed(root, "half", ep_size=2), runtime)
     own_half = load_foundation(root / "model", config.foundation, 2, rank, "cpu")
     found["half"], found["half_said"] = half.same(own_half), half.said
+    alone = Loaded(changed(root, "alone", ep_size=2, cache=root / "alone-cache", mapped="all"), runtime)
+    found["alone"], found["alone_maps"] = alone.same(own_half), {one.path for one in mapped_files(root / "alone-cache")}
     return found | kernels_damaged_on_one_rank(rank, root, runtime)
 
 
@@ -256,9 +259,15 @@ def test_two_ranks_of_a_host_hold_weights_once(tmp_path: Path) -> None:
         assert found["written"] > 0 and found["kept"], "merged weights are this rank's own"
         assert found["repaired"] and found["unusable"] and found["half"]
     assert [path for path, *_ in ranks[0]["maps"]] == [path for path, *_ in ranks[1]["maps"]]
+    # With every part in a file, the dense part is common, and each rank maps its own experts.
+    assert every(found["alone"] and len(found["alone_maps"]) == 2 for found in ranks)
+    assert len(ranks[0]["alone_maps"] & ranks[1]["alone_maps"]) == 1
     assert "MiB of weights are in memory once per host, mapped from" in ranks[0]["said"]
     assert ranks[0]["complaint"].count("\n") == 1 and "warning: foundation.cache:" in ranks[0]["complaint"]
-    assert "ranks of one host keep copies" in ranks[0]["complaint"] and "once per host" in ranks[0]["half_said"]
+    assert (
+        "every rank keeps foundation weights in memory of its own" in ranks[0]["complaint"]
+        and "once per host" in ranks[0]["half_said"]
+    )
     assert ranks[1]["said"] == ranks[1]["complaint"] == ""
     for rank, found in enumerate(ranks):
         assert found["kernels_repaired"] == alone.digest and found["kernels_unchanged"]

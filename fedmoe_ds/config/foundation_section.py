@@ -32,4 +32,9 @@ class FoundationConfig(Section):
     trust_remote_code: bool = Field(
         False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
     )
+    mapped: Literal["shared", "all"] = Field(
+        "shared",
+        description="on CPUs, weights that lie in mapped files of the cache folder: what several ranks of a host hold alike, "
+        "or all; then the disk holds the model once more, and a later start copies nothing",
+    )
     cache: str | None = Field(None, description="cache folder; default $FEDMOE_CACHE or ~/.cache/fedmoe_ds")

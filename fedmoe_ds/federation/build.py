@@ -153,6 +153,7 @@ def load_parts(
     stop, device = stop or StopRequest(), runtime.device
     check_promise(config, device.type)
     check_moments_on(config.execution, device.type)
+    host_sharing.check_mapped(config.foundation, device.type)
     before: dict[str, str] = {} if resume is None else runtime.run_on_rank0(lambda: continuation.read(Path(resume)))
     config, method = check_start(continuation.with_type(config, before), device.type)
     runtime.run_on_all_ranks(lambda: check_kernels(config.execution.adapter_kernels, config.adapters.rank, device))
@@ -191,7 +192,8 @@ def load_shared_foundation(
         # A device's memory is its own, so there is nothing that ranks of a host could share.
         return work.run_on_all_ranks(lambda: assemble(skeleton, skeleton.load(device), digest, device, trust))
     shared = work.run_on_all_ranks(lambda: cache_folder(config.foundation, host_sharing.FOLDER))
-    memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note, sums)
+    everything = config.foundation.mapped == "all"
+    memory = host_sharing.load_shared(skeleton, digest, ep_size, hosts, shared, work, progress.note, sums, everything)
     return work.run_on_all_ranks(lambda: assemble(skeleton, memory, digest, device, trust))
 
 

@@ -50,6 +50,7 @@ def prepare(config: Config, ranks: int, note: Note) -> Iterator[str]:
     """
     began, kind = time.monotonic(), "cuda" if config.topology.device == "cuda" else "cpu"
     check_promise(config, kind)
+    host_sharing.check_mapped(config.foundation, kind)
     config, method = check_start(config, kind)
     if ranks > 1 and kind != "cpu":
         raise UserError(f"--ranks: {ranks}: ranks share no weights in the memory of GPUs; drop it")
@@ -63,8 +64,8 @@ def prepare(config: Config, ranks: int, note: Note) -> Iterator[str]:
     yield f"data: {len(data)} clients, {int(data.train_sequences.sum()):,} sequences in {data.path}: {told}"
     fingerprint, told = _summed(folder, cache_folder(foundation, file_sums.KIND), note)
     yield f"sums of the model's files: {told}"
-    if ranks > 1:
-        yield _weights(config, skeleton, fingerprint, ranks)
+    if ranks > 1 or foundation.mapped == "all":
+        yield _weights(config, skeleton, fingerprint)
     yield f"prepared in {time.monotonic() - began:.1f} s; a start with the same keys finds it in {cache.root(foundation.cache)}"
     if (ignored := cache.line([cache.passed_over()])) is not None:
         yield ignored
@@ -121,7 +122,7 @@ def _wait_until_settled(files: list[Path], note: Note) -> None:
         stop_point()
 
 
-def _weights(config: Config, skeleton: Skeleton, fingerprint: str, ranks: int) -> str:
+def _weights(config: Config, skeleton: Skeleton, fingerprint: str) -> str:
     """Write what ranks of a host map."""
     section, began, whole = config.foundation, time.monotonic(), config.topology.ep_size == 1
     root, sums = cache_folder(section, host_sharing.FOLDER), cache_folder(section, file_sums.KIND)
@@ -131,4 +132,4 @@ def _weights(config: Config, skeleton: Skeleton, fingerprint: str, ranks: int) -
     said = f"{new} written, {len(used) - new} found, {time.monotonic() - began:.1f} s"
     # A shard needs the process groups of a job.
     rest = "" if whole else f"; shards of experts are written by the first start (topology.ep_size {config.topology.ep_size})"
-    return f"weights that {ranks} ranks of a host map: {len(used)} files, {sum(used.values()) / 2**20:,.1f} MiB: {said}{rest}"
+    return f"weights that ranks of a host map: {len(used)} files, {sum(used.values()) / 2**20:,.1f} MiB: {said}{rest}"

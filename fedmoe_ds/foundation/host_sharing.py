@@ -2,8 +2,9 @@
 
 The dense part is the same on every rank, an expert shard on every rank with the same place in its cluster. Where two or more
 ranks of a host hold such a part, the first of them sees to its file (`mapped_weights.py`) in the cache folder, and all of
-them map it. What only one rank of a host holds is in that rank's own memory; so is everything where the cache folder cannot be
-written, and then the run says so.
+them map it. What only one rank of a host holds is in that rank's own memory, or with `foundation.mapped: all` in such a file
+too: then a later start copies nothing, and finds in the page cache what the one before has left there. Where the cache folder
+cannot be written, everything is in memory of the rank's own, and the run says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from fedmoe_ds.config.foundation_section import FoundationConfig
+from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import MappedWeights, Memory
 from fedmoe_ds.storage import cache
@@ -23,6 +26,12 @@ FOLDER = "shared"
 """Below the cache folder."""
 
 T = TypeVar("T")
+
+
+def check_mapped(foundation: FoundationConfig, device: str) -> None:
+    """Refuse mapped weights where a device's memory is its own. Raises UserError."""
+    if foundation.mapped == "all" and device != "cpu":
+        raise UserError(f"foundation.mapped: all: weights are in the memory of the {device} device; leave it at shared")
 
 
 class Ranks(Protocol):
@@ -38,18 +47,15 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Weights that `ranks` of one host hold alike; the first of them leads."""
+    """Weights that `ranks` of one host hold alike; the first of them leads, and `mapped` says whether they have a file."""
 
     weights: MappedWeights
     ranks: list[int]
+    mapped: bool
 
     @property
     def leader(self) -> int:
         return self.ranks[0]
-
-    @property
-    def shared(self) -> bool:
-        return len(self.ranks) > 1
 
 
 def load_shared(
@@ -61,6 +67,7 @@ def load_shared(
     world: Ranks,
     note: Callable[[str], None],
     sums: Path | None = None,
+    everything: bool = False,
 ) -> Memory:
     """Memory for every slot of a skeleton, filled. Every rank calls it, for CPU only.
 
@@ -71,14 +78,15 @@ def load_shared(
         hosts: the host of every rank.
         root: the folder of the mapped files.
         world: its ranks.
-        note: takes one line if anything is shared, or could not be.
+        note: takes one line if anything is mapped, or could not be.
         sums: where sums of the mapped files are remembered; None: every start reads all of them.
+        everything: map what only one rank of a host holds as well.
 
     Raises:
         UserError: the checkpoint is damaged; the same error on every rank.
     """
-    parts = _parts(skeleton, fingerprint, ep_size, hosts, root, world.rank, sums)
-    mine = [part for part in parts if part.shared and part.leader == world.rank]
+    parts = _parts(skeleton, fingerprint, ep_size, hosts, root, world.rank, sums, everything)
+    mine = [part for part in parts if part.mapped and part.leader == world.rank]
     # Collective, also for ranks that lead nothing: nobody maps a file before its leader has written it.
     told = world.gather(world.run_on_all_ranks(lambda: {_name(part): _written(part, skeleton) for part in mine}))
     failures: list[str] = []
@@ -88,7 +96,7 @@ def load_shared(
 
 
 def write_shared(skeleton: Skeleton, fingerprint: str, experts: bool, root: Path, sums: Path) -> dict[Path, int]:
-    """Write the files that several ranks of a host would map, without a world; their folders, with bytes.
+    """Write the files that ranks of a host would map, without a world; their folders, with bytes.
 
     Args:
         skeleton: of a rank that holds all experts.
@@ -106,14 +114,21 @@ def write_shared(skeleton: Skeleton, fingerprint: str, experts: bool, root: Path
 
 
 def _parts(
-    skeleton: Skeleton, fingerprint: str, ep_size: int, hosts: list[str], root: Path, rank: int, sums: Path | None
+    skeleton: Skeleton,
+    fingerprint: str,
+    ep_size: int,
+    hosts: list[str],
+    root: Path,
+    rank: int,
+    sums: Path | None,
+    everything: bool = False,
 ) -> list[Part]:
     here = [other for other, host in enumerate(hosts) if host == hosts[rank]]
     shard = rank % ep_size
     slots = {"dense": skeleton.dense, f"experts of rank {shard} of {ep_size}": skeleton.experts}
     holders = [here, [other for other in here if other % ep_size == shard]]
     return [
-        Part(MappedWeights(root, fingerprint, name, found, sums), ranks)
+        Part(MappedWeights(root, fingerprint, name, found, sums), ranks, everything or len(ranks) > 1)
         for (name, found), ranks in zip(slots.items(), holders, strict=True)
         if found
     ]
@@ -133,10 +148,10 @@ def _written(part: Part, skeleton: Skeleton) -> str | None:
 
 
 def _take(skeleton: Skeleton, parts: list[Part], told: list[dict[str, str | None]], failures: list[str]) -> Memory:
-    """Map what is shared, and load the rest into memory of this rank's own."""
+    """Map what has a file, and load the rest into memory of this rank's own."""
     memory: Memory = {}
     for part in parts:
-        if not part.shared:
+        if not part.mapped:
             continue
         reason = told[part.leader][_name(part)]
         if reason is None:
@@ -153,9 +168,9 @@ def _take(skeleton: Skeleton, parts: list[Part], told: list[dict[str, str | None
 
 def _report(parts: list[Part], failures: list[str], root: Path, note: Callable[[str], None]) -> None:
     if failures:
-        note(f"warning: foundation.cache: {failures[0]}; ranks of one host keep copies of the same foundation weights")
+        note(f"warning: foundation.cache: {failures[0]}; every rank keeps foundation weights in memory of its own")
         return
-    shared = [part for part in parts if part.shared]
-    if shared:
-        size = sum(part.weights.nbytes for part in shared) / 2**20
+    mapped = [part for part in parts if part.mapped]
+    if mapped:
+        size = sum(part.weights.nbytes for part in mapped) / 2**20
         note(f"foundation: {size:.1f} MiB of weights are in memory once per host, mapped from {root}")

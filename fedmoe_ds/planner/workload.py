@@ -29,6 +29,7 @@ from fedmoe_ds.federation.warm_start import open_start
 from fedmoe_ds.foundation import resolve_foundation
 from fedmoe_ds.foundation.context_length import longest_sequence
 from fedmoe_ds.foundation.foundation import cache_folder, planned_config
+from fedmoe_ds.foundation.host_sharing import check_mapped
 from fedmoe_ds.foundation.meta_model import build_on_meta, host_model
 from fedmoe_ds.foundation.outline import outline
 from fedmoe_ds.foundation.own_code import running, told
@@ -156,6 +157,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: boo
     fault.guard("this plan")
     check_promise(config, kind)
     check_moments_on(config.execution, kind)
+    check_mapped(config.foundation, kind)
     config, method = check_start(config, kind)
     folder = _untrained_foundation(config)
     model = build_on_meta(folder, storage_type(config.foundation, kind, folder))

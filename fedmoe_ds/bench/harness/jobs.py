@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ def run_job(
     timeout_s: float = 300.0,
     look: Callable[[int], None] | None = None,
     every_s: float = 0.05,
+    more: Sequence[str] = (),
 ) -> Finished:
-    """Run a configuration to its end; meanwhile `look` is called with the first process's id as well.
+    """Run a configuration to its end, with `more` arguments; meanwhile `look` is called with the first process's id as well.
 
     Raises:
         RuntimeError: the run failed, or takes too long; with the end of its output.
@@ -53,7 +54,7 @@ def run_job(
         if look is not None:
             look(pid)
 
-    command = [*torchrun(ranks), str(SCRIPT), "--config", str(config)]
+    command = [*torchrun(ranks), str(SCRIPT), "--config", str(config), *more]
     run_to_end(f"{tree['name']} on {ranks} ranks", command, timeout_s, both, every_s)
     return Finished([json.loads(line) for line in metrics_file(tree).read_text().splitlines()], watch.peak)
 
