@@ -110,10 +110,8 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
             f"nothing; {out}"
         )
     if selection.assignment.allowed_LE is not None:
-        raise UserError(
-            f"{where}: method {run.config.method.name} lets tier {selection.tier} use some of the experts alone, and neither a "
-            "LoRA file nor a model's configuration can say that; export another tier"
-        )
+        holder = "neither a LoRA file nor a model's configuration"
+        raise UserError(f"{where}: {no_masks(selection, run.config.method.name, holder)}")
     for factor in _factors(request):
         if factor != 1.0:
             whose = "the client" if selection.client is not None else f"tier {selection.tier}"

@@ -213,7 +213,7 @@ class LoadedModel:
             self.received.load_own(chosen.client, self.personal)
         else:
             self.received.load_mean(chosen.members, self.personal, plain)
-        how = self.received.assigned(chosen.members[0], self.personal, plain)
+        how = self.received.assigned(chosen.members[0], self.personal, plain, own=chosen.client is not None)
         with torch.no_grad(), self.received.receiving(how):
             yield lambda parts: self.received.run_pass(parts, how)
 
