@@ -20,7 +20,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.loading import lora_loading
 from fedmoe_ds.export.merge import Learnt
 from fedmoe_ds.export.shards import write_tensors
-from fedmoe_ds.export.written import Request, Written
+from fedmoe_ds.export.written import Request, Written, no_masks
 from fedmoe_ds.foundation.weight_stream import StoredTensor
 from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
