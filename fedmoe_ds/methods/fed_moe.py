@@ -1,6 +1,6 @@
 """FedMoE: every client trains and runs a sub-model, the experts that its own data use (arXiv 2408.11304).
 
-Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, S similar clients.
+Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, H experts held in a layer, S similar clients.
 
 READ (the paper and public readings of it; no public code was found). A few rounds with all experts give a client's activation
 
@@ -16,8 +16,9 @@ minus its own; the n best experts outside its sub-model are added, or its |n| wo
 
     phat_{l,e} = sum_{a in S} sim(a) p_{l,e}(a) / sum_{a in S} sim(a)
 
-If that does not help, it is reverted and the sub-model stays as it is for good. The local objective has the Switch balance loss
-(`local.balance_loss`; the coefficient of the paper is not known, Switch's is 0.01).
+If that does not help, it is reverted and the sub-model stays as it is for good. A sub-model's router has the rows of its
+experts alone, so its softmax is over these. The local objective has the Switch balance loss of the sub-model (`balance_loss`;
+the coefficient of the paper is not known, Switch's is 0.01).
 
 COMPLETION. Memory is counted in experts over all layers, L times the tier's experts, because every expert's adapters weigh the
 same; every layer keeps `least`, so that top-k is defined. The search may use `memory_share` (alpha) of it and stage 2 the rest:
@@ -29,13 +30,15 @@ the same decides whether a change has helped. Clients that still profile are sim
 used or not.
 
 Limits. A router, where it is trained, is averaged as a whole: a row of it is no block of its own. Every expert's weights stay
-where they are, on its rank of the cluster: a sub-model saves compute, and what a client would send, not memory here.
+where they are, on its rank of the cluster: a sub-model saves compute, and what a client would send, not memory here. The server
+knows 3 L E numbers of every client that was trained, on every rank: 25 KB for 16 layers of 64 experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -60,12 +63,14 @@ from fedmoe_ds.methods import (
     RoutingObserver,
     UserError,
     add_best,
+    balance_loss,
     best,
     cover,
     drop_worst,
     generator,
     leading,
     scattered,
+    upload,
 )
 
 PROFILE, SEARCHED, CHANGED, FROZEN = range(4)
@@ -86,6 +91,7 @@ class FedMoEParams(MethodParams):
     refine: bool = Field(True, description="whether stage 2 happens")
     similar: int = Field(3, ge=1, description="K: clients that stage 2 looks at")
     patience: int = Field(2, ge=1, description="rounds of a client without a fall of its loss that are a stall")
+    balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss over the experts held")
 
     def idle(self, config: Config) -> dict[str, str]:
         off = "with method.refine=false: nothing follows a stall"
@@ -117,9 +123,20 @@ class FedMoE(Method):
     spends = "experts"
     needs = frozenset({"experts"})
     observes = ("scores",)
+    held_softmax = True
     personal_models = True
 
+    def __init__(self, params: FedMoEParams) -> None:
+        super().__init__(params)
+        # Shares of rows and mean scores are no means over rows, so micro-batches would add up to another loss.
+        self.whole_steps = params.balance_loss > 0
+
     def check_config(self, config: Config) -> None:
+        if config.local.balance_loss > 0:
+            raise UserError(
+                f"local.balance_loss: {config.local.balance_loss}: it would draw rows to experts that a sub-model lacks; use "
+                "method.balance_loss, which is over its own"
+            )
         if config.adapters.feed_forward and config.adapters.moe is None:
             raise UserError(
                 f"adapters.feed_forward: {config.adapters.feed_forward}: dense blocks have no experts to choose from; "
@@ -204,7 +221,7 @@ class FedMoE(Method):
         own = memories[client.index]
         held_LE = own["held"] > 0
         others = {index: one for index, one in memories.items() if index != client.index and one["progress"][1] != PROFILE}
-        likeness = {index: cosine(own["scores"], one["scores"]) for index, one in others.items()}
+        likeness = {index: _cosine(own["scores"], one["scores"]) for index, one in others.items()}
         nearest = sorted(likeness, key=lambda index: (-likeness[index], index))[: self.params.similar]
         if not nearest:
             return held_LE
@@ -226,20 +243,32 @@ class FedMoE(Method):
         return Assignment(client.cap, leading(client.rank, self.facts.rank), allowed_LE=allowed_LE)
 
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
-        return RoutingObserver(observe=sum_scores)
+        weight, held_LE = self.params.balance_loss, assignment.allowed_LE
+        if weight == 0:
+            return RoutingObserver(observe=_sum_scores)
+        if held_LE is None:
+            return RoutingObserver(_sum_scores, lambda layer, own, *_: weight * balance_loss(own))
+        # Layers are called by the model's own indices; masks have a row for each of those with experts.
+        held = {
+            layer: cache(partial(upload, [np.flatnonzero(row_E)]))
+            for layer, row_E in zip(self.facts.layers, held_LE, strict=True)
+        }
+        return RoutingObserver(
+            _sum_scores, lambda layer, own, *_: weight * balance_loss(own, held[layer](own.probs_TE.device)[0])
+        )
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         weight = super().weights(spec, update, data_share)
         return weight * update.plan.held_LE if spec.expert else weight
 
 
-def sum_scores(routing: Routing, valid_T: Tensor) -> tuple[None, dict[str, Tensor]]:
+def _sum_scores(routing: Routing, valid_T: Tensor) -> tuple[None, dict[str, Tensor]]:
     """The router's scores of all experts, summed over the tokens of a batch."""
     # Sigmoid routers' scores do not sum to one. Float64: they are compared over rounds and clients.
     score_TE = routing.probs_TE.detach().to(torch.float64)
     return None, {"scores": (score_TE / score_TE.sum(-1, keepdim=True).clamp(min=1e-20)).sum(0)}
 
 
-def cosine(one: np.ndarray, other: np.ndarray) -> float:
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
     """Cosine of the angle between two activation patterns; both have scores above zero."""
     return float(np.vdot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))
