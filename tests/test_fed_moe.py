@@ -89,7 +89,7 @@ def finished(root: Path) -> Result:
     """Of six clients some take part twice, some once or never."""
     method = {"name": "fed-moe", "profile_rounds": 1, "least": 2}
     scored = {"client_sequences": 1, "clients_every": 1, "max_sequences": 2, "every": 1}
-    change = {"method": method, "federation": {**tiers(9, 5), "participation": 0.5}, "evaluation": scored}
+    change = {"method": method, "federation": {**tiers(9, 5), "participation": 0.67}, "evaluation": scored}
     return run_alone(make_config(root, "finished", QUICK, change))
 
 
