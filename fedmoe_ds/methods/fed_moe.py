@@ -1,6 +1,6 @@
 """FedMoE: every client trains and runs a sub-model, the experts that its own data use (arXiv 2408.11304).
 
-Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, H experts held in a layer, S similar clients.
+Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, H experts held in a layer, N clients with a sub-model.
 
 READ (the paper and public readings of it; no public code was found). A few rounds with all experts give a client's activation
 
@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -105,6 +105,30 @@ class SubModel:
     held_LE: np.ndarray
     before_LE: np.ndarray
     phase: int
+
+
+class Profiles:
+    """Which clients' activation is similar: those that have a sub-model are compared, N of them.
+
+    Whole numbers, whose sums are exact: every rank finds the same clients alike, whatever its processor's order of adding.
+    """
+
+    def __init__(self, memories: Mapping[int, Memory]) -> None:
+        self._scores = {index: one["scores"] for index, one in memories.items() if one["progress"][1] != PROFILE}
+
+    @cached_property
+    def _whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """Clients, int64 [N], and their p, int64 [N, L E]; not made in a round in which nobody stalls."""
+        clients_N = np.array(sorted(self._scores))
+        return clients_N, np.rint(np.stack([self._scores[i].ravel() for i in clients_N]) * 2**24).astype(np.int64)
+
+    def nearest(self, client: int, count: int) -> dict[int, float]:
+        """The cosines of the `count` others that are most similar to one of them; of equal ones the lower index."""
+        clients_N, whole_NM = self._whole
+        own_M = whole_NM[np.searchsorted(clients_N, client)]
+        likeness_N = whole_NM @ own_M / (np.sqrt((whole_NM**2).sum(1)) * np.sqrt((own_M**2).sum()))
+        order = [place for place in np.argsort(-likeness_N, kind="stable") if clients_N[place] != client]
+        return {int(clients_N[place]): float(likeness_N[place]) for place in order[:count]}
 
 
 class FedMoE(Method):
@@ -176,10 +200,11 @@ class FedMoE(Method):
         }
 
     def plan(self, context: PlanContext) -> RoundPlan:
-        parts = {client.index: self.next_model(client, context.memories) for client in context.drawn}
+        profiles = Profiles(context.memories)
+        parts = {client.index: self.next_model(client, context.memories, profiles) for client in context.drawn}
         return RoundPlan(context.drawn, parts)
 
-    def next_model(self, client: Client, memories: Mapping[int, Memory]) -> SubModel:
+    def next_model(self, client: Client, memories: Mapping[int, Memory], profiles: Profiles) -> SubModel:
         """What a client holds when it takes part again."""
         own = memories.get(client.index)
         if not own or own["progress"][0] < self.params.profile_rounds:
@@ -192,7 +217,7 @@ class FedMoE(Method):
             return SubModel(held_LE, held_LE, SEARCHED)
         stalled = self.params.refine and stale >= self.params.patience
         if phase == SEARCHED and stalled:
-            return SubModel(self.changed(client, memories), held_LE, CHANGED)
+            return SubModel(self.changed(client, memories, profiles), held_LE, CHANGED)
         if phase == CHANGED and stalled:
             return SubModel(before_LE, before_LE, FROZEN)
         return SubModel(held_LE, before_LE, int(phase))
@@ -216,18 +241,15 @@ class FedMoE(Method):
             _, held_LE = cover(score_LE, slots, least)
         return add_best(held_LE, score_LE, slots - int(held_LE.sum()))
 
-    def changed(self, client: Client, memories: Mapping[int, Memory]) -> np.ndarray:
+    def changed(self, client: Client, memories: Mapping[int, Memory], profiles: Profiles) -> np.ndarray:
         """Stage 2: more or fewer experts, after those of the most similar clients; bool [L, E]."""
-        own = memories[client.index]
-        held_LE = own["held"] > 0
-        others = {index: one for index, one in memories.items() if index != client.index and one["progress"][1] != PROFILE}
-        likeness = {index: _cosine(own["scores"], one["scores"]) for index, one in others.items()}
-        nearest = sorted(likeness, key=lambda index: (-likeness[index], index))[: self.params.similar]
-        if not nearest:
+        held_LE = memories[client.index]["held"] > 0
+        likeness = profiles.nearest(client.index, self.params.similar)
+        if not likeness:
             return held_LE
-        mean = np.mean([np.count_nonzero(others[index]["held"]) for index in nearest])
-        missing = int(np.rint(mean - held_LE.sum()))
-        wanted_LE = np.average([others[i]["scores"] for i in nearest], axis=0, weights=[likeness[i] for i in nearest])
+        similar = [memories[index] for index in likeness]
+        missing = int(np.rint(np.mean([np.count_nonzero(one["held"]) for one in similar]) - held_LE.sum()))
+        wanted_LE = np.average([one["scores"] for one in similar], axis=0, weights=list(likeness.values()))
         most, least = self.budget(client)
         if missing >= 0:
             return add_best(held_LE, wanted_LE, min(missing, most - int(held_LE.sum())))
@@ -267,8 +289,3 @@ def _sum_scores(routing: Routing, valid_T: Tensor) -> tuple[None, dict[str, Tens
     # Sigmoid routers' scores do not sum to one. Float64: they are compared over rounds and clients.
     score_TE = routing.probs_TE.detach().to(torch.float64)
     return None, {"scores": (score_TE / score_TE.sum(-1, keepdim=True).clamp(min=1e-20)).sum(0)}
-
-
-def _cosine(one: np.ndarray, other: np.ndarray) -> float:
-    """Cosine of the angle between two activation patterns; both have scores above zero."""
-    return float(np.vdot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))
