@@ -40,8 +40,8 @@ _COMBINATIONS = """\
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `fedex-lora`, `lora-fair`, `local-only`, `centralised`), control or dual variables where the adapters'
 coordinates or weights change every round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen
-router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not trained, micro-batches with `hfedmoe`,
-an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`.
+router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not trained, micro-batches with
+`hfedmoe`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`.
 
 What it costs: `flexlora`, `flora`, `fedex-lora` and `lora-fair` keep the factors of all participants of a round on every rank
 that holds the adapter; `fedsa-lora`, `local-only`, `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep personal blocks of
