@@ -13,8 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from reference import Adapters, Task, Trained
 from reference_methods import FedIT, Returned
+from torch import Tensor
 
 ALL, FOUND, TRIED, KEPT = range(4)
 Place = tuple[int, int]
@@ -33,7 +35,31 @@ class Known:
     stale: int
 
 
-class FedMoE(FedIT):
+class Holders(FedIT):
+    """Experts, and rows of routers, are means over those that hold them."""
+
+    def holds(self, one: Returned, layer: int, expert: int) -> bool:
+        raise NotImplementedError
+
+    def weight(self, key: str, one: Returned) -> float:
+        parts = key.split(".")
+        held = parts[2] != "experts" or self.holds(one, int(parts[1]), int(parts[3]))
+        return super().weight(key, one) if held else 0.0
+
+    def mean(self, key: str, old: Tensor, returned: list[Returned]) -> Tensor | None:
+        parts = key.split(".")
+        if parts[2] != "router":
+            return super().mean(key, old, returned)
+        rows = old.clone()
+        for expert in range(len(rows)):
+            holders = [one for one in returned if self.holds(one, int(parts[1]), expert)]
+            if holders:
+                own = [one.task.samples * one.trained.adapters[key][expert] for one in holders]
+                rows[expert] = torch.stack(own).sum(0) / sum(one.task.samples for one in holders)
+        return rows
+
+
+class FedMoE(Holders):
     """Options: experts (of every client's tier, per layer), profile, share, least, similar, patience."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -146,10 +172,8 @@ class FedMoE(FedIT):
         self.known |= {one.task.index: one.notes["known"] for one in returned}
         super().step(returned, fresh)
 
-    def weight(self, key: str, one: Returned) -> float:
-        parts = key.split(".")
-        held = parts[2] != "experts" or (int(parts[1]), int(parts[3])) in one.notes["held"]
-        return super().weight(key, one) if held else 0.0
+    def holds(self, one: Returned, layer: int, expert: int) -> bool:
+        return (layer, expert) in one.notes["held"]
 
 
 def _cosine(one: np.ndarray, other: np.ndarray) -> float:

@@ -40,11 +40,12 @@ def tiers(*experts: int) -> dict[str, Any]:
     return {"rounds": 2, "tiers": [{"experts": count, "share": 1.0} for count in experts]}
 
 
-def test_a_budget_for_all_experts_is_fedit_to_the_bit(root: Path) -> None:
-    method = {"name": "fed-moe", "profile_rounds": 1, "memory_share": 1.0}
-    ours = run_alone(make_config(root, "all", QUICK, {"method": method, "federation": tiers(16)}))
-    everything = {"rounds": 2, "tiers": [{"top_k": 8, "share": 1.0}]}
-    theirs = run_alone(make_config(root, "fedit", QUICK, {"method": {"name": "fedit"}, "federation": everything}))
+@pytest.mark.parametrize("router", ["frozen", "train"])
+def test_a_budget_for_all_experts_is_fedit_to_the_bit(root: Path, router: str) -> None:
+    method, adapters = {"name": "fed-moe", "profile_rounds": 1, "memory_share": 1.0}, {"adapters": {"router": router}}
+    ours = run_alone(make_config(root, f"all-{router}", QUICK, adapters, {"method": method, "federation": tiers(16)}))
+    everything = {"method": {"name": "fedit"}, "federation": {"rounds": 2, "tiers": [{"top_k": 8, "share": 1.0}]}}
+    theirs = run_alone(make_config(root, f"fedit-{router}", QUICK, adapters, everything))
     assert ours.adapters.keys() == theirs.adapters.keys()
     assert every(np.array_equal(value, theirs.adapters[key]) for key, value in ours.adapters.items())
 

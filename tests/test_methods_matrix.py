@@ -120,6 +120,7 @@ class Case(NamedTuple):
             or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method == "fed-moe" and self.adapters in ("attention", "plain"))
+            or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")
             or (plain and self.sampling == "budget")

@@ -85,6 +85,11 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": None}},
         "local.balance_loss: 0.01: it would draw rows to experts that a sub-model lacks; use method.balance_loss",
     ),
+    "dual variables of rows": (
+        {"fed-moe"},
+        {"local": {"drift": "fedvra"}, "adapters": {"router": "train"}},
+        "local.drift: fedvra: its server adds dual variables to one mean of adapters, and rows of trained routers are averaged",
+    ),
     "experts of dense blocks": (
         {"fed-moe"},
         {"adapters": {"feed_forward": ["gate_proj"]}},

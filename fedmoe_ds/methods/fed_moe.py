@@ -10,7 +10,8 @@ Stage 1, coarse search, by binary search over theta (`clients/expert_budgets.py`
 
     max theta   with   sum_e x_{l,e} p_{l,e} >= theta in every layer l,   memory(x) <= alpha M
 
-Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders. Stage 2,
+Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders; rows of
+routers likewise. Stage 2,
 when a client's training stalls: S are the K clients whose activation is most similar (cosine), n = mean number of experts of S
 minus its own; the n best experts outside its sub-model are added, or its |n| worst dropped, by
 
@@ -29,8 +30,9 @@ place of accuracy. A stall: the loss did not fall by 1 % in `patience` rounds of
 the same decides whether a change has helped. Clients that still profile are similar to nobody. A holder weighs its data size,
 used or not.
 
-Limits. A router, where it is trained, is averaged as a whole: a row of it is no block of its own. Every expert's weights stay
-where they are, on its rank of the cluster: a sub-model saves compute, and what a client would send, not memory here. The server
+Limits. A router is one block: where routers are trained, sums are twice as large, so that each row is the mean of its holders',
+and the bytes of a client's report count all rows. Every expert's weights stay where they are, on its rank of the cluster: a
+sub-model saves compute, and what a client would send, not memory here. The server
 knows 3 L E numbers of every client that was trained, on every rank: 25 KB for 16 layers of 64 experts.
 """
 
@@ -47,10 +49,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmoe_ds.methods import (
+    ROUTER,
     Assignment,
     BlockSpec,
     Client,
     ClientUpdate,
+    ClientView,
     Config,
     Memory,
     Method,
@@ -62,6 +66,7 @@ from fedmoe_ds.methods import (
     Routing,
     RoutingObserver,
     UserError,
+    Weighing,
     add_best,
     balance_loss,
     best,
@@ -141,7 +146,7 @@ class FedMoE(Method):
         adapts="experts held, per layer",
         trains="held experts (LoRA or whole)",
         sends="held experts, activation p, loss",
-        weighs="experts: data size of their holders",
+        weighs="experts, rows of routers: data size of their holders",
         completion="budget in experts over all layers; alpha leaves room for stage 2; stall rule; p is the mean score",
     )
     spends = "experts"
@@ -166,6 +171,14 @@ class FedMoE(Method):
                 f"adapters.feed_forward: {config.adapters.feed_forward}: dense blocks have no experts to choose from; "
                 "use a sparse model, or adapter experts (adapters.moe)"
             )
+        if config.adapters.router == "train" or config.adapters.moe is not None:
+            # A router is one block: its rows can have holders of their own by weights of its elements alone.
+            self.weighing = Weighing(elements=True)
+            if config.local.drift in ("fedvra", "feddyn"):
+                raise UserError(
+                    f"local.drift: {config.local.drift}: its server adds dual variables to one mean of adapters, and rows of "
+                    "trained routers are averaged among their holders; use none, fedprox or scaffold"
+                )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -282,6 +295,13 @@ class FedMoE(Method):
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         weight = super().weights(spec, update, data_share)
         return weight * update.plan.held_LE if spec.expert else weight
+
+    def element_weights(self, spec: BlockSpec, view: ClientView, update: ClientUpdate) -> Tensor:
+        weight = torch.ones_like(view.value(spec))
+        if spec.name != ROUTER:
+            return weight
+        (held_LE,) = upload([update.plan.held_LE.astype(np.float32)], weight.device)
+        return weight * held_LE.unsqueeze(-1)
 
 
 def _sum_scores(routing: Routing, valid_T: Tensor) -> tuple[None, dict[str, Tensor]]:
