@@ -95,6 +95,15 @@ def test_a_sub_model_has_its_slots(seed: int, experts: int, cap: int, share: flo
     assert held_LE.sum(1).min() >= min(least, held_LE.sum() // L)
 
 
+def test_the_layer_whose_scores_are_flat_gets_more_experts_unless_all_get_the_same() -> None:
+    score_LE = np.array([[1 / E] * E, [0.9] + [0.02] * 5])
+    counts = {
+        search: fed_moe(search=search, memory_share=1.0).search(client(0, 3, 1), score_LE).sum(1).tolist()
+        for search in ("max-min", "uniform")
+    }
+    assert counts == {"max-min": [5, 1], "uniform": [3, 3]}
+
+
 def test_a_budget_for_all_experts_is_all_experts() -> None:
     method, one = fed_moe(memory_share=1.0), client(0, E)
     part = next_model(method, one, {0: remembered(scores(1), np.ones(SHAPE), PROFILE)})

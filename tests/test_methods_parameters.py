@@ -18,6 +18,7 @@ from fedmoe_ds.methods.base import MethodParams
 
 AGED: dict[str, Any] = {"amsgrad": False, "steps": 1, "max_delay": 2}
 SEARCHED: dict[str, Any] = {"profile_rounds": 1}
+STALLED: dict[str, Any] = {"profile_rounds": 1, "least": 1, "patience": 1}
 # (method, what both runs are told, what one of them is told in addition)
 CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("flame", {}, {"temperature": 0.5}),
@@ -83,12 +84,11 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fed-moe", {}, {"profile_rounds": 1}),
     ("fed-moe", SEARCHED, {"memory_share": 0.5}),
     ("fed-moe", SEARCHED, {"least": 1}),
-    ("fed-moe", SEARCHED, {"search": "uniform"}),
     ("fed-moe", SEARCHED, {"search": "random"}),
     ("fed-moe", SEARCHED, {"balance_loss": 0.5}),
-    ("fed-moe", SEARCHED | {"patience": 1}, {"refine": False, "patience": 2}),
-    ("fed-moe", SEARCHED | {"patience": 1}, {"similar": 1}),
-    ("fed-moe", SEARCHED, {"patience": 1}),
+    ("fed-moe", STALLED, {"refine": False, "patience": 2}),
+    ("fed-moe", STALLED, {"similar": 1}),
+    ("fed-moe", STALLED, {"patience": 2}),
     ("fed-moe", {"refine": False}, {"similar": 1}),
     ("ota-ffl", {}, {"epsilon": 0.5}),
     ("ota-ffl", {}, {"snr_db": None}),
