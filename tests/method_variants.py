@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "fed-moe": {
         "method": {"name": "fed-moe", "profile_rounds": 1, "least": 2, "patience": 1},
+        "adapters": {"router": "train"},
         "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}], "rounds": 3},
         "evaluation": EACH_CLIENT,
     },

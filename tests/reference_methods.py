@@ -89,11 +89,15 @@ class FedIT:
         for key, old in list(self.adapters.items()):
             if key.endswith(self.frozen):
                 continue
-            weights = [self.weight(key, one) for one in returned]
-            values = [padded(key, one.trained.adapters[key], one.rows, self.missing_value(old)) for one in returned]
-            if sum(weights) > 0:
-                mean = sum((w * value for w, value in zip(weights, values, strict=True)), torch.zeros_like(old)) / sum(weights)
+            if (mean := self.mean(key, old, returned)) is not None:
                 self.adapters[key] = self.server.step(key, old, self.target(key, self.arrived(key, mean)))
+
+    def mean(self, key: str, old: Tensor, returned: list[Returned]) -> Tensor | None:
+        weights = [self.weight(key, one) for one in returned]
+        values = [padded(key, one.trained.adapters[key], one.rows, self.missing_value(old)) for one in returned]
+        if sum(weights) <= 0:
+            return None
+        return sum((w * value for w, value in zip(weights, values, strict=True)), torch.zeros_like(old)) / sum(weights)
 
     def target(self, key: str, mean: Tensor) -> Tensor:
         """Where the server steps to."""

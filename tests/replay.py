@@ -17,6 +17,7 @@ import torch
 from every import every
 from reference import Adapters, Extra, Select, Task, Trained
 from reference_methods import FedIT, Flame, HFedMoE, Returned, cut, padded
+from reference_sub_models import Holders
 from torch import Tensor
 
 from fedmoe_ds.clients.client_view import ClientView
@@ -122,12 +123,9 @@ class ObservedHFedMoE(HFedMoE):
         return result
 
 
-class ObservedFedMoE(FedIT):
+class ObservedFedMoE(Holders):
     """Sub-models are the package's plan; holders weigh their data."""
 
-    def weight(self, key: str, one: Returned) -> float:
-        parts, replay = key.split("."), self.reference
-        assert isinstance(replay, Replay)
-        held_LE = replay.updates[one.task.index].plan.held_LE
-        held = parts[2] != "experts" or held_LE[int(parts[1]), int(parts[3])]
-        return super().weight(key, one) if held else 0.0
+    def holds(self, one: Returned, layer: int, expert: int) -> bool:
+        replay: Any = self.reference
+        return bool(replay.updates[one.task.index].plan.held_LE[layer, expert])

@@ -83,7 +83,14 @@ ROW = st.fixed_dictionaries(
         "tier_label": st.sampled_from(["8", "4 r2", "1 e8"]),
         "status": st.sampled_from(["ok", "x"]),
     },
-    optional={"steps": WHOLE, "rank": WHOLE, "flops": st.none() | st.floats(0, 1e300), "loss_first": REAL, "loss_last": REAL},
+    optional={
+        "steps": WHOLE,
+        "rank": WHOLE,
+        "flops": st.none() | st.floats(0, 1e300),
+        "loss_first": REAL,
+        "loss_last": REAL,
+        "experts_held": st.lists(st.integers(0, 64), min_size=3, max_size=3),
+    },
 )
 
 
@@ -168,6 +175,24 @@ def test_lines_and_tables_make_the_same_page(record: Path, page: str, tmp_path: 
     assert f"(500 of {MANY} clients, evenly spaced within every tier)" in text and "<h3>Targets per client</h3>" in text
     trained = [History.of(Record(folder / "metrics.jsonl")).trained for folder in (record, tmp_path / "lines")]
     assert trained[0].flops == trained[1].flops and every(trained[0].flops.values())
+
+
+def test_experts_that_clients_held_are_on_the_page(tmp_path: Path) -> None:
+    """Per layer on average, in the latest round of each; nothing where nobody held less than all."""
+    rows = [{**row, "experts_held": [2 + place % 2, 4]} for place, row in enumerate(client_rows(6, 2))]
+    del rows[5]["experts_held"]
+    for folder, as_table in (("lines", False), ("table", True)):
+        write_record(tmp_path / folder, 6, rounds=1)
+        assert "experts held" not in write_report(tmp_path / folder).read_text()
+        with MetricsLog(tmp_path / folder / "metrics.jsonl") as log:
+            if as_table:
+                log.write_table("client", 2, iter(rows))
+            else:
+                write_round(log, rows, 2)
+        held = History.of(Record(tmp_path / folder / "metrics.jsonl")).trained.figure("experts_held")
+        assert held.tolist()[:5] == [3.0, 3.5, 3.0, 3.5, 3.0] and math.isnan(held[5])
+        page = write_report(tmp_path / folder).read_text()
+        assert "experts held" in page and 'data-v="3.5">3.5' in page and "a client without a number held all" in page
 
 
 def test_quantiles_are_those_of_the_rows(record: Path) -> None:
@@ -382,6 +407,8 @@ ODD: dict[str, tuple[str, Any]] = {
     "tokens is int32": ("tokens", pa.array([1] * 5, pa.int32())),
     "tokens has numbers below 0": ("tokens", pa.array([-1] * 5)),
     "flops has numbers that are not": ("flops", pa.array([math.inf] * 5)),
+    "experts_held has lists of different": ("experts_held", pa.array([[1], [1, 2], None, None, None])),
+    "experts_held has lists without": ("experts_held", pa.array([[1, None]] * 5)),
     "tier_label: 'x' is no tier": ("tier_label", pa.array(["x"] * 5)),
     "holds 4 rows": ("", None),
 }
@@ -393,6 +420,8 @@ def changed(column: str, values: pa.Array | None) -> pa.Table:
     if not column:
         return table.slice(1)
     place = table.schema.get_field_index(column)
+    if place < 0:
+        return table.append_column(column, values)
     return table.remove_column(place) if values is None else table.set_column(place, column, values)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from every import every
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from fedmoe_ds.methods import (
     RoundContext,
     load_method,
 )
-from fedmoe_ds.methods.fed_moe import CHANGED, FROZEN, PROFILE, SEARCHED, FedMoE, SubModel
+from fedmoe_ds.methods.fed_moe import CHANGED, FROZEN, PROFILE, SEARCHED, FedMoE, Profiles, SubModel
 
 L, E = 2, 6
 SHAPE = (L, E)
@@ -62,6 +63,14 @@ def scores(seed: int) -> np.ndarray:
     return drawn / drawn.sum(1, keepdims=True)
 
 
+def next_model(method: FedMoE, one: Client, memories: dict[int, Memory]) -> SubModel:
+    return method.next_model(one, memories, Profiles(memories))
+
+
+def changed(method: FedMoE, one: Client, memories: dict[int, Memory]) -> np.ndarray:
+    return method.changed(one, memories, Profiles(memories))
+
+
 def remembered(score_LE: np.ndarray, held_LE: np.ndarray, phase: int, stale: float = 0.0) -> Memory:
     held = held_LE.astype(float)
     return {"scores": score_LE, "held": held, "before": held, "progress": np.array([3.0, phase, 1.0, stale])}
@@ -86,9 +95,18 @@ def test_a_sub_model_has_its_slots(seed: int, experts: int, cap: int, share: flo
     assert held_LE.sum(1).min() >= min(least, held_LE.sum() // L)
 
 
+def test_the_layer_whose_scores_are_flat_gets_more_experts_unless_all_get_the_same() -> None:
+    score_LE = np.array([[1 / E] * E, [0.9] + [0.02] * 5])
+    counts = {
+        search: fed_moe(search=search, memory_share=1.0).search(client(0, 3, 1), score_LE).sum(1).tolist()
+        for search in ("max-min", "uniform")
+    }
+    assert counts == {"max-min": [5, 1], "uniform": [3, 3]}
+
+
 def test_a_budget_for_all_experts_is_all_experts() -> None:
     method, one = fed_moe(memory_share=1.0), client(0, E)
-    part = method.next_model(one, {0: remembered(scores(1), np.ones(SHAPE), PROFILE)})
+    part = next_model(method, one, {0: remembered(scores(1), np.ones(SHAPE), PROFILE)})
     assert part.phase == SEARCHED and part.held_LE.all()
     context = RoundContext(2, {}, plan=part)
     assert method.assign(one, context) == Assignment(one.cap)
@@ -96,11 +114,11 @@ def test_a_budget_for_all_experts_is_all_experts() -> None:
 
 def test_profiling_comes_first() -> None:
     method, one = fed_moe(profile_rounds=4), client(0)
-    assert method.next_model(one, {}).phase == PROFILE
+    assert next_model(method, one, {}).phase == PROFILE
     memory = remembered(scores(1), np.ones(SHAPE), PROFILE)
-    assert memory["progress"][0] == 3 and method.next_model(one, {0: memory}).phase == PROFILE
+    assert memory["progress"][0] == 3 and next_model(method, one, {0: memory}).phase == PROFILE
     memory["progress"][0] = 4
-    part = method.next_model(one, {0: memory})
+    part = next_model(method, one, {0: memory})
     assert part.phase == SEARCHED and not part.held_LE.all()
 
 
@@ -118,12 +136,12 @@ def test_the_twins_experts_are_wanted() -> None:
         2: stranger,
         3: remembered(score_LE, np.ones(SHAPE), PROFILE),
     }
-    more_LE = method.changed(small, memories) & ~held_LE
+    more_LE = changed(method, small, memories) & ~held_LE
     outside = sorted((-score_LE[l, e], l, e) for l in range(L) for e in range(E) if not held_LE[l, e])[:3]  # noqa: E741
     assert {(l, e) for l, e in np.argwhere(more_LE)} == {(l, e) for _, l, e in outside}  # noqa: E741
     # And the other way round: the larger one drops its three worst, by the same p.
     memories[1]["progress"][3] = 2.0
-    dropped_LE = twin_LE & ~method.changed(large, memories)
+    dropped_LE = twin_LE & ~changed(method, large, memories)
     assert dropped_LE.sum() == 3 and dropped_LE[1].sum() == 0
     assert score_LE[dropped_LE].max() < score_LE[0][twin_LE[0] & ~dropped_LE[0]].min()
 
@@ -132,11 +150,23 @@ def test_never_more_than_the_budget_nor_less_than_a_token_activates() -> None:
     method, one = fed_moe(similar=2), client(0, 3, cap=2)
     held_LE = method.search(one, scores(5))
     others = {i: remembered(scores(i), np.ones(SHAPE), SEARCHED) for i in (1, 2)}
-    most_LE = method.changed(one, {0: remembered(scores(5), held_LE, SEARCHED), **others})
+    most_LE = changed(method, one, {0: remembered(scores(5), held_LE, SEARCHED), **others})
     assert most_LE.sum() == L * 3 > held_LE.sum()
     poor_LE = np.zeros(SHAPE)
     others = {i: remembered(scores(i), poor_LE, SEARCHED) for i in (1, 2)}
-    assert (method.changed(one, {0: remembered(scores(5), held_LE, SEARCHED), **others}).sum(1) == 2).all()
+    assert (changed(method, one, {0: remembered(scores(5), held_LE, SEARCHED), **others}).sum(1) == 2).all()
+
+
+def test_the_most_similar_ones_are_found_by_their_cosines() -> None:
+    """Those that still profile are similar to nobody, and of twins the lower index comes first."""
+    memories = {i: remembered(scores(i % 7), np.ones(SHAPE), PROFILE if i == 4 else SEARCHED) for i in range(20)}
+    found = Profiles(memories).nearest(3, 6)
+    flat = {i: one["scores"].ravel() for i, one in memories.items() if i not in (3, 4)}
+    own = memories[3]["scores"].ravel()
+    cosines = {i: float(p @ own / np.linalg.norm(p) / np.linalg.norm(own)) for i, p in flat.items()}
+    assert list(found)[:2] == [10, 17]
+    assert list(found) == sorted(cosines, key=lambda i: (-round(cosines[i], 6), i))[:6]
+    assert list(found.values()) == [pytest.approx(cosines[i], abs=1e-6) for i in found]
 
 
 @settings(max_examples=20, derandomize=True)
@@ -157,7 +187,7 @@ def follow(method: FedMoE, one: Client, losses: list[float], others: dict[int, M
     memory: Memory = {}
     seen = []
     for loss in losses:
-        part = method.next_model(one, {one.index: memory, **others} if memory else others)
+        part = next_model(method, one, {one.index: memory, **others} if memory else others)
         seen.append((part.phase, int(part.held_LE.sum())))
         memory = method.memorise(report(one, part, {"scores": 10 * scores(1)}, memory, (loss + 0.1, loss - 0.1)))
         assert {name: value.shape for name, value in memory.items()} == method.memory()

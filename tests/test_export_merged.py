@@ -326,7 +326,7 @@ def test_what_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"--format: merged: method fedsa-lora has a model for every client .* name a --client"):
         export("merged", request(run, run.select(), tmp_path / "out"))
     masked = dataclasses.replace(own, assignment=dataclasses.replace(own.assignment, allowed_LE=np.ones((2, 8), dtype=bool)))
-    with pytest.raises(UserError, match=r"--tier: 4: method fedsa-lora lets it use some of the experts alone"):
+    with pytest.raises(UserError, match=r"method fedsa-lora lets its client use some of the experts alone"):
         export("merged", request(run, masked, tmp_path / "out"))
     extra = dataclasses.replace(run.spec.blocks[0], name="elsewhere.lora_A")
     odd = dataclasses.replace(run, spec=dataclasses.replace(run.spec, blocks=[*run.spec.blocks, extra]))

@@ -120,6 +120,7 @@ class Case(NamedTuple):
             or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method == "fed-moe" and self.adapters in ("attention", "plain"))
+            or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")
             or (plain and self.sampling == "budget")
@@ -275,11 +276,11 @@ def moving(parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((key, value) for key, spec, value in bank.items(0) if spec.expert)
 
 
-def trained(config: Any) -> dict[str, torch.Tensor]:
-    """Everything that two rounds leave behind."""
+def trained(config: Any, rounds: int = 2) -> dict[str, torch.Tensor]:
+    """Everything that these rounds leave behind."""
     parts, journal = build(config, *alone())
     federation = Federation(parts, journal)
-    for round_index in (1, 2):
+    for round_index in range(1, rounds + 1):
         assert not federation._round(round_index)
     journal.close()
     return {f"{name}.{key}": value for name, values in found(parts).items() for key, value in values.items()}

@@ -17,6 +17,8 @@ from fedmoe_ds.methods import load_method, method_for
 from fedmoe_ds.methods.base import MethodParams
 
 AGED: dict[str, Any] = {"amsgrad": False, "steps": 1, "max_delay": 2}
+SEARCHED: dict[str, Any] = {"profile_rounds": 1}
+STALLED: dict[str, Any] = {"profile_rounds": 1, "least": 1, "patience": 1}
 # (method, what both runs are told, what one of them is told in addition)
 CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("flame", {}, {"temperature": 0.5}),
@@ -79,6 +81,15 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("q-fedavg", {}, {"lipschitz": 10.0}),
     ("q-fedavg", {}, {"loss": "first"}),
     ("q-fedavg", {"q": 0.0}, {"loss": "first"}),
+    ("fed-moe", {}, {"profile_rounds": 1}),
+    ("fed-moe", SEARCHED, {"memory_share": 0.5}),
+    ("fed-moe", SEARCHED, {"least": 1}),
+    ("fed-moe", SEARCHED, {"search": "random"}),
+    ("fed-moe", SEARCHED, {"balance_loss": 0.5}),
+    ("fed-moe", STALLED, {"refine": False, "patience": 2}),
+    ("fed-moe", STALLED, {"similar": 1}),
+    ("fed-moe", STALLED, {"patience": 2}),
+    ("fed-moe", {"refine": False}, {"similar": 1}),
     ("ota-ffl", {}, {"epsilon": 0.5}),
     ("ota-ffl", {}, {"snr_db": None}),
     ("wireless-fl", {"channels": 2}, {"schedule": "random"}),
@@ -100,6 +111,8 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
+LONGER: dict[str, tuple[int, dict[str, Any]]] = {"fed-moe": (4, {"local": {"lr": 1e-4}})}
+"""Methods that need more than two rounds, so slow that losses stall in them."""
 WIDE: dict[str, Any] = {"adapters": {"rank": 8}, "federation": {"participation": 1.0}}
 
 
@@ -130,18 +143,19 @@ def test_every_parameter_has_an_effect_with_these_adapters(root: Path, adapters:
 
 
 def has_effect_or_is_refused(root: Path, i: int, adapters: str) -> bool:
-    """True where it had an effect on what two rounds leave behind."""
+    """True where it had an effect on what the rounds leave behind."""
     name, given, change = CHANGES[i]
     case = Case(name, "none", "fedavg", "uniform", adapters)
     if case.refused():
         adapters = "beside" if name == "fft-moe" else "router"
         case = case._replace(adapters=adapters)
     results = []
+    rounds, slow = LONGER.get(name, (2, {}))
     for tag, params in (("without", given), ("with", given | change)):
-        config = config_of(root, case, f"{tag}-{i}", WIDE)
+        config = config_of(root, case, f"{tag}-{i}", WIDE, slow)
         config = config.model_copy(update={"method": type(config.method)(name=name, **params)})
         try:
-            results.append(trained(config))
+            results.append(trained(config, rounds))
         except UserError as refusal:
             asked = change if tag == "with" else given  # what both are told may itself be refused with these adapters
             assert str(refusal).startswith(tuple(f"method.{key}: " for key in asked)), refusal

@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.attention: []: method {} works on LoRA pairs and there would be none; name attention projections",
     ),
     "no experts": (
-        {"hfedmoe"},
+        {"hfedmoe", "fed-moe"},
         {"adapters": {"experts": False}},
         "adapters.experts: false: method {} works on expert adapters; use adapters.experts=true",
     ),
@@ -80,8 +80,23 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: method {} weighs a whole step of 4 sequences at once; use null",
     ),
+    "balance of a whole layer": (
+        {"fed-moe"},
+        {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": None}},
+        "local.balance_loss: 0.01: it would draw rows to experts that a sub-model lacks; use method.balance_loss",
+    ),
+    "dual variables of rows": (
+        {"fed-moe"},
+        {"local": {"drift": "fedvra"}, "adapters": {"router": "train"}},
+        "local.drift: fedvra: its server adds dual variables to one mean of adapters, and rows of trained routers are averaged",
+    ),
+    "experts of dense blocks": (
+        {"fed-moe"},
+        {"adapters": {"feed_forward": ["gate_proj"]}},
+        "adapters.feed_forward: ['gate_proj']: dense blocks have no experts to choose from; use a sparse model",
+    ),
     "balance loss": (
-        set(method_names()) - {"hfedmoe", "fft-moe", "flood"},
+        set(method_names()) - {"hfedmoe", "fft-moe", "flood", "fed-moe"},
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: local.balance_loss weighs a whole step of 4 sequences at once; use null",
     ),

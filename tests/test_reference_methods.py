@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from every import every
@@ -34,6 +35,7 @@ from reference_methods import (
 from reference_objectives import FLood
 from reference_products import FlexLoRA, FLoRA, LoRAFair
 from reference_server import ServerRule
+from reference_sub_models import ALL, FOUND, TRIED, FedMoE
 from reference_weights import EWWAFL, FedNova, ProximalFedNova, QFedAvg
 from reference_wireless import OverTheAir, Physics, Wireless
 from safetensors.torch import load_file
@@ -105,6 +107,20 @@ CASES = {
         {**GATED, "beta": 0.5},
         buys="experts",
         seed=6,
+    ),
+    # Slow enough for losses to stall, so that the last rounds train what similar clients suggest.
+    "fed-moe": Case(
+        FedMoE,
+        {
+            **method("fed-moe", profile_rounds=1, least=1, similar=2, patience=1),
+            "federation": {"rounds": 4},
+            "local": {"lr": 1e-3},
+            "adapters": ROUTER,
+        },
+        {"lr": 1e-3},
+        {"profile": 1, "share": 0.8, "least": 1, "similar": 2, "patience": 1},
+        buys="experts",
+        rounds=4,
     ),
     "hetlora-pruning": Case(
         HetLoRA,
@@ -237,6 +253,7 @@ def test_same_rounds(root: Path, name: str) -> None:
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
     options = {**case.options, "ranks": {client.index: client_rank(parts, client) for client in parts.clients}}
     options["sizes"] = {client.index: client.samples for client in parts.clients}
+    options["experts"] = {client.index: client.experts for client in parts.clients}
     if case.kind is Wireless:
         options["physics"] = {client.index: physics(parts, client) for client in parts.clients}
     expected = case.kind(reference, initial(parts), clients, **options, seed=case.seed)
@@ -260,8 +277,20 @@ def test_same_rounds(root: Path, name: str) -> None:
     if name == "hetlora-pruning":
         ranks = [values["personal"]["model.hetlora.rank"] for values in outcomes]
         assert (ranks[1] < ranks[0]).any(), "the last round trains fewer rows than the second"
+    if isinstance(expected, FedMoE):
+        check_sub_models(expected, parts)
     if isinstance(expected, Wireless):
         assert any(expected.queues.values()) and len(set(expected.plans)) == 2, "queues and fading change the second round"
+
+
+def check_sub_models(expected: FedMoE, parts: Parts) -> None:
+    """What the server knows of every client, and that there were all kinds of rounds."""
+    assert expected.phases >= {ALL, FOUND, TRIED} and len({len(one.held) for one in expected.known.values()}) > 2
+    for index, one in expected.known.items():
+        ours = parts.state.personal.memories[index]
+        assert np.allclose(ours["scores"], one.scores_LE, rtol=0, atol=TOLERANCE)
+        assert [{*zip(*ours[name].nonzero(), strict=True)} for name in ("held", "before")] == [one.held, one.before]
+        assert ours["progress"].tolist() == pytest.approx([one.rounds, one.phase, one.lowest, one.stale], abs=TOLERANCE)
 
 
 def physics(parts: Parts, client: Client) -> Physics:

@@ -87,6 +87,28 @@ def test_masked_experts_are_never_used() -> None:
     assert torch.equal(routing.weights_TK[0, 2:], torch.zeros(2))
 
 
+@pytest.mark.parametrize("renormalised", [False, True])
+def test_a_router_of_the_held_experts_is_one_without_the_other_rows(renormalised: bool) -> None:
+    """Weights and gradients; a row that may use all experts keeps its bits, one that may use none stays a number."""
+    spec, held = Spec(route_norm=renormalised), [1, 2, 5]
+    allowed_TE = torch.zeros(3, EXPERTS, dtype=torch.bool)
+    allowed_TE[0, held], allowed_TE[1] = True, True
+    logits_TE = logits(3).requires_grad_()
+    routing = route(logits_TE, spec, caps(2, 4, 4), everyone(3), allowed_TE, held_softmax=True)
+    small_TE = logits_TE.detach()[:1, held].requires_grad_()
+    expected = small_TE.softmax(-1).topk(2)
+    weights_K = expected.values[0] / (expected.values.sum() if renormalised else 1.0)
+    assert used(routing, 0) == [held[place] for place in expected.indices[0].tolist()]
+    assert torch.allclose(routing.weights_TK[0, :2], weights_K)
+    plain = route(logits_TE, spec, caps(2, 4, 4), everyone(3))
+    assert torch.equal(routing.weights_TK[1], plain.weights_TK[1]) and torch.equal(routing.probs_TE, plain.probs_TE)
+    (routing.weights_TK[0] * torch.arange(4)).sum().backward()
+    (weights_K * torch.arange(2)).sum().backward()
+    assert logits_TE.grad is not None and small_TE.grad is not None
+    assert torch.allclose(logits_TE.grad[0, held], small_TE.grad[0], atol=1e-7) and not logits_TE.grad[0, [0, 3, 4]].any()
+    assert not routing.weights_TK[2].any() and not torch.isnan(logits_TE.grad).any()
+
+
 @pytest.mark.parametrize("score_func", ["max", "top2_sum"])
 def test_only_the_best_groups_stay_eligible(score_func: str) -> None:
     logits_TE = logits(20)

@@ -28,6 +28,12 @@ def test_balance_counts_kept_slots_only() -> None:
     assert float(balance_loss(decision)) == pytest.approx(1.35, rel=1e-6)
 
 
+def test_balance_of_the_held_experts_is_that_of_a_layer_without_the_others() -> None:
+    """Experts 0 and 2: scores 5/7, 1/2 and 2/7, 1/2; three slots, two of them at expert 0: 2 (2/3 * 17/28 + 1/3 * 11/28)."""
+    decision = routing([[0.5, 0.3, 0.2], [0.4, 0.2, 0.4]], [[0, 2], [0, 2]], [[True, False], [True, True]])
+    assert float(balance_loss(decision, torch.tensor([0, 2]))) == pytest.approx(15 / 14, rel=1e-6)
+
+
 def test_balance_leaves_padding_out() -> None:
     decision = routing(
         [[0.5, 0.3, 0.2], [0.0, 0.0, 1.0], [0.4, 0.2, 0.4]],

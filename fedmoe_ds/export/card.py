@@ -100,6 +100,8 @@ def _trained(request: Request) -> str:
 def _scores(request: Request) -> str:
     """Before and after, on the global hold-out at this tier; of a client's own model, on its hold-out. Before is the
     base model or, of a run that went on from adapters, the model with these."""
+    if request.selection.client is None and request.run.spec.method.personal_models:
+        return "The run scored its clients' own models, each with the experts that it uses, and not this one with all of them."
     before, after = (_row(request, last) for last in (0, request.run.round))
     if before is None or after is None:
         return "This model was not evaluated in its run."

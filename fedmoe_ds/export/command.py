@@ -25,7 +25,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.card import write_card
 from fedmoe_ds.export.formats import FORMATS
 from fedmoe_ds.export.lora import DTYPES
-from fedmoe_ds.export.written import Request, folder_size
+from fedmoe_ds.export.written import Request, folder_size, without_common_model
 from fedmoe_ds.results import Selection, TrainedRun, open_run, round_choice
 from fedmoe_ds.storage.file_modes import follow_umask, keep_private
 from fedmoe_ds.storage.files import expanded, remove, sync
@@ -130,9 +130,9 @@ def _filled(name: str, request: Request, draft: Path) -> str:
 def select(run: TrainedRun, tier: str | None, client: str | None) -> Selection:
     """The model that is meant. Raises UserError where there is none."""
     method, personal = run.spec.method, any(block.personal for block in run.spec.blocks)
-    if client is not None and not personal:
+    if client is not None and not (personal or method.personal_models):
         raise UserError(f"--client: {client}: method {run.config.method.name} keeps no model per client; drop --client")
-    if client is None and method.personal_models:
+    if client is None and without_common_model(run):
         raise UserError(
             f"--client: missing: with method {run.config.method.name} every client has a model of its own; name the client"
         )

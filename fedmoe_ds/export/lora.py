@@ -20,7 +20,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.loading import lora_loading
 from fedmoe_ds.export.merge import Learnt
 from fedmoe_ds.export.shards import write_tensors
-from fedmoe_ds.export.written import Request, Written
+from fedmoe_ds.export.written import Request, Written, no_masks
 from fedmoe_ds.foundation.weight_stream import StoredTensor
 from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
@@ -110,10 +110,8 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
             f"nothing; {out}"
         )
     if selection.assignment.allowed_LE is not None:
-        raise UserError(
-            f"{where}: method {run.config.method.name} lets tier {selection.tier} use some of the experts alone, and neither a "
-            "LoRA file nor a model's configuration can say that; export another tier"
-        )
+        holder = "neither a LoRA file nor a model's configuration"
+        raise UserError(f"{where}: {no_masks(selection, run.config.method.name, holder)}")
     for factor in _factors(request):
         if factor != 1.0:
             whose = "the client" if selection.client is not None else f"tier {selection.tier}"

@@ -19,7 +19,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.loading import model_loading
 from fedmoe_ds.export.merge import Changes, Learnt, Rounding, plan_changes
 from fedmoe_ds.export.shards import write_shards
-from fedmoe_ds.export.written import Request, Written
+from fedmoe_ds.export.written import Request, Written, no_masks, without_common_model
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.foundation.weight_stream import StoredTensor, WeightStream, row_blocks
@@ -50,7 +50,7 @@ def write_merged(request: Request) -> Written:
         UserError: the model's architecture has no place for what was learnt, or the disk has no room.
         OSError: the folder cannot be written.
     """
-    _check(request)
+    check_selection(request)
     files, learnt, told = WeightFiles(request.run.model), Learnt(request.run, request.selection), Rounding()
     changes, carried = plan_changes(request.run, learnt, files)
     left = sorted(set(learnt.blocks) - carried)
@@ -72,15 +72,13 @@ def write_merged(request: Request) -> Written:
     return Written("transformers", said, "\n\n".join(loading), notes)
 
 
-def _check(request: Request) -> None:
+def check_selection(request: Request) -> None:
+    """Raise UserError where a model's configuration has no word for what the selected one is."""
     run, selection, method = request.run, request.selection, request.run.config.method.name
-    if run.spec.method.personal_models and selection.client is None:
+    if selection.client is None and without_common_model(run):
         raise UserError(f"--format: merged: method {method} has a model for every client and none for all; name a --client")
     if selection.assignment.allowed_LE is not None:
-        raise UserError(
-            f"--tier: {selection.tier}: method {method} lets it use some of the experts alone, and no {CONFIG_FILE} can say "
-            "that; export another tier"
-        )
+        raise UserError(f"--format: merged: {no_masks(selection, method, f'no {CONFIG_FILE}')}")
 
 
 def check_room(tensors: list[StoredTensor], out: Path) -> None:

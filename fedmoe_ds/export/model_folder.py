@@ -29,7 +29,7 @@ from torch import Tensor
 from fedmoe_ds.export import modeling_fft_moe as modeling
 from fedmoe_ds.export.loading import HERE, shell
 from fedmoe_ds.export.merge import Learnt, Rounding, plan_changes
-from fedmoe_ds.export.merged import check_room, merged_content, merging_notes, write_beside
+from fedmoe_ds.export.merged import check_room, check_selection, merged_content, merging_notes, write_beside
 from fedmoe_ds.export.shards import write_shards
 from fedmoe_ds.export.written import Request, Written
 from fedmoe_ds.foundation.own_code import SETTINGS, tokenizer_classes
@@ -59,9 +59,10 @@ def write_model_folder(request: Request) -> Written:
     """Write a model with adapter experts into an empty folder.
 
     Raises:
-        UserError: a file of the base or of the checkpoint is damaged, or the disk has no room.
+        UserError: the model uses some of its experts alone, a file is damaged, or the disk has no room.
         OSError: the folder cannot be written.
     """
+    check_selection(request)
     run, out = request.run, request.out
     assert run.config.adapters.moe is not None, "a run without adapter experts is merged into its base"
     files, learnt, told = WeightFiles(run.model), Learnt(run, request.selection), Rounding()

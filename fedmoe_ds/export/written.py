@@ -57,6 +57,22 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
+def without_common_model(run: TrainedRun) -> bool:
+    """Whether clients have models of their own and nothing else: each has blocks of which nobody has the mean.
+
+    Where they differ by the experts that they use alone (FedMoE), the adapters of all experts are a model, too.
+    """
+    return run.spec.method.personal_models and any(block.personal for block in run.spec.blocks)
+
+
+def no_masks(selection: Selection, method: str, holder: str) -> str:
+    """Why a model that may use some of the experts alone is not written, and the way out; `holder` cannot say that."""
+    own = selection.client is not None
+    whose = "its client" if own else f"tier {selection.tier}"
+    other = "`fedmoe evaluate --client` and `fedmoe generate --client` run it as it is" if own else "export another tier"
+    return f"method {method} lets {whose} use some of the experts alone, and {holder} can say that; {other}"
+
+
 def folder_size(folder: Path) -> str:
     """Size of the files in a folder, in words."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

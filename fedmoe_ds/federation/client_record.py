@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fedmoe_ds.checkpoint.personal_state import Personal
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.update import ClientUpdate
@@ -32,7 +34,14 @@ def trained(update: ClientUpdate, status: str, flops: float, personal: Personal)
         "seconds": update.seconds,
         "status": status,
         "rescaler": rescaler,
+        **_held(update.assignment.allowed_LE),
     }
+
+
+def _held(allowed_LE: np.ndarray | None) -> dict[str, list[int]]:
+    """How many experts a client could use, layer by layer; nothing where it could use all."""
+    # Which ones is in the checkpoint's memories: masks of all clients would make up most of the record.
+    return {} if allowed_LE is None else {"experts_held": [int(count) for count in allowed_LE.sum(1)]}
 
 
 def absent(client: Client, status: str = OUT_OF_MEMORY) -> dict[str, Any]:

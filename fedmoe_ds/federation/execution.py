@@ -35,6 +35,7 @@ def execution_of(spec: RunSpec, topology: Topology, in_flight: int, device: torc
         kernels=config.execution.adapter_kernels,
         dropout=AdapterDropout(config.adapters.dropout, config.seed) if config.adapters.dropout else None,
         layers=list(spec.expert_layout.layers),
+        held_softmax=spec.method.held_softmax,
     )
 
 

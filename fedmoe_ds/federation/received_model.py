@@ -35,13 +35,14 @@ class ReceivedModel:
     def __init__(self, method: Method, model: AdaptedModel, bank: Bank) -> None:
         self.method, self.model, self.execution, self.bank = method, model, model.execution, bank
 
-    def assigned(self, member: Client, personal: Personal, plain: bool) -> Assignment:
-        """What a client is told in evaluation; `plain`: all LoRA rows and no rescaler, as before the first round."""
-        dense = [name for name, spec in personal.specs.items() if not spec.expert]
-        ((_, own),) = personal.visit([member.index], dense)
+    def assigned(self, member: Client, personal: Personal, plain: bool, own: bool = True) -> Assignment:
+        """What a client is told in evaluation; `plain`: all LoRA rows and no rescaler, as before the first round. Not `own`: as
+        any client of its tier is told of whom nothing is known."""
+        names = [name for name, spec in personal.specs.items() if not spec.expert]
+        ((_, dense),) = personal.visit([member.index], names)
         # A tier's model is nobody's own: what is known of one of its clients says nothing about it.
-        known = personal.memories.get(member.index, {}) if self.method.personal_models else {}
-        how = self.method.assign(member, RoundContext(0, own, memory={} if plain else known))
+        known = personal.memories.get(member.index, {}) if self.method.personal_models and own and not plain else {}
+        how = self.method.assign(member, RoundContext(0, dense, memory=known))
         return how if not plain else replace(how, rows_R=None, rescale=None, allowed_LE=None)
 
     def load_mean(self, members: Sequence[Client], personal: Personal, plain: bool = False) -> None:

@@ -114,6 +114,7 @@ class Method:
         absorbs: whether `combine` moves products into the frozen weights.
         averages: whether anything is averaged at all.
         accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
+        held_softmax: whether a client that may use some experts alone has a router of these: its softmax is over them.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
         most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
@@ -140,6 +141,7 @@ class Method:
     absorbs: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     accounts: ClassVar[bool] = False
+    held_softmax: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None

@@ -1,6 +1,6 @@
 """FedMoE: every client trains and runs a sub-model, the experts that its own data use (arXiv 2408.11304).
 
-Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, S similar clients.
+Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, H experts held in a layer, N clients with a sub-model.
 
 READ (the paper and public readings of it; no public code was found). A few rounds with all experts give a client's activation
 
@@ -10,14 +10,16 @@ Stage 1, coarse search, by binary search over theta (`clients/expert_budgets.py`
 
     max theta   with   sum_e x_{l,e} p_{l,e} >= theta in every layer l,   memory(x) <= alpha M
 
-Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders. Stage 2,
+Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders; rows of
+routers likewise. Stage 2,
 when a client's training stalls: S are the K clients whose activation is most similar (cosine), n = mean number of experts of S
 minus its own; the n best experts outside its sub-model are added, or its |n| worst dropped, by
 
     phat_{l,e} = sum_{a in S} sim(a) p_{l,e}(a) / sum_{a in S} sim(a)
 
-If that does not help, it is reverted and the sub-model stays as it is for good. The local objective has the Switch balance loss
-(`local.balance_loss`; the coefficient of the paper is not known, Switch's is 0.01).
+If that does not help, it is reverted and the sub-model stays as it is for good. A sub-model's router has the rows of its
+experts alone, so its softmax is over these. The local objective has the Switch balance loss of the sub-model (`balance_loss`;
+the coefficient of the paper is not known, Switch's is 0.01).
 
 COMPLETION. Memory is counted in experts over all layers, L times the tier's experts, because every expert's adapters weigh the
 same; every layer keeps `least`, so that top-k is defined. The search may use `memory_share` (alpha) of it and stage 2 the rest:
@@ -28,14 +30,17 @@ place of accuracy. A stall: the loss did not fall by 1 % in `patience` rounds of
 the same decides whether a change has helped. Clients that still profile are similar to nobody. A holder weighs its data size,
 used or not.
 
-Limits. A router, where it is trained, is averaged as a whole: a row of it is no block of its own. Every expert's weights stay
-where they are, on its rank of the cluster: a sub-model saves compute, and what a client would send, not memory here.
+Limits. A router is one block: where routers are trained, sums are twice as large, so that each row is the mean of its holders',
+and the bytes of a client's report count all rows. Every expert's weights stay where they are, on its rank of the cluster: a
+sub-model saves compute, and what a client would send, not memory here. The server
+knows 3 L E numbers of every client that was trained, on every rank: 25 KB for 16 layers of 64 experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -44,10 +49,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmoe_ds.methods import (
+    ROUTER,
     Assignment,
     BlockSpec,
     Client,
     ClientUpdate,
+    ClientView,
     Config,
     Memory,
     Method,
@@ -59,13 +66,16 @@ from fedmoe_ds.methods import (
     Routing,
     RoutingObserver,
     UserError,
+    Weighing,
     add_best,
+    balance_loss,
     best,
     cover,
     drop_worst,
     generator,
     leading,
     scattered,
+    upload,
 )
 
 PROFILE, SEARCHED, CHANGED, FROZEN = range(4)
@@ -86,6 +96,7 @@ class FedMoEParams(MethodParams):
     refine: bool = Field(True, description="whether stage 2 happens")
     similar: int = Field(3, ge=1, description="K: clients that stage 2 looks at")
     patience: int = Field(2, ge=1, description="rounds of a client without a fall of its loss that are a stall")
+    balance_loss: float = Field(0.0, ge=0, description="coefficient of the load-balance loss over the experts held")
 
     def idle(self, config: Config) -> dict[str, str]:
         off = "with method.refine=false: nothing follows a stall"
@@ -101,6 +112,30 @@ class SubModel:
     phase: int
 
 
+class Profiles:
+    """Which clients' activation is similar: those that have a sub-model are compared, N of them.
+
+    Whole numbers, whose sums are exact: every rank finds the same clients alike, whatever its processor's order of adding.
+    """
+
+    def __init__(self, memories: Mapping[int, Memory]) -> None:
+        self._scores = {index: one["scores"] for index, one in memories.items() if one["progress"][1] != PROFILE}
+
+    @cached_property
+    def _whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """Clients, int64 [N], and their p, int64 [N, L E]; not made in a round in which nobody stalls."""
+        clients_N = np.array(sorted(self._scores))
+        return clients_N, np.rint(np.stack([self._scores[i].ravel() for i in clients_N]) * 2**24).astype(np.int64)
+
+    def nearest(self, client: int, count: int) -> dict[int, float]:
+        """The cosines of the `count` others that are most similar to one of them; of equal ones the lower index."""
+        clients_N, whole_NM = self._whole
+        own_M = whole_NM[np.searchsorted(clients_N, client)]
+        likeness_N = whole_NM @ own_M / (np.sqrt((whole_NM**2).sum(1)) * np.sqrt((own_M**2).sum()))
+        order = [place for place in np.argsort(-likeness_N, kind="stable") if clients_N[place] != client]
+        return {int(clients_N[place]): float(likeness_N[place]) for place in order[:count]}
+
+
 class FedMoE(Method):
     """A sub-model per client."""
 
@@ -111,20 +146,39 @@ class FedMoE(Method):
         adapts="experts held, per layer",
         trains="held experts (LoRA or whole)",
         sends="held experts, activation p, loss",
-        weighs="experts: data size of their holders",
+        weighs="experts, rows of routers: data size of their holders",
         completion="budget in experts over all layers; alpha leaves room for stage 2; stall rule; p is the mean score",
     )
     spends = "experts"
     needs = frozenset({"experts"})
     observes = ("scores",)
+    held_softmax = True
     personal_models = True
 
+    def __init__(self, params: FedMoEParams) -> None:
+        super().__init__(params)
+        # Shares of rows and mean scores are no means over rows, so micro-batches would add up to another loss.
+        self.whole_steps = params.balance_loss > 0
+
     def check_config(self, config: Config) -> None:
+        if config.local.balance_loss > 0:
+            raise UserError(
+                f"local.balance_loss: {config.local.balance_loss}: it would draw rows to experts that a sub-model lacks; use "
+                "method.balance_loss, which is over its own"
+            )
         if config.adapters.feed_forward and config.adapters.moe is None:
             raise UserError(
                 f"adapters.feed_forward: {config.adapters.feed_forward}: dense blocks have no experts to choose from; "
                 "use a sparse model, or adapter experts (adapters.moe)"
             )
+        if config.adapters.router == "train" or config.adapters.moe is not None:
+            # A router is one block: its rows can have holders of their own by weights of its elements alone.
+            self.weighing = Weighing(elements=True)
+            if config.local.drift in ("fedvra", "feddyn"):
+                raise UserError(
+                    f"local.drift: {config.local.drift}: its server adds dual variables to one mean of adapters, and rows of "
+                    "trained routers are averaged among their holders; use none, fedprox or scaffold"
+                )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -159,10 +213,11 @@ class FedMoE(Method):
         }
 
     def plan(self, context: PlanContext) -> RoundPlan:
-        parts = {client.index: self.next_model(client, context.memories) for client in context.drawn}
+        profiles = Profiles(context.memories)
+        parts = {client.index: self.next_model(client, context.memories, profiles) for client in context.drawn}
         return RoundPlan(context.drawn, parts)
 
-    def next_model(self, client: Client, memories: Mapping[int, Memory]) -> SubModel:
+    def next_model(self, client: Client, memories: Mapping[int, Memory], profiles: Profiles) -> SubModel:
         """What a client holds when it takes part again."""
         own = memories.get(client.index)
         if not own or own["progress"][0] < self.params.profile_rounds:
@@ -175,7 +230,7 @@ class FedMoE(Method):
             return SubModel(held_LE, held_LE, SEARCHED)
         stalled = self.params.refine and stale >= self.params.patience
         if phase == SEARCHED and stalled:
-            return SubModel(self.changed(client, memories), held_LE, CHANGED)
+            return SubModel(self.changed(client, memories, profiles), held_LE, CHANGED)
         if phase == CHANGED and stalled:
             return SubModel(before_LE, before_LE, FROZEN)
         return SubModel(held_LE, before_LE, int(phase))
@@ -199,18 +254,15 @@ class FedMoE(Method):
             _, held_LE = cover(score_LE, slots, least)
         return add_best(held_LE, score_LE, slots - int(held_LE.sum()))
 
-    def changed(self, client: Client, memories: Mapping[int, Memory]) -> np.ndarray:
+    def changed(self, client: Client, memories: Mapping[int, Memory], profiles: Profiles) -> np.ndarray:
         """Stage 2: more or fewer experts, after those of the most similar clients; bool [L, E]."""
-        own = memories[client.index]
-        held_LE = own["held"] > 0
-        others = {index: one for index, one in memories.items() if index != client.index and one["progress"][1] != PROFILE}
-        likeness = {index: cosine(own["scores"], one["scores"]) for index, one in others.items()}
-        nearest = sorted(likeness, key=lambda index: (-likeness[index], index))[: self.params.similar]
-        if not nearest:
+        held_LE = memories[client.index]["held"] > 0
+        likeness = profiles.nearest(client.index, self.params.similar)
+        if not likeness:
             return held_LE
-        mean = np.mean([np.count_nonzero(others[index]["held"]) for index in nearest])
-        missing = int(np.rint(mean - held_LE.sum()))
-        wanted_LE = np.average([others[i]["scores"] for i in nearest], axis=0, weights=[likeness[i] for i in nearest])
+        similar = [memories[index] for index in likeness]
+        missing = int(np.rint(np.mean([np.count_nonzero(one["held"]) for one in similar]) - held_LE.sum()))
+        wanted_LE = np.average([one["scores"] for one in similar], axis=0, weights=list(likeness.values()))
         most, least = self.budget(client)
         if missing >= 0:
             return add_best(held_LE, wanted_LE, min(missing, most - int(held_LE.sum())))
@@ -226,20 +278,34 @@ class FedMoE(Method):
         return Assignment(client.cap, leading(client.rank, self.facts.rank), allowed_LE=allowed_LE)
 
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
-        return RoutingObserver(observe=sum_scores)
+        weight, held_LE = self.params.balance_loss, assignment.allowed_LE
+        if weight == 0:
+            return RoutingObserver(observe=_sum_scores)
+        if held_LE is None:
+            return RoutingObserver(_sum_scores, lambda layer, own, *_: weight * balance_loss(own))
+        # Layers are called by the model's own indices; masks have a row for each of those with experts.
+        held = {
+            layer: cache(partial(upload, [np.flatnonzero(row_E)]))
+            for layer, row_E in zip(self.facts.layers, held_LE, strict=True)
+        }
+        return RoutingObserver(
+            _sum_scores, lambda layer, own, *_: weight * balance_loss(own, held[layer](own.probs_TE.device)[0])
+        )
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         weight = super().weights(spec, update, data_share)
         return weight * update.plan.held_LE if spec.expert else weight
 
+    def element_weights(self, spec: BlockSpec, view: ClientView, update: ClientUpdate) -> Tensor:
+        weight = torch.ones_like(view.value(spec))
+        if spec.name != ROUTER:
+            return weight
+        (held_LE,) = upload([update.plan.held_LE.astype(np.float32)], weight.device)
+        return weight * held_LE.unsqueeze(-1)
 
-def sum_scores(routing: Routing, valid_T: Tensor) -> tuple[None, dict[str, Tensor]]:
+
+def _sum_scores(routing: Routing, valid_T: Tensor) -> tuple[None, dict[str, Tensor]]:
     """The router's scores of all experts, summed over the tokens of a batch."""
     # Sigmoid routers' scores do not sum to one. Float64: they are compared over rounds and clients.
     score_TE = routing.probs_TE.detach().to(torch.float64)
     return None, {"scores": (score_TE / score_TE.sum(-1, keepdim=True).clamp(min=1e-20)).sum(0)}
-
-
-def cosine(one: np.ndarray, other: np.ndarray) -> float:
-    """Cosine of the angle between two activation patterns; both have scores above zero."""
-    return float(np.vdot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))

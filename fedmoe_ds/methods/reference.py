@@ -40,12 +40,13 @@ _COMBINATIONS = """\
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `fedex-lora`, `lora-fair`, `local-only`, `centralised`), control or dual variables where the adapters'
 coordinates or weights change every round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen
-router, `flame` on a dense model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or
-`local.balance_loss`.
+router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not trained, micro-batches with
+`hfedmoe`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`.
 
 What it costs: `flexlora`, `flora`, `fedex-lora` and `lora-fair` keep the factors of all participants of a round on every rank
 that holds the adapter; `fedsa-lora`, `local-only`, `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep personal blocks of
-every client that was trained, each in one cluster. The sums of `ewwa-fl` are twice those of a mean.
+every client that was trained, each in one cluster. The sums of `ewwa-fl` are twice those of a mean. Of every client that was
+trained, `fed-moe` keeps three numbers per layer and expert on every rank.
 """
 _ADDING = '''\
 ## Adding a method
@@ -143,6 +144,7 @@ class Struggling(Method):
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
 experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses.
+Scores stay those of all experts, unless the method's `held_softmax` says that a client's router is one of the allowed alone.
 
 A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.
 `fedmoe_ds.testing.check_method` tries one on a tiny federation: [python.md](python.md#a-method-of-your-own).

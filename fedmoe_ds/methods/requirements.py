@@ -97,7 +97,7 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
         if tier.experts is not None and bought != "experts":
             raise UserError(
                 f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts per batch; drop the "
-                "key, or use hfedmoe with federation.budget=method"
+                "key, or use hfedmoe or fed-moe with federation.budget=method"
             )
         if tier.layers is not None and bought != "layers":
             raise UserError(

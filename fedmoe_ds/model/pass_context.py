@@ -159,6 +159,7 @@ class Execution:
         kernels: what computes the adapters' products.
         dropout: of the inputs of projections' adapters in training, if there is any.
         layers: the model's layers with experts, in the order in which masks have them.
+        held_softmax: whether routers weigh as if they had no rows of experts that a client may not use.
         wave: what holds for the clients in training; evaluation puts an empty one in its place.
     """
 
@@ -171,6 +172,7 @@ class Execution:
     kernels: Kernels = "auto"
     dropout: AdapterDropout | None = None
     layers: list[int] = field(default_factory=list)
+    held_softmax: bool = False
     # An evaluation sees no observers and no scale factors: the global model belongs to no client.
     wave: InTraining = field(default_factory=InTraining)
     current: Pass | None = None
@@ -194,14 +196,15 @@ class Execution:
             self.products = products_for(rank, dtype, device, self.kernels)
         return self.products
 
-    def asked(self, layer: int) -> tuple[Tensor | None, list[Demand] | None]:
-        """What the rows of the running pass ask of a layer's router: the experts that each may use, bool [T, E], and numbers
-        of the same for the host; None for all, and where nobody counted."""
+    def asked(self, layer: int) -> tuple[Tensor | None, list[Demand] | None, bool]:
+        """What the rows of the running pass ask of a layer's router: the experts that each may use, bool [T, E], numbers of the
+        same for the host, and `held_softmax`; None for all, and where nobody counted."""
         run = self.running()
         if run.masks is None:
-            return None, run.demands
+            return None, run.demands, False
         place = self.layers.index(layer)
-        return run.masks.rows(place), None if run.demands is None else run.masks.demands(place, run.demands)
+        demands = None if run.demands is None else run.masks.demands(place, run.demands)
+        return run.masks.rows(place), demands, self.held_softmax
 
     def running(self) -> Pass:
         assert self.current is not None, "a layer ran outside a pass"

@@ -116,6 +116,7 @@ def route(
     valid_T: Tensor,
     allowed_TE: Tensor | None = None,
     demands: list[Demand] | None = None,
+    held_softmax: bool = False,
 ) -> Routing:
     """Route rows under their caps.
 
@@ -126,6 +127,7 @@ def route(
         valid_T: bool, False for padding.
         allowed_TE: bool expert mask per row; None allows all.
         demands: the same in numbers, per client; with them the number of kept slots is known on the host.
+        held_softmax: softmax scores weigh as if the router had no rows of experts that a row may not use.
     """
     # Scores are float32 whatever the rows are, as in the hosted router: the order of near-equal experts must not change.
     scores_TE = logits_TE.float().softmax(-1) if spec.score_func == "softmax" else logits_TE.float().sigmoid()
@@ -148,7 +150,12 @@ def route(
         # kept then never depends on the scores, and the loss says that a client's router has blown up.
         kept_TK = (slots_K < cap_T.unsqueeze(-1)) & valid_T.unsqueeze(-1) & ~best_TK.isneginf()
     # Zero before the normalisation: the kept weights of a capped row then sum to one by themselves.
-    weights_TK = scores_TE.gather(1, experts_TK) * kept_TK
+    weighing_TE = scores_TE
+    if held_softmax and allowed_TE is not None and spec.score_func == "softmax":
+        # For a row that may use all experts these are the same bits as without a mask, whoever shares the pass.
+        # The least number and not minus infinity, of which a row without any expert would make no number.
+        weighing_TE = logits_TE.float().masked_fill(~allowed_TE, torch.finfo(torch.float32).min).softmax(-1)
+    weights_TK = weighing_TE.gather(1, experts_TK) * kept_TK
     if spec.route_norm:
         # The hosted router's own epsilon; a padding row, all of whose weights are zero, stays zero and does not become NaN.
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmoe_ds.clients.tiers import tier_order
-from fedmoe_ds.report.client_tables import Rows, numbers
+from fedmoe_ds.report.client_tables import HELD, Rows, numbers
 
 Floats = NDArray[np.float64]
 SHOWN_LOST = 20
@@ -24,7 +24,8 @@ TASK_METRICS = {"exact_match": "exact match", "ranked_choice": "ranked choice"}
 FIGURES = {"perplexity": "perplexity", "accuracy": "accuracy", **TASK_METRICS}
 """Of a client's own hold-out, and what they are called."""
 OK = "ok"
-_TRAINED = ("top_k", "steps", "tokens", "seconds", "flops", "loss_first", "loss_last", "rescaler")
+_TRAINED = ("top_k", "steps", "tokens", "seconds", "flops", "loss_first", "loss_last", "rescaler", HELD)
+_LATEST = ("loss_last", "rescaler", "top_k", HELD)
 
 
 class RepeatedError(Exception):
@@ -53,10 +54,15 @@ class _Round:
 
 
 def _of_lines(events: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> _Round:
-    figures = {name: np.array([event.get(name) for event in events], dtype=np.float64) for name in fields}
+    figures = {name: np.array([_number(event.get(name)) for event in events], dtype=np.float64) for name in fields}
     known = {name for name in fields if any(name in event for event in events)}
     names, tiers = [event["client"] for event in events], [tier_of(event) for event in events]
     return _Round(events[0]["round"], names, tiers, [event.get("status", OK) for event in events], figures, known)
+
+
+def _number(value: Any) -> Any:
+    """A field as one number: a list, over layers, by its mean."""
+    return np.mean(value) if isinstance(value, list) else value
 
 
 def _of_table(rows: Rows, fields: Sequence[str]) -> _Round:
@@ -135,8 +141,8 @@ class Participation(_ByClient):
         self.flops: dict[str, tuple[float, int, int]] = {}
 
     def figure(self, name: str) -> Floats:
-        """`rounds`, `steps`, `tokens`, `seconds`, `loss_first`, `loss_last`, `rescaler`, `change` (of the loss) or `top_k` of
-        every client [clients], NaN where it has none."""
+        """`rounds`, `steps`, `tokens`, `seconds`, `loss_first`, `loss_last`, `rescaler`, `change` (of the loss), `top_k` or
+        `experts_held` (per layer) of every client [clients], NaN where it has none."""
         if name == "change":
             first, last = self._array("loss_first"), self._array("loss_last")
             with np.errstate(all="ignore"):
@@ -159,7 +165,7 @@ class Participation(_ByClient):
             for name in ("steps", "tokens", "seconds"):
                 self.figure(name)[places] += np.nan_to_num(rows.figures[name])
         self.figure("loss_first")[places[first]] = rows.figures["loss_first"][first]
-        for name in ("loss_last", "rescaler", "top_k"):
+        for name in _LATEST:
             self.figure(name)[places] = rows.figures[name]
         tiers = self._tiers_of(rows)
         self._array("tier")[places] = tiers

@@ -34,7 +34,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "client": _TEXT, "tier_label": _TEXT, "top_k": _WHOLE, "steps": _WHOLE, "tokens": _WHOLE, "targets": _WHOLE,
         "active_experts": _WHOLE, "rank": _WHOLE, "flops": _REAL, "loss_first": _REAL, "loss_last": _REAL, "seconds": _REAL,
         "status": _TEXT, "rescaler": _REAL, "device": _TEXT, "virtual_s": _REAL, "down_s": _REAL, "compute_s": _REAL,
-        "up_s": _REAL, "joules": _REAL, "down_bytes": _WHOLE, "up_bytes": _WHOLE, "delay": _WHOLE,
+        "up_s": _REAL, "joules": _REAL, "down_bytes": _WHOLE, "up_bytes": _WHOLE, "delay": _WHOLE, "experts_held": _COUNTS,
     },
     "eval": {
         "client": _TEXT, "tier_label": _TEXT, "tier": _WHOLE, "perplexity": _REAL, "accuracy": _REAL, "loss": _REAL,
@@ -46,6 +46,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Columns of each kind of row in their order; a column in which no row has a value may be absent."""
+HELD = "experts_held"
+"""How many experts a client could use, layer by layer; absent where it could use all."""
 OMITTED = "omitted_"
 """Before the kind of an omission: its number of samples, in `data`."""
 _STEMS = {"client": "round", "eval": "eval"}
@@ -189,8 +191,10 @@ def _check_values(name: str, form: Any, column: Any) -> None:
     if form is _TEXT or len(column) == 0:
         return
     if form is _COUNTS:
+        # A client may have held all experts, and then has no list.
+        column = column.drop_null() if name == HELD else column
         lengths = pc.unique(pc.list_value_length(column)).to_pylist()
-        if len(lengths) != 1 or lengths[0] is None:
+        if len(lengths) != 1 or not lengths[0]:
             raise ValueError(f"column {name} has lists of different lengths")
         column = pc.list_flatten(column)
         if column.null_count:
@@ -207,11 +211,17 @@ def _check_values(name: str, form: Any, column: Any) -> None:
 
 
 def numbers(table: pa.Table, name: str) -> NDArray[np.float64]:
-    """A column of numbers as [rows] float64, NaN where there is none, or no such column."""
+    """A column of numbers, or of the means of lists, as [rows] float64, NaN where there is none, or no such column."""
+    found: NDArray[np.float64] = np.full(len(table), np.nan)
     if name not in table.column_names:
-        return np.full(len(table), np.nan)
-    found: NDArray[np.float64] = table[name].cast(_REAL, safe=False).to_numpy().astype(np.float64)
-    return found
+        return found
+    column = table[name]
+    if column.type == _COUNTS:
+        told = column.is_valid().to_numpy()
+        # All lists of a column are equally long.
+        found[told] = pc.list_flatten(column).to_numpy().reshape(int(told.sum()), -1).mean(1)
+        return found
+    return column.cast(_REAL, safe=False).to_numpy().astype(np.float64)  # type: ignore[no-any-return]
 
 
 def summary(table: pa.Table) -> dict[str, Any]:

@@ -234,6 +234,7 @@ class _Trained(_Tiered):
     loss_first: Number | None = None
     loss_last: Number | None = None
     rescaler: Number | None = None
+    experts_held: Annotated[list[Count], Field(min_length=1)] | None = None
 
 
 class _Tally(_Fields):

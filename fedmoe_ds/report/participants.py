@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.report import formats
 from fedmoe_ds.report.by_client import Floats
+from fedmoe_ds.report.client_tables import HELD
 from fedmoe_ds.report.history import TASK_METRICS, Event, History, tier_of
 from fedmoe_ds.report.markup import Markup, table, tag
 from fedmoe_ds.report.population import MOST_CLIENTS
@@ -23,11 +24,12 @@ CLIENT_LEAD = (
 )
 MANY_LEAD = (
     "Steps, tokens and time are sums over the rounds a client took part in. First loss is that of its first step ever, "
-    "last loss that of its latest step; own perplexity is by the model of the client's tier. With {clients} the page names "
-    "those at either end; the other {others} are in the run's record (metrics.jsonl, and the tables in clients/ if there are "
-    "any). {idle}"
+    "last loss that of its latest step; own perplexity is by the model of the client's tier, or its own. With {clients} the "
+    "page names those at either end; the other {others} are in the run's record (metrics.jsonl, and the tables in clients/ if "
+    "there are any). {idle}"
 )
-SCORED_LEAD = "Its own hold-out is scored by the model of the client's tier."
+SCORED_LEAD = "Its own hold-out is scored by the model of the client's tier or, where clients have some, by its own."
+HELD_LEAD = "Experts held are those of a layer, on average, in its latest round; a client without a number held all."
 Form = Callable[[float | None], str]
 TRAINED: Mapping[str, tuple[str, Form]] = {
     "rounds": ("rounds", formats.count),
@@ -37,6 +39,7 @@ TRAINED: Mapping[str, tuple[str, Form]] = {
     "loss_last": ("last loss", formats.number),
     "change": ("change", formats.signed_percent),
     "rescaler": ("rescaler", formats.number),
+    HELD: ("experts held", formats.number),
     "seconds": ("train time", formats.duration),
 }
 """Figures of `Participation`, what they are called, and how they are written."""
@@ -55,7 +58,8 @@ def client_section(history: History) -> Markup:
     columns = _Table(history)
     body = columns.of(names, described)
     filter_ = tag("input", type="search", placeholder=f"Filter {len(names)} clients", aria_label="Filter clients", cls="filter")
-    lead = tag("p", f"{CLIENT_LEAD} {SCORED_LEAD}" if len(columns.perplexity) else CLIENT_LEAD, cls="lead")
+    scored, held = SCORED_LEAD if len(columns.perplexity) else "", HELD_LEAD if columns.masked else ""
+    lead = tag("p", " ".join(part for part in (CLIENT_LEAD, scored, held) if part), cls="lead")
     return tag("div", lead, _lost(history), filter_ if len(names) > 15 else None, tag("div", body, cls="scroll"))
 
 
@@ -73,6 +77,7 @@ def _many(history: History, clients: int) -> Markup:
     ends = tag("div", columns.of([*low, *high], described), cls="scroll")
     title = f"The {len(low)} with the lowest {by} and the {len(high)} with the highest"
     parts = [quantile_table("figure", columns.rows()), tag("h3", title), ends]
+    lead = f"{lead} {HELD_LEAD}" if columns.masked else lead
     return tag("div", tag("p", lead, cls="lead"), _lost(history), *(parts if wanted else parts[:1]))
 
 
@@ -120,6 +125,7 @@ class _Table:
         self._trained, self._own = history.trained, history.own_scores
         self._colours = tier_colours(history.tiers)
         self._figures = {name: self._trained.figure(name) for name in TRAINED}
+        self._shown = [name for name in TRAINED if name != HELD or np.isfinite(self._figures[HELD]).any()]
         scored = ["perplexity", *(name for name in TASK_METRICS if name in self._own.known)] if self._own else []
         own_tiers = _own_tiers(history)
         self._scores: list[tuple[str, Floats, Form]] = []
@@ -127,6 +133,11 @@ class _Table:
             called, form = ("perplexity", formats.number) if name == "perplexity" else (TASK_METRICS[name], formats.percent)
             before, after = self._own.ends(name, own_tiers)
             self._scores += [(f"{called} before", before, form), ("after", after, form)]
+
+    @property
+    def masked(self) -> bool:
+        """Whether some client held only some of the experts."""
+        return HELD in self._shown
 
     @property
     def perplexity(self) -> Floats:
@@ -143,7 +154,8 @@ class _Table:
 
     def of(self, names: Sequence[str], described: Mapping[str, Event]) -> Markup:
         """A row per client."""
-        head = ["client", "top-k", *(called for called, _ in TRAINED.values()), *(called for called, _, _ in self._scores)]
+        trained = [TRAINED[name][0] for name in self._shown]
+        head = ["client", "top-k", *trained, *(called for called, _, _ in self._scores)]
         return table(head, [self._row(name, described.get(name, {})) for name in names], cls="sortable")
 
     def _row(self, name: str, described: Event) -> list[str]:
@@ -151,7 +163,7 @@ class _Table:
         # A record may be cut before a client's tier is known.
         tier, top_k = (tier_of(described), described["top_k"]) if described.get("top_k") else self._last_tier(place, described)
         figures = [
-            _figure(_at(self._figures[key], place, 0.0 if key in _SUMS else None), form) for key, (_, form) in TRAINED.items()
+            _figure(_at(self._figures[key], place, 0.0 if key in _SUMS else None), TRAINED[key][1]) for key in self._shown
         ]
         figures += [_figure(_at(values, own), form) for _, values, form in self._scores]
         mark = tier_mark(self._colours.get(tier or "", "t0"), tier)

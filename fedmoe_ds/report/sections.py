@@ -72,7 +72,8 @@ def convergence_section(history: History) -> Markup:
         return tag("p", "Nothing has been evaluated yet.", cls="empty")
     lead = tag(
         "p",
-        f"Round 0 is {history.before} before any client has trained. Each line is the global model at one budget tier.",
+        f"Round 0 is {history.before} before any client has trained. Each line is the global model at one budget tier or, "
+        "where clients have models of their own, all of a tier's.",
         cls="lead",
     )
     return tag("div", lead, choices("hold-out", [(HOLD_OUT[split], _curves(history, split)) for split in splits]))

@@ -213,7 +213,7 @@ class LoadedModel:
             self.received.load_own(chosen.client, self.personal)
         else:
             self.received.load_mean(chosen.members, self.personal, plain)
-        how = self.received.assigned(chosen.members[0], self.personal, plain)
+        how = self.received.assigned(chosen.members[0], self.personal, plain, own=chosen.client is not None)
         with torch.no_grad(), self.received.receiving(how):
             yield lambda parts: self.received.run_pass(parts, how)
 
@@ -223,7 +223,15 @@ def _execution(spec: RunSpec, adapters: Bank) -> Execution:
     config, experts = spec.config, spec.expert_layout.num_experts
     pool = Pool(None, 1, experts, 1, merge=spec.shares_passes, shared=True)
     scale = config.adapters.alpha / config.adapters.rank
-    return Execution(adapters, pool, scale, spec.method.rescaler is not None, kernels=config.execution.adapter_kernels)
+    return Execution(
+        adapters,
+        pool,
+        scale,
+        spec.method.rescaler is not None,
+        kernels=config.execution.adapter_kernels,
+        layers=list(spec.expert_layout.layers),
+        held_softmax=spec.method.held_softmax,
+    )
 
 
 def _adapters_of(folder: str) -> AdapterConfig:

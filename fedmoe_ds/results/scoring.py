@@ -170,7 +170,7 @@ def _matrix(loaded: LoadedModel, evaluator: Evaluator, tier: str | None, named: 
     for label, members in evaluator.tiers.items():
         if tier in (None, label):
             evaluator.load_mean(members, personal, plain)
-            how = evaluator.assigned(members[0], personal, plain)
+            how = evaluator.assigned(members[0], personal, plain, own=False)
             yield from ((GLOBAL, score) for score in evaluator.owner_scores(members[0], owners, how))
     for client in loaded.clients:
         asked = client.name in named if named else loaded.spec.method.personal_models

@@ -51,7 +51,8 @@ class Selection:
         tier: label of the tier.
         members: whose personal blocks it has, their mean where there are several: the tier's clients, or the client.
         client: of whom it is; None for the tier's.
-        assignment: what the first member is told in evaluation: cap, LoRA rows, scale, fixed rescaler.
+        assignment: what the client is told in evaluation, or any of the tier of whom nothing is known: cap, LoRA rows, scale,
+            fixed rescaler, experts.
     """
 
     tier: str
@@ -106,14 +107,14 @@ class TrainedRun:
         if client is None:
             label = self._label(tier)
             members = tuple(self.tiers[label])
-            return Selection(label, members, None, self._assignment(members[0]))
+            return Selection(label, members, None, self._assignment(members[0], own=False))
         if tier is not None:
             raise UserError(f"--tier: {tier}: with --client {client}: a client's model is that of its own tier; drop --tier")
         known = {member.name: member for member in self._known_clients("--client", client)}
         if client not in known:
             raise UserError(f"--client: {client}: no client of this run has this name{nearest(client, known)}")
         member = known[client]
-        return Selection(member.tier, (member,), member, self._assignment(member))
+        return Selection(member.tier, (member,), member, self._assignment(member, own=True))
 
     def _label(self, wanted: str | None) -> str:
         self._known_clients("--tier", wanted or "largest")
@@ -136,8 +137,8 @@ class TrainedRun:
             )
         return self.clients
 
-    def _assignment(self, member: Client) -> Assignment:
-        known = self._memories.get(member.index, {}) if self.spec.method.personal_models else {}
+    def _assignment(self, member: Client, own: bool) -> Assignment:
+        known = self._memories.get(member.index, {}) if self.spec.method.personal_models and own else {}
         return self.spec.method.assign(member, RoundContext(0, self._dense_state(member), memory=known))
 
     @cached_property
