@@ -26,7 +26,7 @@ from fedmoe_ds.methods.registry import load_method, method_for, method_names, wi
 from fedmoe_ds.methods.round_plan import Load, MeanContext, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
-from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
 from fedmoe_ds.model.objective import LocalStep, Objective, Predictions, Targets, TokenRouting
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
@@ -38,6 +38,7 @@ __all__ = [
     "EXPERT_LOSS",
     "EXPERT_TARGETS",
     "RESCALER",
+    "ROUTER",
     "Assignment",
     "Band",
     "BlockSpec",

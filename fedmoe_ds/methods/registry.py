@@ -74,6 +74,7 @@ def method_for(config: Config) -> Method:
     check_needs(method, config.method.name, config)
     method.check_config(config)
     check_idle(method.params, config)
+    method.params = method.params.resolved(config)
     return method
 
 
