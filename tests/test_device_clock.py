@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,29 @@ def test_devices_that_go_off_are_lost_and_those_that_are_off_not_asked() -> None
     assert found.after.time == 10 * SECOND
     waiting = select_round(conditions([3, 20, 3], [day, day, later]), ClockState(time=20 * SECOND), 1, 3, draw_first)
     assert waiting.began == 50 * SECOND and [flight.client for flight in waiting.arrivals] == [2]
+
+
+def test_a_plan_is_made_with_those_who_are_asked_and_says_how_long_they_work() -> None:
+    """Twice the work and the device goes off in its middle; another client is taken, one whose device is off is not."""
+    day, later = Availability.of([[0, 10]], 100), Availability.of([[50, 60]], 100)
+    world = conditions([8, 3, 3, 5, 6], [day, None, None, later, None])
+    asked: list[list[int]] = []
+
+    def plan(clients: Sequence[int]) -> dict[int, Work]:
+        asked.append(list(clients))
+        return {0: Work(0.0, 0, 1000), 1: WORK, 3: WORK, 4: Work(0.0, 0, 250)}
+
+    found = select_round(world, ClockState(), 1, 3, draw_first, plan)
+    assert asked == [[0, 1, 2]] and [(f.client, seconds_of(f.ends)) for f in found.arrivals] == [(1, 3), (4, 3)]
+    assert [(one.flight.client, one.why, seconds_of(one.until)) for one in found.missed] == [(0, LOST, 10)]
+    # Ten of sixteen seconds of twice the bytes.
+    assert math.isclose(world.wasted(found.missed[0]), 1e-6 * 1000 * 10 / 16)
+    assert seconds_of(found.after.time) == 10
+
+
+def test_a_plan_with_nobody_waits_for_nobody() -> None:
+    found = select_round(conditions([3, 1]), ClockState(time=7), 1, 2, draw_first, lambda clients: {})
+    assert found.arrivals == found.missed == () and found.after == ClockState(time=7)
 
 
 def test_a_round_in_which_nobody_arrives_is_tried_again() -> None:

@@ -90,10 +90,10 @@ def _devices(parts: Parts) -> str:
     facts = parts.clock.facts()
     counts = [f"{count} {name}" for name, count in list(facts["profiles"].items())[:5]]
     more = f" and {len(facts['profiles']) - 5} more kinds" if len(facts["profiles"]) > 5 else ""
-    return f"; devices: {', '.join(counts)}{more}, {facts['aggregation']}{_too_small(parts.clock)}"
+    return f"; devices: {', '.join(counts)}{more}, {facts['aggregation']}{too_small(parts.clock)}"
 
 
-def _too_small(clock: VirtualClock) -> str:
+def too_small(clock: VirtualClock) -> str:
     """How many devices could not hold the model's weights, those of all experts. They are simulated all the same: what training
     takes beside them depends on software that nobody simulates."""
     size = clock.spec.size
