@@ -12,8 +12,10 @@ from capabilities import FEATURES, MODES, covering, method_of, pairs
 from federations import alone, finish, make_config, run_alone, write_inputs
 from test_methods_resume import StopsAfter, start
 
+from fedmoe_ds.clients import local_training
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation import run_spec
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_start
 from fedmoe_ds.methods import registry
@@ -105,3 +107,33 @@ def check(root: Path, number: int, features: Sequence[str]) -> None:
 def test_together_they_have_the_bits_of_one_client_at_a_time(root: Path, probe: Any, number: int) -> None:
     probe(ROWS[number])
     check(root, number, ROWS[number])
+
+
+def test_a_prefix_that_is_not_trained_costs_nothing_and_changes_nothing(
+    root: Path, probe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an objective, in packed passes whose layers are recomputed: the bits of a run that keeps all activations, and of
+    one that goes back through all layers."""
+    features = ["trained layers", "objective", "packing"]
+    probe(features)
+    kept = run_alone(config_of(root, "kept", features))
+    again = run_alone(config_of(root, "again", [*features, "recomputed"]))
+    monkeypatch.setattr(local_training, "first_trained", lambda works, bank: 0)
+    through = run_alone(config_of(root, "through", [*features, "recomputed"], {"execution": {"clients_in_flight": 1}}))
+    assert kept.digest == again.digest == through.digest and kept.scores() == again.scores() == through.scores()
+
+
+@pytest.mark.parametrize("weights", ["changes", "shares", "elements"])
+def test_weights_are_those_of_the_clients_that_arrive(
+    root: Path, probe: Any, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    """As if nobody else had been drawn: lost clients are in no sum, and in none that it is divided by."""
+    probe([weights])
+    once: dict[str, Any] = {"federation": {"rounds": 1}, "evaluation": {"client_sequences": 0}}
+    always = {"devices": {"dropout": 0.5, "availability": "always"}}
+    some = run_alone(config_of(root, f"some-{weights}", [weights, "synchronous"], once, always))
+    status = {event["client"]: event["status"] for event in some.events if event["event"] == "client"}
+    arrived = {name for name, word in status.items() if word == "ok"}
+    assert 0 < len(arrived) < len(status) == 4
+    monkeypatch.setattr(run_spec, "participants", lambda clients, *rest: [one for one in clients if one.name in arrived])
+    assert run_alone(config_of(root, f"alone-{weights}", [weights], once)).digest == some.digest
