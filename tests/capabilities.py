@@ -208,6 +208,8 @@ ALTERNATIVES: Sequence[frozenset[str]] = [
 ]
 """One of each at most: they are values of one key, or of one attribute."""
 FEATURES = [*CAPABILITIES, *MODES]
+MOST = 9
+"""Features of a run."""
 
 
 def pairs() -> list[frozenset[str]]:
@@ -236,11 +238,11 @@ def covering(wanted: Sequence[frozenset[str]]) -> list[list[str]]:
     allowed, left, rows = set(wanted), set(wanted), list[list[str]]()
     while left:
         row = sorted(min(left, key=sorted), key=FEATURES.index)
-        while True:
+        # A row that has everything shows little: masks, ranks and steps leave less and less to be seen.
+        while len(row) < MOST:
             fits = [one for one in FEATURES if one not in row and all(frozenset((one, other)) in allowed for other in row)]
             gains = {one: sum(frozenset((one, other)) in left for other in row) for one in fits}
             best = max(fits, key=lambda one: (gains[one], -FEATURES.index(one)), default=None)
-            # A row that has everything shows little: masks and ranks leave less and less to be seen.
             if best is None or not gains[best]:
                 break
             row.append(best)

@@ -16,9 +16,9 @@ from fedmoe_ds.clients import local_training
 from fedmoe_ds.config import Config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import run_spec
+from fedmoe_ds.federation.device_check import check_devices
 from fedmoe_ds.federation.rounds import Federation
-from fedmoe_ds.federation.run_spec import check_start
-from fedmoe_ds.methods import registry
+from fedmoe_ds.methods import method_for, registry
 
 SMALL: dict[str, Any] = {
     "method": {"name": "probe"},
@@ -50,6 +50,8 @@ REFUSED: dict[str, dict[str, str]] = {
 """By two features, what the line says that refuses them."""
 REFUSALS = {frozenset((one, other)): line for one, others in REFUSED.items() for other, line in others.items()}
 ROWS = covering([pair for pair in pairs() if pair not in REFUSALS])
+QUICK = (0, 1, 4, 6)
+"""What `make test` runs, plans and devices among it; the rest, with `make test-sweep`."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,8 @@ def test_two_features_go_together_or_one_line_refuses_them(root: Path, probe: An
     for pair in pairs():
         probe(sorted(pair, key=FEATURES.index))
         try:
-            check_start(config_of(root, "pair", sorted(pair)), "cpu")
+            config = config_of(root, "pair", sorted(pair))
+            check_devices(config, method_for(config))
         except UserError as error:
             found[pair] = str(error)
     assert found.keys() == REFUSALS.keys(), [sorted(pair) for pair in found.keys() ^ REFUSALS.keys()]
@@ -103,7 +106,11 @@ def check(root: Path, number: int, features: Sequence[str]) -> None:
     assert len(whole.scores()) > 0 and any(event["status"] == "ok" for event in trained)
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)))
+def marked(number: int) -> Any:
+    return number if number in QUICK else pytest.param(number, marks=pytest.mark.sweep)
+
+
+@pytest.mark.parametrize("number", [marked(number) for number in range(len(ROWS))])
 def test_together_they_have_the_bits_of_one_client_at_a_time(root: Path, probe: Any, number: int) -> None:
     probe(ROWS[number])
     check(root, number, ROWS[number])
@@ -129,7 +136,7 @@ def test_weights_are_those_of_the_clients_that_arrive(
 ) -> None:
     """As if nobody else had been drawn: lost clients are in no sum, and in none that it is divided by."""
     probe([weights])
-    once: dict[str, Any] = {"federation": {"rounds": 1}, "evaluation": {"client_sequences": 0}}
+    once: dict[str, Any] = {"federation": {"rounds": 1}, "evaluation": {"client_sequences": 0}, "seed": 3}
     always = {"devices": {"dropout": 0.5, "availability": "always"}}
     some = run_alone(config_of(root, f"some-{weights}", [weights, "synchronous"], once, always))
     status = {event["client"]: event["status"] for event in some.events if event["event"] == "client"}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.config import DevicesConfig, config_of
-from fedmoe_ds.devices import BUILTIN, SECOND, Availability, DeviceProfile, Fleet
+from fedmoe_ds.devices import BUILTIN, SECOND, Availability, DeviceProfile, Fleet, buffer
 from fedmoe_ds.devices.buffer import select_step
 from fedmoe_ds.devices.fleet import make_fleet
 from fedmoe_ds.devices.flight import LATE, LOST, STALE, ClockState, Conditions, saved_state, state_of
@@ -237,13 +237,14 @@ def test_nobody_is_asked_twice_for_a_step() -> None:
         assert clients == sorted(set(clients)) and len(clients) == 3
 
 
-def test_the_buffer_waits_for_devices_that_are_off() -> None:
+def test_the_buffer_waits_for_devices_that_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     day, night = Availability.of([[0, 10]], 100), Availability.of([[50, 60]], 100)
     world = conditions([3, 3], [day, night], aggregation="buffered", buffer=2, concurrency=2)
     found = select_step(world, ClockState(), 1, picker(2))
     assert [flight.client for flight in found.arrivals] == [0, 1] and seconds_of(found.after.time) == 53
     never = conditions([30, 30], [day, night], aggregation="buffered", buffer=1, concurrency=2)
-    with pytest.raises(UserError, match="round 1: more than 10000 updates are not taken"):
+    monkeypatch.setattr(buffer, "MOST_MISSED", 100)
+    with pytest.raises(UserError, match="round 1: more than 100 updates are not taken"):
         select_step(never, ClockState(), 1, picker(2))
 
 
