@@ -93,8 +93,6 @@ class FLood(Method):
         weighs="data size and score, two means mixed 1 : alpha",
         completion="cosine schedule; scores of the last epoch, at least 0; targets are samples",
     )
-    # The differences to the largest logit, and their exponentials; both are gone before anything is differentiated.
-    logit_copies = 2
 
     def __init__(self, params: FLoodParams) -> None:
         super().__init__(params)
