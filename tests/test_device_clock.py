@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.config import DevicesConfig, config_of
-from fedmoe_ds.devices import BUILTIN, SECOND, Availability, DeviceProfile, Fleet
+from fedmoe_ds.devices import BUILTIN, SECOND, Availability, DeviceProfile, Fleet, buffer
 from fedmoe_ds.devices.buffer import select_step
 from fedmoe_ds.devices.fleet import make_fleet
 from fedmoe_ds.devices.flight import LATE, LOST, STALE, ClockState, Conditions, saved_state, state_of
@@ -96,6 +96,29 @@ def test_devices_that_go_off_are_lost_and_those_that_are_off_not_asked() -> None
     assert found.after.time == 10 * SECOND
     waiting = select_round(conditions([3, 20, 3], [day, day, later]), ClockState(time=20 * SECOND), 1, 3, draw_first)
     assert waiting.began == 50 * SECOND and [flight.client for flight in waiting.arrivals] == [2]
+
+
+def test_a_plan_is_made_with_those_who_are_asked_and_says_how_long_they_work() -> None:
+    """Twice the work and the device goes off in its middle; another client is taken, one whose device is off is not."""
+    day, later = Availability.of([[0, 10]], 100), Availability.of([[50, 60]], 100)
+    world = conditions([8, 3, 3, 5, 6], [day, None, None, later, None])
+    asked: list[list[int]] = []
+
+    def plan(clients: Sequence[int]) -> dict[int, Work]:
+        asked.append(list(clients))
+        return {0: Work(0.0, 0, 1000), 1: WORK, 3: WORK, 4: Work(0.0, 0, 250)}
+
+    found = select_round(world, ClockState(), 1, 3, draw_first, plan)
+    assert asked == [[0, 1, 2]] and [(f.client, seconds_of(f.ends)) for f in found.arrivals] == [(1, 3), (4, 3)]
+    assert [(one.flight.client, one.why, seconds_of(one.until)) for one in found.missed] == [(0, LOST, 10)]
+    # Ten of sixteen seconds of twice the bytes.
+    assert math.isclose(world.wasted(found.missed[0]), 1e-6 * 1000 * 10 / 16)
+    assert seconds_of(found.after.time) == 10
+
+
+def test_a_plan_with_nobody_waits_for_nobody() -> None:
+    found = select_round(conditions([3, 1]), ClockState(time=7), 1, 2, draw_first, lambda clients: {})
+    assert found.arrivals == found.missed == () and found.after == ClockState(time=7)
 
 
 def test_a_round_in_which_nobody_arrives_is_tried_again() -> None:
@@ -214,13 +237,14 @@ def test_nobody_is_asked_twice_for_a_step() -> None:
         assert clients == sorted(set(clients)) and len(clients) == 3
 
 
-def test_the_buffer_waits_for_devices_that_are_off() -> None:
+def test_the_buffer_waits_for_devices_that_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     day, night = Availability.of([[0, 10]], 100), Availability.of([[50, 60]], 100)
     world = conditions([3, 3], [day, night], aggregation="buffered", buffer=2, concurrency=2)
     found = select_step(world, ClockState(), 1, picker(2))
     assert [flight.client for flight in found.arrivals] == [0, 1] and seconds_of(found.after.time) == 53
     never = conditions([30, 30], [day, night], aggregation="buffered", buffer=1, concurrency=2)
-    with pytest.raises(UserError, match="round 1: more than 10000 updates are not taken"):
+    monkeypatch.setattr(buffer, "MOST_MISSED", 100)
+    with pytest.raises(UserError, match="round 1: more than 100 updates are not taken"):
         select_step(never, ClockState(), 1, picker(2))
 
 

@@ -17,15 +17,18 @@ from reference import Adapters
 from reference_inputs import check_equal, initial, tasks
 from reference_methods import Late, Returned
 from replay import Replay
+from safetensors.numpy import load_file
 from test_methods_resume import StopsAfter, start
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.config import Config
-from fedmoe_ds.devices import BUILTIN
+from fedmoe_ds.devices import BUILTIN, Fleet
 from fedmoe_ds.devices.work import Work, joules_of, span_of
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_start
+from fedmoe_ds.federation.start_events import too_small
+from fedmoe_ds.federation.virtual_clock import VirtualClock
 from fedmoe_ds.model.adapter_bank import shared_blocks
 from fedmoe_ds.report import write_report
 from fedmoe_ds.report.device_time import device_section, reached, scored, targets
@@ -100,6 +103,21 @@ def test_time_and_energy_are_those_of_what_was_counted(straight: dict[str, Resul
         scores = [one for one in of_kind(result, "eval") if one["round"] == event["round"]]
         assert every(one["virtual_time"] == event["virtual_time"] for one in scores)
     assert of_kind(result, "run")[0]["devices"]["profiles"] == {"phone-mid": 3, "laptop": 3}
+
+
+def test_the_start_counts_devices_that_cannot_hold_all_experts(root: Path, straight: dict[str, Result]) -> None:
+    """Against the weights on disk: a byte less is too little, also where experts are most of them."""
+    clock = straight["devices"].parts.clock
+    assert clock is not None
+    stored = [load_file(file) for file in sorted((root / "model").glob("*.safetensors"))]
+    needed = sum(value.nbytes for tensors in stored for value in tensors.values())
+    experts = sum(value.nbytes for tensors in stored for name, value in tensors.items() if ".experts." in name)
+    assert experts > needed / 2
+    profiles = [replace(BUILTIN["laptop"], name=str(size), memory_bytes=size) for size in (needed - 1, needed)]
+    own = Fleet(profiles, np.array([0, 0, 1]), np.zeros(3, np.int64))
+    told = too_small(VirtualClock(clock.spec, clock.clients, own, 3))
+    assert told == f"; 2 of them have less memory than all weights of the model take ({needed / 2**30:.2f} GiB)"
+    assert too_small(VirtualClock(clock.spec, clock.clients, Fleet(profiles[1:], np.zeros(3, np.int64), own.shift_N), 3)) == ""
 
 
 def test_deadlines_leave_out_who_is_late(straight: dict[str, Result]) -> None:

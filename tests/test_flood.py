@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_ds.config.schema import MethodConfig
-from fedmoe_ds.methods import load_method
+from fedmoe_ds.methods import load_method, method_for, with_defaults
 from fedmoe_ds.methods.flood import FLood, confidence
 
 
@@ -36,6 +36,26 @@ def test_schedules_begin_at_zero_and_end_at_twice_a(schedule: str, horizon: int)
     assert method._weight(horizon) == method._weight(horizon + 5) == pytest.approx(100.0)
     course = [method._weight(t) for t in range(horizon + 1)]
     assert course == sorted(course)
+
+
+def test_without_a_horizon_it_is_that_of_the_run(tmp_path: Path) -> None:
+    """Kept with the run, so that more rounds do not change those that were trained; and absent where it would do nothing."""
+    for rounds in (1, 7):
+        base: dict[str, Any] = {"federation": {"rounds": rounds}, "execution": {"micro_batch_size": None}}
+        cases: list[tuple[dict[str, Any], int | None]] = [
+            ({}, rounds),
+            ({"horizon": 3}, 3),
+            ({"schedule": "constant"}, None),
+            ({"quantile": 0.0}, None),
+        ]
+        for keys, horizon in cases:
+            config = make_config(tmp_path, "horizon", base, {"method": {"name": "flood", **keys}})
+            method = method_for(config)
+            assert method.params.horizon == horizon
+            kept = with_defaults(config, method)
+            assert kept.method.model_dump()["horizon"] == horizon and method_for(kept).params == method.params
+            if isinstance(method, FLood) and horizon == rounds:
+                assert method._weight(rounds) == pytest.approx(2.0)
 
 
 def test_the_released_schedule_is_a_step() -> None:
@@ -123,7 +143,7 @@ def test_classes_of_images_are_targets(root: Path) -> None:
             [
                 {},
                 {"execution": {"clients_in_flight": 1}},
-                {"method": {"name": "flood", "alpha": 0.0, "quantile": 0.0, "horizon": 1000}},
+                {"method": {"name": "flood", "alpha": 0.0, "quantile": 0.0, "horizon": None}},
             ]
         )
     ]

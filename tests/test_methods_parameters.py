@@ -60,7 +60,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("flood", {"horizon": 4}, {"alpha": 0.0}),
     ("flood", {"horizon": 4}, {"quantile": 0.2}),
     ("flood", {"alpha": 9.0}, {"temperature": 30.0}),
-    ("flood", {"horizon": 4}, {"schedule": "constant", "horizon": 1000}),
+    ("flood", {"horizon": 4}, {"schedule": "constant", "horizon": None}),
     ("flood", {}, {"amplitude": 3.0, "horizon": 4}),
     ("flood", {"schedule": "constant"}, {"horizon": 4}),
     ("flood", {"quantile": 0.0, "alpha": 0.0}, {"temperature": 3.0}),

@@ -70,13 +70,8 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"adapters": {"router": "frozen"}},
         "adapters.router: frozen: method {} aggregates trained routers; use adapters.router=train",
     ),
-    "micro-batches": (
-        {"hfedmoe"},
-        {"execution": {"micro_batch_size": 3}},
-        "execution.micro_batch_size: 3: HFedMoE selects the experts of a whole batch; use null",
-    ),
-    "losses of a whole step": (
-        {"fft-moe", "flood"},
+    "what is asked of a whole step": (
+        {"hfedmoe", "fft-moe", "flood"},
         {"execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: method {} weighs a whole step of 4 sequences at once; use null",
     ),

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import re
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from every import every
 from planned import OLMOE, olmoe, small
 
 from fedmoe_ds.checkpoint.client_rows import ClientRows, RowLayout, Slabs
+from fedmoe_ds.checkpoint.memories import Memory, Shapes, decoded, encoded
 from fedmoe_ds.config import load_config
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.sampling import participant_count
+from fedmoe_ds.methods.fedit import FedIT
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.cross_entropy import COPIES, LOGITS
 from fedmoe_ds.planner import Job, World, load_hardware, predict_job, resolve
@@ -87,6 +91,23 @@ def test_clients_own_state_is_planned_as_a_run_keeps_it(small: Job, tmp_path: Pa
         beside = planned.memory + planned.files - size
         assert beside == 4 * rows.width * (1 + (2 if clusters == 1 else 4) * homes)
     assert client_state(replace(small, blocks=[b for b in small.blocks if not b.personal]), 40, 4, 1) == Kept()
+
+
+@pytest.mark.parametrize("shapes", [{}, {"loss": ()}, {"scores": (2, 16), "held": (2, 16), "progress": (4,)}])
+def test_what_the_server_knows_is_planned_as_it_is_kept(small: Job, shapes: Shapes) -> None:
+    """Of all clients that a plan may name, on every rank."""
+    clients, known = 3000, dict[int, Memory]()
+    method = type("Knowing", (FedIT,), {"memory": lambda self: shapes, "plan": lambda self, context: None})(FedIT.Params())
+    told = encoded({name: np.ones(shape) for name, shape in shapes.items()})
+    tracemalloc.start()
+    for client in range(clients if shapes else 0):
+        known[client + 1000] = decoded(told, shapes)
+    counted, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    job = replace(small, method=method, blocks=[block for block in small.blocks if not block.personal])
+    planned = client_state(job, clients, clients, clusters=4).memory
+    assert planned == pytest.approx(counted, rel=0.1) if shapes else planned == 0
+    assert client_state(job, clients, 10, clusters=1).memory * clients == planned * 10 * job.config.federation.rounds
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "size", "budget"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,23 @@ import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.methods import BlockSpec, ClientUpdate, ClientView, Method, MethodInfo, PlanContext, RoundPlan, method_names
+from fedmoe_ds.methods import (
+    BlockSpec,
+    Client,
+    ClientUpdate,
+    ClientView,
+    Combined,
+    FactorPair,
+    Method,
+    MethodInfo,
+    PlanContext,
+    RoundPlan,
+    Weighing,
+    method_names,
+)
 from fedmoe_ds.methods.registry import GROUP
 from fedmoe_ds.testing import MethodError, check_method, tiny_federation
 from fedmoe_ds.testing.method_check import check_functions
@@ -43,6 +58,24 @@ class Collects(Named):
 
 class Observes(Named):
     observes = ("counts",)
+
+
+class Accounts(Named):
+    accounts = True
+
+
+class Tallies(Named):
+    weighing = Weighing(changes=True, tallies=("norm",))
+
+
+class MeansOfFactors(Named):
+    collects = True
+
+    def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
+        return Combined(pair.a_RI, pair.b_OR)
+
+    def server_rate(self, round_index: int, participants: Sequence[Client]) -> float:
+        return 0.5
 
 
 class TakesAnything(Named):
@@ -93,6 +126,9 @@ FUNCTIONS: list[tuple[Any, str]] = [
     (OldParameters, r"^OldParameters\.weights\(self, spec, update\): is called with \(self, spec, update, data_share\)"),
     (Collects, r"^Collects\.combine: is called where collects = True"),
     (Observes, r"^Observes\.observes: \('counts',\): an observer returns these"),
+    (Accounts, r"^Accounts\.accounts: its plans say what clients spend; override `plan`$"),
+    (Tallies, r"^Tallies\.weighing: Weighing\(.*\): asks for `tally`; override it$"),
+    (MeansOfFactors, r"^MeansOfFactors\.server_rate: `combine` makes adapters of clients' factors, and it would not reach"),
     (TakesAnything, r"^TakesAnything\.Params: takes a key that it does not know"),
     (Forgets, r"^Forgets\.memory: names what `memorise` gives the values of; override both or neither"),
     (type("Bare", (Method,), {}), r"^Bare\.info: missing"),

@@ -43,7 +43,8 @@ def encoded(memory: Memory) -> dict[str, str]:
 
 def decoded(told: Mapping[str, str], shapes: Shapes) -> dict[str, np.ndarray]:
     """Of `encoded`."""
-    return {name: np.frombuffer(base64.b64decode(told[name]), "<f8").reshape(shape) for name, shape in shapes.items()}
+    # Copies: two views and the bytes below them would be more than the numbers, and nobody could write to them.
+    return {name: np.frombuffer(base64.b64decode(told[name]), "<f8").reshape(shape).copy() for name, shape in shapes.items()}
 
 
 def tensors(memories: Mapping[int, Memory], of: str) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ class Assignment:
         trained_LE: bool, the experts that it trains, or None for all: rows of the others only run forward.
         trained_N: bool, the transformer layers whose adapters it trains, or None for all.
         samples: int64 numbers of the training samples that it uses, or None for all.
-        trainable: most experts per layer that one batch may train, or None for all (HFedMoE).
         delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
     """
 
@@ -40,7 +39,6 @@ class Assignment:
     trained_LE: np.ndarray | None = None
     trained_N: np.ndarray | None = None
     samples: np.ndarray | None = None
-    trainable: int | None = None
     delay: int | None = None
 
     def rank(self, full: int) -> int:

@@ -26,6 +26,7 @@ class Flight:
         version: server steps behind the globals that it has begun from.
         pace: how many times as long as its profile says it takes.
         arrives: whether its update arrives at `ends`; else it is lost there.
+        work: what it is predicted to do, where that is not what the configuration says; of a round with an end alone.
     """
 
     client: int
@@ -34,6 +35,7 @@ class Flight:
     ends: int
     pace: float = 1.0
     arrives: bool = True
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,13 @@ class Conditions:
     seed: int
     work: Callable[[int], Work]
 
-    def flight(self, client: int, version: int, began: int, *address: int) -> Flight:
-        """A client that is asked at a time; `address` names this asking among all others."""
+    def flight(self, client: int, version: int, began: int, *address: int, work: Work | None = None) -> Flight:
+        """A client that is asked at a time; `address` names this asking among all others, `work` is as in `Flight`."""
         config, pace = self.config, 1.0
         if config.spread:
             pace = math.exp(config.spread * generator(self.seed, "device-pace", *address, client).standard_normal())
         device = self.fleet[client]
-        length = span_of(device.profile, self.work(client), pace).total
+        length = span_of(device.profile, work or self.work(client), pace).total
         ends, arrives = began + length, True
         if config.dropout:
             draw = generator(self.seed, "device-dropout", *address, client)
@@ -109,11 +111,12 @@ class Conditions:
         # A device that is asked is on; -1 stands for one that is never off.
         if off is not None and 0 <= off < ends:
             ends, arrives = off, False
-        return Flight(client, version, began, ends, pace, arrives)
+        return Flight(client, version, began, ends, pace, arrives, work)
 
     def wasted(self, missed: Missed) -> float:
         """Energy of a client whose update is not taken."""
-        flight, work = missed.flight, self.work(missed.flight.client)
+        flight = missed.flight
+        work = flight.work or self.work(flight.client)
         profile = self.fleet[flight.client].profile
         return joules_until(profile, work, span_of(profile, work, flight.pace), missed.until - flight.began)
 

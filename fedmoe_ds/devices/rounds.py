@@ -5,26 +5,35 @@ deadline      more clients are asked than needed (`over_selection`); the first o
               the round ends with the last of them, or when nobody is left to wait for
 
 A device that is off when the round begins is not asked. A round in which nobody arrives is tried again, later and with others.
+Where a method plans its rounds it does so among those who are asked, before anybody is lost: it cannot know who will be.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from fedmoe_ds.devices.availability import SECOND, ticks
 from fedmoe_ds.devices.flight import LATE, LOST, ClockState, Conditions, Flight, Missed, Selection
+from fedmoe_ds.devices.work import Work
 from fedmoe_ds.errors import UserError
 
 MOST_ATTEMPTS = 100
 Draw = Callable[[Sequence[int] | None, int, int], list[int]]
 """(clients to draw among, None for all; how many; attempt) -> those drawn."""
+Plan = Callable[[Sequence[int]], Mapping[int, Work]]
+"""(clients that are asked) -> what those whom a method plans with are predicted to do."""
 
 
-def select_round(conditions: Conditions, state: ClockState, round_index: int, wanted: int, draw: Draw) -> Selection:
-    """Who is asked in a round, and who arrives. `wanted`: how many updates it is for.
+def select_round(
+    conditions: Conditions, state: ClockState, round_index: int, wanted: int, draw: Draw, plan: Plan | None = None
+) -> Selection:
+    """Who is asked in a round, and who arrives.
 
+    Args:
+        wanted: how many updates it is for.
+        plan: what a method makes of those who are asked; None: they all do what the configuration says.
     Raises:
         UserError: nobody arrives, however often it is tried.
     """
@@ -33,7 +42,10 @@ def select_round(conditions: Conditions, state: ClockState, round_index: int, wa
     for attempt in range(MOST_ATTEMPTS):
         asked, time = _asked(conditions, time, wanted, draw, attempt)
         began = time if began < 0 else began
-        flights = [conditions.flight(client, round_index - 1, time, round_index, attempt) for client in asked]
+        works = _works(conditions, asked, time, plan)
+        flights = [conditions.flight(c, round_index - 1, time, round_index, attempt, work=works[c]) for c in works]
+        if not flights:  # a method that plans with nobody changes nothing, and waits for nobody
+            return Selection((), tuple(missed), began, replace(state, time=time))
         taken, end = _taken(conditions, flights, time, wanted)
         in_time = {flight.client for flight in taken}
         missed += [_missed(flight, end) for flight in flights if flight.client not in in_time]
@@ -60,6 +72,14 @@ def _asked(conditions: Conditions, time: int, wanted: int, draw: Draw, attempt: 
         time = conditions.first_on((), time)
         on = conditions.on_but((), time)
     return (draw(on, size, attempt) if len(on) > size else on), time
+
+
+def _works(conditions: Conditions, asked: Sequence[int], time: int, plan: Plan | None) -> Mapping[int, Work | None]:
+    """What every client does that is asked in the end; None: what the configuration says."""
+    if plan is None:
+        return dict.fromkeys(asked)
+    # Whomever a method plans with, a device that is off hears nothing of it.
+    return {client: work for client, work in plan(asked).items() if client in asked or conditions.on(client, time)}
 
 
 def _taken(conditions: Conditions, flights: list[Flight], time: int, wanted: int) -> tuple[list[Flight], int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +242,8 @@ def _assemble(
         server.load_base(own)
     state = State(0, adapters, initial_personal(spec, adapters, clients, Homes.of(topology, device), client_slabs(config)), own)
     state.personal.allow_peers(runtime)
-    planning = RoundPlanning(
-        spec, clients, state.personal, lambda round_index: _drawn(spec, clients, state, clock, round_index), data.label_counts
-    )
+    drawn = partial(_drawn, spec, clients, state, clock)
+    planning = RoundPlanning(spec, clients, state.personal, drawn, data.label_counts, clock)
     micro, hooks = config.execution.micro_batch_size, training_hooks(spec, state, clients, planning, clock)
     training_data: TrainingData = PooledData(data) if method.pooled else data
     packing = Packing(data.sequence_length, training_data.train_lengths) if config.execution.packing else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.schedule import participants_per_round
 from fedmoe_ds.federation.traffic import Traffic
+from fedmoe_ds.federation.virtual_clock import VirtualClock
 from fedmoe_ds.methods import Load, Method, PlanContext, RoundPlan
 
 
@@ -30,6 +32,7 @@ class RoundPlanning:
         personal: what is known of them.
         drawn: those that sampling gives for a round.
         labels: how many units of each label they were dealt, asked for by methods that want to know.
+        clock: that of simulated devices, which asks for the plan when it has asked the clients.
     """
 
     def __init__(
@@ -39,10 +42,14 @@ class RoundPlanning:
         personal: Personal,
         drawn: Callable[[int], list[Client]],
         labels: Callable[[], NDArray[np.int64]],
+        clock: VirtualClock | None = None,
     ) -> None:
         self.spec, self.clients, self.personal, self.drawn, self.labels = spec, clients, personal, drawn, labels
         self.plans = type(spec.method).plan is not Method.plan
-        self._round, self._plan = 0, RoundPlan(())
+        self.clock = clock if self.plans else None
+        if self.clock is not None:
+            self.clock.planned = self._asked
+        self._round, self._plan, self._made = 0, RoundPlan(()), RoundPlan(())
 
     def of(self, round_index: int) -> RoundPlan:
         """The plan of a round. Its memories change when it ends, so one that is resumed in its middle has the same.
@@ -54,13 +61,26 @@ class RoundPlanning:
             return RoundPlan(self.drawn(round_index))
         if round_index != self._round:
             drawn = self.drawn(round_index)
-            context = PlanContext(round_index, drawn, self.clients, self.personal.memories, self._load, self.labels)
-            plan = self.spec.method.plan(context)
-            self._check(plan, len(drawn))
-            # Canonical order: a client's place among the participants is no matter of the method's loops.
-            ordered = sorted(plan.participants, key=lambda client: client.index)
-            self._round, self._plan = round_index, replace(plan, participants=ordered)
+            plan = self._make(round_index, drawn) if self.clock is None else self._of_those_who_arrive(drawn)
+            self._round, self._plan = round_index, plan
         return self._plan
+
+    def _asked(self, round_index: int, asked: list[Client]) -> Sequence[Client]:
+        """Whom the method plans with, of those whom the clock has asked."""
+        self._made = self._make(round_index, asked)
+        return self._made.participants
+
+    def _of_those_who_arrive(self, arrived: Sequence[Client]) -> RoundPlan:
+        """The plan that was made when they were asked; those who are lost in the round are told nothing any more."""
+        there = {client.index for client in arrived}
+        return replace(self._made, participants=[client for client in self._made.participants if client.index in there])
+
+    def _make(self, round_index: int, drawn: Sequence[Client]) -> RoundPlan:
+        context = PlanContext(round_index, drawn, self.clients, self.personal.memories, self._load, self.labels)
+        plan = self.spec.method.plan(context)
+        self._check(plan, len(drawn))
+        # Canonical order: a client's place among the participants is no matter of the method's loops.
+        return replace(plan, participants=sorted(plan.participants, key=lambda client: client.index))
 
     def part(self, client: int, round_index: int) -> Any:
         """A client's part of the round's plan, or None."""
@@ -88,3 +108,14 @@ class RoundPlanning:
         # Slots, and clusters that hold any, are made for as many clients as are drawn.
         if len(indices) > drawn:
             raise UserError(f"method {name}: plan has {len(indices)} participants; at most {drawn} are drawn per round")
+        self._check_spending(plan, indices)
+
+    def _check_spending(self, plan: RoundPlan, indices: list[int]) -> None:
+        """The record has a row for everybody who spends something: one who takes part and is not there would be lost."""
+        method, name, spent = self.spec.method, self.spec.config.method.name, plan.spending
+        spenders = sorted(indices) if method.accounts else []
+        if sorted(spent) != spenders:
+            raise UserError(f"method {name}: plan says what {sorted(spent)} spend, and accounts for {spenders}; let both agree")
+        for client, one in sorted(spent.items()):
+            if not all(math.isfinite(value) and value >= 0 for value in (one.compute_s, one.up_s, one.joules)):
+                raise UserError(f"method {name}: plan says that client {client} spends {one}; give finite numbers from 0 on")

@@ -278,13 +278,14 @@ class Federation:
         arrives = parts.spec.method.after_mean(MeanContext(work.index, partial.memories))
         parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, work.chosen, arrives)
         self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
-        self.state.personal.memories |= partial.memories
         if parts.clock is not None:
             work.settled = parts.clock.settle(self.state.clock, work.index, partial.done)
             self.state.clock = work.settled.state
         elif parts.spec.method.accounts:
             work.settled = settle_planned(self.state.clock, parts.planning.of(work.index).spending, partial.done)
             self.state.clock = work.settled.state
+        # Last: the plan of this round was made of what was known before it.
+        self.state.personal.memories |= partial.memories
         self.state.round = work.index
 
     def _report(self, work: _Round) -> None:

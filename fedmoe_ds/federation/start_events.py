@@ -90,16 +90,16 @@ def _devices(parts: Parts) -> str:
     facts = parts.clock.facts()
     counts = [f"{count} {name}" for name, count in list(facts["profiles"].items())[:5]]
     more = f" and {len(facts['profiles']) - 5} more kinds" if len(facts["profiles"]) > 5 else ""
-    return f"; devices: {', '.join(counts)}{more}, {facts['aggregation']}{_too_small(parts.clock)}"
+    return f"; devices: {', '.join(counts)}{more}, {facts['aggregation']}{too_small(parts.clock)}"
 
 
-def _too_small(clock: VirtualClock) -> str:
-    """How many devices could not hold the model's weights. They are simulated all the same: what training takes beside them
-    depends on software that nobody simulates."""
+def too_small(clock: VirtualClock) -> str:
+    """How many devices could not hold the model's weights, those of all experts. They are simulated all the same: what training
+    takes beside them depends on software that nobody simulates."""
     size = clock.spec.size
     weights = (size.dense_parameters + size.pool_parameters) * size.bytes_per_parameter
     few = clock.fleet.with_less_than(weights)
-    return f"; {few} of them have less memory than its weights take ({weights / 2**30:.2f} GiB)" if few else ""
+    return f"; {few} of them have less memory than all weights of the model take ({weights / 2**30:.2f} GiB)" if few else ""
 
 
 def _without_effect(config: Config) -> str:

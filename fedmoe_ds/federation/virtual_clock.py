@@ -19,7 +19,7 @@ from fedmoe_ds.config import TARGETS
 from fedmoe_ds.devices import SECOND, DeviceProfile, Fleet, Sources
 from fedmoe_ds.devices.buffer import select_step
 from fedmoe_ds.devices.flight import LATE, LOST, STALE, ClockState, Conditions, Flight, Missed, Selection
-from fedmoe_ds.devices.rounds import select_round
+from fedmoe_ds.devices.rounds import Plan, select_round
 from fedmoe_ds.devices.work import Span, Work, joules_of, span_of
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import client_record
@@ -41,14 +41,23 @@ class Settled:
     fields: dict[str, Any]
 
 
+Planned = Callable[[int, list[Client]], Sequence[Client]]
+"""(round, clients that are asked) -> whom the method plans with, as it plans with them."""
+
+
 class VirtualClock:
-    """That of one run; it keeps no state but the selection that it made last."""
+    """That of one run; it keeps no state but the selection that it made last.
+
+    Attributes:
+        planned: whom a method takes that plans its rounds; None: those who are asked.
+    """
 
     def __init__(self, spec: RunSpec, clients: Sequence[Client], fleet: Fleet, drawn: int) -> None:
         self.spec, self.clients, self.fleet = spec, clients, fleet
         self.config = spec.config.devices
         self.traffic = Traffic(spec, clients, drawn)
         self.conditions = Conditions(self.config, fleet, spec.config.seed, self._predicted)
+        self.planned: Planned | None = None
         self._selected: tuple[int, ClockState, Selection] | None = None
         self._shares: Any = None
         self._check()
@@ -74,7 +83,9 @@ class VirtualClock:
             )
 
     def _predicted(self, index: int) -> Work:
-        client = self.clients[index]
+        return self._work(self.clients[index])
+
+    def _work(self, client: Client) -> Work:
         return Work(self.spec.cost.client(client, self.spec.config.local), *self.traffic.of(client.rank))
 
     def facts(self) -> dict[str, Any]:
@@ -103,7 +114,16 @@ class VirtualClock:
             address = (round_index, attempt) if attempt else (round_index,)
             return draw(self.clients, size, seed, address, config.sampling, among)
 
-        return select_round(self.conditions, state, round_index, wanted, drawn)
+        return select_round(self.conditions, state, round_index, wanted, drawn, self._plan(round_index))
+
+    def _plan(self, round_index: int) -> Plan | None:
+        if (planned := self.planned) is None:
+            return None
+
+        def works(asked: Sequence[int]) -> dict[int, Work]:
+            return {one.index: self._work(one) for one in planned(round_index, [self.clients[index] for index in asked])}
+
+        return works
 
     def _pick(self, number: int) -> Callable[[], int]:
         """Draws of the client that is asked as the run's `number`-th one."""
@@ -129,34 +149,26 @@ class VirtualClock:
         """
         selection = self.select(state, round_index)
         rows, end, spent = list[Report](), selection.after.time, list[float]()
-        counted = 0
-        for flight in self._flights(selection, round_index, reports):
-            profile, work = self.fleet[flight.client].profile, self._counted(flight.client, reports[flight.client])
+        counted = list[int]()
+        for flight in selection.arrivals:
+            profile, work = self.fleet[flight.client].profile, self._counted(flight, reports[flight.client])
             span, joules = span_of(profile, work, flight.pace), joules_of(profile, work)
-            counted = max(counted, flight.began + span.total)
+            counted.append(flight.began + span.total)
             spent.append(joules)
             late = {"delay": round_index - 1 - flight.version} if self.buffered else {}
             rows.append({**reports[flight.client], **_device_fields(profile, work, span, joules), **late})
         if self.config.aggregation == "synchronous":
             # Those that were lost in a round are waited for until they are; earlier attempts ended before it began.
-            end = max([counted, *(one.until for one in selection.missed)])
+            end = max([*counted, *(one.until for one in selection.missed)], default=end)
         spent += [self.conditions.wasted(one) for one in selection.missed]
         after = replace(selection.after, time=end, joules=state.joules + math.fsum(spent))
         rows += self._missed_rows(selection)
         return Settled(after, rows, self._fields(state, after, selection, rows, math.fsum(spent)))
 
-    def _flights(self, selection: Selection, round_index: int, reports: Mapping[int, Report]) -> list[Flight]:
-        """Of those that have trained. A method that plans takes some of the drawn clients, or others, from the same moment."""
-        drawn = {flight.client: flight for flight in selection.arrivals}
-        others = [index for index in sorted(reports) if index not in drawn]
-        began = selection.arrivals[0].began
-        drawn |= {index: self.conditions.flight(index, round_index - 1, began, round_index, 0) for index in others}
-        return [drawn[index] for index in sorted(reports)]
-
-    def _counted(self, client: int, report: Report) -> Work:
+    def _counted(self, flight: Flight, report: Report) -> Work:
         # A client that the host had no memory for is counted as predicted: its device has tried.
         if report["status"] == client_record.OUT_OF_MEMORY:
-            return self._predicted(client)
+            return flight.work or self._predicted(flight.client)
         return Work(report["flops"], report["down_bytes"], report["up_bytes"])
 
     def _missed_rows(self, selection: Selection) -> list[Report]:

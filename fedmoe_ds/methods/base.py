@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -56,6 +56,10 @@ class MethodParams(BaseModel):
     def idle(self, config: Config) -> dict[str, str]:
         """Keys that do nothing beside the others, and why ("with ..."); set away from their defaults, they are refused."""
         return {}
+
+    def resolved(self, config: Config) -> Self:
+        """With what they take from other keys filled in: what a run saves, and what its identity compares."""
+        return self
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ COMPLETION:
   so that 70 % of every batch do not count at all and later count a hundredfold. `constant` is W = a, for ablations.
 - s_k is the mean over the targets of the client's last local epoch, as they are trained on, and no further pass after it.
 - s_k below zero counts as zero: a share must not be negative. Where all are zero, clients weigh by their data alone.
-- A sample is a target: the class of an image, or a token of a text. After T rounds W stays as it is.
+- T is the run's number of rounds (`horizon: null`): the released 1000 of 2000 would leave W near 0 in a short run. A run keeps
+  the number: with more rounds later W stays at its end, as it does after T.
+- A sample is a target: the class of an image, or a token of a text.
 
 Limits: a number that is added to all logits changes s_k and so the weights, and nothing that the model says. The quantile is
 that of a whole step, so micro-batches are refused; all logits of a client's step are held at once. Reported training losses
@@ -63,13 +65,19 @@ class FLoodParams(MethodParams):
     temperature: float = Field(1.0, gt=0, description="T_e of the score")
     schedule: Literal["cosine", "released", "constant"] = Field("cosine", description="course of W over the rounds")
     amplitude: float = Field(1.0, ge=0, description="a: W ends at 2a (constant: is a)")
-    horizon: int = Field(1000, ge=1, description="T: rounds until W is at its end; usually federation.rounds")
+    horizon: int | None = Field(None, ge=1, description="T: rounds until W is at its end; null: federation.rounds")
 
     def idle(self, config: Config) -> dict[str, str]:
         if self.quantile == 0:
             found = dict.fromkeys(("schedule", "amplitude", "horizon"), "with method.quantile=0: every target weighs 1")
             return found if self.alpha else found | {"temperature": "with method.quantile=0 and method.alpha=0"}
         return {"horizon": "with method.schedule=constant"} if self.schedule == "constant" else {}
+
+    def resolved(self, config: Config) -> FLoodParams:
+        # Where it does nothing it stays away: a run saves what is resolved, and keys without effect are refused.
+        if self.horizon is not None or "horizon" in self.idle(config):
+            return self
+        return self.model_copy(update={"horizon": config.federation.rounds})
 
 
 class FLood(Method):
@@ -85,8 +93,6 @@ class FLood(Method):
         weighs="data size and score, two means mixed 1 : alpha",
         completion="cosine schedule; scores of the last epoch, at least 0; targets are samples",
     )
-    # The differences to the largest logit, and their exponentials; both are gone before anything is differentiated.
-    logit_copies = 2
 
     def __init__(self, params: FLoodParams) -> None:
         super().__init__(params)
@@ -97,9 +103,10 @@ class FLood(Method):
     def _weight(self, round_index: int) -> float:
         """W(t)."""
         amplitude, horizon = self.params.amplitude, self.params.horizon
-        done = min(round_index, horizon)
-        if self.params.schedule == "constant":
+        # Without a schedule, and where no target is weighed, there is none.
+        if horizon is None or self.params.schedule == "constant":
             return float(amplitude)
+        done = min(round_index, horizon)
         if self.params.schedule == "cosine":
             return float(amplitude * (1.0 - math.cos(math.pi * done / horizon)))
         first, last = _sigmoid(-5.0 * horizon), _sigmoid(5.0 * horizon)

@@ -48,5 +48,5 @@ class FSLoRA(Method):
         return Assignment(client.cap, rows_R, scale=full / client.rank)
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
-        # Ones also where the client routed no row: it counts as a change of zero.
-        return np.ones_like(super().weights(spec, update, data_share))
+        # Alike for all, also where the client routed no row: it counts as a change of zero.
+        return super().weights(spec, update, 1.0)

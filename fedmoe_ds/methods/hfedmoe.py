@@ -25,6 +25,7 @@ else that is trained (attention) has data-size weights. `rank_by: importance` se
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -33,6 +34,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmoe_ds.methods import (
+    ROUTER,
     Assignment,
     BlockSpec,
     Client,
@@ -44,12 +46,7 @@ from fedmoe_ds.methods import (
     RoundContext,
     Routing,
     RoutingObserver,
-    UserError,
-    leading,
 )
-
-# Methods import from fedmoe_ds.methods alone, which does not export the router's block; this is its canonical name.
-ROUTER = "router.weight"
 
 
 class HFedMoEParams(MethodParams):
@@ -85,32 +82,22 @@ class HFedMoE(Method):
     needs = frozenset({"experts", "router"})
     observes = ("usage", "importance")
     selective = True
-
-    def check_config(self, config: Config) -> None:
-        if config.execution.micro_batch_size is not None:
-            raise UserError(
-                f"execution.micro_batch_size: {config.execution.micro_batch_size}: HFedMoE selects the experts of a whole "
-                "batch; use null"
-            )
+    # Experts are selected for a whole batch.
+    whole_steps = True
 
     @property
     def tau(self) -> float:
         """The least mean score at which a client's expert is averaged."""
         return float(self.params.tau_share / self.facts.num_experts if self.params.tau is None else self.params.tau)
 
-    def assign(self, client: Client, context: RoundContext) -> Assignment:
-        return Assignment(client.cap, leading(client.rank, self.facts.rank), trainable=client.experts)
-
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
-        budget = assignment.trainable or self.facts.num_experts
-        return RoutingObserver(observe=lambda routing, _: self.select(routing, None, budget))
+        return RoutingObserver(observe=partial(self.select, client.experts))
 
-    def select(self, routing: Routing, valid_T: Tensor | None, budget: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(bool [E] of at most `budget` experts, sums): equations 3 to 5, 14 and 15 for one batch. None: all rows are valid."""
+    def select(self, budget: int, routing: Routing, valid_T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(bool [E] of at most `budget` experts, sums): equations 3 to 5, 14 and 15 for one batch, whose rows are all valid."""
         # Sigmoid routers' scores do not sum to one; the entropy-like term below needs a distribution. Float64: sums over tokens
         # are compared with tau later.
-        score_TE = routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20)
-        score_TE = (score_TE if valid_T is None else score_TE[valid_T]).double()
+        score_TE = (routing.probs_TE / (routing.probs_TE.sum(-1, keepdim=True) + 1e-20)).double()
         mean_E = score_TE.mean(0)
         mix = self.params.cumulative
         importance_E = mix * mean_E + (1.0 - mix) * score_TE.amax(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import itertools
 from importlib.metadata import entry_points
 
 from pydantic.fields import FieldInfo
@@ -10,6 +12,7 @@ from pydantic.fields import FieldInfo
 from fedmoe_ds import methods
 from fedmoe_ds.config.type_names import type_text, walk
 from fedmoe_ds.config.yaml12 import inline_yaml
+from fedmoe_ds.methods import round_plan
 from fedmoe_ds.methods.base import Method
 from fedmoe_ds.methods.registry import GROUP
 
@@ -39,13 +42,16 @@ _COMBINATIONS = """\
 
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `fedex-lora`, `lora-fair`, `local-only`, `centralised`), control or dual variables where the adapters'
-coordinates or weights change every round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen
-router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not trained, micro-batches with
-`hfedmoe`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`.
+coordinates or weights change every round, dual variables where what is averaged is no plain mean of adapters (`q-fedavg`,
+`fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`), unequal ranks where A and B are averaged element by element, `hfedmoe` with
+a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not trained, micro-batches with
+`hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which methods take which
+devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `fedex-lora` and `lora-fair` keep the factors of all participants of a round on every rank
 that holds the adapter; `fedsa-lora`, `local-only`, `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep personal blocks of
-every client that was trained, each in one cluster. The sums of `ewwa-fl` are twice those of a mean. Of every client that was
+every client that was trained, each in one cluster. The sums of `ewwa-fl` and `flood` are twice those of a mean; `flood` holds
+the logits of a client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every client that was
 trained, `fed-moe` keeps three numbers per layer and expert on every rank.
 """
 _ADDING = '''\
@@ -163,13 +169,25 @@ def methods_markdown() -> str:
 
 
 def _exports() -> str:
-    lines = ["| name | what it is |", "|---|---|"]
+    lines, aliases = ["| name | what it is |", "|---|---|"], _aliases()
     for name in methods.__all__:
         thing = getattr(methods, name)
         # The first line of a docstring is the whole entry, so it has to say what the thing is.
-        text = (inspect.getdoc(thing) or "").partition("\n")[0] if callable(thing) else f"the string `{thing}`"
-        lines.append(f"| `{name}` | {_cell(text)} |")
+        text = aliases.get(name, inspect.getdoc(thing) or "") if callable(thing) else f"the string `{thing}`"
+        first, *_ = text.splitlines()
+        lines.append(f"| `{name}` | {_cell(first)} |")
     return "\n".join(lines) + "\n"
+
+
+def _aliases() -> dict[str, str]:
+    """What is written below the types that have a name of their own: at run time they are called what they stand for."""
+    body = ast.parse(inspect.getsource(round_plan)).body
+    found = {}
+    for node, below in itertools.pairwise(body):
+        if isinstance(node, ast.Assign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            (name,) = node.targets
+            found[ast.unparse(name)] = str(below.value.value)
+    return found
 
 
 def _table(found: dict[str, type[Method]]) -> str:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from fedmoe_ds.config import Config, MethodConfig
 from fedmoe_ds.errors import UserError, nearest
 from fedmoe_ds.methods.base import Method
+from fedmoe_ds.methods.contradictions import contradictions
 from fedmoe_ds.methods.requirements import check_idle, check_needs
 
 GROUP = "fedmoe_ds.methods"
@@ -35,12 +36,15 @@ def load_method(config: MethodConfig) -> Method:
                 f"'method={{name: {config.name}}}' drops the keys of another method"
             )
     try:
-        return method(method.Params(**given))
+        made = method(method.Params(**given))
     except ValidationError as error:
         # One line for the first mistake; the others show up when it is corrected.
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"method.{key}: {first['input']!r}: {first['msg']}; see docs/methods.md") from None
+    for line in contradictions(made):
+        raise UserError(f"method.name: {config.name}: {method.__name__}.{line}")
+    return made
 
 
 def _method_class(name: str) -> type[Method]:
@@ -74,6 +78,7 @@ def method_for(config: Config) -> Method:
     check_needs(method, config.method.name, config)
     method.check_config(config)
     check_idle(method.params, config)
+    method.params = method.params.resolved(config)
     return method
 
 

@@ -37,13 +37,13 @@ def activations(spec: RunSpec, clients: int, length: int, active: float | None =
         widest = max(layer_bytes(spec, layer, length, active) for layer in range(model.depth))
         kept = widest + (model.depth + 2) * model.hidden * spec.row_bytes
         if _has_objectives(spec):  # which see every layer's decisions; kept layers have them anyway
-            kept += len(spec.expert_layout.layers) * spec.expert_layout.top_k * _DECISION
+            kept += len(spec.expert_layout.layers) * spec.expert_layout.top_k * DECISION
     # Logits are gone before the backward pass begins.
-    logits = _logit_bytes(spec, tokens, length)
+    logits = logit_bytes(spec, tokens, length)
     return int(tokens * kept + max(tokens * _backward(spec, active) * spec.row_bytes, logits))
 
 
-_DECISION = INT64 + FP32 + 1
+DECISION = INT64 + FP32 + 1
 """Bytes of a selected expert: its number, its weight, and whether it is kept."""
 
 
@@ -51,7 +51,7 @@ def _has_objectives(spec: RunSpec) -> bool:
     return type(spec.method).objective is not Method.objective
 
 
-def _logit_bytes(spec: RunSpec, tokens: int, length: int) -> int:
+def logit_bytes(spec: RunSpec, tokens: int, length: int) -> int:
     """Of the logits that exist at one time: a chunk's, or those that an objective sees of one client's whole step."""
     vocabulary, copies = spec.size.vocabulary, COPIES
     rows = chunk_rows(vocabulary)
@@ -147,7 +147,7 @@ def _mixture_bytes(spec: RunSpec, active: float | None) -> float:
     rank = spec.config.adapters.rank if _adapted(spec.blocks) else 0
     inner = (layout.matrices - 1) * layout.ffn  # gate and up rows, or one bottleneck
     routed = active * ((layout.width + inner + 2 * rank + 1) * row + PLAN_BYTES)
-    choice = layout.top_k * _DECISION * (1 + layout.renormalised / 3) + INT64
+    choice = layout.top_k * DECISION * (1 + layout.renormalised / 3) + INT64
     return routed + layout.num_experts * FP32 + choice
 
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from fedmoe_ds.checkpoint.client_rows import PIECE
 from fedmoe_ds.federation.run_spec import RunSpec
+from fedmoe_ds.methods import Method
 from fedmoe_ds.methods.client_drift import client_variables
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.planner.activations import FP32
 from fedmoe_ds.planner.parameters import parameters_per_client
 
 _FP64 = 8
+_OF_CLIENT, _OF_ARRAY = 256, 112
+"""Bytes that Python takes for the dictionary of a client's numbers and its place among all, and numpy for an array."""
 _DEVIATIONS = 3
 """By how much the cluster with most clients that were ever drawn is taken to exceed the mean."""
 
@@ -37,8 +40,9 @@ def row_bytes(blocks: list[BlockSpec], experts: int) -> int:
 
 
 def memory_bytes(spec: RunSpec) -> int:
-    """Of what the server knows of a client (`Method.memory`), in float64."""
-    return _FP64 * sum(math.prod(shape) for shape in spec.method.memory().values())
+    """Of what the server knows of a client (`Method.memory`): few numbers, so that most of it is what holds them."""
+    shapes = spec.method.memory().values()
+    return _OF_CLIENT + sum(_OF_ARRAY + _FP64 * math.prod(shape) for shape in shapes) if shapes else 0
 
 
 def client_state(spec: RunSpec, clients: int, drawn: int, clusters: int, trained_here: int | None = None) -> Kept:
@@ -49,7 +53,7 @@ def client_state(spec: RunSpec, clients: int, drawn: int, clusters: int, trained
     """
     row = row_bytes(kept_blocks(spec), spec.expert_layout.num_experts // spec.config.topology.ep_size)
     # Known of all that were ever trained, on every rank: as if there were one cluster.
-    known = memory_bytes(spec) * rows_at_home(spec, clients, drawn, 1) if spec.method.memory() else 0
+    known = memory_bytes(spec) * rows_at_home(spec, clients, drawn, 1)
     if not row:
         return Kept(known)
     at_home = rows_at_home(spec, clients, drawn, clusters)
@@ -65,8 +69,8 @@ def rows_at_home(spec: RunSpec, clients: int, drawn: int, clusters: int) -> int:
     """Clients of the fullest cluster that are trained at all: nobody else has a row."""
     federation = spec.config.federation
     most = min(math.ceil(clients / clusters), drawn * federation.rounds)
-    # Draws by size or budget may prefer the clients of one cluster.
-    if federation.sampling != "uniform":
+    # Draws by size or budget may prefer the clients of one cluster, and a plan may name others than were drawn.
+    if federation.sampling != "uniform" or type(spec.method).plan is not Method.plan:
         return most
     mean = clients / clusters * (1 - (1 - drawn / clients) ** federation.rounds)
     return min(most, math.ceil(mean + _DEVIATIONS * math.sqrt(mean)))

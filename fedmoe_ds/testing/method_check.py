@@ -29,6 +29,7 @@ from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import Method, MethodInfo
+from fedmoe_ds.methods.contradictions import contradictions, overrides
 from fedmoe_ds.testing.entry_point import announced
 from fedmoe_ds.testing.tiny_federation import tiny_federation
 
@@ -65,7 +66,7 @@ def check_method(
     if folder is not None and (folder / "runs").exists():
         raise UserError(f"folder: {folder}: holds runs already; give an empty or a new one")
     with announced(method, processes=ranks > 1) as name, tempfile.TemporaryDirectory(prefix="fedmoe-check-") as temporary:
-        told = ({"federation": {"participation": 0.5}} if _overrides(method, "plan") else {}, changes or {})
+        told = ({"federation": {"participation": 0.5}} if overrides(method, "plan") else {}, changes or {})
         tried = _Trial(Path(temporary) if folder is None else folder, {"name": name, **(parameters or {})}, told)
         whole = run(tried.config("whole"))
         check_figures(whole)
@@ -104,19 +105,8 @@ def check_functions(method: type[Method]) -> None:
                 _check_parameters(f"{owner.__name__}.{name}", value, hooks[name])
             elif near := difflib.get_close_matches(name, hooks, n=1, cutoff=0.75):
                 raise MethodError(f"{owner.__name__}.{name}: nobody calls it; did you mean `{near[0]}`? Else call it _{name}")
-    # Numbers that nobody gives, or that are of no name, would end the first round.
-    if _overrides(method, "memory") != _overrides(method, "memorise"):
-        raise MethodError(f"{method.__name__}.memory: names what `memorise` gives the values of; override both or neither")
-    for hook, attribute in (("combine", "collects"), ("observer", "observes")):
-        overridden = _overrides(method, hook)
-        if attribute == "collects" and overridden != method.collects:
-            raise MethodError(
-                f"{method.__name__}.combine: is called where collects = True, and only there; set both or neither"
-            )
-        if attribute == "observes" and method.observes and not overridden:
-            raise MethodError(f"{method.__name__}.observes: {method.observes}: an observer returns these; override `observer`")
-    if method.sums is not Method.sums and method.objective is Method.objective:
-        raise MethodError(f"{method.__name__}.sums: an objective sums these up; override `objective`")
+    for line in contradictions(method):
+        raise MethodError(f"{method.__name__}.{line}")
     try:
         method.Params(**{"no such key": 1})
     except ValidationError:
@@ -124,10 +114,6 @@ def check_functions(method: type[Method]) -> None:
     raise MethodError(
         f"{method.__name__}.Params: takes a key that it does not know; subclass MethodParams, keep its model_config"
     )
-
-
-def _overrides(method: type[Method], hook: str) -> bool:
-    return getattr(method, hook) is not getattr(Method, hook)
 
 
 def _check_parameters(name: str, given: Any, expected: Any) -> None:

@@ -1,0 +1,50 @@
+"""Contradictions: a method that says one thing of itself and does another. The engine would go by one of the two in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedmoe_ds.aggregation.weighing import MEAN
+from fedmoe_ds.methods.base import Method
+
+
+def overrides(method: Method | type[Method], hook: str) -> bool:
+    """Whether a method has a function of its own in the place of the base's."""
+    kind = method if isinstance(method, type) else type(method)
+    return getattr(kind, hook) is not getattr(Method, hook)
+
+
+def contradictions(method: Method | type[Method]) -> Iterator[str]:
+    """What of a method does not go together, a line each: a name, why, and what to do.
+
+    Of a class as of an object, which may have set its attributes from its parameters.
+    """
+    if overrides(method, "memory") != overrides(method, "memorise"):
+        yield "memory: names what `memorise` gives the values of; override both or neither"
+    if overrides(method, "combine") != method.collects:
+        yield "combine: is called where collects = True, and only there; set both or neither"
+    if method.observes and not overrides(method, "observer"):
+        yield f"observes: {method.observes}: an observer returns these; override `observer`"
+    if overrides(method, "sums") and not overrides(method, "objective"):
+        yield "sums: an objective sums these up; override `objective`"
+    if method.accounts and not overrides(method, "plan"):
+        yield "accounts: its plans say what clients spend; override `plan`"
+    yield from _of_weights(method)
+
+
+def _of_weights(method: Method | type[Method]) -> Iterator[str]:
+    weighing = method.weighing
+    asked = {"tally": bool(weighing.tallies), "weightings": len(weighing.shares) > 1, "element_weights": weighing.elements}
+    for hook, needed in asked.items():
+        if needed and not overrides(method, hook):
+            yield f"weighing: {weighing}: asks for `{hook}`; override it"
+    if not method.collects:
+        return
+    # Of what is collected there is no mean, which these are about.
+    for hook in ("after_mean", "server_rate"):
+        if overrides(method, hook):
+            yield f"{hook}: `combine` makes adapters of clients' factors, and it would not reach them; drop one of the two"
+    if weighing != MEAN:
+        yield f"weighing: {weighing}: `combine` gets one weight per client and adapter; use the plain one"
+    if method.personal_models:
+        yield "personal_models: `combine` makes one adapter of clients' factors, of which none stays with its client; drop one"
