@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Calls:
-    """Framework calls, or kernels: of a pass, of a layer, of a projection with LoRA, of one more block of rows in a layer."""
+    """Framework calls, or kernels: of a pass, of a layer, of a projection with LoRA, of one more block of rows in a layer, of
+    rows that travel in halves."""
 
     per_pass: float
     per_layer: float
     per_projection: float
     per_block: float = 0.0
+    per_half: float = 0.0
 
 
 @dataclass(frozen=True)
