@@ -18,7 +18,7 @@ from federations import Result, run_alone, run_joined
 from method_variants import variant_config
 
 from fake_cuda.runs import losses, passes_of, root
-from fedmoe_ds.bench.calibration.waves import Bench
+from fedmoe_ds.bench.calibration.waves import REPEATS, Bench
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import Config
@@ -28,7 +28,6 @@ from fedmoe_ds.distributed.collectives import all_to_all
 from fedmoe_ds.distributed.launcher import detect_launch
 from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.planner.work import Work
 
 RANKS = 2
 HALVED = Shape("halved", experts=8, hidden=64, ffn=32, layers=3, heads=2, vocab=320, top_k=4)
@@ -161,14 +160,20 @@ def case_one_pool(fake: Any) -> None:
 
 @dataclass(frozen=True)
 class Counted:
-    """One training pass of a rank; `moved`: bytes that it hands over, `work`: what the planner counts."""
+    """One training pass of a rank: `moved` are bytes that it hands over, `forward` the kernels of an evaluation's pass.
+
+    Attributes:
+        planned, planned_forward: all-to-alls, and kernels, as the planner counts them.
+    """
 
     kernels: int
+    forward: int
     waits: int
     exchanges: int
     moved: int
     peak: int
-    work: Work
+    planned: tuple[float, float]
+    planned_forward: float
 
 
 def counted_pass(fake: Any, folder: Path, in_halves: bool) -> Counted:
@@ -187,7 +192,10 @@ def counted_pass(fake: Any, folder: Path, in_halves: bool) -> Counted:
 
     bench.trainer._pass = counted  # type: ignore[method-assign]
     sample = bench.train(4, 48, 2)
-    return Counted(**found, work=sample.work)
+    fake.COUNT.reset()
+    forward = bench.forward(4, 48, 2)
+    found["forward"] = fake.COUNT.kernels // REPEATS
+    return Counted(**found, planned=(sample.exchanges, sample.work.calls), planned_forward=forward.work.calls)
 
 
 def case_a_pass_in_halves(fake: Any) -> None:
@@ -197,7 +205,10 @@ def case_a_pass_in_halves(fake: Any) -> None:
         write_model(HALVED, 0, folder)
     world().barrier()
     whole, halves = (counted_pass(fake, folder, in_halves) for in_halves in (False, True))
-    print(whole, halves)
+    assert (halves.waits, halves.moved) == (whole.waits, whole.moved) and halves.peak <= 1.01 * whole.peak
+    assert [one.exchanges for one in (whole, halves)] == [one.planned[0] for one in (whole, halves)]
+    assert halves.planned[1] - whole.planned[1] == pytest.approx(halves.kernels - whole.kernels, rel=0.1)
+    assert halves.planned_forward - whole.planned_forward == pytest.approx(halves.forward - whole.forward, rel=0.1)
 
 
 def case_two_clusters(fake: Any) -> None:
