@@ -99,11 +99,12 @@ def test_the_pass_is_the_weighted_sum(slot: int | None) -> None:
 def test_rows_are_only_the_kept_slots() -> None:
     routing = random_routing()
     plan = make_plan(routing, segments(), None, pool(merge=True))
-    assert len(plan.slots_N) == int(routing.kept_TK.sum()) == sum(plan.send) == sum(plan.receive)
+    (part,) = plan.parts
+    assert len(plan.slots_N) == int(routing.kept_TK.sum()) == sum(part.send) == sum(part.receive)
     experts_N = routing.experts_TK.flatten()[plan.slots_N]
     key_N = experts_N * CLIENTS + segments()[plan.tokens_N]
     assert torch.equal(key_N, key_N.sort().values), "rows are sorted by (expert, client)"
-    (block,) = plan.blocks
+    (block,) = part.blocks
     assert block.lora_ends_G.tolist() == torch.bincount(key_N, minlength=EXPERTS * CLIENTS).cumsum(0).tolist()
     assert block.expert_ends_E.tolist() == torch.bincount(experts_N, minlength=EXPERTS).cumsum(0).tolist()
 

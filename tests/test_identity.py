@@ -85,6 +85,7 @@ ELSEWHERE = {
     "deepspeed": "test_deepspeed_tools.py",
     "execution.threads": "refused at every start in bitwise mode",
     "execution.moments_on": "fake_cuda/cases/rows_and_steps.py",
+    "execution.expert_halves": "test_topologies.py",
     "foundation.trust_remote_code": "test_own_code.py",
     "data.chat_template": "test_data_chat.py",
     "data.prompt.preset": "test_data_prompts.py",

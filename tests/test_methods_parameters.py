@@ -238,6 +238,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"server": {"optimizer": "fedadagrad", "beta2": 0.5}}, {"server": {"optimizer": "fedams"}}),
     ({"server": {"optimizer": "fedavgm", "tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
     ({"data": {"validation": "v.jsonl", "global_holdout": 0.1}}, {"data": {"validation": None}}),
+    ({"execution": {"expert_halves": "always"}}, {"topology": {"ep_size": 2}}),
 ]
 
 
@@ -246,7 +247,7 @@ def test_keys_without_effect_are_named(given: dict[str, Any], use: dict[str, Any
     ((section, keys),) = ((s, k) for s, k in given.items())
     key = list(keys)[-1]
     assert [text.split("=")[0] for text in idle_keys(Config.model_validate(given))] == [f"{section}.{key}"]
-    used = {section: {**keys, **use[section]}}
+    used = {**use, section: {**keys, **use.get(section, {})}}
     assert idle_keys(Config.model_validate(used)) == [], "with what it belongs to, it has an effect"
 
 

@@ -17,7 +17,7 @@ from fedmoe_ds.federation.execution import enable_checkpointing
 from fedmoe_ds.kernels import matrix, rows
 from fedmoe_ds.kernels.lora_products import NativeProducts
 from fedmoe_ds.model import dispatcher, expert_pass
-from fedmoe_ds.planner.training import exchanged
+from fedmoe_ds.planner.exchanges import exchanged
 from fedmoe_ds.planner.work import Work
 
 VIEWS = ("view", "select", "slice", "transpose", "t.", "unsqueeze", "squeeze", "expand", "alias", "detach", "split", "unbind",
@@ -84,12 +84,12 @@ def test_exchanges_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at
     if again:
         enable_checkpointing(bench.foundation)
     travels: list[int] = []
-    for owner, name in ((dispatcher._Counts, "of"), (expert_pass._Travel, "to_experts"), (expert_pass._Travel, "home")):
-        real = getattr(owner, name)
+    for owner, name in ((dispatcher._Counts, "of"), (expert_pass._Travel, "to_experts"), (expert_pass._WayHome, "sets_out")):
+        real, place = getattr(owner, name), int(name == "sets_out")
 
-        def noted(rows: Any, *rest: Any, real: Any = real, counts: bool = name == "of") -> Any:
-            travels.append(0 if counts else rows.numel())
-            return real(rows, *rest)
+        def noted(*rest: Any, real: Any = real, counts: bool = name == "of", place: int = place) -> Any:
+            travels.append(0 if counts else rest[place].numel())
+            return real(*rest)
 
         monkeypatch.setattr(owner, name, noted)
     inner = bench.trainer._pass

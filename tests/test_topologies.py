@@ -41,31 +41,39 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Job(NamedTuple):
-    """One run: expert-parallel size, variant, clients in flight."""
+    """One run: expert-parallel size, variant, clients in flight, whether rows travel in halves (`execution.expert_halves`)."""
 
     ep_size: int
     variant: str
     in_flight: int | None = 8
+    halves: str = "auto"
 
 
 ON_FOUR = [
     Job(1, "base"),
     Job(2, "base"),
-    Job(4, "base", 1),
-    Job(2, "router"),
+    Job(4, "base", 1, "always"),
+    Job(2, "router", halves="always"),
     Job(4, "bfloat16 moments", 2),
-    Job(4, "fast", 2),
+    Job(4, "fast", 2, "always"),
     Job(2, "packed", 2),
 ]
 MORE_ON_FOUR = [
     Job(4, "base"),
-    Job(2, "base", None),
+    Job(2, "base", None, "always"),
     Job(2, "base", 2),
     Job(2, "rank 2"),
-    Job(2, "no attention"),
+    Job(2, "no attention", halves="always"),
     Job(2, "fast"),
 ]
-ON_TWO = [Job(1, "base"), Job(2, "base"), Job(1, "base", 1), Job(2, "base", 2), Job(2, "bfloat16 moments", 1), Job(2, "packed")]
+ON_TWO = [
+    Job(1, "base"),
+    Job(2, "base"),
+    Job(1, "base", 1),
+    Job(2, "base", 2, "always"),
+    Job(2, "bfloat16 moments", 1),
+    Job(2, "packed", halves="always"),
+]
 ON_ONE = [
     Job(1, "base", 1),
     Job(1, "base", 2),
@@ -93,7 +101,8 @@ class Outcome(NamedTuple):
 
 def config_of(root: Path, job: Job, world_size: int) -> Any:
     name = f"{world_size}-{job.ep_size}-{job.variant.replace(' ', '-')}-{job.in_flight}"
-    place = {"topology": {"ep_size": job.ep_size}, "execution": {"clients_in_flight": job.in_flight}}
+    flight = {"clients_in_flight": job.in_flight, "expert_halves": job.halves}
+    place = {"topology": {"ep_size": job.ep_size}, "execution": flight}
     return make_config(root, name, PARTIAL, place, VARIANTS[job.variant])
 
 

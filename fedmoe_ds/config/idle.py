@@ -61,6 +61,8 @@ def _idle(config: Config) -> Iterator[tuple[str, tuple[str, ...], str]]:
         yield "server", (*first, "beta2", "tau"), f"server.optimizer is {server.optimizer}"
     if server.optimizer == "fedadagrad":
         yield "server", ("beta2",), "server.optimizer is fedadagrad, which adds squares up"
+    if config.topology.ep_size == 1:
+        yield "execution", ("expert_halves",), "topology.ep_size is 1: no row travels"
     if evaluation.generations == 0:
         yield "evaluation", ("max_new_tokens",), "evaluation.generations is 0"
     if config.checkpoint.best is None:

@@ -62,12 +62,13 @@ class Exchange:
     Args:
         rows: [sum of send, ...], contiguous rows by peer.
         receive, send: row counts per peer.
+        output: [sum of receive, ...], contiguous, where what comes is written; a new tensor if omitted.
     """
 
-    def __init__(self, rows: Tensor, group: Group, receive: list[int], send: list[int]) -> None:
+    def __init__(self, rows: Tensor, group: Group, receive: list[int], send: list[int], output: Tensor | None = None) -> None:
         # Both are held here until they have travelled.
         self._rows, self._group = rows.contiguous(), group
-        self._output = rows.new_empty(sum(receive), *rows.shape[1:])
+        self._output = rows.new_empty(sum(receive), *rows.shape[1:]) if output is None else output
         self._work: Any = None
         if ds_comm.comm.comms_logger.enabled:
             # DeepSpeed stops its clock when the call returns: what it times must have come to its end by then.

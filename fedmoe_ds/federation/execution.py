@@ -21,7 +21,15 @@ from fedmoe_ds.model.per_client_attention import use_per_client_attention
 def execution_of(spec: RunSpec, topology: Topology, in_flight: int, device: torch.device) -> Execution:
     """What the layers of a run share on one rank, with room for `in_flight` clients of its cluster."""
     config, experts, ep_size = spec.config, spec.expert_layout.num_experts, topology.layout.ep_size
-    pool = Pool(topology.ep_group, ep_size, experts, in_flight, merge=spec.shares_passes, shard=topology.shard)
+    pool = Pool(
+        topology.ep_group,
+        ep_size,
+        experts,
+        in_flight,
+        merge=spec.shares_passes,
+        shard=topology.shard,
+        in_halves=spec.in_halves,
+    )
     # Sized once for the largest wave: a buffer that grew later could fail in the middle of a run. Expert blocks have slots for
     # all clients of the wave, dense ones only for those at home on this rank.
     bank = Bank(spec.blocks, experts // ep_size, pool.slots.at_home[topology.shard], pool.wave_clients, device)

@@ -14,7 +14,7 @@ Shared A13: LoRA on the fused gate_up matrix that Hugging Face stores, so adapte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
 from typing import Protocol
@@ -53,14 +53,15 @@ class Lora:
             return self.scale
         if block.slot is not None:
             return self.scale * self.factors.each[block.slot]
-        return self.factors.of_groups(self.scale, self.a13.shape[0], block.lora_ends_G.device)
+        return self.factors.of_groups(self.scale, len(block.experts), block.lora_ends_G.device)
 
 
 @dataclass(frozen=True)
 class Block:
     """Rows [start, stop) that go through one set of kernels.
 
-    `slot` picks one client (groups = experts); None means all clients (groups = experts x clients, in that order).
+    `slot` picks one client (groups = experts); None means all clients (groups = experts x clients, in that order). `held` are
+    the rank's experts that the rows go through, where it is not all of them.
     """
 
     start: int
@@ -68,6 +69,7 @@ class Block:
     slot: int | None
     expert_ends_E: Tensor  # int32
     lora_ends_G: Tensor  # int32; the same tensor when slot is given
+    held: slice = field(default_factory=lambda: slice(None))
 
     @cached_property
     def experts(self) -> Groups:
@@ -81,7 +83,8 @@ class Block:
 
     def pick(self, weight: Tensor) -> Tensor:
         """[G, ...]: the block's group weights out of [E, C, ...] (a view)."""
-        return weight[:, self.slot] if self.slot is not None else weight.flatten(0, 1)
+        own = weight[self.held]
+        return own[:, self.slot] if self.slot is not None else own.flatten(0, 1)
 
 
 @dataclass
@@ -105,14 +108,14 @@ class FrozenExperts:
         """One block. Returns y [N, D] and what `backward` needs."""
         lora = self.lora
         # The base product groups by expert alone: rows of all clients share the frozen weights and one larger product.
-        h_N2F = grouped_mm(x_ND, self.w13, block.experts)
+        h_N2F = grouped_mm(x_ND, self.w13[block.held], block.experts)
         m13_NR = m2_NR = None
         if lora is not None:
             m13_NR = lora.products.project(x_ND, block.pick(lora.a13), block.groups, lora.scale_of(block))
             # Added in place, before the activation: the native kernels need no [N, 2F] delta of the adapters' own.
             lora.products.expand_(h_N2F, m13_NR, block.pick(lora.b13), block.groups)
         pa_NF = _weighted_activation(self.unit, h_N2F, p_N)
-        y_ND = grouped_mm(pa_NF, self.w2, block.experts)
+        y_ND = grouped_mm(pa_NF, self.w2[block.held], block.experts)
         if lora is not None:
             m2_NR = lora.products.project(pa_NF, block.pick(lora.a2), block.groups, lora.scale_of(block))
             lora.products.expand_(y_ND, m2_NR, block.pick(lora.b2), block.groups)
@@ -122,14 +125,14 @@ class FrozenExperts:
     def backward(self, block: Block, saved: Saved, dy_ND: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
         """Gradients of one block: dx [N, D] (None unless needed) and dp [N]; adapter gradients are added to `lora.grads`."""
         lora = self.lora
-        dpa_NF = grouped_mm_t(dy_ND, self.w2, block.experts)
+        dpa_NF = grouped_mm_t(dy_ND, self.w2[block.held], block.experts)
         if lora is not None and saved.m2_NR is not None:
             pa_NF = _weighted_activation(self.unit, saved.h_N2F, saved.p_N)
             # Before the activation's backward: LoRA's own part of the gradient of pa is added to dpa here.
             _lora_backward(block, lora, 1, pa_NF, saved.m2_NR, dy_ND, dpa_NF)
         dh_N2F, dp_N = _activation_backward(self.unit, saved.h_N2F, saved.p_N, dpa_NF)
         # Without need_dx nothing below this layer is trained, and the widest product of the backward pass is saved.
-        dx_ND = grouped_mm_t(dh_N2F, self.w13, block.experts) if need_dx else None
+        dx_ND = grouped_mm_t(dh_N2F, self.w13[block.held], block.experts) if need_dx else None
         if lora is not None and saved.m13_NR is not None:
             _lora_backward(block, lora, 0, saved.x_ND, saved.m13_NR, dh_N2F, dx_ND)
         return dx_ND, dp_N

@@ -18,10 +18,10 @@ from fedmoe_ds.federation.schedule import wave_slots
 from fedmoe_ds.model.client_slots import ClientSlots
 from fedmoe_ds.planner.client_state import row_bytes
 from fedmoe_ds.planner.counts import CONTROL
+from fedmoe_ds.planner.exchanges import exchanged, hidden, parts_of
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.lengths import Lengths
 from fedmoe_ds.planner.network import Group, Network
-from fedmoe_ds.planner.training import exchanged
 from fedmoe_ds.planner.work import PassWork, Rows
 from fedmoe_ds.planner.workload import Job
 from fedmoe_ds.planner.world import World
@@ -147,7 +147,9 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     local = job.expert_layout.num_experts // ep_size
     # Routed rows are taken to be even over the ranks of a cluster.
     arriving = rows.reshape(turns, -1, ep_size).mean(2).repeat(ep_size, 1)
-    busy = home + fixed + np.asarray(work.seconds(work.experts(arriving, ep_size, local), compute))
+    parts = parts_of(job, ep_size)
+    products = np.asarray(work.seconds(work.experts(arriving, ep_size, local, parts), compute))
+    busy = home + fixed + products
     cores = hardware.slots if hardware.kind == "cpu" else world.ranks_per_host
     # A host is done when its cores have done the work of all its ranks.
     crowded = busy.reshape(turns, world.hosts, -1).sum(2).max(1) / cores
@@ -155,6 +157,8 @@ def _scored(job: Job, network: Network, hardware: Hardware, ep_size: int, batche
     group, expert_layout = Group.cluster(world, ep_size), job.expert_layout
     if not expert_layout.layers:
         return seconds
-    calls, numbers = exchanged(job, False, float(rows.sum()) / world.ranks / turns)
+    calls, numbers = exchanged(job, False, float(rows.sum()) / world.ranks / turns, parts)
     size = numbers * max(job.size.bytes_per_parameter, 2) + len(expert_layout.layers) * expert_layout.num_experts * 8
-    return seconds + network.all_to_all(group, calls * turns, size / calls)
+    travelling = network.all_to_all(group, calls * turns, size / calls)
+    of_rows = travelling * (1.0 - len(expert_layout.layers) / calls)
+    return seconds + travelling - float(hidden(job, parts, of_rows, products.max(1).sum()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedmoe_ds.distributed.open_files import WORK
+from fedmoe_ds.planner.exchanges import parts_of
 from fedmoe_ds.planner.flops import TierFlops
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.memory import format_bytes
@@ -102,9 +103,10 @@ def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -
         rows.append([str(cluster), _span(first, last), _span(hosts[0], hosts[-1]), f"{work / mean:.3f}"])
     local = job.expert_layout.num_experts // ep_size
     experts = f", {local} experts per rank and layer" if local else ""
+    halves = "; rows travel in two halves, and what hides of that is derived, not timed" if parts_of(job, ep_size) > 1 else ""
     return [
         f"topology: {clusters} clusters x ep_size {ep_size}{experts}; work of the busiest cluster / "
-        f"mean: {prediction.balance:.3f}; {prediction.waves} waves{alone}",
+        f"mean: {prediction.balance:.3f}; {prediction.waves} waves{alone}{halves}",
         *aligned(["cluster", "ranks", "hosts", "work / mean"], summarised(rows)),
     ]
 

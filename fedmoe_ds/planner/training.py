@@ -23,10 +23,11 @@ from fedmoe_ds.model.client_slots import ClientSlots
 from fedmoe_ds.planner.activations import FP32
 from fedmoe_ds.planner.client_costs import ClientCosts
 from fedmoe_ds.planner.counts import CONTROL
+from fedmoe_ds.planner.exchanges import exchanged, hidden, parts_of
 from fedmoe_ds.planner.hardware import Hardware
 from fedmoe_ds.planner.network import Group, Network, Traffic, wire_shares
 from fedmoe_ds.planner.parameters import parameters_per_client
-from fedmoe_ds.planner.work import Amount, PassWork, stage_seconds
+from fedmoe_ds.planner.work import PassWork, stage_seconds
 from fedmoe_ds.planner.workload import Job
 
 Floats = NDArray[np.float64]
@@ -34,22 +35,6 @@ Places = NDArray[np.int64]
 
 _CELLS = 2**22
 """Numbers of a table [W, P, N] at a time: 32 MiB of float64."""
-
-
-def exchanged(job: Job, training: bool, routed: Amount) -> tuple[float, Amount]:
-    """(token all-to-alls of a pass, numbers that a rank hands over in them) when `routed` rows of a layer leave it.
-
-    Of a layer: row counts (not in the numbers); rows, weights and results forward; the gradients of these three backward, but
-    no gradient of the first layer's rows where no adapter lies below it. With activation checkpointing the backward pass runs
-    each layer's forward exchanges again, and every layer's input gets a gradient.
-    """
-    layers, width = len(job.expert_layout.layers), job.expert_layout.width
-    calls, numbers = 4.0 * layers, layers * routed * (2 * width + 1)
-    if not training:
-        return calls, numbers
-    again = job.config.execution.activation_checkpointing
-    below = layers if again or job.projections or job.config.adapters.moe else layers - 1
-    return (1 + again) * calls + 2 * layers + below, (1 + again) * numbers + routed * (layers * (width + 1) + below * width)
 
 
 @dataclass
@@ -108,7 +93,7 @@ class WaveModel:
         self.slots = ClientSlots(most, ep_size)
         self.group, self.costs = Group.cluster(network.world, ep_size), costs
         self.compute = hardware.crowded(network.world.ranks_per_host)
-        self.work = PassWork(job, training=True)
+        self.work, self.halves = PassWork(job, training=True), parts_of(job, ep_size)
         self.expert, self.dense = parameters_per_client(job.blocks, job.expert_layout.num_experts // ep_size)
         # Of the rank that has most clients at home.
         self.in_flight = self.slots.clients * self.expert + self.slots.most * self.dense
@@ -201,7 +186,8 @@ class _Waves:
         local = model.job.expert_layout.num_experts // model.ep_size
         # Routed rows of the whole wave, even over the ranks of the cluster.
         per_pass_WN = routed_WN / model.ep_size / np.maximum(passes_WN, 1)
-        experts_WN = model.work.seconds(model.work.experts(per_pass_WN, blocks, local), model.compute) * passes_WN
+        arrived = model.work.experts(per_pass_WN, blocks, local, model.halves)
+        experts_WN = model.work.seconds(arrived, model.compute) * passes_WN
         busy_WPN = home_WPN + (experts_WN + fixed * passes_WN)[:, None]
         # The slowest rank, or where ranks share cores, all the work over the cores.
         critical_WN = np.maximum(busy_WPN.max(1), busy_WPN.sum(1) / model.cores)
@@ -210,14 +196,14 @@ class _Waves:
         # The mean is compute and the rest waiting: their sum is the critical path.
         self.parts["waiting"][waves] += critical_WN.sum(1) - mean_W
         self.work[waves] += busy_WPN.sum((1, 2))
-        self._exchanges(waves, passes_WN.sum(1), routed_WN.sum(1) / model.ep_size)
+        self._exchanges(waves, passes_WN.sum(1), routed_WN.sum(1) / model.ep_size, experts_WN.sum(1))
 
-    def _exchanges(self, waves: slice, passes_W: Floats, rows_W: Floats) -> None:
-        """Token all-to-alls; `rows` leave a rank, per layer, over all passes."""
+    def _exchanges(self, waves: slice, passes_W: Floats, rows_W: Floats, products_W: Floats) -> None:
+        """Token all-to-alls; `rows` leave a rank, per layer, over all passes. What `products` hide is not waited for."""
         model, layout = self.model, self.model.job.expert_layout
         if model.ep_size == 1 or not layout.layers:
             return
-        calls, numbers_W = exchanged(model.job, True, rows_W / np.maximum(passes_W, 1))
+        calls, numbers_W = exchanged(model.job, True, rows_W / np.maximum(passes_W, 1), model.halves)
         slots = model.slots.most if model.job.shares_passes else 1
         counts = layout.num_experts * slots * 8 * (1 + model.work.recompute)
         sizes_W = (numbers_W * model.work.number_bytes + len(layout.layers) * counts) / calls
@@ -225,7 +211,11 @@ class _Waves:
         booked[:, waves] = calls * passes_W, sizes_W
         every = np.zeros(self.count)
         every[waves] = each
-        self.parts["all_to_all"] += self._send("all_to_all", booked[0], booked[1], every)
+        seconds = self._send("all_to_all", booked[0], booked[1], every)
+        self.parts["all_to_all"] += seconds
+        # All but the counts, which the host waits for before anything sets out.
+        of_rows = 1.0 - len(layout.layers) * (1 + model.work.recompute) / calls
+        self.parts["all_to_all"][waves] -= hidden(model.job, model.halves, seconds[waves] * of_rows, products_W)
 
     def optimizer(self) -> None:
         """The steps of all clients: experts' blocks on every rank, the others at home."""

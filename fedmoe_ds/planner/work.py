@@ -194,12 +194,13 @@ class PassWork:
         a = self.job.size.layer.attention
         return ((a.heads + a.kv_heads) * a.key_width + a.kv_heads * a.value_stride + a.heads * a.value_width) / 4.0
 
-    def experts(self, routed: Amount, blocks: float, local_experts: int) -> Work:
+    def experts(self, routed: Amount, blocks: float, local_experts: int, parts: int = 1) -> Work:
         """What a rank computes for the rows that arrive at its experts.
 
         Args:
             routed: arriving rows of a layer.
             blocks: blocks that they form (one per peer where the clients of a rank do not share passes).
+            parts: in which they arrive; no expert is in two of them.
         """
         job, expert_layout = self.job, self.job.expert_layout
         layers = len(expert_layout.layers)
@@ -211,7 +212,8 @@ class PassWork:
         flops = routed * (2.0 * weights * self._times(2) + whole)
         n = self.counts
         numbers = routed * (n.routed_d * expert_layout.width + n.routed_f * expert_layout.ffn) * self._share
-        calls = (blocks - 1) * (n.train_calls if self.training else n.forward_calls).per_block
+        each = n.train_calls if self.training else n.forward_calls
+        calls = (blocks - 1) * each.per_block + (parts - 1) * each.per_half
         possible = local_experts * blocks
         # Expected number of groups with at least one row, if rows fell at random (Poisson); expm1 for tiny loads.
         touched = possible * -np.expm1(-routed / possible)

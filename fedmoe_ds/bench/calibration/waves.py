@@ -36,7 +36,7 @@ from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.install import adapter_blocks, install
 from fedmoe_ds.model.pass_context import Execution
 from fedmoe_ds.planner.activations import activations
-from fedmoe_ds.planner.training import exchanged
+from fedmoe_ds.planner.exchanges import exchanged
 from fedmoe_ds.planner.work import PassWork, Rows, Work
 from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.randomness import generator
@@ -85,6 +85,7 @@ class Bench:
         rank: int = 0,
         device: torch.device = CPU,
         dtype: str = "float32",
+        in_halves: bool = False,
     ) -> None:
         keep_freed_memory()  # as every training run does
         torch.set_num_threads(1)
@@ -96,7 +97,8 @@ class Bench:
         places, model = hosted_layout(self.foundation.layers), self.foundation.model
         blocks = self.job.method.blocks(adapter_blocks(model, places, self.job.config.adapters, self.job.method.rescaler))
         # On the CPU a pass has one client per rank; on a GPU clients share passes.
-        pool = Pool(group, ep_size, places.num_experts, 2 * ep_size, merge=device.type == "cuda", shard=rank)
+        merge = device.type == "cuda"
+        pool = Pool(group, ep_size, places.num_experts, 2 * ep_size, merge=merge, shard=rank, in_halves=in_halves)
         bank = Bank(blocks, places.num_experts // ep_size, 2, pool.wave_clients, device)
         self.execution = Execution(bank, pool, 2.0, rescaler=True)
         install(self.foundation, self.job.config.adapters, self.execution)
@@ -132,9 +134,10 @@ class Bench:
         work = PassWork(self.job, training)
         amounts = work.fixed() + work.home(Rows(sequences, length, sequences * (length - 1)))
         routed = float(sequences * length * cap)
-        amounts = amounts + work.experts(routed, self.ep_size, self.shape.experts // self.ep_size)
+        local, parts = self.shape.experts // self.ep_size, len(self.execution.pool.parts)
+        amounts = amounts + work.experts(routed, self.ep_size, local, parts)
         amounts = amounts + work.gradients(sum(value.numel() for value in self.execution.bank.values.values()))
-        exchanges, numbers = exchanged(self.job, training, routed)
+        exchanges, numbers = exchanged(self.job, training, routed, parts)
         return Sample(amounts, statistics.median(seconds), exchanges, numbers * work.number_bytes)
 
     def _data(self, sequences: int, length: int) -> Sequences:

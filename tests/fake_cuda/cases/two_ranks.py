@@ -6,6 +6,8 @@ import functools
 import os
 import signal
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -16,6 +18,8 @@ from federations import Result, run_alone, run_joined
 from method_variants import variant_config
 
 from fake_cuda.runs import losses, passes_of, root
+from fedmoe_ds.bench.calibration.waves import REPEATS, Bench
+from fedmoe_ds.bench.harness.shapes import Shape, write_model
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.schema import TopologyConfig
@@ -26,6 +30,7 @@ from fedmoe_ds.distributed.runtime import Runtime, init_runtime, run_entry
 from fedmoe_ds.errors import UserError
 
 RANKS = 2
+HALVED = Shape("halved", experts=8, hidden=64, ffn=32, layers=3, heads=2, vocab=320, top_k=4)
 ENDS = {"case_a_lost_rank_ends_the_others": [-9, 76]}
 
 ROUND: dict[str, Any] = {
@@ -151,6 +156,59 @@ def case_one_pool(fake: Any) -> None:
         assert not found.waits.keys() & {"model/expert_pass.py", "model/routed_forward.py", "distributed/collectives.py"}
     assert passes
     assert_as_on_the_cpu(result, "flame")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One training pass of a rank: `moved` are bytes that it hands over, `forward` the kernels of an evaluation's pass.
+
+    Attributes:
+        planned, planned_forward: all-to-alls, and kernels, as the planner counts them.
+    """
+
+    kernels: int
+    forward: int
+    waits: int
+    exchanges: int
+    moved: int
+    peak: int
+    planned: tuple[float, float]
+    planned_forward: float
+
+
+def counted_pass(fake: Any, folder: Path, in_halves: bool) -> Counted:
+    place = (dist.group.WORLD, RANKS, world().rank, world().device)
+    bench = Bench(HALVED, ["q_proj", "v_proj"], folder, *place, "bfloat16", in_halves)
+    inner, found = bench.trainer._pass, dict[str, int]()
+
+    def counted(*arguments: Any) -> None:
+        fake.COUNT.reset()
+        before = fake.COUNT.now
+        activity.take()
+        inner(*arguments)
+        found.update(kernels=fake.COUNT.kernels, waits=fake.COUNT.total_waits, peak=fake.COUNT.peak - before)
+        sent = activity.take()["all_to_all"]
+        found.update(exchanges=sent["calls"], moved=sent["bytes"])
+
+    bench.trainer._pass = counted  # type: ignore[method-assign]
+    sample = bench.train(4, 48, 2)
+    fake.COUNT.reset()
+    forward = bench.forward(4, 48, 2)
+    found["forward"] = fake.COUNT.kernels // REPEATS
+    return Counted(**found, planned=(sample.exchanges, sample.work.calls), planned_forward=forward.work.calls)
+
+
+def case_a_pass_in_halves(fake: Any) -> None:
+    """Rows of one half travel while the other's are computed: the same bytes and waits in twice as many exchanges."""
+    folder = root() / "halved"
+    if world().is_main:
+        write_model(HALVED, 0, folder)
+    world().barrier()
+    whole, halves = (counted_pass(fake, folder, in_halves) for in_halves in (False, True))
+    assert (halves.waits, halves.moved) == (whole.waits, whole.moved) and halves.peak <= 1.01 * whole.peak
+    assert [one.exchanges for one in (whole, halves)] == [one.planned[0] for one in (whole, halves)]
+    assert halves.planned[1] - whole.planned[1] == pytest.approx(halves.kernels - whole.kernels, rel=0.1)
+    assert halves.planned_forward - whole.planned_forward == pytest.approx(halves.forward - whole.forward, rel=0.1)
 
 
 def case_two_clusters(fake: Any) -> None:
