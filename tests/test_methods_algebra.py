@@ -192,7 +192,7 @@ def test_fedrot_leaves_alone_who_has_not_moved(seed: int, rank: int) -> None:
     """B_k = B' of any rank, zero included: M = B'^T B' says nothing of its empty directions."""
     draw = np.random.default_rng(seed)
     b_OR = torch.from_numpy(draw.normal(size=(9, rank)) @ draw.normal(size=(rank, R)))
-    assert torch.allclose(_rotation((b_OR.T @ b_OR).unsqueeze(0)), torch.eye(R).double(), atol=1e-8)
+    assert torch.allclose(_rotation((b_OR.T @ b_OR).unsqueeze(0)), torch.eye(R).double(), atol=1e-7)
 
 
 @settings(max_examples=50, deadline=None)

@@ -79,7 +79,7 @@ def _rotation(likeness_PRR: Tensor) -> Tensor:
     size_P11 = torch.linalg.matrix_norm(likeness_PRR, keepdim=True)
     # Where M is zero any number does: it is the only thing that is decomposed.
     size_P11 = torch.where(size_P11 == 0, 1.0, size_P11)
-    return _nearest(likeness_PRR + TIE * size_P11 * torch.eye(likeness_PRR.shape[-1]).to(likeness_PRR))
+    return _nearest(likeness_PRR + TIE * size_P11 * _identity(likeness_PRR))
 
 
 def _softened(rotation_PRR: Tensor, strength: float) -> Tensor:
@@ -87,8 +87,7 @@ def _softened(rotation_PRR: Tensor, strength: float) -> Tensor:
     # A whole rotation is taken as it is: a second decomposition would add its rounding.
     if strength == 1:
         return rotation_PRR
-    eye = torch.eye(rotation_PRR.shape[-1]).to(rotation_PRR)
-    return _nearest((1 - strength) * eye + strength * rotation_PRR)
+    return _nearest((1 - strength) * _identity(rotation_PRR) + strength * rotation_PRR)
 
 
 def _nearest(matrix_PRR: Tensor) -> Tensor:
@@ -98,3 +97,8 @@ def _nearest(matrix_PRR: Tensor) -> Tensor:
     turned_P = torch.linalg.det(u_PRR @ vh_PRR) < 0
     last_PR = torch.where(turned_P.unsqueeze(-1), -vh_PRR[..., -1, :], vh_PRR[..., -1, :])
     return u_PRR @ torch.cat([vh_PRR[..., :-1, :], last_PR.unsqueeze(-2)], -2)
+
+
+def _identity(like_PRR: Tensor) -> Tensor:
+    # Made where it is needed: a copy from the host would be waited for, once per adapter.
+    return torch.eye(like_PRR.shape[-1], dtype=like_PRR.dtype, device=like_PRR.device)
