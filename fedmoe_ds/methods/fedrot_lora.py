@@ -96,7 +96,7 @@ def _nearest(matrix_PRR: Tensor) -> Tensor:
     # A reflection would turn a direction against the reference; the one that counts least is turned back.
     turned_P = torch.linalg.det(u_PRR @ vh_PRR) < 0
     last_PR = torch.where(turned_P.unsqueeze(-1), -vh_PRR[..., -1, :], vh_PRR[..., -1, :])
-    return u_PRR @ torch.cat([vh_PRR[..., :-1, :], last_PR.unsqueeze(-2)], -2)
+    return torch.matmul(u_PRR, torch.cat([vh_PRR[..., :-1, :], last_PR.unsqueeze(-2)], -2))
 
 
 def _identity(like_PRR: Tensor) -> Tensor:
