@@ -39,7 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hetlora": {"method": {"name": "hetlora"}},
     "flexlora": {"method": {"name": "flexlora"}},
     "flora": {"method": {"name": "flora"}},
+    "florist": {"method": {"name": "florist"}},
     "fedex-lora": {"method": {"name": "fedex-lora"}},
+    "fedrot-lora": {"method": {"name": "fedrot-lora"}},
     "fslora": {"method": {"name": "fslora"}},
     "lora-fair": {"method": {"name": "lora-fair"}},
     "ffa-lora": {"method": {"name": "ffa-lora"}},
@@ -103,6 +105,16 @@ DEVICES: dict[str, dict[str, Any]] = {
             "over_selection": 1.5,
             "dropout": 0.2,
             "spread": 0.3,
+        },
+    },
+    "thresholded": {
+        "method": {"name": "florist", "tau": 0.8},
+        "devices": {
+            "mix": {"phone-entry": 1.0, "edge-small": 1.0},
+            "aggregation": "deadline",
+            "availability": "always",
+            "over_selection": 1.5,
+            "dropout": 0.1,
         },
     },
     "buffered": {

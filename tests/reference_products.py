@@ -66,12 +66,56 @@ class FLoRA(Products):
         return {"base": self.base}
 
 
+class FLoRIST(FLoRA):
+    """Of W the leading singular triples that have a share of the squared singular values; options: tau."""
+
+    def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
+        u, s, vt = np.linalg.svd(w.numpy(), full_matrices=False)
+        kept, energy, whole = 0, 0.0, float((s**2).sum())
+        while energy < self.options["tau"] * whole:
+            energy, kept = energy + float(s[kept] ** 2), kept + 1
+            self.margin = min(self.margin, abs(energy / whole - self.options["tau"]))
+        return super().renew(stem, torch.from_numpy(u[:, :kept] * s[:kept] @ vt[:kept]), a, b, fresh)
+
+
 class FedExLoRA(FLoRA):
     """W - B A of the means moves into the frozen weight; the means stay."""
 
     def renew(self, stem: str, w: Tensor, a: Tensor, b: Tensor, fresh: Adapters) -> tuple[Tensor, Tensor]:
         super().renew(stem, w - b @ a, a, b, fresh)
         return a, b
+
+
+class FedRotLoRA(FedIT):
+    """FedIT of factors that are turned towards the global ones, from the second round on; options: turns, strength."""
+
+    rounds = 0
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        self.rounds += 1
+        turn = self.options["turns"][self.rounds % len(self.options["turns"])]
+        for one in returned if self.rounds > 1 else []:
+            for stem, a, b in pairs(self.adapters):
+                own_a, own_b = (one.trained.adapters[f"{stem}.lora_{half}"].numpy() for half in "AB")
+                m = a.numpy() @ own_a.T if turn == "A" else b.numpy().T @ own_b
+                r = np.eye(len(m)) if not m.any() else towards(m + 1e-7 * np.linalg.norm(m) * np.eye(len(m)))
+                r = orthogonal((1 - self.options["strength"]) * np.eye(len(m)) + self.options["strength"] * r)
+                one.trained.adapters[f"{stem}.lora_A"] = torch.from_numpy(r.T @ own_a)
+                one.trained.adapters[f"{stem}.lora_B"] = torch.from_numpy(own_b @ r)
+        super().step(returned, fresh)
+
+
+def towards(m: np.ndarray) -> np.ndarray:
+    """The rotation R that brings R^T A nearest to A', or B R to B'; m = A' A^T, or B'^T B (Kabsch)."""
+    u, _, vt = np.linalg.svd(m)
+    turned = np.diag([*[1.0] * (len(m) - 1), np.linalg.det(u @ vt)])
+    return np.asarray(vt.T @ turned @ u.T)
+
+
+def orthogonal(m: np.ndarray) -> np.ndarray:
+    """The orthogonal matrix nearest to one that is regular: m (m^T m)^(-1/2)."""
+    squares, axes = np.linalg.eigh(m.T @ m)
+    return np.asarray(m @ (axes / np.sqrt(squares)) @ axes.T)
 
 
 class LoRAFair(Products):

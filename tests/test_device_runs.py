@@ -273,6 +273,21 @@ def test_comparisons_say_how_long_each_takes_to_the_same_target(straight: dict[s
     assert "<svg" in picture(comparison)
 
 
+def test_what_comes_down_is_what_the_round_before_has_kept(straight: dict[str, Result]) -> None:
+    """FLoRIST's products, whatever rank a client has; before the first round there is none."""
+    result, before = straight["thresholded"], 0
+    assert result.parts.clock is not None
+    whole = result.parts.clock.traffic.of(4)[1]  # all rows of all pairs
+    for event in of_kind(result, "round"):
+        trained = [one for one in of_kind(result, "client") if (one["round"], one["status"]) == (event["round"], "ok")]
+        assert {one["down_bytes"] for one in trained} == {before} and event["down_bytes"] == before * len(trained)
+        before = event["product_bytes"]
+        assert event["product_rows"] > 0 and 0 < before < whole
+    assert result.parts.clock.traffic.of(1)[0] == 4 * result.parts.state.sent_down == before
+    others = [event for variant in DEVICES if variant != "thresholded" for event in of_kind(straight[variant], "round")]
+    assert not any("product_rows" in event for event in others)
+
+
 def test_traffic_is_what_the_assignment_says(straight: dict[str, Result]) -> None:
     clock = straight["devices"].parts.clock
     assert clock is not None

@@ -19,6 +19,7 @@ from fedmoe_ds.aggregation.lora_factors import Collection, FactorPair
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.methods import Method, load_method
 from fedmoe_ds.methods.base import product_norms
+from fedmoe_ds.methods.fedrot_lora import _rotation, _softened
 from fedmoe_ds.methods.lora_fair import LoRAFair, Problem
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
@@ -26,7 +27,7 @@ R = 4
 SEEDS = st.integers(0, 10**6)
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 CROWDS = st.integers(1, 5)
-COLLECTING = ["flexlora", "flora", "fedex-lora", "lora-fair"]
+COLLECTING = ["flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair"]
 
 
 def method(name: str, **keys: Any) -> Method:
@@ -122,6 +123,118 @@ def test_flexlora_gives_the_best_approximation_of_every_rank(seed: int, count: i
 
 
 @settings(max_examples=100, deadline=None)
+@given(SEEDS, CROWDS, SIZES, st.floats(0.05, 0.99))
+def test_florist_keeps_the_fewest_directions_that_have_the_energy(
+    seed: int, count: int, sizes: tuple[int, int], tau: float
+) -> None:
+    """What is cut is the tail of the dense product's singular values, one value less would be too few."""
+    pair = make_pair(seed, count, sizes, ranks=True)
+    combined, whole = method("florist", tau=tau).combine(pair, fresh(pair)), dense(pair)
+    assert combined.absorbed is not None
+    b_OQ, a_QI = combined.absorbed
+    energy_K, kept = torch.linalg.svdvals(whole) ** 2, len(a_QI)
+    share = [float(energy_K[:p].sum() / energy_K.sum()) for p in (kept - 1, kept)]
+    assert share[0] < tau + 1e-9 and share[1] > tau - 1e-9 and b_OQ.shape[1] == kept
+    lost = float(energy_K[kept:].sum()) + 1e-12 * float(energy_K[0])
+    assert float((whole - b_OQ @ a_QI).norm()) ** 2 == pytest.approx(lost, rel=1e-6, abs=1e-10 * float(energy_K[0]))
+    assert torch.equal(combined.a_RI, fresh(pair)) and not bool(combined.b_OR.any())
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS, CROWDS, SIZES)
+def test_florist_without_a_threshold_is_flora(seed: int, count: int, sizes: tuple[int, int]) -> None:
+    """The weighted sum of the clients' products, in no more rows than its rank; of nothing, nothing."""
+    pair = make_pair(seed, count, sizes, ranks=True)
+    combined = method("florist", tau=1.0).combine(pair, fresh(pair))
+    assert combined.absorbed is not None and gap(combined.absorbed[0] @ combined.absorbed[1], dense(pair)) <= 1e-7
+    assert len(combined.absorbed[1]) <= min(*sizes, count * R)
+    nothing = method("florist").combine(replace(pair, b_POR=torch.zeros_like(pair.b_POR)), fresh(pair))
+    assert nothing.absorbed is not None and [half.numel() for half in nothing.absorbed] == [0, 0]
+
+
+def rotations(seed: int, count: int) -> Tensor:
+    """Random ones, [P, R, R]."""
+    q_PRR, _ = torch.linalg.qr(torch.from_numpy(np.random.default_rng(seed).normal(size=(count, R, R))))
+    q_PRR[:, 0] *= torch.linalg.det(q_PRR).sign().unsqueeze(1)
+    return q_PRR
+
+
+def is_rotation(matrix_PRR: Tensor) -> bool:
+    return torch.allclose(matrix_PRR.mT @ matrix_PRR, torch.eye(R).double(), atol=1e-12) and torch.allclose(
+        torch.linalg.det(matrix_PRR), torch.ones(len(matrix_PRR)).double(), atol=1e-12
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(SEEDS, st.integers(0, R), st.floats(0, 1))
+def test_fedrots_rotations_are_the_best_ones(seed: int, rank: int, strength: float) -> None:
+    """Orthogonal, determinant 1, no other rotation has a larger <R, M>, whatever the rank of M; half of the way taken twice is
+    all of it."""
+    draw = np.random.default_rng(seed)
+    likeness_PRR = torch.from_numpy(draw.normal(size=(3, R, rank)) @ draw.normal(size=(3, rank, R)))
+    best_PRR = _rotation(likeness_PRR)
+    assert is_rotation(best_PRR) and is_rotation(_softened(best_PRR, strength))
+    reached_P = (best_PRR * likeness_PRR).sum((1, 2))
+    for other in range(20):
+        near = (
+            _softened(best_PRR.mT @ rotations(seed + other, 3), 0.1) if other % 2 else best_PRR.mT @ rotations(seed + other, 3)
+        )
+        size_P = torch.linalg.matrix_norm(likeness_PRR)
+        assert bool(((best_PRR @ near * likeness_PRR).sum((1, 2)) <= reached_P + 1e-6 * size_P).all())
+    half_PRR = _softened(best_PRR, 0.5)
+    apart = torch.linalg.det(torch.eye(R).double() + best_PRR) > 1e-6  # half a turn has no half
+    assert torch.allclose((half_PRR @ half_PRR)[apart], best_PRR[apart], atol=1e-8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS, st.integers(0, R))
+def test_fedrot_leaves_alone_who_has_not_moved(seed: int, rank: int) -> None:
+    """B_k = B' of any rank, zero included: M = B'^T B' says nothing of its empty directions."""
+    draw = np.random.default_rng(seed)
+    b_OR = torch.from_numpy(draw.normal(size=(9, rank)) @ draw.normal(size=(rank, R)))
+    assert torch.allclose(_rotation((b_OR.T @ b_OR).unsqueeze(0)), torch.eye(R).double(), atol=1e-7)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS, CROWDS, st.floats(0, 1), st.sampled_from([1, 2, 3]))
+def test_fedrot_changes_no_clients_product(seed: int, count: int, strength: float, round_index: int) -> None:
+    """Of one client the mean is its own, rotated; in the first round, and with lambda = 0, it is FedIT's to the bit."""
+    pair = replace(make_pair(seed, count, (9, 11)), round_index=round_index)
+    alone_pair = replace(pair, a_PRI=pair.a_PRI[:1], b_POR=pair.b_POR[:1], weight_P=pair.weight_P[:1])
+    combined = method("fedrot-lora", strength=strength).combine(alone_pair, fresh(pair))
+    assert combined.absorbed is None and gap(combined.b_OR @ combined.a_RI, pair.b_POR[0] @ pair.a_PRI[0]) <= 1e-12
+    share = pair.share_P.view(-1, 1, 1)
+    combined = method("fedrot-lora", strength=0.0 if round_index > 1 else strength).combine(pair, fresh(pair))
+    assert torch.equal(combined.a_RI, (pair.a_PRI * share).sum(0)) and torch.equal(combined.b_OR, (pair.b_POR * share).sum(0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS, CROWDS, st.sampled_from([2, 3]))
+def test_fedrot_brings_rotated_clients_together(seed: int, count: int, round_index: int) -> None:
+    """Clients whose factors are rotations of each other: the product of the means is their product. FedIT's is not."""
+    pair, turned_PRR = make_pair(seed, count, (16, 16)), rotations(seed, count)
+    a_RI, b_OR = pair.a_RI + 0.1 * pair.a_PRI[0], pair.b_OR + 0.1 * pair.b_POR[0]
+    pair = replace(pair, a_PRI=turned_PRR.mT @ a_RI, b_POR=b_OR @ turned_PRR, round_index=round_index)
+    combined = method("fedrot-lora", strength=1.0).combine(pair, fresh(pair))
+    assert gap(combined.b_OR @ combined.a_RI, b_OR @ a_RI) <= 1e-5
+    share = pair.share_P.view(-1, 1, 1)
+    if count > 1:
+        assert gap((pair.b_POR * share).sum(0) @ (pair.a_PRI * share).sum(0), b_OR @ a_RI) > 1e-3
+
+
+def test_fedrots_turns() -> None:
+    """A in even rounds, B in odd ones; each is brought nearer to the global one in its turn."""
+    pair, other = make_pair(4, 5, (9, 11)), make_pair(5, 1, (9, 11))
+    pair = replace(pair, a_RI=other.a_RI, b_OR=other.b_OR)
+    for round_index, turn in ((2, "A"), (3, "B"), (4, "A")):
+        found = method("fedrot-lora").combine(replace(pair, round_index=round_index), fresh(pair))
+        alike = method("fedrot-lora", align=turn).combine(replace(pair, round_index=2), fresh(pair))
+        unlike = method("fedrot-lora", align="BA"["AB".index(turn)]).combine(replace(pair, round_index=2), fresh(pair))
+        assert torch.equal(found.a_RI, alike.a_RI) and torch.equal(found.b_OR, alike.b_OR)
+        assert not torch.equal(found.a_RI, unlike.a_RI)
+
+
+@settings(max_examples=100, deadline=None)
 @given(SEEDS, CROWDS, SIZES, st.randoms(use_true_random=False))
 @pytest.mark.parametrize("name", COLLECTING)
 def test_the_order_of_arrival_does_not_matter(name: str, seed: int, count: int, sizes: tuple[int, int], shuffle: Any) -> None:
@@ -137,7 +250,7 @@ def test_the_order_of_arrival_does_not_matter(name: str, seed: int, count: int, 
             collection.add(place, a.name, pair.a_PRI[place].float().view(1, 1, R, -1), weight)
             collection.add(place, b.name, pair.b_POR[place].float().view(1, 1, -1, R), weight)
         current = {a.name: pair.a_RI.float().view(1, 1, R, -1), b.name: pair.b_OR.float().view(1, 1, -1, R)}
-        ((_, _, place_in_block, collected),) = collection.adapters(current, first_expert=7)
+        ((_, _, place_in_block, collected),) = collection.adapters(current, first_expert=7, round_index=2)
         assert (place_in_block, collected.key) == ((0, 0), "layers.0.experts.7.down")
         results.append(method(name).combine(collected, fresh(pair)))
         shuffle.shuffle(order)

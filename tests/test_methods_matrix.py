@@ -22,7 +22,7 @@ from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_objectives import ObservedFLood
-from reference_products import FedExLoRA, FlexLoRA, FLoRA, LoRAFair
+from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
 from reference_wireless import OverTheAir
@@ -76,7 +76,9 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
+    "florist": ({"tau": 0.7}, Told(FLoRIST, {"tau": 0.7}, "rank")),
     "fedex-lora": ({}, Told(FedExLoRA, {})),
+    "fedrot-lora": ({"strength": 0.6}, Told(FedRotLoRA, {"strength": 0.6, "turns": "AB"})),
     "fslora": ({}, Told(FSLoRA, {}, "rank")),
     "lora-fair": ({"server_steps": 5}, Told(LoRAFair, {"regularisation": 0.01, "steps": 5, "lr": 0.05})),
     "ffa-lora": ({}, Told(FFALoRA, {})),
@@ -97,9 +99,20 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     # A channel for everybody, all the time in the world: FedIT.
     "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
-PAIRS = {"hetlora", "flexlora", "flora", "fedex-lora", "fslora", "lora-fair", "ffa-lora", "fedsa-lora"}
+PAIRS = {
+    "hetlora",
+    "flexlora",
+    "flora",
+    "florist",
+    "fedex-lora",
+    "fedrot-lora",
+    "fslora",
+    "lora-fair",
+    "ffa-lora",
+    "fedsa-lora",
+}
 NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg"}
-NO_MEAN = {"flexlora", "flora", "fedex-lora", "lora-fair", "local-only", "centralised"}
+NO_MEAN = {"flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair", "local-only", "centralised"}
 
 
 class Case(NamedTuple):

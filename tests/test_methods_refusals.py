@@ -15,9 +15,9 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, method_names
 
 NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg"}
-UNEQUAL = {"hetlora", "flexlora", "flora", "fslora"}
-PAIRS = UNEQUAL | {"fedex-lora", "lora-fair", "ffa-lora", "fedsa-lora"}
-COLLECTING = {"flexlora", "flora", "fedex-lora", "lora-fair"}
+UNEQUAL = {"hetlora", "flexlora", "flora", "florist", "fslora"}
+PAIRS = UNEQUAL | {"fedex-lora", "fedrot-lora", "lora-fair", "ffa-lora", "fedsa-lora"}
+COLLECTING = {"flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair"}
 NO_MEAN = COLLECTING | {"local-only", "centralised"}
 NO_CONTROL = COLLECTING | {"centralised"}
 MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
@@ -124,6 +124,11 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"flora"},
         {"foundation": {"dtype": "bfloat16"}},
         "foundation.dtype: bfloat16: FLoRA adds small products to the frozen weights in every round",
+    ),
+    "small products of few rows": (
+        {"florist"},
+        {"foundation": {"dtype": "bfloat16"}},
+        "foundation.dtype: bfloat16: FLoRIST adds small products to the frozen weights in every round",
     ),
     "small residuals": (
         {"fedex-lora"},

@@ -33,7 +33,7 @@ from reference_methods import (
     pairs,
 )
 from reference_objectives import FLood
-from reference_products import FlexLoRA, FLoRA, LoRAFair
+from reference_products import FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_sub_models import ALL, FOUND, TRIED, FedMoE
 from reference_weights import EWWAFL, FedNova, ProximalFedNova, QFedAvg
@@ -150,6 +150,15 @@ CASES = {
     "flora": Case(
         FLoRA, {**method("flora"), "federation": {"tiers": RANKS, "participation": 0.75}}, buys="rank", vanish="lora_B"
     ),
+    "florist": Case(
+        FLoRIST,
+        {**method("florist", tau=0.8), "federation": {"tiers": RANKS, "participation": 0.75}},
+        {},
+        {"tau": 0.8},
+        buys="rank",
+        vanish="lora_B",
+    ),
+    "fedrot-lora": Case(FedRotLoRA, method("fedrot-lora", align="B", strength=0.7), {}, {"turns": "B", "strength": 0.7}),
     "fslora": Case(FSLoRA, {**method("fslora"), "federation": {"tiers": RANKS, "participation": 0.75}}, buys="rank"),
     "fslora-both": Case(FSLoRA, {**method("fslora"), "federation": {"budget": "both"}, "adapters": ROUTER}, buys="both"),
     "lora-fair": Case(

@@ -1,6 +1,7 @@
 """LoRA factors: those of every participant by itself, for server steps that need more than their mean.
 
-Legend: P participants of the round in canonical order, L layers, E experts of this rank, R adapter rank, I and O widths.
+Legend: P participants of the round in canonical order, L layers, E experts of this rank, R adapter rank, I and O widths, Q = PR
+stacked rows, K singular values.
 
 Stacking and re-factoring methods need sum_k p_k B_k A_k, which no mean of A and B gives. A rank keeps the factors of clients
 that its cluster trained, at their place among all participants, and zeros elsewhere; adding zeros is exact, so the factors
@@ -31,6 +32,7 @@ class FactorPair:
         a_PRI, b_POR: the factors; rows that a participant did not hold are zero.
         weight_P: aggregation weights, not normalised; at least one is positive.
         a_RI, b_OR: the global factors of the last round.
+        round_index: the round that these factors are of, from 1.
     """
 
     key: str
@@ -39,6 +41,7 @@ class FactorPair:
     weight_P: Tensor
     a_RI: Tensor
     b_OR: Tensor
+    round_index: int = 1
 
     @property
     def share_P(self) -> Tensor:
@@ -50,6 +53,20 @@ class FactorPair:
         # On A alone: on both factors the shares would enter the product squared.
         a_QI = (self.a_PRI * self.share_P.view(-1, 1, 1)).flatten(0, 1)
         return self.b_POR.transpose(0, 1).flatten(1), a_QI
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The singular value decomposition of sum_k p_k B_k A_k: U [O, K], S [K], V^T [K, I], K = min(O, I, Q)."""
+        b_OQ, a_QI = self.stacked()
+        # The matrix that is decomposed is Q x Q at most, mostly far smaller than O x I.
+        q_b, r_b = torch.linalg.qr(b_OQ)
+        q_a, r_a = torch.linalg.qr(a_QI.T)
+        u, s_K, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        u_OK, vh_KI = q_b @ u, vh @ q_a.T
+        # A singular pair is unique up to its sign; which one comes out depends on the library, so one is chosen.
+        sign_K = u_OK.gather(0, u_OK.abs().argmax(0, keepdim=True)).sign().squeeze(0)
+        # A column of zeros has no sign; it must not wipe out its row of V^T.
+        sign_K = torch.where(sign_K == 0, 1.0, sign_K)
+        return u_OK * sign_K, s_K, vh_KI * sign_K.unsqueeze(1)
 
 
 class Collection:
@@ -87,12 +104,13 @@ class Collection:
         self._flat_weights.reduce(cluster, shard)
 
     def adapters(
-        self, current: dict[str, Tensor], first_expert: int
+        self, current: dict[str, Tensor], first_expert: int, round_index: int = 1
     ) -> Iterator[tuple[BlockSpec, BlockSpec, tuple[int, ...], FactorPair]]:
         """Every adapter that somebody trained: (A block, B block, place in the block, its factors).
 
         Args:
             current: the global value of each block, [L, E, *item] or [L, *item].
+            round_index: the round that ends.
         """
         for a, b in self.pairs:
             for place in np.ndindex(*self.weights[a.name].shape[1:]):
@@ -105,7 +123,7 @@ class Collection:
                 # Float64: server steps multiply the factors and decompose the products.
                 a_PRI, b_POR = (self.factors[half.name][(slice(None), *place)].double() for half in (a, b))
                 old_a_RI, old_b_OR = (current[half.name][place].double() for half in (a, b))
-                yield a, b, place, FactorPair(key, a_PRI, b_POR, weight_P, old_a_RI, old_b_OR)
+                yield a, b, place, FactorPair(key, a_PRI, b_POR, weight_P, old_a_RI, old_b_OR, round_index)
 
     def tensors(self) -> Iterator[tuple[BlockSpec, str, int, Tensor]]:
         """As `Statistics.tensors`."""

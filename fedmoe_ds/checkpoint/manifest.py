@@ -74,3 +74,4 @@ class Manifest(BaseModel):
     utilisation: _Counts | None
     files: dict[str, str]
     clock: _Clock | None = None
+    sent_down: _Count = 0

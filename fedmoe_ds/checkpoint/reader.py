@@ -49,6 +49,7 @@ class Snapshot:
         partial: present when a round was interrupted: done clients and their reports.
         utilisation: routed rows per (layer, expert) of the last finished round.
         clock: the virtual clock of simulated devices at the end of it, or None.
+        sent_down: numbers of the products that clients of the next round receive.
     """
 
     round: int
@@ -58,6 +59,7 @@ class Snapshot:
     utilisation: list[list[int]] | None = None
     files: dict[str, str] = field(default_factory=dict)
     clock: dict[str, Any] | None = None
+    sent_down: int = 0
 
 
 def folder_name(round_index: int, partial: bool) -> str:

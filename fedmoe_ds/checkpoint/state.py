@@ -62,6 +62,7 @@ class State:
         utilisation_LE: routed rows per (layer, expert) over all clients of the last finished round, or None.
         partial, sums: an unfinished round; the sums are complete on cluster 0 and zero elsewhere.
         clock: the virtual clock of simulated devices after the last finished round; that of the beginning where there are none.
+        sent_down: numbers of the products that clients of the next round receive, of methods that choose their rank; else 0.
     """
 
     round: int
@@ -72,6 +73,7 @@ class State:
     partial: PartialRound | None = None
     sums: RoundSums | None = None
     clock: ClockState = field(default_factory=ClockState)
+    sent_down: int = 0
 
 
 def save(
@@ -118,7 +120,7 @@ def save(
     used = None if state.utilisation_LE is None else state.utilisation_LE.tolist()
     # Without devices it stays as it began, and is not written.
     clock = None if state.clock == ClockState() else saved_state(state.clock)
-    snapshot = Snapshot(state.round, identity, position, partial, used, clock=clock)
+    snapshot = Snapshot(state.round, identity, position, partial, used, clock=clock, sent_down=state.sent_down)
     personal, plan = state.personal.to_write()
     # Numbers of clients without their names would say nothing to whoever has the checkpoint alone.
     headers = {name: {CLIENTS: json.dumps(clients)} for name, rows in plan.write.items() if rows == [BEGINNING]}

@@ -308,6 +308,7 @@ def _manifest(snapshot: Snapshot, sums: dict[str, str]) -> str:
         "files": sums,
         # Absent where no devices are simulated: such manifests are what they were.
         **({} if snapshot.clock is None else {"clock": snapshot.clock}),
+        **({"sent_down": snapshot.sent_down} if snapshot.sent_down else {}),
     }
     return json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1, sort_keys=True)
 

@@ -111,6 +111,12 @@ class Parts:
         """The clients that are drawn for a round, in canonical order."""
         return _drawn(self.spec, self.clients, self.state, self.clock, round_index)
 
+    def send_down(self, numbers: int) -> None:
+        """Clients of the next round receive products of so many numbers, where the method chooses their rank."""
+        self.state.sent_down = numbers
+        if self.clock is not None:
+            self.clock.traffic.products = numbers
+
     def new_sums(self, round_index: int = 1) -> RoundSums:
         """Empty sums for one round."""
         return self.server.new_sums(len(self.participants(round_index)), self.runtime.device)

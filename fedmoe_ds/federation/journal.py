@@ -194,11 +194,11 @@ class Journal:
         timer: PhaseTimer,
         trainer: WaveTrainer,
         waves: int,
-        virtual: Mapping[str, Any] | None = None,
+        more: Mapping[str, Any],
     ) -> None:
         """Client, expert and round rows of a finished round; the trainer tells the phases inside its waves, and its rate.
 
-        `virtual`: what the round was on simulated devices.
+        `more`: fields of what the round was on simulated devices, and of products that it moved into frozen weights.
         """
         dropped = [client["client"] for client in clients if client["status"] != OK]
         reasons = sorted({client["status"] for client in clients} - {OK})
@@ -221,7 +221,7 @@ class Journal:
             "collectives": activity.take(),
             "waves": waves,
             "lr": trainer.round_rate(round_index),
-            **(virtual or {}),
+            **more,
         }
 
         def write() -> None:
@@ -242,8 +242,10 @@ class Journal:
         self._record(write)
         self._monitored(lambda: monitors.of_round(round_index, clients, fields))
         text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
-        if virtual is not None:
-            text += f"; virtual {virtual['virtual_s']:.4g} s, {virtual['joules']:.4g} J"
+        if "virtual_s" in more:
+            text += f"; virtual {more['virtual_s']:.4g} s, {more['joules']:.4g} J"
+        if "product_rows" in more:
+            text += f"; products of {more['product_rows']} rows, {more['product_bytes']} bytes"
         if dropped:
             text += f"; left out ({', '.join(reasons)}): {', '.join(dropped[:MOST_NAMES])}"
             text += f" and {len(dropped) - MOST_NAMES} more" if len(dropped) > MOST_NAMES else ""

@@ -43,6 +43,8 @@ def restore(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     _check_progress(path, snapshot, parts)
     # Who takes part in the round follows from it, and with them the room that sums need.
     parts.state.clock = state_of(snapshot.clock)
+    if parts.spec.method.chooses_rank:
+        parts.send_down(snapshot.sent_down)
     try:
         state.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
         # Merged weights are the server's state, but the model computes with its own copy of them.

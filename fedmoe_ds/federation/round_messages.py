@@ -2,7 +2,8 @@
 
 Among many ranks a message costs its way, not its length, so what is known at the same time travels together: one gather when
 training ends, one sum after the sums of aggregation, one question at the round's end. With the sums of an evaluation these are
-all messages of a round that reach every rank; personal state and checkpoints have their own.
+all messages of a round that reach every rank; personal state and checkpoints have their own. A method that chooses the rank of
+its products adds one within clusters.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmoe_ds.checkpoint.memories import decoded, encoded
+from fedmoe_ds.federation.traffic import Products
 
 if TYPE_CHECKING:
     from fedmoe_ds.aggregation.round_sums import RoundSums
@@ -56,6 +58,22 @@ def share_counts(parts: Parts, partial: PartialRound, sums: RoundSums) -> dict[s
     active = total[: active.numel()].view_as(active)
     partial.activation = {tier: active[i].numpy() for i, tier in enumerate(tiers)}
     return dict(zip(weighted, total[active.numel() :].tolist(), strict=True))
+
+
+def share_products(parts: Parts) -> dict[str, int]:
+    """Add up what the ranks of a cluster have moved into frozen weights; all clusters have moved the same.
+
+    Returns:
+        Fields of the `round` event, and none of a method that does not choose how much it moves.
+    """
+    if not parts.spec.method.chooses_rank:
+        return {}
+    total = torch.tensor([parts.server.moved.rows, parts.server.moved.numbers], dtype=torch.int64)
+    parts.topology.control.sum(total)
+    moved = Products(*total.tolist())
+    # Clients of the round that has ended have received the products of the one before.
+    parts.send_down(moved.numbers)
+    return {"product_rows": moved.rows, "product_bytes": moved.bytes}
 
 
 def stop_requested_here(parts: Parts) -> bool:

@@ -33,7 +33,7 @@ from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.planned_spending import settle_planned
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
-from fedmoe_ds.federation.round_messages import meet, share_counts, stop_agreed, stop_requested_here
+from fedmoe_ds.federation.round_messages import meet, share_counts, share_products, stop_agreed, stop_requested_here
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import for_next_start, make_room
 from fedmoe_ds.federation.virtual_clock import Settled, spent_fields
@@ -289,11 +289,11 @@ class Federation:
         self.state.round = work.index
 
     def _report(self, work: _Round) -> None:
-        settled, virtual = work.settled, None
+        settled, more = work.settled, share_products(self.parts)
         done = [work.partial.done[client.index] for client in work.chosen]
         if settled is not None:
-            done, virtual = settled.rows, settled.fields
-        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest, virtual)
+            done, more = settled.rows, settled.fields | more
+        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest, more)
 
     def _tell_averaged(self, work: _Round) -> None:
         """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""

@@ -25,6 +25,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import buffered, participant_count
+from fedmoe_ds.federation.traffic import Products
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.methods import TensorRule
 from fedmoe_ds.methods.client_drift import CONTROL, keeps_variables, server_step, variable_share
@@ -55,6 +56,9 @@ class Server:
         spec: method, adapter blocks and mode of the run.
         foundation: its frozen weights are written where the method moves products into them.
         clients: all clients of the federation.
+
+    Attributes:
+        moved: what the last step has moved into the frozen weights of this rank; what has no expert counts once per cluster.
     """
 
     def __init__(self, spec: RunSpec, foundation: Foundation, clients: Sequence[Client]) -> None:
@@ -67,6 +71,7 @@ class Server:
         self.optimizer, self.past = ServerOptimizer(self.config.server), PastAdapters(most_delay(spec))
         self.keeps_variables, self.dual_step = keeps_variables(self.config.local), server_step(self.config.local)
         self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
+        self.moved = Products()
 
     def initial_state(self, device: torch.device) -> dict[str, Bank]:
         """The server's own state before the first round."""
@@ -164,7 +169,7 @@ class Server:
             new = self.optimizer.step(spec, old[spec.name], target, trained, own, rate)
             adapters.client(spec.name, 0).copy_(new)
         if sums.collection is not None:
-            self._combine(sums, adapters, own, old, round_index)
+            self.moved = self._combine(sums, adapters, own, old, round_index)
 
     def _target(self, spec: BlockSpec, mean: Tensor, trained: Tensor, own: dict[str, Bank]) -> Tensor:
         """The mean, or where the duals lead from it."""
@@ -175,9 +180,12 @@ class Server:
         ahead = own[CONTROL].client(spec.name, 0).double() * self.dual_step
         return torch.where(where, mean.double() + ahead, mean.double()).float()
 
-    def _combine(self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], old: dict[str, Tensor], round_index: int) -> None:
+    def _combine(
+        self, sums: RoundSums, adapters: Bank, own: dict[str, Bank], old: dict[str, Tensor], round_index: int
+    ) -> Products:
         assert sums.collection is not None
-        for a, b, place, pair in sums.collection.adapters(old, self.first_expert):
+        moved = Products()
+        for a, b, place, pair in sums.collection.adapters(old, self.first_expert, round_index):
             # Drawn by address and not by a generator's state: every rank and every resumed start draws the same.
             fresh = drawn_a(self.config.seed, f"{pair.key}.lora_A", torch.Size(a.item), round_index).double()
             combined = self.method.combine(pair, fresh.to(pair.a_RI.device))
@@ -191,8 +199,11 @@ class Server:
                 before_OI = weight_OI.clone()
                 weight_OI.copy_(weight_OI.double() + self.scale * (b_OQ @ a_QI))
                 own[BASE].note_change(f"{pair.key}.base", before_OI, weight_OI)
+                if a.expert or self.first_expert == 0:
+                    moved = moved.plus(b_OQ, a_QI)
         if BASE in own:
             self.load_base(own)
+        return moved
 
     @torch.no_grad()
     def load_base(self, own: dict[str, Bank]) -> None:

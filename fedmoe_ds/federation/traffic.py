@@ -1,16 +1,19 @@
 """Traffic: bytes of adapters that a client receives before its training and sends after it, in float32.
 
 What counts is what the method says travels: blocks that are averaged, with the LoRA rows that the client holds; both ways their
-control variates under SCAFFOLD; with FLoRA, whose server adds the stacked factors of a round to the frozen weights, these
-factors on the way down. What does not count: the frozen model, which a client has, and what stays with it.
+control variates under SCAFFOLD. Where the server moves products of LoRA pairs into the frozen weights, not the pairs but these
+products come down, as factors: with FLoRA the stacks of a round, with FLoRIST the rows that the last round has kept. What does
+not count: the frozen model, which a client has, and what stays with it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
@@ -20,8 +23,28 @@ from fedmoe_ds.model.adapter_bank import BlockSpec, shared_blocks
 _BYTES = 4
 
 
+@dataclass(frozen=True)
+class Products:
+    """What a round has moved into the frozen weights: rows of all factors A together, and numbers of all factors."""
+
+    rows: int = 0
+    numbers: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return _BYTES * self.numbers
+
+    def plus(self, b_OQ: Tensor, a_QI: Tensor) -> Products:
+        return Products(self.rows + len(a_QI), self.numbers + b_OQ.numel() + a_QI.numel())
+
+
 class Traffic:
-    """Of one run, in which `drawn` clients take part in a round."""
+    """Of one run, in which `drawn` clients take part in a round.
+
+    Attributes:
+        products: numbers of the factors that come down to a client where LoRA pairs do not; None where they do. A method that
+            chooses their rank sends nothing before the first round, and is told of every other.
+    """
 
     def __init__(self, spec: RunSpec, clients: Sequence[Client], drawn: int) -> None:
         method = spec.method
@@ -32,7 +55,8 @@ class Traffic:
         # Of a round whose participants nobody knows yet: as many rows as clients have on average.
         rank = sum(client.rank for client in clients[:1000]) / len(clients[:1000])
         pairs = [block for block in self._blocks if block.rank_axis is not None]
-        self._stacked = round(drawn * rank * sum(self._copies(b) * _length(b, 1) for b in pairs)) if method.absorbs else None
+        stacked = round(drawn * rank * sum(self._copies(b) * _length(b, 1) for b in pairs))
+        self.products = None if not method.absorbs else 0 if method.chooses_rank else stacked
 
     def fields(self, assignment: Assignment, rank: int) -> dict[str, int]:
         """What a client's report says of it."""
@@ -45,9 +69,10 @@ class Traffic:
         for block in self._blocks:
             received, sent = self._received(block, assignment), self._sent(block, assignment)
             # A client that is not told of an expert can send nothing of it.
-            down, up = down + received * _length(block, rank), up + min(received, sent) * _length(block, rank)
-        if self._stacked is not None:
-            down = self._stacked
+            up += min(received, sent) * _length(block, rank)
+            if self.products is None or block.rank_axis is None:
+                down += received * _length(block, rank)
+        down += self.products or 0
         return _BYTES * self._variates * down, _BYTES * self._variates * up
 
     def _copies(self, block: BlockSpec) -> int:

@@ -98,8 +98,8 @@ def open_start(folder: Path, spec: RunSpec, fingerprint: str | None) -> Source:
         raise _refused(
             spec,
             f"{source.title} has moved its products into the model's own weights, and no adapter of method "
-            f"{spec.config.method.name} holds them; export it (--format merged) as foundation.path, or go on with flora or "
-            "fedex-lora",
+            f"{spec.config.method.name} holds them; export it (--format merged) as foundation.path, or go on with flora, "
+            "florist or fedex-lora",
         )
     _check_places(source, spec)
     _check_rank(source, spec)

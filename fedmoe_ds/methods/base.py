@@ -116,6 +116,7 @@ class Method:
         logit_copies: float32 tensors in the shape of its logits that its objective holds, beside cross-entropy's own.
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
+        chooses_rank: whether it decides how many rows these have: rounds report them, and clients receive so many.
         averages: whether anything is averaged at all.
         accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
         held_softmax: whether a client that may use some experts alone has a router of these: its softmax is over them.
@@ -143,6 +144,7 @@ class Method:
     weighs_losses: ClassVar[bool] = False
     collects: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
+    chooses_rank: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     accounts: ClassVar[bool] = False
     held_softmax: ClassVar[bool] = False

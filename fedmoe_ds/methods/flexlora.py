@@ -50,7 +50,7 @@ class FlexLoRA(Method):
         return np.where(present(spec, update), data_share, 0.0)
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
-        u_OK, s_K, vh_KI = stacked_svd(*pair.stacked())
+        u_OK, s_K, vh_KI = pair.svd()
         # Strictly greater: a product of zero has no direction at all, and the pair keeps its A with B = 0.
         rank = min(pair.a_RI.shape[0], int((s_K > NEGLIGIBLE * s_K[0]).sum()))
         a_RI, b_OR = pair.a_RI.clone(), torch.zeros_like(pair.b_OR)
@@ -58,17 +58,3 @@ class FlexLoRA(Method):
         # The singular values go to B alone, as in the paper; A's rows are orthonormal.
         b_OR[:, :rank] = u_OK[:, :rank] * s_K[:rank]
         return Combined(a_RI, b_OR)
-
-
-def stacked_svd(b_OQ: Tensor, a_QI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of B A from its factors: U [O, K], S [K], V^T [K, I], K = min(O, I, Q)."""
-    # The matrix that is decomposed is Q x Q at most, mostly far smaller than O x I.
-    q_b, r_b = torch.linalg.qr(b_OQ)
-    q_a, r_a = torch.linalg.qr(a_QI.T)
-    u, s_K, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    u_OK, vh_KI = q_b @ u, vh @ q_a.T
-    # A singular pair is unique up to its sign; which one comes out depends on the library, so one is chosen.
-    sign_K = u_OK.gather(0, u_OK.abs().argmax(0, keepdim=True)).sign().squeeze(0)
-    # A column of zeros has no sign; it must not wipe out its row of V^T.
-    sign_K = torch.where(sign_K == 0, 1.0, sign_K)
-    return u_OK * sign_K, s_K, vh_KI * sign_K.unsqueeze(1)

@@ -41,18 +41,18 @@ _COMBINATIONS = """\
 | `adapters.attention`, `adapters.router` | LoRA on attention; trained routers |
 
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
-(`flexlora`, `flora`, `fedex-lora`, `lora-fair`, `local-only`, `centralised`), control or dual variables where the adapters'
-coordinates or weights change every round, dual variables where what is averaged is no plain mean of adapters (`q-fedavg`,
-`fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`), unequal ranks where A and B are averaged element by element, `hfedmoe` with
-a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not trained, micro-batches with
-`hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which methods take which
-devices is in [devices.md](devices.md).
+(`flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora`, `lora-fair`, `local-only`, `centralised`), control or dual
+variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain mean
+of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`), unequal ranks where A and B are averaged element by
+element, `hfedmoe` with a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not
+trained, micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
+`local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
 
-What it costs: `flexlora`, `flora`, `fedex-lora` and `lora-fair` keep the factors of all participants of a round on every rank
-that holds the adapter; `fedsa-lora`, `local-only`, `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep personal blocks of
-every client that was trained, each in one cluster. The sums of `ewwa-fl` and `flood` are twice those of a mean; `flood` holds
-the logits of a client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every client that was
-trained, `fed-moe` keeps three numbers per layer and expert on every rank.
+What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all participants
+of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep
+personal blocks of every client that was trained, each in one cluster. The sums of `ewwa-fl` and `flood` are twice those of a
+mean; `flood` holds the logits of a client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every
+client that was trained, `fed-moe` keeps three numbers per layer and expert on every rank.
 """
 _ADDING = '''\
 ## Adding a method

@@ -114,11 +114,11 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
     if config.federation.budget in ("rank", "both"):
         raise UserError(
             f"federation.budget: {config.federation.budget}: method {name} needs equal ranks on all clients; use top_k, or a "
-            "method for unequal ranks (hetlora, flexlora, flora, fslora)"
+            "method for unequal ranks (hetlora, flexlora, flora, florist, fslora)"
         )
     for i, tier in enumerate(config.federation.tiers or []):
         if tier.rank is not None:
             raise UserError(
                 f"federation.tiers.{i}.rank: {tier.rank}: method {name} needs equal ranks on all clients; drop the key, or use "
-                "a method for unequal ranks (hetlora, flexlora, flora, fslora)"
+                "a method for unequal ranks (hetlora, flexlora, flora, florist, fslora)"
             )

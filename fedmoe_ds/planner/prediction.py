@@ -182,6 +182,8 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
             seconds += network.all_reduce(group, 1, (weighing.full * numbers + weighing.heads * heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
+    if job.method.chooses_rank:
+        seconds += network.control(cluster, 1, 16)
     row, clusters = row_bytes(kept_blocks(job), held), world.ranks // ep_size
     if row and clusters > 1:
         # To the clusters that train their clients, and home again; one in `clusters` is there already.

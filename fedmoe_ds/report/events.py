@@ -264,6 +264,8 @@ class _Round(_Fields):
     down_bytes: Count | None = None
     up_bytes: Count | None = None
     mean_delay: Amount | None = None
+    product_rows: Count | None = None
+    product_bytes: Count | None = None
 
 
 class _Experts(_OfTier):
