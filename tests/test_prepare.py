@@ -96,8 +96,9 @@ def test_one_rank_finds_what_was_prepared_where_all_weights_are_mapped(config: C
 
 
 def test_mapped_weights_are_refused_for_gpus(config: Config) -> None:
-    tree = changed(config.model_dump(), foundation={"mapped": "all"}, topology={"device": "cuda"}, execution={"reproducible": "fast"})
-    with pytest.raises(UserError, match="foundation.mapped: all: weights are in the memory of the cuda device; leave it at shared"):
+    on_cuda = {"topology": {"device": "cuda"}, "execution": {"reproducible": "fast"}}
+    tree = changed(config.model_dump(), foundation={"mapped": "all"}, **on_cuda)
+    with pytest.raises(UserError, match=r"foundation\.mapped: all: weights are in the memory of the cuda device; leave it at"):
         list(prepare(Config.model_validate(tree), 1, lambda line: None))
 
 

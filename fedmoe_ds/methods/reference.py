@@ -43,8 +43,8 @@ _COMBINATIONS = """\
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora`, `lora-fair`, `local-only`, `centralised`), control or dual
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain mean
-of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`), unequal ranks where A and B are averaged element by
-element, `hfedmoe` with a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not
+of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`), unequal ranks where A and B are averaged element
+by element, `hfedmoe` with a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not
 trained, micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
 `local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
 
