@@ -10,8 +10,8 @@ Stage 1, coarse search, by binary search over theta (`clients/expert_budgets.py`
 
     max theta   with   sum_e x_{l,e} p_{l,e} >= theta in every layer l,   memory(x) <= alpha M
 
-Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders; a row of a
-router goes with its expert. Stage 2, when a client's training stalls: S are the K clients whose activation is most similar
+Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders; a row of
+a router goes with its expert. Stage 2, when a client's training stalls: S are the K clients whose activation is most similar
 (cosine), n = mean number of experts of S minus its own; the n best experts outside its sub-model are added, or its |n| worst
 dropped, by
 
