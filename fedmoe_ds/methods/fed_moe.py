@@ -10,19 +10,19 @@ Stage 1, coarse search, by binary search over theta (`clients/expert_budgets.py`
 
     max theta   with   sum_e x_{l,e} p_{l,e} >= theta in every layer l,   memory(x) <= alpha M
 
-Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders; rows of
-routers likewise. Stage 2,
-when a client's training stalls: S are the K clients whose activation is most similar (cosine), n = mean number of experts of S
-minus its own; the n best experts outside its sub-model are added, or its |n| worst dropped, by
+Modular aggregation: an expert that nobody holds is kept, of one holder copied, of several the mean among its holders; a row of
+a router goes with its expert. Stage 2, when a client's training stalls: S are the K clients whose activation is most similar
+(cosine), n = mean number of experts of S minus its own; the n best experts outside its sub-model are added, or its |n| worst
+dropped, by
 
     phat_{l,e} = sum_{a in S} sim(a) p_{l,e}(a) / sum_{a in S} sim(a)
 
-If that does not help, it is reverted and the sub-model stays as it is for good. A sub-model's router has the rows of its
-experts alone, so its softmax is over these. The local objective has the Switch balance loss of the sub-model (`balance_loss`;
-the coefficient of the paper is not known, Switch's is 0.01).
+If that does not help, it is reverted and the sub-model stays as it is for good. The local objective has the Switch balance loss
+(`balance_loss`; the coefficient of the paper is not known, Switch's is 0.01).
 
 COMPLETION. Memory is counted in experts over all layers, L times the tier's experts, because every expert's adapters weigh the
-same; every layer keeps `least`, so that top-k is defined. The search may use `memory_share` (alpha) of it and stage 2 the rest:
+same; every layer keeps `least`, so that top-k is defined. A sub-model's router has the rows of its experts alone: its softmax,
+and its balance loss, are over these. The search may use `memory_share` (alpha) of it and stage 2 the rest:
 where the search has filled everything, nothing could ever be added. What alpha leaves between the best theta and its slots goes
 to the largest p. p is the mean softmax score per token and not the share of routed slots, because afterwards a client routes
 to experts that it holds alone, while the paper still sends p of all. Loss (mean of the first and the last step's) takes the
@@ -32,8 +32,8 @@ used or not.
 
 Limits. A router is one block: where routers are trained, sums are twice as large, so that each row is the mean of its holders',
 and the bytes of a client's report count all rows. Every expert's weights stay where they are, on its rank of the cluster: a
-sub-model saves compute, and what a client would send, not memory here. The server
-knows 3 L E numbers of every client that was trained, on every rank: 25 KB for 16 layers of 64 experts.
+sub-model saves compute, and what a client would send, not memory here. The server knows 3 L E numbers of every client that was
+trained, on every rank: 25 KB for 16 layers of 64 experts.
 """
 
 from __future__ import annotations
