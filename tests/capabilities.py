@@ -192,7 +192,10 @@ MODES: dict[str, Mapping[str, Any]] = {
     "feddyn": {"local": {"drift": "feddyn", "proximal": 0.5}},
     "fedams": {"server": {"optimizer": "fedams", "lr": 0.01}},
     "synchronous": {"devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "dropout": 0.3}},
-    "deadline": {"devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "aggregation": "deadline", "over_selection": 1.5}},
+    "deadline": {
+        "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "aggregation": "deadline", "over_selection": 2.0},
+        "federation": {"participation": 0.5},
+    },
     "buffered": {
         "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "aggregation": "buffered", "buffer": 2, "concurrency": 3},
     },

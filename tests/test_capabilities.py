@@ -4,16 +4,19 @@ why they do not go together."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from capabilities import FEATURES, MODES, covering, method_of, pairs
+from every import every
 from federations import alone, finish, make_config, run_alone, write_inputs
 from test_methods_resume import StopsAfter, start
 
 from fedmoe_ds.clients import local_training
 from fedmoe_ds.config import Config
+from fedmoe_ds.devices.work import span_of
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import run_spec
 from fedmoe_ds.federation.device_check import check_devices
@@ -30,13 +33,13 @@ SMALL: dict[str, Any] = {
 }
 MODEL: dict[str, Any] = {"hidden_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 LATE = "start from adapters of past rounds"
-OWN_ROUNDS = "method probe plans itself who takes part in a round; use synchronous"
+OWN_ROUNDS = "method probe plans itself who takes part in a round; use synchronous or deadline"
 OWN_CLOCK = "method probe plans with devices and a channel of its own"
 NO_MEAN = "`combine` "
 DUALS = "adds dual variables to a weighted mean of adapters"
 REFUSED: dict[str, dict[str, str]] = {
     "spending": dict.fromkeys(("synchronous", "deadline", "buffered"), OWN_CLOCK),
-    "plan": dict.fromkeys(("deadline", "buffered"), OWN_ROUNDS),
+    "plan": {"buffered": OWN_ROUNDS},
     "delay": {"scaffold": LATE, "feddyn": LATE, "factors": LATE, "buffered": "says itself how late its clients are"},
     "buffered": {"scaffold": LATE, "feddyn": LATE, "factors": LATE},
     "feddyn": dict.fromkeys(("changes", "shares", "elements", "after the mean"), DUALS),
@@ -50,7 +53,7 @@ REFUSED: dict[str, dict[str, str]] = {
 """By two features, what the line says that refuses them."""
 REFUSALS = {frozenset((one, other)): line for one, others in REFUSED.items() for other, line in others.items()}
 ROWS = covering([pair for pair in pairs() if pair not in REFUSALS])
-QUICK = (0, 1, 4, 6)
+QUICK = (0, 3, 4, 6)
 """What `make test` runs, plans and devices among it; the rest, with `make test-sweep`."""
 
 
@@ -128,6 +131,23 @@ def test_a_prefix_that_is_not_trained_costs_nothing_and_changes_nothing(
     monkeypatch.setattr(local_training, "first_trained", lambda works, bank: 0)
     through = run_alone(config_of(root, "through", [*features, "recomputed"], {"execution": {"clients_in_flight": 1}}))
     assert kept.digest == again.digest == through.digest and kept.scores() == again.scores() == through.scores()
+
+
+def test_a_plan_says_how_long_clients_take_and_who_is_late(root: Path, probe: Any) -> None:
+    """Of four that are asked it takes three, for a step or two, and the first two of them to arrive are trained."""
+    features = ["plan", "deadline"]
+    probe(features)
+    result = run_alone(config_of(root, "late", features, {"devices": {"availability": "always"}}))
+    rows = [event for event in result.events if event["event"] == "client"]
+    clock = result.parts.clock
+    assert clock is not None
+    for number in (1, 2):
+        own = {int(row["client"][-3:]): row for row in rows if row["round"] == number}
+        assert sorted(row["status"] for row in own.values()) == ["late", "ok", "ok"]
+        works = {index: clock.work(replace(result.parts.clients[index], steps=1 + index % 2)) for index in own}
+        seconds = {index: span_of(clock.fleet[index].profile, work).total for index, work in works.items()}
+        assert [own[index]["status"] for index in sorted(own, key=lambda index: seconds[index])] == ["ok", "ok", "late"]
+        assert every(row["steps"] == (1 + index % 2 if row["status"] == "ok" else 0) for index, row in own.items())
 
 
 @pytest.mark.parametrize("weights", ["changes", "shares", "elements"])

@@ -22,10 +22,13 @@ def check_devices(config: Config, method: Method) -> None:
             f"devices: method {name} trains one client that has everybody's data, and nobody has its device; drop the section"
         )
     place = f"devices.aggregation: {devices.aggregation}"
-    if devices.aggregation != "synchronous" and type(method).plan is not Method.plan:
-        raise UserError(f"{place}: method {name} plans itself who takes part in a round; use synchronous, or another method")
     if devices.aggregation != "buffered":
         return
+    if type(method).plan is not Method.plan:
+        # Whoever arrives was asked in another round, whose plan is over.
+        raise UserError(
+            f"{place}: method {name} plans itself who takes part in a round; use synchronous or deadline, or another method"
+        )
     refuse_delays(place, config, method.averages and not method.collects)
     if method.most_delay:
         raise UserError(

@@ -27,6 +27,7 @@ from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import draw, masses, participant_count
 from fedmoe_ds.federation.schedule import participants_per_round
 from fedmoe_ds.federation.traffic import Traffic
+from fedmoe_ds.methods import Method
 from fedmoe_ds.randomness import generator
 
 Report = dict[str, Any]
@@ -72,7 +73,8 @@ class VirtualClock:
         if self.buffered and config.buffer > count:
             raise UserError(f"devices.buffer: {config.buffer}: there are {count} clients; use at most these")
         limit = config.deadline_s if config.aggregation == "deadline" else None
-        if limit is None:
+        # A method that plans may ask for less than the configuration does.
+        if limit is None or type(self.spec.method).plan is not Method.plan:
             return
         # The first client that is fast enough ends the search.
         spans = (span_of(self.fleet[i].profile, self._predicted(i)).total for i in range(count))
@@ -83,9 +85,10 @@ class VirtualClock:
             )
 
     def _predicted(self, index: int) -> Work:
-        return self._work(self.clients[index])
+        return self.work(self.clients[index])
 
-    def _work(self, client: Client) -> Work:
+    def work(self, client: Client) -> Work:
+        """What a client is predicted to do in a round, as it is planned with."""
         return Work(self.spec.cost.client(client, self.spec.config.local), *self.traffic.of(client.rank))
 
     def facts(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class VirtualClock:
             return None
 
         def works(asked: Sequence[int]) -> dict[int, Work]:
-            return {one.index: self._work(one) for one in planned(round_index, [self.clients[index] for index in asked])}
+            return {one.index: self.work(one) for one in planned(round_index, [self.clients[index] for index in asked])}
 
         return works
 

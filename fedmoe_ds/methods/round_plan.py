@@ -48,7 +48,7 @@ class PlanContext:
     Attributes:
         round: from 1.
         drawn: the clients that sampling gives, in canonical order; of simulated devices those that are asked, of whom some may
-            be lost on the way.
+            be lost or late.
         clients: all clients of the federation.
         memories: what the server knows, by client index, of those that have been trained before this round.
         load: of one of the drawn clients.
