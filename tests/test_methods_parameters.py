@@ -242,7 +242,7 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"server": {"optimizer": "fedadagrad", "beta2": 0.5}}, {"server": {"optimizer": "fedams"}}),
     ({"server": {"optimizer": "fedavgm", "tau": 0.5}}, {"server": {"optimizer": "fedyogi"}}),
     ({"data": {"validation": "v.jsonl", "global_holdout": 0.1}}, {"data": {"validation": None}}),
-    ({"execution": {"expert_halves": "always"}}, {"topology": {"ep_size": 2}}),
+    ({"execution": {"expert_halves": True}}, {"topology": {"ep_size": 2}}),
 ]
 
 

@@ -44,7 +44,9 @@ def work(rank: int, root: Path, turns: dict[int, list[str]]) -> dict[tuple[str, 
         for number, variant in enumerate(variants):
             # Every other one with a single client in flight: where experts are shared, the other ranks are home to nobody.
             flight = 1 if ep_size > 1 and number % 2 else 8
-            place = {"topology": {"ep_size": ep_size}, "execution": {"clients_in_flight": flight}}
+            # And every other two with rows that travel in halves.
+            how = {"clients_in_flight": flight, "expert_halves": ep_size > 1 and number % 4 < 2}
+            place = {"topology": {"ep_size": ep_size}, "execution": how}
             config = variant_config(root, variant, f"{runtime.world_size}-{ep_size}", THINNED, place)
             result = thinned(config, runtime, build_topology(config.topology, runtime))
             found[variant, ep_size] = (result.digest, result.scores(), result.parts.state.clock)

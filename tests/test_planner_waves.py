@@ -61,8 +61,8 @@ class OneByOne:
         self.held = in_flight * self.model.expert + self.home * self.model.dense
         self.compute, self.cores = self.model.compute, self.model.cores
         self.spent: Table = defaultdict(float)
-        gpu, cut = job.device == "cuda", job.expert_layout.num_experts // ep_size > 1
-        self.parts = 2 if gpu and ep_size > 1 and cut else 1
+        cut = ep_size > 1 and job.expert_layout.num_experts // ep_size > 1
+        self.parts = 1 + (cut and job.config.execution.expert_halves)
         self.rows_s = self.products_s = 0.0
 
     def run(self, waves: list[Wave]) -> Table:
@@ -76,7 +76,7 @@ class OneByOne:
                 for step in range(steps):
                     self._step(part, step, blocks)
             # A half's way hides behind the other's products, as far as these reach.
-            self.spent["all_to_all"] -= min(self.rows_s / 2, self.products_s) * (self.parts == 2)
+            self.spent["all_to_all"] -= min(self.rows_s / 2, self.products_s) * (self.parts == 2 and self.job.device == "cuda")
             self._optimizer(wave, steps)
             self._before_and_after(wave)
         return dict(self.spent)
@@ -147,14 +147,17 @@ class OneByOne:
     st.integers(1, 6),
     st.integers(0, 99),
     st.booleans(),
+    st.booleans(),
 )
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_waves_at_once(
-    small: Job, drawn: list[tuple[int, int]], place: tuple[int, int], in_flight: int, seed: int, gpu: bool
+    small: Job, drawn: list[tuple[int, int]], place: tuple[int, int], in_flight: int, seed: int, gpu: bool, halves: bool
 ) -> None:
     ep_size, ranks = place
     hardware, world = load_hardware("a100" if gpu else "cpu"), World(1, ranks)
-    job = with_clients(replace(small, device=hardware.kind), [n for n, _ in drawn], [cap for _, cap in drawn], seed)
+    execution = small.config.execution.model_copy(update={"expert_halves": halves})
+    base = replace(small, device=hardware.kind, config=small.config.model_copy(update={"execution": execution}))
+    job = with_clients(base, [n for n, _ in drawn], [cap for _, cap in drawn], seed)
     costs = ClientCosts.of(job, hardware, ranks, 1)
     plan = schedule(costs.chosen, job.cost, job.config.local, ranks // ep_size, ep_size, in_flight)
     most = max(sum(map(len, wave)) for waves in plan for wave in waves)

@@ -46,33 +46,33 @@ class Job(NamedTuple):
     ep_size: int
     variant: str
     in_flight: int | None = 8
-    halves: str = "auto"
+    halves: bool = False
 
 
 ON_FOUR = [
     Job(1, "base"),
     Job(2, "base"),
-    Job(4, "base", 1, "always"),
-    Job(2, "router", halves="always"),
+    Job(4, "base", 1, True),
+    Job(2, "router", halves=True),
     Job(4, "bfloat16 moments", 2),
-    Job(4, "fast", 2, "always"),
+    Job(4, "fast", 2, True),
     Job(2, "packed", 2),
 ]
 MORE_ON_FOUR = [
     Job(4, "base"),
-    Job(2, "base", None, "always"),
+    Job(2, "base", None, True),
     Job(2, "base", 2),
     Job(2, "rank 2"),
-    Job(2, "no attention", halves="always"),
+    Job(2, "no attention", halves=True),
     Job(2, "fast"),
 ]
 ON_TWO = [
     Job(1, "base"),
     Job(2, "base"),
     Job(1, "base", 1),
-    Job(2, "base", 2, "always"),
+    Job(2, "base", 2, True),
     Job(2, "bfloat16 moments", 1),
-    Job(2, "packed", halves="always"),
+    Job(2, "packed", halves=True),
 ]
 ON_ONE = [
     Job(1, "base", 1),

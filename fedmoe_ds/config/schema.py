@@ -194,11 +194,10 @@ class ExecutionConfig(Section):
         description="low-rank products; auto: own C++ on CPU; on CUDA Triton's kernels where Triton is installed, else torch's "
         "grouped products. Triton's are checked in its interpreter and compiled for sm_80, sm_90 and sm_100, never timed",
     )
-    expert_halves: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="always: rows travel in two halves, by experts; the products of one are computed while the other travels. "
-        "Changes no bit. auto: on CUDA with topology.ep_size above 1, unless something else is computed meanwhile (shared "
-        "experts, or the block beside adapter experts)",
+    expert_halves: bool = Field(
+        False,
+        description="with topology.ep_size above 1, rows travel in two halves, by experts: products of one are computed while "
+        "the other travels; changes no bit. For large passes of GPUs on several hosts: fedmoe plan says what it is worth",
     )
 
 

@@ -28,7 +28,7 @@ def execution_of(spec: RunSpec, topology: Topology, in_flight: int, device: torc
         in_flight,
         merge=spec.shares_passes,
         shard=topology.shard,
-        in_halves=spec.in_halves,
+        in_halves=config.execution.expert_halves,
     )
     # Sized once for the largest wave: a buffer that grew later could fail in the middle of a run. Expert blocks have slots for
     # all clients of the wave, dense ones only for those at home on this rank.

@@ -76,14 +76,6 @@ class RunSpec:
         return shares_passes(self.config, self.model_type, self.device)
 
     @property
-    def in_halves(self) -> bool:
-        """Whether rows that travel do so in two halves, one of which is computed meanwhile."""
-        asked, moe = self.config.execution.expert_halves, self.config.adapters.moe
-        # Shared experts, or the block beside adapter experts, are computed meanwhile in any case. On a CPU nothing is: its
-        # cores carry the messages.
-        return asked == "always" or (asked == "auto" and self.device == "cuda" and not self.size.layer.shared and moe is None)
-
-    @property
     def row_bytes(self) -> int:
         """Bytes of a number between the products of a pass."""
         apart = is_batch_invariant(self.model_type, self.config.foundation.dtype, self.device)

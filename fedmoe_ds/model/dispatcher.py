@@ -140,7 +140,8 @@ def _travel_order(experts_N: Tensor, pool: Pool) -> Tensor:
     """Numbers of experts, those of second halves behind all others: [0, H x E)."""
     if len(pool.parts) == 1:
         return experts_N
-    return experts_N + pool.num_experts * (experts_N % pool.local_experts >= pool.parts[1].start)
+    second_N: Tensor = experts_N % pool.local_experts >= pool.parts[1].start
+    return experts_N + pool.num_experts * second_N
 
 
 def _kept_places(routing: Routing) -> Tensor:

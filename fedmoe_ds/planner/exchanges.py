@@ -21,7 +21,8 @@ Amount = Any
 
 def parts_of(job: Job, ep_size: int) -> int:
     """In how many parts a layer's rows travel."""
-    return len(halves(job.expert_layout.num_experts // ep_size)) if job.in_halves and ep_size > 1 else 1
+    asked = job.config.execution.expert_halves and ep_size > 1
+    return len(halves(job.expert_layout.num_experts // ep_size)) if asked else 1
 
 
 def exchanged(job: Job, training: bool, routed: Amount, parts: int = 1) -> tuple[float, Amount]:

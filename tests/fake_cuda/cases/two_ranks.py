@@ -33,6 +33,7 @@ RANKS = 2
 HALVED = Shape("halved", experts=8, hidden=64, ffn=32, layers=3, heads=2, vocab=320, top_k=4)
 ENDS = {"case_a_lost_rank_ends_the_others": [-9, 76]}
 
+HALVES: dict[str, Any] = {"execution": {"expert_halves": True}}
 ROUND: dict[str, Any] = {
     "execution": {"reproducible": "fast", "clients_in_flight": 4},
     "federation": {"rounds": 1},
@@ -216,14 +217,16 @@ def case_two_clusters(fake: Any) -> None:
 
 
 def case_state_of_clients(fake: Any) -> None:
-    assert_as_on_the_cpu(run_here(config_of("scaffold", 2)), "scaffold")
+    """Where rows travel in halves, too."""
+    assert_as_on_the_cpu(run_here(config_of("scaffold", 2, HALVES)), "scaffold")
 
 
 def case_garbage_in_empty_groups(fake: Any) -> None:
     """As sm_100 leaves it, in the type that GPUs multiply; one client trains, so that a rank has no rows of its own. That rank
-    waits for no more than the other, forward and backward."""
+    waits for no more than the other, forward and backward, though rows travel in halves."""
     fake.COUNT.empty_groups = "garbage"
-    few = {"federation": {"participation": 0.1}, "foundation": {"dtype": "bfloat16"}, "adapters": {"rank": 8}}
+    few: dict[str, Any] = {"federation": {"participation": 0.1}, "foundation": {"dtype": "bfloat16"}, "adapters": {"rank": 8}}
+    few["execution"] = HALVES["execution"]
     with passes_of(fake) as passes:
         result = run_here(config_of("flame", 2, few))
     assert not world().is_main or every(loss < 100.0 for loss in losses(result))
