@@ -194,11 +194,12 @@ class Journal:
         timer: PhaseTimer,
         trainer: WaveTrainer,
         waves: int,
+        planned: Mapping[str, Any],
         virtual: Mapping[str, Any] | None = None,
     ) -> None:
         """Client, expert and round rows of a finished round; the trainer tells the phases inside its waves, and its rate.
 
-        `virtual`: what the round was on simulated devices.
+        `planned`: what is said of its plan; `virtual`: what it was on simulated devices.
         """
         dropped = [client["client"] for client in clients if client["status"] != OK]
         reasons = sorted({client["status"] for client in clients} - {OK})
@@ -221,6 +222,7 @@ class Journal:
             "collectives": activity.take(),
             "waves": waves,
             "lr": trainer.round_rate(round_index),
+            **planned,
             **(virtual or {}),
         }
 

@@ -292,7 +292,8 @@ class Federation:
         done = [work.partial.done[client.index] for client in work.chosen]
         if settled is not None:
             done, virtual = settled.rows, settled.fields
-        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest, virtual)
+        planned = self.parts.planning.fields(work.index)
+        self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest, planned, virtual)
 
     def _tell_averaged(self, work: _Round) -> None:
         """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""

@@ -7,6 +7,7 @@ name and meaning within a minor version, wherever in the package it moves.
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
+from fedmoe_ds.clients.balanced_assignment import balanced, load_bounds
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.expert_budgets import add_best, best, cover, drop_worst, scattered
@@ -27,7 +28,7 @@ from fedmoe_ds.methods.registry import load_method, method_for, method_names, wi
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
-from fedmoe_ds.model.moe_layer import RESCALER
+from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
 from fedmoe_ds.model.objective import LocalStep, Objective, Predictions, Targets, TokenRouting
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
@@ -39,6 +40,7 @@ __all__ = [
     "EXPERT_LOSS",
     "EXPERT_TARGETS",
     "RESCALER",
+    "ROUTER",
     "Assignment",
     "Band",
     "BlockSpec",
@@ -71,6 +73,7 @@ __all__ = [
     "Weighing",
     "add_best",
     "balance_loss",
+    "balanced",
     "best",
     "computing_joules",
     "counts_of",
@@ -80,6 +83,7 @@ __all__ = [
     "fading",
     "generator",
     "leading",
+    "load_bounds",
     "load_method",
     "loss_per_expert",
     "method_for",

@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmoe_ds.methods import (
+    ROUTER,
     Assignment,
     BlockSpec,
     Client,
@@ -47,9 +48,6 @@ from fedmoe_ds.methods import (
     UserError,
     leading,
 )
-
-# Methods import from fedmoe_ds.methods alone, which does not export the router's block; this is its canonical name.
-ROUTER = "router.weight"
 
 
 class HFedMoEParams(MethodParams):

@@ -39,13 +39,15 @@ _COMBINATIONS = """\
 
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `fedex-lora`, `lora-fair`, `local-only`, `centralised`), control or dual variables where the adapters'
-coordinates or weights change every round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen
-router, `flame` on a dense model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or
-`local.balance_loss`.
+coordinates or weights change every round, unequal ranks where A and B are averaged element by element, `hfedmoe` and
+`flex-moe` with a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an
+auxiliary loss of `fft-moe`, or `local.balance_loss`.
 
 What it costs: `flexlora`, `flora`, `fedex-lora` and `lora-fair` keep the factors of all participants of a round on every rank
-that holds the adapter; `fedsa-lora`, `local-only`, `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep personal blocks of
-every client that was trained, each in one cluster. The sums of `ewwa-fl` are twice those of a mean.
+that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep
+personal blocks of every client that was trained, each in one cluster. The sums of `ewwa-fl` are twice those of a mean.
+`flex-moe` keeps three numbers per expert and layer of every client that was trained on all ranks, and all of them solve its
+programs before a round: of 1 000 participants, 64 experts and 16 layers in about a second.
 """
 _ADDING = '''\
 ## Adding a method

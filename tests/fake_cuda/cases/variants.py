@@ -19,7 +19,7 @@ NAMES = {
         "lora-fair", "ffa-lora", "fedsa-lora", "local-only", "centralised", "moments", "fedprox", "scaffold", "scaffold-rows",
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
-        "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl",
+        "flex-moe", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
     "case_losses_are_the_cpu_s": ["flame", "fft-moe", "losses"],
