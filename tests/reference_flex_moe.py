@@ -23,7 +23,7 @@ Place = tuple[int, int]
 
 
 class FlexMoE(FedIT):
-    """Options: alpha, beta, tolerance, kappa, and `sizes`: samples of every client."""
+    """Options: alpha, beta, tolerance, kappa, seed, and `experts`: how many every client holds."""
 
     own = ("router.weight",)
 
@@ -45,7 +45,7 @@ class FlexMoE(FedIT):
         """Who holds what: bool [L, E] by client."""
         shape = self.reference.layers, self.reference.experts
         held = {task.index: np.zeros(shape, dtype=bool) for task in tasks}
-        budgets = {task.index: task.experts for task in tasks}
+        budgets = {task.index: self.options["experts"][task.index] for task in tasks}
         for layer in range(shape[0]):
             values = {task.index: [self.value(task.index, (layer, e)) for e in range(shape[1])] for task in tasks}
             for index, row in self.program(values, budgets).items():
