@@ -108,7 +108,6 @@ class Reference:
         # In the place of cross-entropy: (logits, right tokens) of all targets of a step -> what is minimised, summed over them.
         self.objective: Callable[[Tensor, Tensor], Tensor] | None = None
         self.margin = math.inf  # smallest distance between a chosen and the next score: how near routing was to a tie
-        self.held: np.ndarray | None = None  # bool [L, E]: the experts that tokens may go to
         for index, layer in enumerate(self.model.model.layers):
             layer.mlp = _Block(layer.mlp, index, self)
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -135,7 +134,10 @@ class Reference:
         logits_TE = x_TD @ run.adapters.get(f"layers.{layer}.router.weight", gate_ED).T
         run.logits.setdefault(layer, []).append(logits_TE)
         probs_TE = logits_TE.softmax(-1)
-        chosen_TK = self._chosen(layer, probs_TE.detach())
+        ranked_TE = probs_TE.detach().sort(descending=True).values
+        if run.cap < self.experts:
+            self.margin = min(self.margin, float((ranked_TE[:, run.cap - 1] - ranked_TE[:, run.cap]).min()))
+        chosen_TK = probs_TE.topk(run.cap).indices
         y_TD = torch.zeros_like(x_TD)
         for expert in range(self.experts):
             rows = (chosen_TK == expert).any(1).nonzero().squeeze(1)
@@ -150,16 +152,6 @@ class Reference:
                 out = out.detach()
             y_TD = y_TD.index_add(0, rows, out)
         return y_TD * run.rescalers[layer] * run.factor
-
-    def _chosen(self, layer: int, probs_TE: Tensor) -> Tensor:
-        """The experts of every token: the best `cap` of those that may be chosen."""
-        assert self.running is not None
-        may_E = torch.ones(self.experts, dtype=torch.bool) if self.held is None else torch.from_numpy(self.held[layer])
-        ranked_TE, order_TE = probs_TE.masked_fill(~may_E, -1.0).sort(descending=True)
-        count, most = min(self.running.cap, int(may_E.sum())), int(may_E.sum())
-        if count < most:
-            self.margin = min(self.margin, float((ranked_TE[:, count - 1] - ranked_TE[:, count]).min()))
-        return order_TE[:, :count]
 
     def _adapted(self, x: Tensor, weight: Tensor, key: str) -> Tensor:
         assert self.running is not None
@@ -183,11 +175,11 @@ class Reference:
         """Switch's load balance and ST-MoE's z-loss over the sequences since `logits` was cleared, mean over layers."""
         assert self.running is not None
         total = []
-        for layer, logits in self.running.logits.items():
+        for logits in self.running.logits.values():
             logits_TE = torch.cat(logits)
             probs_TE = logits_TE.softmax(-1)
             routed = torch.zeros(self.experts, dtype=torch.float64)
-            for row in self._chosen(layer, probs_TE.detach()):
+            for row in probs_TE.detach().topk(self.running.cap).indices:
                 routed[row] += 1
             balance = self.experts * (routed / routed.sum() * probs_TE.mean(0)).sum()
             z = logits_TE.logsumexp(-1).square().mean()

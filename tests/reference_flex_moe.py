@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from reference import Adapters, Task, Trained
 from reference_methods import FedIT, Returned
 from replay import Replay
@@ -101,11 +104,35 @@ class FlexMoE(FedIT):
                             targets[layer, expert] += 1
             return nll_N.sum()
 
-        self.reference.objective, self.reference.held = objective, held_LE
+        reference: Any = self.reference
+        reference.objective, reference.mixture = objective, partial(self.mixture, held_LE)
         result = super().local(task, received)
-        self.reference.objective = self.reference.held = None
+        reference.objective = None
+        del reference.mixture  # what is left is the class's own
         self.notes = {"loss": losses, "targets": targets}
         return result
+
+    def mixture(
+        self, held_LE: np.ndarray, layer: int, gate_ED: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, x_TD: Tensor
+    ) -> Tensor:
+        """sum_j p_j E_j(x) over those of the held experts with the largest p = softmax(W x), of all experts."""
+        run, adapted = self.reference.running, self.reference._adapted
+        assert run is not None
+        logits_TE = x_TD @ run.adapters[f"layers.{layer}.router.weight"].T
+        run.logits.setdefault(layer, []).append(logits_TE)
+        probs_TE, held = logits_TE.softmax(-1), torch.from_numpy(np.flatnonzero(held_LE[layer]))
+        ranked_TH, order_TH = probs_TE.detach()[:, held].sort(descending=True)
+        if run.cap < len(held):
+            self.margin = min(self.margin, float((ranked_TH[:, run.cap - 1] - ranked_TH[:, run.cap]).min()))
+        chosen_TK, y_TD = held[order_TH[:, : run.cap]], torch.zeros_like(x_TD)
+        for expert in held.tolist():
+            rows = (chosen_TK == expert).any(1).nonzero().squeeze(1)
+            run.counts[layer, expert] += len(rows)
+            key = f"layers.{layer}.experts.{expert}"
+            gate, up = adapted(x_TD[rows], w13_EFD[expert], f"{key}.gate_up").chunk(2, dim=-1)
+            out = adapted(F.silu(gate) * up, w2_EDF[expert], f"{key}.down")
+            y_TD = y_TD.index_add(0, rows, probs_TE[rows, expert, None] * out)
+        return y_TD
 
     def step(self, returned: list[Returned], fresh: Adapters) -> None:
         super().step(returned, fresh)

@@ -277,11 +277,11 @@ def moving(parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((key, value) for key, spec, value in bank.items(0) if spec.expert)
 
 
-def trained(config: Any) -> dict[str, torch.Tensor]:
-    """Everything that two rounds leave behind."""
+def trained(config: Any, rounds: int = 2) -> dict[str, torch.Tensor]:
+    """Everything that these rounds leave behind."""
     parts, journal = build(config, *alone())
     federation = Federation(parts, journal)
-    for round_index in (1, 2):
+    for round_index in range(1, rounds + 1):
         assert not federation._round(round_index)
     journal.close()
     return {f"{name}.{key}": value for name, values in found(parts).items() for key, value in values.items()}

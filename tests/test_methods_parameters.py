@@ -35,6 +35,12 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("hfedmoe", {"beta": 5.0}, {"rank_by": "importance", "beta": 0.1}),
     ("hfedmoe", {}, {"participation": "usage"}),
     ("hfedmoe", {}, {"gate": "data"}),
+    ("flex-moe", {}, {"alpha": 0.1}),
+    ("flex-moe", {"alpha": 0.2, "kappa": 0.0}, {"beta": 0.9}),
+    ("flex-moe", {"alpha": 0.2}, {"tolerance": None}),
+    ("flex-moe", {"alpha": 0.2}, {"kappa": 0.0}),
+    ("flex-moe", {}, {"score": "random"}),
+    ("flex-moe", {"score": "random"}, {"alpha": 9.0}),
     ("hetlora", {"penalty": 0.5}, {"gamma": 0.5}),
     ("hetlora", {"gamma": 0.5}, {"penalty": 0.5}),
     ("hetlora", {"gamma": 0.5, "penalty": 2.0}, {"pruning": False}),
@@ -100,6 +106,10 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
+LONGER: dict[str, tuple[int, dict[str, Any]]] = {
+    "flex-moe": (4, {"federation": {"tiers": [{"experts": 6, "share": 1.0}, {"experts": 5, "share": 1.0}]}}),
+}
+"""Methods that need more than two rounds, or other tiers."""
 WIDE: dict[str, Any] = {"adapters": {"rank": 8}, "federation": {"participation": 1.0}}
 
 
@@ -130,18 +140,19 @@ def test_every_parameter_has_an_effect_with_these_adapters(root: Path, adapters:
 
 
 def has_effect_or_is_refused(root: Path, i: int, adapters: str) -> bool:
-    """True where it had an effect on what two rounds leave behind."""
+    """True where it had an effect on what the rounds leave behind."""
     name, given, change = CHANGES[i]
     case = Case(name, "none", "fedavg", "uniform", adapters)
     if case.refused():
         adapters = "beside" if name == "fft-moe" else "router"
         case = case._replace(adapters=adapters)
     results = []
+    rounds, slow = LONGER.get(name, (2, {}))
     for tag, params in (("without", given), ("with", given | change)):
-        config = config_of(root, case, f"{tag}-{i}", WIDE)
+        config = config_of(root, case, f"{tag}-{i}", WIDE, slow)
         config = config.model_copy(update={"method": type(config.method)(name=name, **params)})
         try:
-            results.append(trained(config))
+            results.append(trained(config, rounds))
         except UserError as refusal:
             asked = change if tag == "with" else given  # what both are told may itself be refused with these adapters
             assert str(refusal).startswith(tuple(f"method.{key}: " for key in asked)), refusal

@@ -26,8 +26,10 @@ draw below 0.001, so that clients do not all begin with the first ones. An evalu
 last, and all of them where it has trained none. `score: random` draws Q anew for every client and round; no bounds and kappa 0
 are the greedy choice of the best k_c.
 
-Limits. Every rank solves the same programs before every round. Every expert's weights stay where they are, on its rank of the
-cluster: few experts save what a client would send, and compute where they are fewer than its token activates, not memory here.
+Limits. Where a client holds no more experts than its token activates, all of them serve all of its tokens and have one fitness.
+Where alpha_L l is far above one, fitness is near zero for all, and what was missed decides. Every rank solves the same programs
+before every round. Every expert's weights stay where they are, on its rank of the cluster: few experts save what a client would
+send, and compute where they are fewer than its token activates, not memory here.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ LEAST = 2.0**-1000
 class FlexMoEParams(MethodParams):
     """Fitness and loads; the paper's values are not known."""
 
-    alpha: float = Field(1.0, gt=0, description="alpha_L: how fast fitness falls with the loss")
+    alpha: float = Field(1.0, gt=0, description="alpha_L: how fast fitness falls with the loss; about 1 / loss")
     beta: float = Field(0.3, gt=0, le=1, description="share of the last round in the fitness")
     tolerance: float | None = Field(
         0.1, ge=0, le=100, description="d: how far loads may be from their mean; null: as far as they go"
