@@ -35,7 +35,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("hfedmoe", {"beta": 5.0}, {"rank_by": "importance", "beta": 0.1}),
     ("hfedmoe", {}, {"participation": "usage"}),
     ("hfedmoe", {}, {"gate": "data"}),
-    ("flex-moe", {}, {"alpha": 0.1}),
+    ("flex-moe", {"kappa": 0.02}, {"alpha": 5.0}),
     ("flex-moe", {"alpha": 0.2, "kappa": 0.0}, {"beta": 0.9}),
     ("flex-moe", {"alpha": 0.2}, {"tolerance": None}),
     ("flex-moe", {"alpha": 0.2}, {"kappa": 0.0}),
