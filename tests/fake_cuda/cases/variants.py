@@ -22,7 +22,7 @@ NAMES = {
         "flex-moe", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
-    "case_losses_are_the_cpu_s": ["flame", "fft-moe", "losses"],
+    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "fft-moe", "losses"],
 }  # fmt: skip
 
 MORE: dict[str, dict[str, Any]] = {
