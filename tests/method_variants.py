@@ -36,6 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}], "rounds": 3},
         "evaluation": EACH_CLIENT,
     },
+    "flex-moe": {
+        "method": {"name": "flex-moe"},
+        "adapters": {"router": "train"},
+        "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}]},
+        "evaluation": EACH_CLIENT,
+    },
     "hetlora": {"method": {"name": "hetlora"}},
     "flexlora": {"method": {"name": "flexlora"}},
     "flora": {"method": {"name": "flora"}},

@@ -18,6 +18,7 @@ from dense_inputs import write_dense
 from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
+from reference_flex_moe import ObservedFlexMoE
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
@@ -73,6 +74,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "fedit": ({}, Told(FedIT, {})),
     "hfedmoe": ({"tau_share": 0.8}, Told(ObservedHFedMoE, GATED, "experts")),
     "fed-moe": ({"profile_rounds": 1, "least": 1}, Told(ObservedFedMoE, {}, "experts")),
+    "flex-moe": ({}, Told(ObservedFlexMoE, {}, "experts")),
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
@@ -134,7 +136,7 @@ class Case(NamedTuple):
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method == "fed-moe" and self.adapters in ("attention", "plain"))
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
-            or (self.method == "hfedmoe" and self.adapters in ("frozen router", "attention", "plain"))
+            or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")
             or (plain and self.sampling == "budget")
         )

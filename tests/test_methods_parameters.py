@@ -37,6 +37,12 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("hfedmoe", {"beta": 5.0}, {"rank_by": "importance", "beta": 0.1}),
     ("hfedmoe", {}, {"participation": "usage"}),
     ("hfedmoe", {}, {"gate": "data"}),
+    ("flex-moe", {"kappa": 0.02}, {"alpha": 5.0}),
+    ("flex-moe", {"alpha": 0.2, "kappa": 0.0}, {"beta": 0.9}),
+    ("flex-moe", {"alpha": 0.2}, {"tolerance": None}),
+    ("flex-moe", {"alpha": 0.2}, {"kappa": 0.0}),
+    ("flex-moe", {}, {"score": "random"}),
+    ("flex-moe", {"score": "random"}, {"alpha": 9.0}),
     ("hetlora", {"penalty": 0.5}, {"gamma": 0.5}),
     ("hetlora", {"gamma": 0.5}, {"penalty": 0.5}),
     ("hetlora", {"gamma": 0.5, "penalty": 2.0}, {"pruning": False}),
@@ -115,8 +121,11 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
-LONGER: dict[str, tuple[int, dict[str, Any]]] = {"fed-moe": (4, {"local": {"lr": 1e-4}})}
-"""Methods that need more than two rounds, so slow that losses stall in them."""
+LONGER: dict[str, tuple[int, dict[str, Any]]] = {
+    "fed-moe": (4, {"local": {"lr": 1e-4}}),
+    "flex-moe": (4, {"federation": {"tiers": [{"experts": 6, "share": 1.0}, {"experts": 5, "share": 1.0}]}}),
+}
+"""Methods that need more than two rounds: so slow that losses stall in them, or with other tiers."""
 WIDE: dict[str, Any] = {"adapters": {"rank": 8}, "federation": {"participation": 1.0}}
 
 

@@ -24,6 +24,7 @@ MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
 
 NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
+    "flex-moe": [{"adapters": {"router": "train"}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
     "flood": [{"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
@@ -61,14 +62,14 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.attention: []: method {} works on LoRA pairs and there would be none; name attention projections",
     ),
     "no experts": (
-        {"hfedmoe", "fed-moe"},
+        {"flex-moe", "hfedmoe", "fed-moe"},
         {"adapters": {"experts": False}},
         "adapters.experts: false: method {} works on expert adapters; use adapters.experts=true",
     ),
     "no router": (
-        {"hfedmoe"},
+        {"flex-moe", "hfedmoe"},
         {"adapters": {"router": "frozen"}},
-        "adapters.router: frozen: method {} aggregates trained routers; use adapters.router=train",
+        "adapters.router: frozen: method {} needs trained routers; use adapters.router=train",
     ),
     "what is asked of a whole step": (
         {"hfedmoe", "fft-moe", "flood"},
@@ -204,7 +205,7 @@ COMMAND: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "frozen router": (
         {"method": {"name": "hfedmoe"}},
-        "error: adapters.router: frozen: method hfedmoe aggregates trained routers; use adapters.router=train",
+        "error: adapters.router: frozen: method hfedmoe needs trained routers; use adapters.router=train",
     ),
 }
 

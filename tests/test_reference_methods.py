@@ -16,6 +16,7 @@ import torch
 from every import every
 from federations import alone, build, finish, make_config, write_inputs
 from reference import Adapters, Reference, Settings
+from reference_flex_moe import FlexMoE
 from reference_inputs import TOLERANCE, check_equal, client_rank, fresh, initial, own_batches, tasks
 from reference_late import CCFAO
 from reference_methods import (
@@ -121,6 +122,19 @@ CASES = {
         {"profile": 1, "share": 0.8, "least": 1, "similar": 2, "patience": 1},
         buys="experts",
         rounds=4,
+    ),
+    "flex-moe": Case(
+        FlexMoE,
+        {
+            **method("flex-moe", alpha=0.3, beta=0.4),
+            "adapters": ROUTER,
+            # More experts than a token activates: those that serve all tokens have one and the same loss.
+            "federation": {"participation": 0.75, "rounds": 3, "tiers": [{"experts": e, "share": 1.0} for e in (13, 11, 9)]},
+        },
+        {},
+        {"alpha": 0.3, "beta": 0.4, "tolerance": 0.1, "kappa": 0.5},
+        buys="experts",
+        rounds=3,
     ),
     "hetlora-pruning": Case(
         HetLoRA,
@@ -288,6 +302,9 @@ def test_same_rounds(root: Path, name: str) -> None:
         assert (ranks[1] < ranks[0]).any(), "the last round trains fewer rows than the second"
     if isinstance(expected, FedMoE):
         check_sub_models(expected, parts)
+    if isinstance(expected, FlexMoE):
+        met = set.intersection(*({*plan} for plan in expected.plans))
+        assert any((expected.plans[0][index] != expected.plans[2][index]).any() for index in met), "fitness changes the plan"
     if isinstance(expected, Wireless):
         assert any(expected.queues.values()) and len(set(expected.plans)) == 2, "queues and fading change the second round"
 

@@ -201,6 +201,7 @@ def test_what_nobody_can_import() -> None:
 
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "flex-moe": {"adapters": {"router": "train"}},
     "hfedmoe": {"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}},
 }
 """What a method cannot do without."""

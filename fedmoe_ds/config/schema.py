@@ -107,8 +107,8 @@ class TierConfig(Section):
     """One budget tier: the FLOPs of `top_k` active experts per token, and the share or names of the clients under it.
 
     FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, on the number of experts that a batch may
-    train, or on the number of layers, take the fraction top_k / K of theirs, unless the tier says another number. Without
-    experts (plain LoRA on a dense foundation) K is 1, and tiers differ by rank or by layers.
+    train or a client holds, or on the number of layers, take the fraction top_k / K of theirs, unless the tier says another
+    number. Without experts (plain LoRA on a dense foundation) K is 1, and tiers differ by rank or by layers.
     """
 
     top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
@@ -117,7 +117,11 @@ class TierConfig(Section):
         None, min_length=1, description="the tier's clients by name; then every tier names its own, and none has a share"
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank of methods that spend the budget on it; default R * top_k / K")
-    experts: int | None = Field(None, ge=1, description="experts trained per batch (HFedMoE); default E * top_k / K")
+    experts: int | None = Field(
+        None,
+        ge=1,
+        description="experts trained per batch (HFedMoE), held per layer (FedMoE, FLEX-MoE); default E * top_k / K",
+    )
     layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
 
 

@@ -198,7 +198,7 @@ class Journal:
     ) -> None:
         """Client, expert and round rows of a finished round; the trainer tells the phases inside its waves, and its rate.
 
-        `more`: fields of what the round was on simulated devices, and of products that it moved into frozen weights.
+        `more`: fields of its plan, of what it was on simulated devices, and of products that it moved into frozen weights.
         """
         dropped = [client["client"] for client in clients if client["status"] != OK]
         reasons = sorted({client["status"] for client in clients} - {OK})

@@ -86,6 +86,11 @@ class RoundPlanning:
         """A client's part of the round's plan, or None."""
         return self.of(round_index).parts.get(client) if self.plans else None
 
+    def fields(self, round_index: int) -> dict[str, float]:
+        """What the round's record says of its plan."""
+        variation = self.of(round_index).load_variation if self.plans else None
+        return {} if variation is None else {"load_variation": variation}
+
     def memory(self, client: int) -> Memory:
         """What the server knows of a client; empty before it is trained."""
         known: Mapping[int, Memory] = self.personal.memories

@@ -289,7 +289,7 @@ class Federation:
         self.state.round = work.index
 
     def _report(self, work: _Round) -> None:
-        settled, more = work.settled, share_products(self.parts)
+        settled, more = work.settled, share_products(self.parts) | self.parts.planning.fields(work.index)
         done = [work.partial.done[client.index] for client in work.chosen]
         if settled is not None:
             done, more = settled.rows, settled.fields | more

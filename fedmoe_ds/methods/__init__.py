@@ -7,6 +7,7 @@ name and meaning within a minor version, wherever in the package it moves.
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
+from fedmoe_ds.clients.balanced_assignment import balanced, load_bounds
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.expert_budgets import add_best, best, cover, drop_worst, scattered
@@ -72,6 +73,7 @@ __all__ = [
     "Weighing",
     "add_best",
     "balance_loss",
+    "balanced",
     "best",
     "computing_joules",
     "counts_of",
@@ -81,6 +83,7 @@ __all__ = [
     "fading",
     "generator",
     "leading",
+    "load_bounds",
     "load_method",
     "loss_per_expert",
     "method_for",

@@ -44,15 +44,17 @@ A combination without a meaning is refused in one line before anything is loaded
 (`flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora`, `lora-fair`, `local-only`, `centralised`), control or dual
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain mean
 of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`), unequal ranks where A and B are averaged element
-by element, `hfedmoe` with a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where experts are not
-trained, micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
+by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, `fed-moe` where
+experts are not trained, micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
 `local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all participants
-of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep
-personal blocks of every client that was trained, each in one cluster. The sums of `ewwa-fl` and `flood` are twice those of a
-mean; `flood` holds the logits of a client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every
-client that was trained, `fed-moe` keeps three numbers per layer and expert on every rank.
+of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`, `scaffold`,
+`fedvra` and `feddyn` keep personal blocks of every client that was trained, each in one cluster. The sums of `ewwa-fl` and
+`flood` are twice those of a mean; `flood` holds the logits of a client's whole step; `cc-fao` keeps the global adapters of
+`max_delay` rounds. Of every client that was trained, `fed-moe` and `flex-moe` keep three numbers per layer and expert on every
+rank, and every rank solves `flex-moe`'s programs before a round: of 1 000 participants, 64 experts and 16 layers in about a
+second.
 """
 _ADDING = '''\
 ## Adding a method

@@ -26,9 +26,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
     if "experts" in method.needs and not adapters.experts:
         raise UserError(f"adapters.experts: false: method {name} works on expert adapters; use adapters.experts=true")
     if "router" in method.needs and adapters.router != "train" and adapters.moe is None:
-        raise UserError(
-            f"adapters.router: {adapters.router}: method {name} aggregates trained routers; use adapters.router=train"
-        )
+        raise UserError(f"adapters.router: {adapters.router}: method {name} needs trained routers; use adapters.router=train")
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     _check_dual_variables(method, name, config)

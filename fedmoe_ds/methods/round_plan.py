@@ -72,11 +72,14 @@ class RoundPlan:
         parts: by client index, whatever the method wants to tell it; it comes back as `RoundContext.plan` and
             `ClientUpdate.plan`.
         spending: by client index, where the method `accounts` for time and energy.
+        load_variation: coefficient of variation, over the experts of a layer, of how many participants hold each of them; the
+            mean over layers. For the record, where the method deals experts.
     """
 
     participants: Sequence[Client]
     parts: Mapping[int, Any] = field(default_factory=dict)
     spending: Mapping[int, Spending] = field(default_factory=dict)
+    load_variation: float | None = None
 
 
 @dataclass(frozen=True)

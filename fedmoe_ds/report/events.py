@@ -252,6 +252,7 @@ class _Round(_Fields):
     tokens_per_s: Amount | None = None
     seconds: Seconds | None = None
     weight_entropy: Number | None = None
+    load_variation: Amount | None = None
     phases: dict[str, Seconds | None] | None = None
     collectives: dict[str, _Tally] | None = None
     virtual_s: Seconds | None = None
