@@ -35,7 +35,7 @@ from fedmoe_ds.studies.compare.paired import ALPHA, PairedTest, family_tests, ha
 from fedmoe_ds.studies.compare.plan import parse_variants, plan_runs
 from fedmoe_ds.studies.compare.protocol import Expectation, read_protocol
 from fedmoe_ds.studies.compare.record import Record, check_same_ground, read_record
-from fedmoe_ds.studies.compare.table import number, p_value, task_table, tier_table, verdict_table
+from fedmoe_ds.studies.compare.table import fairness_table, number, p_value, task_table, tier_table, verdict_table
 from fedmoe_ds.studies.compare.verdict import judge
 from fedmoe_ds.studies.run import Run, check_saved
 from fedmoe_ds.studies.runner import Runner, locked
@@ -422,6 +422,45 @@ def test_counts_are_no_results_and_equal_flops_are_equal() -> None:
     assert judge([expectation("a < b", [2], metric="flops")], Comparison(["a", "b"], 4, cheaper))[0].answer == "held"
 
 
+def test_shares_over_clients_are_told_apart_in_points() -> None:
+    """The worst tenth of the clients may have nothing right, which has no logarithm."""
+    sides = {"fair": [0.1, 0.2, 0.3, 0.2], "plain": [0.0, 0.09, 0.21, 0.1]}
+    records = [
+        Record(label, seed, "", "", {}, {"1": {"worst_accuracy": share, "mean_accuracy": 0.8, "accuracy_spread": 0.2}}, {}, {})
+        for label, shares in sides.items()
+        for seed, share in enumerate(shares)
+    ]
+    comparison = Comparison(["fair", "plain"], 4, records)
+    (verdict,) = judge([expectation("plain < fair", [1], metric="worst_accuracy")], comparison)
+    assert verdict.answer == "held" and verdict.in_points and verdict.difference is not None
+    assert verdict.difference.mean == pytest.approx(-0.1) and "-10.00 points ±" in verdict_table([verdict])
+    assert comparison.log_ratio("plain", "fair", "1", "worst_accuracy") is None
+    assert "| fair  " in fairness_table(comparison, "1") and "80.0 ± 0.0" in fairness_table(comparison, "1")
+    broken = [replace(records[0], after={"1": {"worst_accuracy": math.nan}}), *records[1:]]
+    asked = [expectation("plain < fair", [1], metric="worst_accuracy")]
+    assert judge(asked, Comparison(["fair", "plain"], 4, broken))[0].answer == "not tested"
+
+
+@pytest.mark.parametrize(("metric", "factor"), [("virtual_time", 3.0), ("joules", 5.0)])
+def test_costs_are_those_until_the_target_of_the_seed(metric: str, factor: float) -> None:
+    """Both reach 10: the slow one in its third evaluation, the other in its second, where it has spent less."""
+    records = []
+    for seed in range(4):
+        for label, times, heights in (("fast", (0, 1, 2), (20, 10, 5)), ("slow", (0, 1, 3), (20, 15, 10))):
+            rows = [
+                {"virtual_time": time, "joules_total": time * (5 / 3 if label == "slow" else 1), "perplexity": height}
+                for time, height in zip(times, heights, strict=True)
+            ]
+            records.append(Record(label, seed, "", "", {}, {"1": {}}, {}, {}, courses={"1": rows}))
+    comparison = Comparison(["fast", "slow"], 4, records)
+    (verdict,) = judge([expectation("fast < slow", [1], metric=metric)], comparison)
+    assert verdict.answer == "held" and verdict.difference is not None
+    assert verdict.difference.mean == pytest.approx(-math.log(factor))
+    never = [replace(record, targets={"perplexity": 7.0}) for record in records]
+    unreached = judge([expectation("fast < slow", [1], metric=metric)], Comparison(["fast", "slow"], 4, never))
+    assert unreached[0].answer == "not tested", "the slow one never gets to 7"
+
+
 def test_an_expectation_may_compare_how_clear_an_order_is_at_two_tiers() -> None:
     records = [
         Record(label, seed, f"{label}{seed}", "", {}, {"2": {"perplexity": high}, "1": {"perplexity": low}}, {}, {})
@@ -591,6 +630,38 @@ def test_the_shipped_study_is_sound() -> None:
     named = listed[1].split(",")
     assert {side for entry in protocol.expectations for side in entry.sides} <= set(named), "every ordering is tested"
     assert parse_variants(listed[1], protocol, configs / "methods")
+
+
+ORDERINGS = {
+    "methods/fednova.yaml": "fedavg,fednova,ewwa-fl,flood,feddyn",
+    "methods/fedbuff.yaml": "fedbuff,synchronous",
+    "methods/ota-ffl.yaml": "ota-ffl,ota-fedavg",
+    "methods/q-fedavg.yaml": "q-fedavg,q-0",
+    "methods/wireless-fl.yaml": "wireless-fl,wireless-lots,wireless-fixed",
+    "methods/cc-fao.yaml": "cc-fao,cc-fao-constant,cc-fao-sgd,cc-fao-raw,fedavg-async",
+}
+"""What docs/log.md runs beside each other, by the base."""
+
+
+@pytest.mark.parametrize("base", ORDERINGS)
+def test_the_shipped_orderings_are_sound(base: str) -> None:
+    """The labels of a base are different runs, and every ordering among them is about a tier that they have."""
+    configs, labels = REPOSITORY / "configs", ORDERINGS[base].split(",")
+    protocol = read_protocol(configs / "orderings.yaml")
+    variants = parse_variants(ORDERINGS[base], protocol, configs / "methods")
+    runs = plan_runs(configs / base, variants, 1, Path("runs"), [])
+    trees = [json.dumps(run.config.model_dump(exclude={"name"})) for run in runs]
+    assert len(set(trees)) == len(labels)
+    asked = [entry for entry in protocol.expectations if set(entry.sides) <= set(labels)]
+    moe = runs[0].config.adapters.moe
+    assert moe is not None and {tuple(entry.tiers) for entry in asked} == {(moe.top_k,)}
+
+
+def test_every_shipped_ordering_has_a_base() -> None:
+    protocol = read_protocol(REPOSITORY / "configs" / "orderings.yaml")
+    bases = [set(labels.split(",")) for labels in ORDERINGS.values()]
+    assert every(any(set(entry.sides) <= labels for labels in bases) for entry in protocol.expectations)
+    assert set(protocol.methods) <= set().union(*bases)
 
 
 @pytest.mark.timeout(300)

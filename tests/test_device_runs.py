@@ -35,8 +35,9 @@ from fedmoe_ds.report.device_time import device_section, reached, scored, target
 from fedmoe_ds.report.history import History
 from fedmoe_ds.report.html import read_history
 from fedmoe_ds.studies.compare.aggregate import Comparison
-from fedmoe_ds.studies.compare.device_time import device_table, picture, target_of
+from fedmoe_ds.studies.compare.device_time import device_table, picture
 from fedmoe_ds.studies.compare.record import Record
+from fedmoe_ds.studies.compare.to_target import target_of
 
 pytestmark = pytest.mark.timeout(600)
 LONGER: dict[str, Any] = {"federation": {"rounds": 4}, "execution": {"clients_in_flight": 2}, "evaluation": {"every": 1}}

@@ -16,6 +16,10 @@ flame-temperature-0-rescaler-none. Every key takes its value from the last of
 The seed decides data, foundation and training; all methods of one seed share foundation and data, which is checked at the end.
 The study file also lists published orderings; the report says which of them held, did not hold, or are not decided: paired
 t-tests over seeds, p-values corrected by Holm. Three seeds decide next to nothing. --seeds may be raised: finished runs stay.
+The study `orderings` has those of the systems in docs/seeds.md:
+
+    fedmoe compare --study orderings --config methods/fednova --methods fednova,fedavg --seeds 5
+
 Exit code: 0 when every run is finished, 2 for a mistake in the input, otherwise 1.
 """
 

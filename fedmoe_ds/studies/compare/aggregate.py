@@ -18,7 +18,8 @@ from fedmoe_ds.studies.spread import Spread
 
 FOUNDATION = "foundation"
 # Whether more of it is better; floating-point operations are a cost that the budget sets, so no method is best at them.
-HIGHER_IS_BETTER = {figure: "perplexity" not in figure for figure in FIGURES if figure != "flops"}
+_LOWER = ("perplexity", "spread")
+HIGHER_IS_BETTER = {figure: not any(word in figure for word in _LOWER) for figure in FIGURES if figure != "flops"}
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,25 @@ class Comparison:
 
         Foundation and data differ between seeds and are shared within one, so only pairs of one seed tell methods apart.
         """
+        pairs = self._pairs(left, right, tier, figure)
+        # A single value without a logarithm spoils the pair: dropping its seed would favour who diverged.
+        if not pairs or any(not 0 < side < math.inf for pair in pairs.values() for side in pair):
+            return None
+        return Spread({seed: math.log(a / b) for seed, (a, b) in pairs.items()})
+
+    def difference(self, left: str, right: str, tier: str, figure: str) -> Spread | None:
+        """left - right by seed, likewise: of shares that may be zero. None without a seed, and where one is not finite."""
+        pairs = self._pairs(left, right, tier, figure)
+        if not pairs or not all(math.isfinite(side) for pair in pairs.values() for side in pair):
+            return None
+        return Spread({seed: a - b for seed, (a, b) in pairs.items()})
+
+    def _pairs(self, left: str, right: str, tier: str, figure: str) -> dict[int, tuple[float, float]]:
         sides = [
             {record.seed: record.after[tier][figure] for record in self.records if _holds(record, label, tier, figure)}
             for label in (left, right)
         ]
-        seeds = sorted(set(sides[0]) & set(sides[1]))
-        # A single value without a logarithm spoils the pair: dropping its seed would favour who diverged.
-        if not seeds or any(not 0 < side[seed] < math.inf for side in sides for seed in seeds):
-            return None
-        return Spread({seed: math.log(sides[0][seed] / sides[1][seed]) for seed in seeds})
+        return {seed: (sides[0][seed], sides[1][seed]) for seed in sorted(set(sides[0]) & set(sides[1]))}
 
     def order(self, tier: str, figure: str = "perplexity") -> list[tuple[str, str]]:
         """Complete methods, lowest first, each with the sign to its predecessor: `<` where that is decided, else `≈`.

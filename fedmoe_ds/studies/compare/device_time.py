@@ -1,12 +1,7 @@
-"""Device time: how long, and at what cost, every method takes to the same target, on simulated devices.
-
-Targets are what the runs name (`devices.target_perplexity`, `devices.target_accuracy`); where they name none, the perplexity
-that every method has reached at some time: of a seed's runs the worst of their best.
-"""
+"""Device time: how long, and at what cost, every method takes to the same target (`to_target`), on simulated devices."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +13,7 @@ from fedmoe_ds.studies import figure
 from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.record import Record
 from fedmoe_ds.studies.compare.table import number
+from fedmoe_ds.studies.compare.to_target import target_of
 from fedmoe_ds.studies.spread import Spread, with_spread
 from fedmoe_ds.terminal import visible
 
@@ -49,24 +45,6 @@ def device_table(comparison: Comparison, tier: str) -> str:
             if mine:
                 rows.append([label, *_cells(mine, tier, metric, goals)])
     return markdown(list(_HEAD), rows, text_columns=2) if rows else ""
-
-
-def target_of(comparison: Comparison, tier: str, seed: int, metric: str) -> float | None:
-    """What is looked for in the runs of a seed."""
-    runs = [record for record in comparison.records if record.seed == seed and tier in record.courses]
-    named = {record.targets[metric] for record in runs if metric in record.targets}
-    if named:
-        # Several only where somebody sets it method by method: then the easiest is what all can be asked for.
-        return max(named) if metric == "perplexity" else min(named)
-    if metric != "perplexity" or any(record.targets for record in runs):
-        return None
-    worst = max((_best(record.courses[tier]) for record in runs), default=math.inf)
-    return worst if math.isfinite(worst) else None
-
-
-def _best(rows: Sequence[Event]) -> float:
-    known = [float(value) for row in rows if (value := row.get("perplexity")) is not None]
-    return min(known, default=math.inf)
 
 
 def _cells(mine: Sequence[Record], tier: str, metric: str, goals: Mapping[int, float]) -> list[str]:

@@ -21,7 +21,19 @@ from fedmoe_ds.config.section import Section
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.errors import UserError
 
-Metric = Literal["perplexity", "clients_perplexity", "accuracy", "flops"]
+Metric = Literal[
+    "perplexity",
+    "clients_perplexity",
+    "accuracy",
+    "mean_accuracy",
+    "worst_accuracy",
+    "accuracy_spread",
+    "virtual_time",
+    "joules",
+    "flops",
+]
+"""Figures after the last round; of accuracy over clients, each once, its mean, worst tenth and standard deviation; and what it
+takes to get to a target on simulated devices, or of a method that plans its energy."""
 
 
 class MethodEntry(Section):

@@ -31,6 +31,11 @@ Task metrics are shares of hold-out samples that are answered right, before (the
 half of the 95 % t-interval over seeds, that of the change over the seeds' own changes. Exact match: greedy decoding gives the
 reference answer, token by token. Ranked choice: of all answers in the data the right one is the likeliest."""
 
+FAIRNESS = """\
+Accuracy over clients, every client's own hold-out being one value, after the last round: mean ± half of the 95 % t-interval
+over seeds. Worst tenth: the mean over the tenth of the clients, rounded up, for which the model does worst. Spread: the
+standard deviation over clients. Orderings of these are tested by differences in points, and not of logarithms."""
+
 EQUAL = (
     "The last column has the FLOPs of the left side in those of the right one, *equal* where they agree within "
     f"{100 * EQUAL_FLOPS:g} % in every seed; no other ordering is one at equal FLOPs."

@@ -19,7 +19,9 @@ from fedmoe_ds.studies.run import Run
 # Infinite is worse than anything; a share that is not finite is nothing.
 _BROKEN = {"perplexity": math.inf, "accuracy": math.nan} | dict.fromkeys(TASK_METRICS, math.nan)
 _WORST = tuple(f"worst_{name}" for name in TASK_METRICS)
-FIGURES = (*_BROKEN, *(f"clients_{name}" for name in _BROKEN), *_WORST, "flops")
+FAIRNESS = ("mean_accuracy", "worst_accuracy", "accuracy_spread")
+"""Of accuracy over clients, each of which counts once: the mean, that of the worst tenth, the standard deviation."""
+FIGURES = (*_BROKEN, *(f"clients_{name}" for name in _BROKEN), *_WORST, *FAIRNESS, "flops")
 Figures = dict[str, float]
 """A figure that was not recorded is absent; one that was recorded as not finite is infinity (perplexity) or NaN."""
 
@@ -29,7 +31,8 @@ class Record:
     """What a finished run says.
 
     `before` and `after` hold per tier the figures of the foundation and of the last round: those of the global hold-out, with
-    `clients_` those of all clients' hold-outs pooled, with `worst_` the mean over the worst tenth of the clients. `flops` are
+    `clients_` those of all clients' hold-outs pooled, with `worst_` the mean over the worst tenth of the clients, and those of
+    `FAIRNESS` where clients were scored one by one. `flops` are
     forward and backward floating-point operations of one client in one round, averaged over the rounds and the clients of the
     tier that trained. `experts`: whether there are any; plain LoRA on a dense foundation has none. `courses`: by tier, the
     evaluations of the global hold-out with the virtual time and energy until then, of a run on simulated devices; `targets`:
@@ -60,8 +63,9 @@ def read_record(run: Run) -> Record:
         before.setdefault(result.tier, {}).update(_scores(result.before, prefix))
         after.setdefault(result.tier, {}).update(_scores(result.after, prefix))
         if result.split == "clients":
-            before[result.tier].update(_worst(history, result.tier, result.before.get("round")))
-            after[result.tier].update(_worst(history, result.tier, result.after.get("round")))
+            for figures, event in ((before[result.tier], result.before), (after[result.tier], result.after)):
+                figures.update(_worst(history, result.tier, event.get("round")))
+                figures.update(_fairness(history, result.tier, event.get("round")))
     for tier, figures in after.items():
         figures.update(_flops(history, tier))
     versions = {str(key): str(value) for key, value in (history.run.get("versions") or {}).items()}
@@ -106,6 +110,12 @@ def _worst(history: History, tier: str, round_index: int | None) -> Figures:
     """The task metrics of the worst tenth of the clients, whose hold-outs are scored one by one in this round."""
     found = {f"worst_{name}": across_clients(history.own_scores, tier, round_index, name) for name in TASK_METRICS}
     return {name: summary.worst_tenth for name, summary in found.items() if summary is not None}
+
+
+def _fairness(history: History, tier: str, round_index: int | None) -> Figures:
+    """How accuracy differs between the clients, likewise."""
+    found = across_clients(history.own_scores, tier, round_index, "accuracy")
+    return {} if found is None else dict(zip(FAIRNESS, (found.mean, found.worst_tenth, found.std), strict=True))
 
 
 def _flops(history: History, tier: str) -> Figures:

@@ -19,7 +19,7 @@ from fedmoe_ds.studies.compare.aggregate import HIGHER_IS_BETTER, Comparison
 from fedmoe_ds.studies.compare.plan import Variant
 from fedmoe_ds.studies.compare.plot import picture
 from fedmoe_ds.studies.compare.protocol import Expectation
-from fedmoe_ds.studies.compare.table import task_table, tier_table, verdict_table
+from fedmoe_ds.studies.compare.table import fairness_table, task_table, tier_table, verdict_table
 from fedmoe_ds.studies.compare.verdict import Answer, Verdict, judge
 from fedmoe_ds.studies.report_files import write_files
 from fedmoe_ds.studies.run import Run, differences
@@ -51,6 +51,11 @@ class Study:
     @property
     def verdicts(self) -> list[Verdict]:
         return judge(self.expectations, self.comparison)
+
+    def fairness(self, tier: str) -> str:
+        """Accuracy over clients, where an ordering that is tested asks for it."""
+        asked = any(verdict.in_points and verdict.answer != "not tested" for verdict in self.verdicts)
+        return fairness_table(self.comparison, tier) if asked else ""
 
 
 def write_report(study: Study, output: Path, copy: Path | None) -> Path:
@@ -85,7 +90,7 @@ def results_text(study: Study) -> str:
     comparison = study.comparison
     parts = []
     for tier in comparison.tiers:
-        parts += [f"top-k {tier}", tier_table(comparison, tier), task_table(comparison, tier)]
+        parts += [f"top-k {tier}", tier_table(comparison, tier), task_table(comparison, tier), study.fairness(tier)]
         parts += [device_time.device_table(comparison, tier), _order(comparison, tier)]
     tested = [verdict for verdict in study.verdicts if verdict.answer != "not tested"]
     for title, verdicts in (("Published orderings", measured(tested)), ("By count alone", counted(tested))):
@@ -114,6 +119,8 @@ def text(study: Study, svg: str) -> str:
     for tier in comparison.tiers:
         tasks = task_table(comparison, tier)
         parts += [f"### top-k {tier}", tier_table(comparison, tier), *([reading.TASKS, tasks] if tasks else [])]
+        fairness = study.fairness(tier)
+        parts += [reading.FAIRNESS, fairness] if fairness else []
         devices = device_time.device_table(comparison, tier)
         parts += [*([device_time.LEAD, devices] if devices else []), _order(comparison, tier)]
     results, counts = measured(study.verdicts), counted(study.verdicts)
@@ -224,11 +231,15 @@ def numbers(study: Study) -> dict[str, Any]:
                 "arithmetic": verdict.arithmetic,
                 "test": asdict(verdict.test) if verdict.test else None,
                 "equal_flops": verdict.equal_flops,
-                "log_ratio_by_seed": dict(verdict.difference.values) if verdict.difference else None,
+                _difference_key(verdict): dict(verdict.difference.values) if verdict.difference else None,
             }
             for verdict in study.verdicts
         ],
     }
+
+
+def _difference_key(verdict: Verdict) -> str:
+    return "difference_by_seed" if verdict.in_points else "log_ratio_by_seed"
 
 
 def _run_numbers(study: Study, run: Run) -> dict[str, Any]:

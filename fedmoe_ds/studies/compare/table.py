@@ -15,7 +15,16 @@ from fedmoe_ds.studies.compare.verdict import Verdict
 from fedmoe_ds.studies.spread import with_spread
 
 MISSING = "-"
-_NAMES = {"perplexity": "perplexity", "clients_perplexity": "clients' perplexity", "accuracy": "accuracy", "flops": "TFLOP"}
+_FAIRNESS = {"mean_accuracy": "mean accuracy of clients", "worst_accuracy": "worst tenth", "accuracy_spread": "spread"}
+_NAMES = {
+    "perplexity": "perplexity",
+    "clients_perplexity": "clients' perplexity",
+    "accuracy": "accuracy",
+    **_FAIRNESS,
+    "virtual_time": "virtual time to the target",
+    "joules": "energy to the target",
+    "flops": "TFLOP",
+}
 _SPLITS = {"": "global", "clients_": "clients, pooled", "worst_": "worst tenth of the clients"}
 _TASKS = {prefix + name: (words, split) for name, words in TASK_METRICS.items() for prefix, split in _SPLITS.items()}
 _HEAD = ("method", "perplexity", "clients' hold-outs", "accuracy", "TFLOP", "of {first}")
@@ -67,6 +76,14 @@ def task_table(comparison: Comparison, tier: str) -> str:
     return markdown(head, rows, text_columns=3) if rows else ""
 
 
+def fairness_table(comparison: Comparison, tier: str) -> str:
+    """Accuracy over clients, mean ± half of the 95 % t-interval over seeds; empty where clients were not scored one by one."""
+    lines = [line for line in comparison.lines(tier) if all(figure in line.figures for figure in _FAIRNESS)]
+    rows = [[line.label, *(_share(list(line.figures[name].values.values())) for name in _FAIRNESS)] for line in lines]
+    head = ["method", *(f"{words}, {'points' if words == 'spread' else '%'}" for words in _FAIRNESS.values())]
+    return markdown(head, rows) if rows else ""
+
+
 def _share(values: Sequence[float], sign: str = "") -> str:
     mean, half = 100 * statistics.fmean(values), half_interval(values)
     return f"{mean:{sign}.1f}" if half is None else f"{mean:{sign}.1f} ± {100 * half:.1f}"
@@ -88,7 +105,7 @@ def number(value: float) -> str:
 
 
 def verdict_table(verdicts: Sequence[Verdict], sources: bool = True) -> str:
-    """Published orderings and what became of them; the difference is log(left / right) in percent."""
+    """Published orderings and what became of them; the difference is log(left / right) in percent, of shares in points."""
     arithmetic = all(verdict.arithmetic for verdict in verdicts)
     rows = []
     for verdict in verdicts:
@@ -111,7 +128,8 @@ def _claim(verdict: Verdict) -> str:
 def _difference(verdict: Verdict) -> str:
     if verdict.difference is None:
         return MISSING
-    text = with_spread(verdict.difference, lambda value: f"{number(100 * value)} %")
+    unit = "points" if verdict.in_points else "%"
+    text = with_spread(verdict.difference, lambda value: f"{number(100 * value)} {unit}")
     return text + (" (one seed)" if len(verdict.difference.values) == 1 else "")
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.paired import PairedTest, family_tests
 from fedmoe_ds.studies.compare.protocol import Expectation
+from fedmoe_ds.studies.compare.record import FAIRNESS
+from fedmoe_ds.studies.compare.to_target import COSTS, cost_ratio
 from fedmoe_ds.studies.spread import Spread
 
 Answer = Literal["held", "did not hold", "not decided", "not tested"]
@@ -22,7 +24,8 @@ class Verdict:
     """One expectation at one tier.
 
     Attributes:
-        difference: log(left / right) by seed, with `more_than_at` minus the same at that tier; below zero is as expected.
+        difference: log(left / right) by seed (`in_points`: left - right), with `more_than_at` minus the same at that tier;
+            below zero is as expected.
         test: of that difference, corrected for all orderings of the study that are tested; None with a single seed, and for
             an ordering that is arithmetic.
         flops: log of the FLOPs of left over those of right by seed, at this tier; None where a run did not count them.
@@ -39,6 +42,11 @@ class Verdict:
     def arithmetic(self) -> bool:
         """Whether it follows from counting: FLOPs are set by k, rank and shapes, no training decides them."""
         return self.expectation.metric == "flops"
+
+    @property
+    def in_points(self) -> bool:
+        """Whether its difference is one of shares: the worst clients may have none right, and no logarithm."""
+        return self.expectation.metric in FAIRNESS
 
     @property
     def equal_flops(self) -> bool:
@@ -70,14 +78,20 @@ def judge(expectations: Sequence[Expectation], comparison: Comparison) -> list[V
 
 def _difference(expectation: Expectation, tier: str, comparison: Comparison) -> Spread | None:
     left, right = expectation.sides
-    here = comparison.log_ratio(left, right, tier, expectation.metric)
+    here = _compared(comparison, left, right, tier, expectation.metric)
     if here is None or expectation.more_than_at is None:
         return here
     others = comparison.tiers_at(expectation.more_than_at)
     # Of several tiers of that top-k none is the one that is meant.
-    there = comparison.log_ratio(left, right, others[0], expectation.metric) if len(others) == 1 else None
+    there = _compared(comparison, left, right, others[0], expectation.metric) if len(others) == 1 else None
     shared = sorted(set(here.values) & set(there.values)) if there is not None else []
     return Spread({seed: here.values[seed] - there.values[seed] for seed in shared}) if there is not None and shared else None
+
+
+def _compared(comparison: Comparison, left: str, right: str, tier: str, metric: str) -> Spread | None:
+    if metric in COSTS:
+        return cost_ratio(comparison, left, right, tier, metric)
+    return (comparison.difference if metric in FAIRNESS else comparison.log_ratio)(left, right, tier, metric)
 
 
 def _answer(expectation: Expectation, difference: Spread | None, test: PairedTest | None) -> Answer:
