@@ -40,20 +40,17 @@ _COMBINATIONS = """\
 | `federation.budget` | what a tier buys |
 | `adapters.attention`, `adapters.router` | LoRA on attention; trained routers |
 
-Dual variables go with a plain mean of adapters alone: not with `q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl` and
-`ota-ffl`. A quantile of `flood` is that of a whole step: it takes no micro-batches, and holds the logits of a client's step; its
-sums are twice those of a mean. `cc-fao` keeps the global adapters of `max_delay` rounds. [devices.md](devices.md) says which
-methods take simulated devices.
-
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `fedex-lora`, `lora-fair`, `local-only`, `centralised`), control or dual variables where the adapters'
-coordinates or weights change every round, unequal ranks where A and B are averaged element by element, `hfedmoe` with a frozen
-router, `flame` on a dense model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, an auxiliary loss of `fft-moe`, or
-`local.balance_loss`.
+coordinates or weights change every round, dual variables where what is averaged is no plain mean of adapters (`q-fedavg`,
+`fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`), unequal ranks where A and B are averaged element by element, `hfedmoe` with
+a frozen router, `flame` on a dense model, `fft-moe` on a sparse one, micro-batches with `hfedmoe`, a quantile of `flood`, an
+auxiliary loss of `fft-moe`, or `local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `fedex-lora` and `lora-fair` keep the factors of all participants of a round on every rank
 that holds the adapter; `fedsa-lora`, `local-only`, `ewwa-fl`, `scaffold`, `fedvra` and `feddyn` keep personal blocks of
-every client that was trained, each in one cluster. The sums of `ewwa-fl` are twice those of a mean.
+every client that was trained, each in one cluster. The sums of `ewwa-fl` and `flood` are twice those of a mean; `flood` holds
+the logits of a client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds.
 """
 _ADDING = '''\
 ## Adding a method
