@@ -520,6 +520,28 @@ def test_task_metrics_before_and_after(request_: Request) -> None:
     assert table[0][2:4] == ["clients, pooled", "20.0 ± 0.0"] and len(table) == 4
 
 
+def test_accuracy_over_clients_is_read_of_the_rounds_that_are_compared(request_: Request) -> None:
+    """Eleven clients, of which two are the worst tenth; the table is shown where an ordering of these figures is tested."""
+    shares = [0.0, 0.25, *[0.75] * 9]
+    for run in plan(request_):
+        with MetricsLog(run.folder / "metrics.jsonl") as log:
+            log.write("run", foundation="f0")
+            for round_ in (0, 2):
+                for place, share in enumerate(shares):
+                    scores = {"perplexity": 2.0, "accuracy": share if round_ else 0.5, "client": f"c{place}"}
+                    log.write("eval", round=round_, tier=2, split="client", **scores)
+                log.write("eval", round=round_, tier=2, split="clients", perplexity=2.0, accuracy=0.5)
+            log.write("end", rounds=2, digest="ab" * 32)
+    record = read_record(plan(request_)[0])
+    found = [record.after["2"][name] for name in ("mean_accuracy", "worst_accuracy", "accuracy_spread")]
+    assert found == pytest.approx([np.mean(shares), 0.125, np.std(shares)])
+    assert record.before["2"]["accuracy_spread"] == 0.0 and record.before["2"]["worst_accuracy"] == 0.5
+    assert "worst tenth" not in start(request_)[1], "nothing asks for it"
+    study = "expectations: [{claim: flame < flame-t0, metric: worst_accuracy, tiers: [2], source: a paper}]"
+    request_.study.write_text(f"{STUDY.partition('expectations')[0]}\n{study}\n")
+    assert "worst tenth, %" in start(request_)[1] and "12.5 ± 0.0" in (request_.output / "comparison.md").read_text()
+
+
 def test_numbers_and_cells() -> None:
     assert [number(value) for value in (0.0, 1234.5, 0.1, 0.0123, -0.004)] == ["0", "1234.50", "0.10", "0.012", "-0.004"]
     assert with_spread(Spread({0: 2.0}), number) == "2.00"
