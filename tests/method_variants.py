@@ -99,6 +99,18 @@ DEVICES: dict[str, dict[str, Any]] = {
             "spread": 0.3,
         },
     },
+    "planned": {
+        "method": {"name": "ota-ffl", "epsilon": 0.2, "snr_db": 20.0},
+        "federation": {"participation": 0.5},
+        "devices": {
+            "mix": {"phone-entry": 1.0, "laptop": 1.0},
+            "aggregation": "deadline",
+            "availability": "always",
+            "over_selection": 1.5,
+            "dropout": 0.2,
+            "spread": 0.3,
+        },
+    },
     "buffered": {
         "method": {"name": "flame"},
         "devices": {
