@@ -86,12 +86,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 DEVICES: dict[str, dict[str, Any]] = {
     "devices": {"method": {"name": "fedit"}, "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "availability": "always"}},
-    "nights": {"method": {"name": "flame"}, "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "spread": 0.5}},
-    "deadline": {
-        "method": {"name": "hetlora"},
-        "federation": {"participation": 0.5, "sampling": "size"},
+    "planned": {
+        "method": {"name": "ota-ffl", "epsilon": 0.2, "snr_db": 20.0},
+        "federation": {"participation": 0.5},
         "devices": {
-            "mix": {"phone-entry": 1.0, "laptop": 1.0, "edge-small": 1.0},
+            "mix": {"phone-entry": 1.0, "laptop": 1.0},
             "aggregation": "deadline",
             "availability": "always",
             "over_selection": 1.5,
@@ -99,11 +98,12 @@ DEVICES: dict[str, dict[str, Any]] = {
             "spread": 0.3,
         },
     },
-    "planned": {
-        "method": {"name": "ota-ffl", "epsilon": 0.2, "snr_db": 20.0},
-        "federation": {"participation": 0.5},
+    "nights": {"method": {"name": "flame"}, "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "spread": 0.5}},
+    "deadline": {
+        "method": {"name": "hetlora"},
+        "federation": {"participation": 0.5, "sampling": "size"},
         "devices": {
-            "mix": {"phone-entry": 1.0, "laptop": 1.0},
+            "mix": {"phone-entry": 1.0, "laptop": 1.0, "edge-small": 1.0},
             "aggregation": "deadline",
             "availability": "always",
             "over_selection": 1.5,
