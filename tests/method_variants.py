@@ -100,6 +100,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 DEVICES: dict[str, dict[str, Any]] = {
     "devices": {"method": {"name": "fedit"}, "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "availability": "always"}},
+    "planned": {
+        "method": {"name": "ota-ffl", "epsilon": 0.2, "snr_db": 20.0},
+        "federation": {"participation": 0.5},
+        "devices": {
+            "mix": {"phone-entry": 1.0, "laptop": 1.0},
+            "aggregation": "deadline",
+            "availability": "always",
+            "over_selection": 1.5,
+            "dropout": 0.2,
+            "spread": 0.3,
+        },
+    },
     "nights": {"method": {"name": "flame"}, "devices": {"mix": {"phone-mid": 1.0, "laptop": 1.0}, "spread": 0.5}},
     "deadline": {
         "method": {"name": "hetlora"},

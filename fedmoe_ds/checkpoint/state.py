@@ -141,8 +141,11 @@ def _counts_LE(rows: list[list[int]]) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
-def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, sums: RoundSums) -> None:
-    """Read a checkpoint into `state`, whatever topology wrote it; `sums` receives those of an unfinished round.
+def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, empty_sums: Callable[[], RoundSums]) -> None:
+    """Read a checkpoint into `state`, whatever topology wrote it.
+
+    `empty_sums` makes what receives the sums of an unfinished round. It is called when all else has been read: who takes part
+    in the round, and with them the room that sums need, may follow from what the server knows of its clients.
 
     Raises UserError where that round's sums are those of another version.
     """
@@ -164,6 +167,7 @@ def restore(path: Path, snapshot: Snapshot, state: State, topology: Topology, su
         snapshot.partial["seconds"],
         memories=memories.read(path, snapshot.files, "learnt"),
     )
+    sums = empty_sums()
     # On one cluster alone: the end of the round adds up the clusters, and a second copy would count twice.
     if topology.cluster == 0:
         with TensorReader(path, "sums", snapshot.files) as reader:

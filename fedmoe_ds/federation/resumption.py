@@ -41,12 +41,12 @@ def restore(path: Path, parts: Parts) -> tuple[Snapshot, list[str]]:
     snapshot, notes = open_snapshot(path, parts)
     # Before the first tensor is read: a failure afterwards would leave the state half restored.
     _check_progress(path, snapshot, parts)
-    # Who takes part in the round follows from it, and with them the room that sums need.
+    # Who takes part in the round follows from it.
     parts.state.clock = state_of(snapshot.clock)
     if parts.spec.method.chooses_rank:
         parts.send_down(snapshot.sent_down)
     try:
-        state.restore(path, snapshot, parts.state, parts.topology, parts.new_sums(snapshot.round + 1))
+        state.restore(path, snapshot, parts.state, parts.topology, lambda: parts.new_sums(snapshot.round + 1))
         # Merged weights are the server's state, but the model computes with its own copy of them.
         parts.server.load_base(parts.state.server)
     except OSError as error:
