@@ -259,22 +259,38 @@ def test_what_is_not_a_number_stays_visible(unit: GatedUnit) -> None:
             assert y.isnan().any(1).tolist() == [False, True, False]
 
 
-SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "root": 0.7, "eps": 1e-8, "rate": 1e-2}
+SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8}
+
+
+def step(keep: float = 1.0, place: int = 0) -> rows.AdamwStep:
+    return rows.AdamwStep(place, 1.0, keep, 0.7, 1e-2)
 
 
 def test_adamw_leaves_alone_what_nothing_moves() -> None:
     """Without gradient, moments and decay a step changes nothing; with any of them it does."""
-    shape = (2, 3, 4, 40)  # layers, experts, two item axes
+    shape = (2, 3, 2, 4, 40)  # layers, experts, clients, two item axes
     value = draw(*shape)
     state = [torch.zeros(shape) for _ in range(3)]
     state[0][0, 1] = 1.0
     before = value.clone()
-    rows.adamw(value, *state, 2, clip=1.0, keep=1.0, **SETTINGS)
+    rows.adamw(value, *state, 2, [step(place=1)], **SETTINGS)
     moved = (value != before).any(-1).any(-1)
-    assert moved.nonzero().tolist() == [[0, 1]] and not state[0].any()
+    assert moved.nonzero().tolist() == [[0, 1, 1]] and state[0].any(-1).any(-1).nonzero().tolist() == [[0, 1, 0]]
     before = value.clone()
-    rows.adamw(value, *state, 2, clip=1.0, keep=1.0, **SETTINGS)  # moments alone move it
-    assert (value != before).any(-1).any(-1).nonzero().tolist() == [[0, 1]]
+    rows.adamw(value, *state, 2, [step(place=1)], **SETTINGS)  # moments alone move it
+    assert (value != before).any(-1).any(-1).nonzero().tolist() == [[0, 1, 1]]
     before = value.clone()
-    rows.adamw(value, *state, 2, clip=1.0, keep=0.9, **SETTINGS)
+    rows.adamw(value, *state, 2, [step(0.9, 1), step(0.9, 0)], **SETTINGS)
     assert ((value != before).any(-1).any(-1)).all(), "decay moves everything"
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 31, 32, 33, 300])
+def test_squares_are_summed_in_float64(size: int) -> None:
+    """To its last digits, of items that lie at any place; what is not a number stays visible."""
+    x = draw(3, 5, size) * 10.0 ** torch.arange(5.0).view(5, 1)
+    found = rows.squared_norms(x, 1)
+    torch.testing.assert_close(found, x.double().square().sum(-1), rtol=1e-14, atol=0.0)
+    for place in ((0, 3), (2, 4)):
+        assert torch.equal(rows.squared_norms(x[place].clone(), 1), found[place])
+    x[1, 2, size // 2] = torch.nan
+    assert rows.squared_norms(x, 1).isnan().nonzero().tolist() == [[1, 2]]

@@ -188,8 +188,8 @@ def test_native_rounding_equals_plain_rounding() -> None:
     keys = Rounding(0, range(3)).keys(EXPERT, 1, 0, 1)
     value, grad = torch.zeros_like(gradient), gradient.clone()
     first, second = (torch.zeros(gradient.shape, dtype=torch.bfloat16) for _ in range(2))
-    numbers: dict[str, Any] = {"clip": 1.0, "keep": 1.0, "betas": (0.0, 0.0), "root": 1.0, "eps": 1e-8, "rate": 0.0}
-    rows.adamw(value, grad, first, second, 1, **numbers, keys=keys)
+    block = [tensor.unsqueeze(2) for tensor in (value, grad, first, second)]  # of one client
+    rows.adamw(*block, 1, [rows.AdamwStep(0, 1.0, 1.0, 1.0, 0.0)], betas=(0.0, 0.0), eps=1e-8, keys=[keys])
     bits = random_bits(keys, gradient.shape[-1])
     for found, expected in ((first, rounded(gradient, bits)), (second, rounded(gradient * gradient, bits >> 16))):
         assert torch.equal(found.isnan(), expected.isnan()) and bool(found.isnan().any())

@@ -1,7 +1,8 @@
 """Client optimizers: AdamW and SGD on stacked parameters, every client with its own step count, rate and clipping factor.
 
-On a CPU clients are updated one by one, with elementwise operations only, so a client's bits do not depend on who else is in
-flight, and a client that has finished is not touched at all: no decay, no momentum drift. A vector unit may treat the last few
+On a CPU clients are updated with elementwise operations only, so a client's bits do not depend on who else is in flight, and a
+client that has finished is not touched at all: no decay, no momentum drift. The compiled step takes the items of all clients in
+the order of memory; PyTorch's operations take one client after the other. A vector unit may treat the last few
 elements of a loop differently where an operation multiplies and adds in one go. Such operations, which save half of the memory
 traffic, are therefore used only where every item fills whole vectors; elsewhere each operation rounds by itself.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,6 +45,17 @@ def moment_count(config: LocalConfig) -> int:
 def moment_bytes(config: LocalConfig) -> int:
     """Bytes of optimizer state per trained number."""
     return moment_count(config) * _DTYPES[config.moments].itemsize
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One client's step on blocks of one kind: its slot there, its step number, rate and clipping factor, and its address."""
+
+    slot: int
+    step: int
+    lr: float
+    clip: float
+    address: tuple[int, int] | None
 
 
 class ClientOptimizer:
@@ -88,13 +101,16 @@ class ClientOptimizer:
             self.fused.take(steps, norms_C)
             return
         factors = None if norms_C is None else clip_factors(norms_C, self.config.clip).tolist()
-        names = {
-            expert: [s.name for s in self.bank.specs.values() if s.trained and s.expert == expert] for expert in (True, False)
-        }
+        turns: dict[bool, list[_Turn]] = {True: [], False: []}
         for one in steps:
             factor = 1.0 if factors is None else factors[one.slots[True]]
             for expert, slot in one.slots.items():
-                self.step(names[expert], slot, one.step, one.lr, factor, one.address)
+                turns[expert].append(_Turn(slot, one.step, one.lr, factor, one.address))
+        for spec in self.bank.specs.values():
+            if spec.trained:
+                self._take(spec.name, turns[spec.expert])
+        # The native step takes addresses: torch does not know that anything was written.
+        self.bank.note_step()
 
     @torch.no_grad()
     def step(
@@ -117,24 +133,29 @@ class ClientOptimizer:
             address: (round, client index), from which moments in bfloat16 are rounded; not needed for others.
         """
         for name in blocks:
-            axis = 2 if self.bank.specs[name].expert else 1
-            value, grad = self.bank.values[name].select(axis, slot), self.bank.grads[name].select(axis, slot)
-            moments = [state[name].select(axis, slot) for state in (self.first, self.second) if state]
-            keys = self._keys(name, step, address)
-            # The native step multiplies the clipping factor in and clears the gradient in the same pass over memory.
-            if self.config.optimizer == "adamw" and rows.serves(value, grad):
-                self._adamw_native(name, value, grad, moments, keys, step, lr, clip_factor)
-                continue
-            if clip_factor != 1.0:
-                grad.mul_(clip_factor)
-            if keys is None:
-                self._plain(name, value, grad, moments, step, lr)
-            else:
-                self._plain_rounding(name, value, grad, moments, keys, step, lr)
-            # This client's part alone, right after its use: the next step adds to it, micro-batch by micro-batch.
-            grad.zero_()
-        # The native step takes addresses: torch does not know that anything was written.
+            self._take(name, [_Turn(slot, step, lr, clip_factor, address)])
         self.bank.note_step()
+
+    def _take(self, name: str, turns: Sequence[_Turn]) -> None:
+        """One step of some clients on a block."""
+        value, grad = self.bank.values[name], self.bank.grads[name]
+        # The native step multiplies the clipping factor in and clears the gradient in the same pass over memory.
+        if self.config.optimizer == "adamw" and rows.serves(value, grad):
+            self._adamw_native(name, turns)
+            return
+        axis = 2 if self.bank.specs[name].expert else 1
+        for turn in turns:
+            own, slope = value.select(axis, turn.slot), grad.select(axis, turn.slot)
+            moments = [state[name].select(axis, turn.slot) for state in (self.first, self.second) if state]
+            if turn.clip != 1.0:
+                slope.mul_(turn.clip)
+            keys = self._keys(name, turn.step, turn.address)
+            if keys is None:
+                self._plain(name, own, slope, moments, turn.step, turn.lr)
+            else:
+                self._plain_rounding(name, own, slope, moments, keys, turn.step, turn.lr)
+            # This client's part alone, right after its use: the next step adds to it, micro-batch by micro-batch.
+            slope.zero_()
 
     def _keys(self, name: str, step: int, address: tuple[int, int] | None) -> Keys | None:
         if self.rounding is None:
@@ -173,34 +194,30 @@ class ClientOptimizer:
     def _decay(self, name: str) -> float:
         return self.config.weight_decay if self.bank.specs[name].decay else 0.0
 
-    def _adamw_native(
-        self,
-        name: str,
-        value: Tensor,
-        grad: Tensor,
-        moments: Sequence[Tensor],
-        keys: Keys | None,
-        step: int,
-        lr: float,
-        clip: float,
-    ) -> None:
-        """In one pass over memory; every item goes through the same loop from its first element on."""
-        first, second = moments
+    def _adamw_native(self, name: str, turns: Sequence[_Turn]) -> None:
+        """All clients in one pass over memory; every item goes through the same loop from its first element on."""
         beta1, beta2 = self.config.betas
+        keys = [self._keys(name, turn.step, turn.address) for turn in turns]
         rows.adamw(
-            value,
-            grad,
-            first,
-            second,
+            self.bank.values[name],
+            self.bank.grads[name],
+            self.first[name],
+            self.second[name],
             len(self.bank.specs[name].item),
-            clip=clip,
-            keep=1.0 - lr * self._decay(name),
+            [
+                # Bias corrections follow the client's own step count, not the wave's.
+                rows.AdamwStep(
+                    turn.slot,
+                    turn.clip,
+                    1.0 - turn.lr * self._decay(name),
+                    math.sqrt(1.0 - beta2**turn.step),
+                    turn.lr / (1.0 - beta1**turn.step),
+                )
+                for turn in turns
+            ],
             betas=(beta1, beta2),
-            # Bias corrections follow the client's own step count, not the wave's.
-            root=math.sqrt(1.0 - beta2**step),
             eps=self.config.eps,
-            rate=lr / (1.0 - beta1**step),
-            keys=keys,
+            keys=None if self.rounding is None else [key for key in keys if key is not None],
         )
 
     def _adamw(self, value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, lr: float, decay: float) -> None:
@@ -242,13 +259,17 @@ def squared_norms(bank: Bank, expert: bool) -> Tensor:
     for name, spec in bank.specs.items():
         if spec.expert == expert and spec.trained:
             grad = bank.grads[name]
-            norm = torch.linalg.vector_norm(grad.view(-1, math.prod(spec.item)), dim=-1, dtype=torch.float64)
+            if rows.serves(grad):
+                norm = rows.squared_norms(grad, len(spec.item))
+            else:
+                flat = grad.view(-1, math.prod(spec.item))
+                norm = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64).square_()
             norms.append(norm.view(len(spec.layers), experts, clients))
     # A run may train expert blocks only, or dense ones only; the gather needs a tensor of the right shape all the same.
     if not norms:
         device = next(iter(bank.values.values())).device
         return torch.zeros(0, 1, clients, dtype=torch.float64, device=device)
-    return torch.cat(norms).square_()
+    return torch.cat(norms)
 
 
 def global_norms(bank: Bank, pool: Pool) -> Tensor:

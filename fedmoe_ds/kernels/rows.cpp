@@ -15,6 +15,8 @@ namespace {
 constexpr int kLanes = 16;
 
 typedef float Wide __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+typedef float HalfWide __attribute__((vector_size(kLanes / 2 * sizeof(float)), aligned(4)));
+typedef double Doubles __attribute__((vector_size(kLanes / 2 * sizeof(double)), aligned(8)));
 typedef int32_t WideInt __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4)));
 
 Wide spread(float value) { return Wide{} + value; }
@@ -108,30 +110,52 @@ void keep_moment(uint16_t* to, float value, uint32_t bits) {
   *to = static_cast<uint16_t>((is_nan ? pattern | 0x400000u : pattern + (bits & 0xffffu)) >> 16);
 }
 
-// One AdamW step on `items` parameters of `size` floats each, `stride` apart in all four arrays; gradients are cleared.
-// blend1 and blend2 are 1 - beta1 and 1 - beta2, which float32 cannot subtract. A parameter without gradient, moments or decay
-// would not change: it is left alone. Moments in bfloat16 are rounded by their item's key, after the step has taken them.
-template <class Kept>
-void adamw_step(float* value, float* grad, Kept* first, Kept* second, const uint64_t* keys, int64_t items, int64_t stride,
-                int64_t size, float clip, float keep, float blend1, float beta2, float blend2, float root, float eps, float rate) {
-  for (int64_t item = 0; item < items; ++item) {
-    float* __restrict__ w = value + item * stride;
-    float* __restrict__ g = grad + item * stride;
-    Kept* __restrict__ m = first + item * stride;
-    Kept* __restrict__ v = second + item * stride;
-    if (keep == 1.0f && all_zero(g, size) && all_zero(m, size) && all_zero(v, size)) continue;
-    const uint64_t key = keys == nullptr ? 0 : keys[item];
-    for (int64_t i = 0; i < size; ++i) {
-      const float slope = g[i] * clip;
-      const float mean = wide(m[i]) + (slope - wide(m[i])) * blend1;
-      const float square = wide(v[i]) * beta2 + slope * slope * blend2;
-      const uint32_t bits = random_bits(static_cast<uint32_t>(i), key);
-      keep_moment(m + i, mean, bits);
-      keep_moment(v + i, square, bits >> 16);
-      w[i] = w[i] * keep - rate * (mean / (std::sqrt(square) / root + eps));
-      g[i] = 0.0f;
-    }
+template <int kParts>
+void add_squares(const float* x, Doubles* part) {
+  for (int p = 0; p < kParts; ++p) {
+    const HalfWide some = *reinterpret_cast<const HalfWide*>(x + p * kLanes / 2);
+    const Doubles value = __builtin_convertvector(some, Doubles);
+    part[p] += value * value;
   }
+}
+
+// What a client's step has of its own: its place on the client axis, and factors.
+struct Step {
+  int64_t place;
+  float clip, keep, root, rate;
+};
+
+// One AdamW step on a parameter of `size` floats; its gradient is cleared. blend1 and blend2 are 1 - beta1 and 1 - beta2, which
+// float32 cannot subtract. A parameter without gradient, moments or decay would not change: it is left alone. Moments in bfloat16
+// are rounded by `key`, after the step has taken them.
+template <class Kept>
+void adamw_item(float* __restrict__ w, float* __restrict__ g, Kept* __restrict__ m, Kept* __restrict__ v, uint64_t key,
+                int64_t size, const Step& step, float blend1, float beta2, float blend2, float eps) {
+  const float clip = step.clip, keep = step.keep, root = step.root, rate = step.rate;
+  if (keep == 1.0f && all_zero(g, size) && all_zero(m, size) && all_zero(v, size)) return;
+  for (int64_t i = 0; i < size; ++i) {
+    const float slope = g[i] * clip;
+    const float mean = wide(m[i]) + (slope - wide(m[i])) * blend1;
+    const float square = wide(v[i]) * beta2 + slope * slope * blend2;
+    const uint32_t bits = random_bits(static_cast<uint32_t>(i), key);
+    keep_moment(m + i, mean, bits);
+    keep_moment(v + i, square, bits >> 16);
+    w[i] = w[i] * keep - rate * (mean / (std::sqrt(square) / root + eps));
+    g[i] = 0.0f;
+  }
+}
+
+// The steps of several clients on `items` x `clients` parameters. Memory is visited in its order, item by item: client by client,
+// what the processor fetches ahead would be the next client's. Keys are [steps, items].
+template <class Kept>
+void adamw_steps(float* value, float* grad, Kept* first, Kept* second, const uint64_t* keys, const Step* steps, int64_t count,
+                 int64_t items, int64_t clients, int64_t size, float blend1, float beta2, float blend2, float eps) {
+  for (int64_t item = 0; item < items; ++item)
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t at = (item * clients + steps[s].place) * size;
+      const uint64_t key = keys == nullptr ? 0 : keys[s * items + item];
+      adamw_item(value + at, grad + at, first + at, second + at, key, size, steps[s], blend1, beta2, blend2, eps);
+    }
 }
 
 }  // namespace
@@ -233,15 +257,33 @@ void gated_backward(const float* h, const float* p, const float* dpa, float* dh,
   }
 }
 
-// Moments in float32.
-void adamw(float* value, float* grad, float* first, float* second, int64_t items, int64_t stride, int64_t size, float clip,
-           float keep, float blend1, float beta2, float blend2, float root, float eps, float rate) {
-  adamw_step(value, grad, first, second, nullptr, items, stride, size, clip, keep, blend1, beta2, blend2, root, eps, rate);
+// Squares of every item of `size` floats, summed up in float64.
+void squared_norms(const float* x, double* sums, int64_t items, int64_t size) {
+  constexpr int kParts = 4, kRun = kParts * kLanes / 2;  // chains of additions side by side
+  for (int64_t item = 0; item < items; ++item, x += size) {
+    Doubles part[kParts] = {};
+    const int64_t whole = size / kRun * kRun;
+    for (int64_t i = 0; i < whole; i += kRun) add_squares<kParts>(x + i, part);
+    if (whole < size) {  // zeros behind the end add nothing
+      float rest[kRun] = {};
+      std::memcpy(rest, x + whole, (size - whole) * sizeof(float));
+      add_squares<kParts>(rest, part);
+    }
+    const Doubles sum = (part[0] + part[1]) + (part[2] + part[3]);
+    sums[item] = 0.0;
+    for (int lane = 0; lane < kLanes / 2; ++lane) sums[item] += sum[lane];
+  }
 }
 
-// Moments in bfloat16; one key per item.
-void adamw_half(float* value, float* grad, uint16_t* first, uint16_t* second, const uint64_t* keys, int64_t items, int64_t stride,
-                int64_t size, float clip, float keep, float blend1, float beta2, float blend2, float root, float eps, float rate) {
-  adamw_step(value, grad, first, second, keys, items, stride, size, clip, keep, blend1, beta2, blend2, root, eps, rate);
+// Moments in float32.
+void adamw(float* value, float* grad, float* first, float* second, const Step* steps, int64_t count, int64_t items,
+           int64_t clients, int64_t size, float blend1, float beta2, float blend2, float eps) {
+  adamw_steps(value, grad, first, second, nullptr, steps, count, items, clients, size, blend1, beta2, blend2, eps);
+}
+
+// Moments in bfloat16; one key per step and item.
+void adamw_half(float* value, float* grad, uint16_t* first, uint16_t* second, const uint64_t* keys, const Step* steps,
+                int64_t count, int64_t items, int64_t clients, int64_t size, float blend1, float beta2, float blend2, float eps) {
+  adamw_steps(value, grad, first, second, keys, steps, count, items, clients, size, blend1, beta2, blend2, eps);
 }
 }

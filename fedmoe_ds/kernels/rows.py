@@ -1,4 +1,4 @@
-"""Rows: what happens to them between matrix products, and the AdamW step of a client, by rows.cpp: float32 on the CPU.
+"""Rows: what happens to them between matrix products, and the AdamW steps of clients, by rows.cpp: float32 on the CPU.
 
 Legend: T or N rows, H heads, K head width, D model width, F expert width.
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,8 +28,9 @@ _ARGUMENTS = {
     "swiglu_backward": [*[POINTER] * 5, SIZE, SIZE],
     "gated": [*[POINTER] * 3, SIZE, SIZE, *[FLOAT] * 4],
     "gated_backward": [*[POINTER] * 5, SIZE, SIZE, *[FLOAT] * 4],
-    "adamw": [*[POINTER] * 4, SIZE, SIZE, SIZE, *[FLOAT] * 8],
-    "adamw_half": [*[POINTER] * 5, SIZE, SIZE, SIZE, *[FLOAT] * 8],
+    "squared_norms": [*[POINTER] * 2, SIZE, SIZE],
+    "adamw": [*[POINTER] * 5, *[SIZE] * 4, *[FLOAT] * 4],
+    "adamw_half": [*[POINTER] * 6, *[SIZE] * 4, *[FLOAT] * 4],
 }
 
 
@@ -117,48 +120,61 @@ def gated_backward(
     return dh_N2F, dp_N
 
 
+def squared_norms(x: Tensor, item_axes: int) -> Tensor:
+    """float64, for each item of the last `item_axes` axes the sum of its squares, in one order whatever its neighbours are."""
+    head = x.shape[: x.dim() - item_axes]
+    sums = x.new_empty(head, dtype=torch.float64)
+    assert x.dtype == torch.float32 and x.is_contiguous(), (x.dtype, x.stride())
+    found = _library()
+    assert found is not None, "ask `serves` first"
+    found.squared_norms(x.data_ptr(), sums.data_ptr(), sums.numel(), math.prod(x.shape[len(head) :]))
+    return sums
+
+
+class AdamwStep(ctypes.Structure):
+    """One client's step: its place on the client axis; `keep` is 1 - lr * decay, `root` sqrt(1 - beta2^t), `rate`
+    lr / (1 - beta1^t) for the t-th step of the client."""
+
+    _fields_ = (("place", SIZE), ("clip", FLOAT), ("keep", FLOAT), ("root", FLOAT), ("rate", FLOAT))
+
+
 def adamw(
     value: Tensor,
     grad: Tensor,
     first: Tensor,
     second: Tensor,
     item_axes: int,
+    steps: Sequence[AdamwStep],
     *,
-    clip: float,
-    keep: float,
     betas: tuple[float, float],
-    root: float,
     eps: float,
-    rate: float,
-    keys: NDArray[np.uint64] | None = None,
+    keys: Sequence[NDArray[np.uint64]] | None = None,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101) in place, and the gradient is cleared.
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) in place, one step of each of several clients; gradients are cleared.
 
-    All four tensors have the same shape and strides; the last `item_axes` axes are dense, and the others must be one regular
-    sequence (a client's slice of a bank is). `keep` is 1 - lr * decay, `root` sqrt(1 - beta2^t), `rate` lr / (1 - beta1^t).
-    With `keys` (`fedmoe_ds.clients.stochastic_rounding`), one per item, moments are bfloat16 and rounded at random; without,
+    All four tensors are [..., clients, *item], `item_axes` of the axes are the item's. With `keys`
+    (`fedmoe_ds.clients.stochastic_rounding`), one per step and item, moments are bfloat16 and rounded at random; without,
     float32.
     """
-    # Numbers of one item; a block without items (no experts here, no layers) has nothing to step.
-    size = value[(0,) * (value.dim() - item_axes)].numel() if value.numel() else 0
-    if size == 0:
+    # A block without items (no experts here, no layers) has nothing to step.
+    if value.numel() == 0 or not steps:
         return
-    head = value.shape[: value.dim() - item_axes]
-    # A client's slice of a bank: its items lie one stride apart, across layers and experts alike.
-    stride = value.stride(len(head) - 1)
-    for axis in range(len(head) - 1):
-        assert value.stride(axis) == value.stride(axis + 1) * head[axis + 1], "items must be evenly spaced"
+    axis = value.dim() - item_axes - 1
+    clients, size = value.shape[axis], math.prod(value.shape[axis + 1 :])
+    items = value.numel() // (clients * size)
     kept = torch.float32 if keys is None else torch.bfloat16
     for tensor, dtype in ((value, torch.float32), (grad, torch.float32), (first, kept), (second, kept)):
-        assert tensor.dtype == dtype and tensor.stride() == value.stride() and tensor.shape == value.shape
-    pointers = [tensor.data_ptr() for tensor in (value, grad, first, second)]
-    items = value.numel() // size
+        assert tensor.dtype == dtype and tensor.is_contiguous() and tensor.shape == value.shape
+    assert all(0 <= step.place < clients for step in steps)
     found = _library()
     assert found is not None, "ask `serves` first"
+    pointers = [tensor.data_ptr() for tensor in (value, grad, first, second)]
     # 1 - beta is taken here, in float64: in float32, 1 - beta2 would be off by 5e-5 of itself.
-    numbers = (items, stride, size, clip, keep, 1.0 - betas[0], betas[1], 1.0 - betas[1], root, eps, rate)
+    numbers = (len(steps), items, clients, size, 1.0 - betas[0], betas[1], 1.0 - betas[1], eps)
+    table = (AdamwStep * len(steps))(*steps)
     if keys is None:
-        found.adamw(*pointers, *numbers)
+        found.adamw(*pointers, ctypes.addressof(table), *numbers)
         return
-    assert keys.size == items and keys.dtype == np.uint64 and keys.flags.c_contiguous, (keys.shape, items)
-    found.adamw_half(*pointers, keys.ctypes.data, *numbers)
+    own = np.ascontiguousarray(np.stack([each.reshape(-1) for each in keys]))
+    assert own.shape == (len(steps), items) and own.dtype == np.uint64, (own.shape, items)
+    found.adamw_half(*pointers, own.ctypes.data, ctypes.addressof(table), *numbers)
