@@ -200,7 +200,9 @@ def test_what_nobody_can_import() -> None:
         check_method(script)
 
 
+SGD = {"local": {"optimizer": "sgd", "momentum": 0.0}}
 SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("cc-fao", "fednova", "q-fedavg"), SGD),
     "flex-moe": {"adapters": {"router": "train"}},
     "hfedmoe": {"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}},
 }
