@@ -183,7 +183,8 @@ def test_experts_that_clients_held_are_on_the_page(tmp_path: Path) -> None:
     del rows[5]["experts_held"]
     for folder, as_table in (("lines", False), ("table", True)):
         write_record(tmp_path / folder, 6, rounds=1)
-        assert "experts held" not in write_report(tmp_path / folder).read_text()
+        page = write_report(tmp_path / folder).read_text()
+        assert "experts held" not in page and "load variation" not in page
         with MetricsLog(tmp_path / folder / "metrics.jsonl") as log:
             if as_table:
                 log.write_table("client", 2, iter(rows))

@@ -31,6 +31,7 @@ from fedmoe_ds.methods import (
     load_method,
 )
 from fedmoe_ds.methods.flex_moe import FlexMoE, missed, usual
+from fedmoe_ds.report import write_report
 
 L, E = 2, 6
 SHAPE = (L, E)
@@ -246,6 +247,9 @@ def test_clients_use_the_experts_that_they_are_assigned(root: Path) -> None:
     result = finish(parts, journal, look)
     load_LE = sum(update.plan.astype(int) for update in updates.values())
     assert len(updates) == len(parts.clients) and load_LE.min() >= 1 and load_LE.max() - load_LE.min() <= 2
+    told = [event["load_variation"] for event in result.events if event["event"] == "round"]
+    assert len(told) == 2 and told[-1] == pytest.approx((load_LE.std(1) / load_LE.mean(1)).mean())
+    assert "load variation" in write_report(Path(parts.config.output) / parts.config.name).read_text()
     final = result.parts.state.adapters.client(name, 0)
     for index, update in updates.items():
         assert not update.counts_LE[~update.plan].any() and (update.plan.sum(1) == update.client.experts).all()

@@ -270,6 +270,15 @@ def test_ranks_without_clients_are_told(olmoe: Job) -> None:
     assert "768 of 1024 ranks without a client" in layout_lines(olmoe, world, 8, found)[0]
 
 
+@pytest.mark.parametrize(("kind", "told"), [("cpu", "on a CPU that hides nothing"), ("cuda", "what that hides is derived")])
+def test_rows_that_travel_in_halves_are_told(olmoe: Job, kind: str, told: str) -> None:
+    found = predict_job(olmoe, 8, 32, World(2, 8), load_hardware("h200"))
+    halves = olmoe.config.model_copy(update={"execution": olmoe.config.execution.model_copy(update={"expert_halves": True})})
+    line = layout_lines(replace(olmoe, device=kind, config=halves), World(2, 8), 8, found)[0]
+    assert f"; rows travel in two halves: {told}" in line
+    assert "halves" not in layout_lines(olmoe, World(2, 8), 8, found)[0]
+
+
 def test_a_range_on_assumed_machines() -> None:
     assert format_span(12.345, (0.67, 2.0)) == "8.3 to 25 s" and format_span(12.345) == "12.35 s"
     assert format_span(1e-4, (0.67, 2.0)) == "67 to 200 us" and format_span(4000.0, (0.67, 2.0)) == "0.74 to 2.2 h"

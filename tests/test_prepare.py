@@ -66,33 +66,44 @@ def test_a_start_finds_what_was_prepared(config: Config, worth: None, monkeypatc
     assert entries(config) == kept and not [path for path in read if path.suffix == ".safetensors"]
 
 
-def test_ranks_of_a_host_map_what_was_prepared(config: Config, worth: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of two ranks of a host takes the files, and writes none."""
-    list(prepare(config, 2, lambda line: None))
+class Alike:
+    """The first of ranks of one host that all say the same."""
+
+    rank = 0
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.ranks
+
+    def run_on_all_ranks(self, action: Any) -> Any:
+        return action()
+
+
+def check_only_mapped(config: Config, ranks: int, everything: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start takes the prepared files and writes none: no weight of the model's own files is read."""
     root, path = cache.root(config.foundation.cache), str(config.foundation.path)
-
-    class Ranks:
-        rank = 0
-
-        def gather(self, value: Any) -> list[Any]:
-            return [value] * 2
-
-        def run_on_all_ranks(self, action: Any) -> Any:
-            return action()
-
     skeleton = open_skeleton(path, config.foundation, 1, 0, "cpu")
     own = skeleton.load(torch.device("cpu"))
     monkeypatch.setattr(Skeleton, "read", lambda self, memory: memory and pytest.fail(f"read: {sorted(memory)}"))
-    place = (root / "shared", Ranks(), lambda line: None, root / "sums")
-    memory = host_sharing.load_shared(skeleton, fingerprint(Path(path)), 1, ["a"] * 2, *place)
+    place = (root / "shared", Alike(ranks), lambda line: None, root / "sums", everything)
+    memory = host_sharing.load_shared(skeleton, fingerprint(Path(path)), 1, ["a"] * ranks, *place)
     assert memory.keys() == own.keys() and every(memory[name].equal(own[name]) for name in own)
 
 
-def test_one_rank_finds_what_was_prepared_where_all_weights_are_mapped(config: Config) -> None:
-    """A start of one rank maps both files, and reads no weight of the model's."""
+def test_ranks_of_a_host_map_what_was_prepared(config: Config, worth: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(prepare(config, 2, lambda line: None))
+    check_only_mapped(config, 2, False, monkeypatch)
+
+
+def test_one_rank_finds_what_was_prepared_where_all_weights_are_mapped(
+    config: Config, worth: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = changed(config.model_dump(), foundation={"mapped": "all"})
     told = list(prepare(Config.model_validate(tree), 1, lambda line: None))
     assert "weights that ranks of a host map: 2 files" in told[3] and "2 written, 0 found" in told[3]
+    check_only_mapped(config, 1, True, monkeypatch)
 
 
 def test_mapped_weights_are_refused_for_gpus(config: Config) -> None:

@@ -78,8 +78,9 @@ def _works(conditions: Conditions, asked: Sequence[int], time: int, plan: Plan |
     """What every client does that is asked in the end; None: what the configuration says."""
     if plan is None:
         return dict.fromkeys(asked)
-    # Whomever a method plans with, a device that is off hears nothing of it.
-    return {client: work for client, work in plan(asked).items() if client in asked or conditions.on(client, time)}
+    # Whomever a method plans with, a device that is off hears nothing of it; those who are asked are on.
+    known = set(asked)
+    return {client: work for client, work in plan(asked).items() if client in known or conditions.on(client, time)}
 
 
 def _taken(conditions: Conditions, flights: list[Flight], time: int, wanted: int) -> tuple[list[Flight], int]:

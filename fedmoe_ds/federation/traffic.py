@@ -2,8 +2,8 @@
 
 What counts is what the method says travels: blocks that are averaged, with the LoRA rows that the client holds; both ways their
 control variates under SCAFFOLD. Where the server moves products of LoRA pairs into the frozen weights, not the pairs but these
-products come down, as factors: with FLoRA the stacks of a round, with FLoRIST the rows that the last round has kept. What does
-not count: the frozen model, which a client has, and what stays with it.
+products come down, as factors: with FLoRA and FedEx-LoRA the stacks of a round, with FLoRIST the rows that the last round has
+kept. What does not count: the frozen model, which a client has, and what stays with it.
 """
 
 from __future__ import annotations

@@ -8,15 +8,11 @@ derived from the order in which they are started; nothing of it has been timed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fedmoe_ds.model.dispatcher import halves
+from fedmoe_ds.planner.work import Amount
 from fedmoe_ds.planner.workload import Job
-
-Amount = Any
-"""A number, or float64 [n]."""
 
 
 def parts_of(job: Job, ep_size: int) -> int:

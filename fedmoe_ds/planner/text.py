@@ -103,7 +103,8 @@ def layout_lines(job: Job, world: World, ep_size: int, prediction: Prediction) -
         rows.append([str(cluster), _span(first, last), _span(hosts[0], hosts[-1]), f"{work / mean:.3f}"])
     local = job.expert_layout.num_experts // ep_size
     experts = f", {local} experts per rank and layer" if local else ""
-    halves = "; rows travel in two halves: what that hides is derived, not timed" if parts_of(job, ep_size) > 1 else ""
+    hides = "on a CPU that hides nothing" if job.device == "cpu" else "what that hides is derived, not timed"
+    halves = f"; rows travel in two halves: {hides}" if parts_of(job, ep_size) > 1 else ""
     return [
         f"topology: {clusters} clusters x ep_size {ep_size}{experts}; work of the busiest cluster / "
         f"mean: {prediction.balance:.3f}; {prediction.waves} waves{alone}{halves}",

@@ -19,7 +19,7 @@ from fedmoe_ds.planner.hardware import Compute, Stage
 from fedmoe_ds.planner.workload import Job
 
 Amount = Any
-"""A number, or float64 [n]: one per local step."""
+"""A number, or float64 [n]: one per local step, or whatever is counted."""
 
 FORWARD_SCORE = 0.35
 """A forward pass's share of the time of an attention score."""

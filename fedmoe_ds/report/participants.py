@@ -29,7 +29,10 @@ MANY_LEAD = (
     "there are any). {idle}"
 )
 SCORED_LEAD = "Its own hold-out is scored by the model of the client's tier or, where clients have some, by its own."
-HELD_LEAD = "Experts held are those of a layer, on average, in its latest round; a client without a number held all."
+HELD_LEAD = (
+    "Experts held are those of a layer, on average, in its latest round; a client without a number held all, or was not "
+    "trained in that round."
+)
 Form = Callable[[float | None], str]
 TRAINED: Mapping[str, tuple[str, Form]] = {
     "rounds": ("rounds", formats.count),

@@ -179,7 +179,10 @@ def _speed(rounds: Sequence[tuple[int, Event]]) -> Markup:
 def _rounds_table(history: History) -> Markup:
     """Rounds in figures, collapsed."""
     rounds = sorted(history.rounds.items())
-    head = ["round", "participants", "dropped", "waves", "tokens", "tokens/s", "time", "weight entropy", "load variation"]
+    head = ["round", "participants", "dropped", "waves", "tokens", "tokens/s", "time", "weight entropy"]
+    # Of methods that deal experts alone.
+    dealt = any(event.get("load_variation") is not None for _, event in rounds)
+    head += ["load variation"] * dealt
     rows = [
         [
             str(number),
@@ -190,7 +193,7 @@ def _rounds_table(history: History) -> Markup:
             formats.count(event.get("tokens_per_s")),
             formats.duration(event.get("seconds")),
             formats.number(event.get("weight_entropy")),
-            formats.number(event.get("load_variation")),
+            *([formats.number(event.get("load_variation"))] * dealt),
         ]
         for number, event in thinned(rounds, MOST_ROUNDS)
     ]

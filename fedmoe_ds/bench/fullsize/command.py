@@ -65,7 +65,7 @@ COLUMNS: list[Column] = [
     ("ratio", lambda row: two_digits(row["memory_ratio"])),
     ("mapped", lambda row: row["mapped"]),
     ("restart s", lambda row: two_digits(row["restart_s"])),
-    ("read", lambda row: format_bytes(row["restart_read_bytes"])),
+    ("read", lambda row: "" if row["restart_read_bytes"] is None else format_bytes(row["restart_read_bytes"])),
 ]
 
 
@@ -104,15 +104,23 @@ def run(args: argparse.Namespace, note: Note) -> list[Row]:
     return [compare(case, RANKS, predicted, done) | facts]
 
 
-def restart(config: dict[str, Any], folder: Path) -> dict[str, float]:
+def restart(config: dict[str, Any], folder: Path) -> dict[str, float | None]:
     """A second start that goes on: seconds from the launcher's start until rounds go on, and what the disk was read for in all.
 
     Whatever the first run left in the page cache is there, as after a failure. The bytes are those of the whole machine.
     """
-    began, before = time.time(), psutil.disk_io_counters().read_bytes
+    began, before = time.time(), _disk_reads()
     events = run_job(config, folder, RANKS, _LIMIT_S, every_s=0.5, more=("--resume", "auto")).events
     resumed = next(event["time"] for event in reversed(events) if event["event"] == "resume")
-    return {"restart_s": resumed - began, "restart_read_bytes": psutil.disk_io_counters().read_bytes - before}
+    after = _disk_reads()
+    read = None if before is None or after is None else after - before
+    return {"restart_s": resumed - began, "restart_read_bytes": read}
+
+
+def _disk_reads() -> int | None:
+    """Bytes that this machine has read from its disks since it was started; None where it does not say."""
+    counters = psutil.disk_io_counters()
+    return None if counters is None else int(counters.read_bytes)
 
 
 @contextlib.contextmanager
