@@ -199,5 +199,5 @@ ABOUT = (
     "not compared. Then a second start goes on with another round: seconds from the launcher until the run is resumed, and "
     "what the machine read from its disk until the end. One measurement."
 )
-HELP = "OLMoE-1B-7B at full size on two ranks, beside its plan: 24 GiB of memory, 30 GiB of disk"
+HELP = "OLMoE-1B-7B at full size on two ranks, beside its plan: 24 GiB of memory, 30 GiB of disk (41 with all weights mapped)"
 COMMAND = Command("fullsize", HELP, OPTIONS, run, COLUMNS, lines=lines, about=ABOUT)
