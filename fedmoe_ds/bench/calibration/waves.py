@@ -21,6 +21,7 @@ from fedmoe_ds.bench.harness.inputs import load_bare, predicted
 from fedmoe_ds.bench.harness.process import scratch_folder
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
 from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.local_training import WaveTrainer
 from fedmoe_ds.clients.optimizer import squared_norms
 from fedmoe_ds.config import Config
@@ -236,8 +237,12 @@ def _stages(bench: Bench) -> dict[str, tuple[int, int, float]]:
     names = [spec.name for spec in specs]
     blocks, each = len(names), sum(bank.client(name, 0).numel() for name in names)
     sums = Statistics(specs, bench.shape.experts, exact=True)
+    steps = [ClientStep({True: slot, False: slot}, 3, 1e-3, (1, slot)) for slot in range(2)]
+    # AdamW leaves alone what nothing moves; after one step with gradients, moments move all of it.
+    for name in names:
+        bank.grads[name].fill_(1e-3)
     return {
-        "update": (blocks, each, typical(lambda: optimizer.step(names, 1, 3, 1e-3, 0.5))),
+        "update": (2 * blocks, 2 * each, typical(lambda: optimizer.step_all(steps))),
         "norm": (blocks, 2 * each, typical(lambda: (squared_norms(bank, True), squared_norms(bank, False)))),
         "move": (blocks, 4 * each, typical(lambda: _move(bank, bench.start))),
         "fold": (blocks, each, typical(lambda: _fold(sums, bank, names))),
