@@ -19,7 +19,6 @@ from fedmoe_ds.bench.harness.shapes import write_model
 from fedmoe_ds.bench.harness.system import BITWISE, DisagreementError, check_agreement
 from fedmoe_ds.bench.harness.table import Row
 from fedmoe_ds.bench.harness.workload import Workload
-from fedmoe_ds.distributed import huge_pages
 from fedmoe_ds.distributed.launcher import free_port
 from fedmoe_ds.errors import UserError
 
@@ -65,9 +64,8 @@ def cores() -> int:
 
 
 def our_starts(ranks: int) -> list[Start]:
-    """One rank per core, with the memory that a training run has."""
+    """One rank per core."""
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    world |= huge_pages.variables(os.environ)
     command = module_command("fedmoe_ds.bench.baselines.federated_rank")
     return [Start(command, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
 

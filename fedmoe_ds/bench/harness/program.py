@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmoe_ds.bench.harness.process import environment, kill_process_tree, module_command, start, tail
-from fedmoe_ds.bench.harness.system import PEERS
+from fedmoe_ds.bench.harness.system import OURS
 from fedmoe_ds.distributed import huge_pages
 from fedmoe_ds.errors import UserError
 
@@ -93,11 +93,10 @@ def programs(starts: Mapping[str, list[Start]]) -> Iterator[dict[str, Program]]:
 def workers(module: str, names: Iterable[str], device: str = "cpu") -> contextlib.AbstractContextManager[dict[str, Program]]:
     """A program for each of the systems that a module offers with `make_worker(name)`.
 
-    Ours, and floors beside them, have the pages that a training run has; peers get what their documentation starts them with.
+    Ours have the memory that a training run has; others get what their documentation starts them with.
     """
-    theirs = {"DS_ACCELERATOR": device}
-    ours = huge_pages.variables(os.environ) | theirs
-    given = {name: theirs if name.startswith(PEERS) else ours for name in names}
+    ours, others = {**huge_pages.variables(os.environ), "DS_ACCELERATOR": device}, {"DS_ACCELERATOR": device}
+    given = {name: ours if name.startswith(OURS) else others for name in names}
     return programs({name: [Start(module_command(_WORKER, module, name), given[name])] for name in given})
 
 

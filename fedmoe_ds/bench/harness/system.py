@@ -16,8 +16,6 @@ OURS = "fedmoe_ds"
 BITWISE = "fedmoe_ds bitwise"
 HALF_MOMENTS = "fedmoe_ds bf16 moments"
 PEER_PREFIX = "peft "
-PEERS = (PEER_PREFIX, "deepspeed.")
-"""How names of systems begin that are not ours."""
 FLOOR = "floor"
 
 MODES = {"fast": [OURS], "bitwise": [BITWISE], "both": [OURS, BITWISE]}
