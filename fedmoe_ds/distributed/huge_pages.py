@@ -17,9 +17,6 @@ from pathlib import Path
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 _OFFERED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SINCE = (2, 35)
-_BEGUN = "FEDMOE_BEGUN_AGAIN"
-_AT_WORK = ("torch", "mpi4py.MPI", "bdb", "pydevd")
-"""Modules of a process that has more to lose than some speed: devices, a place in an MPI job, a debugger's breakpoints."""
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -38,27 +35,15 @@ def begin_again(words: list[str]) -> None:
 
     Args:
         words: the arguments that this process was started with. A program that calls us from within has others, or none, and
-            goes on.
+            goes on: it has more to lose than a second's speed.
     """
-    # Once: what takes the variable away on the way (a wrapper, an interpreter with privileges of its own) would do so again.
-    begun = os.environ.pop(_BEGUN, None) == str(os.getpid())
     lacking = variables(os.environ)
-    if begun or not lacking or not _repeats(words):
+    if not lacking or not words or sys.orig_argv[-len(words) :] != words:
         return
     # A file system that lets nobody start this interpreter again costs speed and nothing else.
     with contextlib.suppress(OSError):
         command = [sys.executable, *sys.orig_argv[1:]]
-        again = {**os.environ, **lacking, _BEGUN: str(os.getpid())}
-        os.execve(command[0], command, again)  # noqa: S606  (our own words)
-
-
-def _repeats(words: list[str]) -> bool:
-    """Whether this process, started again with its own command line, would be where it is now."""
-    if not words or sys.orig_argv[-len(words) :] != words or any(module in sys.modules for module in _AT_WORK):
-        return False
-    # A program that came through a pipe is not there a second time: Python would find nothing to do, and end with 0.
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    return bool(sys.executable) and script is not None and Path(script).is_file()
+        os.execve(command[0], command, {**os.environ, **lacking})  # noqa: S606  (our own words)
 
 
 def _on_request() -> bool:
