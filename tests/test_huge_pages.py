@@ -66,7 +66,7 @@ def test_a_process_begins_again_under_its_id() -> None:
 def test_who_calls_from_within_goes_on(offered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the subcommands only training begins again, and only in a process that was started for it."""
     begun = list[list[str]]()
-    monkeypatch.setattr(os, "execve", lambda _, words, __: begun.append(words))
+    monkeypatch.setattr(huge_pages.os, "execve", lambda _, words, __: begun.append(words))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     huge_pages.begin_again(["train", "--config", "x.yaml"])
     huge_pages.begin_again([])

@@ -31,8 +31,7 @@ eight minutes, and leaves such files (`gpu.json`, `gpu-wave-*.json`).
 Systems that are compared run in one call, in processes of their own, in alternating rounds. A figure is the median of its
 repetitions, with the smallest and the largest of them; ratios are formed within a round. *(one timing)* stands beside what was
 measured once, {unknown} where repetitions were not stored. What systems compute is compared before their speed is. A process
-has one CPU thread unless its section says otherwise; ours has the memory of a training run (huge pages, freed memory kept), a
-peer what its documentation starts it with. Absolute numbers depend on the machine and on what else it does; ratios
+has one CPU thread unless its section says otherwise. Absolute numbers depend on the machine and on what else it does; ratios
 inside one section are what counts. *Floor share* is the time of the floor, measured in the same run, over the time of the
 system.
 
