@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedmoe_ds import __version__
-from fedmoe_ds.distributed import huge_pages
 from fedmoe_ds.distributed.stop_request import StopRequest, leave_on_interrupt, unwind_on_interrupt
 from fedmoe_ds.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, nearest
 from fedmoe_ds.terminal import note, show
@@ -102,14 +101,11 @@ def refuse(name: str) -> NoReturn:
 def start(name: str) -> NoReturn:
     """Run a subcommand with the arguments of this process, and end it."""
     command, words = COMMANDS[name], sys.argv[1:]
-    at_once = command.light or any(word in HELP for word in _before_dashes(words))
-    if name == LAUNCHED and not at_once:
-        huge_pages.begin_again(words)  # first of all: it forgets what has been done about signals
     command.listen()
     _forget_own_folder()
     if command.on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported
-    if at_once:
+    if command.light or any(word in HELP for word in _before_dashes(words)):
         # argparse shows its text and ends: nothing of what `run_entry` brings is needed for that.
         sys.exit(_told(lambda: _main_of(command)(words)))
     from fedmoe_ds.distributed.runtime import run_entry  # brings torch: seconds

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,8 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedmoe_ds.bench.harness.process import environment, kill_process_tree, module_command, start, tail
-from fedmoe_ds.bench.harness.system import OURS
-from fedmoe_ds.distributed import huge_pages
 from fedmoe_ds.errors import UserError
 
 _WORKER = "fedmoe_ds.bench.harness.worker"
@@ -91,13 +88,9 @@ def programs(starts: Mapping[str, list[Start]]) -> Iterator[dict[str, Program]]:
 
 
 def workers(module: str, names: Iterable[str], device: str = "cpu") -> contextlib.AbstractContextManager[dict[str, Program]]:
-    """A program for each of the systems that a module offers with `make_worker(name)`.
-
-    Ours have the memory that a training run has; others get what their documentation starts them with.
-    """
-    ours, others = {**huge_pages.variables(os.environ), "DS_ACCELERATOR": device}, {"DS_ACCELERATOR": device}
-    given = {name: ours if name.startswith(OURS) else others for name in names}
-    return programs({name: [Start(module_command(_WORKER, module, name), given[name])] for name in given})
+    """A program for each of the systems that a module offers with `make_worker(name)`."""
+    variables = {"DS_ACCELERATOR": device}
+    return programs({name: [Start(module_command(_WORKER, module, name), variables)] for name in names})
 
 
 def alternate(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from fedmoe_ds.bench.harness.process import environment, run_to_end, scratch_folder, torchrun
-from fedmoe_ds.distributed import huge_pages
+from fedmoe_ds.bench.harness.process import run_to_end, scratch_folder, torchrun
 
 
 def run_on_ranks(
@@ -25,9 +23,7 @@ def run_on_ranks(
     """
     with scratch_folder() as folder:
         command = [*(launcher or torchrun(ranks)), "-m", module, json.dumps(request), str(folder)]
-        # With the memory that a training run has: what is measured here is what one does.
-        env = environment(huge_pages.variables(os.environ))
-        run_to_end(f"{module} on {ranks} ranks", command, timeout_s, env=env)
+        run_to_end(f"{module} on {ranks} ranks", command, timeout_s)
         return [json.loads(_answer_file(folder, rank).read_text()) for rank in range(ranks)]
 
 
