@@ -210,7 +210,12 @@ def test_what_nobody_can_import() -> None:
         check_method(script)
 
 
+SGD = {"local": {"optimizer": "sgd", "lr": 0.05}}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "cc-fao": {**SGD, "server": {"optimizer": "fedams", "lr": 0.01}},
+    "fednova": SGD,
+    "q-fedavg": SGD,
+    "flood": {"execution": {"micro_batch_size": None}},
     "flex-moe": {"adapters": {"router": "train"}},
     "hfedmoe": {"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}},
 }
