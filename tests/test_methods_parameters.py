@@ -193,13 +193,13 @@ TIERS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "flame",
         {"experts": 4},
         {},
-        "federation.tiers.1.experts: 4: here a budget buys top_k, not experts per batch; drop the key",
+        "federation.tiers.1.experts: 4: here a budget buys top_k, not experts; drop the key",
     ),
     (
         "flora",
         {"experts": 4},
         {},
-        "federation.tiers.1.experts: 4: here a budget buys rank, not experts per batch; drop the key",
+        "federation.tiers.1.experts: 4: here a budget buys rank, not experts; drop the key",
     ),
     (
         "flora",

@@ -122,19 +122,9 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "local.drift: fedprox: method local-only has no global model to drift from; use none",
     ),
     "small products": (
-        {"flora"},
+        {"flora", "florist", "fedex-lora"},
         {"foundation": {"dtype": "bfloat16"}},
-        "foundation.dtype: bfloat16: FLoRA adds small products to the frozen weights in every round",
-    ),
-    "small products of few rows": (
-        {"florist"},
-        {"foundation": {"dtype": "bfloat16"}},
-        "foundation.dtype: bfloat16: FLoRIST adds small products to the frozen weights in every round",
-    ),
-    "small residuals": (
-        {"fedex-lora"},
-        {"foundation": {"dtype": "bfloat16"}},
-        "foundation.dtype: bfloat16: FedEx-LoRA adds small residuals to the frozen weights in every round",
+        "foundation.dtype: bfloat16: method {} adds small products to the frozen weights in every round",
     ),
     "no adapter experts": ({"fft-moe"}, {"adapters": {"moe": None}}, "adapters.moe: null: FFT-MoE trains adapter experts"),
 }

@@ -59,7 +59,7 @@ def test_a_plan_is_for_the_device_of_the_run(halves: Path) -> None:
     assert head == "memory per rank (estimate, cpu, frozen weights in float32):"
     for changes, text in (
         ({"execution": {"reproducible": "bitwise"}}, r"^execution\.reproducible: bitwise: on cuda "),
-        ({"method": {"name": "flora"}}, r"^foundation\.dtype: bfloat16: FLoRA "),
+        ({"method": {"name": "flora"}}, r"^foundation\.dtype: bfloat16: method flora "),
     ):
         with pytest.raises(UserError, match=text):
             describe(config_of(halves, gpu, changes), 1)
@@ -91,14 +91,14 @@ def test_a_hub_id_is_resolved_once_it_is_there(halves: Path) -> None:
     spec = resolve_spec(*check_start(config_of(halves, hub), "cuda"), "cuda", loaded)
     assert spec.config.foundation.dtype == "bfloat16"
     flora = config_of(halves, hub, {"method": {"name": "flora"}})
-    with pytest.raises(UserError, match=r"foundation\.dtype: bfloat16: FLoRA adds small products"):
+    with pytest.raises(UserError, match=r"foundation\.dtype: bfloat16: method flora adds small products"):
         resolve_spec(flora, method_for(flora), "cuda", loaded)
 
 
 def test_a_method_sees_what_was_chosen(halves: Path) -> None:
     flora = config_of(halves, {"method": {"name": "flora"}})
     check_start(flora, "cpu")
-    with pytest.raises(UserError, match=r"foundation\.dtype: bfloat16: FLoRA .* use float32"):
+    with pytest.raises(UserError, match=r"foundation\.dtype: bfloat16: method flora .* use float32"):
         check_start(flora, "cuda")
 
 

@@ -78,6 +78,14 @@ class MeansOfFactors(Named):
         return 0.5
 
 
+class Absorbs(Named):
+    absorbs = True
+
+
+class ChoosesRank(MeansOfFactors):
+    chooses_rank = True
+
+
 class TakesAnything(Named):
     class Params(BaseModel):  # type: ignore[assignment]
         exponent: float = 1.0
@@ -125,6 +133,8 @@ FUNCTIONS: list[tuple[Any, str]] = [
     (Misspelt, r"^Misspelt\.weigths: nobody calls it; did you mean `weights`\? Else call it _weigths$"),
     (OldParameters, r"^OldParameters\.weights\(self, spec, update\): is called with \(self, spec, update, data_share\)"),
     (Collects, r"^Collects\.combine: is called where collects = True"),
+    (Absorbs, r"^Absorbs\.absorbs: `combine` moves products into the frozen weights; set collects = True"),
+    (ChoosesRank, r"^ChoosesRank\.chooses_rank: of products that move into the frozen weights; set absorbs = True"),
     (Observes, r"^Observes\.observes: \('counts',\): an observer returns these"),
     (Accounts, r"^Accounts\.accounts: its plans say what clients spend; override `plan`$"),
     (Tallies, r"^Tallies\.weighing: Weighing\(.*\): asks for `tally`; override it$"),
@@ -200,9 +210,12 @@ def test_what_nobody_can_import() -> None:
         check_method(script)
 
 
-SGD = {"local": {"optimizer": "sgd", "momentum": 0.0}}
+SGD = {"local": {"optimizer": "sgd", "lr": 0.05}}
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("cc-fao", "fednova", "q-fedavg"), SGD),
+    "cc-fao": {**SGD, "server": {"optimizer": "fedams", "lr": 0.01}},
+    "fednova": SGD,
+    "q-fedavg": SGD,
+    "flood": {"execution": {"micro_batch_size": None}},
     "flex-moe": {"adapters": {"router": "train"}},
     "hfedmoe": {"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}},
 }

@@ -29,7 +29,7 @@ class Client:
         top_k: a FLOPs budget named by the number of active experts that it pays for.
         cap: active experts per token that the client really uses.
         rank: LoRA rank that it trains.
-        experts: experts per layer that one of its batches may train.
+        experts: experts per layer that one of its batches may train, or that it holds.
         layers: layers that it trains, the last ones, where a budget buys them; None: all.
         steps: exact local steps, where they are not derived from the sequences (the pooled client of centralised training).
         rows: token rows (or images) of one epoch, which predict its cost; None: as many as targets.

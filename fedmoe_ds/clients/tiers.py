@@ -1,7 +1,7 @@
 """Budget tiers: what a client's budget buys, and what outputs call it.
 
 A tier is called by its top-k, `4`. Where tiers of one top-k buy unequal LoRA ranks, experts or layers, these are said too:
-`4 r2` trains two LoRA rows, `4 e8` eight experts per batch, `4 l2` the last two layers.
+`4 r2` trains two LoRA rows, `4 e8` eight experts per batch or layer, `4 l2` the last two layers.
 
 Clients come to their tiers in one of three ways: by the tiers' shares, dealt in random order; by name (`clients` of a tier);
 or by a column of the data that holds the label of their tier.
@@ -18,7 +18,7 @@ from fedmoe_ds.data.groups import group_name
 from fedmoe_ds.errors import UserError
 
 BudgetKind = Literal["top_k", "rank", "experts", "layers"]
-"""What a method spends a budget on: active experts per token, LoRA rank, experts trained per batch, or layers trained."""
+"""What a method spends a budget on: active experts per token, LoRA rank, experts trained per batch or held, layers trained."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _check_dealing(config: FederationConfig) -> None:
 
 
 Budget = tuple[int, int, int, int]
-"""(top-k, LoRA rank, experts per batch, layers): what tells tiers apart. A larger budget compares as larger.
+"""(top-k, LoRA rank, experts, layers): what tells tiers apart. A larger budget compares as larger.
 
 Layers are 0 where no budget buys them."""
 

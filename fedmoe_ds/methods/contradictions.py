@@ -23,6 +23,10 @@ def contradictions(method: Method | type[Method]) -> Iterator[str]:
         yield "memory: names what `memorise` gives the values of; override both or neither"
     if overrides(method, "combine") != method.collects:
         yield "combine: is called where collects = True, and only there; set both or neither"
+    if method.absorbs and not method.collects:
+        yield "absorbs: `combine` moves products into the frozen weights; set collects = True, and override it"
+    if method.chooses_rank and not method.absorbs:
+        yield "chooses_rank: of products that move into the frozen weights; set absorbs = True, or drop it"
     if method.observes and not overrides(method, "observer"):
         yield f"observes: {method.observes}: an observer returns these; override `observer`"
     if overrides(method, "sums") and not overrides(method, "objective"):

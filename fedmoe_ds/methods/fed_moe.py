@@ -1,6 +1,6 @@
 """FedMoE: every client trains and runs a sub-model, the experts that its own data use (arXiv 2408.11304).
 
-Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, H experts held in a layer, N clients with a sub-model.
+Called `fed-moe`: `fedmoe` is this project. Legend: L layers, E experts, N clients with a sub-model, M = L E.
 
 READ (the paper and public readings of it; no public code was found). A few rounds with all experts give a client's activation
 
@@ -17,18 +17,20 @@ dropped, by
 
     phat_{l,e} = sum_{a in S} sim(a) p_{l,e}(a) / sum_{a in S} sim(a)
 
-If that does not help, it is reverted and the sub-model stays as it is for good. The local objective has the Switch balance loss
-(`balance_loss`; the coefficient of the paper is not known, Switch's is 0.01).
+If that does not help, it is reverted and the sub-model stays as it is for good. The local objective has the Switch balance
+loss.
 
-COMPLETION. Memory is counted in experts over all layers, L times the tier's experts, because every expert's adapters weigh the
-same; every layer keeps `least`, so that top-k is defined. A sub-model's router has the rows of its experts alone: its softmax,
-and its balance loss, are over these. The search may use `memory_share` (alpha) of it and stage 2 the rest:
-where the search has filled everything, nothing could ever be added. What alpha leaves between the best theta and its slots goes
-to the largest p. p is the mean softmax score per token and not the share of routed slots, because afterwards a client routes
-to experts that it holds alone, while the paper still sends p of all. Loss (mean of the first and the last step's) takes the
-place of accuracy. A stall: the loss did not fall by 1 % in `patience` rounds of the client, which are counted as it takes part;
-the same decides whether a change has helped. Clients that still profile are similar to nobody. A holder weighs its data size,
-used or not.
+COMPLETION. The balance loss is off unless `balance_loss` is set: the paper's coefficient is not known (Switch's is 0.01),
+and with it a step is not cut into micro-batches. Memory is counted in experts over all layers, L times the tier's experts,
+because every expert's adapters weigh the same; every layer keeps `least`, so that top-k is defined. A sub-model's router
+has the rows of its experts alone: its softmax, and its balance loss, are over these. The search may use `memory_share`
+(alpha) of it and stage 2 the rest: where the search has filled everything, or no other client has a sub-model, a change
+changes nothing and still counts as one. What alpha leaves between the best theta and its slots goes to the largest p. p is
+the mean softmax score per token and not the share of routed slots, because afterwards a client routes to experts that it
+holds alone, while the paper still sends p of all. Loss (mean of the first and the last step's) takes the place of accuracy.
+A stall: the loss did not fall by 1 % in `patience` rounds of the client, which are counted as it takes part; the same
+decides whether a change has helped. Clients that still profile are similar to nobody. A holder weighs its data size, used
+or not.
 
 Limits. A router is one block: where routers are trained, sums are twice as large, so that each row is the mean of its holders',
 and the bytes of a client's report count all rows. Every expert's weights stay where they are, on its rank of the cluster: a
@@ -85,7 +87,7 @@ FALL = 0.01
 
 
 class FedMoEParams(MethodParams):
-    """The two searches; the paper's values of the last two are not known."""
+    """The two searches; the paper's values of the last three are not known."""
 
     profile_rounds: int = Field(5, ge=1, description="rounds of a client with all experts, before its sub-model is searched")
     memory_share: float = Field(0.8, gt=0, le=1, description="alpha: share of the budget that the search may use")
@@ -122,16 +124,17 @@ class Profiles:
         self._scores = {index: one["scores"] for index, one in memories.items() if one["progress"][1] != PROFILE}
 
     @cached_property
-    def _whole(self) -> tuple[np.ndarray, np.ndarray]:
-        """Clients, int64 [N], and their p, int64 [N, L E]; not made in a round in which nobody stalls."""
+    def _whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Clients, int64 [N], their p, int64 [N, M], and its norms, [N]; not made in a round in which nobody stalls."""
         clients_N = np.array(sorted(self._scores))
-        return clients_N, np.rint(np.stack([self._scores[i].ravel() for i in clients_N]) * 2**24).astype(np.int64)
+        whole_NM = np.rint(np.stack([self._scores[i].ravel() for i in clients_N]) * 2**24).astype(np.int64)
+        return clients_N, whole_NM, np.sqrt((whole_NM**2).sum(1))
 
     def nearest(self, client: int, count: int) -> dict[int, float]:
         """The cosines of the `count` others that are most similar to one of them; of equal ones the lower index."""
-        clients_N, whole_NM = self._whole
-        own_M = whole_NM[np.searchsorted(clients_N, client)]
-        likeness_N = whole_NM @ own_M / (np.sqrt((whole_NM**2).sum(1)) * np.sqrt((own_M**2).sum()))
+        clients_N, whole_NM, norm_N = self._whole
+        own = np.searchsorted(clients_N, client)
+        likeness_N = whole_NM @ whole_NM[own] / (norm_N * norm_N[own])
         order = [place for place in np.argsort(-likeness_N, kind="stable") if clients_N[place] != client]
         return {int(clients_N[place]): float(likeness_N[place]) for place in order[:count]}
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmoe_ds.methods import Combined, Config, FactorPair, Method, MethodInfo, UserError
+from fedmoe_ds.methods import Combined, FactorPair, Method, MethodInfo
 
 
 class FedExLoRA(Method):
@@ -36,13 +36,6 @@ class FedExLoRA(Method):
     needs = frozenset({"lora"})
     collects = True
     absorbs = True
-
-    def check_config(self, config: Config) -> None:
-        if config.foundation.dtype == "bfloat16":
-            raise UserError(
-                f"foundation.dtype: {config.foundation.dtype}: FedEx-LoRA adds small residuals to the frozen weights in every "
-                "round, and bfloat16 would round them away; use float32"
-            )
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         share = pair.share_P.view(-1, 1, 1)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmoe_ds.methods import Combined, Config, FactorPair, Method, MethodInfo, UserError
+from fedmoe_ds.methods import Combined, FactorPair, Method, MethodInfo
 
 
 class FLoRA(Method):
@@ -40,13 +40,6 @@ class FLoRA(Method):
     unequal_ranks = True
     collects = True
     absorbs = True
-
-    def check_config(self, config: Config) -> None:
-        if config.foundation.dtype == "bfloat16":
-            raise UserError(
-                f"foundation.dtype: {config.foundation.dtype}: FLoRA adds small products to the frozen weights in every round, "
-                "and bfloat16 would round them away; use float32"
-            )
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         # B = 0, so the fresh pair adds nothing: the merged weight alone is the model that clients start from.

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedmoe_ds.methods import Combined, Config, FactorPair, Method, MethodInfo, MethodParams, UserError
+from fedmoe_ds.methods import Combined, FactorPair, Method, MethodInfo, MethodParams
 
 
 class FLoRISTParams(MethodParams):
@@ -54,13 +54,6 @@ class FLoRIST(Method):
     collects = True
     absorbs = True
     chooses_rank = True
-
-    def check_config(self, config: Config) -> None:
-        if config.foundation.dtype == "bfloat16":
-            raise UserError(
-                f"foundation.dtype: {config.foundation.dtype}: FLoRIST adds small products to the frozen weights in every "
-                "round, and bfloat16 would round them away; use float32"
-            )
 
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         u_OK, s_K, vh_KI = pair.svd()

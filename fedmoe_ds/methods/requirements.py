@@ -27,6 +27,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         raise UserError(f"adapters.experts: false: method {name} works on expert adapters; use adapters.experts=true")
     if "router" in method.needs and adapters.router != "train" and adapters.moe is None:
         raise UserError(f"adapters.router: {adapters.router}: method {name} needs trained routers; use adapters.router=train")
+    if method.absorbs and config.foundation.dtype == "bfloat16":
+        raise UserError(
+            f"foundation.dtype: {config.foundation.dtype}: method {name} adds small products to the frozen weights in every "
+            "round, and bfloat16 would round them away; use float32"
+        )
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     _check_dual_variables(method, name, config)
@@ -94,8 +99,8 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
         # A key without effect is refused: the tier's label would promise a budget that no client spends.
         if tier.experts is not None and bought != "experts":
             raise UserError(
-                f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts per batch; drop the "
-                "key, or use hfedmoe or fed-moe with federation.budget=method"
+                f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts; drop the key, or "
+                "use hfedmoe, fed-moe or flex-moe with federation.budget=method"
             )
         if tier.layers is not None and bought != "layers":
             raise UserError(
