@@ -9,7 +9,7 @@ import torch
 from federations import make_config, run_alone, write_inputs
 
 from fedmoe_ds.clients.fused_step import ClientStep
-from fedmoe_ds.clients.optimizer import ClientOptimizer
+from fedmoe_ds.clients.optimizer import ClientOptimizer, Turn
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
@@ -49,7 +49,7 @@ def test_copies_follow_the_optimizers_kernels() -> None:
     made.value_in(HALF, NAME, 1)
     made.grads[NAME].fill_(1.0)
     assert rows.serves(made.values[NAME], made.grads[NAME])
-    optimizer.step([NAME], 0, 1, 0.1, 1.0)
+    optimizer.take(NAME, [Turn(0, 1, 0.1, 1.0)])
     assert fresh(made)
     made.grads[NAME].fill_(1.0)
     optimizer.step_all([ClientStep({True: 1}, 1, 0.1, (1, 0))])

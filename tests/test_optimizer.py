@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmoe_ds.clients.fused_step import ClientStep
 from fedmoe_ds.clients.host_moments import HostMoments
-from fedmoe_ds.clients.optimizer import ClientOptimizer, squared_norms
+from fedmoe_ds.clients.optimizer import ClientOptimizer, Turn, squared_norms
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
@@ -71,7 +71,8 @@ def test_same_as_torch(settings: dict[str, Any]) -> None:
         for group in theirs.param_groups:
             group["lr"] = rate
         theirs.step()
-        ours.step(NAMES, 1, step + 1, rate, factor)
+        for name in NAMES:
+            ours.take(name, [Turn(1, step + 1, rate, factor)])
     for name in NAMES:
         difference = (bank.client(name, 1).double() - leaves[name].detach()).abs().max()
         assert float(difference) <= 1e-6 * float(leaves[name].detach().abs().max()), name
@@ -89,10 +90,12 @@ def test_a_finished_client_is_not_touched(settings: dict[str, Any]) -> None:
         for name, gradient in gradients(step).items():
             bank.grads[name].copy_(gradient)
         if step == 0:
-            optimizer.step(NAMES, 0, 1, 0.1, 1.0)
+            for name in NAMES:
+                optimizer.take(name, [Turn(0, 1, 0.1, 1.0)])
             finished = {name: bank.client(name, 0).clone() for name in NAMES}
             waiting = {name: bank.grads[name].select(axis(name), 0).clone() for name in NAMES}
-        optimizer.step(NAMES, 1, step + 1, 0.1, 0.5)
+        for name in NAMES:
+            optimizer.take(name, [Turn(1, step + 1, 0.1, 0.5)])
     for name in NAMES:
         assert torch.equal(bank.client(name, 0), finished[name]), "no decay, no momentum drift"
         assert not bool(waiting[name].any()), "its gradients were cleared by its own step"
@@ -109,7 +112,8 @@ def test_a_client_ends_with_the_same_bits_in_any_slot() -> None:
         for step in range(3):
             for name, gradient in gradients(step).items():
                 bank.grads[name].select(axis(name), slot).copy_(gradient.select(axis(name), 0))
-            optimizer.step(NAMES, slot, step + 1, 0.1, 0.7)
+            for name in NAMES:
+                optimizer.take(name, [Turn(slot, step + 1, 0.1, 0.7)])
         results.append([bank.client(name, slot).clone() for name in NAMES])
     for other in results[1:]:
         assert every(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -123,13 +127,15 @@ def test_reset_forgets_the_previous_wave() -> None:
         if before:
             for name, gradient in gradients(1).items():
                 bank.grads[name].copy_(gradient)
-            optimizer.step(NAMES, 0, 1, 0.1, 1.0)
+            for name in NAMES:
+                optimizer.take(name, [Turn(0, 1, 0.1, 1.0)])
             optimizer.reset()
             for name in NAMES:
                 bank.client(name, 0).copy_(make_bank().client(name, 0))
         for name, gradient in gradients(2).items():
             bank.grads[name].copy_(gradient)
-        optimizer.step(NAMES, 0, 1, 0.1, 1.0)
+        for name in NAMES:
+            optimizer.take(name, [Turn(0, 1, 0.1, 1.0)])
         ends.append([bank.client(name, 0).clone() for name in NAMES])
     assert every(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmoe_ds.clients.optimizer import ClientOptimizer, moment_bytes
+from fedmoe_ds.clients.optimizer import ClientOptimizer, Turn, moment_bytes
 from fedmoe_ds.clients.stochastic_rounding import Rounding, at_layer, mixed, random_bits, rounded, store
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.kernels import rows
@@ -127,7 +127,8 @@ def trained(
             gradient = torch.randn(len(spec.layers), *((8,) if spec.expert else ()), *spec.item, generator=draw)
             part = gradient[:, experts.start : experts.stop] if spec.expert else gradient
             bank.grads[spec.name].select(axis, slot).copy_(part)
-        optimizer.step([EXPERT.name, DENSE.name], slot, step + 1, 0.1, 0.7, address)
+        for name in (EXPERT.name, DENSE.name):
+            optimizer.take(name, [Turn(slot, step + 1, 0.1, 0.7, address)])
     states = [bank.values, *[state for state in (optimizer.first, optimizer.second) if state]]
     return optimizer, [s[spec.name].select(2 if spec.expert else 1, slot).clone() for spec in (EXPERT, DENSE) for s in states]
 
@@ -164,7 +165,7 @@ def test_bits_of_a_client_are_its_own(path: str, chosen: dict[str, Any]) -> None
 def test_an_address_is_asked_for() -> None:
     bank = Bank([DENSE], 1, 1)
     with pytest.raises(AssertionError, match="address"):
-        ClientOptimizer(bank, LocalConfig(moments="bfloat16")).step([DENSE.name], 0, 1, 0.1, 1.0)
+        ClientOptimizer(bank, LocalConfig(moments="bfloat16")).take(DENSE.name, [Turn(0, 1, 0.1, 1.0)])
 
 
 def test_native_steps_equal_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,7 @@ def test_nothing_moves_without_gradients(path: str) -> None:
     bank.grads[EXPERT.name][0, 1] = 1.0
     for step in range(3):
         before = bank.values[EXPERT.name].clone()
-        optimizer.step([EXPERT.name], 0, step + 1, 0.1, 1.0, (1, 0))
+        optimizer.take(EXPERT.name, [Turn(0, step + 1, 0.1, 1.0, (1, 0))])
         moved = (bank.values[EXPERT.name] != before).flatten(2).any(-1)
         assert moved.nonzero().tolist() == [[0, 1]], path
         for state in (optimizer.first, optimizer.second):
@@ -223,7 +224,7 @@ def test_second_moments_go_on_moving() -> None:
         nearest = (nearest.float() * 0.999 + gradient.square() * 0.001).bfloat16()
         for kind, optimizer in optimizers.items():
             banks[kind].grads[spec.name][0, 0] = gradient
-            optimizer.step([spec.name], 0, step + 1, 1e-3, 1.0, (1, 0))
+            optimizer.take(spec.name, [Turn(0, step + 1, 1e-3, 1.0, (1, 0))])
     whole, half = (optimizers[kind].second[spec.name].double() for kind in ("float32", "bfloat16"))
     assert float(half.mean() / whole.mean()) == pytest.approx(1.0, abs=0.01)
     assert float((half / whole - 1.0).std()) < 0.1

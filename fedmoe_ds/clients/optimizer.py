@@ -15,7 +15,7 @@ Moments may be kept in bfloat16 (`local.moments`): a step computes in float32 an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +48,18 @@ def moment_bytes(config: LocalConfig) -> int:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
     """One client's step on blocks of one kind: its slot there, its step number, rate and clipping factor, and its address."""
 
     slot: int
     step: int
     lr: float
     clip: float
-    address: tuple[int, int] | None
+    address: tuple[int, int] | None = None
 
 
 class ClientOptimizer:
-    """Steps clients of a bank: one of them, or on a device all at once.
+    """Steps clients of a bank, each on its own part of it.
 
     Args:
         bank: values and gradients of the clients in flight.
@@ -101,43 +101,18 @@ class ClientOptimizer:
             self.fused.take(steps, norms_C)
             return
         factors = None if norms_C is None else clip_factors(norms_C, self.config.clip).tolist()
-        turns: dict[bool, list[_Turn]] = {True: [], False: []}
+        turns: dict[bool, list[Turn]] = {True: [], False: []}
         for one in steps:
             factor = 1.0 if factors is None else factors[one.slots[True]]
             for expert, slot in one.slots.items():
-                turns[expert].append(_Turn(slot, one.step, one.lr, factor, one.address))
+                turns[expert].append(Turn(slot, one.step, one.lr, factor, one.address))
         for spec in self.bank.specs.values():
             if spec.trained:
-                self._take(spec.name, turns[spec.expert])
-        # The native step takes addresses: torch does not know that anything was written.
-        self.bank.note_step()
+                self.take(spec.name, turns[spec.expert])
 
     @torch.no_grad()
-    def step(
-        self,
-        blocks: Iterable[str],
-        slot: int,
-        step: int,
-        lr: float,
-        clip_factor: float,
-        address: tuple[int, int] | None = None,
-    ) -> None:
-        """Update one client's part of some blocks and clear its gradients.
-
-        Args:
-            blocks: names of the blocks in which `slot` counts.
-            slot: the client's slot on those blocks' client axis.
-            step: the client's own step number, from 1.
-            lr: learning rate of this step.
-            clip_factor: the gradient is multiplied by it (1.0: no clipping).
-            address: (round, client index), from which moments in bfloat16 are rounded; not needed for others.
-        """
-        for name in blocks:
-            self._take(name, [_Turn(slot, step, lr, clip_factor, address)])
-        self.bank.note_step()
-
-    def _take(self, name: str, turns: Sequence[_Turn]) -> None:
-        """One step of some clients on a block."""
+    def take(self, name: str, turns: Sequence[Turn]) -> None:
+        """One step of some clients on a block of a CPU's bank; their gradients are cleared."""
         value, grad = self.bank.values[name], self.bank.grads[name]
         # The native step multiplies the clipping factor in and clears the gradient in the same pass over memory.
         if self.config.optimizer == "adamw" and rows.serves(value, grad):
@@ -194,7 +169,7 @@ class ClientOptimizer:
     def _decay(self, name: str) -> float:
         return self.config.weight_decay if self.bank.specs[name].decay else 0.0
 
-    def _adamw_native(self, name: str, turns: Sequence[_Turn]) -> None:
+    def _adamw_native(self, name: str, turns: Sequence[Turn]) -> None:
         """All clients in one pass over memory; every item goes through the same loop from its first element on."""
         beta1, beta2 = self.config.betas
         keys = [self._keys(name, turn.step, turn.address) for turn in turns]
@@ -219,6 +194,8 @@ class ClientOptimizer:
             eps=self.config.eps,
             keys=None if self.rounding is None else [key for key in keys if key is not None],
         )
+        # The native step takes addresses: torch does not know that anything was written.
+        self.bank.note_step()
 
     def _adamw(self, value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, lr: float, decay: float) -> None:
         beta1, beta2 = self.config.betas
