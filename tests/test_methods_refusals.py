@@ -81,6 +81,11 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": None}},
         "local.balance_loss: 0.01: it would draw rows to experts that a sub-model lacks; use method.balance_loss",
     ),
+    "balance of what is assigned": (
+        {"flex-moe"},
+        {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": None}},
+        "local.balance_loss: 0.01: it would draw rows to experts that a client is not assigned; use 0",
+    ),
     "dual variables of rows": (
         {"fed-moe"},
         {"local": {"drift": "fedvra"}, "adapters": {"router": "train"}},
@@ -92,7 +97,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.feed_forward: ['gate_proj']: dense blocks have no experts to choose from; use a sparse model",
     ),
     "balance loss": (
-        set(method_names()) - {"hfedmoe", "fft-moe", "flood", "fed-moe"},
+        set(method_names()) - {"hfedmoe", "fft-moe", "flood", "fed-moe", "flex-moe"},
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: local.balance_loss weighs a whole step of 4 sequences at once; use null",
     ),

@@ -58,6 +58,7 @@ from fedmoe_ds.methods import (
     PlanContext,
     RoundContext,
     RoundPlan,
+    UserError,
     balanced,
     generator,
     leading,
@@ -103,6 +104,13 @@ class FlexMoE(Method):
     spends = "experts"
     needs = frozenset({"experts", "router"})
     personal_models = True
+
+    def check_config(self, config: Config) -> None:
+        if config.local.balance_loss > 0:
+            raise UserError(
+                f"local.balance_loss: {config.local.balance_loss}: it would draw rows to experts that a client is not "
+                "assigned; use 0: the assignment balances loads (method.tolerance, method.kappa)"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
