@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def test_the_examples_are_those_that_are_tested() -> None:
 def test_every_method_has_a_row_and_a_configuration() -> None:
     assert every(f"| `{name}` |" in PAGE.read_text() for name in method_names())
     assert {load_config(path, []).method.name for path in CONFIGS} == set(method_names())
+    section = (ROOT / "README.md").read_text().split("\n## Methods\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} >= set(method_names())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
