@@ -241,15 +241,7 @@ class Journal:
 
         self._record(write)
         self._monitored(lambda: monitors.of_round(round_index, clients, fields))
-        text = f"{len(clients)} clients, {tokens} tokens, {seconds:.1f} s"
-        if "virtual_s" in more:
-            text += f"; virtual {more['virtual_s']:.4g} s, {more['joules']:.4g} J"
-        if "product_rows" in more:
-            text += f"; products of {more['product_rows']} rows, {more['product_bytes']} bytes"
-        if dropped:
-            text += f"; left out ({', '.join(reasons)}): {', '.join(dropped[:MOST_NAMES])}"
-            text += f" and {len(dropped) - MOST_NAMES} more" if len(dropped) > MOST_NAMES else ""
-        self.progress.end_round(text)
+        self.progress.end_round(_round_line(fields, dropped, reasons))
         self.progress.detail(f"round {round_index}: {_spent(fields)}")
 
     def _monitored(self, figures: Callable[[], list[monitors.Figure]]) -> None:
@@ -292,6 +284,19 @@ def _score_fields(row: Score) -> dict[str, Any]:
     if row.client is not None:
         fields["client"] = row.client
     return fields
+
+
+def _round_line(fields: dict[str, Any], dropped: list[str], reasons: list[str]) -> str:
+    """What is said of a finished round; `dropped` and why are named up to a number."""
+    text = f"{fields['participants']} clients, {fields['tokens']} tokens, {fields['seconds']:.1f} s"
+    if "virtual_s" in fields:
+        text += f"; virtual {fields['virtual_s']:.4g} s, {fields['joules']:.4g} J"
+    if "product_rows" in fields:
+        text += f"; products of {fields['product_rows']} rows, {fields['product_bytes']} bytes"
+    if dropped:
+        text += f"; left out ({', '.join(reasons)}): {', '.join(dropped[:MOST_NAMES])}"
+        text += f" and {len(dropped) - MOST_NAMES} more" if len(dropped) > MOST_NAMES else ""
+    return text
 
 
 def _spent(fields: dict[str, Any]) -> str:
