@@ -24,7 +24,7 @@ def check_devices(config: Config, method: Method) -> None:
     place = f"devices.aggregation: {devices.aggregation}"
     if devices.aggregation != "buffered":
         return
-    if type(method).plan is not Method.plan:
+    if method.overrides("plan"):
         # Whoever arrives was asked in another round, whose plan is over.
         raise UserError(
             f"{place}: method {name} plans itself who takes part in a round; use synchronous or deadline, or another method"

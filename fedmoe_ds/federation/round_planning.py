@@ -20,7 +20,7 @@ from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.schedule import participants_per_round
 from fedmoe_ds.federation.traffic import Traffic
 from fedmoe_ds.federation.virtual_clock import VirtualClock
-from fedmoe_ds.methods import Load, Method, PlanContext, RoundPlan
+from fedmoe_ds.methods import Load, PlanContext, RoundPlan
 
 
 class RoundPlanning:
@@ -45,7 +45,7 @@ class RoundPlanning:
         clock: VirtualClock | None = None,
     ) -> None:
         self.spec, self.clients, self.personal, self.drawn, self.labels = spec, clients, personal, drawn, labels
-        self.plans = type(spec.method).plan is not Method.plan
+        self.plans = spec.method.overrides("plan")
         self.clock = clock if self.plans else None
         if self.clock is not None:
             self.clock.planned = self._asked

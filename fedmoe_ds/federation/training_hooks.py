@@ -19,7 +19,7 @@ from fedmoe_ds.federation.most_delay import most_delay
 from fedmoe_ds.federation.round_planning import RoundPlanning
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.virtual_clock import VirtualClock
-from fedmoe_ds.methods import Method, Objective, RoundContext
+from fedmoe_ds.methods import Objective, RoundContext
 from fedmoe_ds.methods.client_drift import FedVRA, Scaffold, correction
 
 
@@ -46,17 +46,17 @@ def training_hooks(
 
     drift = correction(local, state.server)
     # A method that does not override it is left out, so that no wave pays for an empty call in every step.
-    adjusts = [method.adjust] if type(method).adjust is not Method.adjust else []
+    adjusts = [method.adjust] if method.overrides("adjust") else []
     remembers: list[Callable[[ClientView, float], dict[str, Tensor]]] = []
     if isinstance(drift, Scaffold | FedVRA):
         remembers.append(drift.remember)
-    if type(method).remember_blocks is not Method.remember_blocks:
+    if method.overrides("remember_blocks"):
         remembers.insert(0, lambda view, rates: method.remember_blocks(view))
     return LocalTrainingHooks(
         assign=assign,
         observer=lambda client, assignment: method.observer(client, assignment, context(client, state.round + 1)),
         observes=method.observes,
-        objective=objective if type(method).objective is not Method.objective else None,
+        objective=objective if method.overrides("objective") else None,
         sums=method.sums(),
         whole_steps=method.whole_steps,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),

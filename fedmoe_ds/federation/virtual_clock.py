@@ -27,7 +27,6 @@ from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import draw, masses, participant_count
 from fedmoe_ds.federation.schedule import participants_per_round
 from fedmoe_ds.federation.traffic import Traffic
-from fedmoe_ds.methods import Method
 from fedmoe_ds.randomness import generator
 
 Report = dict[str, Any]
@@ -74,7 +73,7 @@ class VirtualClock:
             raise UserError(f"devices.buffer: {config.buffer}: there are {count} clients; use at most these")
         limit = config.deadline_s if config.aggregation == "deadline" else None
         # A method that plans may ask for less than the configuration does.
-        if limit is None or type(self.spec.method).plan is not Method.plan:
+        if limit is None or self.spec.method.overrides("plan"):
             return
         # The first client that is fast enough ends the search.
         spans = (span_of(self.fleet[i].profile, self._predicted(i)).total for i in range(count))

@@ -158,6 +158,11 @@ class Method:
         # Until a run has resolved its model: checks of a configuration come first and ask nothing of it.
         self.facts = ModelFacts(1, 1, 1, 0)
 
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        """Whether it has a function of its own in the place of the default: what is not asked for costs nothing."""
+        return getattr(cls, hook) is not getattr(Method, hook)
+
     # Before anything is trained
 
     def check_config(self, config: Config) -> None:

@@ -8,30 +8,24 @@ from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.methods.base import Method
 
 
-def overrides(method: Method | type[Method], hook: str) -> bool:
-    """Whether a method has a function of its own in the place of the base's."""
-    kind = method if isinstance(method, type) else type(method)
-    return getattr(kind, hook) is not getattr(Method, hook)
-
-
 def contradictions(method: Method | type[Method]) -> Iterator[str]:
     """What of a method does not go together, a line each: a name, why, and what to do.
 
     Of a class as of an object, which may have set its attributes from its parameters.
     """
-    if overrides(method, "memory") != overrides(method, "memorise"):
+    if method.overrides("memory") != method.overrides("memorise"):
         yield "memory: names what `memorise` gives the values of; override both or neither"
-    if overrides(method, "combine") != method.collects:
+    if method.overrides("combine") != method.collects:
         yield "combine: is called where collects = True, and only there; set both or neither"
     if method.absorbs and not method.collects:
         yield "absorbs: `combine` moves products into the frozen weights; set collects = True, and override it"
     if method.chooses_rank and not method.absorbs:
         yield "chooses_rank: of products that move into the frozen weights; set absorbs = True, or drop it"
-    if method.observes and not overrides(method, "observer"):
+    if method.observes and not method.overrides("observer"):
         yield f"observes: {method.observes}: an observer returns these; override `observer`"
-    if overrides(method, "sums") and not overrides(method, "objective"):
+    if method.overrides("sums") and not method.overrides("objective"):
         yield "sums: an objective sums these up; override `objective`"
-    if method.accounts and not overrides(method, "plan"):
+    if method.accounts and not method.overrides("plan"):
         yield "accounts: its plans say what clients spend; override `plan`"
     yield from _of_weights(method)
 
@@ -40,13 +34,13 @@ def _of_weights(method: Method | type[Method]) -> Iterator[str]:
     weighing = method.weighing
     asked = {"tally": bool(weighing.tallies), "weightings": len(weighing.shares) > 1, "element_weights": weighing.elements}
     for hook, needed in asked.items():
-        if needed and not overrides(method, hook):
+        if needed and not method.overrides(hook):
             yield f"weighing: {weighing}: asks for `{hook}`; override it"
     if not method.collects:
         return
     # Of what is collected there is no mean, which these are about.
     for hook in ("after_mean", "server_rate"):
-        if overrides(method, hook):
+        if method.overrides(hook):
             yield f"{hook}: `combine` makes adapters of clients' factors, and it would not reach them; drop one of the two"
     if weighing != MEAN:
         yield f"weighing: {weighing}: `combine` gets one weight per client and adapter; use the plain one"

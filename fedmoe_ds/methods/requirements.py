@@ -51,7 +51,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
 
 def _check_dual_variables(method: Method, name: str, config: Config) -> None:
     """FedVRA's server goes on from one mean of adapters; a method that makes something else of them has no such step."""
-    changed = method.weighing != MEAN or type(method).after_mean is not Method.after_mean
+    changed = method.weighing != MEAN or method.overrides("after_mean")
     if config.local.drift in DUAL and changed:
         raise UserError(
             f"local.drift: {config.local.drift}: its server adds dual variables to a weighted mean of adapters, and method "

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
-from fedmoe_ds.methods import Method
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.cross_entropy import COPIES, chunk_rows
 from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
@@ -48,7 +47,7 @@ DECISION = INT64 + FP32 + 1
 
 
 def _has_objectives(spec: RunSpec) -> bool:
-    return type(spec.method).objective is not Method.objective
+    return spec.method.overrides("objective")
 
 
 def logit_bytes(spec: RunSpec, tokens: int, length: int) -> int:

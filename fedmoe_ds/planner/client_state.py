@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from fedmoe_ds.checkpoint.client_rows import PIECE
 from fedmoe_ds.federation.run_spec import RunSpec
-from fedmoe_ds.methods import Method
 from fedmoe_ds.methods.client_drift import client_variables
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.planner.activations import FP32
@@ -70,7 +69,7 @@ def rows_at_home(spec: RunSpec, clients: int, drawn: int, clusters: int) -> int:
     federation = spec.config.federation
     most = min(math.ceil(clients / clusters), drawn * federation.rounds)
     # Draws by size or budget may prefer the clients of one cluster, and a plan may name others than were drawn.
-    if federation.sampling != "uniform" or type(spec.method).plan is not Method.plan:
+    if federation.sampling != "uniform" or spec.method.overrides("plan"):
         return most
     mean = clients / clusters * (1 - (1 - drawn / clients) ** federation.rounds)
     return min(most, math.ceil(mean + _DEVIATIONS * math.sqrt(mean)))

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from fedmoe_ds.clients.local_training import Wave
 from fedmoe_ds.clients.optimizer import moment_bytes
-from fedmoe_ds.methods import Method
 from fedmoe_ds.model.client_slots import ClientSlots
 from fedmoe_ds.planner.activations import FP32
 from fedmoe_ds.planner.client_costs import ClientCosts
@@ -264,7 +263,7 @@ class _Waves:
         counts = home * len(layout.layers) * layout.num_experts * 8
         gathered: list[tuple[Floats, float]] = [(2.0 * ones, counts), (ones, 16 * home), (ones, 8 * clients)]
         # Only methods that measure something gather it.
-        if type(model.job.method).measure is not Method.measure:
+        if model.job.method.overrides("measure"):
             gathered.append((2.0 * clients_W, counts / max(home, 1)))
         for calls_W, size in gathered:
             each = model.network.all_gather_seconds(model.group, size)

@@ -29,7 +29,7 @@ from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import Method, MethodInfo
-from fedmoe_ds.methods.contradictions import contradictions, overrides
+from fedmoe_ds.methods.contradictions import contradictions
 from fedmoe_ds.testing.entry_point import announced
 from fedmoe_ds.testing.tiny_federation import tiny_federation
 
@@ -66,7 +66,7 @@ def check_method(
     if folder is not None and (folder / "runs").exists():
         raise UserError(f"folder: {folder}: holds runs already; give an empty or a new one")
     with announced(method, processes=ranks > 1) as name, tempfile.TemporaryDirectory(prefix="fedmoe-check-") as temporary:
-        told = ({"federation": {"participation": 0.5}} if overrides(method, "plan") else {}, changes or {})
+        told = ({"federation": {"participation": 0.5}} if method.overrides("plan") else {}, changes or {})
         tried = _Trial(Path(temporary) if folder is None else folder, {"name": name, **(parameters or {})}, told)
         whole = run(tried.config("whole"))
         check_figures(whole)
