@@ -55,7 +55,7 @@ participants of a round on every rank that holds the adapter; `fedsa-lora`, `loc
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
 client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
-of 1 000 participants, 64 experts and 16 layers in about a second.
+about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)).
 """
 _ADDING = '''\
 ## Adding a method
