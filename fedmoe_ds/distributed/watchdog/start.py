@@ -60,7 +60,7 @@ def start_watchdog(control: Control, limits: Limits, local_rank: int, device: to
         listeners, notes = _listen(master, [theirs["master"] for theirs in told])
         rank_listener = Listener(listeners, secret(), range(1, control.size))
         _gather(control, {"places": [listener.getsockname()[:2] for listener in listeners], "token": rank_listener.token})
-        _watch = MainWatchdog(me, limits, peers[1:], rank_listener, notes)
+        watch: Watchdog = MainWatchdog(me, limits, peers[1:], rank_listener, notes)
     else:
         # The same gather as rank 0's above: it is collective, so every rank takes part, with or without something to say.
         way = _gather(control, None)[0]
@@ -70,10 +70,12 @@ def start_watchdog(control: Control, limits: Limits, local_rank: int, device: to
         places.sort(key=lambda place: place[0] not in view)  # first what this host knows
         line, heard = join(places, control.rank, way["token"])
         # One line per host is enough if rank 0 is lost. On rank 0's own host local rank 0 is lost with it, so rank 1 speaks.
-        _watch = WorkerWatchdog(me, limits, peers, line, heard, speaks=local_rank == 0 or control.rank == 1)
-    _watch.device = device
-    _watch.thread.start()
-    return _watch
+        watch = WorkerWatchdog(me, limits, peers, line, heard, speaks=local_rank == 0 or control.rank == 1)
+    watch.device = device
+    watch.thread.start()
+    # Kept for the process at last, and never read back here: ranks that are threads of one process share the name.
+    _watch = watch
+    return watch
 
 
 def _listen(master: str, views: list[list[str]]) -> tuple[list[socket.socket], list[str]]:
