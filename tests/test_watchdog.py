@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from strangers import WORDS, ZEROS, Crowd, connect, is_closed
 from worlds import LIMITS, LONG_S, Endings, endings, until, world
 
-from fedmoe_ds.distributed import address
+from fedmoe_ds.distributed import address, mpi
 from fedmoe_ds.distributed.activity import activity
 from fedmoe_ds.distributed.address import resolved
 from fedmoe_ds.distributed.watchdog import handshake, start
@@ -32,7 +32,7 @@ from fedmoe_ds.distributed.watchdog import watchdog as watches
 from fedmoe_ds.distributed.watchdog.json_socket import LONGEST, GarbledError, JsonSocket
 from fedmoe_ds.distributed.watchdog.listener import Listener, listen
 from fedmoe_ds.distributed.watchdog.main import MainWatchdog
-from fedmoe_ds.distributed.watchdog.rank_health import Peer, Process
+from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process
 from fedmoe_ds.distributed.watchdog.watchdog import Watchdog
 from fedmoe_ds.distributed.watchdog.worker import WorkerWatchdog
 
@@ -367,6 +367,22 @@ def test_only_processes_of_the_job_are_killed(endings: Endings) -> None:
         assert ending.code == 76 and ending.kill == [beacon.peers[2].process]
 
 
+def test_the_end_is_heard_at_once_and_signs_of_life_keep_their_beat(endings: Endings) -> None:
+    """In a world whose beat is ten seconds. Ranks of one job end together, or MPI ends those that come late."""
+    ours, theirs = socket.socketpair()
+    watch = WorkerWatchdog(own(1), Limits(10 * LONG_S, 1800.0, 4000), [own(0), own(1)], JsonSocket(ours), [], True)
+    assert watch.limits.beat == 10.0
+    main = JsonSocket(theirs)
+    watch.thread.start()
+    for _ in range(100):
+        main.send({"alive": STATE})
+    began = time.monotonic()
+    main.send({"over": 76, "kill": []})
+    (ending,) = endings.wait()
+    assert ending.code == 76 and time.monotonic() - began < watch.limits.beat / 2
+    assert len(main.receive() or ()) == 1
+
+
 def test_another_process_with_the_same_number_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
@@ -467,6 +483,17 @@ def test_a_defect_of_another_watchdog_is_told_to_rank_0(endings: Endings, monkey
         assert heard_by(line, "bye") == {"bye": 1, "text": ending.text}
 
 
+class Pending:
+    """An MPI call that is pending until infinity stands among the looks at it."""
+
+    def __init__(self, looks: list[float]) -> None:
+        self.looks = looks
+
+    def Test(self) -> bool:
+        self.looks.append(time.monotonic())
+        return float("inf") in self.looks
+
+
 class Alone(Watchdog):
     """A watchdog without others."""
 
@@ -481,6 +508,7 @@ def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(Watchdog, "end", END)
     monkeypatch.setattr(watches, "SPREAD_S", 0.0)
     monkeypatch.setattr(os, "_exit", found.append)
+    monkeypatch.setattr(mpi, "_left_alone", threading.Event())
     return found
 
 
@@ -490,6 +518,24 @@ def test_the_end_comes_even_if_nobody_reads_standard_error(codes: list[int], mon
     monkeypatch.setattr(sys, "stderr", closed)
     Alone().end("it is over", 76, True)
     assert codes == [76]
+
+
+def test_nobody_looks_at_mpi_once_the_job_is_over(codes: list[int]) -> None:
+    """Before the first rank ends: Open MPI aborts who finds its connection closed, with a code of its own."""
+    looks: list[float] = []
+    waiting = threading.Thread(target=mpi.wait, args=(Pending(looks),), daemon=True)
+    waiting.start()
+    until(lambda: len(looks) > 2)
+    Alone().end("it is over", 76, True)
+    time.sleep(0.1)  # a look may be under way
+    seen = len(looks)
+    time.sleep(0.1)
+    assert codes == [76] and len(looks) == seen and waiting.is_alive()
+    mpi._left_alone.clear()  # so that the thread goes on, and ends
+    until(lambda: len(looks) > seen)
+    looks.append(float("inf"))
+    waiting.join(LONG_S)
+    assert not waiting.is_alive()
 
 
 def test_who_leaves_is_not_ended(codes: list[int]) -> None:

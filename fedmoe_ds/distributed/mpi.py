@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _SPIN_S = 1e-4  # how long to look at a pending MPI call without a pause: a nap takes about as long
 _NAP_S = (2e-5, 2e-3)  # first and longest pause between two later looks
+_left_alone = threading.Event()
 
 
 def gather(comm: MPI.Comm, payload: bytes) -> list[bytes]:
@@ -42,10 +44,22 @@ def gather_json(comm: MPI.Comm, value: Any) -> list[Any]:
 
 
 def wait(request: Any) -> None:
-    """Wait for a pending MPI call with naps between looks: most MPI libraries would spin and take a core."""
+    """Wait for a pending MPI call with naps between looks: most MPI libraries would spin and take a core.
+
+    Waits for ever once the process has left MPI alone.
+    """
     nap, longest = _NAP_S
     awake_until = time.monotonic() + _SPIN_S
-    while not request.Test():
+    while _left_alone.is_set() or not request.Test():
         if time.monotonic() > awake_until:
             time.sleep(nap)
             nap = min(1.5 * nap, longest)
+
+
+def leave_alone() -> None:
+    """No waiting thread looks at MPI again: the job is over, and this process is about to end with the job's code.
+
+    Open MPI aborts a rank that finds a connection closed by the end of another one. The launcher's code would be MPI's (14)
+    then, and nobody would know that the job may be started again.
+    """
+    _left_alone.set()

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from fedmoe_ds import terminal
+from fedmoe_ds.distributed import mpi
 from fedmoe_ds.distributed.signs_of_work import WATCHING
 from fedmoe_ds.distributed.watchdog.rank_health import Limits, Peer, Process
 
@@ -70,6 +71,7 @@ class Watchdog:
         """The job is over: one line, and out. Called on the watchdog's own thread; the main thread may be stuck."""
         if self._left.is_set():
             sys.exit()  # of this thread only: the process ends already, with a code of its own
+        mpi.leave_alone()  # before any rank ends: the first one to go closes its connections to all others
         if speaks:
             say(f"error: {' '.join(text.split())}")  # parts of it come from other hosts
         self.over.set()

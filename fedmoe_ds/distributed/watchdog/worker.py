@@ -35,13 +35,18 @@ class WorkerWatchdog(Watchdog):
         self.main, self.peers, self.line, self.speaks = peers[0], peers, line, speaks
         self.main.heard = time.monotonic()  # a moment ago, in the handshake
         self._heard = list(heard)
+        self._told = 0.0  # when it last gave a sign of life
         self.selector = selectors.DefaultSelector()
         self.selector.register(line, selectors.EVENT_READ)
 
     def step(self) -> None:
-        self.line.send({"alive": activity.state()})
+        left_s = self._told + self.limits.beat - time.monotonic()
+        if left_s <= 0:
+            self.line.send({"alive": activity.state()})
+            self._told, left_s = time.monotonic(), self.limits.beat
         try:
-            self._listen()
+            # What rank 0 says is heard at once, whatever the beat: ranks must learn together that the job is over.
+            self._listen(left_s)
         except GarbledError as error:
             self.end(garbled(self.main, str(error)), EXIT_LOST, self.speaks)
         # A rank that has announced its exit judges nobody any more: rank 0 may have ended before it.
@@ -49,17 +54,17 @@ class WorkerWatchdog(Watchdog):
             known = [] if self.main.process is None else [self.main.process]
             self.end(silence_message([self.main], self.limits), EXIT_LOST, self.speaks, known)
 
-    def _listen(self) -> None:
+    def _listen(self, limit_s: float) -> None:
         while self._heard:
             self._message(self._heard.pop(0))
-        if not self.selector.select(self.limits.beat):
+        if not self.selector.select(limit_s):
             return
         arrived = self.line.receive()
         for message in arrived or ():
             self._message(message)
         if arrived is not None:
-            time.sleep(self.limits.beat / 2)  # each step sends a sign of life: one per message of rank 0 would be too many
-        elif self.main.left or self._leaving is not None:
+            return
+        if self.main.left or self._leaving is not None:
             self._left.set()
         else:
             self.end(died(self.main), EXIT_LOST, self.speaks)
