@@ -655,7 +655,9 @@ def test_the_shipped_study_is_sound() -> None:
 
 
 ORDERINGS = {
-    "methods/fednova.yaml": "fedavg,fednova,ewwa-fl,flood,feddyn",
+    "methods/fednova.yaml": "fedavg,fednova,ewwa-fl,flood",
+    "methods/fedvra.yaml": "fedavg,fedprox,scaffold,feddyn,fedvra,fedavgm,fedadam,fedyogi,fedadagrad,fedams",
+    "methods/ewwa-fl.yaml": "equal-fedavg,equal-ewwa,equal-fedadam,equal-fedams",
     "methods/fedbuff.yaml": "fedbuff,synchronous",
     "methods/ota-ffl.yaml": "ota-ffl,ota-fedavg",
     "methods/q-fedavg.yaml": "q-fedavg,q-0",
