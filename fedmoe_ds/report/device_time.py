@@ -17,9 +17,14 @@ _JOULES = (("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3))
 SPLIT = "global"
 
 
+def on_global(history: History, tier: str) -> list[Event]:
+    """Evaluations of a tier's model on the global hold-out, in order of rounds."""
+    return [row for (_, split, name), row in sorted(history.evaluations.items()) if (split, name) == (SPLIT, tier)]
+
+
 def scored(history: History, tier: str) -> list[Event]:
-    """Evaluations of a tier's model on the global hold-out that say virtual time, in order of rounds."""
-    rows = [row for (_, split, name), row in sorted(history.evaluations.items()) if (split, name) == (SPLIT, tier)]
+    """Those of them that say virtual time."""
+    rows = on_global(history, tier)
     return [row for row in rows if row.get("virtual_time") is not None and row.get("joules_total") is not None]
 
 

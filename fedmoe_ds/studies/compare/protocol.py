@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedmoe_ds.config.problems import explained, first_of
 from fedmoe_ds.config.section import Section
@@ -28,12 +28,14 @@ Metric = Literal[
     "mean_accuracy",
     "worst_accuracy",
     "accuracy_spread",
+    "rounds",
     "virtual_time",
     "joules",
     "flops",
 ]
 """Figures after the last round; of accuracy over clients, each once, its mean, worst tenth and standard deviation; and what it
-takes to get to a target on simulated devices, or of a method that plans its energy."""
+takes to get to a target: rounds, and time and energy of simulated devices or of a method that plans its energy."""
+_OVER = ("perplexity", "rounds", "virtual_time", "joules")
 
 
 class MethodEntry(Section):
@@ -49,6 +51,9 @@ class Expectation(Section):
 
     claim: str = Field(description="left < right, two labels")
     metric: Metric = "perplexity"
+    over: int = Field(
+        1, ge=1, description="successive evaluations whose mean counts as one: the last of the run, or those up to a target"
+    )
     tiers: list[int] = Field(min_length=1, description="the caps on top-k it speaks of")
     more_than_at: int | None = Field(None, description="expected is not the order but that it is clearer than at this tier")
     source: str = Field(min_length=1, description="who says so")
@@ -59,6 +64,14 @@ class Expectation(Section):
         if not re.fullmatch(r"[^\s<]+\s*<\s*[^\s<]+", claim.strip()):
             raise ValueError(f"{claim}: is no ordering; write left < right with two labels")
         return claim
+
+    @model_validator(mode="after")
+    def _has_evaluations(self) -> Expectation:
+        if self.over > 1 and self.metric not in _OVER:
+            raise ValueError(
+                f"over: {self.over}: {self.metric} is of the last round alone; use 1, or one of {', '.join(_OVER)}"
+            )
+        return self
 
     @property
     def sides(self) -> tuple[str, str]:

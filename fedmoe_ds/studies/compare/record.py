@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmoe_ds.clients.tiers import tier_top_k
 from fedmoe_ds.errors import UserError
-from fedmoe_ds.report.device_time import scored
+from fedmoe_ds.report.device_time import on_global, scored
 from fedmoe_ds.report.formats import targets_of
 from fedmoe_ds.report.history import SPLITS, TASK_METRICS, Event, History, tier_results
 from fedmoe_ds.report.tasks import across_clients
@@ -36,7 +36,7 @@ class Record:
     forward and backward floating-point operations of one client in one round, averaged over the rounds and the clients of the
     tier that trained. `experts`: whether there are any; plain LoRA on a dense foundation has none. `courses`: by tier, the
     evaluations of the global hold-out with the virtual time and energy until then, of a run on simulated devices; `targets`:
-    perplexity and accuracy that it looks for.
+    perplexity and accuracy that it looks for. `evaluations`: by tier, those of the global hold-out of any run.
     """
 
     label: str
@@ -50,6 +50,7 @@ class Record:
     experts: bool = True
     courses: Mapping[str, Sequence[Event]] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
+    evaluations: Mapping[str, Sequence[Event]] = field(default_factory=dict)
 
 
 def read_record(run: Run) -> Record:
@@ -74,7 +75,10 @@ def read_record(run: Run) -> Record:
     courses = {tier: rows for tier in after if (rows := scored(history, tier))}
     named = history.run.get("devices") or {}
     targets = {metric: float(value) for metric in _BROKEN if (value := named.get(f"target_{metric}")) is not None}
-    return Record(run.label, run.seed, run.name, digest, before, after, _ground(history), versions, experts, courses, targets)
+    ground, evaluations = _ground(history), {tier: rows for tier in after if (rows := on_global(history, tier))}
+    return Record(
+        run.label, run.seed, run.name, digest, before, after, ground, versions, experts, courses, targets, evaluations
+    )
 
 
 def aligned(records: Sequence[Record]) -> list[Record]:
@@ -96,8 +100,9 @@ def _at(record: Record, tier: str) -> Record:
     held = {name.replace(f"k={own}", f"k={tier}"): count for name, count in record.ground["hold-outs"].items()}
     ground = {**record.ground, "clients": clients, "hold-outs": held}
     before = {tier: record.before[own]} if own in record.before else {}
-    courses = {tier: record.courses[own]} if own in record.courses else {}
-    return replace(record, before=before, after={tier: record.after[own]}, ground=ground, courses=courses)
+    courses, evaluations = ({tier: rows[own]} if own in rows else {} for rows in (record.courses, record.evaluations))
+    after = {tier: record.after[own]}
+    return replace(record, before=before, after=after, ground=ground, courses=courses, evaluations=evaluations)
 
 
 def _scores(event: Event, prefix: str) -> Figures:

@@ -21,6 +21,7 @@ _NAMES = {
     "clients_perplexity": "clients' perplexity",
     "accuracy": "accuracy",
     **_FAIRNESS,
+    "rounds": "rounds to the target",
     "virtual_time": "virtual time to the target",
     "joules": "energy to the target",
     "flops": "TFLOP",
@@ -120,6 +121,8 @@ def verdict_table(verdicts: Sequence[Verdict], sources: bool = True) -> str:
 def _claim(verdict: Verdict) -> str:
     expected = verdict.expectation
     claim = f"{expected.claim}, {_NAMES[expected.metric]}"
+    if expected.over > 1:
+        claim += f", mean of {expected.over} evaluations"
     if expected.more_than_at is not None:
         claim += f", more clearly than at k={expected.more_than_at}"
     return claim

@@ -11,7 +11,7 @@ from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.paired import PairedTest, family_tests
 from fedmoe_ds.studies.compare.protocol import Expectation
 from fedmoe_ds.studies.compare.record import FAIRNESS
-from fedmoe_ds.studies.compare.to_target import COSTS, cost_ratio
+from fedmoe_ds.studies.compare.to_target import COSTS, cost_ratio, late_ratio
 from fedmoe_ds.studies.spread import Spread
 
 Answer = Literal["held", "did not hold", "not decided", "not tested"]
@@ -77,20 +77,22 @@ def judge(expectations: Sequence[Expectation], comparison: Comparison) -> list[V
 
 
 def _difference(expectation: Expectation, tier: str, comparison: Comparison) -> Spread | None:
-    left, right = expectation.sides
-    here = _compared(comparison, left, right, tier, expectation.metric)
+    here = _compared(comparison, expectation, tier)
     if here is None or expectation.more_than_at is None:
         return here
     others = comparison.tiers_at(expectation.more_than_at)
     # Of several tiers of that top-k none is the one that is meant.
-    there = _compared(comparison, left, right, others[0], expectation.metric) if len(others) == 1 else None
+    there = _compared(comparison, expectation, others[0]) if len(others) == 1 else None
     shared = sorted(set(here.values) & set(there.values)) if there is not None else []
     return Spread({seed: here.values[seed] - there.values[seed] for seed in shared}) if there is not None and shared else None
 
 
-def _compared(comparison: Comparison, left: str, right: str, tier: str, metric: str) -> Spread | None:
+def _compared(comparison: Comparison, expectation: Expectation, tier: str) -> Spread | None:
+    (left, right), metric, over = expectation.sides, expectation.metric, expectation.over
     if metric in COSTS:
-        return cost_ratio(comparison, left, right, tier, metric)
+        return cost_ratio(comparison, left, right, tier, metric, over)
+    if over > 1:
+        return late_ratio(comparison, left, right, tier, over)
     return (comparison.difference if metric in FAIRNESS else comparison.log_ratio)(left, right, tier, metric)
 
 
