@@ -662,7 +662,7 @@ ORDERINGS = {
     "methods/wireless-fl.yaml": "wireless-fl,wireless-lots,wireless-fixed",
     "methods/cc-fao.yaml": "cc-fao,cc-fao-constant,cc-fao-sgd,cc-fao-raw,fedavg-async",
     "lora-equal.yaml": "fedit,fedex-lora,ffa-lora,flora,fedsa-lora,flexlora-equal,lora-fair,lora-fair-0",
-    "lora-unequal.yaml": "hetlora,flexlora,flora,fslora,equal-ranks",
+    "lora-unequal.yaml": "hetlora,hetlora-0,flexlora,flora,fslora,equal-ranks",
 }
 """What docs/log.md runs beside each other, by the base."""
 
