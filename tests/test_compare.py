@@ -657,10 +657,10 @@ def test_the_shipped_study_is_sound() -> None:
 ORDERINGS = {
     "methods/fednova.yaml": "fedavg,fednova,ewwa-fl,flood,feddyn",
     "methods/fedbuff.yaml": "fedbuff,synchronous",
-    "methods/ota-ffl.yaml": "ota-ffl,ota-fedavg",
-    "methods/q-fedavg.yaml": "q-fedavg,q-0",
-    "methods/wireless-fl.yaml": "wireless-fl,wireless-lots,wireless-fixed",
-    "methods/cc-fao.yaml": "cc-fao,cc-fao-constant,cc-fao-sgd,cc-fao-raw,fedavg-async",
+    "methods/ota-ffl.yaml": "ota-ffl,ota-ffl-near,ota-fedavg",
+    "methods/q-fedavg.yaml": "q-fedavg,q-0,fedavg",
+    "methods/wireless-fl.yaml": "wireless-fl,wireless-lots,wireless-fixed,wireless-fixed-2",
+    "methods/cc-fao.yaml": "cc-fao,cc-fao-constant,cc-fao-same,cc-fao-sgd,cc-fao-raw,fedavg-async",
 }
 """What docs/log.md runs beside each other, by the base."""
 
