@@ -22,6 +22,7 @@ from every import every
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import REPOSITORY, SCRIPT, changed, read_events
+from pydantic import ValidationError
 from scipy import stats
 
 from fedmoe_ds.config import Config, dump_config, load_config
@@ -459,6 +460,42 @@ def test_costs_are_those_until_the_target_of_the_seed(metric: str, factor: float
     never = [replace(record, targets={"perplexity": 7.0}) for record in records]
     unreached = judge([expectation("fast < slow", [1], metric=metric)], Comparison(["fast", "slow"], 4, never))
     assert unreached[0].answer == "not tested", "the slow one never gets to 7"
+
+
+def over_rounds(heights: dict[str, Sequence[float]]) -> Comparison:
+    """Four seeds alike: the perplexity of every method, the foundation's first."""
+    records = [
+        Record(label, seed, "", "", {}, {"1": {"perplexity": course[-1]}}, {}, {}, evaluations={"1": rows})
+        for label, course in heights.items()
+        for rows in [[{"round": number, "perplexity": height} for number, height in enumerate(course)]]
+        for seed in range(4)
+    ]
+    return Comparison(list(heights), 4, records)
+
+
+def test_rounds_are_those_until_both_of_a_pair_are_there() -> None:
+    """A third method that never gets so far changes nothing."""
+    comparison = over_rounds({"fast": [20, 8, 10, 9], "slow": [20, 15, 12, 10], "bad": [20, 19, 19, 19]})
+    (verdict,) = judge([expectation("fast < slow", [1], metric="rounds")], comparison)
+    assert verdict.answer == "held" and verdict.difference is not None
+    assert verdict.difference.mean == pytest.approx(math.log(1 / 3))
+    assert "| fast < slow, rounds to the target " in verdict_table([verdict])
+
+
+def test_several_evaluations_count_as_one_by_their_mean_loss() -> None:
+    """One lucky round is no target, nor the last round the end; the foundation is in no mean."""
+    courses = {"noisy": [1, 2, 32, 8, 8], "calm": [1, 16, 8, 4, 16]}
+    comparison = over_rounds(courses)
+    late, target = (expectation("calm < noisy", [1], metric=metric, over=2) for metric in ("perplexity", "rounds"))
+    verdicts = judge([late, target], comparison)
+    assert [verdict.difference and verdict.difference.mean for verdict in verdicts] == [
+        pytest.approx(0.0),  # 4 and 16 are 8 by their mean loss
+        pytest.approx(math.log(3 / 2)),  # what both reach is 8: of 2 and 32 in round 2, and below it, of 8 and 4, in round 3
+    ]
+    assert ", mean of 2 evaluations" in verdict_table(verdicts)
+    assert judge([expectation("calm < noisy", [1], over=5)], comparison)[0].answer == "not tested", "a run has four"
+    with pytest.raises(ValidationError, match="over: 2: accuracy is of the last round alone; use 1, or one of"):
+        expectation("calm < noisy", [1], metric="accuracy", over=2)
 
 
 def test_an_expectation_may_compare_how_clear_an_order_is_at_two_tiers() -> None:
