@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -34,7 +34,7 @@ from fedmoe_ds.studies.compare import Request, compare
 from fedmoe_ds.studies.compare.aggregate import Comparison
 from fedmoe_ds.studies.compare.paired import ALPHA, PairedTest, family_tests, half_interval, holm, smallest_effect, t_test
 from fedmoe_ds.studies.compare.plan import parse_variants, plan_runs
-from fedmoe_ds.studies.compare.protocol import Expectation, read_protocol
+from fedmoe_ds.studies.compare.protocol import Expectation, MethodEntry, Metric, read_protocol
 from fedmoe_ds.studies.compare.record import Record, check_same_ground, read_record
 from fedmoe_ds.studies.compare.table import fairness_table, number, p_value, task_table, tier_table, verdict_table
 from fedmoe_ds.studies.compare.verdict import judge
@@ -720,6 +720,16 @@ def test_the_shipped_orderings_are_sound(base: str) -> None:
     # Without tiers there is one: that of the adapter experts, or of a model without experts.
     tiers = {tier.top_k for tier in config.federation.tiers or []} or {config.adapters.moe.top_k if config.adapters.moe else 1}
     assert asked and every(set(entry.tiers) <= tiers for entry in asked)
+
+
+def test_the_page_about_studies_names_every_key_and_its_example_is_one(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "studies.md").read_text()
+    names = (*get_args(Metric), *Expectation.model_fields, *MethodEntry.model_fields)
+    assert [name for name in names if f"`{name}`" not in page] == []
+    study = tmp_path / "mine.yaml"
+    study.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    protocol = read_protocol(study)
+    assert protocol.expectations[0].sides == ("scaffold", "fedprox") and set(protocol.methods) == {"fedprox", "scaffold"}
 
 
 def test_every_shipped_ordering_has_a_base() -> None:
