@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import selectors
 import time
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class WorkerWatchdog(Watchdog):
         self.main, self.peers, self.line, self.speaks = peers[0], peers, line, speaks
         self.main.heard = time.monotonic()  # a moment ago, in the handshake
         self._heard = list(heard)
-        self._told = 0.0  # when it last gave a sign of life
+        self._told = -math.inf  # when it last gave a sign of life
         self.selector = selectors.DefaultSelector()
         self.selector.register(line, selectors.EVENT_READ)
 
