@@ -17,7 +17,7 @@ from federations import make_config, read_events, write_inputs
 from launching import SCRIPT, changed
 
 from fedmoe_ds.distributed.launcher import Launch, detect_launch, slurm_port
-from fedmoe_ds.errors import UserError
+from fedmoe_ds.errors import EXIT_LOST, UserError
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -119,6 +119,23 @@ def test_srun(tree: dict[str, Any], plain: str) -> None:
     arguments = [sys.executable, *command(tree, "srun", 1)]
     tasks = [start(arguments, **step, SLURM_PROCID=task, SLURM_LOCALID=task) for task in range(2)]
     assert digest_of(tree, "srun", "srun", 2, *tasks) == plain
+
+
+def test_a_port_that_another_job_has_is_one_line_with_a_way_out(tree: dict[str, Any]) -> None:
+    """Two commands of `deepspeed` on one machine meet like that: both take 29500 unless they are told another."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        rank = start([sys.executable, *command(tree, "taken", 1)], **place)
+        out, err = rank.communicate(timeout=120)
+    assert (rank.returncode, out) == (EXIT_LOST, "")
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    assert f"could not join 2 ranks at 127.0.0.1:{port}: " in line and "address already in use" in line
+    assert line.endswith(
+        "; another job is there: wait for its end, or give this one a port of its own, as --master_port or MASTER_PORT"
+    )
 
 
 def test_a_broken_promise_of_slurm_is_refused(bare: pytest.MonkeyPatch) -> None:

@@ -153,9 +153,11 @@ def _join(
             raise
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         way = os.environ.get("GLOO_SOCKET_IFNAME")
+        why = str(error).splitlines()[0]
+        taken = "; another job is there: wait for its end, or give this one a port of its own, as --master_port or MASTER_PORT"
         raise LostError(
             f"rank {launch.rank} on {socket.gethostname()} could not join {launch.world_size} ranks at {where}"
-            f"{f' (GLOO_SOCKET_IFNAME={way})' if way else ''}: {str(error).splitlines()[0]}"
+            f"{f' (GLOO_SOCKET_IFNAME={way})' if way else ''}: {why}{taken if 'EADDRINUSE' in why else ''}"
         ) from None
 
 
