@@ -284,6 +284,7 @@ LATIN = "text,who\ncafé,a\n".encode("latin-1")
         ("a.csv", LATIN, r"a\.csv:2: not UTF-8 text; save the file as UTF-8"),
         ("a.csv", "text\nx\n".encode("utf-16"), r"a\.csv:1: not UTF-8 text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": NaN}\n', r"a\.jsonl:2: not valid JSON \(NaN is no JSON number\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1e310}\n', r"a\.jsonl:2: not valid JSON \(1e310 is beyond a float\)"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: column 'text' holds half of a surrogate pair"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl:2: not valid JSON"),
         ("a.csv", b"text,who\n", r"a\.csv: no rows"),

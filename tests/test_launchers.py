@@ -17,7 +17,7 @@ from federations import make_config, read_events, write_inputs
 from launching import SCRIPT, changed
 
 from fedmoe_ds.distributed.launcher import Launch, detect_launch, slurm_port
-from fedmoe_ds.errors import EXIT_LOST, UserError
+from fedmoe_ds.errors import EXIT_LOST, EXIT_USER_ERROR, UserError
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -136,6 +136,19 @@ def test_a_port_that_another_job_has_is_one_line_with_a_way_out(tree: dict[str, 
     assert line.endswith(
         "; another job is there: wait for its end, or give this one a port of its own, as --master_port or MASTER_PORT"
     )
+
+
+@pytest.mark.cluster
+def test_ranks_with_other_keys_end_before_anything_is_loaded(tree: dict[str, Any]) -> None:
+    place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    keys = (["local.lr=0.25"], ["local.lr=0.5"])
+    arguments = [sys.executable, *command(tree, "other-keys", 1)]
+    ranks = [start([*arguments, *keys[rank]], **place, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+    told = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_USER_ERROR] * 2, told
+    lines = [line for _, err in told for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: local.lr: 0.5: rank 1 on ") and "started with 0.25" in lines[0]
+    assert not (Path(tree["output"]) / "other-keys").exists()
 
 
 def test_a_broken_promise_of_slurm_is_refused(bare: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fedmoe_ds
@@ -31,6 +31,9 @@ def test_what_is_written_is_read(value: Any, ascii_only: bool, mark: bool) -> No
     st.binary(max_size=60)
     | st.lists(st.sampled_from(list('[]{}",:0123456789.eE+-\\ud8anulltrefsNI ')), max_size=40).map("".join)
 )
+@example("1e310")
+@example("[-1.5E+0309]")
+@example("9" * 250 + "e99")
 def test_anything_gives_a_value_or_a_line(content: str | bytes) -> None:
     try:
         value = parse_json(content)
@@ -50,6 +53,17 @@ def test_nesting_is_bounded(opening: str, closing: str, levels: int) -> None:
     else:
         with pytest.raises(ValueError, match=f"nested deeper than {DEEPEST} levels"):
             parse_json(text)
+
+
+@pytest.mark.parametrize("text", ["1e310", "-1e0309", "1" + "0" * 250 + ".5e99", '{"a": [2e308]}'])
+def test_a_number_beyond_a_float_is_no_infinity(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^-?\d+\S* is beyond a float$"):
+        parse_json(text)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
+def test_what_a_float_can_hold_is_read(number: float) -> None:
+    assert parse_json(json.dumps([number, 1.7e308, 1e-400])) == [number, 1.7e308, 0.0]
 
 
 def test_many_brackets_are_not_deep() -> None:

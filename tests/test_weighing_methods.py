@@ -129,7 +129,7 @@ def test_exponentials_are_the_same_wherever_they_stand(x: float) -> None:
     row = torch.cat([torch.linspace(-3, 3, 17, dtype=torch.float64), torch.tensor([x], dtype=torch.float64)])
     found = exponential(row)
     assert float(found[-1]) == float(exponential(row[-1:])) == float(exponential(row.flip(0))[0])
-    assert math.isclose(float(found[-1]), math.exp(x), rel_tol=2e-14)
+    assert math.isclose(float(found[-1]), math.exp(x), rel_tol=5e-14)
     assert float(exponential(torch.zeros(1, dtype=torch.float64))) == 1.0
 
 

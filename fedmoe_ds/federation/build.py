@@ -35,6 +35,7 @@ from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.distributed.topology import Topology
 from fedmoe_ds.federation import continuation
+from fedmoe_ds.federation.agreement import check_same_contents
 from fedmoe_ds.federation.best_round import check_best_tier
 from fedmoe_ds.federation.evaluation import Evaluator
 from fedmoe_ds.federation.execution import adapted_model, enable_checkpointing, execution_of
@@ -262,6 +263,7 @@ def _assemble(
     ours = identity(config, foundation, data, same, spec.bitwise, began, trace)
     # After kernels_of: that loads the kernels whose code is compared here.
     check_code(runtime.gather(code_of(device)), topology.hosts, spec.bitwise)
+    check_same_contents(ours, runtime, topology.hosts)
     folder = Path(config.output) / config.name
     return Parts(
         spec=spec,

@@ -23,6 +23,7 @@ from fedmoe_ds.distributed.stop_points import StopError
 from fedmoe_ds.distributed.stop_request import StopRequest
 from fedmoe_ds.distributed.topology import build_topology
 from fedmoe_ds.errors import EXIT_STOPPED, UserError
+from fedmoe_ds.federation.agreement import check_same_start
 from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.deepspeed_tools import DeepSpeedTools
 from fedmoe_ds.federation.journal import Journal
@@ -61,6 +62,7 @@ def train(config: Config, runtime: Runtime, resume: str, stop: StopRequest) -> E
         resume: `never` (a folder that holds a run is refused), `auto` (continue from the newest intact checkpoint, or begin).
     """
     began, folder = time.monotonic(), Path(config.output) / config.name
+    check_same_start(config, runtime)
     guard = runtime.run_on_all_ranks(lambda: RequeueGuard(folder, os.environ))
     with contextlib.ExitStack() as stack:
         lock = FolderLock(folder)

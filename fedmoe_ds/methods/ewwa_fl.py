@@ -126,12 +126,13 @@ class EWWAFL(Method):
 
 
 def exponential(x: Tensor) -> Tensor:
-    """exp of float64 within 40 of zero, to 2e-14, from sums and products alone.
+    """exp of float64 within 40 of zero, to 5e-14, from sums and products alone.
 
     A library's exp may take another loop at the end of a vector, and round otherwise there: a weight would depend on how
     many experts its rank holds.
     """
-    # exp(x) = exp(x / 2^7)^(2^7), and the series of a small number.
+    # exp(x) = exp(x / 2^7)^(2^7), and the series of a small number. Squaring doubles a relative error: 128 times that of the
+    # series (2e-16 at most), and 127 roundings.
     small = x * 2.0**-7
     result = torch.ones_like(small)
     for n in range(14, 0, -1):

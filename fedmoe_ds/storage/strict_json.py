@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 DEEPEST = 64
 """Levels of nesting: files of this package and of Hugging Face have fewer than ten, the stack of Python about 300."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_HUGE = re.compile(r"[eE]\+?0*[1-9]\d\d|\d{200}")
+"""What a text must have somewhere for a number in it to be beyond a float, which ends at 1.8e308."""
 
 
 def parse_json(content: str | bytes, constants: bool = False, halves: bool = False) -> Any:
@@ -26,12 +29,14 @@ def parse_json(content: str | bytes, constants: bool = False, halves: bool = Fal
         halves: take halves of surrogate pairs, too, with which Python names files that are no UTF-8.
     Raises:
         ValueError: with a message of one line: no UTF-8, no JSON (RFC 8259), nested deeper than `DEEPEST` levels, an integer of
-            more digits than Python reads, or half of a surrogate pair, which is no character.
+            more digits than Python reads, a number beyond a float, or half of a surrogate pair, which is no character.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
         # A byte order mark: the codec drops it from bytes, a text may still begin with one.
-        value = json.loads(text.removeprefix("\ufeff"), parse_constant=None if constants else _no_constant)
+        # A function for every number would make large files slow, and almost no text needs it.
+        numbers = finite if _HUGE.search(text) else None
+        value = json.loads(text.removeprefix("\ufeff"), parse_constant=None if constants else _no_constant, parse_float=numbers)
     except (ValueError, RecursionError) as error:
         raise ValueError(trouble(error)) from None
     check_depth(text, value)
@@ -90,6 +95,14 @@ _TOO_DEEP = f"nested deeper than {DEEPEST} levels"
 
 def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is no JSON number")
+
+
+def finite(word: str) -> float:
+    """The value of a JSON number with a point or an exponent. Raises ValueError where no float reaches so far."""
+    value = float(word)
+    if math.isinf(value):
+        raise ValueError(f"{word if len(word) <= 40 else word[:37] + '...'} is beyond a float")
+    return value
 
 
 def _is_text(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from fedmoe_ds.data.readers.data_file import DataFile
 from fedmoe_ds.data.readers.rows import Rows
 from fedmoe_ds.data.table import Table, twice
-from fedmoe_ds.storage.strict_json import check_depth, trouble
+from fedmoe_ds.storage.strict_json import check_depth, finite, trouble
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LONGEST_WORD = 16
@@ -148,7 +148,7 @@ def _no_constant(word: str) -> Any:
 
 
 # Python's decoder would keep the last of two equal keys, and take NaN.
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=finite)
 
 
 def _what(error: ValueError | RecursionError) -> str:
