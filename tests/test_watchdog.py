@@ -527,10 +527,11 @@ def test_nobody_looks_at_mpi_once_the_job_is_over(codes: list[int]) -> None:
     waiting.start()
     until(lambda: len(looks) > 2)
     Alone().end("it is over", 76, True)
-    time.sleep(0.1)  # a look may be under way
     seen = len(looks)
-    time.sleep(0.1)
-    assert codes == [76] and len(looks) == seen and waiting.is_alive()
+    time.sleep(0.2)  # a hundred looks
+    # One may have been under way.
+    assert codes == [76] and len(looks) <= seen + 1 and waiting.is_alive()
+    seen = len(looks)
     mpi._left_alone.clear()  # so that the thread goes on, and ends
     until(lambda: len(looks) > seen)
     looks.append(float("inf"))
