@@ -88,6 +88,14 @@ def test_every_answer_to_where_to_change_what_names_a_file() -> None:
     assert [row for row in rows if not FILE.search(row) and not re.search(r"`(?:errors|randomness)\.py`", row)] == []
 
 
+def test_the_changelog_has_its_parts() -> None:
+    """A part that is cut away by a careless edit takes years of entries along."""
+    unreleased = (REPOSITORY / "CHANGELOG.md").read_text().partition("## [Unreleased]\n")[2].partition("\n## [")[0]
+    parts = dict(part.split("\n", 1) for part in unreleased.split("\n### ")[1:])
+    assert list(parts) == ["Security", "Fixed", "Changed", "Added"]
+    assert [name for name, text in parts.items() if text.count("\n- ") < 7] == []
+
+
 def test_the_order_names_every_package() -> None:
     named = re.findall(r"`([\w/.]+)`", " ".join(LAYER.findall(section("The order of the packages"))))
     folders = {f"fedmoe_ds/{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
