@@ -75,7 +75,9 @@ def _software() -> dict[str, str]:
 def _sources_sha256() -> str:
     """Of everything that is run or compiled: a version alone does not tell two checkouts apart."""
     folder, digest = Path(__file__).parents[1], hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h", ".yaml", ".json")):
+    kinds = (".py", ".cpp", ".h", ".yaml")
+    # An editor's lock is a link to nothing, and no source.
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in kinds and path.is_file()):
         digest.update(f"{file.relative_to(folder)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:12]
 
