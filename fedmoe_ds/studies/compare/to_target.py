@@ -68,11 +68,12 @@ def means(rows: Sequence[Event], over: int) -> list[Event]:
     return [{**window[-1], **_mean(window)} for window in windows]
 
 
-def _mean(window: Sequence[Event]) -> dict[str, float]:
-    losses = [_loss(row) for row in window]
-    found = {"perplexity": math.exp(statistics.fmean(losses))} if all(map(math.isfinite, losses)) else {"perplexity": math.inf}
+def _mean(window: Sequence[Event]) -> dict[str, float | None]:
     shares = [share for row in window if (share := row.get("accuracy")) is not None]
-    return found | ({"accuracy": statistics.fmean(shares)} if len(shares) == len(window) else {})
+    return {
+        "perplexity": math.exp(statistics.fmean(map(_loss, window))),
+        "accuracy": statistics.fmean(shares) if len(shares) == len(window) else None,
+    }
 
 
 def _loss(row: Event) -> float:
