@@ -59,7 +59,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train real test test-real test-cluster test-lm-eval test-sweep test-soak test-compat check format docs wheel bench bench-peers compare clean distclean
+.PHONY: help install train real test test-real test-cluster test-lm-eval test-sweep test-properties test-soak test-compat check format docs wheel bench bench-peers compare clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ test-lm-eval: .venv/.installed .venv-lm-eval/.installed  ## lm-evaluation-harnes
 
 test-sweep: .venv/.installed  ## all combinations of methods, parameters and model families; 7000 damaged files
 	python -m pytest -n $(WORKERS) --dist load -m sweep $(ARGS)
+
+test-properties: .venv/.installed  ## the property tests with ten times as many examples, drawn anew (`make test` tries the same ones at every start)
+	python -m pytest -n $(WORKERS) --dist load --examples 10 --timeout 3000 -m "not soak and not sweep and not lm_eval" $(ARGS)
 
 test-soak: .venv/.installed  ## kill and resume a run twenty times
 	python -m pytest -m soak $(ARGS)

@@ -12,9 +12,19 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# How long an example takes tells something about the machine, which others use too; a test that hangs meets its timeout.
-settings.register_profile("fedmoe-ds", deadline=None)
-settings.load_profile("fedmoe-ds")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--examples", type=int, default=1, metavar="N", help="N times as many examples per property, drawn anew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the examples of property tests: the same ones at every start, so that no landing is a draw, or N times as many.
+
+    How long an example takes tells something about the machine, which others use too; a test that hangs meets its timeout.
+    """
+    settings.register_profile("fedmoe-ds", deadline=None, derandomize=config.option.examples == 1)
+    settings.load_profile("fedmoe-ds")
+
 
 # A shell starts jobs in the background with SIGINT ignored, and every process below inherits that: Ctrl-C could not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -38,9 +48,18 @@ NEEDS_A_DEVICE = "needs a CUDA device"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that are skipped for want of a device, so that `launch/bench.py gpu` can choose them where there is one."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests that are skipped for want of a device, so that `launch/bench.py gpu` can choose them where there is one.
+
+    Where more examples are asked for, leave the tests that draw none.
+    """
+    times = config.option.examples
+    if times > 1:
+        items[:] = [item for item in items if hasattr(item, "obj") and hasattr(item.obj, "hypothesis")]
     for item in items:
+        if times > 1:  # tests say how many by themselves, and a profile does not reach them
+            own = item.obj._hypothesis_internal_use_settings
+            item.obj._hypothesis_internal_use_settings = settings(own, max_examples=times * own.max_examples)
         if any(mark.kwargs.get("reason") == NEEDS_A_DEVICE for mark in item.iter_markers("skipif")):
             item.add_marker(pytest.mark.cuda)
 

@@ -7,6 +7,7 @@ column at a time, JSONL by `json.loads` and a walk over its pairs.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -51,11 +52,17 @@ def plain_jsonl(content: bytes) -> list[dict[str, Any]]:
     def constant(word: str) -> Any:
         raise Refusal(word)
 
+    def number(word: str) -> float:
+        if math.isinf(float(word)):
+            raise Refusal(word)
+        return float(word)
+
+    hooks: dict[str, Any] = {"object_pairs_hook": pairs, "parse_constant": constant, "parse_float": number}
     rows = []
     for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         if not line.decode("utf-8").strip():
             continue
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        row = json.loads(line.decode("utf-8"), **hooks)
         if not isinstance(row, dict):
             raise Refusal("no object")
         for name in WANTED:

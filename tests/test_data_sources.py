@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -236,8 +237,14 @@ def strictly(content: bytes) -> list[dict[str, Any]] | None:
     def constant(word: str) -> Any:
         raise ValueError(word)
 
+    def number(word: str) -> float:
+        if math.isinf(float(word)):
+            raise ValueError(word)
+        return float(word)
+
+    hooks: dict[str, Any] = {"object_pairs_hook": pairs, "parse_constant": constant, "parse_float": number}
     try:
-        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
+        rows = json.loads(content.decode("utf-8-sig"), **hooks)
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             return None
         json.dumps([row.get("text") for row in rows], ensure_ascii=False).encode()
@@ -246,6 +253,7 @@ def strictly(content: bytes) -> list[dict[str, Any]] | None:
     return [{"text": row.get("text")} for row in rows] if any("text" in row for row in rows) else []
 
 
+@example(rows=[{"b": 1000000}], place=0.5, put=b"1e", cut=0, piece=1)  # 1e1000000, which no float holds
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(["text", "b"]), VALUE, max_size=2), min_size=1, max_size=4),
