@@ -55,11 +55,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     times = config.option.examples
     if times > 1:
-        items[:] = [item for item in items if hasattr(item, "obj") and hasattr(item.obj, "hypothesis")]
+        items[:] = [item for item in items if hasattr(getattr(item, "obj", None), "hypothesis")]
+        # Tests say how many by themselves, which a profile does not reach; cases of one test share its function.
+        for test in {item.obj for item in items}:
+            own = test._hypothesis_internal_use_settings
+            test._hypothesis_internal_use_settings = settings(own, max_examples=times * own.max_examples)
     for item in items:
-        if times > 1:  # tests say how many by themselves, and a profile does not reach them
-            own = item.obj._hypothesis_internal_use_settings
-            item.obj._hypothesis_internal_use_settings = settings(own, max_examples=times * own.max_examples)
         if any(mark.kwargs.get("reason") == NEEDS_A_DEVICE for mark in item.iter_markers("skipif")):
             item.add_marker(pytest.mark.cuda)
 
