@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.attention: []: method {} works on LoRA pairs and there would be none; name attention projections",
     ),
     "no experts": (
-        {"flex-moe", "hfedmoe", "fed-moe"},
+        {"flex-moe", "hfedmoe", "fed-moe", "ub-smoe"},
         {"adapters": {"experts": False}},
         "adapters.experts: false: method {} works on expert adapters; use adapters.experts=true",
     ),
