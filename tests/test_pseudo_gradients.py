@@ -63,7 +63,7 @@ def complete(bank: Bank, layers: list[Routing], how: PseudoGradient | None) -> N
         client = Client(slot, f"c{slot}", 2, 5, 5, 50, 2, 2, E)
         view = ClientView(client, assignment, bank, bank, {True: slot, False: slot}, {})
         training.append((SimpleNamespace(assignment=assignment, slot=slot, offered=offers_3LE.clone()), view))
-    add_pseudo_gradients(training, Pool(None, 1, E, C))
+    add_pseudo_gradients(training, Pool(None, 1, E, C, merge=True))
 
 
 def by_hand(layers: list[Routing], before: Bank, spec: BlockSpec, how: PseudoGradient) -> Tensor:
