@@ -55,19 +55,20 @@ class UBSMoE(FedIT):
         run.logits.setdefault(layer, []).append(logits_TE)
         phi, chosen, rows = run.adapters[f"layers.{layer}.router_bias"], list[list[int]](), list[Tensor]()
         for logits_E in logits_TE:
-            liked = sorted(range(experts), key=lambda e: -float(logits_E[e]))
+            likes = logits_E.tolist()
+            liked = sorted(range(experts), key=lambda e: -likes[e])
             near = liked[: self.options["candidates"]]
             moved = torch.stack([logits_E[e] + (phi[e] if e in near else 0.0) for e in range(experts)])
-            p_E = moved.softmax(0)
-            best = sorted(near, key=lambda e: -float(p_E[e]))
-            self.close([float(logits_E[e]) for e in liked], len(near))
-            self.close([float(p_E[e]) for e in best], run.cap)
+            rows.append(moved.softmax(0))
+            p = rows[-1].tolist()
+            best = sorted(near, key=lambda e: -p[e])
+            self.close([likes[e] for e in liked], len(near))
+            self.close([p[e] for e in best], run.cap)
             chosen.append(best[: run.cap])
-            rows.append(p_E)
             for e in range(experts):
-                self.offers.probability[layer, e] += float(p_E[e])
+                self.offers.probability[layer, e] += p[e]
                 self.offers.rows[layer, e] += e in chosen[-1]
-                self.offers.missed[layer, e] += 0.0 if e in chosen[-1] else float(p_E[e])
+                self.offers.missed[layer, e] += 0.0 if e in chosen[-1] else p[e]
         y_TD, probs_TE = torch.zeros_like(x_TD), torch.stack(rows)
         for expert in range(experts):
             mine = torch.tensor([t for t, best in enumerate(chosen) if expert in best], dtype=torch.long)
