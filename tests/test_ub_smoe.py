@@ -193,6 +193,31 @@ def test_experts_that_nobody_used_learn(root: Path) -> None:
     assert not any(moved["none"]) and every(moved["batch"])
 
 
+WAYS: dict[str, tuple[dict[str, Any], bool]] = {
+    "one client at a time": ({"clients_in_flight": 1}, True),
+    "recomputed": ({"activation_checkpointing": True}, True),
+    "packed": ({"packing": True}, False),
+    "fast": ({"reproducible": "fast"}, False),
+    "micro-batches": ({"micro_batch_size": 3}, False),
+}
+
+
+def test_the_same_in_every_way_to_compute_a_step(root: Path) -> None:
+    """A step's probabilities are those of all its passes: plain SGD, so that no small gradient is blown up."""
+    sgd = {"local": {"optimizer": "sgd", "lr": 0.1}, "execution": {"micro_batch_size": None}}
+
+    def trained(name: str, change: dict[str, Any]) -> dict[str, np.ndarray]:
+        return run_alone(make_config(root, name.replace(" ", "-"), QUICK, sgd, {"execution": change})).adapters
+
+    expected = trained("way", {})
+    without = run_alone(make_config(root, "no-pseudo", QUICK, sgd, {"method": {"pseudo_gradient": "none"}})).adapters
+    moved = max(float(np.abs(value - without[key]).max()) for key, value in expected.items() if ".experts." in key)
+    for way, (change, exact) in WAYS.items():
+        found = trained(way, change)
+        apart = max(float(np.abs(value - expected[key]).max()) for key, value in found.items())
+        assert apart <= (0 if exact else 0.02 * moved), (way, apart, moved)
+
+
 @pytest.mark.parametrize("form", ["peft", "merged"])
 def test_no_export_has_a_place_for_phi(tmp_path: Path, whole: Result, form: str) -> None:
     message = f"^--format: {form}: method ub-smoe moves the choice of experts by a bias, .*; `fedmoe evaluate`"
