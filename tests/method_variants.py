@@ -88,6 +88,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "server": {"optimizer": "fedyogi", "lr": 0.01},
         "federation": {"budget": "both", "sampling": "size"},
     },
+    "ub-smoe": {"method": {"name": "ub-smoe", "momentum": 0.5}, "adapters": {"router": "train"}},
+    "ub-smoe-batch": {"method": {"name": "ub-smoe", "pseudo_gradient": "batch", "candidates": 8, "momentum": 0.0}},
     "flood": {"method": {"name": "flood", "horizon": 3, "alpha": 2.0}},
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {

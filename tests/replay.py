@@ -21,10 +21,12 @@ from reference_sub_models import Holders
 from torch import Tensor
 
 from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.client_work import ClientWork
 from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.server import BASE
 from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.dispatcher import Pool
 
 
 def keyed(spec: BlockSpec, value: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -48,8 +50,17 @@ class Replay:
         self.slopes: dict[int, list[Adapters]] = {}
         self.updates: dict[int, ClientUpdate] = {}
         self.places: dict[int, int] = {}
+        self.offers: dict[int, list[Tensor]] = {}
         rules, fold = parts.trainer.hooks, parts.server.fold
-        object.__setattr__(rules, "adjust", (self._listen, *rules.adjust))
+        complete = rules.complete
+
+        def completed(training: Sequence[tuple[ClientWork, ClientView]], pool: Pool) -> None:
+            for work, view in training:
+                self._listen(view)
+                self.offers.setdefault(view.client.index, []).extend([] if work.offered is None else [work.offered.clone()])
+            complete(training, pool)
+
+        object.__setattr__(rules, "complete", completed)
 
         def folded(sums: Any, place: int, view: ClientView, update: ClientUpdate) -> None:
             self.updates[update.client.index] = update
@@ -59,7 +70,7 @@ class Replay:
 
     def forget(self) -> None:
         """A new round begins."""
-        self.slopes, self.updates = {}, {}
+        self.slopes, self.updates, self.offers = {}, {}, {}
 
     def _listen(self, view: ClientView) -> None:
         found = {key: v.double().clone() for spec in view.blocks() for key, v in keyed(spec, view.grad(spec))}

@@ -25,6 +25,7 @@ from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FF
 from reference_objectives import ObservedFLood
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
+from reference_ub_smoe import ObservedUBSMoE
 from reference_weights import EWWAFL, FedNova, QFedAvg
 from reference_wireless import OverTheAir
 from replay import ObservedFedMoE, ObservedHFedMoE, PersonalFlame, Replay
@@ -95,6 +96,10 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
         Told(CCFAO, {"most": 2, "threshold": 1}),
     ),
     "flood": ({"horizon": 3}, Told(ObservedFLood, {"alpha": 0.5})),
+    "ub-smoe": (
+        {"momentum": 0.3},
+        Told(ObservedUBSMoE, {"momentum": 0.3, "eps": 1e-3, "of": "tokens"}),
+    ),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
@@ -134,7 +139,7 @@ class Case(NamedTuple):
             or (self.method == "cc-fao" and self.drift == "scaffold")
             or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
-            or (self.method == "fed-moe" and self.adapters in ("attention", "plain"))
+            or (self.method in ("fed-moe", "ub-smoe") and self.adapters in ("attention", "plain"))
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")
@@ -256,8 +261,8 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
-# Of local-only, the server has no experts: nothing of them could move. Noise on the channel reaches all of them.
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl")])
+# Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "ub-smoe")])
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
     adapters = {"fft-moe": "beside"}.get(method, "router")

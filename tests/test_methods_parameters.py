@@ -118,6 +118,14 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fedrot-lora", {}, {"strength": 1.0}),
     ("fedrot-lora", {}, {"align": "B"}),
     ("fedrot-lora", {"strength": 0.0}, {"align": "B"}),
+    ("ub-smoe", {}, {"routing": "plain"}),
+    ("ub-smoe", {"momentum": 0.0}, {"candidates": 4}),
+    ("ub-smoe", {}, {"momentum": 0.5}),
+    ("ub-smoe", {}, {"epsilon": 0.5}),
+    ("ub-smoe", {}, {"bound": 0.01}),
+    ("ub-smoe", {}, {"pseudo_gradient": "batch"}),
+    ("ub-smoe", {}, {"pseudo_gradient": "none"}),
+    ("ub-smoe", {"routing": "plain"}, {"momentum": 0.5}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]

@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.attention: []: method {} works on LoRA pairs and there would be none; name attention projections",
     ),
     "no experts": (
-        {"flex-moe", "hfedmoe", "fed-moe"},
+        {"flex-moe", "hfedmoe", "fed-moe", "ub-smoe"},
         {"adapters": {"experts": False}},
         "adapters.experts: false: method {} works on expert adapters; use adapters.experts=true",
     ),
@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "local.drift: fedvra: its server adds dual variables to one mean of adapters, and rows of trained routers are averaged",
     ),
     "experts of dense blocks": (
-        {"fed-moe"},
+        {"fed-moe", "ub-smoe"},
         {"adapters": {"feed_forward": ["gate_proj"]}},
         "adapters.feed_forward: ['gate_proj']: dense blocks have no experts to choose from; use a sparse model",
     ),

@@ -37,6 +37,7 @@ from reference_objectives import FLood
 from reference_products import FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_sub_models import ALL, FOUND, TRIED, FedMoE
+from reference_ub_smoe import UBSMoE
 from reference_weights import EWWAFL, FedNova, ProximalFedNova, QFedAvg
 from reference_wireless import OverTheAir, Physics, Wireless
 from safetensors.torch import load_file
@@ -135,6 +136,18 @@ CASES = {
         {"alpha": 0.3, "beta": 0.4, "tolerance": 0.1, "kappa": 0.5},
         buys="experts",
         rounds=3,
+    ),
+    "ub-smoe": Case(
+        UBSMoE,
+        {**method("ub-smoe", momentum=0.2, candidates=9), "adapters": ROUTER, "federation": {"participation": 0.75}},
+        {},
+        {"candidates": 9, "momentum": 0.2, "eps": 1e-3, "of": "tokens"},
+    ),
+    "ub-smoe-batch": Case(
+        UBSMoE,
+        {**method("ub-smoe", momentum=0.0, epsilon=0.01, pseudo_gradient="batch"), "local": {"batch_size": 1}},
+        {},
+        {"candidates": 10, "momentum": 0.0, "eps": 0.01, "of": "batch"},
     ),
     "hetlora-pruning": Case(
         HetLoRA,
@@ -305,6 +318,8 @@ def test_same_rounds(root: Path, name: str) -> None:
     if isinstance(expected, FlexMoE):
         met = set.intersection(*({*plan} for plan in expected.plans))
         assert any((expected.plans[0][index] != expected.plans[2][index]).any() for index in met), "fitness changes the plan"
+    if isinstance(expected, UBSMoE):
+        assert expected.completed > 0, "some experts were not used"
     if isinstance(expected, Wireless):
         assert any(expected.queues.values()) and len(set(expected.plans)) == 2, "queues and fading change the second round"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmoe_ds.model.router import Routing, route
+from fedmoe_ds.model.router import Demand, Modulation, Routing, kept_slots, route
 
 EXPERTS, TOP_K = 8, 4
 
@@ -160,3 +161,71 @@ def test_gradients_reach_the_logits_through_kept_weights_only() -> None:
     routing.weights_TK.sum().backward()
     assert logits_TE.grad is not None
     assert bool(logits_TE.grad[0].any()) and not bool(logits_TE.grad[1].any())
+
+
+# A bias on the candidates' logits
+
+
+def by_hand(logits_E: Tensor, bias_E: Tensor, candidates: int, cap: int) -> tuple[list[int], list[float]]:
+    """The experts of one row, best first, and what they weigh."""
+    near = sorted(range(EXPERTS), key=lambda e: -float(logits_E[e]))[:candidates]
+    moved = [float(logits_E[e]) + (float(bias_E[e]) if e in near else 0.0) for e in range(EXPERTS)]
+    whole = sum(math.exp(m) for m in moved)
+    best = sorted(near, key=lambda e: -moved[e])[:cap]
+    return best, [math.exp(moved[e]) / whole for e in best]
+
+
+@settings(max_examples=30, derandomize=True)
+@given(st.integers(0, 999), st.integers(1, TOP_K), st.integers(TOP_K, EXPERTS), st.floats(0.0, 3.0))
+def test_a_bias_moves_the_choice_among_the_candidates(seed: int, cap: int, candidates: int, scale: float) -> None:
+    logits_TE, bias_TE = logits(5, seed), scale * logits(5, seed + 1000)
+    routing = route(logits_TE, Spec(), caps(*[cap] * 5), everyone(5), modulation=Modulation(bias_TE, candidates))
+    for row in range(5):
+        experts, weights = by_hand(logits_TE[row], bias_TE[row], candidates, cap)
+        assert used(routing, row) == experts
+        assert routing.weights_TK[row, :cap].tolist() == pytest.approx(weights, rel=1e-5)
+
+
+def test_no_bias_is_no_change_to_the_bit() -> None:
+    logits_TE, none_TE = logits(30), torch.zeros(30, EXPERTS)
+    plain = route(logits_TE, Spec(), caps(*[3] * 30), everyone(30))
+    for candidates in range(TOP_K, EXPERTS + 1):
+        same = route(logits_TE, Spec(), caps(*[3] * 30), everyone(30), modulation=Modulation(none_TE, candidates))
+        for name in ("probs_TE", "weights_TK", "kept_TK"):
+            assert torch.equal(getattr(plain, name), getattr(same, name)), (name, candidates)
+        assert torch.equal(plain.experts_TK, same.experts_TK)
+
+
+def test_what_a_bias_cannot_change() -> None:
+    logits_TE, bias_TE = logits(30), 3.0 * logits(30, 1)
+    cap_T, plain = caps(*[TOP_K] * 30), route(logits(30), Spec(), caps(*[TOP_K] * 30), everyone(30))
+    # As many candidates as are chosen: the set stays, the weights do not.
+    few = route(logits_TE, Spec(), cap_T, everyone(30), modulation=Modulation(bias_TE, TOP_K))
+    assert torch.equal(few.experts_TK.sort(1).values, plain.experts_TK.sort(1).values)
+    assert not torch.allclose(few.weights_TK.sort(1).values, plain.weights_TK.sort(1).values)
+    # The same for all experts of which all are candidates: nothing.
+    even = route(logits_TE, Spec(), cap_T, everyone(30), modulation=Modulation(torch.full((30, EXPERTS), 0.7), EXPERTS))
+    assert torch.equal(even.experts_TK, plain.experts_TK) and torch.allclose(even.weights_TK, plain.weights_TK)
+
+
+def test_a_bias_leaves_groups_corrections_and_masks_as_they_are() -> None:
+    spec = Spec(
+        num_expert_groups=4, num_limited_groups=3, score_func="sigmoid", route_norm=True, e_score_correction_bias=logits(1)[0]
+    )
+    logits_TE, bias_TE, allowed_TE = logits(40), 3.0 * logits(40, 1), logits(40, 2) > -0.5
+    plain = route(logits_TE, spec, caps(*[TOP_K] * 40), everyone(40))
+    biased = route(logits_TE, spec, caps(*[TOP_K] * 40), everyone(40), modulation=Modulation(bias_TE, 5))
+    assert torch.equal(plain.kept_TK, biased.kept_TK) and biased.kept_TK.sum() == kept_slots([Demand(40, TOP_K)], spec)
+    assert not torch.equal(plain.experts_TK.sort(1).values, biased.experts_TK.sort(1).values)
+    masked, freely = (
+        route(logits_TE, spec, caps(*[TOP_K] * 40), everyone(40), allowed_TE, modulation=modulation)
+        for modulation in (Modulation(bias_TE, 5), None)
+    )
+    assert torch.equal(masked.kept_TK, freely.kept_TK), "as many as may be chosen"
+    assert allowed_TE.gather(1, masked.experts_TK)[masked.kept_TK].all()
+
+
+def test_the_router_learns_through_a_bias() -> None:
+    logits_TE = logits(6).requires_grad_()
+    route(logits_TE, Spec(), caps(*[2] * 6), everyone(6), modulation=Modulation(logits(6, 1), 6)).weights_TK.sum().backward()
+    assert logits_TE.grad is not None and bool(logits_TE.grad.any())

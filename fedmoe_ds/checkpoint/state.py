@@ -48,6 +48,15 @@ class PartialRound:
     known: frozenset[int] = frozenset()
     memories: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
+    def counts_LE(self, shape: tuple[int, int]) -> np.ndarray:
+        """Routed rows over all clients (once ranks have shared them)."""
+        return sum(self.activation.values(), np.zeros(shape, dtype=np.int64))
+
+    @property
+    def tokens(self) -> int:
+        """Token rows over all clients (once ranks have met)."""
+        return sum(report["tokens"] for report in self.done.values())
+
 
 @dataclass
 class State:

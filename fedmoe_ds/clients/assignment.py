@@ -6,12 +6,27 @@ Legend: L layers with experts, E experts of the model, N transformer layers of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedmoe_ds.model.adapter_bank import BlockSpec
+
+
+@dataclass(frozen=True)
+class PseudoGradient:
+    """What an expert's gradient is given beside its own, out of those of the experts that a step has used.
+
+    Attributes:
+        factor: on all of it.
+        of: which router probability of an expert counts: that of all `tokens` that did not use it, or that of a whole `batch`
+            which did not.
+    """
+
+    factor: float
+    of: Literal["tokens", "batch"] = "tokens"
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,7 @@ class Assignment:
         trained_N: bool, the transformer layers whose adapters it trains, or None for all.
         samples: int64 numbers of the training samples that it uses, or None for all.
         delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
+        pseudo: what experts' gradients are given for rows that did not use them, or None.
     """
 
     cap: int
@@ -40,6 +56,7 @@ class Assignment:
     trained_N: np.ndarray | None = None
     samples: np.ndarray | None = None
     delay: int | None = None
+    pseudo: PseudoGradient | None = None
 
     def rank(self, full: int) -> int:
         """Number of LoRA rows trained."""

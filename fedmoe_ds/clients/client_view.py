@@ -63,7 +63,7 @@ class ClientView:
 
     def received(self, spec: BlockSpec) -> Tensor:
         """Same shape: what the client started the round from (rows that it does not hold are zero)."""
-        # Blocks that nobody trains are the same in all rounds: the past has none of them.
+        # The past has no blocks that nobody trains: a late client has the present ones.
         source = self.past if self.past is not None and spec.name in self.past else self.start
         value = source.client(spec.name, 0)
         mask = self.assignment.mask(spec, value.device)

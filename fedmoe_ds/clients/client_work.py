@@ -18,6 +18,7 @@ from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import Address
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.objective import Asked, LocalStep, Objective, Sums
+from fedmoe_ds.model.pass_context import Pass
 
 
 @dataclass
@@ -36,6 +37,8 @@ class ClientWork:
         tokens, targets: passed so far.
         observed: the method's sums over the round's batches, [L, E] each.
         summed: those of its objective.
+        offered: of the running step, where the client has pseudo-gradients: [3, L, E] float64, rows of every expert, and its
+            router probabilities (`routed_forward.offered`).
     """
 
     client: Client
@@ -54,6 +57,7 @@ class ClientWork:
     targets: int = 0
     observed: dict[str, Tensor] = field(default_factory=dict)
     summed: Sums = field(default_factory=dict)
+    offered: Tensor | None = None
 
     def micro_batches(self, step: int) -> int:
         """Passes of a step."""
@@ -73,6 +77,15 @@ class ClientWork:
         for name in names:
             sums_LE = torch.stack([observed[layer][self.slot][name].double() for layer in layers])
             self.observed[name] = self.observed[name] + sums_LE if name in self.observed else sums_LE
+
+    def take_offers(self, run: Pass, layers: list[int]) -> None:
+        """Add up what its rows of one pass have offered to experts, for pseudo-gradients of the step."""
+        if self.assignment.pseudo is None:
+            return
+        rows_LE = torch.stack([run.counts[layer][self.slot] for layer in layers]).double()
+        offered_2LE = torch.stack([run.offered[layer][self.slot] for layer in layers], 1)
+        found_3LE = torch.cat([rows_LE.unsqueeze(0), offered_2LE])
+        self.offered = found_3LE if self.offered is None else self.offered + found_3LE
 
     def local_step(self, step: int, targets: int) -> LocalStep:
         """What an objective is told about one of its steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
+from fedmoe_ds.clients.client_work import ClientWork
 from fedmoe_ds.data import Sequences
 from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.objective import Objective
 from fedmoe_ds.model.pass_context import RoutingObserver
 
@@ -45,6 +47,7 @@ class LocalTrainingHooks:
             for everybody.
         sums: names and shapes of what objectives sum up.
         whole_steps: whether an objective needs all targets of a client's step at once.
+        complete: add to the gradients of the clients that take a step, before `adjust`; collective over the cluster.
         adjust: change the gradients of a step in place, before clipping.
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
@@ -61,6 +64,7 @@ class LocalTrainingHooks:
     objective: Callable[[Client, Assignment], Objective | None] | None = None
     sums: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     whole_steps: bool = False
+    complete: Callable[[Sequence[tuple[ClientWork, ClientView]], Pool], None] = lambda training, pool: None
     # In order: the method's change of the gradients first, then the correction of client drift.
     adjust: tuple[Callable[[ClientView], None], ...] = ()
     measure: Callable[[ClientView], dict[str, Tensor]] = lambda view: {}

@@ -187,6 +187,7 @@ class WaveTrainer:
             {slot: torch.from_numpy(mask_LE).to(self.bank.device) for slot, mask_LE in trained.items()},
             objectives={slot: objective for slot, objective in objectives.items() if objective is not None},
             whole_steps=self.hooks.whole_steps,
+            offers=frozenset(work.slot for work in mine if work.assignment.pseudo is not None),
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
@@ -230,6 +231,7 @@ class WaveTrainer:
         counts.add(found.run, self.layers)
         for work in works:
             work.observe(found.run.observed, self.layers, self.hooks.observes)
+            work.take_offers(found.run, self.layers)
         for work, sums in zip(works, found.observed, strict=False):
             add_sums(work.summed, sums)
 
@@ -256,6 +258,7 @@ class WaveTrainer:
     def _optimize(self, step: int, round_index: int, works: list[list[ClientWork]], views: list[list[ClientView]]) -> None:
         """One optimizer step for every client of the wave that has not finished."""
         training = [(work, view) for work, view in _flat(works, views) if step < len(work.batches)]
+        self.hooks.complete(training, self.pool)
         for _, view in training:
             # Before the norms are taken: clipping acts on the corrected gradient (see `client_drift`).
             for adjust in self.hooks.adjust:

@@ -20,7 +20,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.loading import lora_loading
 from fedmoe_ds.export.merge import Learnt
 from fedmoe_ds.export.shards import write_tensors
-from fedmoe_ds.export.written import Request, Written, no_masks
+from fedmoe_ds.export.written import Request, Written, check_router_bias, no_masks
 from fedmoe_ds.foundation.weight_stream import StoredTensor
 from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
@@ -99,6 +99,7 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
         UserError: with the way out.
     """
     run, selection, out = request.run, request.selection, "use --format merged"
+    check_router_bias(run, where)
     halves = {half.name for pair in lora_pairs(run.spec.blocks) for half in pair}
     for block in run.spec.blocks:
         if block.name not in halves | {RESCALER}:

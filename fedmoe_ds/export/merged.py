@@ -19,7 +19,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.loading import model_loading
 from fedmoe_ds.export.merge import Changes, Learnt, Rounding, plan_changes
 from fedmoe_ds.export.shards import write_shards
-from fedmoe_ds.export.written import Request, Written, no_masks, without_common_model
+from fedmoe_ds.export.written import Request, Written, check_router_bias, no_masks, without_common_model
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE
 from fedmoe_ds.foundation.weight_files import WeightFiles
 from fedmoe_ds.foundation.weight_stream import StoredTensor, WeightStream, row_blocks
@@ -75,6 +75,7 @@ def write_merged(request: Request) -> Written:
 def check_selection(request: Request) -> None:
     """Raise UserError where a model's configuration has no word for what the selected one is."""
     run, selection, method = request.run, request.selection, request.run.config.method.name
+    check_router_bias(run, "--format: merged")
     if selection.client is None and without_common_model(run):
         raise UserError(f"--format: merged: method {method} has a model for every client and none for all; name a --client")
     if selection.assignment.allowed_LE is not None:

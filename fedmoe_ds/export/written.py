@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedmoe_ds.errors import UserError
+from fedmoe_ds.model.adapter_bank import ROUTER_BIAS
 from fedmoe_ds.results import Selection, TrainedRun
 
 
@@ -71,6 +73,15 @@ def no_masks(selection: Selection, method: str, holder: str) -> str:
     whose = "its client" if own else f"tier {selection.tier}"
     other = "`fedmoe evaluate --client` and `fedmoe generate --client` run it as it is" if own else "export another tier"
     return f"method {method} lets {whose} use some of the experts alone, and {holder} can say that; {other}"
+
+
+def check_router_bias(run: TrainedRun, where: str) -> None:
+    """Raise UserError where routers have a bias, for which neither adapter formats nor transformers' models have a place."""
+    if any(block.name == ROUTER_BIAS for block in run.spec.blocks):
+        raise UserError(
+            f"{where}: method {run.config.method.name} moves the choice of experts by a bias, which no file of this format can "
+            "say; `fedmoe evaluate` and `fedmoe generate` run it as it is"
+        )
 
 
 def folder_size(folder: Path) -> str:

@@ -44,6 +44,7 @@ def execution_of(spec: RunSpec, topology: Topology, in_flight: int, device: torc
         dropout=AdapterDropout(config.adapters.dropout, config.seed) if config.adapters.dropout else None,
         layers=list(spec.expert_layout.layers),
         held_softmax=spec.method.held_softmax,
+        candidates=spec.method.candidates,
     )
 
 

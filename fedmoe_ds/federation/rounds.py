@@ -275,9 +275,9 @@ class Federation:
         """Make the next global state of the sums."""
         parts, partial = self.parts, work.partial
         self._tell_averaged(work)
-        arrives = parts.spec.method.after_mean(MeanContext(work.index, partial.memories))
-        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, work.chosen, arrives)
-        self.state.utilisation_LE = sum(partial.activation.values(), np.zeros(parts.counts_shape, dtype=np.int64))
+        context = MeanContext(work.index, partial.memories, partial.counts_LE(parts.counts_shape), partial.tokens)
+        parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, work.chosen, context)
+        self.state.utilisation_LE = context.counts_LE
         if parts.clock is not None:
             work.settled = parts.clock.settle(self.state.clock, work.index, partial.done)
             self.state.clock = work.settled.state

@@ -27,7 +27,7 @@ from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.sampling import buffered, participant_count
 from fedmoe_ds.federation.traffic import Products
 from fedmoe_ds.foundation import Foundation
-from fedmoe_ds.methods import TensorRule
+from fedmoe_ds.methods import MeanContext, TensorRule
 from fedmoe_ds.methods.client_drift import CONTROL, keeps_variables, server_step, variable_share
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec, base_block, control_block, lora_pairs, shared_blocks
 from fedmoe_ds.model.install import base_weights, drawn_a
@@ -146,18 +146,17 @@ class Server:
         own: dict[str, Bank],
         round_index: int,
         participants: Sequence[Client] = (),
-        arrives: TensorRule | None = None,
+        context: MeanContext | None = None,
     ) -> None:
         """Replace the global adapters (and the server's own state) by those of the next round.
 
-        `participants` are those of its plan; `arrives`: what becomes of the mean on its way to the server
-        (`Method.after_mean`), None: nothing.
+        `participants` are those of its plan; `context` is what the method is told of the round, None: it is not asked.
         """
         # Clones: the steps below overwrite the adapters that they are computed from.
         old = {spec.name: adapters.client(spec.name, 0).clone() for spec in shared_blocks(self.blocks)}
         self.past.keep(old, round_index, own)
         means, rate = sums.average(adapters, self.method.factor), self.method.server_rate(round_index, participants)
-        if arrives is not None:
+        if context is not None and (arrives := self.method.after_mean(context)) is not None:
             _let_arrive(means, sums, arrives, self.first_expert)
         # Before the adapters: FedVRA's step goes along the duals of this round.
         if sums.controls is not None:
@@ -170,6 +169,14 @@ class Server:
             adapters.client(spec.name, 0).copy_(new)
         if sums.collection is not None:
             self.moved = self._combine(sums, adapters, own, old, round_index)
+        if context is not None and self.method.overrides("renew"):
+            self._renew(adapters, context)
+
+    def _renew(self, adapters: Bank, context: MeanContext) -> None:
+        for spec in self.blocks:
+            if not (spec.expert or spec.personal or spec.trained):
+                value = adapters.client(spec.name, 0)
+                value.copy_(self.method.renew(spec, value.clone(), context))
 
     def _target(self, spec: BlockSpec, mean: Tensor, trained: Tensor, own: dict[str, Bank]) -> Tensor:
         """The mean, or where the duals lead from it."""

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmoe_ds.aggregation.past_adapters import PastAdapters
+from fedmoe_ds.aggregation.pseudo_gradients import add_pseudo_gradients
 from fedmoe_ds.checkpoint.state import State
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
@@ -59,6 +60,7 @@ def training_hooks(
         objective=objective if method.overrides("objective") else None,
         sums=method.sums(),
         whole_steps=method.whole_steps,
+        complete=add_pseudo_gradients,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         measure=method.measure,
         remember=tuple(remembers),

@@ -6,7 +6,7 @@ name and meaning within a minor version, wherever in the package it moves.
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import Weighing
-from fedmoe_ds.clients.assignment import Assignment, leading
+from fedmoe_ds.clients.assignment import Assignment, PseudoGradient, leading
 from fedmoe_ds.clients.balanced_assignment import balanced, load_bounds
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
@@ -26,7 +26,7 @@ from fedmoe_ds.methods.base import (
 )
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
-from fedmoe_ds.model.adapter_bank import BlockSpec, remembered_block, shared_blocks
+from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
 from fedmoe_ds.model.objective import LocalStep, Objective, Predictions, Targets, TokenRouting
@@ -41,6 +41,7 @@ __all__ = [
     "EXPERT_TARGETS",
     "RESCALER",
     "ROUTER",
+    "ROUTER_BIAS",
     "Assignment",
     "Band",
     "BlockSpec",
@@ -61,6 +62,7 @@ __all__ = [
     "Objective",
     "PlanContext",
     "Predictions",
+    "PseudoGradient",
     "RoundContext",
     "RoundPlan",
     "Routing",

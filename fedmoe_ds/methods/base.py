@@ -15,6 +15,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     element_weights(view)   weights of single elements (with `weighing.elements`)
     factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
     after_mean(context)     what becomes of the mean before the server's step
+    renew(spec, value, ...) the next value of a block that the server changes and no client trains
     server_rate(clients)    a factor on the server's learning rate
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
 
@@ -120,6 +121,8 @@ class Method:
         averages: whether anything is averaged at all.
         accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
         held_softmax: whether a client that may use some experts alone has a router of these: its softmax is over them.
+        candidates: of a method whose blocks have a `ROUTER_BIAS`: so many experts that a row's router likes best get the bias
+            on their logits, and the row chooses among them; at least the model's top-k.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
         most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
@@ -152,6 +155,7 @@ class Method:
     pooled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
     most_delay: int = 0  # may be set from the parameters, too
+    candidates: int = 0  # and this
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -274,6 +278,10 @@ class Method:
         The rule knows a tensor by its canonical name, with layer and global expert: whoever holds it must do the same.
         """
         return None
+
+    def renew(self, spec: BlockSpec, value: Tensor, context: MeanContext) -> Tensor:
+        """The next value, [L, *item], of a dense block that all clients receive and nobody trains."""
+        return value
 
     def server_rate(self, round_index: int, participants: Sequence[Client]) -> float:
         """A factor on `server.lr` in this round; `participants` are those of its plan, whether or not they came back."""

@@ -45,15 +45,16 @@ A combination without a meaning is refused in one line before anything is loaded
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
 mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`; `fed-moe` with trained routers), unequal
 ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense model,
-`fft-moe` on a sparse one, `fed-moe` where experts are not trained, `fed-moe` and `flex-moe` with `local.balance_loss`,
-micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which
-methods take which devices is in [devices.md](devices.md).
+`fft-moe` on a sparse one, `fed-moe` and `ub-smoe` where experts are not trained, `fed-moe` and `flex-moe` with
+`local.balance_loss`, micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
+`local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
 `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was trained, each in one cluster. The sums of
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
-client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every client that was trained, `fed-moe` and
+client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
+experts in every local step, over the ranks of its cluster. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
 about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)).
 """
@@ -153,7 +154,9 @@ class Struggling(Method):
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
 experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses.
-Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone.
+Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone. With
+`pseudo` experts learn from rows that did not use them; a block `ROUTER_BIAS` is added to the logits of the best `candidates`,
+and `renew` says what it is in the next round.
 
 A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.
 `fedmoe_ds.testing.check_method` tries one on a tiny federation: [python.md](python.md#a-method-of-your-own).

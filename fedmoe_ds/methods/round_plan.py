@@ -108,10 +108,14 @@ class MeanContext:
     Attributes:
         round: from 1.
         memories: what `Method.memorise` wrote in this round, by client index: of everybody who is in the mean.
+        counts_LE: routed rows over all clients of the round.
+        tokens: token rows over all of them.
     """
 
     round: int
     memories: Mapping[int, Memory]
+    counts_LE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    tokens: int = 0
 
 
 TensorRule = Callable[[str, Tensor], Tensor]

@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+ROUTER_BIAS = "router_bias"
+"""Name of the block of what is added to the routers' logits, one number per expert; the server's, no client trains it."""
+
 
 def base_block(a: BlockSpec, b: BlockSpec) -> BlockSpec:
     """The frozen weight under a LoRA pair, as the server keeps it once products move into it."""

@@ -54,7 +54,8 @@ class AdapterMoELayer(nn.Module):
         # A dense model has no router to freeze, so this one is always in the bank and always trained.
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
         logits_TE = client_linear(hidden_BSD, self.execution.anchor_of(self.layer), weight, grad, run.segments).flatten(0, -2)
-        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, *self.execution.asked(self.layer))
+        asked, modulation = self.execution.asked(self.layer), self.execution.modulation(self.layer)
+        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, *asked, modulation)
         record_routing(self.execution, self.layer, routing, logits_TE)
         at_experts = send_routed(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing)
         # The frozen block needs no row of another rank: it is computed while routed rows travel.

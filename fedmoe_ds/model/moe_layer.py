@@ -41,7 +41,8 @@ class FederatedMoELayer(nn.Module):
         x_TD = hidden_BSD.flatten(0, -2)
         # [B, S, D] goes in, not [T, D]: a trained router is per client, and clients are cut by sequences.
         logits_TE = self._logits(hidden_BSD, run).flatten(0, -2)
-        routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, *self.execution.asked(self.layer))
+        asked, modulation = self.execution.asked(self.layer), self.execution.modulation(self.layer)
+        routing = route(logits_TE, self.host.router, run.cap_T, run.valid_T, *asked, modulation)
         # Before the experts run: it stores which of them the method lets this batch train.
         record_routing(self.execution, self.layer, routing, logits_TE)
         at_experts = send_routed(self.execution, self.layer, x_TD, routing)

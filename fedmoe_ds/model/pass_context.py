@@ -16,13 +16,13 @@ from torch import Tensor
 from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.kernels.lora_products import Kernels, LowRankProducts, products_for
 from fedmoe_ds.kernels.per_client import Segment
-from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, Bank
 from fedmoe_ds.model.adapter_dropout import AdapterDropout, Drawn
 from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.expert_masks import ExpertMasks
 from fedmoe_ds.model.objective import Objective
 from fedmoe_ds.model.packing import PackedSamples
-from fedmoe_ds.model.router import Demand, Routing
+from fedmoe_ds.model.router import Demand, Modulation, Routing
 from fedmoe_ds.model.scale_factors import ScaleFactors
 
 
@@ -47,6 +47,7 @@ class Pass:
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
         trained: routed rows that take part in the backward pass, like `counts`; only layers that hold some back write it.
         routed: decisions without gradients, by layer; the layers write them where clients have objectives.
+        offered: router probabilities of clients that ask for it, by layer and home slot (`routed_forward.offered`).
     """
 
     segments: list[Segment]
@@ -65,6 +66,7 @@ class Pass:
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     trained: dict[int, Tensor] = field(default_factory=dict)
     routed: dict[int, Routing] = field(default_factory=dict)
+    offered: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     _groups: dict[int, Groups] = field(default_factory=dict)
     _places: list[slice | Tensor] | None = None
 
@@ -135,6 +137,7 @@ class InTraining:
         whole_steps: whether an objective needs all targets of a client's step at once (the same on all ranks).
         selective: whether a batch may train only some of the experts (the same on all ranks).
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
+        offers: home slots whose router probabilities are asked for.
     """
 
     observers: dict[int, RoutingObserver] = field(default_factory=dict)
@@ -144,6 +147,7 @@ class InTraining:
     trained: dict[int, Tensor] = field(default_factory=dict)
     objectives: dict[int, Objective] = field(default_factory=dict)
     whole_steps: bool = False
+    offers: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -160,6 +164,7 @@ class Execution:
         dropout: of the inputs of projections' adapters in training, if there is any.
         layers: the model's layers with experts, in the order in which masks have them.
         held_softmax: whether routers weigh as if they had no rows of experts that a client may not use.
+        candidates: how many experts of a row the routers' bias reaches, where the bank has one.
         wave: what holds for the clients in training; evaluation puts an empty one in its place.
     """
 
@@ -173,6 +178,7 @@ class Execution:
     dropout: AdapterDropout | None = None
     layers: list[int] = field(default_factory=list)
     held_softmax: bool = False
+    candidates: int = 0
     # An evaluation sees no observers and no scale factors: the global model belongs to no client.
     wave: InTraining = field(default_factory=InTraining)
     current: Pass | None = None
@@ -205,6 +211,14 @@ class Execution:
         place = self.layers.index(layer)
         demands = None if run.demands is None else run.masks.demands(place, run.demands)
         return run.masks.rows(place), demands, self.held_softmax
+
+    def modulation(self, layer: int) -> Modulation | None:
+        """What a layer's router adds to the logits of the running pass's rows; None without a bias."""
+        run = self.running()
+        # The stand-in row of an idle rank is nobody's, and there may be no slot to read from.
+        if ROUTER_BIAS not in self.bank or not run.segments:
+            return None
+        return Modulation(self.bank.value(ROUTER_BIAS, layer).index_select(0, run.slot_T), self.candidates)
 
     def running(self) -> Pass:
         assert self.current is not None, "a layer ran outside a pass"

@@ -73,9 +73,12 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
     run.observed[layer] = {}
     for at, seg in enumerate(run.segments):
         observer = execution.wave.observers.get(seg.slot)
-        if observer is None and not (execution.balance or execution.z):
+        asked_for = seg.slot in execution.wave.offers
+        if observer is None and not (execution.balance or execution.z or asked_for):
             continue
         own, valid_T, own_TE = _without_padding(run, at, routing, logits_TE)
+        if asked_for:
+            run.offered.setdefault(layer, {})[seg.slot] = offered(own)
         if observer is not None and observer.observe is not None:
             with torch.no_grad():
                 active_E, sums = observer.observe(own, valid_T)
@@ -90,6 +93,15 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
     # No entry for a layer without losses: the mean over layers looks up every client in each entry.
     if found_losses:
         run.losses[layer] = found_losses
+
+
+@torch.no_grad()
+def offered(own: Routing) -> Tensor:
+    """[2, E] float64: router probability of every expert, summed over a client's rows, and over those that did not use it."""
+    # Sigmoid routers' scores do not sum to one; the epsilon is for rows of which all scores are zero.
+    score_TE = (own.probs_TE / (own.probs_TE.sum(-1, keepdim=True) + 1e-20)).double()
+    used_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter_(1, own.experts_TK, own.kept_TK)
+    return torch.stack([score_TE.sum(0), (score_TE * ~used_TE).sum(0)])
 
 
 ACTIVE = "active"

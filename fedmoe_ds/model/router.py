@@ -5,7 +5,8 @@ Legend: T token rows, E experts of the model, K the model's own top-k.
 FLAME section on client-specific activation: R_i(x, k_i)^j = p_j if j is among the k_i largest, else 0 (the notation is the
 paper's, the explicit form our completion). The cap, the validity of a row and the expert mask are data, one entry per row, so
 clients with different budgets share one call. Score functions, normalisation, expert groups and correction biases follow the
-hosted DeepSpeed router, so that an uncapped row routes exactly like the original model.
+hosted DeepSpeed router, so that an uncapped row routes exactly like the original model. A `Modulation` is what a
+federation adds to the logits of the experts that a row likes best, among which it then chooses.
 """
 
 from __future__ import annotations
@@ -87,6 +88,25 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Modulation:
+    """What moves the choice of rows among the experts that they like best; both what is chosen, and what it weighs.
+
+    Attributes:
+        bias_TE: added to the logits of a row's candidates, float32.
+        candidates: so many experts with the largest scores are a row's candidates, and nobody else is chosen; no fewer than
+            the row's cap, which then keeps as many slots as without.
+    """
+
+    bias_TE: Tensor
+    candidates: int
+
+    def near(self, choice_TE: Tensor) -> Tensor:
+        """Bool [T, E]: every row's candidates."""
+        places_TN = choice_TE.topk(min(self.candidates, choice_TE.shape[1]), dim=-1).indices
+        return torch.zeros_like(choice_TE, dtype=torch.bool).scatter_(1, places_TN, True)
+
+
+@dataclass(frozen=True)
 class Demand:
     """What the rows of one client in a pass ask of a router, as the host knows it: rows without padding, their cap, and how
     many experts they may use (None for all)."""
@@ -117,6 +137,7 @@ def route(
     allowed_TE: Tensor | None = None,
     demands: list[Demand] | None = None,
     held_softmax: bool = False,
+    modulation: Modulation | None = None,
 ) -> Routing:
     """Route rows under their caps.
 
@@ -128,20 +149,20 @@ def route(
         allowed_TE: bool expert mask per row; None allows all.
         demands: the same in numbers, per client; with them the number of kept slots is known on the host.
         held_softmax: softmax scores weigh as if the router had no rows of experts that a row may not use.
+        modulation: of the logits; None: they are what they are.
     """
-    # Scores are float32 whatever the rows are, as in the hosted router: the order of near-equal experts must not change.
-    scores_TE = logits_TE.float().softmax(-1) if spec.score_func == "softmax" else logits_TE.float().sigmoid()
+    scores_TE = _scores(logits_TE, spec)
     # Selection has no gradient; the router learns through the gathered weights and the auxiliary losses alone.
     with torch.no_grad():
-        choice_TE = scores_TE.detach()
-        if spec.e_score_correction_bias is not None:
-            # The bias decides who is chosen and never what it weighs (auxiliary-loss-free balancing, DeepSeek-V3).
-            choice_TE = choice_TE + spec.e_score_correction_bias
-        if spec.num_expert_groups is not None:
-            choice_TE = _limit_groups(choice_TE, spec)
-        # After the group limit, so that a client's mask does not change which groups the model itself would choose.
-        if allowed_TE is not None:
-            choice_TE = choice_TE.masked_fill(~allowed_TE, float("-inf"))
+        choice_TE = _choice(scores_TE.detach(), spec, allowed_TE)
+    if modulation is not None:
+        near_TE = modulation.near(choice_TE)
+        logits_TE = logits_TE.float() + modulation.bias_TE * near_TE
+        scores_TE = _scores(logits_TE, spec)
+        # What was not eligible is not now; groups are those that the model itself would choose.
+        near_TE &= ~choice_TE.isneginf()
+        choice_TE = _corrected(scores_TE.detach(), spec).masked_fill(~near_TE, float("-inf"))
+    with torch.no_grad():
         # topk sorts, best first, and the cap relies on it. The shape keeps all K slots, so rows of any cap share a call.
         best_TK, experts_TK = choice_TE.topk(spec.top_k, dim=-1)
         slots_K = torch.arange(spec.top_k, device=logits_TE.device)
@@ -161,6 +182,26 @@ def route(
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     kept = None if demands is None else kept_slots(demands, spec)
     return Routing(scores_TE, weights_TK * spec.route_scale, experts_TK, kept_TK, kept)
+
+
+def _scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+    # Scores are float32 whatever the rows are, as in the hosted router: the order of near-equal experts must not change.
+    return logits_TE.float().softmax(-1) if spec.score_func == "softmax" else logits_TE.float().sigmoid()
+
+
+def _corrected(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Scores by which experts are chosen."""
+    # The bias decides who is chosen and never what it weighs (auxiliary-loss-free balancing, DeepSeek-V3).
+    return scores_TE if spec.e_score_correction_bias is None else scores_TE + spec.e_score_correction_bias
+
+
+def _choice(scores_TE: Tensor, spec: RouterSpec, allowed_TE: Tensor | None) -> Tensor:
+    """The same, minus infinity where a row may not choose."""
+    choice_TE = _corrected(scores_TE, spec)
+    if spec.num_expert_groups is not None:
+        choice_TE = _limit_groups(choice_TE, spec)
+    # After the group limit, so that a client's mask does not change which groups the model itself would choose.
+    return choice_TE if allowed_TE is None else choice_TE.masked_fill(~allowed_TE, float("-inf"))
 
 
 def _limit_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:

@@ -231,6 +231,7 @@ def _execution(spec: RunSpec, adapters: Bank) -> Execution:
         kernels=config.execution.adapter_kernels,
         layers=list(spec.expert_layout.layers),
         held_softmax=spec.method.held_softmax,
+        candidates=spec.method.candidates,
     )
 
 

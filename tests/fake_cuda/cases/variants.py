@@ -20,9 +20,10 @@ NAMES = {
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
+        "ub-smoe", "ub-smoe-batch",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
-    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "fft-moe", "losses", "fed-moe"],
+    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "fft-moe", "losses", "fed-moe", "ub-smoe"],
 }  # fmt: skip
 
 MORE: dict[str, dict[str, Any]] = {
