@@ -119,6 +119,7 @@ class Method:
         chooses_rank: whether it decides how many rows these have: rounds report them, and clients receive so many.
         averages: whether anything is averaged at all.
         accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
+        ensembles: whether a client trains as many models side by side as its budget has experts (`Assignment.members_MLE`).
         held_softmax: whether a client that may use some experts alone has a router of these: its softmax is over them.
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
@@ -147,6 +148,7 @@ class Method:
     chooses_rank: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     accounts: ClassVar[bool] = False
+    ensembles: ClassVar[bool] = False
     held_softmax: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False

@@ -27,6 +27,8 @@ def contradictions(method: Method | type[Method]) -> Iterator[str]:
         yield "sums: an objective sums these up; override `objective`"
     if method.accounts and not method.overrides("plan"):
         yield "accounts: its plans say what clients spend; override `plan`"
+    if method.ensembles and method.spends != "experts":
+        yield f'ensembles: a client trains a model for each expert of its budget, which buys {method.spends}; set spends = "experts"'
     yield from _of_weights(method)
 
 
