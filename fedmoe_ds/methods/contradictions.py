@@ -28,7 +28,7 @@ def contradictions(method: Method | type[Method]) -> Iterator[str]:
     if method.accounts and not method.overrides("plan"):
         yield "accounts: its plans say what clients spend; override `plan`"
     if method.ensembles and method.spends != "experts":
-        yield f'ensembles: a client trains a model for each expert of its budget, which buys {method.spends}; set spends = "experts"'
+        yield f"ensembles: budgets are models, an expert each, and here they buy {method.spends}; set spends to experts"
     yield from _of_weights(method)
 
 

@@ -1,31 +1,31 @@
 """Split-Mix and SHEFL: a client trains as many small base models as its budget allows; an ensemble of them serves it.
 
-Split-Mix (Hong et al., arXiv 2203.09747); SHEFL (arXiv 2508.08552). Legend: M base models, L layers with experts, E = M experts.
+Split-Mix: Hong et al., arXiv 2203.09747. SHEFL: arXiv 2508.08552. Legend: M base models = E experts, L layers with experts.
 
     client k trains the bases B_k, |B_k| = n_k <= M:    min over every m in B_k of  mean over its batch of CE(f_m(x), y)
     w_m <- w_m + sum_{k: m in B_k} q_k S_k(w_{k,m} - w_m) / sum_{k: m in B_k} q_k
     at a budget of n models:    f(x) = 1/n sum_{m < n} f_m(x)        (logits)
 
 CODE (Split-Mix; illidanlab/SplitMix @ fa163f78): M = 8 independently initialised bases, each an eighth of the largest width;
-n_k = int(R_k / (1/8)); the first base of a client comes from a shuffled list that all clients and rounds go through, so that each
-base is the first once per cycle, the others are drawn without replacement; the losses of a mini-batch are added and one optimizer
-steps; q_k = |D_k|, S_k(z) = z; a base that nobody trained in a round is kept; at a smaller width the logits of the first n bases
-are averaged.
+n_k = int(R_k / (1/8)); the first base of a client comes from a shuffled list that all clients and rounds go through, so that
+each base is the first once per cycle, the others are drawn without replacement; the losses of a mini-batch are added and one
+optimizer steps; q_k = |D_k|, S_k(z) = z; a base that nobody trained in a round is kept; at a smaller width the logits of the
+first n bases are averaged.
 
 READ (SHEFL; abstracts of v1 and v2): a global deep ensemble; how many of its models a client trains follows its resources; an
 aggregation that corrects the bias between capacities (v1: the influence of weak clients is reduced where resources are scarce,
 raised otherwise); per-client dynamic sparsification of what is sent, top-k. NOT FOUND: every formula, M, and public code.
 
 COMPLETION:
-- Base m is the frozen foundation with adapter expert m alone, in every layer: no row meets two experts, so bases share nothing that
-  is trained. `adapters.moe.experts` is M; `federation.tiers.N.experts` is n_k. The routers have nothing to choose and stay.
-- The list goes on from round to round where every round draws as many clients; where it does not (devices that are off), a round
-  begins somewhere else in it. Within a round each base is the first equally often, up to one. `deal: first` is a baseline: every
-  client trains the first n_k bases, as with nested slices of one model.
-- SHEFL: q_k = |D_k| (n_k / M)^kappa: kappa > 0 is the reduced influence of weak clients, below 0 it is raised. S_k keeps, of every
-  tensor with n numbers, the ceil(rho_k n) of largest magnitude (ties by place), rho_k = min(rho, U / n_k): a client sends at most as
-  many numbers as U bases have. No error feedback: a client of a fleet may never come back. With kappa = 0 and rho = 1 SHEFL is
-  Split-Mix, to the bit.
+- Base m is the frozen foundation with adapter expert m alone, in every layer: no row meets two experts, so bases share nothing
+  that is trained. `adapters.moe.experts` is M, `federation.tiers.N.experts` n_k. Routers have nothing to choose, and stay.
+- The list goes on from round to round where every round draws as many clients; where it does not (devices that are off), a
+  round begins elsewhere in it. Within a round all bases are first equally often, up to one. `deal: first` is a baseline:
+  every client trains the first n_k bases, as with nested slices of one model.
+- SHEFL: q_k = |D_k| (n_k / M)^kappa: kappa > 0 is the reduced influence of weak clients, below 0 it is raised. Of every tensor
+  with n numbers S_k keeps the ceil(rho_k n) of largest magnitude (ties by place), rho_k = min(rho, U / n_k): a client sends at
+  most as many numbers as U bases have. No error feedback: a client of a fleet may never come back. With kappa = 0 and rho = 1
+  SHEFL is Split-Mix, to the bit.
 
 Limits: bases share a frozen trunk, so they are less diverse than small networks of their own, and a base costs a pass through
 the whole trunk: n models cost n times the FLOPs of one, where Split-Mix's slices cost n/M of the wide network. `local.clip`
@@ -88,8 +88,8 @@ class SplitMix(Method):
         adapters, name = config.adapters, self.info.title
         if adapters.moe is None:
             raise UserError(
-                f"adapters.moe: null: the base models of {name} are adapter experts beside a dense foundation; add the section, "
-                "for instance adapters.moe={experts: 8, top_k: 1}"
+                f"adapters.moe: null: the base models of {name} are adapter experts beside a dense foundation; add the "
+                "section, for instance adapters.moe={experts: 8, top_k: 1}"
             )
         if adapters.moe.top_k != 1:
             raise UserError(
@@ -107,7 +107,7 @@ class SplitMix(Method):
                 raise UserError(f"local.{key}: {loss}: a base model of {name} has one expert and no router to train; use 0")
 
     def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
-        # With one expert the gate is one, whatever the router says: its gradient would be rounding noise, which AdamW scales up.
+        # Of one expert the gate is one, whatever the router says: its gradient is rounding noise, which AdamW would scale up.
         return [replace(spec, trained=False) if spec.name == ROUTER else spec for spec in specs]
 
     # Which bases
@@ -168,8 +168,8 @@ class SHEFL(SplitMix):
         if sparse and config.local.drift not in ("none", "fedprox"):
             kept = "control variates" if config.local.drift == "scaffold" else "dual variables"
             raise UserError(
-                f"local.drift: {config.local.drift}: its {kept} are of whole changes, and clients of {self.info.title} send the "
-                "largest parts of theirs; use none or fedprox, or method.density=1 and method.upload=null"
+                f"local.drift: {config.local.drift}: its {kept} are of whole changes, and clients of {self.info.title} send "
+                "the largest parts of theirs; use none or fedprox, or method.density=1 and method.upload=null"
             )
 
     def assign(self, client: Client, context: RoundContext) -> Assignment:
