@@ -9,7 +9,7 @@ import pytest
 import torch
 from federations import make_config
 from pydantic import ValidationError
-from test_methods_matrix import ADAPTERS, METHODS, Case, config_of, trained, write_models
+from test_methods_matrix import ADAPTERS, ENSEMBLES, METHODS, Case, config_of, trained, write_models
 
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.errors import UserError
@@ -114,6 +114,11 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("wireless-fl", {}, {"clock_hz": 1.0}),
     ("wireless-fl", {}, {"flops_per_cycle": 1e-9}),
     ("wireless-fl", {"schedule": "random"}, {"divergence": 2.0}),
+    ("split-mix", {}, {"deal": "first"}),
+    ("shefl", {}, {"deal": "first"}),
+    ("shefl", {}, {"kappa": 2.0}),
+    ("shefl", {}, {"density": 0.5}),
+    ("shefl", {}, {"upload": 1.0}),
     ("florist", {}, {"tau": 0.5}),
     ("fedrot-lora", {}, {"strength": 1.0}),
     ("fedrot-lora", {}, {"align": "B"}),
@@ -160,7 +165,7 @@ def has_effect_or_is_refused(root: Path, i: int, adapters: str) -> bool:
     name, given, change = CHANGES[i]
     case = Case(name, "none", "fedavg", "uniform", adapters)
     if case.refused():
-        adapters = "beside" if name == "fft-moe" else "router"
+        adapters = "beside" if name in {"fft-moe"} | ENSEMBLES else "router"
         case = case._replace(adapters=adapters)
     results = []
     rounds, slow = LONGER.get(name, (2, {}))
