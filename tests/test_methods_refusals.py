@@ -27,7 +27,7 @@ NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
     "flex-moe": [{"adapters": {"router": "train"}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
-    **dict.fromkeys(("split-mix", "shefl"), [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}]),
+    **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(ENSEMBLES)},
     "flood": [{"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
     "cc-fao": [{"local": {"optimizer": "sgd"}, "method": {"amsgrad": False, "max_delay": 0}}],

@@ -45,7 +45,9 @@ A combination without a meaning is refused in one line before anything is loaded
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
 mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`; `fed-moe` with trained routers), unequal
 ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense model,
-`fft-moe` on a sparse one, `fed-moe` where experts are not trained, `fed-moe` and `flex-moe` with `local.balance_loss`,
+`fft-moe`, `split-mix` and `shefl` on a sparse one, `fed-moe` where experts are not trained, `split-mix` and `shefl` with LoRA
+or more than one active adapter expert, `fed-moe`, `flex-moe`, `split-mix` and `shefl` with `local.balance_loss`, control or dual
+variables where `shefl` sends a part of its changes,
 micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which
 methods take which devices is in [devices.md](devices.md).
 
@@ -152,7 +154,9 @@ class Struggling(Method):
 
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
-experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses.
+experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses;
+that it trains several models of disjoint experts side by side (`members_MLE`), whose logits an evaluation averages; and that it
+sends only a share of what it changed (`density`).
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone.
 
 A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.
