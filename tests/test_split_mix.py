@@ -31,6 +31,8 @@ from fedmoe_ds.federation.traffic import Traffic
 from fedmoe_ds.methods import ROUTER, BlockSpec, ModelFacts, PlanContext, RoundContext, load_method
 from fedmoe_ds.methods.split_mix import SHEFL, SplitMix
 from fedmoe_ds.model.adapter_moe_layer import INNER
+from fedmoe_ds.planner.flops import tier_flops
+from fedmoe_ds.planner.workload import resolve
 from fedmoe_ds.results import open_run
 
 EXPERT = BlockSpec(INNER, (0, 1), (4, 3), expert=True)
@@ -251,6 +253,16 @@ def test_flops_count_every_model(mixed: Result) -> None:
         one = spec.cost.spent(rows_each, 2 * rows_each, 2 * rows_each, 4)
         assert row["flops"] == pytest.approx(client.experts * one)
         assert spec.cost.client(client, spec.config.local) / row["flops"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_plan_counts_every_model(root: Path, mixed: Result) -> None:
+    """As many rows, and FLOPs of a pass, as a run has."""
+    job = resolve(config_of(root, "planned", "split-mix", (8, 3, 1)))
+    rows = [event for event in mixed.events if event["event"] == "client" and event["round"] == 1]
+    tokens = {row["client"]: row["tokens"] for row in rows}
+    assert {client.name: int(job.steps(client, 1).rows.sum()) for client in job.clients} == tokens
+    flops = {tier.label: tier.total for tier in tier_flops(job)}
+    assert flops["1 e8"] == 8 * flops["1 e1"] and flops["1 e3"] == 3 * flops["1 e1"]
 
 
 def test_bytes_are_those_of_the_numbers_that_are_sent(root: Path) -> None:

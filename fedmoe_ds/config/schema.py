@@ -107,8 +107,9 @@ class TierConfig(Section):
     """One budget tier: the FLOPs of `top_k` active experts per token, and the share or names of the clients under it.
 
     FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, on the number of experts that a batch may
-    train or a client holds or has as models of their own, or on the number of layers, take the fraction top_k / K of theirs, unless the tier says another
-    number. Without experts (plain LoRA on a dense foundation) K is 1, and tiers differ by rank or by layers.
+    train or a client holds or has as models of their own, or on the number of layers, take the fraction top_k / K of theirs,
+    unless the tier says another number. Without experts (plain LoRA on a dense foundation) K is 1, and tiers differ by rank or
+    by layers.
     """
 
     top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
