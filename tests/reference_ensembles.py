@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from reference import Trained
 from reference_dense import Adapters, DenseReference, Running, Sample, Task
 from reference_methods import FedIT, Returned
 from torch import Tensor
@@ -115,9 +116,12 @@ class ObservedSplitMix(FedIT):
 
     def trains(self, key: str, task: Any) -> bool:
         parts, replay = key.split("."), self.reference
-        assert parts[2] == "experts"
         bases: list[int] = replay.updates[task.index].plan.tolist()  # type: ignore[attr-defined]
-        return int(parts[3]) in bases
+        return parts[2] == "experts" and int(parts[3]) in bases
+
+    def local(self, task: Any, received: Adapters) -> Trained:
+        others = tuple(key for key in received if not self.trains(key, task))
+        return self.reference.train(task, received, self.rescalers[task.index], others, extra=self.extra(task, received))
 
     def train(self, task: Any) -> Returned:
         found, bases = super().train(task), self._bases(task)
