@@ -114,15 +114,15 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("wireless-fl", {}, {"clock_hz": 1.0}),
     ("wireless-fl", {}, {"flops_per_cycle": 1e-9}),
     ("wireless-fl", {"schedule": "random"}, {"divergence": 2.0}),
+    ("florist", {}, {"tau": 0.5}),
+    ("fedrot-lora", {}, {"strength": 1.0}),
+    ("fedrot-lora", {}, {"align": "B"}),
+    ("fedrot-lora", {"strength": 0.0}, {"align": "B"}),
     ("split-mix", {}, {"deal": "first"}),
     ("shefl", {}, {"deal": "first"}),
     ("shefl", {}, {"kappa": 2.0}),
     ("shefl", {}, {"density": 0.5}),
     ("shefl", {}, {"upload": 1.0}),
-    ("florist", {}, {"tau": 0.5}),
-    ("fedrot-lora", {}, {"strength": 1.0}),
-    ("fedrot-lora", {}, {"align": "B"}),
-    ("fedrot-lora", {"strength": 0.0}, {"align": "B"}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
