@@ -60,7 +60,10 @@ class Assignment:
     @property
     def held_LE(self) -> np.ndarray | None:
         """Bool, the experts that some of its rows may be routed to, or None for all."""
-        return self.allowed_LE if self.members_MLE is None else self.members_MLE.any(0)
+        if self.members_MLE is None:
+            return self.allowed_LE
+        held_LE: np.ndarray = np.logical_or.reduce(self.members_MLE)
+        return held_LE
 
     def rank(self, full: int) -> int:
         """Number of LoRA rows trained."""
@@ -93,7 +96,7 @@ class Assignment:
         # No row of a member goes to experts of none, which would move by weight decay alone.
         if self.members_MLE is None:
             return self.trained_LE
-        held_LE: np.ndarray = self.members_MLE.any(0)
+        held_LE: np.ndarray = np.logical_or.reduce(self.members_MLE)
         return held_LE if self.trained_LE is None else held_LE & self.trained_LE
 
 

@@ -110,8 +110,8 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
             f"nothing; {out}"
         )
     holder = "neither a LoRA file nor a model's configuration"
-    if (why := no_masks(selection, run.config.method.name, holder)) is not None:
-        raise UserError(f"{where}: {why}")
+    if (masked := no_masks(selection, run.config.method.name, holder)) is not None:
+        raise UserError(f"{where}: {masked}")
     for factor in _factors(request):
         if factor != 1.0:
             whose = "the client" if selection.client is not None else f"tier {selection.tier}"
