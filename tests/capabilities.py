@@ -1,6 +1,6 @@
 """What a method can ask of the engine, and in which modes a run can be: each by itself, to be put together in pairs.
 
-Legend: L layers with experts, E experts, N transformer layers, R adapter rank.
+Legend: L layers with experts, E experts, N transformer layers, R adapter rank, M members.
 """
 
 from __future__ import annotations
@@ -149,6 +149,12 @@ def checkered(method: Method, client: Client) -> np.ndarray:
     return found
 
 
+def halves(method: Method, client: Client) -> np.ndarray:
+    """Bool [M, L, E], two models with half of the experts each, or for every third client one alone."""
+    first_LE = checkered(method, client)
+    return np.stack([first_LE, ~first_LE][: 1 if client.index % 3 == 2 else 2])
+
+
 CAPABILITIES: dict[str, Capability] = {
     "plan": Capability({"plan": plan}),
     "spending": Capability({"plan": plan_and_account, "accounts": True}),
@@ -158,6 +164,8 @@ CAPABILITIES: dict[str, Capability] = {
     ),
     "delay": Capability({"most_delay": 1}, lambda method, client, context: {"delay": min(client.index % 2, context.round - 1)}),
     "allowed experts": Capability(told=lambda method, client, _: {"allowed_LE": checkered(method, client)}),
+    "members": Capability(told=lambda method, client, _: {"members_MLE": halves(method, client)}),
+    "sparse": Capability(told=lambda method, client, _: {"density": 0.25 + client.index % 2 / 2}),
     "trained experts": Capability(told=lambda method, client, _: {"trained_LE": checkered(method, client)}),
     "trained layers": Capability(
         told=lambda method, client, _: {"trained_N": np.arange(method.facts.depth) > client.index % 2 - 1}
@@ -204,12 +212,13 @@ ALTERNATIVES: Sequence[frozenset[str]] = [
     frozenset(group)
     for group in (
         {"plan", "spending"},
+        {"allowed experts", "members"},
         {"changes", "shares", "elements"},
         {"fedprox", "scaffold", "feddyn"},
         {"synchronous", "deadline", "buffered"},
     )
 ]
-"""One of each at most: they are values of one key, or of one attribute."""
+"""One of each at most: they are values of one key, or of one attribute, or the one takes the place of the other."""
 FEATURES = [*CAPABILITIES, *MODES]
 MOST = 9
 """Features of a run."""

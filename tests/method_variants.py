@@ -181,10 +181,24 @@ PLAIN: dict[str, dict[str, Any]] = {
     },
 }
 """On the Llama beside the OLMoE, without experts: every rank is a cluster of its own."""
+BASES: dict[str, Any] = {
+    "adapters": {"attention": [], "moe": {"experts": 8, "width": 8, "top_k": 1}},
+    "federation": {"tiers": [{"experts": count, "share": 1.0} for count in (5, 2, 1)]},
+}
+BESIDE: dict[str, dict[str, Any]] = {
+    "split-mix": {**BASES, "method": {"name": "split-mix"}, "local": {"weight_decay": 0.5}},
+    "shefl": {
+        **BASES,
+        "method": {"name": "shefl", "kappa": 1.0, "upload": 1.5},
+        "server": {"optimizer": "fedadam", "lr": 0.01},
+    },
+}
+"""On the Llama, with adapter experts beside it, of which every one is a model of its own."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
-    plain = {**ON_LLAMA, "foundation": {"path": str(root / "llama")}} if variant in PLAIN else {}
-    return make_config(root, f"{variant}-{tag}", SMALL, plain, (VARIANTS | PLAIN | DEVICES)[variant], *changes)
+    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE else {}
+    plain = ON_LLAMA if variant in PLAIN else {}
+    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | DEVICES)[variant], *changes)

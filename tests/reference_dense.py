@@ -128,13 +128,17 @@ class DenseReference:
 
     def loss(self, sample: Sample) -> Tensor:
         """Negative log-likelihood, summed over the targets of a sample."""
+        return F.cross_entropy(*self.predictions(sample), reduction="sum")
+
+    def predictions(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Logits and labels of the targets of a sample."""
         if isinstance(sample, Image):
             logits = self.model(pixel_values=torch.from_numpy(np.array(sample.pixels)).double()[None]).logits
-            return F.cross_entropy(logits, torch.tensor([sample.label]))
+            return logits, torch.tensor([sample.label])
         tokens = torch.from_numpy(np.array(sample.tokens))
         logits = self.model(input_ids=tokens[None], use_cache=False).logits[0]
         places = torch.from_numpy(np.flatnonzero(sample.mask))
-        return F.cross_entropy(logits[places - 1], tokens[places], reduction="sum")
+        return logits[places - 1], tokens[places]
 
     def auxiliary(self, target: np.ndarray) -> Tensor:
         """The routing loss of the samples since `scores` was cleared, mean over layers. `target` is q [layers, M]."""

@@ -18,6 +18,7 @@ from dense_inputs import write_dense
 from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
+from reference_ensembles import ObservedSplitMix
 from reference_flex_moe import ObservedFlexMoE
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
@@ -53,6 +54,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "beside": {"attention": ["q_proj"], "feed_forward": ["up_proj"], "moe": {"experts": 8, "width": 8, "top_k": 4}},
     "plain": {"attention": ["v_proj"], "feed_forward": ["gate_proj", "down_proj"]},
 }
+ENSEMBLES = {"split-mix", "shefl"}
+ALONE: dict[str, Any] = {"attention": [], "moe": {"experts": 8, "width": 8, "top_k": 1}}
+"""What stands for `beside` where every adapter expert is a model of its own."""
 DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}
 DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}, "fedvra": DUAL}
 SERVERS = ["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"]
@@ -76,6 +80,8 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "hfedmoe": ({"tau_share": 0.8}, Told(ObservedHFedMoE, GATED, "experts")),
     "fed-moe": ({"profile_rounds": 1, "least": 1}, Told(ObservedFedMoE, {}, "experts")),
     "flex-moe": ({}, Told(ObservedFlexMoE, {}, "experts")),
+    "split-mix": ({}, Told(ObservedSplitMix, {}, "experts")),
+    "shefl": ({"kappa": 1.5, "upload": 1.5}, Told(ObservedSplitMix, {"kappa": 1.5, "upload": "1.5"}, "experts")),
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
@@ -142,7 +148,8 @@ class Case(NamedTuple):
             or (self.method in ("fed-moe", "ub-smoe") and self.adapters in ("attention", "plain"))
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
-            or (self.method == "fft-moe" and self.adapters != "beside")
+            or (self.method in {"fft-moe"} | ENSEMBLES and self.adapters != "beside")
+            or (self.method == "shefl" and self.drift in ("scaffold", "fedvra"))
             or (plain and self.sampling == "budget")
         )
 
@@ -151,10 +158,13 @@ class Case(NamedTuple):
         plain, (own, told) = self.adapters == "plain", METHODS[self.method]
         # FLAME has no parameters where there are no experts; ranks are what tiers can differ by there.
         own = {} if plain and self.method == "flame" else own
-        ranks = {"tiers": [{"rank": rank, "share": 1.0} for rank in (4, 2, 1)]} if plain and told.buys == "rank" else {}
+        buys, budgets = ("rank", (4, 2, 1)) if plain else ("experts", (8, 3, 1))
+        bought = (plain and told.buys == "rank") or self.method in ENSEMBLES
+        tiers = {"tiers": [{buys: budget, "share": 1.0} for budget in budgets]} if bought else {}
+        adapters = ALONE if self.method in ENSEMBLES and self.adapters == "beside" else ADAPTERS[self.adapters]
         return [
             SMALL,
-            {"method": {"name": self.method, **own}, "adapters": ADAPTERS[self.adapters], "federation": ranks},
+            {"method": {"name": self.method, **own}, "adapters": adapters, "federation": tiers},
             {"local": {"drift": self.drift, **DRIFTS[self.drift]}, "server": _used(server)},
             {"federation": {"sampling": self.sampling}},
         ]
@@ -265,10 +275,12 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "ub-smoe")])
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
-    adapters = {"fft-moe": "beside"}.get(method, "router")
+    adapters = "beside" if method in {"fft-moe"} | ENSEMBLES else "router"
     tier: dict[str, Any] = {"tiers": [{"top_k": 2, "share": 1.0}, {"top_k": 1, "share": 1.0}], "participation": 1.0}
     if METHODS[method][1].buys == "rank":
         tier |= {"budget": "both"}
+    if method in ENSEMBLES:
+        tier |= {"tiers": [{"experts": 2, "share": 1.0}, {"experts": 1, "share": 1.0}]}
     few = {"federation": tier, "local": {"max_steps": 1, "batch_size": 1}, "adapters": {"rank": 2}}
     many = (
         {"adapters": {"moe": {"experts": 32}}} if adapters == "beside" else {"foundation": {"path": str(root / "many/model")}}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from federations import make_config
 from pydantic import ValidationError
-from test_methods_matrix import ADAPTERS, METHODS, Case, config_of, trained, write_models
+from test_methods_matrix import ADAPTERS, ENSEMBLES, METHODS, Case, config_of, trained, write_models
 
 from fedmoe_ds.config import Config, idle_keys
 from fedmoe_ds.errors import UserError
@@ -126,6 +126,11 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ub-smoe", {}, {"pseudo_gradient": "batch"}),
     ("ub-smoe", {}, {"pseudo_gradient": "none"}),
     ("ub-smoe", {"routing": "plain"}, {"momentum": 0.5}),
+    ("split-mix", {}, {"deal": "first"}),
+    ("shefl", {}, {"deal": "first"}),
+    ("shefl", {}, {"kappa": 2.0}),
+    ("shefl", {}, {"density": 0.5}),
+    ("shefl", {}, {"upload": 1.0}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
@@ -168,7 +173,7 @@ def has_effect_or_is_refused(root: Path, i: int, adapters: str) -> bool:
     name, given, change = CHANGES[i]
     case = Case(name, "none", "fedavg", "uniform", adapters)
     if case.refused():
-        adapters = "beside" if name == "fft-moe" else "router"
+        adapters = "beside" if name in {"fft-moe"} | ENSEMBLES else "router"
         case = case._replace(adapters=adapters)
     results = []
     rounds, slow = LONGER.get(name, (2, {}))

@@ -20,12 +20,14 @@ PAIRS = UNEQUAL | {"fedex-lora", "fedrot-lora", "lora-fair", "ffa-lora", "fedsa-
 COLLECTING = {"flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair"}
 NO_MEAN = COLLECTING | {"local-only", "centralised"}
 NO_CONTROL = COLLECTING | {"centralised"}
+ENSEMBLES = {"split-mix", "shefl"}
 MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
 
 NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
     "flex-moe": [{"adapters": {"router": "train"}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
+    **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(ENSEMBLES)},
     "flood": [{"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
     "cc-fao": [{"local": {"optimizer": "sgd"}, "method": {"amsgrad": False, "max_delay": 0}}],
@@ -132,6 +134,38 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "foundation.dtype: bfloat16: method {} adds small products to the frozen weights in every round",
     ),
     "no adapter experts": ({"fft-moe"}, {"adapters": {"moe": None}}, "adapters.moe: null: FFT-MoE trains adapter experts"),
+    "no base models": (ENSEMBLES, {"adapters": {"moe": None}}, "adapters.moe: null: the base models of "),
+    "base models that meet": (
+        ENSEMBLES,
+        {"adapters": {"moe": {"experts": 8, "top_k": 2}}},
+        "adapters.moe.top_k: 2: a base model of ",
+    ),
+    "base models that share": (
+        ENSEMBLES,
+        {"adapters": {"feed_forward": ["up_proj"]}},
+        "adapters.feed_forward: ['up_proj']: all base models of ",
+    ),
+    "attention that base models share": (
+        ENSEMBLES,
+        {"adapters": {"attention": ["q_proj"]}},
+        "adapters.attention: ['q_proj']: all base models of ",
+    ),
+    "balance of one expert": (
+        ENSEMBLES,
+        {"local": {"balance_loss": 0.1}, "execution": {"micro_batch_size": None}},
+        "local.balance_loss: 0.1: a base model of ",
+    ),
+    "logits of a frozen router": (ENSEMBLES, {"local": {"z_loss": 0.1}}, "local.z_loss: 0.1: a base model of "),
+    "control variates of what is not sent": (
+        {"shefl"},
+        {"local": {"drift": "scaffold", "optimizer": "sgd"}, "method": {"density": 0.5}},
+        "local.drift: scaffold: its control variates are of whole changes",
+    ),
+    "dual variables of what is not sent": (
+        {"shefl"},
+        {"local": {"drift": "feddyn"}, "method": {"upload": 1.0}},
+        "local.drift: feddyn: its dual variables are of whole changes",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from dense_inputs import write_dense
 from distributed import run_distributed
 from federations import Result, alone, build, finish, joined, leave_out
-from method_variants import DEVICES, PLAIN, VARIANTS, variant_config
+from method_variants import BESIDE, DEVICES, PLAIN, VARIANTS, variant_config
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.flight import ClockState
@@ -63,7 +63,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def single(root: Path) -> dict[str, Result]:
     return {
-        variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone()) for variant in VARIANTS | PLAIN
+        variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone())
+        for variant in VARIANTS | BESIDE | PLAIN
     }
 
 
@@ -79,7 +80,7 @@ def test_methods_differ(single: dict[str, Result]) -> None:
         assert {event["status"] for event in reports if event["round"] <= 2} == {"ok"}, variant
         trained = [event["round"] for event in reports if event["round"] > 2 and event["status"] == "ok"]
         assert trained == [3], "one client in round 3, nobody in round 4"
-        most = 1 if variant in PLAIN else 8
+        most = 1 if variant in PLAIN | BESIDE else 8
         before, *_, after = (event["loss"] for event in result.events if event["event"] == "eval" and event["tier"] == most)
         assert before != after, variant
 
@@ -116,7 +117,7 @@ def test_one_client_at_a_time(root: Path, single: dict[str, Result]) -> None:
 
 def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
     """Batched across clients: factors of the LoRA scale, unequal rows, held-back and whole experts; equal predictions."""
-    for variant in ("fslora", "hetlora", "hfedmoe", "hfedmoe-full", "scaffold", "plain-scaffold"):
+    for variant in ("fslora", "hetlora", "hfedmoe", "hfedmoe-full", "scaffold", "plain-scaffold", "shefl"):
         result = single[variant]
         config = variant_config(root, variant, "fast", THINNED, ALL_AT_ONCE, {"execution": {"reproducible": "fast"}})
         fast = thinned(config, *alone())
@@ -126,8 +127,10 @@ def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
 
 
 # Neighbours in the table are kin (rescalers, drift corrections): on two ranks each kind meets both expert-parallel sizes.
-ALTERNATELY = {2: [*VARIANTS, *DEVICES][::2], 1: [*[*VARIANTS, *DEVICES][1::2], *PLAIN]}
-EVERYWHERE = {2: [*VARIANTS, *DEVICES], 1: [*VARIANTS, *DEVICES, *PLAIN]}
+SHARED = [*VARIANTS, *BESIDE, *DEVICES]
+"""Those whose experts can lie on several ranks."""
+ALTERNATELY = {2: SHARED[::2], 1: [*SHARED[1::2], *PLAIN]}
+EVERYWHERE = {2: SHARED, 1: [*SHARED, *PLAIN]}
 
 
 @pytest.mark.parametrize(

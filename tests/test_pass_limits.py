@@ -199,7 +199,7 @@ class Wave:
 
     def try_pass(self, everyone: list[ClientWork], step: int, micro: int, *rest: object) -> None:
         for home, room in enumerate(self.room[step]):
-            if sum(work.sizes[step][micro] for work in everyone if work.home == home) > room:
+            if sum(work.size(step, micro) for work in everyone if work.home == home) > room:
                 raise shortage(everyone, step, micro)
 
     def train(self, limits: PassLimits, gone: set[int]) -> None:

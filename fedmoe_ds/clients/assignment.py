@@ -1,11 +1,12 @@
 """Assignment: what a client is told to do in one round, decided by the method from the client's budget.
 
-Legend: L layers with experts, E experts of the model, N transformer layers of the model, R adapter rank.
+Legend: L layers with experts, E experts of the model, N transformer layers of the model, R adapter rank, M members.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -45,6 +46,10 @@ class Assignment:
         samples: int64 numbers of the training samples that it uses, or None for all.
         delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
         pseudo: what experts' gradients are given for rows that did not use them, or None.
+        members_MLE: bool, the experts of each of the models that it trains side by side, in the place of `allowed_LE`; none has
+            an expert of another. A step has passes of its own for every member, and their losses are added; an evaluation
+            averages their logits. None: one model.
+        density: it sends this share of the numbers of every tensor, those that it changed most; None: all.
     """
 
     cap: int
@@ -57,6 +62,25 @@ class Assignment:
     samples: np.ndarray | None = None
     delay: int | None = None
     pseudo: PseudoGradient | None = None
+    members_MLE: np.ndarray | None = None
+    density: float | Fraction | None = None
+
+    @property
+    def models(self) -> int:
+        """How many models it trains side by side."""
+        return 1 if self.members_MLE is None else len(self.members_MLE)
+
+    def allowed_by(self, member: int) -> np.ndarray | None:
+        """Bool [L, E], the experts that a member's rows may be routed to, or None for all."""
+        return self.allowed_LE if self.members_MLE is None else self.members_MLE[member]
+
+    @property
+    def held_LE(self) -> np.ndarray | None:
+        """Bool, the experts that some of its rows may be routed to, or None for all."""
+        if self.members_MLE is None:
+            return self.allowed_LE
+        held_LE: np.ndarray = np.logical_or.reduce(self.members_MLE)
+        return held_LE
 
     def rank(self, full: int) -> int:
         """Number of LoRA rows trained."""
@@ -76,13 +100,21 @@ class Assignment:
 
     def trains(self, spec: BlockSpec) -> np.ndarray | None:
         """Bool, to be broadcast over [L, E] of an expert block or [L] of a dense one: what the client trains; None for all."""
-        experts_LE = self.trained_LE if spec.expert else None
+        experts_LE = self._trained_LE if spec.expert else None
         if self.trained_N is None:
             return experts_LE
         # What serves the whole model belongs to no layer that could be left out.
         layers_L = np.array([layer < 0 or bool(self.trained_N[layer]) for layer in spec.layers])
         layers = layers_L[:, None] if spec.expert else layers_L
         return layers if experts_LE is None else experts_LE & layers
+
+    @property
+    def _trained_LE(self) -> np.ndarray | None:
+        # No row of a member goes to experts of none, which would move by weight decay alone.
+        if self.members_MLE is None:
+            return self.trained_LE
+        held_LE: np.ndarray = np.logical_or.reduce(self.members_MLE)
+        return held_LE if self.trained_LE is None else held_LE & self.trained_LE
 
 
 def leading(rank: int, full: int) -> np.ndarray | None:

@@ -28,8 +28,9 @@ class ClientWork:
     Attributes:
         home, slot: its home rank in the cluster, and its home slot there.
         batches: indices of the sequences of every step.
-        bounds: where the passes of every step begin in it, and the end of the last one (`pass_bounds`).
-        sizes: of the passes of every step, in sequences (`pass_sizes`).
+        bounds: where the passes of every step begin in it, and the end of the last one (`pass_bounds`). A client with members
+            takes all of them for one member after the other.
+        sizes: of the passes of every step, in sequences (`pass_sizes`), of one member.
         round_index, lr: of the round: its number, and its peak learning rate.
         data: on its home rank only.
         losses: mean over the targets of every step, once they are read.
@@ -60,8 +61,8 @@ class ClientWork:
     offered: Tensor | None = None
 
     def micro_batches(self, step: int) -> int:
-        """Passes of a step."""
-        return len(self.bounds[step]) - 1 if step < len(self.batches) else 0
+        """Passes of a step, of all members."""
+        return self.assignment.models * (len(self.bounds[step]) - 1) if step < len(self.batches) else 0
 
     def largest_pass(self, step: int) -> int:
         """Sequences of a step's largest pass."""
@@ -69,8 +70,23 @@ class ClientWork:
 
     def chosen(self, step: int, micro: int) -> tuple[np.ndarray, Address]:
         """Its sequences in one pass of a step, and where their draws are addressed."""
-        first, end = self.bounds[step][micro : micro + 2]
+        _, place = self._member(step, micro)
+        first, end = self.bounds[step][place : place + 2]
         return self.batches[step][first:end], (self.round_index, self.client.index, step, first)
+
+    def size(self, step: int, micro: int) -> int:
+        """Sequences of one pass of a step."""
+        _, place = self._member(step, micro)
+        return self.sizes[step][place]
+
+    def allowed(self, step: int, micro: int) -> np.ndarray | None:
+        """Bool [L, E], the experts that its rows may be routed to in one pass of a step, or None for all."""
+        member, _ = self._member(step, micro)
+        return self.assignment.allowed_by(member)
+
+    def _member(self, step: int, micro: int) -> tuple[int, int]:
+        """Whose pass it is, and which one of its passes."""
+        return divmod(micro, len(self.bounds[step]) - 1)
 
     def observe(self, observed: dict[int, dict[int, dict[str, Tensor]]], layers: list[int], names: tuple[str, ...]) -> None:
         """Add up what the method has seen in one pass; on its device, where nobody waits for it."""

@@ -222,7 +222,8 @@ class WaveTrainer:
         loss = found.sum
         for work, part, own, (targets, tokens) in zip(works, rows, segment_sums(found.nll_N, batch), whole, strict=True):
             # Read at the end of the wave: every number that is read here makes the processor wait for the device.
-            work.on_device.append((step, own / targets))
+            # Of members the mean: what is minimised is their sum, what is recorded compares with the loss of one model.
+            work.on_device.append((step, own / (targets * work.assignment.models)))
             work.tokens += part.tokens
             work.targets += part.targets
             # Auxiliary losses are means over the rows of a pass; a micro-batch counts by its share of the step's tokens.
@@ -243,7 +244,7 @@ class WaveTrainer:
         assert work.data is not None
         chosen, address = work.chosen(step, micro)
         images = self.model.foundation.images
-        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, work.assignment.allowed_LE, images, address)
+        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, work.allowed(step, micro), images, address)
 
     def _step_sums(self, work: ClientWork, step: int) -> tuple[int, int]:
         """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""

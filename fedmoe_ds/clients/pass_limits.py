@@ -61,7 +61,7 @@ def shortage(everyone: list[ClientWork], step: int, micro: int) -> OutOfMemory:
     to be had, whatever their slots, so of them only a step of their own can be cut.
     """
     # By what each has in this very pass; of equals the first by index, whom every rank and every start finds.
-    largest = max(everyone, key=lambda work: (work.sizes[step][micro], -work.client.index))
+    largest = max(everyone, key=lambda work: (work.size(step, micro), -work.client.index))
     homes = [work.home for work in everyone]
-    shared = [sum(work.sizes[step][micro] for work in everyone if work.home == home) for home in homes if homes.count(home) > 1]
-    return OutOfMemory(largest.client, largest.sizes[step][micro], max(shared, default=None))
+    shared = [sum(work.size(step, micro) for work in everyone if work.home == home) for home in homes if homes.count(home) > 1]
+    return OutOfMemory(largest.client, largest.size(step, micro), max(shared, default=None))

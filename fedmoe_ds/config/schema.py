@@ -107,8 +107,9 @@ class TierConfig(Section):
     """One budget tier: the FLOPs of `top_k` active experts per token, and the share or names of the clients under it.
 
     FLAME spends the budget on top_k itself. Methods that spend it on the LoRA rank, on the number of experts that a batch may
-    train or a client holds, or on the number of layers, take the fraction top_k / K of theirs, unless the tier says another
-    number. Without experts (plain LoRA on a dense foundation) K is 1, and tiers differ by rank or by layers.
+    train or a client holds or has as models of their own, or on the number of layers, take the fraction top_k / K of theirs,
+    unless the tier says another number. Without experts (plain LoRA on a dense foundation) K is 1, and tiers differ by rank or
+    by layers.
     """
 
     top_k: int | None = Field(None, ge=1, description="default: K, the model's own; without experts 1")
@@ -120,7 +121,8 @@ class TierConfig(Section):
     experts: int | None = Field(
         None,
         ge=1,
-        description="experts trained per batch (HFedMoE), held per layer (FedMoE, FLEX-MoE); default E * top_k / K",
+        description="experts trained per batch (HFedMoE), held per layer (FedMoE, FLEX-MoE), base models trained and averaged "
+        "(Split-Mix, SHEFL); default E * top_k / K",
     )
     layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
 

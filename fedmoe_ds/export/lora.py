@@ -110,9 +110,9 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
             f"{where}: method {run.config.method.name} moves its products into the base model, so that its adapters alone are "
             f"nothing; {out}"
         )
-    if selection.assignment.allowed_LE is not None:
-        holder = "neither a LoRA file nor a model's configuration"
-        raise UserError(f"{where}: {no_masks(selection, run.config.method.name, holder)}")
+    holder = "neither a LoRA file nor a model's configuration"
+    if (masked := no_masks(selection, run.config.method.name, holder)) is not None:
+        raise UserError(f"{where}: {masked}")
     for factor in _factors(request):
         if factor != 1.0:
             whose = "the client" if selection.client is not None else f"tier {selection.tier}"

@@ -78,8 +78,8 @@ def check_selection(request: Request) -> None:
     check_router_bias(run, "--format: merged")
     if selection.client is None and without_common_model(run):
         raise UserError(f"--format: merged: method {method} has a model for every client and none for all; name a --client")
-    if selection.assignment.allowed_LE is not None:
-        raise UserError(f"--format: merged: {no_masks(selection, method, f'no {CONFIG_FILE}')}")
+    if (why := no_masks(selection, method, f"no {CONFIG_FILE}")) is not None:
+        raise UserError(f"--format: merged: {why}")
 
 
 def check_room(tensors: list[StoredTensor], out: Path) -> None:

@@ -67,10 +67,17 @@ def without_common_model(run: TrainedRun) -> bool:
     return run.spec.method.personal_models and any(block.personal for block in run.spec.blocks)
 
 
-def no_masks(selection: Selection, method: str, holder: str) -> str:
-    """Why a model that may use some of the experts alone is not written, and the way out; `holder` cannot say that."""
-    own = selection.client is not None
+def no_masks(selection: Selection, method: str, holder: str) -> str | None:
+    """Why a model that may use some of the experts alone, or an ensemble of such models, is not written, and the way out;
+    `holder` cannot say that. None: it uses all of them."""
+    own, assignment = selection.client is not None, selection.assignment
     whose = "its client" if own else f"tier {selection.tier}"
+    if assignment.members_MLE is not None:
+        what = f"{assignment.models} model{'s' * (assignment.models > 1)}, each with experts of its own"
+        other = "`fedmoe evaluate` and `fedmoe generate` run it as it is"
+        return f"method {method} gives {whose} the mean of the logits of {what}, and {holder} can say that; {other}"
+    if assignment.allowed_LE is None:
+        return None
     other = "`fedmoe evaluate --client` and `fedmoe generate --client` run it as it is" if own else "export another tier"
     return f"method {method} lets {whose} use some of the experts alone, and {holder} can say that; {other}"
 

@@ -34,14 +34,14 @@ def trained(update: ClientUpdate, status: str, flops: float, personal: Personal)
         "seconds": update.seconds,
         "status": status,
         "rescaler": rescaler,
-        **_held(update.assignment.allowed_LE),
+        **_held(update.assignment.held_LE),
     }
 
 
-def _held(allowed_LE: np.ndarray | None) -> dict[str, list[int]]:
+def _held(held_LE: np.ndarray | None) -> dict[str, list[int]]:
     """How many experts a client could use, layer by layer; nothing where it could use all."""
     # Which ones is in the checkpoint's memories: masks of all clients would make up most of the record.
-    return {} if allowed_LE is None else {"experts_held": [int(count) for count in allowed_LE.sum(1)]}
+    return {} if held_LE is None else {"experts_held": [int(count) for count in held_LE.sum(1)]}
 
 
 def absent(client: Client, status: str = OUT_OF_MEMORY) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class CostModel:
         dense, expert: weights outside the experts, and of one active expert in every layer.
         head: those of `dense` that come after the last layer.
         depth: layers of the model, with experts or without.
+        ensembles: whether a client trains as many models side by side as its budget has experts (`Method.ensembles`).
         dense_row, expert_row: one LoRA row (rank 1) on all dense adapters, and on one active expert in every layer.
         layers: mixture layers, over which routed rows are counted; 0 where there are no experts, and no routed rows.
         positions: token rows per token of the data (images: rows per image).
@@ -46,10 +47,16 @@ class CostModel:
     expert_weights: float = 0.0
     head: float = 0.0
     depth: int = 1
+    ensembles: bool = False
 
     @classmethod
     def of(
-        cls, model: ModelSize, expert_layout: ExpertLayout, blocks: Iterable[BlockSpec] = (), positions: int = 1
+        cls,
+        model: ModelSize,
+        expert_layout: ExpertLayout,
+        blocks: Iterable[BlockSpec] = (),
+        positions: int = 1,
+        ensembles: bool = False,
     ) -> CostModel:
         """Of a run that trains these blocks. Routers of adapter experts are no part of the model: they are added to it."""
         expert = 2.0 * expert_layout.matrices * expert_layout.width * expert_layout.ffn * len(expert_layout.layers)
@@ -66,10 +73,9 @@ class CostModel:
         dense = 2.0 * max(model.head_and_body, 1)
         dense += weights[False] if model.experts == 0 else 0.0
         head = 2.0 * model.vocabulary * model.hidden
-        layers = len(expert_layout.layers)
-        return cls(
-            dense, expert, rows[False], rows[True], layers, positions, weights[False], weights[True], head, max(model.depth, 1)
-        )
+        layers, depth = len(expert_layout.layers), max(model.depth, 1)
+        trained = (rows[False], rows[True], layers, positions, weights[False], weights[True])
+        return cls(dense, expert, *trained, head, depth, ensembles)
 
     def forward(self, cap: float, rank: int) -> float:
         """FLOPs of one token's forward pass with `cap` active experts and adapters of this rank."""
@@ -101,12 +107,16 @@ class CostModel:
         routed, trained = int(update.counts_LE.sum()), int(trained_LE.sum())
         return self.spent(update.tokens, routed, trained, update.assignment.rank(rank), self.depth - first)
 
+    def models(self, client: Client) -> int:
+        """How many models a client trains, or is served, side by side: every row passes through all of them."""
+        return client.experts if self.ensembles else 1
+
     def client(self, client: Client, local: LocalConfig) -> float:
         """Predicted FLOPs of one client in one round, all of its routed rows trained."""
         # Rows and not targets: of an instruction's tokens few are targets, and how few differs tenfold between tasks.
         # A mean: the schedule knows sizes, not the batches.
         per_sequence = client.token_rows / client.sequences
-        tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions
+        tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions * self.models(client)
         routed = tokens * client.cap * self.layers
         trained = routed if client.layers is None else routed * client.layers / self.depth
         return self.spent(tokens, routed, trained, client.rank, client.layers)

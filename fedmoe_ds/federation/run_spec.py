@@ -171,7 +171,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
         images=model.images,
         tiers=tiers,
         blocks=blocks,
-        cost=CostModel.of(size, expert_layout, blocks, positions(model.images)),
+        cost=CostModel.of(size, expert_layout, blocks, positions(model.images), method.ensembles),
     )
 
 

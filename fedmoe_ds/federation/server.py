@@ -16,6 +16,7 @@ from fedmoe_ds.aggregation.exact_sum import MOST_TERMS
 from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.aggregation.server_optimizer import ServerOptimizer
+from fedmoe_ds.aggregation.sparse_changes import largest_changes
 from fedmoe_ds.aggregation.weighted_average import Statistics
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
@@ -123,9 +124,9 @@ class Server:
         factor = staleness(self.config.devices, view.assignment.delay or 0)
         if self.method.weighing.changes:
             # Rows that the client does not hold are zero in both: no change.
-            change = view.value(spec) - view.received(spec)
+            change = _sent(view, spec) - view.received(spec)
             return change if factor == 1.0 else (factor * change.double()).float()
-        mask, value = view.assignment.mask(spec, view.value(spec).device), view.value(spec)
+        mask, value = view.assignment.mask(spec, view.value(spec).device), _sent(view, spec)
         if view.past is not None:
             # The change since its own start, on the present adapters: it does not pull the mean back to where it started.
             # In float64 and rounded once; where the client changed nothing, the present bits.
@@ -220,6 +221,12 @@ class Server:
         weights = base_weights(self.foundation, self.first_expert)
         for key, _, value in own[BASE].items(self.first_expert):
             weights[key].copy_(value)
+
+
+def _sent(view: ClientView, spec: BlockSpec) -> Tensor:
+    """What arrives of the client's values."""
+    value, density = view.value(spec), view.assignment.density
+    return value if density is None else largest_changes(value, view.received(spec), len(spec.item), density)
 
 
 def _let_arrive(means: dict[str, Tensor], sums: RoundSums, arrives: TensorRule, first_expert: int) -> None:

@@ -3,7 +3,8 @@
 What counts is what the method says travels: blocks that are averaged, with the LoRA rows that the client holds; both ways their
 control variates under SCAFFOLD. Where the server moves products of LoRA pairs into the frozen weights, not the pairs but these
 products come down, as factors: with FLoRA and FedEx-LoRA the stacks of a round, with FLoRIST the rows that the last round has
-kept. What does not count: the frozen model, which a client has, and what stays with it.
+kept. What does not count: the frozen model, which a client has, and what stays with it. Of a client that sends only what it
+changed most, each number comes up with its place in its tensor, where that is less than the whole tensor.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from torch import Tensor
 
+from fedmoe_ds.aggregation.sparse_changes import INDEX_BYTES, kept_of
 from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.federation.run_spec import RunSpec
@@ -66,22 +69,22 @@ class Traffic:
     def of(self, rank: int, assignment: Assignment | None = None) -> tuple[int, int]:
         """Bytes down and up of a client that holds so many LoRA rows, of all layers and experts unless it is told otherwise."""
         down = up = 0
+        density = None if assignment is None else assignment.density
         for block in self._blocks:
             received, sent = self._received(block, assignment), self._sent(block, assignment)
             # A client that is not told of an expert can send nothing of it.
-            up += min(received, sent) * _length(block, rank)
+            up += min(received, sent) * _sent_bytes(_length(block, rank), density)
             if self.products is None or block.rank_axis is None:
                 down += received * _length(block, rank)
         down += self.products or 0
-        return _BYTES * self._variates * down, _BYTES * self._variates * up
+        return _BYTES * self._variates * down, self._variates * up
 
     def _copies(self, block: BlockSpec) -> int:
         return len(block.layers) * (self._experts if block.expert else 1)
 
     def _received(self, block: BlockSpec, assignment: Assignment | None) -> int:
-        if assignment is None or assignment.allowed_LE is None or not block.expert:
-            return self._copies(block)
-        return int(assignment.allowed_LE.sum())
+        held_LE = None if assignment is None else assignment.held_LE
+        return self._copies(block) if held_LE is None or not block.expert else int(held_LE.sum())
 
     def _sent(self, block: BlockSpec, assignment: Assignment | None) -> int:
         trained = None if assignment is None else assignment.trains(block)
@@ -89,6 +92,12 @@ class Traffic:
             return self._copies(block)
         shape = (len(block.layers), self._experts) if block.expert else (len(block.layers),)
         return int(np.broadcast_to(trained, shape).sum())
+
+
+def _sent_bytes(numbers: int, density: float | Fraction | None) -> int:
+    """Of a tensor with so many numbers."""
+    whole = _BYTES * numbers
+    return whole if density is None else min(whole, (_BYTES + INDEX_BYTES) * kept_of(density, numbers))
 
 
 def _length(block: BlockSpec, rank: int) -> int:

@@ -120,6 +120,7 @@ class Method:
         chooses_rank: whether it decides how many rows these have: rounds report them, and clients receive so many.
         averages: whether anything is averaged at all.
         accounts: whether its plans say what clients spend (`RoundPlan.spending`); the record then has virtual time and energy.
+        ensembles: whether a client trains as many models side by side as its budget has experts (`Assignment.members_MLE`).
         held_softmax: whether a client that may use some experts alone has a router of these: its softmax is over them.
         candidates: of a method whose blocks have a `ROUTER_BIAS`: so many experts that a row's router likes best get the bias
             on their logits, and the row chooses among them; at least the model's top-k.
@@ -150,6 +151,7 @@ class Method:
     chooses_rank: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     accounts: ClassVar[bool] = False
+    ensembles: ClassVar[bool] = False
     held_softmax: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False

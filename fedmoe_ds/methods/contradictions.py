@@ -27,6 +27,8 @@ def contradictions(method: Method | type[Method]) -> Iterator[str]:
         yield "sums: an objective sums these up; override `objective`"
     if method.accounts and not method.overrides("plan"):
         yield "accounts: its plans say what clients spend; override `plan`"
+    if method.ensembles and method.spends != "experts":
+        yield f"ensembles: budgets are models, an expert each, and here they buy {method.spends}; set spends to experts"
     yield from _of_weights(method)
 
 

@@ -45,9 +45,10 @@ A combination without a meaning is refused in one line before anything is loaded
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
 mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`; `fed-moe` with trained routers), unequal
 ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense model,
-`fft-moe` on a sparse one, `fed-moe` and `ub-smoe` where experts are not trained, `fed-moe` and `flex-moe` with
-`local.balance_loss`, micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
-`local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
+`fft-moe`, `split-mix` and `shefl` on a sparse one, the last two with LoRA or more than one active expert, `fed-moe` and
+`ub-smoe` where experts are not trained, `fed-moe`, `flex-moe`, `split-mix` and `shefl` with `local.balance_loss`, control or
+dual variables where clients of `shefl` send a part of their changes, micro-batches with `hfedmoe`, a quantile of `flood`, an
+auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
@@ -153,7 +154,9 @@ class Struggling(Method):
 
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
-experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses.
+experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses;
+that it trains several models of disjoint experts side by side (`members_MLE`), whose logits an evaluation averages; and that it
+sends only a share of what it changed (`density`).
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone. With
 `pseudo` experts learn from rows that did not use them; a block `ROUTER_BIAS` is added to the logits of the best `candidates`,
 and `renew` says what it is in the next round.

@@ -100,7 +100,7 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
         if tier.experts is not None and bought != "experts":
             raise UserError(
                 f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts; drop the key, or "
-                "use hfedmoe, fed-moe or flex-moe with federation.budget=method"
+                "use hfedmoe, fed-moe, flex-moe, split-mix or shefl with federation.budget=method"
             )
         if tier.layers is not None and bought != "layers":
             raise UserError(

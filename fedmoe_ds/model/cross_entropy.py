@@ -13,7 +13,7 @@ Legend: N targets, D model width, V vocabulary or classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -52,13 +52,32 @@ def logits_of(head: Head, x_ND: Tensor) -> Tensor:
     return head(x_ND).float()
 
 
+def mean_logits(head: Head, members: Sequence[Tensor]) -> Tensor:
+    """Those of an ensemble, the mean over its members' (float32), from the hidden states [N, D] of each; of one its own."""
+    first, *others = members
+    logits_NV = logits_of(head, first)
+    if not others:
+        return logits_NV
+    total_NV = logits_NV.double()
+    for x_ND in others:
+        total_NV += logits_of(head, x_ND)
+    # In float64, where few float32 numbers add up without rounding: the order of members then matters for no bit.
+    return (total_NV / len(members)).float()
+
+
 @torch.no_grad()
-def scores(head: Head, x_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The negative log-likelihood of every target (float32), and whether the likeliest token (or class) is the right one."""
-    nll_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
+def scores(head: Head, members: Sequence[Tensor], labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of every target (float32), and whether the likeliest token (or class) is the right one.
+
+    Args:
+        members: what each model of an ensemble reads out, [N, D]; of a single model one.
+    """
+    nll_N = members[0].new_empty(len(labels_N), dtype=torch.float32)
     correct_N = labels_N.new_empty(len(labels_N), dtype=torch.bool)
-    for part in chunks(len(x_ND), head.out_features):
-        logits_NV = logits_of(head, x_ND[part])
+    # The mean over several takes a float64 beside a member's logits: chunks of half as many rows hold no more.
+    copies = 1 if len(members) == 1 else 2
+    for part in chunks(len(labels_N), copies * head.out_features):
+        logits_NV = mean_logits(head, [x_ND[part] for x_ND in members])
         nll_N[part] = F.cross_entropy(logits_NV, labels_N[part], reduction="none")
         correct_N[part] = logits_NV.argmax(-1) == labels_N[part]
     return nll_N, correct_N

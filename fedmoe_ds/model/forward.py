@@ -5,6 +5,7 @@ Legend: B sequences or images, S positions, D model width, N targets (next token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
-from fedmoe_ds.model.cross_entropy import Head, logits_of, scores, weighted_loss
+from fedmoe_ds.model.cross_entropy import Head, mean_logits, scores, weighted_loss
 from fedmoe_ds.model.objective import Asked, Output, Sums
 from fedmoe_ds.model.pass_context import Execution, Pass
 from fedmoe_ds.model.upload import upload
@@ -22,14 +23,20 @@ from fedmoe_ds.model.upload import upload
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outcome of one forward pass: per target (row order) its negative log-likelihood, and whether the likeliest token (or
-    class) is the right one; `targets` are counts per segment."""
+    """Outcome of one forward pass, or of one for each member of an ensemble: per target (row order) its negative
+    log-likelihood, and whether the likeliest token (or class) is the right one.
+
+    Attributes:
+        targets: counts per segment.
+        hidden_BSD, run: of the pass; of an ensemble, of its first member's.
+        members: what each model's head reads, [N, D]; of a single model one.
+    """
 
     nll_N: Tensor
     correct_N: Tensor
     targets: list[int]
     hidden_BSD: Tensor
-    hidden_ND: Tensor
+    members: list[Tensor]
     run: Pass
     head: Head
 
@@ -37,7 +44,7 @@ class PassResult:
     @torch.no_grad()
     def logits_NV(self) -> Tensor:
         """The logits of all targets, computed when they are asked for: a pass over many samples never holds them."""
-        return logits_of(self.head, self.hidden_ND)
+        return mean_logits(self.head, self.members)
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,21 @@ class AdaptedModel:
 
     def forward(self, batch: Batch, slot: int | None, rescale_C: list[float] | None = None) -> PassResult:
         """Run the model once, to score targets. `slot` is the common home slot (bitwise) or None (fast)."""
-        hidden_BSD, run = self._hidden(batch, slot, rescale_C)
-        hidden_ND = batch.predicting(hidden_BSD)
-        nll_N, correct_N = scores(self.head, hidden_ND, batch.labels_N)
-        return PassResult(nll_N, correct_N, batch.targets, hidden_BSD, hidden_ND, run, self.head)
+        return self.ensemble([batch], slot, rescale_C)
+
+    def ensemble(self, batches: Sequence[Batch], slot: int | None, rescale_C: list[float] | None = None) -> PassResult:
+        """Run the model once for each member of an ensemble, whose logits are averaged.
+
+        Args:
+            batches: the same samples for every member, who differ in the experts that their rows may be routed to.
+        """
+        first, *others = batches
+        hidden_BSD, run = self._hidden(first, slot, rescale_C)
+        # Of the others no more is kept than what the head reads.
+        members = [first.predicting(hidden_BSD)]
+        members += [batch.predicting(self._hidden(batch, slot, rescale_C)[0]) for batch in others]
+        nll_N, correct_N = scores(self.head, members, first.labels_N)
+        return PassResult(nll_N, correct_N, first.targets, hidden_BSD, members, run, self.head)
 
     def loss(
         self,

@@ -76,8 +76,9 @@ def one_evaluation_seconds(
     home = ClientSlots(in_flight, ep_size).most
     seconds, sums = 0.0, 0
     for members in job.by_tier.values():
-        runs = len(members) if personal else 1
-        seconds += runs * _scored(job, network, hardware, ep_size, shared, members[0].cap)
+        # The foundation is one model, whatever is trained beside it.
+        runs, models = len(members) if personal else 1, 1 if asked.plain else job.cost.models(members[0])
+        seconds += runs * models * _scored(job, network, hardware, ep_size, shared, members[0].cap)
         sums += runs * len(shared)
         if owners:
             # Personal models see their own clients' data only; the first so many owners stand for them.
@@ -86,7 +87,7 @@ def one_evaluation_seconds(
                 longest = [int(part.rows.max()) for part in mine]
                 cut = passes([len(part.rows) for part in mine], longest, most_together(job.config, home))
                 mine = [_together([mine[place] for place in chosen]) for chosen in cut]
-            seconds += _scored(job, network, hardware, ep_size, mine, members[0].cap)
+            seconds += models * _scored(job, network, hardware, ep_size, mine, members[0].cap)
             sums += len(mine)
     seconds *= 1 + job.data.candidates
     if not (personal or asked.plain):
@@ -115,7 +116,7 @@ def _generated(job: Job, network: Network, hardware: Hardware, ep_size: int) -> 
     batches = _batches(asked, config.batch_size)
     if not batches:
         return 0.0
-    seconds = _scored(job, network, hardware, ep_size, batches, members[0].cap)
+    seconds = job.cost.models(members[0]) * _scored(job, network, hardware, ep_size, batches, members[0].cap)
     turns = math.ceil(len(batches) / network.world.ranks)
     return config.max_new_tokens * (seconds + turns * network.control(Group.everyone(network.world), 1, 8))
 

@@ -25,6 +25,8 @@ def tier_flops(job: Job, tokens: int | None = None) -> list[TierFlops]:
     found = []
     # By label: several tiers of one budget differ in their shares of clients only.
     for tier in sorted({tier.label: tier for tier in job.tiers}.values(), key=lambda tier: tier_order(tier.label)):
-        dense = rows * (cost.dense + tier.rank * cost.dense_row)
-        found.append(TierFlops(tier.label, tier.cap, tier.rank, dense, rows * cost.forward(tier.cap, tier.rank)))
+        # An ensemble's rows pass through all of its models.
+        through = rows * (tier.experts if cost.ensembles else 1)
+        dense = through * (cost.dense + tier.rank * cost.dense_row)
+        found.append(TierFlops(tier.label, tier.cap, tier.rank, dense, through * cost.forward(tier.cap, tier.rank)))
     return found

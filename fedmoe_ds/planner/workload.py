@@ -7,7 +7,7 @@ then are assumed, because without the model's tokenizer nobody can count their t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -82,7 +82,7 @@ class Job(RunSpec):
         # The same batches are asked for under every topology of a search.
         key = (client.index, round_index)
         if key not in self._steps:
-            self._steps[key] = _steps_of(self, client, round_index)
+            self._steps[key] = _steps_of(self, client, round_index).times(self.cost.models(client))
         return self._steps[key]
 
 
@@ -98,6 +98,11 @@ class Steps:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def times(self, models: int) -> Steps:
+        """The same of so many models, each in passes of its own."""
+        more = {name: getattr(self, name) * models for name in ("samples", "rows", "targets", "passes")}
+        return self if models == 1 else replace(self, **more)
 
 
 def _steps_of(job: Job, client: Client, round_index: int) -> Steps:
