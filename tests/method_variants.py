@@ -89,6 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "federation": {"budget": "both", "sampling": "size"},
     },
     "flood": {"method": {"name": "flood", "horizon": 3, "alpha": 2.0}},
+    "prism": {"method": {"name": "prism", "rho": 0.5, "horizon": 3}},
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {
         "method": {"name": "fednova", "effective": "steps"},

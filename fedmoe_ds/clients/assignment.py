@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
+FIRST_STEP: tuple[np.ndarray, ...] = ()
+"""A gradient probe without passes: it looks at gradients that exist anyway."""
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -29,6 +32,8 @@ class Assignment:
         trained_N: bool, the transformer layers whose adapters it trains, or None for all.
         samples: int64 numbers of the training samples that it uses, or None for all.
         delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
+        probe: numbers of the samples of every pass of its gradient probe, before the first step; `FIRST_STEP`: no pass of its
+            own, the gradient of the first step is looked at; None: no probe.
     """
 
     cap: int
@@ -40,6 +45,7 @@ class Assignment:
     trained_N: np.ndarray | None = None
     samples: np.ndarray | None = None
     delay: int | None = None
+    probe: tuple[np.ndarray, ...] | None = None
 
     def rank(self, full: int) -> int:
         """Number of LoRA rows trained."""

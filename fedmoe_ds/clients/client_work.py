@@ -36,6 +36,7 @@ class ClientWork:
         tokens, targets: passed so far.
         observed: the method's sums over the round's batches, [L, E] each.
         summed: those of its objective.
+        probing: whether its steps are the passes of a gradient probe, of which nothing is learnt.
     """
 
     client: Client
@@ -54,6 +55,7 @@ class ClientWork:
     targets: int = 0
     observed: dict[str, Tensor] = field(default_factory=dict)
     summed: Sums = field(default_factory=dict)
+    probing: bool = False
 
     def micro_batches(self, step: int) -> int:
         """Passes of a step."""
@@ -63,10 +65,10 @@ class ClientWork:
         """Sequences of a step's largest pass."""
         return max(self.sizes[step]) if step < len(self.batches) else 0
 
-    def chosen(self, step: int, micro: int) -> tuple[np.ndarray, Address]:
-        """Its sequences in one pass of a step, and where their draws are addressed."""
+    def chosen(self, step: int, micro: int) -> tuple[np.ndarray, Address | None]:
+        """Its sequences in one pass of a step, and where their draws are addressed; a probe draws nothing."""
         first, end = self.bounds[step][micro : micro + 2]
-        return self.batches[step][first:end], (self.round_index, self.client.index, step, first)
+        return self.batches[step][first:end], None if self.probing else (self.round_index, self.client.index, step, first)
 
     def observe(self, observed: dict[int, dict[int, dict[str, Tensor]]], layers: list[int], names: tuple[str, ...]) -> None:
         """Add up what the method has seen in one pass; on its device, where nobody waits for it."""

@@ -60,6 +60,7 @@ def training_hooks(
         sums=method.sums(),
         whole_steps=method.whole_steps,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
+        reduce_probe=method.reduce_probe,
         measure=method.measure,
         remember=tuple(remembers),
         losses=method.weighs_losses,

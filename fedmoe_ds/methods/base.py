@@ -6,6 +6,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     assign(client)          what a client does: active experts, LoRA rows, expert masks      before local training
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
     objective(client)       what is minimised and summed up at the model's output
+    reduce_probe(squares)   numbers made of a pass of its gradient probe, before the first step
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
     memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
@@ -24,12 +25,13 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -77,7 +79,10 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all."""
+    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all.
+
+    `sequences` are those of the client that has most to train on; 1 until the data are known.
+    """
 
     top_k: int
     num_experts: int
@@ -87,6 +92,7 @@ class ModelFacts:
     layers: tuple[int, ...] = ()
     local: LocalConfig = field(default_factory=LocalConfig)
     depth: int = 1
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,15 @@ class Method:
     def sums(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the numbers that its objectives sum up; `observed` of a client's update has them, float64."""
         return {}
+
+    def reduce_probe(self, squares: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """What is kept of a pass of a client's gradient probe (`Assignment.probe`); `probed.numbers` of its update stacks them.
+
+        `squares` has the squared norm of the gradient by name of every trained block: [L, E], or [L] of a dense one. A method
+        that asks for a probe says in its plan how many sequences it takes, `dataclasses.replace(client, probed=N)`: what is
+        predicted of a client's time counts them.
+        """
+        raise NotImplementedError("a method whose assignments name a probe makes numbers of it: override `reduce_probe`")
 
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""

@@ -152,7 +152,9 @@ class Struggling(Method):
 
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
-experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses.
+experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses;
+and of which samples its gradients are looked at before the first step (`probe`), for `reduce_probe` to make numbers of. What that
+is in work the plan says: `dataclasses.replace(client, used=N, probed=N, rollouts=N)`.
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone.
 
 A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.

@@ -18,9 +18,10 @@ NAMES = {
         "flame", "flame-layers", "flame-static", "fedit", "hfedmoe", "hfedmoe-full", "hetlora", "flexlora", "flora", "fslora",
         "lora-fair", "ffa-lora", "fedsa-lora", "local-only", "centralised", "moments", "fedprox", "scaffold", "scaffold-rows",
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
-        "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
-        "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
-        "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
+        "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "prism",
+        "fedvra-rows", "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe",
+        "flex-moe", "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments",
+        "attention-only",
     ],
     "case_losses_are_the_cpu_s": ["flame", "flex-moe", "fft-moe", "losses", "fed-moe"],
 }  # fmt: skip
