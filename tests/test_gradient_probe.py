@@ -31,7 +31,6 @@ from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.testing import check_method
 
-# At the end: with an entry in front of torch's own a later start could find another torch.
 sys.path.append(str(Path(__file__).parent / "third_party"))
 Squares = Mapping[str, NDArray[np.float64]]
 Probe = Callable[[Client], tuple[NDArray[np.int64], ...] | None]

@@ -47,7 +47,7 @@ class Probing(Method):
 
     def reduce_probe(self, squares: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         # All of an expert's blocks, of every layer; the dense ones stand for all experts.
-        return np.sum([square if square.ndim == 2 else square[:, None] for square in squares.values()], axis=0)
+        return sum((square if square.ndim == 2 else square[:, None] for square in squares.values()), np.zeros((1, 1)))
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         assert update.probed is not None
