@@ -55,7 +55,8 @@ participants of a round on every rank that holds the adapter; `fedsa-lora`, `loc
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
 client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
-about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)).
+about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's
+first round `prism` takes every sample of it through the model alone, forward and backward; the client keeps a number per sample.
 """
 _ADDING = '''\
 ## Adding a method
