@@ -116,10 +116,8 @@ class WaveTrainer:
         probe = GradientProbe(works, self.execution, self.layers, self.hooks.reduce_probe)
         # The steps of the longest client, on every rank: where a rank's own have finished, rows of others still arrive.
         try:
-            probe.run(
-                lambda *given: self._forward_backward(*given, limits),
-                partial(limits.cut, configured=self.micro, packing=self.packing),
-            )
+            cut = partial(limits.cut, configured=self.micro, packing=self.packing)
+            probe.run(lambda step, probing, counts: self._forward_backward(step, probing, counts, limits), cut)
             for step in range(max((len(w.batches) for home in works for w in home), default=0)):
                 self._forward_backward(step, works, counts, limits)
                 probe.look(step)

@@ -56,7 +56,7 @@ participants of a round on every rank that holds the adapter; `fedsa-lora`, `loc
 client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
 about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's
-first round `prism` takes every sample of it through the model alone, forward and backward; the client keeps a number per sample.
+first round `prism` takes each of its samples through the model alone, forward and backward; the client keeps a number of each.
 """
 _ADDING = '''\
 ## Adding a method
@@ -154,8 +154,8 @@ class Struggling(Method):
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
 experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses;
-and of which samples its gradients are looked at before the first step (`probe`), for `reduce_probe` to make numbers of. What that
-is in work the plan says: `dataclasses.replace(client, used=N, probed=N, rollouts=N)`.
+and on which samples its gradients are looked at before the first step (`probe`), for `reduce_probe` to make numbers of. The
+plan says what work that is: `dataclasses.replace(client, used=N, probed=N, rollouts=N)`.
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone.
 
 A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.
