@@ -42,6 +42,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}]},
         "evaluation": EACH_CLIENT,
     },
+    "flux": {
+        "method": {"name": "flux", "samples": 2, "exploit": 0.6},
+        "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}]},
+    },
+    "flux-importance": {
+        "method": {"name": "flux", "score": "importance", "exploit": 1.0},
+        "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}]},
+    },
     "hetlora": {"method": {"name": "hetlora"}},
     "flexlora": {"method": {"name": "flexlora"}},
     "flora": {"method": {"name": "flora"}},

@@ -19,6 +19,7 @@ from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_flex_moe import ObservedFlexMoE
+from reference_flux import ObservedFlux
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
@@ -75,6 +76,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "hfedmoe": ({"tau_share": 0.8}, Told(ObservedHFedMoE, GATED, "experts")),
     "fed-moe": ({"profile_rounds": 1, "least": 1}, Told(ObservedFedMoE, {}, "experts")),
     "flex-moe": ({}, Told(ObservedFlexMoE, {}, "experts")),
+    "flux": ({"samples": 1, "exploit": 0.5}, Told(ObservedFlux, {}, "experts")),
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
@@ -137,6 +139,7 @@ class Case(NamedTuple):
             or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method == "fed-moe" and self.adapters in ("attention", "plain"))
+            or (self.method == "flux" and self.adapters in ("attention", "beside", "plain"))
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method == "fft-moe" and self.adapters != "beside")

@@ -17,6 +17,7 @@ from every import every
 from federations import alone, build, finish, make_config, write_inputs
 from reference import Adapters, Reference, Settings
 from reference_flex_moe import FlexMoE
+from reference_flux import Flux, close
 from reference_inputs import TOLERANCE, check_equal, client_rank, fresh, initial, own_batches, tasks
 from reference_late import CCFAO
 from reference_methods import (
@@ -217,6 +218,20 @@ CASES = {
         {"micro": None},
         {"alpha": 0.8, "quantile": 0.7, "temperature": 2.0, "amplitude": 1.0, "horizon": 3},
     ),
+    # Drawn roles, then two rounds of which the best experts get a larger share.
+    "flux": Case(
+        Flux,
+        {
+            **method("flux", samples=3, exploit=0.4, horizon=4),
+            "federation": {"participation": 0.75, "rounds": 3, "tiers": [{"experts": e, "share": 1.0} for e in (11, 7, 4)]},
+            "adapters": ROUTER,
+        },
+        {},
+        {"samples": 3, "exploit": 0.4, "horizon": 4},
+        buys="experts",
+        rounds=3,
+        seed=5,
+    ),
     # Everything with a probe, then imitation, then reinforcement; a client of the second round may be new in the third.
     "prism": Case(
         PRISM,
@@ -286,7 +301,7 @@ def test_same_rounds(root: Path, name: str) -> None:
     options = {**case.options, "ranks": {client.index: client_rank(parts, client) for client in parts.clients}}
     options["sizes"] = {client.index: client.samples for client in parts.clients}
     options["experts"] = {client.index: client.experts for client in parts.clients}
-    if case.kind is PRISM:
+    if case.kind in (PRISM, Flux):
         options |= probed(parts)
     if case.kind is Wireless:
         options["physics"] = {client.index: physics(parts, client) for client in parts.clients}
@@ -311,6 +326,9 @@ def test_same_rounds(root: Path, name: str) -> None:
     if name == "hetlora-pruning":
         ranks = [values["personal"]["model.hetlora.rank"] for values in outcomes]
         assert (ranks[1] < ranks[0]).any(), "the last round trains fewer rows than the second"
+    if isinstance(expected, Flux):
+        known = parts.state.personal.memories
+        assert known.keys() == expected.worth.keys() and every(close(known[i]["worth"], expected.worth[i]) for i in known)
     if isinstance(expected, PRISM):
         assert len(set(map(len, expected.known.values()))) == 4, "every client was probed"
     if isinstance(expected, FedMoE):

@@ -192,6 +192,7 @@ class WaveTrainer:
             {slot: torch.from_numpy(mask_LE).to(self.bank.device) for slot, mask_LE in trained.items()},
             objectives={slot: objective for slot, objective in objectives.items() if objective is not None},
             whole_steps=self.hooks.whole_steps,
+            attends=any(observer is not None and observer.attended is not None for observer in found.values()),
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:

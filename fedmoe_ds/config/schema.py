@@ -120,7 +120,7 @@ class TierConfig(Section):
     experts: int | None = Field(
         None,
         ge=1,
-        description="experts trained per batch (HFedMoE), held per layer (FedMoE, FLEX-MoE); default E * top_k / K",
+        description="experts trained (HFedMoE: per batch; Flux), or held per layer (FedMoE, FLEX-MoE); default E * top_k / K",
     )
     layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
 

@@ -116,6 +116,7 @@ class Method:
         missing_rows: what a row counts as in the mean for a client that does not hold it: `zero`, or its `global` value.
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
         observes: names of the sums that `observer` returns.
+        attends: whether its observers ask for the attention that tokens receive (`RoutingObserver.attended`).
         selective: whether some batches train only some of the experts.
         whole_steps: whether its observer, or its objective, needs all rows of a local step at once: for a loss that is no mean
             over rows, for a decision, for a quantile.
@@ -140,9 +141,10 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the four below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the five below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
+    attends: bool = False
     selective: bool = False
     whole_steps: bool = False
     logit_copies: ClassVar[int] = 1

@@ -45,8 +45,9 @@ A combination without a meaning is refused in one line before anything is loaded
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
 mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`; `fed-moe` with trained routers), unequal
 ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense model,
-`fft-moe` on a sparse one, `fed-moe` where experts are not trained, `fed-moe` and `flex-moe` with `local.balance_loss`,
-micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which
+`fft-moe` on a sparse one, `fed-moe` and `flux` where experts are not trained, `flux` with adapter experts and, by attention,
+with packed samples, `fed-moe` and `flex-moe` with `local.balance_loss`, micro-batches with `hfedmoe`, a quantile of `flood`,
+an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which
 methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all

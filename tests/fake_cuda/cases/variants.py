@@ -21,7 +21,7 @@ NAMES = {
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "prism",
         "fedvra-rows", "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe",
         "flex-moe", "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments",
-        "attention-only",
+        "attention-only", "flux", "flux-importance",
     ],
     "case_losses_are_the_cpu_s": ["flame", "flex-moe", "fft-moe", "losses", "fed-moe"],
 }  # fmt: skip
