@@ -42,6 +42,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}]},
         "evaluation": EACH_CLIENT,
     },
+    "flux": {
+        "method": {"name": "flux", "samples": 2, "exploit": 0.6},
+        "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}]},
+    },
+    "flux-importance": {
+        "method": {"name": "flux", "score": "importance", "exploit": 1.0},
+        "federation": {"tiers": [{"experts": 9, "share": 1.0}, {"experts": 5, "share": 1.0}]},
+    },
     "hetlora": {"method": {"name": "hetlora"}},
     "flexlora": {"method": {"name": "flexlora"}},
     "flora": {"method": {"name": "flora"}},
@@ -91,6 +99,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ub-smoe": {"method": {"name": "ub-smoe", "momentum": 0.5}, "adapters": {"router": "train"}},
     "ub-smoe-batch": {"method": {"name": "ub-smoe", "pseudo_gradient": "batch", "candidates": 8, "momentum": 0.0}},
     "flood": {"method": {"name": "flood", "horizon": 3, "alpha": 2.0}},
+    "prism": {"method": {"name": "prism", "rho": 0.5, "horizon": 3}},
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {
         "method": {"name": "fednova", "effective": "steps"},

@@ -56,7 +56,7 @@ def own_batches(parts: Parts, client: Client, round_index: int) -> list[np.ndarr
     """Sequences of every step: one epoch, at most `max_steps`."""
     local = parts.config.local
     batches = local_batches(client, local, parts.config.seed, round_index)
-    steps = -(-client.sequences // local.batch_size)
+    steps = -(-client.trained_sequences // local.batch_size)
     # What a plan says is not cut again.
     assert len(batches) == (client.steps or min(steps, local.max_steps or steps))
     return batches

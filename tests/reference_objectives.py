@@ -1,4 +1,4 @@
-"""Methods with an objective of their own at the model's output, in plain float64: FLood, target by target.
+"""Methods with an objective of their own at the model's output, in plain float64: FLood and PRISM, target by target.
 
 Keys are those of `reference_methods.py`, whose local training this is.
 """
@@ -6,8 +6,10 @@ Keys are those of `reference_methods.py`, whose local training this is.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from reference import Adapters, Task, Trained
 from reference_methods import FedIT, Returned
@@ -74,4 +76,76 @@ class ObservedFLood(FLood):
         replay: Any = self.reference
         observed = replay.updates[task.index].observed
         self.notes = {"score": max(float(observed["score"]) / float(observed["scored"]), 0.0)}
+        return result
+
+
+class PRISM(FedIT):
+    """Options: rho, horizon, most (samples of the largest client), by client `data`, `draw` (client, round, samples) -> steps.
+
+    A sample's parts are LoRA pairs, and matrices that are trained themselves.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.rounds, self.known = 0, dict[int, list[float]]()
+
+    def round(self, tasks: list[Task], fresh: Adapters) -> None:
+        self.rounds += 1
+        super().round(tasks, fresh)
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        data = self.options["data"][task.index]
+        chosen, reinforced = list(range(len(data))), False
+        if task.index not in self.known:
+            self.known[task.index] = [self.concentration(task, received, *sample) for sample in data]
+        else:
+            found, count = self.known[task.index], math.floor(self.options["rho"] * len(data) + 0.5)
+            order = sorted(chosen, key=lambda i: -found[i])
+            self.margin = min(self.margin, found[order[count - 1]] - found[order[count]])
+            left = self.options["horizon"] - math.floor(self.options["rho"] * self.options["horizon"] + 0.5)
+            reinforced = self.rounds > left
+            chosen = sorted(order[:count] if reinforced else order[count:])
+        steps = self.options["draw"](task.index, self.rounds, np.array(chosen))
+        if reinforced:
+            self.reference.objective = lambda logits_NV, labels_N: torch.stack(
+                [-row.softmax(-1)[label] for row, label in zip(logits_NV, labels_N, strict=True)]
+            ).sum()
+        result = super().local(replace(task, steps=[[data[i] for i in step] for step in steps]), received)
+        self.reference.objective = None
+        self.notes = {"share": len(chosen) / len(data)}
+        return result
+
+    def concentration(self, task: Task, received: Adapters, ids: np.ndarray, mask: np.ndarray) -> float:
+        """Gini coefficient of the lengths of a sample's gradient, as the mean difference of all pairs."""
+        adapters = {key: value.clone().requires_grad_() for key, value in received.items()}
+        self.reference.start(adapters, self.rescalers[task.index], task.cap)
+        (self.reference.loss_sum(ids, mask) / int(mask.sum())).backward()
+        squares: dict[str, float] = {}
+        for key, value in adapters.items():
+            own = 0.0 if value.grad is None else float(value.grad.square().sum())
+            module = key.removesuffix(".lora_A").removesuffix(".lora_B")
+            squares[module] = squares.get(module, 0.0) + own
+        lengths = [math.sqrt(square) for square in squares.values()]
+        apart = sum(abs(a - b) for a in lengths for b in lengths)
+        return apart / (2 * len(lengths) * sum(lengths))
+
+    def weight(self, key: str, one: Returned) -> float:
+        return float(one.task.samples) * float(one.notes["share"])
+
+    def memory(self, index: int) -> Adapters:
+        found = torch.tensor(self.known.get(index, []), dtype=torch.float64)
+        return super().memory(index) | {"model.prism.gini": torch.cat([found, torch.zeros(self.options["most"] - len(found))])}
+
+
+class ObservedPRISM(PRISM):
+    """Numbers and parts are the package's; the gradients are replayed (`replay.py`)."""
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        result = FedIT.local(self, task, received)
+        replay: Any = self.reference
+        update = replay.updates[task.index]
+        if update.probed is not None:
+            self.known[task.index] = update.probed.numbers.tolist()
+        self.notes = {"share": update.client.trained_sequences / update.client.sequences}
+        self.options["most"] = max(self.options["sizes"].values())
         return result

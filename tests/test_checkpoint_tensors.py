@@ -38,7 +38,7 @@ SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows
 TALLIES = {"tally-way": (2,), "tally-share": (2,), "tally-h": (2,), "tally-arrivals": (2,)}
 SIDES |= TALLIES | {f"{side}-windows": (1,) for side in TALLIES}
 KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
-KINDS += ["ewwa-fl", "fednova"]
+KINDS += ["ewwa-fl", "fednova", "prism"]
 TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
@@ -84,6 +84,7 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
     (row, match) = found[0]
     layout, config = parts.spec.expert_layout, parts.config
     sizes = {"H": layout.width, "F": layout.ffn, "E": layout.num_experts, "R": config.adapters.rank}
+    sizes["S"] = parts.spec.method.facts.sequences
     if config.adapters.moe is not None:
         sizes["W"] = config.adapters.moe.width
     if "projection" in match.groupdict():
@@ -169,7 +170,7 @@ def compare(root: Path, variant: str) -> set[str]:
 
 
 def test_the_page_has_every_tensor_and_no_other(root: Path) -> None:
-    assert len(ROWS) == 21
+    assert len(ROWS) == 22
     assert set().union(*(compare(root, variant) for variant in KINDS)) == {row.pattern.pattern for row in ROWS}
 
 

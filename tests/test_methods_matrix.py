@@ -20,10 +20,11 @@ from federations import alone, build, make_config, own_tensors, write_inputs
 from reference import Adapters
 from reference_ensembles import ObservedSplitMix
 from reference_flex_moe import ObservedFlexMoE
+from reference_flux import ObservedFlux
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
-from reference_objectives import ObservedFLood
+from reference_objectives import ObservedFLood, ObservedPRISM
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_ub_smoe import ObservedUBSMoE
@@ -82,6 +83,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "flex-moe": ({}, Told(ObservedFlexMoE, {}, "experts")),
     "split-mix": ({}, Told(ObservedSplitMix, {}, "experts")),
     "shefl": ({"kappa": 1.5, "upload": 1.5}, Told(ObservedSplitMix, {"kappa": 1.5, "upload": "1.5"}, "experts")),
+    "flux": ({"samples": 1, "exploit": 0.5}, Told(ObservedFlux, {}, "experts")),
     "hetlora": ({"gamma": 0.5, "penalty": 0.05}, Told(HetLoRA, HET, "rank")),
     "flexlora": ({}, Told(FlexLoRA, {}, "rank")),
     "flora": ({}, Told(FLoRA, {}, "rank")),
@@ -106,6 +108,8 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
         {"momentum": 0.3},
         Told(ObservedUBSMoE, {"momentum": 0.3, "eps": 1e-3, "of": "tokens"}),
     ),
+    # The second round of whoever was there in the first is reinforcement.
+    "prism": ({"rho": 0.5, "horizon": 2}, Told(ObservedPRISM, {})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
@@ -146,6 +150,7 @@ class Case(NamedTuple):
             or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method in ("fed-moe", "ub-smoe") and self.adapters in ("attention", "plain"))
+            or (self.method == "flux" and self.adapters in ("attention", "beside", "plain"))
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method in {"fft-moe"} | ENSEMBLES and self.adapters != "beside")

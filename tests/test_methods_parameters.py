@@ -82,6 +82,19 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("cc-fao", {**AGED, "max_delay": 1}, {"scaled_rate": False}),
     ("cc-fao", {**AGED, "max_delay": 1}, {"delay_threshold": 3}),
     ("cc-fao", AGED, {"amsgrad": True}),
+    ("flux", {"exploit": 1.0}, {"score": "frequency"}),
+    ("flux", {"exploit": 1.0}, {"samples": 1}),
+    ("flux", {}, {"exploit": 1.0}),
+    ("flux", {}, {"horizon": 2}),
+    ("flux", {"score": "frequency"}, {"samples": 2}),
+    ("flux", {"score": "random"}, {"exploit": 0.9}),
+    ("flux", {"exploit": 1.0}, {"horizon": 2}),
+    ("prism", {"horizon": 2}, {"rho": 0.8}),
+    ("prism", {"horizon": 2}, {"route": "random"}),
+    ("prism", {"horizon": 2}, {"route": "reversed"}),
+    ("prism", {"horizon": 2}, {"horizon": 20}),
+    ("prism", {"rho": 0.0}, {"rollouts": 2}),
+    ("prism", {"rho": 0.0}, {"route": "random", "horizon": 2}),
     ("fednova", {}, {"effective": "steps"}),
     ("q-fedavg", {}, {"q": 2.0}),
     ("q-fedavg", {}, {"lipschitz": 10.0}),
@@ -135,6 +148,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
 LONGER: dict[str, tuple[int, dict[str, Any]]] = {
+    "flux": (3, {"federation": {"tiers": [{"experts": 3, "share": 1.0}, {"experts": 2, "share": 1.0}]}}),
     "fed-moe": (4, {"local": {"lr": 1e-4}}),
     "flex-moe": (4, {"federation": {"tiers": [{"experts": 6, "share": 1.0}, {"experts": 5, "share": 1.0}]}}),
 }

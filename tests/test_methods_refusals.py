@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.attention: []: method {} works on LoRA pairs and there would be none; name attention projections",
     ),
     "no experts": (
-        {"flex-moe", "hfedmoe", "fed-moe", "ub-smoe"},
+        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe"},
         {"adapters": {"experts": False}},
         "adapters.experts: false: method {} works on expert adapters; use adapters.experts=true",
     ),
@@ -95,6 +95,16 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
     ),
     "experts of dense blocks": (
         {"fed-moe", "ub-smoe"},
+        {"adapters": {"feed_forward": ["gate_proj"]}},
+        "adapters.feed_forward: ['gate_proj']: dense blocks have no experts to choose from; use a sparse model",
+    ),
+    "roles of adapter experts": (
+        {"flux"},
+        {"adapters": {"moe": {"experts": 8, "top_k": 4}}},
+        "adapters.moe: method flux assigns roles to the experts of a sparse model, and adapter experts are all small; use a",
+    ),
+    "roles in dense blocks": (
+        {"flux"},
         {"adapters": {"feed_forward": ["gate_proj"]}},
         "adapters.feed_forward: ['gate_proj']: dense blocks have no experts to choose from; use a sparse model",
     ),

@@ -17,6 +17,7 @@ from every import every
 from federations import alone, build, finish, make_config, write_inputs
 from reference import Adapters, Reference, Settings
 from reference_flex_moe import FlexMoE
+from reference_flux import Flux, close
 from reference_inputs import TOLERANCE, check_equal, client_rank, fresh, initial, own_batches, tasks
 from reference_late import CCFAO
 from reference_methods import (
@@ -33,7 +34,7 @@ from reference_methods import (
     Scaffold,
     pairs,
 )
-from reference_objectives import FLood
+from reference_objectives import PRISM, FLood
 from reference_products import FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_sub_models import ALL, FOUND, TRIED, FedMoE
@@ -42,6 +43,7 @@ from reference_weights import EWWAFL, FedNova, ProximalFedNova, QFedAvg
 from reference_wireless import OverTheAir, Physics, Wireless
 from safetensors.torch import load_file
 
+from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.federation.build import Parts
 
@@ -229,6 +231,28 @@ CASES = {
         {"micro": None},
         {"alpha": 0.8, "quantile": 0.7, "temperature": 2.0, "amplitude": 1.0, "horizon": 3},
     ),
+    # Drawn roles, then two rounds of which the best experts get a larger share.
+    "flux": Case(
+        Flux,
+        {
+            **method("flux", samples=3, exploit=0.4, horizon=4),
+            "federation": {"participation": 0.75, "rounds": 3, "tiers": [{"experts": e, "share": 1.0} for e in (11, 7, 4)]},
+            "adapters": ROUTER,
+        },
+        {},
+        {"samples": 3, "exploit": 0.4, "horizon": 4},
+        buys="experts",
+        rounds=3,
+        seed=5,
+    ),
+    # Everything with a probe, then imitation, then reinforcement; a client of the second round may be new in the third.
+    "prism": Case(
+        PRISM,
+        {**method("prism", rho=0.4, horizon=3), "federation": {"participation": 0.75, "rounds": 3}, "adapters": ROUTER},
+        {},
+        {"rho": 0.4, "horizon": 3},
+        rounds=3,
+    ),
     "ewwa-fl": Case(
         EWWAFL,
         {**method("ewwa-fl", alpha=2.0, eps=1e-4), "federation": {"participation": 0.75}},
@@ -290,12 +314,14 @@ def test_same_rounds(root: Path, name: str) -> None:
     options = {**case.options, "ranks": {client.index: client_rank(parts, client) for client in parts.clients}}
     options["sizes"] = {client.index: client.samples for client in parts.clients}
     options["experts"] = {client.index: client.experts for client in parts.clients}
+    if case.kind in (PRISM, Flux):
+        options |= probed(parts)
     if case.kind is Wireless:
         options["physics"] = {client.index: physics(parts, client) for client in parts.clients}
     expected = case.kind(reference, initial(parts), clients, **options, seed=case.seed)
     rounds, outcomes = range(1, case.rounds + 1), []
     for round_index in rounds:
-        expected.round(tasks(parts, round_index, case.buys, case.kind is not Wireless), fresh(parts, round_index))
+        expected.round(tasks(parts, round_index, case.buys, case.kind not in (Wireless, PRISM)), fresh(parts, round_index))
         outcomes.append(outcome(expected))
     assert reference.margin > 1e-6 and expected.margin > 1e-6, "too near to a tie for a comparison"
     finish(parts, journal)
@@ -313,6 +339,11 @@ def test_same_rounds(root: Path, name: str) -> None:
     if name == "hetlora-pruning":
         ranks = [values["personal"]["model.hetlora.rank"] for values in outcomes]
         assert (ranks[1] < ranks[0]).any(), "the last round trains fewer rows than the second"
+    if isinstance(expected, Flux):
+        known = parts.state.personal.memories
+        assert known.keys() == expected.worth.keys() and every(close(known[i]["worth"], expected.worth[i]) for i in known)
+    if isinstance(expected, PRISM):
+        assert len(set(map(len, expected.known.values()))) == 4, "every client was probed"
     if isinstance(expected, FedMoE):
         check_sub_models(expected, parts)
     if isinstance(expected, FlexMoE):
@@ -322,6 +353,17 @@ def test_same_rounds(root: Path, name: str) -> None:
         assert expected.completed > 0, "some experts were not used"
     if isinstance(expected, Wireless):
         assert any(expected.queues.values()) and len(set(expected.plans)) == 2, "queues and fading change the second round"
+
+
+def probed(parts: Parts) -> dict[str, Any]:
+    """Samples of every client, and how steps are drawn from some of them."""
+    data = {client.index: parts.data.train(client.index) for client in parts.clients}
+    pairs = {index: list(zip(own.input_ids, own.loss_mask, strict=True)) for index, own in data.items()}
+
+    def draw(index: int, round_index: int, samples: np.ndarray) -> list[np.ndarray]:
+        return local_batches(parts.clients[index], parts.config.local, parts.config.seed, round_index, samples)
+
+    return {"data": pairs, "draw": draw, "most": max(map(len, pairs.values()))}
 
 
 def check_sub_models(expected: FedMoE, parts: Parts) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fedmoe_ds.model.adapter_bank import BlockSpec
 
+FIRST_STEP: tuple[np.ndarray, ...] = ()
+"""A gradient probe without passes: it looks at gradients that exist anyway."""
+
 
 @dataclass(frozen=True)
 class PseudoGradient:
@@ -50,6 +53,8 @@ class Assignment:
             an expert of another. A step has passes of its own for every member, and their losses are added; an evaluation
             averages their logits. None: one model.
         density: it sends this share of the numbers of every tensor, those that it changed most; None: all.
+        probe: numbers of the samples of every pass of its gradient probe, before the first step; `FIRST_STEP`: no pass of its
+            own, the gradient of the first step is looked at; None: no probe.
     """
 
     cap: int
@@ -64,6 +69,7 @@ class Assignment:
     pseudo: PseudoGradient | None = None
     members_MLE: np.ndarray | None = None
     density: float | Fraction | None = None
+    probe: tuple[np.ndarray, ...] | None = None
 
     @property
     def models(self) -> int:

@@ -20,21 +20,21 @@ from fedmoe_ds.randomness import generator
 def step_count(client: Client, config: LocalConfig, samples: int | None = None) -> int:
     """Number of local steps in one round: as many batches as `epochs` passes over the client's data fill, rounded up.
 
-    `samples`: how many of its samples it uses, None for all.
+    `samples`: how many of its samples it uses, None for what the client says.
     """
     if client.steps is not None:
         return client.steps
     if config.steps is not None:
         return config.steps
     # The decimal number that the user wrote: as a float, 1.1 passes over 10 sequences would be a little more than 11.
-    passes, count = Fraction(str(config.epochs)), client.sequences if samples is None else samples
+    passes, count = Fraction(str(config.epochs)), client.trained_sequences if samples is None else samples
     steps = math.ceil(passes * count / batch_size(client, config, samples))
     return min(steps, config.max_steps) if config.max_steps is not None else steps
 
 
 def batch_size(client: Client, config: LocalConfig, samples: int | None = None) -> int:
     """Sequences per step: never more than the client has, or uses."""
-    return min(config.batch_size, client.sequences if samples is None else samples)
+    return min(config.batch_size, client.trained_sequences if samples is None else samples)
 
 
 def local_batches(

@@ -31,6 +31,10 @@ class Client:
         rank: LoRA rank that it trains.
         experts: experts per layer that one of its batches may train, or that it holds.
         layers: layers that it trains, the last ones, where a budget buys them; None: all.
+        used: of its sequences how many it trains on in a round; None: all.
+        probed: sequences of its gradient probe before the first step.
+        rollouts: forward passes of every row that it trains on, beside those of training: its device makes them, this machine
+            does not.
         steps: exact local steps, where they are not derived from the sequences (the pooled client of centralised training).
         rows: token rows (or images) of one epoch, which predict its cost; None: as many as targets.
         tier: what outputs call its tier, see `fedmoe_ds.clients.tiers`; clients of one tier have one budget.
@@ -49,6 +53,14 @@ class Client:
     tier: str = ""
     rows: int | None = None
     layers: int | None = None
+    used: int | None = None
+    probed: int = 0
+    rollouts: int = 0
+
+    @property
+    def trained_sequences(self) -> int:
+        """Sequences that one epoch of a round goes over."""
+        return self.sequences if self.used is None else self.used
 
     @property
     def token_rows(self) -> int:

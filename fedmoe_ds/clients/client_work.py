@@ -40,6 +40,7 @@ class ClientWork:
         summed: those of its objective.
         offered: of the running step, where the client has pseudo-gradients: [3, L, E] float64, rows of every expert, and its
             router probabilities (`routed_forward.offered`).
+        probing: whether its steps are the passes of a gradient probe, of which nothing is learnt.
     """
 
     client: Client
@@ -59,6 +60,7 @@ class ClientWork:
     observed: dict[str, Tensor] = field(default_factory=dict)
     summed: Sums = field(default_factory=dict)
     offered: Tensor | None = None
+    probing: bool = False
 
     def micro_batches(self, step: int) -> int:
         """Passes of a step, of all members."""
@@ -68,11 +70,11 @@ class ClientWork:
         """Sequences of a step's largest pass."""
         return max(self.sizes[step]) if step < len(self.batches) else 0
 
-    def chosen(self, step: int, micro: int) -> tuple[np.ndarray, Address]:
-        """Its sequences in one pass of a step, and where their draws are addressed."""
+    def chosen(self, step: int, micro: int) -> tuple[np.ndarray, Address | None]:
+        """Its sequences in one pass of a step, and where their draws are addressed; a probe draws nothing."""
         _, place = self._member(step, micro)
         first, end = self.bounds[step][place : place + 2]
-        return self.batches[step][first:end], (self.round_index, self.client.index, step, first)
+        return self.batches[step][first:end], None if self.probing else (self.round_index, self.client.index, step, first)
 
     def size(self, step: int, micro: int) -> int:
         """Sequences of one pass of a step."""

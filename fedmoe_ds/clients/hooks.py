@@ -35,6 +35,10 @@ def _nobody_is_late(delay: int | None, round_index: int) -> None:
     assert not delay, "a trainer with late clients must be told what they start from"
 
 
+def _nobody_probes(squares: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    raise NotImplementedError("a method whose assignments name a probe makes numbers of it: override `reduce_probe`")
+
+
 @dataclass(frozen=True)
 class LocalTrainingHooks:
     """What the method, and a correction of client drift, prescribe; see `fedmoe_ds.methods.base` for the meaning.
@@ -49,6 +53,7 @@ class LocalTrainingHooks:
         whole_steps: whether an objective needs all targets of a client's step at once.
         complete: add to the gradients of the clients that take a step, before `adjust`; collective over the cluster.
         adjust: change the gradients of a step in place, before clipping.
+        reduce_probe: squared norms of the gradient after a pass of a client's probe, by block -> the method's numbers.
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
         losses: whether every rank of a cluster is told its clients' losses.
@@ -67,6 +72,7 @@ class LocalTrainingHooks:
     complete: Callable[[Sequence[tuple[ClientWork, ClientView]], Pool], None] = lambda training, pool: None
     # In order: the method's change of the gradients first, then the correction of client drift.
     adjust: tuple[Callable[[ClientView], None], ...] = ()
+    reduce_probe: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.float64]] = _nobody_probes
     measure: Callable[[ClientView], dict[str, Tensor]] = lambda view: {}
     remember: tuple[Callable[[ClientView, float], dict[str, Tensor]], ...] = ()
     losses: bool = False

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fedmoe_ds.clients.batches import Packing, local_batches, pass_bounds, pass_sizes
+from fedmoe_ds.clients.batches import Packing, local_batches
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.client_work import ClientWork, asked_of, first_trained, read_losses
 from fedmoe_ds.clients.fused_step import ClientStep
+from fedmoe_ds.clients.gradient_probe import GradientProbe
 from fedmoe_ds.clients.hooks import LocalTrainingHooks, ReadClient
 from fedmoe_ds.clients.lr_schedule import round_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, global_norms
@@ -111,10 +113,14 @@ class WaveTrainer:
         self._load(works, views, start)
         self.timer.lap("set_up")
         counts = Counts(self.pool.home_clients, len(self.layers), self.pool.num_experts, self.bank.device)
+        probe = GradientProbe(works, self.execution, self.layers, self.hooks.reduce_probe)
         # The steps of the longest client, on every rank: where a rank's own have finished, rows of others still arrive.
         try:
+            cut = partial(limits.cut, configured=self.micro, packing=self.packing)
+            probe.run(lambda step, probing, counts: self._forward_backward(step, probing, counts, limits), cut)
             for step in range(max((len(w.batches) for home in works for w in home), default=0)):
                 self._forward_backward(step, works, counts, limits)
+                probe.look(step)
                 self.timer.lap("passes")
                 self._optimize(step, round_index, works, views)
                 self.timer.lap("optimizer")
@@ -124,6 +130,7 @@ class WaveTrainer:
             self.execution.wave = InTraining()
         read_losses(works[self.shard])
         updates = self._updates(works, views, counts, time.monotonic() - began)
+        probe.tell(updates)
         self.timer.lap("reports")
         return [(view, update) for (_, view), update in zip(_flat(works, views), updates, strict=True)]
 
@@ -136,10 +143,8 @@ class WaveTrainer:
         assignment = self.hooks.assign(client, round_index)
         own = (client, self.local, self.seed, round_index, assignment.samples)
         batches = local_batches(*own) if given is None else given(client, round_index)
-        size, packing = limits.of(client.index, self.micro), self.packing
-        bounds = [pass_bounds(batch, size, packing, client.index) for batch in batches]
-        sizes = [pass_sizes(*each, packing, client.index) for each in zip(batches, bounds, strict=True)]
-        return ClientWork(client, *place, assignment, batches, bounds, sizes, round_index, self.round_rate(round_index))
+        cut = limits.cut(client.index, batches, self.micro, self.packing)
+        return ClientWork(client, *place, assignment, batches, *cut, round_index, self.round_rate(round_index))
 
     def _view(self, work: ClientWork, shard: int, start: Bank, personal: Callable[[int], dict[str, Tensor]]) -> ClientView:
         slots = {True: self.pool.wave_slot(shard, work.slot)}
@@ -188,6 +193,7 @@ class WaveTrainer:
             objectives={slot: objective for slot, objective in objectives.items() if objective is not None},
             whole_steps=self.hooks.whole_steps,
             offers=frozenset(work.slot for work in mine if work.assignment.pseudo is not None),
+            attends=any(observer is not None and observer.attended is not None for observer in found.values()),
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
@@ -231,8 +237,9 @@ class WaveTrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         counts.add(found.run, self.layers)
         for work in works:
-            work.observe(found.run.observed, self.layers, self.hooks.observes)
-            work.take_offers(found.run, self.layers)
+            if not work.probing:
+                work.observe(found.run.observed, self.layers, self.hooks.observes)
+                work.take_offers(found.run, self.layers)
         for work, sums in zip(works, found.observed, strict=False):
             add_sums(work.summed, sums)
 

@@ -251,6 +251,15 @@ def squared_norms(bank: Bank, expert: bool) -> Tensor:
 
 def global_norms(bank: Bank, pool: Pool) -> Tensor:
     """Gradient norm of every wave slot over its adapters on all ranks, [C], summed in one fixed order."""
+    expert_CNE, dense_CN = gathered_norms(bank, pool)
+    # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
+    rows = torch.cat([expert_CNE.flatten(1), dense_CN], 1).contiguous().unbind(0)
+    # On a device they stay there: what they decide is a factor of the step, which is there as well.
+    return torch.stack([row.sum() for row in rows]).sqrt_()
+
+
+def gathered_norms(bank: Bank, pool: Pool) -> tuple[Tensor, Tensor]:
+    """`squared_norms` of every wave slot, on every rank of its cluster: [C, N, E] with all experts, and [C, N]. Collective."""
     size, group = pool.ep_size, pool.group
     expert_PNEC = all_gather(squared_norms(bank, expert=True), group, size)
     own_N1H = squared_norms(bank, expert=False)
@@ -259,9 +268,5 @@ def global_norms(bank: Bank, pool: Pool) -> Tensor:
         own_N1H = torch.nn.functional.pad(own_N1H, (0, pool.home_clients - bank.clients))
     dense_PN1H = all_gather(own_N1H, group, size)
     # Ranks times local experts is global expert order: the same order of summands for every expert-parallel size.
-    expert_CN = expert_PNEC.permute(3, 1, 0, 2).flatten(1)
     dense_CN = pool.slots.of_wave(dense_PN1H.permute(0, 3, 1, 2).flatten(0, 1)).flatten(1)
-    # Each over its own contiguous row: a sum over axis 1 could group terms by the number of clients.
-    rows = torch.cat([expert_CN, dense_CN], 1).contiguous().unbind(0)
-    # On a device they stay there: what they decide is a factor of the step, which is there as well.
-    return torch.stack([row.sum() for row in rows]).sqrt_()
+    return expert_PNEC.permute(3, 1, 0, 2).flatten(2), dense_CN

@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from fedmoe_ds.clients.batches import Packing, pass_bounds, pass_sizes
 from fedmoe_ds.clients.client_work import ClientWork
 from fedmoe_ds.clients.out_of_memory import OutOfMemory
 
@@ -34,6 +37,14 @@ class PassLimits:
         """Sequences of a client in one pass, at most as many as configured."""
         found = [limit for limit in (configured, self.each, self.own.get(client)) if limit is not None]
         return min(found, default=None)
+
+    def cut(
+        self, client: int, batches: list[np.ndarray], configured: int | None, packing: Packing | None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Where the passes of each step of a client begin in it, and their sizes in sequences."""
+        size = self.of(client, configured)
+        bounds = [pass_bounds(batch, size, packing, client) for batch in batches]
+        return bounds, [pass_sizes(*each, packing, client) for each in zip(batches, bounds, strict=True)]
 
     def groups(self, step: int, works: list[list[ClientWork]]) -> list[list[int]]:
         """Home slots that share the passes of one local step; the same on every rank of the cluster.

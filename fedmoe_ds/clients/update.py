@@ -24,6 +24,22 @@ from fedmoe_ds.model.dispatcher import Pool
 from fedmoe_ds.model.objective import Sums
 from fedmoe_ds.model.pass_context import Pass
 
+
+@dataclass(frozen=True)
+class Probed:
+    """What a client's gradient probe has found, and what it took; the same on every rank of its cluster.
+
+    Attributes:
+        numbers: float64 [passes, *what the method makes of one].
+        tokens: token rows of its passes; zero where it looked at the first step's gradient.
+        counts_LE: routed rows of these.
+    """
+
+    numbers: np.ndarray
+    tokens: int
+    counts_LE: np.ndarray
+
+
 LARGEST_VALUE = 2.0**19
 """An adapter value beyond this has blown up."""
 
@@ -45,6 +61,7 @@ class ClientUpdate:
         targets: predictions that its loss was taken over, of next tokens or of classes: at most one per token row.
         rates: learning rates of its steps.
         shared_losses: mean loss of its first step, and of all its steps, on every rank; None unless the method asks for them.
+        probed: of its gradient probe; None where it has none.
         plan, memory: its part of the round's plan, and what the server knew of it when the round began.
     """
 
@@ -65,6 +82,7 @@ class ClientUpdate:
     targets: int = 0
     rates: tuple[float, ...] = ()
     shared_losses: tuple[float, float] | None = None
+    probed: Probed | None = None
     plan: Any = None
     memory: Mapping[str, np.ndarray] = field(default_factory=dict)
 

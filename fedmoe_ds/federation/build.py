@@ -175,6 +175,7 @@ def load_parts(
     data = load_shared_data(config, runtime, foundation, stop, progress.note)
     check_packed_samples(config, data.reading.get("template"))
     clients = make_clients(data, config.federation, spec.tiers, config.seed)
+    spec.know(clients)
     check_best_tier(config.checkpoint, tiers_of(clients))
     clock = runtime.run_on_all_ranks(lambda: virtual_clock(spec, clients, devices))
     parts = _assemble(spec, runtime, topology, foundation, data, clients, source, unread, clock)

@@ -35,7 +35,13 @@ def trained(update: ClientUpdate, status: str, flops: float, personal: Personal)
         "status": status,
         "rescaler": rescaler,
         **_held(update.assignment.held_LE),
+        **_probe(update),
     }
+
+
+def _probe(update: ClientUpdate) -> dict[str, int]:
+    """Token rows of its gradient probe; nothing where it has none, or none with passes of its own."""
+    return {} if update.probed is None or not update.probed.tokens else {"probe_tokens": update.probed.tokens}
 
 
 def _held(held_LE: np.ndarray | None) -> dict[str, list[int]]:

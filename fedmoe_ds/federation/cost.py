@@ -81,6 +81,11 @@ class CostModel:
         """FLOPs of one token's forward pass with `cap` active experts and adapters of this rank."""
         return self.dense + rank * self.dense_row + cap * (self.expert + rank * self.expert_row)
 
+    def forward_of(self, tokens: float, routed: float, rank: int) -> float:
+        """FLOPs of the forward pass of so many rows with so many (row, expert) slots over all layers."""
+        dense = tokens * (self.dense + rank * self.dense_row)
+        return dense + routed / max(self.layers, 1) * (self.expert + rank * self.expert_row)
+
     def spent(self, tokens: float, routed: float, trained: float, rank: int, trained_layers: int | None = None) -> float:
         """FLOPs of a client's training: forward, the gradient of every activation, and that of everything trained.
 
@@ -100,12 +105,17 @@ class CostModel:
         return dense + forward * (self.expert + lora) + backward * (self.expert + self.expert_weights + 2 * lora)
 
     def counted(self, update: ClientUpdate, rank: int, layers: Sequence[int]) -> float:
-        """FLOPs of a client's training, counted after it; `rank` is that of the adapters, `layers` are those with experts."""
+        """FLOPs of a client's training, with its gradient probe and rollouts, counted after it; `rank` is that of the adapters,
+        `layers` are those with experts."""
         first = update.assignment.first_trained
         # Rows of the layers before it were routed, and no gradient of theirs is needed: a device would not compute it.
         trained_LE = update.trained_LE[[layer >= first for layer in layers]]
-        routed, trained = int(update.counts_LE.sum()), int(trained_LE.sum())
-        return self.spent(update.tokens, routed, trained, update.assignment.rank(rank), self.depth - first)
+        routed, trained, own = int(update.counts_LE.sum()), int(trained_LE.sum()), update.assignment.rank(rank)
+        spent = self.spent(update.tokens, routed, trained, own, self.depth - first)
+        if (probed := update.probed) is not None:
+            rows = int(probed.counts_LE.sum())
+            spent += self.spent(probed.tokens, rows, rows, own)
+        return spent + update.client.rollouts * self.forward_of(update.tokens, routed, own)
 
     def models(self, client: Client) -> int:
         """How many models a client trains, or is served, side by side: every row passes through all of them."""
@@ -119,4 +129,7 @@ class CostModel:
         tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions * self.models(client)
         routed = tokens * client.cap * self.layers
         trained = routed if client.layers is None else routed * client.layers / self.depth
-        return self.spent(tokens, routed, trained, client.rank, client.layers)
+        probed = client.probed * per_sequence * self.positions
+        rows = probed * client.cap * self.layers
+        training = self.spent(tokens, routed, trained, client.rank, client.layers) + self.spent(probed, rows, rows, client.rank)
+        return training + client.rollouts * self.forward_of(tokens, routed, client.rank)

@@ -53,7 +53,7 @@ def adapted_model(spec: RunSpec, foundation: Foundation, execution: Execution) -
     config = spec.config
     install(foundation, config.adapters, execution)
     # Only a shared pass mixes the lengths of clients, and only bitwise mode minds how attention is padded.
-    if (spec.bitwise and spec.shares_passes) or config.execution.packing:
+    if (spec.bitwise and spec.shares_passes) or config.execution.packing or spec.method.attends:
         use_per_client_attention(foundation.model, execution)
     return AdaptedModel(foundation, execution, config.execution.packing)
 

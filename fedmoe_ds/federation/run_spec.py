@@ -7,9 +7,9 @@ configuration alone, `resolve_spec` the outline of the model, too. What the one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedmoe_ds.clients.client import Client
+from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.pooled import pooled_client
 from fedmoe_ds.clients.tiers import Capacity, Tier, resolve_tiers
 from fedmoe_ds.config import Config
@@ -64,6 +64,11 @@ class RunSpec:
     tiers: list[Tier]
     blocks: list[BlockSpec]
     cost: CostModel
+
+    def know(self, clients: Sequence[Client]) -> None:
+        """Tell the method what it may ask about the data."""
+        most = int(counts_of(clients, "sequences").max(initial=1))
+        self.method.facts = replace(self.method.facts, sequences=most)
 
     @property
     def bitwise(self) -> bool:

@@ -62,6 +62,7 @@ def training_hooks(
         whole_steps=method.whole_steps,
         complete=add_pseudo_gradients,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
+        reduce_probe=method.reduce_probe,
         measure=method.measure,
         remember=tuple(remembers),
         losses=method.weighs_losses,

@@ -6,7 +6,7 @@ name and meaning within a minor version, wherever in the package it moves.
 
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import Weighing
-from fedmoe_ds.clients.assignment import Assignment, PseudoGradient, leading
+from fedmoe_ds.clients.assignment import FIRST_STEP, Assignment, PseudoGradient, leading
 from fedmoe_ds.clients.balanced_assignment import balanced, load_bounds
 from fedmoe_ds.clients.client import Client, counts_of
 from fedmoe_ds.clients.client_view import ClientView
@@ -39,6 +39,7 @@ from fedmoe_ds.randomness import generator
 __all__ = [
     "EXPERT_LOSS",
     "EXPERT_TARGETS",
+    "FIRST_STEP",
     "RESCALER",
     "ROUTER",
     "ROUTER_BIAS",

@@ -6,6 +6,7 @@ Legend: L layers, E experts of the model, R adapter rank.
     assign(client)          what a client does: active experts, LoRA rows, expert masks      before local training
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
     objective(client)       what is minimised and summed up at the model's output
+    reduce_probe(squares)   numbers made of a pass of its gradient probe, before the first step
     adjust(view)            a change of its gradients, before clipping
     measure(view)           numbers about its tensors                                        after local training
     memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
@@ -25,12 +26,13 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -78,7 +80,10 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all."""
+    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all.
+
+    `sequences` are those of the client that has most to train on; 1 until the data are known.
+    """
 
     top_k: int
     num_experts: int
@@ -88,6 +93,7 @@ class ModelFacts:
     layers: tuple[int, ...] = ()
     local: LocalConfig = field(default_factory=LocalConfig)
     depth: int = 1
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class Method:
         missing_rows: what a row counts as in the mean for a client that does not hold it: `zero`, or its `global` value.
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
         observes: names of the sums that `observer` returns.
+        attends: whether its observers ask for the attention that tokens receive (`RoutingObserver.attended`).
         selective: whether some batches train only some of the experts.
         whole_steps: whether its observer, or its objective, needs all rows of a local step at once: for a loss that is no mean
             over rows, for a decision, for a quantile.
@@ -138,9 +145,10 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the four below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the five below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
+    attends: bool = False
     selective: bool = False
     whole_steps: bool = False
     logit_copies: ClassVar[int] = 1
@@ -223,6 +231,15 @@ class Method:
     def sums(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the numbers that its objectives sum up; `observed` of a client's update has them, float64."""
         return {}
+
+    def reduce_probe(self, squares: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """What is kept of a pass of a client's gradient probe (`Assignment.probe`); `probed.numbers` of its update stacks them.
+
+        `squares` has the squared norm of the gradient by name of every trained block: [L, E], or [L] of a dense one. A method
+        that asks for a probe says in its plan how many sequences it takes, `dataclasses.replace(client, probed=N)`: what is
+        predicted of a client's time counts them.
+        """
+        raise NotImplementedError("a method whose assignments name a probe makes numbers of it: override `reduce_probe`")
 
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""

@@ -45,10 +45,11 @@ A combination without a meaning is refused in one line before anything is loaded
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
 mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`; `fed-moe` with trained routers), unequal
 ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense model,
-`fft-moe`, `split-mix` and `shefl` on a sparse one, the last two with LoRA or more than one active expert, `fed-moe` and
-`ub-smoe` where experts are not trained, `fed-moe`, `flex-moe`, `split-mix` and `shefl` with `local.balance_loss`, control or
-dual variables where clients of `shefl` send a part of their changes, micro-batches with `hfedmoe`, a quantile of `flood`, an
-auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
+`fft-moe`, `split-mix` and `shefl` on a sparse one, the last two with LoRA or more than one active expert, `fed-moe`, `flux` and
+`ub-smoe` where experts are not trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`,
+`flex-moe`, `split-mix` and `shefl` with `local.balance_loss`, control or dual variables where clients of `shefl` send a part of
+their changes, micro-batches with `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or
+`local.balance_loss`. Which methods take which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
@@ -57,7 +58,8 @@ participants of a round on every rank that holds the adapter; `fedsa-lora`, `loc
 client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
 experts in every local step, over the ranks of its cluster. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
-about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)).
+about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's
+first round `prism` takes each of its samples through the model alone, forward and backward; the client keeps a number of each.
 """
 _ADDING = '''\
 ## Adding a method
@@ -155,8 +157,10 @@ class Struggling(Method):
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
 experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses;
-that it trains several models of disjoint experts side by side (`members_MLE`), whose logits an evaluation averages; and that it
-sends only a share of what it changed (`density`).
+that it trains several models of disjoint experts side by side (`members_MLE`), whose logits an evaluation averages; that it
+sends only a share of what it changed (`density`); and on which samples its gradients are looked at before the first step
+(`probe`), for `reduce_probe` to make numbers of. The plan says what work that is: `dataclasses.replace(client, used=N,
+probed=N, rollouts=N)`.
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone. With
 `pseudo` experts learn from rows that did not use them; a block `ROUTER_BIAS` is added to the logits of the best `candidates`,
 and `renew` says what it is in the next round.

@@ -32,6 +32,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"foundation.dtype: {config.foundation.dtype}: method {name} adds small products to the frozen weights in every "
             "round, and bfloat16 would round them away; use float32"
         )
+    if method.attends and config.execution.packing:
+        raise UserError(
+            f"execution.packing: true: method {name} asks how much attention each token receives, and samples that lie end to "
+            "end are attended to apart; use false"
+        )
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     _check_dual_variables(method, name, config)
@@ -100,7 +105,7 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
         if tier.experts is not None and bought != "experts":
             raise UserError(
                 f"federation.tiers.{i}.experts: {tier.experts}: here a budget buys {bought}, not experts; drop the key, or "
-                "use hfedmoe, fed-moe, flex-moe, split-mix or shefl with federation.budget=method"
+                "use hfedmoe, fed-moe, flex-moe, flux, split-mix or shefl with federation.budget=method"
             )
         if tier.layers is not None and bought != "layers":
             raise UserError(

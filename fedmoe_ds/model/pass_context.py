@@ -48,6 +48,7 @@ class Pass:
         trained: routed rows that take part in the backward pass, like `counts`; only layers that hold some back write it.
         routed: decisions without gradients, by layer; the layers write them where clients have objectives.
         offered: router probabilities of clients that ask for it, by layer and home slot (`routed_forward.offered`).
+        attended: attention that every token row receives, by layer; written where observers ask for it.
     """
 
     segments: list[Segment]
@@ -67,6 +68,7 @@ class Pass:
     trained: dict[int, Tensor] = field(default_factory=dict)
     routed: dict[int, Routing] = field(default_factory=dict)
     offered: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    attended: dict[int, Tensor] = field(default_factory=dict)
     _groups: dict[int, Groups] = field(default_factory=dict)
     _places: list[slice | Tensor] | None = None
 
@@ -113,16 +115,19 @@ class Pass:
 class RoutingObserver:
     """What a method looks at, and decides, in every layer of every training batch of one client.
 
-    Both functions see the client's own rows of one batch, without padding (`valid_T` is True for all of them), and are called
+    All functions see the client's own rows of one batch, without padding (`valid_T` is True for all of them), and are called
     on its home rank only. On a GPU, whatever they read on the host holds up every layer: let results stay tensors.
 
     Attributes:
         observe: (routing, valid_T) -> (active_E, sums): the experts that this batch may train (bool, None for all), and
             named float [E] tensors that are added up over the round's batches.
+        attended: (routing, attention_T) -> further named sums, of the attention that each token receives in this layer
+            (`model/attention_received.py`); with `Method.attends`.
         loss: (layer, routing, logits_TE, valid_T) -> auxiliary loss of the layer, or None; the mean over layers is minimised.
     """
 
     observe: Callable[[Routing, Tensor], tuple[Tensor | None, dict[str, Tensor]]] | None = None
+    attended: Callable[[Routing, Tensor], dict[str, Tensor]] | None = None
     loss: Callable[[int, Routing, Tensor, Tensor], Tensor | None] | None = None
 
 
@@ -136,6 +141,7 @@ class InTraining:
         objectives: at the model's output, by home slot.
         whole_steps: whether an objective needs all targets of a client's step at once (the same on all ranks).
         selective: whether a batch may train only some of the experts (the same on all ranks).
+        attends: whether some observer asks for the attention that tokens receive.
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
         offers: home slots whose router probabilities are asked for.
     """
@@ -148,6 +154,7 @@ class InTraining:
     objectives: dict[int, Objective] = field(default_factory=dict)
     whole_steps: bool = False
     offers: frozenset[int] = frozenset()
+    attends: bool = False
 
 
 @dataclass

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fedmoe_ds.model.attention_received import received
 from fedmoe_ds.model.packing import PackedSamples
 from fedmoe_ds.model.pass_context import Execution, Pass
 
@@ -53,6 +54,9 @@ def _attend(
     """As transformers' `sdpa_attention_forward`: heads [B, H, S, K] in, [B, S, H, K] out."""
     execution: Execution = getattr(module, _EXECUTION)
     whole, run = query.shape[2], execution.running()
+    if execution.wave.attends and run.segments:
+        scale, window = options.get("scaling"), options.get("sliding_window")
+        run.attended[int(getattr(module, "layer_idx"))] = received(query, key, run.valid_T, run.segments, scale, window)  # noqa: B009
     if run.packed is not None:
         return _attend_packed(run.packed, module, (query, key, value), attention_mask, **options), None
     # The single token of an idle rank sees itself, whatever the window.

@@ -171,6 +171,7 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: boo
     if config.adapters.start is not None:  # names and shapes alone; whose model it is needs the weights
         open_start(find_start(config.adapters.start, whole=False), spec, None)
     clients, data = _clients(spec, folder, assume, counted) if made is None else made(spec)
+    spec.know(clients)
     if (ignored := cache.line([cache.passed_over()])) is not None:
         with Progress() as progress:
             progress.note(ignored)
