@@ -89,6 +89,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "federation": {"budget": "both", "sampling": "size"},
     },
     "flood": {"method": {"name": "flood", "horizon": 3, "alpha": 2.0}},
+    "fedfm": {"method": {"name": "fedfm", "matching": 2.0}, "federation": {"rounds": 3}},
+    "fedfm-survey": {"method": {"name": "fedfm", "anchors": "survey"}, "execution": {"micro_batch_size": 2}},
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {
         "method": {"name": "fednova", "effective": "steps"},

@@ -22,7 +22,7 @@ from reference_flex_moe import ObservedFlexMoE
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
-from reference_objectives import ObservedFLood
+from reference_objectives import ObservedFedFM, ObservedFLood
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_weights import EWWAFL, FedNova, QFedAvg
@@ -95,6 +95,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
         Told(CCFAO, {"most": 2, "threshold": 1}),
     ),
     "flood": ({"horizon": 3}, Told(ObservedFLood, {"alpha": 0.5})),
+    "fedfm": ({"matching": 0.5}, Told(ObservedFedFM, {"classes": 320, "width": 16})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),

@@ -33,7 +33,7 @@ from reference_methods import (
     Scaffold,
     pairs,
 )
-from reference_objectives import FLood
+from reference_objectives import FedFM, FLood
 from reference_products import FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_sub_models import ALL, FOUND, TRIED, FedMoE
@@ -215,6 +215,13 @@ CASES = {
         },
         {"micro": None},
         {"alpha": 0.8, "quantile": 0.7, "temperature": 2.0, "amplitude": 1.0, "horizon": 3},
+    ),
+    "fedfm": Case(
+        FedFM,
+        {**method("fedfm", matching=0.7, temperature=0.3), "federation": {"participation": 0.75, "rounds": 3}},
+        {},
+        {"matching": 0.7, "temperature": 0.3, "classes": 320, "width": 32},
+        rounds=3,
     ),
     "ewwa-fl": Case(
         EWWAFL,

@@ -14,6 +14,8 @@ Legend: L layers, E experts of the model, R adapter rank.
     tally(update)           further numbers of it that are summed (with `weighing.tallies`)
     element_weights(view)   weights of single elements (with `weighing.elements`)
     factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
+    summary(client, sums)   its values and weights of each key of a statistic
+    survey(targets)         what is summed up of its data after a round, by the new adapters (with `surveys`)
     after_mean(context)     what becomes of the mean before the server's step
     server_rate(clients)    a factor on the server's learning rate
     combine(pair)           the new adapter from everybody's factors, where no mean gives it
@@ -24,8 +26,8 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -33,6 +35,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fedmoe_ds.aggregation.averaged_statistics import Summary
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import MEAN, Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
@@ -40,11 +43,12 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
-from fedmoe_ds.config import Config, LocalConfig
+from fedmoe_ds.config import Config
+from fedmoe_ds.methods.model_facts import ModelFacts
 from fedmoe_ds.methods.round_plan import MeanContext, PlanContext, RoundContext, RoundPlan, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
-from fedmoe_ds.model.objective import Objective
+from fedmoe_ds.model.objective import Objective, Sums, Targets
 from fedmoe_ds.model.pass_context import RoutingObserver
 
 
@@ -73,20 +77,6 @@ class MethodInfo:
     sends: str
     weighs: str
     completion: str
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all."""
-
-    top_k: int
-    num_experts: int
-    rank: int
-    seed: int
-    renormalised: bool = False
-    layers: tuple[int, ...] = ()
-    local: LocalConfig = field(default_factory=LocalConfig)
-    depth: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,6 +113,7 @@ class Method:
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
         most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
+        surveys: whether statistics are those of a pass over clients' data after the aggregation, and not of their training.
         weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
@@ -134,12 +125,13 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the four below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the five below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     selective: bool = False
     whole_steps: bool = False
     logit_copies: ClassVar[int] = 1
+    surveys: bool = False
     weighing: Weighing = MEAN
     weighs_losses: ClassVar[bool] = False
     collects: ClassVar[bool] = False
@@ -218,6 +210,14 @@ class Method:
         """Names and shapes of the numbers that its objectives sum up; `observed` of a client's update has them, float64."""
         return {}
 
+    def statistics(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes [K, *item] of what is averaged over clients key by key, and delivered with the adapters."""
+        return {}
+
+    def survey(self, targets: Targets) -> Sums:
+        """With `surveys`: what `sums` names, of some of a client's data, by the adapters that a round has made."""
+        raise NotImplementedError
+
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""
 
@@ -262,6 +262,10 @@ class Method:
 
     def element_weights(self, spec: BlockSpec, view: ClientView, update: ClientUpdate) -> Tensor:
         """Weights of a block's elements, float32, not negative, where the tensors are (this rank's part of the block)."""
+        raise NotImplementedError
+
+    def summary(self, client: Client, sums: Mapping[str, np.ndarray]) -> Summary:
+        """By statistic, the client's own value [K, *item] and its weight of every key [K], of what `sums` names."""
         raise NotImplementedError
 
     def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:

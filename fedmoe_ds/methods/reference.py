@@ -53,7 +53,8 @@ What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
 `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was trained, each in one cluster. The sums of
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
-client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds. Of every client that was trained, `fed-moe` and
+client's whole step; `fedfm` sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
+`cc-fao` keeps the global adapters of `max_delay` rounds. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
 about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)).
 """
@@ -153,6 +154,8 @@ class Struggling(Method):
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
 experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses.
+What its objectives sum up key by key, by class say, is averaged over clients with `statistics` and `summary`, and is in the
+next round's `context.statistics`.
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone.
 
 A method imports from `fedmoe_ds.methods` alone, as ours do: other modules may move, these names stay.

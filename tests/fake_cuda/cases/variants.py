@@ -20,6 +20,7 @@ NAMES = {
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
+        "fedfm", "fedfm-survey",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
     "case_losses_are_the_cpu_s": ["flame", "flex-moe", "fft-moe", "losses", "fed-moe"],
