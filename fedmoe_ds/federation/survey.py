@@ -33,8 +33,10 @@ def survey(parts: Parts, round_index: int, clients: Sequence[Client]) -> None:
     sums = server.averaged.sums(server.exact, parts.runtime.device) if method.surveys else None
     if sums is None:
         return
-    world, rank = parts.runtime.world_size, parts.runtime.rank
-    size, found = parts.config.evaluation.batch_size, dict[Client, Sums]()
+    world, rank, found = parts.runtime.world_size, parts.runtime.rank, dict[Client, Sums]()
+    # As many samples as a pass of training has: a key of the evaluation must not decide what is trained.
+    step = parts.config.local.batch_size
+    size = min(parts.config.execution.micro_batch_size or step, step)
     most = max(sum(-(-client.sequences // size) for client in clients[first::world]) for first in range(world))
     passes = _passes(parts, round_index, clients[rank::world], size)
     # All LoRA rows: clients that have something of their own are refused (`contradictions`).

@@ -215,7 +215,7 @@ class Method:
         return {}
 
     def survey(self, targets: Targets) -> Sums:
-        """With `surveys`: what `sums` names, of some of a client's data, by the adapters that a round has made."""
+        """With `surveys`: what `sums` names, of some of a client's data, by the adapters that a round has made; no routing."""
         raise NotImplementedError
 
     def adjust(self, view: ClientView) -> None:
