@@ -62,7 +62,7 @@ def totals(averaged: AveragedStatistics, parts: list[list[Summary]], exact: bool
                 for part in sums._sums(name):
                     part.raise_to(windows[start : start + part.windows.numel()].view(part.windows.shape))
                     start += part.windows.numel()
-        first.flat.memory += other.flat.memory
+        first.flat.memory.add_(other.flat.memory)
     return first
 
 
@@ -120,7 +120,7 @@ def test_what_is_known_stays_known() -> None:
 def test_none_are_no_state_no_sums_and_no_bytes() -> None:
     averaged = AveragedStatistics({})
     assert averaged.banks() == {} == averaged.delivered({}) and averaged.sums(True) is None
-    sums = RoundSums([], 1, True, averaged=averaged)
+    sums = RoundSums([], 1, True, keyed=averaged)
     assert sums.keyed is None and not [*sums.tensors()]
 
 

@@ -28,7 +28,7 @@ class RoundSums:
         participants: clients of the round if their factors are collected, else None.
         controls: whether changes of control or dual variables are summed.
         weighing: what the weights of the method are.
-        averaged: statistics that are summed with weights of their own; None: there are none.
+        keyed: statistics that are summed with weights of their own; None: there are none.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class RoundSums:
         controls: bool = False,
         device: torch.device | None = None,
         weighing: Weighing = MEAN,
-        averaged: AveragedStatistics | None = None,
+        keyed: AveragedStatistics | None = None,
     ) -> None:
         # Factors that are collected are not averaged as well: the mean of A and B would not be used.
         averaged = specs if participants is None else [spec for spec in specs if spec.pair is None]
@@ -51,7 +51,7 @@ class RoundSums:
         self.collection = None if participants is None else Collection(specs, experts, participants, device)
         # Sums of their own: these changes weigh 1 / N or the share of all data, whatever the method weighs a client by.
         self.controls = Statistics(specs, experts, exact, device) if controls else None
-        self.keyed = None if averaged is None else averaged.sums(exact, device)
+        self.keyed = None if keyed is None else keyed.sums(exact, device)
 
     def add(
         self,
