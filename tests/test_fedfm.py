@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_inputs import dense_config, write_dense
-from every import every
-from federations import alone, build, finish, make_config, run_alone, write_inputs
+from federations import make_config, run_alone, write_inputs
 from reference import Reference, Settings
 from torch import Tensor
 
@@ -133,7 +132,7 @@ def anchors_of(parts: Parts) -> Statistic:
 
 
 def test_a_survey_s_anchors_are_class_means_of_the_pooled_data(root: Path) -> None:
-    """By the model that the last round has made, in float64, whoever has which samples; a class of nobody has none."""
+    """By the model that the last round has made, in float64, whoever has which samples; a token of nobody has none."""
     few: dict[str, Any] = {"federation": {"participation": 0.67}, "seed": 6}
     config = make_config(root, "survey", SHORT, few, {"method": {"name": "fedfm", "anchors": "survey"}})
     result = run_alone(config)
@@ -154,7 +153,7 @@ def test_a_survey_s_anchors_are_class_means_of_the_pooled_data(root: Path) -> No
     assert reference.margin > 1e-6 and [client.index for client in members] == [1, 2]
     for label, features in reached.items():
         np.testing.assert_allclose(found.value[label].numpy(), torch.stack(features).mean(0).numpy(), atol=1e-5)
-    assert set(reached) < set(found.known.nonzero().flatten().tolist()), "classes of the first client keep their anchors"
+    assert set(reached) == set(found.known.nonzero().flatten().tolist())
 
 
 def test_a_survey_does_not_depend_on_how_it_is_cut(root: Path) -> None:
@@ -170,17 +169,26 @@ def test_a_survey_does_not_depend_on_how_it_is_cut(root: Path) -> None:
     assert not torch.equal(third.value, first.value)
 
 
-def test_classes_of_images_are_their_labels(root: Path) -> None:
-    """Of plain adapters on a vision transformer: an anchor per digit that anybody has, the mean over the last epoch."""
+@pytest.mark.parametrize("anchors", ["stale", "survey"])
+def test_classes_of_images_are_their_labels(root: Path, anchors: str) -> None:
+    """Of plain adapters on a vision transformer: an anchor per digit. One that nobody has in a round keeps its bits."""
     moe = {"adapters": {"attention": [], "moe": {"experts": 1, "width": 8, "top_k": 1}}, "federation": {"tiers": None}}
     change: dict[str, Any] = {**SHORT, "local": {"max_steps": None, "epochs": 1, "batch_size": 4}}
-    config = dense_config(root, "vit", "images", change, moe)
-    config = config.model_copy(update={"method": type(config.method)(name="fedfm")})
-    parts, journal = build(config, *alone())
-    result = finish(parts, journal)
-    found, counts = anchors_of(parts), parts.data.label_counts().sum(0)
-    assert found.value.shape == (10, 32) and torch.equal(found.known, torch.from_numpy(counts > 0))
-    assert every(bool(value.isfinite().all()) for value in (found.value, *map(torch.from_numpy, result.adapters.values())))
+    found: list[tuple[Tensor, Tensor, set[int]]] = []
+    for rounds in (1, 2):
+        config = dense_config(root, "vit", f"{anchors}-{rounds}", change, moe, {"federation": {"participation": 0.34}})
+        federation = config.federation.model_copy(update={"rounds": rounds})
+        method = type(config.method)(name="fedfm", anchors=anchors)
+        parts = run_alone(config.model_copy(update={"method": method, "federation": federation})).parts
+        labels = [parts.training_data.train(client.index).labels for client in parts.participants(rounds)]
+        present = {int(label) for own in labels if own is not None for label in own}
+        one = anchors_of(parts)
+        found.append((one.value.clone(), one.known, present))
+    (before, known, first), (after, now, second) = found
+    assert before.shape == (10, 32) and set(known.nonzero().flatten().tolist()) == first
+    assert set(now.nonzero().flatten().tolist()) == first | second and first - second and second - first
+    for c in range(10):
+        assert torch.equal(before[c], after[c]) == (c not in second), c
 
 
 def test_what_cannot_be_is_refused(root: Path) -> None:
