@@ -78,7 +78,7 @@ class ObservedFLood(FLood):
 
 
 class FedFM(FedIT):
-    """Options: matching, temperature, classes, width; anchors of the last local epoch."""
+    """Options: matching, temperature, classes; anchors of the last local epoch."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -120,7 +120,7 @@ class FedFM(FedIT):
             self.anchors[key] = torch.cat([one[key] for one in seen if key in one]).mean(0)
 
     def extras(self) -> dict[str, Adapters]:
-        nothing, found = torch.zeros(self.options["width"], dtype=torch.float64), dict[str, Tensor]()
+        nothing, found = torch.zeros_like(next(iter(self.anchors.values()))), dict[str, Tensor]()
         for c in range(self.options["classes"]):
             key = f"keys.{c}.anchors"
             found |= {key: self.anchors.get(key, nothing), f"{key}.known": torch.tensor([float(key in self.anchors)])}

@@ -95,7 +95,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
         Told(CCFAO, {"most": 2, "threshold": 1}),
     ),
     "flood": ({"horizon": 3}, Told(ObservedFLood, {"alpha": 0.5})),
-    "fedfm": ({"matching": 0.5}, Told(ObservedFedFM, {"classes": 320, "width": 16})),
+    "fedfm": ({"matching": 0.5}, Told(ObservedFedFM, {"classes": 320})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),

@@ -220,7 +220,7 @@ CASES = {
         FedFM,
         {**method("fedfm", matching=0.7, temperature=0.3), "federation": {"participation": 0.75, "rounds": 3}},
         {},
-        {"matching": 0.7, "temperature": 0.3, "classes": 320, "width": 32},
+        {"matching": 0.7, "temperature": 0.3, "classes": 320},
         rounds=3,
     ),
     "ewwa-fl": Case(
