@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_inputs import dense_config, write_dense
-from federations import make_config, run_alone, write_inputs
+from federations import alone, build, make_config, run_alone, write_inputs
 from reference import Reference, Settings
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from fedmoe_ds.aggregation.averaged_statistics import STATISTICS
 from fedmoe_ds.config.schema import MethodConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import Parts
+from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.methods import ModelFacts, Statistic, load_method, method_for
 from fedmoe_ds.methods.fedfm import FedFM
 
@@ -173,22 +174,24 @@ def test_a_survey_does_not_depend_on_how_it_is_cut(root: Path) -> None:
 def test_classes_of_images_are_their_labels(root: Path, anchors: str) -> None:
     """Of plain adapters on a vision transformer: an anchor per digit. One that nobody has in a round keeps its bits."""
     moe = {"adapters": {"attention": [], "moe": {"experts": 1, "width": 8, "top_k": 1}}, "federation": {"tiers": None}}
+    few: dict[str, Any] = {"federation": {"participation": 0.17}, "data": {"partition": {"alpha": 0.1}}}
     change: dict[str, Any] = {**SHORT, "local": {"max_steps": None, "epochs": 1, "batch_size": 4}}
-    found: list[tuple[Tensor, Tensor, set[int]]] = []
-    for rounds in (1, 2):
-        config = dense_config(root, "vit", f"{anchors}-{rounds}", change, moe, {"federation": {"participation": 0.34}})
-        federation = config.federation.model_copy(update={"rounds": rounds})
-        method = type(config.method)(name="fedfm", anchors=anchors)
-        parts = run_alone(config.model_copy(update={"method": method, "federation": federation})).parts
-        labels = [parts.training_data.train(client.index).labels for client in parts.participants(rounds)]
-        present = {int(label) for own in labels if own is not None for label in own}
-        one = anchors_of(parts)
-        found.append((one.value.clone(), one.known, present))
-    (before, known, first), (after, now, second) = found
-    assert before.shape == (10, 32) and set(known.nonzero().flatten().tolist()) == first
-    assert set(now.nonzero().flatten().tolist()) == first | second and first - second
-    for c in range(10):
-        assert torch.equal(before[c], after[c]) == (c not in second), c
+    config = dense_config(root, "vit", anchors, change, moe, few)
+    method = type(config.method)(name="fedfm", anchors=anchors)
+    parts, journal = build(config.model_copy(update={"method": method}), *alone())
+    federation, before, known, seen = Federation(parts, journal), torch.zeros(10, 32), set[int](), list[set[int]]()
+    for round_index in (1, 2):
+        assert not federation._round(round_index)
+        labels = [parts.training_data.train(client.index).labels for client in parts.participants(round_index)]
+        seen.append({int(label) for own in labels if own is not None for label in own})
+        known |= seen[-1]
+        found = anchors_of(parts)
+        assert set(found.known.nonzero().flatten().tolist()) == known
+        for c in range(10):
+            assert torch.equal(found.value[c], before[c]) == (c not in seen[-1]), c
+        before = found.value.clone()
+    journal.close()
+    assert seen[0] - seen[1] and len(known) < 10
 
 
 def test_what_cannot_be_is_refused(root: Path) -> None:
