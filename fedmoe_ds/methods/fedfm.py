@@ -96,8 +96,8 @@ class FedFM(Method):
         weighs="data size; anchors: targets of the class",
         completion="anchors of the last local epoch; absent classes keep theirs; tokens are the classes of texts",
     )
-    # Of cosines, which are as many as logits where all classes have an anchor.
-    logit_copies: ClassVar[int] = 3
+    # Beside the logits: cosines and their log-probabilities, or before them which class a target is of, in float64.
+    logit_copies: ClassVar[int] = 2
 
     def __init__(self, params: FedFMParams) -> None:
         super().__init__(params)
@@ -145,8 +145,9 @@ class FedFM(Method):
         return class_sums(targets.hidden_ND, targets.labels_N, self.facts.classes, counted=targets.step.last_epoch)
 
     def _loss(self, given: Predictions, anchors: Statistic) -> tuple[Tensor, Sums]:
-        matching = self.params.matching * self._matching(given.hidden_ND, given.labels_N, anchors)
-        return given.nll_N.sum() + matching, self._features(given)
+        # Sums first: what they need has gone before there are cosines.
+        sums = self._features(given)
+        return given.nll_N.sum() + self.params.matching * self._matching(given.hidden_ND, given.labels_N, anchors), sums
 
     def _matching(self, hidden_ND: Tensor, labels_N: Tensor, anchors: Statistic) -> Tensor:
         """The matching losses of these targets added up; zero of those whose class has no anchor."""

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedmoe_ds.model.objective import Sums
@@ -33,9 +32,9 @@ def class_sums(features_ND: Tensor, labels_N: Tensor, classes: int, counted: boo
     for first in range(0, len(labels_N) if counted else 0, _ROWS):
         part = slice(first, first + _ROWS)
         # A product, which adds in one fixed order; adding at indices has none on a GPU.
-        of_class_CN = F.one_hot(labels_N[part], classes).double().T.contiguous()
-        features_CD += of_class_CN @ features_ND[part].double()
-        counts_C += of_class_CN.sum(1)
+        of_class_NC = (labels_N[part].unsqueeze(1) == torch.arange(classes, device=labels_N.device)).double()
+        features_CD += of_class_NC.T @ features_ND[part].double()
+        counts_C += of_class_NC.sum(0)
     return {CLASS_FEATURES: features_CD, CLASS_TARGETS: counts_C}
 
 
