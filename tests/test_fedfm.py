@@ -25,6 +25,7 @@ from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.methods import ModelFacts, Statistic, load_method, method_for
 from fedmoe_ds.methods.fedfm import FedFM
+from fedmoe_ds.testing import check_method
 
 N, C, D = 11, 5, 7
 LOSSES = ("contrastive", "squared")
@@ -192,6 +193,13 @@ def test_classes_of_images_are_their_labels(root: Path, anchors: str) -> None:
         before = found.value.clone()
     journal.close()
     assert seen[0] - seen[1] and len(known) < 10
+
+
+@pytest.mark.cluster
+def test_a_survey_is_a_method_like_any_other() -> None:
+    """The same bits with two clients in flight, and after a stop in the middle of a round."""
+    result = check_method(FedFM, {"anchors": "survey"}, ranks=1)
+    assert result.digest is not None
 
 
 def test_what_cannot_be_is_refused(root: Path) -> None:
