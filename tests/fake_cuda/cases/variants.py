@@ -23,7 +23,7 @@ NAMES = {
         "fedfm", "fedfm-survey",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
-    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "fft-moe", "losses", "fed-moe"],
+    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "fft-moe", "losses", "fed-moe", "fedfm"],
 }  # fmt: skip
 
 MORE: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ SEARCHED: dict[str, Any] = {
     "method": {"balance_loss": 0.01},
     "execution": {"micro_batch_size": None},
 }
-MORE_ROUNDS: dict[str, dict[str, Any]] = {"fed-moe": SEARCHED}
+MORE_ROUNDS: dict[str, dict[str, Any]] = {"fed-moe": SEARCHED, "fedfm": {"federation": {"rounds": 2}}}
 """Methods whose first round is like any other's."""
 
 
