@@ -100,6 +100,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ub-smoe-batch": {"method": {"name": "ub-smoe", "pseudo_gradient": "batch", "candidates": 8, "momentum": 0.0}},
     "flood": {"method": {"name": "flood", "horizon": 3, "alpha": 2.0}},
     "prism": {"method": {"name": "prism", "rho": 0.5, "horizon": 3}},
+    "fedfm": {"method": {"name": "fedfm", "matching": 2.0}, "federation": {"rounds": 3}},
+    "fedfm-survey": {"method": {"name": "fedfm", "anchors": "survey"}, "execution": {"micro_batch_size": 2}},
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {
         "method": {"name": "fednova", "effective": "steps"},

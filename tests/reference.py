@@ -109,6 +109,9 @@ class Reference:
         self.running: Running | None = None
         # In the place of cross-entropy: (logits, right tokens) of all targets of a step -> what is minimised, summed over them.
         self.objective: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.features: list[Tensor] = []  # what the head read of the targets of a pass, sequence by sequence
+        self._read = torch.empty(0)
+        self.model.get_output_embeddings().register_forward_pre_hook(self._note)
         self.margin = math.inf  # smallest distance between a chosen and the next score: how near routing was to a tie
         self.held: np.ndarray | None = None  # bool [L, E]: the experts that tokens may go to
         for index, layer in enumerate(self.model.model.layers):
@@ -126,6 +129,9 @@ class Reference:
             return output + self.running.scale * (inputs[0] @ adapters[f"{key}.lora_A"].T) @ adapters[f"{key}.lora_B"].T
 
         return hook
+
+    def _note(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        self._read = inputs[0]
 
     def mixture(self, layer: int, gate_ED: Tensor, w13_EFD: Tensor, w2_EDF: Tensor, x_TD: Tensor) -> Tensor:
         """s * sum_j p_j E_j(x) over the `cap` experts with the largest p = softmax(W x).
@@ -182,6 +188,7 @@ class Reference:
         """Logits and right tokens of one sequence's targets."""
         logits = self.model(input_ids=torch.from_numpy(np.array(tokens))[None], use_cache=False).logits[0]
         places = torch.from_numpy(np.flatnonzero(targets))
+        self.features.append(self._read[0][places - 1])
         return logits[places - 1], torch.from_numpy(np.array(tokens))[places]
 
     def auxiliary(self) -> Tensor:
@@ -280,6 +287,7 @@ class Reference:
         for first in range(0, len(sequences), size):
             part = sequences[first : first + size]
             run.logits.clear()
+            self.features.clear()
             if self.objective is None:
                 loss = torch.stack([self.loss_sum(ids, mask) for ids, mask in part]).sum() / targets
             else:

@@ -1,4 +1,4 @@
-"""Methods with an objective of their own at the model's output, in plain float64: FLood and PRISM, target by target.
+"""Methods with an objective of their own at the model's output, in plain float64: FLood, PRISM and FedFM, target by target.
 
 Keys are those of `reference_methods.py`, whose local training this is.
 """
@@ -148,4 +148,67 @@ class ObservedPRISM(PRISM):
             self.known[task.index] = update.probed.numbers.tolist()
         self.notes = {"share": update.client.trained_sequences / update.client.sequences}
         self.options["most"] = max(self.options["sizes"].values())
+        return result
+
+
+class FedFM(FedIT):
+    """Options: matching, temperature, classes; anchors of the last local epoch."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.anchors: Adapters = {}
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        sizes, micro = [len(step) for step in task.steps], self.reference.settings.micro
+        passes = iter([step for step, size in enumerate(sizes) for _ in range(-(-size // (micro or size)))])
+        seen: dict[str, list[Tensor]] = {}
+        known = sorted(self.anchors)
+
+        def objective(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+            step = next(passes)
+            total = torch.zeros((), dtype=torch.float64)
+            for row, label, feature in zip(logits_NV, labels_N, torch.cat(self.reference.features), strict=True):
+                total = total + row.logsumexp(-1) - row[label]
+                key = f"keys.{int(label)}.anchors"
+                if key in known:
+                    cosines = torch.stack([self.anchors[each] / self.anchors[each].norm() for each in known]) @ feature
+                    cosines = cosines / feature.norm() / self.options["temperature"]
+                    total = total + self.options["matching"] * (cosines.logsumexp(-1) - cosines[known.index(key)])
+                if sum(sizes[step:]) <= min(task.samples, sum(sizes)) or step == len(sizes) - 1:
+                    seen.setdefault(key, []).append(feature.detach())
+            return total
+
+        self.reference.objective = objective
+        result = super().local(task, received)
+        self.reference.objective = None
+        self.notes = {"seen": {key: torch.stack(features) for key, features in seen.items()}}
+        return result
+
+    def step(self, returned: list[Returned], fresh: Adapters) -> None:
+        super().step(returned, fresh)
+        self.average([one.notes["seen"] for one in returned])
+
+    def average(self, seen: list[Adapters]) -> None:
+        """Every class's mean over all targets of it; a class that nobody has keeps its anchor."""
+        for key in {key for one in seen for key in one}:
+            self.anchors[key] = torch.cat([one[key] for one in seen if key in one]).mean(0)
+
+    def extras(self) -> dict[str, Adapters]:
+        nothing, found = torch.zeros_like(next(iter(self.anchors.values()))), dict[str, Tensor]()
+        for c in range(self.options["classes"]):
+            key = f"keys.{c}.anchors"
+            found |= {key: self.anchors.get(key, nothing), f"{key}.known": torch.tensor([float(key in self.anchors)])}
+        return super().extras() | {"statistics": found}
+
+
+class ObservedFedFM(FedFM):
+    """Class sums are the package's; the gradients are replayed (`replay.py`)."""
+
+    def local(self, task: Task, received: Adapters) -> Trained:
+        result = FedIT.local(self, task, received)
+        replay: Any = self.reference
+        observed = replay.updates[task.index].observed
+        sums, counts = (torch.from_numpy(observed[name]) for name in ("features_per_class", "targets_per_class"))
+        present = counts.nonzero().flatten().tolist()
+        self.notes = {"seen": {f"keys.{c}.anchors": (sums[c] / counts[c]).expand(int(counts[c]), -1) for c in present}}
         return result

@@ -33,12 +33,12 @@ from fedmoe_ds.model.lora_linear import ClientLoRALinear
 from fedmoe_ds.report import Progress
 
 PAGE = Path(__file__).parents[1] / "docs" / "outputs.md"
-PLACEHOLDERS = {"<l>": r"(?:\d+)", "<e>": r"(?:\d+)", "<p>": r"(?P<projection>\w+)"}
+PLACEHOLDERS = {"<l>": r"(?:\d+)", "<e>": r"(?:\d+)", "<c>": r"(?:\d+)", "<p>": r"(?P<projection>\w+)"}
 SIDES = {"values": (2,), "weights": (2,), "value-windows": (1,), "weight-windows": (1,)}
 TALLIES = {"tally-way": (2,), "tally-share": (2,), "tally-h": (2,), "tally-arrivals": (2,)}
 SIDES |= TALLIES | {f"{side}-windows": (1,) for side in TALLIES}
 KINDS = ["flame", "flame-layers", "hfedmoe-full", "hetlora", "flora", "fedsa-lora", "scaffold", "fedyogi", "plain-flora"]
-KINDS += ["ewwa-fl", "fednova", "prism"]
+KINDS += ["ewwa-fl", "fednova", "prism", "fedfm"]
 TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
@@ -100,7 +100,7 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
     if kind == "sums":
         name, side = name.split("/")
         side = side.removeprefix("control-").removeprefix("weighting-2-")  # FLood's second mean
-        item = specified(name, "adapters", parts)
+        item = specified(name, "statistics" if name.startswith("keys.") else "adapters", parts)
         if side in ("factors", "factor-weights"):
             dtype = torch.float32 if side == "factors" else torch.float64
             return (participants, *(item if side == "factors" else ())), dtype
@@ -115,7 +115,9 @@ def checked(file: str, name: str, parts: Parts, participants: int) -> tuple[tupl
         )
         if name == "clients":
             return before, torch.int64
-    group = {"server.base": "base", "personal": "personal", "adapters": "adapters"}.get(kind, "server")
+    group = {"server.base": "base", "server.statistics": "statistics", "personal": "personal", "adapters": "adapters"}.get(
+        kind, "server"
+    )
     return (*before, *specified(name, group, parts)), torch.float32
 
 
@@ -170,7 +172,7 @@ def compare(root: Path, variant: str) -> set[str]:
 
 
 def test_the_page_has_every_tensor_and_no_other(root: Path) -> None:
-    assert len(ROWS) == 22
+    assert len(ROWS) == 24
     assert set().union(*(compare(root, variant) for variant in KINDS)) == {row.pattern.pattern for row in ROWS}
 
 

@@ -24,7 +24,7 @@ from reference_flux import ObservedFlux
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
-from reference_objectives import ObservedFLood, ObservedPRISM
+from reference_objectives import ObservedFedFM, ObservedFLood, ObservedPRISM
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_ub_smoe import ObservedUBSMoE
@@ -110,6 +110,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     ),
     # The second round of whoever was there in the first is reinforcement.
     "prism": ({"rho": 0.5, "horizon": 2}, Told(ObservedPRISM, {})),
+    "fedfm": ({"matching": 0.5}, Told(ObservedFedFM, {"classes": 320})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from method_variants import variant_config
 from planned import OLMOE, olmoe, small
 
+from fedmoe_ds.aggregation.averaged_statistics import AveragedStatistics
 from fedmoe_ds.aggregation.round_sums import RoundSums
 from fedmoe_ds.bench.harness.shapes import Shape, write_model
 from fedmoe_ds.commands import plan as plan_command
@@ -186,21 +187,21 @@ def test_prediction_counts_what_a_round_sends(small: Job) -> None:
     assert 4.0 < shared.bytes["all_to_all"] / wide < 5.5, "rows and results, forward and backward, and evaluation"
 
 
-@pytest.mark.parametrize("variant", ["flora", "scaffold", "fedvra-rows", "fedit", "ewwa-fl", "fednova"])
+@pytest.mark.parametrize("variant", ["flora", "scaffold", "fedvra-rows", "fedit", "ewwa-fl", "fednova", "fedfm"])
 def test_prediction_counts_every_sum_of_a_method(tmp_path: Path, variant: str) -> None:
-    """Collected factors, control variates, tallies and weights of elements travel, too: the bytes are those of a real round's
+    """Factors, control variates, tallies, statistics and weights of elements travel, too: the bytes are those of a real round's
     sums, dense ones twice."""
     write_inputs(tmp_path)
     job, cpu = resolve(variant_config(tmp_path, variant, "planned")), load_hardware("cpu")
     participants, kept = len(job.participants(1)), keeps_variables(job.config.local)
     sums = RoundSums(
         job.blocks, job.expert_layout.num_experts // 2, True, participants if job.method.collects else None, kept,
-        weighing=job.method.weighing,
+        weighing=job.method.weighing, keyed=AveragedStatistics(job.method.statistics()),
     )  # fmt: skip
     sizes = [(spec.expert, tensor.nbytes) for spec, _, _, tensor in sums.tensors()]
     found = predict_job(job, 2, 8, World(1, 4), cpu)
     assert found.bytes["all_reduce"] == sum(size if expert else 2 * size for expert, size in sizes)
-    assert found.traffic["all_reduce"].calls == {"scaffold": 8, "fedvra-rows": 8}.get(variant, 4)
+    assert found.traffic["all_reduce"].calls == {"scaffold": 8, "fedvra-rows": 8, "fedfm": 8}.get(variant, 4)
 
 
 def _product(item: tuple[int, ...]) -> int:

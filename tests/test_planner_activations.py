@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from fedmoe_ds.bench.calibration.waves import Bench
 from fedmoe_ds.config.schema import MethodConfig
 from fedmoe_ds.kernels.frozen_layers import FrozenLinear
-from fedmoe_ds.methods import LocalStep, Objective, Routing, load_method
+from fedmoe_ds.methods import LocalStep, ModelFacts, Objective, Routing, Statistic, load_method
+from fedmoe_ds.methods.fedfm import FedFM
 from fedmoe_ds.methods.flood import FLood
 from fedmoe_ds.model import cross_entropy
 from fedmoe_ds.model.forward import AdaptedModel
@@ -94,6 +95,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cross-entropy": {"name": "fedit"},
     "a whole step": {"name": "flood", "temperature": 2.0},
     "a chunk at a time": {"name": "flood", "quantile": 0.0, "temperature": 2.0},
+    "cosines beside logits": {"name": "fedfm"},
 }
 
 
@@ -103,6 +105,10 @@ def test_logits_that_an_objective_sees(small: Job, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cross_entropy, "LOGITS", 64 * CLASSES)
     method = load_method(MethodConfig.model_validate(OBJECTIVES[case]))
     own = Objective(loss=lambda given: method.loss(given, 0.5)) if isinstance(method, FLood) else Objective()
+    if isinstance(method, FedFM):
+        anchors = Statistic(torch.randn(CLASSES, WIDTH), torch.ones(CLASSES, dtype=torch.bool))
+        method.facts = ModelFacts(1, 1, 1, 0, classes=CLASSES, width=WIDTH)
+        own = Objective(loss=lambda given: method._loss(given, anchors))
     head = FrozenLinear(torch.nn.Linear(WIDTH, CLASSES, bias=False).requires_grad_(False))
     x_ND, labels_N, weight_N = torch.randn(ROWS, WIDTH, requires_grad=True), torch.arange(ROWS), torch.full((ROWS,), 0.1)
     output = Output(head, x_ND, labels_N, weight_N, torch.arange(ROWS), [ROWS], {}, method.whole_steps)
@@ -111,7 +117,9 @@ def test_logits_that_an_objective_sees(small: Job, monkeypatch: pytest.MonkeyPat
     local = small.config.local.model_copy(update={"batch_size": 4})
     job = replace(small, method=method, size=replace(small.size, vocabulary=CLASSES))
     job = replace(job, config=small.config.model_copy(update={"local": local}))
-    assert logit_bytes(job, ROWS, ROWS // 4) == pytest.approx(most_allocated(profiled), rel=TOLERANCE)
+    # Class sums are made at another time than cosines, so their peaks are no whole number of copies.
+    within = 0.1 if isinstance(method, FedFM) else TOLERANCE
+    assert logit_bytes(job, ROWS, ROWS // 4) == pytest.approx(most_allocated(profiled), rel=within)
 
 
 def most_allocated(profiled: Any) -> int:

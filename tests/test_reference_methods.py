@@ -34,7 +34,7 @@ from reference_methods import (
     Scaffold,
     pairs,
 )
-from reference_objectives import PRISM, FLood
+from reference_objectives import PRISM, FedFM, FLood
 from reference_products import FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_server import ServerRule
 from reference_sub_models import ALL, FOUND, TRIED, FedMoE
@@ -251,6 +251,13 @@ CASES = {
         {**method("prism", rho=0.4, horizon=3), "federation": {"participation": 0.75, "rounds": 3}, "adapters": ROUTER},
         {},
         {"rho": 0.4, "horizon": 3},
+        rounds=3,
+    ),
+    "fedfm": Case(
+        FedFM,
+        {**method("fedfm", matching=0.7, temperature=0.3), "federation": {"participation": 0.75, "rounds": 3}},
+        {},
+        {"matching": 0.7, "temperature": 0.3, "classes": 320},
         rounds=3,
     ),
     "ewwa-fl": Case(

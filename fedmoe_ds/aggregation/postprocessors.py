@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.update import ClientUpdate
 
@@ -25,9 +27,10 @@ class Postprocessor(Protocol):
 
 
 def keep_out_non_finite(view: ClientView, update: ClientUpdate) -> str | None:
-    """Keep out an update with a NaN or an infinity in its loss or in an adapter value, on whichever rank."""
+    """Keep out an update with a NaN or an infinity in its loss, in its sums, or in an adapter value on whichever rank."""
     # A mean with a NaN in it would be lost for all clients; exact sums refuse one with an error.
-    return None if update.finite else "non-finite"
+    finite = update.finite and all(np.isfinite(value).all() for value in update.observed.values())
+    return None if finite else "non-finite"
 
 
 def postprocess(steps: Sequence[Postprocessor], view: ClientView, update: ClientUpdate) -> str:

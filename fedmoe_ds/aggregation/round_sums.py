@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_ds.aggregation.averaged_statistics import AveragedStatistics
 from fedmoe_ds.aggregation.exact_sum import spread
 from fedmoe_ds.aggregation.lora_factors import Collection
 from fedmoe_ds.aggregation.weighing import MEAN, Weighing
@@ -17,8 +18,8 @@ from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 
 
 class RoundSums:
-    """Weighted sums of the averaged blocks; on request every participant's LoRA factors, and the changes of control or dual
-    variables.
+    """Weighted sums of the averaged blocks; on request every participant's LoRA factors, the changes of control or dual
+    variables, and statistics.
 
     Args:
         specs: blocks of the run.
@@ -27,6 +28,7 @@ class RoundSums:
         participants: clients of the round if their factors are collected, else None.
         controls: whether changes of control or dual variables are summed.
         weighing: what the weights of the method are.
+        keyed: statistics that are summed with weights of their own; None: there are none.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class RoundSums:
         controls: bool = False,
         device: torch.device | None = None,
         weighing: Weighing = MEAN,
+        keyed: AveragedStatistics | None = None,
     ) -> None:
         # Factors that are collected are not averaged as well: the mean of A and B would not be used.
         averaged = specs if participants is None else [spec for spec in specs if spec.pair is None]
@@ -48,6 +51,7 @@ class RoundSums:
         self.collection = None if participants is None else Collection(specs, experts, participants, device)
         # Sums of their own: these changes weigh 1 / N or the share of all data, whatever the method weighs a client by.
         self.controls = Statistics(specs, experts, exact, device) if controls else None
+        self.keyed = None if keyed is None else keyed.sums(exact, device)
 
     def add(
         self,
@@ -104,7 +108,7 @@ class RoundSums:
     def reduce(self, topology: Topology) -> None:
         """Combine all clusters."""
         # The same order on all ranks: every part consists of collectives.
-        for part in (*self.weightings, self.collection, self.controls):
+        for part in (*self.weightings, self.collection, self.controls, self.keyed):
             if part is not None:
                 part.reduce(topology.sum_cluster, topology.sum_shard)
 
@@ -117,3 +121,5 @@ class RoundSums:
             yield from self.collection.tensors()
         if self.controls is not None:
             yield from ((spec, f"control-{side}", lead, tensor) for spec, side, lead, tensor in self.controls.tensors())
+        if self.keyed is not None:
+            yield from self.keyed.tensors()

@@ -117,10 +117,9 @@ class Assignment:
     @property
     def _trained_LE(self) -> np.ndarray | None:
         # No row of a member goes to experts of none, which would move by weight decay alone.
-        if self.members_MLE is None:
+        if self.members_MLE is None or self.held_LE is None:
             return self.trained_LE
-        held_LE: np.ndarray = np.logical_or.reduce(self.members_MLE)
-        return held_LE if self.trained_LE is None else held_LE & self.trained_LE
+        return self.held_LE if self.trained_LE is None else self.held_LE & self.trained_LE
 
 
 def leading(rank: int, full: int) -> np.ndarray | None:

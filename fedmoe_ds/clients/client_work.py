@@ -13,7 +13,7 @@ from fedmoe_ds.clients.assignment import Assignment
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.config import LocalConfig
-from fedmoe_ds.data import Sequences
+from fedmoe_ds.data import ImageInput, Sequences
 from fedmoe_ds.model.adapter_bank import Bank
 from fedmoe_ds.model.adapter_dropout import Address
 from fedmoe_ds.model.batch import Rows
@@ -75,6 +75,18 @@ class ClientWork:
         _, place = self._member(step, micro)
         first, end = self.bounds[step][place : place + 2]
         return self.batches[step][first:end], None if self.probing else (self.round_index, self.client.index, step, first)
+
+    def rows(self, step: int, micro: int, images: ImageInput | None) -> Rows:
+        """Its token rows in one pass of a step."""
+        assert self.data is not None
+        chosen, address = self.chosen(step, micro)
+        return Rows.of(self.slot, self.assignment.cap, self.data, chosen, self.allowed(step, micro), images, address)
+
+    def step_sums(self, step: int, images: ImageInput | None) -> tuple[int, int]:
+        """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
+        assert self.data is not None
+        whole = Rows.of(self.slot, self.assignment.cap, self.data, self.batches[step], images=images)
+        return max(whole.targets, 1), whole.tokens
 
     def size(self, step: int, micro: int) -> int:
         """Sequences of one pass of a step."""

@@ -32,7 +32,6 @@ from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.distributed.phase_timer import PhaseTimer
 from fedmoe_ds.model.adapter_bank import Bank
-from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.forward import AdaptedModel, segment_sums
 from fedmoe_ds.model.objective import add_sums
 from fedmoe_ds.model.pass_context import InTraining
@@ -219,9 +218,10 @@ class WaveTrainer:
         raise shortage(everyone, step, micro)
 
     def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts, first_layer: int) -> None:
-        rows = [self._rows(work, step, micro) for work in works]
+        images = self.model.foundation.images
+        rows = [work.rows(step, micro, images) for work in works]
         batch = self.model.batch(rows)
-        whole = [self._step_sums(work, step) for work in works]
+        whole = [work.step_sums(step, images) for work in works]
         # Clients' losses are added, not averaged: parameters are disjoint, so each gradient is that of its client's mean.
         asked = asked_of(works, rows, (step, micro), [targets for targets, _ in whole], self.execution.wave.objectives)
         found = self.model.loss(batch, slot, [targets for targets, _ in whole], self._factors(works), first_layer, asked)
@@ -246,18 +246,6 @@ class WaveTrainer:
     def _factors(self, works: list[ClientWork]) -> list[float] | None:
         factors = {work.slot: work.assignment.rescale for work in works if work.assignment.rescale is not None}
         return [factors.get(slot, 1.0) for slot in range(self.pool.home_clients)] if factors else None
-
-    def _rows(self, work: ClientWork, step: int, micro: int) -> Rows:
-        assert work.data is not None
-        chosen, address = work.chosen(step, micro)
-        images = self.model.foundation.images
-        return Rows.of(work.slot, work.assignment.cap, work.data, chosen, work.allowed(step, micro), images, address)
-
-    def _step_sums(self, work: ClientWork, step: int) -> tuple[int, int]:
-        """Targets and tokens of a whole step, so that micro-batches add up to the mean over the step."""
-        assert work.data is not None
-        whole = Rows.of(work.slot, work.assignment.cap, work.data, work.batches[step], images=self.model.foundation.images)
-        return max(whole.targets, 1), whole.tokens
 
     def _auxiliary(self, losses: dict[int, dict[int, Tensor]], slot: int) -> Tensor | float:
         found = [by_slot[slot] for by_slot in losses.values()]

@@ -121,8 +121,8 @@ class TierConfig(Section):
     experts: int | None = Field(
         None,
         ge=1,
-        description="experts trained (HFedMoE: per batch; Flux), held per layer (FedMoE, FLEX-MoE), base models trained and averaged "
-        "(Split-Mix, SHEFL); default E * top_k / K",
+        description="experts trained (HFedMoE: per batch; Flux), held per layer (FedMoE, FLEX-MoE), base models trained and "
+        "averaged (Split-Mix, SHEFL); default E * top_k / K",
     )
     layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
 

@@ -21,6 +21,11 @@ def check_devices(config: Config, method: Method) -> None:
         raise UserError(
             f"devices: method {name} trains one client that has everybody's data, and nobody has its device; drop the section"
         )
+    if method.surveys:
+        raise UserError(
+            f"devices: method {name} passes over clients' data once more when a round has ended, and no device has time for "
+            "that; drop the section, or let statistics come from local training"
+        )
     place = f"devices.aggregation: {devices.aggregation}"
     if devices.aggregation != "buffered":
         return
@@ -28,6 +33,11 @@ def check_devices(config: Config, method: Method) -> None:
         # Whoever arrives was asked in another round, whose plan is over.
         raise UserError(
             f"{place}: method {name} plans itself who takes part in a round; use synchronous or deadline, or another method"
+        )
+    if method.statistics():
+        raise UserError(
+            f"{place}: method {name} delivers statistics with the adapters, and those of past rounds are not kept for updates "
+            "that come late; use synchronous or deadline"
         )
     refuse_delays(place, config, method.averages and not method.collects)
     if method.most_delay:

@@ -36,6 +36,7 @@ from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
 from fedmoe_ds.federation.round_messages import meet, share_counts, share_products, stop_agreed, stop_requested_here
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import for_next_start, make_room
+from fedmoe_ds.federation.survey import survey
 from fedmoe_ds.federation.virtual_clock import Settled, spent_fields
 from fedmoe_ds.methods import MeanContext
 
@@ -277,6 +278,7 @@ class Federation:
         self._tell_averaged(work)
         context = MeanContext(work.index, partial.memories, partial.counts_LE(parts.counts_shape), partial.tokens)
         parts.server.step(work.sums, self.state.adapters, self.state.server, work.index, work.chosen, context)
+        survey(parts, work.index, [c for c in work.chosen if partial.done[c.index]["status"] == OK])
         self.state.utilisation_LE = context.counts_LE
         if parts.clock is not None:
             work.settled = parts.clock.settle(self.state.clock, work.index, partial.done)
@@ -296,11 +298,9 @@ class Federation:
         self.journal.round(work.index, done, work.partial, self.timer, self.parts.trainer, work.busiest, more)
 
     def _tell_averaged(self, work: _Round) -> None:
-        """Say so when clients trained a block and the round averages nothing of it; it keeps its value."""
-        if all(report["status"] != OK for report in work.partial.done.values()):
-            return  # nobody came back: the round's line names them
-        kept = [name for name, count in work.weighted.items() if not count]
-        if kept:
+        """Say so when clients trained a block and the round averages nothing of it; not where nobody came back."""
+        came = any(report["status"] == OK for report in work.partial.done.values())
+        if came and (kept := [name for name, count in work.weighted.items() if not count]):
             self.journal.not_averaged(work.index, kept)
 
     def _evaluate(self, round_index: int) -> None:

@@ -161,7 +161,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
         check_widths(expert_layout)
     # Before check and blocks: both are answered from these facts.
     size = model_size(model.model, model.layers)
-    method.facts = facts_of(config, expert_layout, size.depth)
+    method.facts = facts_of(config, expert_layout, size, model.images)
     method.check(method.facts)
     full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth)
     tiers = resolve_tiers(config.federation, full, method.spends)
@@ -200,7 +200,7 @@ def check_model(config: Config, model: Outline, device: str) -> None:
     check_rotations(config, model.model.config, is_bitwise(config, device))
 
 
-def facts_of(config: Config, expert_layout: ExpertLayout, depth: int) -> ModelFacts:
+def facts_of(config: Config, expert_layout: ExpertLayout, size: ModelSize, images: ImageInput | None) -> ModelFacts:
     """What methods may ask about the model."""
     return ModelFacts(
         expert_layout.top_k,
@@ -210,7 +210,9 @@ def facts_of(config: Config, expert_layout: ExpertLayout, depth: int) -> ModelFa
         expert_layout.renormalised,
         tuple(expert_layout.layers),
         config.local,
-        depth,
+        size.depth,
+        size.vocabulary if images is None else images.classes,
+        size.hidden,
     )
 
 

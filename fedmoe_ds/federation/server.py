@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_ds.aggregation.averaged_statistics import AveragedStatistics
 from fedmoe_ds.aggregation.exact_sum import MOST_TERMS
 from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.aggregation.round_sums import RoundSums
@@ -59,6 +60,7 @@ class Server:
         clients: all clients of the federation.
 
     Attributes:
+        averaged: the statistics of the method.
         moved: what the last step has moved into the frozen weights of this rank; what has no expert counts once per cluster.
     """
 
@@ -69,6 +71,7 @@ class Server:
         check_terms(spec, len(clients))
         # Over all clients, not those of a round: fixed weights, of which only the ratio counts in a mean.
         self.total_samples = int(counts_of(clients, "samples").sum())
+        self.averaged = AveragedStatistics(spec.method.statistics())
         self.optimizer, self.past = ServerOptimizer(self.config.server), PastAdapters(most_delay(spec))
         self.keeps_variables, self.dual_step = keeps_variables(self.config.local), server_step(self.config.local)
         self.experts, self.first_expert = len(spec.expert_layout.held), spec.expert_layout.held.start
@@ -78,6 +81,7 @@ class Server:
         """The server's own state before the first round."""
         shared = shared_blocks(self.blocks)
         banks = self.optimizer.banks(shared, self.experts, device) | self.past.banks(shared, self.experts, device)
+        banks |= self.averaged.banks(device)
         if self.keeps_variables:
             banks[CONTROL] = Bank(shared, self.experts, clients=1, device=device, with_grad=False)
         if self.method.absorbs:
@@ -92,7 +96,8 @@ class Server:
     def new_sums(self, participants: int, device: torch.device) -> RoundSums:
         """Empty sums for one round."""
         return RoundSums(self.blocks, self.experts, self.exact, participants if self.method.collects else None,
-                         self.keeps_variables, device, self.method.weighing)  # fmt: skip
+                         self.keeps_variables, device, self.method.weighing,
+                         None if self.method.surveys else self.averaged)  # fmt: skip
 
     @torch.no_grad()
     def fold(self, sums: RoundSums, place: int, view: ClientView, update: ClientUpdate) -> None:
@@ -110,6 +115,9 @@ class Server:
                 moves = variable_share(self.config.local, share, len(self.clients))
                 change = update.remembered[control_block(spec).name] - view.client_state[control_block(spec).name]
                 sums.add_control(spec, change, np.full(parts[0].shape, moves))
+        # At home alone, as what is dense: every rank of the cluster knows the update.
+        if sums.keyed is not None and False in view.slots:
+            self.averaged.add(sums.keyed, self.method.summary(update.client, update.observed))
 
     def _tallies(self, spec: BlockSpec, update: ClientUpdate, share: float) -> dict[str, np.ndarray]:
         if not self.method.weighing.tallies:
@@ -170,6 +178,8 @@ class Server:
             adapters.client(spec.name, 0).copy_(new)
         if sums.collection is not None:
             self.moved = self._combine(sums, adapters, own, old, round_index)
+        if sums.keyed is not None:
+            self.averaged.step(sums.keyed, own)
         if context is not None and self.method.overrides("renew"):
             self._renew(adapters, context)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from fedmoe_ds.aggregation.averaged_statistics import AveragedStatistics
 from fedmoe_ds.aggregation.past_adapters import PastAdapters
 from fedmoe_ds.aggregation.pseudo_gradients import add_pseudo_gradients
 from fedmoe_ds.checkpoint.state import State
@@ -29,10 +30,12 @@ def training_hooks(
 ) -> LocalTrainingHooks:
     """What the method and the correction of drift prescribe, bound to the state of the run."""
     method, local, seed, past = spec.method, spec.config.local, spec.config.seed, PastAdapters(most_delay(spec))
+    averaged = AveragedStatistics(method.statistics())
 
     def context(client: Client, round_index: int) -> RoundContext:
         own, told = state.personal.dense(client.index), planning.part(client.index, round_index)
-        return RoundContext(round_index, own, state.utilisation_LE, told, planning.memory(client.index))
+        known, statistics = planning.memory(client.index), averaged.delivered(state.server)
+        return RoundContext(round_index, own, state.utilisation_LE, told, known, statistics)
 
     def assign(client: Client, round_index: int) -> Assignment:
         assignment = method.assign(client, context(client, round_index))

@@ -4,6 +4,7 @@ A method, ours or a third party's, imports from here alone; a test holds our own
 name and meaning within a minor version, wherever in the package it moves.
 """
 
+from fedmoe_ds.aggregation.averaged_statistics import Statistic, Summary
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import FIRST_STEP, Assignment, PseudoGradient, leading
@@ -18,18 +19,19 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import (
     Combined,
     Method,
-    MethodInfo,
     MethodParams,
-    ModelFacts,
     present,
     product_norms,
 )
+from fedmoe_ds.methods.method_info import MethodInfo
+from fedmoe_ds.methods.model_facts import ModelFacts
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec, remembered_block, shared_blocks
+from fedmoe_ds.model.class_sums import CLASS_FEATURES, CLASS_TARGETS, class_means, class_shapes, class_sums
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
-from fedmoe_ds.model.objective import LocalStep, Objective, Predictions, Targets, TokenRouting
+from fedmoe_ds.model.objective import LocalStep, Objective, Predictions, Sums, Targets, TokenRouting
 from fedmoe_ds.model.pass_context import RoutingObserver
 from fedmoe_ds.model.router import Routing
 from fedmoe_ds.model.router_losses import balance_loss
@@ -37,6 +39,8 @@ from fedmoe_ds.model.upload import upload
 from fedmoe_ds.randomness import generator
 
 __all__ = [
+    "CLASS_FEATURES",
+    "CLASS_TARGETS",
     "EXPERT_LOSS",
     "EXPERT_TARGETS",
     "FIRST_STEP",
@@ -69,6 +73,9 @@ __all__ = [
     "Routing",
     "RoutingObserver",
     "Spending",
+    "Statistic",
+    "Summary",
+    "Sums",
     "Targets",
     "TensorRule",
     "TokenRouting",
@@ -78,6 +85,9 @@ __all__ = [
     "balance_loss",
     "balanced",
     "best",
+    "class_means",
+    "class_shapes",
+    "class_sums",
     "computing_joules",
     "counts_of",
     "cover",

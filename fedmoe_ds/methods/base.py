@@ -15,6 +15,8 @@ Legend: L layers, E experts of the model, R adapter rank.
     tally(update)           further numbers of it that are summed (with `weighing.tallies`)
     element_weights(view)   weights of single elements (with `weighing.elements`)
     factor(tallies)         what the sum of weighted changes is multiplied by (with `weighing.changes`)
+    summary(client, sums)   its values and weights of each key of a statistic
+    survey(targets)         what is summed up of its data after a round, by the new adapters (with `surveys`)
     after_mean(context)     what becomes of the mean before the server's step
     renew(spec, value, ...) the next value of a block that the server changes and no client trains
     server_rate(clients)    a factor on the server's learning rate
@@ -27,7 +29,7 @@ its name. Third parties add one through the entry-point group `fedmoe_ds.methods
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -36,6 +38,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fedmoe_ds.aggregation.averaged_statistics import Summary
 from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import MEAN, Weighing
 from fedmoe_ds.clients.assignment import Assignment, leading
@@ -43,11 +46,13 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.tiers import BudgetKind
 from fedmoe_ds.clients.update import ClientUpdate
-from fedmoe_ds.config import Config, LocalConfig
+from fedmoe_ds.config import Config
+from fedmoe_ds.methods.method_info import MethodInfo
+from fedmoe_ds.methods.model_facts import ModelFacts
 from fedmoe_ds.methods.round_plan import MeanContext, PlanContext, RoundContext, RoundPlan, TensorRule
 from fedmoe_ds.model.adapter_bank import BlockSpec
 from fedmoe_ds.model.moe_layer import RESCALER
-from fedmoe_ds.model.objective import Objective
+from fedmoe_ds.model.objective import Objective, Sums, Targets
 from fedmoe_ds.model.pass_context import RoutingObserver
 
 
@@ -63,37 +68,6 @@ class MethodParams(BaseModel):
     def resolved(self, config: Config) -> Self:
         """With what they take from other keys filled in: what a run saves, and what its identity compares."""
         return self
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """What the table of methods says about one of them."""
-
-    title: str
-    paper: str
-    adapts: str
-    trains: str
-    sends: str
-    weighs: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all.
-
-    `sequences` are those of the client that has most to train on; 1 until the data are known.
-    """
-
-    top_k: int
-    num_experts: int
-    rank: int
-    seed: int
-    renormalised: bool = False
-    layers: tuple[int, ...] = ()
-    local: LocalConfig = field(default_factory=LocalConfig)
-    depth: int = 1
-    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,6 +108,7 @@ class Method:
         personal_models: whether clients keep adapters of their own; evaluation then scores every client's model.
         pooled: whether all data are one client's (the centralised bound).
         most_delay: largest `Assignment.delay`; the server keeps the global adapters of so many past rounds.
+        surveys: whether statistics are those of a pass over clients' data after the aggregation, and not of their training.
         weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
@@ -152,6 +127,7 @@ class Method:
     selective: bool = False
     whole_steps: bool = False
     logit_copies: ClassVar[int] = 1
+    surveys: bool = False
     weighing: Weighing = MEAN
     weighs_losses: ClassVar[bool] = False
     collects: ClassVar[bool] = False
@@ -241,6 +217,14 @@ class Method:
         """
         raise NotImplementedError("a method whose assignments name a probe makes numbers of it: override `reduce_probe`")
 
+    def statistics(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes [K, *item] of what is averaged over clients key by key, and delivered with the adapters."""
+        return {}
+
+    def survey(self, targets: Targets) -> Sums:
+        """With `surveys`: what `sums` names, of some of a client's data, by the adapters that a round has made; no routing."""
+        raise NotImplementedError
+
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""
 
@@ -285,6 +269,10 @@ class Method:
 
     def element_weights(self, spec: BlockSpec, view: ClientView, update: ClientUpdate) -> Tensor:
         """Weights of a block's elements, float32, not negative, where the tensors are (this rank's part of the block)."""
+        raise NotImplementedError
+
+    def summary(self, client: Client, sums: Mapping[str, np.ndarray]) -> Summary:
+        """By statistic, the client's own value [K, *item] and its weight of every key [K], of what `sums` names."""
         raise NotImplementedError
 
     def factor(self, tallies: dict[str, np.ndarray]) -> np.ndarray | float:

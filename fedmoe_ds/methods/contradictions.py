@@ -25,11 +25,27 @@ def contradictions(method: Method | type[Method]) -> Iterator[str]:
         yield f"observes: {method.observes}: an observer returns these; override `observer`"
     if method.overrides("sums") and not method.overrides("objective"):
         yield "sums: an objective sums these up; override `objective`"
+    yield from _of_statistics(method)
     if method.accounts and not method.overrides("plan"):
         yield "accounts: its plans say what clients spend; override `plan`"
     if method.ensembles and method.spends != "experts":
         yield f"ensembles: budgets are models, an expert each, and here they buy {method.spends}; set spends to experts"
     yield from _of_weights(method)
+
+
+def _of_statistics(method: Method | type[Method]) -> Iterator[str]:
+    if method.overrides("statistics") != method.overrides("summary"):
+        yield "statistics: names what `summary` gives the values of; override both or neither"
+    if not method.overrides("statistics"):
+        if method.surveys:
+            yield "surveys: what is seen then goes into statistics; override `statistics`"
+        return
+    if method.surveys and not method.overrides("survey"):
+        yield "surveys: asks `survey` what is summed up; override it"
+    if method.most_delay:
+        yield "most_delay: statistics of past rounds are not kept for late clients; set it to 0, or drop `statistics`"
+    if method.surveys and (method.unequal_ranks or method.personal_models or method.rescaler or method.ensembles):
+        yield "surveys: the global adapters as they are pass over clients' data; drop what clients have of their own"
 
 
 def _of_weights(method: Method | type[Method]) -> Iterator[str]:

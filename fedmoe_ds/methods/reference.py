@@ -55,7 +55,8 @@ What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
 `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was trained, each in one cluster. The sums of
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
-client's whole step; `cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
+client's whole step; `fedfm` sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
+`cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
 experts in every local step, over the ranks of its cluster. Of every client that was trained, `fed-moe` and
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
 about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's
@@ -161,6 +162,8 @@ that it trains several models of disjoint experts side by side (`members_MLE`), 
 sends only a share of what it changed (`density`); and on which samples its gradients are looked at before the first step
 (`probe`), for `reduce_probe` to make numbers of. The plan says what work that is: `dataclasses.replace(client, used=N,
 probed=N, rollouts=N)`.
+What its objectives sum up key by key, by class say, is averaged over clients with `statistics` and `summary`, and is in the
+next round's `context.statistics`.
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone. With
 `pseudo` experts learn from rows that did not use them; a block `ROUTER_BIAS` is added to the logits of the best `candidates`,
 and `renew` says what it is in the next round.

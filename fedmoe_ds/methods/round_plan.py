@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmoe_ds.aggregation.averaged_statistics import Statistic
 from fedmoe_ds.clients.client import Client
 
 Memory = Mapping[str, np.ndarray]
@@ -92,6 +93,7 @@ class RoundContext:
         utilisation_LE: routed rows over all clients of the last round, or None.
         plan: the client's part of the round's plan, or None.
         memory: what the server knows of it; of an evaluation, where clients keep models of their own alone.
+        statistics: those of the method, as the last round has left them; none in an evaluation.
     """
 
     round: int
@@ -99,6 +101,7 @@ class RoundContext:
     utilisation_LE: np.ndarray | None = None
     plan: Any = None
     memory: Memory = field(default_factory=dict)
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

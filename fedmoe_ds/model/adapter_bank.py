@@ -53,6 +53,7 @@ class BlockSpec:
         personal: stays with the client; never aggregated, never in the global model.
         decay: whether weight decay applies.
         trained: False for what clients only read (a frozen half of a LoRA pair): no optimizer, no aggregation.
+        axis: what `layers` count: layers, or the keys of a statistic (`aggregation/averaged_statistics.py`).
     """
 
     name: str
@@ -62,6 +63,7 @@ class BlockSpec:
     personal: bool = False
     decay: bool = True
     trained: bool = True
+    axis: str = "layers"
 
     @property
     def pair(self) -> str | None:
@@ -77,7 +79,7 @@ class BlockSpec:
     def key(self, layer: int, expert: int | None = None) -> str:
         """Canonical tensor name: layer and *global* expert id, so that checkpoints do not know the topology."""
         head, _, tail = self.name.partition(".")
-        place = "model" if layer < 0 else f"layers.{layer}"
+        place = "model" if layer < 0 else f"{self.axis}.{layer}"
         if expert is None:
             return f"{place}.{self.name}"
         return f"{place}.{head}.{expert}.{tail}"

@@ -45,6 +45,7 @@ def estimate(
     copies = (in_flight * copied_expert + home * copied_dense) * (spec.row_bytes if spec.row_bytes < FP32 else 0)
     # Bitwise sums keep two int64 digits of every number.
     sum_bytes, weighing = 16 if spec.bitwise else 4, spec.method.weighing
+    keyed = sum(map(math.prod, spec.method.statistics().values()))
     return {
         "dense part": model.dense_parameters * model.bytes_per_parameter,
         "own experts": model.pool_parameters // ep_size * model.bytes_per_parameter,
@@ -52,7 +53,7 @@ def estimate(
         # Values and gradients.
         "adapters in flight": numbers * FP32 * 2 + copies,
         "client optimizer": _on_device(spec, in_flight, home),
-        "round sums": (expert + dense) * sum_bytes * len(weighing.shares) * weighing.full,
+        "round sums": ((expert + dense) * len(weighing.shares) * weighing.full + keyed) * sum_bytes,
         PASS: activations(spec, together, length, active),
     }
 
@@ -100,9 +101,12 @@ def outlasting(
     halves = [half for pair in lora_pairs(blocks) for half in pair] if method.collects else []
     merged = [base_block(a, b) for a, b in lora_pairs(blocks)] if method.absorbs else []
     shared = sum(parameters_per_client(shared_blocks(blocks), held))
+    # Statistics, and which of their keys are known.
+    shapes = method.statistics().values()
+    keyed = sum(math.prod(shape) + shape[0] for shape in shapes)
     found = {
         "collected factors": drawn * sum(parameters_per_client(halves, held)),
-        "server state": server * shared + sum(parameters_per_client(merged, held)),
+        "server state": server * shared + sum(parameters_per_client(merged, held)) + keyed,
     }
     # What a device has is copied to its host, whether or not the run waits for the writer.
     if config.checkpoint.background or spec.device != "cpu":

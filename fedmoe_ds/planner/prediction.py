@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from fedmoe_ds.aggregation.weighing import MEAN
@@ -180,6 +181,11 @@ def _aggregate(job: Job, network: Network, hardware: Hardware, ep_size: int, par
         for weighing in statistics if heads else []:
             seconds += network.all_reduce(group, 1, WINDOW_BYTES * (weighing.full + weighing.heads) * heads)
             seconds += network.all_reduce(group, 1, (weighing.full * numbers + weighing.heads * heads) * each)
+    if shapes := job.method.statistics():
+        numbers, heads = sum(map(math.prod, shapes.values())), sum(shape[0] for shape in shapes.values())
+        for group in (cluster, shard):
+            seconds += network.all_reduce(group, 1, WINDOW_BYTES * 2 * heads)
+            seconds += network.all_reduce(group, 1, (numbers + heads) * each)
     if job.method.collects:
         seconds += _collect(job, network, ep_size, participants)
     if job.method.chooses_rank:

@@ -259,7 +259,7 @@ def _bare_spec(config: Config, foundation: Foundation, device: str) -> RunSpec:
     # Any method whose clients receive the model as it is.
     method = load_method(MethodConfig(name="fedit"))
     size = model_size(known.model, known.layers)
-    method.facts = facts_of(config, layout, size.depth)
+    method.facts = facts_of(config, layout, size, known.images)
     tier = Tier(layout.top_k, 1.0, layout.top_k, config.adapters.rank, layout.num_experts, str(layout.top_k))
     cost = CostModel.of(size, layout, [], positions(known.images))
     kind: str = known.model.config.model_type

@@ -18,12 +18,12 @@ NAMES = {
         "flame", "flame-layers", "flame-static", "fedit", "hfedmoe", "hfedmoe-full", "hetlora", "flexlora", "flora", "fslora",
         "lora-fair", "ffa-lora", "fedsa-lora", "local-only", "centralised", "moments", "fedprox", "scaffold", "scaffold-rows",
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
-        "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows", "prism",
+        "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
-        "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl",
+        "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
-    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "shefl", "fft-moe", "losses", "fed-moe", "ub-smoe"],
+    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "shefl", "fft-moe", "losses", "fed-moe", "ub-smoe", "fedfm"],
 }  # fmt: skip
 
 MORE: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ SEARCHED: dict[str, Any] = {
     "method": {"balance_loss": 0.01},
     "execution": {"micro_batch_size": None},
 }
-MORE_ROUNDS: dict[str, dict[str, Any]] = {"fed-moe": SEARCHED}
+MORE_ROUNDS: dict[str, dict[str, Any]] = {"fed-moe": SEARCHED, "fedfm": {"federation": {"rounds": 2}}}
 """Methods whose first round is like any other's."""
 
 

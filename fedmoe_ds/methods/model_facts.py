@@ -1,0 +1,28 @@
+"""Model facts: what a method may ask about the model and the run, before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedmoe_ds.config import LocalConfig
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all.
+
+    The head tells `classes` (of images, or tokens) apart, by features of this `width`. `sequences` are those of the client that
+    has most to train on; 1 until the data are known.
+    """
+
+    top_k: int
+    num_experts: int
+    rank: int
+    seed: int
+    renormalised: bool = False
+    layers: tuple[int, ...] = ()
+    local: LocalConfig = field(default_factory=LocalConfig)
+    depth: int = 1
+    classes: int = 0
+    width: int = 0
+    sequences: int = 1
