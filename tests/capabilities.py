@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.methods import (
+    FIRST_STEP,
+    ROUTER_BIAS,
     Assignment,
     BlockSpec,
     Client,
@@ -30,11 +33,15 @@ from fedmoe_ds.methods import (
     Objective,
     PlanContext,
     Predictions,
+    PseudoGradient,
     RoundContext,
     RoundPlan,
     Routing,
     RoutingObserver,
     Spending,
+    Summary,
+    Sums,
+    Targets,
     TensorRule,
     generator,
     remembered_block,
@@ -90,6 +97,75 @@ def observed(routing: Routing, valid_T: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 def watch_experts(self: Method, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver:
     return RoutingObserver(observe=observed)
+
+
+def received(num_experts: int, routing: Routing, attention_T: Tensor) -> dict[str, Tensor]:
+    """The attention that tokens receive, added up where they are routed to."""
+    kept_TK = routing.kept_TK.double() * attention_T.double()[:, None]
+    return {"attention": kept_TK.new_zeros(num_experts).index_add(0, routing.experts_TK.flatten(), kept_TK.flatten())}
+
+
+def watch_attention(self: Method, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver:
+    return RoutingObserver(attended=partial(received, self.facts.num_experts))
+
+
+def reduce_probe(self: Method, squares: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.array([float(square.sum()) for square in squares.values()])
+
+
+def found_weights(self: Method, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
+    """Times what a gradient probe has found, and by the attention that an expert's tokens received, where it was asked."""
+    found: np.ndarray = Method.weights(self, spec, update, data_share)
+    if update.probed is not None:
+        found = found * (1e-3 + float(np.sqrt(update.probed.numbers).sum()))
+    if "attention" in update.observed:
+        attention_LE = update.observed["attention"] / max(update.tokens, 1) + 0.1
+        found = found * (attention_LE if spec.expert else attention_LE.sum(1)[:1])
+    return found
+
+
+def biased(self: Method, specs: list[BlockSpec]) -> list[BlockSpec]:
+    return [*specs, BlockSpec(ROUTER_BIAS, self.facts.layers, (self.facts.num_experts,), decay=False, trained=False)]
+
+
+def renew(self: Method, spec: BlockSpec, value: Tensor, context: MeanContext) -> Tensor:
+    if spec.name != ROUTER_BIAS or not context.tokens:
+        return value
+    used_LE = context.counts_LE / context.tokens
+    return torch.from_numpy(np.tanh(8.0 * (used_LE.mean(1, keepdims=True) - used_LE))).to(value.dtype)
+
+
+def peaks(targets: Targets) -> Sums:
+    """How many targets there are, and how well they are met."""
+    return {
+        "met": torch.exp(-targets.nll_N.detach().double()).sum(),
+        "targets": targets.nll_N.new_ones(()).double() * len(targets.nll_N),
+    }
+
+
+def by_statistic(given: Predictions, level: Tensor, sums: Callable[[Targets], Sums]) -> tuple[Tensor, Sums]:
+    return given.nll_N.sum() * (1.0 + level), sums(given)
+
+
+def stale(self: Method, client: Client, assignment: Assignment, context: RoundContext) -> Objective:
+    return Objective(partial(by_statistic, level=context.statistics["met"].value.mean(), sums=peaks))
+
+
+def surveyed(self: Method, client: Client, assignment: Assignment, context: RoundContext) -> Objective:
+    return Objective(partial(by_statistic, level=context.statistics["met"].value.mean(), sums=lambda given: {}))
+
+
+def summary(self: Method, client: Client, sums: Mapping[str, np.ndarray]) -> Summary:
+    """Of two keys every client has one."""
+    own_K = np.arange(2) == client.index % 2
+    return {"met": (own_K * sums["met"] / max(float(sums["targets"]), 1.0), own_K * sums["targets"])}
+
+
+AVERAGED: dict[str, Any] = {
+    "statistics": lambda self: {"met": (2,)},
+    "summary": summary,
+    "sums": lambda self: {"met": (), "targets": ()},
+}
 
 
 def tally(self: Method, spec: BlockSpec, update: ClientUpdate, data_share: float) -> dict[str, np.ndarray]:
@@ -176,6 +252,19 @@ CAPABILITIES: dict[str, Capability] = {
         lambda method, client, _: {"rows_R": np.arange(method.facts.rank) % 2 == client.index % 2, "scale": 2.0},
     ),
     "objective": Capability({"objective": objective, "sums": lambda self: {"peak": (), "used": ()}}),
+    "statistics": Capability({**AVERAGED, "objective": stale}),
+    "survey": Capability({**AVERAGED, "objective": surveyed, "surveys": True, "survey": lambda self, targets: peaks(targets)}),
+    "gradient probe": Capability(
+        {"reduce_probe": reduce_probe, "weights": found_weights},
+        lambda method, client, _: {"probe": (np.arange(1),) * 2 if client.index % 2 else FIRST_STEP},
+    ),
+    "attention": Capability(
+        {"observer": watch_attention, "observes": ("attention",), "attends": True, "weights": found_weights}
+    ),
+    "pseudo-gradients": Capability(
+        told=lambda method, client, _: {"pseudo": PseudoGradient(0.5, "tokens" if client.index % 2 else "batch")}
+    ),
+    "router bias": Capability({"blocks": biased, "candidates": 3, "renew": renew}),
     "observer": Capability({"observer": watch_experts, "observes": ("seen",), "selective": True}),
     "changes": Capability({"weighing": Weighing(changes=True, tallies=("shares",)), "tally": tally, "factor": factor}),
     "shares": Capability({"weighing": Weighing(shares=(1.0, 0.5)), "weightings": weightings}),
@@ -213,6 +302,10 @@ ALTERNATIVES: Sequence[frozenset[str]] = [
     for group in (
         {"plan", "spending"},
         {"allowed experts", "members"},
+        {"members", "survey"},
+        {"objective", "statistics", "survey"},
+        {"observer", "attention"},
+        {"own models", "router bias"},
         {"changes", "shares", "elements"},
         {"fedprox", "scaffold", "feddyn"},
         {"synchronous", "deadline", "buffered"},

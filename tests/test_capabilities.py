@@ -36,6 +36,7 @@ LATE = "start from adapters of past rounds"
 OWN_ROUNDS = "method probe plans itself who takes part in a round; use synchronous or deadline"
 OWN_CLOCK = "method probe plans with devices and a channel of its own"
 NO_MEAN = "`combine` "
+OLD_STATISTICS = "statistics of past rounds are not kept for late clients"
 DUALS = "adds dual variables to a weighted mean of adapters"
 REFUSED: dict[str, dict[str, str]] = {
     "spending": dict.fromkeys(("synchronous", "deadline", "buffered"), OWN_CLOCK),
@@ -49,6 +50,13 @@ REFUSED: dict[str, dict[str, str]] = {
         "fedams": "has no mean of adapters whose change could be a gradient",
     },
     "balance": {"micro-batches": "weighs a whole step of 3 sequences at once"},
+    "statistics": {"delay": OLD_STATISTICS, "buffered": "those of past rounds are not kept for updates that come late"},
+    "survey": {
+        "delay": OLD_STATISTICS,
+        **dict.fromkeys(("rows", "own models"), "drop what clients have of their own"),
+        **dict.fromkeys(("synchronous", "deadline", "buffered"), "no device has time for that"),
+    },
+    "attention": {"packing": "samples that lie end to end are attended to apart"},
 }
 """By two features, what the line says that refuses them."""
 REFUSALS = {frozenset((one, other)): line for one, others in REFUSED.items() for other, line in others.items()}
