@@ -49,20 +49,25 @@ NEEDS_A_DEVICE = "needs a CUDA device"
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests that are skipped for want of a device, so that `launch/bench.py gpu` can choose them where there is one.
+    mark_device_tests(items)
+    if config.option.examples > 1:
+        leave_properties(items, config.option.examples)
 
-    Where more examples are asked for, leave the tests that draw none.
-    """
-    times = config.option.examples
-    if times > 1:
-        items[:] = [item for item in items if hasattr(getattr(item, "obj", None), "hypothesis")]
-        # Tests say how many by themselves, which a profile does not reach; cases of one test share its function.
-        for test in {item.obj for item in items}:
-            own = test._hypothesis_internal_use_settings
-            test._hypothesis_internal_use_settings = settings(own, max_examples=times * own.max_examples)
+
+def mark_device_tests(items: list[pytest.Item]) -> None:
+    """Mark tests that are skipped for want of a device, so that `launch/bench.py gpu` can choose them where there is one."""
     for item in items:
         if any(mark.kwargs.get("reason") == NEEDS_A_DEVICE for mark in item.iter_markers("skipif")):
             item.add_marker(pytest.mark.cuda)
+
+
+def leave_properties(items: list[pytest.Item], times: int) -> None:
+    """Leave the tests that draw examples, and let each draw so many times as many."""
+    items[:] = [item for item in items if hasattr(getattr(item, "obj", None), "hypothesis")]
+    # Tests say how many by themselves, which a profile does not reach; cases of one test share its function.
+    for test in {item.obj for item in items}:  # type: ignore[attr-defined]
+        own = test._hypothesis_internal_use_settings
+        test._hypothesis_internal_use_settings = settings(own, max_examples=times * own.max_examples)
 
 
 @pytest.fixture(scope="session")

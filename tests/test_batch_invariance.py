@@ -26,7 +26,7 @@ from fedmoe_ds.federation.run_spec import shares_passes
 from fedmoe_ds.kernels.frozen_layers import INDEPENDENT
 from fedmoe_ds.kernels.per_client import Segment
 from fedmoe_ds.model import per_client_attention
-from fedmoe_ds.model.pass_context import Pass
+from fedmoe_ds.model.pass_context import InTraining, Pass
 from fedmoe_ds.model.per_client_attention import own_lengths
 
 COMMON = {key: MODEL[key] for key in MODEL if key not in ("num_experts", "norm_topk_prob", "intermediate_size")}
@@ -105,7 +105,7 @@ def test_a_client_below_the_window_has_no_mask_in_company(monkeypatch: pytest.Mo
 
     empty, module = torch.zeros(0), torch.nn.Module()
     run = Pass([Segment(0, 0, 1, 9), Segment(1, 1, 2, 4)], None, empty, empty, empty)
-    object.__setattr__(module, per_client_attention._EXECUTION, SimpleNamespace(running=lambda: run))
+    object.__setattr__(module, per_client_attention._EXECUTION, SimpleNamespace(running=lambda: run, wave=InTraining()))
     monkeypatch.setattr(per_client_attention, "sdpa_attention_forward", kernel)
     heads, mask = torch.zeros(2, 1, 9, 8), torch.ones(1, 1, 9, 9, dtype=torch.bool)
     per_client_attention._attend(module, heads, heads, heads, mask, sliding_window=6)

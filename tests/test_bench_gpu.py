@@ -276,7 +276,7 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
 def test_tests_for_a_device_are_marked_by_their_reason() -> None:
     marks, added = [pytest.mark.skipif(True, reason=checks.NEEDS_A_DEVICE).mark], list[Any]()
     item: Any = SimpleNamespace(iter_markers=lambda name: marks if name == "skipif" else [], add_marker=added.append)
-    conftest.pytest_collection_modifyitems([item])
+    conftest.mark_device_tests([item])
     assert added == [pytest.mark.cuda]
     for path in TESTS.rglob("test_*.py"):
         for found in re.findall(r"skipif\(\s*not torch\.cuda\.is_available\(\),\s*reason=([^)]*)\)", path.read_text()):

@@ -121,14 +121,14 @@ class RoutingObserver:
     Attributes:
         observe: (routing, valid_T) -> (active_E, sums): the experts that this batch may train (bool, None for all), and
             named float [E] tensors that are added up over the round's batches.
+        loss: (layer, routing, logits_TE, valid_T) -> auxiliary loss of the layer, or None; the mean over layers is minimised.
         attended: (routing, attention_T) -> further named sums, of the attention that each token receives in this layer
             (`model/attention_received.py`); with `Method.attends`.
-        loss: (layer, routing, logits_TE, valid_T) -> auxiliary loss of the layer, or None; the mean over layers is minimised.
     """
 
     observe: Callable[[Routing, Tensor], tuple[Tensor | None, dict[str, Tensor]]] | None = None
-    attended: Callable[[Routing, Tensor], dict[str, Tensor]] | None = None
     loss: Callable[[int, Routing, Tensor, Tensor], Tensor | None] | None = None
+    attended: Callable[[Routing, Tensor], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

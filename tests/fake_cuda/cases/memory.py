@@ -55,7 +55,7 @@ def case_no_logit_is_kept(fake: Any) -> None:
             assert kept <= 4 * count * (wide + 2) + 4 * BLOCK, kept
             total.backward()  # type: ignore[no-untyped-call]
             peaks.append(fake.COUNT.peak - before - 4 * count * (3 * wide + 4))
-            cross_entropy.scores(head, x_ND, labels_N)
+            cross_entropy.scores(head, [x_ND], labels_N)
             assert nll_N.shape == (count,)
     chunk = 4 * rows * classes
     assert max(peaks) <= (cross_entropy.COPIES + 0.1) * chunk and peaks[1] <= peaks[0] + 8 * BLOCK, (peaks, chunk)
