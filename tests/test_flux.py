@@ -26,8 +26,17 @@ from fedmoe_ds.config.schema import MethodConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.schedule import schedule
-from fedmoe_ds.methods import Assignment, ModelFacts, RoundContext, RoutingObserver, load_method, method_for, with_defaults
-from fedmoe_ds.methods.flux import Flux, Roles
+from fedmoe_ds.methods import (
+    Assignment,
+    ModelFacts,
+    RoundContext,
+    Routing,
+    RoutingObserver,
+    load_method,
+    method_for,
+    with_defaults,
+)
+from fedmoe_ds.methods.flux import Flux, Roles, attention_by_expert
 
 SHORT: dict[str, Any] = {
     "federation": {"rounds": 2},
@@ -160,6 +169,18 @@ def test_frequency_and_importance_are_of_the_round_s_training(root: Path) -> Non
         assert every(
             np.array_equal(memory["worth"], _memories(one)[index]["worth"]) for index, memory in _memories(run).items()
         )
+
+
+def test_attention_is_that_of_the_tokens_at_an_expert() -> None:
+    """By loops over tokens and their slots, of which some are not kept."""
+    torch.manual_seed(3)
+    experts_TK = torch.stack([torch.randperm(5)[:3] for _ in range(9)])
+    kept_TK, attention_T = torch.rand(9, 3) > 0.3, torch.rand(9)
+    found_E = attention_by_expert(5, Routing(torch.zeros(9, 5), kept_TK.float(), experts_TK, kept_TK), attention_T)["attention"]
+    expected = [0.0] * 5
+    for token, slot in kept_TK.nonzero().tolist():
+        expected[int(experts_TK[token, slot])] += float(attention_T[token])
+    assert found_E.dtype == torch.float64 and found_E.tolist() == pytest.approx(expected) and not kept_TK.all()
 
 
 @pytest.fixture(scope="module")

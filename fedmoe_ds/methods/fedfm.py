@@ -3,7 +3,7 @@
 Legend: N targets, C classes, D width of a feature (what the head reads); k a client, c a class, n_{k,c} its targets of it.
 
 READ (the abstract): clients' features are guided to shared category-wise anchors; contrastive guiding draws a feature to its
-own anchor and away from the others. CODE (rui-ye/FedFM @ 5a49b8a0) gives the formulas:
+own anchor and away from the others. CODE (rui-ye/FedFM @ 3f55af52) gives the formulas:
 
     anchors      a_c = sum_k n_{k,c} f_{k,c} / sum_k n_{k,c},       f_{k,c} = mean feature of class c at client k
     contrastive  CE + lambda mean_n CE(softmax_c(cos(f_n, a_c) / tau), y_n)                            lambda 50, tau 0.1

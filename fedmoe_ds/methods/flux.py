@@ -8,14 +8,15 @@ READ (public notes on the paper; no public code was found). Every round a client
 
 where D_e are the tokens that reach e and g the gradient at e (the square is the notes' inference). The server assigns roles:
 
-    max sum_e x_e u_e    with    sum_e x_e <= B_tune             over all layers, client by client: the B_tune largest u
+    max sum_i sum_e x_{i,e} u_{i,e}    with    sum_e x_{i,e} <= B_tune of every client             over all layers
 
-Of these candidates the share eps_r with the largest u is tuned by backpropagation (exploited); eps_r grows over the rounds,
-from 0.3. The rest of the budget explores other experts. Tuned experts see their own tokens alone, they alone are sent, and each
-is averaged among those that tuned it. Experts that are not tuned are clustered and merged by weights f_e abar_e.
+Of these candidates the share eps_r with the largest u is tuned by backpropagation (exploited); eps_r grows over the rounds. The
+rest of the budget explores experts that are drawn. Tuned experts see their own tokens alone, they alone are sent, and each is
+averaged among those that tuned it. Experts that are not tuned are clustered and merged by weights f_e abar_e.
 
 COMPLETION:
-- eps_r = min(1, eps + (1 - eps) r / R); a run keeps R (`horizon`).
+- The sum separates by client: its candidates are the B_tune largest u.
+- eps_r = min(1, eps + (1 - eps) r / R) with eps = 0.3; a run keeps R (`horizon`).
 - B_tune is L times the experts of the client's tier. Layers share it as they like: one may have no tuned expert.
 - g^2 is the squared norm of the gradient of all that is trained of the expert, of one sample: a probe of `samples` samples,
   drawn anew in every round, each in a pass of its own before the first step, in which every expert has a gradient. The mean is
@@ -72,7 +73,7 @@ from fedmoe_ds.methods import (
 
 
 class FluxParams(MethodParams):
-    """How roles are assigned; eps is the paper's, the others ours."""
+    """How roles are assigned; no value is the paper's."""
 
     score: Literal["utility", "importance", "frequency", "random"] = Field(
         "utility", description="what experts are worth: u, attention times frequency, frequency, or a draw"
@@ -221,5 +222,6 @@ class Flux(Method):
 def attention_by_expert(experts: int, routing: Routing, attention_T: Tensor) -> dict[str, Tensor]:
     """The attention that a batch's tokens receive, added up where they are routed to, float64 [E]."""
     slots_TK = attention_T.to(torch.float64).unsqueeze(1) * routing.kept_TK
-    zeros_E = slots_TK.new_zeros(experts)
-    return {"attention": zeros_E.scatter_add_(0, routing.experts_TK.flatten(), slots_TK.flatten())}
+    # A column per expert, added up along the tokens in one fixed order; adding at indices has none on a GPU.
+    received_TE = slots_TK.new_zeros(len(slots_TK), experts).scatter_(1, routing.experts_TK, slots_TK)
+    return {"attention": received_TE.sum(0)}

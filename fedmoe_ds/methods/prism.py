@@ -15,8 +15,9 @@ COMPLETION:
   neither 0 nor 1. No number of a sample leaves its client; the server knows the mean of each client.
 - A client is probed once, sample by sample, before the first step of the round in which it takes part first. It trains on all
   of its samples by cross-entropy there: batches are known before a probe is. From then on it trains on one part alone.
-- SFT comes first. The last rho T of the T rounds are RL, so both parts are gone over as often; a run keeps T (`horizon`), and
-  in rounds beyond it RL goes on.
+- SFT comes first. The last rho T of the T rounds are RL, rounded, a half up: rounds are shared as samples are, and a sample
+  that is RL is gone over in about rho T of them, another in (1 - rho) T. A run keeps T (`horizon`); in rounds beyond it RL
+  goes on.
 - RL has a reward that can be verified: 1 where the answer is right. An answer is a target: the class of an image, or a token of
   a text after the right ones. Its expected reward is p(y), so the expected policy gradient is exact and needs no sample:
 
@@ -29,8 +30,9 @@ COMPLETION:
 - A client weighs its data size times the share of samples that it used. `route: random` and `reversed` (the most diffuse
   gradients to RL) are its controls; the first probes nothing.
 
-Limits. A client with one sample has no parts: it trains on it by cross-entropy in all rounds. A probe takes a forward and a
-backward pass of every sample alone. Clients keep a number per sample, as many as the client with most samples has.
+Limits. A client with one sample has no parts: it trains on it by cross-entropy in all rounds. Where rho T is below a half no
+round is RL, and samples that would be are trained on in the first round alone. A probe takes a forward and a backward pass of
+every sample alone. Clients keep a number per sample, as many as the client with most samples has.
 """
 
 from __future__ import annotations
@@ -172,8 +174,7 @@ class PRISM(Method):
             return replace(client, probed=client.sequences if self.probes else 0)
         if part == REINFORCE:
             return replace(client, used=count, rollouts=self.params.rollouts)
-        # With rho = 1 there is no other part.
-        return replace(client, used=client.sequences - count or client.sequences)
+        return replace(client, used=client.sequences - count)
 
     def assign(self, client: Client, context: RoundContext) -> Assignment:
         assignment = super().assign(client, context)
@@ -186,7 +187,7 @@ class PRISM(Method):
         chosen[self._order(client, context)[: self.reinforced(client)]] = True
         if context.plan == IMITATE:
             chosen = ~chosen
-        return replace(assignment, samples=np.flatnonzero(chosen) if chosen.any() else None)
+        return replace(assignment, samples=np.flatnonzero(chosen))
 
     def _order(self, client: Client, context: RoundContext) -> NDArray[np.int64]:
         """The client's samples, those first that are RL first."""

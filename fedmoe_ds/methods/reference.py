@@ -10,11 +10,14 @@ from importlib.metadata import entry_points
 from pydantic.fields import FieldInfo
 
 from fedmoe_ds import methods
+from fedmoe_ds.aggregation import averaged_statistics
+from fedmoe_ds.clients import assignment
 from fedmoe_ds.config.type_names import type_text, walk
 from fedmoe_ds.config.yaml12 import inline_yaml
 from fedmoe_ds.methods import round_plan
 from fedmoe_ds.methods.base import Method
 from fedmoe_ds.methods.registry import GROUP
+from fedmoe_ds.model import objective
 
 _INTRODUCTION = """\
 # Methods
@@ -189,20 +192,21 @@ def _exports() -> str:
     for name in methods.__all__:
         thing = getattr(methods, name)
         # The first line of a docstring is the whole entry, so it has to say what the thing is.
-        text = aliases.get(name, inspect.getdoc(thing) or "") if callable(thing) else f"the string `{thing}`"
+        text = f"the string `{thing}`" if isinstance(thing, str) else aliases.get(name) or inspect.getdoc(thing) or ""
         first, *_ = text.splitlines()
         lines.append(f"| `{name}` | {_cell(first)} |")
     return "\n".join(lines) + "\n"
 
 
 def _aliases() -> dict[str, str]:
-    """What is written below the types that have a name of their own: at run time they are called what they stand for."""
-    body = ast.parse(inspect.getsource(round_plan)).body
+    """What is written below types and values that have a name of their own: at run time they are called what they stand for."""
     found = {}
-    for node, below in itertools.pairwise(body):
-        if isinstance(node, ast.Assign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            (name,) = node.targets
-            found[ast.unparse(name)] = str(below.value.value)
+    for module in (assignment, averaged_statistics, objective, round_plan):
+        for node, below in itertools.pairwise(ast.parse(inspect.getsource(module)).body):
+            told = below.value if isinstance(below, ast.Expr) else None
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(told, ast.Constant):
+                (name,) = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found[ast.unparse(name)] = str(told.value)
     return found
 
 

@@ -20,8 +20,8 @@ COMPLETION:
 - Base m is the frozen foundation with adapter expert m alone, in every layer: no row meets two experts, so bases share nothing
   that is trained. `adapters.moe.experts` is M, `federation.tiers.N.experts` n_k. Routers have nothing to choose, and stay.
 - The list goes on from round to round where every round draws as many clients; where it does not (devices that are off), a
-  round begins elsewhere in it. Within a round all bases are first equally often, up to one. `deal: first` is a baseline:
-  every client trains the first n_k bases, as with nested slices of one model.
+  round begins elsewhere in it. How often bases are first within a round differs by two at most: by one where it begins a
+  cycle. `deal: first` is a baseline: every client trains the first n_k bases, as with nested slices of one model.
 - SHEFL: q_k = |D_k| (n_k / M)^kappa: kappa > 0 is the reduced influence of weak clients, below 0 it is raised. Of every tensor
   with n numbers S_k keeps the ceil(rho_k n) of largest magnitude (ties by place), rho_k = min(rho, U / n_k): a client sends at
   most as many numbers as U bases have. No error feedback: a client of a fleet may never come back. With kappa = 0 and rho = 1

@@ -36,7 +36,8 @@ which the paper compares with as A3SMoE.
 Limits. AdamW divides the size of a gradient out: an expert that is given nothing else moves as far in a step as any other. The
 LoRA matrices A of two experts begin at different values, so that a mean of their gradients of B mixes bases. The server's M
 numbers per layer are not counted as traffic. FFT-MoE's global target (`fft_moe.py`) is about the same share of use: there a
-loss pulls routers to experts below the mean, here the choice itself is moved.
+loss pulls routers to experts below the mean, here the choice itself is moved. A client that starts late (`devices.aggregation:
+buffered`) has the adapters of its start and the present phi: past ones are not kept.
 """
 
 from __future__ import annotations
