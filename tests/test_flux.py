@@ -196,6 +196,7 @@ def test_attention_is_that_of_the_model(root: Path, parts: Parts) -> None:
 
     def observer(client: Client, assignment: Assignment) -> RoutingObserver:
         def attended(routing: Any, attention_T: torch.Tensor) -> dict[str, torch.Tensor]:
+            assert not torch.is_grad_enabled(), "sums of a round would keep the graphs of all its passes"
             seen.setdefault(client.index, []).append(attention_T.clone())
             return {"attention": torch.zeros(routing.probs_TE.shape[1], dtype=torch.float64)}
 

@@ -200,6 +200,21 @@ def test_the_light_form_takes_the_first_step_s_gradient(root: Path) -> None:
         assert not square_LE[~trained_LE].any() and square_LE[trained_LE].any()
 
 
+def test_the_light_form_is_the_client_s_own_where_it_trains_some_layers(parts: Parts) -> None:
+    """Passes go back to the first layer that anyone in them trains."""
+
+    def assign(client: Client, round_index: int) -> Assignment:
+        last = np.arange(parts.spec.size.depth) > 0
+        return Assignment(client.cap, trained_N=last if client.index % 2 else None, probe=FIRST_STEP)
+
+    _, together = trained(parts, nothing, assign=assign, reduce_probe=of_experts)
+    for update in together:
+        assert update.probed is not None
+        (square_LE,) = update.probed.numbers
+        assert square_LE[1:].any() and bool(square_LE[0].any()) == (update.client.index % 2 == 0)
+    assert same(numbers(trained(parts, nothing, 1, assign=assign, reduce_probe=of_experts)[1]), numbers(together))
+
+
 def of_experts(squares: Squares) -> NDArray[np.float64]:
     """[L, E]."""
     return np.sum([square for square in squares.values() if square.ndim == 2], axis=0)

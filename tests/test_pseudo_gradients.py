@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,11 +56,11 @@ def step(layers: list[Routing], how: PseudoGradient | None, seed: int = 0) -> tu
     return bank, before
 
 
-def complete(bank: Bank, layers: list[Routing], how: PseudoGradient | None) -> None:
+def complete(bank: Bank, layers: list[Routing], how: PseudoGradient | None, **told: Any) -> None:
     offers_3LE = torch.stack([torch.cat([one.counts_E().double()[None], offered(one)]) for one in layers], 1)
     training: list[Any] = []
     for slot, asked in enumerate((None, how)):
-        assignment = Assignment(2, pseudo=asked)
+        assignment = Assignment(2, pseudo=asked, **told)
         client = Client(slot, f"c{slot}", 2, 5, 5, 50, 2, 2, E)
         view = ClientView(client, assignment, bank, bank, {True: slot, False: slot}, {})
         training.append((SimpleNamespace(assignment=assignment, slot=slot, offered=offers_3LE.clone()), view))
@@ -115,3 +116,20 @@ def test_a_gradient_that_is_no_number_goes_no_further() -> None:
     for name in ("experts.down.lora_A", "experts.down.lora_B"):
         places = bank.grads[name].isnan().flatten(3).any(-1).nonzero().tolist()
         assert places == [[1, 2, 1]]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_experts_that_a_client_may_not_use_are_given_nothing(apart: bool) -> None:
+    """Neither of one model, nor of two side by side; the others are given what they would be."""
+    held_LE = np.arange(E)[None].repeat(L, 0) < 3
+    told = (
+        {"members_MLE": np.stack([held_LE & (np.arange(E) < 1), held_LE & (np.arange(E) >= 1)])}
+        if apart
+        else {"allowed_LE": held_LE}
+    )
+    layers, (bank, before), (whole, _) = routed(7, 1), step(routed(7, 1), None), step(routed(7, 1), PseudoGradient(0.5))
+    complete(bank, layers, PseudoGradient(0.5), **told)
+    for spec in SPECS[:2]:
+        assert torch.equal(bank.grads[spec.name][:, 3:, 1], before.grads[spec.name][:, 3:, 1])
+        assert torch.equal(bank.grads[spec.name][:, :3, 1], whole.grads[spec.name][:, :3, 1])
+        assert not torch.equal(whole.grads[spec.name][:, 3:, 1], before.grads[spec.name][:, 3:, 1])

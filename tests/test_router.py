@@ -225,6 +225,19 @@ def test_a_bias_leaves_groups_corrections_and_masks_as_they_are() -> None:
     assert allowed_TE.gather(1, masked.experts_TK)[masked.kept_TK].all()
 
 
+def test_a_bias_on_experts_that_a_row_may_not_use_moves_nothing() -> None:
+    """Also where fewer may be used than there are candidates, and whatever their bias is."""
+    logits_TE, bias_TE = logits(30), 3.0 * logits(30, 1)
+    allowed_TE = (torch.arange(EXPERTS) % 3 == 0).expand(30, EXPERTS)
+    other_TE = torch.where(allowed_TE, bias_TE, 5.0)
+    found, same = (
+        route(logits_TE, Spec(), caps(*[TOP_K] * 30), everyone(30), allowed_TE, modulation=Modulation(bias, TOP_K + 2))
+        for bias in (bias_TE, other_TE)
+    )
+    assert torch.equal(found.probs_TE, same.probs_TE) and torch.equal(found.weights_TK, same.weights_TK)
+    assert found.kept_TK.sum(1).tolist() == [3] * 30
+
+
 def test_the_router_learns_through_a_bias() -> None:
     logits_TE = logits(6).requires_grad_()
     route(logits_TE, Spec(), caps(*[2] * 6), everyone(6), modulation=Modulation(logits(6, 1), 6)).weights_TK.sum().backward()

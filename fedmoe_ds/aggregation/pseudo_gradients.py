@@ -9,8 +9,9 @@ every expert block, the gradients g:
     q_i  =  mean over the step's rows of the router probability of expert i, where the row did not use it       (`tokens`)
     q_i  =  p_i where no row of the step used it, else 0                                                         (`batch`)
 
-f is the client's own (`Assignment.pseudo`). The experts of a client lie on all ranks of its cluster: G is an exact sum, which
-no topology changes. Of gradients that are not finite nothing is passed on: they show in the client's own values.
+f is the client's own (`Assignment.pseudo`); experts that none of its rows may use are given nothing. The experts of a client
+lie on all ranks of its cluster: G is an exact sum, which no topology changes. Of gradients that are not finite nothing is
+passed on: they show in the client's own values.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def add_pseudo_gradients(training: Sequence[tuple[ClientWork, ClientView]], pool
         asked = work.assignment.pseudo
         assert asked is not None
         q_LE = missed_LE if asked.of == "tokens" else torch.where(used_LE > 0, 0.0, p_LE)
+        if (held_LE := work.assignment.held_LE) is not None:
+            q_LE = torch.where(torch.from_numpy(held_LE).to(q_LE.device), q_LE, 0.0)
         weight_LE = torch.where(used_LE > 0, p_LE, 0.0)
         # A layer that no row has reached (there is none: every step has rows) would have nothing to pass on.
         weight_LE = weight_LE / weight_LE.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

@@ -5,7 +5,8 @@ After each, the squared norms of the gradient come together on all ranks of the 
 makes its numbers of them, and the gradient is cleared. A pass is that of training with plain cross-entropy, and with the
 auxiliary losses that the configuration names: every expert and layer has a gradient, nothing is dropped out, and of what the
 method observes or minimises nothing is asked. The light form has no pass of its own: it takes the gradient of the first local
-step, with all that the method has made of it, and where it trains nothing it is zero.
+step, of what the method minimises, before pseudo-gradients and corrections of drift; where the client trains nothing it is
+zero.
 
 A squared norm is a sum over one item of one client, and kernels keep the rows of clients apart, so a probe's numbers depend on
 the client alone: not a bit follows from who shares its wave, or on how many ranks the experts lie.
@@ -88,7 +89,18 @@ class GradientProbe:
         squares_C = squared_gradients(self.execution)
         for work in works:
             slot = pool.wave_slot(work.home, work.slot)
-            self.numbers.setdefault(slot, []).append(np.asarray(self.reduce(squares_C[slot]), dtype=np.float64))
+            squares = self._of_trained(work, squares_C[slot])
+            self.numbers.setdefault(slot, []).append(np.asarray(self.reduce(squares), dtype=np.float64))
+
+    def _of_trained(self, work: ClientWork, squares: Squares) -> Squares:
+        """Zero in layers and experts that the client does not train."""
+        # The first step's passes go back as far as the first layer that anyone in them trains: in the layers of another client
+        # this one has a gradient, too, which follows from who shares its wave.
+        found = dict(squares)
+        for name, square in squares.items():
+            if (trained := work.assignment.trains(self.execution.bank.specs[name])) is not None:
+                found[name] = np.where(trained, square, 0.0)
+        return found
 
     def tell(self, updates: Sequence[ClientUpdate]) -> None:
         """Write into clients' updates what their probes have found, and what they took. Collective."""

@@ -85,7 +85,9 @@ def record_routing(execution: Execution, layer: int, routing: Routing, logits_TE
             run.observed[layer][seg.slot] = sums if active_E is None else {**sums, ACTIVE: active_E}
         if observer is not None and observer.attended is not None:
             attention_T = run.attended[layer][run.places(len(logits_TE))[at]]
-            run.observed[layer][seg.slot] = run.observed[layer].get(seg.slot, {}) | observer.attended(own, attention_T)
+            with torch.no_grad():
+                sums = observer.attended(own, attention_T)
+            run.observed[layer][seg.slot] = run.observed[layer].get(seg.slot, {}) | sums
         loss = _auxiliary(execution, own, own_TE)
         if observer is not None and observer.loss is not None:
             # With autograd, unlike `observe`: the method's loss trains the router (and, through the logits, what lies below).

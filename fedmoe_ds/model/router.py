@@ -101,9 +101,10 @@ class Modulation:
     candidates: int
 
     def near(self, choice_TE: Tensor) -> Tensor:
-        """Bool [T, E]: every row's candidates."""
+        """Bool [T, E]: every row's candidates, none of which it may not choose."""
         places_TN = choice_TE.topk(min(self.candidates, choice_TE.shape[1]), dim=-1).indices
-        return torch.zeros_like(choice_TE, dtype=torch.bool).scatter_(1, places_TN, True)
+        # Of few eligible experts topk fills up with others, any of them: their logits would count in the softmax of all.
+        return torch.zeros_like(choice_TE, dtype=torch.bool).scatter_(1, places_TN, True) & ~choice_TE.isneginf()
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,10 @@ def route(
     with torch.no_grad():
         choice_TE = _choice(scores_TE.detach(), spec, allowed_TE)
     if modulation is not None:
+        # What was not eligible is not now; groups are those that the model itself would choose.
         near_TE = modulation.near(choice_TE)
         logits_TE = logits_TE.float() + modulation.bias_TE * near_TE
         scores_TE = _scores(logits_TE, spec)
-        # What was not eligible is not now; groups are those that the model itself would choose.
-        near_TE &= ~choice_TE.isneginf()
         choice_TE = _corrected(scores_TE.detach(), spec).masked_fill(~near_TE, float("-inf"))
     with torch.no_grad():
         # topk sorts, best first, and the cap relies on it. The shape keeps all K slots, so rows of any cap share a call.
