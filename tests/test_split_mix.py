@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.command import export
+from fedmoe_ds.federation.server import _sent
 from fedmoe_ds.federation.traffic import Traffic
-from fedmoe_ds.methods import ROUTER, BlockSpec, ModelFacts, PlanContext, RoundContext, load_method
+from fedmoe_ds.methods import ROUTER, Assignment, BlockSpec, ModelFacts, PlanContext, RoundContext, load_method
 from fedmoe_ds.methods.split_mix import SHEFL, SplitMix
 from fedmoe_ds.model.adapter_moe_layer import INNER
 from fedmoe_ds.planner.flops import tier_flops
@@ -181,6 +183,17 @@ def test_a_client_that_sends_all_sends_its_own_bits() -> None:
 @pytest.mark.parametrize(("density", "numbers", "kept"), [(0.1, 10, 1), (0.7, 10, 7), (0.29, 100, 29), (1e-9, 10, 1)])
 def test_shares_are_decimal_numbers(density: float, numbers: int, kept: int) -> None:
     assert kept_of(density, numbers) == kept
+
+
+@pytest.mark.parametrize(("half", "item"), [("A", (4, 5)), ("B", (5, 4))])
+def test_a_share_is_of_the_rows_that_a_client_holds(half: str, item: tuple[int, int]) -> None:
+    """As many numbers arrive as its bytes say, which are those of its own rank."""
+    spec, told = BlockSpec(f"x.lora_{half}", (0,), item), Assignment(1, rows_R=np.arange(4) < 2, density=0.5)
+    mask, received = told.mask(spec, torch.device("cpu")), torch.zeros(1, *item)
+    assert mask is not None
+    value = mask * torch.rand(1, *item).add(1.0)
+    view = SimpleNamespace(value=lambda _: value, received=lambda _: received, assignment=told)
+    assert int((_sent(view, spec) != 0).sum()) == kept_of(0.5, 10) < kept_of(0.5, 20)  # type: ignore[arg-type]
 
 
 # Runs
