@@ -293,6 +293,9 @@ def test_bytes_are_those_of_the_numbers_that_are_sent(root: Path) -> None:
         kept = [math.ceil(Fraction(length, client.experts)) for length in lengths]
         wanted = [2 * client.experts * min(8 * k, 4 * n) for k, n in zip(kept, lengths, strict=True)]
         assert up == sum(wanted) and (up < down) == (client.experts > 2)
+        with_controls = Traffic(parts.spec, parts.clients, 3)
+        with_controls._variates = 2
+        assert with_controls.of(client.rank, told) == (2 * down, up + down), "control variates both ways, whole"
 
 
 def test_a_finished_run_is_asked_as_the_ensemble(mixed: Result, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

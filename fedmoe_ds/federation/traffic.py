@@ -73,13 +73,12 @@ class Traffic:
         down = up = 0
         density = None if assignment is None else assignment.density
         for block in self._blocks:
-            received, sent = self._received(block, assignment), self._sent(block, assignment)
-            # A client that is not told of an expert can send nothing of it.
-            up += min(received, sent) * _sent_bytes(_length(block, rank), density)
+            received, sent, length = self._received(block, assignment), self._sent(block, assignment), _length(block, rank)
+            # A client that is not told of an expert can send nothing of it. Changes of control variates come up whole.
+            up += min(received, sent) * (_sent_bytes(length, density) + (self._variates - 1) * _BYTES * length)
             if self.products is None or block.rank_axis is None:
-                down += received * _length(block, rank)
-        down += self.products or 0
-        down, up = self._variates * down, self._variates * up
+                down += received * length
+        down = self._variates * (down + (self.products or 0))
         numbers, keys = sum(map(math.prod, self._keyed)), sum(shape[0] for shape in self._keyed)
         return _BYTES * (down + numbers), up + _BYTES * (numbers + keys)
 
