@@ -100,8 +100,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ub-smoe-batch": {"method": {"name": "ub-smoe", "pseudo_gradient": "batch", "candidates": 8, "momentum": 0.0}},
     "flood": {"method": {"name": "flood", "horizon": 3, "alpha": 2.0}},
     "prism": {"method": {"name": "prism", "rho": 0.5, "horizon": 3}},
+    # Dual variables: a survey's clients may be elsewhere than what belongs to them.
+    "fedfm-survey": {
+        "method": {"name": "fedfm", "anchors": "survey"},
+        "execution": {"micro_batch_size": 2},
+        "local": {"drift": "feddyn", "proximal": 0.5},
+    },
     "fedfm": {"method": {"name": "fedfm", "matching": 2.0}, "federation": {"rounds": 3}},
-    "fedfm-survey": {"method": {"name": "fedfm", "anchors": "survey"}, "execution": {"micro_batch_size": 2}},
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {
         "method": {"name": "fednova", "effective": "steps"},

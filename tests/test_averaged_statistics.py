@@ -188,7 +188,6 @@ def test_bytes_of_statistics_travel_and_are_planned(root: Path) -> None:
     numbers = 4 * classes * width
     assert found["off"] == found["none"] and sizes["off"] == sizes["none"]
     assert found["stale"] == (down + numbers, up + numbers + 4 * classes)
-    assert found["survey"] == (2 * down + numbers, up + numbers + 4 * classes)
     assert sizes["stale"][1] == numbers + 4 * classes
 
 

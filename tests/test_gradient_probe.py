@@ -241,6 +241,10 @@ def test_a_probe_is_paid_for(parts: Parts) -> None:
     base, looked = cost.client(client, local), cost.client(replace(client, probed=client.sequences), local)
     epoch = cost.client(replace(client, steps=1), local.model_copy(update={"batch_size": client.sequences}))
     assert looked - base == pytest.approx(epoch)
+    # Each model of an ensemble is looked at.
+    several, pair = replace(cost, ensembles=True), replace(client, experts=3)
+    probing = several.client(replace(pair, probed=client.sequences), local) - several.client(pair, local)
+    assert probing == pytest.approx(3 * epoch)
     rolled = cost.client(replace(client, rollouts=3), local)
     tokens = 2 * local.batch_size * client.token_rows / client.sequences
     assert rolled - base == pytest.approx(3 * tokens * cost.forward(client.cap, client.rank))

@@ -18,12 +18,15 @@ from every import every
 from federations import Result, make_config, run_alone, write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trained import run_folder
 
 from fedmoe_ds.clients.client import Client
 from fedmoe_ds.config.schema import MethodConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import ModelFacts, RoundContext, load_method, method_for, with_defaults
 from fedmoe_ds.methods.prism import GINI, IMITATE, PRISM, PROBE, REINFORCE, expected_failure, gini
+from fedmoe_ds.results import open_run
+from fedmoe_ds.results.loaded_model import LoadedModel
 
 NUMBERS = st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=30)
 
@@ -192,6 +195,10 @@ def test_what_a_run_spends_and_keeps(root: Path) -> None:
         own = known[: client.sequences]
         assert every(0 < value < 1 for value in own.tolist()) and not known[client.sequences :].any()
         assert float(parts.state.personal.memories[client.index]["gini"]) == pytest.approx(float(own.mean()), abs=1e-6)
+    # Whoever opens the run knows how many samples there were.
+    opened = LoadedModel.of_run(open_run(run_folder(parts.config)))
+    for client in parts.clients:
+        assert torch.equal(opened.personal.state(client.index)[GINI], parts.state.personal.state(client.index)[GINI])
 
 
 def test_images_route_their_samples(root: Path) -> None:

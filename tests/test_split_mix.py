@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import MethodConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.command import export
+from fedmoe_ds.federation.server import _sent
 from fedmoe_ds.federation.traffic import Traffic
-from fedmoe_ds.methods import ROUTER, BlockSpec, ModelFacts, PlanContext, RoundContext, load_method
+from fedmoe_ds.methods import ROUTER, Assignment, BlockSpec, ModelFacts, PlanContext, RoundContext, load_method
 from fedmoe_ds.methods.split_mix import SHEFL, SplitMix
 from fedmoe_ds.model.adapter_moe_layer import INNER
 from fedmoe_ds.planner.flops import tier_flops
@@ -183,6 +185,17 @@ def test_shares_are_decimal_numbers(density: float, numbers: int, kept: int) -> 
     assert kept_of(density, numbers) == kept
 
 
+@pytest.mark.parametrize(("half", "item"), [("A", (4, 5)), ("B", (5, 4))])
+def test_a_share_is_of_the_rows_that_a_client_holds(half: str, item: tuple[int, int]) -> None:
+    """As many numbers arrive as its bytes say, which are those of its own rank."""
+    spec, told = BlockSpec(f"x.lora_{half}", (0,), item), Assignment(1, rows_R=np.arange(4) < 2, density=0.5)
+    mask, received = told.mask(spec, torch.device("cpu")), torch.zeros(1, *item)
+    assert mask is not None
+    value = mask * torch.rand(1, *item).add(1.0)
+    view = SimpleNamespace(value=lambda _: value, received=lambda _: received, assignment=told)
+    assert int((_sent(view, spec) != 0).sum()) == kept_of(0.5, 10) < kept_of(0.5, 20)  # type: ignore[arg-type]
+
+
 # Runs
 
 
@@ -280,6 +293,9 @@ def test_bytes_are_those_of_the_numbers_that_are_sent(root: Path) -> None:
         kept = [math.ceil(Fraction(length, client.experts)) for length in lengths]
         wanted = [2 * client.experts * min(8 * k, 4 * n) for k, n in zip(kept, lengths, strict=True)]
         assert up == sum(wanted) and (up < down) == (client.experts > 2)
+        with_controls = Traffic(parts.spec, parts.clients, 3)
+        with_controls._variates = 2
+        assert with_controls.of(client.rank, told) == (2 * down, up + down), "control variates both ways, whole"
 
 
 def test_a_finished_run_is_asked_as_the_ensemble(mixed: Result, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,7 @@ class CostModel:
         tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions * self.models(client)
         routed = tokens * client.cap * self.layers
         trained = routed if client.layers is None else routed * client.layers / self.depth
-        probed = client.probed * per_sequence * self.positions
+        probed = client.probed * per_sequence * self.positions * self.models(client)
         rows = probed * client.cap * self.layers
         training = self.spent(tokens, routed, trained, client.rank, client.layers) + self.spent(probed, rows, rows, client.rank)
         return training + client.rollouts * self.forward_of(tokens, routed, client.rank)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -236,7 +237,12 @@ class Server:
 def _sent(view: ClientView, spec: BlockSpec) -> Tensor:
     """What arrives of the client's values."""
     value, density = view.value(spec), view.assignment.density
-    return value if density is None else largest_changes(value, view.received(spec), len(spec.item), density)
+    if density is None:
+        return value
+    if (mask := view.assignment.mask(spec, value.device)) is not None:
+        # A share of the rows that the client holds; of the others nothing has changed.
+        density = Fraction(str(density)) * Fraction(int(mask.expand(spec.item).sum()), math.prod(spec.item))
+    return largest_changes(value, view.received(spec), len(spec.item), density)
 
 
 def _let_arrive(means: dict[str, Tensor], sums: RoundSums, arrives: TensorRule, first_expert: int) -> None:

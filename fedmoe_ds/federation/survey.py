@@ -38,12 +38,16 @@ def survey(parts: Parts, round_index: int, clients: Sequence[Client]) -> None:
     step = parts.config.local.batch_size
     size = min(parts.config.execution.micro_batch_size or step, step)
     most = max(sum(-(-client.sequences // size) for client in clients[first::world]) for first in range(world))
+    # What belongs to a client, which `assign` may ask for, is at home in a cluster that need not be this one.
+    clusters = [topology.layout.cluster_ranks(cluster) for cluster in range(topology.layout.clusters)]
+    wanted = [[client.index for first in ranks for client in clients[first::world]] for ranks in clusters]
+    parts.state.personal.fetch(wanted, parts.runtime)
     passes = _passes(parts, round_index, clients[rank::world], size)
     # All LoRA rows: clients that have something of their own are refused (`contradictions`).
     with parts.evaluator.receiving(Assignment(1)):
         for _ in range(most):
-            client, rows, chosen = next(passes, (None, [], []))
-            seen = _seen(parts, rows, chosen)
+            client, told, rows, chosen = next(passes, (None, Assignment(1), [], []))
+            seen = _seen(parts, told, rows, chosen)
             if client is not None:
                 add_sums(found.setdefault(client, {}), method.survey(seen))
     for client, own in found.items():
@@ -54,21 +58,21 @@ def survey(parts: Parts, round_index: int, clients: Sequence[Client]) -> None:
 
 def _passes(
     parts: Parts, round_index: int, clients: Sequence[Client], size: int
-) -> Iterator[tuple[Client | None, list[Rows], list[int]]]:
-    """This rank's passes: samples of one client each, and which of its samples these are."""
+) -> Iterator[tuple[Client | None, Assignment, list[Rows], list[int]]]:
+    """This rank's passes: samples of one client each, what it is told, and which of its samples these are."""
     images = parts.evaluator.model.foundation.images
     for client in clients:
         told, data = parts.trainer.hooks.assign(client, round_index), parts.training_data.train(client.index)
         for first in range(0, client.sequences, size):
             chosen = list(range(first, min(first + size, client.sequences)))
-            yield client, [Rows.of(0, told.cap, data, chosen, told.allowed_LE, images)], chosen
+            yield client, told, [Rows.of(0, told.cap, data, chosen, told.allowed_LE, images)], chosen
 
 
-def _seen(parts: Parts, rows: list[Rows], chosen: list[int]) -> Targets:
+def _seen(parts: Parts, told: Assignment, rows: list[Rows], chosen: list[int]) -> Targets:
     """One pass; without rows that of the stand-in, which takes part in the all-to-alls."""
     model = parts.evaluator.model
     batch = model.batch(rows)
-    result = model.forward(batch, 0)
+    result = model.forward(batch, 0, None if told.rescale is None else [told.rescale])
     samples = np.repeat(np.array(chosen, dtype=np.int64), rows[0].targets_of_samples if rows else [])
     (sample_N,) = upload([samples], result.nll_N.device)
     places = (sample_N, batch.predict_N, result.run.routed)

@@ -3,10 +3,9 @@
 What counts is what the method says travels: blocks that are averaged, with the LoRA rows that the client holds; both ways their
 control variates under SCAFFOLD. Where the server moves products of LoRA pairs into the frozen weights, not the pairs but these
 products come down, as factors: with FLoRA and FedEx-LoRA the stacks of a round, with FLoRIST the rows that the last round has
-kept. A method's statistics come down with the adapters, and go up with a weight for each key; where a survey makes them, the
-adapters that the round has made come down once more for it. Of a client that sends only what it changed most, each number comes
-up with its place in its tensor, where that is less than the whole tensor. What does not count: the frozen model, which a client
-has, and what stays with it.
+kept. A method's statistics come down with the adapters, and go up with a weight for each key. Of a client that sends only what
+it changed most, each number comes up with its place in its tensor, where that is less than the whole tensor. What does not
+count: the frozen model, which a client has, and what stays with it.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Traffic:
         method = spec.method
         self._blocks = shared_blocks(spec.blocks) if method.averages else []
         self._experts = spec.expert_layout.num_experts
-        self._keyed, self._surveys = list(method.statistics().values()), method.surveys
+        self._keyed = list(method.statistics().values())
         # Changes of dual variables (FedVRA) follow from the adapters; SCAFFOLD's control variates travel both ways.
         self._variates = 2 if spec.config.local.drift == "scaffold" else 1
         # Of a round whose participants nobody knows yet: as many rows as clients have on average.
@@ -74,15 +73,12 @@ class Traffic:
         down = up = 0
         density = None if assignment is None else assignment.density
         for block in self._blocks:
-            received, sent = self._received(block, assignment), self._sent(block, assignment)
-            # A client that is not told of an expert can send nothing of it.
-            up += min(received, sent) * _sent_bytes(_length(block, rank), density)
+            received, sent, length = self._received(block, assignment), self._sent(block, assignment), _length(block, rank)
+            # A client that is not told of an expert can send nothing of it. Changes of control variates come up whole.
+            up += min(received, sent) * (_sent_bytes(length, density) + (self._variates - 1) * _BYTES * length)
             if self.products is None or block.rank_axis is None:
-                down += received * _length(block, rank)
-        down += self.products or 0
-        down, up = self._variates * down, self._variates * up
-        if self._surveys:
-            down += sum(self._copies(block) * _length(block, rank) for block in self._blocks)
+                down += received * length
+        down = self._variates * (down + (self.products or 0))
         numbers, keys = sum(map(math.prod, self._keyed)), sum(shape[0] for shape in self._keyed)
         return _BYTES * (down + numbers), up + _BYTES * (numbers + keys)
 

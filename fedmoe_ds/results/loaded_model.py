@@ -136,6 +136,8 @@ class LoadedModel:
         kind = runtime.device.type
         check_promise(config, kind)
         spec = resolve_spec(*check_start(config, kind), kind, run.outline)
+        # What clients keep may be as long as the data of one are.
+        spec.know(run.clients)
         check_kernels(config.execution.adapter_kernels, config.adapters.rank, runtime.device)
         # With the bits of its training, where this processor has them: figures and answers are the run's own.
         take_class(spec, runtime, named_in(run.snapshot.identity))

@@ -270,6 +270,7 @@ def open_run(path: Path, round_index: int | str | None = None, model: Path | Non
     spec = resolve_spec(config, method, device, known)
     events = list(Record(folder / METRICS)) if (folder / METRICS).is_file() else []
     clients = _clients(events, spec) if events else _named_clients(checkpoint, snapshot, spec)
+    spec.know(clients)
     run = TrainedRun(folder, checkpoint, snapshot, spec, base, known, clients, events)
     if run.client_blocks:
         check_whole(checkpoint, snapshot)
