@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from capabilities import FEATURES, MODES, covering, method_of, pairs
+from capabilities import CAPABILITIES, FEATURES, MODES, covering, method_of, pairs
 from every import every
 from federations import alone, finish, make_config, run_alone, write_inputs
 from test_methods_resume import StopsAfter, start
@@ -115,6 +115,18 @@ def check(root: Path, number: int, features: Sequence[str]) -> None:
     assert single.digest == whole.digest, features
     assert single.scores() == whole.scores(), features
     assert len(whole.scores()) > 0 and any(event["status"] == "ok" for event in trained)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_capability_changes_bits(root: Path, probe: Any, capability: str) -> None:
+    """What the rows above put together is seen in a result: without it they would hold of anything."""
+    found = set()
+    for features in ([], [capability]):
+        probe(features)
+        name = f"with-{len(features)}-{capability.replace(' ', '-')}"
+        found.add(run_alone(config_of(root, name, features, {"federation": {"rounds": 3}})).digest)
+    assert len(found) == 2
 
 
 def marked(number: int) -> Any:

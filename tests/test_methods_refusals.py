@@ -94,19 +94,14 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "local.drift: fedvra: its server adds dual variables to one mean of adapters, and rows of trained routers are averaged",
     ),
     "experts of dense blocks": (
-        {"fed-moe", "ub-smoe"},
+        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe"},
         {"adapters": {"feed_forward": ["gate_proj"]}},
-        "adapters.feed_forward: ['gate_proj']: dense blocks have no experts to choose from; use a sparse model",
+        "adapters.feed_forward: ['gate_proj']: method {} works on experts, and dense blocks have none; use a sparse model",
     ),
     "roles of adapter experts": (
         {"flux"},
         {"adapters": {"moe": {"experts": 8, "top_k": 4}}},
         "adapters.moe: method flux assigns roles to the experts of a sparse model, and adapter experts are all small; use a",
-    ),
-    "roles in dense blocks": (
-        {"flux"},
-        {"adapters": {"feed_forward": ["gate_proj"]}},
-        "adapters.feed_forward: ['gate_proj']: dense blocks have no experts to choose from; use a sparse model",
     ),
     "balance loss": (
         set(method_names()) - {"hfedmoe", "fft-moe", "flood", "fed-moe", "flex-moe"},

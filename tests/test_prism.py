@@ -100,6 +100,7 @@ def test_rounds_of_reinforcement_are_the_last() -> None:
     assert [t for t in range(1, 14) if method.reinforces(t)] == [8, 9, 10, 11, 12, 13]
     assert [t for t in range(1, 6) if prism(rho=0.3, horizon=5).reinforces(t)] == [4, 5], "a half counts as one"
     assert all(prism(rho=1.0).reinforces(t) for t in range(1, 14))
+    assert not prism(rho=1.0).probes and prism(rho=0.99).probes
 
 
 def test_a_client_that_is_new_is_probed_whatever_the_round() -> None:

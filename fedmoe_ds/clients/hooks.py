@@ -36,7 +36,7 @@ def _nobody_is_late(delay: int | None, round_index: int) -> None:
 
 
 def _nobody_probes(squares: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-    raise NotImplementedError("a method whose assignments name a probe makes numbers of it: override `reduce_probe`")
+    raise NotImplementedError("a trainer with gradient probes must be told what is kept of them")
 
 
 @dataclass(frozen=True)

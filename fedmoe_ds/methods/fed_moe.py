@@ -169,11 +169,6 @@ class FedMoE(Method):
                 f"local.balance_loss: {config.local.balance_loss}: it would draw rows to experts that a sub-model lacks; use "
                 "method.balance_loss, which is over its own"
             )
-        if config.adapters.feed_forward and config.adapters.moe is None:
-            raise UserError(
-                f"adapters.feed_forward: {config.adapters.feed_forward}: dense blocks have no experts to choose from; "
-                "use a sparse model, or adapter experts (adapters.moe)"
-            )
         if config.adapters.router == "train" or config.adapters.moe is not None:
             # A router is one block: its rows can have holders of their own by weights of its elements alone.
             self.weighing = Weighing(elements=True)
@@ -183,16 +178,11 @@ class FedMoE(Method):
                     "trained routers are averaged among their holders; use none, fedprox or scaffold"
                 )
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[L, E]."""
-        return len(self.facts.layers), self.facts.num_experts
-
     # What the server knows, and what it plans
 
     def memory(self) -> dict[str, tuple[int, ...]]:
         # `progress`: rounds taken part in, phase, best loss, rounds since the loss fell.
-        return {"scores": self.shape, "held": self.shape, "before": self.shape, "progress": (4,)}
+        return dict.fromkeys(("scores", "held", "before"), self.facts.experts_shape) | {"progress": (4,)}
 
     def memorise(self, update: ClientUpdate) -> dict[str, np.ndarray]:
         plan: SubModel = update.plan
@@ -224,7 +214,7 @@ class FedMoE(Method):
         """What a client holds when it takes part again."""
         own = memories.get(client.index)
         if not own or own["progress"][0] < self.params.profile_rounds:
-            everything_LE = np.ones(self.shape, dtype=bool)
+            everything_LE = np.ones(self.facts.experts_shape, dtype=bool)
             return SubModel(everything_LE, everything_LE, PROFILE)
         held_LE, before_LE = own["held"] > 0, own["before"] > 0
         _, phase, _, stale = own["progress"]
@@ -241,16 +231,17 @@ class FedMoE(Method):
     def budget(self, client: Client) -> tuple[int, int]:
         """(experts over all layers, fewest of a layer)."""
         least = client.cap if self.params.least is None else self.params.least
-        return self.shape[0] * client.experts, min(least, client.experts)
+        return self.facts.experts_shape[0] * client.experts, min(least, client.experts)
 
     def search(self, client: Client, score_LE: np.ndarray) -> np.ndarray:
         """Stage 1, or one of its baselines: bool [L, E]."""
         most, least = self.budget(client)
-        layers = self.shape[0]
+        layers = self.facts.experts_shape[0]
         # The small number undoes a product's rounding: 0.7 x 10 slots are seven.
         slots = max(layers * least, int(self.params.memory_share * most + 1e-9))
         if self.params.search == "random":
-            return scattered(generator(self.facts.seed, "sub-model", client.index).random(self.shape), slots, least)
+            draw_LE = generator(self.facts.seed, "sub-model", client.index).random(self.facts.experts_shape)
+            return scattered(draw_LE, slots, least)
         if self.params.search == "uniform":
             held_LE = best(score_LE, np.full(layers, slots // layers))
         else:
@@ -276,7 +267,8 @@ class FedMoE(Method):
     def assign(self, client: Client, context: RoundContext) -> Assignment:
         # An evaluation follows no plan: there a client has the sub-model that it trained last, or all experts before that.
         part, known = context.plan, context.memory
-        held_LE = part.held_LE if part is not None else known["held"] > 0 if known else np.ones(self.shape, dtype=bool)
+        everything_LE = np.ones(self.facts.experts_shape, dtype=bool)
+        held_LE = part.held_LE if part is not None else known["held"] > 0 if known else everything_LE
         allowed_LE = None if held_LE.all() else held_LE
         return Assignment(client.cap, leading(client.rank, self.facts.rank), allowed_LE=allowed_LE)
 

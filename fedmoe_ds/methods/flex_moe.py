@@ -112,11 +112,6 @@ class FlexMoE(Method):
                 "assigned; use 0: the assignment balances loads (method.tolerance, method.kappa)"
             )
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[L, E]."""
-        return len(self.facts.layers), self.facts.num_experts
-
     def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
         return [replace(spec, personal=True) if spec.name == ROUTER else spec for spec in specs]
 
@@ -124,7 +119,7 @@ class FlexMoE(Method):
 
     def memory(self) -> dict[str, tuple[int, ...]]:
         # Q, zero where it was never seen; which experts were assigned last; how often each was.
-        return dict.fromkeys(("fitness", "held", "assigned"), self.shape)
+        return dict.fromkeys(("fitness", "held", "assigned"), self.facts.experts_shape)
 
     def memorise(self, update: ClientUpdate) -> dict[str, np.ndarray]:
         held_LE = update.plan.astype(np.float64)
@@ -142,8 +137,8 @@ class FlexMoE(Method):
 
     def plan(self, context: PlanContext) -> RoundPlan:
         budget_C = np.array([client.experts for client in context.drawn])
-        bounds = load_bounds(budget_C, self.shape[1], self.params.tolerance)
-        value_CLE = self.fitness(context) + self.params.kappa * missed(known(context), self.shape)
+        bounds = load_bounds(budget_C, self.facts.experts_shape[1], self.params.tolerance)
+        value_CLE = self.fitness(context) + self.params.kappa * missed(known(context), self.facts.experts_shape)
         taken_CLE = np.stack([balanced(value_CE, budget_C, *bounds) for value_CE in value_CLE.transpose(1, 0, 2)], axis=1)
         load_LE = taken_CLE.sum(0)
         parts = {client.index: taken_LE for client, taken_LE in zip(context.drawn, taken_CLE, strict=True)}
@@ -153,13 +148,13 @@ class FlexMoE(Method):
         """Q of the round's clients, [C, L, E]."""
         if self.params.score == "random":
             address = [("random experts", context.round, client.index) for client in context.drawn]
-            return np.stack([generator(self.facts.seed, *place).random(self.shape) for place in address])
-        usual_LE = usual(known(context), self.shape)
+            return np.stack([generator(self.facts.seed, *place).random(self.facts.experts_shape) for place in address])
+        usual_LE = usual(known(context), self.facts.experts_shape)
         return np.stack([self._own(client, context.memories.get(client.index, {}), usual_LE) for client in context.drawn])
 
     def _own(self, client: Client, memory: Memory, usual_LE: np.ndarray) -> np.ndarray:
         # One draw per client and not per round: what nobody knows is no reason to change experts.
-        draw_LE = generator(self.facts.seed, "unknown experts", client.index).random(self.shape)
+        draw_LE = generator(self.facts.seed, "unknown experts", client.index).random(self.facts.experts_shape)
         guess_LE = usual_LE + TOLD_APART * draw_LE
         own_LE: np.ndarray = np.where(memory["fitness"] > 0, memory["fitness"], guess_LE) if memory else guess_LE
         return own_LE
@@ -176,7 +171,7 @@ class FlexMoE(Method):
         return loss_per_expert(self.facts.num_experts)
 
     def sums(self) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys((EXPERT_LOSS, EXPERT_TARGETS), self.shape)
+        return dict.fromkeys((EXPERT_LOSS, EXPERT_TARGETS), self.facts.experts_shape)
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         # Nothing is routed to an expert that is not assigned, so its count is zero by itself.

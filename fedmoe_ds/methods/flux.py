@@ -135,21 +135,11 @@ class Flux(Method):
                 "adapters.moe: method flux assigns roles to the experts of a sparse model, and adapter experts are all small; "
                 "use a sparse foundation (tiny-olmoe), or fft-moe"
             )
-        if config.adapters.feed_forward:
-            raise UserError(
-                f"adapters.feed_forward: {config.adapters.feed_forward}: dense blocks have no experts to choose from; "
-                "use a sparse model"
-            )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[L, E]."""
-        return len(self.facts.layers), self.facts.num_experts
 
     # What the server knows, and what it plans
 
     def memory(self) -> dict[str, tuple[int, ...]]:
-        return {} if self.params.score == "random" else {"worth": self.shape}
+        return {} if self.params.score == "random" else {"worth": self.facts.experts_shape}
 
     def memorise(self, update: ClientUpdate) -> dict[str, np.ndarray]:
         if self.looks:
@@ -174,7 +164,7 @@ class Flux(Method):
 
     def reduce_probe(self, squares: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         """Squared gradients of all that is trained of an expert, [L, E]."""
-        return sum((square for square in squares.values() if square.ndim == 2), np.zeros(self.shape))
+        return sum((square for square in squares.values() if square.ndim == 2), np.zeros(self.facts.experts_shape))
 
     def plan(self, context: PlanContext) -> RoundPlan:
         parts = {client.index: self.roles(client, context) for client in context.drawn}
@@ -183,10 +173,10 @@ class Flux(Method):
 
     def roles(self, client: Client, context: PlanContext) -> Roles:
         """The experts that a client tunes: the best of those that are known, and others by lot."""
-        budget, nobody_LE = self.shape[0] * client.experts, np.zeros(self.shape, dtype=bool)
+        budget, nobody_LE = self.facts.experts_shape[0] * client.experts, np.zeros(self.facts.experts_shape, dtype=bool)
         known: Memory = context.memories.get(client.index, {})
         best_LE = add_best(nobody_LE, known["worth"], self.exploited(budget, context.round)) if known else nobody_LE
-        lot_LE = generator(self.facts.seed, "flux roles", context.round, client.index).random(self.shape)
+        lot_LE = generator(self.facts.seed, "flux roles", context.round, client.index).random(self.facts.experts_shape)
         return Roles(add_best(best_LE, lot_LE, budget - int(best_LE.sum())))
 
     def exploited(self, budget: int, round_index: int) -> int:

@@ -26,3 +26,8 @@ class ModelFacts:
     classes: int = 0
     width: int = 0
     sequences: int = 1
+
+    @property
+    def experts_shape(self) -> tuple[int, int]:
+        """[L, E]: of what is kept of every expert of every layer."""
+        return len(self.layers), self.num_experts

@@ -28,7 +28,7 @@ COMPLETION:
 - A device would draw `rollouts` answers per sample: so many forward passes of every row count in FLOPs, virtual time and
   energy, beside those of training. This machine does not make them. The probe counts in the same way, and is made.
 - A client weighs its data size times the share of samples that it used. `route: random` and `reversed` (the most diffuse
-  gradients to RL) are its controls; the first probes nothing.
+  gradients to RL) are its controls; the first probes nothing, as rho = 1 does, which parts nothing.
 
 Limits. A client with one sample has no parts: it trains on it by cross-entropy in all rounds. Where rho T is below a half no
 round is RL, and samples that would be are trained on in the first round alone. A probe takes a forward and a backward pass of
@@ -83,7 +83,9 @@ class PRISMParams(MethodParams):
     horizon: int | None = Field(None, ge=1, description="T: rounds, the last rho T of which are RL; null: federation.rounds")
 
     def idle(self, config: Config) -> dict[str, str]:
-        return dict.fromkeys(("route", "rollouts", "horizon"), "with method.rho=0: all is SFT") if self.rho == 0 else {}
+        if self.rho == 0:
+            return dict.fromkeys(("route", "rollouts", "horizon"), "with method.rho=0: all is SFT")
+        return {"route": "with method.rho=1: all samples are RL"} if self.rho == 1 else {}
 
     def resolved(self, config: Config) -> PRISMParams:
         if self.horizon is not None or self.rho == 0:
@@ -110,7 +112,8 @@ class PRISM(Method):
     def __init__(self, params: PRISMParams) -> None:
         super().__init__(params)
         self.parts = params.rho > 0
-        self.probes = self.parts and params.route != "random"
+        # Where all samples are RL, nothing parts them.
+        self.probes = 0 < params.rho < 1 and params.route != "random"
 
     # What is known of clients, by the server and by themselves
 
@@ -191,7 +194,7 @@ class PRISM(Method):
 
     def _order(self, client: Client, context: RoundContext) -> NDArray[np.int64]:
         """The client's samples, those first that are RL first."""
-        if self.params.route == "random":
+        if not self.probes:
             return generator(self.facts.seed, "prism", client.index).permutation(client.sequences)
         known = context.client_state[GINI][0, : client.sequences].numpy()
         # Stable: of equal ones the first.

@@ -25,6 +25,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         )
     if "experts" in method.needs and not adapters.experts:
         raise UserError(f"adapters.experts: false: method {name} works on expert adapters; use adapters.experts=true")
+    if "experts" in method.needs and adapters.feed_forward and adapters.moe is None:
+        raise UserError(
+            f"adapters.feed_forward: {adapters.feed_forward}: method {name} works on experts, and dense blocks have none; use "
+            "a sparse model, or where the method takes them adapter experts (adapters.moe)"
+        )
     if "router" in method.needs and adapters.router != "train" and adapters.moe is None:
         raise UserError(f"adapters.router: {adapters.router}: method {name} needs trained routers; use adapters.router=train")
     if method.absorbs and config.foundation.dtype == "bfloat16":

@@ -102,13 +102,6 @@ class UBSMoE(Method):
     )
     needs = frozenset({"experts"})
 
-    def check_config(self, config: Config) -> None:
-        if config.adapters.feed_forward and config.adapters.moe is None:
-            raise UserError(
-                f"adapters.feed_forward: {config.adapters.feed_forward}: dense blocks have no experts to choose from; "
-                "use a sparse model, or adapter experts (adapters.moe)"
-            )
-
     def check(self, facts: ModelFacts) -> None:
         told = self.params.candidates
         if told is not None and not facts.top_k <= told <= facts.num_experts:
