@@ -74,6 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "local": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "moments": "bfloat16", "rounds_schedule": "cosine"},
     },
     "fedprox": {"method": {"name": "fedit"}, "local": {"drift": "fedprox"}},
+    "private": {"method": {"name": "fedit"}, "privacy": {"clip": 0.05, "noise_multiplier": 0.5}},
     "scaffold": {"method": {"name": "fedit"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
     "scaffold-rows": {"method": {"name": "fslora"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
     "feddyn": {"method": {"name": "fedit"}, "local": {"drift": "feddyn", "proximal": 0.5}},

@@ -58,6 +58,7 @@ devices.over_selection devices.buffer devices.concurrency devices.staleness devi
 devices.profiles.like devices.profiles.flops_per_s devices.profiles.memory_bytes devices.profiles.down_bytes_per_s
 devices.profiles.up_bytes_per_s devices.profiles.joules_per_flop devices.profiles.joules_per_byte_sent
 devices.profiles.joules_per_byte_received devices.profiles.on devices.profiles.period_s
+privacy.clip privacy.noise_multiplier
 """
 """In the identity by their value: nothing need be loaded to see that."""
 BY_CONTENT = """
@@ -101,6 +102,7 @@ ELSEWHERE = {
     "data.split": "test_data_sources.py",
     **dict.fromkeys((f"data.form.{key}" for key in DataFormConfig.model_fields), "test_data_forms.py"),
     "devices.trace": "test_identity.py",
+    **dict.fromkeys((f"privacy.{key}" for key in ("delta", "epsilon", "key_file")), "test_privacy.py"),
 }
 """Neutral, and shown to be in another world than that of one process; or in the identity by other tokens, shown there."""
 
@@ -310,6 +312,9 @@ def test_another_value_is_refused(key: str, world: World) -> None:
         own = {"profiles": {"laptop": {"like": "phone-mid", leaf: value}}} if ".profiles." in key else {leaf: value}
         changed = {"mix": {"laptop": 1.0}, **own}
         config = world.config({"devices": changed})
+    elif key.startswith("privacy."):
+        here, old, leaf = "privacy", "None", key.rpartition(".")[2]
+        config = world.config({"privacy": {"clip": 1.0, leaf: another(key, KEYS[key], value_at(base, key))}})
     else:
         here, old = key, str(value_at(world.parts.config, key))
         config = world.config(nested(key, another(key, KEYS[key], value_at(base, key))))

@@ -19,6 +19,7 @@ from fedmoe_ds.config import Config
 from fedmoe_ds.devices.flight import ClockState
 from fedmoe_ds.distributed.runtime import Runtime
 from fedmoe_ds.distributed.topology import Topology, build_topology
+from fedmoe_ds.report.client_tables import COLUMNS
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -83,6 +84,8 @@ def test_methods_differ(single: dict[str, Result]) -> None:
         most = 1 if variant in PLAIN | BESIDE else 8
         before, *_, after = (event["loss"] for event in result.events if event["event"] == "eval" and event["tier"] == most)
         assert before != after, variant
+        # What is said of a client has its column where a round has too many of them for events.
+        assert set().union(*reports) - {"event", "time", "round"} <= COLUMNS["client"].keys(), variant
 
 
 def test_what_clients_do_differs_by_tier(single: dict[str, Result]) -> None:

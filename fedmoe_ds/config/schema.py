@@ -16,6 +16,7 @@ from fedmoe_ds.config.devices_section import DevicesConfig
 from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConfig, problem_of_best
 from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.config.local_section import LocalConfig, problem_of_drift
+from fedmoe_ds.config.privacy_section import PrivacyConfig
 from fedmoe_ds.config.section import Section
 
 
@@ -222,6 +223,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     data: DataConfig = DataConfig()
     devices: DevicesConfig = DevicesConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     execution: ExecutionConfig = ExecutionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

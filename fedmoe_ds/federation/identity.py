@@ -14,11 +14,13 @@ from typing import Any
 
 from fedmoe_ds.checkpoint.reader import read_snapshot
 from fedmoe_ds.config import TARGETS, Config
+from fedmoe_ds.config.privacy_section import ACCOUNTS
 from fedmoe_ds.config.yaml12 import parse_yaml
 from fedmoe_ds.data import FederatedData
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.kernel_identity import PRODUCTS
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.methods.private import KEY, key_digest
 from fedmoe_ds.storage.strict_json import tree_sha256
 
 Identity = dict[str, Any]
@@ -58,6 +60,7 @@ def identity(
         contents["federation.tier_column"] = tree_sha256({"tiers": data.tiers})
     if start is not None:
         contents[START] = start
+    contents |= key_digest(config.privacy)
     if trace is not None:
         contents["devices.trace"] = trace
     return {**known, "kernels": dict(kernels), **contents}
@@ -88,6 +91,8 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
         "devices": _devices(tree["devices"]),
+        "privacy": _privacy(tree["privacy"]),
+        KEY: None,
     }
 
 
@@ -106,6 +111,13 @@ def _devices(devices: dict[str, Any]) -> dict[str, Any] | None:
     if not devices["mix"] and devices["trace"] is None:
         return None
     return {key: value for key, value in devices.items() if key not in ("trace", *TARGETS)}
+
+
+def _privacy(privacy: dict[str, Any]) -> dict[str, Any] | None:
+    """What clips and what is drawn; of the key its digest counts. None: nothing is private, as in earlier versions."""
+    if privacy["clip"] is None:
+        return None
+    return {key: value for key, value in privacy.items() if key not in ("key_file", *ACCOUNTS)}
 
 
 def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
@@ -142,8 +154,8 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     theirs = _as_kept(theirs)
     unknown, notes = list[str](), list[str]()
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
-        # A method's parameters, and devices, count whole: one that only one side has is a difference.
-        if isinstance(ours[name], dict) and name not in ("method", "devices"):
+        # A method's parameters, devices and privacy count whole: one that only one side has is a difference.
+        if isinstance(ours[name], dict) and name not in ("method", "devices", "privacy"):
             there = theirs.get(name, {})
             unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
             # Keys that the checkpoint does not say are told, not refused.

@@ -18,7 +18,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.device_check import check_devices
 from fedmoe_ds.federation.no_experts import as_meant, named
-from fedmoe_ds.federation.sampling import buffered, draw, participants
+from fedmoe_ds.federation.sampling import buffered, draw, participant_count, participants
 from fedmoe_ds.federation.sequence_checks import check_length, check_packing, check_rotations
 from fedmoe_ds.federation.task_metrics import check_task_metrics
 from fedmoe_ds.foundation import planned_sparse, planned_task
@@ -68,7 +68,8 @@ class RunSpec:
     def know(self, clients: Sequence[Client]) -> None:
         """Tell the method what it may ask about the data."""
         most = int(counts_of(clients, "sequences").max(initial=1))
-        self.method.facts = replace(self.method.facts, sequences=most)
+        drawn = participant_count(len(clients), self.config.federation.participation)
+        self.method.facts = replace(self.method.facts, sequences=most, participants=drawn)
 
     @property
     def bitwise(self) -> bool:

@@ -234,6 +234,7 @@ class _Trained(_Tiered):
     loss_first: Number | None = None
     loss_last: Number | None = None
     rescaler: Number | None = None
+    change_norm: Amount | None = None
     experts_held: Annotated[list[Count], Field(min_length=1)] | None = None
 
 
@@ -253,6 +254,7 @@ class _Round(_Fields):
     seconds: Seconds | None = None
     weight_entropy: Number | None = None
     load_variation: Amount | None = None
+    epsilon: Amount | None = None
     phases: dict[str, Seconds | None] | None = None
     collectives: dict[str, _Tally] | None = None
     virtual_s: Seconds | None = None
