@@ -2,8 +2,8 @@
 
 Legend: L layers, E experts.
 
-READ (McMahan, Ramage, Talwar, Zhang; arXiv 1710.06963, flat clipping); COMPLETION: a fixed number n of users is drawn, where the
-paper tosses a coin for each, so that the size of a round is known:
+READ (McMahan, Ramage, Talwar, Zhang; arXiv 1710.06963, flat clipping). COMPLETION: a fixed number n of clients is drawn, where
+the paper tosses a coin for each, so that the size of a round is known:
 
     Delta_i = x_i - received_i  over all that client i sends;    Delta_i <- Delta_i min(1, C / ||Delta_i||_2)
     x <- x + (1 / n) sum_i Delta_i + N(0, (z C / n)^2)  per element
