@@ -12,6 +12,7 @@ import pytest
 import torch
 from dense_inputs import FAMILIES, dense_config, write_dense
 from every import every
+from federations import alone, run_alone
 from grouped_models import Grouped, dense_logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
@@ -19,6 +20,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.foundation_section import ConvertConfig, FoundationConfig
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation import session
+from fedmoe_ds.federation.build import load_parts
+from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.run_spec import check_start
 from fedmoe_ds.foundation import load_foundation, resolve_foundation
 from fedmoe_ds.foundation.channel_grouping import Plan, grouped, saliency, write
@@ -244,3 +248,17 @@ def test_groups_that_cannot_be_are_refused(root: Path, tmp_path: Path, name: str
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config.json: channel_groups: .*; get the file again"):
         load_foundation(tmp_path, FoundationConfig(), 1, 0, "cpu")
+
+
+@pytest.mark.parametrize("change", [{"experts": 2}, {"order": "given"}])
+def test_a_run_goes_on_with_its_groups_alone(root: Path, change: dict[str, Any]) -> None:
+    """Also where the channels of a group are those of two others: the same numbers in the same order."""
+    tag = next(iter(change))
+    once: dict[str, Any] = {"federation": {"rounds": 1, "tiers": [{"share": 1.0}]}, "name": f"resumed-{tag}"}
+    first = run_alone(config_of(root, "vit", once)).parts
+    config = config_of(root, "vit", once, {"federation": {"rounds": 2}, "foundation": {"convert": change}})
+    runtime, topology = alone()
+    journal = Journal(root / "scratch", runtime)
+    parts = load_parts(config, runtime, topology, journal.progress)
+    with pytest.raises(UserError, match=rf"^--resume: foundation.convert.{tag}: .*another name"):
+        session.begin(parts, journal, str(first.checkpoints / "round-00001"))
