@@ -158,6 +158,25 @@ def test_some_channels_may_always_work_and_others_be_in_two_groups(root: Path, f
     assert close(model.logits(parts), expected)
 
 
+def test_a_model_in_several_files(root: Path, tmp_path: Path) -> None:
+    """A block's matrices may lie in several; further tensors go to the first, and the index says so."""
+    source, plain, more = (tmp_path / name for name in ("source", "plain", "more"))
+    dense = AutoModelForCausalLM.from_pretrained(root / "llama")
+    dense.save_pretrained(source, max_shard_size="20KB")
+    for path in root.joinpath("llama").glob("tokenizer*"):
+        (source / path.name).symlink_to(path)
+    assert len([*source.glob("*.safetensors")]) > 3
+    order_LW = torch.stack([torch.tensor(by_hand(block)) for block in blocks(dense)])
+    for folder, tensors in ((plain, None), (more, {"further": torch.zeros(3)})):
+        folder.mkdir()
+        write(source, folder, Plan(Grouping(EXPERTS), order_LW, tensors))
+    model = Grouped(plain, (EXPERTS,))
+    parts = [model.rows(0)]
+    assert close(model.logits(parts), dense_logits(dense.double().eval(), parts))
+    with pytest.raises(UserError, match="tensor 'further' has no place in a 'llama' model"):
+        load_foundation(more, FoundationConfig(), 1, 0, "cpu")
+
+
 def test_the_order_does_not_depend_on_the_initial_one() -> None:
     torch.manual_seed(3)
     inner, outer = [torch.randn(WIDTH, 20), torch.randn(WIDTH, 20)], torch.randn(20, WIDTH)

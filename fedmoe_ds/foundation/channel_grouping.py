@@ -36,7 +36,7 @@ from fedmoe_ds.foundation.dense import DENSE, VIT
 from fedmoe_ds.foundation.families import ACTIVATIONS
 from fedmoe_ds.foundation.fingerprint import remembered_fingerprint
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, read_config
-from fedmoe_ds.foundation.weight_files import WeightFiles, open_weights
+from fedmoe_ds.foundation.weight_files import INDEX_FILE, WeightFiles, open_weights
 from fedmoe_ds.storage import cache
 from fedmoe_ds.storage.strict_json import read_json
 
@@ -160,6 +160,10 @@ def write(source: Path, folder: Path, plan: Plan) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
     files, placed = WeightFiles(source), _placed(read_config(source), plan)
     more = plan.tensors or {}
+    if more and (index := folder / INDEX_FILE).is_file():
+        listed = read_json(index)
+        listed["weight_map"] |= dict.fromkeys(more, files.paths[0].name)
+        index.write_text(json.dumps(listed, indent=1))
     # File by file, so that no more than one of them is in memory.
     for path in files.paths:
         stop_point()
