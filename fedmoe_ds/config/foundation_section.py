@@ -18,6 +18,18 @@ class PretrainConfig(Section):
     threads: int = Field(1, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
 
 
+class ConvertConfig(Section):
+    """A dense foundation whose feed-forward blocks become experts: groups of their channels, as many in each."""
+
+    kind: Literal["channel-groups"] = Field(
+        "channel-groups", description="channel-groups: every row goes to all groups that its client may use, with weight one"
+    )
+    experts: int = Field(8, ge=1, description="E, groups of every block; divides its width")
+    order: Literal["saliency", "given"] = Field(
+        "saliency", description="saliency: the largest sums of magnitudes come first; given: channels stay as they lie"
+    )
+
+
 class FoundationConfig(Section):
     """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
 
@@ -29,6 +41,9 @@ class FoundationConfig(Section):
         "else float32; what it meant is saved with the run",
     )
     pretrain: PretrainConfig = PretrainConfig()
+    convert: ConvertConfig | None = Field(
+        None, description="make experts of a dense foundation's feed-forward blocks; null: leave them as they are"
+    )
     trust_remote_code: bool = Field(
         False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
     )

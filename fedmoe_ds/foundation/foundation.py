@@ -22,6 +22,7 @@ from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
+from fedmoe_ds.foundation.channel_grouping import grouped
 from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
 from fedmoe_ds.foundation.fingerprint import remembered_fingerprint
@@ -100,6 +101,8 @@ def planned_task(config: FoundationConfig) -> Task | None:
 
 def planned_sparse(config: FoundationConfig) -> bool | None:
     """Whether the foundation of a run has experts of its own, before anything is loaded; None where nobody can know yet."""
+    if config.convert is not None:
+        return True
     if config.path is None:
         return None if config.preset is None else _preset(config.preset).family not in DENSE
     folder = expanded(config.path, "foundation.path")
@@ -108,12 +111,17 @@ def planned_sparse(config: FoundationConfig) -> bool | None:
 
 def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
     """Return a local model folder of safetensors: the given one, a hub snapshot, what these are converted into, or a preset,
-    pre-trained on the spot or out of a wheel. Rank 0 only.
+    pre-trained on the spot or out of a wheel; or what `foundation.convert` makes of one of these. Rank 0 only.
 
     Raises:
         UserError: neither path nor preset, an unknown preset, no such folder or hub id, a layout that is not read, no network
-            for a published preset, or an unwritable cache.
+            for a published preset, a model that cannot be converted so, or an unwritable cache.
     """
+    folder = _resolve_source(config, seed, progress)
+    return folder if config.convert is None else grouped(folder, config.convert, cache.root(config.cache), progress)
+
+
+def _resolve_source(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
     if config.path is not None:
         return _check_folder(
             converted(_resolve_path(config.path, config.trust_remote_code), cache.root(config.cache), progress)
