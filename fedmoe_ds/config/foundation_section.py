@@ -18,6 +18,22 @@ class PretrainConfig(Section):
     threads: int = Field(1, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
 
 
+class ConvertConfig(Section):
+    """What a dense llama is made into before a run: experts that are groups of the channels of its feed-forward blocks."""
+
+    kind: Literal["read-me"] = Field(
+        "read-me", description="channels that serve all domains of its pre-training text, and an expert for each domain"
+    )
+    experts: int = Field(8, ge=2, description="domains, each of which has an expert; packages of the standard library play them")
+    permanent: float = Field(0.3, gt=0, lt=1, description="share of a block's channels that serve every token")
+    kept: float = Field(0.5, gt=0, le=1, description="share of the channels that a token meets: these, and its expert's")
+    batches: int = Field(16, ge=1, description="batches of 8 sequences per domain, by whose activations channels are chosen")
+    router_width: int = Field(32, ge=2, multiple_of=2, description="width of the router that decides before the layers")
+    router_layers: int = Field(1, ge=1, description="its layers")
+    router_steps: int = Field(100, ge=0, description="steps that it is trained on the pre-training text; 0: it stays as drawn")
+    router_lr: float = Field(3e-3, gt=0, description="AdamW learning rate of these steps")
+
+
 class FoundationConfig(Section):
     """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
 
@@ -29,6 +45,7 @@ class FoundationConfig(Section):
         "else float32; what it meant is saved with the run",
     )
     pretrain: PretrainConfig = PretrainConfig()
+    convert: ConvertConfig | None = Field(None, description="make experts of a dense llama's channels; null: as it is")
     trust_remote_code: bool = Field(
         False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
     )

@@ -31,6 +31,7 @@ from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, r
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.published import PUBLISHED, Published, published_model
+from fedmoe_ds.foundation.read_me import convert_read_me, converted_config
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.storage_type import storage_type
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
@@ -80,10 +81,12 @@ def planned_config(config: FoundationConfig) -> Any | None:
     Raises:
         UserError: an unknown preset, or a model folder without a usable configuration.
     """
+    found = None
     if config.path is None:
-        return None if config.preset is None else _preset(config.preset).config()
-    folder = expanded(config.path, "foundation.path")
-    return read_config(folder) if (folder / CONFIG_FILE).is_file() else None
+        found = None if config.preset is None else _preset(config.preset).config()
+    elif ((folder := expanded(config.path, "foundation.path")) / CONFIG_FILE).is_file():
+        found = read_config(folder)
+    return found if found is None or config.convert is None else converted_config(found, config.convert)
 
 
 def planned_task(config: FoundationConfig) -> Task | None:
@@ -100,6 +103,8 @@ def planned_task(config: FoundationConfig) -> Task | None:
 
 def planned_sparse(config: FoundationConfig) -> bool | None:
     """Whether the foundation of a run has experts of its own, before anything is loaded; None where nobody can know yet."""
+    if config.convert is not None:
+        return True
     if config.path is None:
         return None if config.preset is None else _preset(config.preset).family not in DENSE
     folder = expanded(config.path, "foundation.path")
@@ -108,12 +113,19 @@ def planned_sparse(config: FoundationConfig) -> bool | None:
 
 def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
     """Return a local model folder of safetensors: the given one, a hub snapshot, what these are converted into, or a preset,
-    pre-trained on the spot or out of a wheel. Rank 0 only.
+    pre-trained on the spot or out of a wheel; with `convert`, what that is made into. Rank 0 only.
 
     Raises:
         UserError: neither path nor preset, an unknown preset, no such folder or hub id, a layout that is not read, no network
             for a published preset, or an unwritable cache.
     """
+    folder = _resolve_given(config, seed, progress)
+    if config.convert is None:
+        return folder
+    return convert_read_me(folder, config.convert, seed, cache.root(config.cache), progress)
+
+
+def _resolve_given(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
     if config.path is not None:
         return _check_folder(
             converted(_resolve_path(config.path, config.trust_remote_code), cache.root(config.cache), progress)
