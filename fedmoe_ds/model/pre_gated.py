@@ -27,8 +27,8 @@ PREFIX = f"{NAME}."
 
 
 def pre_gate_blocks(gate: PreGate) -> list[BlockSpec]:
-    """The router's blocks, one copy for the whole model. Without decay: in rounds that do not train it, it stays as it is."""
-    return [BlockSpec(PREFIX + name, (-1,), size, decay=False) for name, size in gate.shape.weights().items()]
+    """The router's blocks, one copy for the whole model."""
+    return [BlockSpec(PREFIX + name, (-1,), size) for name, size in gate.shape.weights().items()]
 
 
 def initial_router(gate: PreGate) -> dict[str, Tensor]:
