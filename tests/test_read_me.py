@@ -72,7 +72,9 @@ def dense_logits(root: Path, ids_BS: Tensor, masks_LTF: Tensor) -> Tensor:
     """The dense model's, with what a mask leaves of the channels of every token."""
     dense: Any = AutoModelForCausalLM.from_pretrained(root / "llama").eval()
     for mask_TF, layer in zip(masks_LTF, dense.model.layers, strict=True):
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs, mask_TF=mask_TF: (inputs[0] * mask_TF.view_as(inputs[0]),))
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, inputs, mask_TF=mask_TF: (inputs[0] * mask_TF.view_as(inputs[0]),)
+        )
     with torch.no_grad():
         found: Tensor = dense(ids_BS).logits[:, :-1].flatten(0, 1)
     return found

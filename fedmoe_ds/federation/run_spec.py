@@ -15,6 +15,7 @@ from fedmoe_ds.clients.tiers import Capacity, Tier, resolve_tiers
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.federation.channel_group_checks import check_groups, check_planned_groups
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.device_check import check_devices
 from fedmoe_ds.federation.no_experts import as_meant, named
@@ -234,6 +235,7 @@ def check_plan(config: Config, bitwise: bool) -> None:
     check_length(config, planned)
     check_rotations(config, planned, bitwise)
     check_packing(config, planned)
+    check_planned_groups(config)
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
         check_adapters(config, sparse)
@@ -264,6 +266,7 @@ def check_adapters(config: Config, sparse: bool) -> None:
 def resolve_expert_layout(config: Config, model: Outline, ep_size: int, shard: int) -> ExpertLayout:
     """Where the experts of a run are. Raises UserError when the model and `adapters.moe` do not go together."""
     check_adapters(config, bool(model.layers))
+    check_groups(config, model)
     if model.layers:
         return hosted_layout(model.layers)
     if config.adapters.moe is None:

@@ -22,6 +22,7 @@ from fedmoe_ds.foundation import file_sums
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.builtin.presets import Preset, find_preset
 from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
+from fedmoe_ds.foundation.channel_grouping import grouped
 from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
 from fedmoe_ds.foundation.fingerprint import remembered_fingerprint
@@ -86,7 +87,9 @@ def planned_config(config: FoundationConfig) -> Any | None:
         found = None if config.preset is None else _preset(config.preset).config()
     elif ((folder := expanded(config.path, "foundation.path")) / CONFIG_FILE).is_file():
         found = read_config(folder)
-    return found if found is None or config.convert is None else converted_config(found, config.convert)
+    convert = config.convert
+    # Groups of channels leave a model its family.
+    return found if found is None or convert is None or convert.kind != "read-me" else converted_config(found, convert)
 
 
 def planned_task(config: FoundationConfig) -> Task | None:
@@ -113,19 +116,22 @@ def planned_sparse(config: FoundationConfig) -> bool | None:
 
 def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
     """Return a local model folder of safetensors: the given one, a hub snapshot, what these are converted into, or a preset,
-    pre-trained on the spot or out of a wheel; with `convert`, what that is made into. Rank 0 only.
+    pre-trained on the spot or out of a wheel; or what `foundation.convert` makes of one of these. Rank 0 only.
 
     Raises:
         UserError: neither path nor preset, an unknown preset, no such folder or hub id, a layout that is not read, no network
-            for a published preset, or an unwritable cache.
+            for a published preset, a model that cannot be converted so, or an unwritable cache.
     """
-    folder = _resolve_given(config, seed, progress)
+    folder = _resolve_source(config, seed, progress)
     if config.convert is None:
         return folder
-    return convert_read_me(folder, config.convert, seed, cache.root(config.cache), progress)
+    root = cache.root(config.cache)
+    if config.convert.kind == "read-me":
+        return convert_read_me(folder, config.convert, seed, root, progress)
+    return grouped(folder, config.convert, root, progress)
 
 
-def _resolve_given(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
+def _resolve_source(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:
     if config.path is not None:
         return _check_folder(
             converted(_resolve_path(config.path, config.trust_remote_code), cache.root(config.cache), progress)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import pre_gate
 from fedmoe_ds.foundation.autoep import HostedLayer, host_experts
+from fedmoe_ds.foundation.channel_groups import host_groups
 from fedmoe_ds.foundation.dense import is_dense, type_task
 from fedmoe_ds.storage.strict_json import read_json
 
@@ -107,10 +108,11 @@ def _refuse_own_code(folder: Path, error: Exception) -> None:
 
 
 def host_model(model: Any, ep_size: int, ep_rank: int) -> list[HostedLayer]:
-    """Host the experts of a sparse model; of a dense one there are none. Freezes the model; see `host_experts`."""
+    """Host the experts of a sparse model; of a dense one there are none but groups of channels. Freezes the model; see
+    `host_experts`."""
     if is_dense(model):
         model.requires_grad_(False)
-        return []
+        return host_groups(model, ep_size, ep_rank)
     try:
         return host_experts(model, ep_size, ep_rank)
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a field that transformers has not looked at

@@ -112,9 +112,7 @@ def _check(dense: Any, convert: ConvertConfig) -> None:
         )
 
 
-def _write(
-    source: Path, folder: Path, config: Any, convert: ConvertConfig, texts: dict[str, list[str]], seed: int
-) -> None:
+def _write(source: Path, folder: Path, config: Any, convert: ConvertConfig, texts: dict[str, list[str]], seed: int) -> None:
     model: Any = load_model(source, torch.float32, 1, 0, torch.device("cpu"))[0]
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     most = convert.batches * BATCH

@@ -57,10 +57,10 @@ def model_size(model: Any, layers: list[HostedLayer]) -> ModelSize:
         top_k=first.top_k,
         hidden=first.hidden_size,
         ffn=first.ffn_hidden_size,
-        vocabulary=model.config.vocab_size,
+        vocabulary=vocabulary(model.config),
         depth=model.config.num_hidden_layers,
         layer=layer_shape(model, layers),
-        tied=model.config.tie_word_embeddings,
+        tied=vocabulary(model.config) > 0 and model.config.tie_word_embeddings,
     )
 
 

@@ -9,7 +9,7 @@ from fedmoe_ds.aggregation.lora_factors import FactorPair
 from fedmoe_ds.aggregation.weighing import Weighing
 from fedmoe_ds.clients.assignment import FIRST_STEP, Assignment, PseudoGradient, leading
 from fedmoe_ds.clients.balanced_assignment import balanced, load_bounds
-from fedmoe_ds.clients.client import Client, counts_of
+from fedmoe_ds.clients.client import Client, counts_of, tiers_of
 from fedmoe_ds.clients.client_view import ClientView
 from fedmoe_ds.clients.expert_budgets import add_best, best, cover, drop_worst, scattered
 from fedmoe_ds.clients.update import ClientUpdate
@@ -109,6 +109,7 @@ __all__ = [
     "router_loss",
     "scattered",
     "shared_blocks",
+    "tiers_of",
     "upload",
     "watts",
     "with_defaults",

@@ -53,7 +53,9 @@ from fedmoe_ds.methods import (
 class ReadMEParams(MethodParams):
     """Whose turn it is."""
 
-    router_every: int = Field(2, ge=0, description="every so-many-th round trains the router alone, the others experts; 0: none")
+    router_every: int = Field(
+        2, ge=0, description="every so-many-th round trains the router alone, the others experts; 0: none"
+    )
 
 
 class ReadME(Method):

@@ -44,6 +44,7 @@ def hosted_layout(layers: list[HostedLayer]) -> ExpertLayout:
         bool(first.module.router.route_norm),
         first.hidden_size,
         first.ffn_hidden_size,
+        3 if first.gated else 2,
     )
 
 

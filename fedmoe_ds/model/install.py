@@ -13,10 +13,12 @@ from torch import nn
 
 from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.foundation.pre_gate import pre_gate_of
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
+from fedmoe_ds.model.channel_group_layer import ChannelGroupLayer
 from fedmoe_ds.model.expert_layout import ExpertLayout
 from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection, find_projections
 from fedmoe_ds.model.moe_layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
@@ -31,7 +33,8 @@ def adapter_blocks(
     """The blocks of a run. `rescaler` is None, `client` (one scalar per client) or `layer` (one per client and layer)."""
     layers, rank, width, ffn = tuple(expert_layout.layers), config.rank, expert_layout.width, expert_layout.ffn
     blocks: list[BlockSpec] = []
-    if config.moe is not None:
+    # Two matrices: adapter experts, or groups of the channels of a block without a gate; both are trained whole.
+    if config.moe is not None or (config.experts and layers and expert_layout.matrices == 2):
         blocks += [BlockSpec(INNER, layers, (ffn, width), expert=True), BlockSpec(OUTER, layers, (width, ffn), expert=True)]
     elif config.experts:
         if config.expert_training == "full":
@@ -97,10 +100,12 @@ def _copied_values(foundation: Foundation, first_expert: int) -> dict[str, torch
     gate = pre_gate_of(foundation.model)
     found = {} if gate is None else initial_router(gate)
     for hosted in foundation.layers:
-        found[f"layers.{hosted.index}.{ROUTER}"] = hosted.module.router.gate.weight
+        if not isinstance(hosted, GroupedLayer):
+            found[f"layers.{hosted.index}.{ROUTER}"] = hosted.module.router.gate.weight
+        names = ("gate_up.weight", "down.weight") if hosted.gated else ("inner.weight", "outer.weight")
         for e in range(len(hosted.experts)):
             place = f"layers.{hosted.index}.experts.{first_expert + e}"
-            found[f"{place}.gate_up.weight"], found[f"{place}.down.weight"] = hosted.w13[e], hosted.w2[e]
+            found |= {f"{place}.{name}": weight[e] for name, weight in zip(names, (hosted.w13, hosted.w2), strict=True)}
     return found
 
 
@@ -123,7 +128,10 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     replace_frozen(model)
     gate = pre_gate_of(model)
     for hosted in foundation.layers:
-        _replace(model, hosted.name, FederatedMoELayer(hosted, execution, gate))
+        if isinstance(hosted, GroupedLayer):
+            _replace(model, hosted.name, ChannelGroupLayer(hosted, execution))
+        else:
+            _replace(model, hosted.name, FederatedMoELayer(hosted, execution, gate))
     for projection in find_projections(model, config):
         base = model.get_submodule(projection.path)
         assert isinstance(base, nn.Linear)

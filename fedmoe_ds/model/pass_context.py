@@ -126,7 +126,8 @@ class RoutingObserver:
         loss: (layer, routing, logits_TE, valid_T) -> auxiliary loss of the layer, or None; the mean over layers is minimised.
         attended: (routing, attention_T) -> further named sums, of the attention that each token receives in this layer
             (`model/attention_received.py`); with `Method.attends`.
-        overlaps: whether `loss` teaches a router before the layers, by `Routing.overlap_TE`; no other pass gives that a gradient.
+        overlaps: whether `loss` teaches a router before the layers, by `Routing.overlap_TE`; nothing else gives that a
+            gradient.
     """
 
     observe: Callable[[Routing, Tensor], tuple[Tensor | None, dict[str, Tensor]]] | None = None

@@ -37,7 +37,7 @@ def initial_router(gate: PreGate) -> dict[str, Tensor]:
 
 
 def decide(gate: PreGate, execution: Execution, run: Pass, ids_BS: Tensor) -> Tensor:
-    """float32 [T, E]: the logits of every token row, for all layers; they require a gradient where observers teach the router."""
+    """float32 [T, E]: logits of every token row, for all layers; they require a gradient where observers teach the router."""
     sequences, positions = ids_BS.shape
     teaches = execution.wave.overlaps and torch.is_grad_enabled()
     parts = []

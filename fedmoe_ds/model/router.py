@@ -17,6 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+UNIT = "unit"
+"""Score function of gates that are one for whoever is chosen."""
+
 
 class RouterSpec(Protocol):
     """The fields of DeepSpeed's TokenChoiceTopKRouter that routing reads."""
@@ -179,6 +182,9 @@ def route(
         # For a row that may use all experts these are the same bits as without a mask, whoever shares the pass.
         # The least number and not minus infinity, of which a row without any expert would make no number.
         weighing_TE = logits_TE.float().masked_fill(~allowed_TE, torch.finfo(torch.float32).min).softmax(-1)
+    if spec.score_func == UNIT:
+        # Scores say who is chosen, and nothing about what it weighs.
+        weighing_TE = torch.ones_like(scores_TE)
     weights_TK = weighing_TE.gather(1, experts_TK) * kept_TK
     if spec.route_norm:
         # The hosted router's own epsilon; a padding row, all of whose weights are zero, stays zero and does not become NaN.
@@ -189,7 +195,7 @@ def route(
 
 def _scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
     # Scores are float32 whatever the rows are, as in the hosted router: the order of near-equal experts must not change.
-    return logits_TE.float().softmax(-1) if spec.score_func == "softmax" else logits_TE.float().sigmoid()
+    return logits_TE.float().softmax(-1) if spec.score_func in ("softmax", UNIT) else logits_TE.float().sigmoid()
 
 
 def _corrected(scores_TE: Tensor, spec: RouterSpec) -> Tensor:

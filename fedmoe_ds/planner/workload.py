@@ -192,7 +192,8 @@ def _untrained_foundation(config: Config) -> Path:
     given = config.foundation
     least = {"pretrain": given.pretrain.model_copy(update={"steps": 0})}
     # Which channels are whose does not change a shape either.
-    less = {} if given.convert is None else {"convert": given.convert.model_copy(update={"batches": 1, "router_steps": 0})}
+    chosen = given.convert is not None and given.convert.kind == "read-me"
+    less = {} if not chosen else {"convert": given.convert.model_copy(update={"batches": 1, "router_steps": 0})}
     untrained = given.model_copy(update={**least, **less})
     with Progress() as progress:
         return resolve_foundation(untrained, config.seed, progress.note)
