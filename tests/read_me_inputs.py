@@ -12,7 +12,15 @@ from fedmoe_ds.config.foundation_section import ConvertConfig
 from fedmoe_ds.foundation.domain_channels import width
 from fedmoe_ds.foundation.read_me import convert_read_me
 
-CONVERT: dict[str, Any] = {"experts": 8, "permanent": 0.25, "kept": 0.5, "batches": 1, "router_width": 8, "router_steps": 3}
+CONVERT: dict[str, Any] = {
+    "kind": "read-me",
+    "experts": 8,
+    "permanent": 0.25,
+    "kept": 0.5,
+    "batches": 1,
+    "router_width": 8,
+    "router_steps": 3,
+}
 CHANNELS = TEXT["intermediate_size"]
 PERMANENT = width(CONVERT["permanent"], CHANNELS)
 OWN = width(CONVERT["kept"], CHANNELS) - PERMANENT

@@ -87,10 +87,11 @@ class RaFFM(Method):
 
     def check_config(self, config: Config) -> None:
         convert = config.foundation.convert
-        if convert is None or convert.kind != "channel-groups":
+        kind = None if convert is None else convert.kind
+        if kind != "channel-groups":
             raise UserError(
-                f"foundation.convert: {'null' if convert is None else convert.kind}: RaFFM trains groups of a dense foundation's "
-                "feed-forward channels; add the section, for instance foundation.convert={experts: 8}"
+                f"foundation.convert: {kind or 'null'}: RaFFM trains groups of a dense foundation's feed-forward channels; add "
+                "the section, for instance foundation.convert={experts: 8}"
             )
         if config.federation.budget != "method" and config.federation.budget != "top_k":
             raise UserError(

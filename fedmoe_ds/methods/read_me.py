@@ -1,27 +1,28 @@
-"""Read-ME: experts made of a dense model's channels, and a router that decides before the layers (Cai et al., arXiv 2410.19123).
+"""Read-ME: experts made of a dense model's channels, a router that decides before the layers (Cai et al., arXiv 2410.19123).
 
 Legend: T token rows, L layers, E experts.
 
 READ (public notes of the paper): a dense model is refactored into a smaller sparse one by activation sparsity per domain, and
 its router is taken out of the layers: one decision per token serves all of them, so that it is known before the layers run
-which experts a batch needs. CODE (VITA-Group/READ-ME): experts by domain (`foundation/domain_channels.py`), one expert per token
-in all layers with weight one, plus permanent channels; the router and its loss (`foundation/pre_gate.py`)
+which experts a batch needs. CODE (VITA-Group/READ-ME @ 1df7e684): experts by domain (`foundation/domain_channels.py`), one per
+token in all layers with weight one, and permanent channels; the router and its loss (`foundation/pre_gate.py`)
 
     sum_l  0.75 CE(z_t, argmax s_tl; smoothing 0.5) + 0.25 CE(z_t, softmax s_tl)
 
-with s_tle how many of the largest channels of token t in layer l expert e has; router and experts take turns, 100 and 200 steps,
-up to five times, each turn at 0.8 of the rate; with weight one, experts give the router no gradient, nor it them.
+with s_tle how many of the largest channels of token t in layer l expert e has; router and experts take turns, 100 and 200
+steps, up to five times, each turn at 0.8 of the rate. With weight one, experts give the router no gradient, nor it them.
 
 COMPLETION: the federation. The paper trains in one place. Rounds take turns: every `router_every`-th trains the router, the
 others the experts (LoRA or whole), and attention where it has adapters; the router's first turn is the converter's
 (`foundation.convert.router_steps`), so round 1 is the experts'. An expert is averaged by the rows that clients sent to it, and
-one that nobody used keeps its value; the router and attention by data size. s is counted in the dense model's input projections,
-on what reaches a layer of the sparse one: clients hold these projections in router turns. `local.rounds_schedule` can lower
-the rate from turn to turn.
+one that nobody used keeps its value; the router and attention by data size. s is counted in the dense model's input
+projections, on what reaches a layer of the sparse one: clients hold these projections in router turns. `local.rounds_schedule`
+can lower the rate from turn to turn.
 
-Limits. Permanent channels are frozen, as all of the model but experts and what has LoRA; the paper trains the backbone. A
-router turn runs the model's backward pass although nothing of it is trained. The router's products are not counted in FLOPs,
-but for the gradients of its weights. Expert-aware batching and caching are for serving and are not here.
+Limits. Permanent channels are frozen, as all of the model but experts and what has LoRA; the paper trains the backbone. One
+expert per token, as in the code (a public note of the paper says two of eight). A router turn runs the model's backward pass
+although nothing of it is trained. The router's products are not counted in FLOPs, but for the gradients of its weights. What a
+route that is known early is good for in serving (batches by expert, caches) is not here.
 """
 
 from __future__ import annotations
@@ -53,9 +54,7 @@ from fedmoe_ds.methods import (
 class ReadMEParams(MethodParams):
     """Whose turn it is."""
 
-    router_every: int = Field(
-        2, ge=0, description="every so-many-th round trains the router alone, the others experts; 0: none"
-    )
+    router_every: int = Field(2, ge=0, description="every so-many-th round trains the router, the others experts; 0: none does")
 
 
 class ReadME(Method):
@@ -69,7 +68,7 @@ class ReadME(Method):
         trains="experts (LoRA or whole) and the router before the layers, in turns",
         sends="what the round trains",
         weighs="experts: routed rows; router, attention: data size",
-        completion="the federation: turns by rounds; equal widths; packages are domains; dense channels by the sparse model's rows",
+        completion="the federation: turns by rounds; equal widths; packages play domains; usage weights",
     )
     needs = frozenset({"experts", "router"})
     teaches = True
