@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from federations import make_config
+from read_me_inputs import CONVERT, ON_READ_ME
 
 from fedmoe_ds.config import Config
 
@@ -208,8 +209,10 @@ BESIDE: dict[str, dict[str, Any]] = {
         "method": {"name": "shefl", "kappa": 1.0, "upload": 1.5},
         "server": {"optimizer": "fedadam", "lr": 0.01},
     },
+    # The second round is the router's.
+    "read-me": {**ON_READ_ME, "foundation": {"convert": CONVERT}, "local": {"weight_decay": 0.5}},
 }
-"""On the Llama, with adapter experts beside it, of which every one is a model of its own."""
+"""On the Llama, with adapter experts beside it, of which every one is a model of its own, or with experts made of it."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 

@@ -8,6 +8,9 @@ Legend: D domains, N sequences of a domain, B batch, S sequence length, L layers
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +43,13 @@ def domain_texts(domains: int) -> dict[str, list[str]]:
         )
     sizes = {name: sum(map(len, found)) for name, found in texts.items()}
     return {name: texts[name] for name in sorted(texts, key=lambda name: (-sizes[name], name))[:domains]}
+
+
+@functools.cache
+def domains_told(domains: int) -> tuple[tuple[str, ...], str]:
+    """Their names, and a digest of names and texts; read once per process, as a library does not change while it runs."""
+    texts = domain_texts(domains)
+    return tuple(texts), hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def sequences(tokenizer: Any, texts: list[str], eos_token_id: int, most: int) -> Tensor:

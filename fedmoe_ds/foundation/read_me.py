@@ -15,8 +15,6 @@ Legend: D domains (experts), N sequences, S positions, L layers, F channels, K o
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation import conversion
 from fedmoe_ds.foundation.builtin.loop import isolated
 from fedmoe_ds.foundation.domain_channels import DomainChannels, choose, width
-from fedmoe_ds.foundation.domains import BATCH, activations, domain_texts, mean_activations, sequences
+from fedmoe_ds.foundation.domains import BATCH, activations, domain_texts, domains_told, mean_activations, sequences
 from fedmoe_ds.foundation.loading import load_model
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, read_config
 from fedmoe_ds.foundation.pre_gate import NAME, PreGateShape, logits, overlaps, router_loss
@@ -73,21 +71,20 @@ def convert_read_me(source: Path, convert: ConvertConfig, seed: int, root: Path,
         UserError: the dense model is no llama that can be converted, or the cache cannot be written.
     """
     config = converted_config(read_config(source), convert)
-    texts = domain_texts(convert.experts)
-    told = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    names, told = domains_told(convert.experts)
     files = sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".json", ".model") and path.is_file())
     sums = {path.name: file_sha256(path) for path in files}
     key = {"convert": convert.model_dump(), "source": sums, "text": told, "seed": seed}
     shared, own = config.shared_expert_intermediate_size, config.moe_intermediate_size
     said = (
         f"{convert.experts} experts of {own} channels each, {shared} of {config.intermediate_size} permanent, one expert per "
-        f"token, by domains {', '.join(texts)}"
+        f"token, by domains {', '.join(names)}"
     )
 
     def make(folder: Path) -> None:
         # One thread: what is made must not depend on the machine's number of cores.
         with isolated(1):
-            _write(source, folder, config, convert, texts, seed)
+            _write(source, folder, config, convert, seed)
 
     return conversion.store(key, said, make, root, note)
 
@@ -112,11 +109,11 @@ def _check(dense: Any, convert: ConvertConfig) -> None:
         )
 
 
-def _write(source: Path, folder: Path, config: Any, convert: ConvertConfig, texts: dict[str, list[str]], seed: int) -> None:
+def _write(source: Path, folder: Path, config: Any, convert: ConvertConfig, seed: int) -> None:
     model: Any = load_model(source, torch.float32, 1, 0, torch.device("cpu"))[0]
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     most = convert.batches * BATCH
-    domains = [sequences(tokenizer, found, config.eos_token_id, most) for found in texts.values()]
+    domains = [sequences(tokenizer, found, config.eos_token_id, most) for found in domain_texts(convert.experts).values()]
     means_DLF = torch.stack([mean_activations(model, domain_NS) for domain_NS in domains])
     chosen = choose(means_DLF, config.shared_expert_intermediate_size, config.moe_intermediate_size)
     masks_LDF = chosen.masks(config.intermediate_size)
