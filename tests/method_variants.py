@@ -209,15 +209,26 @@ BESIDE: dict[str, dict[str, Any]] = {
         "method": {"name": "shefl", "kappa": 1.0, "upload": 1.5},
         "server": {"optimizer": "fedadam", "lr": 0.01},
     },
+}
+"""On the Llama, with adapter experts beside it, of which every one is a model of its own."""
+GROUPS: dict[str, Any] = {
+    "foundation": {"convert": {"experts": 4}},
+    "adapters": {"attention": [], "expert_training": "full"},
+    "federation": {"tiers": [{"top_k": width, "share": 1.0} for width in (4, 3, 1)]},
+}
+GROUPED: dict[str, dict[str, Any]] = {
+    "raffm": {**GROUPS, "method": {"name": "raffm"}, "local": {"weight_decay": 0.5}},
+    "raffm-random": {**GROUPS, "method": {"name": "raffm", "widths": "random", "missing": "zero"}},
     # The second round is the router's.
     "read-me": {**ON_READ_ME, "foundation": {"convert": CONVERT}, "local": {"weight_decay": 0.5}},
 }
-"""On the Llama, with adapter experts beside it, of which every one is a model of its own, or with experts made of it."""
+"""On the Llama, whose feed-forward blocks are cut into groups of channels, or into what is permanent and experts."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
-    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE else {}
+    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE | GROUPED else {}
     plain = ON_LLAMA if variant in PLAIN else {}
-    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | DEVICES)[variant], *changes)
+    own = (VARIANTS | PLAIN | BESIDE | GROUPED | DEVICES)[variant]
+    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, own, *changes)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from dense_inputs import dense_config, write_dense
 from federations import alone, make_config, write_inputs
-from method_variants import BESIDE, PLAIN, VARIANTS, variant_config
+from method_variants import BESIDE, GROUPED, PLAIN, VARIANTS, variant_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -44,7 +44,7 @@ TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
 """Together they have every kind of tensor and file."""
-OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *PLAIN) if variant not in KINDS]
+OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *PLAIN, *GROUPED) if variant not in KINDS]
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,7 @@ ELSEWHERE = {
     "execution.moments_on": "fake_cuda/cases/rows_and_steps.py",
     "execution.expert_halves": "test_topologies.py",
     "foundation.trust_remote_code": "test_own_code.py",
+    **{f"foundation.convert.{key}": "test_channel_groups.py" for key in ("kind", "experts", "order")},
     "data.chat_template": "test_data_chat.py",
     "data.prompt.preset": "test_data_prompts.py",
     "data.prompt.preamble": "test_data_prompts.py",

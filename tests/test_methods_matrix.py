@@ -27,6 +27,7 @@ from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
 from reference_objectives import ObservedFedFM, ObservedFLood, ObservedPRISM
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
+from reference_raffm import RaFFM
 from reference_read_me import ReadMe as ObservedReadMe
 from reference_server import ServerRule
 from reference_ub_smoe import ObservedUBSMoE
@@ -60,6 +61,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 ENSEMBLES = {"split-mix", "shefl"}
 ALONE: dict[str, Any] = {"attention": [], "moe": {"experts": 8, "width": 8, "top_k": 1}}
 """What stands for `beside` where every adapter expert is a model of its own."""
+GROUPED = {"raffm"}
+GROUPS: dict[str, Any] = {"attention": ["q_proj"], "expert_training": "full"}
+"""What stands for `full` where experts are groups of a dense block's channels."""
 DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}
 DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}, "fedvra": DUAL}
 SERVERS = ["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"]
@@ -116,6 +120,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
+    "raffm": ({"missing": "zero"}, Told(RaFFM, {"missing": "zero"})),
     # A channel for everybody, all the time in the world: FedIT.
     "read-me": ({}, Told(ObservedReadMe, {})),
     "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
@@ -132,7 +137,7 @@ PAIRS = {
     "ffa-lora",
     "fedsa-lora",
 }
-NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg"}
+NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg", "raffm"}
 NO_MEAN = {"flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair", "local-only", "centralised"}
 
 
@@ -159,6 +164,7 @@ class Case(NamedTuple):
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method in {"fft-moe"} | ENSEMBLES and self.adapters != "beside")
             or (self.method == "read-me" and self.adapters not in ("router", "full"))
+            or (self.method in GROUPED and self.adapters != "full")
             or (self.method == "shefl" and self.drift in ("scaffold", "fedvra"))
             or (plain and self.sampling == "budget")
         )
@@ -172,8 +178,11 @@ class Case(NamedTuple):
         bought = (plain and told.buys == "rank") or self.method in ENSEMBLES
         tiers = {"tiers": [{buys: budget, "share": 1.0} for budget in budgets]} if bought else {}
         adapters = ALONE if self.method in ENSEMBLES and self.adapters == "beside" else ADAPTERS[self.adapters]
+        grouped = self.method in GROUPED and self.adapters == "full"
+        adapters = GROUPS if grouped else adapters
         return [
             SMALL,
+            {"foundation": {"convert": {"experts": 4}}} if grouped else {},
             {"method": {"name": self.method, **own}, "adapters": adapters, "federation": tiers},
             {"local": {"drift": self.drift, **DRIFTS[self.drift]}, "server": _used(server)},
             {"federation": {"sampling": self.sampling}},
@@ -223,9 +232,9 @@ def write_models(folder: Path) -> Path:
 
 
 def config_of(root: Path, case: Case, tag: str, *changes: dict[str, Any]) -> Any:
-    made = case.method == "read-me"
-    model = "llama" if made or case.adapters in ("beside", "plain") else "model"
-    foundation = {"path": str(root / model), **({"convert": CONVERT} if made else {})}
+    made = {"read-me": {"convert": CONVERT}}.get(case.method, {})
+    model = "llama" if made or case.adapters in ("beside", "plain") or case.method in GROUPED else "model"
+    foundation = {"path": str(root / model), **made}
     name = "-".join([*case, tag]).replace(" ", "-")
     return make_config(root, name, {"foundation": foundation}, *case.changes(), *changes)
 
@@ -283,9 +292,11 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
-# Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all.
-# Read-ME's tokens have one expert each, of few (`test_read_me.py`).
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "ub-smoe", "read-me")])
+# Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all;
+# groups of channels are used by every row of those who hold them. Read-ME's tokens have one expert each (`test_read_me.py`).
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "raffm", "read-me", "ub-smoe")]
+)
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
     adapters = "beside" if method in {"fft-moe"} | ENSEMBLES else "router"

@@ -153,6 +153,8 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("shefl", {}, {"density": 0.5}),
     ("shefl", {}, {"upload": 1.0}),
     ("prism", {"rho": 1.0}, {"route": "reversed"}),
+    ("raffm", {}, {"widths": "random"}),
+    ("raffm", {}, {"missing": "zero"}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods import method_for, method_names
 
-NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg"}
+NOT_ONE_MEAN = {"cc-fao", "ewwa-fl", "flood", "fednova", "ota-ffl", "q-fedavg", "raffm"}
 UNEQUAL = {"hetlora", "flexlora", "flora", "florist", "fslora"}
 PAIRS = UNEQUAL | {"fedex-lora", "fedrot-lora", "lora-fair", "ffa-lora", "fedsa-lora"}
 COLLECTING = {"flexlora", "flora", "florist", "fedex-lora", "fedrot-lora", "lora-fair"}
@@ -29,6 +29,7 @@ NEEDED: dict[str, list[dict[str, Any]]] = {
     "read-me": [{"adapters": {"router": "train"}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
     **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(ENSEMBLES)},
+    "raffm": [{"foundation": {"convert": {"experts": 4}}}],
     "flood": [{"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
     "cc-fao": [{"local": {"optimizer": "sgd"}, "method": {"amsgrad": False, "max_delay": 0}}],

@@ -21,6 +21,7 @@ from fedmoe_ds.export.loading import lora_loading
 from fedmoe_ds.export.merge import Learnt
 from fedmoe_ds.export.shards import write_tensors
 from fedmoe_ds.export.written import Request, Written, check_router_bias, no_masks
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.foundation.weight_stream import StoredTensor
 from fedmoe_ds.model.adapter_bank import lora_pairs
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
@@ -100,6 +101,11 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
     """
     run, selection, out = request.run, request.selection, "use --format merged"
     check_router_bias(run, where)
+    if run.outline.layers and isinstance(run.outline.layers[0], GroupedLayer) and any(b.expert for b in run.spec.blocks):
+        raise UserError(
+            f"{where}: a LoRA file has no place for it: groups of channels (foundation.convert) are parts of a block's "
+            f"matrices; {out}"
+        )
     halves = {half.name for pair in lora_pairs(run.spec.blocks) for half in pair}
     for block in run.spec.blocks:
         if block.name not in halves | {RESCALER}:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fedmoe_ds.foundation.autoep import HostedLayer
+from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.foundation.loading import source_name
 from fedmoe_ds.foundation.weight_files import BYTES_PER_OPEN, WeightFiles
 from fedmoe_ds.model.adapter_bank import BlockSpec
@@ -144,13 +146,22 @@ class Change:
             yield rounded_OI
 
 
-Changes = dict[str, list[Change]]
+class MatrixChange(Protocol):
+    """A `Change`, or what else makes a new matrix of an old one."""
+
+    def blocks(
+        self, learnt: Learnt, read: Callable[[slice], Tensor], rows: Iterable[slice], told: Rounding
+    ) -> Iterator[Tensor]: ...
+
+
+Changes = dict[str, list[MatrixChange]]
 """By the present name of a tensor of the base: one for a matrix, one per expert for fused experts."""
 
 
 def plan_changes(run: TrainedRun, learnt: Learnt, files: WeightFiles) -> tuple[Changes, set[str]]:
-    """Which tensors of the base change, and the names of the blocks that move into them."""
-    names, layers = learnt.blocks, run.outline.layers
+    """Which tensors of the base change, and the names of the blocks that move into them; groups of channels apart
+    (`channel_groups.py`)."""
+    names, layers = learnt.blocks, [layer for layer in run.outline.layers if not isinstance(layer, GroupedLayer)]
     changes: Changes = {}
     stems = {name.rpartition(".")[0] for name in names}
     if stems.intersection(EXPERT_STEMS) or learnt.rescales:
@@ -162,7 +173,8 @@ def plan_changes(run: TrainedRun, learnt: Learnt, files: WeightFiles) -> tuple[C
     projections = find_projections(run.outline.model, run.config.adapters)
     for one in projections:
         changes[f"{one.path}.weight"] = [Change(f"{one.part}.{one.name}", one.layer)]
-    taken = {*EXPERT_STEMS, ROUTER_STEM, *(f"{one.part}.{one.name}" for one in projections)}
+    experts = EXPERT_STEMS if layers else ()
+    taken = {*experts, ROUTER_STEM, *(f"{one.part}.{one.name}" for one in projections)}
     return changes, {name for name in names if name == RESCALER or name.rpartition(".")[0] in taken}
 
 

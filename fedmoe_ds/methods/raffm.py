@@ -10,8 +10,8 @@ READ (the paper, an OpenReview thread): salient parameters come first; sub-model
 resources allow; ViT, BERT, RoBERTa, FLAN-T5. Neither how clients' data differ nor the mix of sub-models in its tables is told,
 so no number of it can be reproduced. CODE (yusx-swapp/RaFFM @ 7c7186b4): feed-forward widths 3072, 1920 or 1280 drawn for every
 layer; in each round the first client that was sampled gets the full model, the second the smallest, the others a random one;
-the server adds every local value / |S| into the leading slice of zeros, so channels that few hold shrink. Its prioritisation
-permutes the rows of Q and K within each head, while its default sub-models cut feed-forward channels alone: the two do not meet.
+the server adds every local value / |S| into the leading slice of zeros, so channels that few hold shrink. It reorders
+the rows of Q and K within each head, while its default sub-models cut feed-forward channels alone: the two do not meet.
 
 COMPLETION:
 - Saliency is of feed-forward channels, of all matrices that a channel has a row or column of: a permutation of channels keeps
@@ -92,10 +92,6 @@ class RaFFM(Method):
             raise UserError(
                 f"foundation.convert: {kind or 'null'}: RaFFM trains groups of a dense foundation's feed-forward channels; add "
                 "the section, for instance foundation.convert={experts: 8}"
-            )
-        if config.federation.budget != "method" and config.federation.budget != "top_k":
-            raise UserError(
-                f"federation.budget: {config.federation.budget}: a budget of RaFFM buys groups of channels; use method"
             )
 
     # Which groups
