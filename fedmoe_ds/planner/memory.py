@@ -40,7 +40,7 @@ def estimate(
     # Experts are sharded, so a rank holds its part for every client of the wave; dense adapters only for its own.
     numbers = in_flight * expert + home * dense
     # Where rows are narrower, products read copies of the adapters in the rows' type, made once per step.
-    narrow = [b for b in spec.blocks if b.pair is not None or (b.expert and config.adapters.moe is not None)]
+    narrow = [b for b in spec.blocks if b.pair is not None or (b.expert and spec.expert_layout.matrices == 2)]
     copied_expert, copied_dense = parameters_per_client(narrow, spec.expert_layout.num_experts // ep_size)
     copies = (in_flight * copied_expert + home * copied_dense) * (spec.row_bytes if spec.row_bytes < FP32 else 0)
     # Bitwise sums keep two int64 digits of every number.
