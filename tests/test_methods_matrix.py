@@ -121,8 +121,8 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
     "raffm": ({"missing": "zero"}, Told(RaFFM, {"missing": "zero"})),
-    # A channel for everybody, all the time in the world: FedIT.
     "read-me": ({}, Told(ObservedReadMe, {})),
+    # A channel for everybody, all the time in the world: FedIT.
     "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
 PAIRS = {

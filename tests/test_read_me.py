@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from expert_cache import belady_hits, lru_hits
 from federations import alone, build, make_config, run_alone
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from read_me_inputs import CHANNELS, CONVERT, ON_READ_ME, OWN, PERMANENT, write_read_me
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,15 +24,18 @@ from transformers import AutoModelForCausalLM
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.foundation_section import ConvertConfig, FoundationConfig
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.command import export
+from fedmoe_ds.export.written import Request
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.run_spec import check_start, resolve_spec
-from fedmoe_ds.foundation import load_foundation, planned_sparse, resolve_foundation
+from fedmoe_ds.foundation import conversion, load_foundation, planned_sparse, resolve_foundation
 from fedmoe_ds.foundation.domain_channels import choose
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.pre_gate import logits, overlaps, router_loss
 from fedmoe_ds.foundation.read_me import convert_read_me
 from fedmoe_ds.model.batch import Rows
+from fedmoe_ds.results import open_run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -227,6 +232,36 @@ def test_conversion_is_kept_and_known_before_it_is_made(root: Path) -> None:
     folder = resolve_foundation(config, 0, lines.append)
     assert not lines, "made by the fixture already"
     assert load_file(folder / "model.safetensors").keys() == load_file(root / "read-me" / "model.safetensors").keys()
+
+
+def test_every_key_decides_what_is_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+
+    def store(key: dict[str, Any], *_: Any) -> Path:
+        keys.append(json.dumps(key, sort_keys=True))
+        return root
+
+    monkeypatch.setattr(conversion, "store", store)
+    changes = {"experts": 4, "permanent": 0.2, "kept": 0.7, "batches": 2, "router_width": 4, "router_layers": 2}
+    changes |= {"router_steps": 4, "router_lr": 0.1}
+    assert changes.keys() | {"kind", "order"} == ConvertConfig.model_fields.keys()
+    for name, value in [("batches", CONVERT["batches"]), *changes.items()]:
+        convert_read_me(root / "llama", ConvertConfig(**{**CONVERT, name: value}), 0, root, print)
+    convert_read_me(root / "llama", ConvertConfig(**CONVERT), 1, root, print)  # another seed
+    assert len(set(keys)) == len(keys) == 2 + len(changes)
+    with pytest.raises(ValidationError, match="order: given: has no effect with kind read-me"):
+        ConvertConfig(kind="read-me", order="given")
+    with pytest.raises(ValidationError, match=r"kept: 0\.7: has no effect with kind channel-groups"):
+        ConvertConfig(kept=0.7)
+
+
+def test_no_file_of_others_can_say_who_decides_before_the_layers(root: Path, tmp_path: Path) -> None:
+    run_alone(config_of(root, "exported", {"federation": {"rounds": 1}}))
+    run = open_run(root / "runs" / "exported")
+    forms: tuple[Literal["merged", "peft"], ...] = ("merged", "peft")
+    for form in forms:
+        with pytest.raises(UserError, match=r"the foundation's router decides before its layers"):
+            export(form, Request(run, run.select(), tmp_path / form, "base", None))
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
