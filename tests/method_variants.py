@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from federations import make_config
+from read_me_inputs import CONVERT, ON_READ_ME
 
 from fedmoe_ds.config import Config
 
@@ -219,8 +220,10 @@ GROUPS: dict[str, Any] = {
 GROUPED: dict[str, dict[str, Any]] = {
     "raffm": {**GROUPS, "method": {"name": "raffm"}, "local": {"weight_decay": 0.5}},
     "raffm-random": {**GROUPS, "method": {"name": "raffm", "widths": "random", "missing": "zero"}},
+    # The second round is the router's.
+    "read-me": {**ON_READ_ME, "foundation": {"convert": CONVERT}, "local": {"weight_decay": 0.5}},
 }
-"""On the Llama, whose feed-forward blocks are cut into groups of channels."""
+"""On the Llama, whose feed-forward blocks are cut into groups of channels, or into what is permanent and experts."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 

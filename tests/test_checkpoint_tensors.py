@@ -29,6 +29,7 @@ from fedmoe_ds.federation.build import Parts, load_parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.rounds import Federation
 from fedmoe_ds.federation.server import BASE
+from fedmoe_ds.foundation.pre_gate import pre_gate_of
 from fedmoe_ds.model.lora_linear import ClientLoRALinear
 from fedmoe_ds.report import Progress
 
@@ -87,6 +88,8 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
     sizes["S"] = parts.spec.method.facts.sequences
     if config.adapters.moe is not None:
         sizes["W"] = config.adapters.moe.width
+    if (gate := pre_gate_of(parts.foundation.model)) is not None:
+        sizes |= {"V": gate.shape.vocabulary, "Z": gate.shape.width}
     if "projection" in match.groupdict():
         widths = {m.projection.name: m.projection for m in parts.foundation.model.modules() if isinstance(m, ClientLoRALinear)}
         projection = widths[match["projection"]]

@@ -90,6 +90,8 @@ ELSEWHERE = {
     "execution.expert_halves": "test_topologies.py",
     "foundation.trust_remote_code": "test_own_code.py",
     **{f"foundation.convert.{key}": "test_channel_groups.py" for key in ("kind", "experts", "order")},
+    **{f"foundation.convert.{key}": "test_read_me.py" for key in ("permanent", "kept", "batches")},
+    **{f"foundation.convert.router_{key}": "test_read_me.py" for key in ("width", "layers", "steps", "lr")},
     "data.chat_template": "test_data_chat.py",
     "data.prompt.preset": "test_data_prompts.py",
     "data.prompt.preamble": "test_data_prompts.py",

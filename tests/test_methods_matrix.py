@@ -17,6 +17,7 @@ import torch
 from dense_inputs import write_dense
 from every import every
 from federations import alone, build, make_config, own_tensors, write_inputs
+from read_me_inputs import CONVERT
 from reference import Adapters
 from reference_ensembles import ObservedSplitMix
 from reference_flex_moe import ObservedFlexMoE
@@ -27,6 +28,7 @@ from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FF
 from reference_objectives import ObservedFedFM, ObservedFLood, ObservedPRISM
 from reference_products import FedExLoRA, FedRotLoRA, FlexLoRA, FLoRA, FLoRIST, LoRAFair
 from reference_raffm import RaFFM
+from reference_read_me import ReadMe as ObservedReadMe
 from reference_server import ServerRule
 from reference_ub_smoe import ObservedUBSMoE
 from reference_weights import EWWAFL, FedNova, QFedAvg
@@ -119,6 +121,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
     "ota-ffl": ({"epsilon": 0.2, "snr_db": 20.0}, Told(OverTheAir, {"epsilon": 0.2, "snr_db": 20.0})),
     "raffm": ({"missing": "zero"}, Told(RaFFM, {"missing": "zero"})),
+    "read-me": ({}, Told(ObservedReadMe, {})),
     # A channel for everybody, all the time in the world: FedIT.
     "wireless-fl": ({"channels": 9, "epochs": 1, "deadline_s": 1e6}, Told(FedIT, {})),
 }
@@ -160,6 +163,7 @@ class Case(NamedTuple):
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
             or (self.method in {"fft-moe"} | ENSEMBLES and self.adapters != "beside")
+            or (self.method == "read-me" and self.adapters not in ("router", "full"))
             or (self.method in GROUPED and self.adapters != "full")
             or (self.method == "shefl" and self.drift in ("scaffold", "fedvra"))
             or (plain and self.sampling == "budget")
@@ -228,9 +232,11 @@ def write_models(folder: Path) -> Path:
 
 
 def config_of(root: Path, case: Case, tag: str, *changes: dict[str, Any]) -> Any:
-    model = "llama" if case.adapters in ("beside", "plain") or case.method in GROUPED else "model"
+    made = {"read-me": {"convert": CONVERT}}.get(case.method, {})
+    model = "llama" if made or case.adapters in ("beside", "plain") or case.method in GROUPED else "model"
+    foundation = {"path": str(root / model), **made}
     name = "-".join([*case, tag]).replace(" ", "-")
-    return make_config(root, name, {"foundation": {"path": str(root / model)}}, *case.changes(), *changes)
+    return make_config(root, name, {"foundation": foundation}, *case.changes(), *changes)
 
 
 def test_every_combination_is_accepted_or_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,8 +293,10 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
 
 
 # Of local-only, the server has no experts: nothing of them could move. Noise on the channel, and pseudo-gradients, reach all;
-# groups of channels are used by every row of those who hold them.
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "raffm", "ub-smoe")])
+# groups of channels are used by every row of those who hold them. Read-ME's tokens have one expert each (`test_read_me.py`).
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "raffm", "read-me", "ub-smoe")]
+)
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
     adapters = "beside" if method in {"fft-moe"} | ENSEMBLES else "router"

@@ -146,6 +146,7 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ub-smoe", {}, {"pseudo_gradient": "batch"}),
     ("ub-smoe", {}, {"pseudo_gradient": "none"}),
     ("ub-smoe", {"routing": "plain"}, {"momentum": 0.5}),
+    ("read-me", {}, {"router_every": 1}),
     ("split-mix", {}, {"deal": "first"}),
     ("shefl", {}, {"deal": "first"}),
     ("shefl", {}, {"kappa": 2.0}),

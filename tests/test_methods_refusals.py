@@ -26,6 +26,7 @@ MOE: dict[str, Any] = {"adapters": {"moe": {"experts": 8, "top_k": 4}}}
 NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
     "flex-moe": [{"adapters": {"router": "train"}}],
+    "read-me": [{"adapters": {"router": "train"}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
     **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(ENSEMBLES)},
     "raffm": [{"foundation": {"convert": {"experts": 4}}}],
@@ -65,12 +66,12 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.attention: []: method {} works on LoRA pairs and there would be none; name attention projections",
     ),
     "no experts": (
-        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe"},
+        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe", "read-me"},
         {"adapters": {"experts": False}},
         "adapters.experts: false: method {} works on expert adapters; use adapters.experts=true",
     ),
     "no router": (
-        {"flex-moe", "hfedmoe"},
+        {"flex-moe", "hfedmoe", "read-me"},
         {"adapters": {"router": "frozen"}},
         "adapters.router: frozen: method {} needs trained routers; use adapters.router=train",
     ),
@@ -95,7 +96,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "local.drift: fedvra: its server adds dual variables to one mean of adapters, and rows of trained routers are averaged",
     ),
     "experts of dense blocks": (
-        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe"},
+        {"flex-moe", "hfedmoe", "fed-moe", "flux", "ub-smoe", "read-me"},
         {"adapters": {"feed_forward": ["gate_proj"]}},
         "adapters.feed_forward: ['gate_proj']: method {} works on experts, and dense blocks have none; use a sparse model",
     ),
@@ -103,6 +104,11 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         {"flux"},
         {"adapters": {"moe": {"experts": 8, "top_k": 4}}},
         "adapters.moe: method flux assigns roles to the experts of a sparse model, and adapter experts are all small; use a",
+    ),
+    "adapter experts beside channels": (
+        {"read-me"},
+        {"adapters": {"moe": {"experts": 8, "top_k": 4}}},
+        "adapters.moe: method read-me trains experts that are made of the model's own channels; drop the section",
     ),
     "balance loss": (
         set(method_names()) - {"hfedmoe", "fft-moe", "flood", "fed-moe", "flex-moe"},

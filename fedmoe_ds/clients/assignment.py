@@ -46,6 +46,7 @@ class Assignment:
         allowed_LE: bool, the experts that it may route to in every layer, or None for all.
         trained_LE: bool, the experts that it trains, or None for all: rows of the others only run forward.
         trained_N: bool, the transformer layers whose adapters it trains, or None for all.
+        trains_common: whether it trains what serves the whole model and belongs to no layer.
         samples: int64 numbers of the training samples that it uses, or None for all.
         delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
         pseudo: what experts' gradients are given for rows that did not use them, or None.
@@ -64,6 +65,7 @@ class Assignment:
     allowed_LE: np.ndarray | None = None
     trained_LE: np.ndarray | None = None
     trained_N: np.ndarray | None = None
+    trains_common: bool = True
     samples: np.ndarray | None = None
     delay: int | None = None
     pseudo: PseudoGradient | None = None
@@ -107,12 +109,22 @@ class Assignment:
     def trains(self, spec: BlockSpec) -> np.ndarray | None:
         """Bool, to be broadcast over [L, E] of an expert block or [L] of a dense one: what the client trains; None for all."""
         experts_LE = self._trained_LE if spec.expert else None
-        if self.trained_N is None:
+        common = not self.trains_common and min(spec.layers, default=0) < 0
+        if self.trained_N is None and not common:
             return experts_LE
         # What serves the whole model belongs to no layer that could be left out.
-        layers_L = np.array([layer < 0 or bool(self.trained_N[layer]) for layer in spec.layers])
+        layers_L = np.array([self._trains_layer(layer) for layer in spec.layers])
         layers = layers_L[:, None] if spec.expert else layers_L
         return layers if experts_LE is None else experts_LE & layers
+
+    def _trains_layer(self, layer: int) -> bool:
+        return self.trains_common if layer < 0 else self.trained_N is None or bool(self.trained_N[layer])
+
+    @property
+    def all_trained(self) -> bool:
+        """Whether it trains all that there is to train."""
+        whole = self.trained_N is None and self.trained_LE is None and self.members_MLE is None
+        return whole and self.trains_common
 
     @property
     def _trained_LE(self) -> np.ndarray | None:

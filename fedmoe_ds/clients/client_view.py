@@ -94,8 +94,7 @@ class ClientView:
 
     def _untrained(self) -> Iterator[tuple[BlockSpec, Tensor]]:
         """Trained blocks of which the client trains some, and bool [L, 1, ...] or [L, E, 1, ...], what it does not."""
-        assignment = self.assignment
-        if assignment.trained_N is None and assignment.trained_LE is None and assignment.members_MLE is None:
+        if self.assignment.all_trained:
             return
         for spec in self.blocks():
             if (untrained := self.untrained(spec)) is not None:

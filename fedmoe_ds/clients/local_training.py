@@ -193,6 +193,7 @@ class WaveTrainer:
             whole_steps=self.hooks.whole_steps,
             offers=frozenset(work.slot for work in mine if work.assignment.pseudo is not None),
             attends=any(observer is not None and observer.attended is not None for observer in found.values()),
+            overlaps=any(observer is not None and observer.overlaps for observer in found.values()),
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:

@@ -20,7 +20,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.loading import lora_loading
 from fedmoe_ds.export.merge import Learnt
 from fedmoe_ds.export.shards import write_tensors
-from fedmoe_ds.export.written import Request, Written, check_router_bias, no_masks
+from fedmoe_ds.export.written import Request, Written, check_pre_gate, check_router_bias, no_masks
 from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.foundation.weight_stream import StoredTensor
 from fedmoe_ds.model.adapter_bank import lora_pairs
@@ -101,6 +101,7 @@ def check_carried(where: str, fmt: Format, names: ModuleNames, request: Request)
     """
     run, selection, out = request.run, request.selection, "use --format merged"
     check_router_bias(run, where)
+    check_pre_gate(run, where)
     if run.outline.layers and isinstance(run.outline.layers[0], GroupedLayer) and any(b.expert for b in run.spec.blocks):
         raise UserError(
             f"{where}: a LoRA file has no place for it: groups of channels (foundation.convert) are parts of a block's "

@@ -20,7 +20,7 @@ from fedmoe_ds.export.channel_groups import add_groups
 from fedmoe_ds.export.loading import model_loading
 from fedmoe_ds.export.merge import Changes, Learnt, Rounding, plan_changes
 from fedmoe_ds.export.shards import write_shards
-from fedmoe_ds.export.written import Request, Written, check_router_bias, no_masks, without_common_model
+from fedmoe_ds.export.written import Request, Written, check_pre_gate, check_router_bias, no_masks, without_common_model
 from fedmoe_ds.foundation.channel_groups import KEY
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE
 from fedmoe_ds.foundation.weight_files import WeightFiles
@@ -78,6 +78,7 @@ def check_selection(request: Request) -> None:
     """Raise UserError where a model's configuration has no word for what the selected one is."""
     run, selection, method = request.run, request.selection, request.run.config.method.name
     check_router_bias(run, "--format: merged")
+    check_pre_gate(run, "--format: merged")
     if selection.client is None and without_common_model(run):
         raise UserError(f"--format: merged: method {method} has a model for every client and none for all; name a --client")
     if (why := no_masks(selection, method, f"no {CONFIG_FILE}")) is not None:

@@ -13,7 +13,7 @@ from fedmoe_ds.foundation.outline import Outline
 def check_planned_groups(config: Config) -> None:
     """Refuse what can be told from the configuration alone. Raises UserError."""
     convert, planned = config.foundation.convert, planned_config(config.foundation)
-    if convert is None:
+    if convert is None or convert.kind != "channel-groups":
         return
     if planned is not None:
         check_convertible(planned, convert)

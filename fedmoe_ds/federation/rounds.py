@@ -33,7 +33,7 @@ from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.journal import Journal
 from fedmoe_ds.federation.planned_spending import settle_planned
 from fedmoe_ds.federation.round_checkpoints import RoundCheckpoints
-from fedmoe_ds.federation.round_messages import meet, share_counts, share_products, stop_agreed, stop_requested_here
+from fedmoe_ds.federation.round_messages import meet, share_counts, share_products, stop_agreed, stop_requested_here, unweighted
 from fedmoe_ds.federation.schedule import schedule
 from fedmoe_ds.federation.shortage import for_next_start, make_room
 from fedmoe_ds.federation.survey import survey
@@ -300,7 +300,7 @@ class Federation:
     def _tell_averaged(self, work: _Round) -> None:
         """Say so when clients trained a block and the round averages nothing of it; not where nobody came back."""
         came = any(report["status"] == OK for report in work.partial.done.values())
-        if came and (kept := [name for name, count in work.weighted.items() if not count]):
+        if came and (kept := unweighted(self.parts, work.chosen, work.index, work.weighted)):
             self.journal.not_averaged(work.index, kept)
 
     def _evaluate(self, round_index: int) -> None:

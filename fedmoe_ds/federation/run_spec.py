@@ -19,6 +19,7 @@ from fedmoe_ds.federation.channel_group_checks import check_groups, check_planne
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.device_check import check_devices
 from fedmoe_ds.federation.no_experts import as_meant, named
+from fedmoe_ds.federation.pre_gate_check import check_pre_gate
 from fedmoe_ds.federation.sampling import buffered, draw, participant_count, participants
 from fedmoe_ds.federation.sequence_checks import check_length, check_packing, check_rotations
 from fedmoe_ds.federation.task_metrics import check_task_metrics
@@ -165,6 +166,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     size = model_size(model.model, model.layers)
     method.facts = facts_of(config, expert_layout, size, model.images)
     method.check(method.facts)
+    check_pre_gate(config, method, model.model)
     full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth)
     tiers = resolve_tiers(config.federation, full, method.spends)
     blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler))

@@ -32,6 +32,7 @@ from fedmoe_ds.foundation.meta_model import CONFIG_FILE, first_line, is_there, r
 from fedmoe_ds.foundation.outline import Outline, outline
 from fedmoe_ds.foundation.own_code import running
 from fedmoe_ds.foundation.published import PUBLISHED, Published, published_model
+from fedmoe_ds.foundation.read_me import convert_read_me, converted_config
 from fedmoe_ds.foundation.size import model_size
 from fedmoe_ds.foundation.storage_type import storage_type
 from fedmoe_ds.foundation.tokenizer import load_tokenizer
@@ -81,10 +82,14 @@ def planned_config(config: FoundationConfig) -> Any | None:
     Raises:
         UserError: an unknown preset, or a model folder without a usable configuration.
     """
+    found = None
     if config.path is None:
-        return None if config.preset is None else _preset(config.preset).config()
-    folder = expanded(config.path, "foundation.path")
-    return read_config(folder) if (folder / CONFIG_FILE).is_file() else None
+        found = None if config.preset is None else _preset(config.preset).config()
+    elif ((folder := expanded(config.path, "foundation.path")) / CONFIG_FILE).is_file():
+        found = read_config(folder)
+    convert = config.convert
+    # Groups of channels leave a model its family.
+    return found if found is None or convert is None or convert.kind != "read-me" else converted_config(found, convert)
 
 
 def planned_task(config: FoundationConfig) -> Task | None:
@@ -118,7 +123,12 @@ def resolve_foundation(config: FoundationConfig, seed: int, progress: Callable[[
             for a published preset, a model that cannot be converted so, or an unwritable cache.
     """
     folder = _resolve_source(config, seed, progress)
-    return folder if config.convert is None else grouped(folder, config.convert, cache.root(config.cache), progress)
+    if config.convert is None:
+        return folder
+    root = cache.root(config.cache)
+    if config.convert.kind == "read-me":
+        return convert_read_me(folder, config.convert, seed, root, progress)
+    return grouped(folder, config.convert, root, progress)
 
 
 def _resolve_source(config: FoundationConfig, seed: int, progress: Callable[[str], None]) -> Path:

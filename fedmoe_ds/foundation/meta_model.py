@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation import pre_gate
 from fedmoe_ds.foundation.autoep import HostedLayer, host_experts
 from fedmoe_ds.foundation.channel_groups import host_groups
 from fedmoe_ds.foundation.dense import is_dense, type_task
@@ -93,6 +94,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype) -> Any:
         ) from error
     # from_config leaves it empty; messages of other modules name the folder by it.
     model.config._name_or_path = str(folder)
+    pre_gate.attach(model, dtype)
     return model
 
 

@@ -16,6 +16,7 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.pre_gate import router_loss
 from fedmoe_ds.methods.base import (
     Combined,
     Method,
@@ -105,6 +106,7 @@ __all__ = [
     "present",
     "product_norms",
     "remembered_block",
+    "router_loss",
     "scattered",
     "shared_blocks",
     "tiers_of",

@@ -86,10 +86,12 @@ class RaFFM(Method):
     needs = frozenset({"experts"})
 
     def check_config(self, config: Config) -> None:
-        if config.foundation.convert is None:
+        convert = config.foundation.convert
+        kind = None if convert is None else convert.kind
+        if kind != "channel-groups":
             raise UserError(
-                "foundation.convert: null: RaFFM trains groups of a dense foundation's feed-forward channels; add the section, "
-                "for instance foundation.convert={experts: 8}"
+                f"foundation.convert: {kind or 'null'}: RaFFM trains groups of a dense foundation's feed-forward channels; add "
+                "the section, for instance foundation.convert={experts: 8}"
             )
 
     # Which groups

@@ -51,7 +51,8 @@ unequal ranks where A and B are averaged element by element, `hfedmoe` and `flex
 model, `fft-moe`, `split-mix` and `shefl` on a sparse one, the last two with LoRA or more than one active expert, `raffm`
 without `foundation.convert`, what needs a router on groups of channels, `fed-moe`, `flux` and `ub-smoe` where experts are not
 trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`, `flex-moe`, `split-mix` and `shefl`
-with `local.balance_loss`, control or dual variables where clients of `shefl` send a part of their changes, micro-batches with
+with `local.balance_loss`, `read-me` where routers are in the layers, and where one runs before them every other method with
+a trained router, an auxiliary loss of it or a bias on it, control or dual variables where clients of `shefl` send a part of their changes, micro-batches with
 `hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which methods take
 which devices is in [devices.md](devices.md).
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from fedmoe_ds.foundation import Foundation
+from fedmoe_ds.foundation.pre_gate import pre_gate_of
 from fedmoe_ds.model.batch import Batch, Rows, make_batch
 from fedmoe_ds.model.cross_entropy import Head, mean_logits, scores, weighted_loss
 from fedmoe_ds.model.objective import Asked, Output, Sums
 from fedmoe_ds.model.pass_context import Execution, Pass
+from fedmoe_ds.model.pre_gated import decide
 from fedmoe_ds.model.upload import upload
 
 
@@ -144,6 +146,8 @@ class AdaptedModel:
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model
+        if (gate := pre_gate_of(model)) is not None:
+            run.gate_TE = decide(gate, self.execution, run, batch.input_ids)
         if self.foundation.task == "image_classification":
             return model.base_model(pixel_values=batch.pixels_BCHW).last_hidden_state, run
         at = {} if batch.packed is None else {"position_ids": batch.packed.position_T1}

@@ -14,6 +14,7 @@ from torch import nn
 from fedmoe_ds.config import AdapterConfig
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.channel_groups import GroupedLayer
+from fedmoe_ds.foundation.pre_gate import pre_gate_of
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
@@ -22,6 +23,7 @@ from fedmoe_ds.model.expert_layout import ExpertLayout
 from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection, find_projections
 from fedmoe_ds.model.moe_layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
 from fedmoe_ds.model.pass_context import Execution
+from fedmoe_ds.model.pre_gated import initial_router, pre_gate_blocks
 from fedmoe_ds.randomness import torch_generator
 
 
@@ -42,7 +44,10 @@ def adapter_blocks(
         blocks += [BlockSpec(name, layers, item, expert=True) for name, item in shapes.items()]
     # The order of blocks is part of a run: gradient norms are summed, and sums laid out, in it.
     blocks += _projection_blocks(find_projections(model, config), rank)
-    if config.router == "train" or config.moe is not None:
+    gate = pre_gate_of(model)
+    if config.router == "train" and gate is not None:
+        blocks += pre_gate_blocks(gate)
+    elif config.router == "train" or config.moe is not None:
         blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
     # Without experts there is no output for it to scale.
     if rescaler is not None and layers:
@@ -92,7 +97,8 @@ def drawn_a(seed: int, key: str, shape: torch.Size, *address: int) -> torch.Tens
 
 def _copied_values(foundation: Foundation, first_expert: int) -> dict[str, torch.Tensor]:
     """What starts as a copy of the foundation's own weights, by canonical key."""
-    found = {}
+    gate = pre_gate_of(foundation.model)
+    found = {} if gate is None else initial_router(gate)
     for hosted in foundation.layers:
         if not isinstance(hosted, GroupedLayer):
             found[f"layers.{hosted.index}.{ROUTER}"] = hosted.module.router.gate.weight
@@ -120,11 +126,12 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     """Put the federated layers and the adapters of projections into the model. They read `execution` while a pass runs."""
     model = foundation.model
     replace_frozen(model)
+    gate = pre_gate_of(model)
     for hosted in foundation.layers:
         if isinstance(hosted, GroupedLayer):
             _replace(model, hosted.name, ChannelGroupLayer(hosted, execution))
         else:
-            _replace(model, hosted.name, FederatedMoELayer(hosted, execution))
+            _replace(model, hosted.name, FederatedMoELayer(hosted, execution, gate))
     for projection in find_projections(model, config):
         base = model.get_submodule(projection.path)
         assert isinstance(base, nn.Linear)

@@ -49,6 +49,7 @@ class Pass:
         routed: decisions without gradients, by layer; the layers write them where clients have objectives.
         offered: router probabilities of clients that ask for it, by layer and home slot (`routed_forward.offered`).
         attended: attention that every token row receives, by layer; written where observers ask for it.
+        gate_TE: logits of all layers, of a model whose router runs before them; None: layers route.
     """
 
     segments: list[Segment]
@@ -69,6 +70,7 @@ class Pass:
     routed: dict[int, Routing] = field(default_factory=dict)
     offered: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     attended: dict[int, Tensor] = field(default_factory=dict)
+    gate_TE: Tensor | None = None
     _groups: dict[int, Groups] = field(default_factory=dict)
     _places: list[slice | Tensor] | None = None
 
@@ -124,11 +126,14 @@ class RoutingObserver:
         loss: (layer, routing, logits_TE, valid_T) -> auxiliary loss of the layer, or None; the mean over layers is minimised.
         attended: (routing, attention_T) -> further named sums, of the attention that each token receives in this layer
             (`model/attention_received.py`); with `Method.attends`.
+        overlaps: whether `loss` teaches a router before the layers, by `Routing.overlap_TE`; nothing else gives that a
+            gradient.
     """
 
     observe: Callable[[Routing, Tensor], tuple[Tensor | None, dict[str, Tensor]]] | None = None
     loss: Callable[[int, Routing, Tensor, Tensor], Tensor | None] | None = None
     attended: Callable[[Routing, Tensor], dict[str, Tensor]] | None = None
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ class InTraining:
         whole_steps: whether an objective needs all targets of a client's step at once (the same on all ranks).
         selective: whether a batch may train only some of the experts (the same on all ranks).
         attends: whether some observer asks for the attention that tokens receive.
+        overlaps: whether some observer teaches a router before the layers.
         wave_factors, home_factors: factor on the LoRA scale per wave slot and per home slot, or None where all are 1.
         offers: home slots whose router probabilities are asked for.
     """
@@ -155,6 +161,7 @@ class InTraining:
     whole_steps: bool = False
     offers: frozenset[int] = frozenset()
     attends: bool = False
+    overlaps: bool = False
 
 
 @dataclass

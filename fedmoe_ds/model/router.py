@@ -62,6 +62,7 @@ class Routing:
         experts_TK: their global ids.
         kept_TK: False for slots beyond the row's cap, masked experts and padding rows. Such slots cost nothing downstream.
         kept: how many slots are kept, where that is known without a look at the device; None where it depends on the scores.
+        overlap_TE: how many of a row's largest channels each expert has (`foundation/pre_gate.py`), where observers ask for it.
     """
 
     probs_TE: Tensor
@@ -69,6 +70,7 @@ class Routing:
     experts_TK: Tensor
     kept_TK: Tensor
     kept: int | None = None
+    overlap_TE: Tensor | None = None
 
     def counts_E(self) -> Tensor:
         """int64 [E]: kept slots per expert."""
@@ -87,7 +89,8 @@ class Routing:
         def some(values: Tensor) -> Tensor:
             return values[places] if isinstance(places, slice) else values.index_select(0, places)
 
-        return Routing(some(self.probs_TE), some(self.weights_TK), some(self.experts_TK), some(self.kept_TK))
+        own = [some(values) for values in (self.probs_TE, self.weights_TK, self.experts_TK, self.kept_TK)]
+        return Routing(*own, overlap_TE=None if self.overlap_TE is None else some(self.overlap_TE))
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,12 @@ def resolve(config: Config, assume: bool = True, kind: str = "cpu", counted: boo
 
 def _untrained_foundation(config: Config) -> Path:
     """The model folder; a built-in foundation is taken without its pre-training, which shapes and tokenizer do not need."""
-    untrained = config.foundation.model_copy(update={"pretrain": config.foundation.pretrain.model_copy(update={"steps": 0})})
+    given = config.foundation
+    least = {"pretrain": given.pretrain.model_copy(update={"steps": 0})}
+    # Which channels are whose does not change a shape either.
+    chosen = given.convert is not None and given.convert.kind == "read-me"
+    less = {} if not chosen else {"convert": given.convert.model_copy(update={"batches": 1, "router_steps": 0})}
+    untrained = given.model_copy(update={**least, **less})
     with Progress() as progress:
         return resolve_foundation(untrained, config.seed, progress.note)
 

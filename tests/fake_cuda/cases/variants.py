@@ -21,7 +21,7 @@ NAMES = {
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
         "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism", "raffm",
-        "raffm-random",
+        "raffm-random", "read-me",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
     "case_losses_are_the_cpu_s": ["flame", "flex-moe", "shefl", "fft-moe", "losses", "fed-moe", "ub-smoe", "fedfm"],
