@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.config import Config, ServerConfig
+from fedmoe_ds.data.forms import has_scores
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import Method, MethodParams
 from fedmoe_ds.methods.client_drift import DUAL
@@ -41,6 +42,11 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         raise UserError(
             f"execution.packing: true: method {name} asks how much attention each token receives, and samples that lie end to "
             "end are attended to apart; use false"
+        )
+    if method.scored and not has_scores(config.data.form):
+        raise UserError(
+            f"data.form.kind: {config.data.form.kind}: method {name} asks for a score of every sample, and these have none; use "
+            "degraded, with a set of images"
         )
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)

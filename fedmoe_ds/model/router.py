@@ -50,6 +50,14 @@ class RouterSpec(Protocol):
 
 
 @dataclass(frozen=True)
+class ZeroSlots:
+    """What rows have given to experts that add nothing: scores (fp32, differentiable), and whether they have chosen them."""
+
+    probs_TZ: Tensor
+    chosen_TZ: Tensor
+
+
+@dataclass(frozen=True)
 class Routing:
     """The decision for every row.
 
@@ -59,6 +67,7 @@ class Routing:
         experts_TK: their global ids.
         kept_TK: False for slots beyond the row's cap, masked experts and padding rows. Such slots cost nothing downstream.
         kept: how many slots are kept, where that is known without a look at the device; None where it depends on the scores.
+        zeros: of experts that add nothing, where there are some: they are none of the E, and no slot of theirs is kept.
     """
 
     probs_TE: Tensor
@@ -66,12 +75,29 @@ class Routing:
     experts_TK: Tensor
     kept_TK: Tensor
     kept: int | None = None
+    zeros: ZeroSlots | None = None
 
     def counts_E(self) -> Tensor:
         """int64 [E]: kept slots per expert."""
         # Zeros are added for the others: to pick slots by their mask, the host would wait for the device to say how many.
         zeros_E = self.experts_TK.new_zeros(self.probs_TE.shape[1])
         return zeros_E.scatter_add_(0, self.experts_TK.flatten(), self.kept_TK.flatten().long())
+
+    def with_zeros(self) -> tuple[Tensor, Tensor]:
+        """Scores [T, E + Z], and slots per expert [E + Z]: those of experts that add nothing stand last, where there are some."""
+        if self.zeros is None:
+            return self.probs_TE, self.counts_E()
+        counts = torch.cat([self.counts_E(), self.zeros.chosen_TZ.sum(0)])
+        return torch.cat([self.probs_TE, self.zeros.probs_TZ], dim=1), counts
+
+    def apart(self, experts: int) -> Routing:
+        """Of a decision among more than so many experts: the others become `zeros`, and their slots are dropped."""
+        zero_TK = self.experts_TK >= experts
+        chosen_TZ = torch.zeros_like(self.probs_TE, dtype=torch.bool).scatter_(1, self.experts_TK, self.kept_TK)[:, experts:]
+        # Slots are padded with an expert that exists: whoever looks one up must find something.
+        real_TK = self.experts_TK.masked_fill(zero_TK, 0)
+        zeros = ZeroSlots(self.probs_TE[:, experts:], chosen_TZ)
+        return Routing(self.probs_TE[:, :experts], self.weights_TK * ~zero_TK, real_TK, self.kept_TK & ~zero_TK, None, zeros)
 
     def detached(self) -> Routing:
         """The decision without its graph, and without the scores of experts that were not selected."""
@@ -84,7 +110,8 @@ class Routing:
         def some(values: Tensor) -> Tensor:
             return values[places] if isinstance(places, slice) else values.index_select(0, places)
 
-        return Routing(some(self.probs_TE), some(self.weights_TK), some(self.experts_TK), some(self.kept_TK))
+        zeros = None if self.zeros is None else ZeroSlots(some(self.zeros.probs_TZ), some(self.zeros.chosen_TZ))
+        return Routing(some(self.probs_TE), some(self.weights_TK), some(self.experts_TK), some(self.kept_TK), zeros=zeros)
 
 
 @dataclass(frozen=True)
