@@ -210,11 +210,23 @@ BESIDE: dict[str, dict[str, Any]] = {
     },
 }
 """On the Llama, with adapter experts beside it, of which every one is a model of its own."""
+RANKED: dict[str, dict[str, Any]] = {
+    "mor": {
+        "method": {"name": "mor", "balance": "switch", "alpha": 0.1},
+        "adapters": {
+            "attention": [],
+            "moe": {"experts": 8, "width": 1, "top_k": 8, "linear": True, "shared": 3, "zero": 4},
+        },
+    },
+}
+"""On the Llama, with ranks beside it: linear experts, shared ones, and experts that add nothing."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
-    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE else {}
+    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE | RANKED else {}
     plain = ON_LLAMA if variant in PLAIN else {}
-    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | DEVICES)[variant], *changes)
+    return make_config(
+        root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | RANKED | DEVICES)[variant], *changes
+    )

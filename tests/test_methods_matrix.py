@@ -56,6 +56,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"attention": ["v_proj"], "feed_forward": ["gate_proj", "down_proj"]},
 }
 ENSEMBLES = {"split-mix", "shefl"}
+RANKS: dict[str, Any] = {
+    "attention": ["q_proj"],
+    "moe": {"experts": 8, "width": 1, "top_k": 4, "linear": True, "shared": 2, "zero": 3},
+}
+"""What stands for `beside` where adapter experts are ranks."""
 ALONE: dict[str, Any] = {"attention": [], "moe": {"experts": 8, "width": 8, "top_k": 1}}
 """What stands for `beside` where every adapter expert is a model of its own."""
 DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}
@@ -98,6 +103,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "local-only": ({}, Told(LocalOnly, {})),
     "centralised": ({}, Told(FedIT, {})),
     "fft-moe": ({}, Told(FedIT, {})),
+    "mor": ({"balance": "switch"}, Told(FedIT, {})),
     "ewwa-fl": ({"alpha": 2.0, "eps": 1e-4}, Told(EWWAFL, {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4})),
     "cc-fao": (
         {"amsgrad": False, "steps": 1, "max_delay": 2, "delay_threshold": 0},
@@ -154,7 +160,7 @@ class Case(NamedTuple):
             or (self.method == "flux" and self.adapters in ("attention", "beside", "plain"))
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
-            or (self.method in {"fft-moe"} | ENSEMBLES and self.adapters != "beside")
+            or (self.method in {"fft-moe", "mor"} | ENSEMBLES and self.adapters != "beside")
             or (self.method == "shefl" and self.drift in ("scaffold", "fedvra"))
             or (plain and self.sampling == "budget")
         )
@@ -167,7 +173,8 @@ class Case(NamedTuple):
         buys, budgets = ("rank", (4, 2, 1)) if plain else ("experts", (8, 3, 1))
         bought = (plain and told.buys == "rank") or self.method in ENSEMBLES
         tiers = {"tiers": [{buys: budget, "share": 1.0} for budget in budgets]} if bought else {}
-        adapters = ALONE if self.method in ENSEMBLES and self.adapters == "beside" else ADAPTERS[self.adapters]
+        own_beside = {**dict.fromkeys(ENSEMBLES, ALONE), "mor": RANKS} if self.adapters == "beside" else {}
+        adapters = own_beside.get(self.method, ADAPTERS[self.adapters])
         return [
             SMALL,
             {"method": {"name": self.method, **own}, "adapters": adapters, "federation": tiers},

@@ -27,6 +27,10 @@ NEEDED: dict[str, list[dict[str, Any]]] = {
     "hfedmoe": [{"adapters": {"router": "train"}, "execution": {"micro_batch_size": None}}],
     "flex-moe": [{"adapters": {"router": "train"}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
+    "mor": [
+        MOE,
+        {"adapters": {"moe": {"linear": True}}, "method": {"balance": "switch"}, "execution": {"micro_batch_size": None}},
+    ],
     **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(ENSEMBLES)},
     "flood": [{"execution": {"micro_batch_size": None}}],
     "fednova": [{"local": {"optimizer": "sgd"}}],
@@ -74,7 +78,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.router: frozen: method {} needs trained routers; use adapters.router=train",
     ),
     "what is asked of a whole step": (
-        {"hfedmoe", "fft-moe", "flood"},
+        {"hfedmoe", "fft-moe", "mor", "flood"},
         {"execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: method {} weighs a whole step of 4 sequences at once; use null",
     ),
@@ -104,7 +108,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.moe: method flux assigns roles to the experts of a sparse model, and adapter experts are all small; use a",
     ),
     "balance loss": (
-        set(method_names()) - {"hfedmoe", "fft-moe", "flood", "fed-moe", "flex-moe"},
+        set(method_names()) - {"hfedmoe", "fft-moe", "mor", "flood", "fed-moe", "flex-moe"},
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: local.balance_loss weighs a whole step of 4 sequences at once; use null",
     ),

@@ -274,7 +274,7 @@ def positions(images: ImageInput | None) -> int:
 
 
 def check_widths(expert_layout: ExpertLayout, beside: bool) -> None:
-    """Bitwise mode needs rows that start on 16 bytes; those of adapter experts (`beside`) are widened to it. Raises UserError."""
+    """Bitwise mode needs rows that start on 16 bytes; those of adapter experts (`beside`) are widened. Raises UserError."""
     if expert_layout.width % ROW or (expert_layout.ffn % ROW and not beside):
         raise UserError(
             f"execution.reproducible: bitwise: the model's widths {expert_layout.width} and {expert_layout.ffn} must be "

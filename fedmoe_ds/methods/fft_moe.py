@@ -93,8 +93,8 @@ class FFTMoE(Method):
 
         if self.params.auxiliary == "global" and config.adapters.moe.zero:
             raise UserError(
-                f"adapters.moe.zero: {config.adapters.moe.zero}: method.auxiliary=global has a target for experts that are used, "
-                "and none for these; use 0, or switch or adaptive"
+                f"adapters.moe.zero: {config.adapters.moe.zero}: method.auxiliary=global has a target for experts that are "
+                "used, and none for these; use 0, or switch or adaptive"
             )
 
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:

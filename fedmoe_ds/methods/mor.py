@@ -2,17 +2,17 @@
 
 Legend: T token rows, E = M experts, Z experts that add nothing.
 
-READ (a public reading of the AAAI 2026 paper; no public code was found). Super-resolution of real images by a diffusion model in
-one step. Every adapter of it is cut into ranks, of which some are shared and the others are the experts of a mixture:
+READ (a public reading of the AAAI 2026 paper; no public code was found). Super-resolution of real images by a diffusion model
+in one step. Every adapter of it is cut into ranks, of which some are shared and the others are the experts of a mixture:
 
     y = W0 x + sum_{i in T(s)} g_i(s) B_i A_i x + sum_{j shared} B_j A_j x,     every A_i and B_i of rank 1
     L = N sum_i alpha_i f_i p_i,     alpha_i = alpha, and s alpha for an expert that adds nothing
 
 40 ranks are 8 shared and 32 routed, of which 8 are active; some of the slots belong to zero experts, which add nothing and cost
-nothing. s in [0, 1] says how degraded the image is: s_i = exp(d_n) / (exp(d_p) + exp(d_n)), from CLIP's similarities to pairs of
-prompts for good and bad images. f_i is the share of routed slots that expert i was given, p_i its mean probability. So a zero
-expert's slots cost little in the balance of a clean image and all of it in that of a degraded one: degraded images
-use more ranks. The paper has no federation.
+nothing. s in [0, 1] says how degraded the image is: s_i = exp(d_n) / (exp(d_p) + exp(d_n)), from CLIP's similarities to pairs
+of prompts for good and bad images. f_i is the share of routed slots that expert i was given, p_i its mean probability. So a
+zero expert's slots cost little in the balance of a clean image and all of it in that of a degraded one: degraded images use
+more ranks. The paper has no federation.
 
 COMPLETION. Neither super-resolution nor CLIP is within reach here. The mechanism is kept, and fed with a known degradation:
 images that are blurred and noisy by a severity s (`data.form.kind: degraded`), in a classifier.

@@ -45,8 +45,8 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         )
     if method.scored and not has_scores(config.data.form):
         raise UserError(
-            f"data.form.kind: {config.data.form.kind}: method {name} asks for a score of every sample, and these have none; use "
-            "degraded, with a set of images"
+            f"data.form.kind: {config.data.form.kind}: method {name} asks for a score of every sample, and these have none; "
+            "use degraded, with a set of images"
         )
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)

@@ -23,7 +23,6 @@ from fedmoe_ds.kernels.grouped_mm import add_outer_, grouped_mm, grouped_mm_t
 from fedmoe_ds.kernels.groups import Groups
 from fedmoe_ds.model.experts import Block, Saved
 
-
 UNIT = 16
 """Bytes of which a row has whole ones."""
 

@@ -84,7 +84,7 @@ class Routing:
         return zeros_E.scatter_add_(0, self.experts_TK.flatten(), self.kept_TK.flatten().long())
 
     def with_zeros(self) -> tuple[Tensor, Tensor]:
-        """Scores [T, E + Z], and slots per expert [E + Z]: those of experts that add nothing stand last, where there are some."""
+        """Scores [T, E + Z], and slots per expert [E + Z]: experts that add nothing stand last, where there are some."""
         if self.zeros is None:
             return self.probs_TE, self.counts_E()
         counts = torch.cat([self.counts_E(), self.zeros.chosen_TZ.sum(0)])
