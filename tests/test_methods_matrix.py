@@ -288,7 +288,7 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local-only", "ota-ffl", "ub-smoe")])
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
-    adapters = "beside" if method in {"fft-moe"} | ENSEMBLES else "router"
+    adapters = "beside" if method in {"fft-moe", "mor"} | ENSEMBLES else "router"
     tier: dict[str, Any] = {"tiers": [{"top_k": 2, "share": 1.0}, {"top_k": 1, "share": 1.0}], "participation": 1.0}
     if METHODS[method][1].buys == "rank":
         tier |= {"budget": "both"}
