@@ -18,7 +18,7 @@ from fedmoe_ds.data.forms import has_scores
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.device_check import check_devices
-from fedmoe_ds.federation.expert_forms import check_router_bias, check_router_input
+from fedmoe_ds.federation.expert_forms import check_router_input
 from fedmoe_ds.federation.no_experts import as_meant, named
 from fedmoe_ds.federation.sampling import buffered, draw, participants
 from fedmoe_ds.federation.sequence_checks import check_length, check_packing, check_rotations
@@ -30,8 +30,8 @@ from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.foundation.storage_type import of_type, resolved
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
-from fedmoe_ds.methods.requirements import check_needs
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.methods.requirements import check_needs, refuse_zero_experts
+from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec
 from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, empty_layout, hosted_layout
 from fedmoe_ds.model.install import adapter_blocks
 
@@ -169,7 +169,8 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     tiers = resolve_tiers(config.federation, full, method.spends)
     scored = has_scores(config.data.form)
     blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler, scored))
-    check_router_bias(config, blocks)
+    if any(block.name == ROUTER_BIAS for block in blocks):
+        refuse_zero_experts(config)
     return RunSpec(
         config=config,
         method=method,

@@ -43,6 +43,8 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"execution.packing: true: method {name} asks how much attention each token receives, and samples that lie end to "
             "end are attended to apart; use false"
         )
+    if method.candidates:
+        refuse_zero_experts(config)
     if method.scored and not has_scores(config.data.form):
         raise UserError(
             f"data.form.kind: {config.data.form.kind}: method {name} asks for a score of every sample, and these have none; "
@@ -96,6 +98,16 @@ def check_idle(params: MethodParams, config: Config) -> None:
         # Compared with the default and not with what the user wrote: a run saves all keys, and its own file must resume.
         if value != default:
             raise UserError(f"method.{key}: {value}: has no effect {why}; drop the key")
+
+
+def refuse_zero_experts(config: Config) -> None:
+    """Raise UserError where a router's bias, which is known per expert, would meet experts that add nothing."""
+    moe = config.adapters.moe
+    if moe is not None and moe.zero:
+        raise UserError(
+            f"adapters.moe.zero: {moe.zero}: method {config.method.name} moves routers by how much experts are used, and these "
+            "are not there to be used; use 0"
+        )
 
 
 def refuse_server_step(name: str, server: ServerConfig) -> None:
