@@ -19,6 +19,8 @@ from test_fft_moe import CAPS, Hosted
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.export.model_folder import write_model_folder
+from fedmoe_ds.export.written import Request
 from fedmoe_ds.methods.mor import _degradation_balance
 from fedmoe_ds.model.adapter_moe_layer import (
     INNER,
@@ -34,6 +36,8 @@ from fedmoe_ds.model.moe_layer import ROUTER
 from fedmoe_ds.model.pass_context import Pass
 from fedmoe_ds.model.router import Routing, route
 from fedmoe_ds.model.router_losses import balance_loss
+from fedmoe_ds.results import open_run
+from fedmoe_ds.results.evaluate_command import main as evaluate
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -341,6 +345,23 @@ def test_scores_and_their_balance_are_seen_in_the_result(root: Path, plain: Resu
         assert ours[:4] == theirs[:4] and ours[4] == pytest.approx(theirs[4], rel=1e-4)
     recomputed = ranks_run(root, "recomputed", {"execution": {"activation_checkpointing": True}})
     assert recomputed.digest == plain.digest
+
+
+def test_the_modelling_file_of_an_export_has_no_ranks(plain: Result, tmp_path: Path) -> None:
+    run = open_run(Path(plain.parts.config.output) / plain.parts.config.name)
+    with pytest.raises(
+        UserError, match=r"^--format: merged: the run has adapters\.moe\.linear=true, which the modelling file"
+    ) as no:
+        write_model_folder(Request(run, run.select("4"), tmp_path, "vit"))
+    assert "\n" not in str(no.value) and not list(tmp_path.iterdir())
+
+
+def test_scores_are_there_when_a_run_is_opened_again(plain: Result, tmp_path: Path) -> None:
+    folder, file = Path(plain.parts.config.output) / plain.parts.config.name, tmp_path / "figures.json"
+    assert evaluate([str(folder), "--json", str(file)]) == 0
+    found = {row["tier_label"]: row["loss"] for row in json.loads(file.read_text())["rows"] if row["round"] == 2}
+    last = {event["tier_label"]: event["loss"] for event in plain.events if event["event"] == "eval" and event["round"] == 2}
+    assert found == last and len(last) == 3
 
 
 # Refusals
