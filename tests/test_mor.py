@@ -16,6 +16,7 @@ from dense_inputs import DIGITS, TREE, dense_config, write_dense
 from every import every
 from federations import Result, alone, build, make_config, run_alone
 from test_fft_moe import CAPS, Hosted
+from test_planner_activations import Alive
 from torch import Tensor
 
 from fedmoe_ds.errors import UserError
@@ -32,10 +33,12 @@ from fedmoe_ds.model.adapter_moe_layer import (
     SelectedSoftmax,
 )
 from fedmoe_ds.model.batch import Rows
+from fedmoe_ds.model.forward import AdaptedModel
 from fedmoe_ds.model.moe_layer import ROUTER
 from fedmoe_ds.model.pass_context import Pass
 from fedmoe_ds.model.router import Routing, route
 from fedmoe_ds.model.router_losses import balance_loss
+from fedmoe_ds.planner.activations import kept_bytes
 from fedmoe_ds.results import open_run
 from fedmoe_ds.results.evaluate_command import main as evaluate
 
@@ -325,6 +328,28 @@ def test_flops_are_those_of_ranks_that_were_used(plain: Result) -> None:
         most = cost.spent(tokens, slots, slots, 1)
         assert cost.spent(tokens, 0, 0, 1) <= event["flops"] < most, "some slots are zero experts'"
     assert depth == layers
+
+
+def test_what_a_pass_keeps_is_planned(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks, shared ones, scores of zero experts and one decision per sample; slots of zero experts keep nothing."""
+    found: list[tuple[int, int, float]] = []
+    real = AdaptedModel.loss
+
+    def counted(model: AdaptedModel, batch: Any, *more: Any, **rest: Any) -> Any:
+        with Alive() as alive:
+            loss = real(model, batch, *more, **rest)
+            rows = len(batch.slot_T)
+            used = sum(int(counts.sum()) for counts in loss.run.counts.values())
+            found.append((alive.bytes, rows, used / rows / len(loss.run.counts)))
+        return loss
+
+    monkeypatch.setattr(AdaptedModel, "loss", counted)
+    large = {"data": {"max_samples": 200, "partition": {"clients": 2}}, "local": {"batch_size": 16}}
+    # The balance itself is left out, as other methods' are.
+    planned = ranks_run(root, "kept", large, {"method": {"balance": "none"}, "federation": {"rounds": 1}}).parts.spec
+    size, rows, active = max(found, key=lambda one: one[1])
+    assert 0 < active < TOP_K
+    assert rows * kept_bytes(planned, 17, active) == pytest.approx(size, rel=0.06)
 
 
 def test_scores_and_their_balance_are_seen_in_the_result(root: Path, plain: Result) -> None:

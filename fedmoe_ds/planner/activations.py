@@ -156,8 +156,9 @@ def _mixture_bytes(spec: RunSpec, active: float | None) -> float:
     inner = (layout.matrices - 1) * layout.ffn  # gate and up rows, or one bottleneck
     routed = active * ((layout.width + inner + 2 * rank + 1) * row + PLAN_BYTES)
     choice = layout.top_k * DECISION * (1 + layout.renormalised / 3) + INT64
-    # Scores and choices of experts that add nothing are kept with the others', and once more apart from them.
-    return routed + (layout.num_experts + layout.zero * 2.25) * FP32 + choice
+    # Of experts that add nothing there are scores, and which of the chosen they are.
+    zero = layout.zero * FP32 + (layout.top_k if layout.zero else 0)
+    return routed + layout.num_experts * FP32 + choice + zero
 
 
 def _adapted(blocks: Iterable[BlockSpec]) -> bool:
