@@ -224,12 +224,22 @@ GROUPED: dict[str, dict[str, Any]] = {
     "read-me": {**ON_READ_ME, "foundation": {"convert": CONVERT}, "local": {"weight_decay": 0.5}},
 }
 """On the Llama, whose feed-forward blocks are cut into groups of channels, or into what is permanent and experts."""
+RANKED: dict[str, dict[str, Any]] = {
+    "mor": {
+        "method": {"name": "mor", "balance": "switch", "alpha": 0.1},
+        "adapters": {
+            "attention": [],
+            "moe": {"experts": 8, "width": 1, "top_k": 8, "linear": True, "shared": 3, "zero": 4},
+        },
+    },
+}
+"""On the Llama, with ranks beside it: linear experts, shared ones, and experts that add nothing."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
-    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE | GROUPED else {}
+    dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE | GROUPED | RANKED else {}
     plain = ON_LLAMA if variant in PLAIN else {}
-    own = (VARIANTS | PLAIN | BESIDE | GROUPED | DEVICES)[variant]
+    own = (VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | DEVICES)[variant]
     return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, own, *changes)

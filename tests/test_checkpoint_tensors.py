@@ -14,7 +14,7 @@ import pytest
 import torch
 from dense_inputs import dense_config, write_dense
 from federations import alone, make_config, write_inputs
-from method_variants import BESIDE, GROUPED, PLAIN, VARIANTS, variant_config
+from method_variants import BESIDE, GROUPED, PLAIN, RANKED, VARIANTS, variant_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -44,7 +44,7 @@ TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
 """Together they have every kind of tensor and file."""
-OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *PLAIN, *GROUPED) if variant not in KINDS]
+OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *RANKED, *PLAIN, *GROUPED) if variant not in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,9 @@ def specified(name: str, kind: str, parts: Parts) -> tuple[int, ...]:
     layout, config = parts.spec.expert_layout, parts.config
     sizes = {"H": layout.width, "F": layout.ffn, "E": layout.num_experts, "R": config.adapters.rank}
     sizes["S"] = parts.spec.method.facts.sequences
-    if config.adapters.moe is not None:
-        sizes["W"] = config.adapters.moe.width
+    sizes["M"] = layout.num_experts + layout.zero
+    if (moe := config.adapters.moe) is not None:
+        sizes |= {"W": moe.width, "N": moe.width * moe.shared}
     if (gate := pre_gate_of(parts.foundation.model)) is not None:
         sizes |= {"V": gate.shape.vocabulary, "Z": gate.shape.width}
     if "projection" in match.groupdict():

@@ -43,7 +43,8 @@ from fedmoe_ds.results.loaded_model import LoadedModel
 
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
-adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation
+adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k adapters.moe.linear
+adapters.moe.shared adapters.moe.zero adapters.moe.router_input federation.participation
 federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
 federation.tiers.clients federation.tiers.layers federation.tier_column
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
@@ -340,6 +341,16 @@ def test_another_content_is_refused(key: str, world: World) -> None:
     line = str(caught.value)
     assert line.startswith(f"--resume: {key}" if key not in BESIDES else f"--resume: {section}."), line
     assert "or another name" in line or "use another name" in line, line
+
+
+def test_forms_of_experts_count_and_earlier_checkpoints_have_none() -> None:
+    def settings(**forms: Any) -> dict[str, Any]:
+        tree = json.loads(Config.model_validate({"adapters": {"moe": {"experts": 4, **forms}}}).model_dump_json())
+        return of_settings(tree)["adapters"]  # type: ignore[no-any-return]
+
+    changed = [{"linear": True}, {"shared": 1}, {"zero": 1}, {"router_input": "sample"}]
+    assert every(settings(**forms) != settings() for forms in changed)
+    assert settings()["moe"] == {"experts": 4, "width": 16, "top_k": 4}, "as it was written before there were forms"
 
 
 def test_a_trace_counts_by_what_is_in_it() -> None:

@@ -59,6 +59,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"attention": ["v_proj"], "feed_forward": ["gate_proj", "down_proj"]},
 }
 ENSEMBLES = {"split-mix", "shefl"}
+RANKS: dict[str, Any] = {
+    "attention": ["q_proj"],
+    "moe": {"experts": 8, "width": 1, "top_k": 4, "linear": True, "shared": 2, "zero": 3},
+}
+"""What stands for `beside` where adapter experts are ranks."""
 ALONE: dict[str, Any] = {"attention": [], "moe": {"experts": 8, "width": 8, "top_k": 1}}
 """What stands for `beside` where every adapter expert is a model of its own."""
 GROUPED = {"raffm"}
@@ -104,6 +109,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "local-only": ({}, Told(LocalOnly, {})),
     "centralised": ({}, Told(FedIT, {})),
     "fft-moe": ({}, Told(FedIT, {})),
+    "mor": ({"balance": "switch"}, Told(FedIT, {})),
     "ewwa-fl": ({"alpha": 2.0, "eps": 1e-4}, Told(EWWAFL, {"alpha": 2.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4})),
     "cc-fao": (
         {"amsgrad": False, "steps": 1, "max_delay": 2, "delay_threshold": 0},
@@ -162,7 +168,7 @@ class Case(NamedTuple):
             or (self.method == "flux" and self.adapters in ("attention", "beside", "plain"))
             or (self.method == "fed-moe" and self.adapters in ("router", "full", "beside") and self.drift == "fedvra")
             or (self.method in ("flex-moe", "hfedmoe") and self.adapters in ("frozen router", "attention", "plain"))
-            or (self.method in {"fft-moe"} | ENSEMBLES and self.adapters != "beside")
+            or (self.method in {"fft-moe", "mor"} | ENSEMBLES and self.adapters != "beside")
             or (self.method == "read-me" and self.adapters not in ("router", "full"))
             or (self.method in GROUPED and self.adapters != "full")
             or (self.method == "shefl" and self.drift in ("scaffold", "fedvra"))
@@ -177,7 +183,8 @@ class Case(NamedTuple):
         buys, budgets = ("rank", (4, 2, 1)) if plain else ("experts", (8, 3, 1))
         bought = (plain and told.buys == "rank") or self.method in ENSEMBLES
         tiers = {"tiers": [{buys: budget, "share": 1.0} for budget in budgets]} if bought else {}
-        adapters = ALONE if self.method in ENSEMBLES and self.adapters == "beside" else ADAPTERS[self.adapters]
+        own_beside = {**dict.fromkeys(ENSEMBLES, ALONE), "mor": RANKS} if self.adapters == "beside" else {}
+        adapters = own_beside.get(self.method, ADAPTERS[self.adapters])
         grouped = self.method in GROUPED and self.adapters == "full"
         adapters = GROUPS if grouped else adapters
         return [
@@ -299,7 +306,7 @@ def test_flame_without_its_parts_is_fedit_to_the_bit(root: Path, case: Case) -> 
 )
 def test_experts_that_nobody_used_stay(root: Path, method: str) -> None:
     """Few rows and active experts per client, half of the clients at one rank of two."""
-    adapters = "beside" if method in {"fft-moe"} | ENSEMBLES else "router"
+    adapters = "beside" if method in {"fft-moe", "mor"} | ENSEMBLES else "router"
     tier: dict[str, Any] = {"tiers": [{"top_k": 2, "share": 1.0}, {"top_k": 1, "share": 1.0}], "participation": 1.0}
     if METHODS[method][1].buys == "rank":
         tier |= {"budget": "both"}

@@ -155,6 +155,9 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prism", {"rho": 1.0}, {"route": "reversed"}),
     ("raffm", {}, {"widths": "random"}),
     ("raffm", {}, {"missing": "zero"}),
+    ("mor", {"balance": "switch"}, {"balance": "none"}),
+    ("mor", {"balance": "switch"}, {"alpha": 0.5}),
+    ("mor", {"balance": "none"}, {"alpha": 0.5}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]
@@ -198,7 +201,7 @@ def has_effect_or_is_refused(root: Path, i: int, adapters: str) -> bool:
     name, given, change = CHANGES[i]
     case = Case(name, "none", "fedavg", "uniform", adapters)
     if case.refused():
-        adapters = "beside" if name in {"fft-moe"} | ENSEMBLES else "router"
+        adapters = "beside" if name in {"fft-moe", "mor"} | ENSEMBLES else "router"
         case = case._replace(adapters=adapters)
     results = []
     rounds, slow = LONGER.get(name, (2, {}))

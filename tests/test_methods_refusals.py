@@ -28,6 +28,10 @@ NEEDED: dict[str, list[dict[str, Any]]] = {
     "flex-moe": [{"adapters": {"router": "train"}}],
     "read-me": [{"adapters": {"router": "train"}}],
     "fft-moe": [MOE, {"execution": {"micro_batch_size": None}}],
+    "mor": [
+        MOE,
+        {"adapters": {"moe": {"linear": True}}, "method": {"balance": "switch"}, "execution": {"micro_batch_size": None}},
+    ],
     **{name: [{"adapters": {"attention": [], "moe": {"experts": 8, "top_k": 1}}}] for name in sorted(ENSEMBLES)},
     "raffm": [{"foundation": {"convert": {"experts": 4}}}],
     "flood": [{"execution": {"micro_batch_size": None}}],
@@ -76,7 +80,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.router: frozen: method {} needs trained routers; use adapters.router=train",
     ),
     "what is asked of a whole step": (
-        {"hfedmoe", "fft-moe", "flood"},
+        {"hfedmoe", "fft-moe", "mor", "flood"},
         {"execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: method {} weighs a whole step of 4 sequences at once; use null",
     ),
@@ -111,7 +115,7 @@ REFUSED: dict[str, tuple[set[str], dict[str, Any], str]] = {
         "adapters.moe: method read-me trains experts that are made of the model's own channels; drop the section",
     ),
     "balance loss": (
-        set(method_names()) - {"hfedmoe", "fft-moe", "flood", "fed-moe", "flex-moe"},
+        set(method_names()) - {"hfedmoe", "fft-moe", "mor", "flood", "fed-moe", "flex-moe"},
         {"local": {"balance_loss": 0.01}, "execution": {"micro_batch_size": 3}},
         "execution.micro_batch_size: 3: local.balance_loss weighs a whole step of 4 sequences at once; use null",
     ),

@@ -13,7 +13,7 @@ import pytest
 from dense_inputs import write_dense
 from distributed import run_distributed
 from federations import Result, alone, build, finish, joined, leave_out
-from method_variants import BESIDE, DEVICES, GROUPED, PLAIN, VARIANTS, variant_config
+from method_variants import BESIDE, DEVICES, GROUPED, PLAIN, RANKED, VARIANTS, variant_config
 
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.flight import ClockState
@@ -65,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(root: Path) -> dict[str, Result]:
     return {
         variant: thinned(variant_config(root, variant, "1-1", THINNED, ALL_AT_ONCE), *alone())
-        for variant in VARIANTS | BESIDE | PLAIN | GROUPED
+        for variant in VARIANTS | BESIDE | RANKED | PLAIN | GROUPED
     }
 
 
@@ -131,7 +131,7 @@ def test_fast_mode_agrees(root: Path, single: dict[str, Result]) -> None:
 
 
 # Neighbours in the table are kin (rescalers, drift corrections): on two ranks each kind meets both expert-parallel sizes.
-SHARED = [*VARIANTS, *BESIDE, *DEVICES, *GROUPED]
+SHARED = [*VARIANTS, *BESIDE, *RANKED, *DEVICES, *GROUPED]
 """Those whose experts can lie on several ranks."""
 SOME = {2: SHARED[::4], 1: [*SHARED[2::4], *list(PLAIN)[::2]]}
 ALTERNATELY = {2: SHARED[::2], 1: [*SHARED[1::2], *PLAIN]}

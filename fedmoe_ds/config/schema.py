@@ -26,6 +26,14 @@ class MoEAdapterConfig(Section):
     experts: int = Field(8, ge=1, description="M, experts per block; divisible by ep_size")
     width: int = Field(16, ge=1, description="bottleneck width of an expert")
     top_k: int = Field(4, ge=1, description="most active experts per token: the largest budget")
+    linear: bool = Field(False, description="experts without an activation: y = V U x, LoRA of rank `width`")
+    shared: int = Field(0, ge=0, description="further experts that every token uses, with weight 1")
+    zero: int = Field(
+        0, ge=0, description="further experts to which tokens may be routed and which add nothing: their slots cost nothing"
+    )
+    router_input: Literal["token", "sample"] = Field(
+        "token", description="sample: one decision per sample and layer, by its mean token and its score; images alone"
+    )
 
 
 class AdapterConfig(Section):

@@ -12,7 +12,9 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.foundation.size import ModelSize
 from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.adapter_moe_layer import ROUTER_SCORE
 from fedmoe_ds.model.expert_layout import ExpertLayout
+from fedmoe_ds.model.moe_layer import ROUTER
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,14 @@ class CostModel:
     its input, and again for the gradient of its weights where these are trained (LoRA rows, whole experts, adapter experts,
     routers). An expert that a batch does not train has no backward pass, nor
     have the layers before the first that a client trains. The output matrix counts on every row. What does not
-    count: attention scores, the input embedding (a look-up), padding, LoRA rows that a client does not hold though kernels
-    compute them, and the second forward pass of activation checkpointing.
+    count: slots of experts that add nothing, attention scores, the input embedding (a look-up), padding, LoRA rows that a
+    client does not hold though kernels compute them, and the second forward pass of activation checkpointing.
 
     Attributes:
         dense, expert: weights outside the experts, and of one active expert in every layer.
         head: those of `dense` that come after the last layer.
         depth: layers of the model, with experts or without.
+        real_share: of a row's slots, how many are expected to have an expert that computes something.
         ensembles: whether a client trains as many models side by side as its budget has experts (`Method.ensembles`).
         dense_row, expert_row: one LoRA row (rank 1) on all dense adapters, and on one active expert in every layer.
         layers: mixture layers, over which routed rows are counted; 0 where there are no experts, and no routed rows.
@@ -48,6 +51,7 @@ class CostModel:
     head: float = 0.0
     depth: int = 1
     ensembles: bool = False
+    real_share: float = 1.0
 
     @classmethod
     def of(
@@ -68,18 +72,20 @@ class CostModel:
                 rows[spec.expert] += 2.0 * len(spec.layers) * spec.item[1 - spec.rank_axis]
             # Vectors (the rescaler) cost nothing next to matrices.
             elif spec.trained and len(spec.item) > 1:
-                weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item)
+                # A router that decides once per sample sees one row of it.
+                seen = positions if expert_layout.per_sample and spec.name in (ROUTER, ROUTER_SCORE) else 1
+                weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item) / seen
         # The input embedding is a look-up, no product; tied to the output matrix it is one all the same.
         dense = 2.0 * max(model.head_and_body, 1)
         dense += weights[False] if model.experts == 0 else 0.0
         head = 2.0 * model.vocabulary * model.hidden
         layers, depth = len(expert_layout.layers), max(model.depth, 1)
         trained = (rows[False], rows[True], layers, positions, weights[False], weights[True])
-        return cls(dense, expert, *trained, head, depth, ensembles)
+        return cls(dense, expert, *trained, head, depth, ensembles, expert_layout.real_share)
 
     def forward(self, cap: float, rank: int) -> float:
-        """FLOPs of one token's forward pass with `cap` active experts and adapters of this rank."""
-        return self.dense + rank * self.dense_row + cap * (self.expert + rank * self.expert_row)
+        """FLOPs of one token's forward pass with `cap` slots for experts and adapters of this rank."""
+        return self.dense + rank * self.dense_row + cap * self.real_share * (self.expert + rank * self.expert_row)
 
     def forward_of(self, tokens: float, routed: float, rank: int) -> float:
         """FLOPs of the forward pass of so many rows with so many (row, expert) slots over all layers."""
@@ -127,9 +133,9 @@ class CostModel:
         # A mean: the schedule knows sizes, not the batches.
         per_sequence = client.token_rows / client.sequences
         tokens = step_count(client, local) * batch_size(client, local) * per_sequence * self.positions * self.models(client)
-        routed = tokens * client.cap * self.layers
+        routed = tokens * client.cap * self.real_share * self.layers
         trained = routed if client.layers is None else routed * client.layers / self.depth
         probed = client.probed * per_sequence * self.positions * self.models(client)
-        rows = probed * client.cap * self.layers
+        rows = probed * client.cap * self.real_share * self.layers
         training = self.spent(tokens, routed, trained, client.rank, client.layers) + self.spent(probed, rows, rows, client.rank)
         return training + client.rollouts * self.forward_of(tokens, routed, client.rank)

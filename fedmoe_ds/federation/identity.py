@@ -79,7 +79,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "seed": tree["seed"],
         **{name: tree[name] for name in ("local", "method", "server")},
         # Not where the start lies: the digest stands for the tensors themselves.
-        "adapters": {key: value for key, value in tree["adapters"].items() if key != "start"},
+        "adapters": _adapters_alike(tree["adapters"]),
         START: None,
         # More rounds may be asked for at any time and all that happened so far stays the same, unless rates follow from them.
         "federation": {key: value for key, value in _tiers_alike(tree["federation"]).items() if key != "rounds" or scheduled},
@@ -94,6 +94,19 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "privacy": _privacy(tree["privacy"]),
         KEY: None,
     }
+
+
+def _without(section: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """A section without later keys that say what was always done: earlier versions have not written them."""
+    return {key: value for key, value in section.items() if key not in later or value != later[key]}
+
+
+def _adapters_alike(adapters: dict[str, Any]) -> dict[str, Any]:
+    """Adapters without where they started; those of `moe` are compared whole."""
+    moe = adapters["moe"]
+    found = {key: value for key, value in adapters.items() if key != "start"}
+    later = {"linear": False, "shared": 0, "zero": 0, "router_input": "token"}
+    return {**found, "moe": _without(moe, later)} if isinstance(moe, dict) else found
 
 
 def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:

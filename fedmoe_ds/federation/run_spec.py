@@ -14,10 +14,12 @@ from fedmoe_ds.clients.pooled import pooled_client
 from fedmoe_ds.clients.tiers import Capacity, Tier, resolve_tiers
 from fedmoe_ds.config import Config
 from fedmoe_ds.data import ImageInput, check_task
+from fedmoe_ds.data.forms import has_scores
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.channel_group_checks import check_groups, check_planned_groups
 from fedmoe_ds.federation.cost import CostModel
 from fedmoe_ds.federation.device_check import check_devices
+from fedmoe_ds.federation.expert_forms import check_router_input
 from fedmoe_ds.federation.no_experts import as_meant, named
 from fedmoe_ds.federation.pre_gate_check import check_pre_gate
 from fedmoe_ds.federation.sampling import buffered, draw, participant_count, participants
@@ -30,8 +32,8 @@ from fedmoe_ds.foundation.size import ModelSize, model_size
 from fedmoe_ds.foundation.storage_type import of_type, resolved
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
 from fedmoe_ds.methods import Method, ModelFacts, method_for, with_defaults
-from fedmoe_ds.methods.requirements import check_needs
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.methods.requirements import check_needs, refuse_zero_experts
+from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec
 from fedmoe_ds.model.expert_layout import ExpertLayout, adapter_layout, check_shards, empty_layout, hosted_layout
 from fedmoe_ds.model.install import adapter_blocks
 
@@ -161,7 +163,7 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     check_packing(config, model.model.config)
     expert_layout = resolve_expert_layout(config, model, ep_size, shard)
     if is_bitwise(config, device):
-        check_widths(expert_layout)
+        check_widths(expert_layout, beside=config.adapters.moe is not None)
     # Before check and blocks: both are answered from these facts.
     size = model_size(model.model, model.layers)
     method.facts = facts_of(config, expert_layout, size, model.images)
@@ -169,7 +171,10 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     check_pre_gate(config, method, model.model)
     full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth)
     tiers = resolve_tiers(config.federation, full, method.spends)
-    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler))
+    scored = has_scores(config.data.form)
+    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler, scored))
+    if any(block.name == ROUTER_BIAS for block in blocks):
+        refuse_zero_experts(config)
     return RunSpec(
         config=config,
         method=method,
@@ -199,6 +204,7 @@ def of_loaded_type(config: Config, model: Outline) -> Config:
 def check_model(config: Config, model: Outline, device: str) -> None:
     """Data, task metrics and lengths go together with the model, whatever is trained. Raises UserError."""
     check_task(model.task, config.data, model.images)
+    check_router_input(config, model.task)
     check_task_metrics(config, model.task)
     check_length(config, model.model.config)
     check_rotations(config, model.model.config, is_bitwise(config, device))
@@ -231,6 +237,7 @@ def check_plan(config: Config, bitwise: bool) -> None:
     # None: a hub id that is not downloaded yet; resolve_spec checks it again with the model at hand.
     if task is not None:
         check_task(task, config.data)
+        check_router_input(config, task)
         check_task_metrics(config, task)
     planned = planned_config(config.foundation)
     check_length(config, planned)
@@ -240,15 +247,8 @@ def check_plan(config: Config, bitwise: bool) -> None:
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
         check_adapters(config, sparse)
-    moe = config.adapters.moe
-    if moe is None:
-        return
-    check_shards(moe, config.topology.ep_size)
-    if bitwise and moe.width % ROW:
-        raise UserError(
-            f"adapters.moe.width: {moe.width}: bitwise mode needs a multiple of {ROW} (rows start on 16 bytes); change it, or "
-            "use execution.reproducible=fast"
-        )
+    if config.adapters.moe is not None:
+        check_shards(config.adapters.moe, config.topology.ep_size)
 
 
 def check_adapters(config: Config, sparse: bool) -> None:
@@ -280,9 +280,9 @@ def positions(images: ImageInput | None) -> int:
     return 1 if images is None else images.positions
 
 
-def check_widths(expert_layout: ExpertLayout) -> None:
-    """Bitwise mode needs rows that start on 16 bytes. Raises UserError."""
-    if expert_layout.width % ROW or expert_layout.ffn % ROW:
+def check_widths(expert_layout: ExpertLayout, beside: bool) -> None:
+    """Bitwise mode needs rows that start on 16 bytes; those of adapter experts (`beside`) are widened. Raises UserError."""
+    if expert_layout.width % ROW or (expert_layout.ffn % ROW and not beside):
         raise UserError(
             f"execution.reproducible: bitwise: the model's widths {expert_layout.width} and {expert_layout.ffn} must be "
             f"multiples of {ROW} (rows must start on 16 bytes); use fast"

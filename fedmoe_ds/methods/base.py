@@ -92,6 +92,7 @@ class Method:
         rescaler: None, `client` or `layer`: whether clients learn a personal factor on the expert output.
         observes: names of the sums that `observer` returns.
         attends: whether its observers ask for the attention that tokens receive (`RoutingObserver.attended`).
+        scored: whether they ask for the scores of samples (`RoutingObserver.scored`), which not all data have.
         selective: whether some batches train only some of the experts.
         whole_steps: whether its observer, or its objective, needs all rows of a local step at once: for a loss that is no mean
             over rows, for a decision, for a quantile.
@@ -121,10 +122,11 @@ class Method:
     needs: frozenset[str] = frozenset()
     unequal_ranks: ClassVar[bool] = False
     missing_rows: ClassVar[Literal["zero", "global"]] = "zero"
-    # Not ClassVar, like the six below: a method may set these from its parameters (FLAME, FFT-MoE).
+    # Not ClassVar, like the seven below: a method may set these from its parameters (FLAME, FFT-MoE).
     rescaler: Literal["client", "layer"] | None = None
     observes: tuple[str, ...] = ()
     attends: bool = False
+    scored: bool = False
     selective: bool = False
     whole_steps: bool = False
     logit_copies: ClassVar[int] = 1

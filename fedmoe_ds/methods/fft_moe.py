@@ -96,6 +96,12 @@ class FFTMoE(Method):
                 "(privacy.clip); use another one"
             )
 
+        if self.params.auxiliary == "global" and config.adapters.moe.zero:
+            raise UserError(
+                f"adapters.moe.zero: {config.adapters.moe.zero}: method.auxiliary=global has a target for experts that are "
+                "used, and none for these; use 0, or switch or adaptive"
+            )
+
     def observer(self, client: Client, assignment: Assignment, context: RoundContext) -> RoutingObserver | None:
         # Layers are called by the model's own indices; targets are rows of the layers that have experts.
         weight, place = self.params.coefficient, {layer: row for row, layer in enumerate(self.facts.layers)}

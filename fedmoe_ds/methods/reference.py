@@ -48,12 +48,13 @@ A combination without a meaning is refused in one line before anything is loaded
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
 mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`, `raffm`; `fed-moe` with trained routers),
 unequal ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense
-model, `fft-moe`, `split-mix` and `shefl` on a sparse one, the last two with LoRA or more than one active expert, `raffm`
+model, `fft-moe`, `mor`, `split-mix` and `shefl` on a sparse one, the last two with LoRA, more than one active expert, or
+shared or zero ones, `mor` where samples have no score, `raffm`
 without `foundation.convert`, what needs a router on groups of channels, `fed-moe`, `flux` and `ub-smoe` where experts are not
 trained, `flux` with adapter experts and, by attention, with packed samples, `fed-moe`, `flex-moe`, `split-mix` and `shefl`
 with `local.balance_loss`, `read-me` where routers are in the layers, and where one runs before them every other method with
 a trained router, an auxiliary loss of it or a bias on it, control or dual variables where clients of `shefl` send a part of their changes, micro-batches with
-`hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe` or `fed-moe`, or `local.balance_loss`. Which methods take
+`hfedmoe`, a quantile of `flood`, an auxiliary loss of `fft-moe`, `mor` or `fed-moe`, or `local.balance_loss`. Which methods take
 which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all

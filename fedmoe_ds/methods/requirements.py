@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedmoe_ds.aggregation.weighing import MEAN
 from fedmoe_ds.config import Config, ServerConfig
+from fedmoe_ds.data.forms import has_scores
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.methods.base import Method, MethodParams
 from fedmoe_ds.methods.client_drift import DUAL
@@ -41,6 +42,13 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         raise UserError(
             f"execution.packing: true: method {name} asks how much attention each token receives, and samples that lie end to "
             "end are attended to apart; use false"
+        )
+    if method.candidates:
+        refuse_zero_experts(config)
+    if method.scored and not has_scores(config.data.form):
+        raise UserError(
+            f"data.form.kind: {config.data.form.kind}: method {name} asks for a score of every sample, and these have none; "
+            "use degraded, with a set of images"
         )
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
@@ -90,6 +98,16 @@ def check_idle(params: MethodParams, config: Config) -> None:
         # Compared with the default and not with what the user wrote: a run saves all keys, and its own file must resume.
         if value != default:
             raise UserError(f"method.{key}: {value}: has no effect {why}; drop the key")
+
+
+def refuse_zero_experts(config: Config) -> None:
+    """Raise UserError where a router's bias, which is known per expert, would meet experts that add nothing."""
+    moe = config.adapters.moe
+    if moe is not None and moe.zero:
+        raise UserError(
+            f"adapters.moe.zero: {moe.zero}: method {config.method.name} moves routers by how much experts are used, and these "
+            "are not there to be used; use 0"
+        )
 
 
 def refuse_server_step(name: str, server: ServerConfig) -> None:

@@ -96,11 +96,18 @@ class SplitMix(Method):
                 f"adapters.moe.top_k: {adapters.moe.top_k}: a base model of {name} uses its own expert alone; use 1, and "
                 "federation.tiers.N.experts for how many bases a client trains"
             )
-        for key, shared in (("attention", adapters.attention), ("feed_forward", adapters.feed_forward)):
+        if adapters.moe.zero or adapters.moe.router_input == "sample":
+            key = "zero" if adapters.moe.zero else "router_input"
+            raise UserError(
+                f"adapters.moe.{key}: {getattr(adapters.moe, key)}: a base model of {name} uses its own expert alone, and its "
+                "router decides nothing; drop the key"
+            )
+        common = {"attention": adapters.attention, "feed_forward": adapters.feed_forward, "moe.shared": adapters.moe.shared}
+        for key, shared in common.items():
             if shared:
                 raise UserError(
                     f"adapters.{key}: {shared}: all base models of {name} would train them together and be no models of "
-                    "their own; use []"
+                    f"their own; use {0 if key == 'moe.shared' else []}"
                 )
         for key, loss in (("balance_loss", config.local.balance_loss), ("z_loss", config.local.z_loss)):
             if loss > 0:

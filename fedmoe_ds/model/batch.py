@@ -41,6 +41,7 @@ class Rows:
     labels: np.ndarray | None = None  # int64 [B]
     positions: int = 1
     drawn_at: Address | None = None  # where dropout draws; None outside training
+    scores: np.ndarray | None = None  # float32 [B], of images whose form knows one
 
     @classmethod
     def of(
@@ -57,7 +58,8 @@ class Rows:
         part = data.select(chosen)
         assert (part.labels is None) == (images is None), "data and foundation are checked to be of one task"
         positions = 1 if images is None else images.positions
-        return cls(slot, cap, part.input_ids, part.loss_mask, allowed_LE, part.pixels, part.labels, positions, drawn_at)
+        own = (part.input_ids, part.loss_mask, allowed_LE, part.pixels, part.labels)
+        return cls(slot, cap, *own, positions, drawn_at, part.scores)
 
     def __len__(self) -> int:
         return len(self.input_ids) if self.labels is None else len(self.labels)
@@ -109,6 +111,7 @@ class Batch:
     pixels_BCHW: Tensor | None = None
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None  # per segment; None outside training
+    scores_T: Tensor | None = None  # float32, of every row its sample's; None where samples have none
 
     def predicting(self, hidden_BSD: Tensor) -> Tensor:
         """[N, D]: the hidden states that predict a target, in row order."""
@@ -187,14 +190,23 @@ def _batch(
     allowed = stacked(masks)
     # The mask is that of the client, and each row says which one is its own.
     masked = [] if allowed is None else [allowed, np.repeat(np.arange(len(rows)), [n * valid.shape[1] for n in counts])]
-    tensors = upload(arrays + masked + [array for array in (pixels_BCHW,) if array is not None], device)
+    scores_T = _scores(rows, valid.shape)
+    tensors = upload(arrays + masked + [array for array in (pixels_BCHW, scores_T) if array is not None], device)
+    scored = None if scores_T is None else tensors.pop()
     pixels = None if pixels_BCHW is None else tensors.pop()
     allowing = ExpertMasks(tensors[6], tensors[7], counts_of(masks)) if masked else None
     ids, slot_T, cap_T, valid_T, predict_N, labels_N = tensors[:6]
     demands = [Demand(part.tokens, part.cap) for part in rows]
     targets = [part.targets for part in rows]
     own = (slot_T, cap_T, valid_T, allowing, predict_N, labels_N)
-    return Batch(ids, segments, *own, targets, demands, pixels, packed, _drawn(rows))
+    return Batch(ids, segments, *own, targets, demands, pixels, packed, _drawn(rows), scored)
+
+
+def _scores(rows: list[Rows], shape: tuple[int, ...]) -> np.ndarray | None:
+    """Float32 [T], of every row its sample's."""
+    found = [part.scores for part in rows if part.scores is not None]
+    assert len(found) in (0, len(rows)), "all clients of a pass have scores, or none"
+    return np.concatenate(found).repeat(shape[1]) if found else None
 
 
 def _drawn(rows: list[Rows]) -> list[Drawn] | None:

@@ -36,4 +36,4 @@ class ChannelGroupLayer(FederatedMoELayer):
             return super()._experts(dtype)
         bank = self.execution.bank
         inner, outer = (bank.value_in(dtype, name, self.layer) for name in (INNER, OUTER))
-        return BottleneckExperts(inner, outer, [bank.grad(name, self.layer) for name in (INNER, OUTER)], self.bias_EF)
+        return BottleneckExperts(inner, outer, [bank.grad(name, self.layer) for name in (INNER, OUTER)], bias_EH=self.bias_EF)

@@ -142,7 +142,7 @@ class AdaptedModel:
     ) -> tuple[Tensor, Pass]:
         """The body without its head: logits of all positions would be [B, S, V], and only those of targets are needed."""
         rows = (batch.segments, slot, batch.slot_T, batch.cap_T, batch.valid_T, batch.masks)
-        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at, first_trained)
+        run = Pass(*rows, rescale_C, batch.demands, batch.packed, batch.drawn_at, first_trained, batch.scores_T)
         # Stays set after this call: with activation checkpointing the layers run again in the backward pass and read it.
         self.execution.current = run
         model: Any = self.foundation.model

@@ -11,13 +11,13 @@ import math
 import torch
 from torch import nn
 
-from fedmoe_ds.config import AdapterConfig
+from fedmoe_ds.config import AdapterConfig, MoEAdapterConfig
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.channel_groups import GroupedLayer
 from fedmoe_ds.foundation.pre_gate import pre_gate_of
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
-from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
+from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, ROUTER_SCORE, SHARED_INNER, SHARED_OUTER, AdapterMoELayer
 from fedmoe_ds.model.channel_group_layer import ChannelGroupLayer
 from fedmoe_ds.model.expert_layout import ExpertLayout
 from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection, find_projections
@@ -28,9 +28,14 @@ from fedmoe_ds.randomness import torch_generator
 
 
 def adapter_blocks(
-    model: nn.Module, expert_layout: ExpertLayout, config: AdapterConfig, rescaler: str | None
+    model: nn.Module, expert_layout: ExpertLayout, config: AdapterConfig, rescaler: str | None, scored: bool = False
 ) -> list[BlockSpec]:
-    """The blocks of a run. `rescaler` is None, `client` (one scalar per client) or `layer` (one per client and layer)."""
+    """The blocks of a run.
+
+    Args:
+        rescaler: None, `client` (one scalar per client) or `layer` (one per client and layer).
+        scored: whether every sample has a score, which a router may see.
+    """
     layers, rank, width, ffn = tuple(expert_layout.layers), config.rank, expert_layout.width, expert_layout.ffn
     blocks: list[BlockSpec] = []
     # Two matrices: adapter experts, or groups of the channels of a block without a gate; both are trained whole.
@@ -45,14 +50,27 @@ def adapter_blocks(
     # The order of blocks is part of a run: gradient norms are summed, and sums laid out, in it.
     blocks += _projection_blocks(find_projections(model, config), rank)
     gate = pre_gate_of(model)
-    if config.router == "train" and gate is not None:
+    if config.moe is not None:
+        blocks += _beside_experts(layers, width, config.moe, scored)
+    elif config.router == "train" and gate is not None:
         blocks += pre_gate_blocks(gate)
-    elif config.router == "train" or config.moe is not None:
+    elif config.router == "train":
         blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
     # Without experts there is no output for it to scale.
     if rescaler is not None and layers:
         where = layers if rescaler == "layer" else (-1,)
         blocks.append(BlockSpec(RESCALER, where, (1,), personal=True, decay=False))
+    return blocks
+
+
+def _beside_experts(layers: tuple[int, ...], width: int, moe: MoEAdapterConfig, scored: bool) -> list[BlockSpec]:
+    """Router and shared experts, which are on a client's home rank alone."""
+    routed, shared = moe.experts + moe.zero, moe.shared * moe.width
+    blocks = [BlockSpec(ROUTER, layers, (routed, width))]
+    if scored and moe.router_input == "sample":
+        blocks.append(BlockSpec(ROUTER_SCORE, layers, (routed, 1)))
+    if shared:
+        blocks += [BlockSpec(SHARED_INNER, layers, (shared, width)), BlockSpec(SHARED_OUTER, layers, (width, shared))]
     return blocks
 
 
@@ -84,7 +102,7 @@ def initial_bank(
         if key in copied:
             value.copy_(copied[key])
         # What is not named here stays zero: B, V and rescalers before a method sets them.
-        elif spec.name.endswith("lora_A") or spec.name in (INNER, ROUTER):
+        elif spec.name.endswith("lora_A") or spec.name in (INNER, SHARED_INNER, ROUTER):
             value.copy_(drawn_a(seed, key, value.shape))
     return bank
 
@@ -141,8 +159,7 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     if config.moe is None:
         return
     for site in foundation.sites:
-        rule = SelectedSoftmax(config.moe.experts, config.moe.top_k)
-        site.replace(model, AdapterMoELayer(site.module(model), site.index, rule, execution))
+        site.replace(model, AdapterMoELayer(site.module(model), site.index, config.moe, execution))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -42,6 +42,7 @@ class Pass:
         packed: where the samples are, if each sequence is one token of a packed pass; None where a sequence is a sample.
         drawn_at: where each segment's dropout is drawn; None in an evaluation, which has none.
         first_trained: the first layer that some client of the pass trains, on any rank: before it there is no backward pass.
+        scores_T: float32, of every row its sample's score (`Sequences.scores`), where samples have one.
         counts: routed rows per (home slot, expert), by layer; written by the layers.
         losses: auxiliary loss per home slot, by layer; written by the layers when there is one.
         observed: what the method's `RoutingObserver` summed up per home slot, by layer.
@@ -63,6 +64,7 @@ class Pass:
     packed: PackedSamples | None = None
     drawn_at: list[Drawn] | None = None
     first_trained: int = 0
+    scores_T: Tensor | None = None
     counts: dict[int, Tensor] = field(default_factory=dict)
     losses: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     observed: dict[int, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
@@ -124,6 +126,8 @@ class RoutingObserver:
         observe: (routing, valid_T) -> (active_E, sums): the experts that this batch may train (bool, None for all), and
             named float [E] tensors that are added up over the round's batches.
         loss: (layer, routing, logits_TE, valid_T) -> auxiliary loss of the layer, or None; the mean over layers is minimised.
+        scored: (routing, scores_T) -> auxiliary loss of the layer, like `loss`, of data whose samples have scores: every row
+            sees its sample's.
         attended: (routing, attention_T) -> further named sums, of the attention that each token receives in this layer
             (`model/attention_received.py`); with `Method.attends`.
         overlaps: whether `loss` teaches a router before the layers, by `Routing.overlap_TE`; nothing else gives that a
@@ -134,6 +138,7 @@ class RoutingObserver:
     loss: Callable[[int, Routing, Tensor, Tensor], Tensor | None] | None = None
     attended: Callable[[Routing, Tensor], dict[str, Tensor]] | None = None
     overlaps: bool = False
+    scored: Callable[[Routing, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,14 @@ class RouterSpec(Protocol):
 
 
 @dataclass(frozen=True)
+class ZeroSlots:
+    """What rows have given to experts that add nothing: scores (fp32, differentiable), and whether they have chosen them."""
+
+    probs_TZ: Tensor
+    chosen_TZ: Tensor
+
+
+@dataclass(frozen=True)
 class Routing:
     """The decision for every row.
 
@@ -63,6 +71,7 @@ class Routing:
         kept_TK: False for slots beyond the row's cap, masked experts and padding rows. Such slots cost nothing downstream.
         kept: how many slots are kept, where that is known without a look at the device; None where it depends on the scores.
         overlap_TE: how many of a row's largest channels each expert has (`foundation/pre_gate.py`), where observers ask for it.
+        zeros: of experts that add nothing, where there are some: they are none of the E, and no slot of theirs is kept.
     """
 
     probs_TE: Tensor
@@ -71,12 +80,29 @@ class Routing:
     kept_TK: Tensor
     kept: int | None = None
     overlap_TE: Tensor | None = None
+    zeros: ZeroSlots | None = None
 
     def counts_E(self) -> Tensor:
         """int64 [E]: kept slots per expert."""
         # Zeros are added for the others: to pick slots by their mask, the host would wait for the device to say how many.
         zeros_E = self.experts_TK.new_zeros(self.probs_TE.shape[1])
         return zeros_E.scatter_add_(0, self.experts_TK.flatten(), self.kept_TK.flatten().long())
+
+    def with_zeros(self) -> tuple[Tensor, Tensor]:
+        """Scores [T, E + Z], and slots per expert [E + Z]: experts that add nothing stand last, where there are some."""
+        if self.zeros is None:
+            return self.probs_TE, self.counts_E()
+        counts = torch.cat([self.counts_E(), self.zeros.chosen_TZ.sum(0)])
+        return torch.cat([self.probs_TE, self.zeros.probs_TZ], dim=1), counts
+
+    def apart(self, experts: int) -> Routing:
+        """Of a decision among more than so many experts: the others become `zeros`, and their slots are dropped."""
+        zero_TK = self.experts_TK >= experts
+        chosen_TZ = torch.zeros_like(self.probs_TE, dtype=torch.bool).scatter_(1, self.experts_TK, self.kept_TK)[:, experts:]
+        # Slots are padded with an expert that exists: whoever looks one up must find something.
+        real_TK = self.experts_TK.masked_fill(zero_TK, 0)
+        zeros = ZeroSlots(self.probs_TE[:, experts:], chosen_TZ)
+        return Routing(self.probs_TE[:, :experts], self.weights_TK * ~zero_TK, real_TK, self.kept_TK & ~zero_TK, None, zeros)
 
     def detached(self) -> Routing:
         """The decision without its graph, and without the scores of experts that were not selected."""
@@ -89,8 +115,9 @@ class Routing:
         def some(values: Tensor) -> Tensor:
             return values[places] if isinstance(places, slice) else values.index_select(0, places)
 
+        zeros = None if self.zeros is None else ZeroSlots(some(self.zeros.probs_TZ), some(self.zeros.chosen_TZ))
         own = [some(values) for values in (self.probs_TE, self.weights_TK, self.experts_TK, self.kept_TK)]
-        return Routing(*own, overlap_TE=None if self.overlap_TE is None else some(self.overlap_TE))
+        return Routing(*own, overlap_TE=None if self.overlap_TE is None else some(self.overlap_TE), zeros=zeros)
 
 
 @dataclass(frozen=True)

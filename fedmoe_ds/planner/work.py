@@ -175,7 +175,7 @@ class PassWork:
         # Shared experts and layers without experts are the model's own feed-forward blocks.
         numbers = projections + self.plain * (plain.row * row + plain.feed_forward * size.layer.feed_forward)
         if layout.layers:
-            mixed = n.row * row + n.expert * layout.num_experts + n.slot * layout.top_k
+            mixed = n.row * row + n.expert * (layout.num_experts + layout.zero) + n.slot * layout.top_k
             numbers += len(layout.layers) * (mixed + plain.feed_forward * size.layer.shared)
         else:
             numbers += size.depth * (n.row * row + n.feed_forward * size.ffn)

@@ -50,7 +50,8 @@ def _same(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class Form:
-    """One kind: what it makes of images, and which [C, H, W] they have then."""
+    """One kind: what it makes of images, which [C, H, W] they have then, and whether it gives every image a score."""
 
     make: Callable[[Dealt, DataFormConfig], Formed]
     shape: Callable[[Shape], Shape] = _same
+    scored: bool = False

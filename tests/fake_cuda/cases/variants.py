@@ -8,7 +8,7 @@ import torch
 from dense_inputs import dense_config
 from every import every
 from federations import run_alone
-from method_variants import BESIDE, GROUPED, PLAIN, VARIANTS, variant_config
+from method_variants import BESIDE, GROUPED, PLAIN, RANKED, VARIANTS, variant_config
 
 from fake_cuda.runs import losses, root, run_on_device
 from fedmoe_ds.config import Config
@@ -21,10 +21,12 @@ NAMES = {
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
         "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism", "raffm",
-        "raffm-random", "read-me",
+        "raffm-random", "read-me", "mor", "mor-images",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
-    "case_losses_are_the_cpu_s": ["flame", "flex-moe", "shefl", "fft-moe", "losses", "fed-moe", "ub-smoe", "fedfm"],
+    "case_losses_are_the_cpu_s": [
+        "flame", "flex-moe", "shefl", "fft-moe", "losses", "fed-moe", "ub-smoe", "fedfm", "mor-images",
+    ],
 }  # fmt: skip
 
 MORE: dict[str, dict[str, Any]] = {
@@ -38,6 +40,16 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "fft-moe": ("llama", {}),
     "fft-moe-global": ("llama", {"method": {"auxiliary": "global"}}),
     "fft-moe-images": ("vit", {}),
+    "mor-images": (
+        "vit",
+        {
+            "adapters": {
+                "moe": {"experts": 8, "width": 1, "linear": True, "shared": 3, "zero": 4, "router_input": "sample"},
+            },
+            "method": {"name": "mor"},
+            "data": {"form": {"kind": "degraded"}},
+        },
+    ),
 }
 ROUND: dict[str, Any] = {
     "execution": {"reproducible": "fast", "clients_in_flight": 3},
@@ -72,7 +84,7 @@ def case_round(fake: Any, name: str) -> None:
 
 
 def case_every_method_has_a_round(fake: Any) -> None:
-    assert (VARIANTS | PLAIN | BESIDE | GROUPED | MORE | DENSE).keys() == set(NAMES["case_round"])
+    assert (VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | MORE | DENSE).keys() == set(NAMES["case_round"])
 
 
 def case_losses_are_the_cpu_s(fake: Any, name: str) -> None:
