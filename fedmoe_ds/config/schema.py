@@ -25,6 +25,20 @@ class MoEAdapterConfig(Section):
     experts: int = Field(8, ge=1, description="M, experts per block; divisible by ep_size")
     width: int = Field(16, ge=1, description="bottleneck width of an expert")
     top_k: int = Field(4, ge=1, description="most active experts per token: the largest budget")
+    gate: Literal["softmax", "straight-through"] = Field(
+        "softmax",
+        description="what a row's experts weigh; softmax: over those that it uses, where one alone weighs 1 and teaches the "
+        "router nothing; straight-through: p / stopgrad(p), which is 1 and has a gradient; needs top_k 1",
+    )
+
+    @model_validator(mode="after")
+    def _check_gate(self) -> MoEAdapterConfig:
+        if self.gate == "straight-through" and self.top_k > 1:
+            raise ValueError(
+                f"adapters.moe.gate: straight-through: weighs one expert per row, and adapters.moe.top_k is {self.top_k}; use "
+                "top_k=1, or softmax"
+            )
+        return self
 
 
 class AdapterConfig(Section):

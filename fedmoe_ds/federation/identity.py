@@ -74,9 +74,10 @@ def of_settings(tree: dict[str, Any]) -> Identity:
     device, scheduled = tree["topology"]["device"], local["rounds_schedule"] != "constant"
     return {
         "seed": tree["seed"],
-        **{name: tree[name] for name in ("local", "method", "server")},
+        **{name: tree[name] for name in ("local", "method")},
+        "server": _without(tree["server"], {"training": None}),
         # Not where the start lies: the digest stands for the tensors themselves.
-        "adapters": {key: value for key, value in tree["adapters"].items() if key != "start"},
+        "adapters": _adapters_alike(tree["adapters"]),
         START: None,
         # More rounds may be asked for at any time and all that happened so far stays the same, unless rates follow from them.
         "federation": {key: value for key, value in _tiers_alike(tree["federation"]).items() if key != "rounds" or scheduled},
@@ -89,6 +90,18 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         "topology": {} if device == "auto" else {"device": device},
         "devices": _devices(tree["devices"]),
     }
+
+
+def _without(section: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """A section without later keys that say what was always done: earlier versions have not written them."""
+    return {key: value for key, value in section.items() if key not in later or value != later[key]}
+
+
+def _adapters_alike(adapters: dict[str, Any]) -> dict[str, Any]:
+    """Adapters without where they started; those of `moe` are compared whole."""
+    moe = adapters["moe"]
+    found = {key: value for key, value in adapters.items() if key != "start"}
+    return found if moe is None else found | {"moe": _without(moe, {"gate": "softmax"})}
 
 
 def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Method:
         surveys: whether statistics are those of a pass over clients' data after the aggregation, and not of their training.
         weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
+        unlabelled: whether it can train clients whose labels the data hide (`data.labels`).
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
@@ -139,6 +140,7 @@ class Method:
     held_softmax: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    unlabelled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
     most_delay: int = 0  # may be set from the parameters, too
     candidates: int = 0  # and this
@@ -203,6 +205,10 @@ class Method:
     def objective(self, client: Client, assignment: Assignment, context: RoundContext) -> Objective | None:
         """What the client minimises, or sums up, at the model's output; None: cross-entropy, and no sums."""
         return None
+
+    def teaches(self) -> bool:
+        """Whether its objectives ask the received model before the first step (`Objective.teach`)."""
+        return False
 
     def sums(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the numbers that its objectives sum up; `observed` of a client's update has them, float64."""

@@ -7,6 +7,9 @@ Legend: B sequences, S positions, T = B * S token rows, D model width, E experts
 FFT-MoE (arXiv 2508.18663) states the router W_R in R^{M x d}, the experts in the FFN of every block and a personalised number
 of active experts; the gating and the parallel placement are our completion. FLAME's rescaler s_i (a method of sparse models)
 acts on the sum over the adapter experts, which is all that the pool puts out: y = FFN(x) + s_i sum_m g_m E_m(x).
+
+Where a row uses one expert, g_m is 1 and has no gradient. FedMox (arXiv 2508.16568) routes to one expert; the gate that lets
+its router learn, g_m = p_m / stopgrad(p_m) with p the softmax of z over all experts, is our completion (`adapters.moe.gate`).
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ INNER, OUTER = "experts.inner.weight", "experts.outer.weight"
 
 @dataclass(frozen=True)
 class SelectedSoftmax:
-    """The routing rule of adapter experts: softmax over the selected ones (a `RouterSpec`)."""
+    """The routing rule of adapter experts (a `RouterSpec`): softmax over the selected ones, or for a single one
+    `straight_through` (`adapters.moe.gate`)."""
 
     num_experts: int
     top_k: int
@@ -40,6 +44,7 @@ class SelectedSoftmax:
     route_scale: float = 1.0
     group_score_func: str = "max"
     e_score_correction_bias: Tensor | None = None
+    straight_through: bool = False
 
 
 class AdapterMoELayer(nn.Module):
@@ -55,7 +60,7 @@ class AdapterMoELayer(nn.Module):
         weight, grad = bank.value(ROUTER, self.layer), bank.grad(ROUTER, self.layer)
         logits_TE = client_linear(hidden_BSD, self.execution.anchor_of(self.layer), weight, grad, run.segments).flatten(0, -2)
         asked, modulation = self.execution.asked(self.layer), self.execution.modulation(self.layer)
-        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, *asked, modulation)
+        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, *asked, modulation, self.rule.straight_through)
         record_routing(self.execution, self.layer, routing, logits_TE)
         at_experts = send_routed(self.execution, self.layer, hidden_BSD.flatten(0, -2), routing)
         # The frozen block needs no row of another rank: it is computed while routed rows travel.

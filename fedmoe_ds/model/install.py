@@ -126,7 +126,7 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     if config.moe is None:
         return
     for site in foundation.sites:
-        rule = SelectedSoftmax(config.moe.experts, config.moe.top_k)
+        rule = SelectedSoftmax(config.moe.experts, config.moe.top_k, straight_through=config.moe.gate == "straight-through")
         site.replace(model, AdapterMoELayer(site.module(model), site.index, rule, execution))
 
 
