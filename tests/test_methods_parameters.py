@@ -152,6 +152,8 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("shefl", {}, {"density": 0.5}),
     ("shefl", {}, {"upload": 1.0}),
     ("prism", {"rho": 1.0}, {"route": "reversed"}),
+    ("fedmox", {}, {"threshold": 0.5}),
+    ("fedmox", {}, {"weight": 1.0}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]

@@ -44,6 +44,7 @@ from torch.nn.functional import cross_entropy
 from fedmoe_ds.methods import (
     Assignment,
     Client,
+    Config,
     Method,
     MethodInfo,
     MethodParams,
@@ -59,10 +60,14 @@ UNSURE = -1
 
 
 class FedMoxParams(MethodParams):
-    """Pseudo-labels; without effect where labels are shown."""
+    """How clients learn whose labels are hidden."""
 
     threshold: float = Field(0.9, ge=0, description="tau: least probability of a pseudo-label; above 1 there is none")
     weight: float = Field(4.0, ge=0, description="u: weight of the clients' loss")
+
+    def idle(self, config: Config) -> dict[str, str]:
+        why = "with data.labels=shown: clients train on their labels"
+        return dict.fromkeys(("threshold", "weight"), why) if config.data.labels == "shown" else {}
 
 
 class FedMox(Method):
