@@ -74,8 +74,7 @@ def of_settings(tree: dict[str, Any]) -> Identity:
     device, scheduled = tree["topology"]["device"], local["rounds_schedule"] != "constant"
     return {
         "seed": tree["seed"],
-        **{name: tree[name] for name in ("local", "method")},
-        "server": _without(tree["server"], {"training": None}),
+        **{name: tree[name] for name in ("local", "method", "server")},
         # Not where the start lies: the digest stands for the tensors themselves.
         "adapters": _adapters_alike(tree["adapters"]),
         START: None,
@@ -128,9 +127,11 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     # Absent where a run does without, so that absences of earlier versions still count.
     later = {"packing": False, "moments_on": "device"}
     passes |= {key: getattr(execution, key) for key, usual in later.items() if getattr(execution, key) != usual}
-    steps = {"dual_step": 1.0, "aggregation_step": 1.0}
-    local = {key: value for key, value in identity["local"].items() if (key, value) not in steps.items()}
-    return {**{name: identity[name] for name in _FIRST}, "local": local, **passes}
+    own = {
+        "local": _without(identity["local"], {"dual_step": 1.0, "aggregation_step": 1.0}),
+        "server": _without(identity["server"], {"training": None}),
+    }
+    return {name: identity[name] for name in _FIRST} | own | passes
 
 
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:
