@@ -236,4 +236,6 @@ def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any])
     dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE else {}
     dense = {"foundation": {"path": str(root / "vit")}} if variant in IMAGES else dense
     plain = ON_LLAMA if variant in PLAIN else {}
-    return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | IMAGES | DEVICES)[variant], *changes)
+    return make_config(
+        root, f"{variant}-{tag}", SMALL, dense, plain, (VARIANTS | PLAIN | BESIDE | IMAGES | DEVICES)[variant], *changes
+    )

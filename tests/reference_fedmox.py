@@ -98,5 +98,3 @@ class FedMox(DenseReference):
         self.settings = replace(settings, lr=self.rule.server_lr)
         self.adapters: Adapters = self._train(server, np.zeros(0), np.zeros((self.layers, settings.experts)))
         self.settings = settings
-
-

@@ -55,11 +55,16 @@ def words(part: Sequences) -> list[bytes]:
 
 @pytest.mark.parametrize("case", TEXT)
 def test_the_server_has_its_own_text(case: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    rows = [{"who": f"user{i % 5}", "plan": i % 5, "text": text, "instruction": str(i), "output": text} for i, text in enumerate(TEXTS)]
+    rows = [
+        {"who": f"user{i % 5}", "plan": i % 5, "text": text, "instruction": str(i), "output": text}
+        for i, text in enumerate(TEXTS)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = DataConfig(source=str(tmp_path / "rows.jsonl"), sequence_length=64, **TEXT[case])
     tiers = "plan" if given.partition == NATURAL else None
-    plain, data = (prepare(given.model_copy(update={"public": p}), 0, tokenizer, tmp_path, tier_column=tiers) for p in (0.0, 0.3))
+    plain, data = (
+        prepare(given.model_copy(update={"public": p}), 0, tokenizer, tmp_path, tier_column=tiers) for p in (0.0, 0.3)
+    )
     assert (plain.public, data.public) == (False, True) and plain.fingerprint != data.fingerprint
     assert data.names == plain.names and len(data) == 4 and data.label_counts().shape == plain.label_counts().shape
     assert (data.tiers is None) == (tiers is None) and (tiers is None or data.tiers == plain.tiers)
@@ -142,7 +147,11 @@ def test_nobody_s_images_are_coarse_and_the_server_s_are_not() -> None:
     some = digits.split()[1]
     content = Sequences.of_images(some.pixels_NCHW[:6], some.labels_N[:6])
     client_N = np.array([0, SERVER, NOBODY, 1, SERVER, NOBODY])
-    made = formed(content, Dealt(some.pixels_NCHW[:6], some.labels_N[:6], client_N, 2, 0), DataFormConfig(kind="low-resolution"))
+    made = formed(
+        content, Dealt(some.pixels_NCHW[:6], some.labels_N[:6], client_N, 2, 0), DataFormConfig(kind="low-resolution")
+    )
     assert made.pixels is not None
     same = [np.array_equal(a, b) for a, b in zip(made.pixels, some.pixels_NCHW[:6], strict=True)]
-    assert same == [False, True, False, False, True, False] and every(value <= 1 for value in np.abs(made.pixels).max((1, 2, 3)))
+    assert same == [False, True, False, False, True, False] and every(
+        value <= 1 for value in np.abs(made.pixels).max((1, 2, 3))
+    )

@@ -51,7 +51,10 @@ class DataConfig(Section):
     holdout: float = Field(0.1, gt=0, lt=1, description="share of each client's samples held out")
     global_holdout: float = Field(0.05, gt=0, lt=1, description="share of all samples held out before partitioning")
     public: float = Field(
-        0.0, ge=0, lt=1, description="share of what the global hold-out leaves that the server alone trains on (server.training)"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of what the global hold-out leaves that the server alone has (server.training)",
     )
     labels: Literal["shown", "hidden"] = Field(
         "shown", description="images: whether clients know the classes of what they train on; evaluation always does"

@@ -17,6 +17,7 @@ from fedmoe_ds.config.evaluation_section import CheckpointConfig, EvaluationConf
 from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.config.local_section import LocalConfig, problem_of_drift
 from fedmoe_ds.config.section import Section
+from fedmoe_ds.config.server_section import ServerConfig
 
 
 class MoEAdapterConfig(Section):
@@ -164,37 +165,6 @@ class FederationConfig(Section):
     )
 
 
-class ServerTrainingConfig(Section):
-    """How the server trains the global adapters on the public split (`data.public`); the rest is as clients do it (`local`)."""
-
-    epochs: float = Field(1.0, ge=0, description="passes over the split after every round's step")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate, the same in every round")
-    warm_up: float = Field(0.0, ge=0, description="passes over it before the first round")
-
-
-class ServerConfig(Section):
-    """What the server does with the mean of a round (Reddi et al., arXiv 2003.00295); fedavg takes it as it is."""
-
-    optimizer: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"] = "fedavg"
-    lr: float = Field(
-        1.0,
-        ge=0,
-        description="server learning rate on mean - global; about 0.01 for those that are adaptive; 0 with `training` alone",
-    )
-    beta1: float = Field(0.9, ge=0, lt=1, description="momentum")
-    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi, fedams)")
-    tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root of the second moment")
-    training: ServerTrainingConfig | None = Field(
-        None, description="the server's own training on the public split; null: it only takes the mean"
-    )
-
-    @model_validator(mode="after")
-    def _check_rate(self) -> ServerConfig:
-        if self.lr == 0 and self.training is None:
-            raise ValueError("server.lr: 0.0: the global adapters would never change; use more, or add server.training")
-        return self
-
-
 class MethodConfig(BaseModel):
     """`name` picks the method; the other keys are its own parameters, checked by the method itself."""
 
@@ -295,7 +265,7 @@ class Config(Section):
     def _check_public(self) -> Config:
         public, training = self.data.public, self.server.training
         if training is not None and public == 0:
-            raise ValueError("server.training: trains on the public split, and data.public is 0; give it a share, or drop training")
+            raise ValueError("server.training: trains on the public split, and data.public is 0; give it a share, or drop it")
         if training is None and public > 0:
             raise ValueError(
                 f"data.public: {public}: only the server would have these samples, and it does not train; add server.training "

@@ -82,7 +82,7 @@ class GivenHoldout:
 
 
 def deal_units(units: Units, config: DataConfig, seed: int, given: GivenHoldout | None = None) -> tuple[Prepared, Ints]:
-    """Hold out, deal to the server and to clients, cap and split; return that, and the client of every unit [N], NOBODY or SERVER.
+    """Hold out, deal to server and clients, cap and split; return that, and the client of every unit [N], NOBODY or SERVER.
 
     Raises UserError for too few units, and a number of clients that cannot be served.
     """

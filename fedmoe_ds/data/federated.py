@@ -62,8 +62,8 @@ class FederatedData:
     `omissions` counts samples that were left out or cut. `tiers` are the labels of the clients' tiers, None where the data do
     not say them.
     `public` says whether the server has a labelled split of its own: then it is what `train` gives for the index behind the
-    clients'. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels. `reading` says how rows became tokens:
-    template, columns, and the text of a prompt or a chat template.
+    clients'. `fingerprint` is a sha256 over all tokens and targets, or pixels and labels. `reading` says how rows became
+    tokens: template, columns, and the text of a prompt or a chat template.
     """
 
     names: list[str]

@@ -105,6 +105,6 @@ def _trainer(parts: Parts, epochs: float) -> WaveTrainer:
     told, trainer = parts.config.server.training, copy(parts.trainer)
     assert told is not None
     own = {"epochs": epochs, "steps": None, "max_steps": None, "lr": told.lr, "rounds_schedule": "constant"}
-    # Nothing of a method, and of no correction of drift: both are about clients. The optimizer is the same one, and begins anew.
+    # No hooks: a method, and a correction of drift, are about clients. The optimizer is the same one, and begins anew.
     trainer.local, trainer.hooks, trainer.timer = trainer.local.model_copy(update=own), LocalTrainingHooks(), PhaseTimer()
     return trainer

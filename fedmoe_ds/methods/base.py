@@ -93,8 +93,7 @@ class Method:
         observes: names of the sums that `observer` returns.
         attends: whether its observers ask for the attention that tokens receive (`RoutingObserver.attended`).
         selective: whether some batches train only some of the experts.
-        whole_steps: whether its observer, or its objective, needs all rows of a local step at once: for a loss that is no mean
-            over rows, for a decision, for a quantile.
+        whole_steps: whether its observer or objective needs all rows of a local step at once: for a decision, or a quantile.
         logit_copies: float32 tensors in the shape of its logits that its objective holds, beside cross-entropy's own.
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
@@ -172,10 +171,8 @@ class Method:
         return []
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
-        """What a personal block of this method is filled with before the first round; None: the global initial value, or zero.
-
-        Asked for personal blocks of the bank and for those of `client_state`, never for what a correction of drift keeps.
-        """
+        """What a personal block of the bank, or of `client_state`, is filled with before the first round; None: the global
+        initial value, or zero. Never asked for what a correction of drift keeps."""
         return 1.0 if spec.name == RESCALER else None
 
     def memory(self) -> dict[str, tuple[int, ...]]:

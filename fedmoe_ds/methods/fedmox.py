@@ -4,10 +4,10 @@ Legend: N targets of one local step, V classes; k a client, t a round from 1.
 
 READ (a public third-party trace of the paper) and CODE (its package): the setting is practical semi-supervised federated
 learning. A frozen backbone; heads with a mixture of experts are trained: K = 4 experts, hard top-1, the router a 1x1
-convolution. The server warms up for 50 epochs on its labelled images of high resolution. Then 50 rounds: a share r = 0.33 of the
-clients trains one epoch without labels on images of low resolution, with a weight of 4 on that loss and thresholds of 0.9
-(classes) and 0.02 (boxes) on pseudo-labels; the server takes their mean by data size, mixes it with what it had, and trains one
-more epoch on its labels. AdamW, rate 1e-4, decay 0.05, cosine with 5 epochs of warm-up, batches of 2.
+convolution. The server warms up for 50 epochs on its labelled images of high resolution. Then 50 rounds: a share r = 0.33 of
+the clients trains one epoch without labels on images of low resolution, with a weight of 4 on that loss and thresholds of 0.9
+(classes) and 0.02 (boxes) on pseudo-labels; the server takes their mean by data size, mixes it with what it had, and trains
+one more epoch on its labels. AdamW, rate 1e-4, decay 0.05, cosine with 5 epochs of warm-up, batches of 2.
 
     soft mixture   w = alpha w_prev + (1 - alpha) mean_k        it is server.lr = 1 - alpha
     then           w <- server epoch on public labels           server.training
