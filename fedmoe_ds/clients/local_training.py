@@ -200,7 +200,7 @@ class WaveTrainer:
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
-        self._each_pass(step, works, limits, lambda *at: self._run(*at, counts))
+        self._each_pass(step, works, limits, partial(self._run, counts=counts))
 
     def _each_pass(self, step: int, works: list[list[ClientWork]], limits: PassLimits, run: OnePass) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""
