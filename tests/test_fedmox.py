@@ -116,7 +116,7 @@ def test_nothing_comes_of_clients_that_are_sure_of_nothing_or_count_nothing(root
     """A threshold above 1, and alpha = 1 with other clients: what the server alone makes."""
     unsure = result(root, "unsure", {"method": {"threshold": 1.5}})
     assert set(losses(unsure)) == {0.0} and max(losses(plain)) > 0.0
-    alone_ = result(root, "alpha", {"server": {"lr": 0.0}}, {"federation": {"participation": 0.3}})
+    alone_ = result(root, "alpha", {"server": {"lr": 0.0}}, {"federation": {"participation": 1.0}})
     assert alone_.digest == unsure.digest != plain.digest and max(losses(alone_)) > 0.0
 
 
