@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dense_inputs import DIGITS
 from federations import make_config
 from read_me_inputs import CONVERT, ON_READ_ME
 
@@ -78,6 +79,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "private": {"method": {"name": "fedit"}, "privacy": {"clip": 0.05, "noise_multiplier": 0.5}},
     "scaffold": {"method": {"name": "fedit"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
     "scaffold-rows": {"method": {"name": "fslora"}, "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05}},
+    "scaffold-public": {
+        "method": {"name": "fedit"},
+        "adapters": {"dropout": 0.1},
+        "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05},
+        "data": {"public": 0.2},
+        "server": {"optimizer": "fedavgm", "lr": 0.5, "training": {"epochs": 0.5, "lr": 0.02, "warm_up": 1.0}},
+    },
     "feddyn": {"method": {"name": "fedit"}, "local": {"drift": "feddyn", "proximal": 0.5}},
     "fedvra-rows": {"method": {"name": "fslora"}, "local": {"drift": "fedvra", "dual_step": 0.5, "aggregation_step": 0.7}},
     "fedavgm": {
@@ -234,12 +242,23 @@ RANKED: dict[str, dict[str, Any]] = {
     },
 }
 """On the Llama, with ranks beside it: linear experts, shared ones, and experts that add nothing."""
+IMAGES: dict[str, dict[str, Any]] = {
+    "fedmox": {
+        "data": {**DIGITS, "public": 0.05, "labels": "hidden", "form": {"kind": "low-resolution"}},
+        "adapters": {"attention": [], "moe": {"experts": 4, "width": 8, "top_k": 1, "gate": "straight-through"}},
+        "federation": {"tiers": None},
+        "method": {"name": "fedmox", "threshold": 0.2},
+        "server": {"lr": 0.5, "training": {"epochs": 0.5, "lr": 0.01, "warm_up": 1.0}},
+    },
+}
+"""On the ViT and the digits that come with it."""
 ON_LLAMA: dict[str, Any] = {"adapters": {"feed_forward": ["gate_proj", "down_proj"]}}
 
 
 def variant_config(root: Path, variant: str, tag: str, *changes: dict[str, Any]) -> Config:
     """The small federation under one variant; `tag` tells its runs apart."""
     dense = {"foundation": {"path": str(root / "llama")}} if variant in PLAIN | BESIDE | GROUPED | RANKED else {}
+    dense = {"foundation": {"path": str(root / "vit")}} if variant in IMAGES else dense
     plain = ON_LLAMA if variant in PLAIN else {}
-    own = (VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | DEVICES)[variant]
+    own = (VARIANTS | PLAIN | BESIDE | GROUPED | RANKED | IMAGES | DEVICES)[variant]
     return make_config(root, f"{variant}-{tag}", SMALL, dense, plain, own, *changes)

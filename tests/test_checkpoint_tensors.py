@@ -14,7 +14,7 @@ import pytest
 import torch
 from dense_inputs import dense_config, write_dense
 from federations import alone, make_config, write_inputs
-from method_variants import BESIDE, GROUPED, PLAIN, RANKED, VARIANTS, variant_config
+from method_variants import BESIDE, GROUPED, IMAGES, PLAIN, RANKED, VARIANTS, variant_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -44,13 +44,13 @@ TRAINED = (0, 2)
 """Clients that have been."""
 KINDS.append("beside")  # adapter experts beside dense blocks
 """Together they have every kind of tensor and file."""
-OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *RANKED, *PLAIN, *GROUPED) if variant not in KINDS]
+OTHERS = [variant for variant in (*VARIANTS, *BESIDE, *RANKED, *IMAGES, *PLAIN, *GROUPED) if variant not in KINDS]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tensors")
-    write_dense(folder, ("llama",), samples=(5, 4, 3))
+    write_dense(folder, ("llama", "vit"), samples=(5, 4, 3))
     return folder
 
 

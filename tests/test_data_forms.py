@@ -28,6 +28,7 @@ FORM_KEYS = {key for key in DataFormConfig.model_fields if key != "kind"}
 OTHER: dict[str, list[dict[str, Any]]] = {
     "plain": [{}],
     "degraded": [{"kind": "degraded"}, {"blur": 2.0}, {"noise": 0.1}, {"skew": 0.9}],
+    "low-resolution": [{}],
 }
 """By kind: what each gives other data than the ones before it."""
 

@@ -44,7 +44,7 @@ from fedmoe_ds.results.loaded_model import LoadedModel
 REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
 adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k adapters.moe.linear
-adapters.moe.shared adapters.moe.zero adapters.moe.router_input federation.participation
+adapters.moe.shared adapters.moe.zero adapters.moe.router_input adapters.moe.gate federation.participation
 federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
 federation.tiers.clients federation.tiers.layers federation.tier_column
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
@@ -53,6 +53,7 @@ local.warmup local.weight_decay local.momentum local.moments local.betas local.e
 local.dual_step local.aggregation_step
 local.balance_loss local.z_loss local.rounds_schedule local.final_lr adapters.dropout
 method.name method.temperature server.optimizer server.lr server.beta1 server.beta2 server.tau
+server.training.epochs server.training.lr server.training.warm_up
 execution.reproducible execution.micro_batch_size execution.packing evaluation.max_sequences evaluation.client_sequences
 devices.mix devices.availability devices.spread devices.dropout devices.aggregation devices.deadline_s
 devices.over_selection devices.buffer devices.concurrency devices.staleness devices.max_staleness
@@ -104,6 +105,8 @@ ELSEWHERE = {
     "data.prompt.answer_lead": "test_data_prompts.py",
     "data.separator": "test_data_sources.py",
     "data.split": "test_data_sources.py",
+    "data.public": "test_data_public.py",
+    "data.labels": "test_data_public.py",
     **dict.fromkeys((f"data.form.{key}" for key in DataFormConfig.model_fields), "test_data_forms.py"),
     "devices.trace": "test_identity.py",
     **dict.fromkeys((f"privacy.{key}" for key in ("delta", "epsilon", "key_file")), "test_privacy.py"),
@@ -310,6 +313,9 @@ def test_another_value_is_refused(key: str, world: World) -> None:
         # Attention as it was: without the key, adapter experts would come without LoRA, which is a difference of its own.
         changed = {"moe": {"experts": 4, "width": 4, "top_k": 2}, "attention": base.adapters.attention}
         here, old, config = "adapters.moe", "None", world.config({"adapters": changed})
+    elif key.startswith("server.training."):
+        here, old = "server.training", "None"
+        config = world.config({"data": {"public": 0.1}}, nested(key, another(key, KEYS[key], None)))
     elif key.startswith("devices."):
         here, old = "devices", "None"
         leaf, value = key.rpartition(".")[2], another(key, KEYS[key], value_at(base, key))

@@ -122,6 +122,8 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     ),
     # The second round of whoever was there in the first is reinforcement.
     "prism": ({"rho": 0.5, "horizon": 2}, Told(ObservedPRISM, {})),
+    # Of text nobody hides the labels.
+    "fedmox": ({}, Told(FedIT, {})),
     "fedfm": ({"matching": 0.5}, Told(ObservedFedFM, {"classes": 320})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),

@@ -158,6 +158,8 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("mor", {"balance": "switch"}, {"balance": "none"}),
     ("mor", {"balance": "switch"}, {"alpha": 0.5}),
     ("mor", {"balance": "none"}, {"alpha": 0.5}),
+    ("fedmox", {}, {"threshold": 0.5}),
+    ("fedmox", {}, {"weight": 1.0}),
 ]
 PLACES = [(i, list(ADAPTERS)[(2 * i) % 5]) for i in range(len(CHANGES))]
 EVERYWHERE = [(i, adapters) for i in range(len(CHANGES)) for adapters in ADAPTERS]

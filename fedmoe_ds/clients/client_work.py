@@ -40,6 +40,7 @@ class ClientWork:
         summed: those of its objective.
         offered: of the running step, where the client has pseudo-gradients: [3, L, E] float64, rows of every expert, and its
             router probabilities (`routed_forward.offered`).
+        taught: by (step, pass of the step), what the received model has said of its targets (`clients/teaching.py`).
         probing: whether its steps are the passes of a gradient probe, of which nothing is learnt.
     """
 
@@ -60,6 +61,7 @@ class ClientWork:
     observed: dict[str, Tensor] = field(default_factory=dict)
     summed: Sums = field(default_factory=dict)
     offered: Tensor | None = None
+    taught: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     probing: bool = False
 
     def micro_batches(self, step: int) -> int:
@@ -145,7 +147,8 @@ def asked_of(
     for work, part, count in zip(works, rows, targets, strict=True):
         chosen, _ = work.chosen(*place)
         sample_N = np.repeat(chosen, part.targets_of_samples)
-        found.append(Asked(objectives.get(work.slot, Objective()), sample_N, work.local_step(place[0], count)))
+        step, taught_N = work.local_step(place[0], count), work.taught.get(place)
+        found.append(Asked(objectives.get(work.slot, Objective()), sample_N, step, taught_N))
     return found
 
 

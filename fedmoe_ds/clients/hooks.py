@@ -51,6 +51,7 @@ class LocalTrainingHooks:
             for everybody.
         sums: names and shapes of what objectives sum up.
         whole_steps: whether an objective needs all targets of a client's step at once.
+        teaches: whether objectives ask the received model before the first step (the same on all ranks).
         complete: add to the gradients of the clients that take a step, before `adjust`; collective over the cluster.
         adjust: change the gradients of a step in place, before clipping.
         reduce_probe: squared norms of the gradient after a pass of a client's probe, by block -> the method's numbers.
@@ -69,6 +70,7 @@ class LocalTrainingHooks:
     objective: Callable[[Client, Assignment], Objective | None] | None = None
     sums: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     whole_steps: bool = False
+    teaches: bool = False
     complete: Callable[[Sequence[tuple[ClientWork, ClientView]], Pool], None] = lambda training, pool: None
     # In order: the method's change of the gradients first, then the correction of client drift.
     adjust: tuple[Callable[[ClientView], None], ...] = ()

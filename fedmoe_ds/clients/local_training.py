@@ -28,6 +28,7 @@ from fedmoe_ds.clients.lr_schedule import round_rate
 from fedmoe_ds.clients.optimizer import ClientOptimizer, global_norms
 from fedmoe_ds.clients.out_of_memory import is_out_of_memory
 from fedmoe_ds.clients.pass_limits import PassLimits, shortage
+from fedmoe_ds.clients.teaching import OnePass, Teaching
 from fedmoe_ds.clients.update import ClientUpdate, Counts, Gatherer
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.distributed.phase_timer import PhaseTimer
@@ -117,7 +118,10 @@ class WaveTrainer:
         try:
             cut = partial(limits.cut, configured=self.micro, packing=self.packing)
             probe.run(lambda step, probing, counts: self._forward_backward(step, probing, counts, limits), cut)
-            for step in range(max((len(w.batches) for home in works for w in home), default=0)):
+            steps = max((len(w.batches) for home in works for w in home), default=0)
+            if self.hooks.teaches:
+                Teaching(self.model, self._factors).run(steps, lambda step, run: self._each_pass(step, works, limits, run))
+            for step in range(steps):
                 self._forward_backward(step, works, counts, limits)
                 probe.look(step)
                 self.timer.lap("passes")
@@ -197,19 +201,22 @@ class WaveTrainer:
         )
 
     def _forward_backward(self, step: int, works: list[list[ClientWork]], counts: Counts, limits: PassLimits) -> None:
+        self._each_pass(step, works, limits, partial(self._run, counts=counts))
+
+    def _each_pass(self, step: int, works: list[list[ClientWork]], limits: PassLimits, run: OnePass) -> None:
         """All passes of one local step, in an order that every rank of the cluster knows."""
         # Unless they share passes, the same slot on all ranks at a time: a rank's rows are then one client's (see `make_plan`).
         merge = self.pool.merge
         for slots in limits.groups(step, works) if merge else [[slot] for slot in range(self.pool.home_clients)]:
             here = [work for home in works for work in home if work.slot in slots]
             for micro in range(max((w.micro_batches(step) for w in here), default=0)):
-                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, None if merge else slots[0], counts)
+                self._pass([w for w in here if micro < w.micro_batches(step)], step, micro, None if merge else slots[0], run)
 
-    def _pass(self, everyone: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts) -> None:
+    def _pass(self, everyone: list[ClientWork], step: int, micro: int, slot: int | None, run: OnePass) -> None:
         """One pass; `everyone` are the clients in it on all ranks of the cluster."""
-        works = [work for work in everyone if work.data is not None]
         try:
-            self._run(works, step, micro, slot, counts, first_trained(everyone, self.bank))
+            works = [work for work in everyone if work.data is not None]
+            run(works, step, micro, slot, first_trained(everyone, self.bank))
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -218,7 +225,7 @@ class WaveTrainer:
         self.execution.current = None
         raise shortage(everyone, step, micro)
 
-    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, counts: Counts, first_layer: int) -> None:
+    def _run(self, works: list[ClientWork], step: int, micro: int, slot: int | None, first_layer: int, counts: Counts) -> None:
         images = self.model.foundation.images
         rows = [work.rows(step, micro, images) for work in works]
         batch = self.model.batch(rows)

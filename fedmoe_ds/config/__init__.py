@@ -16,11 +16,11 @@ from fedmoe_ds.config.schema import (
     FederationConfig,
     MethodConfig,
     MoEAdapterConfig,
-    ServerConfig,
     TierConfig,
     TopologyConfig,
 )
 from fedmoe_ds.config.section import Section
+from fedmoe_ds.config.server_section import ServerConfig
 from fedmoe_ds.config.shipped import find_config
 
 __all__ = [

@@ -8,17 +8,21 @@ from pydantic import Field, model_validator
 
 from fedmoe_ds.config.section import Section
 
-Kind = Literal["plain", "degraded"]
+Kind = Literal["plain", "degraded", "low-resolution"]
 
 # Whatever is not here belongs to another kind, and would have no effect.
-_KEYS: dict[Kind, tuple[str, ...]] = {"plain": (), "degraded": ("blur", "noise", "skew")}
+_KEYS: dict[Kind, tuple[str, ...]] = {"plain": (), "degraded": ("blur", "noise", "skew"), "low-resolution": ()}
 assert tuple(_KEYS) == get_args(Kind)
 
 
 class DataFormConfig(Section):
     """What becomes of images before clients see them (docs/data.md)."""
 
-    kind: Kind = Field("plain", description="'plain': as they are; 'degraded': blurred and noisy by a drawn severity")
+    kind: Kind = Field(
+        "plain",
+        description="'plain': as they are; 'degraded': blurred and noisy by a drawn severity; 'low-resolution': 2x2 blocks "
+        "at their mean, but for the public split",
+    )
     blur: float = Field(1.0, ge=0, description="degraded: standard deviation of the blur at severity 1, in pixels")
     noise: float = Field(0.5, ge=0, description="degraded: standard deviation of the noise at severity 1; ink is 1, paper -1")
     skew: float = Field(0.5, ge=0, le=1, description="degraded: share of a severity that all images of a client have alike")

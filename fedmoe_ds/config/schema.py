@@ -18,6 +18,7 @@ from fedmoe_ds.config.foundation_section import FoundationConfig
 from fedmoe_ds.config.local_section import LocalConfig, problem_of_drift
 from fedmoe_ds.config.privacy_section import PrivacyConfig
 from fedmoe_ds.config.section import Section
+from fedmoe_ds.config.server_section import ServerConfig
 
 
 class MoEAdapterConfig(Section):
@@ -34,6 +35,20 @@ class MoEAdapterConfig(Section):
     router_input: Literal["token", "sample"] = Field(
         "token", description="sample: one decision per sample and layer, by its mean token and its score; images alone"
     )
+    gate: Literal["softmax", "straight-through"] = Field(
+        "softmax",
+        description="what a row's experts weigh; softmax: over those that it uses, where one alone weighs 1 and teaches the "
+        "router nothing; straight-through: p / stopgrad(p), which is 1 and has a gradient; needs top_k 1",
+    )
+
+    @model_validator(mode="after")
+    def _check_gate(self) -> MoEAdapterConfig:
+        if self.gate == "straight-through" and self.top_k > 1:
+            raise ValueError(
+                f"adapters.moe.gate: straight-through: weighs one expert per row, and adapters.moe.top_k is {self.top_k}; use "
+                "top_k=1, or softmax"
+            )
+        return self
 
 
 class AdapterConfig(Section):
@@ -159,16 +174,6 @@ class FederationConfig(Section):
     )
 
 
-class ServerConfig(Section):
-    """What the server does with the mean of a round (Reddi et al., arXiv 2003.00295); fedavg takes it as it is."""
-
-    optimizer: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"] = "fedavg"
-    lr: float = Field(1.0, gt=0, description="server learning rate on mean - global; about 0.01 for those that are adaptive")
-    beta1: float = Field(0.9, ge=0, lt=1, description="momentum")
-    beta2: float = Field(0.99, ge=0, lt=1, description="second moment (fedadam, fedyogi, fedams)")
-    tau: float = Field(1e-3, gt=0, description="adaptivity: added to the root of the second moment")
-
-
 class MethodConfig(BaseModel):
     """`name` picks the method; the other keys are its own parameters, checked by the method itself."""
 
@@ -264,6 +269,18 @@ class Config(Section):
     def _check_drift(self) -> Config:
         if (problem := problem_of_drift(self.local)) is not None:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_public(self) -> Config:
+        public, training = self.data.public, self.server.training
+        if training is not None and public == 0:
+            raise ValueError("server.training: trains on the public split, and data.public is 0; give it a share, or drop it")
+        if training is None and public > 0:
+            raise ValueError(
+                f"data.public: {public}: only the server would have these samples, and it does not train; add server.training "
+                "({epochs: 0} to leave them aside), or drop the key"
+            )
         return self
 
     @model_validator(mode="after")

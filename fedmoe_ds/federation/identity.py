@@ -105,7 +105,7 @@ def _adapters_alike(adapters: dict[str, Any]) -> dict[str, Any]:
     """Adapters without where they started; those of `moe` are compared whole."""
     moe = adapters["moe"]
     found = {key: value for key, value in adapters.items() if key != "start"}
-    later = {"linear": False, "shared": 0, "zero": 0, "router_input": "token"}
+    later = {"linear": False, "shared": 0, "zero": 0, "router_input": "token", "gate": "softmax"}
     return {**found, "moe": _without(moe, later)} if isinstance(moe, dict) else found
 
 
@@ -140,9 +140,11 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     # Absent where a run does without, so that absences of earlier versions still count.
     later = {"packing": False, "moments_on": "device"}
     passes |= {key: getattr(execution, key) for key, usual in later.items() if getattr(execution, key) != usual}
-    steps = {"dual_step": 1.0, "aggregation_step": 1.0}
-    local = {key: value for key, value in identity["local"].items() if (key, value) not in steps.items()}
-    return {**{name: identity[name] for name in _FIRST}, "local": local, **passes}
+    own = {
+        "local": _without(identity["local"], {"dual_step": 1.0, "aggregation_step": 1.0}),
+        "server": _without(identity["server"], {"training": None}),
+    }
+    return {name: identity[name] for name in _FIRST} | own | passes
 
 
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:

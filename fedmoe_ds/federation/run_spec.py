@@ -223,6 +223,7 @@ def facts_of(config: Config, expert_layout: ExpertLayout, size: ModelSize, image
         size.depth,
         size.vocabulary if images is None else images.classes,
         size.hidden,
+        labelled=config.data.labels == "shown",
     )
 
 

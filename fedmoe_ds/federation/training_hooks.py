@@ -65,6 +65,7 @@ def training_hooks(
         objective=objective if method.overrides("objective") else None,
         sums=method.sums(),
         whole_steps=method.whole_steps,
+        teaches=method.teaches(),
         complete=add_pseudo_gradients,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         reduce_probe=method.reduce_probe,

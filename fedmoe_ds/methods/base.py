@@ -94,8 +94,7 @@ class Method:
         attends: whether its observers ask for the attention that tokens receive (`RoutingObserver.attended`).
         scored: whether they ask for the scores of samples (`RoutingObserver.scored`), which not all data have.
         selective: whether some batches train only some of the experts.
-        whole_steps: whether its observer, or its objective, needs all rows of a local step at once: for a loss that is no mean
-            over rows, for a decision, for a quantile.
+        whole_steps: whether its observer or objective needs all rows of a local step at once: for a decision, or a quantile.
         logit_copies: float32 tensors in the shape of its logits that its objective holds, beside cross-entropy's own.
         collects: whether `combine` replaces the mean of LoRA pairs.
         absorbs: whether `combine` moves products into the frozen weights.
@@ -113,6 +112,7 @@ class Method:
         weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
         teaches: whether it trains a router before the layers (`foundation/pre_gate.py`), which has no gradient otherwise.
+        unlabelled: whether it can train clients whose labels the data hide (`data.labels`).
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
 
@@ -143,6 +143,7 @@ class Method:
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     teaches: ClassVar[bool] = False
+    unlabelled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
     most_delay: int = 0  # may be set from the parameters, too
     candidates: int = 0  # and this
@@ -174,10 +175,8 @@ class Method:
         return []
 
     def initial(self, spec: BlockSpec, client: Client) -> float | None:
-        """What a personal block of this method is filled with before the first round; None: the global initial value, or zero.
-
-        Asked for personal blocks of the bank and for those of `client_state`, never for what a correction of drift keeps.
-        """
+        """What a personal block of the bank, or of `client_state`, is filled with before the first round; None: the global
+        initial value, or zero. Never asked for what a correction of drift keeps."""
         return 1.0 if spec.name == RESCALER else None
 
     def memory(self) -> dict[str, tuple[int, ...]]:
@@ -207,6 +206,10 @@ class Method:
     def objective(self, client: Client, assignment: Assignment, context: RoundContext) -> Objective | None:
         """What the client minimises, or sums up, at the model's output; None: cross-entropy, and no sums."""
         return None
+
+    def teaches(self) -> bool:
+        """Whether its objectives ask the received model before the first step (`Objective.teach`)."""
+        return False
 
     def sums(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the numbers that its objectives sum up; `observed` of a client's update has them, float64."""

@@ -12,7 +12,8 @@ class ModelFacts:
     """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all.
 
     The head tells `classes` (of images, or tokens) apart, by features of this `width`. `sequences` are those of the client that
-    has most to train on, `participants` the clients that a round draws; 1 until the data are known.
+    has most to train on, `participants` the clients that a round draws; 1 until the data are known. `labelled`: whether clients
+    know the labels of what they train on.
     """
 
     top_k: int
@@ -27,6 +28,7 @@ class ModelFacts:
     width: int = 0
     sequences: int = 1
     participants: int = 1
+    labelled: bool = True
 
     @property
     def experts_shape(self) -> tuple[int, int]:

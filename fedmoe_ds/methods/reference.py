@@ -67,6 +67,13 @@ experts in every local step, over the ranks of its cluster. Of every client that
 `flex-moe` keep three numbers per layer and expert on every rank, and every rank solves `flex-moe`'s programs before a round:
 about a second for 1 000 participants, 64 experts and 16 layers ([log.md](log.md#2026-11-30-flex-moe-on-digits)). In a client's
 first round `prism` takes each of its samples through the model alone, forward and backward; the client keeps a number of each.
+`fedmox` takes all samples of a round through the model once more, forward, where their labels are hidden.
+
+With `server.training` the server trains the global adapters on the public split (`data.public`) after every round's step,
+whatever the method, and with `warm_up` before the first: cross-entropy, clients' settings (`local`), a rate and epochs of its
+own. Refused where clients have parts of their own (`fedsa-lora`, `flex-moe`, `flame`'s rescaler), no model in common
+(`local-only`, `split-mix`, `shefl`) or pooled data. Its loss is in the record. `server.lr: 0` leaves it alone with the
+adapters. FedMox's soft mixture with share alpha of the old model is `server.lr: 1 - alpha`.
 """
 _ADDING = '''\
 ## Adding a method
@@ -168,6 +175,8 @@ that it trains several models of disjoint experts side by side (`members_MLE`), 
 sends only a share of what it changed (`density`); and on which samples its gradients are looked at before the first step
 (`probe`), for `reduce_probe` to make numbers of. The plan says what work that is: `dataclasses.replace(client, used=N,
 probed=N, rollouts=N)`.
+An objective with `teach` is told what the received model makes of its targets (`taught_N`), where the method's `teaches` says
+so; one that needs no labels serves clients whose labels are hidden, where the method is `unlabelled`.
 What its objectives sum up key by key, by class say, is averaged over clients with `statistics` and `summary`, and is in the
 next round's `context.statistics`.
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone. With

@@ -50,6 +50,7 @@ def check_needs(method: Method, name: str, config: Config) -> None:
             f"data.form.kind: {config.data.form.kind}: method {name} asks for a score of every sample, and these have none; "
             "use degraded, with a set of images"
         )
+    _check_public(method, name, config)
     _check_ranks(method, name, config)
     _check_micro_batches(method, name, config)
     _check_dual_variables(method, name, config)
@@ -64,6 +65,19 @@ def check_needs(method: Method, name: str, config: Config) -> None:
         raise UserError(
             f"local.drift: {config.local.drift}: method {name} changes what the adapters' coordinates mean in every round, so "
             f"{kept} of the last round do not apply; use none or fedprox"
+        )
+
+
+def _check_public(method: Method, name: str, config: Config) -> None:
+    """The server trains what all clients share, and labels that clients do not have train nobody."""
+    if config.data.labels == "hidden" and not method.unlabelled:
+        raise UserError(f"data.labels: hidden: method {name} trains clients on labels; use shown, or method.name=fedmox")
+    if config.server.training is None:
+        return
+    own = method.personal_models or method.rescaler is not None or method.ensembles or method.pooled
+    if own or not method.averages:
+        raise UserError(
+            f"server.training: method {name} has no one model of all clients that the server could train; drop the section"
         )
 
 

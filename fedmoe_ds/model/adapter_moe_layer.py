@@ -15,8 +15,11 @@ Forms of `adapters.moe`, each by itself:
     shared: N              y = ... + sum_n E_n(x) over N further experts, with weight 1, for every token
     zero: Z                W_R has Z further rows; what is routed there adds nothing, and is sent nowhere
     router_input: sample   z = W_R xbar + w s for all tokens of a sample: xbar is their mean, s its score where data have scores
+    gate: straight-through g_m = p_m / stopgrad(p_m), p the softmax of z over all experts, of the one that a row uses
 
 N shared experts of width H are one of width N H, which is dense: it is computed where the token is, while routed rows travel.
+Where a row uses one expert, the softmax g_m is 1 and has no gradient. FedMox (arXiv 2508.16568) routes to one expert; the gate
+that lets its router learn is our completion.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ ROUTER_SCORE = "router_score.weight"
 
 @dataclass(frozen=True)
 class SelectedSoftmax:
-    """The routing rule of adapter experts, those that add nothing among them: softmax over the selected (a `RouterSpec`)."""
+    """The routing rule of adapter experts, those that add nothing among them (a `RouterSpec`): softmax over the selected ones,
+    or for a single one `straight_through` (`adapters.moe.gate`)."""
 
     num_experts: int
     top_k: int
@@ -55,6 +59,7 @@ class SelectedSoftmax:
     route_scale: float = 1.0
     group_score_func: str = "max"
     e_score_correction_bias: Tensor | None = None
+    straight_through: bool = False
 
 
 class AdapterMoELayer(nn.Module):
@@ -63,7 +68,7 @@ class AdapterMoELayer(nn.Module):
     def __init__(self, frozen: nn.Module, layer: int, moe: MoEAdapterConfig, execution: Execution) -> None:
         super().__init__()
         self.frozen, self.layer, self.moe, self.execution = frozen, layer, moe, execution
-        self.rule = SelectedSoftmax(moe.experts + moe.zero, moe.top_k)
+        self.rule = SelectedSoftmax(moe.experts + moe.zero, moe.top_k, straight_through=moe.gate == "straight-through")
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         logits_TE = self._logits(hidden_BSD).flatten(0, -2)
@@ -106,7 +111,8 @@ class AdapterMoELayer(nn.Module):
             # A mask tells clients the experts that they hold, and of the others there is nothing to hold.
             allowed_TE = F.pad(allowed_TE, (0, self.moe.zero), value=True)
         modulation = self.execution.modulation(self.layer)
-        routing = route(logits_TE, self.rule, run.cap_T, run.valid_T, allowed_TE, demands, held_softmax, modulation)
+        places, asked = (run.cap_T, run.valid_T), (allowed_TE, demands, held_softmax, modulation)
+        routing = route(logits_TE, self.rule, *places, *asked, self.rule.straight_through)
         return routing.apart(self.moe.experts) if self.moe.zero else routing
 
     def _shared(self, hidden_BSD: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ FLAME section on client-specific activation: R_i(x, k_i)^j = p_j if j is among t
 paper's, the explicit form our completion). The cap, the validity of a row and the expert mask are data, one entry per row, so
 clients with different budgets share one call. Score functions, normalisation, expert groups and correction biases follow the
 hosted DeepSpeed router, so that an uncapped row routes exactly like the original model. A `Modulation` is what a
-federation adds to the logits of the experts that a row likes best, among which it then chooses.
+federation adds to the logits of the experts that a row likes best, among which it then chooses. A straight-through gate weighs
+the chosen expert p / stopgrad(p): its value is 1 whatever p is, its gradient that of log p.
 """
 
 from __future__ import annotations
@@ -172,6 +173,7 @@ def route(
     demands: list[Demand] | None = None,
     held_softmax: bool = False,
     modulation: Modulation | None = None,
+    straight_through: bool = False,
 ) -> Routing:
     """Route rows under their caps.
 
@@ -184,6 +186,7 @@ def route(
         demands: the same in numbers, per client; with them the number of kept slots is known on the host.
         held_softmax: softmax scores weigh as if the router had no rows of experts that a row may not use.
         modulation: of the logits; None: they are what they are.
+        straight_through: chosen experts weigh p / stopgrad(p) each, in the place of their scores.
     """
     scores_TE = _scores(logits_TE, spec)
     # Selection has no gradient; the router learns through the gathered weights and the auxiliary losses alone.
@@ -204,11 +207,14 @@ def route(
         # kept then never depends on the scores, and the loss says that a client's router has blown up.
         kept_TK = (slots_K < cap_T.unsqueeze(-1)) & valid_T.unsqueeze(-1) & ~best_TK.isneginf()
     # Zero before the normalisation: the kept weights of a capped row then sum to one by themselves.
-    weighing_TE = scores_TE
+    weighing_TE, kept = scores_TE, None if demands is None else kept_slots(demands, spec)
     if held_softmax and allowed_TE is not None and spec.score_func == "softmax":
         # For a row that may use all experts these are the same bits as without a mask, whoever shares the pass.
         # The least number and not minus infinity, of which a row without any expert would make no number.
-        weighing_TE = logits_TE.float().masked_fill(~allowed_TE, torch.finfo(torch.float32).min).softmax(-1)
+        logits_TE = logits_TE.float().masked_fill(~allowed_TE, torch.finfo(torch.float32).min)
+        weighing_TE = logits_TE.softmax(-1)
+    if straight_through:
+        return Routing(scores_TE, _straight_through(logits_TE, experts_TK) * kept_TK, experts_TK, kept_TK, kept)
     if spec.score_func == UNIT:
         # Scores say who is chosen, and nothing about what it weighs.
         weighing_TE = torch.ones_like(scores_TE)
@@ -216,8 +222,14 @@ def route(
     if spec.route_norm:
         # The hosted router's own epsilon; a padding row, all of whose weights are zero, stays zero and does not become NaN.
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    kept = None if demands is None else kept_slots(demands, spec)
     return Routing(scores_TE, weights_TK * spec.route_scale, experts_TK, kept_TK, kept)
+
+
+def _straight_through(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    """p / stopgrad(p) of these experts, p their softmax probability."""
+    # By its logarithm: a probability that has underflowed, of a masked row's only expert, is divided by zero nowhere.
+    log_p_TK = logits_TE.float().log_softmax(-1).gather(1, experts_TK)
+    return torch.exp(log_p_TK - log_p_TK.detach())
 
 
 def _scores(logits_TE: Tensor, spec: RouterSpec) -> Tensor:

@@ -183,7 +183,8 @@ def _rounds_table(history: History) -> Markup:
     # Of methods that deal experts alone.
     dealt = any(event.get("load_variation") is not None for _, event in rounds)
     private = any(event.get("epsilon") is not None for _, event in rounds)
-    head += ["load variation"] * dealt + ["epsilon"] * private
+    trained = any(event.get("server_loss_last") is not None for _, event in rounds)
+    head += ["load variation"] * dealt + ["epsilon"] * private + ["server's loss"] * trained
     rows = [
         [
             str(number),
@@ -196,6 +197,7 @@ def _rounds_table(history: History) -> Markup:
             formats.number(event.get("weight_entropy")),
             *([formats.number(event.get("load_variation"))] * dealt),
             *([formats.number(event.get("epsilon"))] * private),
+            *([formats.number(event.get("server_loss_last"))] * trained),
         ]
         for number, event in thinned(rounds, MOST_ROUNDS)
     ]

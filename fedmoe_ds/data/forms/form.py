@@ -24,7 +24,8 @@ class Dealt:
     Attributes:
         pixels_NCHW: float32 in [-1, 1], paper -1 and ink 1.
         labels_N: int64.
-        client_N: int64, the place of an image's client in canonical order; `dealing.NOBODY` in the global hold-out.
+        client_N: int64, the place of an image's client in canonical order; `dealing.NOBODY` in the global hold-out,
+            `dealing.SERVER` in the public split.
         clients: how many there are.
         seed: of the run. Draws are addressed by it and by an image's or a client's number.
     """
