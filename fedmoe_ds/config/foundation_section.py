@@ -18,6 +18,14 @@ class PretrainConfig(Section):
     threads: int = Field(1, ge=1, description="CPU threads; part of the cache key, because it is part of the bits")
 
 
+class ExpandConfig(Section):
+    """Layers that a dense decoder gets beside its own, and that clients train whole (block expansion)."""
+
+    blocks: int = Field(
+        ..., ge=1, description="G, divides the layers: after each of G equal groups comes a copy of its last, zero at first"
+    )
+
+
 class FoundationConfig(Section):
     """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
 
@@ -29,6 +37,9 @@ class FoundationConfig(Section):
         "else float32; what it meant is saved with the run",
     )
     pretrain: PretrainConfig = PretrainConfig()
+    expand: ExpandConfig | None = Field(
+        None, description="further layers, trained whole in the place of LoRA; dense Llama, Mistral, Qwen3 without biases"
+    )
     trust_remote_code: bool = Field(
         False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
     )

@@ -84,6 +84,8 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         # Runs save what `auto` meant; only a configuration from before there was the key, or the word, has none.
         "foundation.dtype": "float32" if tree["foundation"]["dtype"] == "auto" else tree["foundation"]["dtype"],
         "foundation.code": None,
+        # Further layers are no part of the model's files, nor of their fingerprint; earlier versions had none.
+        "foundation.expand": tree["foundation"].get("expand"),
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
@@ -96,7 +98,7 @@ def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
     tiers = federation["tiers"]
     if not isinstance(tiers, list):
         return federation
-    later = (("clients", None), ("layers", None))
+    later = (("clients", None), ("layers", None), ("blocks", None))
     plain = [{key: value for key, value in tier.items() if (key, value) not in later} for tier in tiers]
     return {**federation, "tiers": plain}
 
