@@ -57,6 +57,11 @@ class Expansion:
         found = _LAYER.fullmatch(name)
         return name if found is None else f"{found[1]}{self.original(int(found[2]))}{found[3]}"
 
+    def placed(self, name: str) -> str:
+        """What a tensor of the files is called in the expanded model."""
+        found = _LAYER.fullmatch(name)
+        return name if found is None else f"{found[1]}{int(found[2]) + int(found[2]) // self.group}{found[3]}"
+
     def widened(self, kinds: list[Any]) -> list[Any]:
         """Something said of every layer of the files, said of every layer of the expanded model."""
         return [kinds[self.original(layer)] for layer in range(self.depth + self.blocks)]

@@ -95,7 +95,7 @@ class FedBE(Method):
         return {"blocks": held.astype(np.float64)}
 
     def plan(self, context: PlanContext) -> RoundPlan:
-        told = {client.index: self._samples(client) for client in context.drawn if self._asks(client, context)}
+        told = {client.index: self.drawn_samples(client) for client in context.drawn if self._asks(client, context)}
         drawn = [
             replace(client, probed=len(told[client.index])) if client.index in told else client for client in context.drawn
         ]
@@ -108,7 +108,7 @@ class FedBE(Method):
     def _whole(self, client: Client) -> bool:
         return client.blocks is None or client.blocks >= len(self.facts.expanded)
 
-    def _samples(self, client: Client) -> NDArray[np.int64]:
+    def drawn_samples(self, client: Client) -> NDArray[np.int64]:
         """One batch of its own."""
         count = min(self.facts.local.batch_size, client.sequences)
         drawn = generator(self.facts.seed, "fedbe-probe", client.index).choice(client.sequences, count, replace=False)

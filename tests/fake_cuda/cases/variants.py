@@ -19,7 +19,7 @@ NAMES = {
         "lora-fair", "ffa-lora", "fedsa-lora", "local-only", "centralised", "moments", "fedprox", "scaffold", "scaffold-rows",
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
-        "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
+        "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "fedbe", "ota-ffl", "wireless-fl", "fed-moe", "flex-moe",
         "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
