@@ -255,7 +255,9 @@ def test_what_a_pass_keeps(root: Path) -> None:
         found = alive.bytes
     assert loss.sum.requires_grad
     planned = len(alike) * length * kept_bytes(parts.spec, length)
-    assert planned == pytest.approx(found, rel=0.05), (planned, found)
+    # Angles of rotations, as wide as a head, are half as wide as this model, and count nowhere.
+    angles = parts.spec.size.depth - 1
+    assert planned == pytest.approx(found - len(alike) * length * angles * 2 * 16 * 4, rel=0.02), (planned, found)
     # The frozen model has no memory for further layers.
     held = sum(p.numel() for p in parts.foundation.model.parameters())
     assert estimate(parts.spec, 1, length, 1)["dense part"] == 4 * held

@@ -45,7 +45,7 @@ REFUSED = """
 seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.expert_training adapters.attention
 adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k federation.participation
 federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
-federation.tiers.clients federation.tiers.layers federation.tier_column
+federation.tiers.clients federation.tiers.layers federation.tiers.blocks federation.tier_column foundation.expand.blocks
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
 local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
@@ -72,7 +72,7 @@ foundation.pretrain.lr foundation.pretrain.threads topology.clusters topology.de
 topology.interface federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
 execution.clients_in_flight devices.target_perplexity devices.target_accuracy
-execution.activation_checkpointing execution.client_state_gib
+execution.activation_checkpointing execution.client_state_gib execution.owned_gib
 evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """
