@@ -101,7 +101,7 @@ def test_places_of_further_layers() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_identity_at_first(root: Path, family: str) -> None:
-    """Logits are the original's bit for bit; nothing of the model's files has changed, and blocks are copies but for outputs."""
+    """Logits are the original's bit for bit; the model's files are the same, and blocks are copies but for outputs."""
     plain = {"method": {"name": "fedit"}, "foundation": {"expand": None}, "adapters": {"attention": ["q_proj"]}}
     built = [build(config_of(root, name, change, family=family), *alone()) for name, change in (("new", FEDBE), ("old", plain))]
     (ours, _), (theirs, _) = built
@@ -313,7 +313,9 @@ def test_what_is_refused(root: Path, case: str) -> None:
 
 def test_lora_beside_further_layers_is_refused(root: Path) -> None:
     for change in ({"attention": ["q_proj"]}, {"feed_forward": ["up_proj"]}, {"moe": {"experts": 2, "width": 4, "top_k": 1}}):
-        with pytest.raises(ValueError, match=r"adapters\.(attention|feed_forward|moe): foundation\.expand trains its layers alone"):
+        with pytest.raises(
+            ValueError, match=r"adapters\.(attention|feed_forward|moe): foundation\.expand trains its layers alone"
+        ):
             config_of(root, "beside", FEDBE, {"adapters": change})
     tree = {"foundation": {"preset": "tiny-llama", "expand": {"blocks": 2}}}
     assert Config.model_validate(tree).adapters.attention == []

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.data_form_section import DataFormConfig
+from fedmoe_ds.config.foundation_section import ExpandConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts
@@ -304,6 +305,11 @@ def test_another_value_is_refused(key: str, world: World) -> None:
         # Attention as it was: without the key, adapter experts would come without LoRA, which is a difference of its own.
         changed = {"moe": {"experts": 4, "width": 4, "top_k": 2}, "attention": base.adapters.attention}
         here, old, config = "adapters.moe", "None", world.config({"adapters": changed})
+    elif key.startswith("foundation.expand."):
+        # Not read: LoRA beside further layers is no configuration.
+        here, old = "foundation.expand", "None"
+        expanded = base.foundation.model_copy(update={"expand": ExpandConfig(blocks=1)})
+        config = base.model_copy(update={"foundation": expanded})
     elif key.startswith("devices."):
         here, old = "devices", "None"
         leaf, value = key.rpartition(".")[2], another(key, KEYS[key], value_at(base, key))

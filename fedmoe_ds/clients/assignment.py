@@ -57,8 +57,8 @@ class Assignment:
         density: it sends this share of the numbers of every tensor, those that it changed most; None: all.
         probe: numbers of the samples of every pass of its gradient probe, before the first step; `FIRST_STEP`: no pass of its
             own, the gradient of the first step is looked at; None: no probe.
-        settle: what it makes of the numbers of that probe, [passes, ...]: bool [N], the transformer layers that it trains, in the
-            place of `trained_N`. For probes with passes of their own; the same on every rank of its cluster.
+        settle: what it makes of the numbers of that probe, [passes, ...]: bool [N], the transformer layers that it trains, in
+            the place of `trained_N`. For probes with passes of their own; the same on every rank of its cluster.
     """
 
     cap: int

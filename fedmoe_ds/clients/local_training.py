@@ -119,7 +119,10 @@ class WaveTrainer:
             cut = partial(limits.cut, configured=self.micro, packing=self.packing)
             probe.run(lambda step, probing, counts: self._forward_backward(step, probing, counts, limits), cut)
             # A probe may have settled which layers its client trains.
-            views = [[replace(v, assignment=w.assignment) for w, v in zip(*home, strict=True)] for home in zip(works, views, strict=True)]
+            views = [
+                [replace(v, assignment=w.assignment) for w, v in zip(*home, strict=True)]
+                for home in zip(works, views, strict=True)
+            ]
             for step in range(max((len(w.batches) for home in works for w in home), default=0)):
                 self._forward_backward(step, works, counts, limits)
                 probe.look(step)

@@ -260,7 +260,7 @@ class Config(Section):
         if self.foundation.expand is not None and (self.adapters.projections or self.adapters.moe is not None):
             key = "moe" if self.adapters.moe is not None else "attention" if self.adapters.attention else "feed_forward"
             raise ValueError(
-                f"adapters.{key}: foundation.expand trains its layers alone, and all others stay as they are; drop one of the two"
+                f"adapters.{key}: foundation.expand trains its layers alone, all others stay as they are; drop one of the two"
             )
         return self
 

@@ -1,7 +1,7 @@
 """Expanded: a run with further layers (`foundation.expand`) as a dense model of transformers with so many layers more.
 
-The base's tensors go along to the byte, under the numbers that their layers have in the expanded model; further layers are written
-beside them, in the types of those that they began as copies of. Whatever loads the base loads the result.
+The base's tensors go along to the byte, under the numbers that their layers have in the expanded model; further layers are
+written beside them, in the types of those that they began as copies of. Whatever loads the base loads the result.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class ExportFormat:
 
 
 def _write_model(request: Request) -> Written:
-    """A whole model in Hugging Face's format; with adapter experts beside it, code of its own goes along, and with further layers
-    it has so many more."""
+    """A whole model in Hugging Face's format; with adapter experts beside it, code of its own goes along, and with further
+    layers it has so many more."""
     if request.run.outline.expansion is not None:
         return write_expanded(request)
     beside = request.run.config.adapters.moe is not None

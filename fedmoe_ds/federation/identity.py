@@ -144,8 +144,8 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     theirs = _as_kept(theirs)
     unknown, notes = list[str](), list[str]()
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
-        # A method's parameters, and devices, count whole: one that only one side has is a difference.
-        if isinstance(ours[name], dict) and name not in ("method", "devices"):
+        # A method's parameters, devices and further layers count whole: one that only one side has is a difference.
+        if isinstance(ours[name], dict) and name not in ("method", "devices", "foundation.expand"):
             there = theirs.get(name, {})
             unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
             # Keys that the checkpoint does not say are told, not refused.

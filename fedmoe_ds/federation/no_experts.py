@@ -64,4 +64,9 @@ def _without_meaning(config: Config) -> Iterator[tuple[str, object, str, str]]:
         yield "federation.sampling", federation.sampling, "active experts to draw by", "use size or uniform"
     for i, tier in enumerate(federation.tiers or []):
         if tier.top_k not in (None, 1):
-            yield f"federation.tiers.{i}.top_k", tier.top_k, "experts", "drop the key and tell tiers apart by rank, layers or blocks"
+            yield (
+                f"federation.tiers.{i}.top_k",
+                tier.top_k,
+                "experts",
+                "drop the key and tell tiers apart by rank, layers or blocks",
+            )

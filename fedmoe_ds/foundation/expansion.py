@@ -80,13 +80,13 @@ def expand(config: Any, asked: ExpandConfig, where: str) -> Expansion:
     """
     if config.model_type not in EXPANDABLE:
         raise UserError(
-            f"foundation.expand: {where}: layers of '{config.model_type}' are not the identity where their outputs are zero, or "
-            f"have more than matrices and RMS norms; use a dense model of {', '.join(EXPANDABLE)}"
+            f"foundation.expand: {where}: layers of '{config.model_type}' are not the identity where their outputs are zero, "
+            f"or have more than matrices and RMS norms; use a dense model of {', '.join(EXPANDABLE)}"
         )
     found = Expansion(config.num_hidden_layers, asked.blocks)
     if found.depth % found.blocks:
         raise UserError(
-            f"foundation.expand.blocks: {found.blocks}: does not divide the {found.depth} layers into equal groups; use a divisor"
+            f"foundation.expand.blocks: {found.blocks}: does not divide the {found.depth} layers into equal groups; use another"
         )
     config.num_hidden_layers = found.depth + found.blocks
     if getattr(config, "layer_types", None):

@@ -38,9 +38,7 @@ class Skeleton:
         experts: slots of this rank's experts.
     """
 
-    def __init__(
-        self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int, asked: ExpandConfig | None = None
-    ) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int, asked: ExpandConfig | None = None) -> None:
         """Raises UserError: the folder holds no model of a known family, or ep_size does not divide its experts."""
         self.folder = folder
         # Where there are no weights at all, what is wrong with the configuration is told first.

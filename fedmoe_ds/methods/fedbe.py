@@ -5,10 +5,10 @@ Legend: N layers of the expanded model, G of them further ones (blocks); i a cli
     S_i: |S_i| blocks, by the client's tier          the others run forward, with the server's values
     w_b <- sum_{i: b in S_i} p_i w_b^i / sum_{i: b in S_i} p_i,    p_i = |D_i| / sum |D|
 
-READ (abstract, introduction): the foundation is expanded with trainable transformer blocks, everything original stays frozen; some
-of the blocks are given to each client, by its data's distribution and its computing power; only these are trained and sent. It
-names forgetting of 11 to 14 % (centrally) and 17 to 27 % (federated) under plain tuning, which this is against. NOT FOUND: where
-the blocks stand, the rule that gives them out, the weights of the mean, models and rates; no public code.
+READ (abstract, introduction): the foundation is expanded with trainable transformer blocks, everything original stays frozen;
+some of the blocks are given to each client, by its data's distribution and its computing power; only these are trained and
+sent. It names forgetting of 11 to 14 % (centrally) and 17 to 27 % (federated) under plain tuning, which this is against. NOT
+FOUND: where the blocks stand, the rule that gives them out, the weights of the mean, models and rates; no public code.
 
 COMPLETION:
 - `foundation.expand` says where blocks stand and what they begin as: after each of G equal groups of layers a copy of its last

@@ -119,8 +119,8 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
             )
         if tier.blocks is not None and bought != "blocks":
             raise UserError(
-                f"federation.tiers.{i}.blocks: {tier.blocks}: here a budget buys {bought}, not further layers; drop the key, or "
-                "use fedbe with federation.budget=method"
+                f"federation.tiers.{i}.blocks: {tier.blocks}: here a budget buys {bought}, not further layers; drop the key, "
+                "or use fedbe with federation.budget=method"
             )
         if tier.rank is not None and method.unequal_ranks and bought not in ("rank", "both"):
             raise UserError(

@@ -45,9 +45,7 @@ class ClientNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         execution, bank = self.execution, self.execution.bank
         values = (bank.value(self.block, self.layer), bank.grad(self.block, self.layer))
-        return client_norm(
-            hidden_states, execution.anchor_of(self.layer), *values, self.eps, execution.running().segments
-        )
+        return client_norm(hidden_states, execution.anchor_of(self.layer), *values, self.eps, execution.running().segments)
 
 
 def owned_blocks(model: Any, expansion: Expansion) -> list[BlockSpec]:
