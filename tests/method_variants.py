@@ -205,6 +205,14 @@ PLAIN: dict[str, dict[str, Any]] = {
         "local": {"optimizer": "sgd", "drift": "scaffold", "lr": 0.05},
         "federation": RANKS,
     },
+    # With decay: blocks that a client does not train keep what they received all the same.
+    "fedbe": {
+        "method": {"name": "fedbe"},
+        "foundation": {"expand": {"blocks": 2}},
+        "adapters": {"attention": [], "feed_forward": []},
+        "local": {"weight_decay": 0.5},
+        "federation": {"tiers": [{"blocks": blocks, "share": 1.0} for blocks in (1, 1, 2)]},
+    },
 }
 """On the Llama beside the OLMoE, without experts: every rank is a cluster of its own."""
 BASES: dict[str, Any] = {

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from fedmoe_ds.checkpoint import reader as checkpoint
 from fedmoe_ds.config import Config
 from fedmoe_ds.config.data_form_section import DataFormConfig
+from fedmoe_ds.config.foundation_section import ExpandConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation import session
 from fedmoe_ds.federation.build import Parts, load_parts
@@ -46,7 +47,7 @@ seed foundation.dtype adapters.rank adapters.alpha adapters.experts adapters.exp
 adapters.feed_forward adapters.router adapters.moe.experts adapters.moe.width adapters.moe.top_k adapters.moe.linear
 adapters.moe.shared adapters.moe.zero adapters.moe.router_input adapters.moe.gate federation.participation
 federation.sampling federation.tiers.top_k federation.tiers.share federation.tiers.rank federation.tiers.experts
-federation.tiers.clients federation.tiers.layers federation.tier_column
+federation.tiers.clients federation.tiers.layers federation.tiers.blocks federation.tier_column foundation.expand.blocks
 federation.budget federation.assignment local.epochs local.steps local.max_steps local.batch_size local.optimizer local.lr
 local.schedule
 local.warmup local.weight_decay local.momentum local.moments local.betas local.eps local.clip local.drift local.proximal
@@ -75,7 +76,7 @@ foundation.pretrain.lr foundation.pretrain.threads topology.clusters topology.de
 topology.interface federation.rounds
 data.show_samples data.label_names data.encoding data.partition.alpha data.partition.min_samples
 execution.clients_in_flight devices.target_perplexity devices.target_accuracy
-execution.activation_checkpointing execution.client_state_gib
+execution.activation_checkpointing execution.client_state_gib execution.owned_gib
 evaluation.every evaluation.batch_size evaluation.clients_every evaluation.metrics
 evaluation.generations evaluation.max_new_tokens checkpoint.keep checkpoint.every checkpoint.background
 """
@@ -316,6 +317,11 @@ def test_another_value_is_refused(key: str, world: World) -> None:
     elif key.startswith("server.training."):
         here, old = "server.training", "None"
         config = world.config({"data": {"public": 0.1}}, nested(key, another(key, KEYS[key], None)))
+    elif key.startswith("foundation.expand."):
+        # Not read: LoRA beside further layers is no configuration.
+        here, old = "foundation.expand", "None"
+        expanded = base.foundation.model_copy(update={"expand": ExpandConfig(blocks=1)})
+        config = base.model_copy(update={"foundation": expanded})
     elif key.startswith("devices."):
         here, old = "devices", "None"
         leaf, value = key.rpartition(".")[2], another(key, KEYS[key], value_at(base, key))

@@ -5,12 +5,14 @@ Legend: L layers with experts, E experts of the model, N transformer layers of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmoe_ds.model.adapter_bank import BlockSpec
@@ -56,6 +58,8 @@ class Assignment:
         density: it sends this share of the numbers of every tensor, those that it changed most; None: all.
         probe: numbers of the samples of every pass of its gradient probe, before the first step; `FIRST_STEP`: no pass of its
             own, the gradient of the first step is looked at; None: no probe.
+        settle: what it makes of the numbers of that probe, [passes, ...]: bool [N], the transformer layers that it trains, in
+            the place of `trained_N`. For probes with passes of their own; the same on every rank of its cluster.
     """
 
     cap: int
@@ -72,11 +76,16 @@ class Assignment:
     members_MLE: np.ndarray | None = None
     density: float | Fraction | None = None
     probe: tuple[np.ndarray, ...] | None = None
+    settle: Callable[[NDArray[np.float64]], NDArray[np.bool_]] | None = None
 
     @property
     def models(self) -> int:
         """How many models it trains side by side."""
         return 1 if self.members_MLE is None else len(self.members_MLE)
+
+    def settled(self, numbers: NDArray[np.float64]) -> Assignment:
+        """What the client does after its gradient probe has found these numbers."""
+        return self if self.settle is None else replace(self, trained_N=self.settle(numbers), settle=None)
 
     def allowed_by(self, member: int) -> np.ndarray | None:
         """Bool [L, E], the experts that a member's rows may be routed to, or None for all."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -118,6 +119,11 @@ class WaveTrainer:
         try:
             cut = partial(limits.cut, configured=self.micro, packing=self.packing)
             probe.run(lambda step, probing, counts: self._forward_backward(step, probing, counts, limits), cut)
+            # A probe may have settled which layers its client trains.
+            views = [
+                [replace(v, assignment=w.assignment) for w, v in zip(*home, strict=True)]
+                for home in zip(works, views, strict=True)
+            ]
             steps = max((len(w.batches) for home in works for w in home), default=0)
             if self.hooks.teaches:
                 Teaching(self.model, self._factors).run(steps, lambda step, run: self._each_pass(step, works, limits, run))

@@ -54,6 +54,14 @@ class ConvertConfig(Section):
 _COMMON = ("kind", "experts", "order")
 
 
+class ExpandConfig(Section):
+    """Layers that a dense decoder gets beside its own, and that clients train whole (block expansion)."""
+
+    blocks: int = Field(
+        ..., ge=1, description="G, divides the layers: after each of G equal groups comes a copy of its last, zero at first"
+    )
+
+
 class FoundationConfig(Section):
     """The frozen model: a sparse mixture of experts, or a dense one, with or without adapter experts beside it."""
 
@@ -68,6 +76,9 @@ class FoundationConfig(Section):
     convert: ConvertConfig | None = Field(
         None, description="make experts of a dense foundation's feed-forward blocks; null: leave them as they are"
     )
+    expand: ExpandConfig | None = Field(
+        None, description="further layers, trained whole in the place of LoRA; dense Llama, Mistral, Qwen3 without biases"
+    )
     trust_remote_code: bool = Field(
         False, description="run the Python code of a tokenizer in the model folder, which may do anything; no model's ever runs"
     )
@@ -77,3 +88,11 @@ class FoundationConfig(Section):
         "or all; then the disk holds the model once more, and a later start copies nothing",
     )
     cache: str | None = Field(None, description="cache folder; default $FEDMOE_CACHE or ~/.cache/fedmoe_ds")
+
+    @model_validator(mode="after")
+    def _check_expanded(self) -> FoundationConfig:
+        if self.convert is not None and self.expand is not None:
+            raise ValueError(
+                "foundation.expand: further layers are copies of dense ones, and foundation.convert leaves none; drop one of the two"
+            )
+        return self

@@ -149,6 +149,9 @@ class TierConfig(Section):
         "averaged (Split-Mix, SHEFL); default E * top_k / K",
     )
     layers: int | None = Field(None, ge=1, description="layers trained, the last ones (EmbracingFL); default N * top_k / K")
+    blocks: int | None = Field(
+        None, ge=1, description="layers of foundation.expand that are trained (FedBE); default G * top_k / K"
+    )
 
 
 class FederationConfig(Section):
@@ -209,6 +212,12 @@ class ExecutionConfig(Section):
         description="GiB of what clients keep for themselves (personal adapters, control or dual variables) in a rank's "
         "memory; more lies in mapped files without a name below foundation.cache",
     )
+    owned_gib: float = Field(
+        4.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="most GiB that a client in flight may hold of whole layers (foundation.expand): values, gradients, moments",
+    )
     adapter_kernels: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="low-rank products; auto: own C++ on CPU; on CUDA Triton's kernels where Triton is installed, else torch's "
@@ -250,9 +259,31 @@ class Config(Section):
             raise ValueError(f"{name}: a run's name is a folder; use letters, digits, '.', '_' and '-'")
         return name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _further_layers_take_the_place_of_lora(cls, given: Any) -> Any:
+        """As adapter experts do: attention gets LoRA only where it is asked for, which is refused below."""
+        if not isinstance(given, dict) or not isinstance(given.get("foundation"), dict):
+            return given
+        adapters = given.get("adapters", {})
+        if given["foundation"].get("expand") is None or not isinstance(adapters, dict):
+            return given
+        return {**given, "adapters": {"attention": [], **adapters}}
+
+    @model_validator(mode="after")
+    def _check_expansion(self) -> Config:
+        if self.foundation.expand is not None and (self.adapters.projections or self.adapters.moe is not None):
+            key = "moe" if self.adapters.moe is not None else "attention" if self.adapters.attention else "feed_forward"
+            raise ValueError(
+                f"adapters.{key}: foundation.expand trains its layers alone, all others stay as they are; drop one of the two"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_trainables(self) -> Config:
         adapters = self.adapters
+        if self.foundation.expand is not None:
+            return self
         if not adapters.experts and not adapters.projections and adapters.router == "frozen":
             raise ValueError(
                 "adapters: nothing would be trained; set experts=true, name projections in attention or feed_forward, or "

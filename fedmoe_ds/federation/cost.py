@@ -38,6 +38,7 @@ class CostModel:
         layers: mixture layers, over which routed rows are counted; 0 where there are no experts, and no routed rows.
         positions: token rows per token of the data (images: rows per image).
         dense_weights, expert_weights: the gradients of those of the weights that are trained themselves.
+        owned: the further layers, which clients train whole: the `dense_weights` of a model that has some.
     """
 
     dense: float
@@ -52,6 +53,7 @@ class CostModel:
     depth: int = 1
     ensembles: bool = False
     real_share: float = 1.0
+    owned: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -65,8 +67,9 @@ class CostModel:
         """Of a run that trains these blocks. Routers of adapter experts are no part of the model: they are added to it."""
         expert = 2.0 * expert_layout.matrices * expert_layout.width * expert_layout.ffn * len(expert_layout.layers)
         # Keyed by whether a block belongs to experts.
-        rows, weights = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        rows, weights, owned = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}, tuple[int, ...]()
         for spec in blocks:
+            owned = spec.layers if spec.owned else owned
             if spec.rank_axis is not None:
                 # Per LoRA row: its length is the item's other axis. 2 FLOPs for each of its numbers.
                 rows[spec.expert] += 2.0 * len(spec.layers) * spec.item[1 - spec.rank_axis]
@@ -77,11 +80,12 @@ class CostModel:
                 weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item) / seen
         # The input embedding is a look-up, no product; tied to the output matrix it is one all the same.
         dense = 2.0 * max(model.head_and_body, 1)
-        dense += weights[False] if model.experts == 0 else 0.0
+        # Further layers are part of the model already.
+        dense += weights[False] if model.experts == 0 and not owned else 0.0
         head = 2.0 * model.vocabulary * model.hidden
         layers, depth = len(expert_layout.layers), max(model.depth, 1)
         trained = (rows[False], rows[True], layers, positions, weights[False], weights[True])
-        return cls(dense, expert, *trained, head, depth, ensembles, expert_layout.real_share)
+        return cls(dense, expert, *trained, head, depth, ensembles, expert_layout.real_share, owned)
 
     def forward(self, cap: float, rank: int) -> float:
         """FLOPs of one token's forward pass with `cap` slots for experts and adapters of this rank."""
@@ -92,13 +96,22 @@ class CostModel:
         dense = tokens * (self.dense + rank * self.dense_row)
         return dense + routed / max(self.layers, 1) * (self.expert + rank * self.expert_row)
 
-    def spent(self, tokens: float, routed: float, trained: float, rank: int, trained_layers: int | None = None) -> float:
+    def spent(
+        self,
+        tokens: float,
+        routed: float,
+        trained: float,
+        rank: int,
+        trained_layers: int | None = None,
+        blocks: int | None = None,
+    ) -> float:
         """FLOPs of a client's training: forward, the gradient of every activation, and that of everything trained.
 
         Args:
             tokens: token rows it trained on.
             routed, trained: (row, expert) slots over all layers that were computed, and that took part in the backward pass.
             trained_layers: how many layers, the last ones, the backward pass goes through; None: all.
+            blocks: how many further layers are trained, of a model that has some; None: all.
         """
         layers = max(self.layers, 1)
         forward, backward = routed / layers, trained / layers
@@ -106,7 +119,8 @@ class CostModel:
         share = 1.0 if trained_layers is None else trained_layers / self.depth
         back = self.head + share * (self.dense - self.head)
         # LoRA rows take three products: forward, the gradient of the input, and their own.
-        dense = tokens * (self.dense + back + share * self.dense_weights + (1 + 2 * share) * rank * self.dense_row)
+        whole = share if not self.owned else 1.0 if blocks is None else blocks / len(self.owned)
+        dense = tokens * (self.dense + back + whole * self.dense_weights + (1 + 2 * share) * rank * self.dense_row)
         lora = rank * self.expert_row
         return dense + forward * (self.expert + lora) + backward * (self.expert + self.expert_weights + 2 * lora)
 
@@ -117,7 +131,9 @@ class CostModel:
         # Rows of the layers before it were routed, and no gradient of theirs is needed: a device would not compute it.
         trained_LE = update.trained_LE[[layer >= first for layer in layers]]
         routed, trained, own = int(update.counts_LE.sum()), int(trained_LE.sum()), update.assignment.rank(rank)
-        spent = self.spent(update.tokens, routed, trained, own, self.depth - first)
+        trained_N = update.assignment.trained_N
+        blocks = None if trained_N is None else int(trained_N[list(self.owned)].sum())
+        spent = self.spent(update.tokens, routed, trained, own, self.depth - first, blocks)
         if (probed := update.probed) is not None:
             rows = int(probed.counts_LE.sum())
             spent += self.spent(probed.tokens, rows, rows, own)
@@ -137,5 +153,7 @@ class CostModel:
         trained = routed if client.layers is None else routed * client.layers / self.depth
         probed = client.probed * per_sequence * self.positions * self.models(client)
         rows = probed * client.cap * self.real_share * self.layers
-        training = self.spent(tokens, routed, trained, client.rank, client.layers) + self.spent(probed, rows, rows, client.rank)
+        # Which further layers it will train nobody knows: the backward pass is taken to go through all.
+        training = self.spent(tokens, routed, trained, client.rank, client.layers, client.blocks)
+        training += self.spent(probed, rows, rows, client.rank)
         return training + client.rollouts * self.forward_of(tokens, routed, client.rank)

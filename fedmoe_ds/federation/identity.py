@@ -87,6 +87,8 @@ def of_settings(tree: dict[str, Any]) -> Identity:
         # Runs save what `auto` meant; only a configuration from before there was the key, or the word, has none.
         "foundation.dtype": "float32" if tree["foundation"]["dtype"] == "auto" else tree["foundation"]["dtype"],
         "foundation.code": None,
+        # Further layers are no part of the model's files, nor of their fingerprint; earlier versions had none.
+        "foundation.expand": tree["foundation"].get("expand"),
         "evaluation": {key: tree["evaluation"][key] for key in YARDSTICK},
         "execution": modes | {key: execution[key] for key in ("reproducible",) if execution[key] != "auto"},
         "topology": {} if device == "auto" else {"device": device},
@@ -114,7 +116,7 @@ def _tiers_alike(federation: dict[str, Any]) -> dict[str, Any]:
     tiers = federation["tiers"]
     if not isinstance(tiers, list):
         return federation
-    later = (("clients", None), ("layers", None))
+    later = (("clients", None), ("layers", None), ("blocks", None))
     plain = [{key: value for key, value in tier.items() if (key, value) not in later} for tier in tiers]
     return {**federation, "tiers": plain}
 
@@ -169,8 +171,8 @@ def check_identity(written: Identity, folder: Path, ours: Identity, config: Conf
     theirs = _as_kept(theirs)
     unknown, notes = list[str](), list[str]()
     for name in sorted(ours, key=lambda name: name in ("foundation", "data")):  # contents last: a key may explain them
-        # A method's parameters, devices and privacy count whole: one that only one side has is a difference.
-        if isinstance(ours[name], dict) and name not in ("method", "devices", "privacy"):
+        # A method's parameters, devices, privacy and further layers count whole: one that only one side has is a difference.
+        if isinstance(ours[name], dict) and name not in ("method", "devices", "privacy", "foundation.expand"):
             there = theirs.get(name, {})
             unknown += [key if name == "kernels" else f"{name}.{key}" for key in ours[name] if key not in there]
             # Keys that the checkpoint does not say are told, not refused.

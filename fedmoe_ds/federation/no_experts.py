@@ -51,7 +51,7 @@ def _without_meaning(config: Config) -> Iterator[tuple[str, object, str, str]]:
         yield "adapters.router", adapters.router, "router", "drop the key"
     if adapters.expert_training != "lora":
         yield "adapters.expert_training", adapters.expert_training, "experts", "drop the key"
-    if not adapters.projections:
+    if not adapters.projections and config.foundation.expand is None:
         yield "adapters.attention", "[]", "experts, so nothing would be trained", "name projections here or in feed_forward"
     for key in ("balance_loss", "z_loss"):
         if getattr(local, key) > 0:
@@ -64,4 +64,9 @@ def _without_meaning(config: Config) -> Iterator[tuple[str, object, str, str]]:
         yield "federation.sampling", federation.sampling, "active experts to draw by", "use size or uniform"
     for i, tier in enumerate(federation.tiers or []):
         if tier.top_k not in (None, 1):
-            yield f"federation.tiers.{i}.top_k", tier.top_k, "experts", "drop the key and tell tiers apart by rank or by layers"
+            yield (
+                f"federation.tiers.{i}.top_k",
+                tier.top_k,
+                "experts",
+                "drop the key and tell tiers apart by rank, layers or blocks",
+            )

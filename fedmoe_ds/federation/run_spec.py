@@ -6,10 +6,12 @@ configuration alone, `resolve_spec` the outline of the model, too. What the one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedmoe_ds.clients.client import Client, counts_of
+from fedmoe_ds.clients.optimizer import moment_bytes
 from fedmoe_ds.clients.pooled import pooled_client
 from fedmoe_ds.clients.tiers import Capacity, Tier, resolve_tiers
 from fedmoe_ds.config import Config
@@ -26,6 +28,7 @@ from fedmoe_ds.federation.sampling import buffered, draw, participant_count, par
 from fedmoe_ds.federation.sequence_checks import check_length, check_packing, check_rotations
 from fedmoe_ds.federation.task_metrics import check_task_metrics
 from fedmoe_ds.foundation import planned_sparse, planned_task
+from fedmoe_ds.foundation.expansion import expand
 from fedmoe_ds.foundation.foundation import planned_config
 from fedmoe_ds.foundation.outline import Outline
 from fedmoe_ds.foundation.size import ModelSize, model_size
@@ -165,14 +168,16 @@ def resolve_spec(config: Config, method: Method, device: str, model: Outline, ep
     if is_bitwise(config, device):
         check_widths(expert_layout, beside=config.adapters.moe is not None)
     # Before check and blocks: both are answered from these facts.
-    size = model_size(model.model, model.layers)
-    method.facts = facts_of(config, expert_layout, size, model.images)
+    size = model_size(model.model, model.layers, model.expansion)
+    method.facts = facts_of(config, expert_layout, size, model)
     method.check(method.facts)
     check_pre_gate(config, method, model.model)
-    full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth)
+    further, scored = len(method.facts.expanded), has_scores(config.data.form)
+    full = Capacity(expert_layout.top_k, config.adapters.rank, expert_layout.num_experts, size.depth, further)
     tiers = resolve_tiers(config.federation, full, method.spends)
-    scored = has_scores(config.data.form)
-    blocks = method.blocks(adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler, scored))
+    every = adapter_blocks(model.model, expert_layout, config.adapters, method.rescaler, scored, model.expansion)
+    blocks = method.blocks(every)
+    check_owned(config, blocks)
     if any(block.name == ROUTER_BIAS for block in blocks):
         refuse_zero_experts(config)
     return RunSpec(
@@ -210,8 +215,9 @@ def check_model(config: Config, model: Outline, device: str) -> None:
     check_rotations(config, model.model.config, is_bitwise(config, device))
 
 
-def facts_of(config: Config, expert_layout: ExpertLayout, size: ModelSize, images: ImageInput | None) -> ModelFacts:
+def facts_of(config: Config, expert_layout: ExpertLayout, size: ModelSize, model: Outline) -> ModelFacts:
     """What methods may ask about the model."""
+    images, expansion = model.images, model.expansion
     return ModelFacts(
         expert_layout.top_k,
         expert_layout.num_experts,
@@ -224,7 +230,19 @@ def facts_of(config: Config, expert_layout: ExpertLayout, size: ModelSize, image
         size.vocabulary if images is None else images.classes,
         size.hidden,
         labelled=config.data.labels == "shown",
+        expanded=() if expansion is None else expansion.layers,
     )
+
+
+def check_owned(config: Config, blocks: list[BlockSpec]) -> None:
+    """What a client holds of whole layers: values, gradients and moments, within `execution.owned_gib`. Raises UserError."""
+    numbers, most = sum(len(spec.layers) * math.prod(spec.item) for spec in blocks if spec.owned), config.execution.owned_gib
+    size = numbers * (2 * 4 + moment_bytes(config.local))
+    if size > most * 2**30:
+        raise UserError(
+            f"execution.owned_gib: {most:g}: whole layers take {size / 2**30:.3g} GiB of each client in flight; use fewer "
+            "foundation.expand.blocks, or a larger bound (fedmoe plan says what fits)"
+        )
 
 
 def check_plan(config: Config, bitwise: bool) -> None:
@@ -245,6 +263,8 @@ def check_plan(config: Config, bitwise: bool) -> None:
     check_rotations(config, planned, bitwise)
     check_packing(config, planned)
     check_planned_groups(config)
+    if planned is not None and config.foundation.expand is not None:
+        expand(planned, config.foundation.expand, named(config))
     sparse = planned_sparse(config.foundation)
     if sparse is not None:
         check_adapters(config, sparse)

@@ -80,6 +80,8 @@ def _trained(parts: Parts) -> str:
     config, same = parts.config, parts.spec.method.without_experts
     if parts.spec.expert_layout.num_experts:
         return ""
+    if (asked := config.foundation.expand) is not None:
+        return f"; {asked.blocks} further layers, trained whole"
     equal = f", where {config.method.name} is {same}" if same else ""
     return f"; LoRA of rank {config.adapters.rank} on {', '.join(config.adapters.projections)} (no experts{equal})"
 

@@ -25,6 +25,7 @@ from fedmoe_ds.foundation.builtin.pretrain import pretrain_preset
 from fedmoe_ds.foundation.channel_grouping import grouped
 from fedmoe_ds.foundation.conversion import converted
 from fedmoe_ds.foundation.dense import DENSE, FeedForwardSite, type_task
+from fedmoe_ds.foundation.expansion import Expansion
 from fedmoe_ds.foundation.fingerprint import remembered_fingerprint
 from fedmoe_ds.foundation.loading import Skeleton
 from fedmoe_ds.foundation.mapped_weights import Memory
@@ -64,6 +65,7 @@ class Foundation:
     sites: list[FeedForwardSite] = field(default_factory=list)
     images: ImageInput | None = None
     code: str | None = None  # digest of the Python code that its tokenizer runs
+    expansion: Expansion | None = None  # where it has further layers, whose weights are clients'
 
     @property
     def sparse(self) -> bool:
@@ -73,7 +75,7 @@ class Foundation:
     @property
     def outline(self) -> Outline:
         """The same without its weights."""
-        return Outline(self.model, self.layers, self.sites, self.task, self.images)
+        return Outline(self.model, self.layers, self.sites, self.task, self.images, self.expansion)
 
 
 def planned_config(config: FoundationConfig) -> Any | None:
@@ -165,7 +167,7 @@ def open_skeleton(path: Path | str, config: FoundationConfig, ep_size: int, ep_r
         UserError: the folder is missing or holds no model of a known family, or ep_size does not divide its experts.
     """
     folder = _check_folder(expanded(str(path), "foundation.path"))
-    return Skeleton(folder, storage_type(config, device, folder), ep_size, ep_rank)
+    return Skeleton(folder, storage_type(config, device, folder), ep_size, ep_rank, config.expand)
 
 
 def load_foundation(
@@ -208,6 +210,7 @@ def assemble(skeleton: Skeleton, memory: Memory, fingerprint: str, device: torch
         sites=known.sites,
         images=known.images,
         code=running(folder, trust),
+        expansion=skeleton.expansion,
     )
 
 

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmoe_ds.config.foundation_section import ExpandConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.foundation.autoep import HostedLayer
 from fedmoe_ds.foundation.channel_groups import GroupedLayer
+from fedmoe_ds.foundation.expansion import expansion_of
 from fedmoe_ds.foundation.mapped_weights import Memory, Slot
 from fedmoe_ds.foundation.meta_model import CONFIG_FILE, build_on_meta, host_model, read_config
 from fedmoe_ds.foundation.tensor_names import UNUSED
@@ -32,23 +34,25 @@ class Skeleton:
     Attributes:
         model: on the meta device; experts hosted.
         layers: its hosted layers; none in a dense model.
-        dense: slots of everything but experts, the same at every ep_size and on every rank.
+        dense: slots of everything but experts, the same at every ep_size and on every rank; none of further layers, whose
+            weights are clients'.
         experts: slots of this rank's experts.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, ep_size: int, ep_rank: int, asked: ExpandConfig | None = None) -> None:
         """Raises UserError: the folder holds no model of a known family, or ep_size does not divide its experts."""
         self.folder = folder
         # Where there are no weights at all, what is wrong with the configuration is told first.
         files = WeightFiles(folder) if any((folder / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE)) else None
         if files is not None:
             _check_depth(folder, read_config(folder), len(files.where))
-        self.model = build_on_meta(folder, dtype)
+        self.model = build_on_meta(folder, dtype, asked)
+        self.expansion = expansion_of(self.model, asked)
         self.layers = host_model(self.model, ep_size, ep_rank)
         self.files = files or WeightFiles(folder)
-        self.dense = _dense_slots(self.model, self.layers)
+        self.dense = [slot for slot in _dense_slots(self.model, self.layers) if not self._further(slot.name)]
         self.experts = [slot for layer in self.layers for slot in _expert_slots(layer, dtype)]
-        _refuse_unknown(self.files, self.model, self.layers, {_source(slot.name, self.layers)[0] for slot in self.dense})
+        _refuse_unknown(self.files, self.model, self.layers, {self._source(slot.name)[0] for slot in self.dense})
 
     @property
     def slots(self) -> list[Slot]:
@@ -69,7 +73,7 @@ class Skeleton:
             UserError: a tensor or file is missing, damaged, quantised or of another shape.
         """
         wanted = [slot.name for slot in self.dense if slot.name in memory]
-        reads = [Read(source, memory[name], part) for name in wanted for source, part in [_source(name, self.layers)]]
+        reads = [Read(source, memory[name], part) for name in wanted for source, part in [self._source(name)]]
         for layer in self.layers:
             names = _expert_names(layer)
             if names[0] in memory:
@@ -87,10 +91,16 @@ class Skeleton:
         self.model.tie_weights()
         # Buffers outside the state dict (rotary tables) were computed on the CPU when the model was built.
         _move_buffers(self.model, device)
-        left = [name for name, tensor in _all_tensors(self.model) if tensor.is_meta]
+        left = [name for name, tensor in _all_tensors(self.model) if tensor.is_meta and not self._further(name)]
         assert not left, f"never loaded: {left}"
         model: nn.Module = self.model.requires_grad_(False).eval()
         return model
+
+    def _further(self, name: str) -> bool:
+        return self.expansion is not None and self.expansion.holds(name)
+
+    def _source(self, name: str) -> tuple[str, Part | None]:
+        return _source(name if self.expansion is None else self.expansion.source(name), self.layers)
 
 
 def load_model(

@@ -16,6 +16,7 @@ from fedmoe_ds.clients.update import ClientUpdate
 from fedmoe_ds.config import Config
 from fedmoe_ds.devices.channel import Band, computing_joules, distances, fading, path_gain, watts
 from fedmoe_ds.errors import UserError
+from fedmoe_ds.foundation.expansion import OUTPUTS
 from fedmoe_ds.foundation.pre_gate import router_loss
 from fedmoe_ds.methods.base import (
     Combined,
@@ -28,7 +29,7 @@ from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
-from fedmoe_ds.model.adapter_bank import ROUTER_BIAS, BlockSpec, remembered_block, shared_blocks
+from fedmoe_ds.model.adapter_bank import OWNED, ROUTER_BIAS, BlockSpec, remembered_block, shared_blocks
 from fedmoe_ds.model.class_sums import CLASS_FEATURES, CLASS_TARGETS, class_means, class_shapes, class_sums
 from fedmoe_ds.model.loss_per_expert import EXPERT_LOSS, EXPERT_TARGETS, loss_per_expert
 from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
@@ -45,6 +46,8 @@ __all__ = [
     "EXPERT_LOSS",
     "EXPERT_TARGETS",
     "FIRST_STEP",
+    "OUTPUTS",
+    "OWNED",
     "RESCALER",
     "ROUTER",
     "ROUTER_BIAS",

@@ -111,7 +111,7 @@ class Method:
         surveys: whether statistics are those of a pass over clients' data after the aggregation, and not of their training.
         weighs_losses: whether `weights` or `tally` read `update.shared_losses`.
         weighing: what `weights` are: those of one mean, or factors on what clients changed.
-        teaches: whether it trains a router before the layers (`foundation/pre_gate.py`), which has no gradient otherwise.
+        pre_gated: whether it trains a router before the layers (`foundation/pre_gate.py`), which has no gradient otherwise.
         unlabelled: whether it can train clients whose labels the data hide (`data.labels`).
         without_experts: the name of the method that its equations become where there are no experts; None: it stays itself.
     """
@@ -142,7 +142,7 @@ class Method:
     held_softmax: ClassVar[bool] = False
     personal_models: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
-    teaches: ClassVar[bool] = False
+    pre_gated: ClassVar[bool] = False
     unlabelled: ClassVar[bool] = False
     without_experts: ClassVar[str | None] = None
     most_delay: int = 0  # may be set from the parameters, too

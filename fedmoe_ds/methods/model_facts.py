@@ -9,7 +9,8 @@ from fedmoe_ds.config import LocalConfig
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all.
+    """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all, and `expanded`
+    are further layers, which clients train whole (`foundation.expand`).
 
     The head tells `classes` (of images, or tokens) apart, by features of this `width`. `sequences` are those of the client that
     has most to train on, `participants` the clients that a round draws; 1 until the data are known. `labelled`: whether clients
@@ -29,6 +30,7 @@ class ModelFacts:
     sequences: int = 1
     participants: int = 1
     labelled: bool = True
+    expanded: tuple[int, ...] = ()
 
     @property
     def experts_shape(self) -> tuple[int, int]:

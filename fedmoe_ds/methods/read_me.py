@@ -71,7 +71,7 @@ class ReadME(Method):
         completion="the federation: turns by rounds; equal widths; packages play domains; usage weights",
     )
     needs = frozenset({"experts", "router"})
-    teaches = True
+    pre_gated = True
 
     def check_config(self, config: Config) -> None:
         if config.adapters.moe is not None:

@@ -149,6 +149,11 @@ def _check_ranks(method: Method, name: str, config: Config) -> None:
                 f"federation.tiers.{i}.layers: {tier.layers}: here a budget buys {bought}, not layers; drop the key, or use "
                 "embracing-fl with federation.budget=method"
             )
+        if tier.blocks is not None and bought != "blocks":
+            raise UserError(
+                f"federation.tiers.{i}.blocks: {tier.blocks}: here a budget buys {bought}, not further layers; drop the key, "
+                "or use fedbe with federation.budget=method"
+            )
         if tier.rank is not None and method.unequal_ranks and bought not in ("rank", "both"):
             raise UserError(
                 f"federation.tiers.{i}.rank: {tier.rank}: here a budget buys {bought}, not LoRA rows; drop the key, or use "

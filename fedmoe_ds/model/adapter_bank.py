@@ -20,6 +20,10 @@ ROUTER_BIAS = "router_bias"
 """Name of the block of what is added to the routers' logits, one number per expert; the server's, no client trains it."""
 
 
+OWNED = "expanded."
+"""What names of blocks begin with that are whole weights of further layers, in which every client has its own."""
+
+
 def base_block(a: BlockSpec, b: BlockSpec) -> BlockSpec:
     """The frozen weight under a LoRA pair, as the server keeps it once products move into it."""
     return BlockSpec(f"{a.pair}.base", a.layers, (b.item[0], a.item[1]), expert=a.expert, trained=False)
@@ -64,6 +68,11 @@ class BlockSpec:
     decay: bool = True
     trained: bool = True
     axis: str = "layers"
+
+    @property
+    def owned(self) -> bool:
+        """Whether it is a weight of further layers, and beside no frozen one."""
+        return self.name.startswith(OWNED)
 
     @property
     def pair(self) -> str | None:

@@ -14,11 +14,13 @@ from torch import nn
 from fedmoe_ds.config import AdapterConfig, MoEAdapterConfig
 from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.foundation.channel_groups import GroupedLayer
+from fedmoe_ds.foundation.expansion import Expansion
 from fedmoe_ds.foundation.pre_gate import pre_gate_of
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, ROUTER_SCORE, SHARED_INNER, SHARED_OUTER, AdapterMoELayer
 from fedmoe_ds.model.channel_group_layer import ChannelGroupLayer
+from fedmoe_ds.model.client_layers import first_values, owned_blocks, put_client_layers
 from fedmoe_ds.model.expert_layout import ExpertLayout
 from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection, find_projections
 from fedmoe_ds.model.moe_layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
@@ -28,13 +30,19 @@ from fedmoe_ds.randomness import torch_generator
 
 
 def adapter_blocks(
-    model: nn.Module, expert_layout: ExpertLayout, config: AdapterConfig, rescaler: str | None, scored: bool = False
+    model: nn.Module,
+    expert_layout: ExpertLayout,
+    config: AdapterConfig,
+    rescaler: str | None,
+    scored: bool = False,
+    expansion: Expansion | None = None,
 ) -> list[BlockSpec]:
     """The blocks of a run.
 
     Args:
         rescaler: None, `client` (one scalar per client) or `layer` (one per client and layer).
         scored: whether every sample has a score, which a router may see.
+        expansion: where the model has further layers, whose weights are blocks.
     """
     layers, rank, width, ffn = tuple(expert_layout.layers), config.rank, expert_layout.width, expert_layout.ffn
     blocks: list[BlockSpec] = []
@@ -56,6 +64,7 @@ def adapter_blocks(
         blocks += pre_gate_blocks(gate)
     elif config.router == "train":
         blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
+    blocks += [] if expansion is None else owned_blocks(model, expansion)
     # Without experts there is no output for it to scale.
     if rescaler is not None and layers:
         where = layers if rescaler == "layer" else (-1,)
@@ -96,12 +105,12 @@ def initial_bank(
     Personal blocks hold what every client starts from; later, evaluation fills them with a client's or with a tier's mean.
     """
     bank = Bank(blocks, len(held), clients=1, device=device, with_grad=False)
-    copied = _copied_values(foundation, held.start)
+    copied = _copied_values(foundation, held.start) | first_values(foundation, blocks)
     # Each tensor by its own key: a rank fills in only the experts it holds, and their bits do not depend on which these are.
     for key, spec, value in bank.items(held.start, with_personal=True):
         if key in copied:
             value.copy_(copied[key])
-        # What is not named here stays zero: B, V and rescalers before a method sets them.
+        # What is not named here stays zero: B, V, what further layers put out, and rescalers before a method sets them.
         elif spec.name.endswith("lora_A") or spec.name in (INNER, SHARED_INNER, ROUTER):
             value.copy_(drawn_a(seed, key, value.shape))
     return bank
@@ -144,6 +153,8 @@ def install(foundation: Foundation, config: AdapterConfig, execution: Execution)
     """Put the federated layers and the adapters of projections into the model. They read `execution` while a pass runs."""
     model = foundation.model
     replace_frozen(model)
+    if foundation.expansion is not None:
+        put_client_layers(model, foundation.expansion, execution)
     gate = pre_gate_of(model)
     for hosted in foundation.layers:
         if isinstance(hosted, GroupedLayer):

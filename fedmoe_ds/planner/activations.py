@@ -10,10 +10,11 @@ What an allocator loses between tensors of unequal sizes is left out; the planne
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.kernels.frozen_layers import is_batch_invariant
-from fedmoe_ds.model.adapter_bank import BlockSpec
+from fedmoe_ds.model.adapter_bank import OWNED, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import SHARED_INNER
 from fedmoe_ds.model.cross_entropy import COPIES, chunk_rows
 from fedmoe_ds.model.moe_layer import RESCALER, ROUTER
@@ -99,7 +100,8 @@ def _has_gradient(spec: RunSpec, layer: int) -> bool:
     if spec.config.execution.activation_checkpointing:
         return True  # every layer's input is made to need a gradient
     below = (block for block in spec.blocks if block.trained and block.layers != (-1,))
-    return any(min(block.layers) < layer or (block.name.startswith("attention.") and layer in block.layers) for block in below)
+    own = ("attention.", OWNED)
+    return any(min(block.layers) < layer or (block.name.startswith(own) and layer in block.layers) for block in below)
 
 
 def _norm_bytes(spec: RunSpec) -> int:
@@ -134,6 +136,9 @@ def _projection_bytes(spec: RunSpec, layer: int) -> float:
     """Inputs of adapted projections, once each, and their middles of rank R."""
     halves = [b for b in spec.blocks if b.pair is not None and not b.expert and b.rank_axis == 0 and layer in b.layers]
     inputs = {(_source(block), block.item[1]) for block in halves}
+    # Of matrices that are trained themselves, too: attention's three read one tensor, and so do gate and up.
+    owned = [b for b in spec.blocks if b.owned and len(b.item) > 1 and layer in b.layers]
+    inputs |= {(_source(replace(block, name=block.name.removeprefix(OWNED))), block.item[1]) for block in owned}
     # The output projection's input is attention's result, which is kept anyway.
     widths = sum(width for source, width in inputs if source != "o_proj")
     return (widths + sum(block.item[0] for block in halves)) * spec.row_bytes

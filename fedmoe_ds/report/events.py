@@ -22,7 +22,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=1e15)]
 Time = Annotated[float, Field(ge=0, le=_LAST_SECOND)]
-LABEL = r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?( l[0-9]{1,9})?$"
+LABEL = r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?( l[0-9]{1,9})?( b[0-9]{1,9})?$"
 Label = Annotated[str, Field(pattern=LABEL)]
 """Of a tier: `4`, `4 r2`, `4 e8`."""
 
