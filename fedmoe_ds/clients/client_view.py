@@ -95,7 +95,8 @@ class ClientView:
     def _untrained(self) -> Iterator[tuple[BlockSpec, Tensor]]:
         """Trained blocks of which the client trains some, and bool [L, 1, ...] or [L, E, 1, ...], what it does not."""
         assignment = self.assignment
-        if assignment.trained_N is None and assignment.trained_LE is None and assignment.members_MLE is None:
+        told = (assignment.trained_N, assignment.trained_LE, assignment.members_MLE)
+        if assignment.trains_head and all(mask is None for mask in told):
             return
         for spec in self.blocks():
             if (untrained := self.untrained(spec)) is not None:

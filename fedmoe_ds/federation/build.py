@@ -240,7 +240,8 @@ def _assemble(
     model = adapted_model(spec, foundation, execution)
     if config.execution.activation_checkpointing:
         enable_checkpointing(foundation)
-    adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device)
+    zero_head = config.adapters.head_start == "zero"
+    adapters = initial_bank(foundation, blocks, config.seed, spec.expert_layout.held, device, zero_head)
     server = Server(spec, foundation, clients)
     own = server.initial_state(device)
     # Before personal blocks are made: they begin as the global ones.

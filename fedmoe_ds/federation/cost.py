@@ -35,6 +35,8 @@ class CostModel:
         layers: mixture layers, over which routed rows are counted; 0 where there are no experts, and no routed rows.
         positions: token rows per token of the data (images: rows per image).
         dense_weights, expert_weights: the gradients of those of the weights that are trained themselves.
+        head_weights: that of a trained head.
+        head_alone: whether nothing else is trained; then there is no backward pass through the layers.
     """
 
     dense: float
@@ -48,6 +50,8 @@ class CostModel:
     head: float = 0.0
     depth: int = 1
     ensembles: bool = False
+    head_weights: float = 0.0
+    head_alone: bool = False
 
     @classmethod
     def of(
@@ -61,13 +65,13 @@ class CostModel:
         """Of a run that trains these blocks. Routers of adapter experts are no part of the model: they are added to it."""
         expert = 2.0 * expert_layout.matrices * expert_layout.width * expert_layout.ffn * len(expert_layout.layers)
         # Keyed by whether a block belongs to experts.
-        rows, weights = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        rows, weights, blocks = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}, [*blocks]
         for spec in blocks:
             if spec.rank_axis is not None:
                 # Per LoRA row: its length is the item's other axis. 2 FLOPs for each of its numbers.
                 rows[spec.expert] += 2.0 * len(spec.layers) * spec.item[1 - spec.rank_axis]
             # Vectors (the rescaler) cost nothing next to matrices.
-            elif spec.trained and len(spec.item) > 1:
+            elif spec.trained and len(spec.item) > 1 and not spec.after_layers:
                 weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item)
         # The input embedding is a look-up, no product; tied to the output matrix it is one all the same.
         dense = 2.0 * max(model.head_and_body, 1)
@@ -75,7 +79,10 @@ class CostModel:
         head = 2.0 * model.vocabulary * model.hidden
         layers, depth = len(expert_layout.layers), max(model.depth, 1)
         trained = (rows[False], rows[True], layers, positions, weights[False], weights[True])
-        return cls(dense, expert, *trained, head, depth, ensembles)
+        heads = [spec for spec in blocks if spec.after_layers]
+        head_weights = sum(2.0 * math.prod(spec.item) for spec in heads if len(spec.item) > 1)
+        head_alone = bool(heads) and all(spec.after_layers for spec in blocks if spec.trained)
+        return cls(dense, expert, *trained, head, depth, ensembles, head_weights, head_alone)
 
     def forward(self, cap: float, rank: int) -> float:
         """FLOPs of one token's forward pass with `cap` active experts and adapters of this rank."""
@@ -86,19 +93,28 @@ class CostModel:
         dense = tokens * (self.dense + rank * self.dense_row)
         return dense + routed / max(self.layers, 1) * (self.expert + rank * self.expert_row)
 
-    def spent(self, tokens: float, routed: float, trained: float, rank: int, trained_layers: int | None = None) -> float:
+    def spent(
+        self,
+        tokens: float,
+        routed: float,
+        trained: float,
+        rank: int,
+        trained_layers: int | None = None,
+        trains_head: bool = True,
+    ) -> float:
         """FLOPs of a client's training: forward, the gradient of every activation, and that of everything trained.
 
         Args:
             tokens: token rows it trained on.
             routed, trained: (row, expert) slots over all layers that were computed, and that took part in the backward pass.
             trained_layers: how many layers, the last ones, the backward pass goes through; None: all.
+            trains_head: whether it trains its head, where clients have one.
         """
         layers = max(self.layers, 1)
         forward, backward = routed / layers, trained / layers
         # Layers are taken to be alike; what comes before the first of them is a look-up, or little (patches of images).
-        share = 1.0 if trained_layers is None else trained_layers / self.depth
-        back = self.head + share * (self.dense - self.head)
+        share = 0.0 if self.head_alone else 1.0 if trained_layers is None else trained_layers / self.depth
+        back = self.head + share * (self.dense - self.head) + (self.head_weights if trains_head else 0.0)
         # LoRA rows take three products: forward, the gradient of the input, and their own.
         dense = tokens * (self.dense + back + share * self.dense_weights + (1 + 2 * share) * rank * self.dense_row)
         lora = rank * self.expert_row
@@ -111,7 +127,7 @@ class CostModel:
         # Rows of the layers before it were routed, and no gradient of theirs is needed: a device would not compute it.
         trained_LE = update.trained_LE[[layer >= first for layer in layers]]
         routed, trained, own = int(update.counts_LE.sum()), int(trained_LE.sum()), update.assignment.rank(rank)
-        spent = self.spent(update.tokens, routed, trained, own, self.depth - first)
+        spent = self.spent(update.tokens, routed, trained, own, self.depth - first, update.assignment.trains_head)
         if (probed := update.probed) is not None:
             rows = int(probed.counts_LE.sum())
             spent += self.spent(probed.tokens, rows, rows, own)

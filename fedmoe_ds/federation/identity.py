@@ -117,7 +117,9 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     passes |= {key: getattr(execution, key) for key, usual in later.items() if getattr(execution, key) != usual}
     steps = {"dual_step": 1.0, "aggregation_step": 1.0}
     local = {key: value for key, value in identity["local"].items() if (key, value) not in steps.items()}
-    return {**{name: identity[name] for name in _FIRST}, "local": local, **passes}
+    heads = {"head": "frozen", "head_start": "foundation"}
+    adapters = {key: value for key, value in identity["adapters"].items() if (key, value) not in heads.items()}
+    return {**{name: identity[name] for name in _FIRST}, "local": local, "adapters": adapters, **passes}
 
 
 def check_identity(written: Identity, folder: Path, ours: Identity, config: Config) -> list[str]:

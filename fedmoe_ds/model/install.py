@@ -16,6 +16,7 @@ from fedmoe_ds.foundation import Foundation
 from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, AdapterMoELayer, SelectedSoftmax
+from fedmoe_ds.model.client_head import head_blocks, head_values
 from fedmoe_ds.model.expert_layout import ExpertLayout
 from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection, find_projections
 from fedmoe_ds.model.moe_layer import DOWN, DOWN_A, DOWN_B, GATE_UP, GATE_UP_A, GATE_UP_B, RESCALER, ROUTER, FederatedMoELayer
@@ -41,6 +42,8 @@ def adapter_blocks(
     blocks += _projection_blocks(find_projections(model, config), rank)
     if config.router == "train" or config.moe is not None:
         blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
+    if config.head == "train":
+        blocks += head_blocks(model)
     # Without experts there is no output for it to scale.
     if rescaler is not None and layers:
         where = layers if rescaler == "layer" else (-1,)
@@ -63,14 +66,21 @@ def _projection_blocks(projections: list[Projection], rank: int) -> list[BlockSp
 
 
 def initial_bank(
-    foundation: Foundation, blocks: list[BlockSpec], seed: int, held: range, device: torch.device | None = None
+    foundation: Foundation,
+    blocks: list[BlockSpec],
+    seed: int,
+    held: range,
+    device: torch.device | None = None,
+    zero_head: bool = False,
 ) -> Bank:
     """The global adapters before the first round: a bank with one client slot and no gradients.
+
+    A trained head begins as the foundation's, or with `zero_head` as nothing.
 
     Personal blocks hold what every client starts from; later, evaluation fills them with a client's or with a tier's mean.
     """
     bank = Bank(blocks, len(held), clients=1, device=device, with_grad=False)
-    copied = _copied_values(foundation, held.start)
+    copied = _copied_values(foundation, held.start) | ({} if zero_head else head_values(foundation.model))
     # Each tensor by its own key: a rank fills in only the experts it holds, and their bits do not depend on which these are.
     for key, spec, value in bank.items(held.start, with_personal=True):
         if key in copied:
