@@ -68,7 +68,7 @@ class RunSpec:
     def know(self, clients: Sequence[Client]) -> None:
         """Tell the method what it may ask about the data."""
         most = int(counts_of(clients, "sequences").max(initial=1))
-        self.method.facts = replace(self.method.facts, sequences=most)
+        self.method.facts = replace(self.method.facts, sequences=most, clients=len(clients))
 
     @property
     def bitwise(self) -> bool:

@@ -64,6 +64,8 @@ def training_hooks(
         sums=method.sums(),
         whole_steps=method.whole_steps,
         complete=add_pseudo_gradients,
+        start=method.start if method.overrides("start") else None,
+        project=method.project if method.overrides("project") else None,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         reduce_probe=method.reduce_probe,
         measure=method.measure,

@@ -7,7 +7,9 @@ Legend: L layers, E experts of the model, R adapter rank.
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
     objective(client)       what is minimised and summed up at the model's output
     reduce_probe(squares)   numbers made of a pass of its gradient probe, before the first step
+    start(view)             what it starts from, where that is not what it receives
     adjust(view)            a change of its gradients, before clipping
+    project(view)           a change of its values, after a step
     measure(view)           numbers about its tensors                                        after local training
     memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
@@ -176,6 +178,10 @@ class Method:
         """
         return 1.0 if spec.name == RESCALER else None
 
+    def begins_as(self, spec: BlockSpec) -> str | None:
+        """The block whose global initial value a block of `client_state` begins with; None: `initial`, or zero."""
+        return None
+
     def memory(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the numbers that the server knows of every client that has been trained: few, float64, on every
         rank and in every checkpoint. What is large, or must not leave the client, is `client_state`."""
@@ -225,8 +231,18 @@ class Method:
         """With `surveys`: what `sums` names, of some of a client's data, by the adapters that a round has made; no routing."""
         raise NotImplementedError
 
+    def start(self, view: ClientView) -> dict[str, Tensor]:
+        """What the client starts from, by block, where that is not what it receives; where the tensors are (this rank's part).
+
+        Its change is then measured from there (`view.received`), which is what `weighing.changes` adds up.
+        """
+        return {}
+
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""
+
+    def project(self, view: ClientView) -> None:
+        """Put values back into where they must be, in place, after each of the client's steps; elementwise or per item."""
 
     # After local training
 

@@ -12,7 +12,7 @@ class ModelFacts:
     """What a method may ask about the model and the run; `layers` are those with experts, `depth` counts all.
 
     The head tells `classes` (of images, or tokens) apart, by features of this `width`. `sequences` are those of the client that
-    has most to train on; 1 until the data are known.
+    has most to train on, and `clients` all there are; 1 until the data are known.
     """
 
     top_k: int
@@ -26,6 +26,7 @@ class ModelFacts:
     classes: int = 0
     width: int = 0
     sequences: int = 1
+    clients: int = 1
 
     @property
     def experts_shape(self) -> tuple[int, int]:
