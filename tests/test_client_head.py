@@ -1,4 +1,4 @@
-"""A trained head: gradients equal autograd's, one head per client in one pass; alone it needs nothing of the layers before it; what
+"""A trained head: gradients equal autograd's, one per client in one pass; alone it needs nothing of the layers before it; what
 a run with one evaluates, keeps and exports; what is refused."""
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ def test_a_start_from_a_head_is_taken_up_or_refused(root: Path, alone_run: Resul
     parts = parts_of(root, "vit", "goes-on", ALONE, start)
     for key, _, value in parts.state.adapters.items(0):
         assert value.numpy().tobytes() == alone_run.adapters[key].tobytes()
-    with pytest.raises(UserError, match="has adapted head.*set adapters.head=train"):
+    with pytest.raises(UserError, match=r"has adapted head.*set adapters.head=train"):
         parts_of(root, "vit", "lost", {"adapters": {"attention": ["q_proj"]}}, start)
 
 
 def test_refusals(root: Path) -> None:
-    with pytest.raises(ValueError, match="adapters.head_start: zero: a frozen head"):
+    with pytest.raises(ValueError, match=r"adapters.head_start: zero: a frozen head"):
         config_of(root, "vit", "no", ZERO)
     with pytest.raises(UserError, match=r"adapters.attention: \[\]: .*head=train"):
         parts_of(root, "vit", "no", {"adapters": {"attention": []}})

@@ -1,4 +1,4 @@
-"""FL Games, exactly: the form equals a loop over explicit players; one player is gradient descent; where players disagree, a box
+"""FL Games, exactly: the form equals a loop over players; one player is gradient descent; where players disagree, a box
 leads the mean to zero; heads and adapters take turns; what is refused."""
 
 from __future__ import annotations

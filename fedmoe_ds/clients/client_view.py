@@ -74,6 +74,11 @@ class ClientView:
         # What a client of lower rank never got is no part of its start: differences to it are zero in those rows.
         return value if mask is None else torch.where(mask, value, 0.0)
 
+    def starts_elsewhere(self, spec: BlockSpec) -> bool:
+        """Whether `received` is not the global value of the round."""
+        rows = self.assignment.rows_R is not None and spec.pair is not None
+        return rows or self.past is not None or spec.name in self.starts
+
     def clear_untrained(self) -> None:
         """Set the gradients of what the client does not train to zero: they count in no norm."""
         for spec, untrained in self._untrained():

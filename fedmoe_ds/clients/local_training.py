@@ -168,11 +168,7 @@ class WaveTrainer:
             for spec in view.blocks(trained=False):
                 if spec.personal:
                     view.value(spec).copy_(view.client_state[spec.name])
-                elif (
-                    spec.name in view.starts
-                    or view.past is not None
-                    or (view.assignment.rows_R is not None and spec.pair is not None)
-                ):
+                elif view.starts_elsewhere(spec):
                     view.value(spec).copy_(view.received(spec))
         self.execution.wave = self._in_training(works)
 

@@ -3,7 +3,7 @@
 Legend: E experts, O and I output and input width of a matrix, R adapter rank, F expert width.
 
     LoRA pair              W <- W + scale B A
-    whole weights          W <- V                        a trained router or head, fully trained experts, FLoRA's merged products
+    whole weights          W <- V                        a trained router or head, fully trained experts, FLoRA's products
     FLAME's rescaler s     W2 <- s W2 of every routed expert: what experts put out is linear in W2, and shared experts have none
 
 in float64, rounded once to the type of the base's file. Every matrix is changed by itself, in blocks of its rows.

@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -232,10 +231,7 @@ class Method:
         raise NotImplementedError
 
     def start(self, view: ClientView) -> dict[str, Tensor]:
-        """What the client starts from, by block, where that is not what it receives; where the tensors are (this rank's part).
-
-        Its change is then measured from there (`view.received`), which is what `weighing.changes` adds up.
-        """
+        """What it starts from, and what its change is measured from, by block, where that is not what it receives."""
         return {}
 
     def adjust(self, view: ClientView) -> None:
@@ -322,12 +318,3 @@ def present(spec: BlockSpec, update: ClientUpdate) -> np.ndarray:
     for no change. A client of a lower rank received a truncated copy, and its zeros would erase rows that it never saw.
     """
     return update.counts_LE > 0 if spec.expert else np.ones(len(spec.layers), dtype=bool)
-
-
-def product_norms(a_GRI: Tensor, b_GOR: Tensor) -> Tensor:
-    """||B A||_F of every pair of a batch, float64 [...], from the R x R Gram matrices: B A is never formed."""
-    # ||B A||_F^2 = tr(A A^T B^T B), which for two symmetric matrices is the sum of their elementwise product. Gram matrices
-    # square the numbers, hence float64; the clamp takes off what rounding leaves below zero.
-    a, b = a_GRI.double(), b_GOR.double()
-    gram_a, gram_b = a @ a.mT, b.mT @ b
-    return torch.sqrt(torch.clamp((gram_a * gram_b).sum((-2, -1)), min=0.0))

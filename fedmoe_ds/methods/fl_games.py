@@ -1,28 +1,30 @@
-"""FL Games: clients as players of a game, whose equilibrium drops what only some of them can use (Gupta et al., arXiv 2205.11101).
+"""FL Games: clients are players of a game whose equilibrium drops what only some of them can use (Gupta et al., arXiv
+2205.11101).
 
 READ (public notes): a representation phi of all clients and predictors w_1..w_N, one of each; everybody predicts by their mean,
 
     min over phi and w_av of sum_k R_k(w_av o phi),   w_av = (1/N) sum_q w_q,   each w_k a best response to the others.
 
-Variant F has phi fixed, V trains it, in even rounds, and predictors in odd ones. Parallel: all play at once. SMOOTH: a client plays
-against the others' predictors and the mean of their buffers, the past ones. FAST: phi by the gradient of all data.
+Variant F has phi fixed; V trains it in even rounds, and predictors in odd ones. Parallel: all play at once. SMOOTH: a client
+plays against the others' predictors and the mean of their buffers, the past ones. FAST: phi by the gradient of all data.
 
-What is computed, with u_k the model that client k trains, T the terms of its mean, eta its rate, [.]_B elementwise in [-B, B]:
+What is computed, with u_k the head that client k trains, T the terms of its mean, eta its rate, [.]_B elementwise in [-B, B]:
 
-    parallel        T = N         u_k begins as m, the mean of all w
-    SMOOTH          T = 2N - 1    u_k begins as (N m + sum_{p != k} b_p) / T,   b_p the mean of p's last heads
-    local step      u_k <- u_k - (eta / T^2) grad R_k(u_k)            a step of w_k at rate eta: the chain rule gives 1/T, twice
-    box             w_k' = [w_k + T (u_k - its start)]_B after every step
-    server          m <- m + (T/N) sum_k (u_k - its start)            the mean of all w_k', and where T = N the sum of changes
-    adapters        x <- x + (1/N) sum_k (x_k - x)                    R_k count alike; the rate is that of their mean
+    parallel        T = N        u_k begins as m, the mean of all w
+    SMOOTH          T = 2N - 1   u_k begins as (N m + sum_{p != k} b_p) / T,   b_p the mean of p's last heads
+    local step      u_k <- u_k - (eta / T^2) grad R_k(u_k)           a step of w_k at rate eta: the mean gives 1/T, twice
+    box             w_k' = [w_k + T (u_k - its start)]_B             after every step
+    server          m <- m + (T/N) sum_k (u_k - its start)           the mean of all w_k'; where T = N the sum of changes
+    adapters        x <- x + (1/N) sum_k (x_k - x)                   R_k count alike; the rate is that of their mean
 
-Sequential play, the notes' first form, is one player after the other, a round each. A client keeps w_k and, for SMOOTH, the mean of
-the others' heads, (N m - w_k) / (N - 1), of its last head rounds: as all take part, it has seen every m, and no head but their mean
-travels.
+Sequential play, the form that the parallel one is made from, is one player after the other, a round each. A client keeps w_k
+and, for SMOOTH, the mean of the others' heads of its last head rounds, (N m - w_k) / (N - 1): as all take part, it has seen
+every m, and no head travels but their mean and a change of it.
 
-COMPLETION. The printed 1/|S| does not sum to one with buffers; the mean over all T terms does. Buffers begin full of the first head.
-B, since without a bound there is no equilibrium unless the clients' optima agree: with one, a direction on which they disagree
-ends at a bound for some, and in the mean near zero. FAST is `local.steps: 1` with a batch as large as a client's data.
+COMPLETION. The printed 1/|S| does not sum to one with buffers; the mean over all T terms does. Buffers begin full of the first
+head. B: without a bound there is no equilibrium unless the clients' optima agree; with one, a direction on which they disagree
+ends at a bound for some of them, and in the mean near zero. Momentum is that of w_k: what is linear commutes with the mean.
+FAST is `local.steps: 1` with a batch as large as a client's data.
 
 Limits. The mean drifts from the w_k by rounding alone. A client that is left out of a round (not finite, no memory) keeps w_k.
 """

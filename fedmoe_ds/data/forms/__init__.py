@@ -10,6 +10,7 @@ from dataclasses import replace
 from fedmoe_ds.config.data_form_section import DataFormConfig, Kind
 from fedmoe_ds.data.forms.degraded import degraded
 from fedmoe_ds.data.forms.form import Dealt, Form, Formed, Shape
+from fedmoe_ds.data.forms.spurious_colour import in_colour, spurious_colour
 from fedmoe_ds.data.sequences import Sequences
 
 __all__ = ["FORMS", "Dealt", "Form", "Formed", "formed", "formed_shape"]
@@ -17,6 +18,7 @@ __all__ = ["FORMS", "Dealt", "Form", "Formed", "formed", "formed_shape"]
 FORMS: dict[Kind, Form] = {
     "plain": Form(lambda dealt, config: Formed(dealt.pixels_NCHW)),
     "degraded": Form(degraded),
+    "spurious-colour": Form(spurious_colour, in_colour),
 }
 
 
