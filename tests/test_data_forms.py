@@ -161,6 +161,7 @@ def test_a_preset_that_sees_colours_has_been_trained_on_them() -> None:
     [
         ({"blur": 2.0}, "data.form.blur: 2.0: only data.form.kind=degraded has it, and it is plain"),
         ({"kind": "degarded"}, "degraded"),
+        ({"kind": "spurious-colour", "agreement": [0.9, 1.1]}, "data.form.agreement: 1.1: a probability"),
     ],
 )
 def test_keys_of_another_kind_are_refused(form: dict[str, Any], message: str) -> None:

@@ -43,6 +43,7 @@ GAMES: dict[str, dict[str, Any]] = {
     "box": {"box": 0.8},
     "smooth": {"buffer": 2, "box": None},
     "smooth-box": {"buffer": 2, "box": 0.8},
+    "terms": {"buffer": 2, "box": 0.8, "smooth": "terms"},
     "sequential": {"play": "sequential", "box": 0.8},
 }
 
@@ -86,8 +87,9 @@ def test_the_form_equals_the_loop_over_players(root: Path, kind: str) -> None:
         player.past = [player.head_VD] * params.get("buffer", 0)
     for index in range(1, ROUNDS + 1):
         batches = [local_batches(client, local, parts.config.seed, index) for client in parts.clients]
+        how = params.get("smooth", "players")
         who = [(index - 1) % 3] if "play" in params else [0, 1, 2]
-        mean_VD = play(players, who, batches, local.lr, box)
+        mean_VD = play(players, who, batches, local.lr, box, how)
     result = finish(parts, journal)
     assert abs(head_of(result) - mean_VD).max() < 1e-5 < 0.1 < abs(mean_VD - first_VD).max()
     for own_VD, player in zip(heads_of(parts), players, strict=True):
@@ -205,6 +207,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "adaptive": ({"server": {"optimizer": "fedadam"}}, "server.optimizer: fedadam: the model"),
     "devices": ({"devices": {"mix": {"laptop": 1.0}}}, "devices: some of them may be off"),
     "idle": ({"method": {"play": "sequential", "buffer": 2}}, "method.buffer: 2: has no effect with method.play=sequential"),
+    "unread": ({"method": {"smooth": "terms"}}, "method.smooth: terms: has no effect with method.buffer=0"),
 }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedmoe_ds.config.section import Section
 
@@ -31,7 +31,7 @@ class DataFormConfig(Section):
     noise: float = Field(0.5, ge=0, description="degraded: standard deviation of the noise at severity 1; ink is 1, paper -1")
     skew: float = Field(0.5, ge=0, le=1, description="degraded: share of a severity that all images of a client have alike")
 
-    agreement: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+    agreement: list[float] = Field(
         [0.9, 0.8],
         min_length=1,
         description="spurious-colour: by environment, how likely an image has its label's colour; clients take them in turn",
@@ -40,6 +40,14 @@ class DataFormConfig(Section):
     tied_to: Literal["parity", "class"] = Field(
         "parity", description="spurious-colour: one of 2 colours by an even or odd label, or one of 10"
     )
+
+    @field_validator("agreement")
+    @classmethod
+    def _are_probabilities(cls, agreement: list[float]) -> list[float]:
+        for value in agreement:
+            if not 0 <= value <= 1:
+                raise ValueError(f"data.form.agreement: {value}: a probability is between 0 and 1")
+        return agreement
 
     @model_validator(mode="after")
     def _check_keys(self) -> DataFormConfig:

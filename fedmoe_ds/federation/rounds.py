@@ -299,8 +299,8 @@ class Federation:
 
     def _tell_averaged(self, work: _Round) -> None:
         """Say so when clients trained a block and the round averages nothing of it; not where nobody came back."""
-        came = any(report["status"] == OK for report in work.partial.done.values())
-        if came and (kept := [name for name, count in work.weighted.items() if not count]):
+        came, resting = any(report["status"] == OK for report in work.partial.done.values()), self.parts.spec.method.resting
+        if came and (kept := [name for name, count in work.weighted.items() if not count and name not in resting(work.index)]):
             self.journal.not_averaged(work.index, kept)
 
     def _evaluate(self, round_index: int) -> None:

@@ -20,10 +20,10 @@ from fedmoe_ds.methods.base import (
     Combined,
     Method,
     MethodParams,
-    present,
 )
 from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
+from fedmoe_ds.methods.presence import present
 from fedmoe_ds.methods.product_norms import product_norms
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule

@@ -263,6 +263,10 @@ class Method:
 
     # Aggregation
 
+    def resting(self, round_index: int) -> frozenset[str]:
+        """Names of the blocks that nobody is to train in this round; where the round averages nothing of others, it says so."""
+        return frozenset()
+
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """The client's weight in the mean of a block: float64 [L, E] or [L]. `data_share` = |D_i| / sum_j |D_j|."""
         # The same for all experts, used or not: FedAvg. The mean divides by the sum of weights, so a share need not sum to one.
@@ -309,12 +313,3 @@ class Method:
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
         raise NotImplementedError
-
-
-def present(spec: BlockSpec, update: ClientUpdate) -> np.ndarray:
-    """1 where the client has rows: bool [L, E] for expert blocks, all of [L] for dense ones.
-
-    A client that routed no row to an expert returns what it received. Where it received all rows that is harmless: it stands
-    for no change. A client of a lower rank received a truncated copy, and its zeros would erase rows that it never saw.
-    """
-    return update.counts_LE > 0 if spec.expert else np.ones(len(spec.layers), dtype=bool)

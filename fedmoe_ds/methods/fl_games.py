@@ -6,12 +6,14 @@ READ (public notes): a representation phi of all clients and predictors w_1..w_N
     min over phi and w_av of sum_k R_k(w_av o phi),   w_av = (1/N) sum_q w_q,   each w_k a best response to the others.
 
 Variant F has phi fixed; V trains it in even rounds, and predictors in odd ones. Parallel: all play at once. SMOOTH: a client
-plays against the others' predictors and the mean of their buffers, the past ones. FAST: phi by the gradient of all data.
+plays against the others' predictors and the mean b_p of their buffers, the past ones, as printed (1/|S|) (w_k' +
+sum_{q != k} w_q + sum_{p != k} b_p). FAST: phi by the gradient of all data.
 
-What is computed, with u_k the head that client k trains, T the terms of its mean, eta its rate, [.]_B elementwise in [-B, B]:
+What is computed, with u_k the head that client k trains, eta its rate, B its bound, [.]_B elementwise in [-B, B]:
 
     parallel        T = N        u_k begins as m, the mean of all w
-    SMOOTH          T = 2N - 1   u_k begins as (N m + sum_{p != k} b_p) / T,   b_p the mean of p's last heads
+    players         T = N        u_k begins as (w_k + sum_{q != k} (w_q + b_q1 + ... + b_qn) / (1 + n)) / T
+    terms           T = 2N - 1   u_k begins as (w_k + sum_{q != k} (w_q + b_q)) / T
     local step      u_k <- u_k - (eta / T^2) grad R_k(u_k)           a step of w_k at rate eta: the mean gives 1/T, twice
     box             w_k' = [w_k + T (u_k - its start)]_B             after every step
     server          m <- m + (T/N) sum_k (u_k - its start)           the mean of all w_k'; where T = N the sum of changes
@@ -21,9 +23,12 @@ Sequential play, the form that the parallel one is made from, is one player afte
 and, for SMOOTH, the mean of the others' heads of its last head rounds, (N m - w_k) / (N - 1): as all take part, it has seen
 every m, and no head travels but their mean and a change of it.
 
-COMPLETION. The printed 1/|S| does not sum to one with buffers; the mean over all T terms does. Buffers begin full of the first
-head. B: without a bound there is no equilibrium unless the clients' optima agree; with one, a direction on which they disagree
-ends at a bound for some of them, and in the mean near zero. Momentum is that of w_k: what is linear commutes with the mean.
+COMPLETION. With buffers the printed weights do not sum to one. `smooth: terms` divides by their number; `players`, the default,
+takes a player's present and past heads as one. Of players who move slowly against losses of equal curvature, the first has the
+gains (2N - 1, -1, ..., -1): it runs away in every direction in which players differ, until the box holds it. The second has
+those of parallel play, (N, 0, ..., 0). Buffers begin full of the first head. B: without a bound there is no equilibrium unless
+the clients' optima agree; with one, a direction on which they disagree ends at a bound for some of them, and in the mean at
+what the least of them wants, or at zero where signs differ. Momentum is that of w_k: what is linear commutes with the mean.
 FAST is `local.steps: 1` with a batch as large as a client's data.
 
 Limits. The mean drifts from the w_k by rounding alone. A client that is left out of a round (not finite, no memory) keeps w_k.
@@ -67,10 +72,14 @@ class FLGamesParams(MethodParams):
         "parallel", description="sequential: one client after the other, a round each"
     )
     buffer: int = Field(0, ge=0, description="SMOOTH: past heads of every client that the others play against; 0: none")
+    smooth: Literal["players", "terms"] = Field(
+        "players", description="what a past head counts: as a share of its player, or as one more head"
+    )
     box: float | None = Field(5.0, gt=0, description="B: every number of a client's head stays in [-B, B]; null: no bound")
 
     def idle(self, config: Config) -> dict[str, str]:
-        return {"buffer": "with method.play=sequential: one plays at a time"} if self.play == "sequential" else {}
+        found = {"buffer": "with method.play=sequential: one plays at a time"} if self.play == "sequential" else {}
+        return found if self.buffer else found | {"smooth": "with method.buffer=0"}
 
 
 class FLGames(Method):
@@ -83,14 +92,14 @@ class FLGames(Method):
         adapts="active experts k",
         trains="heads in odd rounds, adapters in even ones; without adapters heads",
         sends="what it trains",
-        weighs="changes of heads: sum (SMOOTH: times (2N-1)/N); of adapters: equal",
-        completion="mean over all terms; buffers begin full; a box for heads",
+        weighs="changes of heads: their sum; of adapters: equal",
+        completion="a player's present and past heads are one; buffers begin full; a box for heads",
     )
     weighing = Weighing(changes=True)
 
     def __init__(self, params: FLGamesParams) -> None:
         super().__init__(params)
-        self._trains_adapters = False  # until its blocks are known
+        self._adapters = self._heads = frozenset[str]()  # until its blocks are known
 
     def check_config(self, config: Config) -> None:
         local, federation, server = config.local, config.federation, config.server
@@ -126,7 +135,8 @@ class FLGames(Method):
     # Before and during local training
 
     def blocks(self, specs: list[BlockSpec]) -> list[BlockSpec]:
-        self._trains_adapters = any(spec.trained and not spec.after_layers for spec in specs)
+        self._adapters = frozenset(spec.name for spec in specs if spec.trained and not spec.after_layers)
+        self._heads = frozenset(spec.name for spec in specs if spec.after_layers)
         return specs
 
     def client_state(self, specs: list[BlockSpec]) -> list[BlockSpec]:
@@ -140,12 +150,12 @@ class FLGames(Method):
     def plan(self, context: PlanContext) -> RoundPlan:
         if self.params.play == "parallel" or not self._heads_play(context.round):
             return RoundPlan(context.drawn)
-        turn = (context.round - 1) // (2 if self._trains_adapters else 1)
+        turn = (context.round - 1) // (2 if self._adapters else 1)
         return RoundPlan([context.drawn[turn % len(context.drawn)]])
 
     def assign(self, client: Client, context: RoundContext) -> Assignment:
         assignment = super().assign(client, context)
-        if not self._trains_adapters or context.round == 0:
+        if not self._adapters or context.round == 0:
             return assignment
         if self._heads_play(context.round):
             return replace(assignment, trained_N=np.zeros(self.facts.depth, dtype=bool))
@@ -154,23 +164,29 @@ class FLGames(Method):
     def start(self, view: ClientView) -> dict[str, Tensor]:
         if not self._buffer or not view.assignment.trains_head:
             return {}
-        players, terms = self.facts.clients, self._terms
         found = {}
-        for spec in self._heads(view):
+        for spec in self._heads_of(view):
             past = torch.stack([view.client_state[self._named(spec, self._past(age))] for age in range(self._buffer)])
             # In float64 and rounded once, as everything here that is computed of several heads.
-            sum_ = players * view.received(spec).double() + (players - 1) * past.double().mean(0)
-            found[spec.name] = (sum_ / terms).float()
+            own, mean = view.client_state[self._named(spec, OWN)].double(), view.received(spec).double()
+            found[spec.name] = self._against(own, mean, past.double().mean(0)).float()
         return found
 
+    def _against(self, own: Tensor, mean: Tensor, past: Tensor) -> Tensor:
+        """What a client predicts by before it moves; `past` is the mean of all heads in the others' buffers."""
+        players, n = self.facts.clients, self._buffer
+        now, before = players * mean - own, (players - 1) * past
+        others = now + before if self.params.smooth == "terms" else (now + n * before) / (1 + n)
+        return (own + others) / self._terms
+
     def adjust(self, view: ClientView) -> None:
-        for spec in self._heads(view):
+        for spec in self._heads_of(view):
             view.grad(spec).div_(self._terms**2)
 
     def project(self, view: ClientView) -> None:
         if self.params.box is None or not view.assignment.trains_head:
             return
-        for spec in self._heads(view):
+        for spec in self._heads_of(view):
             own, start, value = view.client_state[self._named(spec, OWN)], view.received(spec), view.value(spec)
             value.copy_(_in_box(own, start, value, self._terms, self.params.box))
 
@@ -180,7 +196,7 @@ class FLGames(Method):
         if not view.assignment.trains_head:
             return {}
         found, players = {}, self.facts.clients
-        for spec in self._heads(view):
+        for spec in self._heads_of(view):
             own, mean = view.client_state[self._named(spec, OWN)], view.start.client(spec.name, 0)
             found[self._named(spec, OWN)] = _moved(own, view.received(spec), view.value(spec), self._terms, self.params.box)
             others = (players * mean.double() - own.double()) / max(players - 1, 1)
@@ -189,6 +205,9 @@ class FLGames(Method):
         return found
 
     # Aggregation
+
+    def resting(self, round_index: int) -> frozenset[str]:
+        return self._adapters if self._heads_play(round_index) else self._heads
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         terms = self._terms if spec.after_layers else 1
@@ -201,10 +220,11 @@ class FLGames(Method):
     @property
     def _terms(self) -> int:
         """T."""
-        return 2 * self.facts.clients - 1 if self._buffer else self.facts.clients
+        players = self.facts.clients
+        return 2 * players - 1 if self._buffer and self.params.smooth == "terms" else players
 
     def _heads_play(self, round_index: int) -> bool:
-        return round_index % 2 == 1 or not self._trains_adapters
+        return round_index % 2 == 1 or not self._adapters
 
     @staticmethod
     def _past(age: int) -> str:
@@ -215,7 +235,7 @@ class FLGames(Method):
         return remembered_block(spec, word).name
 
     @staticmethod
-    def _heads(view: ClientView) -> list[BlockSpec]:
+    def _heads_of(view: ClientView) -> list[BlockSpec]:
         return [spec for spec in view.blocks() if spec.after_layers]
 
 
