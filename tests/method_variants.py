@@ -117,6 +117,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "local": {"drift": "feddyn", "proximal": 0.5},
     },
     "fedfm": {"method": {"name": "fedfm", "matching": 2.0}, "federation": {"rounds": 3}},
+    "head": {"method": {"name": "fedit"}, "adapters": {"head": "train"}},
+    "fl-games": {
+        "method": {"name": "fl-games", "buffer": 2, "box": 0.1},
+        "adapters": {"head": "train"},
+        "federation": {"participation": 1.0},
+        "local": {"optimizer": "sgd", "lr": 1.0, "clip": None},
+    },
     "ewwa-fl": {"method": {"name": "ewwa-fl"}, "adapters": {"router": "train"}},
     "fednova": {
         "method": {"name": "fednova", "effective": "steps"},
@@ -199,6 +206,12 @@ PLAIN: dict[str, dict[str, Any]] = {
     "plain-embracing-fl": {
         "method": {"name": "embracing-fl"},
         "federation": {"tiers": [{"layers": layers, "share": 1.0} for layers in (2, 1)]},
+    },
+    "plain-fl-games": {
+        "method": {"name": "fl-games", "buffer": 1, "smooth": "terms", "box": 0.1},
+        "adapters": {"attention": [], "feed_forward": [], "head": "train", "head_start": "zero"},
+        "federation": {"participation": 1.0, "tiers": None},
+        "local": {"optimizer": "sgd", "lr": 1.0, "clip": None},
     },
     "plain-scaffold": {
         "method": {"name": "fslora"},

@@ -7,6 +7,7 @@ which every two choices meet; `make test-sweep` takes all methods, corrections, 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from reference import Adapters
 from reference_ensembles import ObservedSplitMix
 from reference_flex_moe import ObservedFlexMoE
 from reference_flux import ObservedFlux
+from reference_games import FLGames
 from reference_inputs import client_rank, draw, fresh, initial, tasks
 from reference_late import CCFAO
 from reference_methods import EmbracingFL, FedIT, FedProx, FedSALoRA, FedVRA, FFALoRA, FSLoRA, HetLoRA, LocalOnly, Scaffold
@@ -71,6 +73,12 @@ ALONE: dict[str, Any] = {"attention": [], "moe": {"experts": 8, "width": 8, "top
 GROUPED = {"raffm"}
 GROUPS: dict[str, Any] = {"attention": ["q_proj"], "expert_training": "full"}
 """What stands for `full` where experts are groups of a dense block's channels."""
+GAME: dict[str, Any] = {
+    "adapters": {"head": "train"},
+    "federation": {"participation": 1.0},
+    "local": {"clip": None},
+}
+"""Of a game of all clients' heads."""
 DUAL = {"proximal": MU, "dual_step": 0.7, "aggregation_step": 0.4}
 DRIFTS: dict[str, dict[str, Any]] = {"none": {}, "fedprox": {"proximal": MU}, "scaffold": {}, "fedvra": DUAL}
 SERVERS = ["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedams"]
@@ -126,6 +134,7 @@ METHODS: dict[str, tuple[dict[str, Any], Told]] = {
     "prism": ({"rho": 0.5, "horizon": 2}, Told(ObservedPRISM, {})),
     # Of text nobody hides the labels.
     "fedmox": ({}, Told(FedIT, {})),
+    "fl-games": ({"buffer": 2, "box": 0.3}, Told(FLGames, {"lr": LR, "buffer": 2, "box": 0.3})),
     "fedfm": ({"matching": 0.5}, Told(ObservedFedFM, {"classes": 320})),
     "fednova": ({}, Told(FedNova, {"lr": LR})),
     "q-fedavg": ({"q": 2.0}, Told(QFedAvg, {"q": 2.0, "lipschitz": 1 / LR})),
@@ -166,6 +175,7 @@ class Case(NamedTuple):
             or (self.method in NO_MEAN - {"local-only"} and self.drift in ("scaffold", "fedvra"))
             or (self.method == "local-only" and self.drift != "none")
             or (self.method == "cc-fao" and self.drift == "scaffold")
+            or (self.method == "fl-games" and (self.drift, self.server) != ("none", "fedavg"))
             or (self.method in NOT_ONE_MEAN and self.drift == "fedvra")
             or (self.method in PAIRS and self.adapters == "full")
             or (self.method in ("fed-moe", "ub-smoe") and self.adapters in ("attention", "plain"))
@@ -197,6 +207,7 @@ class Case(NamedTuple):
             {"method": {"name": self.method, **own}, "adapters": adapters, "federation": tiers},
             {"local": {"drift": self.drift, **DRIFTS[self.drift]}, "server": _used(server)},
             {"federation": {"sampling": self.sampling}},
+            GAME if self.method == "fl-games" else {},
         ]
 
 
@@ -379,7 +390,7 @@ def reference_of(parts: Parts, case: Case) -> FedIT:
         start["model.rescaler"] = torch.ones(1, dtype=torch.float64)
     ranks = {client.index: client_rank(parts, client) for client in parts.clients}
     clients = [0] if parts.spec.method.pooled else [client.index for client in parts.clients]
-    replay: Any = Replay(parts, LR, CLIP)
+    replay: Any = Replay(parts, LR, parts.config.local.clip or math.inf)
     more = {"pull": MU} if case.drift == "fedprox" else {}
     more |= {"dual": DUAL["dual_step"], "ahead": DUAL["aggregation_step"]}
     sizes = {client.index: client.samples for client in parts.clients}

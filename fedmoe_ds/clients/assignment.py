@@ -49,6 +49,7 @@ class Assignment:
         trained_LE: bool, the experts that it trains, or None for all: rows of the others only run forward.
         trained_N: bool, the transformer layers whose adapters it trains, or None for all.
         trains_common: whether it trains what serves the whole model and belongs to no layer.
+        trains_head: whether it trains its head, where clients have one.
         samples: int64 numbers of the training samples that it uses, or None for all.
         delay: it starts from the global adapters of so many rounds ago; None or 0: from those of this round.
         pseudo: what experts' gradients are given for rows that did not use them, or None.
@@ -70,6 +71,7 @@ class Assignment:
     trained_LE: np.ndarray | None = None
     trained_N: np.ndarray | None = None
     trains_common: bool = True
+    trains_head: bool = True
     samples: np.ndarray | None = None
     delay: int | None = None
     pseudo: PseudoGradient | None = None
@@ -105,8 +107,10 @@ class Assignment:
 
     @property
     def first_trained(self) -> int:
-        """The first layer that it trains; 0 where it trains all, or none."""
-        return 0 if self.trained_N is None else int(self.trained_N.argmax())
+        """The first layer that it trains; the one after the last where it trains none."""
+        if self.trained_N is None:
+            return 0
+        return int(self.trained_N.argmax()) if self.trained_N.any() else len(self.trained_N)
 
     def mask(self, spec: BlockSpec, device: torch.device) -> Tensor | None:
         """Bool, shaped to broadcast over one `item` of this block: True where the client holds it. None: everywhere."""
@@ -117,6 +121,8 @@ class Assignment:
 
     def trains(self, spec: BlockSpec) -> np.ndarray | None:
         """Bool, to be broadcast over [L, E] of an expert block or [L] of a dense one: what the client trains; None for all."""
+        if spec.after_layers:
+            return None if self.trains_head else np.zeros(len(spec.layers), dtype=bool)
         experts_LE = self._trained_LE if spec.expert else None
         common = not self.trains_common and min(spec.layers, default=0) < 0
         if self.trained_N is None and not common:
@@ -133,7 +139,7 @@ class Assignment:
     def all_trained(self) -> bool:
         """Whether it trains all that there is to train."""
         whole = self.trained_N is None and self.trained_LE is None and self.members_MLE is None
-        return whole and self.trains_common
+        return whole and self.trains_common and self.trains_head
 
     @property
     def _trained_LE(self) -> np.ndarray | None:

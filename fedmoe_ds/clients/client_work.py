@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from fedmoe_ds.clients.client import Client
 from fedmoe_ds.clients.lr_schedule import learning_rate
 from fedmoe_ds.config import LocalConfig
 from fedmoe_ds.data import ImageInput, Sequences
-from fedmoe_ds.model.adapter_bank import Bank
+from fedmoe_ds.model.adapter_bank import HEAD, Bank
 from fedmoe_ds.model.adapter_dropout import Address
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.model.objective import Asked, LocalStep, Objective, Sums
@@ -155,11 +156,15 @@ def asked_of(
 def first_trained(everyone: list[ClientWork], bank: Bank) -> int:
     """The first layer that one of these clients trains, those of other ranks among them: no gradient is needed before it."""
     first = min((work.assignment.first_trained for work in everyone), default=0)
-    if first == 0:
+    if first == 0 and HEAD not in bank:
         return 0
-    layers = [layer for spec in bank.specs.values() if spec.trained for layer in spec.layers]
-    # What serves the whole model is of layer -1: its gradient comes through all layers. A loss without any has no graph.
-    return 0 if min(layers) < 0 else min(first, max(layers))
+    trained = [spec for spec in bank.specs.values() if spec.trained]
+    layers = [layer for spec in trained if not spec.after_layers for layer in spec.layers]
+    if not layers:  # heads alone
+        return sys.maxsize
+    # What serves the whole model is of layer -1: its gradient comes through all layers. A loss without any has no graph, but
+    # that of a trained head begins after them.
+    return 0 if min(layers) < 0 else first if HEAD in bank else min(first, max(layers))
 
 
 def read_losses(works: list[ClientWork]) -> None:

@@ -122,7 +122,7 @@ def _probing(work: ClientWork, cut: Cut) -> ClientWork:
     """A client's probe, as if its passes were steps."""
     samples = list(work.assignment.probe or ())
     # All experts and layers have a gradient, also those that it is told not to train.
-    everything = replace(work.assignment, trained_LE=None, trained_N=None, trains_common=True)
+    everything = replace(work.assignment, trained_LE=None, trained_N=None, trains_common=True, trains_head=True)
     place, cuts = (work.home, work.slot), cut(work.client.index, samples)
     return ClientWork(work.client, *place, everything, samples, *cuts, work.round_index, work.lr, work.data, probing=True)
 

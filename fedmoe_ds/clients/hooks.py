@@ -53,7 +53,9 @@ class LocalTrainingHooks:
         whole_steps: whether an objective needs all targets of a client's step at once.
         teaches: whether objectives ask the received model before the first step (the same on all ranks).
         complete: add to the gradients of the clients that take a step, before `adjust`; collective over the cluster.
+        start: by block, what a client starts from in the place of what it receives; None: everybody from that.
         adjust: change the gradients of a step in place, before clipping.
+        project: change values in place, after a step.
         reduce_probe: squared norms of the gradient after a pass of a client's probe, by block -> the method's numbers.
         measure: named float64 numbers per (layer, expert) or layer of the finished client, from the tensors of this rank.
         remember: new values of its memory blocks, on the ranks that hold them.
@@ -72,6 +74,8 @@ class LocalTrainingHooks:
     whole_steps: bool = False
     teaches: bool = False
     complete: Callable[[Sequence[tuple[ClientWork, ClientView]], Pool], None] = lambda training, pool: None
+    start: Callable[[ClientView], Mapping[str, Tensor]] | None = None
+    project: Callable[[ClientView], None] | None = None
     # In order: the method's change of the gradients first, then the correction of client drift.
     adjust: tuple[Callable[[ClientView], None], ...] = ()
     reduce_probe: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.float64]] = _nobody_probes

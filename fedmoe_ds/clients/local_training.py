@@ -162,7 +162,8 @@ class WaveTrainer:
         # On the CPU for all clients; here it meets tensors of the device.
         state = {name: value.to(self.bank.device) for name, value in personal(work.client.index).items()}
         past = self.hooks.past(work.assignment.delay, work.round_index)
-        return ClientView(work.client, work.assignment, self.bank, start, slots, state, past, self.first_expert)
+        view = ClientView(work.client, work.assignment, self.bank, start, slots, state, past, self.first_expert)
+        return view if self.hooks.start is None else replace(view, starts=self.hooks.start(view))
 
     @torch.no_grad()
     def _load(self, works: list[list[ClientWork]], views: list[list[ClientView]], start: Bank) -> None:
@@ -176,7 +177,7 @@ class WaveTrainer:
             for spec in view.blocks(trained=False):
                 if spec.personal:
                     view.value(spec).copy_(view.client_state[spec.name])
-                elif view.past is not None or (view.assignment.rows_R is not None and spec.pair is not None):
+                elif view.starts_elsewhere(spec):
                     view.value(spec).copy_(view.received(spec))
         self.execution.wave = self._in_training(works)
 
@@ -284,6 +285,8 @@ class WaveTrainer:
         self.optimizer.step_all(steps, norms_C)
         for _, view in training:
             view.restore_untrained()
+            if self.hooks.project is not None:
+                self.hooks.project(view)
 
     def _updates(
         self, works: list[list[ClientWork]], views: list[list[ClientView]], counts: Counts, seconds: float

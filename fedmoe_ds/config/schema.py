@@ -52,7 +52,7 @@ class MoEAdapterConfig(Section):
 
 
 class AdapterConfig(Section):
-    """What a client trains: LoRA on experts, attention or a dense feed-forward block, the router, whole adapter experts."""
+    """What a client trains: LoRA on experts, attention or a dense feed-forward block, router, head, whole adapter experts."""
 
     rank: int = Field(8, ge=1, description="LoRA rank R")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the update is scaled by alpha / rank")
@@ -71,6 +71,12 @@ class AdapterConfig(Section):
         description="feed-forward projections of a dense foundation with LoRA: gate_proj, up_proj, down_proj (ViT: fc1, fc2)",
     )
     router: Literal["frozen", "train"] = Field("frozen", description="whether clients train the router weights")
+    head: Literal["frozen", "train"] = Field(
+        "frozen",
+        description="whether clients train the whole head: the classifier of images (weights and bias), or the output matrix "
+        "of a language model, a copy for every client in flight",
+    )
+    head_start: Literal["foundation", "zero"] = Field("foundation", description="what a trained head begins as")
     moe: MoEAdapterConfig | None = Field(
         None, description="adapter experts beside a dense foundation; null on one: plain LoRA on the projections above"
     )
@@ -103,6 +109,8 @@ class AdapterConfig(Section):
         if self.expert_training == "full" and (self.moe is not None or not self.experts):
             why = "adapter experts are always trained whole" if self.moe is not None else "adapters.experts is false"
             raise ValueError(f"adapters.expert_training: full: {why}; drop the key")
+        if self.head_start == "zero" and self.head == "frozen":
+            raise ValueError("adapters.head_start: zero: a frozen head stays the foundation's; drop the key, or use head=train")
         return self
 
 
@@ -284,10 +292,11 @@ class Config(Section):
         adapters = self.adapters
         if self.foundation.expand is not None:
             return self
-        if not adapters.experts and not adapters.projections and adapters.router == "frozen":
+        frozen = adapters.router == "frozen" and adapters.head == "frozen"
+        if not adapters.experts and not adapters.projections and frozen:
             raise ValueError(
-                "adapters: nothing would be trained; set experts=true, name projections in attention or feed_forward, or "
-                "router=train"
+                "adapters: nothing would be trained; set experts=true, name projections in attention or feed_forward, or use "
+                "router=train or head=train"
             )
         # Of a hosted mixture top_k is compared with the model, which is not known yet.
         if adapters.moe is not None and adapters.moe.top_k > adapters.moe.experts:

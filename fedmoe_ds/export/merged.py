@@ -102,7 +102,7 @@ def merged_content(
     planned = changes.get(tensor.present)
     if planned is None:
         yield from (stream.block(tensor, rows) for rows in tensor.blocks())
-    elif len(tensor.shape) == 2:
+    elif len(tensor.shape) <= 2:
         yield from planned[0].blocks(learnt, lambda rows: stream.block(tensor, rows), tensor.blocks(), told)
     else:
         for expert, change in enumerate(planned):

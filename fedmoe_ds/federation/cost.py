@@ -39,6 +39,8 @@ class CostModel:
         positions: token rows per token of the data (images: rows per image).
         dense_weights, expert_weights: the gradients of those of the weights that are trained themselves.
         owned: the further layers, which clients train whole: the `dense_weights` of a model that has some.
+        head_weights: that of a trained head.
+        head_alone: whether nothing else is trained; then there is no backward pass through the layers.
     """
 
     dense: float
@@ -54,6 +56,8 @@ class CostModel:
     ensembles: bool = False
     real_share: float = 1.0
     owned: tuple[int, ...] = ()
+    head_weights: float = 0.0
+    head_alone: bool = False
 
     @classmethod
     def of(
@@ -68,13 +72,14 @@ class CostModel:
         expert = 2.0 * expert_layout.matrices * expert_layout.width * expert_layout.ffn * len(expert_layout.layers)
         # Keyed by whether a block belongs to experts.
         rows, weights, owned = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}, tuple[int, ...]()
+        blocks = [*blocks]
         for spec in blocks:
             owned = spec.layers if spec.owned else owned
             if spec.rank_axis is not None:
                 # Per LoRA row: its length is the item's other axis. 2 FLOPs for each of its numbers.
                 rows[spec.expert] += 2.0 * len(spec.layers) * spec.item[1 - spec.rank_axis]
             # Vectors (the rescaler) cost nothing next to matrices.
-            elif spec.trained and len(spec.item) > 1:
+            elif spec.trained and len(spec.item) > 1 and not spec.after_layers:
                 # A router that decides once per sample sees one row of it.
                 seen = positions if expert_layout.per_sample and spec.name in (ROUTER, ROUTER_SCORE) else 1
                 weights[spec.expert] += 2.0 * len(spec.layers) * math.prod(spec.item) / seen
@@ -85,7 +90,11 @@ class CostModel:
         head = 2.0 * model.vocabulary * model.hidden
         layers, depth = len(expert_layout.layers), max(model.depth, 1)
         trained = (rows[False], rows[True], layers, positions, weights[False], weights[True])
-        return cls(dense, expert, *trained, head, depth, ensembles, expert_layout.real_share, owned)
+        heads = [spec for spec in blocks if spec.after_layers]
+        head_weights = sum(2.0 * math.prod(spec.item) for spec in heads if len(spec.item) > 1)
+        head_alone = bool(heads) and all(spec.after_layers for spec in blocks if spec.trained)
+        own = (expert_layout.real_share, owned, head_weights, head_alone)
+        return cls(dense, expert, *trained, head, depth, ensembles, *own)
 
     def forward(self, cap: float, rank: int) -> float:
         """FLOPs of one token's forward pass with `cap` slots for experts and adapters of this rank."""
@@ -104,6 +113,7 @@ class CostModel:
         rank: int,
         trained_layers: int | None = None,
         blocks: int | None = None,
+        trains_head: bool = True,
     ) -> float:
         """FLOPs of a client's training: forward, the gradient of every activation, and that of everything trained.
 
@@ -112,12 +122,13 @@ class CostModel:
             routed, trained: (row, expert) slots over all layers that were computed, and that took part in the backward pass.
             trained_layers: how many layers, the last ones, the backward pass goes through; None: all.
             blocks: how many further layers are trained, of a model that has some; None: all.
+            trains_head: whether it trains its head, where clients have one.
         """
         layers = max(self.layers, 1)
         forward, backward = routed / layers, trained / layers
         # Layers are taken to be alike; what comes before the first of them is a look-up, or little (patches of images).
-        share = 1.0 if trained_layers is None else trained_layers / self.depth
-        back = self.head + share * (self.dense - self.head)
+        share = 0.0 if self.head_alone else 1.0 if trained_layers is None else trained_layers / self.depth
+        back = self.head + share * (self.dense - self.head) + (self.head_weights if trains_head else 0.0)
         # LoRA rows take three products: forward, the gradient of the input, and their own.
         whole = share if not self.owned else 1.0 if blocks is None else blocks / len(self.owned)
         dense = tokens * (self.dense + back + whole * self.dense_weights + (1 + 2 * share) * rank * self.dense_row)
@@ -133,7 +144,8 @@ class CostModel:
         routed, trained, own = int(update.counts_LE.sum()), int(trained_LE.sum()), update.assignment.rank(rank)
         trained_N = update.assignment.trained_N
         blocks = None if trained_N is None else int(trained_N[list(self.owned)].sum())
-        spent = self.spent(update.tokens, routed, trained, own, self.depth - first, blocks)
+        told = (self.depth - first, blocks, update.assignment.trains_head)
+        spent = self.spent(update.tokens, routed, trained, own, *told)
         if (probed := update.probed) is not None:
             rows = int(probed.counts_LE.sum())
             spent += self.spent(probed.tokens, rows, rows, own)

@@ -145,6 +145,7 @@ def memory_settings(config: Config, identity: Identity) -> dict[str, Any]:
     own = {
         "local": _without(identity["local"], {"dual_step": 1.0, "aggregation_step": 1.0}),
         "server": _without(identity["server"], {"training": None}),
+        "adapters": _without(identity["adapters"], {"head": "frozen", "head_start": "foundation"}),
     }
     return {name: identity[name] for name in _FIRST} | own | passes
 

@@ -64,7 +64,8 @@ def share_counts(parts: Parts, partial: PartialRound, sums: RoundSums) -> dict[s
 
 def unweighted(parts: Parts, chosen: Sequence[Client], round_index: int, weighted: dict[str, int]) -> list[str]:
     """Blocks that some of these clients were told to train, and of which no tensor has any weight (`share_counts`)."""
-    without = [spec for spec in parts.spec.blocks if weighted.get(spec.name, 1) == 0]
+    resting = parts.spec.method.resting(round_index)
+    without = [spec for spec in parts.spec.blocks if weighted.get(spec.name, 1) == 0 and spec.name not in resting]
     if not without:
         return []
     told = [parts.trainer.hooks.assign(client, round_index) for client in chosen]

@@ -76,7 +76,8 @@ class RunSpec:
         """Tell the method what it may ask about the data."""
         most = int(counts_of(clients, "sequences").max(initial=1))
         drawn = participant_count(len(clients), self.config.federation.participation)
-        self.method.facts = replace(self.method.facts, sequences=most, participants=drawn)
+        known = {"sequences": most, "clients": len(clients), "participants": drawn}
+        self.method.facts = replace(self.method.facts, **known)
 
     @property
     def bitwise(self) -> bool:

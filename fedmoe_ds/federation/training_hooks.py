@@ -67,6 +67,8 @@ def training_hooks(
         whole_steps=method.whole_steps,
         teaches=method.teaches(),
         complete=add_pseudo_gradients,
+        start=method.start if method.overrides("start") else None,
+        project=method.project if method.overrides("project") else None,
         adjust=(*adjusts, drift.adjust) if drift is not None else tuple(adjusts),
         reduce_probe=method.reduce_probe,
         measure=method.measure,

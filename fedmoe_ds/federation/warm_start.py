@@ -33,7 +33,7 @@ from fedmoe_ds.errors import UserError
 from fedmoe_ds.federation.identity import GONE, START, written_start
 from fedmoe_ds.federation.run_spec import RunSpec
 from fedmoe_ds.federation.start_source import Source, block_of, find_start, open_source
-from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
+from fedmoe_ds.model.adapter_bank import HEAD, Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER
 from fedmoe_ds.model.moe_layer import DOWN, GATE_UP, RESCALER, ROUTER
 from fedmoe_ds.storage.files import expanded
@@ -160,6 +160,8 @@ def _ways(lost: list[str], adapters: AdapterConfig) -> Iterator[str]:
         yield "adapters.expert_training=lora" if adapters.expert_training == "full" else "adapters.experts=true"
     if ROUTER in lost:
         yield "adapters.router=train"
+    if HEAD in lost:
+        yield "adapters.head=train"
 
 
 def _keys(blocks: Iterable[BlockSpec], spec: RunSpec) -> Iterator[str]:

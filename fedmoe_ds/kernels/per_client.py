@@ -106,3 +106,22 @@ class _ClientScale(torch.autograd.Function):
 def client_scale(h_BSD: Tensor, anchor: Tensor, scale_C1: Tensor, grad_C1: Tensor, segments: list[Segment]) -> Tensor:
     """s_c * h for the rows of each client c, with a learnable scalar s_c per client."""
     return _ClientScale.apply(h_BSD, anchor, scale_C1, grad_C1, segments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ClientBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_TO: Tensor, bias_O: Tensor, grad_O: Tensor) -> Tensor:
+        ctx.grad_O = grad_O
+        return y_TO + bias_O.to(y_TO.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        dy_TO = grads[0]
+        # One row after the other, as in `_in_order`.
+        ctx.grad_O.add_(dy_TO.double().cumsum(0)[-1].float())
+        return dy_TO, None, None
+
+
+def client_bias(y_TO: Tensor, bias_O: Tensor, grad_O: Tensor) -> Tensor:
+    """y + b for the rows of one client; the gradient of b is added to `grad_O`."""
+    return _ClientBias.apply(y_TO, bias_O, grad_O)  # type: ignore[no-any-return, no-untyped-call]

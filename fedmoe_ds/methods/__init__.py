@@ -22,11 +22,11 @@ from fedmoe_ds.methods.base import (
     Combined,
     Method,
     MethodParams,
-    present,
-    product_norms,
 )
 from fedmoe_ds.methods.method_info import MethodInfo
 from fedmoe_ds.methods.model_facts import ModelFacts
+from fedmoe_ds.methods.presence import present
+from fedmoe_ds.methods.product_norms import product_norms
 from fedmoe_ds.methods.registry import load_method, method_for, method_names, with_defaults
 from fedmoe_ds.methods.round_plan import Load, MeanContext, Memory, PlanContext, RoundContext, RoundPlan, Spending, TensorRule
 from fedmoe_ds.model.adapter_bank import OWNED, ROUTER_BIAS, BlockSpec, remembered_block, shared_blocks

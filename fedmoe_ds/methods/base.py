@@ -7,7 +7,9 @@ Legend: L layers, E experts of the model, R adapter rank.
     observer(client)        what is looked at, decided and minimised inside its layers       during local training
     objective(client)       what is minimised and summed up at the model's output
     reduce_probe(squares)   numbers made of a pass of its gradient probe, before the first step
+    start(view)             what it starts from, where that is not what it receives
     adjust(view)            a change of its gradients, before clipping
+    project(view)           a change of its values, after a step
     measure(view)           numbers about its tensors                                        after local training
     memorise(update)        what the server knows of it from now on: `plan` and `assign` see it
     weights(update)         its weight in the mean, per block and (layer, expert)            aggregation
@@ -33,7 +35,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -179,6 +180,10 @@ class Method:
         initial value, or zero. Never asked for what a correction of drift keeps."""
         return 1.0 if spec.name == RESCALER else None
 
+    def begins_as(self, spec: BlockSpec) -> str | None:
+        """The block whose global initial value a block of `client_state` begins with; None: `initial`, or zero."""
+        return None
+
     def memory(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the numbers that the server knows of every client that has been trained: few, float64, on every
         rank and in every checkpoint. What is large, or must not leave the client, is `client_state`."""
@@ -232,8 +237,15 @@ class Method:
         """With `surveys`: what `sums` names, of some of a client's data, by the adapters that a round has made; no routing."""
         raise NotImplementedError
 
+    def start(self, view: ClientView) -> dict[str, Tensor]:
+        """What it starts from, and what its change is measured from, by block, where that is not what it receives."""
+        return {}
+
     def adjust(self, view: ClientView) -> None:
         """Change the gradients of a step in place; elementwise or per item, so that no bit depends on the topology."""
+
+    def project(self, view: ClientView) -> None:
+        """Put values back into where they must be, in place, after each of the client's steps; elementwise or per item."""
 
     # After local training
 
@@ -257,6 +269,10 @@ class Method:
         return {}
 
     # Aggregation
+
+    def resting(self, round_index: int) -> frozenset[str]:
+        """Names of the blocks that nobody is to train in this round; where the round averages nothing of others, it says so."""
+        return frozenset()
 
     def weights(self, spec: BlockSpec, update: ClientUpdate, data_share: float) -> np.ndarray:
         """The client's weight in the mean of a block: float64 [L, E] or [L]. `data_share` = |D_i| / sum_j |D_j|."""
@@ -304,21 +320,3 @@ class Method:
     def combine(self, pair: FactorPair, fresh_a_RI: Tensor) -> Combined:
         """The new adapter from all participants' factors (only with `collects`); `fresh_a_RI` is a newly drawn A."""
         raise NotImplementedError
-
-
-def present(spec: BlockSpec, update: ClientUpdate) -> np.ndarray:
-    """1 where the client has rows: bool [L, E] for expert blocks, all of [L] for dense ones.
-
-    A client that routed no row to an expert returns what it received. Where it received all rows that is harmless: it stands
-    for no change. A client of a lower rank received a truncated copy, and its zeros would erase rows that it never saw.
-    """
-    return update.counts_LE > 0 if spec.expert else np.ones(len(spec.layers), dtype=bool)
-
-
-def product_norms(a_GRI: Tensor, b_GOR: Tensor) -> Tensor:
-    """||B A||_F of every pair of a batch, float64 [...], from the R x R Gram matrices: B A is never formed."""
-    # ||B A||_F^2 = tr(A A^T B^T B), which for two symmetric matrices is the sum of their elementwise product. Gram matrices
-    # square the numbers, hence float64; the clamp takes off what rounding leaves below zero.
-    a, b = a_GRI.double(), b_GOR.double()
-    gram_a, gram_b = a @ a.mT, b.mT @ b
-    return torch.sqrt(torch.clamp((gram_a * gram_b).sum((-2, -1)), min=0.0))

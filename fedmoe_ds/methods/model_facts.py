@@ -13,8 +13,8 @@ class ModelFacts:
     are further layers, which clients train whole (`foundation.expand`).
 
     The head tells `classes` (of images, or tokens) apart, by features of this `width`. `sequences` are those of the client that
-    has most to train on, `participants` the clients that a round draws; 1 until the data are known. `labelled`: whether clients
-    know the labels of what they train on.
+    has most to train on, `clients` all there are, `participants` those that a round draws; 1 until the data are known.
+    `labelled`: whether clients know the labels of what they train on.
     """
 
     top_k: int
@@ -28,6 +28,7 @@ class ModelFacts:
     classes: int = 0
     width: int = 0
     sequences: int = 1
+    clients: int = 1
     participants: int = 1
     labelled: bool = True
     expanded: tuple[int, ...] = ()

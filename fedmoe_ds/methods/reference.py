@@ -41,12 +41,13 @@ _COMBINATIONS = """\
 | `server.optimizer` | `fedavg`, `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fedams` |
 | `federation.sampling` | `uniform`, `size`, `budget` |
 | `federation.budget` | what a tier buys |
-| `adapters.attention`, `adapters.router` | LoRA on attention; trained routers |
+| `adapters.attention`, `adapters.router`, `adapters.head` | LoRA on attention; trained routers; a trained head |
 
 A combination without a meaning is refused in one line before anything is loaded: a server optimizer where there is no mean
 (`flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora`, `lora-fair`, `local-only`, `centralised`), control or dual
 variables where the adapters' coordinates or weights change every round, dual variables where what is averaged is no plain
-mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`, `raffm`; `fed-moe` with trained routers),
+mean of adapters (`q-fedavg`, `fednova`, `cc-fao`, `flood`, `ewwa-fl`, `ota-ffl`, `raffm`; `fed-moe` with trained routers), `fl-games`
+with some of the clients, a frozen head, simulated devices or anything but plain steps on both sides,
 unequal ranks where A and B are averaged element by element, `hfedmoe` and `flex-moe` with a frozen router, `flame` on a dense
 model, `fft-moe`, `mor`, `split-mix` and `shefl` on a sparse one, the last two with LoRA, more than one active expert, or
 shared or zero ones, `mor` where samples have no score, `raffm`
@@ -59,7 +60,8 @@ which devices is in [devices.md](devices.md).
 
 What it costs: `flexlora`, `flora`, `florist`, `fedex-lora`, `fedrot-lora` and `lora-fair` keep the factors of all
 participants of a round on every rank that holds the adapter; `fedsa-lora`, `local-only`, `flex-moe` (routers), `ewwa-fl`,
-`scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was trained, each in one cluster. The sums of
+`fl-games` (its head, and `buffer` more), `scaffold`, `fedvra` and `feddyn` keep personal blocks of every client that was
+trained, each in one cluster. The sums of
 `ewwa-fl` and `flood`, and of `fed-moe` with trained routers, are twice those of a mean; `flood` holds the logits of a
 client's whole step; `fedfm` sums up, keeps and sends a mean feature of every class (of texts: of every token, 4096 at most);
 `cc-fao` keeps the global adapters of `max_delay` rounds; `ub-smoe` adds up the gradients of a client's
@@ -170,13 +172,16 @@ class Struggling(Method):
 
 What `plan` tells a client, `RoundPlan(participants, {client.index: anything})`, is `context.plan` in `assign` and `observer`
 and `update.plan` in `weights`; its memory is `context.memory` and `update.memory`. `assign` may then say per layer which
-experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`) and which samples it uses;
+experts it routes to (`allowed_LE`) and trains (`trained_LE`), which layers it trains (`trained_N`), whether it trains its head
+(`trains_head`), and which samples it uses;
 that it trains several models of disjoint experts side by side (`members_MLE`), whose logits an evaluation averages; that it
 sends only a share of what it changed (`density`); and on which samples its gradients are looked at before the first step
 (`probe`), for `reduce_probe` to make numbers of. The plan says what work that is: `dataclasses.replace(client, used=N,
 probed=N, rollouts=N)`.
 An objective with `teach` is told what the received model makes of its targets (`taught_N`), where the method's `teaches` says
 so; one that needs no labels serves clients whose labels are hidden, where the method is `unlabelled`.
+`start` lets it start from other values than the global ones, and `project` moves values back after each of its steps; a block
+of `client_state` may begin as another one does (`begins_as`), and what a round leaves alone on purpose is `resting`.
 What its objectives sum up key by key, by class say, is averaged over clients with `statistics` and `summary`, and is in the
 next round's `context.statistics`.
 Chosen experts weigh by their scores among all, unless `held_softmax` says that the router is one of the allowed alone. With

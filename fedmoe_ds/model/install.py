@@ -20,6 +20,7 @@ from fedmoe_ds.kernels.frozen_layers import replace_frozen
 from fedmoe_ds.model.adapter_bank import Bank, BlockSpec
 from fedmoe_ds.model.adapter_moe_layer import INNER, OUTER, ROUTER_SCORE, SHARED_INNER, SHARED_OUTER, AdapterMoELayer
 from fedmoe_ds.model.channel_group_layer import ChannelGroupLayer
+from fedmoe_ds.model.client_head import head_blocks, head_values
 from fedmoe_ds.model.client_layers import first_values, owned_blocks, put_client_layers
 from fedmoe_ds.model.expert_layout import ExpertLayout
 from fedmoe_ds.model.lora_linear import ClientLoRALinear, Projection, find_projections
@@ -65,6 +66,8 @@ def adapter_blocks(
     elif config.router == "train":
         blocks.append(BlockSpec(ROUTER, layers, (expert_layout.num_experts, width)))
     blocks += [] if expansion is None else owned_blocks(model, expansion)
+    if config.head == "train":
+        blocks += head_blocks(model)
     # Without experts there is no output for it to scale.
     if rescaler is not None and layers:
         where = layers if rescaler == "layer" else (-1,)
@@ -98,14 +101,22 @@ def _projection_blocks(projections: list[Projection], rank: int) -> list[BlockSp
 
 
 def initial_bank(
-    foundation: Foundation, blocks: list[BlockSpec], seed: int, held: range, device: torch.device | None = None
+    foundation: Foundation,
+    blocks: list[BlockSpec],
+    seed: int,
+    held: range,
+    device: torch.device | None = None,
+    zero_head: bool = False,
 ) -> Bank:
     """The global adapters before the first round: a bank with one client slot and no gradients.
+
+    A trained head begins as the foundation's, or with `zero_head` as nothing.
 
     Personal blocks hold what every client starts from; later, evaluation fills them with a client's or with a tier's mean.
     """
     bank = Bank(blocks, len(held), clients=1, device=device, with_grad=False)
     copied = _copied_values(foundation, held.start) | first_values(foundation, blocks)
+    copied |= {} if zero_head else head_values(foundation.model)
     # Each tensor by its own key: a rank fills in only the experts it holds, and their bits do not depend on which these are.
     for key, spec, value in bank.items(held.start, with_personal=True):
         if key in copied:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmoe_ds.model.cross_entropy import Head, chunks, logits_of, weighted_loss
+from fedmoe_ds.model.cross_entropy import Head, chunks, logits_of, weighted_loss, weighted_losses
 from fedmoe_ds.model.router import Routing
 from fedmoe_ds.model.upload import upload
 
@@ -141,6 +141,7 @@ class Output:
 
     Attributes:
         sizes: targets of each client.
+        heads: of each client, where clients train one; None: `head` reads out everybody's.
         routed: decisions for all token rows, by layer.
         whole: whether a loss needs all targets of a client's pass at once.
     """
@@ -153,6 +154,7 @@ class Output:
     sizes: list[int]
     routed: Mapping[int, Routing]
     whole: bool
+    heads: Sequence[Head] | None = None
 
     def minimise(self, asked: Sequence[Asked]) -> tuple[Tensor, Tensor, list[Sums]]:
         """Ask every client of the pass.
@@ -162,8 +164,7 @@ class Output:
         """
         sums: list[Sums] = [{} for _ in asked]
         if all(one.objective.loss is None for one in asked):
-            # All clients at once, as without objectives: not a bit is another.
-            total, nll_N = weighted_loss(self.head, self.hidden_ND, self.labels_N, self.weight_N)
+            total, nll_N = self.cross_entropy()
         else:
             # Split and not sliced: the gradients of the parts are then joined, and none is added to another's zeros.
             parts = zip(range(len(asked)), asked, torch.split(self.hidden_ND, self.sizes), sums, strict=True)
@@ -176,14 +177,20 @@ class Output:
                     add_sums(sums[place], observe(self._targets(asked[place], place, own_N)))
         return total, nll_N, sums
 
+    def cross_entropy(self) -> tuple[Tensor, Tensor]:
+        """What is minimised without objectives: all clients at once, unless each has a head of its own."""
+        given = (self.hidden_ND, self.labels_N, self.weight_N)
+        return weighted_losses(self.heads, *given, self.sizes) if self.heads else weighted_loss(self.head, *given)
+
     def _own_loss(self, place: int, one: Asked, x_ND: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
         """One client's loss, and the negative log-likelihood of its targets."""
         labels_N, weight_N, *_ = self._parts[place]
+        head = self.heads[place] if self.heads else self.head
         if one.objective.loss is None:
-            return weighted_loss(self.head, x_ND, labels_N, weight_N)
+            return weighted_loss(head, x_ND, labels_N, weight_N)
         given = self._targets(one, place, torch.zeros_like(weight_N))
         found: tuple[Tensor, Tensor] = _OwnLoss.apply(  # type: ignore[no-untyped-call]
-            x_ND, weight_N, self.head, given, one.objective, self.whole, sums
+            x_ND, weight_N, head, given, one.objective, self.whole, sums
         )
         return found
 

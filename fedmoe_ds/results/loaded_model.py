@@ -114,7 +114,8 @@ class LoadedModel:
     ) -> None:
         config, device = spec.config, runtime.device
         self.spec, self.foundation, self.clients, self.runtime, self.run = spec, foundation, clients, runtime, run
-        self.adapters = initial_bank(foundation, spec.blocks, config.seed, spec.expert_layout.held, device)
+        zero_head = config.adapters.head_start == "zero"
+        self.adapters = initial_bank(foundation, spec.blocks, config.seed, spec.expert_layout.held, device, zero_head)
         model = adapted_model(spec, foundation, _execution(spec, self.adapters))
         self.received = ReceivedModel(spec.method, model, self.adapters)
         self.personal: Personal = initial_personal(spec, self.adapters, clients, slabs=client_slabs(config))

@@ -11,6 +11,7 @@ from fedmoe_ds.config.data_form_section import DataFormConfig, Kind
 from fedmoe_ds.data.forms.degraded import degraded
 from fedmoe_ds.data.forms.form import Dealt, Form, Formed, Shape
 from fedmoe_ds.data.forms.low_resolution import low_resolution
+from fedmoe_ds.data.forms.spurious_colour import in_colour, spurious_colour
 from fedmoe_ds.data.sequences import Sequences
 
 __all__ = ["FORMS", "Dealt", "Form", "Formed", "formed", "formed_shape", "has_scores"]
@@ -19,6 +20,7 @@ FORMS: dict[Kind, Form] = {
     "plain": Form(lambda dealt, config: Formed(dealt.pixels_NCHW)),
     "degraded": Form(degraded, scored=True),
     "low-resolution": Form(low_resolution),
+    "spurious-colour": Form(spurious_colour, in_colour),
 }
 
 

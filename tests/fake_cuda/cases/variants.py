@@ -22,7 +22,7 @@ NAMES = {
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "fedbe", "ota-ffl", "wireless-fl", "fed-moe",
         "flex-moe",
         "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism", "raffm",
-        "raffm-random", "read-me", "mor", "mor-images", "scaffold-public", "fedmox", "private",
+        "raffm-random", "read-me", "mor", "mor-images", "scaffold-public", "fedmox", "private", "head", "fl-games", "plain-fl-games",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
     "case_losses_are_the_cpu_s": [
@@ -58,7 +58,8 @@ ROUND: dict[str, Any] = {
     "local": {"max_steps": 2},
     "evaluation": {"every": 9, "max_sequences": 2, "client_sequences": 0},
 }
-FEWER: dict[str, dict[str, Any]] = {"lora-fair": {"method": {"server_steps": 2}}}
+ALL: dict[str, Any] = {"federation": {"participation": 1.0}}
+FEWER: dict[str, dict[str, Any]] = {"lora-fair": {"method": {"server_steps": 2}}, "fl-games": ALL, "plain-fl-games": ALL}
 EVALUATED: dict[str, Any] = {"evaluation": {"every": 1}}
 SEARCHED: dict[str, Any] = {
     "federation": {"rounds": 2, "participation": 1.0},
