@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from fedmoe_ds.clients.batches import local_batches
 from fedmoe_ds.config import Config
+from fedmoe_ds.config.schema import MethodConfig
 from fedmoe_ds.errors import UserError
 from fedmoe_ds.export.command import export
 from fedmoe_ds.export.written import Request
 from fedmoe_ds.federation.build import Parts
 from fedmoe_ds.federation.traffic import Traffic
 from fedmoe_ds.foundation.expansion import OUTPUTS, Expansion
-from fedmoe_ds.methods import Assignment, Client, RoundContext
+from fedmoe_ds.methods import Assignment, Client, ModelFacts, RoundContext, load_method
 from fedmoe_ds.model.batch import Rows
 from fedmoe_ds.planner.activations import kept_bytes
 from fedmoe_ds.planner.memory import estimate
@@ -207,6 +208,22 @@ def test_two_rounds_of_the_equations(root: Path, family: str) -> None:
     }
     theirs = {f"layers.{n}.expanded.{name}": value for n, state in expected.state().items() for name, value in state.items()}
     check_equal(theirs, {key: torch.from_numpy(value) for key, value in result.adapters.items()})
+
+
+def test_a_probe_settles_what_is_trained() -> None:
+    """The blocks of the largest numbers, of equal ones the first; as layers of the expanded model."""
+    method = load_method(MethodConfig(name="fedbe"))
+    method.facts = ModelFacts(1, 1, 1, 0, depth=6, expanded=(1, 3, 5))
+    for count, numbers, layers in ((1, [1, 3, 2], [3]), (2, [1, 3, 2], [3, 5]), (2, [2, 1, 2], [1, 5]), (1, [0, 2, 2], [3])):
+        client = Client(0, "a", 1, 4, 4, 4, blocks=count)
+        asked = method.assign(client, RoundContext(1, {}, plan=np.arange(2)))
+        settled = asked.settled(np.array([numbers], dtype=float))
+        assert asked.trained_N is None and settled.settle is None
+        assert np.flatnonzero(settled.trained_N).tolist() == layers and settled.first_trained == layers[0]
+        # From the next round on by what the server remembers.
+        known = {"blocks": np.isin([1, 3, 5], layers).astype(float)}
+        later = method.assign(client, RoundContext(2, {}, memory=known))
+        assert later.probe is None and np.array_equal(later.trained_N, settled.trained_N)
 
 
 def test_draws_are_a_client_s_own(root: Path) -> None:

@@ -34,7 +34,7 @@ SPARSE = ["flame", "hfedmoe", "hetlora", "flexlora", "flora", "fedsa-lora", "loc
 SPARSE += ["fednova", "ewwa-fl", "cc-fao", "fedvra-rows", "fedex-lora", "embracing-fl", "fedfm"]
 PLANNED = ["fed-moe", "flex-moe", "ota-ffl", "wireless-fl", "ub-smoe", "shefl", "prism", "flux", "raffm-random", "read-me"]
 PLANNED += ["scaffold-public", "fedmox", "fl-games"]
-STATEFUL = [*SPARSE, *PLANNED, "plain-flora", "plain-scaffold"]
+STATEFUL = [*SPARSE, *PLANNED, "plain-flora", "plain-scaffold", "fedbe"]
 TWO_RANKS = {variant: 1 + place % 2 if variant in SPARSE + PLANNED else 1 for place, variant in enumerate(STATEFUL)}
 """Expert-parallel size in a world of two ranks: two clusters, or one that shares the experts."""
 

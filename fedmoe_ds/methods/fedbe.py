@@ -120,7 +120,7 @@ class FedBE(Method):
         if context.round == 0 or self._whole(client):
             return assignment
         if context.plan is not None:
-            return replace(assignment, probe=(context.plan,), settle=partial(self._settle, client.blocks))
+            return replace(assignment, probe=(context.plan,), settle=partial(self._settle, client.blocks or 0))
         if self.params.allocation == "probe":
             return replace(assignment, trained_N=self._layers(context.memory["blocks"] > 0))
         return replace(assignment, trained_N=self._layers(self._given(client)))

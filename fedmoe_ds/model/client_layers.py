@@ -77,11 +77,11 @@ def _own(module: nn.Module, block: str, layer: int, execution: Execution) -> nn.
 
 def first_values(foundation: Foundation, blocks: list[BlockSpec]) -> dict[str, Tensor]:
     """What further layers begin as, by canonical key: the layer before each; what is not named is zero."""
-    layers: Any = foundation.model.base_model.layers if foundation.expansion is not None else []
-    found = {}
+    model: Any = foundation.model
+    found: dict[str, Tensor] = {}
     for block in (block for block in blocks if block.owned):
         path = block.name.removeprefix(OWNED).removesuffix(".weight")
         # With nothing added to the residual stream, a layer is the identity.
         if path not in OUTPUTS:
-            found |= {block.key(layer): layers[layer - 1].get_submodule(path).weight for layer in block.layers}
+            found |= {block.key(layer): model.base_model.layers[layer - 1].get_submodule(path).weight for layer in block.layers}
     return found

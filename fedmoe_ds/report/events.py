@@ -24,7 +24,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e15)]
 Time = Annotated[float, Field(ge=0, le=_LAST_SECOND)]
 LABEL = r"^[0-9]{1,9}( r[0-9]{1,9})?( e[0-9]{1,9})?( l[0-9]{1,9})?( b[0-9]{1,9})?$"
 Label = Annotated[str, Field(pattern=LABEL)]
-"""Of a tier: `4`, `4 r2`, `4 e8`."""
+"""Of a tier: `4`, `4 r2`, `4 e8`, `1 b2`."""
 
 
 class _Fields(BaseModel):

@@ -20,9 +20,9 @@ NAMES = {
         "fedavgm", "fedadagrad", "fedadam", "fedams", "fedyogi", "ewwa-fl", "fednova", "q-fedavg", "cc-fao",
         "plain-fedit", "plain-hetlora", "plain-flora", "plain-scaffold", "flood", "fedex-lora", "feddyn", "fedvra-rows",
         "florist", "fedrot-lora", "embracing-fl", "plain-embracing-fl", "fedbe", "ota-ffl", "wireless-fl", "fed-moe",
-        "flex-moe",
-        "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey", "prism", "raffm",
-        "raffm-random", "read-me", "mor", "mor-images", "scaffold-public", "fedmox", "private", "head", "fl-games", "plain-fl-games",
+        "flex-moe", "flux", "flux-importance", "ub-smoe", "ub-smoe-batch", "split-mix", "shefl", "fedfm", "fedfm-survey",
+        "prism", "raffm", "raffm-random", "read-me", "mor", "mor-images", "scaffold-public", "fedmox", "private", "head",
+        "fl-games", "plain-fl-games",
         "fft-moe", "fft-moe-global", "fft-moe-images", "losses", "router", "checkpointing", "half-moments", "attention-only",
     ],
     "case_losses_are_the_cpu_s": [
